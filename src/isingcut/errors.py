@@ -1,0 +1,71 @@
+"""Everything isingcut raises on purpose.
+
+IsingcutError                 something the user can act on; the CLI prints it and exits 2
+├── InputError                an argument, option or config value is wrong
+│   └── UnknownNameError      no part of that name in a registry
+├── ModelError                the model cannot be found or loaded
+├── ArchitectureError         the model cannot be cut (correctly), with the reason
+├── CalibrationError          the calibration text cannot be used
+├── InfeasibleError           no state satisfies the constraints
+├── StageFileError            a file of a run folder is corrupt, foreign or stale
+├── OutputExistsError         an output is already there and `overwrite` was not given
+├── CheckpointError           a checkpoint is damaged or inconsistent
+├── VerificationError         a written checkpoint does not compute what it should
+└── MissingExtraError         an optional package is needed
+"""
+
+from __future__ import annotations
+
+
+class IsingcutError(Exception):
+    """Base of every error a user can act on: what was expected, what came, what to do."""
+
+
+class InputError(IsingcutError):
+    """An argument, option or configuration value is not usable."""
+
+
+class UnknownNameError(InputError):
+    """A name that no registered part has."""
+
+
+class ModelError(IsingcutError):
+    """The model cannot be found or loaded."""
+
+
+class ArchitectureError(IsingcutError):
+    """The model has no block stack that can be cut correctly."""
+
+
+class CalibrationError(IsingcutError):
+    """The calibration text is missing, unreadable or too short."""
+
+
+class InfeasibleError(IsingcutError):
+    """No state satisfies all constraints."""
+
+
+class StageFileError(IsingcutError):
+    """A file in a run folder is corrupt, foreign or does not fit the others."""
+
+
+class OutputExistsError(IsingcutError):
+    """The output is already there and overwriting was not allowed."""
+
+
+class CheckpointError(IsingcutError):
+    """A checkpoint on disk is damaged or contradicts its own index or config."""
+
+
+class VerificationError(IsingcutError):
+    """A written checkpoint does not compute what the skipped original computes."""
+
+
+class MissingExtraError(IsingcutError):
+    """An optional package is not installed; the message names the command to type."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed; "
+            f"type: pip install 'isingcut[{extra}]'"
+        )

@@ -1,0 +1,79 @@
+"""One lazy registry for every room of parts: a part is one file, found by its file name.
+
+`energies/empirical_fisher.py` is the energy `empirical-fisher`. The file's `__all__` names
+exactly one thing: the part. Nothing is imported before it is asked for. Packages outside
+isingcut add parts through an entry point in the group `isingcut.<room>`; a program adds one
+at run time with `register`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import pkgutil
+from typing import Any
+
+from isingcut.errors import UnknownNameError
+
+_NOT_PARTS = {"base"}
+
+
+class Registry:
+    """Names to parts of one room.
+
+    Args:
+        room: the sub-package that holds the parts, for example ``"energies"``.
+        noun: what one part is called in messages, for example ``"energy"``.
+    """
+
+    def __init__(self, room: str, noun: str) -> None:
+        self.room = room
+        self.noun = noun
+        self._registered: dict[str, Any] = {}
+
+    def _files(self) -> dict[str, str]:
+        package = importlib.import_module(f"isingcut.{self.room}")
+        return {
+            info.name.replace("_", "-"): f"isingcut.{self.room}.{info.name}"
+            for info in pkgutil.iter_modules(package.__path__)
+            if info.name not in _NOT_PARTS and not info.name.startswith("_")
+        }
+
+    def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
+        return {e.name: e for e in importlib.metadata.entry_points(group=f"isingcut.{self.room}")}
+
+    def names(self) -> list[str]:
+        """All names, sorted; imports no part."""
+        return sorted({*self._files(), *self._entry_points(), *self._registered})
+
+    def register(self, name: str, part: Any) -> None:
+        """Add ``part`` for this process; replacing an existing name is refused.
+
+        Raises:
+            UnknownNameError: the name is taken.
+        """
+        if name in self.names():
+            raise UnknownNameError(f"{self.noun} {name!r} is already registered; choose another name")
+        self._registered[name] = part
+
+    def get(self, name: str) -> Any:
+        """The part called ``name``.
+
+        Raises:
+            UnknownNameError: no such part; the message suggests the nearest and lists all.
+        """
+        if name in self._registered:
+            return self._registered[name]
+        files = self._files()
+        if name in files:
+            module = importlib.import_module(files[name])
+            (exported,) = module.__all__
+            return getattr(module, exported)
+        entry_points = self._entry_points()
+        if name in entry_points:
+            return entry_points[name].load()
+        names = self.names()
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise UnknownNameError(f"unknown {self.noun} {name!r}{hint} known: {', '.join(names)}")

@@ -1,0 +1,1 @@
+"""Solvers: `Problem` -> low-energy feasible states. One file per solver."""

@@ -1,0 +1,1 @@
+"""Conformance kits for parts: solvers, architectures, energies."""
