@@ -1,0 +1,145 @@
+"""Results files: written to a temporary sibling and renamed, read back with their format checked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from isingcut.errors import InputError, OutputExistsError, StageFileError
+
+
+@contextlib.contextmanager
+def clear_os_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only target into one clear line.
+
+    Raises:
+        InputError: the operating system refused to write ``target``.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"no space left on the disk while writing {target}; nothing was kept there: "
+                "free some space or choose another --out, then run the same command again"
+            ) from e
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(
+                f"cannot write {target}: {e.strerror}; choose an --out that you may write to"
+            ) from e
+        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary sibling of ``path`` to write to; it takes the name ``path`` only on success."""
+    with clear_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as f:
+                os.fsync(f.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling folder to fill; it takes the name ``path`` only on success.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is false.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    with clear_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            if path.exists():
+                # The old folder is moved aside first, so that a kill between the two renames
+                # leaves one whole folder under a recognisable name instead of a mixture.
+                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                os.replace(path, aside / path.name)
+                os.replace(temporary, path)
+                shutil.rmtree(aside)
+            else:
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists unless the user allowed it to be replaced."""
+    if path.exists() and not overwrite:
+        raise OutputExistsError(
+            f"the output {path} already exists and nothing was written; "
+            "choose another --out or pass --overwrite"
+        )
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_json(path: Path, kind: str, content: dict[str, Any], *, version: int = 1) -> None:
+    """Write ``content`` as an isingcut results file of the given kind."""
+    document = {"format": f"isingcut-{kind}", "version": version, **content}
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
+    """Read an isingcut results file.
+
+    Raises:
+        StageFileError: missing, not JSON, of another kind, or of a newer version.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise StageFileError(f"expected the file {path}, which is not there; run the stage before it") from e
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as e:
+        raise StageFileError(
+            f"{path} is not readable as JSON ({e}); delete it and run its stage again"
+        ) from e
+    check_format(path, document, kind, version)
+    assert isinstance(document, dict)
+    return document
+
+
+def check_format(path: Path, document: Any, kind: str, version: int = 1) -> None:
+    """Refuse a document that is not an isingcut file of this kind and version."""
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != f"isingcut-{kind}":
+        raise StageFileError(
+            f"{path} is not an isingcut {kind} file (expected format 'isingcut-{kind}', "
+            f"found {found!r}); give the right file, or delete it and run its stage again"
+        )
+    if int(document.get("version", 0)) > version:
+        raise StageFileError(
+            f"{path} was written by a newer isingcut (file version {document['version']}, "
+            f"this one reads up to {version}); upgrade isingcut"
+        )
+
+
+def fingerprint(content: Any) -> str:
+    """Short SHA-256 of a JSON-able value, independent of key order."""
+    encoded = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str).encode()
+    return hashlib.sha256(encoded).hexdigest()[:16]
