@@ -1,0 +1,135 @@
+"""The few families that need more than the table in `fields`.
+
+A family may write out what a period stands for before the table is applied, set what follows
+from the kept blocks afterwards, forbid states with linear rows for the solver, and finish a
+model in memory. Families are found by the fields they use, or by model type.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isingcut.architectures.base import BlockStack
+from isingcut.constraints import LinearConstraint
+from isingcut.errors import ArchitectureError
+
+# Fields that only families read; their defaults are written out like those of the table.
+FIELDS = (
+    "attention_types",
+    "attn_layer_offset",
+    "attn_layer_period",
+    "decoder_sparse_step",
+    "expert_layer_offset",
+    "expert_layer_period",
+)
+
+# Kinds of mixer that write keys and values.
+_CACHED = {"attention", "sliding-attention", "chunked-attention"}
+
+_JAMBA_PERIODS = (
+    ("attn_layer_period", "attn_layer_offset"),
+    ("expert_layer_period", "expert_layer_offset"),
+)
+
+
+def write_out(text: dict[str, Any], count: int) -> None:
+    """Replace, in place, periods by the block lists they stand for, where the model has both."""
+    step = text.get("decoder_sparse_step")
+    if isinstance(step, int) and step > 1:
+        listed = set(text.get("mlp_only_layers") or ())
+        text["mlp_only_layers"] = [i for i in range(count) if i in listed or (i + 1) % step]
+        text["decoder_sparse_step"] = 1
+
+
+def follow(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
+    """Set, in place, what follows from the kept blocks after the table was applied.
+
+    Raises:
+        ArchitectureError: the kept blocks cannot be described by the family's configuration.
+    """
+    if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
+        text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
+    for period_name, offset_name in _JAMBA_PERIODS:
+        if isinstance(text.get(period_name), int) and isinstance(text.get(offset_name), int):
+            pattern = [i % text[period_name] == text[offset_name] for i in range(count)]
+            fitted = _fit_period([pattern[i] for i in mapping], text[period_name])
+            if fitted is None:
+                raise ArchitectureError(
+                    f"the kept blocks do not repeat with any {period_name}: remove whole periods "
+                    f"of {_jamba_period(text)} blocks"
+                )
+            text[period_name], text[offset_name] = fitted
+
+
+def _fit_period(pattern: list[bool], preferred: int) -> tuple[int, int] | None:
+    """(period, offset) with pattern[i] == (i % period == offset), the preferred period first."""
+    n = len(pattern)
+    for period in [preferred, *range(1, n + 2)]:
+        for offset in range(period):
+            if all(pattern[i] == (i % period == offset) for i in range(n)):
+                return period, offset
+    return None
+
+
+def _jamba_period(text: dict[str, Any]) -> int:
+    return lcm(*(int(text[p]) for p, _ in _JAMBA_PERIODS))
+
+
+def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
+    """Blocks that must stay, each with the reason."""
+    return {}
+
+
+def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
+    """The linear rows that every state of this model has to obey.
+
+    Args:
+        text: the decoder's configuration with its per-layer fields written out.
+        stack: the model's blocks.
+    """
+    n = len(stack)
+    rows = [
+        LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
+        for i, reason in kept_blocks(text, n).items()
+    ]
+    attention = [i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))]
+    if 0 < len(attention) < n:
+        rows.append(
+            LinearConstraint(
+                "keep attention",
+                _unit(n, attention),
+                "<=",
+                float(len(attention) - 1),
+                "at least one attention block stays, because generation reads the sequence "
+                "length from an attention cache",
+            )
+        )
+    if isinstance(text.get("attn_layer_period"), int):
+        rows.extend(_whole_periods(n, _jamba_period(text)))
+    return rows
+
+
+def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
+    """Aligned groups of ``period`` blocks go together; an incomplete last group from its end."""
+    reason = f"block kinds repeat every {period} blocks in the configuration"
+    rows = []
+    for i in range(n - 1):
+        if (i + 1) % period == 0:
+            continue
+        row = np.zeros(n)
+        row[i], row[i + 1] = 1.0, -1.0
+        whole = (i // period + 1) * period <= n
+        rows.append(
+            LinearConstraint(f"period {i},{i + 1}", row, "==" if whole else "<=", 0.0, reason)
+        )
+    return rows
+
+
+def _unit(n: int, indices: list[int]) -> NDArray[np.float64]:
+    row = np.zeros(n)
+    row[indices] = 1.0
+    return row

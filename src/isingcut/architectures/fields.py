@@ -1,0 +1,188 @@
+"""What every per-layer configuration field means, as data; `surgery` applies it.
+
+A field that is not listed here and looks per-layer is an error that names it, never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# The number of blocks. Only changed where the value is that number.
+COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+
+# Lists (or strings) with one entry per block: sliced.
+SLICE = (
+    "activation_sparsity_pattern",
+    "attention_layers",
+    "attn_type_list",
+    "compress_ratios",
+    "full_attention_layers_mask",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "indexer_types",
+    "intermediate_sizes",
+    "layer_types",
+    "layers_block_type",
+    "layers_num_experts",
+    "mixer_types",
+    "mlp_layer_types",
+    "moe_layer_freq",
+    "moe_layers_pattern",
+    "no_rope_layers",
+    "qk_norm_layers",
+    "sliding_window_layers",
+    "window_sizes",
+)
+
+# Scalars that some checkpoints give per block: sliced when they are lists.
+SLICE_OR_SCALAR = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "moe_topk",
+    "moe_num_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_shared_expert",
+    "head_dim",
+    "sliding_window",
+)
+
+# Lists of block numbers: removed ones dropped, the others renumbered.
+INDICES = (
+    "attn_layer_indices",
+    "attn_layers",
+    "cross_attention_layers",
+    "dense_layers",
+    "full_attn_idxs",
+    "full_attention_layers",
+    "full_attention_layer_ids",
+    "global_attention_layers",
+    "hybrid_layer_ids",
+    "mlp_only_layers",
+    "moe_layers",
+    "nope_layers",
+    "sliding_attention_layers",
+    "slstm_at",
+)
+
+# Maps keyed by block number: as INDICES.
+MAPS = ("per_layer_config", "block_configs_by_layer", "layer_overrides")
+
+# The first (value) blocks differ from the rest: lowered by the removed ones among them.
+PREFIX = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+
+# The last (value) blocks differ from the rest.
+SUFFIX = ("num_kv_shared_layers",)
+
+# A short list repeated to the depth of the model: written out in full, then sliced.
+CYCLE = ("block_types",)
+
+# Periods whose only use is to build a list that is written out in full: dropped.
+# Value: the field that replaces them. Where that field is absent the period is an error.
+GENERATORS = {
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "interleave_moe_layer_step": "moe_layers",
+    "layer_group_size": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "_sliding_window_pattern": "layer_types",
+    "sliding_window_pattern": "layer_types",
+}
+
+# Extra next-token-prediction heads read the last block's output, which an excision changes;
+# they are dropped on purpose. Their own layer lists stay as they are.
+MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+
+# Looks per-layer but is not.
+NOT_PER_LAYER = {
+    "_name_or_path",
+    "architectures",
+    "attention_types",  # GPT-Neo: `families` writes it out
+    "attribute_map",
+    "bad_words_ids",
+    "bos_token_id",
+    "eos_token_id",
+    "id2label",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "long_factor",
+    "mamba_dt_limit",
+    "mrope_section",
+    "mtp_layer_types",
+    "mtp_layers_block_type",
+    "mtp_mlp_layer_types",
+    "pad_token_id",
+    "partial_rotary_factor",
+    "rope_scaling",
+    "rope_parameters",
+    "short_factor",
+    "ssm_multipliers",
+    "mlp_multipliers",
+    "suppress_tokens",
+    "time_step_limit",
+    "begin_suppress_tokens",
+    "problem_type",
+    "pruned_heads",
+    "sep_token_id",
+}
+
+# Configurations under which a block computes with its own number: renumbering would change it.
+# (field, value that is harmless or None, reason)
+DEPTH_DEPENDENT_FIELDS = (
+    (
+        "scale_attn_by_inverse_layer_idx",
+        False,
+        "attention is scaled by 1 / (block number + 1), so a renumbered block computes something "
+        "else",
+    ),
+)
+DEPTH_DEPENDENT_TYPES = {
+    "diffllama": "its differential attention starts from a weight that depends on the block number",
+    "minimax": "its linear attention decays at a rate that depends on the block number",
+}
+
+# Model types whose blocks share more than the residual stream, beyond what legality can say.
+REFUSED_TYPES: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class DepthShaped:
+    """A weight with one slice per block outside the blocks.
+
+    Args:
+        pattern: matches the end of the tensor's name.
+        axis: the axis that holds N slices of equal width.
+    """
+
+    pattern: re.Pattern[str]
+    axis: int
+
+
+DEPTH_SHAPED = {
+    "gemma3n_text": (
+        DepthShaped(re.compile(r"(^|\.)embed_tokens_per_layer\.weight$"), 1),
+        DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
+    ),
+    "gemma4_text": (
+        DepthShaped(re.compile(r"(^|\.)embed_tokens_per_layer\.weight$"), 1),
+        DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
+    ),
+}
+
+# Attributes of modules that hold the block's own number.
+LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
+
+# Fields of a quantisation configuration that name modules.
+QUANTISATION_NAME_LISTS = (
+    "modules_to_not_convert",
+    "llm_int8_skip_modules",
+    "ignore",
+    "ignored_layers",
+    "exclude_modules",
+    "targets",
+    "modules",
+    "skip_modules",
+)

@@ -1,0 +1,348 @@
+"""Cut a configuration, or a model in memory, by the table in `fields`.
+
+`cut_config` works on the JSON dictionary of any checkpoint; `cut_model` deletes modules,
+renumbers, slices depth-shaped weights and then sets the very same configuration fields.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from isingcut.architectures import families, fields
+from isingcut.architectures.base import BlockStack
+from isingcut.architectures.discover import find_stack, stack_modules, text_config
+from isingcut.architectures.names import rename_pattern, renumbering
+from isingcut.constraints import LinearConstraint
+from isingcut.errors import ArchitectureError
+
+_MISSING = object()
+_LAYERISH = re.compile(r"layer|block|_idx|_ids|indices|idxs")
+_PERIODISH = re.compile(
+    r"layer.*(period|offset|interval|freq|step|every)|(period|interval|every).*layer"
+)
+
+
+def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]:
+    """The configuration of the model without the removed blocks.
+
+    Args:
+        config: a checkpoint's ``config.json`` (or ``PreTrainedConfig.to_dict()``); not changed.
+        removed: block numbers, in any order.
+
+    Raises:
+        ArchitectureError: a number out of range, an illegal state, a block that computes with
+            its own number, or a per-layer field that is not in the table.
+    """
+    result = copy.deepcopy(config)
+    text = materialise(result)
+    count = depth(text)
+    mapping = renumbering(count, removed)
+    _refuse_depth_dependent(text)
+    families.write_out(text, count)
+    must_stay = families.kept_blocks(text, count)
+    for old in set(must_stay) - set(mapping):
+        raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
+    _cut_fields(text, count, mapping)
+    families.follow(text, count, mapping)
+    for part in (result, text) if text is not result else (result,):
+        quantisation = part.get("quantization_config")
+        if isinstance(quantisation, dict):
+            part["quantization_config"] = cut_quantisation(quantisation, mapping, count)
+    return result
+
+
+def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
+    """The linear rows that every state of a model has to obey, for the solver.
+
+    Args:
+        config: the model's configuration, an object or its dictionary.
+        stack: the model's blocks, as from `find_stack`.
+
+    Raises:
+        ArchitectureError: the configuration cannot be cut at all, whichever the state.
+    """
+    values = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
+    text = materialise(values)
+    _refuse_depth_dependent(text)
+    _refuse_unknown(text, len(stack))
+    return families.legality(text, stack)
+
+
+def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
+    """A quantisation configuration with every module name renumbered, recursively."""
+    if isinstance(value, dict):
+        out = {}
+        for key, item in value.items():
+            for name in rename_pattern(key, mapping, count) if isinstance(key, str) else [key]:
+                out[name] = cut_quantisation(item, mapping, count)
+        return out
+    if isinstance(value, list):
+        cut: list[Any] = []
+        for item in value:
+            if isinstance(item, str):
+                cut.extend(rename_pattern(item, mapping, count))
+            else:
+                cut.append(cut_quantisation(item, mapping, count))
+        return list(dict.fromkeys(cut)) if all(isinstance(i, str) for i in cut) else cut
+    return value
+
+
+def depth(text: dict[str, Any]) -> int:
+    """Number of blocks in a decoder's configuration dictionary.
+
+    Raises:
+        ArchitectureError: it does not say.
+    """
+    for key in ("layers_block_type", "hybrid_override_pattern"):
+        if text.get("model_type") == "nemotron_h" and isinstance(text.get(key), (list, str)):
+            return len(text[key])
+    for key in fields.COUNT:
+        if isinstance(text.get(key), int):
+            return int(text[key])
+    raise ArchitectureError(
+        f"the configuration does not say how many blocks the model has: expected one of "
+        f"{', '.join(fields.COUNT)}"
+    )
+
+
+def materialise(config: dict[str, Any]) -> dict[str, Any]:
+    """Write out, in place, the per-layer fields that the config class would derive.
+
+    Returns:
+        the decoder's part of ``config`` (``config`` itself unless it is composite).
+    """
+    derived = _class_config(config)
+    if derived is None:
+        for key in ("text_config", "llm_config", "language_config"):
+            if isinstance(config.get(key), dict):
+                return config[key]  # type: ignore[no-any-return]
+        return config
+    path = _path_of(derived, derived.get_text_config(decoder=True))
+    text = config
+    for key in path:
+        text = text.setdefault(key, {})
+    full = derived.get_text_config(decoder=True)
+    values = full.to_dict()
+    has_types = any(
+        text.get(k) is not None
+        for k in ("layer_types", "layers_block_type", "hybrid_override_pattern")
+    )
+    aliases = dict(getattr(full, "attribute_map", {}))
+    for key in _TABLE_FIELDS:
+        value = values.get(key)
+        if value is None or text.get(key) is not None:
+            continue
+        if any(text.get(alias) is not None for alias, real in aliases.items() if real == key):
+            continue
+        if key in ("layer_types", "layers_block_type") and has_types:
+            continue
+        text[key] = copy.deepcopy(value)
+    if "model_type" not in text:
+        text["model_type"] = values.get("model_type", "")
+    return text
+
+
+_TABLE_FIELDS = (
+    *fields.COUNT,
+    *fields.SLICE,
+    *fields.INDICES,
+    *fields.PREFIX,
+    *fields.SUFFIX,
+    *fields.CYCLE,
+    *fields.MTP,
+    *families.FIELDS,
+)
+
+
+def _class_config(config: dict[str, Any]) -> Any | None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(plain))
+    except Exception as error:
+        line = str(error).strip().splitlines()
+        raise ArchitectureError(
+            f"the configuration is not a valid {model_type} configuration: "
+            f"{line[0] if line else type(error).__name__}"
+        ) from error
+
+
+def _path_of(config: Any, wanted: Any) -> tuple[str, ...]:
+    if config is wanted:
+        return ()
+    for key, value in vars(config).items():
+        if value is wanted:
+            return (key,)
+        if hasattr(value, "get_text_config"):
+            deeper = _path_of(value, wanted)
+            if deeper:
+                return (key, *deeper)
+    return ()
+
+
+def _refuse_depth_dependent(text: dict[str, Any]) -> None:
+    for key, harmless, reason in fields.DEPTH_DEPENDENT_FIELDS:
+        if text.get(key, harmless) != harmless:
+            raise ArchitectureError(f"{key}={text[key]!r}: {reason}; it cannot be cut exactly")
+    model_type = text.get("model_type", "")
+    for table in (fields.DEPTH_DEPENDENT_TYPES, fields.REFUSED_TYPES):
+        for name, reason in table.items():
+            if model_type in (name, f"{name}_text"):
+                raise ArchitectureError(f"{model_type} cannot be cut exactly: {reason}")
+
+
+def _cut_fields(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
+    kept = list(mapping)
+    gone = [i for i in range(count) if i not in mapping]
+    _refuse_unknown(text, count)
+    for key in list(text):
+        value = text[key]
+        if value is None:
+            continue
+        if key in fields.COUNT and value == count:
+            text[key] = len(kept)
+        elif key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
+            text[key] = _sliced(key, value, kept, count)
+        elif key in fields.INDICES:
+            text[key] = [mapping[i] for i in value if i in mapping]
+        elif key in fields.MAPS:
+            text[key] = {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
+        elif key in fields.PREFIX:
+            text[key] = value - sum(i < value for i in gone)
+        elif key in fields.SUFFIX:
+            text[key] = value - sum(i >= count - value for i in gone)
+        elif key in fields.CYCLE:
+            text[key] = [value[i % len(value)] for i in kept]
+        elif key in fields.MTP:
+            text[key] = 0
+    for key, replacement in fields.GENERATORS.items():
+        if text.get(key) is None:
+            text.pop(key, None)
+        elif text.get(replacement) is not None:
+            del text[key]
+        elif isinstance(text[key], int) and text[key] in (0, 1):
+            continue  # every block the same
+        else:
+            raise ArchitectureError(
+                f"{key}={text[key]!r} repeats with the block number and {replacement} is not "
+                f"given; write {replacement} out in the configuration"
+            )
+
+
+def _sliced(key: str, value: Any, kept: list[int], count: int) -> Any:
+    if isinstance(value, (int, float, bool)):
+        return value  # e.g. moe_layer_freq = 1: every block the same
+    if len(value) < count:
+        raise ArchitectureError(
+            f"{key} has {len(value)} entries for {count} blocks; expected one per block"
+        )
+    return "".join(value[i] for i in kept) if isinstance(value, str) else [value[i] for i in kept]
+
+
+def _known_fields() -> Iterator[str]:
+    yield from _TABLE_FIELDS
+    yield from fields.MAPS
+    yield from fields.SLICE_OR_SCALAR
+    yield from fields.GENERATORS
+    yield from fields.NOT_PER_LAYER
+
+
+def _refuse_unknown(text: dict[str, Any], count: int) -> None:
+    known = set(_known_fields())
+    for key, value in text.items():
+        if key in known or key.startswith("_"):
+            continue
+        suspicious = False
+        if isinstance(value, list):
+            numbers = all(isinstance(i, int) and 0 <= i < count for i in value) and value
+            suspicious = len(value) == count or bool(numbers and _LAYERISH.search(key))
+        elif isinstance(value, dict):
+            suspicious = (
+                bool(value) and bool(_LAYERISH.search(key)) and all(str(k).isdigit() for k in value)
+            )
+        elif isinstance(value, int) and not isinstance(value, bool):
+            suspicious = value > 1 and bool(_PERIODISH.search(key))
+        if suspicious:
+            raise ArchitectureError(
+                f"the configuration field {key!r} looks per-layer (value {_short(value)}) and "
+                "isingcut does not know what it means; add it to isingcut.architectures.fields"
+            )
+
+
+def _short(value: Any) -> str:
+    words = repr(value)
+    return words if len(words) <= 60 else words[:57] + "..."
+
+
+def cut_model(model: nn.Module, removed: Sequence[int]) -> nn.Module:
+    """Remove blocks from a model in memory, in place; `save_pretrained` then writes it right.
+
+    Args:
+        model: any transformers decoder; changed in place and returned.
+        removed: block numbers, in any order.
+
+    Raises:
+        ArchitectureError: as `cut_config`, before anything is changed.
+    """
+    stack = find_stack(model)
+    mapping = renumbering(len(stack), removed)
+    text: Any = text_config(model)
+    before = text.to_dict()
+    after = cut_config(before, removed)
+    blocks = stack_modules(model, stack)
+    parent, _, name = stack.path.rpartition(".")
+    owner = model.get_submodule(parent) if parent else model
+    for old, new in mapping.items():
+        _renumber(blocks[old], old, new)
+    setattr(owner, name, nn.ModuleList(blocks[i] for i in mapping))
+    _slice_depth_shaped(model, text.model_type, len(stack), mapping)
+    set_config(text, before, after)
+    return model
+
+
+def set_config(config: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Bring a live configuration object from ``before`` to ``after``, in place.
+
+    Every submodule holds a reference to the same object, so it must not be replaced.
+    """
+    for key in before.keys() - after.keys():
+        if key in vars(config):
+            delattr(config, key)
+    for key, value in after.items():
+        if before.get(key, _MISSING) != value and key != "transformers_version":
+            setattr(config, key, value)
+
+
+def _renumber(block: nn.Module, old: int, new: int) -> None:
+    for module in block.modules():
+        for name in fields.LAYER_NUMBER_ATTRIBUTES:
+            if isinstance(value := vars(module).get(name), int) and value == old:
+                setattr(module, name, new)
+
+
+def _slice_depth_shaped(
+    model: nn.Module, model_type: str, count: int, mapping: dict[int, int]
+) -> None:
+    for rule in fields.DEPTH_SHAPED.get(model_type, ()):
+        for name, parameter in list(model.named_parameters()):
+            if not rule.pattern.search(name):
+                continue
+            width = parameter.shape[rule.axis] // count
+            index = torch.cat([torch.arange(i * width, (i + 1) * width) for i in mapping])
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            data = parameter.data.index_select(rule.axis, index.to(parameter.device))
+            setattr(owner, leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
+            for size in ("embedding_dim",) if rule.axis == 1 else ("out_features",):
+                if hasattr(owner, size):
+                    setattr(owner, size, data.shape[rule.axis])
