@@ -1,1 +1,103 @@
-"""Solvers: `Problem` -> low-energy feasible states. One file per solver."""
+"""Solvers: `Problem` -> low-energy feasible states, one file per solver; `solve` is the door."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from isingcut.constraints import distance
+from isingcut.errors import InfeasibleError, InputError
+from isingcut.problem import Problem
+from isingcut.registry import Registry
+from isingcut.spectrum import Spectrum
+
+registry = Registry("solvers", "solver")
+
+
+def make(solver: str, **options: Any) -> Any:
+    """The solver called ``solver`` with these options.
+
+    Raises:
+        UnknownNameError: no such solver.
+        InputError: it has no such option.
+    """
+    part = registry.get(solver)
+    try:
+        return part(**options)
+    except TypeError as error:
+        raise InputError(f"solver {solver!r}: {error}") from None
+
+
+def solve(
+    problem: Problem, solver: str = "auto", k: int = 20, *, diverse: int = 0, **options: Any
+) -> Spectrum:
+    """The ``k`` lowest states of ``problem``, ranked.
+
+    Args:
+        problem: what to minimise.
+        solver: a name from `registry`.
+        k: how many states.
+        diverse: with D > 0, each state is the best of all that are at least D swaps away from
+            every state before it; the solver is asked again, with rows that keep this
+            distance, as long as its states do not suffice.
+        options: the solver's own.
+
+    Raises:
+        InfeasibleError: no state satisfies the constraints.
+        InputError: unknown solver or option, or ``k`` below 1.
+    """
+    if k < 1:
+        raise InputError(f"k must be at least 1, got {k}")
+    if diverse < 0:
+        raise InputError(f"diverse must not be negative, got {diverse}")
+    part = make(solver, **options)
+    began = time.perf_counter()
+    if diverse:
+        return _diverse(problem, solver, part, k, diverse, began)
+    return _ask(problem, solver, part, k, k, began)
+
+
+def _ask(problem: Problem, name: str, part: Any, k: int, keep: int, began: float) -> Spectrum:
+    solution = part.solve(problem, k)
+    return Spectrum.from_states(
+        problem,
+        solution.states,
+        keep,
+        proven=solution.proven,
+        lower_bound=solution.lower_bound,
+        solver=name,
+        seconds=time.perf_counter() - began,
+        info=solution.info,
+    )
+
+
+def _diverse(problem: Problem, name: str, part: Any, k: int, swaps: int, began: float) -> Spectrum:
+    asked = min(max(10 * k, 100), 1000)
+    chosen = np.zeros((0, problem.n), dtype=np.bool_)
+    proven, bound, rounds = True, None, 0
+    while chosen.shape[0] < k:
+        rows = [distance(x, swaps, f"diverse {i}") for i, x in enumerate(chosen)]
+        try:
+            spectrum = _ask(problem.with_constraints(rows), name, part, asked, asked, began)
+        except InfeasibleError:
+            if not rounds:
+                raise
+            break
+        rounds += 1
+        bound = spectrum.lower_bound if rounds == 1 else bound
+        proven = proven and spectrum.proven
+        if not len(spectrum):
+            break
+        chosen = np.concatenate([chosen, spectrum.states[spectrum.diverse(swaps)]])[:k]
+    return Spectrum.from_states(
+        problem,
+        chosen,
+        k,
+        proven=proven,
+        lower_bound=bound,
+        solver=name,
+        seconds=time.perf_counter() - began,
+        info={"diverse": swaps, "rounds": rounds},
+    )

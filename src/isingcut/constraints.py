@@ -1,0 +1,272 @@
+"""Constraints on a state: linear rows, each with a name and a reason in words.
+
+Everything a user can ask for becomes `LinearConstraint` rows here: exactly M blocks, counts per
+block kind, budgets, keep and drop lists, and the legality rows an architecture gives. The
+command line's spellings (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``) are parsed here too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from isingcut.errors import InputError
+
+Sense = Literal["==", "<=", ">="]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearConstraint:
+    """One row: coefficients.x (sense) rhs.
+
+    Args:
+        name: short and unique, for messages: ``"count"``, ``"keep 3"``, ``"budget params"``.
+        coefficients: (N,).
+        sense: ``"=="``, ``"<="`` or ``">="``.
+        rhs: the right-hand side.
+        reason: why, in words that finish the sentence "the constraint asks for ...".
+    """
+
+    name: str
+    coefficients: NDArray[np.float64]
+    sense: Sense
+    rhs: float
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        row = np.array(self.coefficients, dtype=np.float64)
+        if row.ndim != 1 or not np.isfinite(row).all() or not np.isfinite(self.rhs):
+            raise InputError(f"constraint {self.name!r} needs a vector of finite coefficients")
+        if self.sense not in ("==", "<=", ">="):
+            raise InputError(f"constraint {self.name!r}: sense must be ==, <= or >=")
+        row.setflags(write=False)
+        object.__setattr__(self, "coefficients", row)
+        object.__setattr__(self, "rhs", float(self.rhs))
+
+    @property
+    def tolerance(self) -> float:
+        """How far a sum may miss ``rhs`` by rounding alone."""
+        return 1e-9 * max(1.0, abs(self.rhs), float(np.abs(self.coefficients).sum()))
+
+    def interval(self) -> tuple[float, float]:
+        """Smallest and largest allowed value of coefficients.x, tolerance included."""
+        low = -np.inf if self.sense == "<=" else self.rhs - self.tolerance
+        high = np.inf if self.sense == ">=" else self.rhs + self.tolerance
+        return low, high
+
+    def satisfied(self, states: ArrayLike) -> NDArray[np.bool_]:
+        """(S,) whether each state of (S, N) obeys the row."""
+        value = np.asarray(states, dtype=np.float64) @ self.coefficients
+        low, high = self.interval()
+        result: NDArray[np.bool_] = (value >= low) & (value <= high)
+        return result
+
+    def describe(self) -> str:
+        """Name and reason, for messages."""
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+
+def count(n: int, m: int) -> LinearConstraint:
+    """Exactly ``m`` of ``n`` blocks are removed."""
+    if not 0 <= m <= n:
+        raise InputError(f"cannot remove {m} of {n} blocks; choose a number from 0 to {n}")
+    return LinearConstraint("count", np.ones(n), "==", m, f"exactly {m} of {n} blocks removed")
+
+
+def kind_counts(kinds: Sequence[str], counts: Mapping[str, int]) -> list[LinearConstraint]:
+    """Exactly ``counts[kind]`` blocks of each kind; kinds not named are kept whole."""
+    present = {kind: sum(k == kind for k in kinds) for kind in dict.fromkeys(kinds)}
+    for kind, wanted in counts.items():
+        if kind not in present:
+            raise InputError(
+                f"no block is of kind {kind!r}; this model has "
+                + ", ".join(f"{k} ({v})" for k, v in present.items())
+            )
+        if not 0 <= wanted <= present[kind]:
+            raise InputError(f"cannot remove {wanted} {kind} blocks of {present[kind]}")
+    rows = []
+    for kind, total in present.items():
+        wanted = counts.get(kind, 0)
+        mask = np.array([k == kind for k in kinds], dtype=np.float64)
+        rows.append(
+            LinearConstraint(
+                f"remove {kind}={wanted}",
+                mask,
+                "==",
+                wanted,
+                f"exactly {wanted} of {total} {kind} blocks removed",
+            )
+        )
+    return rows
+
+
+def _unit_rows(n: int, indices: Iterable[int], verb: str, value: int) -> list[LinearConstraint]:
+    rows = []
+    for i in sorted(set(indices)):
+        if not 0 <= i < n:
+            raise InputError(f"cannot {verb} block {i}: blocks are numbered 0 to {n - 1}")
+        row = np.zeros(n)
+        row[i] = 1.0
+        what = "stays" if verb == "keep" else "is removed"
+        rows.append(LinearConstraint(f"{verb} {i}", row, "==", value, f"block {i} {what}"))
+    return rows
+
+
+def keep(n: int, indices: Iterable[int]) -> list[LinearConstraint]:
+    """These blocks are never removed."""
+    return _unit_rows(n, indices, "keep", 0)
+
+
+def drop(n: int, indices: Iterable[int]) -> list[LinearConstraint]:
+    """These blocks are always removed."""
+    return _unit_rows(n, indices, "drop", 1)
+
+
+def budget(
+    name: str,
+    costs: ArrayLike,
+    *,
+    share: float | None = None,
+    amount: float | None = None,
+    total: float | None = None,
+) -> LinearConstraint:
+    """The removed blocks' costs add up to at least ``share`` of ``total``, or ``amount``.
+
+    Args:
+        name: what is counted: ``"params"``, ``"bytes"``, ``"kv"``, ``"latency"``.
+        costs: (N,) cost of each block.
+        share: fraction of ``total``, in [0, 1].
+        amount: the same in the unit of ``costs``; exactly one of the two.
+        total: what the share refers to, the blocks' sum by default; the whole model's where
+            embeddings count too.
+    """
+    cost = np.asarray(costs, dtype=np.float64)
+    if (share is None) == (amount is None):
+        raise InputError(f"budget {name!r} needs either a share or an amount")
+    if share is not None:
+        if not 0 <= share <= 1:
+            raise InputError(f"budget {name!r}: a share lies between 0% and 100%, got {share:.1%}")
+        amount = share * (float(cost.sum()) if total is None else total)
+        words = f"at least {share:.4g} of the {name} removed ({amount:.6g})"
+    else:
+        words = f"at least {amount:.6g} {name} removed"
+    assert amount is not None
+    return LinearConstraint(f"budget {name}", cost, ">=", amount, words)
+
+
+def keep_at_least(kinds: Sequence[str], kind: str, minimum: int = 1) -> LinearConstraint:
+    """At least ``minimum`` blocks of ``kind`` stay (legality: generation needs them)."""
+    mask = np.array([k == kind for k in kinds], dtype=np.float64)
+    total = int(mask.sum())
+    return LinearConstraint(
+        f"keep {minimum} {kind}",
+        mask,
+        "<=",
+        total - minimum,
+        f"at least {minimum} of {total} {kind} blocks stay",
+    )
+
+
+def together(
+    n: int, groups: Iterable[Sequence[int]], what: str = "group"
+) -> list[LinearConstraint]:
+    """The blocks of each group are removed together or not at all (whole periods)."""
+    rows = []
+    for group in groups:
+        for a, b in itertools.pairwise(group):
+            row = np.zeros(n)
+            row[a], row[b] = 1.0, -1.0
+            rows.append(
+                LinearConstraint(
+                    f"{what} {group[0]}-{group[-1]}: {a} with {b}",
+                    row,
+                    "==",
+                    0,
+                    f"blocks {a} and {b} belong to one {what}",
+                )
+            )
+    return rows
+
+
+def distance(state: ArrayLike, swaps: int, name: str) -> LinearConstraint:
+    """At least ``swaps`` swaps away from ``state``: a Hamming distance of 2 x ``swaps``."""
+    x = np.asarray(state, dtype=np.float64)
+    return LinearConstraint(
+        name,
+        1 - 2 * x,
+        ">=",
+        2 * swaps - x.sum(),
+        f"at least {swaps} swaps away from an earlier state",
+    )
+
+
+# The command line's spellings -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One parsed ``--budget``: a quantity and a share of it or an amount."""
+
+    quantity: str
+    share: float | None
+    amount: float | None
+
+
+_SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_BINARY = {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40}
+_BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "ms": 1e-3, "us": 1e-6, "s": 1.0}
+
+
+def parse_counts(text: str) -> int | dict[str, int]:
+    """``"8"`` -> 8; ``"attention=2,moe=3"`` -> counts per kind."""
+    text = text.strip()
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    counts: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([A-Za-z][\w.-]*)\s*=\s*(\d+)\s*", part)
+        if match is None:
+            raise InputError(
+                f"cannot read {text!r} as a removal; write a number (8) or counts per kind "
+                "(attention=2,moe=3)"
+            )
+        if match[1] in counts:
+            raise InputError(f"kind {match[1]!r} occurs twice in {text!r}")
+        counts[match[1]] = int(match[2])
+    return counts
+
+
+def parse_budget(text: str) -> Budget:
+    """``"params=25%"`` -> a share; ``"bytes=1.5GB"``, ``"latency=3ms"`` -> an amount."""
+    match = re.fullmatch(r"\s*([A-Za-z][\w.-]*)\s*=\s*(\d+(?:\.\d*)?)\s*(%|[A-Za-z]*)\s*", text)
+    if match is None:
+        raise InputError(
+            f"cannot read {text!r} as a budget; write quantity=share or quantity=amount, "
+            "for example params=25% or bytes=1.5GB"
+        )
+    value, unit = float(match[2]), match[3].lower()
+    if unit == "%":
+        if value > 100:
+            raise InputError(f"budget {text!r}: a share lies between 0% and 100%")
+        return Budget(match[1], value / 100, None)
+    factor = {**_SUFFIX, **_BINARY, **_BYTES}.get(unit)
+    if factor is None:
+        raise InputError(f"budget {text!r}: unknown unit {match[3]!r}; use %, K, M, G, GB, GiB, ms")
+    return Budget(match[1], None, value * factor)
+
+
+def parse_indices(text: str) -> list[int]:
+    """``"0,1,5-8"`` -> [0, 1, 5, 6, 7, 8]."""
+    indices: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            raise InputError(f"cannot read {text!r} as block numbers; write for example 0,1,5-8")
+        indices.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(set(indices))

@@ -1,0 +1,267 @@
+"""The energy of a state: a quadratic form over binaries, with units and provenance.
+
+    E(x) = c + h.x + sum_{i<j} J_ij x_i x_j,     x_i = 1 means block i is removed.
+
+In spins s_i = 2 x_i - 1 the same energy is an Ising model (`Hamiltonian.to_ising`); removing
+exactly M of N blocks fixes its magnetisation to 2 M - N.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from isingcut.errors import InputError, StageFileError
+
+if TYPE_CHECKING:
+    import dimod
+
+FORMAT = "isingcut-hamiltonian"
+VERSION = 1
+
+Floats = NDArray[np.float64]
+
+
+class Ising(NamedTuple):
+    """E(s) = offset + h.s + sum_{i<j} J_ij s_i s_j with s in {-1, +1}^N."""
+
+    h: Floats
+    J: Floats
+    offset: float
+
+
+def _finite(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Floats:
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must be an array of real numbers: {error}") from None
+    if array.shape != shape:
+        raise InputError(f"{name} must have shape {shape}, got {array.shape}")
+    if not np.isfinite(array).all():
+        where = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise InputError(f"{name} must be finite; entry {where} is {array[tuple(where)]}")
+    array.setflags(write=False)
+    return array
+
+
+def _symmetric(name: str, array: Floats) -> Floats:
+    scale = float(np.abs(array).max(initial=0.0))
+    skew = float(np.abs(array - array.T).max(initial=0.0))
+    if skew > 1e-9 * scale:
+        raise InputError(
+            f"{name} must be symmetric; entries differ from their mirror by up to {skew:.3g}. "
+            f"Pass ({name} + {name}.T) / 2 if the form x.{name}.x was meant"
+        )
+    array = (array + array.T) / 2
+    array.setflags(write=False)
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class Hamiltonian:
+    """A quadratic energy over N binaries.
+
+    Args:
+        h: (N,) own terms.
+        J: (N, N) couplings, symmetric with a zero diagonal; each pair counts once.
+        c: energy of the empty state.
+        unit: ``"nats/token"`` or ``"arbitrary"``.
+        meta: JSON-able provenance.
+        h_error: (N,) standard errors of ``h``, where they were measured.
+        J_error: (N, N) standard errors of ``J``.
+
+    Raises:
+        InputError: wrong shapes, entries that are not finite, J not symmetric, or a diagonal.
+    """
+
+    h: Floats
+    J: Floats
+    c: float = 0.0
+    unit: str = "nats/token"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    h_error: Floats | None = None
+    J_error: Floats | None = None
+
+    def __post_init__(self) -> None:
+        n = np.asarray(self.h).shape[0] if np.asarray(self.h).ndim else 0
+        if n == 0:
+            raise InputError("h must be a vector with at least one entry")
+        object.__setattr__(self, "h", _finite("h", self.h, (n,)))
+        coupling = _symmetric("J", _finite("J", self.J, (n, n)))
+        if np.diagonal(coupling).any():
+            raise InputError("J must have a zero diagonal; own terms belong in h (x_i^2 = x_i)")
+        object.__setattr__(self, "J", coupling)
+        object.__setattr__(self, "c", float(_finite("c", self.c, ())))
+        if self.h_error is not None:
+            object.__setattr__(self, "h_error", _finite("h_error", self.h_error, (n,)))
+        if self.J_error is not None:
+            error = _symmetric("J_error", _finite("J_error", self.J_error, (n, n)))
+            object.__setattr__(self, "J_error", error)
+        object.__setattr__(self, "meta", dict(self.meta))
+
+    @classmethod
+    def from_quadratic(
+        cls, matrix: ArrayLike, c: float = 0.0, unit: str = "arbitrary", **rest: Any
+    ) -> Hamiltonian:
+        """The Hamiltonian of E(x) = c + x^T Q x, for any square Q (x_i^2 = x_i)."""
+        q = np.asarray(matrix, dtype=np.float64)
+        if q.ndim != 2 or q.shape[0] != q.shape[1]:
+            raise InputError(f"a quadratic form needs a square matrix, got shape {q.shape}")
+        coupling = q + q.T
+        np.fill_diagonal(coupling, 0.0)
+        return cls(np.diagonal(q).copy(), coupling, c, unit, **rest)
+
+    @property
+    def n(self) -> int:
+        """Number of blocks N."""
+        return int(self.h.shape[0])
+
+    @property
+    def scale(self) -> float:
+        """Sum of the absolute coefficients: rounding errors of an energy are relative to it."""
+        return float(abs(self.c) + np.abs(self.h).sum() + np.abs(self.J).sum() / 2)
+
+    def energies(self, states: ArrayLike) -> Floats:
+        """Energies (S,) of the states (S, N), 0/1 or bool; O(S N^2)."""
+        x = np.asarray(states)
+        if x.ndim != 2 or x.shape[1] != self.n:
+            raise InputError(f"states must have shape (S, {self.n}), got {x.shape}")
+        if x.dtype != np.bool_ and not np.isin(x, (0, 1)).all():
+            raise InputError("states must hold only 0 and 1 (1 = the block is removed)")
+        x = x.astype(np.float64)
+        energies: Floats = self.c + x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
+        return energies
+
+    def energy(self, state: ArrayLike) -> float:
+        """Energy of one state (N,)."""
+        return float(self.energies(np.asarray(state)[None])[0])
+
+    # The Ising form -------------------------------------------------------------------
+
+    def to_ising(self) -> Ising:
+        """The same energy in spins s = 2 x - 1: offset + h'.s + sum_{i<j} J'_ij s_i s_j.
+
+        J' = J / 4, h' = h / 2 + (row sums of J) / 4, offset = c + sum h / 2 + sum_{i<j} J / 4.
+        """
+        rows = self.J.sum(axis=1)
+        return Ising(
+            self.h / 2 + rows / 4,
+            self.J / 4,
+            float(self.c + self.h.sum() / 2 + rows.sum() / 8),
+        )
+
+    @classmethod
+    def from_ising(
+        cls, h: ArrayLike, J: ArrayLike, offset: float = 0.0, **rest: Any
+    ) -> Hamiltonian:
+        """The binary form of an Ising model; the inverse of `to_ising`."""
+        spin = cls(np.asarray(h), np.asarray(J), offset)
+        rows = spin.J.sum(axis=1)
+        return cls(
+            2 * spin.h - 2 * rows,
+            4 * spin.J,
+            float(spin.c - spin.h.sum() + rows.sum() / 2),
+            **rest,
+        )
+
+    # dimod ----------------------------------------------------------------------------
+
+    def to_bqm(self) -> dimod.BinaryQuadraticModel:
+        """The energy alone as a dimod BQM over the variables 0 .. N-1, without constraints."""
+        import dimod
+
+        bqm = dimod.BinaryQuadraticModel(self.n, "BINARY")
+        bqm.offset = self.c
+        for i in range(self.n):
+            bqm.set_linear(i, self.h[i])
+        rows, columns = np.nonzero(np.triu(self.J, 1))
+        bqm.add_quadratic_from(
+            (int(i), int(j), float(self.J[i, j])) for i, j in zip(rows, columns, strict=True)
+        )
+        return bqm
+
+    @classmethod
+    def from_bqm(cls, bqm: dimod.BinaryQuadraticModel, **rest: Any) -> Hamiltonian:
+        """The Hamiltonian of a dimod BQM; block i is its i-th variable, labels go into meta."""
+        import dimod
+
+        binary = bqm.change_vartype(dimod.BINARY, inplace=False)
+        labels = list(binary.variables)
+        place = {label: i for i, label in enumerate(labels)}
+        h = np.array([binary.get_linear(v) for v in labels], dtype=np.float64)
+        coupling = np.zeros((len(labels), len(labels)))
+        for u, v, bias in binary.iter_quadratic():
+            coupling[place[u], place[v]] = coupling[place[v], place[u]] = bias
+        rest.setdefault("unit", "arbitrary")
+        meta = {"variables": [v if isinstance(v, int) else str(v) for v in labels]}
+        rest["meta"] = {**meta, **rest.get("meta", {})}
+        return cls(h, coupling, float(binary.offset), **rest)
+
+    # files ----------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file with the metadata beside the numbers, atomically."""
+        from safetensors.numpy import save
+
+        tensors = {"h": self.h, "J": self.J, "c": np.array([self.c])}
+        if self.h_error is not None:
+            tensors["h_error"] = self.h_error
+        if self.J_error is not None:
+            tensors["J_error"] = self.J_error
+        header = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "unit": self.unit,
+            "meta": json.dumps(self.meta, sort_keys=True),
+        }
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        temporary.write_bytes(
+            save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, header)
+        )
+        os.replace(temporary, target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Hamiltonian:
+        """Read what `save` wrote.
+
+        Raises:
+            StageFileError: no such file, not one of ours, or of a later version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        source = Path(path)
+        if not source.is_file():
+            raise StageFileError(f"no Hamiltonian at {source}; write one with Hamiltonian.save")
+        try:
+            with safe_open(source, framework="numpy") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise StageFileError(f"{source} is not a readable safetensors file: {error}") from None
+        if header.get("format") != FORMAT or not {"h", "J", "c"} <= tensors.keys():
+            raise StageFileError(
+                f"{source} is not an {FORMAT} file (its format says {header.get('format')!r})"
+            )
+        if int(header["version"]) > VERSION:
+            raise StageFileError(
+                f"{source} has format version {header['version']}, this isingcut reads up to "
+                f"{VERSION}; upgrade isingcut"
+            )
+        return cls(
+            tensors["h"],
+            tensors["J"],
+            float(tensors["c"][0]),
+            header["unit"],
+            json.loads(header["meta"]),
+            tensors.get("h_error"),
+            tensors.get("J_error"),
+        )

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+
+from isingcut import constraints as con
+from isingcut.errors import InfeasibleError, InputError, UnknownNameError
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.problem import Problem
+from isingcut.solvers import solve
+
+
+def hamiltonian(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return Hamiltonian.from_quadratic(rng.normal(size=(n, n)))
+
+
+def brute_force(problem, k):
+    x = (np.arange(2**problem.n)[:, None] >> np.arange(problem.n)) & 1
+    return np.sort(problem.hamiltonian.energies(x[problem.feasible(x)]))[:k]
+
+
+N = 12
+KINDS = ["attention", "mlp", "moe"] * 4
+PROBLEMS = {
+    "free": [],
+    "count": [con.count(N, 5)],
+    "nothing": [con.count(N, 0)],
+    "everything": [con.count(N, N)],
+    "kinds": con.kind_counts(KINDS, {"attention": 2, "mlp": 3}),
+    "budget": [con.budget("params", np.arange(1.0, N + 1), share=0.4)],
+    "count and budget": [con.count(N, 5), con.budget("b", np.arange(1e9, 13e9, 1e9), share=0.5)],
+    "keep and drop": [con.count(N, 4), *con.keep(N, [0, 1]), *con.drop(N, [3])],
+    "legality": [con.count(N, 8), con.keep_at_least(KINDS, "attention", 2)],
+    "periods": con.together(N, [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)]),
+    "count and periods": [con.count(N, 6), *con.together(N, [(0, 1), (2, 3), (4, 5), (6, 7)])],
+}
+
+
+@pytest.mark.parametrize("solver", ["exhaustive", "tabu", "auto"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_k_best_under_every_kind_of_constraint(solver, name):
+    problem = Problem(hamiltonian(N), PROBLEMS[name])
+    spectrum = solve(problem, solver, k=15)
+    wanted = brute_force(problem, 15)
+    np.testing.assert_allclose(spectrum.energies, wanted, atol=1e-9)
+    assert spectrum.unit == "arbitrary"
+
+
+@pytest.mark.parametrize("diverse", [1, 2, 3])
+def test_diverse_states_are_each_the_best_at_their_distance(diverse):
+    problem = Problem(hamiltonian(N, 3), [con.count(N, 4)])
+    spectrum = solve(problem, "exhaustive", k=6, diverse=diverse)
+    every = solve(problem, "exhaustive", k=495)
+    wanted = every.diverse(diverse)[:6]
+    np.testing.assert_array_equal(spectrum.states, every.states[wanted])
+    assert spectrum.proven
+
+
+def test_exhaustive_refuses_too_many_states():
+    problem = Problem(hamiltonian(40), [con.count(40, 20)])
+    with pytest.raises(InputError, match="exact"):
+        solve(problem, "exhaustive")
+
+
+def test_infeasible_problems_say_why():
+    problem = Problem(hamiltonian(N), [con.count(N, 2), *con.drop(N, [0, 1, 2])])
+    for solver in ("exhaustive", "tabu", "auto"):
+        with pytest.raises(InfeasibleError, match=r"count .*drop 0"):
+            solve(problem, solver)
+
+
+def test_unknown_solvers_and_options_are_refused():
+    problem = Problem(hamiltonian(4), [con.count(4, 2)])
+    with pytest.raises(UnknownNameError, match="did you mean 'tabu'"):
+        solve(problem, "taboo")
+    with pytest.raises(InputError, match="heat"):
+        solve(problem, "tabu", heat=3)
+    with pytest.raises(InputError, match="k must be"):
+        solve(problem, k=0)
+
+
+def test_tabu_depends_on_nothing_but_seed_and_options():
+    problem = Problem(hamiltonian(30), [con.count(30, 12)])
+    a = solve(problem, "tabu", restarts=3, steps=50, seed=5)
+    b = solve(problem, "tabu", restarts=3, steps=50, seed=5)
+    np.testing.assert_array_equal(a.states, b.states)
