@@ -1,1 +1,6 @@
-"""placeholder"""
+"""Energies: text and a model -> `Hamiltonian`. One file per estimator."""
+
+from isingcut.registry import Registry
+
+registry = Registry("energies", "energy")
+"""All energies by name; `registry.names()` lists them without importing any."""

@@ -1,0 +1,175 @@
+"""Every option of a run, with its default, its help and the first stage it touches.
+
+The command line, `run.yaml` and `isingcut.run(...)` are all generated from `RunConfig`: a
+default that is not here does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isingcut.errors import InputError
+
+STAGES = ("model", "calibration", "energy", "solve", "rank", "excise", "evaluate", "report")
+"""The stages of a run, in order. An option belongs to the first stage it can change."""
+
+
+def _option(default: Any, stage: str, help_: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"stage": stage, "help": help_, **extra})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of one run; every field is also a CLI option and a key of `run.yaml`."""
+
+    model: str = _option(
+        "", "model", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", argument=True
+    )
+    remove: str = _option("", "solve", "How many blocks to remove, for example 6.", metavar="M")
+    out: str = _option("", "report", "Folder for the run; every stage writes its file there.")
+
+    calibration: str = _option(
+        "wiki",
+        "calibration",
+        "Text to measure on: FILE.txt, FILE.jsonl, a datasets name, 'wiki' or 'self'.",
+    )
+    samples: int | None = _option(
+        None, "calibration", "Samples that build the energy (default: the energy's own number)."
+    )
+    length: int = _option(256, "calibration", "Tokens per sample.")
+    rank_samples: int = _option(16, "calibration", "Other samples, that rank the candidates.")
+    report_samples: int = _option(32, "calibration", "Other samples, for the reported perplexity.")
+    seed: int = _option(0, "calibration", "Seed of every random choice.")
+
+    energy: str = _option("pairwise", "energy", "How the Hamiltonian is measured.")
+    linear: bool = _option(
+        False, "energy", "empirical-fisher only: add the gradient term the paper leaves out."
+    )
+    dtype: str = _option("auto", "energy", "auto, float32 or bfloat16.")
+    device: str = _option("auto", "energy", "auto, cpu, cuda or cuda:N.", volatile=True)
+    batch_tokens: int = _option(1024, "energy", "Tokens computed at a time.")
+    trust_remote_code: bool = _option(
+        False, "model", "Allow the model's own Python code to run.", volatile=True
+    )
+
+    solver: str = _option("auto", "solve", "How low-energy states are found.")
+    states: int = _option(20, "solve", "States kept in the spectrum.")
+    keep: str = _option("", "solve", "Blocks that must stay, for example 0,1,29.")
+    drop: str = _option("", "solve", "Blocks that must go.")
+
+    random_states: int = _option(
+        40, "rank", "Random states measured too, to judge the energy (at least 30)."
+    )
+    choose: str = _option("measured", "rank", "measured (lowest KL of the candidates) or ground.")
+
+    overwrite: bool = _option(False, "report", "Replace an existing output.", volatile=True)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A copy with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+    def stage_options(self, last: str) -> dict[str, Any]:
+        """The options that can change the result of stage ``last`` or of one before it."""
+        reach = STAGES.index(last)
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if STAGES.index(f.metadata["stage"]) <= reach and not f.metadata.get("volatile")
+        }
+
+    def validate(self) -> RunConfig:
+        """Check what can be checked without a model.
+
+        Raises:
+            InputError: one line that names the option, what was expected and what came.
+        """
+        if not self.model:
+            raise InputError("no model was given; expected a folder, a hub id, a .gguf or 'smollm2'")
+        for name, lowest in {
+            "samples": 1,
+            "length": 8,
+            "rank_samples": 2,
+            "report_samples": 2,
+            "batch_tokens": 1,
+            "states": 1,
+            "random_states": 30,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must be at least {lowest}, got {value}")
+        _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("--choose", self.choose, ("measured", "ground"))
+        return self
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{option} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def field_names() -> list[str]:
+    """All option names."""
+    return [f.name for f in dataclasses.fields(RunConfig)]
+
+
+def from_mapping(values: Mapping[str, Any], source: str) -> RunConfig:
+    """A `RunConfig` from keys as `run.yaml` has them (dashes and underscores both work).
+
+    Raises:
+        InputError: unknown key (with a suggestion) or a value of the wrong type.
+    """
+    known = {f.name: f for f in dataclasses.fields(RunConfig)}
+    checked: dict[str, Any] = {}
+    for raw, value in values.items():
+        name = str(raw).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{source}: unknown option {raw!r}{hint} known: {', '.join(known)}")
+        checked[name] = _coerced(name, str(known[name].type), value, source)
+    return RunConfig(**checked)
+
+
+def _coerced(name: str, declared: str, value: Any, source: str) -> Any:
+    """``value`` as the declared type, or an error: never a guess."""
+    base = declared.removesuffix(" | None")
+    if value is None and base != declared:
+        return None
+    if base == "bool" and isinstance(value, bool):
+        return value
+    if base == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if base == "str" and isinstance(value, str | int | Path) and not isinstance(value, bool):
+        return str(value)
+    if base == "str" and isinstance(value, list | tuple):
+        return ",".join(str(v) for v in value)
+    raise InputError(f"{source}: {name} must be {_words(base)}, got {value!r}")
+
+
+def _words(base: str) -> str:
+    return {"int": "a whole number", "bool": "true or false", "str": "text"}[base]
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML config file.
+
+    Raises:
+        InputError: missing, unreadable, or not a mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise InputError(f"no such config file: {path}") from e
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"{path} is not a readable YAML file: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold 'option: value' lines, found {type(content).__name__}")
+    return content

@@ -1,0 +1,91 @@
+"""`pairwise`: own terms and couplings measured by really removing one and two blocks.
+
+    D(x)  = mean KL(original || blocks x removed), nats per token
+    h_i   = D({i})
+    J_ij  = D({i, j}) - D({i}) - D({j})
+
+so that the energy is exact for every state of at most two blocks. The N (N + 1) / 2 states
+share their prefixes: about a third of the blocks of a naive measurement are run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.energies.base import Work
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.measure import measure, standard_error
+
+__all__ = ["Pairwise"]
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """The measured pair energy, in nats per token, with standard errors over samples."""
+
+    default_samples: ClassVar[int] = 16
+
+    def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
+        """Measure D for every single block and every pair.
+
+        Returns:
+            Hamiltonian with c = 0, unit ``"nats/token"`` and, for two samples or more,
+            ``h_error`` and ``J_error``.
+
+        Complexity: about N^3 / 6 block evaluations per sample, plus N (N + 1) / 2 heads.
+        """
+        n = len(replay)
+        singles = [(i,) for i in range(n)]
+        pairs = list(combinations(range(n), 2))
+        found = measure(
+            replay,
+            tokens,
+            indicator(n, [*singles, *pairs]),
+            batch_tokens=work.batch_tokens,
+            progress=work.progress,
+            description=f"measuring {len(singles) + len(pairs)} removals",
+            journal=work.journal,
+        )
+        own = found.kl_sums[:n]  # (N, m)
+        i, j = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        coupled = found.kl_sums[n:] - own[i] - own[j]  # (pairs, m)
+        total = found.counts.sum()
+        J = np.zeros((n, n))
+        J[i, j] = J[j, i] = coupled.sum(1) / total
+        h_error = J_error = None
+        if found.counts.size > 1:
+            h_error = standard_error(own, found.counts)
+            J_error = np.zeros((n, n))
+            J_error[i, j] = J_error[j, i] = standard_error(coupled, found.counts)
+        meta = {
+            "energy": "pairwise",
+            "loss": "KL(original || cut)",
+            "samples": tokens.samples,
+            "tokens": tokens.tokens,
+            "blocks_run": found.blocks_run,
+            "blocks_unshared": found.blocks_unshared,
+        }
+        return Hamiltonian(
+            h=own.sum(1) / total,
+            J=J,
+            c=0.0,
+            unit="nats/token",
+            meta=meta,
+            h_error=h_error,
+            J_error=J_error,
+        )
+
+
+def indicator(n: int, removed: list[tuple[int, ...]]) -> npt.NDArray[np.bool_]:
+    """(S, n) bool states from lists of removed blocks."""
+    states = np.zeros((len(removed), n), dtype=bool)
+    for row, blocks in zip(states, removed, strict=True):
+        row[list(blocks)] = True
+    return states

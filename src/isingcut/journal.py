@@ -1,0 +1,81 @@
+"""An append-only file of finished measurements, so that a killed run loses one micro-batch at most."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Journal:
+    """Float64 arrays by key, one checksummed line each, appended and synced as they come.
+
+    A journal belongs to one measurement: opened with another ``fingerprint`` it starts afresh.
+    A torn last line, as a kill leaves it, is dropped.
+
+    Args:
+        path: the file; None keeps the rows in memory only.
+        fingerprint: identifies model, tokens and states measured.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: str) -> None:
+        self._path = path
+        self._rows: dict[str, npt.NDArray[np.float64]] = {}
+        if path is None:
+            return
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        header = json.dumps({"format": "isingcut-journal", "fingerprint": fingerprint}).encode()
+        valid = [header]
+        if lines and lines[0] == header:
+            for line in lines[1:]:
+                if not self._accept(line):
+                    break
+                valid.append(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_bytes(b"".join(line + b"\n" for line in valid))
+        os.replace(temporary, path)
+
+    def _accept(self, line: bytes) -> bool:
+        try:
+            record = json.loads(line)
+            data = base64.b64decode(record["data"], validate=True)
+            if zlib.crc32(data) != record["crc"]:
+                return False
+            row = np.frombuffer(data, dtype=np.float64).reshape(record["shape"])
+        except (ValueError, KeyError, TypeError):
+            return False
+        self._rows[record["key"]] = row.copy()
+        return True
+
+    def get(self, key: str) -> npt.NDArray[np.float64] | None:
+        """The row stored under ``key``, or None."""
+        return self._rows.get(key)
+
+    def put(self, key: str, row: npt.NDArray[np.float64]) -> None:
+        """Store ``row`` under ``key`` and sync it to disk."""
+        row = np.ascontiguousarray(row, dtype=np.float64)
+        self._rows[key] = row
+        if self._path is None:
+            return
+        data = row.tobytes()
+        record = {
+            "key": key,
+            "shape": list(row.shape),
+            "crc": zlib.crc32(data),
+            "data": base64.b64encode(data).decode(),
+        }
+        with self._path.open("ab") as f:
+            f.write(json.dumps(record).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+    def remove(self) -> None:
+        """Delete the file: its rows have become a results file."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,251 @@
+"""Measured loss of states: KL to the original model and NLL, in nats per token.
+
+States are visited in the order of their bits, so that two states that agree on the first
+blocks share the hidden states up to where they part: each node of the tree of decisions is
+computed once. The original model is the empty state, so that every measurement brings its own
+reference. Work goes by micro-batches, and a finished micro-batch is written to a journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from isingcut.blocks import Replay, reuse_freed_memory
+from isingcut.calibration import TokenSet
+from isingcut.files import fingerprint
+from isingcut.journal import Journal
+from isingcut.progress import Bar, Progress, silent
+
+States = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+# Float32 logits compared at a time: about what stays in a CPU's cache; a GPU wants more.
+_CPU_ELEMENTS = 1_500_000
+_GPU_ELEMENTS = 64_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Losses of S states on m samples.
+
+    Attributes:
+        states: (S, N) bool, True where a block is removed.
+        kl_sums: (S, m) KL(original || state), summed over a sample's tokens, nats.
+        nll_sums: (S, m) negative log-likelihood, summed over a sample's tokens, nats.
+        original_nll_sums: (m,) the same for the original model.
+        counts: (m,) predicted, non-padding tokens of each sample.
+        blocks_run: block evaluations done, per sample of the token set.
+        blocks_unshared: what removing the blocks state by state would have run.
+    """
+
+    states: States
+    kl_sums: Floats
+    nll_sums: Floats
+    original_nll_sums: Floats
+    counts: npt.NDArray[np.int64]
+    blocks_run: int
+    blocks_unshared: int
+
+    @property
+    def kl(self) -> Floats:
+        """(S,) mean KL per token."""
+        return np.asarray(self.kl_sums.sum(1) / self.counts.sum())
+
+    @property
+    def nll(self) -> Floats:
+        """(S,) mean NLL per token."""
+        return np.asarray(self.nll_sums.sum(1) / self.counts.sum())
+
+    @property
+    def kl_se(self) -> Floats:
+        """(S,) standard error of `kl` over samples (ratio estimator)."""
+        return standard_error(self.kl_sums, self.counts)
+
+    @property
+    def nll_se(self) -> Floats:
+        """(S,) standard error of `nll` over samples (ratio estimator)."""
+        return standard_error(self.nll_sums, self.counts)
+
+
+def standard_error(sums: Floats, counts: npt.NDArray[np.int64]) -> Floats:
+    """Standard error of sum(sums) / sum(counts) over samples, by linearisation.
+
+    Args:
+        sums: (..., m) per-sample sums.
+        counts: (m,) per-sample token counts.
+
+    Returns:
+        (...) standard errors; NaN for a single sample.
+    """
+    m = counts.size
+    if m < 2:
+        return np.full(sums.shape[:-1], np.nan)
+    ratio = sums.sum(-1, keepdims=True) / counts.sum()
+    residual = sums - ratio * counts
+    return np.asarray(np.sqrt((residual**2).sum(-1) * m / (m - 1)) / counts.sum())
+
+
+def measure(
+    replay: Replay,
+    tokens: TokenSet,
+    states: States | Sequence[Sequence[int]],
+    *,
+    batch_tokens: int = 1024,
+    progress: Progress = silent,
+    description: str = "measuring states",
+    journal: Path | None = None,
+    share_prefixes: bool = True,
+) -> Measurement:
+    """Measure the KL to the original and the NLL of each state.
+
+    Args:
+        replay: the model's blocks.
+        tokens: m samples.
+        states: (S, N) bool.
+        batch_tokens: tokens computed at a time; bounds memory, not the result.
+        journal: file that keeps finished micro-batches; it is left for the caller to remove.
+        share_prefixes: off only to measure what sharing saves.
+
+    Complexity: one block evaluation per node of the prefix tree of the states and of the
+    empty state, plus one output head per state.
+    """
+    wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
+    n = len(replay)
+    # Lexicographic by bits: neighbours share the longest prefixes. lexsort's last key is first.
+    order = np.lexsort(wanted.T[::-1]) if len(wanted) else np.zeros(0, dtype=np.int64)
+    walk = [_Step(wanted[s], int(s)) for s in order]
+    empty = np.zeros(n, dtype=bool)
+    previous = empty
+    for step in walk:
+        step.shared = _common_prefix(previous, step.removed) if share_prefixes else 0
+        previous = step.removed
+    per_batch = n + sum(int((~s.removed[s.shared :]).sum()) for s in walk)
+    unshared = n + int((~wanted).sum())
+
+    reuse_freed_memory()
+    batches = tokens.batches(batch_tokens)
+    kept = Journal(journal, _identity(replay, tokens, wanted, batch_tokens))
+    m = tokens.samples
+    sums = np.zeros((2, len(wanted) + 1, m))
+    with progress(description, per_batch * len(batches)) as bar, torch.inference_mode():
+        for b, batch in enumerate(batches):
+            row = kept.get(str(b))
+            if row is None:
+                row = _measure_batch(replay, batch, walk, len(wanted), bar)
+                kept.put(str(b), row)
+            else:
+                bar.advance(per_batch)
+            sums[:, :, batch.index] = row
+    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
+    return Measurement(
+        wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared
+    )
+
+
+class _Step:
+    """One state on the walk through the prefix tree."""
+
+    def __init__(self, removed: npt.NDArray[np.bool_], position: int) -> None:
+        self.removed, self.position, self.shared = removed, position, 0
+
+
+def _common_prefix(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> int:
+    differ = np.flatnonzero(a != b)
+    return int(differ[0]) if len(differ) else len(a)
+
+
+def _identity(replay: Replay, tokens: TokenSet, states: States, batch_tokens: int) -> str:
+    parameter = next(replay.model.parameters())
+    config = getattr(replay.model, "config", None)
+    return fingerprint(
+        {
+            "model": config.to_dict() if config is not None else None,
+            "first": parameter.flatten()[:64].float().tolist(),
+            "dtype": str(parameter.dtype),
+            "tokens": tokens.input_ids.tolist(),
+            "mask": tokens.mask.tolist(),
+            "states": np.packbits(states).tolist(),
+            "shape": list(states.shape),
+            "batch_tokens": batch_tokens,
+        }
+    )
+
+
+def _measure_batch(
+    replay: Replay, batch: TokenSet, walk: Sequence[_Step], count: int, bar: Bar
+) -> Floats:
+    """(2, count + 1, B): KL and NLL sums of each state and, last, of the original."""
+    n = len(replay)
+    recording = replay.record(batch.input_ids)
+    # stream[i] enters block i on the current path through the tree.
+    stream: list[Tensor] = [recording.entered] * (n + 1)
+
+    def run(removed: npt.NDArray[np.bool_], start: int) -> int:
+        ran = 0
+        for i in range(start, n):
+            if removed[i]:
+                stream[i + 1] = stream[i]
+            else:
+                stream[i + 1] = recording.block(i, stream[i])
+                ran += 1
+        return ran
+
+    out = np.zeros((2, count + 1, batch.samples))
+    bar.advance(run(np.zeros(n, dtype=bool), 0))
+    references = [
+        Reference(recording.logits(stream[n][s], s), batch, s) for s in range(batch.samples)
+    ]
+    out[1, count] = [r.nll for r in references]
+    for step in walk:
+        ran = run(step.removed, step.shared)
+        for s, reference in enumerate(references):
+            out[:, step.position, s] = reference.compare(recording.logits(stream[n][s], s))
+        bar.advance(ran)
+    return out
+
+
+class Reference:
+    """The original model's distribution over one sample, to compare others with.
+
+    Args:
+        logits: (T, V) of the original model.
+        batch: the micro-batch the sample is in.
+        sample: its row.
+    """
+
+    def __init__(self, logits: Tensor, batch: TokenSet, sample: int) -> None:
+        predicted = batch.predicted[sample].to(logits.device)
+        # A full sample is a slice; only padded ones pay for a gather.
+        self._rows: slice | Tensor = (
+            slice(0, int(predicted.numel())) if bool(predicted.all()) else predicted.nonzero()[:, 0]
+        )
+        self._labels = batch.input_ids[sample, 1:].to(logits.device)[self._rows]
+        logp = torch.log_softmax(logits[:-1][self._rows].float(), dim=-1)
+        self.nll = -float(logp.gather(1, self._labels[:, None]).sum(dtype=torch.float64))
+        self._p = logp.exp()
+        self._negative_entropy = float((self._p * logp).sum(-1).sum(dtype=torch.float64))
+        elements = _CPU_ELEMENTS if logits.device.type == "cpu" else _GPU_ELEMENTS
+        self._chunk = max(1, elements // logits.shape[-1])
+
+    def compare(self, logits: Tensor) -> tuple[float, float]:
+        """KL(original || other) and the other's NLL, each summed over the sample's tokens.
+
+        KL = sum_v p log p + log sum_v exp q - sum_v p q, with q the other's logits.
+        """
+        kl = nll = torch.zeros((), dtype=torch.float64, device=logits.device)
+        selected = logits[:-1][self._rows]
+        for a in range(0, len(self._p), self._chunk):
+            rows = slice(a, a + self._chunk)
+            q = selected[rows].float()
+            log_z = q.logsumexp(-1)
+            label = q.gather(1, self._labels[rows, None])[:, 0]
+            nll = nll + (log_z - label).sum(dtype=torch.float64)
+            kl = kl + (log_z - torch.linalg.vecdot(self._p[rows], q)).sum(dtype=torch.float64)
+        return float(kl) + self._negative_entropy, float(nll)
