@@ -1,0 +1,385 @@
+"""Read safetensors checkpoints by their headers, and write new ones by copying byte ranges.
+
+No tensor is ever decoded: a checkpoint is a list of named byte extents, and a new checkpoint is
+written by asking the kernel to copy extents, so neither dtype nor size matters.
+Format: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isingcut.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_HEADER_LIMIT = 100_000_000
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+_CHUNK = 32 * 2**20
+# Between file systems, or on one that cannot: fall back to reading and writing.
+_CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: where its bytes are."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """One tensor to write: the stored bytes, or ``kept`` of its ``count`` slices on one axis."""
+
+    name: str
+    source: StoredTensor
+    axis: int | None = None
+    count: int = 1
+    kept: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape after slicing."""
+        shape = list(self.source.shape)
+        if self.axis is not None:
+            shape[self.axis] = shape[self.axis] // self.count * len(self.kept)
+        return tuple(shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes after slicing."""
+        if self.axis is None:
+            return self.source.size
+        return self.source.size // self.count * len(self.kept)
+
+
+def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint folder, in file order, from the headers alone.
+
+    Args:
+        folder: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards;
+            the single file wins, as in transformers.
+
+    Raises:
+        CheckpointError: no safetensors, or files that are damaged, missing, outside the folder,
+            or that contradict the index.
+    """
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+        return {t.name: t for t in read_header(contained(folder, SINGLE))}
+    if not (folder / INDEX).exists():
+        raise CheckpointError(_no_weights(folder))
+    weight_map = _read_index(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        for tensor in read_header(contained(folder, file)):
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"tensor {tensor.name!r} is in two shards, {tensors[tensor.name].file.name} "
+                    f"and {file}; which one is meant is not clear: repair the checkpoint"
+                )
+            tensors[tensor.name] = tensor
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != Path(file).name:
+            where = f"it is in {tensors[name].file.name}" if name in tensors else "no shard has it"
+            raise CheckpointError(
+                f"{INDEX} says that tensor {name!r} is in {file}, but {where}: "
+                "the checkpoint is incomplete, download it again"
+            )
+    return tensors
+
+
+def _no_weights(folder: Path) -> str:
+    others = sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
+    )
+    if "adapter_model.safetensors" in others:
+        return f"{folder} holds an adapter, not a model; merge it into its base model first"
+    if others:
+        return (
+            f"{folder} has no {SINGLE} and no {INDEX}, only {', '.join(others[:3])}; convert it "
+            "with transformers: from_pretrained(...).save_pretrained(...)"
+        )
+    return f"{folder} has no weights: expected {SINGLE} or {INDEX}"
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    try:
+        index = load_json((folder / INDEX).read_bytes())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{folder / INDEX} is not readable JSON: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no 'weight_map' of tensor names to files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{INDEX} maps tensor {name!r} to {file!r}, not to a file name")
+    return weight_map
+
+
+def load_json(data: bytes) -> Any:
+    """Parse JSON, refusing a key that an object has twice.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or a duplicate key.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in out:
+                raise ValueError(f"the name {key!r} appears twice")
+            out[key] = value
+        return out
+
+    return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+
+
+def contained(folder: Path, name: str) -> Path:
+    """The file ``name`` of ``folder``, when it really lies there.
+
+    A link may lead inside the folder, or into the ``blobs`` of a Hugging Face cache, which
+    links every file; a link anywhere else would copy a stranger's file into the output.
+
+    Raises:
+        CheckpointError: the name leaves the folder, or is no regular file.
+    """
+    if not name or name in {".", ".."} or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(
+            f"the file name {name!r} leaves the checkpoint folder {folder}; expected a plain name"
+        )
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is missing or a broken link; download the checkpoint again"
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    home = folder.resolve()
+    cache = home.parent.parent if home.parent.name == "snapshots" else None
+    inside = real.is_relative_to(home) or (cache is not None and real.is_relative_to(cache))
+    if not inside:
+        raise CheckpointError(
+            f"{path} is a link that leads out of the checkpoint, to {real}; "
+            "put the file itself there"
+        )
+    return path
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: truncated, overlapping, or not a safetensors file.
+    """
+    total = path.stat().st_size
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if total < 8 or length > min(_HEADER_LIMIT, total - 8):
+            raise CheckpointError(
+                f"{path} is truncated or no safetensors file: {total} bytes, header of {length}"
+            )
+        try:
+            header = load_json(f.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is no object")
+    header.pop("__metadata__", None)
+    tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda t: (t.start, t.size))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.start != end:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name!r} starts at byte {tensor.start}, expected {end}; "
+                "the header is damaged"
+            )
+        end += tensor.size
+    if end != total:
+        word = "truncated" if total < end else "longer than its header says"
+        raise CheckpointError(f"{path} is {word}: {total} bytes, expected {end}")
+    return tensors
+
+
+def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
+    try:
+        dtype = entry["dtype"]
+        shape = tuple(int(n) for n in entry["shape"])
+        start, end = (int(n) for n in entry["data_offsets"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header entry of {name!r} is damaged") from error
+    if dtype not in _BITS:
+        raise CheckpointError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}")
+    elements = 1
+    for n in shape:
+        elements *= n
+    if min((start, end - start, *shape)) < 0 or elements * _BITS[dtype] != 8 * (end - start):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} does not fill its "
+            f"{end - start} bytes"
+        )
+    return StoredTensor(name, path, dtype, shape, base + start, end - start)
+
+
+def write_checkpoint(
+    folder: Path, tensors: Sequence[NewTensor], max_shard_bytes: int, metadata: Mapping[str, str]
+) -> None:
+    """Write tensors as one safetensors file, or as shards with an index.
+
+    At most 32 MiB are held in memory, and those only for sliced tensors.
+
+    Args:
+        folder: an existing empty folder.
+        tensors: what to write, in the order that decides the shards.
+        max_shard_bytes: a shard is closed before it would exceed this; one larger tensor gets
+            a shard of its own.
+        metadata: the header's ``__metadata__``.
+
+    Raises:
+        OSError: the disk is full or the folder read-only.
+    """
+    shards: list[list[NewTensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.size
+    if len(shards) == 1:
+        _write_file(folder / SINGLE, shards[0], metadata)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, shard, metadata)
+        weight_map.update({tensor.name: file for tensor in shard})
+    index = {
+        "metadata": {"total_size": sum(tensor.size for tensor in tensors)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
+    # Wide dtypes first, so that every tensor starts at a multiple of its own element size.
+    ordered = sorted(tensors, key=lambda t: -_BITS[t.source.dtype])
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": tensor.source.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offset += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.flush()
+        for run in _runs(ordered):
+            if isinstance(run, NewTensor):
+                _write_sliced(f.fileno(), run)
+            else:
+                copy_bytes(f.fileno(), *run)
+
+
+def _runs(tensors: Sequence[NewTensor]) -> Iterator[NewTensor | tuple[Path, int, int]]:
+    """Neighbouring whole tensors joined to one extent (file, start, size); sliced ones alone."""
+    file, start, size = Path(), 0, 0
+    for tensor in tensors:
+        source = tensor.source
+        if tensor.axis is None and source.file == file and source.start == start + size:
+            size += source.size
+            continue
+        if size:
+            yield file, start, size
+        file, start, size = source.file, source.start, source.size
+        if tensor.axis is not None:
+            yield tensor
+            file, start, size = Path(), 0, 0
+    if size:
+        yield file, start, size
+
+
+def copy_bytes(target: int, file: Path, start: int, size: int) -> None:
+    """Append ``size`` bytes of ``file`` from ``start`` to a file descriptor, inside the kernel.
+
+    Raises:
+        CheckpointError: the file became shorter meanwhile.
+    """
+    with file.open("rb") as f:
+        source, end = f.fileno(), start + size
+        in_kernel = hasattr(os, "copy_file_range")
+        while start < end:
+            if in_kernel:
+                try:
+                    done = os.copy_file_range(source, target, end - start, start)
+                except OSError as error:
+                    if error.errno in _CANNOT_COPY:
+                        in_kernel = False
+                        continue
+                    raise
+            else:
+                data = os.pread(source, min(_CHUNK, end - start), start)
+                done = len(data)
+                _write_all(target, data)
+            if done == 0:
+                raise CheckpointError(f"{file} ended early, at byte {start} of {end}")
+            start += done
+
+
+def _write_all(target: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+
+
+def _write_sliced(target: int, tensor: NewTensor) -> None:
+    """Write the kept slices: rows of bytes seen as (outer, count, width)."""
+    source, axis = tensor.source, tensor.axis
+    assert axis is not None
+    outer = int(np.prod(source.shape[:axis], dtype=np.int64))
+    width = source.size // max(outer, 1) // tensor.count
+    kept = np.asarray(tensor.kept)
+    rows = max(1, _CHUNK // (width * tensor.count))
+    with source.file.open("rb") as f:
+        f.seek(source.start)
+        for first in range(0, outer, rows):
+            n = min(rows, outer - first)
+            if n == 1 and width * tensor.count > _CHUNK:
+                for i in tensor.kept:
+                    begin = source.start + (first * tensor.count + i) * width
+                    copy_bytes(target, source.file, begin, width)
+                continue
+            data = np.frombuffer(f.read(n * tensor.count * width), dtype=np.uint8)
+            block = data.reshape(n, tensor.count, width)[:, kept]
+            _write_all(target, np.ascontiguousarray(block).data.cast("B"))

@@ -1,0 +1,148 @@
+"""The proof of a cut: the reloaded checkpoint computes what the skipped original does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isingcut.architectures import find_stack, skipped, text_config
+from isingcut.errors import VerificationError
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+_HALF_TOLERANCE = 2e-2
+
+
+def verify(
+    source_model: Any,
+    removed: Sequence[int],
+    out: Path,
+    *,
+    batch: int = 2,
+    length: int = 24,
+    new_tokens: int = 16,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> float:
+    """Reload ``out`` with plain transformers and compare it with the original, blocks skipped.
+
+    The checkpoint is loaded in the original's dtype (float32 when the original is), so equal
+    means equal: on random tokens, logits to 1e-5 of their largest size in float32; and greedy
+    generation with a cache gives the tokens that it gives without one.
+
+    Args:
+        source_model: the original, in memory.
+        removed: the blocks that ``out`` lacks.
+        out: the checkpoint to prove.
+        batch: sequences compared.
+        length: tokens per sequence.
+        new_tokens: generated tokens compared.
+        seed: of the random tokens.
+        trust_remote_code: as in ``from_pretrained``.
+
+    Returns:
+        the largest logit difference, relative to the largest logit.
+
+    Raises:
+        VerificationError: it does not load, or it computes something else.
+    """
+    source_model.eval()
+    cut = reload(out, dtype=source_model.dtype, trust_remote_code=trust_remote_code)
+    cut.to(source_model.device)
+    tokens = random_tokens(source_model, batch, length, seed)
+    with torch.no_grad():
+        with skipped(source_model, find_stack(source_model), removed):
+            expected = source_model(tokens, use_cache=False).logits
+        got = cut(tokens, use_cache=False).logits
+    difference = relative_difference(expected, got)
+    allowed = _TOLERANCE.get(source_model.dtype, _HALF_TOLERANCE)
+    if not difference <= allowed:
+        raise VerificationError(
+            f"the checkpoint {out} does not compute what the original does without blocks "
+            f"{sorted(removed)}: logits differ by {difference:.2e} of their size "
+            f"(at most {allowed:.0e} is expected)"
+        )
+    check_generation(cut, tokens, new_tokens, str(out))
+    return difference
+
+
+def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint with plain transformers, refusing one with missing or extra tensors.
+
+    Raises:
+        VerificationError: transformers cannot load it, or invents or ignores tensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, report = loader.from_pretrained(
+            out, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise VerificationError(
+            f"the checkpoint {out} does not load: {type(error).__name__}: {error}"
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(problem):
+            names = sorted(map(str, report[problem]))[:3]
+            raise VerificationError(
+                f"the checkpoint {out} reloads with {problem.replace('_', ' ')}: {', '.join(names)}"
+            )
+    return model.eval()
+
+
+def check_generation(model: Any, tokens: torch.Tensor, new_tokens: int, name: str) -> None:
+    """Greedy tokens with a cache must be those without one, but for exact near-ties.
+
+    Raises:
+        VerificationError: they differ, or `generate` fails.
+    """
+    options = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "attention_mask": torch.ones_like(tokens),
+    }
+    try:
+        with torch.no_grad():
+            cached = model.generate(tokens, use_cache=True, **options)
+            plain = model.generate(tokens, use_cache=False, **options)
+    except Exception as error:
+        raise VerificationError(
+            f"{name} loads but does not generate: {type(error).__name__}: {error}"
+        ) from error
+    if torch.equal(cached, plain):
+        return
+    for row in range(len(tokens)):
+        unequal = (cached[row] != plain[row]).nonzero()
+        if len(unequal) == 0:
+            continue
+        at = int(unequal[0])
+        with torch.no_grad():
+            logits = model(plain[row : row + 1, :at], use_cache=False).logits[0, -1].float()
+        gap = float((logits[plain[row, at]] - logits[cached[row, at]]).abs() / logits.abs().max())
+        if gap > 1e-3:  # a larger gap is no rounding
+            raise VerificationError(
+                f"{name}: greedy generation with a cache gives another token than without at "
+                f"position {at} (their logits differ by {gap:.1e} of the largest)"
+            )
+
+
+def random_tokens(model: Any, batch: int, length: int, seed: int) -> torch.Tensor:
+    """(batch, length) random token ids of the model's vocabulary, on its device."""
+    generator = torch.Generator().manual_seed(seed)
+    size = int(text_config(model).vocab_size)
+    low = min(8, size // 2)  # special ids come first in most vocabularies
+    return torch.randint(low, size, (batch, length), generator=generator).to(model.device)
+
+
+def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Largest absolute difference over the largest expected size; infinite for other shapes."""
+    if expected.shape != got.shape:
+        return float("inf")
+    scale = float(expected.abs().max().float())
+    return float((expected - got).abs().max().float()) / max(scale, 1e-12)
