@@ -1,0 +1,180 @@
+"""From a checkpoint folder to a frozen model in memory.
+
+torch is imported only when a model is really loaded, so that a wrong name is refused at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from isingcut.errors import InputError, ModelError
+from isingcut.model_sources import first_line, hub_id, resolve, weight_files
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "LoadedModel",
+    "hub_id",
+    "load",
+    "model_identity",
+    "pick_device",
+    "pick_dtype",
+    "resolve",
+]
+
+_EDGE = 1 << 20
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen model in evaluation mode, with its tokenizer and where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+
+
+def model_identity(folder: Path) -> dict[str, Any]:
+    """A hash that tells checkpoints apart, with the bytes of their weights.
+
+    SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
+    name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
+    model's size. A change of some middle tensor alone, at equal shapes, is not seen.
+    """
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("transformers_version", "_name_or_path"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    total = 0
+    for shard in weight_files(folder):
+        size = shard.stat().st_size
+        total += size
+        digest.update(f"{shard.name}:{size}".encode())
+        with shard.open("rb") as f:
+            header = int.from_bytes(f.read(8), "little")
+            digest.update(f.read(min(header, size) + _EDGE))
+            f.seek(max(0, size - _EDGE))
+            digest.update(f.read())
+    return {"sha256": digest.hexdigest(), "weight_bytes": total}
+
+
+def load(
+    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a resolved folder: evaluation mode, no parameter requires a gradient.
+
+    Attention is transformers' own choice, SDPA wherever the architecture supports it.
+
+    Args:
+        dtype: ``"auto"`` takes bfloat16 where the device computes in it natively (CUDA from
+            compute capability 8, CPUs with AVX512-BF16 or AMX), else float32.
+        device: ``"auto"`` takes cuda, then mps, then cpu.
+
+    Raises:
+        ModelError: transformers cannot load it, or tensors are missing from the checkpoint
+            (transformers would invent them at random with a mere warning).
+        InputError: unknown dtype or a device that is not there.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = pick_device(device)
+    number = pick_dtype(dtype, place)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model: Any
+            model, found = cast(Any, AutoModelForCausalLM.from_pretrained)(
+                folder,
+                dtype=number,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
+        raise ModelError(f"cannot load the model in {folder}: {first_line(e)}") from e
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the checkpoint in {folder} lacks {len(missing)} tensors of its architecture, first "
+            f"{missing[0]}; the config and the weights do not belong together"
+        )
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError as e:
+        raise ModelError(
+            f"the model in {folder} does not fit the memory of {place}; choose --device cpu"
+        ) from e
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(model, tokenizer, Path(folder), number, place)
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``."""
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as e:
+        raise InputError(f"--device must be auto, cpu, cuda, cuda:N or mps; got {device!r}") from e
+    present = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if (chosen.index or 0) >= int(present.get(chosen.type, 0)):
+        raise InputError(f"--device {device} is not on this machine; choose auto or cpu")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype behind ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
+    import torch
+
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype in named:
+        return named[dtype]
+    if dtype != "auto":
+        raise InputError(f"--dtype must be auto, float32 or bfloat16; got {dtype!r}")
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and warnings off the terminal for a while."""
+    from transformers.utils import logging
+
+    hf_logging: Any = logging
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
