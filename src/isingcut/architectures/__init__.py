@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isingcut.architectures.base import Block, BlockStack
     from isingcut.architectures.discover import find_stack, stack_modules, text_config
+    from isingcut.architectures.live import cut_model
     from isingcut.architectures.skip import skipped
-    from isingcut.architectures.surgery import cut_config, cut_model, legality
+    from isingcut.architectures.surgery import cut_config, legality
 
 __all__ = [
     "Block",
@@ -30,7 +31,7 @@ _HOMES = {
     "Block": "base",
     "BlockStack": "base",
     "cut_config": "surgery",
-    "cut_model": "surgery",
+    "cut_model": "live",
     "find_stack": "discover",
     "legality": "surgery",
     "skipped": "skip",

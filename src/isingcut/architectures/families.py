@@ -80,8 +80,32 @@ def _jamba_period(text: dict[str, Any]) -> int:
 
 
 def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
-    """Blocks that must stay, each with the reason."""
+    """Blocks that must stay, each with the reason.
+
+    Args:
+        text: the decoder's configuration with its per-layer fields written out.
+        count: its number of blocks.
+    """
+    model_type = str(text.get("model_type", ""))
+    if model_type == "rwkv":
+        return {0: "the first block of RWKV normalises the embeddings for all others"}
+    if model_type in {"zamba", "zamba2"}:
+        types = text.get("layers_block_type") or text.get("layer_types") or []
+        reason = "hybrid blocks take turns with shared weights, so their number and order are fixed"
+        return {i: reason for i, kind in enumerate(types) if kind == "hybrid"}
+    shared = text.get("num_kv_shared_layers")
+    if isinstance(shared, int) and 0 < shared < count:
+        return _key_value_producers(text["layer_types"], count - shared)
     return {}
+
+
+def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
+    """The last unshared block of each attention type: later blocks read its keys and values."""
+    last = {kind: i for i, kind in enumerate(types[:first_shared])}
+    return {
+        i: f"blocks from {first_shared} on read the keys and values of this {kind} block"
+        for kind, i in last.items()
+    }
 
 
 def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:

@@ -175,6 +175,9 @@ DEPTH_SHAPED = {
 # Attributes of modules that hold the block's own number.
 LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
+# Attributes of modules that map block numbers to something.
+LAYER_MAP_ATTRIBUTES = ("layer_dic",)
+
 # Fields of a quantisation configuration that name modules.
 QUANTISATION_NAME_LISTS = (
     "modules_to_not_convert",

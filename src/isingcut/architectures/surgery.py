@@ -1,8 +1,4 @@
-"""Cut a configuration, or a model in memory, by the table in `fields`.
-
-`cut_config` works on the JSON dictionary of any checkpoint; `cut_model` deletes modules,
-renumbers, slices depth-shaped weights and then sets the very same configuration fields.
-"""
+"""Cut a configuration by the table in `fields`: the JSON dictionary of any checkpoint."""
 
 from __future__ import annotations
 
@@ -11,17 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from isingcut.architectures import families, fields
 from isingcut.architectures.base import BlockStack
-from isingcut.architectures.discover import find_stack, stack_modules, text_config
 from isingcut.architectures.names import rename_pattern, renumbering
 from isingcut.constraints import LinearConstraint
 from isingcut.errors import ArchitectureError
 
-_MISSING = object()
 _LAYERISH = re.compile(r"layer|block|_idx|_ids|indices|idxs")
 _PERIODISH = re.compile(
     r"layer.*(period|offset|interval|freq|step|every)|(period|interval|every).*layer"
@@ -168,13 +159,22 @@ def _class_config(config: dict[str, Any]) -> Any | None:
         return None
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(plain))
+        return CONFIG_MAPPING[model_type].from_dict(_decoded(plain))
     except Exception as error:
         line = str(error).strip().splitlines()
         raise ArchitectureError(
             f"the configuration is not a valid {model_type} configuration: "
             f"{line[0] if line else type(error).__name__}"
         ) from error
+
+
+def _decoded(value: Any) -> Any:
+    """A copy with the tags resolved that transformers writes for infinite numbers."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(v) for v in value] if isinstance(value, list) else value
 
 
 def _path_of(config: Any, wanted: Any) -> tuple[str, ...]:
@@ -282,67 +282,3 @@ def _refuse_unknown(text: dict[str, Any], count: int) -> None:
 def _short(value: Any) -> str:
     words = repr(value)
     return words if len(words) <= 60 else words[:57] + "..."
-
-
-def cut_model(model: nn.Module, removed: Sequence[int]) -> nn.Module:
-    """Remove blocks from a model in memory, in place; `save_pretrained` then writes it right.
-
-    Args:
-        model: any transformers decoder; changed in place and returned.
-        removed: block numbers, in any order.
-
-    Raises:
-        ArchitectureError: as `cut_config`, before anything is changed.
-    """
-    stack = find_stack(model)
-    mapping = renumbering(len(stack), removed)
-    text: Any = text_config(model)
-    before = text.to_dict()
-    after = cut_config(before, removed)
-    blocks = stack_modules(model, stack)
-    parent, _, name = stack.path.rpartition(".")
-    owner = model.get_submodule(parent) if parent else model
-    for old, new in mapping.items():
-        _renumber(blocks[old], old, new)
-    setattr(owner, name, nn.ModuleList(blocks[i] for i in mapping))
-    _slice_depth_shaped(model, text.model_type, len(stack), mapping)
-    set_config(text, before, after)
-    return model
-
-
-def set_config(config: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Bring a live configuration object from ``before`` to ``after``, in place.
-
-    Every submodule holds a reference to the same object, so it must not be replaced.
-    """
-    for key in before.keys() - after.keys():
-        if key in vars(config):
-            delattr(config, key)
-    for key, value in after.items():
-        if before.get(key, _MISSING) != value and key != "transformers_version":
-            setattr(config, key, value)
-
-
-def _renumber(block: nn.Module, old: int, new: int) -> None:
-    for module in block.modules():
-        for name in fields.LAYER_NUMBER_ATTRIBUTES:
-            if isinstance(value := vars(module).get(name), int) and value == old:
-                setattr(module, name, new)
-
-
-def _slice_depth_shaped(
-    model: nn.Module, model_type: str, count: int, mapping: dict[int, int]
-) -> None:
-    for rule in fields.DEPTH_SHAPED.get(model_type, ()):
-        for name, parameter in list(model.named_parameters()):
-            if not rule.pattern.search(name):
-                continue
-            width = parameter.shape[rule.axis] // count
-            index = torch.cat([torch.arange(i * width, (i + 1) * width) for i in mapping])
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            data = parameter.data.index_select(rule.axis, index.to(parameter.device))
-            setattr(owner, leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
-            for size in ("embedding_dim",) if rule.axis == 1 else ("out_features",):
-                if hasattr(owner, size):
-                    setattr(owner, size, data.shape[rule.axis])
