@@ -1,0 +1,288 @@
+"""Text becomes token samples: three disjoint splits that build, rank and report.
+
+The split `energy` builds the Hamiltonian, `rank` orders the candidates and `report` gives the
+figures that are published. Tokens are given out in the order report, rank, energy, so the
+reported text stays the same when the energy is measured on more samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from isingcut.corpora import Corpus, read
+from isingcut.errors import CalibrationError, InputError, StageFileError
+from isingcut.files import atomic_file, check_format
+from isingcut.progress import Progress, silent
+from isingcut.tokens import TokenSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SPLITS", "Calibration", "TokenSet", "build", "start_tokens"]
+
+SPLITS = ("energy", "rank", "report")
+_ALLOCATION = ("report", "rank", "energy")
+_KIND = "calibration"
+_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The three splits of one calibration text, and what they were made from.
+
+    Args:
+        splits: ``"energy"``, ``"rank"`` and ``"report"``.
+        source: what the user asked for.
+        meta: how it was made (kind of source, seed, length, documents used), JSON-able.
+    """
+
+    splits: Mapping[str, TokenSet]
+    source: str
+    meta: Mapping[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokens and masks of all splits."""
+        digest = hashlib.sha256()
+        for name in SPLITS:
+            tokens = self.splits[name]
+            digest.update(f"{name}:{tuple(tokens.input_ids.shape)}".encode())
+            digest.update(np.ascontiguousarray(tokens.input_ids.numpy()).tobytes())
+            digest.update(np.ascontiguousarray(tokens.mask.numpy()).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, tokens in self.splits.items():
+            tensors[f"{name}.input_ids"] = tokens.input_ids.contiguous()
+            tensors[f"{name}.mask"] = tokens.mask.contiguous()
+        header = {
+            "format": f"isingcut-{_KIND}",
+            "version": "1",
+            "source": self.source,
+            "sha256": self.sha256,
+            "meta": json.dumps(dict(self.meta), sort_keys=True),
+        }
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, header)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            StageFileError: missing, corrupt, not a calibration file, or of a newer version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        advice = "delete it and run the calibration stage again"
+        if not path.is_file():
+            raise StageFileError(
+                f"expected the file {path}, which is not there; run the stage before it"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            raise StageFileError(
+                f"{path} is not a readable safetensors file ({e}); {advice}"
+            ) from e
+        check_format(path, header, _KIND)
+        try:
+            splits = {}
+            for name in SPLITS:
+                ids, mask = tensors[f"{name}.input_ids"], tensors[f"{name}.mask"]
+                splits[name] = TokenSet(ids, mask, torch.arange(len(ids)))
+            loaded = cls(splits, header["source"], json.loads(header["meta"]))
+            intact = loaded.sha256 == header["sha256"]
+        except (KeyError, ValueError) as e:
+            raise StageFileError(
+                f"{path} lacks a part of a calibration file ({e}); {advice}"
+            ) from e
+        if not intact:
+            raise StageFileError(f"the tokens in {path} do not match its own hash; {advice}")
+        return loaded
+
+
+def build(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    rank_samples: int,
+    report_samples: int,
+    length: int,
+    seed: int,
+    model: PreTrainedModel | None = None,
+    progress: Progress = silent,
+) -> Calibration:
+    """Token samples from a text source.
+
+    Plain text is packed: samples of exactly ``length`` tokens, no padding, each starting with
+    the tokenizer's beginning-of-sequence token where it sets one. Conversations are one sample
+    each, cut at ``length``. No document (nor its duplicate) is in two splits; text that is one
+    document is divided into consecutive ranges instead.
+
+    Args:
+        source: FILE.txt, FILE.jsonl, a `datasets` name or folder, ``"wiki"`` or ``"self"``.
+        samples, rank_samples, report_samples: samples in the splits energy, rank and report.
+        length: tokens per sample, at least 2.
+        seed: order of the documents, and the sampling of ``"self"``.
+        model: the source ``"self"`` samples from it.
+        progress: shown while ``"self"`` generates.
+
+    Raises:
+        CalibrationError: unreadable, malformed or too short, in one line.
+        MissingExtraError: a `datasets` name without that package.
+        InputError: a sample count or length that is too small.
+    """
+    counts = {"report": report_samples, "rank": rank_samples, "energy": samples}
+    for name, value in {**counts, "length": length - 1}.items():
+        if value < 1:
+            raise InputError(f"calibration needs at least one {name} sample of two tokens")
+    meta: dict[str, Any] = {"seed": seed, "length": length}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if source == "self":
+        from isingcut.self_text import generated
+
+        if model is None:
+            raise InputError("the calibration source 'self' needs the model to sample from")
+        rows = generated(model, tokenizer, counts, length, seed, progress)
+        meta["kind"] = "generated"
+    else:
+        corpus = read(source, tokenizer, seed)
+        meta["kind"] = corpus.kind
+        if corpus.kind == "chat":
+            rows = _conversations(corpus, tokenizer, counts, length)
+        else:
+            rows = _packed(corpus, tokenizer, counts, length, meta)
+    splits = {name: TokenSet.from_rows(rows[name], pad) for name in SPLITS}
+    return Calibration(splits, source, meta)
+
+
+def _conversations(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], length: int
+) -> dict[str, list[list[int]]]:
+    """One sample per conversation; those that agree in all their kept tokens count once."""
+    seen: set[tuple[int, ...]] = set()
+
+    def distinct() -> Iterator[list[int]]:
+        for text in corpus.documents:
+            ids = tuple(_encode(tokenizer, text)[:length])
+            if len(ids) > 1 and ids not in seen:
+                seen.add(ids)
+                yield list(ids)
+
+    stream = distinct()
+    rows = {name: list(islice(stream, counts[name])) for name in _ALLOCATION}
+    needed = sum(counts.values())
+    if len(seen) < needed:
+        raise CalibrationError(
+            f"{corpus.name} is too short: {_words(counts)} samples need {needed} different "
+            f"conversations of up to {length} tokens, found {len(seen)} "
+            f"({sum(map(len, seen))} tokens); give more, or lower --samples, --rank-samples or "
+            "--report-samples"
+        )
+    return rows
+
+
+def _packed(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Mapping[str, int],
+    length: int,
+    meta: dict[str, Any],
+) -> dict[str, list[list[int]]]:
+    """Full-length samples out of running text or of concatenated documents."""
+    prefix = start_tokens(tokenizer)
+    body = length - len(prefix)
+    needs = {name: counts[name] * body for name in _ALLOCATION}
+    documents: list[list[int]] = []
+
+    def tokenised() -> Iterator[list[int]]:
+        for text in corpus.documents:
+            if ids := _encode(tokenizer, text):
+                documents.append(ids)
+                yield ids
+
+    streams = None
+    if corpus.kind == "documents":
+        streams = _by_document(tokenised(), needs, _encode(tokenizer, _SEPARATOR))
+    # Running text, and one or two documents, which cannot fill three splits.
+    if streams is None and len(documents) < len(needs):
+        streams = _by_range(itertools.chain(list(documents), tokenised()), needs)
+    if streams is None:
+        raise CalibrationError(_too_short(corpus, documents, counts, length, sum(needs.values())))
+    if corpus.kind == "documents":
+        meta["documents"] = len(documents)
+    return {
+        name: [prefix + ids[i : i + body] for i in range(0, needs[name], body)]
+        for name, ids in streams.items()
+    }
+
+
+def _by_document(
+    documents: Iterator[list[int]], needs: Mapping[str, int], separator: list[int]
+) -> dict[str, list[int]] | None:
+    """Whole documents to one split after the other; None when they run out."""
+    streams: dict[str, list[int]] = {}
+    for name, need in needs.items():
+        taken: list[int] = []
+        while len(taken) < need:
+            ids = next(documents, None)
+            if ids is None:
+                return None
+            taken += (separator if taken else []) + ids
+        streams[name] = taken[:need]
+    return streams
+
+
+def _by_range(pieces: Iterable[list[int]], needs: Mapping[str, int]) -> dict[str, list[int]] | None:
+    """Consecutive token ranges to one split after the other; None when they run out."""
+    stream = itertools.chain.from_iterable(pieces)
+    streams = {name: list(islice(stream, need)) for name, need in needs.items()}
+    return streams if all(len(streams[name]) == need for name, need in needs.items()) else None
+
+
+def _too_short(
+    corpus: Corpus, documents: list[list[int]], counts: Mapping[str, int], length: int, needed: int
+) -> str:
+    found = sum(map(len, documents))
+    held = f"{found} in {len(documents)} documents" if corpus.kind == "documents" else str(found)
+    why = " (the three splits may not share a document)" if found >= needed else ""
+    return (
+        f"{corpus.name} is too short: {_words(counts)} samples of {length} tokens need {needed} "
+        f"tokens, found {held}{why}; give more text, or lower --length, --samples, "
+        "--rank-samples or --report-samples"
+    )
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return " + ".join(f"{counts[name]} {name}" for name in SPLITS)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: a text longer than the model's context is cut into samples afterwards.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """``[BOS]`` where the tokenizer starts every text with it, else empty."""
+    bos = tokenizer.bos_token_id
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return [bos] if bos is not None and ids[:1] == [bos] else []

@@ -1,0 +1,79 @@
+"""Samples of tokens with their padding masks, and batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSet:
+    """Samples of tokens, padded on the right.
+
+    With padding on the right a causal model needs no attention mask: no real token ever sees a
+    padded one. What must be left out are losses at padded positions, see `predicted`.
+
+    Args:
+        input_ids: (S, T) int64.
+        mask: (S, T) bool, true at real tokens, each row a run of true and then of false.
+        index: (S,) int64, for a batch the rows it has in the set that `batches` was called on.
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    index: torch.Tensor
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]], pad: int = 0) -> TokenSet:
+        """Samples of unequal lengths as one set, padded with the token ``pad``."""
+        width = max((len(r) for r in rows), default=0)
+        ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+        mask = torch.zeros((len(rows), width), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            mask[i, : len(row)] = True
+        return cls(ids, mask, torch.arange(len(rows)))
+
+    @property
+    def samples(self) -> int:
+        """Number of samples S."""
+        return self.input_ids.shape[0]
+
+    @property
+    def predicted(self) -> torch.Tensor:
+        """(S, T-1) bool: position t holds a prediction (of token t+1) that counts in a loss."""
+        return self.mask[:, 1:]
+
+    @property
+    def tokens(self) -> int:
+        """Number of predictions that count, over all samples."""
+        return int(self.predicted.sum())
+
+    def select(self, indices: Sequence[int] | torch.Tensor) -> TokenSet:
+        """The given rows as a set of their own, trimmed to its longest sample."""
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        chosen = self._trimmed(rows)
+        return TokenSet(chosen.input_ids, chosen.mask, torch.arange(len(rows)))
+
+    def batches(self, max_tokens: int) -> list[TokenSet]:
+        """All samples in batches of like length, longest first, in a deterministic order.
+
+        Args:
+            max_tokens: upper limit on rows times padded length of a batch; a single sample that
+                is longer makes a batch of its own.
+        """
+        lengths = self.mask.sum(dim=1)
+        order = torch.argsort(lengths, descending=True, stable=True)
+        found, start = [], 0
+        while start < len(order):
+            rows = max(1, max_tokens // max(1, int(lengths[order[start]])))
+            found.append(self._trimmed(order[start : start + rows]))
+            start += rows
+        return found
+
+    def _trimmed(self, rows: torch.Tensor) -> TokenSet:
+        mask = self.mask[rows]
+        width = int(mask.sum(dim=1).max()) if len(rows) else 0
+        return TokenSet(self.input_ids[rows, :width], mask[:, :width], rows)
