@@ -56,6 +56,8 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """
     if source == "wiki":
         return Corpus(source, "documents", _distinct(_shuffled(_wiki(), seed)))
+    if not source.strip():
+        raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if path.is_file():
@@ -68,7 +70,7 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         files = (p for p in path.rglob("*") if p.suffix.lower() in _DATA_SUFFIXES)
         if suffix in (".txt", ".jsonl") or next(files, None) is None:
             raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
-    elif suffix in (".txt", ".jsonl", ".json") or not source or source.startswith((".", "/", "~")):
+    elif suffix in (".txt", ".jsonl", ".json") or source.startswith((".", "/", "~")):
         raise CalibrationError(f"there is no calibration file {source!r}; {_SOURCES}")
     # A hub data set may be huge: its rows arrive shuffled within a buffer instead.
     return _records_corpus(source, _dataset(source, seed), tokenizer, lambda rows: rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub.utils import logging as hub_logging
 
 from isingcut.errors import CalibrationError
 from isingcut.model_sources import first_line
@@ -74,10 +75,13 @@ def _open(path: str, config: str | None) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """`datasets` writes a warning for each of its retries."""
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity_error()
+    """Both libraries write a warning for each of their retries."""
+    loggers = (datasets.logging, hub_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)

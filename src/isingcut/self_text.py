@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -75,7 +75,7 @@ def _sampled(model: PreTrainedModel, start: int, length: int, seed: int) -> list
     generative: Any = model
     own = generative.generation_config
     # Its own settings (end token, top-k, repetition penalty) would fill what is left open here.
-    generative.generation_config = GenerationConfig(
+    generative.generation_config = cast(Any, GenerationConfig)(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=start, use_cache=True
     )
     prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
