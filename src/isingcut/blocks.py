@@ -56,7 +56,8 @@ class Replay:
             else:
                 raise ArchitectureError(
                     f"block {len(self._rest)} ({type(module).__name__}) returns "
-                    f"{type(output).__name__}; expected hidden states or a tuple that starts with them"
+                    f"{type(output).__name__}; expected hidden states, or a tuple that starts "
+                    "with them"
                 )
 
         handles = [b.register_forward_hook(hook) for b in self.blocks]
@@ -90,9 +91,9 @@ class Replay:
             return forward
 
         ids = input_ids.to(self.device)
-        with self._replaced([stub(i) for i in range(len(self.blocks))]):
-            with contextlib.suppress(_StackReached):
-                self.model(input_ids=ids, use_cache=False)
+        stubs = [stub(i) for i in range(len(self.blocks))]
+        with self._replaced(stubs), contextlib.suppress(_StackReached):
+            self.model(input_ids=ids, use_cache=False)
         entered = calls[0].hidden
         assert entered is not None
         for call in calls:

@@ -47,6 +47,9 @@ class RunConfig:
     seed: int = _option(0, "calibration", "Seed of every random choice.")
 
     energy: str = _option("pairwise", "energy", "How the Hamiltonian is measured.")
+    also: str = _option(
+        "", "energy", "Other energies to measure and judge on the same states, for comparison."
+    )
     linear: bool = _option(
         False, "energy", "empirical-fisher only: add the gradient term the paper leaves out."
     )
@@ -89,7 +92,9 @@ class RunConfig:
             InputError: one line that names the option, what was expected and what came.
         """
         if not self.model:
-            raise InputError("no model was given; expected a folder, a hub id, a .gguf or 'smollm2'")
+            raise InputError(
+                "no model was given; expected a folder, a hub id, a .gguf or 'smollm2'"
+            )
         for name, lowest in {
             "samples": 1,
             "length": 8,

@@ -1,4 +1,4 @@
-"""Results files: written to a temporary sibling and renamed, read back with their format checked."""
+"""Results files: written to a temporary sibling and renamed, their format checked on reading."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if path.exists():
                 # The old folder is moved aside first, so that a kill between the two renames
                 # leaves one whole folder under a recognisable name instead of a mixture.
-                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                aside = Path(
+                    tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)
+                )
                 os.replace(path, aside / path.name)
                 os.replace(temporary, path)
                 shutil.rmtree(aside)
@@ -102,7 +104,9 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, version: int =
     """Write ``content`` as an isingcut results file of the given kind."""
     document = {"format": f"isingcut-{kind}", "version": version, **content}
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
@@ -114,7 +118,9 @@ def read_json(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise StageFileError(f"expected the file {path}, which is not there; run the stage before it") from e
+        raise StageFileError(
+            f"expected the file {path}, which is not there; run the stage before it"
+        ) from e
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as e:
         raise StageFileError(
             f"{path} is not readable as JSON ({e}); delete it and run its stage again"

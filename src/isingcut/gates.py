@@ -80,7 +80,11 @@ class _ResidualGate(TorchFunctionMode):
         return any(value is s for s in self._stream)
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _ADDITIONS and len(args) >= 2 and not kwargs:

@@ -61,7 +61,7 @@ def gate_gradients(
             if row is None:
                 row = _batch_rows(replay, batch, gate).double().cpu().numpy()
                 kept.put(str(b), row)
-            rows[batch.index] = row
+            rows[batch.index.numpy()] = row
             bar.advance(1)
     return rows
 

@@ -1,4 +1,4 @@
-"""An append-only file of finished measurements, so that a killed run loses one micro-batch at most."""
+"""An append-only file of finished measurements: a killed run loses one micro-batch at most."""
 
 from __future__ import annotations
 

@@ -142,11 +142,9 @@ def measure(
                 kept.put(str(b), row)
             else:
                 bar.advance(per_batch)
-            sums[:, :, batch.index] = row
+            sums[:, :, batch.index.numpy()] = row
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-    return Measurement(
-        wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared
-    )
+    return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
 
 
 class _Step:

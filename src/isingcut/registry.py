@@ -54,7 +54,9 @@ class Registry:
             UnknownNameError: the name is taken.
         """
         if name in self.names():
-            raise UnknownNameError(f"{self.noun} {name!r} is already registered; choose another name")
+            raise UnknownNameError(
+                f"{self.noun} {name!r} is already registered; choose another name"
+            )
         self._registered[name] = part
 
     def get(self, name: str) -> Any:

@@ -1,0 +1,290 @@
+"""The command line: one verb per stage, `run` for all of them, `demo`, and `ls`.
+
+The options are generated from `config.RunConfig`; nothing here has a default of its own, and
+nothing heavy is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isingcut import __version__
+from isingcut.config import RunConfig, from_mapping, load_yaml
+from isingcut.errors import InputError, IsingcutError
+
+app = typer.Typer(
+    name="isingcut",
+    help="Remove the right blocks from a large language model.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
+
+
+def _with_options(*names: str, repeat: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Give a handler the named options of `RunConfig` as keyword parameters.
+
+    An option left out on the command line arrives as None, so that a config file or a run
+    folder can supply it before the default does.
+    """
+    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+
+    def decorate(handler: Any) -> Any:
+        own = [p for p in inspect.signature(handler).parameters.values() if p.kind != p.VAR_KEYWORD]
+        hints = {k: v for k, v in handler.__annotations__.items() if k != "return"}
+        parameters = []
+        for p in own:
+            annotation = (
+                eval(hints[p.name], globals())
+                if isinstance(hints[p.name], str)
+                else (hints[p.name])
+            )
+            parameters.append(p.replace(annotation=annotation, kind=p.KEYWORD_ONLY))
+        for name in names:
+            f = fields[name]
+            base: Any = {"int": int, "bool": bool}.get(str(f.type).removesuffix(" | None"), str)
+            info: Any
+            if f.metadata.get("argument"):
+                info = typer.Argument(help=f.metadata["help"], metavar=name.upper())
+            else:
+                shown = "" if f.default in ("", None, False) else f" (default: {f.default})"
+                flag = "--" + name.replace("_", "-")
+                info = typer.Option(
+                    flag, help=f.metadata["help"] + shown, metavar=f.metadata.get("metavar")
+                )
+            if name in repeat:
+                base = list[base]
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[base | None, info],
+                )
+            )
+        handler.__signature__ = inspect.Signature(parameters)
+        return handler
+
+    return decorate
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if v is not None}
+
+
+_ALL = tuple(f.name for f in dataclasses.fields(RunConfig))
+_MEASURE = tuple(
+    f.name
+    for f in dataclasses.fields(RunConfig)
+    if f.metadata["stage"] in ("model", "calibration", "energy") or f.name in ("out", "overwrite")
+)
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with the same options.")
+]
+
+
+def _collect(config: Path | None, options: dict[str, Any]) -> RunConfig:
+    values = load_yaml(config) if config else {}
+    return from_mapping({**values, **_given(options)}, str(config or "command line"))
+
+
+@app.command()
+@_with_options(*_ALL)
+def run(config: ConfigFile = None, **options: Any) -> None:
+    """Measure, solve, rank, cut, evaluate and report.
+
+    Example: isingcut run smollm2 --remove 6 --out my-run
+    """
+    from isingcut import pipeline
+    from isingcut.progress import terminal
+    from isingcut.show import show_run
+
+    target = pipeline.run(_collect(config, options), progress=terminal)
+    show_run(target)
+
+
+@app.command()
+@_with_options(*_MEASURE)
+def energy(config: ConfigFile = None, **options: Any) -> None:
+    """Measure the Hamiltonian once; `solve` then answers every removal in seconds.
+
+    Example: isingcut energy smollm2 --out my-run
+    """
+    from isingcut import pipeline
+    from isingcut.progress import terminal
+
+    folder = pipeline.energy(_collect(config, options), progress=terminal)
+    typer.echo(f"{folder / 'hamiltonian.safetensors'}")
+    typer.echo(f"next: isingcut solve {folder} --remove 4 --remove 8")
+
+
+@app.command()
+@_with_options("remove", "keep", "drop", "solver", "states", "overwrite", repeat=("remove",))
+def solve(directory: Folder, **options: Any) -> None:
+    """Find the low-energy states of a measured Hamiltonian, for any number of removals.
+
+    Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
+    """
+    from isingcut import pipeline
+    from isingcut.show import show_spectrum
+
+    removals = options.pop("remove") or [None]
+    for remove in removals:
+        folder, config = _reopen(directory, {**options, "remove": remove})
+        show_spectrum(pipeline.solve(folder, config), config.remove, folder.target(config.remove))
+
+
+_OF_RUN = ("remove", "device", "trust_remote_code", "overwrite")
+
+
+@app.command()
+@_with_options("random_states", "choose", *_OF_RUN)
+def rank(directory: Folder, **options: Any) -> None:
+    """Measure the candidates beside random states: the choice, and how good the energy is.
+
+    Example: isingcut rank my-run --remove 8
+    """
+    from isingcut import pipeline
+    from isingcut.progress import terminal
+    from isingcut.show import show_ranking
+
+    folder, config = _reopen(directory, options)
+    session = pipeline.session_of(folder, config, terminal)
+    show_ranking(pipeline.rank(session, folder))
+
+
+@app.command()
+@_with_options(*_OF_RUN)
+def excise(
+    directory: Folder,
+    blocks: Annotated[
+        str | None, typer.Option(help="Cut these blocks, for example 3,4,9, not the chosen ones.")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Write the chosen state as a plain Hugging Face checkpoint, and verify it.
+
+    Example: isingcut excise my-run --remove 8
+    """
+    from isingcut import pipeline
+    from isingcut.constraints import parse_indices
+    from isingcut.progress import terminal
+
+    if blocks is not None:
+        wanted = parse_indices(blocks)
+        options["remove"] = options.get("remove") or str(len(wanted))
+    folder, config = _reopen(directory, options)
+    session = pipeline.session_of(folder, config, terminal)
+    typer.echo(pipeline.excise(session, folder, parse_indices(blocks) if blocks else None))
+
+
+@app.command()
+@_with_options(*_OF_RUN)
+def evaluate(directory: Folder, **options: Any) -> None:
+    """Compare the original and the cut model on text that nothing was chosen on.
+
+    Example: isingcut evaluate my-run --remove 8
+    """
+    from isingcut import pipeline
+    from isingcut.progress import terminal
+    from isingcut.show import show_evaluation
+
+    folder, config = _reopen(directory, options)
+    session = pipeline.session_of(folder, config, terminal)
+    show_evaluation(pipeline.evaluate(session, folder))
+
+
+@app.command()
+@_with_options("remove")
+def report(directory: Folder, **options: Any) -> None:
+    """Write report.md and report.json from the folder's files.
+
+    Example: isingcut report my-run
+    """
+    from isingcut import pipeline
+
+    folder, config = _reopen(directory, options)
+    typer.echo(pipeline.report(folder, config.remove))
+
+
+def _reopen(directory: Path, options: dict[str, Any]) -> tuple[Any, RunConfig]:
+    """A run folder, and its own options with those given now on top."""
+    from isingcut.runfolder import RunFolder
+
+    given = _given(options)
+    folder = RunFolder.open(directory, overwrite=bool(given.get("overwrite")))
+    changed = {**dataclasses.asdict(folder.config), **given}
+    config = from_mapping(changed, "command line").validate()
+    if not config.remove:
+        raise InputError(f"{directory} was made without --remove; say how many blocks to remove")
+    return folder, config
+
+
+@app.command()
+@_with_options("out", "overwrite")
+def demo(**options: Any) -> None:
+    """SmolLM2-135M loses 6 of its 30 blocks, with the evidence, in a few minutes.
+
+    Example: isingcut demo
+    """
+    from isingcut.demo import demo as run_demo
+
+    run_demo(**_given(options))
+
+
+@app.command("ls")
+def list_parts() -> None:
+    """List the energies and the solvers.
+
+    Example: isingcut ls
+    """
+    from isingcut.energies import registry as energies
+    from isingcut.solvers import registry as solvers
+
+    for registry in (energies, solvers):
+        typer.echo(f"{registry.room}: {', '.join(registry.names())}")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    del version, debug
+
+
+def main() -> None:
+    """Entry point: user errors become one line and exit code 2."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except IsingcutError as e:
+        if debug:
+            raise
+        typer.echo(f"isingcut: {e}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("isingcut: interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the command line prints: tables of spectra, rankings, evaluations and whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from isingcut.files import read_json
+from isingcut.spectrum import Spectrum
+
+
+def _console() -> Console:
+    console = Console()
+    # A pipe is not 80 columns wide: never cut a table that goes to a file or another program.
+    return console if console.is_terminal else Console(width=160)
+
+
+def state_map(removed: list[int], n: int) -> str:
+    """A state as one character a block: # stays, · is removed."""
+    gone = set(removed)
+    return "".join("·" if i in gone else "#" for i in range(n))
+
+
+def show_spectrum(spectrum: Spectrum, remove: str, target: Path) -> None:
+    """The states of one removal, lowest energy first."""
+    status = "proven lowest" if spectrum.proven else "best found, not proven"
+    table = Table(title=f"remove {remove}: {len(spectrum)} states, {status}", title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column(f"energy, {spectrum.unit}", justify="right")
+    table.add_column("blocks (· removed)")
+    table.add_column("removed")
+    n = spectrum.states.shape[1]
+    for k, value in enumerate(spectrum.energies):
+        blocks = spectrum.removed(k)
+        table.add_row(str(k), f"{value:.4g}", state_map(blocks, n), _numbers(blocks))
+    console = _console()
+    console.print(table)
+    console.print(f"wrote {target / 'spectrum.json'}", soft_wrap=True)
+
+
+def _numbers(blocks: list[int]) -> str:
+    return " ".join(str(b) for b in blocks)
+
+
+def show_ranking(found: dict[str, Any]) -> None:
+    """The fidelity of the energy, and the choice."""
+    console = _console()
+    chosen = found["chosen"]
+    console.print(fidelity_line("energy", found["fidelity"]["kl"]), soft_wrap=True)
+    for name, other in found["fidelity_of_others"].items():
+        console.print(fidelity_line(name, other["kl"]), soft_wrap=True)
+    console.print(
+        f"chosen: blocks {_numbers(chosen['removed'])} (state {chosen['position']} by energy, "
+        f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",
+        soft_wrap=True,
+    )
+
+
+def fidelity_line(name: str, figures: dict[str, Any]) -> str:
+    """One line on how well an energy ranks measured losses."""
+    if figures["spearman"] is None:
+        return f"{name}: rank correlation undefined (n = {figures['n']})"
+    return (
+        f"{name}: Spearman {figures['spearman']:.2f} "
+        f"({figures['spearman_low']:.2f} to {figures['spearman_high']:.2f}), "
+        f"Kendall {figures['kendall']:.2f}, with the measured KL of n = {figures['n']} states"
+    )
+
+
+def show_evaluation(found: dict[str, Any]) -> None:
+    """The before/after table."""
+    before, after = found["before"], found["after"]
+    table = Table(
+        title=f"unseen text: {found['tokens']} tokens in {found['samples']} samples",
+        title_justify="left",
+    )
+    for column in ("", "original", "cut", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row(
+        "perplexity",
+        *(f"{side['perplexity']:.2f} ± {side['perplexity_se']:.2f}" for side in (before, after)),
+        _ratio(before["perplexity"], after["perplexity"]),
+    )
+    table.add_row("KL to the original", "0", f"{found['kl']:.4f} ± {found['kl_se']:.4f}", "")
+    for label, key, scale, form in (
+        ("parameters, million", "parameters", 1e6, "{:.1f}"),
+        ("blocks", "blocks", 1, "{:.0f}"),
+        ("checkpoint, MB", "bytes", 1e6, "{:.0f}"),
+        ("prefill, tokens/s", "prefill_tokens_per_second", 1, "{:.0f}"),
+        ("decode, tokens/s", "decode_tokens_per_second", 1, "{:.1f}"),
+        ("peak memory, MB", "peak_memory_bytes", 1e6, "{:.0f}"),
+    ):
+        a, b = before[key], after[key]
+        table.add_row(label, form.format(a / scale), form.format(b / scale), _ratio(a, b))
+    _console().print(table)
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %" if before else ""
+
+
+def show_run(target: Path) -> None:
+    """Everything a finished run has to say."""
+    console = _console()
+    show_ranking(read_json(target / "candidates.json", "candidates"))
+    evaluation = read_json(target / "evaluation.json", "evaluation")
+    show_evaluation(evaluation)
+    console.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
+    console.print(f"report:     {target / 'report.md'}", soft_wrap=True)
+
+
+def show_generation(generation: dict[str, str]) -> None:
+    """One generation before and after."""
+    console = _console()
+    console.print(f"prompt:   {generation['prompt']}", soft_wrap=True, markup=False)
+    console.print(f"original: {generation['before']}", soft_wrap=True, markup=False)
+    console.print(f"cut:      {generation['after']}", soft_wrap=True, markup=False)

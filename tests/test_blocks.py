@@ -1,0 +1,91 @@
+"""Replay: recorded calls give what a forward pass gives, for tuple and tensor outputs."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+
+from isingcut.architectures import find_stack, skipped, stack_modules
+from isingcut.blocks import Replay
+from isingcut.errors import ArchitectureError
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2"]
+
+
+def replay_of(family: str) -> Replay:
+    model = tiny_model(family).requires_grad_(False)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def token_ids(replay: Replay, batch: int = 2, length: int = 12) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(8, 200, (batch, length), generator=generator)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replaying_all_blocks_is_a_forward_pass(family):
+    replay = replay_of(family)
+    ids = token_ids(replay)
+    with torch.no_grad():
+        expected = replay.model(input_ids=ids, use_cache=False).logits
+        recording = replay.record(ids)
+        stream = recording.entered
+        for i in range(len(replay)):
+            stream = recording.block(i, stream)
+        got = torch.stack([recording.logits(stream[s], s) for s in range(len(ids))])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaving_blocks_out_is_skipping_them(family):
+    replay = replay_of(family)
+    ids = token_ids(replay)
+    removed = [0, len(replay) - 1]
+    with torch.no_grad():
+        with skipped(replay.model, find_stack(replay.model), removed):
+            expected = replay.model(input_ids=ids, use_cache=False).logits
+        recording = replay.record(ids)
+        stream = recording.entered
+        for i in np.setdiff1d(np.arange(len(replay)), removed):
+            stream = recording.block(int(i), stream)
+        got = torch.stack([recording.logits(stream[s], s) for s in range(len(ids))])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_set_by_others_comes_back():
+    replay = replay_of("llama")
+    block = replay.blocks[1]
+    original = block.forward
+    calls = []
+
+    def hooked(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    block.forward = hooked
+    ids = token_ids(replay)
+    with torch.no_grad():
+        replay.record(ids)
+        assert not calls
+        replay.model(input_ids=ids, use_cache=False)
+    assert calls == [1]
+
+
+def test_a_block_that_returns_no_stream_is_refused():
+    class Odd(nn.Module):
+        def forward(self, hidden_states):
+            return {"hidden": hidden_states}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Odd()])
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, use_cache):
+            return self.layers[0](torch.zeros(1, 4, 2))
+
+    model = Model()
+    with pytest.raises(ArchitectureError, match="Odd"):
+        Replay(model, list(model.layers))

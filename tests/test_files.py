@@ -1,0 +1,109 @@
+"""Results files: all or nothing, and never somebody else's."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from isingcut.errors import InputError, OutputExistsError, StageFileError
+from isingcut.files import atomic_file, atomic_folder, clear_os_errors, read_json, write_json
+from isingcut.journal import Journal
+
+
+def test_json_round_trip(tmp_path):
+    write_json(tmp_path / "a.json", "thing", {"x": [1.5, 2]})
+    assert read_json(tmp_path / "a.json", "thing")["x"] == [1.5, 2]
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "not an isingcut thing file"),
+        ('{"format": "isingcut-other", "version": 1}', "isingcut-other"),
+        ('{"format": "isingcut-thing", "version": 9}', "newer isingcut"),
+    ],
+)
+def test_a_corrupt_foreign_or_newer_file_is_refused(tmp_path, content, words):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(StageFileError, match=words):
+        read_json(tmp_path / "a.json", "thing")
+
+
+def test_binary_rubbish_and_a_missing_file_are_refused(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(StageFileError, match="not readable"):
+        read_json(tmp_path / "a.json", "thing")
+    with pytest.raises(StageFileError, match="not there"):
+        read_json(tmp_path / "b.json", "thing")
+
+
+def test_not_a_number_is_never_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", "thing", {"x": float("nan")})
+    assert not os.listdir(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "a"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "d") as temporary:
+        (temporary / "x").write_text("half")
+        raise RuntimeError
+    assert not os.listdir(tmp_path)
+
+
+def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
+    target = tmp_path / "d"
+    target.mkdir()
+    (target / "mine").write_text("1")
+    with pytest.raises(OutputExistsError, match="--overwrite"), atomic_folder(target):
+        pass
+    assert (target / "mine").read_text() == "1"
+    with atomic_folder(target, overwrite=True) as temporary:
+        (temporary / "new").write_text("2")
+    assert os.listdir(target) == ["new"]
+    assert os.listdir(tmp_path) == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot write")]
+)
+def test_a_full_or_read_only_disk_is_one_clear_line(tmp_path, code, words):
+    with pytest.raises(InputError, match=words), clear_os_errors(tmp_path):
+        raise OSError(code, os.strerror(code))
+
+
+def test_journal_rows_survive_and_a_torn_line_does_not(tmp_path):
+    path = tmp_path / "j"
+    journal = Journal(path, "one")
+    journal.put("0", np.array([[1.0, np.pi]]))
+    journal.put("1", np.array([[2.0, 3.0]]))
+    path.write_bytes(path.read_bytes()[:-3])
+    again = Journal(path, "one")
+    np.testing.assert_array_equal(again.get("0"), [[1.0, np.pi]])
+    assert again.get("1") is None
+    again.put("1", np.array([[5.0, 6.0]]))
+    np.testing.assert_array_equal(Journal(path, "one").get("1"), [[5.0, 6.0]])
+    assert Journal(path, "two").get("0") is None
+
+
+def test_a_flipped_bit_in_a_journal_is_noticed(tmp_path):
+    path = tmp_path / "j"
+    Journal(path, "one").put("0", np.array([1.0]))
+    header, line = path.read_bytes().splitlines()
+    record = json.loads(line)
+    record["crc"] ^= 1
+    path.write_bytes(header + b"\n" + json.dumps(record).encode() + b"\n")
+    assert Journal(path, "one").get("0") is None

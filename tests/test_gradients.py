@@ -1,0 +1,146 @@
+"""Gate gradients against autograd, one sample at a time, and the energies made of them."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_model
+
+from isingcut.architectures import find_stack, stack_modules
+from isingcut.blocks import Replay
+from isingcut.energies.base import Work
+from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_terms
+from isingcut.gates import gated_block
+from isingcut.gradients import gate_gradients
+from isingcut.tokens import TokenSet
+
+# For each family the modules whose output is added to the residual stream, by their names:
+# what the tests check the structural gates against.
+ADDED = {
+    "llama": ("self_attn", "mlp"),
+    "qwen2": ("self_attn", "mlp"),
+    "qwen3": ("self_attn", "mlp"),
+    "gemma3": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt2": ("attn", "mlp"),
+}
+
+
+def make(family: str) -> Replay:
+    model = tiny_model(family).requires_grad_(False)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def samples() -> TokenSet:
+    rng = np.random.default_rng(0)
+    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
+
+
+def one_at_a_time(replay: Replay, tokens: TokenSet, family: str) -> np.ndarray:
+    """Plain autograd: hooks by module name, batch 1, no padding."""
+    rows = []
+    for s in range(tokens.samples):
+        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
+        alpha = torch.ones(len(replay), requires_grad=True)
+
+        def hook(module, args, output, *, gate):
+            if isinstance(output, tuple):
+                return (output[0] * gate, *output[1:])
+            return output * gate
+
+        handles = [
+            getattr(block, name).register_forward_hook(
+                lambda m, a, o, i=i: hook(m, a, o, gate=alpha[i])
+            )
+            for i, block in enumerate(replay.blocks)
+            for name in ADDED[family]
+        ]
+        logits = replay.model(input_ids=ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+        (gradient,) = torch.autograd.grad(loss, alpha)
+        rows.append(gradient.double().numpy())
+        for handle in handles:
+            handle.remove()
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("family", sorted(ADDED))
+def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
+    replay, tokens = make(family), samples()
+    expected = one_at_a_time(replay, tokens, family)
+    got = gate_gradients(replay, tokens, batch_tokens=30)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_block_gate_gradients_equal_finite_differences():
+    replay, tokens = make("llama"), samples()
+    got = gate_gradients(replay, tokens, gate="block")
+    step = 1e-2
+    ids = tokens.input_ids[:1]
+
+    def loss(i: int, value: float) -> float:
+        with torch.no_grad():
+            recording = replay.record(ids)
+            stream = recording.entered
+            for b in range(len(replay)):
+                alpha = torch.tensor([value if b == i else 1.0])
+                stream = gated_block(recording, b, stream, alpha, "block", ones=False)
+            logits = recording.logits(stream[0], 0)
+            return float(F.cross_entropy(logits[:-1].double(), ids[0, 1:]))
+
+    for i in range(len(replay)):
+        numeric = (loss(i, 1 + step) - loss(i, 1 - step)) / (2 * step)
+        assert got[0, i] == pytest.approx(numeric, rel=2e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("gate", ["sublayer", "block"])
+@pytest.mark.parametrize("family", sorted(ADDED))
+def test_a_closed_gate_is_the_removal(family, gate):
+    replay = make(family)
+    ids = samples().input_ids[:2]
+    with torch.no_grad():
+        recording = replay.record(ids)
+        for i in range(len(replay)):
+            closed = gated_block(recording, i, recording.entered, torch.zeros(2), gate, ones=False)
+            torch.testing.assert_close(closed, recording.entered)
+
+
+def test_no_parameter_gradient_is_allocated():
+    replay = make("llama")
+    gate_gradients(replay, samples())
+    assert all(p.grad is None for p in replay.model.parameters())
+
+
+def test_the_paper_energy_is_the_quadratic_form_of_the_gradient_matrix():
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((20, 5))
+    fisher = rows.T @ rows / 20
+    for linear in (False, True):
+        h, J = energy_terms(rows, linear=linear)
+        for bits in range(32):
+            x = np.array([bits >> i & 1 for i in range(5)], dtype=float)
+            expected = x @ fisher @ x
+            if linear:
+                expected = expected / 2 - rows.mean(0) @ x
+            assert h @ x + x @ J @ x / 2 == pytest.approx(expected)
+
+
+def test_empirical_fisher_is_made_of_these_rows():
+    replay, tokens = make("qwen3"), samples()
+    rows = gate_gradients(replay, tokens)
+    found = EmpiricalFisher().measure(replay, tokens, Work())
+    x = np.ones((1, len(replay)))
+    assert found.energies(x)[0] == pytest.approx(np.mean(rows.sum(1) ** 2))
+    assert found.unit == "arbitrary"
+    assert EmpiricalFisher(linear=True).measure(replay, tokens, Work()).unit == "nats/token"
+
+
+def test_rows_come_back_from_the_journal(tmp_path):
+    replay, tokens = make("llama"), samples()
+    journal = tmp_path / "rows.journal"
+    first = gate_gradients(replay, tokens, batch_tokens=30, journal=journal)
+    # Drop the last finished micro-batch and tear the one before: both are computed again.
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-2]) + lines[-2][:20])
+    again = gate_gradients(replay, tokens, batch_tokens=30, journal=journal)
+    np.testing.assert_array_equal(first, again)

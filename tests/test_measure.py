@@ -1,0 +1,141 @@
+"""Measured losses against removing the blocks for real; the pair energy made of them."""
+
+import copy
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_model
+
+from isingcut.architectures import cut_model, find_stack, stack_modules
+from isingcut.blocks import Replay
+from isingcut.energies.base import Work
+from isingcut.energies.pairwise import Pairwise, indicator
+from isingcut.measure import measure, standard_error
+from isingcut.tokens import TokenSet
+
+
+def make(family: str) -> Replay:
+    model = tiny_model(family).requires_grad_(False)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def samples() -> TokenSet:
+    rng = np.random.default_rng(0)
+    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
+
+
+def really_removed(replay: Replay, tokens: TokenSet, removed: list[int]) -> tuple[float, float]:
+    """Mean KL and NLL per token of a deep copy of the model that lost the blocks."""
+    cut = cut_model(copy.deepcopy(replay.model), removed)
+    kl = nll = 0.0
+    count = 0
+    for s in range(tokens.samples):
+        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
+        with torch.no_grad():
+            p = replay.model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+            q = cut(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+        nll += float(F.nll_loss(q, ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
+    return kl / count, nll / count
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "gpt2"])
+def test_measured_losses_are_those_of_really_removed_blocks(family):
+    replay, tokens = make(family), samples()
+    removals = [[0], [len(replay) - 1], [0, 2], [1, 2, 3]]
+    found = measure(replay, tokens, indicator(len(replay), [tuple(r) for r in removals]))
+    for s, removed in enumerate(removals):
+        kl, nll = really_removed(replay, tokens, removed)
+        assert found.kl[s] == pytest.approx(kl, rel=1e-4, abs=1e-6)
+        assert found.nll[s] == pytest.approx(nll, rel=1e-5)
+
+
+def test_pairwise_is_exact_up_to_two_blocks():
+    replay, tokens = make("llama"), samples()
+    n = len(replay)
+    energy = Pairwise().measure(replay, tokens, Work(batch_tokens=30))
+    for removed in [*[(i,) for i in range(n)], *combinations(range(n), 2)]:
+        kl, _ = really_removed(replay, tokens, list(removed))
+        value = energy.energies(indicator(n, [removed]))[0]
+        assert value == pytest.approx(kl, rel=1e-4, abs=1e-6)
+    assert energy.unit == "nats/token"
+    assert energy.h_error is not None
+    assert (energy.h_error > 0).all()
+
+
+def test_sharing_prefixes_changes_the_work_and_not_the_result():
+    replay, tokens = make("qwen3"), samples()
+    n = len(replay)
+    states = indicator(n, list(combinations(range(n), 2)))
+    shared = measure(replay, tokens, states)
+    apart = measure(replay, tokens, states, share_prefixes=False)
+    np.testing.assert_allclose(shared.kl_sums, apart.kl_sums, rtol=1e-6, atol=1e-9)
+    assert shared.blocks_run < apart.blocks_run == apart.blocks_unshared
+
+
+def test_each_node_of_the_prefix_tree_is_run_once():
+    replay, tokens = make("llama"), samples()
+    n = len(replay)
+    ran = []
+    handles = [
+        b.self_attn.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
+        for i, b in enumerate(replay.blocks)
+    ]
+    rng = np.random.default_rng(5)
+    states = rng.random((9, n)) < 0.4
+    found = measure(replay, tokens, states, batch_tokens=10_000)
+    for handle in handles:
+        handle.remove()
+    prefixes = {
+        (i, tuple(state[:i]))
+        for state in [np.zeros(n, dtype=bool), *states]
+        for i in range(n)
+        if not state[i]
+    }
+    assert len(ran) == found.blocks_run == len(prefixes)
+
+
+def test_micro_batches_and_padding_do_not_change_the_losses():
+    replay, tokens = make("llama"), samples()
+    states = indicator(len(replay), [(1,), (0, 3)])
+    whole = measure(replay, tokens, states, batch_tokens=10_000)
+    small = measure(replay, tokens, states, batch_tokens=1)
+    np.testing.assert_allclose(whole.kl_sums, small.kl_sums, rtol=1e-4, atol=1e-7)
+    assert whole.counts.tolist() == [13, 8, 13, 10]
+
+
+def test_an_interrupted_measurement_goes_on_with_the_same_bits(tmp_path):
+    replay, tokens = make("llama"), samples()
+    states = indicator(len(replay), [(1,), (0, 3)])
+    journal = tmp_path / "j"
+    first = measure(replay, tokens, states, batch_tokens=15, journal=journal)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:2]) + lines[2][:-10])
+    ran = []
+    handle = replay.blocks[0].self_attn.register_forward_hook(lambda m, a, o: ran.append(1))
+    again = measure(replay, tokens, states, batch_tokens=15, journal=journal)
+    handle.remove()
+    np.testing.assert_array_equal(first.kl_sums, again.kl_sums)
+    # Block 0 is run once a micro-batch: by the original, shared by the state (1,).
+    assert len(ran) == len(lines) - 2, "only lost micro-batches are computed again"
+
+
+def test_a_journal_of_other_states_is_not_used(tmp_path):
+    replay, tokens = make("llama"), samples()
+    journal = tmp_path / "j"
+    measure(replay, tokens, indicator(len(replay), [(1,)]), journal=journal)
+    other = measure(replay, tokens, indicator(len(replay), [(2,)]), journal=journal)
+    fresh = measure(replay, tokens, indicator(len(replay), [(2,)]))
+    np.testing.assert_array_equal(other.kl_sums, fresh.kl_sums)
+
+
+def test_standard_error_of_equal_samples_is_that_of_the_mean():
+    rng = np.random.default_rng(0)
+    sums = rng.standard_normal((3, 50))
+    counts = np.full(50, 7)
+    expected = (sums / 7).std(1, ddof=1) / np.sqrt(50)
+    np.testing.assert_allclose(standard_error(sums, counts), expected)
