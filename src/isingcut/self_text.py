@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from isingcut.errors import CalibrationError
+from isingcut.generation import only
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -70,23 +71,13 @@ def generated(
 @torch.no_grad()
 def _sampled(model: PreTrainedModel, start: int, length: int, seed: int) -> list[list[int]]:
     """One batch of samples."""
-    from transformers import GenerationConfig
-
-    generative: Any = model
-    own = generative.generation_config
-    # Its own settings (end token, top-k, repetition penalty) would fill what is left open here.
-    generative.generation_config = cast(Any, GenerationConfig)(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=start, use_cache=True
-    )
     prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            out = generative.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length - 1
-            )
-    finally:
-        generative.generation_config = own
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with only(model, pad_token_id=start, **sampling) as generative, torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        out = generative.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length - 1
+        )
     rows: list[list[int]] = out.cpu().tolist()
     return rows
