@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
 from torch import nn
 
 from isingcut.architectures import find_stack, skipped, stack_modules
 from isingcut.blocks import Replay
 from isingcut.errors import ArchitectureError
+from tiny import tiny_model
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2"]
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from scipy import stats
-from tiny import tiny_model
 
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
@@ -15,6 +14,7 @@ from isingcut.hamiltonian import Hamiltonian
 from isingcut.problem import Problem
 from isingcut.solvers import solve
 from isingcut.tokens import TokenSet
+from tiny import tiny_model
 
 
 def flat(n: int, *rows) -> Problem:

@@ -50,17 +50,26 @@ def test_not_a_number_is_never_written(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "a"
     target.write_text("old")
-    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def half():
+        with atomic_file(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "d") as temporary:
-        (temporary / "x").write_text("half")
-        raise RuntimeError
+    def half():
+        with atomic_folder(tmp_path / "d") as temporary:
+            (temporary / "x").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
     assert not os.listdir(tmp_path)
 
 

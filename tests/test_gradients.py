@@ -1,10 +1,11 @@
 """Gate gradients against autograd, one sample at a time, and the energies made of them."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
 
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
@@ -13,6 +14,7 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_terms
 from isingcut.gates import gated_block
 from isingcut.gradients import gate_gradients
 from isingcut.tokens import TokenSet
+from tiny import tiny_model
 
 # For each family the modules whose output is added to the residual stream, by their names:
 # what the tests check the structural gates against.
@@ -48,9 +50,7 @@ def one_at_a_time(replay: Replay, tokens: TokenSet, family: str) -> np.ndarray:
             return output * gate
 
         handles = [
-            getattr(block, name).register_forward_hook(
-                lambda m, a, o, i=i: hook(m, a, o, gate=alpha[i])
-            )
+            getattr(block, name).register_forward_hook(functools.partial(hook, gate=alpha[i]))
             for i, block in enumerate(replay.blocks)
             for name in ADDED[family]
         ]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
 
 from isingcut.architectures import cut_model, find_stack, stack_modules
 from isingcut.blocks import Replay
@@ -15,6 +14,7 @@ from isingcut.energies.base import Work
 from isingcut.energies.pairwise import Pairwise, indicator
 from isingcut.measure import measure, standard_error
 from isingcut.tokens import TokenSet
+from tiny import tiny_model
 
 
 def make(family: str) -> Replay:

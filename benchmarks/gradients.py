@@ -1,0 +1,155 @@
+"""Gate gradients: one batched backward against one sample at a time and a plain forward pass.
+
+    python benchmarks/gradients.py [--model smollm2] [--samples 16] [--length 256] [--repeats 5]
+
+All three sides run on the same tokens, interleaved, and the medians are compared. Peak memory
+is measured in a process of its own for each side. Ends with one line `name: value` per figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from isingcut import models
+from isingcut.architectures import find_stack, stack_modules
+from isingcut.blocks import Replay, reuse_freed_memory
+from isingcut.calibration import build
+from isingcut.gates import gated_block
+from isingcut.gradients import gate_gradients
+from isingcut.tokens import TokenSet
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
+    loaded = models.load(models.resolve(arguments.model))
+    calibration = build(
+        arguments.calibration,
+        loaded.tokenizer,
+        samples=arguments.samples,
+        rank_samples=2,
+        report_samples=2,
+        length=arguments.length,
+        seed=0,
+    )
+    replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
+    return replay, calibration.splits["energy"]
+
+
+def forward(replay: Replay, tokens: TokenSet, batch_tokens: int) -> None:
+    """The yardstick: a plain forward pass with the NLL, without gradients."""
+    with torch.inference_mode():
+        for batch in tokens.batches(batch_tokens):
+            logits = replay.model(input_ids=batch.input_ids, use_cache=False).logits
+            for row, ids in zip(logits, batch.input_ids, strict=True):
+                F.cross_entropy(row[:-1].float(), ids[1:])
+
+
+def batch_one(replay: Replay, tokens: TokenSet) -> np.ndarray:
+    """What a per-sample gradient otherwise costs: a forward and a backward per sample."""
+    rows = []
+    for s in range(tokens.samples):
+        single = tokens.select([s])
+        with torch.no_grad():
+            recording = replay.record(single.input_ids)
+        alphas = [torch.ones(1, requires_grad=True) for _ in range(len(replay))]
+        stream = recording.entered
+        for i, alpha in enumerate(alphas):
+            stream = gated_block(recording, i, stream, alpha, "sublayer", ones=True)
+        logits = recording.logits(stream[0], 0)
+        loss = F.cross_entropy(logits[:-1].float(), single.input_ids[0, 1:])
+        rows.append(torch.cat(torch.autograd.grad(loss, alphas)).double().numpy())
+    return np.array(rows)
+
+
+def _peak(side: str, arguments: argparse.Namespace, answer: multiprocessing.Queue) -> None:
+    replay, tokens = prepare(arguments)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if side == "batched":
+        gate_gradients(replay, tokens, batch_tokens=arguments.batch_tokens)
+    elif side == "forward":
+        reuse_freed_memory()
+        forward(replay, tokens, arguments.batch_tokens)
+    gradients = sum(p.grad is not None for p in replay.model.parameters())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.put((peak / 1024, (peak - before) / 1024, gradients))
+
+
+def peak_memory(side: str, arguments: argparse.Namespace) -> tuple[float, float, int]:
+    """Peak MB of a fresh process, what of it came after loading, parameter gradients held."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_peak, args=(side, arguments, answer))
+    process.start()
+    found: tuple[float, float, int] = answer.get()
+    process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--calibration", default="wiki")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+
+    replay, tokens = prepare(arguments)
+    print(
+        f"{arguments.model}, {len(replay)} blocks, {tokens.samples} samples, "
+        f"{tokens.tokens} tokens, "
+        f"{next(replay.model.parameters()).dtype}, {torch.get_num_threads()} threads"
+    )
+    rows: dict[str, np.ndarray] = {}
+    reuse_freed_memory()
+    sides: dict[str, Callable[[], None]] = {
+        "forward": lambda: forward(replay, tokens, arguments.batch_tokens),
+        "batched": lambda: rows.update(
+            batched=gate_gradients(replay, tokens, batch_tokens=arguments.batch_tokens)
+        ),
+        "batch 1": lambda: rows.update(one=batch_one(replay, tokens)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(arguments.repeats + 1):
+        for name, work in sides.items():
+            began = time.perf_counter()
+            work()
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    difference = np.abs(rows["batched"] - rows["one"]).max() / np.abs(rows["one"]).max()
+    print(f"\n{'side':<10}{'ms/token':>10}{'ratio to forward':>18}")
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        name: statistics.median(
+            value / base for value, base in zip(values, seconds["forward"], strict=True)
+        )
+        for name, values in seconds.items()
+    }
+    for name in sides:
+        print(f"{name:<10}{1000 * median[name] / tokens.tokens:>10.3f}{ratios[name]:>18.2f}")
+    print(f"largest difference between the two gradient matrices: {difference:.1e} of the largest")
+    peak, added, held = peak_memory("batched", arguments)
+    base, base_added, _ = peak_memory("forward", arguments)
+    print(
+        f"peak memory: batched {peak:.0f} MB ({added:.0f} MB above the loaded model), "
+        f"forward {base:.0f} MB ({base_added:.0f} MB above); parameter gradients held: {held}"
+    )
+    speedup = statistics.median(
+        one / batched for one, batched in zip(seconds["batch 1"], seconds["batched"], strict=True)
+    )
+    print(f"\ngradients_forward_ratio: {ratios['batched']:.3f}")
+    print(f"gradients_batch1_speedup: {speedup:.3f}")
+    print(f"gradients_peak_mb: {peak:.0f}")
+
+
+if __name__ == "__main__":
+    main()
