@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isingcut.architectures.live import stop_rescaling
 from isingcut.errors import ArchitectureError
 
 
@@ -38,6 +39,7 @@ class Replay:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.model = model.eval()
+        stop_rescaling(model)
         self.blocks = list(blocks)
         self.device = next(model.parameters()).device
         # The rest of each block's output tuple (None for a bare tensor), for the stubs to return.
@@ -48,22 +50,42 @@ class Replay:
         return len(self.blocks)
 
     def _learn_outputs(self) -> None:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                self._rest.append(None)
-            elif isinstance(output, tuple) and isinstance(output[0], Tensor):
-                self._rest.append(tuple(output[1:]))
-            else:
+        shared: list[tuple[dict[Any, Any], int]] = []
+        passed_on: list[Tensor] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            stream = _Call.split(args, kwargs, len(self._rest)).hidden
+            if not passed_on:
+                shared.extend((v, len(v)) for v in kwargs.values() if isinstance(v, dict))
+            elif stream is not passed_on[-1] and not torch.equal(stream, passed_on[-1]):
+                raise ArchitectureError(
+                    f"the model changes the residual stream before block {len(self._rest)} "
+                    f"({type(module).__name__}): such blocks can be cut, but not measured one at "
+                    "a time"
+                )
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) and output else output
+            if not isinstance(stream, Tensor):
                 raise ArchitectureError(
                     f"block {len(self._rest)} ({type(module).__name__}) returns "
                     f"{type(output).__name__}; expected hidden states, or a tuple that starts "
                     "with them"
                 )
+            if stream.shape[:2] != ids.shape:
+                raise ArchitectureError(
+                    f"block {len(self._rest)} ({type(module).__name__}) passes on a stream of "
+                    f"shape {list(stream.shape)}, expected (batch, tokens, width): such blocks can "
+                    "be cut, but not measured one at a time"
+                )
+            passed_on.append(stream)
+            self._rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
 
-        handles = [b.register_forward_hook(hook) for b in self.blocks]
+        handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in self.blocks]
+        handles += [b.register_forward_hook(after) for b in self.blocks]
+        ids = torch.zeros((1, 4), dtype=torch.long, device=self.device)
         try:
             with torch.no_grad():
-                ids = torch.zeros((1, 4), dtype=torch.long, device=self.device)
                 self.model(input_ids=ids, use_cache=False)
         finally:
             for handle in handles:
@@ -72,6 +94,11 @@ class Replay:
             raise ArchitectureError(
                 f"{len(self.blocks)} blocks were found, but a forward pass called "
                 f"{len(self._rest)}; each must be called exactly once"
+            )
+        if any(len(value) > size for value, size in shared):
+            raise ArchitectureError(
+                "blocks hand keys and values to later blocks beside the residual stream: such "
+                "blocks can be cut, but not measured one at a time"
             )
 
     def record(self, input_ids: Tensor) -> Recording:

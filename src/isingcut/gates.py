@@ -36,6 +36,9 @@ _SAME_STREAM = {
     Tensor.contiguous,
     torch.clone,
     Tensor.type_as,
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
 }
 
 
@@ -76,7 +79,7 @@ class _ResidualGate(TorchFunctionMode):
         self._scale = scale
         self.additions = 0
 
-    def _is_stream(self, value: Any) -> bool:
+    def is_stream(self, value: Any) -> bool:
         return any(value is s for s in self._stream)
 
     def __torch_function__(
@@ -89,8 +92,8 @@ class _ResidualGate(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ADDITIONS and len(args) >= 2 and not kwargs:
             first, second = args[0], args[1]
-            if self._is_stream(first) != self._is_stream(second):
-                stream, added = (first, second) if self._is_stream(first) else (second, first)
+            if self.is_stream(first) != self.is_stream(second):
+                stream, added = (first, second) if self.is_stream(first) else (second, first)
                 if isinstance(added, Tensor) and added.shape == stream.shape:
                     self.additions += 1
                     # Never in place: the stream is still needed for the other samples' gates.
@@ -98,7 +101,7 @@ class _ResidualGate(TorchFunctionMode):
                     self._stream.append(out)
                     return out
         out = func(*args, **kwargs)
-        if func in _SAME_STREAM and self._is_stream(args[0]):
+        if func in _SAME_STREAM and self.is_stream(args[0]):
             self._stream.append(out)
         return out
 
@@ -129,16 +132,19 @@ def gated_block(
         raise InputError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
 
     def scale(added: Tensor) -> Tensor:
-        result: Tensor = _Scale.apply(added, alpha, ones)  # type: ignore[no-untyped-call]
+        # OPT adds (B T, D) to (B T, D): every token of a sample has the sample's gate.
+        each = alpha.repeat_interleave(len(added) // len(alpha))
+        result: Tensor = _Scale.apply(added, each, ones)  # type: ignore[no-untyped-call]
         return result
 
     # A fresh view, so that block 0's input is not also seen as, say, the embeddings.
     stream = hidden.view_as(hidden)
     with _ResidualGate(stream, scale) as mode:
         out = recording.block(i, stream)
-    if mode.additions == 0:
+    if mode.additions == 0 or not mode.is_stream(out):
+        seen = "only some additions" if mode.additions else "no addition"
         raise ArchitectureError(
-            f"no addition to the residual stream was seen inside block {i}; "
-            "use the block gate for this architecture"
+            f"{seen} to the residual stream can be scaled inside block {i}, so that its sublayer "
+            "gate at 0 would not be its removal; use the block gate for this architecture"
         )
     return out

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from isingcut.architectures import find_stack, skipped, text_config
-from isingcut.architectures.live import unscaled
+from isingcut.architectures.live import stop_rescaling
 from isingcut.errors import VerificationError
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -53,7 +53,9 @@ def verify(
     cut = reload(out, dtype=source_model.dtype, trust_remote_code=trust_remote_code)
     cut.to(source_model.device)
     tokens = random_tokens(source_model, batch, length, seed)
-    with torch.no_grad(), unscaled(source_model), unscaled(cut):
+    for model in (source_model, cut):
+        stop_rescaling(model)
+    with torch.no_grad():
         with skipped(source_model, find_stack(source_model), removed):
             expected = source_model(tokens, use_cache=False).logits
         got = cut(tokens, use_cache=False).logits

@@ -110,3 +110,16 @@ def _undo_rescaling(owner: nn.Module) -> None:
         owner.train(True)
         rescale()
         owner.train(training)
+
+
+def stop_rescaling(model: nn.Module) -> None:
+    """Let RWKV compute without halving the stream every few blocks, from now on.
+
+    The halving keeps half precision in range and is neutral but for the epsilon in the norms;
+    it happens between the blocks, so blocks that are run one at a time would miss it.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "rescale_every", None):
+        for module in model.modules():
+            _undo_rescaling(module)
+        config.rescale_every = 0

@@ -1,0 +1,360 @@
+"""Conformance of architectures: every family cut, reloaded and compared, on tiny random models.
+
+For one family: its blocks are found (also on the meta device), replayed blocks give a forward
+pass, gate gradients agree with autograd and with finite differences, and several random legal
+states, with the first and the last block among them, are cut in memory and at the checkpoint,
+reloaded with plain transformers and compared with the original with those blocks skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from isingcut.architectures import (
+    BlockStack,
+    cut_model,
+    find_stack,
+    legality,
+    skipped,
+    stack_modules,
+    text_config,
+)
+from isingcut.architectures.live import stop_rescaling
+from isingcut.blocks import Recording, Replay
+from isingcut.errors import ArchitectureError, VerificationError
+from isingcut.excise import excise
+from isingcut.gates import gated_block
+from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model
+from isingcut.verify import random_tokens, relative_difference, verify
+
+_TOLERANCE = 1e-5
+_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class FamilyReport:
+    """What became of one family.
+
+    Args:
+        family: a key of `FAMILIES`.
+        outcome: ``"passed"``, ``"refused"`` or ``"failed"``.
+        kinds: block kinds, with their counts.
+        rows: legality rows, in words.
+        states: states cut and compared.
+        difference: largest relative logit difference seen.
+        sublayer: whether the sublayer gate works (else only the block gate does).
+        reason: why it was refused or failed.
+    """
+
+    family: str
+    outcome: str
+    kinds: str = ""
+    rows: str = ""
+    states: int = 0
+    difference: float = 0.0
+    sublayer: bool = True
+    reason: str = ""
+
+
+def check_family(
+    family: str, folder: Path, *, states: int = 6, seed: int = 0, **changes: Any
+) -> FamilyReport:
+    """Run all checks of one family.
+
+    Args:
+        family: a key of `FAMILIES`.
+        folder: an empty folder to write checkpoints to.
+        states: how many legal states are cut.
+        seed: of the weights, tokens and states.
+        changes: configuration fields to set.
+    """
+    try:
+        return _check(family, folder, states, seed, changes)
+    except ArchitectureError as error:
+        return FamilyReport(family, "refused", reason=str(error))
+    except (AssertionError, RuntimeError, VerificationError) as error:
+        return FamilyReport(family, "failed", reason=f"{type(error).__name__}: {error}")
+
+
+def _check(
+    family: str, folder: Path, states: int, seed: int, changes: dict[str, Any]
+) -> FamilyReport:
+    source = tiny_checkpoint(family, folder / "source", seed=seed, **changes)
+    model = tiny_model(family, seed=seed, **changes)
+    stop_rescaling(model)
+    stack = find_stack(model)
+    rows = legality(model.config, stack)
+    _same_on_meta(family, stack, changes)
+    tokens = random_tokens(model, 2, 20, seed)
+    chosen = legal_states(stack, rows, states, seed)
+    worst, sublayer, reason = 0.0, True, ""
+    try:
+        worst = _replay_is_forward(model, stack, tokens, chosen)
+        smooth = tiny_model(family, seed=seed, **{**changes, **_every_expert(model)})
+        sublayer = _gates(smooth.requires_grad_(False), stack, tokens)
+    except ArchitectureError as error:
+        reason = f"cuts exactly at given blocks, but is not measured: {error}"
+    for number, removed in enumerate(chosen):
+        out = folder / f"cut{number}"
+        excise(source, removed, out, max_shard_bytes=60_000)
+        worst = max(worst, verify(model, removed, out))
+        saved = folder / f"memory{number}"
+        worst = max(worst, _in_memory(model, stack, removed, tokens, saved))
+    return FamilyReport(
+        family,
+        "refused" if reason else "passed",
+        kinds=_counted(stack.kinds),
+        rows=_rows_in_words(rows),
+        states=len(chosen),
+        difference=worst,
+        sublayer=sublayer,
+        reason=reason,
+    )
+
+
+def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int, seed: int) -> list[list[int]]:
+    """Different legal states: with the first block, the last, both, and random ones.
+
+    Raises:
+        ArchitectureError: the legality rows leave no state but the original.
+    """
+    n = len(stack)
+    numbers = np.arange(1, 2**n)
+    bits: NDArray[np.bool_] = (numbers[:, None] >> np.arange(n)) & 1 > 0
+    bits = bits[bits.sum(1) < n]
+    for row in rows:
+        bits = bits[row.satisfied(bits)]
+    if len(bits) == 0:
+        raise ArchitectureError("no state is legal: every block has to stay")
+    bits = bits[np.random.default_rng(seed).permutation(len(bits))]
+    first, last = bits[:, 0], bits[:, -1]
+    picks: list[int] = []
+    for mask in (first & ~last, last & ~first, first & last, np.ones(len(bits), bool)):
+        picks.extend(int(i) for i in np.flatnonzero(mask)[: 1 if len(picks) < 3 else wanted])
+    unique = list(dict.fromkeys(picks))[:wanted]
+    return [[int(i) for i in np.flatnonzero(bits[p])] for p in unique]
+
+
+def _same_on_meta(family: str, stack: BlockStack, changes: dict[str, Any]) -> None:
+    """Discovery needs no weights."""
+    from transformers import AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        empty = factory.from_config(tiny_config(family, **changes), dtype=torch.float32)
+    assert find_stack(empty) == stack, "the meta device shows other blocks than the real model"
+
+
+def _replay_is_forward(
+    model: Any, stack: BlockStack, tokens: torch.Tensor, states: Sequence[Sequence[int]]
+) -> float:
+    """Largest relative difference of replayed from real passes: each state, then the original
+    again, so that nothing a state leaves behind in the recorded calls goes unseen."""
+    model.requires_grad_(False)
+    recording = Replay(model, stack_modules(model, stack)).record(tokens)
+    worst = 0.0
+    for removed in [*states, []]:
+        with torch.no_grad():
+            with skipped(model, stack, removed):
+                expected = model(tokens, use_cache=False).logits
+            stream = recording.entered
+            for i in range(len(stack)):
+                stream = stream if i in removed else recording.block(i, stream)
+            rows = [recording.logits(stream[s], s) for s in range(len(tokens))]
+        worst = max(worst, relative_difference(expected, torch.stack(rows)))
+    assert worst <= _TOLERANCE, f"replay differs from a forward pass by {worst:.1e}"
+    return worst
+
+
+def _every_expert(model: Any) -> dict[str, int]:
+    """Changes that route every token to all experts: a loss with jumps has no differences."""
+    config = text_config(model)
+    experts = next(
+        (
+            int(n)
+            for k in ("n_routed_experts", "num_experts", "num_local_experts")
+            if (n := getattr(config, k, None))
+        ),
+        0,
+    )
+    if not experts or not hasattr(config, "num_experts_per_tok"):
+        return {}
+    groups = {"topk_group": int(config.n_group)} if getattr(config, "n_group", None) else {}
+    return {"num_experts_per_tok": experts, **groups}
+
+
+def _gates(model: Any, stack: BlockStack, tokens: torch.Tensor) -> bool:
+    """Gate gradients: block gates against autograd on the whole model, sublayer gates against
+    finite differences, and both a removal at alpha = 0. Returns whether sublayer gates work."""
+    recording = Replay(model, stack_modules(model, stack)).record(tokens)
+    block = _replayed_gradient(recording, stack, "block")
+    error = _error(block, _autograd(model, stack, tokens), block)
+    assert error <= 1e-4, f"block gate gradients differ from autograd by {error:.1e}"
+    try:
+        sublayer = _replayed_gradient(recording, stack, "sublayer")
+    except ArchitectureError:
+        return False
+    zero = torch.zeros(len(tokens))
+    for i in (0, len(stack) // 2, len(stack) - 1):
+        # Wide steps, because losses are float32: the error is about the step squared.
+        up, down = (_loss(recording, stack, i, 1 + step) for step in (_STEP, -_STEP))
+        error = _error(sublayer[:, i], (up - down) / (2 * _STEP), sublayer)
+        assert error <= 2e-2, f"sublayer gate gradients differ by {error:.1e}"
+        with torch.no_grad():
+            gone = gated_block(recording, i, recording.entered, zero, "sublayer", ones=False)
+        difference = relative_difference(recording.entered, gone)
+        assert difference <= _TOLERANCE, (
+            f"a sublayer gate at 0 leaves {difference:.1e} of block {i}"
+        )
+    return True
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> float:
+    """Largest difference, relative to the largest entry of the whole matrix."""
+    return float((got - expected).abs().max() / scale.abs().max().clamp_min(1e-9))
+
+
+def _loss(recording: Recording, stack: BlockStack, gated: int, alpha: float) -> torch.Tensor:
+    """(B,) mean NLL with the sublayer gate of one block set to a number."""
+    hidden = recording.entered
+    with torch.no_grad():
+        for i in range(len(stack)):
+            value = torch.full((len(hidden),), alpha if i == gated else 1.0)
+            hidden = gated_block(recording, i, hidden, value, "sublayer", ones=False)
+        return _losses(recording, hidden)
+
+
+def _losses(recording: Recording, hidden: torch.Tensor) -> torch.Tensor:
+    ids = recording.input_ids
+    return torch.stack([_nll(recording.logits(hidden[s], s), ids[s]) for s in range(len(ids))])
+
+
+def _nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits[:-1], ids[1:])
+
+
+def _replayed_gradient(recording: Recording, stack: BlockStack, gate: str) -> torch.Tensor:
+    """(B, N) from gates on replayed blocks."""
+    samples = len(recording.input_ids)
+    alphas = [torch.ones(samples, requires_grad=True) for _ in range(len(stack))]
+    hidden = recording.entered
+    for i, alpha in enumerate(alphas):
+        hidden = gated_block(recording, i, hidden, alpha, gate, ones=True)
+    gradients = torch.autograd.grad(_losses(recording, hidden).sum(), alphas)
+    return torch.stack(gradients, dim=1)
+
+
+def _autograd(model: Any, stack: BlockStack, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N) from a gated forward pass of the whole model, one sample at a time, by hooks."""
+    out = []
+    for row in tokens:
+        alphas = [torch.ones((), requires_grad=True) for _ in range(len(stack))]
+
+        def hook(alpha: torch.Tensor) -> Any:
+            def gate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+                before = args[0] if args else kwargs["hidden_states"]
+                after = output if isinstance(output, torch.Tensor) else output[0]
+                mixed = before + alpha * (after - before)
+                return mixed if isinstance(output, torch.Tensor) else (mixed, *output[1:])
+
+            return gate
+
+        handles = [
+            block.register_forward_hook(hook(alpha), with_kwargs=True)
+            for block, alpha in zip(stack_modules(model, stack), alphas, strict=True)
+        ]
+        loss = _nll(model(row[None], use_cache=False).logits[0], row)
+        for handle in handles:
+            handle.remove()
+        out.append(torch.stack(torch.autograd.grad(loss, alphas)))
+    return torch.stack(out)
+
+
+def _in_memory(
+    model: Any, stack: BlockStack, removed: list[int], tokens: torch.Tensor, folder: Path
+) -> float:
+    """`cut_model` computes the same, and so does what it saves."""
+    cut: Any = cut_model(copy.deepcopy(model), removed)
+    with torch.no_grad():
+        with skipped(model, stack, removed):
+            expected = model(tokens, use_cache=False).logits
+        difference = relative_difference(expected, cut(tokens, use_cache=False).logits)
+    assert difference <= _TOLERANCE, f"cut in memory without {removed}: {difference:.1e}"
+    cut.save_pretrained(folder)
+    return max(difference, verify(model, removed, folder))
+
+
+def _counted(kinds: Sequence[str]) -> str:
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def _rows_in_words(rows: Sequence[Any]) -> str:
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row.reason, []).append(row.name)
+    return "; ".join(
+        reason if len(names) == 1 else f"{reason} ({len(names)} rows)"
+        for reason, names in groups.items()
+    )
+
+
+def table(reports: Sequence[FamilyReport]) -> str:
+    """The reports as a Markdown table."""
+    lines = [
+        "| family | outcome | blocks | states cut | largest difference | sublayer gate | remarks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in reports:
+        gate = ("yes" if r.sublayer else "no: block gate only") if r.outcome == "passed" else ""
+        size = f"{r.difference:.1e}" if r.states else ""
+        remark = (r.reason or r.rows).replace("|", "/").replace("\n", " ")
+        lines.append(
+            f"| {r.family} | {r.outcome} | {r.kinds} | {r.states or ''} | {size} | {gate} "
+            f"| {remark} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check the named families (all, when none is named); 1 when one failed."""
+    parser = argparse.ArgumentParser(prog="python -m isingcut.testing architectures")
+    parser.add_argument("families", nargs="*", choices=[*FAMILIES, []], help="default: all")
+    parser.add_argument("--states", type=int, default=6, help="states cut per family")
+    parser.add_argument("--docs", type=Path, help="also write the table to this Markdown file")
+    options = parser.parse_args(list(arguments))
+    reports = []
+    for family in options.families or FAMILIES:
+        with tempfile.TemporaryDirectory() as folder, _quiet():
+            reports.append(check_family(family, Path(folder), states=options.states))
+        latest = reports[-1]
+        print(f"{family}: {latest.outcome} {latest.reason or latest.kinds}", flush=True)
+    print(table(reports))
+    if options.docs:
+        _replace_table(options.docs, table(reports))
+    for outcome in ("passed", "refused", "failed"):
+        print(f"architectures_{outcome}: {sum(r.outcome == outcome for r in reports)}")
+    return int(any(r.outcome == "failed" for r in reports))
+
+
+def _replace_table(path: Path, text: str) -> None:
+    start, end = "<!-- table -->", "<!-- end of table -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(start)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def _quiet() -> Any:
+    from isingcut.models import quiet_transformers
+
+    return quiet_transformers()
