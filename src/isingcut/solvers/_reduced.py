@@ -87,7 +87,8 @@ def reduce(problem: Problem) -> Reduced:
     wide = lift.astype(np.float64)
     matrix = np.array([row.coefficients for row in kept]).reshape(len(kept), n) @ wide.T
     interval: Floats = np.array([row.interval() for row in kept]).reshape(len(kept), 2)
-    fixed, useful = _propagate(matrix, interval[:, 0], interval[:, 1])
+    fixed = np.full(len(classes), -1, dtype=np.int8)
+    propagate(matrix, interval[:, 0], interval[:, 1], fixed)
     free = fixed < 0
     ones = (fixed == 1).astype(np.int8)
     base = ones @ lift
@@ -95,6 +96,7 @@ def reduce(problem: Problem) -> Reduced:
     shift = matrix @ ones
     low, high = interval[:, 0] - shift, interval[:, 1] - shift
     matrix = matrix[:, free]
+    useful = (np.minimum(matrix, 0).sum(axis=1) < low) | (np.maximum(matrix, 0).sum(axis=1) > high)
 
     ham = problem.hamiltonian
     field = ham.h + ham.J @ base
@@ -154,31 +156,27 @@ def _ties(problem: Problem) -> tuple[list[int], list[LinearConstraint]]:
     return [root(i) for i in range(problem.n)], tied
 
 
-def _propagate(
-    matrix: Floats, low: Floats, high: Floats
-) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
-    """Variables that the rows force (-1 = free), and which rows still say something."""
-    fixed = np.full(matrix.shape[1], -1, dtype=np.int8)
+def propagate(matrix: Floats, low: Floats, high: Floats, fixed: NDArray[np.int8]) -> bool:
+    """Fix, in place, the free variables (-1) that a row forces; False if a row cannot be met."""
     while True:
         free = fixed < 0
         settled = matrix @ (fixed == 1)
-        open_part = matrix * free
-        least = settled + np.minimum(open_part, 0).sum(axis=1)
-        most = settled + np.maximum(open_part, 0).sum(axis=1)
-        size = np.abs(open_part)
-        # Taking the unfavourable value of one variable moves the extreme by its size.
-        breaks = (least[:, None] + size > high[:, None]) | (most[:, None] - size < low[:, None])
-        up_breaks = ((open_part > 0) & (least[:, None] + size > high[:, None])) | (
-            (open_part < 0) & (most[:, None] - size < low[:, None])
-        )
-        down_breaks = breaks & (
-            ((open_part < 0) & (least[:, None] + size > high[:, None]))
-            | ((open_part > 0) & (most[:, None] - size < low[:, None]))
-        )
-        forced = free & (up_breaks.any(axis=0) | down_breaks.any(axis=0))
-        if not forced.any():
-            return fixed, (least < low) | (most > high)
-        fixed[forced] = np.where(up_breaks.any(axis=0)[forced], 0, 1)
+        rest = matrix * free
+        least = settled + np.minimum(rest, 0).sum(axis=1)
+        most = settled + np.maximum(rest, 0).sum(axis=1)
+        if (least > high).any() or (most < low).any():
+            return False
+        # The unfavourable value of one variable moves the row's extreme by its coefficient.
+        over = least[:, None] + np.abs(rest) > high[:, None]
+        under = most[:, None] - np.abs(rest) < low[:, None]
+        not_one = (((rest > 0) & over) | ((rest < 0) & under)).any(axis=0)
+        not_zero = (((rest < 0) & over) | ((rest > 0) & under)).any(axis=0)
+        if (not_one & not_zero).any():
+            return False
+        if not (not_one | not_zero).any():
+            return True
+        fixed[not_one] = 0
+        fixed[not_zero] = 1
 
 
 def _cardinality(matrix: Floats, low: Floats, high: Floats) -> tuple[int, int]:

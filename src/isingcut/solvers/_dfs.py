@@ -1,0 +1,180 @@
+"""Depth-first enumeration of a small subproblem with the Gilmore-Lawler bound.
+
+Blocks are taken in a fixed order. With d of m blocks chosen and only the blocks from position p
+on left, r = m - d are to come, and every completion costs at least the partial energy plus the r
+smallest values of
+
+    own term + couplings to the chosen + half the sum of the r - 1 smallest couplings to
+    blocks from p on,
+
+because each remaining pair is counted from both of its ends (P. Gilmore 1962, E. Lawler 1963). The
+half sums depend only on (p, block, r) and are tabulated once, so that a node costs O(N).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True)
+def half_sums(J, m):  # type: ignore[no-untyped-def]
+    """(N, N, m): half the sum of the r smallest J[j, k] over k >= p, k != j, at [p, j, r]."""
+    n = J.shape[0]
+    table = np.zeros((n, n, m))
+    ordered = np.zeros(n)
+    for j in range(n):
+        size = 0
+        for p in range(n - 1, -1, -1):
+            if p != j:
+                value = J[j, p]
+                q = size
+                while q > 0 and ordered[q - 1] > value:
+                    ordered[q] = ordered[q - 1]
+                    q -= 1
+                ordered[q] = value
+                size += 1
+            if p <= j:
+                total = 0.0
+                for r in range(1, min(m, size + 1)):
+                    total += 0.5 * ordered[r - 1]
+                    table[p, j, r] = total
+    return table
+
+
+@njit(cache=True, nogil=True)
+def _smallest(values, count, r):  # type: ignore[no-untyped-def]
+    """Sum of the r smallest of values[:count]; reorders them."""
+    low = 0
+    high = count - 1
+    while low < high:
+        pivot = values[(low + high) >> 1]
+        i = low
+        j = high
+        while i <= j:
+            while values[i] < pivot:
+                i += 1
+            while values[j] > pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if r - 1 <= j:
+            high = j
+        elif r - 1 >= i:
+            low = i
+        else:
+            break
+    total = 0.0
+    for q in range(r):
+        total += values[q]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _sift_down(energies, best):  # type: ignore[no-untyped-def]
+    k = energies.shape[0]
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child >= k:
+            return
+        if child + 1 < k and energies[child + 1] > energies[child]:
+            child += 1
+        if energies[child] <= energies[i]:
+            return
+        energies[i], energies[child] = energies[child], energies[i]
+        for j in range(best.shape[1]):
+            best[i, j], best[child, j] = best[child, j], best[i, j]
+        i = child
+
+
+@njit(cache=True, nogil=True)
+def enumerate_below(  # type: ignore[no-untyped-def]
+    h, J, A, low, high, m, base, threshold, stop, budget, energies, best
+):
+    """Collect the lowest states with energy below the threshold.
+
+    Args:
+        h, J: the subproblem in the order of decision; A, low, high: its rows (R, N).
+        m: ones to place, at least 1; base: energy of what is fixed.
+        threshold: (1,) shared and falling: states must have base + energy below it.
+        stop: (1,) shared flag; budget: most nodes to visit.
+        energies, best: (k,) filled with inf and (k, N): a max-heap of what is found, updated.
+
+    Returns:
+        (complete, nodes)
+    """
+    n = h.shape[0]
+    rows = A.shape[0]
+    table = half_sums(J, m)
+    least = np.zeros((rows, n + 1))
+    most = np.zeros((rows, n + 1))
+    for q in range(rows):
+        for i in range(n - 1, -1, -1):
+            least[q, i] = least[q, i + 1] + min(A[q, i], 0.0)
+            most[q, i] = most[q, i + 1] + max(A[q, i], 0.0)
+    chosen = np.zeros(m, dtype=np.int64)
+    partial = np.zeros(m + 1)
+    partial[0] = base
+    marginal = np.zeros((m + 1, n))
+    marginal[0] = h
+    sums = np.zeros((m + 1, rows))
+    values = np.zeros(n)
+    limit = min(threshold[0], energies[0])
+    nodes = 0
+    depth = 0
+    chosen[0] = -1
+    while depth >= 0:
+        nodes += 1
+        if nodes & 1023 == 0:
+            limit = min(threshold[0], energies[0])
+            if stop[0]:
+                return False, nodes
+        if nodes > budget:
+            return False, nodes
+        chosen[depth] += 1
+        p = chosen[depth]
+        r = m - depth
+        if p > n - r:
+            depth -= 1
+            continue
+        if r == 1:
+            room = limit - partial[depth]
+            for i in range(p, n):
+                if marginal[depth, i] < room:
+                    fits = True
+                    for q in range(rows):
+                        value = sums[depth, q] + A[q, i]
+                        fits &= low[q] <= value <= high[q]
+                    if fits:
+                        energies[0] = partial[depth] + marginal[depth, i]
+                        best[0, :] = 0
+                        for d in range(depth):
+                            best[0, chosen[d]] = 1
+                        best[0, i] = 1
+                        _sift_down(energies, best)
+                        limit = min(threshold[0], energies[0])
+                        room = limit - partial[depth]
+            depth -= 1
+            continue
+        for j in range(p, n):
+            values[j - p] = marginal[depth, j] + table[p, j, r - 1]
+        if partial[depth] + _smallest(values, n - p, r) >= limit:
+            depth -= 1
+            continue
+        fits = True
+        for q in range(rows):
+            fits &= sums[depth, q] + most[q, p] >= low[q]
+            fits &= sums[depth, q] + least[q, p] <= high[q]
+            sums[depth + 1, q] = sums[depth, q] + A[q, p]
+        if not fits:
+            depth -= 1
+            continue
+        partial[depth + 1] = partial[depth] + marginal[depth, p]
+        for j in range(p + 1, n):
+            marginal[depth + 1, j] = marginal[depth, j] + J[p, j]
+        depth += 1
+        chosen[depth] = p
+    return True, nodes

@@ -1,0 +1,455 @@
+"""Lower bounds by semidefinite relaxation, valid at every step of their computation.
+
+In spins, with s_0 = 1, the energy of a subproblem is <C, Y> for Y = s s^T. The relaxation keeps
+diag(Y) = 1, Y positive semidefinite, Y a = 0 for each equality row a.s = 0 (all products of the
+row with a variable), g.Y_0 >= 0 for inequality rows, and triangle inequalities. The rows
+Y a = 0 are eliminated: Y = V Y' V^T with V an orthonormal basis of the rows' complement, applied
+as Householder reflections. The Lagrangian dual in y (diagonal), z >= 0 (triangles) and mu >= 0
+(inequality rows) is
+
+    sum(y) - sum(z) + min { <Z, Y> : Y psd, trace Y = N },   Z = C - Diag(y) - B*(z) - G*(mu)
+
+whose last term is N min(0, smallest eigenvalue of V^T Z V): a true bound for any y and z, mu >= 0.
+It is maximised through the smooth function of J. Malick and F. Roupin ("Solving k-cluster problems
+to optimality with semidefinite programming", Math. Programming B 136, 2012), where the trace is
+replaced by the norm of Y with weight alpha, by a projected limited-memory BFGS method, with
+violated triangles added in rounds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+MEMORY = 12
+
+
+@njit(cache=True, nogil=True)
+def reflections(rows):  # type: ignore[no-untyped-def]
+    """Unit Householder vectors (R, N) that map the span of the rows onto the first R axes."""
+    count, size = rows.shape
+    work = rows.copy()
+    vectors = np.zeros((count, size))
+    for r in range(count):
+        norm = 0.0
+        for i in range(r, size):
+            norm += work[r, i] * work[r, i]
+        norm = np.sqrt(norm)
+        sign = 1.0 if work[r, r] >= 0.0 else -1.0
+        for i in range(r, size):
+            vectors[r, i] = work[r, i]
+        vectors[r, r] += sign * norm
+        length = 0.0
+        for i in range(r, size):
+            length += vectors[r, i] * vectors[r, i]
+        length = np.sqrt(length)
+        for i in range(r, size):
+            vectors[r, i] /= length
+        for q in range(r, count):
+            dot = 0.0
+            for i in range(r, size):
+                dot += vectors[r, i] * work[q, i]
+            for i in range(r, size):
+                work[q, i] -= 2.0 * dot * vectors[r, i]
+    return vectors
+
+
+@njit(cache=True, nogil=True)
+def _slack_matrix(C, ineq, x, cuts, kinds, ncuts):  # type: ignore[no-untyped-def]
+    """Z = C - Diag(y) - B*(z) - G*(mu) for x = (y, z, mu)."""
+    size = C.shape[0]
+    Z = C.copy()
+    for i in range(size):
+        Z[i, i] -= x[i]
+    for t in range(ncuts):
+        half = 0.5 * x[size + t]
+        if half == 0.0:
+            continue
+        i, j, k = cuts[t, 0], cuts[t, 1], cuts[t, 2]
+        kind = kinds[t]
+        a = half if kind <= 1 else -half
+        b = half if kind == 0 or kind == 2 else -half
+        c = half if kind == 0 or kind == 3 else -half
+        Z[i, j] -= a
+        Z[j, i] -= a
+        Z[i, k] -= b
+        Z[k, i] -= b
+        Z[j, k] -= c
+        Z[k, j] -= c
+    for q in range(ineq.shape[0]):
+        half = 0.5 * x[size + ncuts + q]
+        for j in range(size):
+            Z[0, j] -= half * ineq[q, j]
+            Z[j, 0] -= half * ineq[q, j]
+    return Z
+
+
+@njit(cache=True, nogil=True)
+def _reflect(Z, vectors):  # type: ignore[no-untyped-def]
+    """H Z H for every reflection, in place."""
+    size = Z.shape[0]
+    for r in range(vectors.shape[0]):
+        u = vectors[r]
+        p = Z @ u
+        k = 2.0 * (u @ p)
+        for i in range(size):
+            p[i] = 2.0 * p[i] - k * u[i]
+        for i in range(size):
+            for j in range(size):
+                Z[i, j] -= u[i] * p[j] + p[i] * u[j]
+
+
+@njit(cache=True, nogil=True)
+def _evaluate(  # type: ignore[no-untyped-def]
+    C, vectors, ineq, x, cuts, kinds, ncuts, sigma, centre, X, g
+):
+    """Minus the augmented dual function with its gradient g; fills X."""
+    size = C.shape[0]
+    R = vectors.shape[0]
+    Z = _slack_matrix(C, ineq, x, cuts, kinds, ncuts)
+    for i in range(size):
+        for j in range(size):
+            Z[i, j] -= sigma * centre[i, j]
+    _reflect(Z, vectors)
+    lam, U = np.linalg.eigh(Z[R:, R:].copy())
+    negative = 0
+    norm = 0.0
+    while negative < lam.shape[0] and lam[negative] < 0.0:
+        norm += lam[negative] * lam[negative]
+        negative += 1
+    W = np.zeros((size, negative))
+    for q in range(negative):
+        root = np.sqrt(-lam[q] / sigma)
+        for i in range(R, size):
+            W[i, q] = U[i - R, q] * root
+    for r in range(R - 1, -1, -1):
+        u = vectors[r]
+        for q in range(negative):
+            dot = 0.0
+            for i in range(r, size):
+                dot += u[i] * W[i, q]
+            for i in range(r, size):
+                W[i, q] -= 2.0 * dot * u[i]
+    X[:, :] = W @ W.T
+    total = 0.0
+    for i in range(size):
+        total += x[i]
+        g[i] = X[i, i] - 1.0
+    for t in range(ncuts):
+        total -= x[size + t]
+        i, j, k = cuts[t, 0], cuts[t, 1], cuts[t, 2]
+        kind = kinds[t]
+        value = X[i, j] if kind <= 1 else -X[i, j]
+        value += X[i, k] if kind == 0 or kind == 2 else -X[i, k]
+        value += X[j, k] if kind == 0 or kind == 3 else -X[j, k]
+        g[size + t] = 1.0 + value
+    for q in range(ineq.shape[0]):
+        value = 0.0
+        for j in range(size):
+            value += ineq[q, j] * X[0, j]
+        g[size + ncuts + q] = value
+    return norm / (2.0 * sigma) - total
+
+
+@njit(cache=True, nogil=True)
+def _exact(C, vectors, ineq, x, cuts, kinds, ncuts):  # type: ignore[no-untyped-def]
+    """The true bound at x."""
+    size = C.shape[0]
+    R = vectors.shape[0]
+    Z = _slack_matrix(C, ineq, x, cuts, kinds, ncuts)
+    _reflect(Z, vectors)
+    lam = np.linalg.eigvalsh(Z[R:, R:].copy())
+    total = size * min(0.0, lam[0])
+    for i in range(size):
+        total += x[i]
+    for t in range(ncuts):
+        total -= x[size + t]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _ascend(  # type: ignore[no-untyped-def]
+    C, vectors, ineq, x, cuts, kinds, ncuts, alpha, centre, X, iterations, threshold, stop
+):
+    """Projected L-BFGS on the augmented dual; returns the number of evaluations."""
+    size = C.shape[0]
+    d = x.shape[0]
+    g = np.zeros(d)
+    gn = np.zeros(d)
+    xn = np.zeros(d)
+    step = np.zeros(d)
+    S = np.zeros((MEMORY, d))
+    Y = np.zeros((MEMORY, d))
+    rho = np.zeros(MEMORY)
+    a = np.zeros(MEMORY)
+    stored = 0
+    f = _evaluate(C, vectors, ineq, x, cuts, kinds, ncuts, alpha, centre, X, g)
+    evaluations = 1
+    for _ in range(iterations):
+        if stop[0]:
+            break
+        for i in range(d):
+            blocked = i >= size and x[i] <= 0.0 and g[i] > 0.0
+            step[i] = 0.0 if blocked else -g[i]
+        used = min(stored, MEMORY)
+        for q in range(used):
+            p = (stored - 1 - q) % MEMORY
+            dot = 0.0
+            for i in range(d):
+                dot += S[p, i] * step[i]
+            a[p] = rho[p] * dot
+            for i in range(d):
+                step[i] -= a[p] * Y[p, i]
+        if used:
+            p = (stored - 1) % MEMORY
+            yy = 0.0
+            for i in range(d):
+                yy += Y[p, i] * Y[p, i]
+            gamma = 1.0 / (rho[p] * yy)
+            for i in range(d):
+                step[i] *= gamma
+        else:
+            norm = 0.0
+            for i in range(d):
+                norm += step[i] * step[i]
+            gamma = min(1.0, 0.1 * size * alpha / np.sqrt(norm + 1e-300))
+            for i in range(d):
+                step[i] *= gamma
+        for q in range(used - 1, -1, -1):
+            p = (stored - 1 - q) % MEMORY
+            dot = 0.0
+            for i in range(d):
+                dot += Y[p, i] * step[i]
+            beta = a[p] - rho[p] * dot
+            for i in range(d):
+                step[i] += beta * S[p, i]
+        slope = 0.0
+        for i in range(d):
+            if i >= size and x[i] <= 0.0 and g[i] > 0.0:
+                step[i] = 0.0
+            slope += g[i] * step[i]
+        if slope >= 0.0:
+            if stored == 0:
+                break
+            stored = 0
+            continue
+        t = 1.0
+        accepted = False
+        for _trial in range(8):
+            for i in range(d):
+                xn[i] = x[i] + t * step[i]
+                if i >= size and xn[i] < 0.0:
+                    xn[i] = 0.0
+            fn = _evaluate(C, vectors, ineq, xn, cuts, kinds, ncuts, alpha, centre, X, gn)
+            evaluations += 1
+            decrease = 0.0
+            for i in range(d):
+                decrease += g[i] * (xn[i] - x[i])
+            if fn <= f + 1e-4 * decrease:
+                accepted = True
+                break
+            t *= 0.4
+        if not accepted:
+            if stored == 0:
+                break
+            stored = 0
+            continue
+        sy = 0.0
+        yy = 0.0
+        p = stored % MEMORY
+        for i in range(d):
+            S[p, i] = xn[i] - x[i]
+            Y[p, i] = gn[i] - g[i]
+            sy += S[p, i] * Y[p, i]
+            yy += Y[p, i] * Y[p, i]
+        if sy > 1e-12 * yy:
+            rho[p] = 1.0 / sy
+            stored += 1
+        x[:] = xn
+        g[:] = gn
+        f = fn
+    return evaluations
+
+
+@njit(cache=True, nogil=True)
+def _violation(X, i, j, k, kind):  # type: ignore[no-untyped-def]
+    value = X[i, j] if kind <= 1 else -X[i, j]
+    value += X[i, k] if kind == 0 or kind == 2 else -X[i, k]
+    value += X[j, k] if kind == 0 or kind == 3 else -X[j, k]
+    return -1.0 - value
+
+
+@njit(cache=True, nogil=True)
+def _separate(X, seen, cuts, kinds, ncuts, room):  # type: ignore[no-untyped-def]
+    """Append up to ``room`` of the most violated triangles; returns the new number of cuts."""
+    size = X.shape[0]
+    bins = np.zeros(64, dtype=np.int64)
+    for i in range(size):
+        for j in range(i + 1, size):
+            for k in range(j + 1, size):
+                for kind in range(4):
+                    v = _violation(X, i, j, k, kind)
+                    if v > 0.01 and not (seen[i, j, k] >> kind) & 1:
+                        bins[min(int(v * 40.0), 63)] += 1
+    cut_off = 63
+    total = bins[63]
+    while cut_off > 0 and total + bins[cut_off - 1] <= room:
+        cut_off -= 1
+        total += bins[cut_off]
+    least = max(cut_off / 40.0, 0.01)
+    for i in range(size):
+        for j in range(i + 1, size):
+            for k in range(j + 1, size):
+                for kind in range(4):
+                    v = _violation(X, i, j, k, kind)
+                    if v > least and not (seen[i, j, k] >> kind) & 1:
+                        if ncuts >= cuts.shape[0] or room == 0:
+                            return ncuts
+                        cuts[ncuts, 0] = i
+                        cuts[ncuts, 1] = j
+                        cuts[ncuts, 2] = k
+                        kinds[ncuts] = kind
+                        seen[i, j, k] |= 1 << kind
+                        ncuts += 1
+                        room -= 1
+    return ncuts
+
+
+@njit(cache=True, nogil=True)
+def sdp_bound(  # type: ignore[no-untyped-def]
+    C,
+    rows,
+    ineq,
+    y,
+    z,
+    mu,
+    cuts,
+    kinds,
+    ncuts,
+    threshold,
+    stop,
+    seen,
+    centre,
+    X,
+    rounds,
+    iterations,
+    per_round,
+    alpha,
+    alpha_min,
+    give_up,
+):
+    """The dual bound of one node, improved in place until it reaches the threshold or stalls.
+
+    Args (arrays are updated in place):
+        C: (N, N) with the energy <C, s s^T>; rows (R, N): a.s = 0; ineq (G, N): g.s >= 0.
+        y: (N,), z: (capacity,), mu: (G,): multipliers; cuts (capacity, 3), kinds (capacity,).
+        threshold: (1,) read at every step: the bound is not needed beyond it.
+        seen: (N, N, N) uint8 scratch, zero on entry and on exit.
+        X: (N, N) out: the primal matrix of the last step.
+        give_up: stop when a round gains less than this share of the remaining distance.
+
+    Returns:
+        (bound, number of cuts, evaluations)
+    """
+    size = C.shape[0]
+    G = ineq.shape[0]
+    vectors = reflections(rows)
+    for t in range(ncuts):
+        seen[cuts[t, 0], cuts[t, 1], cuts[t, 2]] |= 1 << kinds[t]
+    best = -np.inf
+    evaluations = 0
+    for turn in range(rounds):
+        d = size + ncuts + G
+        x = np.zeros(d)
+        x[:size] = y
+        x[size : size + ncuts] = z[:ncuts]
+        x[size + ncuts :] = mu
+        evaluations += _ascend(
+            C, vectors, ineq, x, cuts, kinds, ncuts, alpha, centre, X, iterations, threshold, stop
+        )
+        centre[:, :] = X
+        bound = _exact(C, vectors, ineq, x, cuts, kinds, ncuts)
+        gain = bound - best
+        if bound > best:
+            best = bound
+        reached = best >= threshold[0] or stop[0] != 0
+        y[:] = x[:size]
+        z[:ncuts] = x[size : size + ncuts]
+        mu[:] = x[size + ncuts :]
+        if reached:
+            break
+        if turn + 1 == rounds:
+            break
+        if turn >= 2 and gain < give_up * (threshold[0] - best):
+            break
+        kept = 0
+        for t in range(ncuts):
+            if z[t] > 0.0:
+                cuts[kept] = cuts[t]
+                kinds[kept] = kinds[t]
+                z[kept] = z[t]
+                kept += 1
+            else:
+                seen[cuts[t, 0], cuts[t, 1], cuts[t, 2]] &= ~(1 << kinds[t])
+        added = _separate(X, seen, cuts, kinds, kept, per_round)
+        z[kept:added] = 0.0
+        if added == kept and alpha <= alpha_min:
+            ncuts = kept
+            break
+        ncuts = added
+        alpha = max(alpha * 0.5, alpha_min)
+    for t in range(ncuts):
+        seen[cuts[t, 0], cuts[t, 1], cuts[t, 2]] = 0
+    return best, ncuts, evaluations
+
+
+@njit(cache=True, nogil=True)
+def split_bounds(C, rows, ineq, y, z, mu, cuts, kinds, ncuts, out):  # type: ignore[no-untyped-def]
+    """Lower bounds out (2, N) for s_i = -1 and s_i = +1 at the given multipliers.
+
+    On binary s the energy is at least s^T Z s + sum(y) - sum(z). With Z + delta I positive
+    definite on the rows' complement, its minimum over real s with s_0 = 1 and s_i fixed is a
+    Schur complement of the inverse, for all i at once after one eigenvalue decomposition; delta
+    costs delta N. Several delta are tried, every one is valid.
+    """
+    size = C.shape[0]
+    R = rows.shape[0]
+    vectors = reflections(rows)
+    x = np.concatenate((y, z[:ncuts], mu))
+    Z = _slack_matrix(C, ineq, x, cuts, kinds, ncuts)
+    _reflect(Z, vectors)
+    lam, U = np.linalg.eigh(Z[R:, R:].copy())
+    W = np.zeros((size, size - R))
+    W[R:, :] = U
+    for r in range(R - 1, -1, -1):
+        u = vectors[r]
+        p = W.T @ u
+        for i in range(size):
+            for q in range(size - R):
+                W[i, q] -= 2.0 * u[i] * p[q]
+    base = 0.0
+    for i in range(size):
+        base += y[i]
+    for t in range(ncuts):
+        base -= z[t]
+    out[:, :] = -np.inf
+    spread = max(abs(lam[0]), 1e-9)
+    for power in range(5):
+        delta = max(0.0, -lam[0]) + spread * 4.0 ** (power - 2)
+        a = 0.0
+        for q in range(size - R):
+            a += W[0, q] * W[0, q] / (lam[q] + delta)
+        for i in range(1, size):
+            b = 0.0
+            c = 0.0
+            for q in range(size - R):
+                weight = W[i, q] / (lam[q] + delta)
+                b += W[0, q] * weight
+                c += W[i, q] * weight
+            det = a * c - b * b
+            if det <= 1e-12 * a * c:
+                continue
+            for side in range(2):
+                sign = 2.0 * side - 1.0
+                value = base - delta * size + (c - 2.0 * sign * b + a) / det
+                out[side, i] = max(out[side, i], value)

@@ -1,0 +1,231 @@
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isingcut import constraints as con
+from isingcut.errors import InfeasibleError, InputError
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.problem import Problem
+from isingcut.solvers import _search, solve
+from isingcut.solvers._node import Dual, spin_matrix
+from isingcut.solvers._sdp import sdp_bound, split_bounds
+
+
+@pytest.fixture
+def tree_only(monkeypatch):
+    """Almost no enumeration, so that small problems exercise the semidefinite tree."""
+    monkeypatch.setattr(_search, "ROOT_BUDGET", 1)
+    monkeypatch.setattr(_search, "NODE_BUDGET", 1)
+
+
+def brute_force(problem, k):
+    x = (np.arange(2**problem.n)[:, None] >> np.arange(problem.n)) & 1
+    x = x[problem.feasible(x)]
+    return np.sort(problem.hamiltonian.energies(x))[:k]
+
+
+def hamiltonian(kind, n, seed):
+    rng = np.random.default_rng(seed)
+    if kind == "psd":
+        A = rng.normal(size=(n, n)) * 10 ** rng.uniform(-1, 0.5, size=n)
+        return Hamiltonian.from_quadratic(A.T @ A / n)
+    if kind == "degenerate":
+        Q = rng.integers(-2, 3, size=(n, n))
+        return Hamiltonian.from_quadratic(Q)
+    if kind == "flat":
+        return Hamiltonian(np.zeros(n), np.zeros((n, n)))
+    return Hamiltonian.from_quadratic(rng.normal(size=(n, n)), c=float(rng.normal()))
+
+
+@st.composite
+def problems(draw, most):
+    n = draw(st.integers(2, most))
+    seed = draw(st.integers(0, 10_000))
+    kind = draw(st.sampled_from(["psd", "indefinite", "degenerate", "flat"]))
+    rng = np.random.default_rng(seed)
+    rows = []
+    if draw(st.booleans()):
+        rows.append(con.count(n, draw(st.integers(0, n))))
+    extra = draw(st.sampled_from(["none", "kinds", "budget", "at most", "keep", "together"]))
+    if extra == "kinds":
+        kinds = [str(v) for v in rng.integers(0, 2, size=n)]
+        half = {k: kinds.count(k) // 2 for k in set(kinds)}
+        rows = con.kind_counts(kinds, half)
+    elif extra == "budget":
+        rows.append(con.budget("params", rng.uniform(1e6, 3e6, size=n), share=0.4))
+    elif extra == "at most":
+        rows.append(con.LinearConstraint("cap", rng.integers(-3, 4, size=n), "<=", 1.0))
+    elif extra == "keep":
+        rows += con.keep(n, [0])
+    elif extra == "together":
+        rows += con.together(n, [(0, n - 1)])
+    return Problem(hamiltonian(kind, n, seed), rows)
+
+
+def assert_the_k_best(problem, k, **options):
+    wanted = brute_force(problem, k)
+    if not wanted.size:
+        with pytest.raises(InfeasibleError):
+            solve(problem, "exact", k=k, **options)
+        return
+    spectrum = solve(problem, "exact", k=k, **options)
+    tolerance = 1e-9 * max(problem.hamiltonian.scale, 1.0)
+    assert spectrum.proven
+    assert len(spectrum) == wanted.size
+    np.testing.assert_allclose(spectrum.energies, wanted, atol=tolerance)
+    assert spectrum.lower_bound <= wanted[0] + tolerance
+
+
+@settings(max_examples=120, deadline=None)
+@given(problems(12), st.sampled_from([1, 7, 40]))
+def test_exact_equals_brute_force(problem, k):
+    assert_the_k_best(problem, k, threads=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(9), st.sampled_from([1, 5]))
+def test_the_semidefinite_tree_equals_brute_force(problem, k):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_search, "ROOT_BUDGET", 1)
+        patch.setattr(_search, "NODE_BUDGET", 1)
+        assert_the_k_best(problem, k, threads=1)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(problems(18), st.sampled_from([1, 30, 1000]))
+def test_exact_equals_brute_force_up_to_18(problem, k):
+    assert_the_k_best(problem, k)
+
+
+@pytest.mark.parametrize("kind", ["psd", "indefinite", "degenerate"])
+@pytest.mark.parametrize("m", [5, 9, 14])
+def test_tree_and_enumeration_agree(tree_only, kind, m):
+    problem = Problem(hamiltonian(kind, 18, 1), [con.count(18, m)])
+    got = solve(problem, "exact", k=25)
+    wanted = solve(problem, "exhaustive", k=25)
+    np.testing.assert_allclose(got.energies, wanted.energies, atol=1e-9)
+    assert got.proven
+    assert got.info["evaluations"] > 0
+
+
+def test_bounds_are_bounds():
+    n, m = 12, 5
+    ham = hamiltonian("indefinite", n, 4)
+    C = spin_matrix(ham.h, ham.J, ham.c)
+    x = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    x = x[x.sum(axis=1) == m]
+    s = np.column_stack([np.ones(len(x)), 2 * x - 1.0])
+    energies = ham.energies(x)
+    np.testing.assert_allclose(np.einsum("si,ij,sj->s", s, C, s), energies, atol=1e-12)
+    N = n + 1
+    rows = np.ones((1, N))
+    rows[0, 0] = -(2 * m - n)
+    y, z, mu = np.zeros(N), np.zeros(2000), np.zeros(0)
+    cuts, kinds = np.zeros((2000, 3), dtype=np.int16), np.zeros(2000, dtype=np.int8)
+    seen = np.zeros((N, N, N), dtype=np.uint8)
+    centre, X, none = np.zeros((N, N)), np.zeros((N, N)), np.zeros((0, N))
+    bound, count, _ = sdp_bound(
+        C,
+        rows,
+        none,
+        y,
+        z,
+        mu,
+        cuts,
+        kinds,
+        0,
+        np.array([np.inf]),
+        np.zeros(1, dtype=np.int64),
+        seen,
+        centre,
+        X,
+        15,
+        20,
+        200,
+        0.01 / N,
+        0.01 / N,
+        -1.0,
+    )
+    assert not seen.any()
+    assert bound <= energies.min() + 1e-9
+    assert bound > energies.min() - 0.05 * abs(energies.min())
+    splits = np.full((2, N), -np.inf)
+    split_bounds(C, rows, none, y, z, mu, cuts, kinds, count, splits)
+    for i in range(n):
+        for value in (0, 1):
+            assert splits[value, i + 1] <= energies[x[:, i] == value].min() + 1e-9
+    # Multipliers handed down to a child still give a bound of the child.
+    dual = Dual(
+        np.arange(n), y, mu, z[:count], cuts[:count], kinds[:count], centre.astype(np.float32)
+    )
+    for i, value in ((0, 0), (5, 1), (11, 1)):
+        fixed = np.full(n, -1, dtype=np.int8)
+        fixed[i] = value
+        child = dual.restrict(fixed)
+        W = s[x[:, i] == value]
+        kept = np.delete(np.arange(N), i + 1)
+        table = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+        a = W[:, kept][:, child.cuts.astype(int)]
+        pairs = np.stack([a[..., 0] * a[..., 1], a[..., 0] * a[..., 2], a[..., 1] * a[..., 2]], -1)
+        assert (1 + (pairs * table[child.kinds]).sum(axis=-1) >= 0).all()
+        # On binaries the diagonal terms are constants: nothing may be lost or gained.
+        assert child.y.sum() == pytest.approx(dual.y.sum())
+        assert child.cuts.max() < N - 1
+
+
+def test_limits_return_the_best_so_far_with_a_bound():
+    problem = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 28)])
+    spectrum = solve(problem, "exact", k=10, nodes=2)
+    assert not spectrum.proven
+    assert spectrum.info["stopped"] == "node limit"
+    assert len(spectrum) == 10
+    assert spectrum.lower_bound <= spectrum.energies[0]
+    assert 0 < spectrum.relative_gap < 1
+
+
+def test_interrupting_returns_the_best_so_far(monkeypatch):
+    problem = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 28)])
+
+    def interrupt(self, timeout=None):
+        raise KeyboardInterrupt
+
+    real = threading.Condition.wait
+    main = threading.main_thread()
+
+    def wait(self, timeout=None):
+        if threading.current_thread() is main and isinstance(timeout, float):
+            raise KeyboardInterrupt
+        return real(self, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait", wait)
+    spectrum = solve(problem, "exact", k=10)
+    assert not spectrum.proven
+    assert spectrum.info["stopped"] == "interrupted"
+    assert len(spectrum) == 10
+
+
+def test_threads_agree(tree_only):
+    problem = Problem(hamiltonian("psd", 20, 3), [con.count(20, 8)])
+    one = solve(problem, "exact", k=30, threads=1)
+    two = solve(problem, "exact", k=30, threads=2)
+    np.testing.assert_array_equal(one.states, two.states)
+
+
+def test_open_nodes_without_multipliers_are_still_solved(tree_only):
+    problem = Problem(hamiltonian("indefinite", 16, 2), [con.count(16, 7)])
+    lean = solve(problem, "exact", k=20, memory_mb=0.0)
+    rich = solve(problem, "exact", k=20)
+    np.testing.assert_array_equal(lean.states, rich.states)
+    assert lean.proven
+
+
+def test_bad_options_are_refused():
+    problem = Problem(hamiltonian("psd", 4, 0), [con.count(4, 2)])
+    with pytest.raises(InputError, match="threads"):
+        solve(problem, "exact", threads=-1)
+    with pytest.raises(InputError, match="time limit"):
+        solve(problem, "exact", seconds=0.0)
