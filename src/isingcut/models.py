@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from isingcut.errors import InputError, ModelError
-from isingcut.model_sources import first_line, hub_id, resolve, weight_files
+from isingcut.model_sources import cache_folder, first_line, hub_id, resolve, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ def model_identity(folder: Path) -> dict[str, Any]:
 
     SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
     name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
-    model's size. A change of some middle tensor alone, at equal shapes, is not seen.
+    model's size. A change of some middle tensor alone, at equal shapes, is not seen. A model
+    converted from GGUF has the SHA-256 of that file as well.
     """
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -66,7 +67,10 @@ def model_identity(folder: Path) -> dict[str, Any]:
             digest.update(f.read(min(header, size) + _EDGE))
             f.seek(max(0, size - _EDGE))
             digest.update(f.read())
-    return {"sha256": digest.hexdigest(), "weight_bytes": total}
+    found: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
+    if folder.parent == cache_folder() / "gguf":
+        found["gguf_sha256"] = folder.name
+    return found
 
 
 def load(
@@ -74,7 +78,8 @@ def load(
 ) -> LoadedModel:
     """Load a resolved folder: evaluation mode, no parameter requires a gradient.
 
-    Attention is transformers' own choice, SDPA wherever the architecture supports it.
+    Attention is transformers' own choice, SDPA wherever the architecture supports it. FP8
+    checkpoints are loaded with their weights as plain numbers.
 
     Args:
         dtype: ``"auto"`` takes bfloat16 where the device computes in it natively (CUDA from
@@ -90,19 +95,26 @@ def load(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from isingcut.fp8 import fp8_layout, load_dequantised
+
     place = pick_device(device)
     number = pick_dtype(dtype, place)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
             model: Any
-            model, found = cast(Any, AutoModelForCausalLM.from_pretrained)(
-                folder,
-                dtype=number,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
+            found: Any = {"missing_keys": ()}
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if fp8_layout(folder, config):
+                model = load_dequantised(folder, number)
+            else:
+                model, found = cast(Any, AutoModelForCausalLM.from_pretrained)(
+                    folder,
+                    dtype=number,
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
         raise ModelError(f"cannot load the model in {folder}: {first_line(e)}") from e
     missing = sorted(found["missing_keys"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,12 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
     """
     from transformers import AutoModelForCausalLM
 
+    from isingcut.fp8 import fp8_layout, load_dequantised
+
     loader: Any = AutoModelForCausalLM
     try:
+        if fp8_layout(out, json.loads((out / "config.json").read_text(encoding="utf-8"))):
+            return load_dequantised(out, dtype)
         model, report = loader.from_pretrained(
             out, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
@@ -110,7 +115,7 @@ def check_generation(model: Any, tokens: torch.Tensor, new_tokens: int, name: st
         "num_beams": 1,
     }
     # One sequence at a time: RWKV's cached steps in transformers mix the sequences of a batch.
-    for row in tokens.split(1):
+    for row in torch.split(tokens, 1):
         try:
             with torch.no_grad():
                 mask = torch.ones_like(row)

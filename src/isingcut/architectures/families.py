@@ -108,6 +108,11 @@ def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
     }
 
 
+def keeps_attention(types: list[str]) -> bool:
+    """Whether blocks of these transformers layer types fill an attention cache."""
+    return any(("attention" in t and "linear" not in t) or t == "hybrid" for t in types)
+
+
 def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
     """The linear rows that every state of this model has to obey.
 

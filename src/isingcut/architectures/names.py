@@ -11,7 +11,7 @@ from isingcut.errors import ArchitectureError
 _LIST_NAMES = r"(?:layers|layer|h|blocks|block|blk)"
 # "model.layers.3.mlp", "re:.*layers\\.3\\.mlp", "layers.1*": the number after the list's name.
 _NUMBERED = re.compile(
-    rf"(?:^|(?<=[.*:]))({_LIST_NAMES})(\\?\.)([0-9*?\[][0-9*?\[\]\-\\d+]*)(?=$|[.\\*])"
+    rf"(?:^|(?<=[.*:]))({_LIST_NAMES})(\\?\.)(\d+(?=$|[.\\*])|\\d\+|[0-9*?\[\]\-]+\+?)"
 )
 _OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder", "mtp")
 
@@ -60,7 +60,7 @@ def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]
             number += "*"
         else:
             return [_put(entry, match, str(mapping[old]))] if old in mapping else []
-    if number in {"*", ".*", r"\d+", r"[0-9]+"}:
+    if number in {"*", r"\d+", "[0-9]+"}:
         return [entry]
     if entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
         raise ArchitectureError(

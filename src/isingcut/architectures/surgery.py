@@ -39,8 +39,14 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     must_stay = families.kept_blocks(text, count)
     for old in set(must_stay) - set(mapping):
         raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
+    had_attention = families.keeps_attention(_types(config))
     _cut_fields(text, count, mapping)
     families.follow(text, count, mapping)
+    if had_attention and not families.keeps_attention(_types(result)):
+        raise ArchitectureError(
+            "every attention block would be removed; keep at least one, because generation reads "
+            "the sequence length from an attention cache"
+        )
     for part in (result, text) if text is not result else (result,):
         quantisation = part.get("quantization_config")
         if isinstance(quantisation, dict):
@@ -166,6 +172,14 @@ def _class_config(config: dict[str, Any]) -> Any | None:
             f"the configuration is not a valid {model_type} configuration: "
             f"{line[0] if line else type(error).__name__}"
         ) from error
+
+
+def _types(config: dict[str, Any]) -> list[str]:
+    """What transformers calls each block of a configuration; empty where it does not say."""
+    derived = _class_config(config)
+    text = None if derived is None else derived.get_text_config(decoder=True)
+    types = getattr(text, "layer_types", None)
+    return list(types) if isinstance(types, (list, tuple)) else []
 
 
 def _decoded(value: Any) -> Any:
