@@ -50,7 +50,6 @@ def model_identity(folder: Path) -> dict[str, Any]:
     SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
     name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
     model's size. A change of some middle tensor alone, at equal shapes, is not seen. A model
-    converted from GGUF has the SHA-256 of that file as well. A model
     converted from GGUF has the SHA-256 of that file as well.
     """
     digest = hashlib.sha256()
