@@ -103,7 +103,7 @@ def _contents(
         checkpoint=_relative(target / "model", folder) if removal is not None else None,
         provenance=_provenance(run, meta),
         timings=_timings(run, folder, target),
-        run=folder.name or "DIR",
+        run=_arguments(run, folder, target),
     )
     data = {
         "model": run["provenance"]["model"],
@@ -165,9 +165,10 @@ def model_card(folder: Path, target: Path, removed: list[int]) -> str:
         error = "" if chosen["kl_se"] is None else f" ± {chosen['kl_se']:.4f}"
         measured = (
             f"On {candidates['tokens']} tokens of the text that ranked the candidates, the KL "
-            f"divergence from the original is {chosen['kl']:.4f}{error} nats per token. As the "
-            "choice was made on it, this figure flatters the choice a little."
+            f"divergence from the original is {chosen['kl']:.4f}{error} nats per token."
         )
+        if candidates["chosen"]["why"] == "lowest measured KL":
+            measured += " As the choice was made on it, this figure flatters the choice a little."
     if energy == PAPER_ENERGY:
         whose = "The energy used here is that paper's empirical-Fisher estimate."
         if run["config"].get("linear"):
@@ -227,9 +228,18 @@ def _title(name: str, removed: list[int] | None, total: int) -> str:
     return f"{name} without {len(removed)} of its {total} blocks"
 
 
+def _arguments(run: dict[str, Any], folder: Path, target: Path) -> str:
+    """What to type after a stage's verb to work on this removal."""
+    name = folder.resolve().name
+    if target == folder:
+        return name
+    record = run["stages"].get((target / "spectrum.json").relative_to(folder).as_posix())
+    return name if record is None else f"{name} --remove {record['options']['remove']}"
+
+
 def _relative(path: Path, folder: Path) -> str:
     """How the checkpoint is reached from where the run folder is."""
-    return (Path(folder.name) / path.relative_to(folder)).as_posix()
+    return (Path(folder.resolve().name) / path.relative_to(folder)).as_posix()
 
 
 def _provenance(run: dict[str, Any], meta: dict[str, Any] | None) -> list[tuple[str, str]]:
