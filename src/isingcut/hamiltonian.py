@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from isingcut.errors import InputError, StageFileError
+from isingcut.files import atomic_file
 
 if TYPE_CHECKING:
     import dimod
@@ -222,11 +223,9 @@ class Hamiltonian:
             "meta": json.dumps(self.meta, sort_keys=True),
         }
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-        temporary.write_bytes(
-            save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, header)
-        )
-        os.replace(temporary, target)
+        content = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, header)
+        with atomic_file(target) as temporary:
+            temporary.write_bytes(content)
         return target
 
     @classmethod

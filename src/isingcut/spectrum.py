@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from isingcut.errors import InputError, StageFileError
+from isingcut.files import atomic_file
 from isingcut.problem import Problem
 
 FORMAT = "isingcut-spectrum"
@@ -159,9 +160,8 @@ class Spectrum:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON, atomically."""
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        with atomic_file(target) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return target
 
     @classmethod

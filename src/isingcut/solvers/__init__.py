@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -13,7 +14,26 @@ from isingcut.problem import Problem
 from isingcut.registry import Registry
 from isingcut.spectrum import Spectrum
 
-registry = Registry("solvers", "solver")
+
+class Solvers(Registry):
+    """The registry of solvers; ``dimod:package.Class`` names any dimod sampler."""
+
+    def get(self, name: str) -> Any:
+        """The part called ``name``.
+
+        Raises:
+            UnknownNameError: no such solver.
+        """
+        kind, colon, sampler = name.partition(":")
+        if kind == "dimod" and colon:
+            part = super().get("dimod")
+            return dataclasses.make_dataclass(
+                "Dimod", [("sampler", str, sampler)], bases=(part,), frozen=True
+            )
+        return super().get(name)
+
+
+registry = Solvers("solvers", "solver")
 
 
 def make(solver: str, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from isingcut.constraints import LinearConstraint
+from isingcut.constraints import LinearConstraint, count
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.problem import Problem, is_count
 
@@ -48,6 +48,22 @@ class Reduced:
         """Reduced states (S, V) of feasible states (S, N)."""
         first = np.argmax(self.lift, axis=1) if self.n else np.zeros(0, dtype=np.int64)
         return np.asarray(states)[:, first].astype(np.uint8)
+
+    def as_problem(self) -> Problem:
+        """The same as a `Problem` over the V variables (without c)."""
+        rows = []
+        if self.m_low == self.m_high:
+            rows.append(count(self.n, self.m_low))
+        for r, (row, low, high) in enumerate(zip(self.A, self.low, self.high, strict=True)):
+            slack = 4e-9 * max(1.0, float(np.abs(row).sum()))
+            if high - low <= slack:
+                rows.append(LinearConstraint(f"row {r}", row, "==", (low + high) / 2))
+                continue
+            if np.isfinite(low):
+                rows.append(LinearConstraint(f"row {r} low", row, ">=", low))
+            if np.isfinite(high):
+                rows.append(LinearConstraint(f"row {r} high", row, "<=", high))
+        return Problem(Hamiltonian(self.h, self.J), rows)
 
     def count_states(self) -> int:
         """An upper bound on the number of feasible states; exact for disjoint exact counts."""

@@ -1,0 +1,139 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from isingcut import constraints as con
+from isingcut.errors import InputError, VerificationError
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.problem import Problem
+from isingcut.solvers import make, registry, solve
+from isingcut.solvers._sampling import repair
+from isingcut.solvers.base import Solution, Solver
+from isingcut.testing.solvers import check_solver
+
+
+@pytest.mark.parametrize("name", ["exact", "exhaustive", "auto"])
+def test_solvers_with_a_proof(name):
+    assert check_solver(make(name)) == {
+        "ground_states_found": 1.0,
+        "k_best_found": 1.0,
+        "proofs": 1.0,
+    }
+
+
+def test_tabu():
+    figures = check_solver(make("tabu"))
+    assert figures["ground_states_found"] == 1.0
+    assert figures["k_best_found"] > 0.8
+
+
+@pytest.mark.parametrize(
+    "name", ["anneal", "tabu-qubo", "dimod:dimod.ExactSolver", "dimod:dimod.ExactCQMSolver"]
+)
+def test_dimod_samplers(name):
+    options = {"anneal": {"reads": 50}, "tabu-qubo": {"reads": 5, "timeout": 5}}.get(name, {})
+    figures = check_solver(make(name, **options))
+    assert figures["ground_states_found"] > 0.7
+    assert figures["proofs"] == 0
+
+
+def test_every_part_is_a_solver():
+    for name in registry.names():
+        assert isinstance(registry.get(name)(), Solver)
+
+
+class AllOnes:
+    """A sampler that ignores the problem."""
+
+    parameters = ()
+
+    def sample(self, bqm):
+        import dimod
+
+        return dimod.SampleSet.from_samples_bqm([dict.fromkeys(bqm.variables, 1)], bqm)
+
+
+def test_infeasible_samples_are_repaired_and_counted(monkeypatch):
+    import dimod
+
+    monkeypatch.setattr(dimod, "AllOnes", AllOnes, raising=False)
+    rng = np.random.default_rng(0)
+    problem = Problem(Hamiltonian.from_quadratic(rng.normal(size=(8, 8))), [con.count(8, 3)])
+    spectrum = solve(problem, "dimod:dimod.AllOnes", k=5)
+    assert len(spectrum) == 1
+    assert spectrum.info["repaired"] == 1
+    assert spectrum.info["dropped"] == 0
+    assert spectrum.info["ignored"] == ["num_reads", "seed"]
+    assert spectrum.states.sum() == 3
+
+
+def test_repair_gives_up_where_no_move_helps():
+    # 3 a + 3 b + 2 c = 4 has no solution, and a = b = 0, c = 1 cannot be improved.
+    row = con.LinearConstraint("odd", np.array([3.0, 3.0, 2.0]), "==", 4)
+    problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [row])
+    assert repair(problem, np.array([True, False, False])) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dimod:nowhere.Sampler", "cannot import 'nowhere'"),
+        ("dimod:dimod.Nothing", "has no 'Nothing'"),
+        ("dimod:dimod.BINARY", "is no dimod sampler"),
+        ("dimod:Sampler", "dimod:package.Class"),
+        ("dimod", "needs a class"),
+    ],
+)
+def test_bad_dimod_names(name, message):
+    problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [con.count(3, 1)])
+    with pytest.raises(InputError, match=message):
+        solve(problem, name)
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A solver with one fault."""
+
+    fault: str
+
+    def solve(self, problem, k):
+        good = make("exact").solve(problem, k)
+        if self.fault == "type":
+            return good.states
+        if self.fault == "shape":
+            return Solution(good.states[:, :3])
+        if self.fault == "infeasible":
+            return Solution(~good.states)
+        if self.fault == "proof":
+            return Solution(good.states[1:], None, True)
+        if self.fault == "bound":
+            return Solution(good.states, good.lower_bound + 1.0)
+        raise AssertionError(self.fault)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("type", "must return a Solution"),
+        ("shape", "must be bool"),
+        ("infeasible", "breaks"),
+        ("proof", "claims a proof"),
+        ("bound", "lower bound"),
+    ],
+)
+def test_the_kit_finds_faults(fault, message):
+    with pytest.raises(VerificationError, match=message):
+        check_solver(Fake(fault))
+
+
+def test_the_kit_wants_infeasibility_reported():
+    class Silent:
+        def solve(self, problem, k):
+            try:
+                return make("exact").solve(problem, k)
+            except Exception:
+                return Solution(np.zeros((0, problem.n), dtype=bool))
+
+    with pytest.raises(VerificationError, match="must raise InfeasibleError"):
+        check_solver(Silent())
