@@ -1,0 +1,318 @@
+"""Safetensors read by their headers: what is damaged is refused with one clear line."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from isingcut.checkpoint import NewTensor, read_checkpoint, read_header, write_checkpoint
+from isingcut.errors import CheckpointError, InputError
+from isingcut.excise import excise
+from tiny import tiny_checkpoint
+
+INDEX = "model.safetensors.index.json"
+
+
+def sharded(folder: Path) -> Path:
+    """A tiny llama in two shards with an index."""
+    tiny_checkpoint("llama", folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[:30], names[30:]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def change_index(folder: Path, **changes: str) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"].update(changes)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def truncate(folder: Path) -> None:
+    shard = folder / "model-00002-of-00002.safetensors"
+    os.truncate(shard, shard.stat().st_size - 100)
+
+
+def lengthen(folder: Path) -> None:
+    with (folder / "model-00001-of-00002.safetensors").open("ab") as f:
+        f.write(b"xx")
+
+
+def cut_inside_the_header(folder: Path) -> None:
+    os.truncate(folder / "model-00001-of-00002.safetensors", 20)
+
+
+def missing_tensor(folder: Path) -> None:
+    change_index(
+        folder, **{"model.layers.9.mlp.up_proj.weight": "model-00001-of-00002.safetensors"}
+    )
+
+
+def missing_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def duplicate_tensor(folder: Path) -> None:
+    first = folder / "model-00001-of-00002.safetensors"
+    second = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(second)
+    name, value = next(iter(load_file(first).items()))
+    save_file({**tensors, name: value}, second)
+
+
+def duplicate_name_in_the_header(folder: Path) -> None:
+    shard = folder / "model-00001-of-00002.safetensors"
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    name, entry = next((k, v) for k, v in json.loads(header).items() if k != "__metadata__")
+    header = header[:-1] + f",{json.dumps(name)}:{json.dumps(entry)}}}".encode()
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def wrong_shard(folder: Path) -> None:
+    change_index(folder, **{"model.norm.weight": "model-00001-of-00002.safetensors"})
+
+
+def climb_out(folder: Path) -> None:
+    change_index(folder, **{"model.norm.weight": "../secret.safetensors"})
+
+
+def absolute_path(folder: Path) -> None:
+    change_index(folder, **{"model.norm.weight": "/etc/passwd"})
+
+
+def link_out(folder: Path) -> None:
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.rename(folder.parent / "elsewhere.safetensors")
+    shard.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def broken_link(folder: Path) -> None:
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to(folder / "nowhere")
+
+
+def link_to_itself(folder: Path) -> None:
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to(shard.name)
+
+
+def device_file(folder: Path) -> None:
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+def index_is_no_json(folder: Path) -> None:
+    (folder / INDEX).write_text("{")
+
+
+def index_is_a_list(folder: Path) -> None:
+    (folder / INDEX).write_text("[]")
+
+
+def index_names_a_number(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": {"a": 3}}')
+
+
+def more_blocks_in_the_config(folder: Path) -> None:
+    set_config(folder, num_hidden_layers=8)
+
+
+def fewer_blocks_in_the_config(folder: Path) -> None:
+    set_config(folder, num_hidden_layers=5)
+
+
+def set_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def config_is_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("not json")
+
+
+def only_pickles(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+def an_adapter(folder: Path) -> None:
+    only_pickles(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
+HOSTILE = [
+    (truncate, "is truncated"),
+    (lengthen, "longer than its header says"),
+    (cut_inside_the_header, "truncated or no safetensors"),
+    (missing_tensor, r"says that tensor 'model\.layers\.9.* but no shard has it"),
+    (missing_shard, "is missing or a broken link"),
+    (duplicate_tensor, "is in two shards"),
+    (duplicate_name_in_the_header, "appears twice"),
+    (wrong_shard, "but it is in model-00002"),
+    (climb_out, "leaves the checkpoint folder"),
+    (absolute_path, "leaves the checkpoint folder"),
+    (link_out, "a link that leads out of the checkpoint"),
+    (broken_link, "is missing or a broken link"),
+    (link_to_itself, "is missing or a broken link"),
+    (device_file, "is not a regular file"),
+    (index_is_no_json, "is not readable JSON"),
+    (index_is_a_list, "has no 'weight_map'"),
+    (index_names_a_number, "maps tensor 'a' to 3"),
+    (more_blocks_in_the_config, "says 8 blocks but the tensors .* have 6; block 6 is missing"),
+    (fewer_blocks_in_the_config, "says 5 blocks but the tensors .* have 6"),
+    (config_is_no_json, "is not readable JSON"),
+    (only_pickles, "convert it with transformers"),
+    (an_adapter, "merge it into its base model"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), HOSTILE, ids=[h[0].__name__ for h in HOSTILE])
+def test_hostile_checkpoints_are_refused(spoil, message, tmp_path):
+    source = sharded(tmp_path / "source")
+    spoil(source)
+    home = tmp_path / "home"
+    home.mkdir()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        excise(source, [1], home / "out")
+    assert "\n" not in str(caught.value)
+    assert list(home.iterdir()) == []
+
+
+def test_links_of_a_hub_cache_are_followed(tmp_path):
+    snapshot = sharded(tmp_path / "models--x--y" / "snapshots" / "abc")
+    blobs = tmp_path / "models--x--y" / "blobs"
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("../../blobs") / path.name)
+    excise(snapshot, [1], tmp_path / "out")
+    assert len(read_checkpoint(tmp_path / "out")) == len(read_checkpoint(snapshot)) - 9
+    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+
+
+def test_a_read_only_target_is_one_line(tmp_path, monkeypatch):
+    source = sharded(tmp_path / "source")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(InputError, match=r"cannot write .*Permission denied"):
+        excise(source, [1], tmp_path / "locked" / "out")
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
+    source = sharded(tmp_path / "source")
+    home = tmp_path / "home"
+    home.mkdir()
+    calls = []
+
+    def fill(target, file, start, size):
+        calls.append(size)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("isingcut.checkpoint.copy_bytes", fill)
+    with pytest.raises(InputError, match="no space left on the disk"):
+        excise(source, [1, 3], home / "out", max_shard_bytes=30_000)
+    assert list(home.iterdir()) == []
+
+
+def test_a_disk_too_small_is_known_beforehand(tmp_path, monkeypatch):
+    source = sharded(tmp_path / "source")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"are needed and 0\.00 GB are free"):
+        excise(source, [1], tmp_path / "home" / "out")
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_cut_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    source = sharded(tmp_path / "source")
+    home = tmp_path / "home"
+    home.mkdir()
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("isingcut.excise._copy_companions", stop)
+    with pytest.raises(KeyboardInterrupt):
+        excise(source, [1], home / "out")
+    assert list(home.iterdir()) == []
+
+
+def test_copying_works_where_the_kernel_cannot(tmp_path, monkeypatch):
+    source = sharded(tmp_path / "source")
+    excise(source, [0, 4], tmp_path / "a")
+
+    def cannot(*args):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.copy_file_range", cannot)
+    excise(source, [0, 4], tmp_path / "b")
+    one, two = (tmp_path / n / "model.safetensors" for n in "ab")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_mixed_dtypes_stay_aligned_and_loadable(tmp_path):
+    tensors = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "b": torch.arange(5, dtype=torch.float64),
+        "c": torch.randn(3).to(torch.bfloat16),
+        "d": torch.tensor(True),
+        "e": torch.empty(0, 4),
+        "f": torch.randn(2, 3).to(torch.float8_e4m3fn),
+        "g": torch.tensor(7, dtype=torch.int64),
+    }
+    save_file(tensors, tmp_path / "in.safetensors")
+    stored = read_header(tmp_path / "in.safetensors")
+    out = tmp_path / "out"
+    out.mkdir()
+    write_checkpoint(out, [NewTensor(t.name, t) for t in stored], 10**9, {"format": "pt"})
+    loaded = load_file(out / "model.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert loaded[name].dtype == value.dtype
+        assert loaded[name].shape == value.shape
+        assert torch.equal(loaded[name].double(), value.double())
+
+
+@pytest.mark.parametrize("chunk", [32 * 2**20, 50, 10])
+def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("isingcut.checkpoint._CHUNK", chunk)
+    value = torch.arange(7 * 12, dtype=torch.int16).reshape(7, 12)
+    save_file({"x": value, "y": value.T.contiguous()}, tmp_path / "in.safetensors")
+    x, y = sorted(read_header(tmp_path / "in.safetensors"), key=lambda t: t.name)
+    new = [NewTensor("x", x, 1, 4, (0, 2)), NewTensor("y", y, 0, 4, (1, 3))]
+    out = tmp_path / "out"
+    out.mkdir()
+    write_checkpoint(out, new, 10**9, {})
+    loaded = load_file(out / "model.safetensors")
+    assert torch.equal(loaded["x"], value.reshape(7, 4, 3)[:, [0, 2]].reshape(7, 6))
+    assert torch.equal(loaded["y"], value.T.reshape(4, 3, 7)[[1, 3]].reshape(6, 7))
+
+
+def test_shards_keep_to_their_size(tmp_path):
+    source = sharded(tmp_path / "source")
+    excise(source, [2], tmp_path / "out", max_shard_bytes=20_000)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 3
+    for shard in shards:
+        tensors = read_header(shard)
+        assert len(tensors) == 1 or sum(t.size for t in tensors) <= 20_000
