@@ -41,7 +41,9 @@ def sampler_class(name: str) -> Any:
     return found
 
 
-def sample(problem: Problem, k: int, name: str, wanted: dict[str, Any]) -> Solution:
+def sample(
+    problem: Problem, k: int, name: str, wanted: dict[str, Any], penalty: float = 1.0
+) -> Solution:
     """States of one call of a sampler: a CQM solver gets the rows, any other the penalty form.
 
     Args:
@@ -50,6 +52,8 @@ def sample(problem: Problem, k: int, name: str, wanted: dict[str, Any]) -> Solut
         name: of the sampler class.
         wanted: keyword arguments; those the sampler does not know are left out and listed in
             ``info["ignored"]``.
+        penalty: weight of the penalty form as a share of the one no swap can outbid. Less
+            lets samplers move more freely; what comes out infeasible is repaired.
     """
     reduced = reduce(problem)
     sampler = sampler_class(name)()
@@ -66,7 +70,8 @@ def sample(problem: Problem, k: int, name: str, wanted: dict[str, Any]) -> Solut
     if constrained:
         samples = call(small.to_cqm(), **options)
     else:
-        bqm, info["penalty"] = small.to_bqm()
+        _, safe = small.to_bqm()
+        bqm, info["penalty"] = small.to_bqm(penalty * safe)
         samples = call(bqm, **options)
     place = {label: i for i, label in enumerate(samples.variables)}
     columns = [place[i] for i in range(reduced.n)]

@@ -19,13 +19,15 @@ class Anneal:
         reads: independent anneals.
         sweeps: of each.
         seed: of the sampler.
+        penalty: share of the weight that no swap can outbid.
     """
 
     reads: int = 200
     sweeps: int = 1000
     seed: int = 0
+    penalty: float = 1.0
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Up to ``k`` states, without a proof."""
         wanted = {"num_reads": self.reads, "num_sweeps": self.sweeps, "seed": self.seed}
-        return sample(problem, k, "dwave.samplers.SimulatedAnnealingSampler", wanted)
+        return sample(problem, k, "dwave.samplers.SimulatedAnnealingSampler", wanted, self.penalty)

@@ -24,12 +24,14 @@ class Dimod:
         sampler: the class as ``package.module.Class``; it is made without arguments.
         reads: ``num_reads``, where the sampler has it.
         seed: ``seed``, where the sampler has it.
+        penalty: share of the weight that no swap can outbid, for samplers without rows.
         options: further keyword arguments of the call.
     """
 
     sampler: str = ""
     reads: int = 100
     seed: int = 0
+    penalty: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def solve(self, problem: Problem, k: int) -> Solution:
@@ -37,4 +39,4 @@ class Dimod:
         if not self.sampler:
             raise InputError("the solver 'dimod' needs a class: write dimod:package.Class")
         wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
-        return sample(problem, k, self.sampler, wanted)
+        return sample(problem, k, self.sampler, wanted, self.penalty)

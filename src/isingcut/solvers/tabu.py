@@ -198,6 +198,13 @@ def _tabu(  # type: ignore[no-untyped-def]
     if rows:
         for i in range(n):
             weight = max(weight, abs(local[i]))
+    # Blocks with equal columns: swapping them changes no row.
+    kind = np.arange(n)
+    for i in range(n):
+        for j in range(i):
+            if (A[:, i] == A[:, j]).all():
+                kind[i] = kind[j]
+                break
     tabu_until = np.zeros(n, dtype=np.int64)
     ones = np.zeros(n, dtype=np.int64)
     zeros = np.zeros(n, dtype=np.int64)
@@ -237,8 +244,11 @@ def _tabu(  # type: ignore[no-untyped-def]
                     delta += local[into]
                     if a >= 0:
                         delta -= J[out, into]
-                change = 0.0
-                if rows:
+                # No move can lessen the violation by more than all of it.
+                if not expand and delta - weight * violation > best:
+                    continue
+                change = violation
+                if rows and (a < 0 or b < 0 or kind[out] != kind[into]):
                     for r in range(rows):
                         trial[r] = sums[r]
                         if a >= 0:

@@ -19,13 +19,15 @@ class TabuQubo:
         reads: independent searches.
         timeout: milliseconds of each.
         seed: of the sampler.
+        penalty: share of the weight that no swap can outbid.
     """
 
     reads: int = 50
     timeout: int = 20
     seed: int = 0
+    penalty: float = 1.0
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Up to ``k`` states, without a proof."""
         wanted = {"num_reads": self.reads, "timeout": self.timeout, "seed": self.seed}
-        return sample(problem, k, "dwave.samplers.TabuSampler", wanted)
+        return sample(problem, k, "dwave.samplers.TabuSampler", wanted, self.penalty)

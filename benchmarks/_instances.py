@@ -1,0 +1,112 @@
+"""Instances of the solver benchmark: a published recipe, and measured Hamiltonians.
+
+Recipe, for N blocks and a seed: own terms d_i = 0.02 x 10^(p_i), where p is the profile
+1.5 (2 t - 1)^2 over the depth t in [0, 1] plus normal noise of 0.15, stretched to exactly
+[0, 1.5]: a decade and a half, the ends costly, as measured models have it. Neighbours are
+correlated as C_ij = 0.8^|i-j|.
+
+- ``psd``: the Gram matrix of 4 N samples from N(0, C), scaled to the own terms.
+- ``indefinite``: sqrt(d_i d_j) (0.3 C_ij + 0.15 w_ij) with symmetric standard normal w.
+- ``kinds``: ``indefinite`` with the block kinds mamba, mlp, attention in the order of a hybrid
+  model (every 13th block attention, the others alternating); counts per kind are exact.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from isingcut.constraints import count, kind_counts
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.problem import Problem
+
+SIZES = ["32x16", "40x12", "52x13", "80x8", "80x16", "80x24", "80x40", "126x63"]
+MEASURED_M = (4, 8, 12, 15)
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One row of the benchmark; ``size`` is NxM and groups the families."""
+
+    size: str
+    family: str
+    problem: Problem
+
+
+def generate(n: int, family: str, seed: int = 0) -> Hamiltonian:
+    """The Hamiltonian of the recipe above."""
+    rng = np.random.default_rng([seed, n, {"psd": 0, "indefinite": 1}[family]])
+    t = np.linspace(0, 1, n)
+    profile = 1.5 * np.abs(2 * t - 1) ** 2 + rng.normal(scale=0.15, size=n)
+    profile = 1.5 * (profile - profile.min()) / (profile.max() - profile.min())
+    d = 0.02 * 10**profile
+    C = 0.8 ** np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
+    if family == "psd":
+        samples = rng.multivariate_normal(np.zeros(n), C, size=4 * n)
+        Q = samples.T @ samples / (4 * n)
+        Q *= np.sqrt(np.outer(d, d)) / np.sqrt(np.outer(np.diag(Q), np.diag(Q)))
+    else:
+        W = rng.normal(size=(n, n))
+        W = (W + W.T) / np.sqrt(2)
+        Q = (0.3 * C + 0.15 * W) * np.sqrt(np.outer(d, d))
+        np.fill_diagonal(Q, d)
+    return Hamiltonian.from_quadratic(Q, meta={"family": family, "seed": seed})
+
+
+def generated(size: str, seed: int = 0) -> list[Instance]:
+    """The families of one size ``NxM``; N = 52 is the hybrid with three kinds."""
+    n, m = (int(v) for v in size.split("x"))
+    if n == 52:
+        kinds = ["attention" if i % 13 == 6 else ("mamba", "mlp")[i % 2] for i in range(n)]
+        attention = 1
+        rows = kind_counts(
+            kinds,
+            {"attention": attention, "mlp": (m - 1) // 2, "mamba": m - attention - (m - 1) // 2},
+        )
+        return [Instance(size, "kinds", Problem(generate(n, "indefinite", seed), rows))]
+    return [
+        Instance(size, family, Problem(generate(n, family, seed), [count(n, m)]))
+        for family in ("psd", "indefinite")
+    ]
+
+
+def measured(path: Path | None = None) -> list[Instance]:
+    """Instances of a Hamiltonian file, or of the two SmolLM2-135M ones kept beside this file."""
+    if path is not None:
+        found = {path.stem if path.stem != "hamiltonian" else path.parent.name: _read(path)}
+    else:
+        found = {
+            p.stem.removeprefix("smollm2-135m-"): _read(p) for p in sorted(DATA.glob("*.json"))
+        }
+    return [
+        Instance(f"{ham.n}x{m}", name, Problem(ham, [count(ham.n, m)]))
+        for name, ham in found.items()
+        for m in MEASURED_M
+        if m <= ham.n
+    ]
+
+
+def _read(path: Path) -> Hamiltonian:
+    if path.suffix != ".json":
+        return Hamiltonian.load(path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    J = np.zeros((len(data["h"]),) * 2)
+    J[np.triu_indices(len(data["h"]), 1)] = data["J_upper"]
+    return Hamiltonian(np.array(data["h"]), J + J.T, data["c"], data["unit"], data["meta"])
+
+
+def write_json(ham: Hamiltonian, path: Path) -> None:
+    """Keep a measured Hamiltonian as a small JSON file."""
+    upper = ham.J[np.triu_indices(ham.n, 1)]
+    data = {
+        "unit": ham.unit,
+        "c": ham.c,
+        "meta": dict(ham.meta),
+        "h": [float(f"{v:.9g}") for v in ham.h],
+        "J_upper": [float(f"{v:.9g}") for v in upper],
+    }
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")

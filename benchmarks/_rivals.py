@@ -1,0 +1,175 @@
+"""The rivals of the solver benchmark, each asked for the ground state only.
+
+A rival is a function (problem, seconds, target) -> (time to the best state or None, time to proof
+or None). Heuristics are called with new seeds until they reach the target, exact ones once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from isingcut.errors import InputError
+from isingcut.problem import Problem
+from isingcut.solvers import make
+
+Times = tuple[float | None, float | None]
+
+
+PENALTIES = (1.0, 0.3, 0.1, 0.03)
+
+
+def until(
+    name: str, problem: Problem, seconds: float, target: float, **options: int | float
+) -> float | None:
+    """Seconds until new seeds of a heuristic reach the target energy; None past the limit."""
+    began = time.perf_counter()
+    seed = 0
+    while time.perf_counter() - began < seconds:
+        if "penalty" in options:
+            options["penalty"] = PENALTIES[seed % len(PENALTIES)]
+        states = make(name, seed=seed, **options).solve(problem, 1).states
+        if len(states) and problem.hamiltonian.energies(states).min() <= target:
+            return time.perf_counter() - began
+        seed += 1
+    return None
+
+
+def anneal(problem: Problem, seconds: float, target: float) -> Times:
+    """dwave-samplers' simulated annealing, 10 reads of 1,000 sweeps, four penalties in turn."""
+    return until("anneal", problem, seconds, target, reads=10, sweeps=1000, penalty=1.0), None
+
+
+def tabu_qubo(problem: Problem, seconds: float, target: float) -> Times:
+    """dwave-samplers' tabu search, 2 reads of 20 ms, four penalties in turn."""
+    got = until("tabu-qubo", problem, seconds, target, reads=2, timeout=20, penalty=1.0)
+    return got, None
+
+
+def exhaustive(problem: Problem, seconds: float, target: float) -> Times:
+    """Our enumeration, where it can be done in the time (about 5 ns a state)."""
+    began = time.perf_counter()
+    try:
+        make("exhaustive", limit=int(seconds * 1e8)).solve(problem, 1)
+    except InputError:
+        return None, None
+    took = time.perf_counter() - began
+    return took, took
+
+
+def scip(problem: Problem, seconds: float, target: float) -> Times:
+    """SCIP through pyscipopt on the linearised products, with the count times each variable."""
+    from pyscipopt import Eventhdlr, Model, quicksum
+    from pyscipopt.scip import PY_SCIP_EVENTTYPE
+
+    ham, n = problem.hamiltonian, problem.n
+    model = Model()
+    model.hideOutput()
+    model.setParam("limits/time", seconds)
+    x = [model.addVar(vtype="B") for _ in range(n)]
+    y = {}
+    for i in range(n):
+        for j in range(i + 1, n):
+            if ham.J[i, j]:
+                y[i, j] = v = model.addVar(lb=0, ub=1, vtype="C")
+                model.addCons(v <= x[i])
+                model.addCons(v <= x[j])
+                model.addCons(v >= x[i] + x[j] - 1)
+    _add_rows(problem, lambda terms: quicksum(a * x[i] for i, a in terms), model.addCons)
+    m = _count(problem)
+    if m is not None and len(y) == n * (n - 1) // 2:
+        for i in range(n):
+            others = quicksum(y[min(i, j), max(i, j)] for j in range(n) if j != i)
+            model.addCons(others == (m - 1) * x[i])
+    model.setObjective(
+        quicksum(ham.h[i] * x[i] for i in range(n))
+        + quicksum(ham.J[i, j] * v for (i, j), v in y.items())
+        + ham.c
+    )
+    began = time.perf_counter()
+    reached: list[float] = []
+
+    class Watch(Eventhdlr):
+        def eventinit(self) -> None:
+            self.model.catchEvent(PY_SCIP_EVENTTYPE.BESTSOLFOUND, self)
+
+        def eventexit(self) -> None:
+            self.model.dropEvent(PY_SCIP_EVENTTYPE.BESTSOLFOUND, self)
+
+        def eventexec(self, event: object) -> None:
+            if self.model.getSolObjVal(self.model.getBestSol()) <= target:
+                reached.append(time.perf_counter() - began)
+
+    model.includeEventhdlr(Watch(), "watch", "time of the best state")
+    model.optimize()
+    took = time.perf_counter() - began
+    proven = took if model.getStatus() == "optimal" else None
+    return (min(reached) if reached else None), proven
+
+
+def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
+    """OR-Tools CP-SAT on the linearised products, coefficients rounded to 1e-7 of their largest."""
+    from ortools.sat.python import cp_model
+
+    ham, n = problem.hamiltonian, problem.n
+    scale = 1e7 / max(np.abs(ham.h).max(), np.abs(ham.J).max())
+    model = cp_model.CpModel()
+    x = [model.new_bool_var("") for _ in range(n)]
+    terms, weights = list(x), [round(v * scale) for v in ham.h]
+    y = {}
+    for i in range(n):
+        for j in range(i + 1, n):
+            weight = round(ham.J[i, j] * scale)
+            if weight:
+                y[i, j] = v = model.new_bool_var("")
+                model.add_implication(v, x[i])
+                model.add_implication(v, x[j])
+                model.add_bool_or([x[i].negated(), x[j].negated(), v])
+                terms.append(v)
+                weights.append(weight)
+    _add_rows(problem, lambda t: sum(int(a) * x[i] for i, a in t), model.add)
+    m = _count(problem)
+    if m is not None and len(y) == n * (n - 1) // 2:
+        for i in range(n):
+            others = [y[min(i, j), max(i, j)] for j in range(n) if j != i]
+            model.add(sum(others) == (m - 1) * x[i])
+    model.minimize(cp_model.LinearExpr.weighted_sum(terms, weights))
+    solver = cp_model.CpSolver()
+    solver.parameters.max_time_in_seconds = seconds
+    solver.parameters.num_workers = 2
+    began = time.perf_counter()
+    reached: list[float] = []
+
+    class Watch(cp_model.CpSolverSolutionCallback):
+        def on_solution_callback(self) -> None:
+            state = np.array([[self.value(v) for v in x]])
+            if not reached and ham.energies(state)[0] <= target + 1e-5 * abs(target):
+                reached.append(time.perf_counter() - began)
+
+    status = solver.solve(model, Watch())
+    took = time.perf_counter() - began
+    return (reached[0] if reached else None), (took if status == cp_model.OPTIMAL else None)
+
+
+def _add_rows(problem: Problem, expression: Callable, add: Callable) -> None:  # type: ignore[type-arg]
+    for row in problem.constraints:
+        terms = [(int(i), float(row.coefficients[i])) for i in np.flatnonzero(row.coefficients)]
+        if terms:
+            assert row.sense == "=="
+            add(expression(terms) == round(row.rhs))
+
+
+def _count(problem: Problem) -> int | None:
+    low, high = problem.cardinality
+    return low if low == high else None
+
+
+RIVALS: dict[str, Callable[[Problem, float, float], Times]] = {
+    "exhaustive": exhaustive,
+    "dwave tabu": tabu_qubo,
+    "dwave anneal": anneal,
+    "scip": scip,
+    "cp-sat": cp_sat,
+}

@@ -1,0 +1,166 @@
+"""All solvers side by side: time to the best state, and time to the proof.
+
+    python benchmarks/solvers.py [--only 32x16,80x40] [--hamiltonian FILE]
+
+Our exact solver proves the K best states (100 by default); its rivals are asked for the ground
+state alone. Times exclude compilation. Every size NxM has several families (see _instances.py);
+the figures of a size are those of its worst family, figures of one family carry its name.
+
+proof_seconds_*        exact: the K best states proven (or gap_percent_* at the time limit)
+tabu_hits_*            seeds of 100 on which one default tabu search met the best known state
+tabu_seconds_*         mean time of one of them, to its end
+tabu_found_*           seconds until short tabu searches (3 restarts, new seeds) met that state
+best_rival_seconds_*   the fastest rival to prove the ground state; inf if none did in its limit
+best_rival_found_*     the fastest rival to meet the best known state; inf if none did
+peak_mb_80x16          resident memory of a process that only solves that instance, to the end
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import resource
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+
+from _instances import SIZES, Instance, generated, measured
+from _rivals import RIVALS, until
+from isingcut.constraints import count
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.problem import Problem
+from isingcut.solvers import _search, make, solve
+
+
+def warm_up() -> None:
+    """Compile (or load from the cache) every kernel."""
+    rng = np.random.default_rng(0)
+    problem = Problem(Hamiltonian.from_quadratic(rng.normal(size=(24, 24))), [count(24, 10)])
+    budgets = _search.ROOT_BUDGET, _search.NODE_BUDGET
+    _search.ROOT_BUDGET = _search.NODE_BUDGET = 100
+    solve(problem, "exact", k=5)
+    _search.ROOT_BUDGET, _search.NODE_BUDGET = budgets
+    for name in ("exhaustive", "tabu"):
+        solve(problem, name, k=5)
+
+
+def _peak(size: str, family: str, k: int, seconds: float, queue: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+    instance = next(i for i in generated(size) if i.family == family)
+    solve(instance.problem, "exact", k=k, seconds=seconds)
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def peak_mb(instance: Instance, k: int, seconds: float) -> float:
+    """Peak resident memory of a fresh process that solves the instance, in MB."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(
+        target=_peak, args=(instance.size, instance.family, k, seconds, queue)
+    )
+    process.start()
+    peak = float(queue.get())
+    process.join()
+    return peak
+
+
+def text(seconds: float | None) -> str:
+    """Seconds for the table."""
+    return "-" if seconds is None or math.isinf(seconds) else f"{seconds:.3g}"
+
+
+def run(instance: Instance, args: argparse.Namespace, heavy: bool) -> dict[str, float]:
+    """Print the rows of one instance; return its figures."""
+    problem, figures = instance.problem, {}
+    label = f"{instance.size:7} {instance.family:18}"
+    spectrum = solve(problem, "exact", k=args.k, seconds=args.seconds)
+    if spectrum.proven:
+        figures["proof_seconds"] = spectrum.seconds
+        status = f"{len(spectrum)} states proven"
+    else:
+        figures["gap_percent"] = 100 * (spectrum.relative_gap or 0.0)
+        status = f"gap {figures['gap_percent']:.3f}% to the ground state at the limit"
+    best = float(spectrum.energies[0])
+    seconds, energies = [], []
+    for seed in range(args.tabu_seeds):
+        began = time.perf_counter()
+        states = make("tabu", seed=seed).solve(problem, 20).states
+        seconds.append(time.perf_counter() - began)
+        energies.append(float(problem.hamiltonian.energies(states).min()))
+    best = min(best, *energies)
+    tolerance = 1e-9 * problem.hamiltonian.scale
+    hits = sum(e <= best + tolerance for e in energies)
+    figures["tabu_hits"] = hits * 100 / args.tabu_seeds
+    figures["tabu_seconds"] = float(np.mean(seconds))
+    found = spectrum.energies[0] <= best + tolerance
+    nodes = f"{spectrum.info['nodes']} nodes, {spectrum.info['enumerated']:,} enumerated"
+    note = f"{status}; {nodes}; E0 = {best:.6g}" + ("" if found else " (tabu found better)")
+    print(f"{label} exact         {'':9} {text(figures.get('proof_seconds')):>9}  {note}")
+    reached = until("tabu", problem, args.seconds, best + tolerance, restarts=3)
+    figures["tabu_found"] = math.inf if reached is None else reached
+    full = f"{hits} of {args.tabu_seeds} seeds, {text(figures['tabu_seconds'])} s each"
+    print(f"{label} tabu          {text(reached):>9} {'-':>9}  {full}", flush=True)
+    figures["best_rival_seconds"] = figures["best_rival_found"] = math.inf
+    for name in () if args.no_rivals else RIVALS:
+        try:
+            reached, proof = RIVALS[name](problem, args.rival_seconds, best + tolerance)
+        except ModuleNotFoundError as error:
+            print(f"{label} {name:13} not installed: {error.name}")
+            continue
+        print(f"{label} {name:13} {text(reached):>9} {text(proof):>9}", flush=True)
+        figures["best_rival_seconds"] = min(figures["best_rival_seconds"], proof or math.inf)
+        figures["best_rival_found"] = min(figures["best_rival_found"], reached or math.inf)
+    if args.no_rivals:
+        del figures["best_rival_seconds"], figures["best_rival_found"]
+    if heavy:
+        figures["peak_mb"] = peak_mb(instance, args.k, args.seconds)
+        print(f"{label} exact         peak memory {figures['peak_mb']:.0f} MB")
+    return figures
+
+
+def main() -> None:
+    """Run the instances and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="sizes, for example 32x16,80x40; all without it")
+    parser.add_argument("--hamiltonian", type=Path, help="also M = 4, 8, 12, 15 of this file")
+    parser.add_argument("--k", type=int, default=100, help="states to prove")
+    parser.add_argument("--seconds", type=float, default=600.0, help="limit of one exact search")
+    parser.add_argument("--rival-seconds", type=float, default=20.0, help="limit of one rival")
+    parser.add_argument("--tabu-seeds", type=int, default=100)
+    parser.add_argument("--no-rivals", action="store_true")
+    args = parser.parse_args()
+    extra = measured(args.hamiltonian)
+    known = list(dict.fromkeys([*SIZES, *(i.size for i in extra)]))
+    sizes = args.only.split(",") if args.only else known
+    for size in sizes:
+        if size not in known:
+            parser.error(f"unknown size {size!r}; known: {', '.join(known)}")
+    warm_up()
+    print(f"{'size':7} {'family':18} solver        {'best (s)':>9} {'proof (s)':>9}")
+    figures: dict[str, dict[str, float]] = {}
+    for size in sizes:
+        instances = [
+            *(generated(size) if size in SIZES else []),
+            *(i for i in extra if i.size == size),
+        ]
+        for instance in instances:
+            got = run(instance, args, heavy=size == "80x16")
+            figures[f"{size}_{instance.family.replace('-', '_')}"] = got
+            total = figures.setdefault(size, {})
+            for name, value in got.items():
+                # The worst family: slowest of ours, fewest hits, fastest rival.
+                worst = min if name == "tabu_hits" or "rival" in name else max
+                total[name] = worst(total.get(name, value), value)
+    for size, values in figures.items():
+        if "gap_percent" in values:
+            values.pop("proof_seconds", None)
+        for name, value in values.items():
+            print(f"{name}_{size}: {value:.4g}")
+
+
+if __name__ == "__main__":
+    main()
