@@ -1,13 +1,12 @@
 """Read safetensors checkpoints by their headers, and write new ones by copying byte ranges.
 
 No tensor is ever decoded: a checkpoint is a list of named byte extents, and a new checkpoint is
-written by asking the kernel to copy extents, so neither dtype nor size matters.
+written by copying extents, so neither dtype nor size matters.
 Format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import stat
@@ -33,8 +32,7 @@ _BITS = {
     "F4": 4,
 }
 _CHUNK = 32 * 2**20
-# Between file systems, or on one that cannot: fall back to reading and writing.
-_CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+_BUFFER = 2**20
 
 
 @dataclass(frozen=True)
@@ -331,30 +329,24 @@ def _runs(tensors: Sequence[NewTensor]) -> Iterator[NewTensor | tuple[Path, int,
 
 
 def copy_bytes(target: int, file: Path, start: int, size: int) -> None:
-    """Append ``size`` bytes of ``file`` from ``start`` to a file descriptor, inside the kernel.
+    """Append ``size`` bytes of ``file`` from ``start`` to a file descriptor.
+
+    Through one small buffer that stays in the processor's cache: on Linux that is faster than
+    `copy_file_range` and `sendfile`, and it works between any two file systems.
 
     Raises:
         CheckpointError: the file became shorter meanwhile.
     """
-    with file.open("rb") as f:
-        source, end = f.fileno(), start + size
-        in_kernel = hasattr(os, "copy_file_range")
-        while start < end:
-            if in_kernel:
-                try:
-                    done = os.copy_file_range(source, target, end - start, start)
-                except OSError as error:
-                    if error.errno in _CANNOT_COPY:
-                        in_kernel = False
-                        continue
-                    raise
-            else:
-                data = os.pread(source, min(_CHUNK, end - start), start)
-                done = len(data)
-                _write_all(target, data)
-            if done == 0:
-                raise CheckpointError(f"{file} ended early, at byte {start} of {end}")
-            start += done
+    buffer = memoryview(bytearray(min(_BUFFER, size)))
+    with file.open("rb", buffering=0) as f:
+        f.seek(start)
+        left = size
+        while left:
+            done = f.readinto(buffer[: min(len(buffer), left)])
+            if not done:
+                raise CheckpointError(f"{file} ended early, {left} bytes before {start + size}")
+            _write_all(target, buffer[:done])
+            left -= done
 
 
 def _write_all(target: int, data: bytes | memoryview) -> None:
