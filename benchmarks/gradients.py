@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,15 +71,24 @@ def batch_one(replay: Replay, tokens: TokenSet) -> np.ndarray:
 
 def _peak(side: str, arguments: argparse.Namespace, answer: multiprocessing.Queue) -> None:
     replay, tokens = prepare(arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux: start the high-water mark anew, or loading would hide what the work itself takes.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
     if side == "batched":
         gate_gradients(replay, tokens, batch_tokens=arguments.batch_tokens)
     elif side == "forward":
         reuse_freed_memory()
         forward(replay, tokens, arguments.batch_tokens)
     gradients = sum(p.grad is not None for p in replay.model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer.put((peak / 1024, (peak - before) / 1024, gradients))
+    peak = high_water()
+    answer.put((peak, peak - before, gradients))
+
+
+def high_water() -> float:
+    """Peak resident memory of this process since the mark was reset, MB."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = [x for x in status.splitlines() if x.startswith("VmHWM")]
+    return int(line.split()[1]) / 1000
 
 
 def peak_memory(side: str, arguments: argparse.Namespace) -> tuple[float, float, int]:

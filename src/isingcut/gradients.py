@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from isingcut.blocks import Recording, Replay, reuse_freed_memory
@@ -21,6 +20,7 @@ from isingcut.calibration import TokenSet
 from isingcut.files import fingerprint
 from isingcut.gates import gated_block
 from isingcut.journal import Journal
+from isingcut.measure import comparison_elements
 from isingcut.progress import Progress, silent
 
 
@@ -96,8 +96,23 @@ def _loss_gradient(recording: Recording, hidden: Tensor, batch: TokenSet) -> Ten
     for s in range(batch.samples):
         leaf = hidden[s].requires_grad_(True)
         logits = recording.logits(leaf, s)  # (T, V)
-        predicted = batch.predicted[s].to(logits.device)
-        labels = batch.input_ids[s, 1:].to(logits.device).masked_fill(~predicted, -100)
-        loss = F.cross_entropy(logits[:-1].float(), labels, ignore_index=-100)
-        (out[s],) = torch.autograd.grad(loss, leaf)
+        toward = _logit_gradient(logits.detach(), batch.input_ids[s, 1:], batch.predicted[s])
+        (out[s],) = torch.autograd.grad(logits, leaf, toward)
+    return out
+
+
+def _logit_gradient(logits: Tensor, labels: Tensor, predicted: Tensor) -> Tensor:
+    """Gradient (T, V) of a sample's mean token NLL in its logits: (softmax - one-hot) / count.
+
+    Softmax in float32, a few rows at a time; autograd's own cross-entropy would hold several
+    float32 copies of the logits.
+    """
+    positions = predicted.nonzero()[:, 0].to(logits.device)
+    labels = labels.to(logits.device)
+    out = torch.zeros_like(logits)
+    rows = max(1, comparison_elements(logits.device) // logits.shape[-1])
+    for part in positions.split(rows):
+        p = torch.softmax(logits[part].float(), dim=-1)
+        p[torch.arange(len(part), device=p.device), labels[part]] -= 1
+        out[part] = (p / len(positions)).to(out.dtype)
     return out
