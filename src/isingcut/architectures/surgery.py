@@ -167,10 +167,9 @@ def _class_config(config: dict[str, Any]) -> Any | None:
     try:
         return CONFIG_MAPPING[model_type].from_dict(_decoded(plain))
     except Exception as error:
-        line = str(error).strip().splitlines()
+        words = " ".join(str(error).split()) or type(error).__name__
         raise ArchitectureError(
-            f"the configuration is not a valid {model_type} configuration: "
-            f"{line[0] if line else type(error).__name__}"
+            f"the configuration is not a valid {model_type} configuration: {words}"
         ) from error
 
 

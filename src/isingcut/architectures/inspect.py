@@ -1,0 +1,135 @@
+"""What `isingcut inspect` shows: blocks, costs and legal states, without loading weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isingcut.architectures.base import BlockStack
+from isingcut.architectures.discover import find_stack
+from isingcut.architectures.surgery import legality, materialise
+from isingcut.checkpoint import read_checkpoint
+from isingcut.constraints import LinearConstraint
+from isingcut.errors import ArchitectureError, ModelError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's blocks and which states are legal.
+
+    Args:
+        model_type: the decoder's, for example ``"qwen3_moe"``.
+        stack: its blocks; ``bytes`` are those stored where the checkpoint is there.
+        rows: what every state has to obey.
+        refusal: why no state can be cut; empty where cutting works.
+        quantisation: the quantisation method; empty for plain weights.
+        other_bytes: stored bytes outside the blocks; 0 without weights.
+    """
+
+    model_type: str
+    stack: BlockStack
+    rows: tuple[LinearConstraint, ...]
+    refusal: str
+    quantisation: str
+    other_bytes: int
+
+    def rules(self) -> list[str]:
+        """The legality rows in words, rows of one reason together."""
+        names: dict[str, list[str]] = {}
+        for row in self.rows:
+            names.setdefault(row.reason, []).append(row.name)
+        return [f"{', '.join(rows)}: {reason}" for reason, rows in names.items()]
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Header and one row per block, as text: number, kind, parameters, active, bytes, KV,
+        state."""
+        header: tuple[str, ...] = (
+            "block",
+            "kind",
+            "parameters",
+            "active",
+            "bytes",
+            "KV bytes/token",
+            "state bytes",
+        )
+        rows = [header]
+        for b in self.stack.blocks:
+            numbers = (b.parameters, b.active_parameters, b.bytes, b.kv_bytes_per_token)
+            rows.append((str(b.index), b.kind, *(f"{n:,}" for n in (*numbers, b.state_bytes))))
+        return rows
+
+
+def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
+    """Find a checkpoint's blocks on the meta device and say which states are legal.
+
+    Args:
+        folder: a Hugging Face folder; only its ``config.json`` is needed, and tensor headers
+            are used for the stored bytes where there are weights.
+        trust_remote_code: allow the model's own code to run.
+
+    Raises:
+        ModelError: transformers cannot build the model.
+        ArchitectureError: it has no block stack.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from isingcut.excise import read_config
+
+    raw = read_config(Path(folder))
+    configs: Any = AutoConfig
+    factory: Any = AutoModelForCausalLM
+    try:
+        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # Kernels of the quantisation need a GPU; the structure does not.
+        config.__dict__.pop("quantization_config", None)
+        with torch.device("meta"):
+            model = factory.from_config(config, trust_remote_code=trust_remote_code)
+    except (KeyError, ImportError, OSError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()
+        words = first[0] if first else type(error).__name__
+        raise ModelError(f"cannot build the model in {folder}: {words}") from error
+    stack = find_stack(model)
+    refusal, rows = "", []
+    try:
+        rows = legality(raw, stack)
+    except ArchitectureError as error:
+        refusal = str(error)
+    stack, other = _stored_bytes(Path(folder), raw, stack)
+    text = materialise(json.loads(json.dumps(raw)))
+    quantisation = raw.get("quantization_config") or {}
+    return Inspection(
+        model_type=str(text.get("model_type", "")),
+        stack=stack,
+        rows=tuple(rows),
+        refusal=refusal,
+        quantisation=str(quantisation.get("quant_method") or quantisation.get("quant_algo") or ""),
+        other_bytes=other,
+    )
+
+
+def _stored_bytes(folder: Path, raw: dict[str, Any], stack: BlockStack) -> tuple[BlockStack, int]:
+    """The stack with the bytes that the checkpoint really stores, and those outside it."""
+    from isingcut.excise import block_prefix
+
+    if not any(folder.glob("*.safetensors")):
+        return stack, 0
+    stored = read_checkpoint(folder)
+    prefix = block_prefix(stored.values(), len(stack), heads=len(stack))
+    sizes = [0] * len(stack)
+    other = 0
+    for name, tensor in stored.items():
+        number = name.removeprefix(prefix).partition(".")[0]
+        if name.startswith(prefix) and number.isdigit() and int(number) < len(stack):
+            sizes[int(number)] += tensor.size
+        else:
+            other += tensor.size
+    blocks = tuple(
+        dataclasses.replace(block, bytes=size)
+        for block, size in zip(stack.blocks, sizes, strict=True)
+    )
+    return BlockStack(stack.path, blocks), other

@@ -1,0 +1,281 @@
+"""Finding blocks, cutting configurations, legality: the table as data, and what it refuses."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+from isingcut.architectures import cut_config, cut_model, find_stack, legality, skipped
+from isingcut.architectures.inspect import inspect_model
+from isingcut.architectures.names import rename_pattern, renumbering
+from isingcut.errors import ArchitectureError, ModelError
+from isingcut.testing.architectures import check_family, legal_states
+from isingcut.testing.tiny import FAMILIES
+from tiny import tiny_checkpoint, tiny_model
+
+FAST = ["llama", "qwen2_moe", "smollm3", "gemma3", "gpt2", "nemotron_h", "opt"]
+
+
+@pytest.mark.parametrize("family", FAST)
+def test_conformance_of_some_families(family, tmp_path):
+    report = check_family(family, tmp_path, states=3)
+    assert report.outcome == "passed", report.reason
+    assert report.states == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(FAST)))
+def test_conformance_of_every_family(family, tmp_path):
+    report = check_family(family, tmp_path, states=4)
+    expected = "refused" if family == "gemma3n" else "passed"
+    assert report.outcome == expected, report.reason
+    assert report.states >= 1
+
+
+def test_kinds_and_costs_of_a_hybrid():
+    stack = find_stack(tiny_model("nemotron_h"))
+    assert stack.path == "model.layers"
+    assert stack.kinds[:4] == ("mamba2", "moe", "attention", "mlp")
+    mamba, moe, attention, mlp = stack.blocks[:4]
+    assert attention.kv_bytes_per_token == 2 * 2 * 8 * 4  # key and value, 2 heads of 8, float32
+    assert mamba.kv_bytes_per_token == moe.kv_bytes_per_token == mlp.kv_bytes_per_token == 0
+    convolution, recurrence = (64 + 2 * 8) * 4, 8 * 8 * 8
+    assert mamba.state_bytes == 4 * (convolution + recurrence)
+    experts = 4 * 2 * 32 * 16
+    assert moe.parameters - moe.active_parameters == experts // 2  # 2 of 4 experts
+    assert mlp.parameters == mlp.active_parameters == 2 * 32 * 48 + 32
+    assert mlp.bytes == 4 * mlp.parameters
+
+
+def test_models_without_a_decoder_stack_are_refused():
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    )
+    with pytest.raises(ArchitectureError, match="encoder-decoder"):
+        find_stack(t5)
+    one = BertModel(BertConfig(**small, num_hidden_layers=1, vocab_size=30))
+    with pytest.raises(ArchitectureError, match="at least 2"):
+        find_stack(one)
+    with pytest.raises(ArchitectureError, match="expected a transformers model"):
+        find_stack(nn.Linear(2, 2))
+    no_stack = tiny_model("llama")
+    no_stack.model.layers = nn.Sequential(*no_stack.model.layers)
+    with pytest.raises(ArchitectureError, match="no recognisable block stack"):
+        find_stack(no_stack)
+
+
+def test_skipping_leaves_the_model_as_it_was():
+    model = tiny_model("llama")
+    stack = find_stack(model)
+    tokens = torch.arange(10, 22)[None]
+    with torch.no_grad():
+        before = model(tokens).logits
+        with skipped(model, stack, [0]):
+            assert not torch.equal(model(tokens).logits, before)
+        assert torch.equal(model(tokens).logits, before)
+    with pytest.raises(ArchitectureError, match="blocks are 0 to 5"), skipped(model, stack, [6]):
+        pass
+
+
+LLAMA = {"model_type": "llama", "num_hidden_layers": 6, "hidden_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "removed", "expected"),
+    [
+        (
+            {"model_type": "smollm3", "num_hidden_layers": 8},
+            [0, 3],
+            {"no_rope_layers": [1, 1, 1, 1, 1, 0], "num_hidden_layers": 6},
+        ),
+        (
+            {
+                "model_type": "qwen2_moe",
+                "num_hidden_layers": 6,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [3],
+            },
+            [0, 5],
+            {"decoder_sparse_step": 1, "mlp_only_layers": [1, 2, 3], "num_hidden_layers": 4},
+        ),
+        (
+            {"model_type": "qwen2", "num_hidden_layers": 6, "max_window_layers": 3},
+            [1, 5],
+            {"max_window_layers": 2},
+        ),
+        (
+            {"model_type": "deepseek_v3", "num_hidden_layers": 8},
+            [0, 2, 7],
+            {"first_k_dense_replace": 1, "num_hidden_layers": 5},
+        ),
+        (
+            {"model_type": "llama4_text", "num_hidden_layers": 6, "interleave_moe_layer_step": 2},
+            [0, 1],
+            {"moe_layers": [1, 3], "num_hidden_layers": 4},
+        ),
+        (
+            {"model_type": "bamba", "num_hidden_layers": 6, "attn_layer_indices": [1, 4]},
+            [0, 1],
+            {"attn_layer_indices": [2]},
+        ),
+        (
+            {"model_type": "recurrent_gemma", "num_hidden_layers": 6},
+            [0, 4],
+            {"block_types": ["recurrent", "attention", "recurrent", "attention"]},
+        ),
+        (
+            {
+                "model_type": "jamba",
+                "num_hidden_layers": 8,
+                "attn_layer_period": 4,
+                "attn_layer_offset": 2,
+            },
+            [4, 5, 6, 7],
+            {"attn_layer_period": 4, "attn_layer_offset": 2, "num_hidden_layers": 4},
+        ),
+        (
+            {"model_type": "bloom", "n_layer": 6, "num_hidden_layers": 6},
+            [2],
+            {"n_layer": 5, "num_hidden_layers": 5},
+        ),
+        (
+            {"model_type": "someone-elses", "num_hidden_layers": 4, "layer_types": list("abcd")},
+            [1],
+            {"layer_types": ["a", "c", "d"]},
+        ),
+    ],
+    ids=lambda v: v.get("model_type") if isinstance(v, dict) and "model_type" in v else None,
+)
+def test_per_layer_fields_follow(config, removed, expected):
+    before = copy.deepcopy(config)
+    cut = cut_config(config, removed)
+    assert config == before
+    for key, value in expected.items():
+        assert cut[key] == value
+
+
+def test_a_composite_configuration_is_cut_in_its_text_part():
+    config = {
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 4},
+        "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 4},
+    }
+    cut = cut_config(config, [0])
+    assert cut["text_config"]["num_hidden_layers"] == 3
+    assert len(cut["text_config"]["layer_types"]) == 3
+    assert cut["vision_config"]["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"my_layer_scales": [1.0] * 6}, "'my_layer_scales' looks per-layer"),
+        ({"special_layers": [0, 3]}, "'special_layers' looks per-layer"),
+        ({"layer_modes": {"0": "a", "3": "b"}}, "'layer_modes' looks per-layer"),
+        ({"router_layer_period": 3}, "'router_layer_period' looks per-layer"),
+        (
+            {"layer_types": ["full_attention"] * 5},
+            r"not a valid llama .* number of `layer_types` \(5\)",
+        ),
+        ({"num_attention_heads": "four"}, "not a valid llama configuration"),
+        ({"model_type": "gpt2", "n_layer": 6, "scale_attn_by_inverse_layer_idx": True}, "scaled"),
+        ({"model_type": "diffllama"}, "depends on the block number"),
+        ({"model_type": "unheard-of", "num_hidden_layers": None}, "how many blocks"),
+        ({"model_type": "unheard-of", "global_attn_every_n_layers": 3}, "write layer_types out"),
+    ],
+)
+def test_what_is_not_understood_is_named(changes, message):
+    with pytest.raises(ArchitectureError, match=message):
+        cut_config({**LLAMA, **changes}, [1])
+
+
+@pytest.mark.parametrize(
+    ("family", "removed", "message"),
+    [
+        ("nemotron_h", [2, 6], "every attention block"),
+        ("zamba2", [2], "take turns with shared weights"),
+        ("gemma3n", [4], "read the keys and values of this sliding_attention block"),
+        ("rwkv", [0], "normalises the embeddings"),
+        ("jamba", [1], "remove whole periods of 4 blocks"),
+    ],
+)
+def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed, message):
+    model = tiny_model(family)
+    stack = find_stack(model)
+    state = np.zeros((1, len(stack)), dtype=bool)
+    state[0, removed] = True
+    assert not all(row.satisfied(state)[0] for row in legality(model.config, stack))
+    with pytest.raises(ArchitectureError, match=message):
+        cut_model(model, removed)
+    assert len(find_stack(model)) == len(stack)
+
+
+def test_legal_states_include_the_ends():
+    stack = find_stack(tiny_model("llama"))
+    states = legal_states(stack, [], 5, seed=0)
+    assert len(states) == 5
+    assert any(0 in s for s in states)
+    assert any(5 in s for s in states)
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("lm_head", ["lm_head"]),
+        ("model.layers.3.mlp", ["model.layers.2.mlp"]),
+        ("model.layers.1", []),
+        ("model.layers.11.mlp.gate", ["model.layers.10.mlp.gate"]),
+        ("model.layers.3.self_attn*", ["model.layers.2.self_attn*"]),
+        ("model.layers.1*", ["model.layers.9.*", "model.layers.10.*"]),
+        ("model.layers.*.mlp.gate", ["model.layers.*.mlp.gate"]),
+        ("re:.*layers\\.4\\.mlp.*", ["re:.*layers\\.3\\.mlp.*"]),
+        ("re:model\\.layers\\.\\d+\\.mlp", ["re:model\\.layers\\.\\d+\\.mlp"]),
+        ("transformer.h.2.attn", ["transformer.h.1.attn"]),
+        ("vision_tower.encoder.layers.3.mlp", ["vision_tower.encoder.layers.3.mlp"]),
+        ("mtp.layers.0.mlp", ["mtp.layers.0.mlp"]),
+        ("model.layers.12.eh_proj", []),
+    ],
+)
+def test_names_in_quantisation_lists(entry, expected):
+    assert rename_pattern(entry, renumbering(12, [1]), 12) == expected
+
+
+def test_a_pattern_that_cannot_be_renumbered_is_refused():
+    with pytest.raises(ArchitectureError, match="cannot be renumbered exactly"):
+        rename_pattern("re:model\\.layers\\.[0-3]\\.mlp", renumbering(12, [1]), 12)
+
+
+def test_inspection_reads_no_weights(tmp_path):
+    source = tiny_checkpoint("nemotron_h", tmp_path / "source")
+    shown = inspect_model(source)
+    real = find_stack(tiny_model("nemotron_h"))
+    assert shown.stack.kinds == real.kinds
+    # The router's bias is stored, but no parameter.
+    extra = [4 * 4 if kind == "moe" else 0 for kind in real.kinds]
+    expected = [b.bytes + more for b, more in zip(real.blocks, extra, strict=True)]
+    assert [b.bytes for b in shown.stack.blocks] == expected
+    assert shown.other_bytes > 0
+    assert shown.refusal == ""
+    assert "at least one attention block stays" in shown.rules()[0]
+    assert len(shown.table()) == 1 + len(real)
+    (source / "model.safetensors").unlink()
+    assert inspect_model(source).stack.kinds == real.kinds
+
+
+def test_inspection_says_why_a_model_is_refused(tmp_path):
+    source = tiny_checkpoint("gpt2", tmp_path / "a", scale_attn_by_inverse_layer_idx=True)
+    assert "block number" in inspect_model(source).refusal
+    (source / "config.json").write_text('{"model_type": "none-such"}')
+    with pytest.raises(ModelError, match="cannot build"):
+        inspect_model(source)
+
+
+def test_data_classes_come_without_torch():
+    code = "import sys, isingcut.architectures.base; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
