@@ -181,7 +181,7 @@ def test_a_composite_configuration_is_cut_in_its_text_part():
         ({"router_layer_period": 3}, "'router_layer_period' looks per-layer"),
         (
             {"layer_types": ["full_attention"] * 5},
-            r"not a valid llama .* number of `layer_types` \(5\)",
+            r"not a valid llama .* `layer_types` \(5\)",
         ),
         ({"num_attention_heads": "four"}, "not a valid llama configuration"),
         ({"model_type": "gpt2", "n_layer": 6, "scale_attn_by_inverse_layer_idx": True}, "scaled"),
