@@ -66,8 +66,9 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         if suffix == ".jsonl":
             return _records_corpus(source, _jsonl(path), tokenizer, lambda r: _shuffled(r, seed))
         raise CalibrationError(f"{source} is neither .txt nor .jsonl; {_SOURCES}")
-    if path.is_dir():
-        files = (p for p in path.rglob("*") if p.suffix.lower() in _DATA_SUFFIXES)
+    folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
+    if folder.is_dir():
+        files = (p for p in folder.rglob("*") if p.suffix.lower() in _DATA_SUFFIXES)
         if suffix in (".txt", ".jsonl") or next(files, None) is None:
             raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
     elif suffix in (".txt", ".jsonl", ".json") or source.startswith((".", "/", "~")):

@@ -1,0 +1,226 @@
+"""Perplexity, KL and their errors against plain formulas; speed and memory by their contracts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+
+from isingcut import evaluate as evaluation
+from isingcut import measure_process, models
+from isingcut.calibration import TokenSet
+from isingcut.errors import ModelError
+from isingcut.generation import decode_tokens, generate_text
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    return tiny_model("llama"), tiny_model("llama", seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> TokenSet:
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        torch.randint(6, 262, (n,), generator=generator).tolist() for n in (12, 5, 20, 12, 3, 9)
+    ]
+    return TokenSet.from_rows(rows)
+
+
+def plain_sums(first: Any, second: Any, tokens: TokenSet) -> np.ndarray[Any, Any]:
+    """(3, S): NLL of both and KL, one unpadded sample at a time, in float64."""
+    columns = []
+    with torch.no_grad():
+        for ids, mask in zip(tokens.input_ids, tokens.mask, strict=True):
+            row = ids[mask][None]
+            p, q = (
+                torch.log_softmax(m(input_ids=row).logits[0, :-1].double(), -1)
+                for m in (first, second)
+            )
+            nll = [-float(d.gather(1, row[0, 1:, None]).sum()) for d in (p, q)]
+            columns.append([*nll, float((p.exp() * (p - q)).sum())])
+    return np.array(columns).T
+
+
+def test_quality_agrees_with_one_sample_at_a_time(pair: Any, tokens: TokenSet) -> None:
+    found = evaluation.quality(*pair, tokens, batch_tokens=30)
+    sums = plain_sums(*pair, tokens)
+    counts = np.array([11, 4, 19, 11, 2, 8])
+    means = sums.sum(1) / counts.sum()
+    residuals = sums - means[:, None] * counts
+    errors = np.sqrt((residuals**2).sum(1) * 6 / 5) / counts.sum()
+    for side, mean, error in zip(("before", "after"), means, errors, strict=False):
+        assert found[side]["nll"] == pytest.approx(mean, rel=1e-5)
+        assert found[side]["nll_se"] == pytest.approx(error, rel=1e-3)
+        assert found[side]["perplexity"] == pytest.approx(np.exp(mean), rel=1e-5)
+        assert found[side]["perplexity_se"] == pytest.approx(np.exp(mean) * error, rel=1e-3)
+    assert found["kl"] == pytest.approx(means[2], rel=1e-4)
+    assert found["kl_se"] == pytest.approx(errors[2], rel=1e-3)
+
+
+def test_quality_depends_neither_on_batches_nor_chunks_nor_padding(
+    pair: Any, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluation.quality(*pair, tokens, batch_tokens=10_000)
+    monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", 3 * 262)
+    wide = torch.nn.functional.pad(tokens.input_ids, (0, 7), value=200)
+    mask = torch.nn.functional.pad(tokens.mask, (0, 7))
+    other = evaluation.quality(*pair, TokenSet(wide, mask, tokens.index), batch_tokens=20)
+    assert other["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    assert other["after"]["nll"] == pytest.approx(whole["after"]["nll"], rel=1e-6)
+
+
+def test_a_model_against_itself_has_no_kl(pair: Any, tokens: TokenSet) -> None:
+    found = evaluation.quality(pair[0], pair[0], tokens)
+    assert found["kl"] == pytest.approx(0.0, abs=1e-7)
+    assert found["before"] == found["after"]
+
+
+def test_one_sample_has_no_standard_error(pair: Any, tokens: TokenSet) -> None:
+    found = evaluation.quality(*pair, tokens.select([2]))
+    assert found["kl_se"] is None
+    assert found["before"]["perplexity_se"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_few_float32_logits_exist_at_once(
+    pair: Any, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", 4 * 262)
+    sizes = []
+    plain = torch.log_softmax
+
+    def watched(values: torch.Tensor, dim: int) -> torch.Tensor:
+        sizes.append(len(values))
+        return plain(values, dim=dim)
+
+    monkeypatch.setattr(torch, "log_softmax", watched)
+    evaluation.quality(*pair, tokens)
+    assert max(sizes) == 4
+    assert sum(sizes) == 2 * tokens.tokens
+
+
+def test_speed_takes_turns_and_reports_medians(pair: Any, tokens: TokenSet) -> None:
+    """On a clock that only the loop moves: readings 1, 2, 5 s in turn for each quantity."""
+    ticks = itertools.count()
+    order: list[str] = []
+    for name, model in zip(("a", "b"), pair, strict=True):
+        model.register_forward_pre_hook(lambda *_, n=name: order.append(n))
+    found = evaluation.speed(
+        {"a": pair[0], "b": pair[1]},
+        tokens.select([2]),
+        new_tokens=4,
+        repeats=3,
+        clock=lambda: next(ticks) ** 2 / 100,
+    )
+    turns = [name for name, _ in itertools.groupby(order)]
+    assert turns == ["a", "b"] * 4
+    # Round r, model m: readings start at tick 12 r + 6 m; a reading from tick t lasts 2 t + 1.
+    for m, name in enumerate(("a", "b")):
+        starts = [12 * r + 6 * m for r in (1, 2, 3)]
+        reading = float(np.median([(2 * t + 1) / 100 for t in starts]))
+        assert found[name]["prefill_tokens_per_second"] == pytest.approx(20 / reading)
+        assert found[name]["decode_tokens_per_second"] == pytest.approx(4 / 0.04)
+
+
+def test_decoding_never_stops_early_and_matches_uncached(pair: Any) -> None:
+    model = pair[0]
+    own = model.generation_config
+    prompt = torch.tensor([[7, 8, 9]])
+    out = decode_tokens(model, prompt, 12)
+    assert out.shape == (1, 12)
+    assert model.generation_config is own
+    ids = prompt
+    for _ in range(12):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, ids[:, 3:])
+
+
+def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair: Any) -> None:
+    tokenizer: Any = tiny_tokenizer()
+    seen = []
+    plain = pair[0].generate
+
+    def generate(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(tokenizer.decode(ids[0]))
+        return plain(ids, **options)
+
+    pair[0].generate = generate
+    try:
+        chat = generate_text(pair[0], tokenizer, "hello", 5)
+        assert generate_text(pair[0], tokenizer, "hello", 5) == chat
+        tokenizer.chat_template = None
+        generate_text(pair[0], tokenizer, "hello", 5)
+    finally:
+        del pair[0].generate
+    assert seen[0].replace(" ", "") == "<|user|>hello</s><|assistant|>"
+    assert seen[2].replace(" ", "").endswith("hello")
+    assert "<|user|>" not in seen[2]
+
+
+def test_peak_memory_is_that_of_a_fresh_process(tmp_path: Path) -> None:
+    small = tiny_checkpoint("llama", tmp_path / "small")
+    large = tiny_checkpoint("llama", tmp_path / "large", vocab_size=1_000_000)
+    found = [evaluation.peak_memory(f, "float32", "cpu", tokens=16) for f in (small, large)]
+    # The larger one holds 2 x 1e6 x 32 floats more; half of that leaves room for noise.
+    assert found[1] - found[0] > 128e6
+    assert found[0] > 30e6
+
+
+def test_a_failing_memory_process_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"measuring the memory of .* failed: ") as caught:
+        evaluation.peak_memory(tmp_path, "float32", "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_process_prints_one_line_of_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "m")
+    measure_process.main([str(folder), "float32", "cpu", "8", "0"])
+    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    # This process has run for a while: its peak is at least what it holds now.
+    assert printed["peak_memory_bytes"] > 50e6
+
+
+def test_disk_bytes_counts_the_weights(tmp_path: Path) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "m")
+    (folder / "notes.txt").write_text("x" * 1000)
+    assert evaluation.disk_bytes(folder) == (folder / "model.safetensors").stat().st_size
+
+
+def test_evaluate_fills_the_whole_document(
+    tmp_path: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def memory(folder: Path, dtype: str, device: str, **options: Any) -> int:
+        asked.append((folder.name, dtype, device, options["tokens"]))
+        return 123
+
+    monkeypatch.setattr(evaluation, "peak_memory", memory)
+    loaded = [
+        models.load(
+            tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n),
+            dtype="float32",
+            device="cpu",
+        )
+        for name, n in (("big", 6), ("cut", 4))
+    ]
+    found = evaluation.evaluate(*loaded, tokens, new_tokens=4)
+    json.dumps(found, allow_nan=False)
+    assert asked == [("big", "float32", "cpu", 20), ("cut", "float32", "cpu", 20)]
+    assert (found["before"]["blocks"], found["after"]["blocks"]) == (6, 4)
+    assert (found["samples"], found["tokens"]) == (6, tokens.tokens)
+    block = sum(p.numel() for p in loaded[0].model.model.layers[0].parameters())
+    assert found["before"]["parameters"] - found["after"]["parameters"] == 2 * block
+    assert found["before"]["peak_memory_bytes"] == 123
+    assert set(found["before"]) == set(found["after"])
+    assert set(found["generation"]) == {"prompt", "before", "after"}
