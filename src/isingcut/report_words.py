@@ -62,7 +62,9 @@ def removal_summary(
     noun = "Block" if len(removed) == 1 else "Blocks"
     verb = "is" if len(removed) == 1 else "are"
     said = [f"{noun} {numbers(removed)} of {total} (numbered from 0) {verb} removed."]
-    if candidates is None or sorted(candidates["chosen"]["removed"]) != sorted(removed):
+    if candidates is None:
+        return f"{said[0]} The run's files hold no measured ranking behind this choice."
+    if sorted(candidates["chosen"]["removed"]) != sorted(removed):
         said.append("They were named by hand, not chosen from a spectrum.")
         return " ".join(said)
     chosen = candidates["chosen"]

@@ -1,0 +1,404 @@
+"""The report says what the files say, and says so when a file is not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from isingcut.config import RunConfig
+from isingcut.errors import StageFileError
+from isingcut.files import read_json, write_json
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.report import model_card, write_report
+from isingcut.report_words import fenced, fidelity_warnings, spectrum_map
+
+N = 12
+STATES = [[2, 3], [3, 4], [10, 11]]
+
+
+def correlation(value: float | None, low: float | None, n: int = 33) -> dict[str, Any]:
+    return {
+        "spearman": value,
+        "spearman_low": low,
+        "spearman_high": None if value is None else min(1.0, value + 0.05),
+        "kendall": value,
+        "kendall_low": low,
+        "kendall_high": value,
+        "n": n,
+    }
+
+
+def measured(removed: list[int], k: int) -> dict[str, Any]:
+    return {
+        "removed": removed,
+        "energy": 0.5 + k / 8,
+        "kl": 0.4 - k / 16,
+        "kl_se": 0.0625,
+        "nll": 3.0,
+        "nll_se": 0.1,
+    }
+
+
+def run_json(model: str = "smollm2", energy: str = "pairwise") -> dict[str, Any]:
+    config = {f: getattr(RunConfig(), f) for f in ("seed", "calibration", "linear", "keep")}
+    stages = {
+        "calibration.safetensors": {"stage": "calibration", "done": True, "seconds": 1.25},
+        "spectrum.json": {"stage": "solve", "done": True, "seconds": 0.5},
+        "evaluation.json": {"stage": "evaluate", "done": False},
+        "remove-5/spectrum.json": {
+            "stage": "solve",
+            "done": True,
+            "seconds": 77.0,
+            "options": {"remove": "5"},
+        },
+    }
+    return {
+        "config": {"model": model, "remove": "2", "energy": energy, **config},
+        "stages": stages,
+        "blocks": {"path": "model.layers", "blocks": [{"index": i} for i in range(N)]},
+        "provenance": {
+            "isingcut": "0.1.0",
+            "python": "3.11.0",
+            "torch": "2.9.0",
+            "transformers": "5.10.0",
+            "platform": "Linux",
+            "cpu": "a CPU | with a bar",
+            "command_line": "isingcut run smollm2 --remove 2 --out r",
+            "created": "2026-01-01T00:00:00Z",
+            "model": {"name": model, "sha256": "aa11", "weight_bytes": 8},
+            "calibration": {
+                "source": "wiki",
+                "sha256": "bb22",
+                "splits": {"energy": {"samples": 4, "tokens": 40}},
+            },
+        },
+        "complete": True,
+    }
+
+
+def side(perplexity: float, blocks: int) -> dict[str, Any]:
+    return {
+        "perplexity": perplexity,
+        "perplexity_se": 0.25,
+        "nll": 3.0,
+        "nll_se": 0.01,
+        "parameters": blocks * 10**6,
+        "bytes": blocks * 2 * 10**6,
+        "blocks": blocks,
+        "prefill_tokens_per_second": 100.0,
+        "decode_tokens_per_second": 10.0,
+        "peak_memory_bytes": 5 * 10**8,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished run, removing blocks 10 and 11: the third state of its spectrum."""
+    path = tmp_path / "r"
+    path.mkdir()
+    write_json(path / "run.json", "run", run_json())
+    h = Hamiltonian(
+        np.zeros(N),
+        np.zeros((N, N)),
+        0.0,
+        unit="nats/token",
+        meta={"energy": "pairwise", "loss": "KL(original || cut)", "samples": 4, "tokens": 40},
+    )
+    h.save(path / "hamiltonian.safetensors")
+    write_json(
+        path / "spectrum.json",
+        "spectrum",
+        {
+            "n": N,
+            "unit": "nats/token",
+            "solver": "exhaustive",
+            "seconds": 0.5,
+            "proven": True,
+            "states": [
+                {"rank": k, "energy": 0.5 + k / 8, "removed": s} for k, s in enumerate(STATES)
+            ],
+        },
+    )
+    rows = [measured(s, k) for k, s in enumerate(STATES)]
+    write_json(
+        path / "candidates.json",
+        "candidates",
+        {
+            "remove": "2",
+            "unit": "nats/token",
+            "energy_unit": "nats/token",
+            "samples": 3,
+            "tokens": 333,
+            "candidates": rows,
+            "random": [measured([0, 1], 5)] * 30,
+            "fidelity": {"kl": correlation(0.93, 0.81), "nll": correlation(0.9, 0.7)},
+            "fidelity_of_others": {"empirical-fisher": {"kl": correlation(-0.12, -0.4)}},
+            "chosen": {**rows[2], "position": 2, "why": "lowest measured KL"},
+            "original": {"nll": 2.5},
+        },
+    )
+    (path / "model").mkdir()
+    write_json(
+        path / "model" / "isingcut.json", "removal", {"removed": [10, 11], "of": N, "model": {}}
+    )
+    write_json(
+        path / "evaluation.json",
+        "evaluation",
+        {
+            "samples": 5,
+            "tokens": 555,
+            "before": side(20.0, 12),
+            "after": side(25.0, 10),
+            "kl": 0.3125,
+            "kl_se": 0.0125,
+            "generation": {"prompt": "Why?", "before": "Because.", "after": "So ``` so."},
+            "device": "cpu",
+            "dtype": "float32",
+        },
+    )
+    return path
+
+
+def page_of(folder: Path, target: Path | None = None) -> str:
+    write_report(folder, target)
+    return ((target or folder) / "report.md").read_text(encoding="utf-8")
+
+
+def section(page: str, title: str) -> str:
+    return page.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def change(path: Path, kind: str, **values: Any) -> None:
+    document = read_json(path, kind)
+    write_json(path, kind, {**document, **values})
+
+
+def test_a_finished_run_is_told_from_its_files(folder: Path) -> None:
+    page = page_of(folder)
+    assert page.startswith("# smollm2 without 2 of its 12 blocks\n")
+    assert "Blocks 10 and 11 of 12 (numbered from 0) are removed." in page
+    assert "state 2 of that spectrum (0 is the lowest), energy 0.75 nats/token" in page
+    assert "lowest measured KL (KL 0.2750 ± 0.0625 nats per token)" in page
+    table = section(page, "Before and after")
+    assert "| perplexity | 20.00 ± 0.25 | 25.00 ± 0.25 | +25.0 % |" in table
+    assert "| KL(original ‖ cut), nats/token | 0 | 0.3125 ± 0.0125 |  |" in table
+    assert "| parameters, millions | 12.00 | 10.00 | -16.7 % |" in table
+    assert "| weights on disk, MB | 24.0 | 20.0 | -16.7 % |" in table
+    assert "555 tokens in 5 samples" in table
+    ranks = section(page, "How well the energy ranks")
+    assert "| `pairwise` | KL | candidates and random | 0.93 (0.81 to 0.98)" in ranks
+    assert "| `empirical-fisher` | KL | candidates and random | -0.12 (-0.40 to -0.07)" in ranks
+    assert "Warning" not in ranks
+    assert 'from_pretrained("r/model")' in section(page, "Loading the model")
+    assert "Not run" not in page
+
+
+def test_the_map_has_one_row_per_state_and_one_column_per_block(folder: Path) -> None:
+    page = page_of(folder)
+    lines = section(page, "Spectrum").split("```text\n")[1].split("\n```")[0].splitlines()
+    assert len(lines) == 2 + len(STATES)
+    assert lines[1].endswith("012345678901")
+    assert lines[0].endswith("0         1")
+    for line, removed in zip(lines[2:], STATES, strict=True):
+        blocks = line[-N:]
+        assert [i for i, c in enumerate(blocks) if c == "·"] == removed
+        assert blocks.count("#") == N - 2
+        # Columns stand under their numbers.
+        assert len(line) == len(lines[1])
+    assert [line.lstrip().startswith("*") for line in lines[2:]] == [False, False, True]
+    assert "0.2750 ± 0.0625" in lines[4]
+
+
+def test_provenance_and_timings_are_those_of_this_removal(folder: Path) -> None:
+    part = section(page_of(folder), "Reproducing this")
+    for fact in ("`aa11`", "`bb22`", "seed=0", "isingcut run smollm2 --remove 2", "2.9.0"):
+        assert fact in part
+    assert "a CPU \\| with a bar" in part
+    assert "| calibration | `calibration.safetensors` | 1.2 |" in part
+    assert "| evaluate | `evaluation.json` | not finished |" in part
+    assert "77.0" not in part
+
+
+def test_the_json_holds_the_same_facts(folder: Path) -> None:
+    write_report(folder)
+    data = read_json(folder / "report.json", "report")
+    assert data["removed"] == [10, 11]
+    assert data["not_run"] == []
+    assert data["evaluation"]["kl"] == 0.3125
+    assert data["fidelity"]["pairwise"]["kl"]["spearman"] == 0.93
+    assert data["provenance"]["model"]["sha256"] == "aa11"
+    assert len(data["spectrum"]["states"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("missing", "title", "stage"),
+    [
+        ("evaluation.json", "Before and after", "evaluate"),
+        ("candidates.json", "How well the energy ranks", "rank"),
+        ("spectrum.json", "Spectrum", "solve"),
+        ("model/isingcut.json", "Loading the model", "excise"),
+    ],
+)
+def test_an_absent_stage_is_said_to_be_not_run(
+    folder: Path, missing: str, title: str, stage: str
+) -> None:
+    (folder / missing).unlink()
+    page = page_of(folder)
+    part = section(page, title)
+    assert part.strip().startswith("Not run")
+    assert f"`isingcut {stage} r`" in part
+    assert page.count("Not run") == 1
+    assert read_json(folder / "report.json", "report")["not_run"] == [stage]
+
+
+def test_an_energy_alone_makes_a_report_without_claims(folder: Path) -> None:
+    for name in ("evaluation.json", "candidates.json", "spectrum.json", "model/isingcut.json"):
+        (folder / name).unlink()
+    page = page_of(folder)
+    assert "No blocks have been chosen yet." in page
+    assert page.count("Not run") == 4
+    assert "perplexity" not in page
+
+
+def test_another_removal_has_its_own_report_and_commands(folder: Path) -> None:
+    (folder / "remove-5").mkdir()
+    page = page_of(folder, folder / "remove-5")
+    assert "`isingcut rank r --remove 5`" in page
+    assert "| solve | `remove-5/spectrum.json` | 77.0 |" in page
+    assert not (folder / "report.md").exists()
+
+
+def test_blocks_named_by_hand_are_not_given_a_reason(folder: Path) -> None:
+    change(folder / "model" / "isingcut.json", "removal", removed=[1, 2])
+    page = page_of(folder)
+    assert "Blocks 1 and 2 of 12 (numbered from 0) are removed. They were named by hand" in page
+    assert "lowest measured KL" not in page
+    assert "`*` marks" not in page
+
+
+def test_figures_that_were_not_measured_are_not_invented(folder: Path) -> None:
+    before, after = side(20.0, 12), side(25.0, 10)
+    before["perplexity_se"] = after["perplexity_se"] = None
+    del before["peak_memory_bytes"]
+    change(folder / "evaluation.json", "evaluation", before=before, after=after, kl_se=None)
+    table = section(page_of(folder), "Before and after")
+    assert "| perplexity | 20.00 | 25.00 | +25.0 % |" in table
+    assert "| peak memory, MB | not measured | not measured |  |" in table
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (correlation(0.95, 0.9), []),
+        (correlation(0.2, -0.1), ["ranked the measured states poorly (Spearman 0.20"]),
+        (correlation(-0.6, -0.8), ["poorly (Spearman -0.60"]),
+        (correlation(0.8, 0.3), ["reaches down to 0.30"]),
+        (correlation(None, None), ["undefined"]),
+        (correlation(0.95, 0.9, n=12), ["Only 12 states"]),
+    ],
+)
+def test_a_poor_or_unknown_fidelity_is_a_plain_warning(
+    folder: Path, found: dict[str, Any], words: list[str]
+) -> None:
+    said = fidelity_warnings("pairwise", found)
+    assert len(said) == len(words)
+    assert all(w in s for w, s in zip(words, said, strict=True))
+    change(folder / "candidates.json", "candidates", fidelity={"kl": found})
+    page = page_of(folder)
+    assert page.count("**Warning.**") == len(words)
+    assert ("undefined | undefined" in page) == (found["spearman"] is None)
+
+
+def test_generated_text_cannot_break_out_of_its_block(folder: Path) -> None:
+    assert fenced("a ``` b").startswith("````text\n")
+    assert "````text\nSo ``` so.\n````" in page_of(folder)
+
+
+def test_a_wide_map_numbers_its_tens() -> None:
+    spectrum = {"n": 23, "states": [{"rank": 0, "energy": 1.0, "removed": [22]}]}
+    lines = spectrum_map(spectrum, None, None)
+    assert lines[0].endswith("0         1         2")
+    assert lines[0].index("0") == lines[1].index("0123")
+
+
+def test_damaged_files_are_refused_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+    (folder / "evaluation.json").write_text("{", encoding="utf-8")
+    with pytest.raises(StageFileError, match="not readable as JSON"):
+        write_report(folder)
+    write_json(folder / "evaluation.json", "spectrum", {})
+    with pytest.raises(StageFileError, match="not an isingcut evaluation file"):
+        write_report(folder)
+    write_json(folder / "evaluation.json", "evaluation", {"samples": 1})
+    with pytest.raises(StageFileError, match="lacks a part") as caught:
+        write_report(folder)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "report.md").exists()
+    assert not (folder / "report.json").exists()
+    with pytest.raises(StageFileError, match="not there"):
+        write_report(tmp_path / "elsewhere")
+
+
+# model card ---------------------------------------------------------------------------
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, head, _ = card.split("---\n", 2)
+    parsed = yaml.safe_load(head)
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def test_the_card_says_what_how_and_from_whom(folder: Path) -> None:
+    card = model_card(folder, folder, [10, 11])
+    head = front_matter(card)
+    assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert head["library_name"] == "transformers"
+    assert "isingcut" in head["tags"]
+    assert "2 of 12 blocks removed: 10, 11" in card
+    assert "arXiv:2602.00161" in card
+    assert "patent" in card
+    assert "The energy used here, `pairwise`, is not that paper's." in card
+    assert "0.2750 ± 0.0625 nats per token. As the choice was made on it" in card
+    assert "GGUF" not in card
+
+
+def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder: Path) -> None:
+    write_json(folder / "run.json", "run", run_json(energy="empirical-fisher"))
+    assert "is that paper's empirical-Fisher estimate." in model_card(folder, folder, [10, 11])
+
+
+def test_the_card_of_a_local_model_tells_no_path(folder: Path) -> None:
+    run = run_json(model="/home/someone/models/mine")
+    run["provenance"]["model"]["gguf_sha256"] = "cc33"
+    write_json(folder / "run.json", "run", run)
+    card = model_card(folder, folder, [10, 11])
+    assert "base_model" not in front_matter(card)
+    assert "/home/someone" not in card
+    assert card.count("mine") >= 2
+    assert "unpacked to bfloat16" in card
+
+
+def test_the_card_without_a_ranking_claims_no_measurement(folder: Path) -> None:
+    (folder / "candidates.json").unlink()
+    card = model_card(folder, folder, [1, 2])
+    assert "no measured ranking behind this choice" in card
+    assert "KL divergence" not in card
+
+
+def test_reporting_loads_no_torch(folder: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom isingcut.report import *\n"
+        "import isingcut.report as r\n"
+        f"p = Path({str(folder)!r})\nr.write_report(p)\nr.model_card(p, p, [1])\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert json.loads((folder / "report.json").read_text())["blocks"] == N
