@@ -1,0 +1,198 @@
+"""GGUF in, smaller GGUF out: blocks renumbered, per-layer metadata trimmed, bytes untouched.
+
+The checkpoint route (`excise`) unpacks a GGUF file to bfloat16; this one keeps every packed
+tensor as it is, for llama.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isingcut.architectures.names import renumbering
+from isingcut.errors import (
+    ArchitectureError,
+    CheckpointError,
+    MissingExtraError,
+    OutputExistsError,
+)
+from isingcut.files import atomic_file
+
+# Architectures whose blocks llama.cpp configures from metadata alone. It derives the kind of a
+# block from its number in the others (gemma2, gemma3, cohere2, llama4, smollm3, gpt-oss, ...),
+# so that a renumbered block would compute something else there.
+_CUTTABLE = {
+    "arcee",
+    "baichuan",
+    "bloom",
+    "command-r",
+    "deepseek",
+    "deepseek2",
+    "falcon",
+    "falcon-h1",
+    "falcon_h1",
+    "glm4",
+    "gpt2",
+    "gptneox",
+    "granite",
+    "granitehybrid",
+    "granitemoe",
+    "internlm2",
+    "jamba",
+    "lfm2",
+    "llama",
+    "mamba",
+    "mamba2",
+    "mistral3",
+    "nemotron",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "phi2",
+    "phi3",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "stablelm",
+    "starcoder2",
+}
+# Keys below the architecture's name that hold one entry per block when they are arrays.
+_SLICED = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.sliding_window_pattern",
+    "expert_count",
+    "expert_used_count",
+    "feed_forward_length",
+}
+_PREFIX = {"leading_dense_block_count"}
+_NOT_PER_LAYER = {"rope.dimension_sections", "rope.scaling.attn_factors"}
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
+
+
+def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool = False) -> None:
+    """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
+
+    Args:
+        source: a single GGUF file.
+        removed: block numbers, in any order.
+        out: the new file; it appears only when it is whole.
+        overwrite: allow ``out`` to be replaced.
+
+    Raises:
+        MissingExtraError: the package `gguf` is not installed.
+        OutputExistsError: ``out`` exists and ``overwrite`` is false.
+        ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
+        CheckpointError: no readable GGUF file, one part of a split file, or a damaged one.
+        InputError: ``out`` cannot be written.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError("gguf", "demo", "cutting a GGUF file") from error
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"{out} already exists; nothing was written")
+    reader = _open(source)
+    architecture = _value(reader, "general.architecture", source)
+    count = _value(reader, f"{architecture}.block_count", source)
+    _refuse(reader, str(architecture), source)
+    mapping = renumbering(int(count), removed)
+    _check_blocks(reader, int(count), source)
+    with atomic_file(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, str(architecture), endianess=reader.endianess)
+        if "general.alignment" in reader.fields:
+            writer.data_alignment = int(_value(reader, "general.alignment", source))
+        for key, field in reader.fields.items():
+            if key.startswith("GGUF.") or key == "general.architecture":
+                continue
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            value = _cut_value(str(architecture), key, field.contents(), int(count), mapping)
+            writer.add_key_value(key, value, field.types[0], sub_type=inner)
+        kept = []
+        for tensor in reader.tensors:
+            name = _new_name(tensor.name, mapping)
+            if name is None:
+                continue
+            kept.append(tensor)
+            writer.add_tensor_info(
+                name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in kept:  # memory-mapped: one tensor at a time
+            writer.write_tensor_data(tensor.data, tensor_endianess=reader.endianess)
+        writer.close()
+
+
+def _open(source: Path) -> Any:
+    import gguf
+
+    if not source.is_file():
+        raise CheckpointError(f"expected a GGUF file, but {source} is not there")
+    try:
+        return gguf.GGUFReader(source)
+    except (IndexError, KeyError, OSError, ValueError) as error:
+        raise CheckpointError(f"{source} is damaged or no GGUF file: {error}") from error
+
+
+def _value(reader: Any, key: str, source: Path) -> Any:
+    field = reader.get_field(key)
+    if field is None:
+        raise CheckpointError(f"{source} has no metadata {key!r}")
+    return field.contents()
+
+
+def _refuse(reader: Any, architecture: str, source: Path) -> None:
+    if architecture not in _CUTTABLE:
+        raise ArchitectureError(
+            f"llama.cpp may derive what a block of {architecture!r} is from its number, which "
+            "GGUF cannot change; cut the Hugging Face checkpoint and convert it instead"
+        )
+    heads = reader.get_field(f"{architecture}.nextn_predict_layers")
+    if heads is not None and heads.contents():
+        raise ArchitectureError(
+            f"{source} counts extra prediction heads among its blocks; cut the Hugging Face "
+            "checkpoint and convert it instead"
+        )
+    parts = reader.get_field("split.count")
+    if parts is not None and parts.contents() > 1:
+        raise CheckpointError(f"{source} is one part of a split file; merge the parts first")
+
+
+def _check_blocks(reader: Any, count: int, source: Path) -> None:
+    found = {int(m.group(1)) for t in reader.tensors if (m := _BLOCK.match(t.name))}
+    if found != set(range(count)):
+        raise CheckpointError(
+            f"{source} says {count} blocks but has tensors of {len(found)}: damaged or split"
+        )
+
+
+def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dict[int, int]) -> Any:
+    short = key.removeprefix(f"{architecture}.")
+    if short == key:
+        return value
+    if short == "block_count":
+        return len(mapping)
+    if short in _PREFIX:
+        return value - sum(i < value and i not in mapping for i in range(count))
+    if isinstance(value, list) and len(value) == count and short not in _NOT_PER_LAYER:
+        if short not in _SLICED:
+            raise ArchitectureError(
+                f"the metadata {key!r} looks per-layer and isingcut does not know what it means"
+            )
+        return [value[i] for i in mapping]
+    return value
+
+
+def _new_name(name: str, mapping: dict[int, int]) -> str | None:
+    match = _BLOCK.match(name)
+    if match is None:
+        return name
+    old = int(match.group(1))
+    return f"blk.{mapping[old]}.{name[match.end() :]}" if old in mapping else None
