@@ -34,17 +34,17 @@ from _rivals import RIVALS, until
 from isingcut.constraints import count
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.problem import Problem
-from isingcut.solvers import _search, make, solve
+from isingcut.solvers import _leaves, make, solve
 
 
 def warm_up() -> None:
     """Compile (or load from the cache) every kernel."""
     rng = np.random.default_rng(0)
     problem = Problem(Hamiltonian.from_quadratic(rng.normal(size=(24, 24))), [count(24, 10)])
-    budgets = _search.ROOT_BUDGET, _search.NODE_BUDGET
-    _search.ROOT_BUDGET = _search.NODE_BUDGET = 100
+    budgets = _leaves.ROOT_BUDGET, _leaves.NODE_BUDGET
+    _leaves.ROOT_BUDGET = _leaves.NODE_BUDGET = 100
     solve(problem, "exact", k=5)
-    _search.ROOT_BUDGET, _search.NODE_BUDGET = budgets
+    _leaves.ROOT_BUDGET, _leaves.NODE_BUDGET = budgets
     for name in ("exhaustive", "tabu"):
         solve(problem, name, k=5)
 

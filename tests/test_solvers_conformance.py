@@ -28,9 +28,7 @@ def test_tabu():
     assert figures["k_best_found"] > 0.8
 
 
-@pytest.mark.parametrize(
-    "name", ["anneal", "tabu-qubo", "dimod:dimod.ExactSolver", "dimod:dimod.ExactCQMSolver"]
-)
+@pytest.mark.parametrize("name", ["anneal", "tabu-qubo", "dimod:dimod.ExactCQMSolver"])
 def test_dimod_samplers(name):
     options = {"anneal": {"reads": 50}, "tabu-qubo": {"reads": 5, "timeout": 5}}.get(name, {})
     figures = check_solver(make(name, **options))

@@ -9,7 +9,7 @@ from isingcut import constraints as con
 from isingcut.errors import InfeasibleError, InputError
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.problem import Problem
-from isingcut.solvers import _search, solve
+from isingcut.solvers import _leaves, solve
 from isingcut.solvers._node import Dual, spin_matrix
 from isingcut.solvers._sdp import sdp_bound, split_bounds
 
@@ -17,8 +17,8 @@ from isingcut.solvers._sdp import sdp_bound, split_bounds
 @pytest.fixture
 def tree_only(monkeypatch):
     """Almost no enumeration, so that small problems exercise the semidefinite tree."""
-    monkeypatch.setattr(_search, "ROOT_BUDGET", 1)
-    monkeypatch.setattr(_search, "NODE_BUDGET", 1)
+    monkeypatch.setattr(_leaves, "ROOT_BUDGET", 1)
+    monkeypatch.setattr(_leaves, "NODE_BUDGET", 1)
 
 
 def brute_force(problem, k):
@@ -79,23 +79,23 @@ def assert_the_k_best(problem, k, **options):
     assert spectrum.lower_bound <= wanted[0] + tolerance
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(problems(12), st.sampled_from([1, 7, 40]))
 def test_exact_equals_brute_force(problem, k):
     assert_the_k_best(problem, k, threads=1)
 
 
-@settings(max_examples=40, deadline=None)
-@given(problems(9), st.sampled_from([1, 5]))
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(problems(8), st.sampled_from([1, 5]))
 def test_the_semidefinite_tree_equals_brute_force(problem, k):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_search, "ROOT_BUDGET", 1)
-        patch.setattr(_search, "NODE_BUDGET", 1)
+        patch.setattr(_leaves, "ROOT_BUDGET", 5)
+        patch.setattr(_leaves, "NODE_BUDGET", 5)
         assert_the_k_best(problem, k, threads=1)
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(problems(18), st.sampled_from([1, 30, 1000]))
 def test_exact_equals_brute_force_up_to_18(problem, k):
     assert_the_k_best(problem, k)
@@ -127,7 +127,7 @@ def test_bounds_are_bounds():
     y, z, mu = np.zeros(N), np.zeros(2000), np.zeros(0)
     cuts, kinds = np.zeros((2000, 3), dtype=np.int16), np.zeros(2000, dtype=np.int8)
     seen = np.zeros((N, N, N), dtype=np.uint8)
-    centre, X, none = np.zeros((N, N)), np.zeros((N, N)), np.zeros((0, N))
+    centre, none = np.zeros((N, N)), np.zeros((0, N))
     bound, count, _ = sdp_bound(
         C,
         rows,
@@ -142,11 +142,9 @@ def test_bounds_are_bounds():
         np.zeros(1, dtype=np.int64),
         seen,
         centre,
-        X,
         15,
         20,
         200,
-        0.01 / N,
         0.01 / N,
         -1.0,
     )

@@ -97,6 +97,31 @@ class Node:
     dual: Dual | None = field(compare=False, default=None)
 
 
+@dataclass(eq=False)
+class Subproblem:
+    """What is left of a node: base + h.x + sum J x x over the ``free`` variables, ``left`` ones."""
+
+    fixed: NDArray[np.int8]
+    free: NDArray[np.int64]
+    h: Floats
+    J: Floats
+    base: float
+    left: int
+
+    @classmethod
+    def of(cls, h: Floats, J: Floats, fixed: NDArray[np.int8], m: int) -> Subproblem:
+        """The subproblem where the variables with 0 or 1 in ``fixed`` are fixed."""
+        free, ones = np.flatnonzero(fixed < 0), fixed == 1
+        return cls(
+            fixed,
+            free,
+            h[free] + J[np.ix_(free, ones)].sum(axis=1),
+            J[np.ix_(free, free)],
+            float(h[ones].sum() + J[np.ix_(ones, ones)].sum() / 2),
+            m - int(ones.sum()),
+        )
+
+
 def spin_matrix(h: Floats, J: Floats, constant: float) -> Floats:
     """C (N, N) with <C, s s^T> = constant + h.x + sum_{i<j} J_ij x_i x_j for s = (1, 2 x - 1)."""
     n = h.shape[0]

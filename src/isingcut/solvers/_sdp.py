@@ -10,10 +10,12 @@ as Householder reflections. The Lagrangian dual in y (diagonal), z >= 0 (triangl
     sum(y) - sum(z) + min { <Z, Y> : Y psd, trace Y = N },   Z = C - Diag(y) - B*(z) - G*(mu)
 
 whose last term is N min(0, smallest eigenvalue of V^T Z V): a true bound for any y and z, mu >= 0.
-It is maximised through the smooth function of J. Malick and F. Roupin ("Solving k-cluster problems
-to optimality with semidefinite programming", Math. Programming B 136, 2012), where the trace is
-replaced by the norm of Y with weight alpha, by a projected limited-memory BFGS method, with
-violated triangles added in rounds.
+It is maximised by the proximal method (J. Malick, J. Povh, F. Rendl, A. Wiegele, "Regularization
+methods for semidefinite programming", SIAM J. Optim. 20, 2009): the trace gives way to
+sigma / 2 ||Y - centre||^2, which makes the dual smooth; a projected limited-memory BFGS method
+climbs it for a few steps; Y becomes the next centre, and violated triangles are added. Bounds from
+such a relaxation inside branch and bound for this kind of problem: J. Malick, F. Roupin, "Solving
+k-cluster problems to optimality with semidefinite programming", Math. Programming B 136, 2012.
 """
 
 from __future__ import annotations
@@ -21,155 +23,14 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from isingcut.solvers._dual import evaluate, exact_bound, reflect, reflections, slack_matrix
+
 MEMORY = 12
 
 
 @njit(cache=True, nogil=True)
-def reflections(rows):  # type: ignore[no-untyped-def]
-    """Unit Householder vectors (R, N) that map the span of the rows onto the first R axes."""
-    count, size = rows.shape
-    work = rows.copy()
-    vectors = np.zeros((count, size))
-    for r in range(count):
-        norm = 0.0
-        for i in range(r, size):
-            norm += work[r, i] * work[r, i]
-        norm = np.sqrt(norm)
-        sign = 1.0 if work[r, r] >= 0.0 else -1.0
-        for i in range(r, size):
-            vectors[r, i] = work[r, i]
-        vectors[r, r] += sign * norm
-        length = 0.0
-        for i in range(r, size):
-            length += vectors[r, i] * vectors[r, i]
-        length = np.sqrt(length)
-        for i in range(r, size):
-            vectors[r, i] /= length
-        for q in range(r, count):
-            dot = 0.0
-            for i in range(r, size):
-                dot += vectors[r, i] * work[q, i]
-            for i in range(r, size):
-                work[q, i] -= 2.0 * dot * vectors[r, i]
-    return vectors
-
-
-@njit(cache=True, nogil=True)
-def _slack_matrix(C, ineq, x, cuts, kinds, ncuts):  # type: ignore[no-untyped-def]
-    """Z = C - Diag(y) - B*(z) - G*(mu) for x = (y, z, mu)."""
-    size = C.shape[0]
-    Z = C.copy()
-    for i in range(size):
-        Z[i, i] -= x[i]
-    for t in range(ncuts):
-        half = 0.5 * x[size + t]
-        if half == 0.0:
-            continue
-        i, j, k = cuts[t, 0], cuts[t, 1], cuts[t, 2]
-        kind = kinds[t]
-        a = half if kind <= 1 else -half
-        b = half if kind == 0 or kind == 2 else -half
-        c = half if kind == 0 or kind == 3 else -half
-        Z[i, j] -= a
-        Z[j, i] -= a
-        Z[i, k] -= b
-        Z[k, i] -= b
-        Z[j, k] -= c
-        Z[k, j] -= c
-    for q in range(ineq.shape[0]):
-        half = 0.5 * x[size + ncuts + q]
-        for j in range(size):
-            Z[0, j] -= half * ineq[q, j]
-            Z[j, 0] -= half * ineq[q, j]
-    return Z
-
-
-@njit(cache=True, nogil=True)
-def _reflect(Z, vectors):  # type: ignore[no-untyped-def]
-    """H Z H for every reflection, in place."""
-    size = Z.shape[0]
-    for r in range(vectors.shape[0]):
-        u = vectors[r]
-        p = Z @ u
-        k = 2.0 * (u @ p)
-        for i in range(size):
-            p[i] = 2.0 * p[i] - k * u[i]
-        for i in range(size):
-            for j in range(size):
-                Z[i, j] -= u[i] * p[j] + p[i] * u[j]
-
-
-@njit(cache=True, nogil=True)
-def _evaluate(  # type: ignore[no-untyped-def]
-    C, vectors, ineq, x, cuts, kinds, ncuts, sigma, centre, X, g
-):
-    """Minus the augmented dual function with its gradient g; fills X."""
-    size = C.shape[0]
-    R = vectors.shape[0]
-    Z = _slack_matrix(C, ineq, x, cuts, kinds, ncuts)
-    for i in range(size):
-        for j in range(size):
-            Z[i, j] -= sigma * centre[i, j]
-    _reflect(Z, vectors)
-    lam, U = np.linalg.eigh(Z[R:, R:].copy())
-    negative = 0
-    norm = 0.0
-    while negative < lam.shape[0] and lam[negative] < 0.0:
-        norm += lam[negative] * lam[negative]
-        negative += 1
-    W = np.zeros((size, negative))
-    for q in range(negative):
-        root = np.sqrt(-lam[q] / sigma)
-        for i in range(R, size):
-            W[i, q] = U[i - R, q] * root
-    for r in range(R - 1, -1, -1):
-        u = vectors[r]
-        for q in range(negative):
-            dot = 0.0
-            for i in range(r, size):
-                dot += u[i] * W[i, q]
-            for i in range(r, size):
-                W[i, q] -= 2.0 * dot * u[i]
-    X[:, :] = W @ W.T
-    total = 0.0
-    for i in range(size):
-        total += x[i]
-        g[i] = X[i, i] - 1.0
-    for t in range(ncuts):
-        total -= x[size + t]
-        i, j, k = cuts[t, 0], cuts[t, 1], cuts[t, 2]
-        kind = kinds[t]
-        value = X[i, j] if kind <= 1 else -X[i, j]
-        value += X[i, k] if kind == 0 or kind == 2 else -X[i, k]
-        value += X[j, k] if kind == 0 or kind == 3 else -X[j, k]
-        g[size + t] = 1.0 + value
-    for q in range(ineq.shape[0]):
-        value = 0.0
-        for j in range(size):
-            value += ineq[q, j] * X[0, j]
-        g[size + ncuts + q] = value
-    return norm / (2.0 * sigma) - total
-
-
-@njit(cache=True, nogil=True)
-def _exact(C, vectors, ineq, x, cuts, kinds, ncuts):  # type: ignore[no-untyped-def]
-    """The true bound at x."""
-    size = C.shape[0]
-    R = vectors.shape[0]
-    Z = _slack_matrix(C, ineq, x, cuts, kinds, ncuts)
-    _reflect(Z, vectors)
-    lam = np.linalg.eigvalsh(Z[R:, R:].copy())
-    total = size * min(0.0, lam[0])
-    for i in range(size):
-        total += x[i]
-    for t in range(ncuts):
-        total -= x[size + t]
-    return total
-
-
-@njit(cache=True, nogil=True)
 def _ascend(  # type: ignore[no-untyped-def]
-    C, vectors, ineq, x, cuts, kinds, ncuts, alpha, centre, X, iterations, threshold, stop
+    C, vectors, ineq, x, cuts, kinds, ncuts, sigma, centre, X, iterations, threshold, stop
 ):
     """Projected L-BFGS on the augmented dual; returns the number of evaluations."""
     size = C.shape[0]
@@ -183,7 +44,7 @@ def _ascend(  # type: ignore[no-untyped-def]
     rho = np.zeros(MEMORY)
     a = np.zeros(MEMORY)
     stored = 0
-    f = _evaluate(C, vectors, ineq, x, cuts, kinds, ncuts, alpha, centre, X, g)
+    f = evaluate(C, vectors, ineq, x, cuts, kinds, ncuts, sigma, centre, X, g)
     evaluations = 1
     for _ in range(iterations):
         if stop[0]:
@@ -212,7 +73,7 @@ def _ascend(  # type: ignore[no-untyped-def]
             norm = 0.0
             for i in range(d):
                 norm += step[i] * step[i]
-            gamma = min(1.0, 0.1 * size * alpha / np.sqrt(norm + 1e-300))
+            gamma = min(1.0, 0.1 * size * sigma / np.sqrt(norm + 1e-300))
             for i in range(d):
                 step[i] *= gamma
         for q in range(used - 1, -1, -1):
@@ -240,7 +101,7 @@ def _ascend(  # type: ignore[no-untyped-def]
                 xn[i] = x[i] + t * step[i]
                 if i >= size and xn[i] < 0.0:
                     xn[i] = 0.0
-            fn = _evaluate(C, vectors, ineq, xn, cuts, kinds, ncuts, alpha, centre, X, gn)
+            fn = evaluate(C, vectors, ineq, xn, cuts, kinds, ncuts, sigma, centre, X, gn)
             evaluations += 1
             decrease = 0.0
             for i in range(d):
@@ -330,12 +191,10 @@ def sdp_bound(  # type: ignore[no-untyped-def]
     stop,
     seen,
     centre,
-    X,
     rounds,
     iterations,
     per_round,
-    alpha,
-    alpha_min,
+    sigma,
     give_up,
 ):
     """The dual bound of one node, improved in place until it reaches the threshold or stalls.
@@ -345,7 +204,8 @@ def sdp_bound(  # type: ignore[no-untyped-def]
         y: (N,), z: (capacity,), mu: (G,): multipliers; cuts (capacity, 3), kinds (capacity,).
         threshold: (1,) read at every step: the bound is not needed beyond it.
         seen: (N, N, N) uint8 scratch, zero on entry and on exit.
-        X: (N, N) out: the primal matrix of the last step.
+        centre: (N, N): the proximal centre; in the end the primal matrix of the last step.
+        sigma: weight of the proximal term.
         give_up: stop when a round gains less than this share of the remaining distance.
 
     Returns:
@@ -353,6 +213,7 @@ def sdp_bound(  # type: ignore[no-untyped-def]
     """
     size = C.shape[0]
     G = ineq.shape[0]
+    X = np.zeros((size, size))
     vectors = reflections(rows)
     for t in range(ncuts):
         seen[cuts[t, 0], cuts[t, 1], cuts[t, 2]] |= 1 << kinds[t]
@@ -365,10 +226,10 @@ def sdp_bound(  # type: ignore[no-untyped-def]
         x[size : size + ncuts] = z[:ncuts]
         x[size + ncuts :] = mu
         evaluations += _ascend(
-            C, vectors, ineq, x, cuts, kinds, ncuts, alpha, centre, X, iterations, threshold, stop
+            C, vectors, ineq, x, cuts, kinds, ncuts, sigma, centre, X, iterations, threshold, stop
         )
         centre[:, :] = X
-        bound = _exact(C, vectors, ineq, x, cuts, kinds, ncuts)
+        bound = exact_bound(C, vectors, ineq, x, cuts, kinds, ncuts)
         gain = bound - best
         if bound > best:
             best = bound
@@ -393,11 +254,10 @@ def sdp_bound(  # type: ignore[no-untyped-def]
                 seen[cuts[t, 0], cuts[t, 1], cuts[t, 2]] &= ~(1 << kinds[t])
         added = _separate(X, seen, cuts, kinds, kept, per_round)
         z[kept:added] = 0.0
-        if added == kept and alpha <= alpha_min:
+        if added == kept:
             ncuts = kept
             break
         ncuts = added
-        alpha = max(alpha * 0.5, alpha_min)
     for t in range(ncuts):
         seen[cuts[t, 0], cuts[t, 1], cuts[t, 2]] = 0
     return best, ncuts, evaluations
@@ -416,8 +276,8 @@ def split_bounds(C, rows, ineq, y, z, mu, cuts, kinds, ncuts, out):  # type: ign
     R = rows.shape[0]
     vectors = reflections(rows)
     x = np.concatenate((y, z[:ncuts], mu))
-    Z = _slack_matrix(C, ineq, x, cuts, kinds, ncuts)
-    _reflect(Z, vectors)
+    Z = slack_matrix(C, ineq, x, cuts, kinds, ncuts)
+    reflect(Z, vectors)
     lam, U = np.linalg.eigh(Z[R:, R:].copy())
     W = np.zeros((size, size - R))
     W[R:, :] = U

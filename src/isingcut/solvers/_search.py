@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 import threading
 import time
 
@@ -11,20 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isingcut.problem import Problem
-from isingcut.solvers import _dfs, _sdp, tabu
-from isingcut.solvers._node import Dual, Node, independent, spin_matrix
+from isingcut.solvers import tabu
+from isingcut.solvers._leaves import Leaves
+from isingcut.solvers._node import Node, Subproblem, spin_matrix
 from isingcut.solvers._pool import Pool
 from isingcut.solvers._reduced import Floats, Reduced, propagate
-
-# Tuned on the generated families of benchmarks/solvers.py.
-SIGMA = 0.01
-ROUNDS = 12
-ITERATIONS = 20
-CUTS_PER_ROUND = 400
-CAPACITY = 6000
-GIVE_UP = 0.12
-ROOT_BUDGET = 1_000_000
-NODE_BUDGET = 60_000
+from isingcut.solvers._relaxation import Relaxation
 
 
 class Search:
@@ -40,20 +31,15 @@ class Search:
         self.h, self.J = reduced.h / self.scale, reduced.J / self.scale
         size = float(np.abs(self.h).sum() + np.abs(self.J).sum() / 2)
         self.pool = Pool(k, 1e-12 * size, _grain(self.h, self.J))
-        equal = reduced.high - reduced.low <= 4e-9 * np.maximum(
-            1.0, np.abs(reduced.A).sum(axis=1, initial=0.0)
-        )
-        self.equal = equal
         self.stop = np.zeros(1, dtype=np.int64)
         self.stopped: str | None = None
-        self.nodes = self.enumerated = self.evaluations = 0
+        self.nodes = 0
+        self.leaves = Leaves(reduced, k, self.pool, self.stop)
+        self.relaxation = Relaxation(reduced, self.pool.threshold, self.stop)
         self.most_stored = int(memory_mb * 1e6 / (4.0 * (n + 1) ** 2 + 15 * 1500 + 2000))
         self._open: list[Node] = []
         self._active: dict[int, float] = {}
         self._serial = 0
-        self._root_dual: dict[int, Dual] = {}
-        # Share of enumerations that finished within their budget, by log2 of the state count.
-        self._luck = np.ones(4096)
         self._wake = threading.Condition()
         self._failure: BaseException | None = None
 
@@ -61,14 +47,15 @@ class Search:
         """Fill the pool by tabu search and open one root per number of ones."""
         r = self.reduced
         _, states, _ = tabu.search(r, self.k, 20, 0, self.seed, None, problem)
-        self.pool.add(self._energies(states), states)
+        self.pool.add(self.energies(states), states)
         for m in range(r.m_low, r.m_high + 1):
             self._push(Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m))
 
-    def _energies(self, states: NDArray[np.uint8]) -> Floats:
+    def energies(self, states: NDArray[np.uint8]) -> Floats:
+        """Energies (S,) of reduced states (S, V), scaled."""
         x = states.astype(np.float64)
-        energies: Floats = x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
-        return energies
+        result: Floats = x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
+        return result
 
     def _simple_bound(self, m: int) -> float:
         if m == 0:
@@ -90,10 +77,9 @@ class Search:
         """How many subproblems are not settled."""
         return len(self._open)
 
-    def lower_bound(self) -> float:
-        """Proven lower bound on the ground state (scaled)."""
-        bounds = [node.bound for node in self._open] + list(self._active.values())
-        return min([*bounds, self.pool.best])
+    def frontier(self) -> float:
+        """Every feasible state that is not in the pool has at least this energy (scaled)."""
+        return min((node.bound for node in self._open), default=np.inf)
 
     def run(self, threads: int, seconds: float | None, nodes: int | None) -> None:
         """Work until the tree is empty or a limit is reached."""
@@ -165,39 +151,31 @@ class Search:
     def _process(self, node: Node, scratch: NDArray[np.uint8]) -> list[Node] | None:
         """The children of a node, none if it is settled; None if stopped before the end."""
         fixed, dual, bound = node.fixed.copy(), node.dual, node.bound
-        first = True
         while True:
             if not self._tighten(fixed, node.m):
                 return []
-            free = np.flatnonzero(fixed < 0)
+            part = Subproblem.of(self.h, self.J, fixed, node.m)
+            free = part.free
             if not free.size:
-                self._offer(fixed[None].astype(np.uint8), node.m)
+                states = fixed[None].astype(np.uint8)
+                self.pool.add(self.energies(states), states)
                 return []
-            ones = fixed == 1
-            h = self.h[free] + self.J[np.ix_(free, ones)].sum(axis=1)
-            J = self.J[np.ix_(free, free)]
-            base = float(self.h[ones].sum() + self.J[np.ix_(ones, ones)].sum() / 2)
-            left = node.m - int(ones.sum())
-            if self._enumerate(fixed, free, h, J, base, left, root=node.dual is None):
+            if self.leaves.settle(part, root=free.size == self.reduced.n):
                 return []
             if self.stop[0]:
                 return None
-            dual = self._start_dual(dual, fixed, free, node.m)
-            got = self._bound(h, J, base, fixed, free, left, dual, scratch, first)
+            dual = self.relaxation.start(dual, part, node.m)
+            lower, splits, dual = self.relaxation.bound(part, node.m, dual, scratch)
             if self.stop[0]:
                 return None
-            lower, splits, dual = got
             bound = max(bound, lower)
-            if node.m not in self._root_dual:
-                self._root_dual[node.m] = dual
             threshold = float(self.pool.threshold[0])
             if bound >= threshold:
                 return []
-            up, down = splits[1, 1:], splits[0, 1:]
+            down, up = splits
             forced_down, forced_up = up >= threshold, down >= threshold
             if (forced_down & forced_up).any():
                 return []
-            first = False
             if forced_down.any() or forced_up.any():
                 fixed[free[forced_down]] = 0
                 fixed[free[forced_up]] = 1
@@ -239,172 +217,6 @@ class Search:
             value = r.A @ (fixed == 1)
             return bool(((value >= r.low) & (value <= r.high)).all())
         return True
-
-    def _offer(self, states: NDArray[np.uint8], m: int) -> None:
-        self.pool.add(self._energies(states), states)
-
-    def _enumerate(
-        self,
-        fixed: NDArray[np.int8],
-        free: NDArray[np.int64],
-        h: Floats,
-        J: Floats,
-        base: float,
-        left: int,
-        root: bool,
-    ) -> bool:
-        """Settle the node by depth-first enumeration if a small budget allows it."""
-        n = free.size
-        difficulty = round(4 * math.log2(math.comb(n, left)))
-        if not root and self._luck[difficulty] < 0.15:
-            self._luck[difficulty] += 0.002
-            return False
-        order = np.argsort(-(h + J.sum(axis=1) * (left / n) / 2))
-        r = self.reduced
-        A = r.A[:, free[order]]
-        shift = r.A @ (fixed == 1)
-        low, high = r.low - shift, r.high - shift
-        h, J = h[order], np.ascontiguousarray(J[np.ix_(order, order)])
-        flip = 2 * left > n
-        if flip:
-            base += float(h.sum() + J.sum() / 2)
-            h = -(h + J.sum(axis=1))
-            total = A.sum(axis=1)
-            A, low, high = -A, low - total, high - total
-            order = order[::-1]
-            h, J, A = h[::-1], np.ascontiguousarray(J[::-1, ::-1]), A[:, ::-1]
-            left = n - left
-        energies = np.full(self.k, np.inf)
-        best = np.zeros((self.k, n), dtype=np.uint8)
-        complete, visited = _dfs.enumerate_below(
-            np.ascontiguousarray(h),
-            J,
-            np.ascontiguousarray(A),
-            low,
-            high,
-            left,
-            base,
-            self.pool.threshold,
-            self.stop,
-            ROOT_BUDGET if root else NODE_BUDGET,
-            energies,
-            best,
-        )
-        self.enumerated += int(visited)
-        if not root:
-            self._luck[difficulty] += 0.1 * (float(complete) - self._luck[difficulty])
-        found = np.isfinite(energies)
-        if found.any():
-            states = np.repeat((fixed == 1).astype(np.uint8)[None], int(found.sum()), axis=0)
-            states[:, free[order]] = 1 - best[found] if flip else best[found]
-            self.pool.add(self._energies(states), states)
-        return bool(complete)
-
-    def _start_dual(
-        self, dual: Dual | None, fixed: NDArray[np.int8], free: NDArray[np.int64], m: int
-    ) -> Dual:
-        if dual is None:
-            dual = self._root_dual.get(m)
-        if dual is None:
-            size = free.size + 1
-            return Dual(
-                free,
-                np.zeros(size),
-                np.zeros(2 * self.reduced.A.shape[0]),
-                np.zeros(0),
-                np.zeros((0, 3), dtype=np.int16),
-                np.zeros(0, dtype=np.int8),
-                np.zeros((size, size), dtype=np.float32),
-            )
-        return dual if dual.free.size == free.size else dual.restrict(fixed)
-
-    def _rows(
-        self, fixed: NDArray[np.int8], free: NDArray[np.int64], left: int
-    ) -> tuple[Floats, Floats]:
-        """Equality rows (R, N) and inequality rows (2 A, N) over (1, spins)."""
-        r = self.reduced
-        shift = r.A @ (fixed == 1)
-        A = r.A[:, free]
-
-        def spin(coefficients: Floats, rhs: Floats) -> Floats:
-            # a.x = a.(s + 1) / 2, so a.x - rhs is ((a.s) + sum(a) - 2 rhs) / 2.
-            return np.column_stack([coefficients.sum(axis=1) - 2 * rhs, coefficients])
-
-        middle = (r.low + r.high)[self.equal] / 2
-        equal = np.vstack(
-            [
-                spin(np.ones((1, free.size)), np.array([float(left)])),
-                spin(A[self.equal], middle - shift[self.equal]),
-            ]
-        )
-        low = np.where(np.isfinite(r.low), r.low, shift + np.minimum(A, 0).sum(axis=1))
-        high = np.where(np.isfinite(r.high), r.high, shift + np.maximum(A, 0).sum(axis=1))
-        ineq = np.vstack([spin(A, low - shift), -spin(A, high - shift)])
-        ineq /= np.maximum(np.abs(ineq).max(axis=1, initial=0.0), 1e-300)[:, None]
-        return independent(equal), ineq
-
-    def _bound(
-        self,
-        h: Floats,
-        J: Floats,
-        base: float,
-        fixed: NDArray[np.int8],
-        free: NDArray[np.int64],
-        left: int,
-        dual: Dual,
-        scratch: NDArray[np.uint8],
-        first: bool,
-    ) -> tuple[float, Floats, Dual]:
-        size = free.size + 1
-        C = spin_matrix(h, J, base)
-        rows, ineq = self._rows(fixed, free, left)
-        count = dual.z.size
-        capacity = max(CAPACITY, count)
-        cuts = np.zeros((capacity, 3), dtype=np.int16)
-        kinds = np.zeros(capacity, dtype=np.int8)
-        z = np.zeros(capacity)
-        cuts[:count], kinds[:count], z[:count] = dual.cuts, dual.kinds, dual.z
-        y, mu = dual.y.copy(), dual.mu.copy()
-        centre = dual.centre.astype(np.float64)
-        X = np.zeros((size, size))
-        sigma = SIGMA / size
-        lower, count, evaluations = _sdp.sdp_bound(
-            C,
-            rows,
-            ineq,
-            y,
-            z,
-            mu,
-            cuts,
-            kinds,
-            count,
-            self.pool.threshold,
-            self.stop,
-            scratch,
-            centre,
-            X,
-            ROUNDS,
-            ITERATIONS,
-            CUTS_PER_ROUND,
-            sigma,
-            sigma,
-            GIVE_UP,
-        )
-        self.evaluations += int(evaluations)
-        splits = np.full((2, size), -np.inf)
-        if lower < self.pool.threshold[0] and not self.stop[0]:
-            _sdp.split_bounds(C, rows, ineq, y, z, mu, cuts, kinds, count, splits)
-        kept = z[:count] > 0
-        new = Dual(
-            free,
-            y,
-            mu,
-            z[:count][kept],
-            cuts[:count][kept],
-            kinds[:count][kept],
-            centre.astype(np.float32),
-        )
-        return float(lower), splits, new
 
 
 def _grain(h: Floats, J: Floats) -> float:

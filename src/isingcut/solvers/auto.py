@@ -13,7 +13,7 @@ from isingcut.solvers.base import Solution
 __all__ = ["Auto"]
 
 # Up to here the exact search finished within minutes on the families of benchmarks/solvers.py.
-LIKELY_BLOCKS = 90
+LIKELY_BLOCKS = 130
 LIKELY_STATES = 10**17
 
 
