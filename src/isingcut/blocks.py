@@ -55,6 +55,7 @@ class Replay:
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             stream = _Call.split(args, kwargs, len(self._rest)).hidden
+            assert stream is not None
             if not passed_on:
                 shared.extend((v, len(v)) for v in kwargs.values() if isinstance(v, dict))
             elif stream is not passed_on[-1] and not torch.equal(stream, passed_on[-1]):

@@ -18,9 +18,6 @@ from isingcut.measure import Measurement, measure
 from isingcut.problem import Problem
 from isingcut.spectrum import Spectrum
 
-POOR_SPEARMAN = 0.6
-"""Below this rank correlation the energy is reported as a poor guide."""
-
 
 @dataclass(frozen=True, eq=False)
 class Ranking:

@@ -111,7 +111,7 @@ def _logit_gradient(logits: Tensor, labels: Tensor, predicted: Tensor) -> Tensor
     labels = labels.to(logits.device)
     out = torch.zeros_like(logits)
     rows = max(1, comparison_elements(logits.device) // logits.shape[-1])
-    for part in positions.split(rows):
+    for part in torch.split(positions, rows):
         p = torch.softmax(logits[part].float(), dim=-1)
         p[torch.arange(len(part), device=p.device), labels[part]] -= 1
         out[part] = (p / len(positions)).to(out.dtype)

@@ -135,9 +135,15 @@ def _samples(config: RunConfig) -> int:
 
 
 def _build_calibration(session: Session) -> Calibration:
+    from isingcut.architectures import text_config
     from isingcut.calibration import build
 
     config = session.config
+    longest = getattr(text_config(session.loaded.model), "max_position_embeddings", None)
+    if longest is not None and config.length > longest:
+        raise InputError(
+            f"--length {config.length} is more than the {longest} positions this model has"
+        )
     return build(
         config.calibration,
         session.loaded.tokenizer,
@@ -147,6 +153,7 @@ def _build_calibration(session: Session) -> Calibration:
         length=config.length,
         seed=config.seed,
         model=session.loaded.model,
+        progress=session.progress,
     )
 
 
@@ -402,7 +409,12 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
             path,
             "evaluation",
             evaluation.evaluate(
-                loaded, cut, tokens, batch_tokens=config.batch_tokens, progress=session.progress
+                loaded,
+                cut,
+                tokens,
+                batch_tokens=config.batch_tokens,
+                trust_remote_code=config.trust_remote_code,
+                progress=session.progress,
             ),
         )
 

@@ -1,0 +1,387 @@
+"""The whole job on tiny models: every stage, resuming, refusing, and the command line's errors."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import isingcut
+from isingcut import cli
+from isingcut.architectures import find_stack, skipped
+from isingcut.config import RunConfig, from_mapping
+from isingcut.errors import (
+    InputError,
+    IsingcutError,
+    OutputExistsError,
+    StageFileError,
+    UnknownNameError,
+)
+from isingcut.files import read_json
+from isingcut.hamiltonian import Hamiltonian
+from tiny import tiny_checkpoint, tiny_tokenizer
+
+OPTIONS = {
+    "samples": 3,
+    "length": 16,
+    "rank_samples": 3,
+    "report_samples": 3,
+    "random_states": 30,
+    "states": 5,
+    "dtype": "float32",
+    "batch_tokens": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_measured_once(request, monkeypatch):
+    """Two more processes per run would be most of the time here; `finished` pays for them."""
+    if "finished" not in request.fixturenames:
+        monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A plain text file with enough distinct words for all splits."""
+    rng = np.random.default_rng(0)
+    words = ["block", "spin", "energy", "layer", "ground", "state", "removes", "the", "a", "of"]
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text(" ".join(words[i] for i in rng.integers(0, len(words), 800)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, llama, text):
+    """One finished run, for the tests that only read."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    isingcut.run(
+        model=str(llama),
+        remove=2,
+        out=str(out),
+        calibration=str(text),
+        **OPTIONS,
+        also="empirical-fisher",
+    )
+    return out
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3", "gpt2"])
+def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, tmp_path, text):
+    source = tiny_checkpoint(family, tmp_path / "model")
+    target = isingcut.run(
+        model=str(source), remove=2, out=str(tmp_path / "run"), calibration=str(text), **OPTIONS
+    )
+    removed = read_json(target / "model" / "isingcut.json", "removal")["removed"]
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    cut = AutoModelForCausalLM.from_pretrained(target / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target / "model")
+    ids = tokenizer("ground state of the energy", return_tensors="pt").input_ids
+    with torch.no_grad(), skipped(original, find_stack(original), removed):
+        expected = original(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(cut(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        a = cut.generate(ids, max_new_tokens=8, do_sample=False, use_cache=True)
+        b = cut.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(a, b)
+    assert len(find_stack(cut)) == len(find_stack(original)) - 2
+
+
+def test_every_stage_left_its_file(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names == {
+        "run.json", "calibration.safetensors", "hamiltonian.safetensors",
+        "hamiltonian.empirical-fisher.safetensors", "spectrum.json", "candidates.json", "model",
+        "evaluation.json", "report.md", "report.json",
+    }  # fmt: skip
+    assert read_json(finished / "run.json", "run")["complete"] is True
+
+
+def test_the_figures_are_those_of_the_files(finished):
+    found = read_json(finished / "candidates.json", "candidates")
+    assert found["chosen"]["kl"] == min(row["kl"] for row in found["candidates"])
+    assert found["fidelity"]["kl"]["n"] == len(found["candidates"]) + len(found["random"])
+    assert set(found["fidelity_of_others"]) == {"empirical-fisher"}
+    evaluation = read_json(finished / "evaluation.json", "evaluation")
+    assert evaluation["after"]["parameters"] < evaluation["before"]["parameters"]
+    assert evaluation["after"]["bytes"] < evaluation["before"]["bytes"]
+    assert evaluation["kl"] > 0
+
+
+def test_the_three_splits_share_no_sample(finished):
+    from isingcut.calibration import Calibration
+
+    splits = Calibration.load(finished / "calibration.safetensors").splits
+    rows = [
+        tuple(r) for name in ("energy", "rank", "report") for r in splits[name].input_ids.tolist()
+    ]
+    assert len(set(rows)) == len(rows) == 9
+
+
+def test_a_second_call_changes_nothing(finished, llama, text):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    isingcut.run(
+        model=str(llama),
+        remove=2,
+        out=str(finished),
+        calibration=str(text),
+        **OPTIONS,
+        also="empirical-fisher",
+    )
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+
+
+def test_a_killed_run_goes_on_from_what_is_there(finished, llama, text, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    manifest = json.loads((out / "run.json").read_text())
+    # As a kill during the ranking leaves it.
+    for name in ("candidates.json", "evaluation.json", "report.md", "report.json"):
+        (out / name).unlink()
+        manifest["stages"].pop(name, None)
+    shutil.rmtree(out / "model")
+    manifest["stages"].pop("model")
+    manifest["complete"] = False
+    (out / "run.json").write_text(json.dumps(manifest))
+    isingcut.run(
+        model=str(llama),
+        remove=2,
+        out=str(out),
+        calibration=str(text),
+        **OPTIONS,
+        also="empirical-fisher",
+    )
+    again, first = (read_json(p / "candidates.json", "candidates") for p in (out, finished))
+    assert again == first
+
+
+def test_another_removal_reuses_the_energy(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    energy = (out / "hamiltonian.safetensors").stat().st_mtime_ns
+    assert call("solve", out, "--remove", 1, "--remove", 3) == 0
+    for m in (1, 3):
+        spectrum = isingcut.Spectrum.load(out / f"remove-{m}" / "spectrum.json")
+        assert (spectrum.states.sum(1) == m).all()
+    assert call("rank", out, "--remove", 3) == 0
+    assert call("excise", out, "--remove", 3) == 0
+    assert call("evaluate", out, "--remove", 3) == 0
+    assert call("report", out, "--remove", 3) == 0
+    assert (out / "remove-3" / "model" / "config.json").is_file()
+    assert (out / "remove-3" / "report.md").is_file()
+    assert (out / "hamiltonian.safetensors").stat().st_mtime_ns == energy
+    assert "proven" in capsys.readouterr().out
+
+
+def test_solving_loads_no_torch(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    code = (
+        "import sys; from isingcut.cli import app\n"
+        f"app(['solve', {str(out)!r}, '--remove', '1'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_help_and_the_core_load_no_torch():
+    for code in (
+        "import isingcut.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass",
+        "import isingcut.hamiltonian, isingcut.constraints, isingcut.problem, isingcut.spectrum\n"
+        "import isingcut.solvers, isingcut",
+    ):
+        check = "\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
+        subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)
+
+
+def test_config_file_and_command_line_agree(llama, text, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    options = {**OPTIONS, "model": str(llama), "remove": 1, "calibration": str(text)}
+    config.write_text("".join(f"{k}: {v}\n" for k, v in options.items()))
+    assert call("run", "--config", config, "--out", tmp_path / "a") == 0
+    assert "checkpoint:" in capsys.readouterr().out
+    assert (tmp_path / "a" / "model" / "model.safetensors").is_file()
+
+
+def test_options_have_one_home():
+    defaults = RunConfig()
+    assert from_mapping({}, "x") == defaults
+    with pytest.raises(InputError, match="did you mean 'remove'"):
+        from_mapping({"remov": 3}, "x")
+    with pytest.raises(InputError, match="whole number"):
+        from_mapping({"samples": "many"}, "x")
+    assert all(f.metadata["help"] for f in dataclasses.fields(RunConfig))
+
+
+def test_unknown_parts_are_listed_with_a_suggestion(llama, text, tmp_path):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'pairwise'.*empirical-fisher"):
+        isingcut.run(
+            model=str(llama),
+            remove=1,
+            out=str(tmp_path / "x"),
+            calibration=str(text),
+            energy="pairwize",
+        )
+    assert not (tmp_path / "x").exists()
+
+
+# What the user gets wrong: one line, exit code 2, nothing written ------------------------
+
+
+def call(*arguments) -> int:
+    """The exit code of the command line in this process."""
+    before = sys.argv
+    sys.argv = ["isingcut", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as e:
+        return int(e.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line that a refused command ends with, after any progress."""
+    assert call(*arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.startswith("isingcut: ") for line in lines].count(True) == 1, lines
+    assert lines[-1].startswith("isingcut: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize("remove", ["0", "-3", "6", "99", "two", ""])
+def test_impossible_removals(capsys, llama, text, tmp_path, remove):
+    line = refused(
+        capsys, "run", llama, "--remove", remove, "--calibration", text, "--out", tmp_path / "o",
+        "--length", 16, "--samples", 3,
+    )  # fmt: skip
+    assert "remove" in line or "removal" in line
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "empty|tokens"), (b"\xff\xfe\xfa", "UTF-8"), (b"too short", "tokens")],
+)
+def test_unusable_calibration_files(capsys, llama, tmp_path, content, words):
+    import re
+
+    path = tmp_path / "c.txt"
+    path.write_bytes(content)
+    line = refused(
+        capsys, "run", llama, "--remove", 1, "--calibration", path, "--out", tmp_path / "o"
+    )
+    assert re.search(words, line)
+    assert not (tmp_path / "o").exists()
+
+
+def test_no_such_model_and_no_block_stack(capsys, text, tmp_path):
+    line = refused(
+        capsys, "run", tmp_path / "nothing", "--remove", 1, "--calibration", text,
+        "--out", tmp_path / "o",
+    )  # fmt: skip
+    assert "nothing" in line
+    from transformers import T5Config, T5Model
+
+    folder = tmp_path / "t5"
+    tiny_tokenizer().save_pretrained(folder)
+    T5Model(
+        T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=300)
+    ).save_pretrained(folder)
+    capsys.readouterr()
+    refused(capsys, "run", folder, "--remove", 1, "--calibration", text, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_existing_folder_is_refused_and_kept(capsys, llama, text, tmp_path):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "thesis.txt").write_text("mine")
+    arguments = ("run", llama, "--remove", 1, "--calibration", text, "--out", tmp_path / "o")
+    assert "--overwrite" in refused(capsys, *arguments)
+    assert os.listdir(tmp_path / "o") == ["thesis.txt"]
+
+
+def test_other_options_for_an_existing_run_are_refused(finished, llama, text):
+    with pytest.raises(OutputExistsError, match="length: 16 there, 24 now"):
+        isingcut.run(
+            model=str(llama),
+            remove=2,
+            out=str(finished),
+            calibration=str(text),
+            **{**OPTIONS, "length": 24},
+        )
+
+
+@pytest.mark.parametrize("name", ["hamiltonian.safetensors", "spectrum.json", "candidates.json"])
+def test_damaged_stage_files_are_refused(finished, llama, text, tmp_path, name):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / name).write_bytes((out / name).read_bytes()[:-40])
+    with pytest.raises(StageFileError, match=name):
+        isingcut.run(
+            model=str(llama),
+            remove=2,
+            out=str(out),
+            calibration=str(text),
+            **OPTIONS,
+            also="empirical-fisher",
+        )
+
+
+def test_a_foreign_hamiltonian_is_refused(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    Hamiltonian(np.zeros(3), np.zeros((3, 3))).save(out / "hamiltonian.safetensors")
+    folder = isingcut.runfolder.RunFolder.open(out)
+    with pytest.raises(IsingcutError, match=r"3 blocks|changed"):
+        isingcut.pipeline.solve(folder, folder.config.replace(remove="1"))
+
+
+def test_a_folder_that_is_no_run(capsys, tmp_path):
+    line = refused(capsys, "solve", tmp_path, "--remove", 1)
+    assert "run.json" in line
+
+
+def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path, monkeypatch):
+    from isingcut.errors import VerificationError
+
+    def wrong(*arguments, **options):
+        raise VerificationError("logits differ")
+
+    monkeypatch.setattr("isingcut.verify.verify", wrong)
+    out = tmp_path / "run"
+    with pytest.raises(VerificationError):
+        isingcut.run(model=str(llama), remove=1, out=str(out), calibration=str(text), **OPTIONS)
+    assert not (out / "model").exists()
+    assert read_json(out / "run.json", "run")["complete"] is False
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
+    llama, text, tmp_path, monkeypatch, capsys
+):
+    import errno
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("isingcut.excise.write_checkpoint", full)
+    out = tmp_path / "run"
+    line = refused(
+        capsys, "run", llama, "--remove", 1, "--calibration", text, "--out", out, "--length", 16,
+        "--samples", 3, "--rank-samples", 3, "--report-samples", 3, "--dtype", "float32",
+    )  # fmt: skip
+    assert "space" in line
+    assert not (out / "model").exists()
+    assert not [p for p in out.iterdir() if p.name.startswith(".model")]
