@@ -46,7 +46,8 @@ class Search:
     def warm_start(self, problem: Problem) -> None:
         """Fill the pool by tabu search and open one root per number of ones."""
         r = self.reduced
-        _, states, _ = tabu.search(r, self.k, 20, 0, self.seed, None, problem)
+        restarts = 20 if r.count_states() > 1_000_000 else 2
+        _, states, _ = tabu.search(r, self.k, restarts, 0, self.seed, None, problem)
         self.pool.add(self.energies(states), states)
         for m in range(r.m_low, r.m_high + 1):
             self._push(Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m))

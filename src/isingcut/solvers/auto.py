@@ -1,4 +1,5 @@
-"""Choose the solver: a proof where it is likely to come in time, else the heuristic and a bound."""
+"""Choose the solver: enumeration where it is instant, the exact search where it is likely to end
+in time, else the heuristic and a bound."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from isingcut.solvers.base import Solution
 
 __all__ = ["Auto"]
 
+INSTANT_STATES = 1_000_000
 # Up to here the exact search finished within minutes on the families of benchmarks/solvers.py.
 LIKELY_BLOCKS = 130
 LIKELY_STATES = 10**17
@@ -19,7 +21,7 @@ LIKELY_STATES = 10**17
 
 @dataclass(frozen=True)
 class Auto:
-    """The exact search within a time limit, or tabu search with a proven bound.
+    """Enumeration, the exact search within a time limit, or tabu search with a proven bound.
 
     Args:
         seconds: time allowed; None lets the exact search run to its end whatever the size.
@@ -34,6 +36,10 @@ class Auto:
         from isingcut.solvers.exact import Exact
 
         reduced = reduce(problem)
+        if reduced.count_states() <= INSTANT_STATES:
+            from isingcut.solvers.exhaustive import Exhaustive
+
+            return _named(Exhaustive(INSTANT_STATES).solve(problem, k), "exhaustive")
         likely = reduced.n <= LIKELY_BLOCKS or reduced.count_states() <= LIKELY_STATES
         if self.seconds is None or likely:
             found = Exact(seconds=self.seconds, seed=self.seed).solve(problem, k)

@@ -39,7 +39,7 @@ class Tabu:
         seconds: wall-clock limit, or None.
     """
 
-    restarts: int = 60
+    restarts: int = 28
     steps: int = 0
     seed: int = 0
     seconds: float | None = None
