@@ -166,14 +166,16 @@ def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) ->
         if match is None:
             continue
         before = match.group(1) or ""
-        if any(word in before for word in _OTHER_STACKS) or "mtp" in before.split("."):
+        if "mtp" in before.split("."):
             continue
         prefix = f"{before}{match.group(2)}."
         numbers.setdefault(prefix, set()).add(int(match.group(3)))
         sizes[prefix] = sizes.get(prefix, 0) + tensor.size
     if not numbers:
         raise CheckpointError("the checkpoint has no tensors of numbered blocks")
-    prefix = max(sizes, key=lambda p: sizes[p])
+    # Blocks of other modalities, unless the model is an encoder itself (BERT as a decoder).
+    elsewhere = {p for p in sizes if any(word in p for word in _OTHER_STACKS)}
+    prefix = max(sizes.keys() - elsewhere or sizes, key=lambda p: sizes[p])
     found = numbers[prefix]
     if not set(range(count)) <= found <= set(range(count + heads)):
         missing = sorted(set(range(count)) - found)

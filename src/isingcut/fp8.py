@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from isingcut.architectures.auto import auto_class
 from isingcut.checkpoint import StoredTensor, read_checkpoint
 from isingcut.errors import CheckpointError, ModelError
 
@@ -151,17 +152,16 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> Any:
     Raises:
         ModelError: transformers cannot load it, or tensors are missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    factory: Any = AutoModelForCausalLM
     configs: Any = AutoConfig
     config = configs.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     weights = dict(dequantised(folder, raw, dtype))
     try:
-        kind = factory._model_mapping[type(config)]
+        kind = auto_class(config)._model_mapping[type(config)]
         model, report = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, ModelError
 from isingcut.model_sources import cache_folder, first_line, hub_id, resolve, weight_files
@@ -93,8 +93,9 @@ def load(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from isingcut.architectures.auto import auto_class_of
     from isingcut.fp8 import fp8_layout, load_dequantised
 
     place = pick_device(device)
@@ -108,7 +109,8 @@ def load(
             if fp8_layout(folder, config):
                 model = load_dequantised(folder, number)
             else:
-                model, found = cast(Any, AutoModelForCausalLM.from_pretrained)(
+                loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
+                model, found = loader.from_pretrained(
                     folder,
                     dtype=number,
                     use_safetensors=True,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from isingcut.architectures import find_stack, skipped, text_config
+from isingcut.architectures.auto import auto_class_of
 from isingcut.architectures.live import stop_rescaling
 from isingcut.errors import VerificationError
 
@@ -84,12 +85,10 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
     Raises:
         VerificationError: transformers cannot load it, or invents or ignores tensors.
     """
-    from transformers import AutoModelForCausalLM
-
     from isingcut.fp8 import fp8_layout, load_dequantised
 
-    loader: Any = AutoModelForCausalLM
     try:
+        loader = auto_class_of(out, trust_remote_code=trust_remote_code)
         if fp8_layout(out, json.loads((out / "config.json").read_text(encoding="utf-8"))):
             return load_dequantised(out, dtype)
         model, report = loader.from_pretrained(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from isingcut.architectures.auto import auto_class
 from isingcut.architectures.base import BlockStack
 from isingcut.architectures.discover import find_stack
 from isingcut.architectures.surgery import legality, materialise
@@ -76,19 +77,18 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         ModelError: transformers cannot build the model.
         ArchitectureError: it has no block stack.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from isingcut.excise import read_config
 
     raw = read_config(Path(folder))
     configs: Any = AutoConfig
-    factory: Any = AutoModelForCausalLM
     try:
         config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # Kernels of the quantisation need a GPU; the structure does not.
         config.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
-            model = factory.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (KeyError, ImportError, OSError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()
         words = first[0] if first else type(error).__name__
