@@ -72,7 +72,15 @@ INDICES = (
 MAPS = ("per_layer_config", "block_configs_by_layer", "layer_overrides")
 
 # The first (value) blocks differ from the rest: lowered by the removed ones among them.
-PREFIX = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+PREFIX = (
+    "first_k_dense_replace",
+    "max_window_layers",
+    "moe_layer_start_index",
+    "num_dense_layers",
+)
+
+# The number of the last block that differs: lowered by the removed ones up to it.
+LAST = ("moe_layer_end_index",)
 
 # The last (value) blocks differ from the rest.
 SUFFIX = ("num_kv_shared_layers",)
@@ -87,6 +95,7 @@ GENERATORS = {
     "global_attn_every_n_layers": "layer_types",
     "interleave_moe_layer_step": "moe_layers",
     "layer_group_size": "layer_types",
+    "moe_layer_interval": "mlp_layer_types",
     "no_rope_layer_interval": "no_rope_layers",
     "_sliding_window_pattern": "layer_types",
     "sliding_window_pattern": "layer_types",

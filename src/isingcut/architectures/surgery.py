@@ -15,7 +15,7 @@ from isingcut.errors import ArchitectureError
 
 _LAYERISH = re.compile(r"layer|block|_idx|_ids|indices|idxs")
 _PERIODISH = re.compile(
-    r"layer.*(period|offset|interval|freq|step|every)|(period|interval|every).*layer"
+    r"layer.*(period|offset|interval|freq|step|every|_index)|(period|interval|every).*layer"
 )
 
 
@@ -150,6 +150,7 @@ _TABLE_FIELDS = (
     *fields.SLICE,
     *fields.INDICES,
     *fields.PREFIX,
+    *fields.LAST,
     *fields.SUFFIX,
     *fields.CYCLE,
     *fields.MTP,
@@ -232,6 +233,8 @@ def _cut_fields(text: dict[str, Any], count: int, mapping: dict[int, int]) -> No
             text[key] = {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
         elif key in fields.PREFIX:
             text[key] = value - sum(i < value for i in gone)
+        elif key in fields.LAST:
+            text[key] = value - sum(i <= value for i in gone)
         elif key in fields.SUFFIX:
             text[key] = value - sum(i >= count - value for i in gone)
         elif key in fields.CYCLE:
