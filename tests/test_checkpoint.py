@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -261,6 +263,23 @@ def test_a_cut_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         excise(source, [1], home / "out")
     assert list(home.iterdir()) == []
+
+
+def test_a_killed_cut_leaves_nothing_that_looks_finished(tmp_path):
+    source = sharded(tmp_path / "source")
+    code = (
+        "import os, signal, sys; from pathlib import Path; import isingcut.excise as e\n"
+        "e._copy_companions = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "e.excise(Path(sys.argv[1]), [1], Path(sys.argv[2]))"
+    )
+    home = tmp_path / "home"
+    words = [sys.executable, "-c", code, str(source), str(home / "out")]
+    assert subprocess.run(words, check=False).returncode == -9
+    (left,) = home.iterdir()
+    assert left.name.startswith(".")
+    assert not (left / "config.json").exists()
+    excise(source, [1], home / "out")
+    assert (home / "out" / "config.json").exists()
 
 
 def test_a_shard_that_shrinks_meanwhile_is_noticed(tmp_path):
