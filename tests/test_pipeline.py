@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
+import isingcut.runfolder
+import isingcut.stages
 from isingcut import cli
 from isingcut.architectures import find_stack, skipped
 from isingcut.config import RunConfig, from_mapping
@@ -281,8 +283,9 @@ def test_unusable_calibration_files(capsys, llama, tmp_path, content, words):
     path = tmp_path / "c.txt"
     path.write_bytes(content)
     line = refused(
-        capsys, "run", llama, "--remove", 1, "--calibration", path, "--out", tmp_path / "o"
-    )
+        capsys, "run", llama, "--remove", 1, "--calibration", path, "--out", tmp_path / "o",
+        "--length", 64,
+    )  # fmt: skip
     assert re.search(words, line)
     assert not (tmp_path / "o").exists()
 
@@ -346,7 +349,7 @@ def test_a_foreign_hamiltonian_is_refused(finished, tmp_path):
     Hamiltonian(np.zeros(3), np.zeros((3, 3))).save(out / "hamiltonian.safetensors")
     folder = isingcut.runfolder.RunFolder.open(out)
     with pytest.raises(IsingcutError, match=r"3 blocks|changed"):
-        isingcut.pipeline.solve(folder, folder.config.replace(remove="1"))
+        isingcut.stages.solve(folder, folder.config.replace(remove="1"))
 
 
 def test_a_folder_that_is_no_run(capsys, tmp_path):
@@ -385,3 +388,22 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
     assert "space" in line
     assert not (out / "model").exists()
     assert not [p for p in out.iterdir() if p.name.startswith(".model")]
+
+
+def test_a_budget_decides_how_many_blocks_go(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    folder = isingcut.runfolder.RunFolder.open(out)
+    config = folder.config.replace(remove="", budget="params=30%")
+    spectrum = isingcut.stages.solve(folder, config)
+    blocks = folder.manifest["blocks"]
+    costs = np.array([b["parameters"] for b in blocks["blocks"]])
+    assert (spectrum.states @ costs >= 0.3 * blocks["total_parameters"]).all()
+    assert folder.target(config.removal) == out / "remove-params-30_"
+
+
+def test_inspect_shows_the_blocks(llama, capsys):
+    assert call("inspect", llama) == 0
+    assert "attention+mlp" in capsys.readouterr().out
+    assert call("inspect", llama, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["blocks"]) == 6

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -127,6 +129,24 @@ class Replay:
         for call in calls:
             call.hidden = None
         return Recording(self, ids, entered, calls)
+
+    def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
+        """Seconds that each block takes for one sequence of ``length`` tokens (median)."""
+        ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
+        rounds = []
+        with torch.inference_mode():
+            recording = self.record(ids)
+            for _ in range(repeats + 1):
+                stream, times = recording.entered, []
+                for i in range(len(self)):
+                    began = time.perf_counter()
+                    stream = recording.block(i, stream)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    times.append(time.perf_counter() - began)
+                rounds.append(times)
+        # The first round warms up.
+        return [statistics.median(per_block) for per_block in zip(*rounds[1:], strict=True)]
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""

@@ -28,6 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_TYPES = {"int": int, "bool": bool, "float": float}
+
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
 
 
@@ -52,7 +54,7 @@ def _with_options(*names: str, repeat: tuple[str, ...] = ()) -> Callable[[Any], 
             parameters.append(p.replace(annotation=annotation, kind=p.KEYWORD_ONLY))
         for name in names:
             f = fields[name]
-            base: Any = {"int": int, "bool": bool}.get(str(f.type).removesuffix(" | None"), str)
+            base: Any = _TYPES.get(str(f.type).removesuffix(" | None"), str)
             info: Any
             if f.metadata.get("argument"):
                 info = typer.Argument(help=f.metadata["help"], metavar=name.upper())
@@ -87,6 +89,10 @@ _MEASURE = tuple(
     f.name
     for f in dataclasses.fields(RunConfig)
     if f.metadata["stage"] in ("model", "calibration", "energy") or f.name in ("out", "overwrite")
+)
+_SOLVE = (
+    *(f.name for f in dataclasses.fields(RunConfig) if f.metadata["stage"] == "solve"),
+    "overwrite",
 )
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file with the same options.")
@@ -129,22 +135,23 @@ def energy(config: ConfigFile = None, **options: Any) -> None:
 
 
 @app.command()
-@_with_options("remove", "keep", "drop", "solver", "states", "overwrite", repeat=("remove",))
+@_with_options(*_SOLVE, repeat=("remove",))
 def solve(directory: Folder, **options: Any) -> None:
     """Find the low-energy states of a measured Hamiltonian, for any number of removals.
 
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
-    from isingcut import pipeline
+    from isingcut import stages
     from isingcut.show import show_spectrum
 
     removals = options.pop("remove") or [None]
     for remove in removals:
         folder, config = _reopen(directory, {**options, "remove": remove})
-        show_spectrum(pipeline.solve(folder, config), config.remove, folder.target(config.remove))
+        target = folder.target(config.removal)
+        show_spectrum(stages.solve(folder, config), config.removal, target)
 
 
-_OF_RUN = ("remove", "device", "trust_remote_code", "overwrite")
+_OF_RUN = ("remove", "budget", "device", "trust_remote_code", "overwrite")
 
 
 @app.command()
@@ -154,13 +161,13 @@ def rank(directory: Folder, **options: Any) -> None:
 
     Example: isingcut rank my-run --remove 8
     """
-    from isingcut import pipeline
+    from isingcut import pipeline, stages
     from isingcut.progress import terminal
     from isingcut.show import show_ranking
 
     folder, config = _reopen(directory, options)
     session = pipeline.session_of(folder, config, terminal)
-    show_ranking(pipeline.rank(session, folder))
+    show_ranking(stages.rank(session, folder))
 
 
 @app.command()
@@ -176,7 +183,7 @@ def excise(
 
     Example: isingcut excise my-run --remove 8
     """
-    from isingcut import pipeline
+    from isingcut import pipeline, stages
     from isingcut.constraints import parse_indices
     from isingcut.progress import terminal
 
@@ -185,7 +192,7 @@ def excise(
         options["remove"] = options.get("remove") or str(len(wanted))
     folder, config = _reopen(directory, options)
     session = pipeline.session_of(folder, config, terminal)
-    typer.echo(pipeline.excise(session, folder, parse_indices(blocks) if blocks else None))
+    typer.echo(stages.excise(session, folder, parse_indices(blocks) if blocks else None))
 
 
 @app.command()
@@ -195,13 +202,13 @@ def evaluate(directory: Folder, **options: Any) -> None:
 
     Example: isingcut evaluate my-run --remove 8
     """
-    from isingcut import pipeline
+    from isingcut import pipeline, stages
     from isingcut.progress import terminal
     from isingcut.show import show_evaluation
 
     folder, config = _reopen(directory, options)
     session = pipeline.session_of(folder, config, terminal)
-    show_evaluation(pipeline.evaluate(session, folder))
+    show_evaluation(stages.evaluate(session, folder))
 
 
 @app.command()
@@ -211,10 +218,10 @@ def report(directory: Folder, **options: Any) -> None:
 
     Example: isingcut report my-run
     """
-    from isingcut import pipeline
+    from isingcut import stages
 
     folder, config = _reopen(directory, options)
-    typer.echo(pipeline.report(folder, config.remove))
+    typer.echo(stages.report(folder, config.removal))
 
 
 def _reopen(directory: Path, options: dict[str, Any]) -> tuple[Any, RunConfig]:
@@ -225,7 +232,7 @@ def _reopen(directory: Path, options: dict[str, Any]) -> tuple[Any, RunConfig]:
     folder = RunFolder.open(directory, overwrite=bool(given.get("overwrite")))
     changed = {**dataclasses.asdict(folder.config), **given}
     config = from_mapping(changed, "command line").validate()
-    if not config.remove:
+    if not config.removal:
         raise InputError(f"{directory} was made without --remove; say how many blocks to remove")
     return folder, config
 
@@ -240,6 +247,27 @@ def demo(**options: Any) -> None:
     from isingcut.demo import demo as run_demo
 
     run_demo(**_given(options))
+
+
+@app.command("inspect")
+@_with_options("model", "trust_remote_code")
+def inspect_blocks(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    **options: Any,
+) -> None:
+    """Show a model's blocks, what each costs and which states are legal, without its weights.
+
+    Example: isingcut inspect smollm2
+    """
+    from isingcut.architectures.inspect import inspect_model
+    from isingcut.model_sources import resolve
+    from isingcut.show import show_inspection
+
+    given = _given(options)
+    trust = bool(given.get("trust_remote_code"))
+    config = from_mapping(given, "command line").validate()
+    found = inspect_model(resolve(config.model, trust_remote_code=trust), trust_remote_code=trust)
+    show_inspection(found, as_json=as_json)
 
 
 @app.command("ls")

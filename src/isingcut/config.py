@@ -62,6 +62,13 @@ class RunConfig:
 
     solver: str = _option("auto", "solve", "How low-energy states are found.")
     states: int = _option(20, "solve", "States kept in the spectrum.")
+    budget: str = _option(
+        "",
+        "solve",
+        "Remove at least this much: params=25%, bytes=1GB, kv=30%, latency=20% (comma-separated).",
+    )
+    diverse: int = _option(0, "solve", "Candidates at least this many swaps apart (0: any).")
+    solve_seconds: float = _option(60.0, "solve", "Time allowed for the solver.", volatile=True)
     keep: str = _option("", "solve", "Blocks that must stay, for example 0,1,29.")
     drop: str = _option("", "solve", "Blocks that must go.")
 
@@ -75,6 +82,11 @@ class RunConfig:
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with some options changed."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def removal(self) -> str:
+        """What is removed, in one word: `remove`, or the budget where only that is given."""
+        return self.remove or self.budget
 
     def stage_options(self, last: str) -> dict[str, Any]:
         """The options that can change the result of stage ``last`` or of one before it."""
@@ -150,6 +162,8 @@ def _coerced(name: str, declared: str, value: Any, source: str) -> Any:
         return value
     if base == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
+    if base == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
     if base == "str" and isinstance(value, str | int | Path) and not isinstance(value, bool):
         return str(value)
     if base == "str" and isinstance(value, list | tuple):
@@ -158,7 +172,9 @@ def _coerced(name: str, declared: str, value: Any, source: str) -> Any:
 
 
 def _words(base: str) -> str:
-    return {"int": "a whole number", "bool": "true or false", "str": "text"}[base]
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}[
+        base
+    ]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

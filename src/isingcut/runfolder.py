@@ -63,10 +63,9 @@ class RunFolder:
                     "choose another --out or pass --overwrite"
                 )
             if before["sha256"] != model["sha256"]:
-                folder.manifest["stages"] = {}
-            if not folder.manifest["config"].get("remove") or config.overwrite:
+                folder.manifest.update(stages={}, blocks=blocks)
+            if not folder.config.removal or config.overwrite:
                 folder.manifest["config"] = _plain(config)
-            folder.manifest["blocks"] = blocks
             folder.manifest["provenance"]["model"] = model
             folder.save()
             return folder
@@ -126,7 +125,7 @@ class RunFolder:
 
     def target(self, remove: str) -> Path:
         """The folder for the files of one removal: the run's own, or one of its own name."""
-        if remove == self.manifest["config"].get("remove"):
+        if remove == self.config.removal:
             return self.path
         return self.path / f"remove-{slug(remove)}"
 

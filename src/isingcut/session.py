@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from isingcut import constraints as rows
 from isingcut.config import RunConfig
-from isingcut.constraints import LinearConstraint
-from isingcut.errors import InfeasibleError, InputError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -79,12 +70,21 @@ class Session:
 
     def describe_blocks(self) -> dict[str, Any]:
         """Blocks and legality rows as `run.json` keeps them, so that solving needs no model."""
-        from isingcut.architectures import legality
+        from isingcut.architectures import legality, text_config
 
-        legal = legality(self.loaded.model.config, self.stack)
+        model = self.loaded.model
+        legal = legality(model.config, self.stack)
+        longest = getattr(text_config(model), "max_position_embeddings", None) or 128
+        seconds = self.replay.latency(min(128, int(longest)))
+        parameters = list(model.parameters())
         return {
             "path": self.stack.path,
-            "blocks": [dataclasses.asdict(b) for b in self.stack.blocks],
+            "blocks": [
+                {**dataclasses.asdict(b), "latency_seconds": t}
+                for b, t in zip(self.stack.blocks, seconds, strict=True)
+            ],
+            "total_parameters": sum(p.numel() for p in parameters),
+            "total_bytes": sum(p.numel() * p.element_size() for p in parameters),
             "legality": [
                 {
                     "name": r.name,
@@ -96,63 +96,3 @@ class Session:
                 for r in legal
             ],
         }
-
-
-def removal_rows(
-    blocks: dict[str, Any], remove: str, keep: str = "", drop: str = ""
-) -> list[LinearConstraint]:
-    """All constraints of one removal, for the blocks that `run.json` describes.
-
-    Raises:
-        InputError: the removal cannot be read, or removes no block or all of them.
-        InfeasibleError: the constraints clash.
-    """
-    kinds = [b["kind"] for b in blocks["blocks"]]
-    n = len(kinds)
-    result = count_rows(kinds, remove)
-    if keep:
-        result += rows.keep(n, rows.parse_indices(keep))
-    if drop:
-        result += rows.drop(n, rows.parse_indices(drop))
-    result += [LinearConstraint(**row) for row in blocks["legality"]]
-    Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), result).check()
-    return result
-
-
-def count_rows(kinds: Sequence[str], remove: str) -> list[LinearConstraint]:
-    """How many blocks go, in all or per kind."""
-    n = len(kinds)
-    whole = remove.strip()
-    if not whole:
-        raise InputError(f"--remove was not given; say how many of the {n} blocks to remove")
-    if re.fullmatch(r"[+-]?\d+", whole):
-        if not 1 <= int(whole) < n:
-            raise InputError(
-                f"--remove must be from 1 to {n - 1} for this model of {n} blocks, got {whole}"
-            )
-        return [rows.count(n, int(whole))]
-    wanted = rows.parse_counts(whole)
-    assert isinstance(wanted, dict)
-    if not 1 <= sum(wanted.values()) < n:
-        raise InputError(
-            f"--remove must name 1 to {n - 1} blocks in all for this model of {n} blocks, "
-            f"got {sum(wanted.values())} ({whole})"
-        )
-    return rows.kind_counts(kinds, wanted)
-
-
-def make_problem(
-    hamiltonian: Hamiltonian, blocks: dict[str, Any], remove: str, keep: str, drop: str
-) -> Problem:
-    """The constrained problem of one removal.
-
-    Raises:
-        InfeasibleError: the Hamiltonian is of another number of blocks, or the rows clash.
-    """
-    n = len(blocks["blocks"])
-    if hamiltonian.n != n:
-        raise InfeasibleError(
-            f"the Hamiltonian is over {hamiltonian.n} blocks, the model has {n}; "
-            "measure it again for this model"
-        )
-    return Problem(hamiltonian, removal_rows(blocks, remove, keep, drop))

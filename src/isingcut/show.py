@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from isingcut.files import read_json
 from isingcut.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from isingcut.architectures.inspect import Inspection
 
 
 def _console() -> Console:
@@ -100,6 +105,40 @@ def show_evaluation(found: dict[str, Any]) -> None:
 
 def _ratio(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %" if before else ""
+
+
+def show_inspection(found: Inspection, *, as_json: bool) -> None:
+    """A model's blocks, their costs and the rules that states obey."""
+    if as_json:
+        content = {
+            "model_type": found.model_type,
+            "path": found.stack.path,
+            "blocks": [dataclasses.asdict(b) for b in found.stack.blocks],
+            "rules": found.rules(),
+            "refusal": found.refusal,
+            "quantisation": found.quantisation,
+            "other_bytes": found.other_bytes,
+        }
+        print(json.dumps(content, indent=1))
+        return
+    header, *rows = found.table()
+    title = f"{found.model_type}: {len(found.stack)} blocks in {found.stack.path}"
+    table = Table(title=title, title_justify="left")
+    for column in header:
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    console.print(table)
+    if found.quantisation:
+        console.print(f"quantised: {found.quantisation}", soft_wrap=True)
+    if found.refusal:
+        console.print(f"cannot be cut: {found.refusal}", soft_wrap=True)
+        return
+    for rule in found.rules():
+        console.print(f"rule: {rule}", soft_wrap=True)
+    if not found.rules():
+        console.print("any blocks may be removed, as long as one stays", soft_wrap=True)
 
 
 def show_run(target: Path) -> None:

@@ -1,0 +1,356 @@
+"""The stages of a run, one function each; every one writes one file of the run folder.
+
+A stage does nothing when its file is there, made with the same options (`RunFolder.stage`).
+Solving needs the Hamiltonian's file only; no model is loaded for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.config import RunConfig
+from isingcut.errors import InputError, StageFileError
+from isingcut.files import atomic_folder, read_json, write_json
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.problem import Problem
+from isingcut.removal import make_problem
+from isingcut.runfolder import RunFolder
+from isingcut.session import Session
+from isingcut.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from isingcut.calibration import Calibration
+    from isingcut.energies.base import Work
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated list of names."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def energy_part(config: RunConfig, name: str) -> Any:
+    """The energy called ``name``, with the options it has."""
+    from isingcut.energies import registry
+
+    part = registry.get(name)
+    own = {f.name for f in dataclasses.fields(part)}
+    if config.linear and "linear" not in own and name == config.energy:
+        raise InputError(f"--linear belongs to the energy 'empirical-fisher', not to {name!r}")
+    return part(linear=config.linear) if "linear" in own else part()
+
+
+def _samples(config: RunConfig) -> int:
+    """Samples of the energy split: as asked, else the most that any energy wants."""
+    if config.samples is not None:
+        return config.samples
+    wanted = [config.energy, *names(config.also)]
+    return max(int(energy_part(config, name).default_samples) for name in wanted)
+
+
+def build_calibration(session: Session) -> Calibration:
+    """The token splits of a run, not yet written."""
+    from isingcut.architectures import text_config
+    from isingcut.calibration import build
+
+    config = session.config
+    longest = getattr(text_config(session.loaded.model), "max_position_embeddings", None)
+    if longest is not None and config.length > longest:
+        raise InputError(
+            f"--length {config.length} is more than the {longest} positions this model has"
+        )
+    return build(
+        config.calibration,
+        session.loaded.tokenizer,
+        samples=_samples(config),
+        rank_samples=config.rank_samples,
+        report_samples=config.report_samples,
+        length=config.length,
+        seed=config.seed,
+        model=session.loaded.model,
+        progress=session.progress,
+    )
+
+
+def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> Calibration:
+    """Stage `calibration`: `calibration.safetensors`, the three token splits."""
+    from isingcut.calibration import Calibration
+
+    config = session.config
+
+    def make(path: Path) -> None:
+        (built or build_calibration(session)).save(path)
+
+    options = {
+        k: v
+        for k, v in config.stage_options("calibration").items()
+        if k not in ("model", "samples")
+    } | {"samples": _samples(config)}
+    found = folder.stage(
+        "calibration", folder.path / "calibration.safetensors", options, make, Calibration.load
+    )
+    folder.manifest["provenance"]["calibration"] = {
+        "source": found.source,
+        "sha256": found.sha256,
+        "splits": {k: {"samples": s.samples, "tokens": s.tokens} for k, s in found.splits.items()},
+    }
+    folder.save()
+    return found
+
+
+def _work(session: Session, journal: Path) -> Work:
+    from isingcut.energies.base import Work
+
+    return Work(session.config.batch_tokens, session.progress, journal)
+
+
+def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
+    """Stage `energy`: `hamiltonian.safetensors`, and one file per energy named by `also`."""
+    config = session.config
+    result = _measure_one(session, folder, config.energy, folder.path / "hamiltonian.safetensors")
+    for name in names(config.also):
+        _measure_one(session, folder, name, other_path(folder, name))
+    return result
+
+
+def other_path(folder: RunFolder, name: str) -> Path:
+    """The file of an energy measured beside the main one."""
+    return folder.path / f"hamiltonian.{name}.safetensors"
+
+
+def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> Hamiltonian:
+    config = session.config
+    part = energy_part(config, name)
+    options = _upstream(folder) | {
+        "energy": name,
+        "options": repr(part),
+        "dtype": str(session.loaded.dtype),
+    }
+
+    def make(path: Path) -> None:
+        from isingcut.calibration import Calibration
+
+        split = Calibration.load(folder.path / "calibration.safetensors").splits["energy"]
+        own = split.samples if config.samples else min(split.samples, int(part.default_samples))
+        work = _work(session, folder.path / f"{file.name}.journal")
+        measured = part.measure(session.replay, split.select(range(own)), work)
+        measured.save(path)
+        assert work.journal is not None
+        work.journal.unlink(missing_ok=True)
+
+    return folder.stage("energy", file, options, make, Hamiltonian.load)
+
+
+def _upstream(folder: RunFolder) -> dict[str, Any]:
+    calibration = folder.manifest["stages"].get("calibration.safetensors")
+    if calibration is None:
+        raise StageFileError(
+            f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"
+        )
+    return {"calibration": calibration["fingerprint"]}
+
+
+def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
+    """Stage `solve`: `spectrum.json` of one removal, from the Hamiltonian's file alone."""
+    from isingcut.solvers import solve as find
+
+    file = folder.path / "hamiltonian.safetensors"
+    if not file.exists():
+        raise StageFileError(
+            f"expected {file}, which is not there; run: isingcut energy MODEL --out {folder.path}"
+        )
+    problem = problem_of(folder, config)
+    options = _solve_options(folder, config)
+
+    def make(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        spectrum = find(
+            problem, config.solver, config.states, diverse=config.diverse, **_solver_options(config)
+        )
+        spectrum.save(path)
+
+    target = folder.target(config.removal)
+    return folder.stage("solve", target / "spectrum.json", options, make, Spectrum.load)
+
+
+def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
+    """The constrained problem of one removal of this folder's Hamiltonian."""
+    hamiltonian = Hamiltonian.load(folder.path / "hamiltonian.safetensors")
+    return make_problem(hamiltonian, folder.manifest["blocks"], config)
+
+
+def _solver_options(config: RunConfig) -> dict[str, Any]:
+    """Seed and time limit, for a solver that has such options."""
+    from isingcut.solvers import registry
+
+    part = registry.get(config.solver)
+    fields = {f.name for f in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else set()
+    given = {"seed": config.seed, "seconds": config.solve_seconds}
+    return {k: v for k, v in given.items() if k in fields}
+
+
+def _solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    record = folder.manifest["stages"].get("hamiltonian.safetensors")
+    if record is None or not record["done"]:
+        raise StageFileError(
+            f"the energy of {folder.path} is not finished; "
+            f"run: isingcut energy MODEL --out {folder.path}"
+        )
+    keys = ("remove", "budget", "keep", "drop", "solver", "states", "diverse", "seed")
+    return {"energy": record["fingerprint"]} | {k: getattr(config, k) for k in keys}
+
+
+def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
+    """Stage `rank`: `candidates.json`, the spectrum's states beside random ones, measured."""
+    config = session.config
+    target = folder.target(config.removal)
+    spectrum = Spectrum.load(_needs(target / "spectrum.json", "solve"))
+    others = {name: Hamiltonian.load(other_path(folder, name)) for name in names(config.also)}
+    options = _solve_options(folder, config) | {
+        "random_states": config.random_states,
+        "choose": config.choose,
+        "also": sorted(others),
+    }
+
+    def make(path: Path) -> None:
+        from isingcut import candidates
+        from isingcut.calibration import Calibration
+
+        split = Calibration.load(folder.path / "calibration.safetensors").splits["rank"]
+        problem = problem_of(folder, config)
+        work = _work(session, target / "candidates.journal")
+        ranking = candidates.rank(
+            session.replay,
+            split,
+            problem,
+            spectrum,
+            random_states=config.random_states,
+            seed=config.seed,
+            choose=config.choose,
+            work=work,
+        )
+        content = candidates.to_dict(ranking, problem.hamiltonian, others, config.removal)
+        write_json(path, "candidates", content)
+        assert work.journal is not None
+        work.journal.unlink(missing_ok=True)
+
+    return folder.stage("rank", target / "candidates.json", options, make, _load_candidates)
+
+
+def _load_candidates(path: Path) -> dict[str, Any]:
+    return read_json(path, "candidates")
+
+
+def _needs(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise StageFileError(
+            f"expected {path}, which is not there; run the stage before: isingcut {stage} DIR"
+        )
+    return path
+
+
+def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
+    """The blocks that the ranking of one removal chose."""
+    found = read_json(
+        _needs(folder.target(config.removal) / "candidates.json", "rank"), "candidates"
+    )
+    return [int(i) for i in found["chosen"]["removed"]]
+
+
+def excise(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
+    """Stage `excise`: `model/`, verified against the original with the same blocks skipped.
+
+    Args:
+        removed: these blocks instead of the chosen ones.
+    """
+    config = session.config
+    target = folder.target(config.removal)
+    blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
+    options = {"removed": blocks}
+
+    def make(path: Path) -> None:
+        from isingcut.excise import excise as write_cut
+        from isingcut.report import model_card
+        from isingcut.verify import verify
+
+        with atomic_folder(path, overwrite=True) as temporary:
+            temporary.rmdir()
+            record = {
+                "format": "isingcut-removal",
+                "version": 1,
+                "removed": blocks,
+                "of": len(session.stack),
+                "model": session.identity,
+            }
+            write_cut(
+                session.source,
+                blocks,
+                temporary,
+                extra_files={
+                    "README.md": model_card(folder.path, target, blocks),
+                    "isingcut.json": json.dumps(record, indent=1) + "\n",
+                },
+            )
+            verify(
+                session.loaded.model,
+                blocks,
+                temporary,
+                trust_remote_code=config.trust_remote_code,
+            )
+
+    return folder.stage("excise", target / "model", options, make, lambda path: path)
+
+
+def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
+    """Stage `evaluate`: `evaluation.json`, the original and the cut model on unseen text."""
+    config = session.config
+    target = folder.target(config.removal)
+    checkpoint = _needs(target / "model", "excise")
+    excised = folder.manifest["stages"][str(checkpoint.relative_to(folder.path))]
+    options = {"model": excised["fingerprint"], **_upstream(folder)}
+
+    def make(path: Path) -> None:
+        from isingcut import evaluate as evaluation
+        from isingcut.calibration import Calibration
+        from isingcut.models import load
+
+        loaded = session.loaded
+        cut = load(
+            checkpoint,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=str(loaded.device),
+            trust_remote_code=config.trust_remote_code,
+        )
+        tokens = Calibration.load(folder.path / "calibration.safetensors").splits["report"]
+        write_json(
+            path,
+            "evaluation",
+            evaluation.evaluate(
+                loaded,
+                cut,
+                tokens,
+                batch_tokens=config.batch_tokens,
+                trust_remote_code=config.trust_remote_code,
+                progress=session.progress,
+            ),
+        )
+
+    return folder.stage(
+        "evaluate",
+        target / "evaluation.json",
+        options,
+        make,
+        lambda path: read_json(path, "evaluation"),
+    )
+
+
+def report(folder: RunFolder, remove: str) -> Path:
+    """Stage `report`: `report.md` and `report.json`, from the folder's files alone."""
+    from isingcut.report import write_report
+
+    target = folder.target(remove)
+    write_report(folder.path, target)
+    return target / "report.md"
