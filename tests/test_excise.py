@@ -48,6 +48,7 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
     (source / "modeling_x.py").write_text("x = 1\n")
     (source / "LICENSE").write_text("free")
     (source / "optimizer.pt").write_bytes(b"big")
+    (source / "isingcut.json").write_text("the record of an earlier cut")
     (source / "pytorch_model.bin").write_bytes(b"big")
     (source / "README.md").write_text("old card")
     templates = source / "additional_chat_templates"
@@ -67,7 +68,7 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
         "LICENSE",
         "README.md",
     }
-    assert not names & {"optimizer.pt", "pytorch_model.bin"}
+    assert not names & {"optimizer.pt", "isingcut.json", "pytorch_model.bin"}
     assert (tmp_path / "out" / "README.md").read_text() == card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     chat = tokenizer.apply_chat_template(

@@ -40,7 +40,7 @@ _QUANTISATION_FILES = (
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".py", ".txt", ".tiktoken", ".yaml", ".yml"}
 _COPIED_NAMES = re.compile(r"^(license|licence|notice|use_policy|copying)", re.IGNORECASE)
 _NOT_COPIED = re.compile(
-    r"(\.index\.json$|^config\.json$|^trainer_state\.json$|^training_args|^optimizer|^scheduler)"
+    r"(\.index\.json$|^config\.json$|^isingcut\.json$|^trainer_state\.json$|^training_args|^optimizer|^scheduler)"
 )
 _COPY_LIMIT = 256 * 2**20
 _NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
