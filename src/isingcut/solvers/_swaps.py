@@ -82,6 +82,7 @@ def walk(  # type: ignore[no-untyped-def]
     if rows:
         for i in range(n):
             weight = max(weight, abs(local[i]))
+    first_weight = weight
     # Blocks with equal columns: swapping them changes no row.
     kind = np.arange(n)
     for i in range(n):
@@ -204,3 +205,5 @@ def walk(  # type: ignore[no-untyped-def]
         if rows:
             violation = _violation(sums, low, high)
             weight *= 1.1 if violation > 0.0 else 0.97
+            # Too small a weight would take long to grow back and leave the search infeasible.
+            weight = min(max(weight, 0.05 * first_weight), 50.0 * first_weight)

@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from isingcut.errors import InputError
 from isingcut.problem import Problem
@@ -54,7 +55,9 @@ class Exact:
         threads = self.threads or os.cpu_count() or 1
         search = Search(reduced, k, self.seed, self.memory_mb)
         search.warm_start(problem)
-        search.run(threads, self.seconds, self.nodes)
+        # Our threads fill the cores; BLAS threads of their own would only wait for each other.
+        with threadpool_limits(limits=1, user_api="blas"):
+            search.run(threads, self.seconds, self.nodes)
         states = search.pool.states(reduced.n)
         energies = search.energies(states)
         frontier = search.frontier()

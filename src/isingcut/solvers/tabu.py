@@ -33,23 +33,22 @@ class Tabu:
     ``seconds`` cuts the search short.
 
     Args:
-        restarts: independent searches, alternately from a random state and from the best one.
+        restarts: searches, one in four from a random state and the others from the best one
+            perturbed; 0 chooses 20 + 1,200 / N.
         steps: moves per restart; 0 chooses 20 N + 500.
         seed: of every random choice.
         seconds: wall-clock limit, or None.
     """
 
-    restarts: int = 28
+    restarts: int = 0
     steps: int = 0
     seed: int = 0
     seconds: float | None = None
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Up to ``k`` of the best distinct states met."""
-        if self.restarts < 1 or self.steps < 0:
-            raise InputError(
-                "tabu needs at least one restart and a step count that is not negative"
-            )
+        if self.restarts < 0 or self.steps < 0:
+            raise InputError("tabu needs restarts >= 0 and steps >= 0")
         reduced = reduce(problem)
         _, states, done = search(
             reduced, k, self.restarts, self.steps, self.seed, self.seconds, problem
@@ -78,6 +77,7 @@ def search(
     A = reduced.A / size[:, None]
     low, high = reduced.low / size, reduced.high / size
     steps = steps or 20 * n + 500
+    restarts = restarts or 20 + 1200 // max(n, 1)
     began = time.perf_counter()
     done = 0
     for restart in range(restarts):
