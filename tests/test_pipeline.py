@@ -52,9 +52,9 @@ def _memory_is_measured_once(request, monkeypatch):
 def text(tmp_path_factory):
     """A plain text file with enough distinct words for all splits."""
     rng = np.random.default_rng(0)
-    words = ["block", "spin", "energy", "layer", "ground", "state", "removes", "the", "a", "of"]
+    letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    path.write_text(" ".join(words[i] for i in rng.integers(0, len(words), 800)), encoding="utf-8")
+    path.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
     return path
 
 
@@ -127,7 +127,7 @@ def test_the_three_splits_share_no_sample(finished):
     rows = [
         tuple(r) for name in ("energy", "rank", "report") for r in splits[name].input_ids.tolist()
     ]
-    assert len(set(rows)) == len(rows) == 9
+    assert len(set(rows)) == len(rows) == 256 + 3 + 3
 
 
 def test_a_second_call_changes_nothing(finished, llama, text):

@@ -39,7 +39,7 @@ class RunConfig:
         "Text to measure on: FILE.txt, FILE.jsonl, a datasets name, 'wiki' or 'self'.",
     )
     samples: int | None = _option(
-        None, "calibration", "Samples that build the energy (default: the energy's own number)."
+        None, "calibration", "Samples that build --energy (default: the energy's own number)."
     )
     length: int = _option(256, "calibration", "Tokens per sample.")
     rank_samples: int = _option(16, "calibration", "Other samples, that rank the candidates.")

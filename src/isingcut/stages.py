@@ -43,12 +43,16 @@ def energy_part(config: RunConfig, name: str) -> Any:
     return part(linear=config.linear) if "linear" in own else part()
 
 
-def _samples(config: RunConfig) -> int:
-    """Samples of the energy split: as asked, else the most that any energy wants."""
-    if config.samples is not None:
+def _samples_of(config: RunConfig, name: str) -> int:
+    """Samples an energy is built from: as asked for the main one, else the energy's own number."""
+    if name == config.energy and config.samples is not None:
         return config.samples
-    wanted = [config.energy, *names(config.also)]
-    return max(int(energy_part(config, name).default_samples) for name in wanted)
+    return int(energy_part(config, name).default_samples)
+
+
+def _samples(config: RunConfig) -> int:
+    """Samples of the energy split: the most that any energy wants; each takes the first of them."""
+    return max(_samples_of(config, name) for name in (config.energy, *names(config.also)))
 
 
 def build_calibration(session: Session) -> Calibration:
@@ -127,6 +131,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     options = _upstream(folder) | {
         "energy": name,
         "options": repr(part),
+        "samples": _samples_of(config, name),
         "dtype": str(session.loaded.dtype),
     }
 
@@ -134,9 +139,9 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         from isingcut.calibration import Calibration
 
         split = Calibration.load(folder.path / "calibration.safetensors").splits["energy"]
-        own = split.samples if config.samples else min(split.samples, int(part.default_samples))
         work = _work(session, folder.path / f"{file.name}.journal")
-        measured = part.measure(session.replay, split.select(range(own)), work)
+        own = range(_samples_of(config, name))
+        measured = part.measure(session.replay, split.select(own), work)
         measured.save(path)
         assert work.journal is not None
         work.journal.unlink(missing_ok=True)
