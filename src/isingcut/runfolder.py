@@ -220,7 +220,7 @@ def _versions() -> dict[str, Any]:
         **found,
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "command_line": " ".join(sys.argv),
+        "command_line": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
