@@ -14,7 +14,7 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Replay:
             stream = _Call.split(args, kwargs, len(self._rest)).hidden
             assert stream is not None
             if not passed_on:
-                shared.extend((v, len(v)) for v in kwargs.values() if isinstance(v, dict))
+                shared.extend((v, len(v)) for v in kwargs.values() if isinstance(v, MutableMapping))
             elif stream is not passed_on[-1] and not torch.equal(stream, passed_on[-1]):
                 raise ArchitectureError(
                     f"the model changes the residual stream before block {len(self._rest)} "

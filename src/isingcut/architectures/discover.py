@@ -58,9 +58,15 @@ def find_stack(model: nn.Module) -> BlockStack:
             "are needed to remove one"
         )
     blocks = tuple(
-        describe(module, index, f"{path}.{index}", config) for index, module in enumerate(modules)
+        describe(module, index, f"{path}.{index}", _of_block(config, index))
+        for index, module in enumerate(modules)
     )
     return BlockStack(path=path, blocks=blocks)
+
+
+def _of_block(config: Any, index: int) -> Any:
+    """The configuration of one block; families like Gemma 4 have one for each."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
 def stack_modules(model: nn.Module, stack: BlockStack) -> list[nn.Module]:

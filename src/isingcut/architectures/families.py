@@ -27,6 +27,10 @@ FIELDS = (
     "expert_layer_period",
 )
 
+# Their config class turns the last block into full attention, whatever it was.
+_LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
+_LAST_REASON = "the last block has to be full attention in this family"
+
 # Kinds of mixer that write keys and values.
 _CACHED = {"attention", "sliding-attention", "chunked-attention"}
 
@@ -108,6 +112,30 @@ def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
     }
 
 
+def check_last(text: dict[str, Any], types: list[str]) -> None:
+    """Refuse kept blocks of these types whose last one the config class would turn into another.
+
+    Raises:
+        ArchitectureError: the last block would be read as full attention and is not.
+    """
+    if text.get("model_type") in _LAST_IS_FULL and types and types[-1] != "full_attention":
+        raise ArchitectureError(f"{_LAST_REASON}, and the last kept one is {types[-1]}")
+
+
+def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
+    """A block of another type only stays where a full-attention block after it stays."""
+    n, rows = len(types), []
+    for i, kind in enumerate(types):
+        if kind != "full_attention":
+            later = [j for j in range(i + 1, n) if types[j] == "full_attention"]
+            row = _unit(n, later)
+            row[i] = -1.0
+            rows.append(
+                LinearConstraint(f"full after {i}", row, "<=", float(len(later) - 1), _LAST_REASON)
+            )
+    return rows
+
+
 def keeps_attention(types: list[str]) -> bool:
     """Whether blocks of these transformers layer types fill an attention cache."""
     return any(("attention" in t and "linear" not in t) or t == "hybrid" for t in types)
@@ -137,6 +165,8 @@ def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
                 "length from an attention cache",
             )
         )
+    if text.get("model_type") in _LAST_IS_FULL:
+        rows.extend(_full_attention_last(list(text["layer_types"])))
     if isinstance(text.get("attn_layer_period"), int):
         rows.extend(_whole_periods(n, _jamba_period(text)))
     return rows

@@ -52,7 +52,8 @@ def set_config(config: Any, before: dict[str, Any], after: dict[str, Any]) -> No
     for key in before.keys() - after.keys():
         if key in vars(config):
             delattr(config, key)
-    for key, value in after.items():
+    # Settings per block last: they are checked against the number of blocks.
+    for key, value in sorted(after.items(), key=lambda item: item[0] in fields.MAPS):
         if before.get(key, _MISSING) != value and key != "transformers_version":
             setattr(config, key, value)
 
@@ -98,6 +99,8 @@ def _update_copies(
                     if value == old:
                         setattr(module, key, list(new))
                         break
+            elif key in fields.PREFIX_ATTRIBUTES and isinstance(value, int):
+                setattr(module, key, sum(i < value for i in mapping))
             elif key in fields.LAYER_MAP_ATTRIBUTES and isinstance(value, dict):
                 setattr(module, key, {mapping[k]: v for k, v in value.items() if k in mapping})
 

@@ -39,10 +39,17 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     must_stay = families.kept_blocks(text, count)
     for old in set(must_stay) - set(mapping):
         raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
-    had_attention = families.keeps_attention(_types(config))
+    types = _types(config)
     _cut_fields(text, count, mapping)
     families.follow(text, count, mapping)
-    if had_attention and not families.keeps_attention(_types(result)):
+    kept_types = [types[i] for i in mapping] if types else []
+    families.check_last(text, kept_types)
+    if _types(result) != kept_types:
+        raise ArchitectureError(
+            f"transformers would read the kept blocks as {_short(_types(result))}, but they are "
+            f"{_short(kept_types)}"
+        )
+    if families.keeps_attention(types) and not families.keeps_attention(kept_types):
         raise ArchitectureError(
             "every attention block would be removed; keep at least one, because generation reads "
             "the sequence length from an attention cache"

@@ -122,6 +122,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "laurel_rank": 8,
         "altup_num_inputs": 2,
     },
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "num_kv_shared_layers": 3,
+        "sliding_window": 8,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     "phi3": {"head_dim": None},
     "gpt2": {},
     "gpt_neo": {
