@@ -93,6 +93,8 @@ def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
     model_type = str(text.get("model_type", ""))
     if model_type == "rwkv":
         return {0: "the first block of RWKV normalises the embeddings for all others"}
+    if model_type == "gpt_neox_japanese":
+        return {count - 1: "only the last block of this family has a bias after its attention"}
     if model_type in {"zamba", "zamba2"}:
         types = text.get("layers_block_type") or text.get("layer_types") or []
         reason = "hybrid blocks take turns with shared weights, so their number and order are fixed"
