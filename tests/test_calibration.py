@@ -15,6 +15,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from isingcut import calibration, corpora
 from isingcut.calibration import Calibration, TokenSet, build
 from isingcut.errors import CalibrationError, InputError, MissingExtraError, StageFileError
+from isingcut.files import safetensors_header
 
 SIZES: dict[str, Any] = {
     "samples": 5,
@@ -424,10 +425,18 @@ def test_damaged_and_foreign_files_are_refused(
     save_file({"h": torch.zeros(1)}, path, {"format": "isingcut-hamiltonian"})
     with pytest.raises(StageFileError, match="not an isingcut calibration file"):
         Calibration.load(path)
-    save_file({"h": torch.zeros(1)}, path, {"format": "isingcut-calibration", "version": "9"})
+    save_file(
+        {"h": torch.zeros(1)},
+        path,
+        safetensors_header({"format": "isingcut-calibration", "version": 9}),
+    )
     with pytest.raises(StageFileError, match="newer isingcut"):
         Calibration.load(path)
-    save_file({"h": torch.zeros(1)}, path, {"format": "isingcut-calibration", "version": "1"})
+    save_file(
+        {"h": torch.zeros(1)},
+        path,
+        safetensors_header({"format": "isingcut-calibration", "version": 1}),
+    )
     with pytest.raises(StageFileError, match="lacks a part"):
         Calibration.load(path)
 

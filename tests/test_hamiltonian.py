@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError, StageFileError
+from isingcut.files import safetensors_header
 from isingcut.hamiltonian import Hamiltonian
 
 
@@ -88,7 +89,7 @@ def test_load_refuses_foreign_files(tmp_path):
 def test_load_refuses_later_versions(tmp_path):
     from safetensors.numpy import save_file
 
-    header = {"format": "isingcut-hamiltonian", "version": "99", "unit": "arbitrary", "meta": "{}"}
+    header = safetensors_header({"format": "isingcut-hamiltonian", "version": 99})
     tensors = {"h": np.zeros(2), "J": np.zeros((2, 2)), "c": np.zeros(1)}
     save_file(tensors, tmp_path / "later", header)
     with pytest.raises(StageFileError, match="version 99"):

@@ -407,3 +407,46 @@ def test_inspect_shows_the_blocks(llama, capsys):
     assert "attention+mlp" in capsys.readouterr().out
     assert call("inspect", llama, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["blocks"]) == 6
+
+
+KILLED = """
+import os, signal, sys
+from isingcut.journal import Journal
+import isingcut
+put = Journal.put
+def put_and_die(self, key, row):
+    put(self, key, row)
+    if key == {key!r} and self._path.name.startswith({name!r}):
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.put = put_and_die
+isingcut.run(**{options!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("hamiltonian", "hamiltonian.safetensors"), ("candidates", "model")]
+)
+def test_kill_9_leaves_nothing_finished_and_a_second_call_the_same_bits(
+    llama, text, tmp_path, name, missing
+):
+    def options(out):
+        return {
+            **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
+            "batch_tokens": 16,
+        }  # fmt: skip
+
+    whole = isingcut.run(**options(tmp_path / "whole"))
+    out = tmp_path / "killed"
+    code = KILLED.format(key="1", name=name, options=options(out))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert ended.returncode == -9, ended.stderr.decode()
+    assert read_json(out / "run.json", "run")["complete"] is False
+    assert not (out / missing).exists()
+    assert not (out / "model").exists()
+    journal = next(out.glob("*.journal"))
+    assert len(journal.read_bytes().splitlines()) == 3, "a header and two finished micro-batches"
+    isingcut.run(**options(out))
+    for file in ("hamiltonian.safetensors", "model/model.safetensors", "candidates.json"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+    assert not list(out.glob("*.journal"))
+    assert read_json(out / "run.json", "run")["complete"] is True

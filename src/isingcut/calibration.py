@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +20,7 @@ import torch
 
 from isingcut.corpora import Corpus, read
 from isingcut.errors import CalibrationError, InputError, StageFileError
-from isingcut.files import atomic_file, check_format
+from isingcut.files import atomic_file, check_format, read_safetensors_header, safetensors_header
 from isingcut.progress import Progress, silent
 from isingcut.tokens import TokenSet
 
@@ -71,13 +70,13 @@ class Calibration:
             tensors[f"{name}.mask"] = tokens.mask.contiguous()
         header = {
             "format": f"isingcut-{_KIND}",
-            "version": "1",
+            "version": 1,
             "source": self.source,
             "sha256": self.sha256,
-            "meta": json.dumps(dict(self.meta), sort_keys=True),
+            "meta": dict(self.meta),
         }
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, header)
+            save_file(tensors, temporary, safetensors_header(header))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -95,7 +94,7 @@ class Calibration:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
+                header = read_safetensors_header(file.metadata())
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as e:
             raise StageFileError(
@@ -107,7 +106,7 @@ class Calibration:
             for name in SPLITS:
                 ids, mask = tensors[f"{name}.input_ids"], tensors[f"{name}.mask"]
                 splits[name] = TokenSet(ids, mask, torch.arange(len(ids)))
-            loaded = cls(splits, header["source"], json.loads(header["meta"]))
+            loaded = cls(splits, header["source"], header["meta"])
             intact = loaded.sha256 == header["sha256"]
         except (KeyError, ValueError) as e:
             raise StageFileError(

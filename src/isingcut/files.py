@@ -145,6 +145,23 @@ def check_format(path: Path, document: Any, kind: str, version: int = 1) -> None
         )
 
 
+def safetensors_header(content: dict[str, Any]) -> dict[str, str]:
+    """Metadata for a safetensors file: one key, because the library writes several in any order.
+
+    Two files of the same content are then the same bytes.
+    """
+    return {"isingcut": json.dumps(content, sort_keys=True, allow_nan=False)}
+
+
+def read_safetensors_header(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """What `safetensors_header` packed; empty for a file that is not ours."""
+    try:
+        content = json.loads((metadata or {}).get("isingcut", "{}"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def fingerprint(content: Any) -> str:
     """Short SHA-256 of a JSON-able value, independent of key order."""
     encoded = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str).encode()

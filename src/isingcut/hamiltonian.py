@@ -8,7 +8,6 @@ exactly M of N blocks fixes its magnetisation to 2 M - N.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files import atomic_file
+from isingcut.files import atomic_file, read_safetensors_header, safetensors_header
 
 if TYPE_CHECKING:
     import dimod
@@ -218,12 +217,14 @@ class Hamiltonian:
             tensors["J_error"] = self.J_error
         header = {
             "format": FORMAT,
-            "version": str(VERSION),
+            "version": VERSION,
             "unit": self.unit,
-            "meta": json.dumps(self.meta, sort_keys=True),
+            "meta": self.meta,
         }
         target = Path(path)
-        content = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, header)
+        content = save(
+            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, safetensors_header(header)
+        )
         with atomic_file(target) as temporary:
             temporary.write_bytes(content)
         return target
@@ -242,7 +243,7 @@ class Hamiltonian:
             raise StageFileError(f"no Hamiltonian at {source}; write one with Hamiltonian.save")
         try:
             with safe_open(source, framework="numpy") as file:
-                header = file.metadata() or {}
+                header = read_safetensors_header(file.metadata())
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise StageFileError(f"{source} is not a readable safetensors file: {error}") from None
@@ -260,7 +261,7 @@ class Hamiltonian:
             tensors["J"],
             float(tensors["c"][0]),
             header["unit"],
-            json.loads(header["meta"]),
+            header["meta"],
             tensors.get("h_error"),
             tensors.get("J_error"),
         )
