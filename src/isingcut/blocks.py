@@ -51,8 +51,18 @@ class Replay:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from others, cheaply, for the fingerprint of a journal."""
+        parameter = next(self.model.parameters())
+        config = getattr(self.model, "config", None)
+        return {
+            "model": config.to_dict() if config is not None else None,
+            "first": parameter.flatten()[:64].float().tolist(),
+            "dtype": str(parameter.dtype),
+        }
+
     def _learn_outputs(self) -> None:
-        shared: list[tuple[dict[Any, Any], int]] = []
+        shared: list[tuple[MutableMapping[Any, Any], int]] = []
         passed_on: list[Tensor] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -29,6 +29,7 @@ def gate_gradients(
     tokens: TokenSet,
     *,
     gate: str = "sublayer",
+    label_seed: int | None = None,
     batch_tokens: int = 1024,
     progress: Progress = silent,
     journal: Path | None = None,
@@ -39,6 +40,9 @@ def gate_gradients(
         replay: the model's blocks; parameters must not require gradients.
         tokens: m samples; padding does not count.
         gate: ``"sublayer"`` (the paper's) or ``"block"``.
+        label_seed: None takes the text's own next tokens as labels; a seed draws every label
+            from the model's distribution instead. A sample's draws depend on the seed and its
+            row alone, not on the batches.
         batch_tokens: tokens computed at a time.
         journal: file that keeps the rows of finished micro-batches.
 
@@ -53,25 +57,35 @@ def gate_gradients(
         assert not parameter.requires_grad, f"{name} requires a gradient"
     reuse_freed_memory()
     rows = np.zeros((tokens.samples, len(replay)))
-    kept = Journal(journal, _identity(tokens, gate, batch_tokens))
+    kept = Journal(journal, _identity(replay, tokens, gate, label_seed, batch_tokens))
     batches = tokens.batches(batch_tokens)
     with progress(f"gradients of {tokens.samples} samples", len(batches)) as bar:
         for b, batch in enumerate(batches):
             row = kept.get(str(b))
             if row is None:
-                row = _batch_rows(replay, batch, gate).double().cpu().numpy()
+                row = _batch_rows(replay, batch, gate, label_seed).double().cpu().numpy()
                 kept.put(str(b), row)
             rows[batch.index.numpy()] = row
             bar.advance(1)
     return rows
 
 
-def _identity(tokens: TokenSet, gate: str, batch_tokens: int) -> str:
-    ids, mask = tokens.input_ids.tolist(), tokens.mask.tolist()
-    return fingerprint({"tokens": ids, "mask": mask, "gate": gate, "batch_tokens": batch_tokens})
+def _identity(
+    replay: Replay, tokens: TokenSet, gate: str, label_seed: int | None, batch_tokens: int
+) -> str:
+    return fingerprint(
+        {
+            **replay.identity(),
+            "tokens": tokens.input_ids.tolist(),
+            "mask": tokens.mask.tolist(),
+            "gate": gate,
+            "label_seed": label_seed,
+            "batch_tokens": batch_tokens,
+        }
+    )
 
 
-def _batch_rows(replay: Replay, batch: TokenSet, gate: str) -> Tensor:
+def _batch_rows(replay: Replay, batch: TokenSet, gate: str, label_seed: int | None) -> Tensor:
     """(B, N) float32 gate gradients of one micro-batch."""
     with torch.no_grad():
         recording = replay.record(batch.input_ids)
@@ -82,12 +96,14 @@ def _batch_rows(replay: Replay, batch: TokenSet, gate: str) -> Tensor:
     hidden = recording.entered  # (B, T, D)
     for i, alpha in enumerate(alphas):
         hidden = gated_block(recording, i, hidden, alpha, gate, ones=True)
-    toward_stream = _loss_gradient(recording, hidden.detach(), batch)
+    toward_stream = loss_gradient(recording, hidden.detach(), batch, label_seed)
     gradients = torch.autograd.grad(hidden, alphas, toward_stream)
     return torch.stack(gradients, dim=1)
 
 
-def _loss_gradient(recording: Recording, hidden: Tensor, batch: TokenSet) -> Tensor:
+def loss_gradient(
+    recording: Recording, hidden: Tensor, batch: TokenSet, label_seed: int | None = None
+) -> Tensor:
     """Gradient of the summed sample losses in the stream (B, T, D) that leaves the blocks.
 
     Taken sample by sample, so that the logits of a batch never exist at once.
@@ -96,23 +112,43 @@ def _loss_gradient(recording: Recording, hidden: Tensor, batch: TokenSet) -> Ten
     for s in range(batch.samples):
         leaf = hidden[s].requires_grad_(True)
         logits = recording.logits(leaf, s)  # (T, V)
-        toward = _logit_gradient(logits.detach(), batch.input_ids[s, 1:], batch.predicted[s])
+        draws = None
+        if label_seed is not None:
+            rng = np.random.default_rng([label_seed, int(batch.index[s])])
+            draws = torch.from_numpy(rng.random(int(batch.predicted[s].sum())))
+        labels = batch.input_ids[s, 1:]
+        toward = _logit_gradient(logits.detach(), labels, batch.predicted[s], draws)
         (out[s],) = torch.autograd.grad(logits, leaf, toward)
     return out
 
 
-def _logit_gradient(logits: Tensor, labels: Tensor, predicted: Tensor) -> Tensor:
+def _logit_gradient(
+    logits: Tensor, labels: Tensor, predicted: Tensor, draws: Tensor | None
+) -> Tensor:
     """Gradient (T, V) of a sample's mean token NLL in its logits: (softmax - one-hot) / count.
 
-    Softmax in float32, a few rows at a time; autograd's own cross-entropy would hold several
-    float32 copies of the logits.
+    With ``draws``, uniform numbers of the predicted positions, the labels are the model's own:
+    where its cumulative distribution passes the draw. Softmax in float32, a few rows at a time;
+    autograd's own cross-entropy would hold several float32 copies of the logits.
     """
     positions = predicted.nonzero()[:, 0].to(logits.device)
-    labels = labels.to(logits.device)
+    labels = labels.to(logits.device)[positions]
     out = torch.zeros_like(logits)
     rows = max(1, comparison_elements(logits.device) // logits.shape[-1])
-    for part in torch.split(positions, rows):
+    for start in range(0, len(positions), rows):
+        part = positions[start : start + rows]
         p = torch.softmax(logits[part].float(), dim=-1)
-        p[torch.arange(len(part), device=p.device), labels[part]] -= 1
+        label = labels[start : start + rows]
+        if draws is not None:
+            label = _drawn(p, draws[start : start + rows].to(p.device))
+        p[torch.arange(len(part), device=p.device), label] -= 1
         out[part] = (p / len(positions)).to(out.dtype)
     return out
+
+
+def _drawn(p: Tensor, draws: Tensor) -> Tensor:
+    """(R,) tokens from distributions p (R, V) and uniform draws (R,), by inverse transform."""
+    # In float64: a float32 running sum over a large vocabulary drifts by more than most tokens.
+    cumulative = p.double().cumsum(-1)
+    wanted = draws[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=p.shape[-1] - 1)

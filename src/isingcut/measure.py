@@ -161,13 +161,9 @@ def _common_prefix(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> int:
 
 
 def _identity(replay: Replay, tokens: TokenSet, states: States, batch_tokens: int) -> str:
-    parameter = next(replay.model.parameters())
-    config = getattr(replay.model, "config", None)
     return fingerprint(
         {
-            "model": config.to_dict() if config is not None else None,
-            "first": parameter.flatten()[:64].float().tolist(),
-            "dtype": str(parameter.dtype),
+            **replay.identity(),
             "tokens": tokens.input_ids.tolist(),
             "mask": tokens.mask.tolist(),
             "states": np.packbits(states).tolist(),

@@ -1,0 +1,61 @@
+"""`hessian`: the second-order Taylor expansion of the mean token NLL in the gates.
+
+    E(x) = -g.x + x^T H x / 2
+
+with g and H the exact gradient and Hessian at the original model, in gates shared by all
+tokens. Removing blocks is the step alpha - 1 = -x: a long one, for which a derivative at
+alpha = 1 is a guide and not a measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.curvature import gate_curvature
+from isingcut.energies._quadratic import quadratic
+from isingcut.energies.base import Work
+from isingcut.hamiltonian import Hamiltonian
+
+__all__ = ["Hessian"]
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """The exact second-order energy of the NLL, in nats per token.
+
+    Attributes:
+        gate: ``"sublayer"`` or ``"block"``.
+    """
+
+    default_samples: ClassVar[int] = 16
+
+    gate: str = "sublayer"
+
+    def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
+        """Take gradient and Hessian and form the energy.
+
+        Returns:
+            Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
+
+        Complexity: about 3 N forward passes.
+        """
+        found = gate_curvature(
+            replay,
+            tokens,
+            "hessian",
+            gate=self.gate,
+            batch_tokens=work.batch_tokens,
+            progress=work.progress,
+            journal=work.journal,
+        )
+        meta = {
+            "energy": "hessian",
+            "loss": "mean token NLL",
+            "gate": self.gate,
+            "samples": tokens.samples,
+            "tokens": tokens.tokens,
+        }
+        return quadratic(found.gradient_sums, found.curvature_sums, found.counts, meta)
