@@ -402,6 +402,12 @@ def test_a_budget_decides_how_many_blocks_go(finished, tmp_path):
     assert folder.target(config.removal) == out / "remove-params-30_"
 
 
+def test_a_missing_stage_is_named_with_the_command_to_type(capsys, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert f"isingcut solve {out} --remove 4" in refused(capsys, "rank", out, "--remove", 4)
+
+
 def test_inspect_shows_the_blocks(llama, capsys):
     assert call("inspect", llama) == 0
     assert "attention+mlp" in capsys.readouterr().out

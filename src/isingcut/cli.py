@@ -177,6 +177,10 @@ def excise(
     blocks: Annotated[
         str | None, typer.Option(help="Cut these blocks, for example 3,4,9, not the chosen ones.")
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also cut this GGUF of the same model, to model.gguf."),
+    ] = None,
     **options: Any,
 ) -> None:
     """Write the chosen state as a plain Hugging Face checkpoint, and verify it.
@@ -192,7 +196,10 @@ def excise(
         options["remove"] = options.get("remove") or str(len(wanted))
     folder, config = _reopen(directory, options)
     session = pipeline.session_of(folder, config, terminal)
-    typer.echo(stages.excise(session, folder, parse_indices(blocks) if blocks else None))
+    removed = parse_indices(blocks) if blocks else None
+    typer.echo(stages.excise(session, folder, removed))
+    if gguf is not None:
+        typer.echo(stages.excise_gguf(folder, config, gguf, removed))
 
 
 @app.command()

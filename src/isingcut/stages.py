@@ -18,7 +18,7 @@ from isingcut.files import atomic_folder, read_json, write_json
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.problem import Problem
 from isingcut.removal import make_problem
-from isingcut.runfolder import RunFolder
+from isingcut.runfolder import RunFolder, file_sha256
 from isingcut.session import Session
 from isingcut.spectrum import Spectrum
 
@@ -212,7 +212,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
     """Stage `rank`: `candidates.json`, the spectrum's states beside random ones, measured."""
     config = session.config
     target = folder.target(config.removal)
-    spectrum = Spectrum.load(_needs(target / "spectrum.json", "solve"))
+    spectrum = Spectrum.load(_needs(folder, config, "spectrum.json", "solve"))
     others = {name: Hamiltonian.load(other_path(folder, name)) for name in names(config.also)}
     options = _solve_options(folder, config) | {
         "random_states": config.random_states,
@@ -249,19 +249,20 @@ def _load_candidates(path: Path) -> dict[str, Any]:
     return read_json(path, "candidates")
 
 
-def _needs(path: Path, stage: str) -> Path:
+def _needs(folder: RunFolder, config: RunConfig, name: str, stage: str) -> Path:
+    """A file of an earlier stage of this removal."""
+    path = folder.target(config.removal) / name
     if not path.exists():
+        which = f"--remove {config.remove}" if config.remove else f"--budget {config.budget}"
         raise StageFileError(
-            f"expected {path}, which is not there; run the stage before: isingcut {stage} DIR"
+            f"expected {path}, which is not there; type: isingcut {stage} {folder.path} {which}"
         )
     return path
 
 
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
     """The blocks that the ranking of one removal chose."""
-    found = read_json(
-        _needs(folder.target(config.removal) / "candidates.json", "rank"), "candidates"
-    )
+    found = read_json(_needs(folder, config, "candidates.json", "rank"), "candidates")
     return [int(i) for i in found["chosen"]["removed"]]
 
 
@@ -309,11 +310,29 @@ def excise(session: Session, folder: RunFolder, removed: Sequence[int] | None = 
     return folder.stage("excise", target / "model", options, make, lambda path: path)
 
 
+def excise_gguf(
+    folder: RunFolder, config: RunConfig, source: Path, removed: Sequence[int] | None = None
+) -> Path:
+    """`model.gguf`: the same blocks cut out of a GGUF file, its tensors' bytes untouched."""
+    from isingcut.gguf_cut import cut_gguf
+
+    if not source.is_file():
+        raise InputError(f"there is no GGUF file at {source}")
+    blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
+    options = {"removed": blocks, "source": file_sha256(source)}
+
+    def make(path: Path) -> None:
+        cut_gguf(source, blocks, path, overwrite=True)
+
+    file = folder.target(config.removal) / "model.gguf"
+    return folder.stage("excise", file, options, make, lambda path: path)
+
+
 def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
     """Stage `evaluate`: `evaluation.json`, the original and the cut model on unseen text."""
     config = session.config
     target = folder.target(config.removal)
-    checkpoint = _needs(target / "model", "excise")
+    checkpoint = _needs(folder, config, "model", "excise")
     excised = folder.manifest["stages"][str(checkpoint.relative_to(folder.path))]
     options = {"model": excised["fingerprint"], **_upstream(folder)}
 
