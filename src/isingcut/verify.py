@@ -13,6 +13,7 @@ from isingcut.architectures import find_stack, skipped, text_config
 from isingcut.architectures.auto import auto_class_of
 from isingcut.architectures.live import stop_rescaling
 from isingcut.errors import VerificationError
+from isingcut.models import quiet_transformers
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _HALF_TOLERANCE = 2e-2
@@ -91,9 +92,10 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
         loader = auto_class_of(out, trust_remote_code=trust_remote_code)
         if fp8_layout(out, json.loads((out / "config.json").read_text(encoding="utf-8"))):
             return load_dequantised(out, dtype)
-        model, report = loader.from_pretrained(
-            out, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-        )
+        with quiet_transformers():
+            model, report = loader.from_pretrained(
+                out, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
     except Exception as error:
         raise VerificationError(
             f"the checkpoint {out} does not load: {type(error).__name__}: {error}"
