@@ -41,6 +41,12 @@ OPTIONS = {
 }
 
 
+def job(model, text, out, **more):
+    """A whole run on a tiny model."""
+    options = {**OPTIONS, "model": str(model), "calibration": str(text), "out": str(out)}
+    return isingcut.run(**{**options, **more})
+
+
 @pytest.fixture(autouse=True)
 def _memory_is_measured_once(request, monkeypatch):
     """Two more processes per run would be most of the time here; `finished` pays for them."""
@@ -67,23 +73,14 @@ def llama(tmp_path_factory):
 def finished(tmp_path_factory, llama, text):
     """One finished run, for the tests that only read."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    isingcut.run(
-        model=str(llama),
-        remove=2,
-        out=str(out),
-        calibration=str(text),
-        **OPTIONS,
-        also="empirical-fisher",
-    )
+    job(llama, text, out, remove=2, also="empirical-fisher")
     return out
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3", "gpt2"])
 def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, tmp_path, text):
     source = tiny_checkpoint(family, tmp_path / "model")
-    target = isingcut.run(
-        model=str(source), remove=2, out=str(tmp_path / "run"), calibration=str(text), **OPTIONS
-    )
+    target = job(source, text, tmp_path / "run", remove=2)
     removed = read_json(target / "model" / "isingcut.json", "removal")["removed"]
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     cut = AutoModelForCausalLM.from_pretrained(target / "model", dtype=torch.float32).eval()
@@ -132,14 +129,7 @@ def test_the_three_splits_share_no_sample(finished):
 
 def test_a_second_call_changes_nothing(finished, llama, text):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
-    isingcut.run(
-        model=str(llama),
-        remove=2,
-        out=str(finished),
-        calibration=str(text),
-        **OPTIONS,
-        also="empirical-fisher",
-    )
+    job(llama, text, finished, remove=2, also="empirical-fisher")
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
@@ -155,14 +145,7 @@ def test_a_killed_run_goes_on_from_what_is_there(finished, llama, text, tmp_path
     manifest["stages"].pop("model")
     manifest["complete"] = False
     (out / "run.json").write_text(json.dumps(manifest))
-    isingcut.run(
-        model=str(llama),
-        remove=2,
-        out=str(out),
-        calibration=str(text),
-        **OPTIONS,
-        also="empirical-fisher",
-    )
+    job(llama, text, out, remove=2, also="empirical-fisher")
     again, first = (read_json(p / "candidates.json", "candidates") for p in (out, finished))
     assert again == first
 
@@ -333,14 +316,7 @@ def test_damaged_stage_files_are_refused(finished, llama, text, tmp_path, name):
     shutil.copytree(finished, out)
     (out / name).write_bytes((out / name).read_bytes()[:-40])
     with pytest.raises(StageFileError, match=name):
-        isingcut.run(
-            model=str(llama),
-            remove=2,
-            out=str(out),
-            calibration=str(text),
-            **OPTIONS,
-            also="empirical-fisher",
-        )
+        job(llama, text, out, remove=2, also="empirical-fisher")
 
 
 def test_a_foreign_hamiltonian_is_refused(finished, tmp_path):
@@ -366,7 +342,7 @@ def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path,
     monkeypatch.setattr("isingcut.verify.verify", wrong)
     out = tmp_path / "run"
     with pytest.raises(VerificationError):
-        isingcut.run(model=str(llama), remove=1, out=str(out), calibration=str(text), **OPTIONS)
+        job(llama, text, out, remove=1)
     assert not (out / "model").exists()
     assert read_json(out / "run.json", "run")["complete"] is False
 
