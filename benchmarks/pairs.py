@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
 
     replay, tokens = prepare(arguments)
