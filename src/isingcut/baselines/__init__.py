@@ -1,0 +1,6 @@
+"""Baselines: published ways to choose blocks, for comparison. One file per method."""
+
+from isingcut.registry import Registry
+
+registry = Registry("baselines", "baseline")
+"""All baselines by name; `registry.names()` lists them without importing any."""

@@ -1,0 +1,83 @@
+"""`angular-window`: remove the M neighbouring blocks that turn the stream least together.
+
+    d(l) = E [ arccos(cos(x_l, x_l+M)) ] / pi
+
+with x_l the stream that enters block l, x_N the one that leaves the last; the window starts at
+the l of lowest d. The published mean is over the last token of each sample; `positions="all"`
+takes every token.
+
+Source: Gromov et al., arXiv 2403.17887, section 3.2 (without its healing).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isingcut.baselines._streams import boundaries
+from isingcut.baselines.base import Outcome, check_count
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.energies.base import Work
+from isingcut.errors import InputError
+
+__all__ = ["AngularWindow"]
+
+POSITIONS = ("last", "all")
+
+
+@dataclass(frozen=True)
+class AngularWindow:
+    """The contiguous window of least angular distance.
+
+    Attributes:
+        positions: ``"last"`` token of each sample, as published, or ``"all"``.
+    """
+
+    positions: str = "last"
+
+    def choose(
+        self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
+    ) -> Outcome:
+        """The window; ``seed`` has no effect.
+
+        Raises:
+            InputError: impossible number of removals, or unknown ``positions``.
+        """
+        check_count(replay, remove)
+        if self.positions not in POSITIONS:
+            raise InputError(
+                f"positions must be one of {', '.join(POSITIONS)}; got {self.positions!r}"
+            )
+        sums, count = np.zeros(len(replay) - remove + 1), 0
+        batches = tokens.batches(work.batch_tokens)
+        with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
+            for batch in batches:
+                looked_at = batch.mask
+                if self.positions == "last":
+                    looked_at = torch.zeros_like(batch.mask)
+                    looked_at[torch.arange(batch.samples), batch.mask.sum(1) - 1] = True
+                looked_at = looked_at.to(replay.device)
+                streams: list[Tensor] = []
+                for _, before, after in boundaries(replay, batch):
+                    if not streams:
+                        streams.append(before[looked_at].float())
+                    streams.append(after[looked_at].float())
+                for start in range(len(sums)):
+                    sums[start] += float(angle(streams[start], streams[start + remove]).sum())
+                count += len(streams[0])
+                bar.advance(1)
+        distances = sums / count
+        start = int(np.argmin(distances))
+        info = {"distance": distances.tolist(), "positions": self.positions}
+        return Outcome(tuple(range(start, start + remove)), passes=1.0, heads=0.0, info=info)
+
+
+def angle(a: Tensor, b: Tensor) -> Tensor:
+    """Angle between streams (K, D) in units of pi: (K,) float64."""
+    cosine = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
+    return cosine.clamp(-1, 1).arccos() / math.pi

@@ -1,0 +1,55 @@
+"""What a baseline is: another method's way from a model and text to the blocks to remove."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.energies.base import Work
+from isingcut.errors import InputError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a baseline chose, and what it paid.
+
+    Attributes:
+        removed: block indices, ascending.
+        passes: cost in full forward passes over the given tokens, counted in blocks: block
+            evaluations per token, over N. States measured together share their prefixes.
+        heads: output heads evaluated, in the same unit (one per state over all tokens).
+        info: what the method based its choice on; JSON-able.
+    """
+
+    removed: tuple[int, ...]
+    passes: float
+    heads: float
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Baseline(Protocol):
+    """A published method. A part is a frozen dataclass: its fields are its options."""
+
+    def choose(
+        self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
+    ) -> Outcome:
+        """``remove`` blocks of the replayed model, deterministic for a seed."""
+        ...
+
+
+def check_count(replay: Replay, remove: int, *, kept: int = 0) -> None:
+    """Refuse a number of removals that the model's blocks do not allow.
+
+    Args:
+        kept: blocks the method never removes.
+
+    Raises:
+        InputError: fewer than one removal, or more than there are blocks to remove.
+    """
+    most = len(replay) - max(1, kept)
+    if not 1 <= remove <= most:
+        raise InputError(
+            f"cannot remove {remove} of {len(replay)} blocks; expected 1 to {most} with this method"
+        )

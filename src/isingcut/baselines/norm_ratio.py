@@ -1,0 +1,45 @@
+"""`norm-ratio`: remove the blocks that add least to the stream, relative to what leaves them.
+
+    R_i = E_t [ |f_i(x_t) - x_t| / |f_i(x_t)| ]
+
+with f_i(x) the stream after block i.
+
+Source: the relative magnitude of Samragh et al., arXiv 2309.16119, that ShortGPT (arXiv
+2403.03853) compares with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isingcut.baselines._streams import block_means, lowest
+from isingcut.baselines.base import Outcome, check_count
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.energies.base import Work
+
+__all__ = ["NormRatio"]
+
+
+@dataclass(frozen=True)
+class NormRatio:
+    """The relative size of what each block adds."""
+
+    def choose(
+        self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
+    ) -> Outcome:
+        """The blocks of lowest ratio; ``seed`` has no effect."""
+        check_count(replay, remove)
+        scores = block_means(replay, tokens, work, ratio)
+        info = {"norm_ratio": scores.tolist()}
+        return Outcome(lowest(scores, remove), passes=1.0, heads=0.0, info=info)
+
+
+def ratio(before: Tensor, after: Tensor) -> Tensor:
+    """Size of the addition over the size of the result, of streams (K, D): (K,)."""
+    added: Tensor = torch.linalg.vector_norm(after - before, dim=-1)
+    whole: Tensor = torch.linalg.vector_norm(after, dim=-1)
+    return added.div(whole)

@@ -1,0 +1,27 @@
+"""`random`: blocks drawn uniformly; what every method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from isingcut.baselines.base import Outcome, check_count
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.energies.base import Work
+
+__all__ = ["Random"]
+
+
+@dataclass(frozen=True)
+class Random:
+    """A uniformly random state."""
+
+    def choose(
+        self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
+    ) -> Outcome:
+        """``remove`` blocks drawn without replacement; costs nothing."""
+        check_count(replay, remove)
+        drawn = np.random.default_rng(seed).choice(len(replay), remove, replace=False)
+        return Outcome(tuple(sorted(int(i) for i in drawn)), passes=0.0, heads=0.0)

@@ -1,0 +1,256 @@
+"""Baselines against direct computations on models whose blocks were really removed."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from isingcut.architectures import cut_model, find_stack, stack_modules
+from isingcut.baselines import registry
+from isingcut.baselines._ledger import Ledger, tree_nodes
+from isingcut.baselines.angular_window import AngularWindow
+from isingcut.baselines.block_influence import BlockInfluence
+from isingcut.baselines.evopress import Evopress
+from isingcut.baselines.norm_ratio import NormRatio
+from isingcut.baselines.sleb import Sleb
+from isingcut.blocks import Replay
+from isingcut.energies.base import Work
+from isingcut.energies.pairwise import indicator
+from isingcut.errors import InputError
+from isingcut.measure import measure
+from isingcut.tokens import TokenSet
+from tiny import tiny_model
+
+WORK = Work(batch_tokens=30)
+SMALL = {
+    "evopress": Evopress(
+        generations=3, offspring=4, survivors=(2, 1), step_tokens=(14, 48), initial=4
+    )
+}
+
+
+def make(family: str = "llama") -> Replay:
+    model = tiny_model(family).requires_grad_(False)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def samples() -> TokenSet:
+    rng = np.random.default_rng(0)
+    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
+
+
+def part(name: str):
+    return SMALL[name] if name in SMALL else registry.get(name)()
+
+
+def streams(replay, tokens, removed=()):
+    """The stream at each boundary, unpadded, sample by sample, by hooks on the whole model."""
+    model = cut_model(copy.deepcopy(replay.model), list(removed)) if removed else replay.model
+    found = []
+    blocks = stack_modules(model, find_stack(model))
+    for s in range(tokens.samples):
+        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
+        seen: list[torch.Tensor] = []
+
+        def before(module, args, kept=seen):
+            kept.append(args[0][0])
+
+        def after(module, args, output, kept=seen):
+            kept.append((output[0] if isinstance(output, tuple) else output)[0])
+
+        handles = [b.register_forward_pre_hook(before) for b in blocks]
+        handles.append(blocks[-1].register_forward_hook(after))
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        found.append(torch.stack(seen).double())
+    return found
+
+
+def test_all_baselines_are_found():
+    assert registry.names() == [
+        "angular-window",
+        "block-influence",
+        "evopress",
+        "norm-ratio",
+        "random",
+        "sleb",
+    ]
+
+
+@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("remove", [1, 3])
+def test_a_baseline_removes_as_many_as_asked_and_the_same_ones_again(name, remove):
+    replay, tokens = make(), samples()
+    first = part(name).choose(replay, tokens, remove, WORK, seed=1)
+    again = part(name).choose(replay, tokens, remove, WORK, seed=1)
+    assert first == again
+    assert list(first.removed) == sorted(set(first.removed))
+    assert len(first.removed) == remove
+    assert set(first.removed) <= set(range(len(replay)))
+
+
+@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("remove", [0, 6])
+def test_impossible_removals_are_refused(name, remove):
+    with pytest.raises(InputError, match=f"cannot remove {remove} of 6"):
+        part(name).choose(make(), samples(), remove, WORK, seed=0)
+
+
+def test_block_influence_and_norm_ratio_are_means_over_real_tokens():
+    replay, tokens = make(), samples()
+    boundary = torch.cat(streams(replay, tokens), dim=1)  # (N + 1, tokens, D)
+    before, after = boundary[:-1], boundary[1:]
+    turned = (1 - F.cosine_similarity(before, after, dim=-1)).mean(1).numpy()
+    found = BlockInfluence().choose(replay, tokens, 2, WORK, seed=0)
+    np.testing.assert_allclose(found.info["influence"], turned, rtol=1e-4, atol=1e-6)
+    assert found.removed == tuple(sorted(np.argsort(turned)[:2]))
+    assert found.passes == 1
+    sizes = ((after - before).norm(dim=-1) / after.norm(dim=-1)).mean(1).numpy()
+    found = NormRatio().choose(replay, tokens, 2, WORK, seed=0)
+    np.testing.assert_allclose(found.info["norm_ratio"], sizes, rtol=1e-4)
+    assert found.removed == tuple(sorted(np.argsort(sizes)[:2]))
+
+
+def test_iterative_block_influence_scores_the_cut_model():
+    replay, tokens = make(), samples()
+    order, left = [], list(range(6))
+    for _ in range(3):
+        boundary = torch.cat(streams(replay, tokens, sorted(order)), dim=1)
+        turned = (1 - F.cosine_similarity(boundary[:-1], boundary[1:], dim=-1)).mean(1)
+        order.append(left.pop(int(turned.argmin())))
+    found = BlockInfluence(iterative=True).choose(replay, tokens, 3, WORK, seed=0)
+    assert found.info["order"] == order
+    assert found.passes == pytest.approx((6 + 5 + 4) / 6)
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_the_angular_window_is_the_least_turned_one(positions):
+    replay, tokens = make(), samples()
+    angles = []
+    for stream in streams(replay, tokens):
+        looked = stream[:, -1:] if positions == "last" else stream
+        cosine = F.cosine_similarity(looked[:-3], looked[3:], dim=-1)
+        angles.append(cosine.arccos() / math.pi)
+    expected = torch.cat(angles, 1).mean(1).numpy()
+    found = AngularWindow(positions).choose(replay, tokens, 3, WORK, seed=0)
+    np.testing.assert_allclose(found.info["distance"], expected, rtol=1e-4)
+    start = int(expected.argmin())
+    assert found.removed == (start, start + 1, start + 2)
+
+
+def test_a_window_of_unknown_positions_is_refused():
+    with pytest.raises(InputError, match="last, all"):
+        AngularWindow("first").choose(make(), samples(), 2, WORK, seed=0)
+
+
+@pytest.mark.parametrize(("loss", "ends"), [("nll", True), ("kl", False)])
+def test_sleb_is_greedy_on_really_removed_blocks(loss, ends):
+    replay, tokens = make(), samples()
+    order: list[int] = []
+    for _ in range(3):
+        candidates = [i for i in range(6) if i not in order and not (ends and i in (0, 5))]
+        states = indicator(6, [(*order, i) for i in candidates])
+        found = measure(replay, tokens, states)
+        order.append(candidates[int(np.argmin(found.kl if loss == "kl" else found.nll))])
+    got = Sleb(loss=loss, keep_ends=ends).choose(replay, tokens, 3, WORK, seed=0)
+    assert got.info["order"] == order
+    assert got.info["evaluations"] == (4 + 3 + 2 if ends else 6 + 5 + 4)
+    # Prefixes are shared, so that a step costs less than its states one by one.
+    assert got.passes < got.info["evaluations"] * 5 / 6
+    assert got.heads == got.info["evaluations"] + (loss == "kl")
+
+
+def test_sleb_keeps_the_ends_to_the_last():
+    got = Sleb().choose(make(), samples(), 4, WORK, seed=0)
+    assert got.removed == (1, 2, 3, 4)
+    with pytest.raises(InputError, match="1 to 4"):
+        Sleb().choose(make(), samples(), 5, WORK, seed=0)
+
+
+def test_the_price_is_the_blocks_that_are_run():
+    replay, tokens = make(), samples()
+    rng = np.random.default_rng(1)
+    states = np.unique(rng.random((7, 6)) < 0.5, axis=0)
+    states = states[(~states).any(1)]
+    prefixes = {(i, tuple(s[:i])) for s in states for i in range(6) if not s[i]}
+    assert tree_nodes(states) == len(prefixes)
+    ledger = Ledger(replay, tokens, WORK, "nll")
+    ledger.losses(states)
+    assert ledger.passes == pytest.approx(len(prefixes) / 6)
+    ledger.losses(states)
+    assert ledger.evaluations == len(states), "a state is paid for once"
+    ledger.losses(states[:1], rows=[0])
+    share = 14 / 48
+    assert ledger.passes * 6 == pytest.approx(len(prefixes) + share * (~states[0]).sum())
+    assert ledger.heads == pytest.approx(len(states) + share)
+
+
+def test_ledger_losses_are_the_measured_ones():
+    replay, tokens = make(), samples()
+    states = indicator(6, [(1, 2), (4,)])
+    for loss in ("kl", "nll"):
+        got = Ledger(replay, tokens, WORK, loss).losses(states, rows=[3, 1])
+        found = measure(replay, tokens.select([1, 3]), states)
+        np.testing.assert_allclose(got, found.kl if loss == "kl" else found.nll, rtol=1e-5)
+    with pytest.raises(InputError, match="kl, nll"):
+        Ledger(replay, tokens, WORK, "ppl")
+
+
+def test_evopress_finds_the_best_state_of_a_small_stack():
+    replay, tokens = make(), samples()
+    pairs = [(i, j) for i in range(6) for j in range(i + 1, 6)]
+    kl = measure(replay, tokens, indicator(6, pairs)).kl
+    everything = Evopress(generations=6, offspring=14, step_tokens=(1000, 1000), initial=2)
+    found = everything.choose(replay, tokens, 2, WORK, seed=0)
+    # All 14 other states are children of any parent, so that one generation finds the best.
+    assert found.removed == pairs[int(kl.argmin())]
+    assert found.info["evaluations"] == 15
+
+
+def test_evopress_takes_the_published_number_of_generations():
+    quick = Evopress(offspring=1, survivors=(1,), step_tokens=(1,), initial=1)
+    found = quick.choose(make(), samples(), 2, WORK, seed=0)
+    assert found.info["generations"] == 6  # 2 * 4 / 1.5, rounded up
+    assert Evopress().survivors == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"survivors": (2,)},
+        {"survivors": (2, 2)},
+        {"survivors": (), "step_tokens": ()},
+        {"offspring": 0},
+    ],
+)
+def test_evopress_refuses_inconsistent_steps(wrong):
+    with pytest.raises(InputError):
+        Evopress(**wrong).choose(make(), samples(), 2, WORK, seed=0)
+
+
+@pytest.mark.parametrize("name", ["sleb", "evopress"])
+def test_an_interrupted_search_goes_on_with_the_same_result_and_price(name, tmp_path):
+    replay, tokens = make(), samples()
+    work = Work(batch_tokens=30, journal=tmp_path / "j")
+    first = part(name).choose(replay, tokens, 3, work, seed=0)
+    lines = work.journal.read_bytes().splitlines(keepends=True)
+    work.journal.write_bytes(b"".join(lines[: len(lines) // 2]))
+    ran = []
+    handle = replay.blocks[0].self_attn.register_forward_hook(lambda m, a, o: ran.append(1))
+    assert part(name).choose(replay, tokens, 3, work, seed=0) == first
+    half = len(ran)
+    assert part(name).choose(replay, tokens, 3, work, seed=0) == first
+    handle.remove()
+    assert half > 0
+    assert len(ran) == half, "nothing is measured twice"
+
+
+def test_seeds_matter_to_random_only_where_they_should():
+    replay, tokens = make(), samples()
+    drawn = {registry.get("random")().choose(replay, tokens, 3, WORK, s).removed for s in range(8)}
+    assert len(drawn) > 3
