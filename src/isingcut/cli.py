@@ -172,6 +172,31 @@ def rank(directory: Folder, **options: Any) -> None:
 
 @app.command()
 @_with_options(*_OF_RUN)
+def baseline(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method; `isingcut ls` has all.")],
+    directory: Folder,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method; repeatable."),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Let a published method choose on the run's text, and measure its choice for comparison.
+
+    Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
+    """
+    from isingcut import comparison, pipeline
+    from isingcut.progress import terminal
+    from isingcut.show import show_baseline
+
+    folder, config = _reopen(directory, options)
+    session = pipeline.session_of(folder, config, terminal)
+    found = comparison.compare(session, folder, name, settings or [])
+    show_baseline(found, folder.target(config.removal) / f"baseline-{name}.json")
+
+
+@app.command()
+@_with_options(*_OF_RUN)
 def excise(
     directory: Folder,
     blocks: Annotated[
@@ -279,14 +304,15 @@ def inspect_blocks(
 
 @app.command("ls")
 def list_parts() -> None:
-    """List the energies and the solvers.
+    """List the energies, the solvers and the baselines.
 
     Example: isingcut ls
     """
+    from isingcut.baselines import registry as baselines
     from isingcut.energies import registry as energies
     from isingcut.solvers import registry as solvers
 
-    for registry in (energies, solvers):
+    for registry in (energies, solvers, baselines):
         typer.echo(f"{registry.room}: {', '.join(registry.names())}")
 
 

@@ -75,6 +75,23 @@ def fidelity_line(name: str, figures: dict[str, Any]) -> str:
     )
 
 
+def show_baseline(found: dict[str, Any], file: Path) -> None:
+    """What a baseline chose, what that is worth and what it cost."""
+    console = _console()
+    console.print(
+        f"{found['baseline']}: blocks {_numbers(found['removed'])}: KL {found['kl']:.4f} "
+        f"nats/token; found with {found['passes']:.3g} forward passes over "
+        f"{found['tokens_searched']} tokens",
+        soft_wrap=True,
+    )
+    if found["violated"]:
+        console.print(
+            f"it breaks constraints it does not know: {', '.join(found['violated'])}",
+            soft_wrap=True,
+        )
+    console.print(f"wrote {file}", soft_wrap=True)
+
+
 def show_evaluation(found: dict[str, Any]) -> None:
     """The before/after table."""
     before, after = found["before"], found["after"]

@@ -43,7 +43,7 @@ def energy_part(config: RunConfig, name: str) -> Any:
     return part(linear=config.linear) if "linear" in own else part()
 
 
-def _samples_of(config: RunConfig, name: str) -> int:
+def samples_of(config: RunConfig, name: str) -> int:
     """Samples an energy is built from: as asked for the main one, else the energy's own number."""
     if name == config.energy and config.samples is not None:
         return config.samples
@@ -52,7 +52,7 @@ def _samples_of(config: RunConfig, name: str) -> int:
 
 def _samples(config: RunConfig) -> int:
     """Samples of the energy split: the most that any energy wants; each takes the first of them."""
-    return max(_samples_of(config, name) for name in (config.energy, *names(config.also)))
+    return max(samples_of(config, name) for name in (config.energy, *names(config.also)))
 
 
 def build_calibration(session: Session) -> Calibration:
@@ -128,10 +128,10 @@ def other_path(folder: RunFolder, name: str) -> Path:
 def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> Hamiltonian:
     config = session.config
     part = energy_part(config, name)
-    options = _upstream(folder) | {
+    options = upstream(folder) | {
         "energy": name,
         "options": repr(part),
-        "samples": _samples_of(config, name),
+        "samples": samples_of(config, name),
         "dtype": str(session.loaded.dtype),
     }
 
@@ -140,7 +140,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
 
         split = Calibration.load(folder.path / "calibration.safetensors").splits["energy"]
         work = _work(session, folder.path / f"{file.name}.journal")
-        own = range(_samples_of(config, name))
+        own = range(samples_of(config, name))
         measured = part.measure(session.replay, split.select(own), work)
         measured.save(path)
         assert work.journal is not None
@@ -149,7 +149,8 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     return folder.stage("energy", file, options, make, Hamiltonian.load)
 
 
-def _upstream(folder: RunFolder) -> dict[str, Any]:
+def upstream(folder: RunFolder) -> dict[str, Any]:
+    """What ties a stage's file to the calibration it was made on."""
     calibration = folder.manifest["stages"].get("calibration.safetensors")
     if calibration is None:
         raise StageFileError(
@@ -334,7 +335,7 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
     target = folder.target(config.removal)
     checkpoint = _needs(folder, config, "model", "excise")
     excised = folder.manifest["stages"][str(checkpoint.relative_to(folder.path))]
-    options = {"model": excised["fingerprint"], **_upstream(folder)}
+    options = {"model": excised["fingerprint"], **upstream(folder)}
 
     def make(path: Path) -> None:
         from isingcut import evaluate as evaluation

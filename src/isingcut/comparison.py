@@ -1,0 +1,148 @@
+"""Stage `baseline`: another method's choice on a run folder's own text, and what it is worth.
+
+The baseline sees the samples that built the energy; its choice is measured on the split that
+ranks the candidates, so that `baseline-NAME.json` and `candidates.json` compare as they stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from isingcut.config import RunConfig
+from isingcut.errors import InputError
+from isingcut.files import read_json, write_json
+from isingcut.removal import removal_rows
+from isingcut.runfolder import RunFolder
+from isingcut.session import Session
+from isingcut.stages import samples_of, upstream
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def baseline_part(name: str, settings: Sequence[str]) -> Any:
+    """The baseline called ``name`` with settings as ``option=value`` texts.
+
+    Raises:
+        InputError: no such option, or a value of another type than its default's.
+    """
+    import yaml
+
+    from isingcut.baselines import registry
+
+    part = registry.get(name)
+    known = {f.name: f.default for f in dataclasses.fields(part)}
+    chosen: dict[str, Any] = {}
+    for setting in settings:
+        option, equals, text = setting.partition("=")
+        option = option.strip().replace("-", "_")
+        if not equals or option not in known:
+            listed = ", ".join(known) or "none"
+            raise InputError(f"--set {setting}: expected OPTION=VALUE; {name} has: {listed}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise InputError(f"--set {setting}: {text!r} is not a readable value") from e
+        if isinstance(value, list):
+            value = tuple(value)
+        # Only a number may stand where the default is left to the method.
+        expected = int if known[option] is None else type(known[option])
+        items = value if isinstance(value, tuple) and expected is tuple else ()
+        if type(value) is not expected or any(type(v) is not int for v in items):
+            raise InputError(
+                f"--set {setting}: expected a value like {known[option]!r}, got {text!r}"
+            )
+        chosen[option] = value
+    return part(**chosen)
+
+
+def compare(
+    session: Session, folder: RunFolder, name: str, settings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
+
+    Returns:
+        The file's content: ``removed``; ``kl`` and ``nll`` with standard errors on the ranking
+        split; ``passes`` and ``heads``, the price (see `isingcut.baselines.base.Outcome`);
+        ``violated``, constraints of the run that the method does not know and breaks.
+    """
+    config = session.config
+    part = baseline_part(name, settings)
+    count = _count(config)
+    rows = removal_rows(folder.manifest["blocks"], config)
+    samples = samples_of(config, config.energy)
+    target = folder.target(config.removal)
+    options = upstream(folder) | {
+        "baseline": name,
+        "options": repr(part),
+        "remove": count,
+        "rows": [row.name for row in rows],
+        "samples": samples,
+        "seed": config.seed,
+        "dtype": str(session.loaded.dtype),
+    }
+
+    def make(path: Path) -> None:
+        from isingcut.calibration import Calibration
+        from isingcut.energies.base import Work
+        from isingcut.measure import measure
+
+        splits = Calibration.load(folder.path / "calibration.safetensors").splits
+        searched = splits["energy"].select(range(samples))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        journal = path.with_name(path.name + ".journal")
+        work = Work(config.batch_tokens, session.progress, journal)
+        outcome = part.choose(session.replay, searched, count, work, config.seed)
+        state = np.zeros(len(session.replay), dtype=bool)
+        state[list(outcome.removed)] = True
+        found = measure(
+            session.replay,
+            splits["rank"],
+            state[None],
+            batch_tokens=config.batch_tokens,
+            progress=session.progress,
+            description="measuring the choice",
+        )
+        content = {
+            "baseline": name,
+            "options": dataclasses.asdict(part),
+            "removed": list(outcome.removed),
+            "kl": float(found.kl[0]),
+            "kl_se": _finite(found.kl_se[0]),
+            "nll": float(found.nll[0]),
+            "nll_se": _finite(found.nll_se[0]),
+            "passes": outcome.passes,
+            "heads": outcome.heads,
+            "tokens_searched": searched.tokens,
+            "tokens_judged": int(found.counts.sum()),
+            "violated": [row.name for row in rows if not row.satisfied(state[None])[0]],
+            "info": outcome.info,
+        }
+        write_json(path, "baseline", content)
+        journal.unlink(missing_ok=True)
+
+    return folder.stage(
+        "baseline",
+        target / f"baseline-{name}.json",
+        options,
+        make,
+        lambda path: read_json(path, "baseline"),
+    )
+
+
+def _count(config: RunConfig) -> int:
+    """How many blocks go; a baseline knows no other removal."""
+    if not config.remove.strip().isdecimal():
+        raise InputError(
+            f"a baseline removes a plain number of blocks; expected --remove like 6, "
+            f"got {config.removal!r}"
+        )
+    return int(config.remove)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

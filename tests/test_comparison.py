@@ -1,0 +1,132 @@
+"""The verb `baseline` on a tiny run: the file it writes, its options, what it refuses."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from isingcut import cli, pipeline
+from isingcut.calibration import Calibration
+from isingcut.comparison import baseline_part
+from isingcut.errors import InputError, UnknownNameError
+from isingcut.files import read_json
+from isingcut.measure import measure
+from isingcut.runfolder import RunFolder
+from isingcut.session import Session
+from tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run folder with a measured energy for two removals of six blocks."""
+    base = tmp_path_factory.mktemp("comparison")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
+    text = base / "corpus.txt"
+    text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
+    return pipeline.energy(
+        model=str(tiny_checkpoint("llama", base / "llama")),
+        calibration=str(text),
+        out=str(base / "run"),
+        remove="2",
+        samples=3,
+        length=16,
+        rank_samples=3,
+        report_samples=3,
+        dtype="float32",
+        also="hessian",
+        keep="0",
+    )
+
+
+def call(capsys, *arguments) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    before = sys.argv
+    sys.argv = ["isingcut", *map(str, arguments)]
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as e:
+        code = int(e.code or 0)
+    finally:
+        sys.argv = before
+    shown = capsys.readouterr()
+    return code, shown.out + shown.err
+
+
+def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, folder):
+    code, shown = call(capsys, "baseline", "sleb", folder)
+    assert code == 0, shown
+    found = read_json(folder / "baseline-sleb.json", "baseline")
+    assert "sleb: blocks" in shown
+    assert len(found["removed"]) == 2
+    # The energy's own three samples, though the split holds more for the other energy.
+    assert found["tokens_searched"] == 3 * 15
+    assert found["violated"] == []
+    session = Session(RunFolder.open(folder).config)
+    replay = session.replay
+    split = Calibration.load(folder / "calibration.safetensors").splits["rank"]
+    state = np.isin(np.arange(6), found["removed"])
+    assert found["kl"] == pytest.approx(measure(replay, split, state[None]).kl[0], rel=1e-5)
+    assert not list(folder.glob("baseline*.journal"))
+
+
+def test_other_removals_and_options_have_files_of_their_own(capsys, folder):
+    arguments = ("baseline", "block-influence", folder, "--remove", "3")
+    assert call(capsys, *arguments, "--set", "iterative=true")[0] == 0
+    found = read_json(folder / "remove-3" / "baseline-block-influence.json", "baseline")
+    assert found["options"] == {"iterative": True}
+    assert len(found["info"]["order"]) == 3
+    code, shown = call(capsys, *arguments)
+    assert code == 2
+    assert "made with other options" in shown
+    assert call(capsys, *arguments, "--overwrite")[0] == 0
+
+
+def test_a_broken_constraint_is_said(capsys, folder):
+    call(capsys, "baseline", "angular-window", folder, "--remove", "5")
+    found = read_json(folder / "remove-5" / "baseline-angular-window.json", "baseline")
+    expected = [] if found["removed"] == [1, 2, 3, 4, 5] else ["keep 0"]
+    assert found["violated"] == expected
+    # Five of six blocks, of which SLEB keeps two.
+    code, shown = call(capsys, "baseline", "sleb", folder, "--remove", "5")
+    assert code == 2
+    assert "cannot remove 5 of 6" in shown
+
+
+def test_ls_lists_the_baselines(capsys):
+    assert "baselines: angular-window, block-influence" in call(capsys, "ls")[1]
+
+
+def test_settings_are_read_with_the_type_of_their_default():
+    part = baseline_part("evopress", ["survivors=[3, 1]", "step-tokens=[10,20]", "generations=2"])
+    assert part.survivors == (3, 1)
+    assert part.step_tokens == (10, 20)
+    assert part.generations == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "words"),
+    [
+        ("sleb", "keep_ends=3", "expected a value like True"),
+        ("sleb", "iterative=true", "sleb has: loss, keep_ends"),
+        ("random", "x=1", "random has: none"),
+        ("evopress", "survivors=[a]", "expected a value like"),
+        ("evopress", "generations=many", "expected a value like"),
+        ("evopress", "survivors", "expected OPTION=VALUE"),
+        ("evopress", "survivors=[", "not a readable value"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name, setting, words):
+    with pytest.raises(InputError, match=words):
+        baseline_part(name, [setting])
+
+
+def test_an_unknown_baseline_is_refused():
+    with pytest.raises(UnknownNameError, match="did you mean 'sleb'"):
+        baseline_part("slep", [])
+
+
+def test_a_removal_per_kind_is_refused(capsys, folder):
+    code, shown = call(capsys, "baseline", "random", folder, "--remove", "attention=1")
+    assert code == 2
+    assert "plain number" in shown
