@@ -41,7 +41,7 @@ class GaussNewton:
         Returns:
             Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
 
-        Complexity: about 2 N forward passes.
+        Complexity: about N forward passes; more where the head is large.
         """
         found = gate_curvature(
             replay,

@@ -40,7 +40,7 @@ class Hessian:
         Returns:
             Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
 
-        Complexity: about 3 N forward passes.
+        Complexity: about 2 N forward passes; more where the head is large.
         """
         found = gate_curvature(
             replay,
