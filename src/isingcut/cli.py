@@ -7,15 +7,14 @@ nothing heavy is imported before a verb runs.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from isingcut import __version__
+from isingcut.cli_options import with_options
 from isingcut.config import RunConfig, from_mapping, load_yaml
 from isingcut.errors import InputError, IsingcutError
 
@@ -28,56 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_TYPES = {"int": int, "bool": bool, "float": float}
-
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
-
-
-def _with_options(*names: str, repeat: tuple[str, ...] = ()) -> Callable[[Any], Any]:
-    """Give a handler the named options of `RunConfig` as keyword parameters.
-
-    An option left out on the command line arrives as None, so that a config file or a run
-    folder can supply it before the default does.
-    """
-    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
-
-    def decorate(handler: Any) -> Any:
-        own = [p for p in inspect.signature(handler).parameters.values() if p.kind != p.VAR_KEYWORD]
-        hints = {k: v for k, v in handler.__annotations__.items() if k != "return"}
-        parameters = []
-        for p in own:
-            annotation = (
-                eval(hints[p.name], globals())
-                if isinstance(hints[p.name], str)
-                else (hints[p.name])
-            )
-            parameters.append(p.replace(annotation=annotation, kind=p.KEYWORD_ONLY))
-        for name in names:
-            f = fields[name]
-            base: Any = _TYPES.get(str(f.type).removesuffix(" | None"), str)
-            info: Any
-            if f.metadata.get("argument"):
-                info = typer.Argument(help=f.metadata["help"], metavar=name.upper())
-            else:
-                shown = "" if f.default in ("", None, False) else f" (default: {f.default})"
-                flag = "--" + name.replace("_", "-")
-                info = typer.Option(
-                    flag, help=f.metadata["help"] + shown, metavar=f.metadata.get("metavar")
-                )
-            if name in repeat:
-                base = list[base]
-            parameters.append(
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[base | None, info],
-                )
-            )
-        handler.__signature__ = inspect.Signature(parameters)
-        return handler
-
-    return decorate
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +55,7 @@ def _collect(config: Path | None, options: dict[str, Any]) -> RunConfig:
 
 
 @app.command()
-@_with_options(*_ALL)
+@with_options(*_ALL)
 def run(config: ConfigFile = None, **options: Any) -> None:
     """Measure, solve, rank, cut, evaluate and report.
 
@@ -120,7 +70,7 @@ def run(config: ConfigFile = None, **options: Any) -> None:
 
 
 @app.command()
-@_with_options(*_MEASURE)
+@with_options(*_MEASURE)
 def energy(config: ConfigFile = None, **options: Any) -> None:
     """Measure the Hamiltonian once; `solve` then answers every removal in seconds.
 
@@ -135,7 +85,7 @@ def energy(config: ConfigFile = None, **options: Any) -> None:
 
 
 @app.command()
-@_with_options(*_SOLVE, repeat=("remove",))
+@with_options(*_SOLVE, repeat=("remove",))
 def solve(directory: Folder, **options: Any) -> None:
     """Find the low-energy states of a measured Hamiltonian, for any number of removals.
 
@@ -155,7 +105,7 @@ _OF_RUN = ("remove", "budget", "device", "trust_remote_code", "overwrite")
 
 
 @app.command()
-@_with_options("random_states", "choose", *_OF_RUN)
+@with_options("random_states", "choose", *_OF_RUN)
 def rank(directory: Folder, **options: Any) -> None:
     """Measure the candidates beside random states: the choice, and how good the energy is.
 
@@ -171,7 +121,7 @@ def rank(directory: Folder, **options: Any) -> None:
 
 
 @app.command()
-@_with_options(*_OF_RUN)
+@with_options(*_OF_RUN)
 def baseline(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A method; `isingcut ls` has all.")],
     directory: Folder,
@@ -196,7 +146,7 @@ def baseline(
 
 
 @app.command()
-@_with_options(*_OF_RUN)
+@with_options(*_OF_RUN)
 def excise(
     directory: Folder,
     blocks: Annotated[
@@ -228,7 +178,7 @@ def excise(
 
 
 @app.command()
-@_with_options(*_OF_RUN)
+@with_options(*_OF_RUN)
 def evaluate(directory: Folder, **options: Any) -> None:
     """Compare the original and the cut model on text that nothing was chosen on.
 
@@ -244,7 +194,7 @@ def evaluate(directory: Folder, **options: Any) -> None:
 
 
 @app.command()
-@_with_options("remove")
+@with_options("remove")
 def report(directory: Folder, **options: Any) -> None:
     """Write report.md and report.json from the folder's files.
 
@@ -270,7 +220,7 @@ def _reopen(directory: Path, options: dict[str, Any]) -> tuple[Any, RunConfig]:
 
 
 @app.command()
-@_with_options("out", "overwrite")
+@with_options("out", "overwrite")
 def demo(**options: Any) -> None:
     """SmolLM2-135M loses 6 of its 30 blocks, with the evidence, in a few minutes.
 
@@ -282,7 +232,7 @@ def demo(**options: Any) -> None:
 
 
 @app.command("inspect")
-@_with_options("model", "trust_remote_code")
+@with_options("model", "trust_remote_code")
 def inspect_blocks(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
     **options: Any,

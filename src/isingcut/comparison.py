@@ -15,10 +15,10 @@ import numpy as np
 from isingcut.config import RunConfig
 from isingcut.errors import InputError
 from isingcut.files import read_json, write_json
+from isingcut.measuring import samples_of, upstream
 from isingcut.removal import removal_rows
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
-from isingcut.stages import samples_of, upstream
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,22 +11,18 @@ from typing import Any
 
 from isingcut.config import RunConfig, from_mapping
 from isingcut.errors import InputError, StageFileError
+from isingcut.measuring import (
+    build_calibration,
+    calibrate,
+    energy_part,
+    measure_energy,
+    names,
+)
 from isingcut.progress import Progress, silent
 from isingcut.removal import removal_rows
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
-from isingcut.stages import (
-    build_calibration,
-    calibrate,
-    energy_part,
-    evaluate,
-    excise,
-    measure_energy,
-    names,
-    rank,
-    report,
-    solve,
-)
+from isingcut.stages import evaluate, excise, rank, report, solve
 
 
 def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any) -> Path:

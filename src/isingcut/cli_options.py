@@ -1,0 +1,53 @@
+"""Command-line options made from `RunConfig`'s fields: one home for every default and help."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from isingcut.config import RunConfig
+
+_TYPES = {"int": int, "bool": bool, "float": float}
+
+
+def with_options(*names: str, repeat: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Give a handler the named options of `RunConfig` as keyword parameters.
+
+    An option left out on the command line arrives as None, so that a config file or a run
+    folder can supply it before the default does.
+    """
+    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+
+    def decorate(handler: Any) -> Any:
+        own = inspect.signature(handler, eval_str=True).parameters.values()
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind != p.VAR_KEYWORD]
+        for name in names:
+            f = fields[name]
+            base: Any = _TYPES.get(str(f.type).removesuffix(" | None"), str)
+            info: Any
+            if f.metadata.get("argument"):
+                info = typer.Argument(help=f.metadata["help"], metavar=name.upper())
+            else:
+                shown = "" if f.default in ("", None, False) else f" (default: {f.default})"
+                flag = "--" + name.replace("_", "-")
+                info = typer.Option(
+                    flag, help=f.metadata["help"] + shown, metavar=f.metadata.get("metavar")
+                )
+            if name in repeat:
+                base = list[base]
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[base | None, info],
+                )
+            )
+        handler.__signature__ = inspect.Signature(parameters)
+        return handler
+
+    return decorate

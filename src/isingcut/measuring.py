@@ -1,0 +1,154 @@
+"""The measuring stages of a run: text to token splits, token splits to Hamiltonians.
+
+Each writes its file of the run folder and does nothing when that file is there, made with the
+same options (`RunFolder.stage`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.config import RunConfig
+from isingcut.errors import InputError, StageFileError
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.runfolder import RunFolder
+from isingcut.session import Session
+
+if TYPE_CHECKING:
+    from isingcut.calibration import Calibration
+    from isingcut.energies.base import Work
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated list of names."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def energy_part(config: RunConfig, name: str) -> Any:
+    """The energy called ``name``, with the options it has."""
+    from isingcut.energies import registry
+
+    part = registry.get(name)
+    own = {f.name for f in dataclasses.fields(part)}
+    if config.linear and "linear" not in own and name == config.energy:
+        raise InputError(f"--linear belongs to the energy 'empirical-fisher', not to {name!r}")
+    return part(linear=config.linear) if "linear" in own else part()
+
+
+def samples_of(config: RunConfig, name: str) -> int:
+    """Samples an energy is built from: as asked for the main one, else the energy's own number."""
+    if name == config.energy and config.samples is not None:
+        return config.samples
+    return int(energy_part(config, name).default_samples)
+
+
+def _samples(config: RunConfig) -> int:
+    """Samples of the energy split: the most that any energy wants; each takes the first of them."""
+    return max(samples_of(config, name) for name in (config.energy, *names(config.also)))
+
+
+def build_calibration(session: Session) -> Calibration:
+    """The token splits of a run, not yet written."""
+    from isingcut.architectures import text_config
+    from isingcut.calibration import build
+
+    config = session.config
+    longest = getattr(text_config(session.loaded.model), "max_position_embeddings", None)
+    if longest is not None and config.length > longest:
+        raise InputError(
+            f"--length {config.length} is more than the {longest} positions this model has"
+        )
+    return build(
+        config.calibration,
+        session.loaded.tokenizer,
+        samples=_samples(config),
+        rank_samples=config.rank_samples,
+        report_samples=config.report_samples,
+        length=config.length,
+        seed=config.seed,
+        model=session.loaded.model,
+        progress=session.progress,
+    )
+
+
+def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> Calibration:
+    """Stage `calibration`: `calibration.safetensors`, the three token splits."""
+    from isingcut.calibration import Calibration
+
+    config = session.config
+
+    def make(path: Path) -> None:
+        (built or build_calibration(session)).save(path)
+
+    options = {
+        k: v
+        for k, v in config.stage_options("calibration").items()
+        if k not in ("model", "samples")
+    } | {"samples": _samples(config)}
+    found = folder.stage(
+        "calibration", folder.path / "calibration.safetensors", options, make, Calibration.load
+    )
+    folder.manifest["provenance"]["calibration"] = {
+        "source": found.source,
+        "sha256": found.sha256,
+        "splits": {k: {"samples": s.samples, "tokens": s.tokens} for k, s in found.splits.items()},
+    }
+    folder.save()
+    return found
+
+
+def work_of(session: Session, journal: Path) -> Work:
+    """How this session carries a measurement out, with a journal beside its result."""
+    from isingcut.energies.base import Work
+
+    return Work(session.config.batch_tokens, session.progress, journal)
+
+
+def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
+    """Stage `energy`: `hamiltonian.safetensors`, and one file per energy named by `also`."""
+    config = session.config
+    result = _measure_one(session, folder, config.energy, folder.path / "hamiltonian.safetensors")
+    for name in names(config.also):
+        _measure_one(session, folder, name, other_path(folder, name))
+    return result
+
+
+def other_path(folder: RunFolder, name: str) -> Path:
+    """The file of an energy measured beside the main one."""
+    return folder.path / f"hamiltonian.{name}.safetensors"
+
+
+def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> Hamiltonian:
+    config = session.config
+    part = energy_part(config, name)
+    options = upstream(folder) | {
+        "energy": name,
+        "options": repr(part),
+        "samples": samples_of(config, name),
+        "dtype": str(session.loaded.dtype),
+    }
+
+    def make(path: Path) -> None:
+        from isingcut.calibration import Calibration
+
+        split = Calibration.load(folder.path / "calibration.safetensors").splits["energy"]
+        work = work_of(session, folder.path / f"{file.name}.journal")
+        own = range(samples_of(config, name))
+        measured = part.measure(session.replay, split.select(own), work)
+        measured.save(path)
+        assert work.journal is not None
+        work.journal.unlink(missing_ok=True)
+
+    return folder.stage("energy", file, options, make, Hamiltonian.load)
+
+
+def upstream(folder: RunFolder) -> dict[str, Any]:
+    """What ties a stage's file to the calibration it was made on."""
+    calibration = folder.manifest["stages"].get("calibration.safetensors")
+    if calibration is None:
+        raise StageFileError(
+            f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"
+        )
+    return {"calibration": calibration["fingerprint"]}
