@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
-import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,23 +48,24 @@ def warm_up() -> None:
         solve(problem, name, k=5)
 
 
-def _peak(size: str, family: str, k: int, seconds: float, queue: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
-    instance = next(i for i in generated(size) if i.family == family)
-    solve(instance.problem, "exact", k=k, seconds=seconds)
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
 def peak_mb(instance: Instance, k: int, seconds: float) -> float:
-    """Peak resident memory of a fresh process that solves the instance, in MB."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(
-        target=_peak, args=(instance.size, instance.family, k, seconds, queue)
+    """Peak resident memory of a fresh process that solves the instance and nothing else, in MB."""
+    code = f"""
+import resource
+from _instances import generated
+from isingcut.solvers import solve
+instance = next(i for i in generated({instance.size!r}) if i.family == {instance.family!r})
+solve(instance.problem, "exact", k={k}, seconds={seconds})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    process.start()
-    peak = float(queue.get())
-    process.join()
-    return peak
+    return float(done.stdout)
 
 
 def text(seconds: float | None) -> str:

@@ -34,7 +34,7 @@ class Tabu:
 
     Args:
         restarts: searches, one in four from a random state and the others from the best one
-            perturbed; 0 chooses 20 + 1,200 / N.
+            perturbed; 0 chooses 8 + 1,600 / N.
         steps: moves per restart; 0 chooses 20 N + 500.
         seed: of every random choice.
         seconds: wall-clock limit, or None.
@@ -77,7 +77,7 @@ def search(
     A = reduced.A / size[:, None]
     low, high = reduced.low / size, reduced.high / size
     steps = steps or 20 * n + 500
-    restarts = restarts or 20 + 1200 // max(n, 1)
+    restarts = restarts or 8 + 1600 // max(n, 1)
     began = time.perf_counter()
     done = 0
     for restart in range(restarts):
