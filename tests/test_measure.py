@@ -139,3 +139,15 @@ def test_standard_error_of_equal_samples_is_that_of_the_mean():
     counts = np.full(50, 7)
     expected = (sums / 7).std(1, ddof=1) / np.sqrt(50)
     np.testing.assert_allclose(standard_error(sums, counts), expected)
+
+
+def test_a_journal_of_another_fine_tune_is_not_used(tmp_path):
+    replay, tokens = make("llama"), samples()
+    states = indicator(len(replay), [(1,)])
+    journal = tmp_path / "j"
+    before = measure(replay, tokens, states, journal=journal)
+    with torch.no_grad():
+        replay.blocks[3].mlp.down_proj.weight.mul_(3)
+    after = measure(replay, tokens, states, journal=journal)
+    np.testing.assert_array_equal(after.kl_sums, measure(replay, tokens, states).kl_sums)
+    assert (after.kl_sums != before.kl_sums).all()

@@ -53,12 +53,13 @@ class Replay:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, cheaply, for the fingerprint of a journal."""
-        parameter = next(self.model.parameters())
+        parameters = list(self.model.parameters())
         config = getattr(self.model, "config", None)
         return {
             "model": config.to_dict() if config is not None else None,
-            "first": parameter.flatten()[:64].float().tolist(),
-            "dtype": str(parameter.dtype),
+            # Of every parameter: a fine-tune may share its first ones with its base.
+            "starts": [p.flatten()[:8].float().tolist() for p in parameters],
+            "dtype": str(parameters[0].dtype),
         }
 
     def _learn_outputs(self) -> None:
