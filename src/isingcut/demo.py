@@ -6,9 +6,7 @@ from pathlib import Path
 
 from isingcut import pipeline
 from isingcut.config import RunConfig
-from isingcut.files import read_json
-from isingcut.progress import terminal
-from isingcut.show import show_generation, show_run
+from isingcut.progress import Progress, silent
 
 CONFIG = RunConfig(
     model="smollm2",
@@ -25,14 +23,11 @@ CONFIG = RunConfig(
 default, gets its full number of samples, because more of them cost it little."""
 
 
-def demo(out: str | None = None, overwrite: bool = False) -> Path:
-    """Run the demo and print its evidence.
+def demo(out: str | None = None, overwrite: bool = False, progress: Progress = silent) -> Path:
+    """Run the demo.
 
     Returns:
         The run folder.
     """
     config = CONFIG.replace(out=out or CONFIG.out, overwrite=overwrite)
-    target = pipeline.run(config, progress=terminal)
-    show_run(target)
-    show_generation(read_json(target / "evaluation.json", "evaluation")["generation"])
-    return target
+    return pipeline.run(config, progress=progress)

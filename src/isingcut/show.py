@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,35 @@ def state_map(removed: list[int], n: int) -> str:
     return "".join("·" if i in gone else "#" for i in range(n))
 
 
-def show_spectrum(spectrum: Spectrum, remove: str, target: Path) -> None:
+def show_lines(lines: list[str]) -> None:
+    """Plain lines, never wrapped: paths are for copying."""
+    for line in lines:
+        print(line)
+
+
+def energy_data(folder: Path) -> dict[str, Any]:
+    """What `energy --json` prints of a measured Hamiltonian."""
+    from isingcut.hamiltonian import Hamiltonian
+
+    file = folder / "hamiltonian.safetensors"
+    hamiltonian = Hamiltonian.load(file)
+    return {
+        "folder": str(folder),
+        "hamiltonian": str(file),
+        "blocks": hamiltonian.n,
+        "unit": hamiltonian.unit,
+        "meta": dict(hamiltonian.meta),
+    }
+
+
+def show_energy(data: dict[str, Any]) -> None:
+    """Where the Hamiltonian is, and what to type next."""
+    show_lines(
+        [data["hamiltonian"], f"next: isingcut solve {data['folder']} --remove 4 --remove 8"]
+    )
+
+
+def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     """The states of one removal, lowest energy first."""
     status = "proven lowest" if spectrum.proven else "best found, not proven"
     table = Table(title=f"remove {remove}: {len(spectrum)} states, {status}", title_justify="left")
@@ -43,7 +70,7 @@ def show_spectrum(spectrum: Spectrum, remove: str, target: Path) -> None:
         table.add_row(str(k), f"{value:.4g}", state_map(blocks, n), _numbers(blocks))
     console = _console()
     console.print(table)
-    console.print(f"wrote {target / 'spectrum.json'}", soft_wrap=True)
+    console.print(f"wrote {file}", soft_wrap=True)
 
 
 def _numbers(blocks: list[int]) -> str:
@@ -62,6 +89,13 @@ def show_ranking(found: dict[str, Any]) -> None:
         f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",
         soft_wrap=True,
     )
+
+
+def ranking_warnings(energy: str, found: dict[str, Any]) -> list[str]:
+    """What to know, and to do, where the energy ranked real losses poorly or too few were seen."""
+    from isingcut.report_words import fidelity_warnings
+
+    return fidelity_warnings(energy, found["fidelity"]["kl"])
 
 
 def fidelity_line(name: str, figures: dict[str, Any]) -> str:
@@ -124,20 +158,21 @@ def _ratio(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %" if before else ""
 
 
-def show_inspection(found: Inspection, *, as_json: bool) -> None:
+def inspection_data(found: Inspection) -> dict[str, Any]:
+    """What `inspect --json` prints."""
+    return {
+        "model_type": found.model_type,
+        "path": found.stack.path,
+        "blocks": [dataclasses.asdict(b) for b in found.stack.blocks],
+        "rules": found.rules(),
+        "refusal": found.refusal,
+        "quantisation": found.quantisation,
+        "other_bytes": found.other_bytes,
+    }
+
+
+def show_inspection(found: Inspection) -> None:
     """A model's blocks, their costs and the rules that states obey."""
-    if as_json:
-        content = {
-            "model_type": found.model_type,
-            "path": found.stack.path,
-            "blocks": [dataclasses.asdict(b) for b in found.stack.blocks],
-            "rules": found.rules(),
-            "refusal": found.refusal,
-            "quantisation": found.quantisation,
-            "other_bytes": found.other_bytes,
-        }
-        print(json.dumps(content, indent=1))
-        return
     header, *rows = found.table()
     title = f"{found.model_type}: {len(found.stack)} blocks in {found.stack.path}"
     table = Table(title=title, title_justify="left")
@@ -158,14 +193,41 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
         console.print("any blocks may be removed, as long as one stays", soft_wrap=True)
 
 
-def show_run(target: Path) -> None:
-    """Everything a finished run has to say."""
+def run_data(target: Path) -> dict[str, Any]:
+    """What `run --json` prints of a finished run: the figures of its files, and where they are."""
+    ranking = read_json(target / "candidates.json", "candidates")
+    evaluation = read_json(target / "evaluation.json", "evaluation")
+    return {
+        "folder": str(target),
+        "checkpoint": str(target / "model"),
+        "report": str(target / "report.md"),
+        "chosen": ranking["chosen"],
+        "fidelity": ranking["fidelity"]["kl"],
+        "fidelity_of_others": {k: v["kl"] for k, v in ranking["fidelity_of_others"].items()},
+        "proven": ranking["proven"],
+        "evaluation": {k: v for k, v in evaluation.items() if k not in ("format", "version")},
+    }
+
+
+def run_warnings(target: Path) -> list[str]:
+    """The warnings of a finished run's ranking."""
+    from isingcut.runfolder import MANIFEST
+
+    ranking = read_json(target / "candidates.json", "candidates")
+    home = target if (target / MANIFEST).is_file() else target.parent
+    return ranking_warnings(read_json(home / MANIFEST, "run")["config"]["energy"], ranking)
+
+
+def show_run(target: Path, *, generation: bool = False) -> None:
+    """Everything a finished run has to say; with ``generation`` also one text before and after."""
     console = _console()
     show_ranking(read_json(target / "candidates.json", "candidates"))
     evaluation = read_json(target / "evaluation.json", "evaluation")
     show_evaluation(evaluation)
     console.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
     console.print(f"report:     {target / 'report.md'}", soft_wrap=True)
+    if generation:
+        show_generation(evaluation["generation"])
 
 
 def show_generation(generation: dict[str, str]) -> None:

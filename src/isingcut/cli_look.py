@@ -1,0 +1,43 @@
+"""Verbs that only look: `inspect`, `ls`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from isingcut.cli_verb import LOOK, Answer, given, verb
+from isingcut.config import from_mapping
+
+
+@verb("model", "trust_remote_code", name="inspect", group=LOOK)
+def inspect_blocks(**options: Any) -> Answer:
+    """Show a model's blocks, what each costs and which states are legal, without its weights.
+
+    Example: isingcut inspect smollm2
+    """
+    from isingcut.architectures.inspect import inspect_model
+    from isingcut.model_sources import resolve
+    from isingcut.show import inspection_data, show_inspection
+
+    typed = given(options)
+    trust = bool(typed.get("trust_remote_code"))
+    config = from_mapping(typed, "command line").validate()
+    found = inspect_model(resolve(config.model, trust_remote_code=trust), trust_remote_code=trust)
+    return Answer(
+        inspection_data(found), lambda: show_inspection(found), brief=str(len(found.stack))
+    )
+
+
+@verb(name="ls", group=LOOK)
+def list_parts() -> Answer:
+    """List the energies, the solvers and the baselines.
+
+    Example: isingcut ls
+    """
+    from isingcut.baselines import registry as baselines
+    from isingcut.energies import registry as energies
+    from isingcut.show import show_lines
+    from isingcut.solvers import registry as solvers
+
+    parts = {r.room: r.names() for r in (energies, solvers, baselines)}
+    lines = [f"{room}: {', '.join(names)}" for room, names in parts.items()]
+    return Answer(parts, lambda: show_lines(lines), brief="\n".join(lines))
