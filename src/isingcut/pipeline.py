@@ -39,7 +39,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         IsingcutError: bad input, in one line; nothing was written.
     """
     config = _config(config, options)
-    session, folder = _open_session(config, progress, need_removal=True)
+    session, folder = open_session(config, progress, need_removal=True)
     if folder.manifest.get("complete") and folder.target(config.removal) == folder.path:
         folder.manifest["complete"] = False
     measure_energy(session, folder)
@@ -64,7 +64,7 @@ def energy(
         The run folder.
     """
     config = _config(config, options)
-    session, folder = _open_session(config, progress, need_removal=False)
+    session, folder = open_session(config, progress, need_removal=False)
     measure_energy(session, folder)
     return folder.path
 
@@ -78,7 +78,7 @@ def _config(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _open_session(
+def open_session(
     config: RunConfig, progress: Progress, *, need_removal: bool
 ) -> tuple[Session, RunFolder]:
     """Check everything that can be wrong before the first file is written."""

@@ -144,36 +144,55 @@ def excise(session: Session, folder: RunFolder, removed: Sequence[int] | None = 
     options = {"removed": blocks}
 
     def make(path: Path) -> None:
-        from isingcut.excise import excise as write_cut
-        from isingcut.report import model_card
-        from isingcut.verify import verify
-
-        with atomic_folder(path, overwrite=True) as temporary:
-            temporary.rmdir()
-            record = {
-                "format": "isingcut-removal",
-                "version": 1,
-                "removed": blocks,
-                "of": len(session.stack),
-                "model": session.identity,
-            }
-            write_cut(
-                session.source,
-                blocks,
-                temporary,
-                extra_files={
-                    "README.md": model_card(folder.path, target, blocks),
-                    "isingcut.json": json.dumps(record, indent=1) + "\n",
-                },
-            )
-            verify(
-                session.loaded.model,
-                blocks,
-                temporary,
-                trust_remote_code=config.trust_remote_code,
-            )
+        write_checkpoint(session, folder, blocks, path, overwrite=True)
 
     return folder.stage("excise", target / "model", options, make, lambda path: path)
+
+
+def write_checkpoint(
+    session: Session,
+    folder: RunFolder,
+    removed: Sequence[int],
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """The checkpoint without the blocks ``removed``, with its model card, verified, at ``out``.
+
+    Raises:
+        OutputExistsError: ``out`` is there and ``overwrite`` is false.
+        VerificationError: it does not compute what it should; nothing is left at ``out``.
+    """
+    from isingcut.excise import excise as write_cut
+    from isingcut.report import model_card
+    from isingcut.verify import verify
+
+    blocks = list(removed)
+    record = {
+        "format": "isingcut-removal",
+        "version": 1,
+        "removed": blocks,
+        "of": len(session.stack),
+        "model": session.identity,
+    }
+    card = model_card(folder.path, folder.target(session.config.removal), blocks)
+    with atomic_folder(out, overwrite=overwrite) as temporary:
+        temporary.rmdir()
+        write_cut(
+            session.source,
+            blocks,
+            temporary,
+            extra_files={
+                "README.md": card,
+                "isingcut.json": json.dumps(record, indent=1) + "\n",
+            },
+        )
+        verify(
+            session.loaded.model,
+            blocks,
+            temporary,
+            trust_remote_code=session.config.trust_remote_code,
+        )
 
 
 def excise_gguf(
