@@ -11,6 +11,7 @@ IsingcutError                 something the user can act on; the CLI prints it a
 ├── OutputExistsError         an output is already there and `overwrite` was not given
 ├── CheckpointError           a checkpoint is damaged or inconsistent
 ├── VerificationError         a written checkpoint does not compute what it should
+├── RankError                 another process of a distributed run failed
 └── MissingExtraError         an optional package is needed
 """
 
@@ -59,6 +60,19 @@ class CheckpointError(IsingcutError):
 
 class VerificationError(IsingcutError):
     """A written checkpoint does not compute what the skipped original computes."""
+
+
+class RankError(IsingcutError):
+    """Another process of a distributed run failed or vanished.
+
+    Attributes:
+        code: exit code of the run, that of the process that failed.
+        reported: the failing process has said so itself on this machine's terminal.
+    """
+
+    def __init__(self, message: str, *, code: int = 1, reported: bool = False) -> None:
+        super().__init__(message)
+        self.code, self.reported = code, reported
 
 
 class MissingExtraError(IsingcutError):
