@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from isingcut.architectures import cut_model, find_stack, stack_modules
 from isingcut.baselines import registry
-from isingcut.baselines._ledger import Ledger, tree_nodes
+from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.block_influence import BlockInfluence
 from isingcut.baselines.evopress import Evopress
@@ -20,7 +20,7 @@ from isingcut.blocks import Replay
 from isingcut.energies.base import Work
 from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError
-from isingcut.measure import measure
+from isingcut.measure import measure, tree_nodes
 from isingcut.tokens import TokenSet
 from tiny import tiny_model
 
@@ -177,16 +177,22 @@ def test_the_price_is_the_blocks_that_are_run():
     rng = np.random.default_rng(1)
     states = np.unique(rng.random((7, 6)) < 0.5, axis=0)
     states = states[(~states).any(1)]
-    prefixes = {(i, tuple(s[:i])) for s in states for i in range(6) if not s[i]}
+    # Blocks run after the first removed one; what comes before is the original's.
+    prefixes = {(i, tuple(s[:i])) for s in states for i in range(6) if s[:i].any() and not s[i]}
     assert tree_nodes(states) == len(prefixes)
+    assert tree_nodes(np.zeros((0, 6), dtype=bool)) == 0
     ledger = Ledger(replay, tokens, WORK, "nll")
+    assert (ledger.passes, ledger.heads) == (1, 0)
     ledger.losses(states)
-    assert ledger.passes == pytest.approx(len(prefixes) / 6)
+    assert ledger.passes * 6 == pytest.approx(6 + len(prefixes))
+    assert measure(replay, tokens, states).blocks_run == 6 + len(prefixes)
     ledger.losses(states)
     assert ledger.evaluations == len(states), "a state is paid for once"
+    assert ledger.passes * 6 == pytest.approx(6 + len(prefixes))
     ledger.losses(states[:1], rows=[0])
     share = 14 / 48
-    assert ledger.passes * 6 == pytest.approx(len(prefixes) + share * (~states[0]).sum())
+    own = (~states[0])[int(states[0].argmax()) :].sum()
+    assert ledger.passes * 6 == pytest.approx(6 + len(prefixes) + share * own)
     assert ledger.heads == pytest.approx(len(states) + share)
 
 

@@ -148,6 +148,21 @@ def measure(
     return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
 
 
+def tree_nodes(states: States) -> int:
+    """Block evaluations per sample that measuring the states (S, N) takes beside the original.
+
+    The original's own N are not in it: a state shares the hidden states of the original up to
+    its first removed block, and those of the other states up to where they part. It is the unit
+    in which every search pays for its states.
+    """
+    total = 0
+    previous = np.zeros(states.shape[-1], dtype=bool)
+    for state in states[np.lexsort(states.T[::-1])]:
+        total += int((~state[_common_prefix(previous, state) :]).sum())
+        previous = state
+    return total
+
+
 class _Step:
     """One state on the walk through the prefix tree."""
 

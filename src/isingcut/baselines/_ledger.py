@@ -14,7 +14,7 @@ from isingcut.energies.base import Work
 from isingcut.errors import InputError
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
-from isingcut.measure import measure
+from isingcut.measure import measure, tree_nodes
 
 LOSSES = ("kl", "nll")
 States = npt.NDArray[np.bool_]
@@ -23,10 +23,12 @@ States = npt.NDArray[np.bool_]
 class Ledger:
     """Measured losses and their price.
 
-    The states of one call share their prefixes, and a state is paid for once on the same rows.
-    The KL needs the original model's distribution: that pass is paid for once, although here
-    every call runs it again. Finished calls are kept in the journal; what is read back from it
-    costs the same as if measured.
+    One pass of the original over all tokens is paid for: the KL needs its distribution, and
+    every state shares its hidden states up to the first removed block. The states of one call
+    share prefixes among themselves too, and a state is paid for once on the same rows. What a
+    call repeats of the original only because hidden states are not kept between calls is not
+    charged. Finished calls are kept in the journal; what is read back from it costs the same as
+    if measured.
 
     Args:
         loss: ``"kl"`` (to the original model) or ``"nll"``.
@@ -50,7 +52,7 @@ class Ledger:
         }
         self._kept = Journal(work.journal, fingerprint(identity))
         self._paid: set[str] = set()
-        self.runs = float(len(replay)) if loss == "kl" else 0.0
+        self.runs = float(len(replay))
         self.heads = 1.0 if loss == "kl" else 0.0
         self.evaluations = 0
 
@@ -98,16 +100,3 @@ def _key(state: npt.NDArray[np.bool_], rows: Sequence[int]) -> str:
     digest = hashlib.sha256(np.array(rows, dtype=np.int64).tobytes()).hexdigest()[:16]
     return f"{np.packbits(state).tobytes().hex()}:{digest}"
 
-
-def tree_nodes(states: States) -> int:
-    """Block evaluations that measuring the states (S, N) together takes, prefixes shared."""
-    order = np.lexsort(states.T[::-1])
-    total, previous = 0, None
-    for state in states[order]:
-        shared = 0
-        if previous is not None:
-            differ = np.flatnonzero(state != previous)
-            shared = int(differ[0]) if len(differ) else len(state)
-        total += int((~state[shared:]).sum())
-        previous = state
-    return total
