@@ -2,7 +2,9 @@
 
     import isingcut
 
-    folder = isingcut.run(model="smollm2", remove=6, out="my-run")
+    run = isingcut.prune("my-model", remove=8)
+    run.spectrum
+    run.save("smaller-model")
 
 Names are loaded on first use, so that the numerical core comes without torch.
 """
@@ -13,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isingcut.api import Options, PoorEnergyWarning, Run, State, open_run, prune
     from isingcut.config import RunConfig
     from isingcut.hamiltonian import Hamiltonian
     from isingcut.pipeline import energy, run
@@ -22,14 +25,34 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Hamiltonian", "Problem", "RunConfig", "Spectrum", "energy", "run", "solve"]
+__all__ = [
+    "Hamiltonian",
+    "Options",
+    "PoorEnergyWarning",
+    "Problem",
+    "Run",
+    "RunConfig",
+    "Spectrum",
+    "State",
+    "energy",
+    "open_run",
+    "prune",
+    "run",
+    "solve",
+]
 
 _HOMES = {
     "Hamiltonian": "hamiltonian",
+    "Options": "api",
+    "PoorEnergyWarning": "api",
     "Problem": "problem",
+    "Run": "api",
     "RunConfig": "config",
     "Spectrum": "spectrum",
+    "State": "api",
     "energy": "pipeline",
+    "open_run": "api",
+    "prune": "api",
     "run": "pipeline",
     "solve": "solvers",
 }
@@ -39,3 +62,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"isingcut.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -25,7 +25,13 @@ def _option(default: Any, stage: str, help_: str, **extra: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Options of one run; every field is also a CLI option and a key of `run.yaml`."""
+    """Options of one run; every field is also a CLI option and a key of `run.yaml`.
+
+    Example:
+        >>> config = isingcut.RunConfig(model="my-model", remove="3")
+        >>> config.replace(keep="0").energy
+        'pairwise'
+    """
 
     model: str = _option(
         "", "model", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", argument=True

@@ -79,6 +79,11 @@ class Hamiltonian:
 
     Raises:
         InputError: wrong shapes, entries that are not finite, J not symmetric, or a diagonal.
+
+    Example:
+        >>> energy = isingcut.Hamiltonian(h=[1.0, 2.0], J=[[0.0, 0.5], [0.5, 0.0]])
+        >>> energy.energies([[0, 0], [1, 0], [1, 1]]).tolist()
+        [0.0, 1.0, 3.5]
     """
 
     h: Floats

@@ -37,6 +37,14 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
 
     Raises:
         IsingcutError: bad input, in one line; nothing was written.
+
+    Example:
+        >>> folder = isingcut.run(
+        ...     model="my-model", remove=3, out="whole-run", calibration="my-text.txt",
+        ...     samples=4, length=16,
+        ... )
+        >>> (folder / "model" / "config.json").is_file()
+        True
     """
     config = _config(config, options)
     session, folder = open_session(config, progress, need_removal=True)
@@ -62,6 +70,13 @@ def energy(
 
     Returns:
         The run folder.
+
+    Example:
+        >>> folder = isingcut.energy(
+        ...     model="my-model", out="energy-only", calibration="my-text.txt", samples=4, length=16
+        ... )
+        >>> isingcut.open_run(folder, remove=2).spectrum.unit
+        'nats/token'
     """
     config = _config(config, options)
     session, folder = open_session(config, progress, need_removal=False)

@@ -37,6 +37,13 @@ class Problem:
 
     Raises:
         InputError: a row has another length than the Hamiltonian.
+
+    Example:
+        >>> from isingcut import constraints
+        >>> energy = isingcut.Hamiltonian.from_quadratic(np.diag([3.0, 1.0, 2.0]))
+        >>> problem = isingcut.Problem(energy, [constraints.count(3, 2)])
+        >>> problem.feasible([[1, 1, 0], [1, 1, 1]]).tolist()
+        [True, False]
     """
 
     hamiltonian: Hamiltonian

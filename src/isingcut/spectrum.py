@@ -38,6 +38,11 @@ class Spectrum:
         seconds: wall-clock time of the solve.
         unit: the Hamiltonian's.
         info: what the solver reports of itself.
+
+    Example:
+        >>> spectrum = isingcut.Spectrum.load("my-run/spectrum.json")
+        >>> len(spectrum.removed(0)), float(spectrum.gaps[0])
+        (3, 0.0)
     """
 
     states: NDArray[np.bool_]

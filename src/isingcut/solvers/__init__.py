@@ -67,6 +67,13 @@ def solve(
     Raises:
         InfeasibleError: no state satisfies the constraints.
         InputError: unknown solver or option, or ``k`` below 1.
+
+    Example:
+        >>> from isingcut import constraints
+        >>> energy = isingcut.Hamiltonian.from_quadratic(np.diag([3.0, 1.0, 2.0]))
+        >>> problem = isingcut.Problem(energy, [constraints.count(3, 2)])
+        >>> isingcut.solve(problem, k=1).removed()
+        [1, 2]
     """
     if k < 1:
         raise InputError(f"k must be at least 1, got {k}")

@@ -1,0 +1,442 @@
+"""The Python door: `prune` gives a `Run`, from which the spectrum, the choice and the smaller
+model are one attribute or call away.
+
+    run = isingcut.prune("my-model", remove=8)
+    run.spectrum
+    run.save("smaller-model")
+
+Everything rests on a run folder, the same one that the command line writes, so that a run
+started in Python can be looked at, reported or continued in a shell, and the other way round.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from isingcut.config import RunConfig, from_mapping
+from isingcut.files import read_json
+from isingcut.progress import Progress, silent, terminal
+
+if TYPE_CHECKING:
+    from isingcut.hamiltonian import Hamiltonian
+    from isingcut.runfolder import RunFolder
+    from isingcut.session import Session
+    from isingcut.spectrum import Spectrum
+
+__all__ = ["Options", "PoorEnergyWarning", "Run", "State", "open_run", "prune"]
+
+
+class PoorEnergyWarning(UserWarning):
+    """The energy ranked measured losses poorly; the message says how poorly and what to do."""
+
+
+class Options(TypedDict, total=False):
+    """The options of `prune` beside the model: those of `RunConfig`, which has their meaning
+    and their defaults.
+
+    Example:
+        >>> options: isingcut.Options = {"samples": 4, "length": 16, "keep": "0,5"}
+        >>> isingcut.RunConfig(model="my-model", **options).keep
+        '0,5'
+    """
+
+    calibration: str
+    samples: int | None
+    length: int
+    rank_samples: int
+    report_samples: int
+    seed: int
+    energy: str
+    also: str
+    linear: bool
+    dtype: str
+    device: str
+    batch_tokens: int
+    trust_remote_code: bool
+    solver: str
+    states: int
+    budget: str
+    diverse: int
+    solve_seconds: float
+    keep: str
+    drop: str
+    random_states: int
+    choose: str
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """One measured state of a model's blocks.
+
+    Attributes:
+        removed: the blocks that go, ascending, numbered from 0.
+        energy: what the Hamiltonian says of it, in the Hamiltonian's unit.
+        kl: KL(original || cut), nats per token, on text the energy has not seen.
+        kl_se: its standard error over samples; None for a single sample.
+        nll: negative log-likelihood, nats per token.
+        position: place in the spectrum, 0 for the ground state; None for a random state.
+
+    Example:
+        >>> run = isingcut.open_run("my-run")
+        >>> list(run.chosen.removed) == run.spectrum.removed(run.chosen.position)
+        True
+    """
+
+    removed: tuple[int, ...]
+    energy: float
+    kl: float
+    kl_se: float | None
+    nll: float
+    position: int | None
+
+
+def prune(
+    model: str | Path,
+    remove: int | str | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: Progress | bool = False,
+    **options: Unpack[Options],
+) -> Run:
+    """Measure the energy of a model's blocks, solve for the best removals, measure those, choose.
+
+    Args:
+        model: a Hugging Face folder, a hub id, a ``.gguf`` file or ``"smollm2"``.
+        remove: how many blocks go (8), or how many of each kind (``"attention=2,moe=3"``); may
+            be left out where a ``budget`` is given.
+        out: the run folder; what is finished there is not measured again. Without one, a
+            temporary folder that goes with the returned object.
+        progress: True shows bars on stderr; or any `isingcut.progress.Progress`.
+        options: every other option of a run (`Options`).
+
+    Returns:
+        the run; no checkpoint is written before `Run.save`.
+
+    Raises:
+        IsingcutError: bad input, in one line; nothing was written.
+
+    Warns:
+        PoorEnergyWarning: the energy ranked the measured states poorly.
+
+    Example:
+        >>> run = isingcut.prune(
+        ...     "my-model", remove=3, calibration="my-text.txt", samples=4, length=16
+        ... )
+        >>> len(run.chosen.removed)
+        3
+        >>> run.spectrum.proven
+        True
+        >>> run.save("smaller-model").name
+        'smaller-model'
+    """
+    from isingcut import pipeline, stages
+    from isingcut.measuring import measure_energy
+
+    temporary = Path(tempfile.mkdtemp(prefix="isingcut-")) if out is None else None
+    try:
+        wanted: dict[str, Any] = {
+            **options,
+            "model": str(model),
+            "remove": "" if remove is None else remove,
+            "out": str(out if temporary is None else temporary / "run"),
+        }
+        config = from_mapping(wanted, "isingcut.prune").validate()
+        session, folder = pipeline.open_session(config, _progress(progress), need_removal=True)
+        measure_energy(session, folder)
+        stages.solve(folder, config)
+        found = stages.rank(session, folder)
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    run = Run(folder, config, session)
+    if temporary is not None:
+        weakref.finalize(run, shutil.rmtree, temporary, ignore_errors=True)
+    for text in _warnings(config, found):
+        warnings.warn(text, PoorEnergyWarning, stacklevel=2)
+    return run
+
+
+def open_run(
+    folder: str | Path,
+    remove: int | str | None = None,
+    *,
+    progress: Progress | bool = False,
+    overwrite: bool = False,
+) -> Run:
+    """A finished or half-finished run folder, whether Python or the command line made it.
+
+    Args:
+        folder: the run folder.
+        remove: one of its removals; by default the one it was made for.
+        progress: as in `prune`.
+        overwrite: outputs made with other options may be replaced.
+
+    Raises:
+        StageFileError: not a run folder, or a damaged one.
+
+    Example:
+        >>> isingcut.open_run("my-run").blocks
+        10
+    """
+    from isingcut.runfolder import RunFolder
+
+    opened = RunFolder.open(Path(folder), overwrite=overwrite)
+    config = opened.config.replace(overwrite=overwrite)
+    if remove is not None:
+        config = config.replace(remove=str(remove), budget="")
+    return Run(opened, config.validate(), progress=_progress(progress))
+
+
+class Run:
+    """One removal of a measured model: its spectrum, its choice, and what can be made of it.
+
+    Made by `prune` or `open_run`. What is not there yet is made when it is first asked for, and
+    kept in the run folder.
+
+    Example:
+        >>> run = isingcut.open_run("my-run")
+        >>> run
+        <isingcut run of my-model: 3 of 10 blocks go>
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        session: Session | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self._folder, self._given, self._progress = folder, session, progress
+        self.config = config
+
+    @cached_property
+    def _session(self) -> Session:
+        from isingcut import pipeline
+
+        if self._given is not None:
+            return self._given
+        return pipeline.session_of(self._folder, self.config, self._progress)
+
+    def __repr__(self) -> str:
+        total = self.blocks
+        went = self.config.removal
+        what = f"{went} of {total} blocks go" if went.isdecimal() else f"{went} of {total} blocks"
+        return f"<isingcut run of {self.config.model}: {what}>"
+
+    @property
+    def path(self) -> Path:
+        """The folder that holds this removal's files.
+
+        Example:
+            >>> isingcut.open_run("my-run").path
+            PosixPath('my-run')
+        """
+        return self._folder.target(self.config.removal)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the original has.
+
+        Example:
+            >>> isingcut.open_run("my-run").blocks
+            10
+        """
+        return len(self._folder.manifest["blocks"]["blocks"])
+
+    @cached_property
+    def hamiltonian(self) -> Hamiltonian:
+        """The measured energy.
+
+        Example:
+            >>> isingcut.open_run("my-run").hamiltonian.unit
+            'nats/token'
+        """
+        from isingcut.hamiltonian import Hamiltonian
+
+        return Hamiltonian.load(self._folder.path / "hamiltonian.safetensors")
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The low-energy states, ranked.
+
+        Example:
+            >>> len(isingcut.open_run("my-run").spectrum)
+            20
+        """
+        from isingcut import stages
+
+        return stages.solve(self._folder, self.config)
+
+    @cached_property
+    def ranking(self) -> dict[str, Any]:
+        """The content of candidates.json: candidates and random states with their losses.
+
+        Example:
+            >>> ranking = isingcut.open_run("my-run").ranking
+            >>> len(ranking["candidates"]) == len(isingcut.open_run("my-run").spectrum)
+            True
+        """
+        from isingcut import stages
+
+        file = self.path / "candidates.json"
+        record = self._folder.manifest["stages"].get(str(file.relative_to(self._folder.path)))
+        if file.exists() and record is not None and record["done"]:
+            # Reading what is there needs no model.
+            return read_json(file, "candidates")
+        assert self.spectrum is not None
+        return stages.rank(self._session, self._folder)
+
+    @property
+    def candidates(self) -> list[State]:
+        """The spectrum's states as measured, in the order of their energy.
+
+        Example:
+            >>> run = isingcut.open_run("my-run")
+            >>> min(run.candidates, key=lambda s: s.kl) == run.chosen
+            True
+        """
+        return [_state(row, k) for k, row in enumerate(self.ranking["candidates"])]
+
+    @property
+    def chosen(self) -> State:
+        """The state that `save` cuts.
+
+        Example:
+            >>> isingcut.open_run("my-run").chosen.kl > 0
+            True
+        """
+        found = self.ranking["chosen"]
+        return _state(found, int(found["position"]))
+
+    @property
+    def fidelity(self) -> dict[str, Any]:
+        """How well the energy ranked measured KL: ``spearman`` and ``kendall`` with their
+        intervals (``_low``, ``_high``), and ``n`` states.
+
+        Example:
+            >>> isingcut.open_run("my-run").fidelity["n"]
+            60
+        """
+        found: dict[str, Any] = self.ranking["fidelity"]["kl"]
+        return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before trusting the choice, and what to do; empty where all is well.
+
+        Example:
+            >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
+            []
+        """
+        return _warnings(self.config, self.ranking)
+
+    def at(self, remove: int | str) -> Run:
+        """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.
+
+        Example:
+            >>> isingcut.open_run("my-run").at(4).spectrum.states.sum(axis=1).tolist()[:2]
+            [4, 4]
+        """
+        config = self.config.replace(remove=str(remove), budget="")
+        session = None
+        if "_session" in self.__dict__ or self._given is not None:
+            # The loaded model is shared; only the options differ.
+            session = copy.copy(self._session)
+            session.config = config
+        return Run(self._folder, config, session, self._progress)
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        blocks: Sequence[int] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the smaller model, a plain Hugging Face checkpoint with a model card.
+
+        The checkpoint is reloaded and proven to compute what the original does with the same
+        blocks skipped, before it appears under its name.
+
+        Args:
+            out: the new folder.
+            blocks: cut these instead of the chosen ones.
+            overwrite: ``out`` may be replaced.
+
+        Raises:
+            OutputExistsError: ``out`` is there.
+            VerificationError: the proof failed; nothing was kept.
+
+        Example:
+            >>> run = isingcut.open_run("my-run")
+            >>> sorted(p.name for p in run.save("by-hand", blocks=[1, 4]).glob("*.safetensors"))
+            ['model.safetensors']
+        """
+        from isingcut import stages
+
+        removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
+        stages.write_checkpoint(
+            self._session, self._folder, removed, Path(out), overwrite=overwrite
+        )
+        return Path(out)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
+
+        Returns:
+            the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``.
+
+        Example:
+            >>> found = isingcut.open_run("my-run").evaluate()
+            >>> found["after"]["blocks"], found["before"]["blocks"]
+            (7, 10)
+        """
+        from isingcut import stages
+
+        assert self.chosen is not None
+        stages.excise(self._session, self._folder)
+        return stages.evaluate(self._session, self._folder)
+
+    def report(self) -> Path:
+        """Write the report of what is there so far; the path of its Markdown.
+
+        Example:
+            >>> isingcut.open_run("my-run").report().name
+            'report.md'
+        """
+        from isingcut import stages
+
+        return stages.report(self._folder, self.config.removal)
+
+
+def _state(row: dict[str, Any], position: int | None) -> State:
+    return State(
+        tuple(int(b) for b in row["removed"]),
+        float(row["energy"]),
+        float(row["kl"]),
+        row["kl_se"],
+        float(row["nll"]),
+        position,
+    )
+
+
+def _warnings(config: RunConfig, ranking: dict[str, Any]) -> list[str]:
+    from isingcut.show import ranking_warnings
+
+    return ranking_warnings(config.energy, ranking)
+
+
+def _progress(wanted: Progress | bool) -> Progress:
+    if isinstance(wanted, bool):
+        return terminal if wanted else silent
+    return wanted
