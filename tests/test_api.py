@@ -1,0 +1,184 @@
+"""The Python door: every public name's example runs, and a Run gives what its folder holds."""
+
+import dataclasses
+import doctest
+import functools
+import gc
+import inspect
+import types
+import typing
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import isingcut
+from isingcut import api
+from isingcut.architectures import find_stack, skipped
+from isingcut.errors import InputError, OutputExistsError, StageFileError
+from isingcut.files import read_json
+from tiny import tiny_checkpoint
+
+MEMBERS = (types.FunctionType, property, functools.cached_property, classmethod, staticmethod)
+OPTIONS = {"samples": 4, "length": 16, "rank_samples": 4, "report_samples": 4, "dtype": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_not_measured(monkeypatch):
+    """Two more processes per evaluation, which test_evaluate pays for."""
+    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder as the examples see it: my-model, my-text.txt and the finished my-run."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny_checkpoint("llama", folder / "my-model", num_hidden_layers=10)
+    rng = np.random.default_rng(0)
+    letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
+    words = " ".join("".join(word) for word in letters)
+    (folder / "my-text.txt").write_text(words, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
+    return folder
+
+
+def examples(name):
+    """The doctests of a public name and of its public members, each as (label, doctest)."""
+    part = getattr(isingcut, name)
+    holders = {name: part}
+    if inspect.isclass(part):
+        # doctest's own finder does not see cached properties.
+        holders |= {f"{name}.{k}": v for k, v in vars(part).items() if isinstance(v, MEMBERS)}
+    parser = doctest.DocTestParser()
+    found = []
+    for label, holder in holders.items():
+        text = inspect.cleandoc(holder.__doc__ or "")
+        globs = {"isingcut": isingcut, "np": np}
+        found.append(parser.get_doctest(text, globs, label, None, 0))
+    return [t for t in found if t.examples]
+
+
+def test_every_public_name_has_an_example():
+    without = [name for name in isingcut.__all__ if not examples(name)]
+    assert without == ["PoorEnergyWarning"], "a warning has nothing to show"
+
+
+def test_every_public_member_of_a_run_has_an_example():
+    shown = {t.name.removeprefix("Run.") for t in examples("Run")}
+    members = {n for n in vars(api.Run) if not n.startswith("_")}
+    assert members <= shown
+
+
+@pytest.mark.parametrize("name", [n for n in isingcut.__all__ if n != "PoorEnergyWarning"])
+def test_examples_run(name, place, tmp_path, monkeypatch):
+    for file in ("my-model", "my-text.txt", "my-run"):
+        (tmp_path / file).symlink_to(place / file)
+    monkeypatch.chdir(tmp_path)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    said = []
+    for test in examples(name):
+        runner.run(test, out=said.append)
+    assert runner.failures == 0, "".join(said)
+
+
+def test_the_options_are_those_of_a_run():
+    own = {"model", "remove", "out"}
+    expected = {f.name: f.type for f in dataclasses.fields(isingcut.RunConfig)}
+    found = {k: v.__forward_arg__ for k, v in api.Options.__annotations__.items()}
+    assert found == {k: v for k, v in expected.items() if k not in own}, (
+        "api.Options repeats the names and types of RunConfig's fields for type checkers: "
+        "add the new option there too"
+    )
+
+
+def test_public_functions_are_typed():
+    for name in ("prune", "open_run"):
+        function = getattr(isingcut, name)
+        assert set(inspect.signature(function).parameters) <= set(
+            typing.get_type_hints(function, vars(api) | {"Session": None, "RunFolder": None})
+        )
+
+
+def test_save_gives_the_skipped_original(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    run = isingcut.open_run("my-run")
+    saved = run.save(tmp_path / "smaller")
+    with pytest.raises(OutputExistsError):
+        run.save(saved)
+    original = AutoModelForCausalLM.from_pretrained("my-model").eval()
+    cut = AutoModelForCausalLM.from_pretrained(saved).eval()
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad(), skipped(original, find_stack(original), list(run.chosen.removed)):
+        expected = original(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(cut(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = isingcut.prune("my-model", remove=3, calibration="my-text.txt", **OPTIONS)
+    assert run.path.is_dir()
+    assert run.path.is_relative_to(tmp_path)
+    del run
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="from 1 to 9"):
+        isingcut.prune("my-model", remove=10, calibration="my-text.txt", **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prune_goes_on_from_the_run_folder(place, monkeypatch):
+    monkeypatch.chdir(place)
+    before = (place / "my-run" / "hamiltonian.safetensors").stat().st_mtime_ns
+    run = isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
+    assert (place / "my-run" / "hamiltonian.safetensors").stat().st_mtime_ns == before
+    assert run.chosen == isingcut.open_run("my-run").chosen
+
+
+def test_another_removal_has_its_own_spectrum_and_shares_the_model(place, monkeypatch):
+    monkeypatch.chdir(place)
+    run = isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
+    other = run.at(2)
+    assert len(other.chosen.removed) == 2
+    assert other._session.loaded is run._session.loaded
+    assert other.path.name == "remove-2"
+
+
+def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
+    monkeypatch.chdir(place)
+    found = read_json(place / "my-run" / "candidates.json", "candidates")
+    poor = {**found["fidelity"]["kl"], "spearman": 0.1, "spearman_low": -0.1}
+    found["fidelity"]["kl"] = poor
+    monkeypatch.setattr("isingcut.stages.rank", lambda *a: found)
+    with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
+        isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_progress_may_be_a_flag_or_a_function(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    said = []
+
+    def progress(description, total):
+        said.append(description)
+        return isingcut.progress.silent(description, total)
+
+    assert isingcut.open_run("my-run", remove=5, progress=progress).ranking
+    assert any("candidates" in d for d in said)
+    assert capsys.readouterr().err == ""
+    assert isingcut.open_run("my-run", remove=6, progress=True).ranking
+    captured = capsys.readouterr()
+    assert "candidates" in captured.err
+    assert captured.out == ""
+
+
+def test_opening_what_is_no_run(tmp_path):
+    with pytest.raises(StageFileError, match=r"run\.json"):
+        isingcut.open_run(tmp_path)
+    with pytest.raises(InputError, match="unknown option"):
+        isingcut.prune("my-model", remove=2, sample=3)
