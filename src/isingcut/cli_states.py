@@ -28,9 +28,9 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
     found = []
     for remove in options.pop("remove") or [None]:
         folder, config = reopen(directory, {**options, "remove": remove})
-        with progress(f"solving for {config.removal}", 1) as bar:
+        with progress(f"solving for {config.removal}", 0) as bar:
             spectrum = stages.solve(folder, config)
-            bar.advance()
+            bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
         found.append((config.removal, spectrum, folder.target(config.removal) / "spectrum.json"))
 
     def show() -> None:

@@ -134,7 +134,9 @@ def measure(
     batches = tokens.batches(batch_tokens)
     kept = Journal(journal, _identity(replay, tokens, wanted, batch_tokens))
     m = tokens.samples
+    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     sums = np.zeros((2, len(wanted) + 1, m))
+    seen = 0
     with progress(description, per_batch * len(batches)) as bar, torch.inference_mode():
         for b, batch in enumerate(batches):
             row = kept.get(str(b))
@@ -144,7 +146,10 @@ def measure(
             else:
                 bar.advance(per_batch)
             sums[:, :, batch.index.numpy()] = row
-    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
+            seen += int(counts[batch.index.numpy()].sum())
+            if len(wanted) and seen:
+                # Samples that were not seen yet count nothing on either side.
+                bar.advance(0, f"lowest KL so far {sums[0, :-1].sum(1).min() / seen:.4f}")
     return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
 
 

@@ -1,9 +1,10 @@
-"""Progress of long work: a bar with an estimate on a terminal, one line per task elsewhere."""
+"""Progress of long work: a bar with an estimate on a terminal, one line per tenth elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -12,7 +13,8 @@ class Bar(Protocol):
     """One task in progress."""
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        """Count ``steps`` more; ``note`` is a few words shown beside the bar."""
+        """Count ``steps`` more; ``note`` is a few words shown beside the bar, for example the
+        best found so far. It stays until another one comes."""
 
 
 class _SilentBar:
@@ -21,7 +23,7 @@ class _SilentBar:
 
 
 Progress = Callable[[str, float], contextlib.AbstractContextManager[Bar]]
-"""``with progress("measuring pairs", total) as bar: bar.advance(1)``."""
+"""``with progress("measuring pairs", total) as bar: bar.advance(1)``; a total of 0 is unknown."""
 
 
 @contextlib.contextmanager
@@ -30,19 +32,51 @@ def silent(description: str, total: float) -> Iterator[Bar]:
     yield _SilentBar()
 
 
-class _PlainBar:
-    """For logs: says when a task starts, passes each tenth, and ends."""
+class PlainBar:
+    """For logs: passes each tenth with the time left and the best so far.
 
-    def __init__(self, description: str, total: float) -> None:
+    Args:
+        description: what is being done.
+        total: its steps.
+        clock: seconds now.
+    """
+
+    def __init__(
+        self, description: str, total: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.description, self.total, self.done, self.said = description, total, 0.0, 0
+        self.note, self.clock, self.began = "", clock, clock()
 
     def advance(self, steps: float = 1, note: str = "") -> None:
+        """Count ``steps`` more, and say so when a tenth is passed."""
         self.done += steps
-        tenth = int(10 * self.done / self.total) if self.total else 10
+        self.note = note or self.note
+        if not self.total:
+            return
+        tenth = min(10, int(10 * self.done / self.total + 1e-9))
         if tenth > self.said:
             self.said = tenth
-            tail = f"  {note}" if note else ""
-            print(f"{self.description}: {min(100, 10 * tenth)}%{tail}", file=sys.stderr, flush=True)
+            parts = [f"{self.description}: {10 * tenth}%", self._left(), self.note]
+            print(", ".join(p for p in parts if p), file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        taken = self.clock() - self.began
+        if self.said == 10:
+            return f"took {duration(taken)}"
+        return f"{duration(taken * (self.total / self.done - 1))} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, as exact as an estimate deserves.
+
+    >>> duration(8.4), duration(260), duration(9000)
+    ('8 s', '4 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 @contextlib.contextmanager
@@ -52,25 +86,25 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _PlainBar(description, total)
+        yield PlainBar(description, total)
         return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with RichProgress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(description, total=total, note="")
+        task = bars.add_task(description, total=total or None, note="")
 
         class _RichBar:
             def advance(self, steps: float = 1, note: str = "") -> None:
-                bars.update(task, advance=steps, note=note)
+                bars.update(task, advance=steps, note=note or bars.tasks[task].fields["note"])
 
         yield _RichBar()
