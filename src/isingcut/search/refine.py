@@ -1,0 +1,344 @@
+"""The search: seeds, surrogate, proposals, racing - until the budget is spent.
+
+    singles and pairs on few samples  ->  pair energy E0
+    beam over sizes                   ->  the first states of every target
+    rounds, the targets in turn:
+        measured states -> posterior over Hamiltonians -> its minima and near moves
+        -> measured on few samples -> the best of them on more -> on all
+
+Every state measured for one target stays known to all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.energies.base import Work
+from isingcut.energies.pairwise import indicator
+from isingcut.errors import InputError
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.measure import tree_nodes
+from isingcut.search import proposals
+from isingcut.search.estimates import Estimates
+from isingcut.search.evaluator import Evaluator, Known
+from isingcut.search.surrogate import Surrogate
+from isingcut.search.targets import Target
+
+States = npt.NDArray[np.bool_]
+State = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the budget is used; the defaults were chosen on SmolLM2-135M.
+
+    Attributes:
+        rungs: shares of the samples that a state is measured on, step by step.
+        prior_share: most of the budget that the pair energy may take.
+        beam: states kept per size on the way up.
+        children: states measured per size on the way up.
+        draws, minima, moves: states proposed in a round: ground states of sampled Hamiltonians,
+            lowest states of the mean, moves around the best states.
+        promoted: states taken to the next rung in a round.
+        finalists: states that are at least measured on all samples.
+        patience: rounds without a new best state after which a target is left alone.
+    """
+
+    rungs: tuple[float, ...] = (0.125, 0.375, 1.0)
+    prior_share: float = 0.35
+    beam: int = 3
+    children: int = 8
+    draws: int = 6
+    minima: int = 4
+    moves: int = 6
+    promoted: int = 3
+    finalists: int = 4
+    patience: int = 6
+
+
+@dataclass
+class Progressed:
+    """One target's progress.
+
+    Attributes:
+        best: the best state so far, or None.
+        stale: rounds since it last changed.
+        rounds: rounds done.
+    """
+
+    target: Target
+    best: State | None = None
+    stale: int = 0
+    rounds: int = 0
+    explored: set[bytes] = field(default_factory=set)
+
+
+class Refinement:
+    """A search in progress; deterministic for its seed, whatever was killed and resumed.
+
+    Args:
+        passes: budget in full forward passes over ``tokens``.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        tokens: TokenSet,
+        targets: Sequence[Target],
+        passes: float,
+        work: Work,
+        seed: int,
+        plan: Plan,
+    ) -> None:
+        if tokens.samples < 2:
+            raise InputError("a search needs at least 2 calibration samples; raise --samples")
+        self.evaluator = Evaluator(replay, tokens, work, seed)
+        self.targets, self.budget, self.plan = targets, passes, plan
+        self.rng = np.random.default_rng([seed, 0x5EA2C4])
+        m = tokens.samples
+        self.rungs = sorted({max(1, round(share * m)) for share in plan.rungs} | {m})
+        self.goals = [Progressed(t) for t in targets]
+        self.trace: list[dict[str, Any]] = []
+        self.prior = self._prior()
+
+    # the pair energy ----------------------------------------------------------------------
+
+    def _prior(self) -> Hamiltonian:
+        """The pair energy on as many samples as its share of the budget pays for."""
+        n = self.evaluator.blocks
+        singles = [(i,) for i in range(n)]
+        pairs = list(combinations(range(n), 2))
+        states = indicator(n, [*singles, *pairs])
+        affordable = [
+            r
+            for r in range(1, self.rungs[0] + 1)
+            if self.evaluator.price(states, r) <= self.plan.prior_share * self.budget
+        ]
+        if not affordable:
+            states, pairs = states[:n], []
+        samples = max(affordable, default=self.rungs[0])
+        self.prior_samples, self.prior_pairs = samples, bool(pairs)
+        self.evaluator.measure(states, samples, f"{len(states)} single and pair removals")
+        tokens = self.evaluator.counts[:samples].sum()
+        losses = np.array([self._known(s).sums[:samples].sum() / tokens for s in states])
+        h, J = losses[:n], np.zeros((n, n))
+        for (i, j), loss in zip(pairs, losses[n:], strict=True):
+            J[i, j] = J[j, i] = loss - h[i] - h[j]
+        return Hamiltonian(h, J, unit="nats/token")
+
+    def _known(self, state: State) -> Known:
+        found = self.evaluator.get(state)
+        assert found is not None
+        return found
+
+    # the way up ---------------------------------------------------------------------------
+
+    def climb(self) -> None:
+        """A beam over sizes, each size's children picked by the pair energy's marginals."""
+        groups: dict[tuple[bytes, ...], list[Target]] = {}
+        for goal in self.goals:
+            # Targets that differ in the count only share one way up.
+            key = tuple(
+                r.coefficients.tobytes() for r in goal.target.rows if r.coefficients.min() >= 0
+            )
+            groups.setdefault(key, []).append(goal.target)
+        for group in groups.values():
+            self._climb(max(group, key=lambda t: t.high))
+
+    def _climb(self, target: Target) -> None:
+        n = self.evaluator.blocks
+        level = self.rungs[0]
+        beam = [np.zeros(n, dtype=bool)]
+        for size in range(1, target.high + 1):
+            children = proposals.grown(beam, target)
+            if not len(children):
+                return
+            predicted = self._predicted(children, beam)
+            picked = children[np.argsort(predicted, kind="stable")[: self.plan.children]]
+            if not self._afford(picked, level):
+                return
+            self.evaluator.measure(picked, level, f"first states of {size} blocks")
+            losses = [np.nansum(self._known(s).sums[:level]) for s in picked]
+            beam = [picked[i] for i in np.argsort(losses, kind="stable")[: self.plan.beam]]
+
+    def _predicted(self, children: States, beam: Sequence[State]) -> npt.NDArray[np.float64]:
+        """Measured loss of the best parent plus the pair energy's cost of one more block."""
+        tokens = np.cumsum(self.evaluator.counts)
+        best = np.full(len(children), np.inf)
+        energies = self.prior.energies(children)
+        for parent in beam:
+            measured = 0.0
+            if parent.any():
+                known = self._known(parent)
+                measured = float(np.nansum(known.sums) / tokens[known.n - 1])
+            own = (children & parent).sum(1) == parent.sum()
+            guess = measured + energies - self.prior.energy(parent)
+            best = np.where(own, np.minimum(best, guess), best)
+        return best
+
+    # rounds -------------------------------------------------------------------------------
+
+    def rounds(self) -> None:
+        """Turns of all targets until the budget is spent or none of them moves."""
+        active = list(self.goals)
+        while active:
+            active = [g for g in active if self._turn(g)]
+
+    def _turn(self, goal: Progressed) -> bool:
+        """One round of one target; False when it is done."""
+        if self._left() <= 0:
+            return False
+        goal.rounds += 1
+        states = self._propose(goal)
+        if len(states) and not self._afford(states, self.rungs[0]):
+            return False
+        if len(states):
+            label = f"remove {goal.target.label}, round {goal.rounds}"
+            self.evaluator.measure(states, self.rungs[0], f"{label}: {len(states)} new states")
+        self._promote(goal, self.plan.promoted)
+        self._note(goal)
+        return goal.stale < self.plan.patience and (len(states) > 0 or goal.stale == 0)
+
+    def estimates(self, target: Target, *, near: int = 0) -> Estimates | None:
+        """Estimates of the measured states of a target (``near``: and of sizes close to it)."""
+        known = [k for k in self.evaluator.known() if k.n >= self.rungs[0]]
+        states = np.array([k.state for k in known], dtype=bool).reshape(
+            -1, self.evaluator.blocks
+        )
+        fits = target.near(states, near) if near else target.feasible(states)
+        chosen = [k for k, ok in zip(known, fits, strict=True) if ok]
+        return Estimates(self.evaluator, chosen, self.rungs) if chosen else None
+
+    def surrogate(self, target: Target) -> Surrogate | None:
+        """The posterior energy near a target, or None while nothing was measured there."""
+        own = self.estimates(target)
+        found = self.estimates(target, near=1)
+        if own is None or found is None or len(found.states) < 4:
+            return None
+        return Surrogate(self.prior, found.states, found.loss, found.sd)
+
+    def _propose(self, goal: Progressed) -> States:
+        target, plan = goal.target, self.plan
+        seed = int(self.rng.integers(2**31))
+
+        def seen(state: State) -> bool:
+            known = self.evaluator.get(state)
+            return known is not None and known.n >= self.rungs[0]
+
+        surrogate = self.surrogate(target)
+        own = self.estimates(target)
+        if surrogate is None or own is None:
+            wanted = plan.draws + plan.minima + plan.moves
+            states = proposals.lowest(self.prior, target, wanted, seed)
+            return _stack(proposals.unseen(states, seen, wanted), self.evaluator.blocks)
+        picked: list[State] = []
+
+        def take(states: States, count: int) -> None:
+            got = {p.tobytes() for p in picked}
+            picked.extend(
+                proposals.unseen(states, lambda s: seen(s) or s.tobytes() in got, count)
+            )
+
+        order = np.argsort(own.loss, kind="stable")
+        around = [own.states[i] for i in order[:2]]
+        lowest = proposals.lowest(surrogate.mean, target, 4 * plan.minima + len(own.states), seed)
+        take(lowest, plan.minima)
+        take(proposals.thompson(surrogate, target, plan.draws, self.rng), plan.draws)
+        moves = np.concatenate([proposals.exchanges(s, target) for s in around])
+        if len(moves):
+            take(proposals.by_bound(surrogate, moves, len(moves)), plan.moves)
+        return _stack(picked, self.evaluator.blocks)
+
+    # racing -------------------------------------------------------------------------------
+
+    def _promote(self, goal: Progressed, count: int, *, sure: bool = False) -> None:
+        """Take the states that may be the best one rung up each, the lowest rung first."""
+        for level in range(len(self.rungs) - 1):
+            found = self.estimates(goal.target)
+            if found is None:
+                return
+            best = found.loss[found.best()]
+            here = np.flatnonzero(found.rung == level)
+            bound = found.loss[here] - found.sd[here]
+            fit = here[np.argsort(found.loss[here], kind="stable")]
+            if not sure:
+                hopeful = set(here[bound < best].tolist())
+                fit = np.array([i for i in fit if i in hopeful], dtype=int)
+            states = found.states[fit[: max(1, count - level)]]
+            if len(states) and self._afford(states, self.rungs[level + 1], final=sure):
+                self.evaluator.measure(
+                    states, self.rungs[level + 1], f"remove {goal.target.label}: a closer look"
+                )
+
+    def finish(self) -> None:
+        """Measure every target's finalists on all samples."""
+        for goal in self.goals:
+            found = self.estimates(goal.target)
+            if found is None:
+                states = proposals.lowest(self.prior, goal.target, 1, 0)
+                self.evaluator.measure(states, self.rungs[0], "the pair energy's ground state")
+                found = self.estimates(goal.target)
+                assert found is not None
+            order = np.argsort(found.loss, kind="stable")[: self.plan.finalists]
+            self.evaluator.measure(
+                found.states[order], self.rungs[-1], f"remove {goal.target.label}: finalists"
+            )
+            self._note(goal)
+
+    # budget -------------------------------------------------------------------------------
+
+    def _reserve(self) -> float:
+        """What the finalists of every target may still cost."""
+        n = self.evaluator.blocks
+        each = sum((n - g.target.low) / n for g in self.goals)
+        return self.plan.finalists * each * 0.8
+
+    def _left(self) -> float:
+        return self.budget - self._reserve() - self.evaluator.passes
+
+    def _afford(self, states: States, n: int, *, final: bool = False) -> bool:
+        left = self._left() + (self._reserve() if final else 0.0)
+        return self.evaluator.price(states, n) <= left
+
+    def _note(self, goal: Progressed) -> None:
+        found = self.estimates(goal.target)
+        if found is None:
+            return
+        best = found.best()
+        state = found.states[best]
+        changed = goal.best is None or bool((state != goal.best).any())
+        goal.stale = 0 if changed else goal.stale + 1
+        goal.best = state
+        self.trace.append(
+            {
+                "passes": self.evaluator.passes,
+                "heads": self.evaluator.heads,
+                "remove": goal.target.label,
+                "removed": np.flatnonzero(state).tolist(),
+                "kl": float(found.loss[best]),
+                "samples": self.rungs[int(found.rung[best])],
+            }
+        )
+
+
+def _stack(states: Sequence[State], n: int) -> States:
+    return np.array(states, dtype=bool).reshape(-1, n)
+
+
+def greedy_price(n: int, remove: int) -> float:
+    """Passes that a greedy path of ``remove`` of ``n`` blocks takes, prefixes shared."""
+    state = np.zeros(n, dtype=bool)
+    total = 0
+    for step in range(remove):
+        total += tree_nodes(proposals.flips(state)[~state])
+        # The price depends a little on which blocks go; evenly spread ones stand for them.
+        state[np.flatnonzero(~state)[(step * 7) % int((~state).sum())]] = True
+    return total / n
