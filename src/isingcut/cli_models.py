@@ -7,16 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from isingcut.cli_verb import OF_RUN, STAGES, Answer, Folder, reopen, verb
+from isingcut.cli_verb import (
+    OF_RUN,
+    STAGES,
+    Answer,
+    Blocks,
+    Folder,
+    OneBased,
+    reopen,
+    reopen_at,
+    verb,
+)
 
 
 @verb(*OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,
-    blocks: Annotated[
-        str | None, typer.Option(help="Cut these blocks, for example 3,4,9, not the chosen ones.")
-    ] = None,
+    blocks: Blocks = None,
+    one_based: OneBased = False,
     gguf: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also cut this GGUF of the same model, to model.gguf."),
@@ -25,16 +34,13 @@ def excise(
 ) -> Answer:
     """Write the chosen state as a plain Hugging Face checkpoint, and verify it.
 
-    Example: isingcut excise my-run --remove 8
+    Examples: isingcut excise my-run --remove 8;
+    isingcut excise my-run --blocks @from-a-paper.txt --one-based
     """
     from isingcut import pipeline, stages
-    from isingcut.constraints import parse_indices
     from isingcut.show import show_lines
 
-    removed = parse_indices(blocks) if blocks is not None else None
-    if removed is not None:
-        options["remove"] = options.get("remove") or str(len(removed))
-    folder, config = reopen(directory, options)
+    folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     session = pipeline.session_of(folder, config, progress)
     written = [stages.excise(session, folder, removed)]
     if gguf is not None:

@@ -40,6 +40,17 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file with the same options.")
 ]
 
+Blocks = Annotated[
+    str | None,
+    typer.Option(
+        "--blocks",
+        metavar="LIST",
+        help="These blocks, not the chosen ones: 3,4,9 or 5-8, @FILE, or - for standard input; "
+        "commas, spaces, lines or JSON.",
+    ),
+]
+OneBased = Annotated[bool, typer.Option("--one-based", help="The list of --blocks counts from 1.")]
+
 WHOLE, STAGES, RESULT, LOOK = "Whole runs", "Single stages", "Use the result", "Look things up"
 """The groups of verbs in `isingcut --help`."""
 
@@ -164,3 +175,21 @@ def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunC
     if not config.removal:
         raise InputError(f"{directory} was made without --remove; say how many blocks to remove")
     return folder, config
+
+
+def reopen_at(
+    directory: Path, options: Mapping[str, Any], blocks: str | None, *, one_based: bool = False
+) -> tuple[RunFolder, RunConfig, list[int] | None]:
+    """A run folder, its options, and the blocks named by `--blocks`, or None for the chosen ones.
+
+    Without `--remove`, as many go as blocks are named.
+    """
+    from isingcut.interop import read_blocks
+    from isingcut.runfolder import RunFolder
+
+    if blocks is None:
+        return (*reopen(directory, options), None)
+    total = len(RunFolder.open(directory).manifest["blocks"]["blocks"])
+    named = read_blocks(blocks, total, one_based=one_based)
+    folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
+    return folder, config, named

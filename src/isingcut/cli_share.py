@@ -1,0 +1,77 @@
+"""Verbs that hand a result on: `export` to other tools, `push` to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isingcut.cli_verb import RESULT, Answer, Blocks, Folder, OneBased, reopen, reopen_at, verb
+from isingcut.errors import InputError
+
+
+@verb("remove", "budget", "overwrite", group=RESULT)
+def export(
+    directory: Folder,
+    mergekit: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write a mergekit passthrough recipe; - prints it."),
+    ] = None,
+    blocks: Blocks = None,
+    one_based: OneBased = False,
+    **options: Any,
+) -> Answer:
+    """Write a state for another tool, for example as a mergekit recipe.
+
+    Example: isingcut export my-run --remove 8 --mergekit recipe.yaml
+    """
+    from isingcut import interop, stages
+    from isingcut.show import show_lines
+
+    if mergekit is None:
+        raise InputError("say what to write: --mergekit FILE.yaml")
+    folder, config, named = reopen_at(directory, options, blocks, one_based=one_based)
+    removed = named if named is not None else stages.chosen_blocks(folder, config)
+    total = len(folder.manifest["blocks"]["blocks"])
+    model, dtype, differing = interop.mergekit_source(config, removed)
+    recipe = interop.mergekit_recipe(model, total, removed, dtype)
+    if mergekit != "-":
+        interop.write_text(Path(mergekit), recipe, overwrite=folder.overwrite)
+    warnings = []
+    if differing:
+        warnings.append(
+            f"mergekit changes the number of blocks only, but without blocks "
+            f"{','.join(str(b) for b in removed)} this model's {', '.join(differing)} must change "
+            "too: its result may load and compute something else. isingcut excise writes the "
+            "whole configuration"
+        )
+    shown = recipe.rstrip("\n") if mergekit == "-" else mergekit
+    data = {"removed": removed, "file": None if mergekit == "-" else mergekit, "recipe": recipe}
+    return Answer(data, lambda: show_lines([shown]), brief=shown, warnings=warnings)
+
+
+@verb("remove", "budget", group=RESULT)
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run folder, or a checkpoint that was cut.")
+    ],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    message: Annotated[str, typer.Option(metavar="TEXT", help="Commit message.")] = "",
+    **options: Any,
+) -> Answer:
+    """Upload the cut checkpoint to the Hugging Face Hub, with its model card.
+
+    Example: isingcut push my-run me/my-model-cut --private
+    """
+    from isingcut import interop_hub
+    from isingcut.show import show_lines
+
+    checkpoint = directory
+    if not (directory / "isingcut.json").is_file():
+        folder, config = reopen(directory, options)
+        checkpoint = folder.target(config.removal) / "model"
+    url = interop_hub.push(checkpoint, repository, private=private, message=message)
+    data = {"url": url, "repository": repository, "private": private, "folder": str(checkpoint)}
+    return Answer(data, lambda: show_lines([url]), brief=url)

@@ -1,0 +1,90 @@
+"""A cut checkpoint to the Hugging Face Hub, with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from isingcut.errors import InputError, StageFileError
+from isingcut.files import read_json
+
+_RECORD = "isingcut.json"
+_LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token that may write)"
+
+
+def push(
+    checkpoint: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    message: str = "",
+    endpoint: str | None = None,
+) -> str:
+    """Upload a cut checkpoint; the repository is made if it is not there.
+
+    The token is the one `hf auth login` or ``HF_TOKEN`` gave; none is ever taken or shown here.
+
+    Args:
+        checkpoint: a folder that `isingcut excise` or `Run.save` wrote.
+        repository: ``"owner/name"``.
+        private: make a new repository private; one that is there stays as it is.
+        message: of the commit; by default it says what was removed.
+        endpoint: another hub than the default.
+
+    Returns:
+        the page's address.
+
+    Raises:
+        StageFileError: ``checkpoint`` was not written by isingcut.
+        InputError: the repository's name or the token is refused, or the hub not reached.
+    """
+    record = cut_record(checkpoint)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    # The HTTP library's own base class: hub versions are built on different ones.
+    transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
+    api = HfApi(endpoint=endpoint, library_name="isingcut")
+    removed = [int(b) for b in record["removed"]]
+    words = message or f"{len(removed)} of {record['of']} blocks removed by isingcut"
+    if repository.count("/") != 1:
+        raise InputError(f"expected a repository like owner/name, got {repository!r}")
+    try:
+        made = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(folder_path=checkpoint, repo_id=made.repo_id, commit_message=words)
+    except HFValidationError as e:
+        raise InputError(f"expected a repository like owner/name: {_first(e)}") from e
+    except LocalTokenNotFoundError as e:
+        raise InputError(f"the hub needs to know who you are; {_LOGIN}") from e
+    except OfflineModeIsEnabled as e:
+        raise InputError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it") from e
+    except HfHubHTTPError as e:
+        status = getattr(e.response, "status_code", None)
+        hint = f"; {_LOGIN}" if status in (401, 403) else ""
+        raise InputError(f"the hub refused {repository}: {_first(e)}{hint}") from e
+    except (OSError, transport_error) as e:
+        raise InputError(f"uploading to {repository} failed ({_first(e)}); run again") from e
+    return str(made.url)
+
+
+def cut_record(checkpoint: Path) -> dict[str, Any]:
+    """What `excise` noted beside the weights: which blocks of how many are gone.
+
+    Raises:
+        StageFileError: the folder was not written by isingcut, or is not whole.
+    """
+    if not (checkpoint / "config.json").is_file() or not (checkpoint / _RECORD).is_file():
+        raise StageFileError(
+            f"{checkpoint} is not a checkpoint that isingcut wrote (no {_RECORD} in it); "
+            "cut one first: isingcut excise RUN"
+        )
+    return read_json(checkpoint / _RECORD, "removal")
+
+
+def _first(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
