@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -12,6 +13,23 @@ import typer
 from isingcut.config import RunConfig
 
 _TYPES = {"int": int, "bool": bool, "float": float}
+
+
+def part_names(room: str) -> Callable[[str], list[str]]:
+    """Shell completion of the names of one room's parts; imports none of them."""
+
+    def complete(incomplete: str) -> list[str]:
+        names: list[str] = importlib.import_module(f"isingcut.{room}").registry.names()
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
+_COMPLETIONS: dict[str, Callable[[str], list[str]]] = {
+    "energy": part_names("energies"),
+    "also": part_names("energies"),
+    "solver": part_names("solvers"),
+}
 
 
 def with_options(*names: str, repeat: tuple[str, ...] = ()) -> Callable[[Any], Any]:
@@ -35,7 +53,10 @@ def with_options(*names: str, repeat: tuple[str, ...] = ()) -> Callable[[Any], A
                 shown = "" if f.default in ("", None, False) else f" (default: {f.default})"
                 flag = "--" + name.replace("_", "-")
                 info = typer.Option(
-                    flag, help=f.metadata["help"] + shown, metavar=f.metadata.get("metavar")
+                    flag,
+                    help=f.metadata["help"] + shown,
+                    metavar=f.metadata.get("metavar"),
+                    autocompletion=_COMPLETIONS.get(name),
                 )
             if name in repeat:
                 base = list[base]

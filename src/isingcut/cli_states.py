@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from isingcut.cli_options import part_names
 from isingcut.cli_verb import OF_RUN, STAGES, Answer, Folder, reopen, verb
 from isingcut.config import RunConfig
 
@@ -67,7 +68,14 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
 
 @verb(*OF_RUN, group=STAGES)
 def baseline(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A method; `isingcut ls` has all.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A method; `isingcut ls` has all.",
+            autocompletion=part_names("baselines"),
+        ),
+    ],
     directory: Folder,
     progress: Any,
     settings: Annotated[
