@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,29 @@ class Replay:
     Args:
         model: a causal language model; it is put in evaluation mode.
         blocks: its removable blocks, in order.
+        device: where it computes; None takes that of its parameters.
+
+    Attributes:
+        bytes_per_token: of the residual stream, at its widest.
 
     Raises:
         ArchitectureError: a block does not take and return one residual stream.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    streamed: ClassVar[bool] = False
+    """Whether blocks are read from disk when they are run; then work goes block by block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        device: torch.device | None = None,
+    ) -> None:
         self.model = model.eval()
         stop_rescaling(model)
         self.blocks = list(blocks)
-        self.device = next(model.parameters()).device
+        self.device = device or next(model.parameters()).device
+        self.bytes_per_token = 0
         # The rest of each block's output tuple (None for a bare tensor), for the stubs to return.
         self._rest: list[tuple[Any, ...] | None] = []
         self._learn_outputs()
@@ -93,6 +106,8 @@ class Replay:
                     "be cut, but not measured one at a time"
                 )
             passed_on.append(stream)
+            width = stream[0, 0].numel() * stream.element_size()
+            self.bytes_per_token = max(self.bytes_per_token, width)
             self._rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
 
         handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in self.blocks]

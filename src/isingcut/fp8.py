@@ -19,7 +19,7 @@ from isingcut.architectures.auto import auto_class
 from isingcut.checkpoint import StoredTensor, read_checkpoint
 from isingcut.errors import CheckpointError, ModelError
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -68,14 +68,14 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     Raises:
         CheckpointError: a dtype that torch cannot hold, or a file that became shorter.
     """
-    if stored.dtype not in _DTYPES:
+    if stored.dtype not in DTYPES:
         raise CheckpointError(f"tensor {stored.name!r} has the dtype {stored.dtype}, not readable")
     data = bytearray(stored.size)
     with stored.file.open("rb") as f:
         f.seek(stored.start)
         if f.readinto(data) != stored.size:
             raise CheckpointError(f"{stored.file} ended early, inside {stored.name!r}")
-    dtype = _DTYPES[stored.dtype]
+    dtype = DTYPES[stored.dtype]
     if not data:
         return torch.empty(stored.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)
@@ -133,17 +133,25 @@ def dequantised(
         CheckpointError: a float8 weight without its scale, or a scale that does not fit.
     """
     stored = read_checkpoint(folder)
-    block = _tile(config)
-    for name, tensor in stored.items():
-        last = name.rpartition(".")[2]
-        if not name.startswith(prefix) or last in _DROPPED or _is_scale(name, stored):
+    block = tile_of(config)
+    for name, tensor in weights_of(stored).items():
+        if not name.startswith(prefix):
             continue
         value = read_tensor(tensor)
         if not tensor.dtype.startswith("F8_"):
             yield name, value.to(dtype) if tensor.dtype in ("BF16", "F16") else value
             continue
-        scale = _scale_of(name, stored)
+        scale = scale_of(name, stored)
         yield name, dequantise(value, read_tensor(scale), block).to(dtype)
+
+
+def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A checkpoint's tensors without the scales of FP8 weights, activations and caches."""
+    return {
+        name: tensor
+        for name, tensor in stored.items()
+        if name.rpartition(".")[2] not in _DROPPED and not _is_scale(name, stored)
+    }
 
 
 def load_dequantised(folder: Path, dtype: torch.dtype) -> Any:
@@ -182,7 +190,12 @@ def _is_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:
     return any(name.endswith(s) and name.removesuffix(s[6:]) in stored for s in _SCALES)
 
 
-def _scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
+def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
+    """The scale beside a float8 weight.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     # "x.weight" with "x.weight_scale", and fused experts' "x.up_proj" with "x.up_proj_scale".
     for suffix in ("_scale_inv", "_scale"):
         if name + suffix in stored:
@@ -190,7 +203,8 @@ def _scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
     raise CheckpointError(f"the float8 tensor {name!r} has no scale beside it")
 
 
-def _tile(config: Mapping[str, Any]) -> tuple[int, int] | None:
+def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(rows, columns) that share a scale, where the configuration says so."""
     quantisation = config.get("quantization_config") or {}
     sizes = quantisation.get("weight_block_size")
     for group in (quantisation.get("config_groups") or {}).values():

@@ -60,13 +60,17 @@ def gate_gradients(
     kept = Journal(journal, _identity(replay, tokens, gate, label_seed, batch_tokens))
     batches = tokens.batches(batch_tokens)
     with progress(f"gradients of {tokens.samples} samples", len(batches)) as bar:
+        if replay.streamed:
+            from isingcut.streamed.gradients import streamed_gradients
+
+            streamed_gradients(replay, batches, gate, label_seed, kept, bar, journal)
         for b, batch in enumerate(batches):
             row = kept.get(str(b))
             if row is None:
                 row = _batch_rows(replay, batch, gate, label_seed).double().cpu().numpy()
                 kept.put(str(b), row)
             rows[batch.index.numpy()] = row
-            bar.advance(1)
+            bar.advance(0 if replay.streamed else 1)
     return rows
 
 

@@ -57,6 +57,10 @@ class Journal:
         """The row stored under ``key``, or None."""
         return self._rows.get(key)
 
+    def keys(self) -> list[str]:
+        """Of all rows, in the order in which they were put."""
+        return list(self._rows)
+
     def put(self, key: str, row: npt.NDArray[np.float64]) -> None:
         """Store ``row`` under ``key`` and sync it to disk."""
         row = np.ascontiguousarray(row, dtype=np.float64)

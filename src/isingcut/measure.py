@@ -138,6 +138,11 @@ def measure(
     sums = np.zeros((2, len(wanted) + 1, m))
     seen = 0
     with progress(description, per_batch * len(batches)) as bar, torch.inference_mode():
+        if replay.streamed:
+            from isingcut.streamed.states import streamed_sums
+
+            sums = streamed_sums(replay, batches, wanted, kept, bar)
+            batches = []
         for b, batch in enumerate(batches):
             row = kept.get(str(b))
             if row is None:

@@ -1,0 +1,159 @@
+"""Two buffers for the parts of models: one in use, the other filled by a thread meanwhile."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Fillable(Protocol):
+    """One part of one model."""
+
+    size: int
+
+    def fill(self, buffer: Tensor) -> None:
+        """Read the part into host memory. Called by the reading thread."""
+
+    def install(self, memory: Tensor) -> None:
+        """Let the model use the part, which lies in ``memory`` on its device."""
+
+    def remove(self) -> None:
+        """Let the model forget the part."""
+
+
+class _Buffer:
+    """Memory for one part: on a GPU also a pinned copy in host memory, copied asynchronously."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)
+        self.memory = self.host
+        if device.type != "cpu":
+            self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._stream: Any = _cuda().Stream(device) if self._cuda else None
+        self._copied: Any = None
+        self._used: Any = None
+
+    def load(self, part: Fillable) -> None:
+        """Fill from the files. Called by the reading thread."""
+        if self._copied is not None:
+            # The copy that went out of the pinned memory last must be through.
+            self._copied.synchronize()
+        part.fill(self.host)
+        if self._cuda:
+            with torch.cuda.stream(self._stream):
+                if self._used is not None:
+                    # What was computed with the part before this one still reads the memory.
+                    self._stream.wait_event(self._used)
+                self.memory[: part.size].copy_(self.host[: part.size], non_blocking=True)
+                self._copied = _cuda().Event()
+                self._copied.record(self._stream)
+        elif self.memory is not self.host:
+            self.memory[: part.size].copy_(self.host[: part.size])
+
+    def arrive(self) -> None:
+        """What is computed from now on waits for the copy."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+
+    def leave(self) -> None:
+        """Mark the end of what was computed with the part."""
+        if self._cuda:
+            self._used = _cuda().Event()
+            self._used.record(torch.cuda.current_stream(self._device))
+
+
+class Buffers:
+    """Two buffers and the thread that fills them; models that are run in turn share them.
+
+    Args:
+        size: bytes of the largest part.
+        device: where parts are used.
+
+    Attributes:
+        reading: seconds that the thread has read, and of these on a processor.
+        stalled: seconds that computing has waited for a part.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self._buffers: list[_Buffer] = []
+        self._held: list[Fillable | None] = [None, None]
+        self._recent = 1
+        self._pending: tuple[Fillable, int, Future[None]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="isingcut-reader")
+        self.reading = self.reading_cpu = self.stalled = 0.0
+
+    def holds(self, part: Fillable) -> bool:
+        """Whether a part is installed."""
+        return any(held is part for held in self._held)
+
+    def take(self, part: Fillable) -> None:
+        """Install a part; the one taken before it stays, an older one goes."""
+        for index, held in enumerate(self._held):
+            if held is part:
+                self._recent = index
+                return
+        if self._pending is None or self._pending[0] is not part:
+            self._settle()
+            self._submit(part)
+        assert self._pending is not None
+        _, index, future = self._pending
+        began = time.perf_counter()
+        future.result()
+        self.stalled += time.perf_counter() - began
+        self._pending = None
+        self._buffers[index].arrive()
+        part.install(self._buffers[index].memory)
+        self._held[index], self._recent = part, index
+
+    def expect(self, part: Fillable) -> None:
+        """Start to read a part into the buffer that is not in use; what was there goes."""
+        if self.holds(part) or (self._pending is not None and self._pending[0] is part):
+            return
+        self._settle()
+        self._submit(part)
+
+    def clear(self) -> None:
+        """Remove what is installed and free the memory; it comes back when next needed."""
+        self._settle()
+        for index in range(2):
+            self._drop(index)
+        self._buffers.clear()
+
+    def _submit(self, part: Fillable) -> None:
+        if not self._buffers:
+            self._buffers = [_Buffer(self.size, self.device) for _ in range(2)]
+        index = 1 - self._recent
+        self._drop(index)
+        buffer = self._buffers[index]
+
+        def load() -> None:
+            began, cpu = time.perf_counter(), time.thread_time()
+            buffer.load(part)
+            self.reading += time.perf_counter() - began
+            self.reading_cpu += time.thread_time() - cpu
+
+        self._pending = (part, index, self._thread.submit(load))
+
+    def _settle(self) -> None:
+        """Let a part that is being read, and is not wanted after all, come in and be forgotten."""
+        if self._pending is not None:
+            self._pending[2].result()
+            self._pending = None
+
+    def _drop(self, index: int) -> None:
+        held = self._held[index]
+        if held is not None:
+            self._buffers[index].leave()
+            held.remove()
+            self._held[index] = None
+
+
+def _cuda() -> Any:
+    return torch.cuda

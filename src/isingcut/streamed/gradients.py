@@ -1,0 +1,119 @@
+"""Gate gradients, block by block: a forward sweep that keeps the stream between blocks, and a
+backward sweep that computes each block again and pulls the gradient through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isingcut.blocks import Recording, Replay
+from isingcut.gates import gated_block
+from isingcut.gradients import loss_gradient
+from isingcut.journal import Journal
+from isingcut.progress import Bar
+from isingcut.streamed.boundary import Boundaries
+from isingcut.streamed.pace import Pace
+from isingcut.streamed.plan import EMBED, HEAD
+from isingcut.streamed.replay import StreamedReplay
+from isingcut.tokens import TokenSet
+
+
+def streamed_gradients(
+    replay: Replay,
+    batches: Sequence[TokenSet],
+    gate: str,
+    label_seed: int | None,
+    kept: Journal,
+    bar: Bar,
+    journal: Path | None = None,
+) -> None:
+    """Put the rows of all micro-batches that the journal lacks into it.
+
+    Args:
+        batches: micro-batches of a token set; the rows of number b have the key ``str(b)``.
+        gate, label_seed: as in `isingcut.gradients.gate_gradients`.
+        journal: its file; hidden states that do not fit the memory allowed go beside it.
+
+    Complexity: one more forward pass than in memory; each block is read twice per chunk.
+    """
+    assert isinstance(replay, StreamedReplay)
+    n = len(replay)
+    todo = [b for b in range(len(batches)) if kept.get(str(b)) is None]
+    bar.advance(len(batches) - len(todo))
+    pace = Pace(replay.store.buffers)
+    while todo:
+        room = replay.room(batches[todo[0]])
+        # A stream before and after every block, what entered (the recording has it), and two
+        # gradients.
+        costs = np.cumsum([(n + 4) * replay.stream_bytes(batches[b]) for b in todo])
+        chunk = todo[: max(1, min(pace.batches, int((costs <= room).sum())))]
+        with (
+            pace.timed(len(chunk)),
+            closing(Boundaries(room, journal.parent if journal else None)) as boundaries,
+        ):
+            found = _sweep(replay, [batches[b] for b in chunk], gate, label_seed, boundaries, bar)
+        for b, rows in zip(chunk, found, strict=True):
+            kept.put(str(b), rows.double().cpu().numpy())
+        todo = todo[len(chunk) :]
+
+
+def _sweep(
+    replay: StreamedReplay,
+    batches: Sequence[TokenSet],
+    gate: str,
+    label_seed: int | None,
+    boundaries: Boundaries,
+    bar: Bar,
+) -> list[Tensor]:
+    """(B, N) float32 gate gradients of each micro-batch."""
+    n = len(replay)
+    recordings: list[Recording] = []
+    toward: list[Tensor] = []
+    rows = [torch.zeros(batch.samples, n, device=replay.device) for batch in batches]
+    forward = [torch.ones(batch.samples, device=replay.device) for batch in batches]
+    for part in replay.store.sweep([EMBED, *range(n), HEAD, *reversed(range(n))]):
+        if part == EMBED:
+            with torch.no_grad():
+                for b, batch in enumerate(batches):
+                    recordings.append(replay.record(batch.input_ids))
+                    boundaries.put((0, b), recordings[b].entered)
+        elif part == HEAD:
+            for b, batch in enumerate(batches):
+                stream = boundaries.take((n, b), replay.device)
+                toward.append(loss_gradient(recordings[b], stream, batch, label_seed))
+        elif not toward:
+            assert isinstance(part, int)
+            with torch.no_grad():
+                for b, recording in enumerate(recordings):
+                    before = boundaries.get((part, b), replay.device)
+                    after = gated_block(recording, part, before, forward[b], gate, ones=True)
+                    boundaries.put((part + 1, b), after)
+                    bar.advance(1 / (2 * n))
+        else:
+            assert isinstance(part, int)
+            for b, recording in enumerate(recordings):
+                before = boundaries.take((part, b), replay.device)
+                rows[b][:, part], toward[b] = _through(recording, part, before, toward[b], gate)
+                bar.advance(1 / (2 * n))
+    return rows
+
+
+def _through(
+    recording: Recording, block: int, before: Tensor, toward: Tensor, gate: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients in the gates (B,) and in the stream before a block, from that after it."""
+    alpha = torch.ones(len(before), device=before.device, requires_grad=True)
+    wanted = [alpha]
+    # In memory too, nothing that enters the first block requires a gradient.
+    if block > 0:
+        before = before.detach().requires_grad_(True)
+        wanted.append(before)
+    out = gated_block(recording, block, before, alpha, gate, ones=True)
+    gradients = torch.autograd.grad(out, wanted, toward)
+    return gradients[0], gradients[-1]

@@ -1,0 +1,157 @@
+"""A model without its weights, and the names that its checkpoint knows them by.
+
+The names and conversions (a list of experts that becomes one tensor, say) are transformers'
+own, so that a streamed block has the numbers that `from_pretrained` gives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from isingcut.architectures.auto import auto_class
+from isingcut.errors import ModelError
+from isingcut.fp8 import fp8_layout
+from isingcut.model_sources import first_line
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules built meanwhile keep their parameters on the meta device, and real buffers.
+
+    Rotary frequencies and masks are buffers that no checkpoint holds: they have to be computed.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            kept = dict(vars(param))
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            vars(param).update(kept)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The model of a checkpoint folder: parameters on the meta device, buffers real.
+
+    Args:
+        dtype: of its floating-point parameters, but for those the family keeps in float32.
+
+    Raises:
+        ModelError: transformers cannot build it, or its weights are packed in a way that can
+            only be loaded whole.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    from isingcut.models import quiet_transformers
+
+    configs: Any = AutoConfig
+    try:
+        with quiet_transformers():
+            config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            _refuse_packed(folder)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            config.name_or_path = str(folder)
+            with without_weights(), torch.random.fork_rng(devices=[]):
+                model = auto_class(config).from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as e:
+        raise ModelError(f"cannot build the model in {folder}: {first_line(e)}") from e
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _refuse_packed(folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    packed = raw.get("quantization_config")
+    if packed and not fp8_layout(folder, raw):
+        method = packed.get("quant_method") or packed.get("quant_algo") or "unknown"
+        raise ModelError(
+            f"the weights in {folder} are packed by {method!r}, which can only be loaded whole; "
+            "pass --stream off, or give a checkpoint in bfloat16, float32 or FP8"
+        )
+
+
+class Names:
+    """What each stored tensor is called in the model, and how it gets there.
+
+    Args:
+        model: the skeleton.
+        dtype: the model's.
+
+    Raises:
+        ModelError: this version of transformers has another loader.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import (
+                WeightConverter,
+                WeightRenaming,
+                dot_natural_key,
+                rename_source_key,
+            )
+        except ImportError as e:
+            raise ModelError(
+                "streaming reads weights with the loader of transformers 5.24, which the installed "
+                f"version does not have ({first_line(e)}); install that version, or pass "
+                "--stream off"
+            ) from e
+        self._rename: Any = rename_source_key
+        self.order: Any = dot_natural_key
+        mapping = get_model_conversion_mapping(model, None, None)
+        self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        self._converter_of = {p: c for c in self._converters for p in c.source_patterns}
+        self._prefix = model.base_model_prefix
+        self.model = model
+        self.tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+        self._widened = [re.compile(p.replace("*", ".*")) for p in model._get_dtype_plan(dtype)]
+
+    def target(self, stored: str) -> tuple[str, str | None]:
+        """The model's name of a stored tensor, and the pattern of the converter it belongs to."""
+        name, pattern = self._rename(
+            stored, self._renamings, self._converters, self._prefix, self.tensors
+        )
+        if name not in self.tensors and stored in self.tensors:
+            name, pattern = self._rename(stored, [], [], self._prefix, self.tensors)
+        return str(name), pattern
+
+    def converter(self, pattern: str) -> Any:
+        """The conversion that a pattern belongs to."""
+        return self._converter_of[pattern]
+
+    def dtype_of(self, target: str) -> torch.dtype:
+        """The dtype that the model has a tensor in."""
+        if any(pattern.search(target) for pattern in self._widened):
+            return torch.float32
+        return self.tensors[target].dtype
+
+    def ties(self) -> dict[str, str]:
+        """Names of tensors that are another one: ``{this: that}``."""
+        return dict(self.model.all_tied_weights_keys)
+
+    def may_miss(self, target: str) -> bool:
+        """Whether a checkpoint need not hold a tensor: the model computes that buffer itself."""
+        patterns = self.model._keys_to_ignore_on_load_missing or ()
+        is_buffer = not isinstance(self.tensors[target], torch.nn.Parameter)
+        return is_buffer and any(re.search(p, target) for p in patterns)

@@ -1,0 +1,159 @@
+"""The parts of one model: installed where its modules look for them, and taken away again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isingcut.errors import ArchitectureError
+from isingcut.streamed.buffers import Buffers
+from isingcut.streamed.plan import EMBED, HEAD, REST, Part, PartPlan
+from isingcut.streamed.reader import Reader, plan_views
+
+
+class Store:
+    """The weights of one model on disk, of which a part or two are installed at a time.
+
+    A block, the embedding or the head that is called while it is not installed is read first,
+    so that any forward pass without gradients works; `sweep` does better, with the next part
+    on its way.
+
+    Args:
+        folder: the checkpoint.
+        model: its skeleton; its blocks, embedding and head get a ``forward`` of this store.
+        blocks: paths of its block modules.
+        dtype: of its weights.
+        device: where it computes.
+        buffers: another store's, to share; only one of the models is run at a time then.
+
+    Raises:
+        ModelError: the checkpoint does not fit the model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Any,
+        blocks: Sequence[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        buffers: Buffers | None = None,
+    ) -> None:
+        self.folder, self.device = folder, device
+        self.reader = Reader(folder, model, list(blocks), dtype)
+        self.order: list[Part] = [EMBED, *range(len(blocks)), HEAD]
+        self._parts = {
+            part: StoredPart(part, plan, self.reader, model)
+            for part, plan in self.reader.plans.items()
+        }
+        self.largest = max(self._parts[part].size for part in self.order)
+        self.resident = self._parts[REST].size
+        if buffers is None or buffers.size < self.largest or buffers.device != device:
+            buffers = Buffers(self.largest, device)
+        self.buffers = buffers
+        self._settle_rest(model)
+        modules = {i: model.get_submodule(path) for i, path in enumerate(blocks)}
+        outer = {EMBED: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
+        for part, module in (modules | outer).items():
+            if module is not None and self._parts[part].size:
+                module.__dict__["forward"] = self._on_demand(part, module.forward)
+
+    def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
+        """Install parts in this order, each for one turn of the loop, the next read meanwhile."""
+        for position, part in enumerate(order):
+            self.buffers.take(self._parts[part])
+            if position + 1 < len(order):
+                self.buffers.expect(self._parts[order[position + 1]])
+            yield part
+
+    def need(self, part: Part) -> None:
+        """Install a part unless it is installed; the one that comes after it will be next.
+
+        Raises:
+            ArchitectureError: gradients are recorded: the graph would hold weights that go.
+        """
+        wanted = self._parts[part]
+        if self.buffers.holds(wanted):
+            return
+        if torch.is_grad_enabled():
+            raise ArchitectureError(
+                "a gradient through several blocks at once needs the whole model in memory; pass "
+                "--stream off on a machine that can hold it"
+            )
+        self.buffers.take(wanted)
+        after = self.order[(self.order.index(part) + 1) % len(self.order)]
+        self.buffers.expect(self._parts[after])
+
+    def size(self, part: Part) -> int:
+        """Bytes of one part in memory."""
+        return self._parts[part].size
+
+    def like(self, part: Part) -> tuple[Any, ...]:
+        """What two blocks of equal cost have in common: their tensors' names and shapes."""
+        plan = self._parts[part].plan
+        return tuple(
+            (name.partition(f".{part}.")[2], plan.targets[target][0].shape)
+            for name, target in sorted(plan.names.items())
+        )
+
+    def _on_demand(self, part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.need(part)
+            return forward(*args, **kwargs)
+
+        return run
+
+    def _settle_rest(self, model: nn.Module) -> None:
+        """What is small stays: norms, position embeddings, and buffers that no checkpoint has."""
+        for module in model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(self.device)
+        rest = self._parts[REST]
+        host = torch.empty(rest.size, dtype=torch.uint8)
+        rest.fill(host)
+        rest.install(host.to(self.device))
+
+
+class StoredPart:
+    """One part of one model, for `Buffers`."""
+
+    def __init__(self, part: Part, plan: PartPlan, reader: Reader, model: nn.Module) -> None:
+        self.part, self.plan, self._reader = part, plan, reader
+        self.size = plan.size
+        self._homes: list[tuple[dict[str, Any], str, str, Any]] = []
+        for name, target in plan.names.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            home: dict[str, Any] = (
+                module._parameters if leaf in module._parameters else module._buffers
+            )
+            empty = home[leaf]
+            if not empty.is_meta:
+                # A stored buffer, which the skeleton has computed like the others.
+                empty = empty.to("meta")
+                home[leaf] = empty
+            self._homes.append((home, leaf, target, empty))
+
+    def fill(self, buffer: Tensor) -> None:
+        """Read the part into host memory."""
+        self._reader.fill(self.part, buffer)
+
+    def install(self, memory: Tensor) -> None:
+        """Let the model use what lies in ``memory``."""
+        views = plan_views(self.plan, memory)
+        for home, leaf, target, empty in self._homes:
+            value = views[target]
+            is_parameter = isinstance(empty, nn.Parameter)
+            home[leaf] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+
+    def remove(self) -> None:
+        """Let the model forget it."""
+        for home, leaf, _, empty in self._homes:
+            home[leaf] = empty
