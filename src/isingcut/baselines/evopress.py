@@ -5,16 +5,17 @@ blocks for kept ones (the smaller of two uniform draws). All children are measur
 tokens; the best go on to more tokens; in the last step the parent is measured beside them on
 the same tokens, and the best of all is the next parent. Every step draws its text anew.
 
-Source: Sieberling et al., arXiv 2410.14649, algorithm 1 with level-switch mutation, and its
-settings for depth pruning: M (N - M) / 1.5 generations, 32 offspring, 2 survivors of 2,048
-tokens, 1 of 32,768, KL to the original. Ours differs: whole blocks go, where the paper drops
-attention and MLP apart; children are distinct from each other and from the parent; text is
-drawn in whole samples of the given set, which ends a step's tokens where it is smaller.
+Source: Sieberling et al., arXiv 2410.14649, algorithm 1 with level-switch mutation, and the
+depth-pruning settings of the script its authors published: the best of 64 random states on 2,048
+tokens starts, M (N - M) / 1.5 generations (whole part), 32 offspring, 2 survivors of 2,048
+tokens, 1 of 32,768, KL to the original, text drawn from 131,072 tokens. Ours differs: whole
+blocks go, where the paper drops attention and MLP apart; children are distinct from each other
+and from the parent; text is drawn in whole samples of the given set, which ends a step's tokens
+where it is smaller.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,7 @@ class Evopress:
     """EvoPress' evolutionary search.
 
     Attributes:
-        generations: None takes the paper's M (N - M) / 1.5, rounded up.
+        generations: None takes the published M (N - M) / 1.5, its whole part but at least 1.
         offspring: children of a generation.
         survivors: how many each selection step lets through; the last must be 1.
         step_tokens: tokens that each selection step measures on.
@@ -67,7 +68,7 @@ class Evopress:
         ledger = Ledger(replay, tokens, work, self.loss)
         generations = self.generations
         if generations is None:
-            generations = math.ceil(remove * (n - remove) / 1.5)
+            generations = max(1, int(remove * (n - remove) / 1.5))
         parent = _best(
             ledger,
             _random_states(rng, n, remove, self.initial),

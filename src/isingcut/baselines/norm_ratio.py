@@ -4,8 +4,8 @@
 
 with f_i(x) the stream after block i.
 
-Source: the relative magnitude of Samragh et al., arXiv 2309.16119, that ShortGPT (arXiv
-2403.03853) compares with.
+Source: the relative magnitude of Samragh et al. (weight subcloning), arXiv 2312.09299, which
+ShortGPT (arXiv 2403.03853) compares its block influence with as a layer metric.
 """
 
 from __future__ import annotations
