@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from isingcut.baselines import registry
 from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.block_influence import BlockInfluence
+from isingcut.baselines.cbo import Cbo
 from isingcut.baselines.evopress import Evopress
 from isingcut.baselines.norm_ratio import NormRatio
 from isingcut.baselines.sleb import Sleb
 from isingcut.blocks import Replay
 from isingcut.energies.base import Work
+from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError
 from isingcut.measure import measure, tree_nodes
@@ -75,10 +78,12 @@ def test_all_baselines_are_found():
     assert registry.names() == [
         "angular-window",
         "block-influence",
+        "cbo",
         "evopress",
         "norm-ratio",
         "random",
         "sleb",
+        "sliding-window-merging",
     ]
 
 
@@ -125,7 +130,8 @@ def test_iterative_block_influence_scores_the_cut_model():
         order.append(left.pop(int(turned.argmin())))
     found = BlockInfluence(iterative=True).choose(replay, tokens, 3, WORK, seed=0)
     assert found.info["order"] == order
-    assert found.passes == pytest.approx((6 + 5 + 4) / 6)
+    after = [6 - order[0] - 1, 6 - min(order[:2]) - 2]
+    assert found.passes == pytest.approx((6 + sum(after)) / 6)
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
@@ -207,6 +213,27 @@ def test_ledger_losses_are_the_measured_ones():
         Ledger(replay, tokens, WORK, "ppl")
 
 
+def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest():
+    replay, tokens = make(), samples()
+    energy = EmpiricalFisher().measure(replay, tokens, WORK)
+    states = indicator(6, list(combinations(range(6), 3)))
+    lowest = states[np.argsort(energy.energies(states))]
+    found = Cbo().choose(replay, tokens, 3, WORK, seed=0)
+    assert found.removed == tuple(np.flatnonzero(lowest[0]))
+    assert (found.passes, found.heads) == (3, 3)
+    best = int(np.argmin(measure(replay, tokens, lowest[:8]).kl))
+    assert best > 0, "this test needs an excited state to win"
+    found = Cbo(top=8).choose(replay, tokens, 3, WORK, seed=0)
+    assert found.removed == tuple(np.flatnonzero(lowest[best]))
+    assert found.info["position"] == best
+    assert found.passes == pytest.approx(3 + tree_nodes(lowest[:8]) / 6)
+    assert found.heads == 3 + 8
+    # More states than there are.
+    assert Cbo(top=99).choose(replay, tokens, 1, WORK, seed=0).info["evaluations"] == 6
+    with pytest.raises(InputError, match="top must be at least 1"):
+        Cbo(top=0).choose(replay, tokens, 2, WORK, seed=0)
+
+
 def test_evopress_finds_the_best_state_of_a_small_stack():
     replay, tokens = make(), samples()
     pairs = [(i, j) for i in range(6) for j in range(i + 1, 6)]
@@ -221,8 +248,10 @@ def test_evopress_finds_the_best_state_of_a_small_stack():
 def test_evopress_takes_the_published_number_of_generations():
     quick = Evopress(offspring=1, survivors=(1,), step_tokens=(1,), initial=1)
     found = quick.choose(make(), samples(), 2, WORK, seed=0)
-    assert found.info["generations"] == 6  # 2 * 4 / 1.5, rounded up
-    assert Evopress().survivors == (2, 1)
+    assert found.info["generations"] == 5  # the whole part of 2 * 4 / 1.5
+    published = Evopress()
+    assert (published.offspring, published.initial) == (32, 64)
+    assert (published.survivors, published.step_tokens) == ((2, 1), (2048, 32768))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +268,7 @@ def test_evopress_refuses_inconsistent_steps(wrong):
         Evopress(**wrong).choose(make(), samples(), 2, WORK, seed=0)
 
 
-@pytest.mark.parametrize("name", ["sleb", "evopress"])
+@pytest.mark.parametrize("name", ["sleb", "evopress", "sliding-window-merging"])
 def test_an_interrupted_search_goes_on_with_the_same_result_and_price(name, tmp_path):
     replay, tokens = make(), samples()
     work = Work(batch_tokens=30, journal=tmp_path / "j")

@@ -22,6 +22,8 @@ from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.energies.base import Work
+from isingcut.energies.pairwise import indicator
+from isingcut.measure import tree_nodes
 
 __all__ = ["BlockInfluence"]
 
@@ -49,7 +51,8 @@ class BlockInfluence:
         order = [lowest(scores, 1)[0]]
         runs = n
         while len(order) < remove:
-            runs += n - len(order)
+            # Before the first removed block the streams, and so the scores, are the original's.
+            runs += tree_nodes(indicator(n, [tuple(order)]))
             again = block_means(replay, tokens, work, influence, removed=order)
             order.append(lowest(again, 1)[0])
         info = {"influence": scores.tolist(), "order": order}
