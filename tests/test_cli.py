@@ -1,0 +1,339 @@
+"""The command line as people and scripts meet it: help, JSON, quiet, colours, exit codes."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import isingcut
+from isingcut import cli, progress
+from isingcut.calibration import Calibration
+from isingcut.files import read_json
+from isingcut.measure import measure
+from isingcut.testing.tiny import tiny_checkpoint
+
+DOCS = Path(__file__).parent.parent / "docs"
+OPTIONS = {"samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "dtype": "float32"}
+VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two removals from six blocks, with another energy beside its own."""
+    base = tmp_path_factory.mktemp("cli")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
+    (base / "text.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
+    model = tiny_checkpoint("llama", base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+        isingcut.run(
+            model=str(model),
+            calibration=str(base / "text.txt"),
+            out=str(base / "run"),
+            remove=2,
+            also="empirical-fisher",
+            random_states=30,
+            **OPTIONS,
+        )
+    return base / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the run to work on."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def call(*arguments) -> int:
+    """The exit code of the command line in this process."""
+    before = sys.argv
+    sys.argv = ["isingcut", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as e:
+        return int(e.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def documented_keys() -> dict[str, set[str]]:
+    """Verb to the keys that docs/cli.md promises."""
+    table = (DOCS / "cli.md").read_text(encoding="utf-8").partition("## Keys of `--json`")[2]
+    found = {}
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            verbs, keys = line.strip("|").split("|", 1)
+            for verb in re.findall(r"`([\w-]+)`", verbs):
+                found[verb] = set(re.findall(r"`([\w-]+)`", keys))
+    return found
+
+
+def answer(capsys, *arguments) -> dict:
+    """The JSON document of a verb: all of standard output."""
+    assert call(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_verb_has_an_example_json_and_quiet():
+    for name, command in VERBS.items():
+        assert re.search(rf"Examples?: isingcut {name}\b", command.callback.__doc__), name
+        options = command.callback.__signature__.parameters
+        assert {"as_json", "quiet"} <= set(options), name
+
+
+def test_every_verb_is_documented():
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([\w-]+)` \|", text.partition("## Output")[0], re.MULTILINE))
+    assert listed == set(VERBS)
+    assert set(documented_keys()) == set(VERBS)
+
+
+def test_json_keys_are_those_documented(finished, run, capsys):
+    """Verbs that find everything done print it again; the others are cheap here."""
+    model = read_json(finished / "run.json", "run")["config"]["model"]
+    keys = documented_keys()
+    known = {"verb", "warnings"}
+    config = run.parent / "run.yaml"
+    stored = read_json(run / "run.json", "run")["config"]
+    config.write_text(yaml.safe_dump(stored))
+    for arguments in (
+        ("run", "--config", config, "--out", run),
+        ("energy", "--config", config, "--out", run),
+        ("rank", run),
+        ("baseline", "block-influence", run),
+        ("excise", run),
+        ("evaluate", run),
+        ("report", run),
+        ("export", run, "--mergekit", run.parent / "recipe.yaml"),
+        ("inspect", model),
+        ("ls",),
+    ):
+        verb = arguments[0]
+        found = answer(capsys, *arguments)
+        assert found["verb"] == verb
+        assert set(found) == keys[verb] | known, verb
+    found = answer(capsys, "solve", run, "--remove", 1, "--remove", 3)
+    assert [r["removal"] for r in found["removals"]] == ["1", "3"]
+    assert all({"removals", *r} == keys["solve"] for r in found["removals"])
+
+
+def test_json_stays_alone_when_libraries_print(monkeypatch, capsys):
+    from isingcut import solvers
+
+    names = solvers.registry.names
+
+    def chatty():
+        print("a library says hello")
+        return names()
+
+    monkeypatch.setattr(solvers.registry, "names", chatty)
+    assert call("ls", "--json") == 0
+    captured = capsys.readouterr()
+    assert "tabu" in json.loads(captured.out)["solvers"]
+    assert "hello" in captured.err
+
+
+def test_quiet_leaves_one_line(run, capsys):
+    for arguments, expected in (
+        (("solve", run), f"{run / 'spectrum.json'}"),
+        (("excise", run), f"{run / 'model'}"),
+        (("report", run), f"{run / 'report.md'}"),
+    ):
+        assert call(*arguments, "--quiet") == 0
+        captured = capsys.readouterr()
+        assert captured.out == expected + "\n"
+        assert captured.err == ""
+    assert call("rank", run, "--quiet") == 0
+    removed = isingcut.Spectrum.load(run / "spectrum.json").states.shape[1]
+    assert all(0 <= int(b) < removed for b in capsys.readouterr().out.strip().split(","))
+
+
+def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
+    file = run / "candidates.json"
+    found = json.loads(file.read_text())
+    found["fidelity"]["kl"] |= {"spearman": 0.12, "spearman_low": -0.2}
+    file.write_text(json.dumps(found))
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["stages"]["candidates.json"]["sha256"] = isingcut.runfolder.file_sha256(file)
+    (run / "run.json").write_text(json.dumps(manifest))
+    assert call("rank", run) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("poorly (Spearman 0.12") == 1
+    assert re.search(r"isingcut: warning: .*--energy", captured.err)
+    assert "warning" not in captured.out
+    document = answer(capsys, "rank", run)
+    assert any("poorly" in w for w in document["warnings"])
+
+
+def test_blocks_from_a_file_counted_from_one(run, capsys):
+    (run.parent / "paper.txt").write_text("2\n5\n")
+    arguments = ("excise", run, "--blocks", f"@{run.parent / 'paper.txt'}", "--one-based")
+    assert call(*arguments, "--overwrite", "--quiet") == 0
+    assert read_json(run / "model" / "isingcut.json", "removal")["removed"] == [1, 4]
+    assert call("excise", run, "--blocks", "6,7") == 2
+    assert "numbered 0 to 5, got 6, 7" in capsys.readouterr().err
+
+
+def test_a_recipe_to_standard_output_is_plain_yaml(run, capsys):
+    assert call("export", run, "--mergekit", "-") == 0
+    recipe = yaml.safe_load(capsys.readouterr().out)
+    assert recipe["merge_method"] == "passthrough"
+    assert call("export", run) == 2
+    assert "--mergekit" in capsys.readouterr().err
+
+
+def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
+    pushed = []
+
+    def push(checkpoint, repository, **options):
+        pushed.append((checkpoint, repository, options["private"]))
+        return f"https://hub/{repository}"
+
+    monkeypatch.setattr("isingcut.interop_hub.push", push)
+    found = answer(capsys, "push", run, "me/cut", "--private")
+    assert set(found) == documented_keys()["push"] | {"verb", "warnings"}
+    assert call("push", run / "model", "me/cut") == 0
+    assert pushed == [(run / "model", "me/cut", True), (run / "model", "me/cut", False)]
+
+
+# Exit codes and streams --------------------------------------------------------------------
+
+
+def test_exit_codes(monkeypatch, capsys, tmp_path):
+    assert call("ls") == 0
+    assert call("solve", tmp_path) == 2
+    assert call("solve", tmp_path, "--no-such-option") == 2
+    assert call("no-such-verb") == 2
+    capsys.readouterr()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("isingcut.solvers.registry.names", interrupted)
+    assert call("ls") == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+    def broken():
+        raise ZeroDivisionError("of  the\nsolver")
+
+    monkeypatch.setattr("isingcut.solvers.registry.names", broken)
+    assert call("ls") == 1
+    line = capsys.readouterr().err
+    assert line.startswith("isingcut: internal error (ZeroDivisionError: of the solver)")
+    assert len(line.strip().splitlines()) == 1
+    assert "isingcut --debug ls" in line
+    with pytest.raises(ZeroDivisionError):
+        call("--debug", "ls")
+
+
+def process(*arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "isingcut.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", **environment},
+        check=True,
+    )
+
+
+def test_no_color_is_respected_and_pipes_get_none():
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-7]")
+    assert colour.search(process("--help", FORCE_COLOR="1").stdout)
+    assert not colour.search(process("--help", FORCE_COLOR="1", NO_COLOR="1").stdout)
+    assert "\x1b" not in process("--help").stdout
+
+
+def test_shell_completion_knows_verbs_and_parts():
+    def complete(words):
+        # The program's name decides which variable is looked at.
+        code = "import isingcut.cli as c; c.app(prog_name='isingcut')"
+        asked = {
+            "_ISINGCUT_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split(" ")) - 1),
+        }
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **asked},
+        )
+        return ended.stdout.split()
+
+    assert "excise" in complete("isingcut ex")
+    assert "tabu" in complete("isingcut solve my-run --solver ta")
+    assert complete("isingcut baseline sle") == ["sleb"]
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, isingcut.cli as c\ntry: c.app(['run', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'numba', 'jinja2', 'yaml'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# Progress ------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_tenths_with_the_time_left_and_the_best(capsys):
+    now = [0.0]
+    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
+    for k in range(20):
+        now[0] += 60
+        bar.advance(1, f"lowest KL so far {1 / (k + 1):.2f}" if k % 2 else "")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "measuring: 10%, 18 min left, lowest KL so far 0.50"
+    assert lines[-1] == "measuring: 100%, took 20 min, lowest KL so far 0.05"
+
+
+def test_unknown_totals_and_durations(capsys):
+    bar = progress.PlainBar("solving", 0)
+    bar.advance(1, "lowest energy 1")
+    assert capsys.readouterr().err == ""
+    assert [progress.duration(s) for s in (0.4, 8.4, 260, 9000)] == ["0 s", "8 s", "4 min", "2.5 h"]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress.terminal("measuring", 2) as bar:
+        bar.advance(1, "lowest KL so far [0.5]")
+        bar.advance(1)
+    shown = capsys.readouterr()
+    assert "lowest KL so far [0.5]" in shown.err
+    assert "left" in shown.err
+    assert shown.out == ""
+
+
+def test_measuring_reports_the_best_so_far(finished):
+    """The note beside the bar is the lowest mean KL of the samples seen."""
+    notes = []
+
+    class Bar:
+        def advance(self, steps=1, note=""):
+            notes.extend([note] if note else [])
+
+    @contextlib.contextmanager
+    def record(description, total):
+        yield Bar()
+
+    run = isingcut.open_run(finished, progress=record)
+    split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
+    found = measure(
+        run._session.replay, split, run.spectrum.states, batch_tokens=16, progress=record
+    )
+    assert len(notes) == 3
+    assert notes[-1] == f"lowest KL so far {found.kl.min():.4f}"
