@@ -32,13 +32,15 @@ _COMPLETIONS: dict[str, Callable[[str], list[str]]] = {
 }
 
 
-def with_options(*names: str, repeat: tuple[str, ...] = ()) -> Callable[[Any], Any]:
-    """Give a handler the named options of `RunConfig` as keyword parameters.
+def with_options(
+    *names: str, repeat: tuple[str, ...] = (), of: type = RunConfig
+) -> Callable[[Any], Any]:
+    """Give a handler the named options of a configuration class as keyword parameters.
 
     An option left out on the command line arrives as None, so that a config file or a run
     folder can supply it before the default does.
     """
-    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+    fields = {f.name: f for f in dataclasses.fields(of)}
 
     def decorate(handler: Any) -> Any:
         own = inspect.signature(handler, eval_str=True).parameters.values()

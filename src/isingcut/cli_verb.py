@@ -77,15 +77,20 @@ class Answer:
 
 
 def verb(
-    *names: str, group: str, repeat: tuple[str, ...] = (), name: str | None = None
+    *names: str,
+    group: str,
+    repeat: tuple[str, ...] = (),
+    name: str | None = None,
+    of: type = RunConfig,
 ) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
-    """Make a handler a verb of the command line, with the named options of `RunConfig`.
+    """Make a handler a verb of the command line, with the named options of a configuration class.
 
     Args:
-        names: fields of `RunConfig`; one left out on the command line arrives as None.
+        names: fields of ``of``; one left out on the command line arrives as None.
         group: one of the headings of `isingcut --help`.
         repeat: options among ``names`` that may be given several times; they arrive as lists.
         name: the verb, where it is not the function's name.
+        of: the class whose fields the options are.
 
     The handler gets its options by keyword, and where it has a parameter ``progress`` the
     terminal's, or a silent one under `--quiet`.
@@ -93,7 +98,7 @@ def verb(
 
     def decorate(handler: Callable[..., Answer]) -> Callable[..., Answer]:
         called = name or handler.__name__
-        shown = inspect.signature(with_options(*names, repeat=repeat)(handler))
+        shown = inspect.signature(with_options(*names, repeat=repeat, of=of)(handler))
         wants_progress = "progress" in shown.parameters
         parameters = [p for p in shown.parameters.values() if p.name != "progress"]
 

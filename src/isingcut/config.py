@@ -1,7 +1,7 @@
 """Every option of a run, with its default, its help and the first stage it touches.
 
-The command line, `run.yaml` and `isingcut.run(...)` are all generated from `RunConfig`: a
-default that is not here does not exist.
+The command line, `run.yaml` and `isingcut.run(...)` are all generated from `RunConfig`, healing
+from `HealConfig`: a default that is not here does not exist.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from isingcut.errors import InputError
 
-STAGES = ("model", "calibration", "energy", "solve", "rank", "excise", "evaluate", "report")
+STAGES = (
+    *("model", "calibration", "energy", "solve", "rank"),
+    *("excise", "heal", "evaluate", "report"),
+)
 """The stages of a run, in order. An option belongs to the first stage it can change."""
 
 
@@ -83,6 +86,17 @@ class RunConfig:
     )
     choose: str = _option("measured", "rank", "measured (lowest KL of the candidates) or ground.")
 
+    patch: str = _option(
+        "none", "heal", "linear: fold a least-squares map into the block before each cut; or none."
+    )
+    heal: bool = _option(False, "heal", "Distil the original into the cut model afterwards.")
+    heal_top: int = _option(
+        0, "heal", "Heal so many of the best candidates for a few steps first, and choose after it."
+    )
+    heal_options: str = _option(
+        "", "heal", "YAML file with options of `isingcut heal` (text, steps, method, ...)."
+    )
+
     overwrite: bool = _option(False, "report", "Replace an existing output.", volatile=True)
 
     def replace(self, **changes: Any) -> RunConfig:
@@ -128,6 +142,131 @@ class RunConfig:
                 raise InputError(f"--{flag} must be at least {lowest}, got {value}")
         _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("--choose", self.choose, ("measured", "ground"))
+        _one_of("--patch", self.patch, PATCHES)
+        if self.heal_top < 0:
+            raise InputError(f"--heal-top must be at least 0, got {self.heal_top}")
+        if self.heal_top and not (self.heal or self.patch != "none"):
+            raise InputError("--heal-top compares healed candidates; give --heal or --patch too")
+        return self
+
+
+PATCHES = ("none", "linear")
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """Options of healing a cut model; every field is also an option of `isingcut heal`.
+
+    Example:
+        >>> isingcut.config.HealConfig(steps=50).learning_rate is None
+        True
+    """
+
+    student: str = _option("", "heal", "The cut checkpoint's folder.", argument=True)
+    teacher: str = _option("", "heal", "The original: folder, hub id, .gguf file or 'smollm2'.")
+    out: str = _option("", "heal", "Folder for the healed checkpoint.")
+    text: str = _option(
+        "wiki", "heal", "Text to heal with: FILE.txt, FILE.jsonl, a datasets name or 'wiki'."
+    )
+    samples: int | None = _option(None, "heal", "Samples of that text (default: all).")
+    length: int = _option(1024, "heal", "Tokens per sample.")
+    report_samples: int = _option(16, "heal", "Other samples, for the figures before and after.")
+    seed: int = _option(0, "heal", "Seed of every random choice.")
+
+    patch: str = _option(
+        "none", "heal", "linear: fold a least-squares map into the block before each cut; or none."
+    )
+    patch_tokens: int = _option(65536, "heal", "Tokens of the text that the patch is fitted on.")
+    patch_maps: str = _option(
+        "reads", "heal", "What the patched layer's new map acts on: reads or writes."
+    )
+
+    method: str = _option("full", "heal", "full (all weights), lora, or none (patch only).")
+    learning_rate: float | None = _option(
+        None, "heal", "Highest learning rate (default: 2e-5, with lora 2e-4)."
+    )
+    schedule: str = _option("cosine", "heal", "How it falls, by transformers' name.")
+    warmup_steps: int = _option(
+        100, "heal", "Steps in which it rises; at most a tenth of all steps."
+    )
+    epochs: float = _option(1.0, "heal", "How often the text is read.")
+    steps: int | None = _option(None, "heal", "Stop after so many steps; the schedule ends there.")
+    batch: int = _option(16, "heal", "Sequences per optimiser step, over all processes.")
+    micro_batch: int = _option(1, "heal", "Sequences computed at a time by one process.")
+    temperature: float = _option(1.0, "heal", "Both distributions are softened by it.")
+    hidden_weight: float = _option(
+        0.0, "heal", "Weight of matching the hidden states behind each cut (0: none)."
+    )
+    top_k: int = _option(
+        0, "heal", "Keep the teacher's K likeliest tokens and their rest on disk first (0: no)."
+    )
+    lora_rank: int = _option(16, "heal", "Rank of the LoRA matrices.")
+    lora_alpha: int = _option(32, "heal", "Their scale.")
+    gradient_checkpointing: bool = _option(
+        False, "heal", "Recompute activations in the backward pass: less memory, more time."
+    )
+    save_steps: int = _option(50, "heal", "Steps between states an interrupted healing resumes at.")
+    trainer: str = _option(
+        "", "heal", "YAML file of further transformers TrainingArguments (fsdp, deepspeed, optim)."
+    )
+
+    batch_tokens: int = _option(1024, "heal", "Tokens computed at a time when measuring.")
+    dtype: str = _option("auto", "heal", "auto, float32 or bfloat16.")
+    device: str = _option("auto", "heal", "auto, cpu, cuda or cuda:N.", volatile=True)
+    trust_remote_code: bool = _option(
+        False, "heal", "Allow the models' own Python code to run.", volatile=True
+    )
+    overwrite: bool = _option(False, "heal", "Replace an existing output.", volatile=True)
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate; 2e-5 as in the paper, LoRA's default ten times that."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-4 if self.method == "lora" else 2e-5
+
+    def replace(self, **changes: Any) -> HealConfig:
+        """A copy with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+    def validate(self) -> HealConfig:
+        """Check what can be checked without a model.
+
+        Raises:
+            InputError: one line that names the option, what was expected and what came.
+        """
+        for name, lowest in {
+            "samples": 1,
+            "length": 8,
+            "report_samples": 2,
+            "patch_tokens": 64,
+            "warmup_steps": 0,
+            "steps": 1,
+            "batch": 1,
+            "micro_batch": 1,
+            "hidden_weight": 0,
+            "top_k": 0,
+            "lora_rank": 1,
+            "save_steps": 1,
+            "batch_tokens": 1,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must be at least {lowest}, got {value}")
+        for name in ("epochs", "temperature"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} must be above 0, got {getattr(self, name)}")
+        _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("--patch", self.patch, PATCHES)
+        _one_of("--patch-maps", self.patch_maps, ("reads", "writes"))
+        _one_of("--method", self.method, ("full", "lora", "none"))
+        if self.method == "none" and self.patch == "none":
+            raise InputError("--method none without a --patch leaves nothing to do")
+        if self.top_k and self.temperature != 1:
+            raise InputError("--top-k keeps the teacher at temperature 1; give one of them only")
+        if self.top_k and self.hidden_weight:
+            raise InputError("--top-k keeps no hidden states; give one of it and --hidden-weight")
         return self
 
 
@@ -147,7 +286,15 @@ def from_mapping(values: Mapping[str, Any], source: str) -> RunConfig:
     Raises:
         InputError: unknown key (with a suggestion) or a value of the wrong type.
     """
-    known = {f.name: f for f in dataclasses.fields(RunConfig)}
+    return options_from(RunConfig, values, source)
+
+
+Options = TypeVar("Options", RunConfig, HealConfig)
+
+
+def options_from(kind: type[Options], values: Mapping[str, Any], source: str) -> Options:
+    """Options of one kind from a mapping, as `from_mapping`."""
+    known = {f.name: f for f in dataclasses.fields(kind)}
     checked: dict[str, Any] = {}
     for raw, value in values.items():
         name = str(raw).replace("-", "_")
@@ -156,7 +303,7 @@ def from_mapping(values: Mapping[str, Any], source: str) -> RunConfig:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{source}: unknown option {raw!r}{hint} known: {', '.join(known)}")
         checked[name] = _coerced(name, str(known[name].type), value, source)
-    return RunConfig(**checked)
+    return kind(**checked)
 
 
 def _coerced(name: str, declared: str, value: Any, source: str) -> Any:
