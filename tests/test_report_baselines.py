@@ -1,0 +1,80 @@
+"""The report's table of other methods, from the files that the verb `baseline` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from isingcut.files import read_json, write_json
+from isingcut.report_baselines import baseline_rows, baselines_won
+
+CANDIDATES = {"chosen": {"removed": [1, 5], "kl": 0.5, "kl_se": 0.0625, "nll": 3.0, "nll_se": None}}
+
+
+def baseline(name: str, kl: float, **more: Any) -> dict[str, Any]:
+    return {
+        "baseline": name,
+        "removed": [2, 3],
+        "kl": kl,
+        "kl_se": 0.25,
+        "nll": 3.5,
+        "nll_se": 0.125,
+        "passes": 12.3456,
+        "tokens_searched": 4080,
+        "violated": [],
+        "info": {},
+        **more,
+    }
+
+
+def test_rows_are_sorted_with_the_chosen_state_among_them():
+    found = [baseline("sleb", 0.75, settings=["loss=kl"]), baseline("random", 0.25)]
+    rows = baseline_rows(found, CANDIDATES, "pairwise", {"tokens": 99, "blocks_run": 36}, 12)
+    assert rows == [
+        ("`random`", "2 and 3", "0.2500 ± 0.2500", "3.5000 ± 0.1250", "12.3", "4080", "none"),
+        ("**chosen** (`pairwise`)", "1 and 5", "0.5000 ± 0.0625", "3.0000", "3", "99", "none"),
+        (
+            "`sleb`, loss=kl",
+            "2 and 3",
+            "0.7500 ± 0.2500",
+            "3.5000 ± 0.1250",
+            "12.3",
+            "4080",
+            "none",
+        ),
+    ]
+
+
+def test_merges_broken_constraints_and_unknown_prices_are_said():
+    merged = baseline("m", 0.25, merges=[[1, 2], [0, 3]], violated=["keep 0", "keep 2"])
+    rows = baseline_rows([merged], CANDIDATES, "hessian", None, 12)
+    assert rows[0][1] == "2 and 3, merged into 1 and 0"
+    assert rows[0][-1] == "keep 0, keep 2"
+    assert rows[1][4:6] == ("not counted", "unknown")
+    counted = baseline_rows([merged], CANDIDATES, "refined", {"passes": 80.0, "tokens": 9}, 12)
+    assert counted[1][4:6] == ("80", "9")
+    assert baseline_rows([merged], None, "hessian", None, 12) == rows[:1]
+    assert baseline_rows([], CANDIDATES, "hessian", None, 12) == []
+
+
+def test_only_methods_that_keep_the_constraints_can_win():
+    lower = [baseline("a", 0.25), baseline("b", 0.25, violated=["keep 0"]), baseline("c", 0.75)]
+    assert baselines_won(lower, CANDIDATES) == ["a"]
+    assert baselines_won(lower, None) == []
+
+
+def test_the_report_shows_them(tmp_path: Path):
+    from isingcut.report import write_report
+    from test_report import folder, section
+
+    run = folder.__wrapped__(tmp_path)
+    for name, kl in (("sleb", 0.5), ("cbo", 0.125)):
+        write_json(run / f"baseline-{name}.json", "baseline", baseline(name, kl))
+    write_report(run)
+    part = section((run / "report.md").read_text(encoding="utf-8"), "Other methods")
+    rows = [line for line in part.splitlines() if line.startswith("| ")]
+    assert rows[1].startswith("| `cbo` | 2 and 3 | 0.1250 ± 0.2500 | 3.5000 ± 0.1250 | 12.3 |")
+    assert rows[2].startswith("| **chosen** (`pairwise`) | 10 and 11 | 0.2750 ± 0.0625 |")
+    assert "**Warning.** Measured here, cbo found a lower KL" in part
+    data = read_json(run / "report.json", "report")
+    assert data["baselines"] == [baseline("cbo", 0.125), baseline("sleb", 0.5)]
