@@ -125,6 +125,13 @@ def test_shared_and_packed_weights_are_refused():
         check_mergeable(replay)
 
 
+def test_a_streamed_model_is_refused(monkeypatch):
+    monkeypatch.setattr(Replay, "streamed", True)
+    replay = make()
+    with pytest.raises(ArchitectureError, match="--stream off"):
+        check_mergeable(replay)
+
+
 @pytest.mark.parametrize(
     ("groups", "words"),
     [

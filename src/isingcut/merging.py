@@ -28,9 +28,14 @@ def check_mergeable(replay: Replay) -> None:
     """Refuse a model whose neighbouring blocks cannot be added parameter by parameter.
 
     Raises:
-        ArchitectureError: two neighbours have other parameters or share some, or a parameter
-            is not stored as plain numbers; the message names it.
+        ArchitectureError: two neighbours have other parameters or share some, a parameter is
+            not stored as plain numbers, or the blocks are read from disk one at a time.
     """
+    if replay.streamed:
+        raise ArchitectureError(
+            "merging needs the weights of several blocks at once; pass --stream off on a machine "
+            "that can hold the model"
+        )
     tensors = [_tensors(block) for block in replay.blocks]
     for i, (here, after) in enumerate(itertools.pairwise(tensors)):
         for name in sorted({*here, *after}):

@@ -99,4 +99,3 @@ class Ledger:
 def _key(state: npt.NDArray[np.bool_], rows: Sequence[int]) -> str:
     digest = hashlib.sha256(np.array(rows, dtype=np.int64).tobytes()).hexdigest()[:16]
     return f"{np.packbits(state).tobytes().hex()}:{digest}"
-
