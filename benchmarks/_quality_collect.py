@@ -10,14 +10,13 @@ import numpy.typing as npt
 
 from _quality_bench import Bench
 from _quality_judge import Chosen, Judged, load_judged, rows_chosen, thinned
+from _quality_summary import OURS
 from _quality_tasks import METRIC
 from isingcut.files import write_json
 from isingcut.measure import standard_error
 from isingcut.runfolder import _versions
 
 KIND = "quality"
-OURS = ("refined", "refined-joint")
-"""Entries of the product's own search: neither is a baseline of the other."""
 RESAMPLES = 2000
 Floats = npt.NDArray[np.float64]
 

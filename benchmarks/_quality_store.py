@@ -133,31 +133,51 @@ class Store:
         return seconds
 
 
-def show_plan(stages: Iterable[Stage], store: Store, speed: Speed) -> float:
-    """Print what is left to do and what it is expected to take; seconds in all."""
+def show_plan(stages: Iterable[Stage], store: Store, speed: Speed, *, parts: bool) -> float:
+    """Print what is left to do and what it is expected to take; seconds in all.
+
+    Args:
+        parts: also print every part.
+    """
     print(
         f"\nplan ({1000 * speed.block_pass:.2f} ms a token for all blocks, "
         f"{1000 * speed.head:.2f} ms for an output head with its comparison)"
     )
-    print(f"{'stage':<34}{'parts left':>11}{'passes x ktoken':>17}{'minutes':>9}")
+    print(f"{'':<44}{'parts':>6}{'passes x ktoken':>17}{'heads x ktoken':>16}{'minutes':>9}")
+
+    def line(words: str, count: int, prices: Sequence[Price]) -> float:
+        passes = sum(p.tokens * p.passes for p in prices) / 1000
+        heads = sum(p.tokens * p.heads for p in prices) / 1000
+        seconds = sum(p.seconds(speed) for p in prices)
+        print(f"{words:<44}{count:>6}{passes:>17.0f}{heads:>16.0f}{seconds / 60:>9.1f}")
+        return seconds
+
     total = 0.0
     for stage in stages:
         left = [p for p in stage.parts() if not store.done(p.name)]
-        prices = [*(q for p in left for q in p.prices), *stage.expected()]
-        seconds = sum(p.seconds(speed) for p in prices)
-        work = sum(p.tokens * p.passes for p in prices) / 1000
-        total += seconds
-        print(f"{stage.title:<34}{len(left):>11}{work:>17.0f}{seconds / 60:>9.1f}")
-    print(f"{'all':<34}{'':>11}{'':>17}{total / 60:>9.1f}\n", flush=True)
+        waiting = list(stage.expected())
+        total += line(stage.title, len(left), [*(q for p in left for q in p.prices), *waiting])
+        for part in left if parts else ():
+            line(f"  {part.name}", 1, part.prices)
+        if parts and waiting:
+            line("  expected, once the parts before it are done", 0, waiting)
+    print(f"{'all':<44}{'':>39}{total / 60:>9.1f}\n", flush=True)
     return total
 
 
 def drive(
-    stages: Sequence[Stage], store: Store, speed: Speed, *, only: Sequence[str], minutes: float
+    stages: Sequence[Stage],
+    store: Store,
+    speed: Speed,
+    *,
+    only: Sequence[str],
+    minutes: float,
+    planned: float = 0.0,
 ) -> bool:
     """Make what is missing, in order; False when the time was up first.
 
     Args:
+        planned: seconds that everything left is expected to take, for the estimate shown.
         only: prefixes of the parts to make; empty for all.
         minutes: no part is started that is expected to end later than this.
     """

@@ -146,6 +146,10 @@ def test_figures_follow_from_the_collected_tables(finished, capsys):
         kl["refined"] / min(others), rel=1e-3
     )
     assert 1 <= figures["refined_mean_rank"] <= len(others) + 1
+    assert 0 <= figures["refined_lowest_or_within"] <= 1
+    assert figures["refined_mean_kl_over_best_baseline"] == pytest.approx(
+        figures["refined_kl_over_best_baseline_2"], rel=1e-3
+    )
     assert figures["refined_evaluations_over_sleb"] <= 1
     assert -1 <= figures["spearman_pairwise_3"] <= 1
 
