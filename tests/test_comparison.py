@@ -11,6 +11,7 @@ from isingcut.comparison import baseline_part
 from isingcut.errors import InputError, UnknownNameError
 from isingcut.files import read_json
 from isingcut.measure import measure
+from isingcut.merging import measure_merged
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
 from tiny import tiny_checkpoint
@@ -68,6 +69,29 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, fold
     state = np.isin(np.arange(6), found["removed"])
     assert found["kl"] == pytest.approx(measure(replay, split, state[None]).kl[0], rel=1e-5)
     assert not list(folder.glob("baseline*.journal"))
+
+
+def test_a_merging_baseline_is_measured_with_its_blocks_merged(capsys, folder):
+    code, shown = call(capsys, "baseline", "sliding-window-merging", folder)
+    assert code == 0, shown
+    found = read_json(folder / "baseline-sliding-window-merging.json", "baseline")
+    assert found["removed"] == sorted(k for group in found["merges"] for k in group[1:])
+    replay = Session(RunFolder.open(folder).config).replay
+    split = Calibration.load(folder / "calibration.safetensors").splits["rank"]
+    merged = measure_merged(replay, split, found["merges"])
+    assert found["kl"] == pytest.approx(merged.kl[0], rel=1e-5)
+    assert found["nll_se"] == pytest.approx(merged.nll_se[0], rel=1e-5)
+    removed = np.isin(np.arange(6), found["removed"])
+    assert found["kl"] != pytest.approx(measure(replay, split, removed[None]).kl[0], rel=1e-2)
+
+
+def test_the_papers_method_leaves_only_its_result(capsys, folder):
+    assert call(capsys, "baseline", "cbo", folder, "--set", "top=5")[0] == 0
+    found = read_json(folder / "baseline-cbo.json", "baseline")
+    assert found["settings"] == ["top=5"]
+    assert found["merges"] == []
+    assert len(found["info"]["kl"]) == 5
+    assert sorted(p.name for p in folder.glob("baseline-cbo*")) == ["baseline-cbo.json"]
 
 
 def test_other_removals_and_options_have_files_of_their_own(capsys, folder):

@@ -23,6 +23,12 @@ from isingcut.session import Session
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from isingcut.baselines.base import Outcome
+    from isingcut.blocks import Replay
+    from isingcut.energies.base import Work
+    from isingcut.measure import Measurement
+    from isingcut.tokens import TokenSet
+
 
 def baseline_part(name: str, settings: Sequence[str]) -> Any:
     """The baseline called ``name`` with settings as ``option=value`` texts.
@@ -67,8 +73,10 @@ def compare(
 
     Returns:
         The file's content: ``removed``; ``kl`` and ``nll`` with standard errors on the ranking
-        split; ``passes`` and ``heads``, the price (see `isingcut.baselines.base.Outcome`);
-        ``violated``, constraints of the run that the method does not know and breaks.
+        split; ``merges``, groups of blocks that were added into their first one, where the
+        method does so, and the losses are then those of the merged model; ``passes`` and
+        ``heads``, the price (see `isingcut.baselines.base.Outcome`); ``violated``, constraints
+        of the run that the method does not know and breaks.
     """
     config = session.config
     part = baseline_part(name, settings)
@@ -89,7 +97,6 @@ def compare(
     def make(path: Path) -> None:
         from isingcut.calibration import Calibration
         from isingcut.energies.base import Work
-        from isingcut.measure import measure
 
         splits = Calibration.load(folder.path / "calibration.safetensors").splits
         searched = splits["energy"].select(range(samples))
@@ -97,20 +104,13 @@ def compare(
         journal = path.with_name(path.name + ".journal")
         work = Work(config.batch_tokens, session.progress, journal)
         outcome = part.choose(session.replay, searched, count, work, config.seed)
-        state = np.zeros(len(session.replay), dtype=bool)
-        state[list(outcome.removed)] = True
-        found = measure(
-            session.replay,
-            splits["rank"],
-            state[None],
-            batch_tokens=config.batch_tokens,
-            progress=session.progress,
-            description="measuring the choice",
-        )
+        found = measure_outcome(session.replay, splits["rank"], outcome, work)
         content = {
             "baseline": name,
             "options": dataclasses.asdict(part),
+            "settings": list(settings),
             "removed": list(outcome.removed),
+            "merges": [list(group) for group in outcome.merges],
             "kl": float(found.kl[0]),
             "kl_se": _finite(found.kl_se[0]),
             "nll": float(found.nll[0]),
@@ -119,7 +119,7 @@ def compare(
             "heads": outcome.heads,
             "tokens_searched": searched.tokens,
             "tokens_judged": int(found.counts.sum()),
-            "violated": [row.name for row in rows if not row.satisfied(state[None])[0]],
+            "violated": [row.name for row in rows if not row.satisfied(found.states)[0]],
             "info": outcome.info,
         }
         write_json(path, "baseline", content)
@@ -131,6 +131,37 @@ def compare(
         options,
         make,
         lambda path: read_json(path, "baseline"),
+    )
+
+
+def measure_outcome(replay: Replay, tokens: TokenSet, outcome: Outcome, work: Work) -> Measurement:
+    """Losses of what a baseline made of the model, merged where it merges: one state.
+
+    Args:
+        work: how to measure; its journal is left alone.
+    """
+    from isingcut.measure import measure
+    from isingcut.merging import measure_merged
+
+    description = "measuring the choice"
+    if outcome.merges:
+        return measure_merged(
+            replay,
+            tokens,
+            outcome.merges,
+            batch_tokens=work.batch_tokens,
+            progress=work.progress,
+            description=description,
+        )
+    state = np.zeros((1, len(replay)), dtype=bool)
+    state[0, list(outcome.removed)] = True
+    return measure(
+        replay,
+        tokens,
+        state,
+        batch_tokens=work.batch_tokens,
+        progress=work.progress,
+        description=description,
     )
 
 
