@@ -101,7 +101,7 @@ def test_every_stage_left_its_file(finished):
     assert names == {
         "run.json", "calibration.safetensors", "hamiltonian.safetensors",
         "hamiltonian.empirical-fisher.safetensors", "spectrum.json", "candidates.json", "model",
-        "evaluation.json", "report.md", "report.json",
+        "evaluation.json", "report.md", "report.json", "report.html",
     }  # fmt: skip
     assert read_json(finished / "run.json", "run")["complete"] is True
 
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_from_what_is_there(finished, llama, text, tmp_path
     shutil.copytree(finished, out)
     manifest = json.loads((out / "run.json").read_text())
     # As a kill during the ranking leaves it.
-    for name in ("candidates.json", "evaluation.json", "report.md", "report.json"):
+    for name in ("candidates.json", "evaluation.json", "report.md", "report.json", "report.html"):
         (out / name).unlink()
         manifest["stages"].pop(name, None)
     shutil.rmtree(out / "model")

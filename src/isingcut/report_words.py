@@ -86,6 +86,11 @@ def removal_summary(
     return " ".join(said)
 
 
+def listed(removed: Sequence[int]) -> str:
+    """Blocks as a row of numbers."""
+    return " ".join(map(str, removed))
+
+
 def plus_minus(value: float, error: float | None, form: str = ".4f") -> str:
     """A figure with its standard error, where there is one."""
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
@@ -146,12 +151,13 @@ def fidelity_rows(judged: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ..
         for key, loss, states in kinds:
             if key in losses:
                 found = losses[key]
-                figures = (_correlation(found, "spearman"), _correlation(found, "kendall"))
+                figures = (correlation_text(found, "spearman"), correlation_text(found, "kendall"))
                 rows.append((f"`{energy}`", loss, states, *figures, str(found["n"])))
     return rows
 
 
-def _correlation(found: Mapping[str, Any], name: str) -> str:
+def correlation_text(found: Mapping[str, Any], name: str) -> str:
+    """A rank correlation with its 95 % interval."""
     if found.get(name) is None:
         return "undefined"
     low, high = found.get(f"{name}_low"), found.get(f"{name}_high")

@@ -7,7 +7,7 @@
     candidates.json             | of the run's own removal; another removal of the same
     model/                      | Hamiltonian has them in a folder remove-SPEC/
     evaluation.json             |
-    report.md, report.json     /
+    report.md, .json, .html    /
 """
 
 from __future__ import annotations

@@ -1,0 +1,345 @@
+"""Several runs on one page: two models, two energies, two calibration texts.
+
+What differs between the runs is found and said first; a loss is only called comparable where it
+was measured on the same tokens of the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isingcut.report_blocks import block_ticks, strip
+from isingcut.report_figures import scatter_figure
+from isingcut.report_files import RunFiles
+from isingcut.report_html import page
+from isingcut.report_states import book
+from isingcut.report_svg import Figure, Plot, Scale, span, x_span, y_span
+from isingcut.report_tradeoff import (
+    Point,
+    kept_cache,
+    kept_parameters,
+    speed_ratio,
+    trade_off_points,
+)
+from isingcut.report_words import correlation_text, listed, numbers, plus_minus
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison.
+
+    Attributes:
+        files: its files.
+        name: its folder, with the folder above where names are the same.
+        tone: number of its colour.
+    """
+
+    files: RunFiles
+    name: str
+    tone: int
+
+    @property
+    def text(self) -> str | None:
+        """SHA-256 of its calibration tokens; equal where losses were measured on the same text."""
+        found = self.files.run["provenance"].get("calibration")
+        return None if found is None else str(found["sha256"])
+
+    @property
+    def sha(self) -> str:
+        """SHA-256 that identifies its model."""
+        return str(self.files.run["provenance"]["model"]["sha256"])
+
+    @property
+    def loss(self) -> dict[str, Any] | None:
+        """The chosen state as the ranking measured it."""
+        found = self.files.candidates
+        return None if found is None else found["chosen"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A row of a dot plot: a figure with its interval."""
+
+    name: str
+    tone: int
+    text: str
+    style: str
+    note: str = ""
+
+
+def comparison_page(found: Sequence[RunFiles]) -> str:
+    """The page of several runs, in the order given."""
+    runs = _named(found)
+    losses = [r for r in runs if r.loss is not None]
+    return page(
+        "compare.html.j2",
+        title=f"{numbers_of(len(runs))} compared",
+        runs=runs,
+        differences=_differences(runs),
+        warnings=_warnings(runs),
+        table=_table(runs),
+        fidelity=_fidelity(runs),
+        fidelity_scale=Scale(-1.0, 1.0, 0.0, 100.0),
+        losses=_losses(losses),
+        loss_scale=_loss_scale(losses),
+        strips=[
+            (r, strip(len(r.files.blocks), r.files.removed), block_ticks(len(r.files.blocks)))
+            for r in runs
+            if r.files.removed is not None
+        ],
+        trade_offs=[
+            _trade_off(runs, "parameters", "Parameters", "parameters kept, %", kept_parameters),
+            _trade_off(runs, "cache", "KV cache", "KV cache kept, %", kept_cache),
+            _trade_off(
+                runs, "speed", "Measured speed", "decode speed, × original", lambda _: speed_ratio
+            ),
+        ],
+        scatters=[f for r in losses for f in _scatter(r)],
+        crossed=_crossed(losses),
+        data={"n": 0, "kinds": [], "parameters": [], "states": []},
+    )  # fmt: skip
+
+
+def numbers_of(count: int) -> str:
+    """A number of runs in words."""
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def _named(found: Sequence[RunFiles]) -> list[Run]:
+    places = [f.target.resolve() for f in found]
+    short = [p.name for p in places]
+    long = [f"{p.parent.name}/{p.name}" for p in places]
+    names = [s if short.count(s) == 1 else n for s, n in zip(short, long, strict=True)]
+    names = [n if names.count(n) == 1 else f"{n} ({k + 1})" for k, n in enumerate(names)]
+    return [Run(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))]
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Model, text and every option that is not the same in all runs."""
+    rows = [
+        ("model", [r.files.model for r in runs], [r.sha for r in runs]),
+        ("calibration text", [_source(r) for r in runs], [str(r.text) for r in runs]),
+    ]
+    keys = list(dict.fromkeys(k for r in runs for k in r.files.run["config"]))
+    for key in keys:
+        values = [str(r.files.run["config"].get(key, "")) for r in runs]
+        if key not in ("model", "calibration"):
+            rows.append((key.replace("_", " "), values, values))
+    return [(name, shown) for name, shown, told in rows if len(set(told)) > 1]
+
+
+def _source(run: Run) -> str:
+    found = run.files.run["provenance"].get("calibration")
+    return "" if found is None else str(found["source"])
+
+
+def _warnings(runs: Sequence[Run]) -> list[str]:
+    said = []
+    if len({r.sha for r in runs}) > 1:
+        said.append(
+            "The runs are of different models: a KL says how far each cut is from its own original."
+        )
+    if len({r.text for r in runs}) > 1:
+        said.append(
+            "The runs were measured on different tokens, so their losses are not directly "
+            "comparable; give them the same --calibration, --length, --rank-samples and --seed "
+            "to compare energies alone."
+        )
+    counts = {len(r.files.removed) for r in runs if r.files.removed is not None}
+    if len(counts) > 1:
+        sizes = numbers(sorted(counts))
+        said.append(f"They remove different numbers of blocks: {sizes}. See the trade-offs below.")
+    absent = [r.name for r in runs if r.loss is None]
+    if absent:
+        said.append(
+            f"Not ranked, so without losses: {', '.join(absent)}. Type isingcut rank for them."
+        )
+    said += [f"{r.name}: {w}" for r in runs for w in r.files.warnings]
+    return said
+
+
+def _table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What each run is and came to: names and one text per run."""
+
+    def text(say: Callable[[RunFiles], str | None]) -> list[str]:
+        return [say(r.files) or "not run" for r in runs]
+
+    def evaluated(key: str, form: str, scale: float = 1.0) -> list[str]:
+        def say(files: RunFiles) -> str | None:
+            found = files.evaluation
+            if found is None:
+                return None
+            a, b = found["before"].get(key), found["after"].get(key)
+            if a is None or b is None:
+                return "not measured"
+            return f"{a / scale:{form}} → {b / scale:{form}} ({100 * (b / a - 1):+.1f} %)"
+
+        return text(say)
+
+    def ranked(say: Callable[[dict[str, Any]], str]) -> list[str]:
+        return text(lambda f: None if f.candidates is None else say(f.candidates))
+
+    return [
+        ("model", text(lambda f: f.model)),
+        ("energy", text(lambda f: f"`{f.energy}`")),
+        ("calibration", [_source(r) or "not run" for r in runs]),
+        ("blocks", text(lambda f: str(len(f.blocks)))),
+        ("removed", text(lambda f: None if f.removed is None else listed(f.removed))),
+        ("chosen", ranked(lambda c: f"state {c['chosen']['position']}, {c['chosen']['why']}")),
+        ("Spearman", ranked(lambda c: correlation_text(c["fidelity"]["kl"], "spearman"))),
+        ("Kendall", ranked(lambda c: correlation_text(c["fidelity"]["kl"], "kendall"))),
+        (
+            "KL, ranking text",
+            ranked(lambda c: plus_minus(c["chosen"]["kl"], c["chosen"]["kl_se"])),
+        ),
+        (
+            "KL, unseen text",
+            text(
+                lambda f: (
+                    None
+                    if f.evaluation is None
+                    else plus_minus(f.evaluation["kl"], f.evaluation["kl_se"])
+                )
+            ),
+        ),
+        ("perplexity", evaluated("perplexity", ".2f")),
+        ("parameters, millions", evaluated("parameters", ".1f", 1e6)),
+        ("decode, tokens/s", evaluated("decode_tokens_per_second", ".1f")),
+    ]
+
+
+def _fidelity(runs: Sequence[Run]) -> list[Interval]:
+    """Spearman of every energy that a run measured, with its interval."""
+    scale = Scale(-1.0, 1.0, 0.0, 100.0)
+    rows = []
+    for run in runs:
+        for energy, found in run.files.judged.items():
+            figures = found["kl"]
+            style = ""
+            if figures["spearman"] is not None:
+                style = _style(
+                    scale, figures["spearman"], figures["spearman_low"], figures["spearman_high"]
+                )
+            text = correlation_text(figures, "spearman")
+            rows.append(Interval(run.name, run.tone, text, style, energy))
+    return rows
+
+
+def _loss_scale(runs: Sequence[Run]) -> Scale:
+    ends = [
+        value
+        for r in runs
+        if r.loss is not None
+        for value in (r.loss["kl"] - (r.loss["kl_se"] or 0), r.loss["kl"] + (r.loss["kl_se"] or 0))
+    ]
+    return span(ends, 0.0, 100.0, zero=True)
+
+
+def _losses(runs: Sequence[Run]) -> list[Interval]:
+    scale = _loss_scale(runs)
+    rows = []
+    for run in runs:
+        assert run.loss is not None
+        kl, error = float(run.loss["kl"]), run.loss["kl_se"]
+        style = _style(scale, kl, kl - (error or 0.0), kl + (error or 0.0))
+        removed = f"{len(run.loss['removed'])} of {len(run.files.blocks)} blocks"
+        rows.append(Interval(run.name, run.tone, plus_minus(kl, error), style, removed))
+    return rows
+
+
+def _style(scale: Scale, value: float, low: float | None, high: float | None) -> str:
+    a, b = (scale(value if v is None else v) for v in (low, high))
+    return f"--k:{scale(value)}%;--a:{a}%;--w:{round(b - a, 2)}%"
+
+
+def _trade_off(
+    runs: Sequence[Run], key: str, title: str, label: str, place_of: Callable[[RunFiles], Any]
+) -> Figure:
+    found: list[tuple[Run, list[Point]]] = []
+    for run in runs:
+        place = place_of(run.files)
+        points = [] if place is None else trade_off_points(run.files, place)
+        found.append((run, sorted((p for p in points if p.measured), key=lambda p: p.at)))
+    if not any(points for _, points in found):
+        return Figure(key, title, "No run has measured this.")
+    whole = 1.0 if key == "speed" else 100.0
+    flat = [p for _, points in found for p in points]
+    plot = Plot(
+        x_span([whole, *(p.at for p in flat)]),
+        y_span([0.0, *(p.loss + (p.error or 0.0) for p in flat)], zero=True),
+    )
+    plot.axes(label, "KL to the original, nats/token")
+    for run, points in found:
+        ends = [(whole, 0.0), *((p.at, p.loss) for p in points)]
+        plot.line(sorted(ends), f"tone-{run.tone}")
+    plot.mark(whole, 0.0, "the original\nKL 0", "original", shape="diamond")
+    rows = []
+    for run, points in found:
+        for point in points:
+            loss = plus_minus(point.loss, point.error)
+            tip = f"{run.name}\nremove {point.removal.name}\n{label}: {point.at:.4g}\nKL {loss}"
+            plot.mark(point.at, point.loss, tip, f"tone-{run.tone}", error=point.error)
+            rows.append((run.name, point.removal.name, f"{point.at:.4g}", loss))
+    words = f"{len(flat)} measured removals of {numbers_of(len(runs))}."
+    return Figure(
+        f"pareto-{key}",
+        title,
+        words,
+        plot.svg(f"{title} against KL. {words}"),
+        ("run", "removal", label, "KL, nats/token"),
+        rows,
+        [(f"tone-{run.tone}", run.name) for run, points in found if points],
+    )
+
+
+def _scatter(run: Run) -> list[Figure]:
+    energy = run.files.hamiltonian
+    if energy is None:
+        return []
+    found = run.files.judged[run.files.energy]["kl"]
+    figure = scatter_figure(run.files.energy, energy, found, book(run.files), main=True, link=False)
+    key = f"scatter-{run.name}".replace("/", "-").replace(" ", "-")
+    return [
+        Figure(
+            key, f"{run.name}: {figure.title}", figure.words, figure.svg,
+            figure.columns, figure.rows, figure.legend,
+        )
+    ]  # fmt: skip
+
+
+def _crossed(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
+    """Every run's energy judged on the states that every run measured: Spearman with the KL.
+
+    Only where all are of one model; an energy that also ranks the states measured on another
+    text, or chosen by another energy, is no accident of its own.
+    """
+    if len(runs) < 2 or len({r.sha for r in runs}) > 1:
+        return []
+    rows = []
+    for run in runs:
+        energy = run.files.hamiltonian
+        if energy is None:
+            return []
+        cells = []
+        for other in runs:
+            found = other.files.candidates
+            assert found is not None
+            states = [*found["candidates"], *found["random"]]
+            x = np.zeros((len(states), energy.n), dtype=bool)
+            for row, state in zip(x, states, strict=True):
+                row[state["removed"]] = True
+            cells.append(_spearman(energy.energies(x), np.array([s["kl"] for s in states])))
+        rows.append((run, cells))
+    return rows
+
+
+def _spearman(energies: Any, losses: Any) -> str:
+    from scipy.stats import spearmanr
+
+    if len(energies) < 3 or np.ptp(energies) == 0 or np.ptp(losses) == 0:
+        return "undefined"
+    return f"{float(spearmanr(energies, losses).statistic):.2f}"

@@ -1,0 +1,255 @@
+"""What the files of a run folder say of one removal: read once, for every form of the report.
+
+Reads files only, never a model, and loads no torch. A file that is not there is None.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isingcut.errors import StageFileError
+from isingcut.files import read_json
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.report_baselines import baselines_won, read_baselines
+from isingcut.report_words import fidelity_warnings
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The results of one removal of a run: the run's own, or one of its `remove-SPEC` folders.
+
+    Attributes:
+        name: what was asked for, for example ``"6"`` or ``"params=25%"``.
+        own: it is the removal that is being reported.
+    """
+
+    name: str
+    spectrum: dict[str, Any] | None
+    candidates: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    own: bool
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The chosen state as measured; before a ranking, the ground state without a loss."""
+        if self.candidates is not None:
+            chosen: dict[str, Any] = self.candidates["chosen"]
+            return chosen
+        if self.spectrum is not None and self.spectrum["states"]:
+            ground: dict[str, Any] = self.spectrum["states"][0]
+            return ground
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class RunFiles:
+    """Everything a report is made of.
+
+    Attributes:
+        folder: the run folder.
+        target: where the files of this removal are: the run folder itself or one below it.
+        run: `run.json`.
+        removal: the record inside the checkpoint, `model/isingcut.json`.
+        others: Hamiltonians measured beside the main one, by name.
+        baselines: the contents of all `baseline-NAME.json`, lowest measured KL first.
+        healing: `healing.json`: losses over the steps, and the scores before and after.
+        benchmarks: rows of `benchmarks.json`: task, metric, scores of both models.
+        removals: all removals solved in the folder, fewest blocks first.
+        gguf: a cut GGUF file is there.
+    """
+
+    folder: Path
+    target: Path
+    run: dict[str, Any]
+    spectrum: dict[str, Any] | None = None
+    candidates: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    removal: dict[str, Any] | None = None
+    hamiltonian: Hamiltonian | None = None
+    others: dict[str, Hamiltonian] = field(default_factory=dict)
+    baselines: list[dict[str, Any]] = field(default_factory=list)
+    healing: dict[str, Any] | None = None
+    benchmarks: list[dict[str, Any]] | None = None
+    removals: list[Removal] = field(default_factory=list)
+    gguf: bool = False
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """The model's blocks as `run.json` describes them."""
+        blocks: list[dict[str, Any]] = self.run["blocks"]["blocks"]
+        return blocks
+
+    @property
+    def energy(self) -> str:
+        """The name of the energy that chose."""
+        return str(self.run["config"]["energy"])
+
+    @property
+    def model(self) -> str:
+        """The model as it was named."""
+        return str(self.run["provenance"]["model"]["name"])
+
+    @property
+    def meta(self) -> dict[str, Any] | None:
+        """The energy's provenance."""
+        return None if self.hamiltonian is None else dict(self.hamiltonian.meta)
+
+    @property
+    def removed(self) -> list[int] | None:
+        """What is gone from the checkpoint; without one, what was chosen."""
+        if self.removal is not None:
+            return sorted(self.removal["removed"])
+        return None if self.candidates is None else sorted(self.candidates["chosen"]["removed"])
+
+    @property
+    def judged(self) -> dict[str, dict[str, Any]]:
+        """How well each energy ranked measured losses, by the energy's name."""
+        if self.candidates is None:
+            return {}
+        return {
+            self.energy: self.candidates["fidelity"],
+            **self.candidates.get("fidelity_of_others", {}),
+        }
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting the energy."""
+        if self.candidates is None:
+            return []
+        return fidelity_warnings(self.energy, self.candidates["fidelity"]["kl"])
+
+    @property
+    def won(self) -> list[str]:
+        """Baselines that found a lower measured KL than the chosen state has."""
+        return baselines_won(self.baselines, self.candidates)
+
+    @property
+    def not_run(self) -> list[str]:
+        """Stages whose files are not there."""
+        absent = {
+            "energy": self.hamiltonian,
+            "solve": self.spectrum,
+            "rank": self.candidates,
+            "excise": self.removal,
+            "evaluate": self.evaluation,
+        }
+        return [stage for stage, found in absent.items() if found is None]
+
+    @property
+    def title(self) -> str:
+        """The model and how many of its blocks are gone."""
+        total, removed = len(self.blocks), self.removed
+        if removed is None:
+            return f"{self.model}: {total} blocks"
+        return f"{self.model} without {len(removed)} of its {total} blocks"
+
+    @property
+    def arguments(self) -> str:
+        """What to type after a stage's verb to work on this removal."""
+        name = self.folder.resolve().name
+        if self.target == self.folder:
+            return name
+        key = (self.target / "spectrum.json").relative_to(self.folder).as_posix()
+        record = self.run["stages"].get(key)
+        return name if record is None else f"{name} --remove {record['options']['remove']}"
+
+    @property
+    def checkpoint(self) -> str | None:
+        """How the checkpoint is reached from where the run folder is."""
+        if self.removal is None:
+            return None
+        below = (self.target / "model").relative_to(self.folder)
+        return (Path(self.folder.resolve().name) / below).as_posix()
+
+
+def read_run(folder: Path, target: Path | None = None) -> RunFiles:
+    """All files of one removal of a run.
+
+    Args:
+        folder: the run folder, with its `run.json`.
+        target: where the files of one removal are; by default the run folder itself.
+
+    Raises:
+        StageFileError: `run.json` is missing, or a file that is there is damaged.
+    """
+    target = target or folder
+    run = read_json(folder / "run.json", "run")
+    return RunFiles(
+        folder,
+        target,
+        run,
+        spectrum=_optional(target / "spectrum.json", "spectrum"),
+        candidates=_optional(target / "candidates.json", "candidates"),
+        evaluation=_optional(target / "evaluation.json", "evaluation"),
+        removal=_optional(target / "model" / "isingcut.json", "removal"),
+        hamiltonian=read_hamiltonian(folder),
+        others={
+            path.name.removeprefix("hamiltonian.").removesuffix(".safetensors"): Hamiltonian.load(
+                path
+            )
+            for path in sorted(folder.glob("hamiltonian.*.safetensors"))
+        },
+        baselines=read_baselines(target),
+        healing=_loose(target / "healing.json", dict),
+        benchmarks=_rows(_loose(target / "benchmarks.json", dict | list)),
+        removals=_removals(folder, target, run),
+        gguf=(target / "model.gguf").is_file(),
+    )
+
+
+def read_hamiltonian(folder: Path) -> Hamiltonian | None:
+    """The energy of a run folder, where it has been measured."""
+    path = folder / "hamiltonian.safetensors"
+    return Hamiltonian.load(path) if path.exists() else None
+
+
+def without_header(document: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A results file's content alone."""
+    if document is None:
+        return None
+    return {k: v for k, v in document.items() if k not in ("format", "version")}
+
+
+def _optional(path: Path, kind: str) -> dict[str, Any] | None:
+    return read_json(path, kind) if path.exists() else None
+
+
+def _loose(path: Path, kind: Any) -> Any:
+    """A JSON file that other tools may write too: no header is asked for."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise StageFileError(f"{path} is not readable as JSON ({e}); delete it") from e
+    if not isinstance(content, kind):
+        raise StageFileError(f"{path} does not hold what its name says; delete it")
+    return content
+
+
+def _rows(found: Any) -> list[dict[str, Any]] | None:
+    """The list of tasks, alone or as the only list in a document."""
+    if isinstance(found, dict):
+        found = next((v for v in found.values() if isinstance(v, list)), [])
+    return found or None
+
+
+def _removals(folder: Path, target: Path, run: dict[str, Any]) -> list[Removal]:
+    found = []
+    for place in (folder, *sorted(p for p in folder.glob("remove-*") if p.is_dir())):
+        spectrum = _optional(place / "spectrum.json", "spectrum")
+        candidates = _optional(place / "candidates.json", "candidates")
+        if spectrum is None and candidates is None:
+            continue
+        config = run["config"]
+        name = str(config.get("remove") or config.get("budget") or "")
+        if place != folder:
+            key = (place / "spectrum.json").relative_to(folder).as_posix()
+            options = run["stages"].get(key, {}).get("options", {})
+            name = str(options.get("remove") or options.get("budget") or place.name[7:])
+        evaluation = _optional(place / "evaluation.json", "evaluation")
+        found.append(Removal(name, spectrum, candidates, evaluation, place == target))
+    return sorted(found, key=lambda r: len(r.best["removed"]) if r.best else 0)
