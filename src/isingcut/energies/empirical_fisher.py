@@ -5,6 +5,10 @@ x_i = 1 for a removed block, the paper's energy is E = x^T (A^T A / m) x: the em
 matrix stands for the Hessian, the linear term is dropped and the Taylor factor 1/2 with it.
 `linear=True` is the Taylor expansion itself: E = -g.x + x^T (A^T A / m) x / 2, with g the
 mean gradient (removing a block is the step alpha - 1 = -x).
+
+That the empirical Fisher matrix, with the text's own labels, is in general no Hessian: Kunstner,
+Balles, Hennig, arXiv 1905.12558. The energies `fisher` and `gauss-newton` are the curvature that
+it is often taken for.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ class EmpiricalFisher:
 
         Returns:
             Hamiltonian; unit ``"arbitrary"`` for the paper's form (squared nats per token
-            stand in for nats), ``"nats/token"`` with the linear term.
+            stand in for nats), ``"nats/token"`` with the linear term. With standard errors over
+            samples for two samples or more.
         """
         rows = gate_gradients(
             replay,
@@ -62,8 +67,18 @@ class EmpiricalFisher:
             "samples": tokens.samples,
             "tokens": tokens.tokens,
         }
-        unit = "nats/token" if self.linear else "arbitrary"
-        return Hamiltonian(h=h, J=J, c=0.0, unit=unit, meta=meta)
+        h_error = J_error = None
+        if tokens.samples > 1:
+            h_error, J_error = energy_errors(rows, linear=self.linear)
+        return Hamiltonian(
+            h=h,
+            J=J,
+            c=0.0,
+            unit="nats/token" if self.linear else "arbitrary",
+            meta=meta,
+            h_error=h_error,
+            J_error=J_error,
+        )
 
 
 def energy_terms(
@@ -81,3 +96,24 @@ def energy_terms(
     if linear:
         return diagonal / 2 - rows.mean(0), couplings / 2
     return diagonal, couplings
+
+
+def energy_errors(
+    rows: npt.NDArray[np.float64], *, linear: bool
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Standard errors over samples of `energy_terms`: (N,) and (N, N), from rows (m, N), m > 1.
+
+    Every term is a mean over samples, of a_i^2 or a_i^2 / 2 - a_i and of 2 a_i a_j or a_i a_j.
+    Its standard error, the jackknife's exactly, is the root of its sample variance over m.
+
+    Complexity: O(m N^2) time, O(m N + N^2) memory: var(a_i a_j) comes from a product of squares.
+    """
+    m = len(rows)
+    squares = rows**2
+    own = squares / 2 - rows if linear else squares
+    h_error = own.std(0, ddof=1) / np.sqrt(m)
+    products = squares.T @ squares / m - (rows.T @ rows / m) ** 2
+    # Rounding may leave a variance of zero just below it.
+    J_error = (1 if linear else 2) * np.sqrt(np.maximum(products, 0.0) / (m - 1))
+    np.fill_diagonal(J_error, 0.0)
+    return h_error, J_error
