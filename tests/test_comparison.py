@@ -75,6 +75,7 @@ def test_a_merging_baseline_is_measured_with_its_blocks_merged(capsys, folder):
     code, shown = call(capsys, "baseline", "sliding-window-merging", folder)
     assert code == 0, shown
     found = read_json(folder / "baseline-sliding-window-merging.json", "baseline")
+    assert "merged into the first of each group" in shown
     assert found["removed"] == sorted(k for group in found["merges"] for k in group[1:])
     replay = Session(RunFolder.open(folder).config).replay
     split = Calibration.load(folder / "calibration.safetensors").splits["rank"]

@@ -118,6 +118,11 @@ def show_baseline(found: dict[str, Any], file: Path) -> None:
         f"{found['tokens_searched']} tokens",
         soft_wrap=True,
     )
+    if found["merges"]:
+        groups = "; ".join(_numbers(group) for group in found["merges"])
+        console.print(
+            f"measured with blocks merged into the first of each group: {groups}", soft_wrap=True
+        )
     if found["violated"]:
         console.print(
             f"it breaks constraints it does not know: {', '.join(found['violated'])}",
