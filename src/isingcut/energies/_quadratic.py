@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.curvature import gate_curvature
+from isingcut.energies.base import Work
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.measure import standard_error
 
@@ -51,3 +55,34 @@ def quadratic(
         h_error=h_error,
         J_error=J_error,
     )
+
+
+def curvature_energy(
+    kind: str, loss: str, gate: str, replay: Replay, tokens: TokenSet, work: Work
+) -> Hamiltonian:
+    """The Taylor expansion of a loss from its exact derivatives, see `quadratic`.
+
+    Args:
+        kind: ``"hessian"`` or ``"gauss-newton"``; the latter's loss, the KL, has no gradient at
+            the original model.
+        loss: the loss in words, for the provenance.
+        gate: ``"sublayer"`` or ``"block"``.
+    """
+    found = gate_curvature(
+        replay,
+        tokens,
+        kind,
+        gate=gate,
+        batch_tokens=work.batch_tokens,
+        progress=work.progress,
+        journal=work.journal,
+    )
+    meta = {
+        "energy": kind,
+        "loss": loss,
+        "gate": gate,
+        "samples": tokens.samples,
+        "tokens": tokens.tokens,
+    }
+    gradient = found.gradient_sums if kind == "hessian" else np.zeros_like(found.gradient_sums)
+    return quadratic(gradient, found.curvature_sums, found.counts, meta)

@@ -11,12 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.curvature import gate_curvature
-from isingcut.energies._quadratic import quadratic
+from isingcut.energies._quadratic import curvature_energy
 from isingcut.energies.base import Work
 from isingcut.hamiltonian import Hamiltonian
 
@@ -43,21 +40,6 @@ class GaussNewton:
 
         Complexity: about N forward passes; more where the head is large.
         """
-        found = gate_curvature(
-            replay,
-            tokens,
-            "gauss-newton",
-            gate=self.gate,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            journal=work.journal,
+        return curvature_energy(
+            "gauss-newton", "KL(original || gated)", self.gate, replay, tokens, work
         )
-        meta = {
-            "energy": "gauss-newton",
-            "loss": "KL(original || gated)",
-            "gate": self.gate,
-            "samples": tokens.samples,
-            "tokens": tokens.tokens,
-        }
-        none = np.zeros_like(found.gradient_sums)
-        return quadratic(none, found.curvature_sums, found.counts, meta)

@@ -14,8 +14,7 @@ from typing import ClassVar
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.curvature import gate_curvature
-from isingcut.energies._quadratic import quadratic
+from isingcut.energies._quadratic import curvature_energy
 from isingcut.energies.base import Work
 from isingcut.hamiltonian import Hamiltonian
 
@@ -42,20 +41,4 @@ class Hessian:
 
         Complexity: about 2 N forward passes; more where the head is large.
         """
-        found = gate_curvature(
-            replay,
-            tokens,
-            "hessian",
-            gate=self.gate,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            journal=work.journal,
-        )
-        meta = {
-            "energy": "hessian",
-            "loss": "mean token NLL",
-            "gate": self.gate,
-            "samples": tokens.samples,
-            "tokens": tokens.tokens,
-        }
-        return quadratic(found.gradient_sums, found.curvature_sums, found.counts, meta)
+        return curvature_energy("hessian", "mean token NLL", self.gate, replay, tokens, work)
