@@ -18,6 +18,7 @@ from isingcut.cli_verb import (
     reopen_at,
     verb,
 )
+from isingcut.errors import InputError
 
 
 @verb(*OF_RUN, group=STAGES)
@@ -73,16 +74,60 @@ def evaluate(directory: Folder, progress: Any, **options: Any) -> Answer:
     )
 
 
-@verb("remove", group=STAGES)
-def report(directory: Folder, **options: Any) -> Answer:
-    """Write report.md and report.json from the folder's files.
+@verb("remove", "overwrite", group=STAGES)
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="A run folder; several are compared on one page."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page of several runs (default: compare.html)."),
+    ] = None,
+    **options: Any,
+) -> Answer:
+    """Write report.html, report.md and report.json, or one page that compares several runs.
 
     Example: isingcut report my-run
+    Example: isingcut report my-run other-run --out compare.html
     """
+    if len(directories) > 1:
+        return _compare(directories, out or Path("compare.html"), options)
+    if out is not None:
+        raise InputError("--out names the page that compares several runs; give two DIRs or more")
     from isingcut import stages
-    from isingcut.show import show_lines
+    from isingcut.show import report_kb, show_lines
 
-    folder, config = reopen(directory, options)
+    folder, config = reopen(directories[0], options)
     file = stages.report(folder, config.removal)
-    data = {"report": str(file)}
-    return Answer(data, lambda: show_lines([str(file)]), brief=str(file))
+    page = file.with_suffix(".html")
+    data = {"report": str(file), "html": str(page), "report_kb": report_kb(page)}
+    lines = [str(page), str(file), f"report_kb: {data['report_kb']}"]
+    return Answer(data, lambda: show_lines(lines), brief=str(file))
+
+
+def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Answer:
+    """One page of several runs; a folder `remove-SPEC` inside a run stands for that removal."""
+    from isingcut.report import write_comparison
+    from isingcut.runfolder import MANIFEST
+    from isingcut.show import report_kb, show_lines
+
+    places = []
+    for directory in directories:
+        inside = not (directory / MANIFEST).exists() and (directory.parent / MANIFEST).exists()
+        folder, config = reopen(directory.parent if inside else directory, options)
+        target = directory if inside else folder.target(config.removal)
+        if not target.is_dir():
+            raise InputError(
+                f"{directory} has no results for --remove {config.removal}; "
+                f"type: isingcut solve {directory} --remove {config.removal}"
+            )
+        places.append((folder.path, target))
+    warnings = write_comparison(places, out, overwrite=bool(options.get("overwrite")))
+    data = {
+        "comparison": str(out),
+        "folders": [str(target) for _, target in places],
+        "report_kb": report_kb(out),
+    }
+    lines = [str(out), f"report_kb: {data['report_kb']}"]
+    return Answer(data, lambda: show_lines(lines), brief=str(out), warnings=warnings)

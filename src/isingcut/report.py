@@ -53,13 +53,16 @@ def write_report(folder: Path, target: Path | None = None) -> None:
 
 def write_comparison(
     folders: Sequence[tuple[Path, Path]], out: Path, *, overwrite: bool = False
-) -> Path:
+) -> list[str]:
     """Write one page that shows several runs side by side.
 
     Args:
         folders: for each run its folder, and where the files of the removal to show are.
         out: the HTML file.
         overwrite: replace a file that is there.
+
+    Returns:
+        What a reader must know before comparing; the page says it too.
 
     Raises:
         OutputExistsError: ``out`` is there and may not be replaced.
@@ -68,12 +71,12 @@ def write_comparison(
     refuse_existing(out, overwrite=overwrite)
     runs = [read_run(folder, target) for folder, target in folders]
     try:
-        page = comparison_page(runs)
+        page, warnings = comparison_page(runs)
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise _lacking(Path(", ".join(str(r.target) for r in runs)), e) from e
     with atomic_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return out
+    return warnings
 
 
 def _lacking(target: Path, error: Exception) -> StageFileError:

@@ -71,16 +71,17 @@ class Interval:
     note: str = ""
 
 
-def comparison_page(found: Sequence[RunFiles]) -> str:
-    """The page of several runs, in the order given."""
+def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
+    """The page of several runs, in the order given, and the warnings on it."""
     runs = _named(found)
+    warnings = _warnings(runs)
     losses = [r for r in runs if r.loss is not None]
-    return page(
+    html = page(
         "compare.html.j2",
         title=f"{numbers_of(len(runs))} compared",
         runs=runs,
         differences=_differences(runs),
-        warnings=_warnings(runs),
+        warnings=warnings,
         table=_table(runs),
         fidelity=_fidelity(runs),
         fidelity_scale=Scale(-1.0, 1.0, 0.0, 100.0),
@@ -101,7 +102,8 @@ def comparison_page(found: Sequence[RunFiles]) -> str:
         scatters=[f for r in losses for f in _scatter(r)],
         crossed=_crossed(losses),
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
-    )  # fmt: skip
+    )
+    return html, warnings
 
 
 def numbers_of(count: int) -> str:

@@ -206,12 +206,19 @@ def run_data(target: Path) -> dict[str, Any]:
         "folder": str(target),
         "checkpoint": str(target / "model"),
         "report": str(target / "report.md"),
+        "html": str(target / "report.html"),
+        "report_kb": report_kb(target / "report.html"),
         "chosen": ranking["chosen"],
         "fidelity": ranking["fidelity"]["kl"],
         "fidelity_of_others": {k: v["kl"] for k, v in ranking["fidelity_of_others"].items()},
         "proven": ranking["proven"],
         "evaluation": {k: v for k, v in evaluation.items() if k not in ("format", "version")},
     }
+
+
+def report_kb(page: Path) -> float:
+    """Size of a page in kB of 1,000 bytes."""
+    return round(page.stat().st_size / 1000, 1)
 
 
 def run_warnings(target: Path) -> list[str]:
@@ -230,7 +237,9 @@ def show_run(target: Path, *, generation: bool = False) -> None:
     evaluation = read_json(target / "evaluation.json", "evaluation")
     show_evaluation(evaluation)
     console.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
-    console.print(f"report:     {target / 'report.md'}", soft_wrap=True)
+    page = target / "report.html"
+    console.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
+    console.print(f"report_kb: {report_kb(page)}", soft_wrap=True)
     if generation:
         show_generation(evaluation["generation"])
 
