@@ -73,7 +73,7 @@ class RunFolder:
             "config": _plain(config),
             "stages": {},
             "blocks": blocks,
-            "provenance": {**_versions(), "model": model},
+            "provenance": {**versions(), "model": model},
             "complete": False,
         }
         folder = cls(path, manifest, overwrite=config.overwrite)
@@ -206,7 +206,8 @@ def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:
     return "; ".join(changed) or "the model differs"
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """Versions, platform and command line, for the provenance of results."""
     packages = ("torch", "transformers", "numpy", "safetensors", "numba", "dimod")
     found = {}
     for package in packages:
