@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
     """The options of `prune` beside the model: those of `RunConfig`, which has their meaning
     and their defaults.
 
-    Example:
+    Examples:
         >>> options: isingcut.Options = {"samples": 4, "length": 16, "keep": "0,5"}
         >>> isingcut.RunConfig(model="my-model", **options).keep
         '0,5'
@@ -86,7 +86,7 @@ class State:
         nll: negative log-likelihood, nats per token.
         position: place in the spectrum, 0 for the ground state; None for a random state.
 
-    Example:
+    Examples:
         >>> run = isingcut.open_run("my-run")
         >>> list(run.chosen.removed) == run.spectrum.removed(run.chosen.position)
         True
@@ -128,7 +128,7 @@ def prune(
     Warns:
         PoorEnergyWarning: the energy ranked the measured states poorly.
 
-    Example:
+    Examples:
         >>> run = isingcut.prune(
         ...     "my-model", remove=3, calibration="my-text.txt", samples=4, length=16
         ... )
@@ -185,7 +185,7 @@ def open_run(
     Raises:
         StageFileError: not a run folder, or a damaged one.
 
-    Example:
+    Examples:
         >>> isingcut.open_run("my-run").blocks
         10
     """
@@ -204,7 +204,7 @@ class Run:
     Made by `prune` or `open_run`. What is not there yet is made when it is first asked for, and
     kept in the run folder.
 
-    Example:
+    Examples:
         >>> run = isingcut.open_run("my-run")
         >>> run
         <isingcut run of my-model: 3 of 10 blocks go>
@@ -238,7 +238,7 @@ class Run:
     def path(self) -> Path:
         """The folder that holds this removal's files.
 
-        Example:
+        Examples:
             >>> isingcut.open_run("my-run").path
             PosixPath('my-run')
         """
@@ -248,7 +248,7 @@ class Run:
     def blocks(self) -> int:
         """How many blocks the original has.
 
-        Example:
+        Examples:
             >>> isingcut.open_run("my-run").blocks
             10
         """
@@ -258,7 +258,7 @@ class Run:
     def hamiltonian(self) -> Hamiltonian:
         """The measured energy.
 
-        Example:
+        Examples:
             >>> isingcut.open_run("my-run").hamiltonian.unit
             'nats/token'
         """
@@ -270,7 +270,7 @@ class Run:
     def spectrum(self) -> Spectrum:
         """The low-energy states, ranked.
 
-        Example:
+        Examples:
             >>> len(isingcut.open_run("my-run").spectrum)
             20
         """
@@ -282,7 +282,7 @@ class Run:
     def ranking(self) -> dict[str, Any]:
         """The content of candidates.json: candidates and random states with their losses.
 
-        Example:
+        Examples:
             >>> ranking = isingcut.open_run("my-run").ranking
             >>> len(ranking["candidates"]) == len(isingcut.open_run("my-run").spectrum)
             True
@@ -301,7 +301,7 @@ class Run:
     def candidates(self) -> list[State]:
         """The spectrum's states as measured, in the order of their energy.
 
-        Example:
+        Examples:
             >>> run = isingcut.open_run("my-run")
             >>> min(run.candidates, key=lambda s: s.kl) == run.chosen
             True
@@ -312,7 +312,7 @@ class Run:
     def chosen(self) -> State:
         """The state that `save` cuts.
 
-        Example:
+        Examples:
             >>> isingcut.open_run("my-run").chosen.kl > 0
             True
         """
@@ -324,7 +324,7 @@ class Run:
         """How well the energy ranked measured KL: ``spearman`` and ``kendall`` with their
         intervals (``_low``, ``_high``), and ``n`` states.
 
-        Example:
+        Examples:
             >>> isingcut.open_run("my-run").fidelity["n"]
             60
         """
@@ -335,7 +335,7 @@ class Run:
     def warnings(self) -> list[str]:
         """What to know before trusting the choice, and what to do; empty where all is well.
 
-        Example:
+        Examples:
             >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
             []
         """
@@ -344,7 +344,7 @@ class Run:
     def at(self, remove: int | str) -> Run:
         """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.
 
-        Example:
+        Examples:
             >>> isingcut.open_run("my-run").at(4).spectrum.states.sum(axis=1).tolist()[:2]
             [4, 4]
         """
@@ -377,7 +377,7 @@ class Run:
             OutputExistsError: ``out`` is there.
             VerificationError: the proof failed; nothing was kept.
 
-        Example:
+        Examples:
             >>> run = isingcut.open_run("my-run")
             >>> sorted(p.name for p in run.save("by-hand", blocks=[1, 4]).glob("*.safetensors"))
             ['model.safetensors']
@@ -396,7 +396,7 @@ class Run:
         Returns:
             the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``.
 
-        Example:
+        Examples:
             >>> found = isingcut.open_run("my-run").evaluate()
             >>> found["after"]["blocks"], found["before"]["blocks"]
             (7, 10)
@@ -410,7 +410,7 @@ class Run:
     def report(self) -> Path:
         """Write the report of what is there so far; the path of its Markdown.
 
-        Example:
+        Examples:
             >>> isingcut.open_run("my-run").report().name
             'report.md'
         """

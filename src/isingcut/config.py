@@ -30,7 +30,7 @@ def _option(default: Any, stage: str, help_: str, **extra: Any) -> Any:
 class RunConfig:
     """Options of one run; every field is also a CLI option and a key of `run.yaml`.
 
-    Example:
+    Examples:
         >>> config = isingcut.RunConfig(model="my-model", remove="3")
         >>> config.replace(keep="0").energy
         'pairwise'
@@ -157,7 +157,7 @@ PATCHES = ("none", "linear")
 class HealConfig:
     """Options of healing a cut model; every field is also an option of `isingcut heal`.
 
-    Example:
+    Examples:
         >>> isingcut.config.HealConfig(steps=50).learning_rate is None
         True
     """

@@ -80,7 +80,7 @@ class Hamiltonian:
     Raises:
         InputError: wrong shapes, entries that are not finite, J not symmetric, or a diagonal.
 
-    Example:
+    Examples:
         >>> energy = isingcut.Hamiltonian(h=[1.0, 2.0], J=[[0.0, 0.5], [0.5, 0.0]])
         >>> energy.energies([[0, 0], [1, 0], [1, 1]]).tolist()
         [0.0, 1.0, 3.5]

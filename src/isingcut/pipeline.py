@@ -38,7 +38,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     Raises:
         IsingcutError: bad input, in one line; nothing was written.
 
-    Example:
+    Examples:
         >>> folder = isingcut.run(
         ...     model="my-model", remove=3, out="whole-run", calibration="my-text.txt",
         ...     samples=4, length=16,
@@ -71,7 +71,7 @@ def energy(
     Returns:
         The run folder.
 
-    Example:
+    Examples:
         >>> folder = isingcut.energy(
         ...     model="my-model", out="energy-only", calibration="my-text.txt", samples=4, length=16
         ... )

@@ -38,7 +38,7 @@ class Problem:
     Raises:
         InputError: a row has another length than the Hamiltonian.
 
-    Example:
+    Examples:
         >>> from isingcut import constraints
         >>> energy = isingcut.Hamiltonian.from_quadratic(np.diag([3.0, 1.0, 2.0]))
         >>> problem = isingcut.Problem(energy, [constraints.count(3, 2)])

@@ -39,7 +39,7 @@ class Spectrum:
         unit: the Hamiltonian's.
         info: what the solver reports of itself.
 
-    Example:
+    Examples:
         >>> spectrum = isingcut.Spectrum.load("my-run/spectrum.json")
         >>> len(spectrum.removed(0)), float(spectrum.gaps[0])
         (3, 0.0)

@@ -68,7 +68,7 @@ def solve(
         InfeasibleError: no state satisfies the constraints.
         InputError: unknown solver or option, or ``k`` below 1.
 
-    Example:
+    Examples:
         >>> from isingcut import constraints
         >>> energy = isingcut.Hamiltonian.from_quadratic(np.diag([3.0, 1.0, 2.0]))
         >>> problem = isingcut.Problem(energy, [constraints.count(3, 2)])
