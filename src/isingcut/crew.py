@@ -67,10 +67,7 @@ class Crew:
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        import torch.distributed as dist
-
         self._whole_store = store
-        self._prefix = dist.PrefixStore
         self.rank, self.size = rank, size
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
         self.node = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
@@ -83,9 +80,9 @@ class Crew:
     @classmethod
     def from_environment(cls) -> Crew:
         """Find the other processes by the variables that the launcher has set."""
-        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
-        store, rank, size = next(iter(dist.rendezvous("env://")))
+        store, rank, size = next(iter(rendezvous("env://")))
         return cls(store, rank, size)
 
     # Coming and going -------------------------------------------------------------------
@@ -96,9 +93,11 @@ class Crew:
         Raises:
             RankError: some process did not come, or failed on its way.
         """
+        from torch.distributed.distributed_c10d import PrefixStore
+
         self._session += 1
         self.failure = None
-        self.store = self._prefix(f"isingcut/{self._session}", self._whole_store)
+        self.store: Any = PrefixStore(f"isingcut/{self._session}", self._whole_store)
         self._stop.clear()
         self.store.set(f"beat/{self.rank}", "0")
         if threading.current_thread() is threading.main_thread():
@@ -256,6 +255,10 @@ class Crew:
             time.sleep(pause)
             pause = min(0.05, 1.2 * pause)
         return self.take(key, keep=True)
+
+    def pause(self) -> None:
+        """Let a moment pass before looking again."""
+        time.sleep(0.002)
 
     def count(self, key: str) -> int:
         """Add 1 to a counter that all processes share; what it was before."""

@@ -30,12 +30,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isingcut.blocks import Recording, Replay, reuse_freed_memory
 from isingcut.calibration import TokenSet
+from isingcut.distributed import together
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
 from isingcut.gates import gated_block
 from isingcut.gradients import loss_gradient
 from isingcut.journal import Journal
 from isingcut.progress import Progress, silent
+from isingcut.sharing import share
 
 _ADVICE = (
     "expected plain PyTorch operations: use the energy 'fisher', which takes first derivatives, "
@@ -61,6 +63,7 @@ class Curvature:
     counts: npt.NDArray[np.int64]
 
 
+@together
 def gate_curvature(
     replay: Replay,
     tokens: TokenSet,
@@ -106,13 +109,14 @@ def gate_curvature(
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     rows = np.zeros((tokens.samples, n + 1, n))
     with progress(f"{kind} of {tokens.samples} samples", len(batches)) as bar:
-        for b, batch in enumerate(batches):
-            row = kept.get(str(b))
-            if row is None:
-                row = _batch_curvature(replay, batch, kind, gate)
-                kept.put(str(b), row)
-            rows[batch.index.numpy()] = row
+        keys = [str(b) for b in range(len(batches))]
+        todo = [key for key in keys if kept.get(key) is None]
+        bar.advance(len(keys) - len(todo))
+        for (key,) in share(kept, todo, lambda key: bar.advance(1)):
+            kept.put(key, _batch_curvature(replay, batches[int(key)], kind, gate))
             bar.advance(1)
+    for b, batch in enumerate(batches):
+        rows[batch.index.numpy()] = kept.get(str(b))
     rows *= counts[:, None, None]
     return Curvature(rows[:, 0], rows[:, 1:], counts)
 

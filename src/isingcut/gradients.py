@@ -17,13 +17,16 @@ from torch import Tensor
 
 from isingcut.blocks import Recording, Replay, reuse_freed_memory
 from isingcut.calibration import TokenSet
+from isingcut.distributed import together
 from isingcut.files import fingerprint
 from isingcut.gates import gated_block
 from isingcut.journal import Journal
 from isingcut.measure import comparison_elements
 from isingcut.progress import Progress, silent
+from isingcut.sharing import share
 
 
+@together
 def gate_gradients(
     replay: Replay,
     tokens: TokenSet,
@@ -64,13 +67,16 @@ def gate_gradients(
             from isingcut.streamed.gradients import streamed_gradients
 
             streamed_gradients(replay, batches, gate, label_seed, kept, bar, journal)
-        for b, batch in enumerate(batches):
-            row = kept.get(str(b))
-            if row is None:
-                row = _batch_rows(replay, batch, gate, label_seed).double().cpu().numpy()
-                kept.put(str(b), row)
-            rows[batch.index.numpy()] = row
-            bar.advance(0 if replay.streamed else 1)
+        else:
+            keys = [str(b) for b in range(len(batches))]
+            todo = [key for key in keys if kept.get(key) is None]
+            bar.advance(len(keys) - len(todo))
+            for (key,) in share(kept, todo, lambda key: bar.advance(1)):
+                row = _batch_rows(replay, batches[int(key)], gate, label_seed)
+                kept.put(key, row.double().cpu().numpy())
+                bar.advance(1)
+    for b, batch in enumerate(batches):
+        rows[batch.index.numpy()] = kept.get(str(b))
     return rows
 
 

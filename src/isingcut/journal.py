@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,10 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
         self._path = path
         self._rows: dict[str, npt.NDArray[np.float64]] = {}
+        self._listener: Callable[[str, npt.NDArray[np.float64]], None] | None = None
         if path is None:
             return
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -38,17 +42,20 @@ class Journal:
                 valid.append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
-        temporary.write_bytes(b"".join(line + b"\n" for line in valid))
+        with temporary.open("wb") as f:
+            f.write(b"".join(line + b"\n" for line in valid))
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temporary, path)
 
     def _accept(self, line: bytes) -> bool:
         try:
             record = json.loads(line)
             data = base64.b64decode(record["data"], validate=True)
-            if zlib.crc32(data) != record["crc"]:
+            if _checksum(record["key"], record["shape"], data) != record["crc"]:
                 return False
             row = np.frombuffer(data, dtype=np.float64).reshape(record["shape"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return False
         self._rows[record["key"]] = row.copy()
         return True
@@ -65,13 +72,15 @@ class Journal:
         """Store ``row`` under ``key`` and sync it to disk."""
         row = np.ascontiguousarray(row, dtype=np.float64)
         self._rows[key] = row
+        if self._listener is not None:
+            self._listener(key, row)
         if self._path is None:
             return
-        data = row.tobytes()
+        data, shape = row.tobytes(), list(row.shape)
         record = {
             "key": key,
-            "shape": list(row.shape),
-            "crc": zlib.crc32(data),
+            "shape": shape,
+            "crc": _checksum(key, shape, data),
             "data": base64.b64encode(data).decode(),
         }
         with self._path.open("ab") as f:
@@ -79,7 +88,20 @@ class Journal:
             f.flush()
             os.fsync(f.fileno())
 
+    @contextlib.contextmanager
+    def told(self, listener: Callable[[str, npt.NDArray[np.float64]], None]) -> Iterator[None]:
+        """Meanwhile, tell ``listener`` of each row that is put."""
+        self._listener = listener
+        try:
+            yield
+        finally:
+            self._listener = None
+
     def remove(self) -> None:
         """Delete the file: its rows have become a results file."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def _checksum(key: str, shape: list[int], data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(f"{key}:{shape}".encode()))

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import TokenSet
+from isingcut.distributed import together
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
+from isingcut.pieces import Piece, left
 from isingcut.progress import Bar, Progress, silent
+from isingcut.sharing import processes, share
 
 States = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -93,6 +96,7 @@ def standard_error(sums: Floats, counts: npt.NDArray[np.int64]) -> Floats:
     return np.asarray(np.sqrt((residual**2).sum(-1) * m / (m - 1)) / counts.sum())
 
 
+@together
 def measure(
     replay: Replay,
     tokens: TokenSet,
@@ -136,25 +140,40 @@ def measure(
     m = tokens.samples
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     sums = np.zeros((2, len(wanted) + 1, m))
-    seen = 0
+    seen = np.zeros(m, dtype=bool)
     with progress(description, per_batch * len(batches)) as bar, torch.inference_mode():
         if replay.streamed:
             from isingcut.streamed.states import streamed_sums
 
             sums = streamed_sums(replay, batches, wanted, kept, bar)
-            batches = []
-        for b, batch in enumerate(batches):
-            row = kept.get(str(b))
-            if row is None:
-                row = _measure_batch(replay, batch, walk, len(wanted), bar)
-                kept.put(str(b), row)
-            else:
-                bar.advance(per_batch)
-            sums[:, :, batch.index.numpy()] = row
-            seen += int(counts[batch.index.numpy()].sum())
-            if len(wanted) and seen:
-                # Samples that were not seen yet count nothing on either side.
-                bar.advance(0, f"lowest KL so far {sums[0, :-1].sum(1).min() / seen:.4f}")
+        else:
+
+            def fill(key: str) -> None:
+                piece = Piece.read(key)
+                places = batches[piece.batch].index.numpy()
+                row = kept.get(key)
+                assert row is not None
+                rows = [*(s.position for s in walk[piece.first : piece.last]), len(wanted)]
+                sums[:, np.array(rows)[:, None], places] = row
+                seen[places] = True
+                if len(wanted):
+                    # Samples that were not seen yet count nothing on either side.
+                    lowest = sums[0, :-1].sum(1).min() / counts[seen].sum()
+                    bar.advance(0, f"lowest KL so far {lowest:.4f}")
+
+            def came(key: str) -> None:
+                bar.advance(_blocks_run(walk, Piece.read(key), n))
+                fill(key)
+
+            for key in kept.keys():  # noqa: SIM118
+                came(key)
+            todo = left(kept.keys(), len(batches), len(walk), processes(), 2 * n / per_batch)
+            for (key,) in share(kept, [piece.key for piece in todo], came):
+                piece = Piece.read(key)
+                steps = _apart(walk[piece.first : piece.last], share_prefixes)
+                row = _measure_batch(replay, batches[piece.batch], steps, len(wanted), bar)
+                kept.put(key, row[:, [*(s.position for s in steps), len(wanted)]])
+                fill(key)
     return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
 
 
@@ -178,6 +197,21 @@ class _Step:
 
     def __init__(self, removed: npt.NDArray[np.bool_], position: int) -> None:
         self.removed, self.position, self.shared = removed, position, 0
+
+
+def _apart(steps: Sequence[_Step], share_prefixes: bool) -> list[_Step]:
+    """A stretch of the walk as a walk of its own: its first state shares with the original."""
+    if not steps or not share_prefixes:
+        return list(steps)
+    first = _Step(steps[0].removed, steps[0].position)
+    first.shared = _common_prefix(np.zeros_like(first.removed), first.removed)
+    return [first, *steps[1:]]
+
+
+def _blocks_run(walk: Sequence[_Step], piece: Piece, n: int) -> int:
+    """Blocks of one piece, as they count in all that a measurement runs."""
+    own = walk[piece.first : piece.last]
+    return sum(int((~s.removed[s.shared :]).sum()) for s in own) + (0 if piece.first else n)
 
 
 def _common_prefix(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> int:

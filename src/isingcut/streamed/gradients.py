@@ -17,6 +17,7 @@ from isingcut.gates import gated_block
 from isingcut.gradients import loss_gradient
 from isingcut.journal import Journal
 from isingcut.progress import Bar
+from isingcut.sharing import share
 from isingcut.streamed.boundary import Boundaries
 from isingcut.streamed.pace import Pace
 from isingcut.streamed.plan import EMBED, HEAD
@@ -47,20 +48,25 @@ def streamed_gradients(
     todo = [b for b in range(len(batches)) if kept.get(str(b)) is None]
     bar.advance(len(batches) - len(todo))
     pace = Pace(replay.store.buffers)
-    while todo:
-        room = replay.room(batches[todo[0]])
-        # A stream before and after every block, what entered (the recording has it), and two
-        # gradients.
-        costs = np.cumsum([(n + 4) * replay.stream_bytes(batches[b]) for b in todo])
-        chunk = todo[: max(1, min(pace.batches, int((costs <= room).sum())))]
-        with (
-            pace.timed(len(chunk)),
-            closing(Boundaries(room, journal.parent if journal else None)) as boundaries,
-        ):
-            found = _sweep(replay, [batches[b] for b in chunk], gate, label_seed, boundaries, bar)
-        for b, rows in zip(chunk, found, strict=True):
-            kept.put(str(b), rows.double().cpu().numpy())
-        todo = todo[len(chunk) :]
+    # Each process reads the whole model twice per share: so one share for each.
+    for numbers in share(kept, [str(b) for b in todo], lambda key: bar.advance(1), at_once=None):
+        own = [int(number) for number in numbers]
+        while own:
+            room = replay.room(batches[own[0]])
+            # A stream before and after every block, what entered (the recording has it), and two
+            # gradients.
+            costs = np.cumsum([(n + 4) * replay.stream_bytes(batches[b]) for b in own])
+            chunk = own[: max(1, min(pace.batches, int((costs <= room).sum())))]
+            with (
+                pace.timed(len(chunk)),
+                closing(Boundaries(room, journal.parent if journal else None)) as boundaries,
+            ):
+                found = _sweep(
+                    replay, [batches[b] for b in chunk], gate, label_seed, boundaries, bar
+                )
+            for b, rows in zip(chunk, found, strict=True):
+                kept.put(str(b), rows.double().cpu().numpy())
+            own = own[len(chunk) :]
 
 
 def _sweep(

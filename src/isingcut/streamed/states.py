@@ -19,8 +19,10 @@ from torch import Tensor
 from isingcut.blocks import Recording, Replay
 from isingcut.errors import InputError
 from isingcut.journal import Journal
-from isingcut.measure import Reference
+from isingcut.head import OutputHead, comparison
+from isingcut.measure import tree_nodes
 from isingcut.progress import Bar
+from isingcut.sharing import share
 from isingcut.streamed.pace import Pace
 from isingcut.streamed.plan import EMBED, HEAD
 from isingcut.streamed.replay import StreamedReplay
@@ -70,17 +72,23 @@ def streamed_sums(
             left = [s for s in order.tolist() if s not in (done or ())]
             todo.append(Task(number, batch, np.array(left, dtype=np.int64)))
     pace = Pace(replay.store.buffers)
-    while todo:
-        chunk = _next_chunk(replay, todo, pace.batches)
-        with pace.timed(len(chunk)):
-            found = _sweep(replay, [t.batch for t in chunk], states[chunk[0].states], bar)
-        for task, rows in zip(chunk, found, strict=True):
-            positions = np.append(task.states, len(states))
-            sums[:, positions[:, None], task.batch.index.numpy()] = rows
-            _keep(kept, task.number, positions, rows)
-        measured = len(chunk[0].states)
-        rest = [replace(t, states=t.states[measured:]) for t in todo[: len(chunk)]]
-        todo = [t for t in rest if len(t.states)] + todo[len(chunk) :]
+    cost = len(replay) + tree_nodes(states)
+    # Each process reads the whole model once per share: so one share for each.
+    for numbers in share(
+        kept, [str(t.number) for t in todo], lambda part: bar.advance(cost), at_once=None
+    ):
+        own = [t for t in todo if str(t.number) in numbers]
+        while own:
+            chunk = _next_chunk(replay, own, pace.batches)
+            with pace.timed(len(chunk)):
+                found = _sweep(replay, [t.batch for t in chunk], states[chunk[0].states], bar)
+            for task, rows in zip(chunk, found, strict=True):
+                _keep(kept, task.number, np.append(task.states, len(states)), rows)
+            measured = len(chunk[0].states)
+            rest = [replace(t, states=t.states[measured:]) for t in own[: len(chunk)]]
+            own = [t for t in rest if len(t.states)] + own[len(chunk) :]
+    for number, batch in enumerate(batches):
+        _finished(kept, number, batch, sums)
     return sums
 
 
@@ -146,7 +154,7 @@ def _sweep(
             streams = [[recording.entered] for recording in recordings]
         elif part == HEAD:
             for batch, recording, ends in zip(batches, recordings, streams, strict=True):
-                found.append(_losses(batch, recording, branches, ends, len(walk)))
+                found.append(_losses(batch, replay.head, recording, branches, ends))
         else:
             assert isinstance(part, int)
             parted = [(lo, lo + int((~walk[lo:hi, part]).sum()), hi) for lo, hi in branches]
@@ -177,19 +185,18 @@ def _advance(
 
 def _losses(
     batch: TokenSet,
+    head: OutputHead,
     recording: Recording,
     branches: Sequence[tuple[int, int]],
     ends: Sequence[Tensor],
-    count: int,
 ) -> Floats:
-    """(2, count, B) KL and NLL sums, from the stream that leaves the blocks on each branch."""
-    out = np.zeros((2, count, batch.samples))
-    for s in range(batch.samples):
-        # Of the sorted states the one that removes nothing comes first: the original.
-        reference = Reference(recording.logits(ends[0][s], s), batch, s)
-        for (lo, hi), stream in zip(branches, ends, strict=True):
-            if lo or hi > 1:
-                kl, nll = reference.compare(recording.logits(stream[s], s))
-                out[0, lo:hi, s], out[1, lo:hi, s] = kl, nll
-        out[:, 0, s] = 0.0, reference.nll
+    """(2, K + 1, B) KL and NLL sums, from the stream that leaves the blocks on each branch."""
+    out = np.zeros((2, branches[-1][1], batch.samples))
+    # Of the sorted states the one that removes nothing comes first: the original.
+    original = comparison(head, recording, ends[0], batch)
+    for (lo, hi), stream in zip(branches, ends, strict=True):
+        if lo or hi > 1:
+            kl, nll = original.compare(stream)
+            out[0, lo:hi], out[1, lo:hi] = kl, nll
+    out[0, 0], out[1, 0] = 0.0, original.nll
     return out

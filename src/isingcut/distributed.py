@@ -1,0 +1,310 @@
+"""Measuring with several processes: rank 0 leads, the others compute what it hands out.
+
+    torchrun --nproc-per-node 4 -m isingcut run MODEL --remove 6 --out DIR
+
+Rank 0 runs the program as if it were alone. Where it comes to a measurement that is marked
+`together`, it sends the call's arguments to the other ranks, each of which has loaded the same
+model, and its micro-batches are shared out (`sharing.py`). Nothing but rank 0 ever writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from isingcut import sharing
+from isingcut.crew import Crew, expected
+from isingcut.errors import InputError, IsingcutError, ModelError, RankError
+
+if TYPE_CHECKING:
+    from isingcut.session import Session
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Arrays = dict[str, npt.NDArray[Any]]
+
+_LOCAL = ("replay", "progress", "journal", "description")
+"""Arguments of a measurement that every process has of its own."""
+
+
+class _Post:
+    """What this process knows of the run it takes part in."""
+
+    crew: Crew | None = None
+    session: Session | None = None
+    orders: int = 0
+
+
+_post = _Post()
+
+
+def led(work: Callable[[], T]) -> T | None:
+    """Run ``work`` on rank 0 while all other processes of the launcher serve it.
+
+    Returns:
+        What ``work`` returns; None in the other processes. Without a launcher, and inside
+        another `led`, it just runs.
+
+    Raises:
+        RankError: another process failed; every process raises it within a second or two.
+    """
+    if _post.crew is not None or not expected():
+        return work()
+    crew = Crew.from_environment()
+    result = None
+    try:
+        crew.meet()
+        _post.crew, _post.orders = crew, 0
+        own_group = _join_group(crew)
+        leaving: SystemExit | None = None
+        if crew.rank:
+            _serve(crew)
+        else:
+            try:
+                result = work()
+            except SystemExit as e:
+                if e.code:
+                    raise
+                leaving = e
+            _order(crew, {"order": "done"}, {})
+        crew.part()
+        if own_group:
+            _leave_group()
+        if leaving is not None:
+            raise leaving
+        return result
+    except BaseException as e:
+        if isinstance(e, SystemExit) and not e.code:
+            raise
+        raise _told(crew, e) from e
+    finally:
+        _post.crew = _post.session = None
+
+
+def _told(crew: Crew, error: BaseException) -> BaseException:
+    """The error to raise here, once all other processes know of it."""
+    if isinstance(error, RankError):
+        crew.fail(error.code, str(error))
+        return error
+    code, text = 1, f"internal error ({type(error).__name__}: {' '.join(str(error).split())})"
+    if isinstance(error, IsingcutError):
+        code, text = 2, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, text = 130, "interrupted"
+    elif isinstance(error, SystemExit):
+        code, text = int(error.code or 0) if isinstance(error.code, int) else 1, "was ended"
+    first = crew.fail(code, text)
+    if not crew.rank and first and not (isinstance(error, SystemExit) and code > 128):
+        return error
+    if not crew.rank and first:
+        text = "ended by a signal, as a launcher does when another process was killed; what is "
+        return RankError(text + "finished is kept, the same command goes on from it", code=code)
+    # Ctrl-C and a launcher's end reach every process; rank 0 says so for all.
+    quiet = not first or isinstance(error, KeyboardInterrupt | SystemExit)
+    return RankError(f"rank {crew.rank} of {crew.size}: {text}", code=code, reported=quiet)
+
+
+def _join_group(crew: Crew) -> bool:
+    """A process group for collectives; whether it had to be made."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if crew.local_rank < gpus:
+        # "cuda" without a number means this one from here on.
+        torch.cuda.set_device(crew.local_rank)
+    if dist.is_initialized():
+        return False
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() else "gloo",
+        store=distributed_c10d.PrefixStore("group", crew.store),
+        rank=crew.rank,
+        world_size=crew.size,
+        timeout=timedelta(seconds=60),
+    )
+    return True
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+# Rank 0 -------------------------------------------------------------------------------
+
+
+def announce(session: Session) -> None:
+    """Let the other processes load the model of this session too, while rank 0 does.
+
+    Raises:
+        InputError: one GPU was named for several processes.
+    """
+    crew = _post.crew
+    if crew is None:
+        return
+    if session.config.device.startswith("cuda:"):
+        raise InputError(
+            f"--device {session.config.device} names one GPU for {crew.size} processes; "
+            "give --device cuda, and each takes its own"
+        )
+    _post.session = session
+    # Resolved first: a download or a conversion is then there for the whole machine.
+    identity = session.identity
+    crew.send(f"model/{crew.node}/{identity['sha256']}", b"1")
+    config = dataclasses.asdict(session.config)
+    _order(crew, {"order": "model", "config": config, "sha256": identity["sha256"]}, {})
+
+
+def together(function: Callable[P, T]) -> Callable[P, T]:
+    """Mark a measurement that all processes carry out.
+
+    The function takes ``replay`` and goes through its micro-batches by `sharing.share`, once.
+    Apart from what every process has of its own, its arguments are token sets, arrays or plain
+    values. It is shared out only for the model that was announced.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        crew, session = _post.crew, _post.session
+        if crew is None or session is None or sharing.current is not None:
+            return function(*args, **kwargs)
+        arguments = signature.bind(*args, **kwargs).arguments
+        replay: Any = arguments["replay"]
+        device = replay.device
+        if session.__dict__.get("replay") is not replay:
+            return function(*args, **kwargs)
+        plain, arrays = _packed({k: v for k, v in arguments.items() if k not in _LOCAL})
+        name = f"{function.__module__}:{function.__name__}"
+        number = _order(crew, {"order": "task", "function": name, "arguments": plain}, arrays)
+        sharing.current = sharing.Task(crew, f"task/{number}", device)
+        try:
+            found = function(*args, **kwargs)
+        finally:
+            sharing.current = None
+        # All have read it: they have taken part in the collective that ends the sharing.
+        crew.take(f"order/{number}")
+        return found
+
+    return call
+
+
+def _packed(arguments: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
+    """Plain values and arrays apart; a token set is three arrays."""
+    from isingcut.tokens import TokenSet
+
+    plain: dict[str, Any] = {}
+    arrays: Arrays = {}
+    for name, value in arguments.items():
+        if isinstance(value, TokenSet):
+            for field in dataclasses.fields(value):
+                arrays[f"{name}.{field.name}"] = getattr(value, field.name).numpy()
+        elif isinstance(value, np.ndarray | list | tuple):
+            arrays[name] = np.asarray(value)
+        else:
+            plain[name] = value
+    return plain, arrays
+
+
+def _unpacked(plain: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
+    import torch
+
+    from isingcut.tokens import TokenSet
+
+    found = dict(plain)
+    sets: dict[str, dict[str, Any]] = {}
+    for name, array in arrays.items():
+        owner, _, field = name.partition(".")
+        if field:
+            sets.setdefault(owner, {})[field] = torch.from_numpy(array.copy())
+        else:
+            found[name] = array
+    return found | {name: TokenSet(**parts) for name, parts in sets.items()}
+
+
+def _order(crew: Crew, message: dict[str, Any], arrays: Arrays) -> int:
+    """Publish the next order; its number."""
+    from safetensors.numpy import save
+
+    text = np.frombuffer(json.dumps(message).encode(), dtype=np.uint8)
+    whole = {k: np.ascontiguousarray(v) for k, v in arrays.items()} | {"_order": text}
+    crew.send(f"order/{_post.orders}", save(whole))
+    _post.orders += 1
+    return _post.orders - 1
+
+
+# The others ---------------------------------------------------------------------------
+
+
+def _serve(crew: Crew) -> None:
+    """Do what rank 0 orders until it is done."""
+    from safetensors.numpy import load
+
+    while True:
+        arrays = load(crew.wait(f"order/{_post.orders}"))
+        message = json.loads(arrays.pop("_order").tobytes())
+        _post.orders += 1
+        if message["order"] == "done":
+            return
+        if message["order"] == "model":
+            _post.session = _load(crew, message)
+        else:
+            _take_part(crew, message, arrays)
+
+
+def _load(crew: Crew, message: dict[str, Any]) -> Session:
+    """The announced model in this process; of those on one machine the first fetches it."""
+    from isingcut.config import RunConfig
+    from isingcut.session import Session
+
+    session = Session(RunConfig(**message["config"]))
+    fetched = f"model/{crew.node}/{message['sha256']}"
+    if crew.local_rank:
+        crew.wait(fetched)
+    if session.identity["sha256"] != message["sha256"]:
+        raise ModelError(
+            f"{session.config.model!r} is another model on this machine than on that of rank 0; "
+            "give every machine the same files"
+        )
+    crew.send(fetched, b"1")
+    _check_gpu(crew, session.config.device)
+    assert session.replay is not None
+    return session
+
+
+def _check_gpu(crew: Crew, device: str) -> None:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device in ("auto", "cuda") and 0 < gpus <= crew.local_rank:
+        raise InputError(
+            f"this machine has {gpus} GPUs and more processes than that; start one for each GPU "
+            f"(--nproc-per-node {gpus}), or all on the CPU (--device cpu)"
+        )
+
+
+def _take_part(crew: Crew, message: dict[str, Any], arrays: Arrays) -> None:
+    module, _, name = message["function"].partition(":")
+    assert module.startswith("isingcut."), module
+    function = inspect.unwrap(getattr(importlib.import_module(module), name))
+    session = _post.session
+    assert session is not None
+    sharing.current = sharing.Task(crew, f"task/{_post.orders - 1}", session.replay.device)
+    try:
+        with suppress(sharing.TaskDone):
+            function(session.replay, **_unpacked(message["arguments"], arrays))
+    finally:
+        sharing.current = None
