@@ -10,6 +10,7 @@ share their prefixes: about a third of the blocks of a naive measurement are run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
@@ -83,7 +84,7 @@ class Pairwise:
         )
 
 
-def indicator(n: int, removed: list[tuple[int, ...]]) -> npt.NDArray[np.bool_]:
+def indicator(n: int, removed: Sequence[tuple[int, ...]]) -> npt.NDArray[np.bool_]:
     """(S, n) bool states from lists of removed blocks."""
     states = np.zeros((len(removed), n), dtype=bool)
     for row, blocks in zip(states, removed, strict=True):

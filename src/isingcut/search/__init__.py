@@ -69,7 +69,7 @@ class Search:
 
     removals: tuple[int, ...]
     passes: float | None = None
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
 
     def run(
         self,
@@ -98,6 +98,7 @@ class Search:
             raise InputError("a search needs at least one number of blocks to remove")
         passes = self.passes or greedy_price(n, max(t.high for t in targets))
         refinement = Refinement(replay, tokens, targets, passes, work, seed, self.plan)
+        refinement.exhaust()
         refinement.climb()
         refinement.rounds()
         refinement.finish()

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from isingcut.baselines._streams import block_means
+from isingcut.baselines.block_influence import influence
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.energies.base import Work
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
 from isingcut.measure import measure, tree_nodes
+from isingcut.search.slopes import PASSES, gate_slopes
 
 States = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -72,6 +75,7 @@ class Evaluator:
         }
         self._kept = Journal(work.journal, fingerprint(identity))
         self._referenced = 0
+        self._sloped: set[str] = set()
         self.runs = self.heads = 0.0
         self.evaluations = 0
 
@@ -112,6 +116,31 @@ class Evaluator:
                 groups.setdefault(have, {})[key] = state
         for have, group in sorted(groups.items()):
             self._extend(list(group.values()), have, n, description)
+
+    def slopes(self, state: npt.NDArray[np.bool_], n: int) -> Floats:
+        """(N,) slopes of the KL in every gate at ``state``, on the first ``n`` samples."""
+        key = f"slopes:{_key(state, 0, n)}"
+        row = self._kept.get(key)
+        if row is None:
+            few = self._tokens.select(range(n))
+            row = gate_slopes(self._replay, few, state, self._work.batch_tokens)
+            self._kept.put(key, row)
+        if key not in self._sloped:
+            self._sloped.add(key)
+            self.runs += PASSES * self.blocks * self.share(0, n)
+            self.heads += PASSES * self.share(0, n)
+        return row
+
+    def influence(self, n: int) -> Floats:
+        """(N,) block influence, 1 - mean cosine of the stream before and after each block."""
+        key = f"influence:{n}"
+        row = self._kept.get(key)
+        if row is None:
+            few = self._tokens.select(range(n))
+            row = block_means(self._replay, few, Work(self._work.batch_tokens), influence)
+            self._kept.put(key, row)
+        self.runs += self.blocks * self.share(0, n)
+        return row
 
     def price(self, states: States, n: int) -> float:
         """Passes that measuring the states on their first ``n`` samples would take, at most."""

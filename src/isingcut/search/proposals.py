@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -19,23 +21,50 @@ State = npt.NDArray[np.bool_]
 EXACT_UP_TO = 40
 """Blocks up to which a proof costs less than tabu search; either finds the minimum."""
 
+FEW = 20_000
+"""States of a target that may be listed one by one."""
+
 
 def lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> States:
     """The ``k`` lowest states of a Hamiltonian among the target's: (<= k, N)."""
     problem = target.problem(hamiltonian)
     if hamiltonian.n <= EXACT_UP_TO:
-        return solve(problem, "exact", k).states
+        return solve(problem, "exact", k, threads=1).states
     return solve(problem, "tabu", k, seed=seed).states
 
 
+def every(target: Target, n: int) -> States | None:
+    """All states of a target, or None where there are more than `FEW`."""
+    if target.low != target.high or math.comb(n, target.low) > FEW:
+        return None
+    chosen = list(itertools.combinations(range(n), target.low))
+    states = np.zeros((len(chosen), n), dtype=bool)
+    states[np.arange(len(chosen))[:, None], np.array(chosen)] = True
+    return states[target.feasible(states)]
+
+
+def windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
+    """The ``count`` runs of neighbouring blocks that a Hamiltonian likes best."""
+    n, size = hamiltonian.n, target.low
+    states = np.zeros((n - size + 1, n), dtype=bool)
+    for start, state in enumerate(states):
+        state[start : start + size] = True
+    states = states[target.feasible(states)]
+    return states[np.argsort(hamiltonian.energies(states), kind="stable")[:count]]
+
+
 def thompson(
-    surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator
+    surrogate: Surrogate,
+    target: Target,
+    count: int,
+    rng: np.random.Generator,
+    heat: float = 1.0,
 ) -> States:
     """Ground states of ``count`` Hamiltonians drawn from the posterior."""
-    draws = [
-        lowest(surrogate.sample(rng), target, 1, int(rng.integers(2**31))) for _ in range(count)
-    ]
-    return np.concatenate(draws)
+    seeds = rng.integers(2**31, size=count)
+    return np.concatenate(
+        [lowest(surrogate.sample(rng, heat), target, 1, int(seed)) for seed in seeds]
+    )
 
 
 def exchanges(state: State, target: Target) -> States:
@@ -57,26 +86,22 @@ def flips(state: State) -> States:
     return np.asarray(state[None] ^ np.eye(len(state), dtype=bool))
 
 
-def additive(
-    state: State, loss: float, marginals: Callable[[State], float | None], target: Target
-) -> tuple[States, Floats]:
-    """Exchanges around a state, predicted from its measured single flips.
+def by_slope(state: State, surrogate: Surrogate, slopes: Floats, target: Target) -> States:
+    """Exchanges around a state, the most promising first.
 
-    D(x - r + k) is taken as D(x - r) + D(x + k) - D(x): N measurements predict all M (N - M)
-    exchanges.
+    What goes is priced by the surrogate, which measured removals inform; what comes back by the
+    slope of its gate.
 
     Args:
-        marginals: the measured loss of a state, or None.
+        slopes: (N,) slopes of the loss in the gates at ``state``.
     """
-    near = {int(np.flatnonzero(f ^ state)[0]): marginals(f) for f in flips(state)}
     moves = exchanges(state, target)
-    values = []
-    for move in moves:
-        parts = [near[int(i)] for i in np.flatnonzero(move ^ state)]
-        known = [p for p in parts if p is not None]
-        whole = len(known) == len(parts)
-        values.append(sum(known) - (len(known) - 1) * loss if whole else np.inf)
-    return moves, np.array(values, dtype=np.float64)
+    if not len(moves):
+        return moves
+    gone = moves & ~state
+    removal = surrogate.mean.energies(state | gone)
+    gain = ((state & ~moves) * slopes).sum(1)
+    return moves[np.argsort(removal + gain, kind="stable")]
 
 
 def by_bound(surrogate: Surrogate, states: States, count: int, width: float = 1.0) -> States:

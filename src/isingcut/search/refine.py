@@ -12,7 +12,7 @@ Every state measured for one target stays known to all others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -34,6 +34,7 @@ from isingcut.search.targets import Target
 
 States = npt.NDArray[np.bool_]
 State = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,25 @@ class Plan:
         prior_share: most of the budget that the pair energy may take.
         beam: states kept per size on the way up.
         children: states measured per size on the way up.
-        draws, minima, moves: states proposed in a round: ground states of sampled Hamiltonians,
-            lowest states of the mean, moves around the best states.
+        draws, minima, moves, slopes: states proposed in a round: ground states of sampled
+            Hamiltonians, lowest states of the mean, moves around the best states by the
+            surrogate's bound, and moves around the best one by the slopes of its gates.
         promoted: states taken to the next rung in a round.
         finalists: states that are at least measured on all samples.
         patience: rounds without a new best state after which a target is left alone.
     """
 
     rungs: tuple[float, ...] = (0.125, 0.375, 1.0)
-    prior_share: float = 0.35
+    prior_share: float = 0.4
     beam: int = 3
     children: int = 8
     draws: int = 6
     minima: int = 4
     moves: int = 6
+    slopes: int = 2
     promoted: int = 3
     finalists: int = 4
-    patience: int = 6
+    patience: int = 8
 
 
 @dataclass
@@ -72,13 +75,14 @@ class Progressed:
         best: the best state so far, or None.
         stale: rounds since it last changed.
         rounds: rounds done.
+        exhausted: every state of the target was measured on all samples.
     """
 
     target: Target
     best: State | None = None
     stale: int = 0
     rounds: int = 0
-    explored: set[bytes] = field(default_factory=set)
+    exhausted: bool = False
 
 
 class Refinement:
@@ -107,31 +111,50 @@ class Refinement:
         self.rungs = sorted({max(1, round(share * m)) for share in plan.rungs} | {m})
         self.goals = [Progressed(t) for t in targets]
         self.trace: list[dict[str, Any]] = []
+        self.origins: dict[bytes, str] = {}
         self.prior = self._prior()
 
     # the pair energy ----------------------------------------------------------------------
 
     def _prior(self) -> Hamiltonian:
-        """The pair energy on as many samples as its share of the budget pays for."""
-        n = self.evaluator.blocks
-        singles = [(i,) for i in range(n)]
+        """The pair energy, of all pairs or of those that a good state may contain.
+
+        Singles come first. Pairs follow by rising sum of their own terms, as many as a share of
+        the budget pays for; a pair that is left out has no coupling: both of its blocks are
+        costly ones. If all fit, they are measured on more samples. Where not even the singles
+        fit, block influence stands for them.
+        """
+        evaluator, n = self.evaluator, self.evaluator.blocks
+        allowed = self.plan.prior_share * self.budget
+        self.influence = evaluator.influence(1)
+        singles = indicator(n, [(i,) for i in range(n)])
         pairs = list(combinations(range(n), 2))
-        states = indicator(n, [*singles, *pairs])
+        every = np.concatenate([singles, indicator(n, pairs)])
         affordable = [
-            r
-            for r in range(1, self.rungs[0] + 1)
-            if self.evaluator.price(states, r) <= self.plan.prior_share * self.budget
+            r for r in range(1, self.rungs[0] + 1) if evaluator.price(every, r) <= allowed
         ]
-        if not affordable:
-            states, pairs = states[:n], []
-        samples = max(affordable, default=self.rungs[0])
-        self.prior_samples, self.prior_pairs = samples, bool(pairs)
-        self.evaluator.measure(states, samples, f"{len(states)} single and pair removals")
-        tokens = self.evaluator.counts[:samples].sum()
-        losses = np.array([self._known(s).sums[:samples].sum() / tokens for s in states])
-        h, J = losses[:n], np.zeros((n, n))
-        for (i, j), loss in zip(pairs, losses[n:], strict=True):
-            J[i, j] = J[j, i] = loss - h[i] - h[j]
+        self.prior_samples = samples = max(affordable, default=1)
+        tokens = evaluator.counts[:samples].sum()
+
+        def losses(states: States) -> Floats:
+            return np.array([self._known(s).sums[:samples].sum() / tokens for s in states])
+
+        if evaluator.price(singles, samples) > allowed:
+            # Hardly any budget: influence ranks the blocks for a single pass.
+            self.prior_pairs = 0
+            return Hamiltonian(self.influence, np.zeros((n, n)), unit="arbitrary")
+        evaluator.measure(singles, samples, f"{n} single removals")
+        h, J = losses(singles), np.zeros((n, n))
+        pairs.sort(key=lambda p: h[p[0]] + h[p[1]])
+        count = len(pairs)
+        while count and evaluator.price(indicator(n, pairs[:count]), samples) > allowed:
+            count = int(count * 0.9)
+        self.prior_pairs = count
+        if count:
+            states = indicator(n, pairs[:count])
+            evaluator.measure(states, samples, f"{count} pair removals")
+            for (i, j), loss in zip(pairs, losses(states), strict=False):
+                J[i, j] = J[j, i] = loss - h[i] - h[j]
         return Hamiltonian(h, J, unit="nats/token")
 
     def _known(self, state: State) -> Known:
@@ -186,9 +209,21 @@ class Refinement:
 
     # rounds -------------------------------------------------------------------------------
 
+    def exhaust(self) -> None:
+        """Measure every state of the targets for which the budget allows it."""
+        for goal in self.goals:
+            states = proposals.every(goal.target, self.evaluator.blocks)
+            if states is None or not self._afford(states, self.rungs[-1], final=True):
+                continue
+            self.evaluator.measure(
+                states, self.rungs[-1], f"remove {goal.target.label}: all {len(states)} states"
+            )
+            goal.exhausted = True
+            self._note(goal)
+
     def rounds(self) -> None:
         """Turns of all targets until the budget is spent or none of them moves."""
-        active = list(self.goals)
+        active = [g for g in self.goals if not g.exhausted]
         while active:
             active = [g for g in active if self._turn(g)]
 
@@ -210,9 +245,7 @@ class Refinement:
     def estimates(self, target: Target, *, near: int = 0) -> Estimates | None:
         """Estimates of the measured states of a target (``near``: and of sizes close to it)."""
         known = [k for k in self.evaluator.known() if k.n >= self.rungs[0]]
-        states = np.array([k.state for k in known], dtype=bool).reshape(
-            -1, self.evaluator.blocks
-        )
+        states = np.array([k.state for k in known], dtype=bool).reshape(-1, self.evaluator.blocks)
         fits = target.near(states, near) if near else target.feasible(states)
         chosen = [k for k, ok in zip(known, fits, strict=True) if ok]
         return Estimates(self.evaluator, chosen, self.rungs) if chosen else None
@@ -225,6 +258,15 @@ class Refinement:
             return None
         return Surrogate(self.prior, found.states, found.loss, found.sd)
 
+    def energy(self) -> Hamiltonian:
+        """The posterior energy over all targets; the pair energy while nothing was measured."""
+        known = [k for k in self.evaluator.known() if k.n >= self.rungs[0]]
+        near = [k for k in known if any(g.target.near(k.state[None], 1)[0] for g in self.goals)]
+        if len(near) < 4:
+            return self.prior
+        found = Estimates(self.evaluator, near, self.rungs)
+        return Surrogate(self.prior, found.states, found.loss, found.sd).mean
+
     def _propose(self, goal: Progressed) -> States:
         target, plan = goal.target, self.plan
         seed = int(self.rng.integers(2**31))
@@ -235,26 +277,38 @@ class Refinement:
 
         surrogate = self.surrogate(target)
         own = self.estimates(target)
-        if surrogate is None or own is None:
-            wanted = plan.draws + plan.minima + plan.moves
-            states = proposals.lowest(self.prior, target, wanted, seed)
-            return _stack(proposals.unseen(states, seen, wanted), self.evaluator.blocks)
         picked: list[State] = []
 
-        def take(states: States, count: int) -> None:
+        def take(states: States, count: int, origin: str) -> None:
             got = {p.tobytes() for p in picked}
-            picked.extend(
-                proposals.unseen(states, lambda s: seen(s) or s.tobytes() in got, count)
-            )
+            fresh = proposals.unseen(states, lambda s: seen(s) or s.tobytes() in got, count)
+            picked.extend(fresh)
+            self.origins.update({s.tobytes(): origin for s in fresh})
 
+        if goal.rounds == 1:
+            wanted = plan.draws + plan.minima + plan.moves
+            take(proposals.windows(self.prior, target, 2), 2, "window")
+            influence = Hamiltonian(self.influence, np.zeros_like(self.prior.J))
+            take(proposals.lowest(influence, target, 1, seed), 1, "block influence")
+            states = proposals.lowest(self.prior, target, 2 * wanted, seed)
+            take(states, wanted - len(picked), "pair energy")
+        if surrogate is None or own is None or goal.rounds == 1:
+            return _stack(picked, self.evaluator.blocks)
         order = np.argsort(own.loss, kind="stable")
         around = [own.states[i] for i in order[:2]]
         lowest = proposals.lowest(surrogate.mean, target, 4 * plan.minima + len(own.states), seed)
-        take(lowest, plan.minima)
-        take(proposals.thompson(surrogate, target, plan.draws, self.rng), plan.draws)
+        take(lowest, plan.minima, "minimum of the mean")
+        # The longer nothing better is found, the farther the draws go.
+        heat = 1.0 + 0.25 * goal.stale
+        drawn = proposals.thompson(surrogate, target, plan.draws, self.rng, heat)
+        take(drawn, plan.draws, "minimum of a draw")
         moves = np.concatenate([proposals.exchanges(s, target) for s in around])
         if len(moves):
-            take(proposals.by_bound(surrogate, moves, len(moves)), plan.moves)
+            take(proposals.by_bound(surrogate, moves, len(moves)), plan.moves, "exchange")
+        if plan.slopes and goal.best is not None:
+            slopes = self.evaluator.slopes(goal.best, self.rungs[0])
+            near = proposals.by_slope(goal.best, surrogate, slopes, target)
+            take(near, plan.slopes, "exchange by slope")
         return _stack(picked, self.evaluator.blocks)
 
     # racing -------------------------------------------------------------------------------
@@ -325,6 +379,7 @@ class Refinement:
                 "removed": np.flatnonzero(state).tolist(),
                 "kl": float(found.loss[best]),
                 "samples": self.rungs[int(found.rung[best])],
+                "origin": self.origins.get(state.tobytes(), "beam"),
             }
         )
 

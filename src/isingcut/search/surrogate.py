@@ -24,6 +24,7 @@ from isingcut.hamiltonian import Hamiltonian
 
 Floats = npt.NDArray[np.float64]
 States = npt.NDArray[np.bool_]
+Fit = tuple[float, "Spread", Floats, tuple[Floats, bool]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Surrogate:
         states: (T, N) measured states.
         losses: (T,) their losses, nats per token.
         noise: (T,) standard deviations of the measurements, nats per token.
-        floor: model error of the quadratic form, as a share of a loss's height over the best.
+        floor: model error of the quadratic form, as a share of a loss's height over the best of
+            its size.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class Surrogate:
         self._prior = prior
         self._x = np.asarray(states, dtype=np.float64)
         energy = prior.energies(states)
-        best = float(losses.min())
+        size = np.asarray(states).sum(1)
+        best = np.array([losses[size == k].min() for k in size])
         # A quadratic form cannot follow losses over two decades; where they are high, it need
         # not. The error allowed grows with the height over the best state.
         sd = np.sqrt(noise**2 + (floor * (losses - best)) ** 2 + (0.01 * best) ** 2)
@@ -74,14 +77,16 @@ class Surrogate:
         self._a, self._b = _line(energy, losses, weight)
         self._y = losses - self._a - self._b * energy
         self._energy, self._sd = energy, sd
-        order = np.argsort(losses)[: max(8, len(losses) // 4)]
-        scale = float(np.std(losses[order])) + 0.01 * best
+        order = np.argsort(losses - best, kind="stable")[: max(8, len(losses) // 4)]
+        scale = float(np.std(losses[order] - best[order])) + 0.01 * float(losses.min())
         fits = [self._fit(s, scale) for s in GRID]
         self.evidence, self.spread, self._kernel, self._factor = max(fits, key=lambda f: f[0])
         self._scale = scale
         self.mean = self._hamiltonian(self._y)
 
-    def _fit(self, spread: Spread, scale: float) -> tuple[float, Spread, Floats, tuple[Floats, bool]]:
+    def _fit(
+        self, spread: Spread, scale: float
+    ) -> tuple[float, Spread, Floats, tuple[Floats, bool]]:
         kernel = self._gram(spread, scale)
         factor = cho_factor(kernel + np.diag(self._sd**2), lower=True)
         fit = self._y @ cho_solve(factor, self._y)
@@ -92,12 +97,12 @@ class Surrogate:
         inner = self._x @ self._x.T
         e = self._energy - self._energy.mean()
         return scale**2 * (
-            1.0
-            + spread.own**2 * inner
-            + spread.pair**2 * (inner**2 - inner) / 2
+            1.0 + spread.own**2 * inner + spread.pair**2 * (inner**2 - inner) / 2
         ) + (spread.slope * self._b) ** 2 * np.outer(e, e)
 
-    def _hamiltonian(self, y: Floats, extra: tuple[float, Floats, Floats, float] | None = None) -> Hamiltonian:
+    def _hamiltonian(
+        self, y: Floats, extra: tuple[float, Floats, Floats, float] | None = None
+    ) -> Hamiltonian:
         """The Hamiltonian of weights ``extra`` plus the posterior correction towards ``y``."""
         alpha = cho_solve(self._factor, y)
         s, scale = self.spread, self._scale
@@ -118,19 +123,31 @@ class Surrogate:
             unit="nats/token",
         )
 
-    def sample(self, rng: np.random.Generator) -> Hamiltonian:
-        """One Hamiltonian drawn from the posterior (Matheron's rule)."""
+    def sample(self, rng: np.random.Generator, heat: float = 1.0) -> Hamiltonian:
+        """One Hamiltonian drawn from the posterior (Matheron's rule).
+
+        Args:
+            heat: factor on its distance from the mean; above 1 it explores more.
+        """
         n = self._x.shape[1]
         s, scale = self.spread, self._scale
-        a = scale * rng.standard_normal()
-        u = scale * s.own * rng.standard_normal(n)
-        v = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
+        a = scale * float(rng.standard_normal())
+        u: Floats = scale * s.own * rng.standard_normal(n)
+        v: Floats = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
         v = v + v.T
-        slope = s.slope * self._b * rng.standard_normal()
+        slope = s.slope * self._b * float(rng.standard_normal())
         e = self._energy - self._energy.mean()
         at = a + self._x @ u + 0.5 * ((self._x @ v) * self._x).sum(1) + slope * e
         noise = self._sd * rng.standard_normal(len(at))
-        return self._hamiltonian(self._y - at - noise, (a, u, v, slope))
+        drawn = self._hamiltonian(self._y - at - noise, (a, u, v, slope))
+        if heat == 1.0:
+            return drawn
+        return Hamiltonian(
+            self.mean.h + heat * (drawn.h - self.mean.h),
+            self.mean.J + heat * (drawn.J - self.mean.J),
+            self.mean.c + heat * (drawn.c - self.mean.c),
+            unit="nats/token",
+        )
 
     def deviation(self, states: States) -> Floats:
         """(S,) posterior standard deviations of the energies of ``states``."""

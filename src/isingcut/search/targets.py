@@ -30,6 +30,9 @@ class Target:
     low: int
     high: int
 
+    def __repr__(self) -> str:
+        return f"Target({self.label}: {'; '.join(row.describe() for row in self.rows)})"
+
     @classmethod
     def of(cls, label: str, rows: Sequence[LinearConstraint], n: int) -> Target:
         """A target from its rows.

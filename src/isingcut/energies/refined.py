@@ -1,0 +1,167 @@
+"""`refined`: the budgeted search near the wanted removals, and the energy it ends with.
+
+The Hamiltonian is the posterior mean of `isingcut.search`: the pair energy corrected by every
+state that was measured near the wanted sizes. What the search found for each removal is kept
+beside it, in ``meta["search"]``, and goes into the ranking with the Hamiltonian's own low
+states.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from isingcut.blocks import Replay
+from isingcut.calibration import TokenSet
+from isingcut.energies.base import Work
+from isingcut.errors import InputError
+from isingcut.files import atomic_file
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.search import Found, Search, Target, greedy_price
+
+__all__ = ["Refined"]
+
+KEPT = 10
+"""Finalists of each removal that are kept."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The search as an energy.
+
+    Attributes:
+        targets: the removals to search for; a run takes them from its options.
+        effort: what to spend: ``"150"`` forward passes over the calibration text, ``"20min"``, or
+            nothing for what a greedy path to the largest removal would cost.
+        seed: of every random choice.
+    """
+
+    default_samples: ClassVar[int] = 16
+
+    targets: tuple[Target, ...] = ()
+    effort: str = ""
+    seed: int = 0
+
+    def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
+        """Search, and return the posterior energy with what was found in its metadata.
+
+        Raises:
+            InputError: no removal to search near, or an effort that cannot be read.
+        """
+        if not self.targets:
+            raise InputError(
+                "the energy 'refined' searches near a removal; say which with --remove or "
+                "--budget, or use --energy pairwise, which answers every removal"
+            )
+        passes = self.passes(replay, tokens, work)
+        found = Search((), passes).run(replay, tokens, work, self.seed, self.targets)
+        energy = found.refinement.energy()
+        return Hamiltonian(
+            energy.h,
+            energy.J,
+            energy.c,
+            energy.unit,
+            {
+                "energy": "refined",
+                "loss": "KL(original || cut)",
+                "samples": tokens.samples,
+                "tokens": tokens.tokens,
+                "search": summary(found, passes),
+            },
+        )
+
+    def passes(self, replay: Replay, tokens: TokenSet, work: Work) -> float:
+        """The budget in forward passes over ``tokens``."""
+        amount, minutes = parse_effort(self.effort)
+        if amount is None:
+            return greedy_price(len(replay), max(t.high for t in self.targets))
+        if not minutes:
+            return amount
+        # Kept with the journal: a resumed search must have the budget it began with.
+        kept = None if work.journal is None else work.journal.with_suffix(".effort")
+        if kept is not None and kept.exists():
+            return float(json.loads(kept.read_text(encoding="utf-8")))
+        passes = amount * 60 / seconds_per_pass(replay, tokens, work)
+        if kept is not None:
+            with atomic_file(kept) as temporary:
+                temporary.write_text(json.dumps(passes), encoding="utf-8")
+        return passes
+
+
+def parse_effort(text: str) -> tuple[float | None, bool]:
+    """An amount, and whether it is in minutes; None for no amount.
+
+    Raises:
+        InputError: neither a number of passes nor of minutes.
+    """
+    words = text.strip().lower()
+    if not words:
+        return None, False
+    for unit, minutes in (("minutes", 1.0), ("min", 1.0), ("hours", 60.0), ("h", 60.0)):
+        if words.endswith(unit):
+            words, factor, timed = words.removesuffix(unit), minutes, True
+            break
+    else:
+        words, factor, timed = words.removesuffix("passes"), 1.0, False
+    try:
+        amount = float(words) * factor
+    except ValueError:
+        amount = float("nan")
+    if not (np.isfinite(amount) and amount > 0):
+        raise InputError(
+            f"--effort {text}: expected passes over the calibration text (150) or a time "
+            "(20min, 2h)"
+        )
+    return amount, timed
+
+
+def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:
+    """Time of one pass over ``tokens``, from the faster of two timed micro-batches."""
+    batch = tokens.batches(work.batch_tokens)[0]
+    taken = []
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            recording = replay.record(batch.input_ids)
+            hidden = recording.entered
+            for i in range(len(replay)):
+                hidden = recording.block(i, hidden)
+            for s in range(batch.samples):
+                float(recording.logits(hidden[s], s).float().logsumexp(-1).sum())
+        taken.append(time.perf_counter() - began)
+    return min(taken) * int(tokens.mask.sum()) / int(batch.mask.sum())
+
+
+def summary(found: Found, budget: float) -> dict[str, Any]:
+    """What a search found, JSON-able: the price, and each target's finalists and trace."""
+    targets: dict[str, Any] = {}
+    for goal in found.refinement.goals:
+        known = found.refinement.estimates(goal.target)
+        assert known is not None
+        # The states measured on most samples first: they are the ones to trust.
+        order = np.lexsort((known.loss, -known.rung))[:KEPT]
+        targets[goal.target.label] = {
+            "finalists": [
+                {
+                    "removed": np.flatnonzero(known.states[s]).tolist(),
+                    "kl": float(known.loss[s]),
+                    "samples": found.refinement.rungs[int(known.rung[s])],
+                }
+                for s in order
+            ],
+            "states": len(known.states),
+            "all_states": goal.exhausted,
+            "trace": [t for t in found.trace if t["remove"] == goal.target.label],
+        }
+    return {
+        "budget_passes": budget,
+        "passes": found.passes,
+        "heads": found.heads,
+        "evaluations": found.evaluations,
+        "targets": targets,
+    }

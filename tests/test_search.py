@@ -1,0 +1,322 @@
+"""The refined search: its surrogate against direct algebra, its choice against all states."""
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from isingcut.architectures import find_stack, stack_modules
+from isingcut.blocks import Replay
+from isingcut.constraints import count, keep
+from isingcut.energies.auto import Auto
+from isingcut.energies.base import Work
+from isingcut.energies.pairwise import Pairwise, indicator
+from isingcut.energies.refined import Refined, parse_effort
+from isingcut.errors import InputError
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.measure import measure, tree_nodes
+from isingcut.search import Plan, Search, Target, greedy_price, proposals
+from isingcut.search.estimates import Estimates
+from isingcut.search.evaluator import Evaluator
+from isingcut.search.slopes import gate_slopes
+from isingcut.search.surrogate import Surrogate
+from isingcut.tokens import TokenSet
+from tiny import tiny_model
+
+WORK = Work(batch_tokens=64)
+N = 8
+
+
+@pytest.fixture(scope="module")
+def replay() -> Replay:
+    model = tiny_model("llama", num_hidden_layers=N).requires_grad_(False)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> TokenSet:
+    rng = np.random.default_rng(0)
+    return TokenSet.from_rows([rng.integers(1, 90, 12 + s % 3).tolist() for s in range(8)])
+
+
+def states_of(n: int, m: int) -> np.ndarray:
+    return indicator(n, list(combinations(range(n), m)))
+
+
+def random_energy(n: int, seed: int) -> Hamiltonian:
+    rng = np.random.default_rng(seed)
+    return Hamiltonian.from_quadratic(rng.random((n, n)))
+
+
+# the evaluator ------------------------------------------------------------------------------
+
+
+def test_evaluator_equals_measuring_at_once(replay: Replay, tokens: TokenSet) -> None:
+    evaluator = Evaluator(replay, tokens, WORK, seed=3)
+    states = states_of(N, 3)[:6]
+    evaluator.measure(states[:4], 2, "few")
+    evaluator.measure(states, 5, "more")
+    evaluator.measure(states, tokens.samples, "all")
+    direct = measure(replay, tokens, states).kl_sums[:, evaluator.order]
+    found = np.array([evaluator.get(s).sums for s in states])  # type: ignore[union-attr]
+    np.testing.assert_allclose(found, direct, atol=1e-5)
+    assert evaluator.evaluations == len(states)
+
+
+def test_evaluator_pays_for_each_sample_once(replay: Replay, tokens: TokenSet) -> None:
+    evaluator = Evaluator(replay, tokens, WORK, seed=0)
+    states = states_of(N, 2)[:5]
+    evaluator.measure(states, 3, "few")
+    evaluator.measure(states, 3, "again")
+    part = evaluator.share(0, 3)
+    assert evaluator.passes == pytest.approx((N + tree_nodes(states)) * part / N)
+    assert evaluator.heads == pytest.approx((1 + len(states)) * part)
+    evaluator.measure(states, tokens.samples, "all")
+    assert evaluator.passes == pytest.approx((N + tree_nodes(states)) / N)
+
+
+def test_evaluator_resumes_from_its_journal(
+    replay: Replay, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work(64, journal=tmp_path / "journal")
+    first = Evaluator(replay, tokens, work, seed=0)
+    first.measure(states_of(N, 2), 4, "pairs")
+    again = Evaluator(replay, tokens, work, seed=0)
+    monkeypatch.setattr("isingcut.search.evaluator.measure", None)
+    again.measure(states_of(N, 2), 4, "pairs")
+    for a, b in zip(first.known(), again.known(), strict=True):
+        np.testing.assert_array_equal(a.sums, b.sums)
+    assert first.passes == again.passes
+
+
+def test_slopes_equal_a_small_step_of_the_gate(replay: Replay, tokens: TokenSet) -> None:
+    # A removed block's slope at gate 0 and a kept one's at gate 1, against finite differences.
+    state = np.zeros(N, dtype=bool)
+    state[[2, 5]] = True
+    found = gate_slopes(replay, tokens, state, 64)
+    step = 2e-3
+
+    def loss(block: int, alpha: float) -> float:
+        total = 0.0
+        with torch.no_grad():
+            for batch in tokens.batches(64):
+                recording = replay.record(batch.input_ids)
+                original = cut = recording.entered
+                for i in range(N):
+                    original = recording.block(i, original)
+                    gate = alpha if i == block else float(not state[i])
+                    cut = cut + gate * (recording.block(i, cut) - cut)
+                for s in range(batch.samples):
+                    p = recording.logits(original[s], s)[:-1].double().log_softmax(-1)
+                    q = recording.logits(cut[s], s)[:-1].double().log_softmax(-1)
+                    kl = (p.exp() * (p - q)).sum(-1)
+                    total += float(kl[batch.predicted[s]].sum())
+        return total / tokens.tokens
+
+    for block in (2, 5, 0, 7):
+        at = float(not state[block])
+        expected = (loss(block, at + step) - loss(block, at - step)) / (2 * step)
+        assert found[block] == pytest.approx(expected, rel=0.02, abs=2e-5)
+
+
+# the surrogate ------------------------------------------------------------------------------
+
+
+def test_surrogate_mean_is_the_gaussian_posterior() -> None:
+    # The same posterior from explicit features and precision matrices.
+    n, prior = 6, random_energy(6, 1)
+    states = states_of(n, 3)[::2]
+    rng = np.random.default_rng(2)
+    losses = prior.energies(states) + 0.3 * rng.random(len(states)) + 0.5
+    noise = np.full(len(states), 0.05)
+    found = Surrogate(prior, states, losses, noise)
+    pairs = list(combinations(range(n), 2))
+
+    def features(x: np.ndarray) -> np.ndarray:
+        pair = np.array([x[:, i] & x[:, j] for i, j in pairs]).T
+        energy = (prior.energies(x) - prior.energies(states).mean())[:, None]
+        return np.hstack([np.ones((len(x), 1)), energy, x, pair]).astype(float)
+
+    spread, scale = found.spread, found._scale
+    sd = [scale, spread.slope * found._b]
+    sd += [scale * spread.own] * n + [scale * spread.pair] * len(pairs)
+    phi = features(states)
+    precision = np.diag(1 / np.square(sd)) + phi.T @ (phi / found._sd[:, None] ** 2)
+    weights = np.linalg.solve(precision, phi.T @ (found._y / found._sd**2))
+    every = states_of(n, 3)
+    expected = found._a + found._b * prior.energies(every) + features(every) @ weights
+    np.testing.assert_allclose(found.mean.energies(every), expected, rtol=1e-6)
+    deviation = np.sqrt(
+        np.einsum("sf,fg,sg->s", features(every), np.linalg.inv(precision), features(every))
+    )
+    np.testing.assert_allclose(found.deviation(every), deviation, rtol=1e-5)
+
+
+def test_surrogate_samples_have_the_posterior_moments() -> None:
+    n, prior = 5, random_energy(5, 3)
+    states = states_of(n, 2)[:7]
+    losses = 1 + prior.energies(states) + 0.1 * np.arange(7)
+    found = Surrogate(prior, states, losses, np.full(7, 0.02))
+    rng = np.random.default_rng(0)
+    every = states_of(n, 2)
+    draws = np.array([found.sample(rng).energies(every) for _ in range(3000)])
+    sd = found.deviation(every)
+    assert np.abs((draws.mean(0) - found.mean.energies(every)) / sd).max() < 0.1
+    np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
+
+
+def test_surrogate_corrects_a_wrong_prior() -> None:
+    truth, wrong = random_energy(10, 4), random_energy(10, 5)
+    states = states_of(10, 4)
+    rng = np.random.default_rng(0)
+    seen = rng.permutation(len(states))[:150]
+    rest = np.setdiff1d(np.arange(len(states)), seen)
+    losses = truth.energies(states)
+    found = Surrogate(wrong, states[seen], losses[seen], np.full(150, 1e-3))
+    predicted = found.mean.energies(states[rest])
+    assert np.corrcoef(predicted, losses[rest])[0, 1] > 0.9
+    assert np.corrcoef(wrong.energies(states[rest]), losses[rest])[0, 1] < 0.5
+
+
+# proposals and estimates --------------------------------------------------------------------
+
+
+def test_exchanges_are_all_neighbours_and_feasible() -> None:
+    state = indicator(7, [(1, 4, 6)])[0]
+    target = Target.of("3", [count(7, 3), *keep(7, [0])], 7)
+    found = {tuple(np.flatnonzero(s)) for s in proposals.exchanges(state, target)}
+    expected = {c for c in combinations(range(1, 7), 3) if len(set(c) & {1, 4, 6}) == 2}
+    assert found == expected
+
+
+def test_estimates_carry_few_samples_over_to_all(replay: Replay, tokens: TokenSet) -> None:
+    evaluator = Evaluator(replay, tokens, WORK, seed=0)
+    states = states_of(N, 3)[:12]
+    evaluator.measure(states, 2, "few")
+    evaluator.measure(states[:6], tokens.samples, "all")
+    found = Estimates(evaluator, evaluator.known(), [2, tokens.samples])
+    full = measure(replay, tokens, states).kl
+    np.testing.assert_allclose(found.loss[:6], full[:6], rtol=1e-5)
+    assert (found.sd[:6] == 0).all()
+    assert (found.sd[6:] > 0).all()
+    # Whatever few samples shift for all states is taken out.
+    assert abs(np.log(found.loss[6:] / full[6:]).mean()) < 0.1
+    assert found.best() == int(np.argmin(full[:6]))
+
+
+# the search ---------------------------------------------------------------------------------
+
+
+def test_search_finds_the_best_state_of_all(replay: Replay, tokens: TokenSet) -> None:
+    found = Search((2, 3, 4), passes=25.0, plan=Plan(patience=4)).run(replay, tokens, WORK)
+    for m in (2, 3, 4):
+        states = states_of(N, m)
+        kl = measure(replay, tokens, states).kl
+        state = indicator(N, [found.best(m)])[0]
+        mine = kl[(states == state).all(1).argmax()]
+        assert (kl < mine - 1e-6).sum() == 0, m
+    assert found.passes <= 25.0
+
+
+def test_search_with_enough_budget_measures_every_state(replay: Replay, tokens: TokenSet) -> None:
+    found = Search((2,), passes=100.0).run(replay, tokens, WORK)
+    assert found.refinement.goals[0].exhausted
+    kl = measure(replay, tokens, states_of(N, 2)).kl
+    assert found.best(2) == tuple(np.flatnonzero(states_of(N, 2)[np.argmin(kl)]))
+
+
+@pytest.mark.parametrize("passes", [1.5, 3.0, 8.0])
+def test_search_keeps_to_a_small_budget(replay: Replay, tokens: TokenSet, passes: float) -> None:
+    found = Search((4,), passes=passes).run(replay, tokens, WORK)
+    assert len(found.best(4)) == 4
+    assert found.passes <= passes + 1.0
+
+
+def test_search_is_deterministic_and_resumes(
+    replay: Replay, tokens: TokenSet, tmp_path: Path
+) -> None:
+    search = Search((3, 4), passes=10.0)
+    plain = search.run(replay, tokens, WORK, seed=1)
+    journal = tmp_path / "journal"
+    search.run(replay, tokens, Work(64, journal=journal), seed=1)
+    lines = journal.read_bytes().split(b"\n")
+    journal.write_bytes(b"\n".join(lines[: len(lines) // 2]) + b"\n")
+    resumed = search.run(replay, tokens, Work(64, journal=journal), seed=1)
+    assert resumed.trace == plain.trace
+    assert resumed.passes == plain.passes
+
+
+def test_search_obeys_constraints(replay: Replay, tokens: TokenSet) -> None:
+    target = Target.of("3 but 0", [count(N, 3), *keep(N, [0, 7])], N)
+    found = Search((), passes=8.0).run(replay, tokens, WORK, targets=[target])
+    assert not {0, 7} & set(found.best("3 but 0"))
+    with pytest.raises(InputError, match="not for"):
+        found.best(5)
+
+
+def test_search_refuses_impossible_removals(replay: Replay, tokens: TokenSet) -> None:
+    with pytest.raises(InputError, match="expected 1 to 7"):
+        Search((8,)).run(replay, tokens, WORK)
+    with pytest.raises(InputError, match="at least one"):
+        Search(()).run(replay, tokens, WORK)
+    with pytest.raises(InputError, match="at least 2 calibration samples"):
+        Search((3,)).run(replay, tokens.select([0]), WORK)
+
+
+def test_greedy_price_counts_a_greedy_path() -> None:
+    # One removal of N: every single state, prefixes shared with the original.
+    assert greedy_price(5, 1) == pytest.approx((4 + 3 + 2 + 1 + 0) / 5)
+    assert greedy_price(30, 15) > greedy_price(30, 12) > greedy_price(30, 1)
+
+
+# the energy ---------------------------------------------------------------------------------
+
+
+def test_refined_energy_keeps_what_was_found(replay: Replay, tokens: TokenSet) -> None:
+    energy = Refined((Target.count(N, 3),), "10 passes").measure(replay, tokens, WORK)
+    search = energy.meta["search"]
+    (best, *_) = search["targets"]["3"]["finalists"]
+    assert len(best["removed"]) == 3
+    assert best["samples"] == tokens.samples
+    assert search["passes"] <= search["budget_passes"] == 10.0
+    assert energy.unit == "nats/token"
+
+
+def test_auto_without_a_removal_is_pairwise(replay: Replay, tokens: TokenSet) -> None:
+    found = Auto().measure(replay, tokens, WORK)
+    np.testing.assert_array_equal(found.J, Pairwise().measure(replay, tokens, WORK).J)
+    with pytest.raises(InputError, match="--remove"):
+        Refined().measure(replay, tokens, WORK)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", (None, False)),
+        ("150", (150.0, False)),
+        ("150 passes", (150.0, False)),
+        ("20min", (20.0, True)),
+        ("2h", (120.0, True)),
+    ],
+)
+def test_effort_is_read(text: str, expected: tuple[float | None, bool]) -> None:
+    assert parse_effort(text) == expected
+
+
+@pytest.mark.parametrize("text", ["-3", "many", "0min", "nan"])
+def test_effort_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(InputError, match="--effort"):
+        parse_effort(text)
+
+
+def test_effort_in_minutes_is_settled_once(
+    replay: Replay, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Refined((Target.count(N, 3),), "1min")
+    work = Work(64, journal=tmp_path / "journal")
+    monkeypatch.setattr("isingcut.energies.refined.seconds_per_pass", lambda *_: 4.0)
+    assert part.passes(replay, tokens, work) == 15.0
+    monkeypatch.setattr("isingcut.energies.refined.seconds_per_pass", lambda *_: 1.0)
+    assert part.passes(replay, tokens, work) == 15.0
