@@ -1,0 +1,199 @@
+"""Draw the pictures of docs/physics.md: python docs/pictures/make.py [FOLDER]
+
+Everything comes from formulas, from benchmarks/data (a measured Hamiltonian) and from data/ beside
+this file. The same versions of matplotlib and numpy give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+import isingcut
+from isingcut import constraints
+
+HERE = Path(__file__).parent
+DATA = HERE.parent.parent / "benchmarks" / "data"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+
+mpl.use("Agg")
+mpl.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "isingcut",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def hamiltonian() -> isingcut.Hamiltonian:
+    """SmolLM2-135M's measured pair energy, as committed."""
+    data = json.loads((DATA / "smollm2-135m-pairwise.json").read_text(encoding="utf-8"))
+    n = len(data["h"])
+    J = np.zeros((n, n))
+    J[np.triu_indices(n, 1)] = data["J_upper"]
+    return isingcut.Hamiltonian(np.array(data["h"]), J + J.T, data["c"], data["unit"])
+
+
+def lowest(energy: isingcut.Hamiltonian, m: int, k: int = 20) -> isingcut.Spectrum:
+    problem = isingcut.Problem(energy, [constraints.count(energy.n, m)])
+    return isingcut.solve(problem, "exact", k)
+
+
+def removal() -> plt.Figure:
+    """A residual stream with blocks on it; the removed ones are passed by."""
+    figure, axes = plt.subplots(figsize=(7.2, 1.9))
+    removed = {2, 3, 6}
+    for i in range(9):
+        gone = i in removed
+        axes.add_patch(
+            FancyBboxPatch(
+                (i + 0.2, 0.55),
+                0.6,
+                0.5,
+                boxstyle="round,pad=0.02,rounding_size=0.08",
+                facecolor="white" if gone else BLUE,
+                edgecolor=GREY if gone else BLUE,
+                linestyle="--" if gone else "-",
+            )
+        )
+        axes.text(i + 0.5, 0.8, str(i), ha="center", va="center", color=GREY if gone else "white")
+        axes.text(i + 0.5, 1.25, "x = 1" if gone else "x = 0", ha="center", color=GREY, fontsize=8)
+        if not gone:
+            for start, end in (
+                ((i + 0.3, 0.2), (i + 0.3, 0.52)),
+                ((i + 0.7, 0.52), (i + 0.7, 0.2)),
+            ):
+                axes.add_patch(
+                    FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=8, color=BLUE)
+                )
+    axes.add_patch(
+        FancyArrowPatch((-0.2, 0.2), (9.3, 0.2), arrowstyle="-|>", mutation_scale=12, color="black")
+    )
+    axes.text(-0.2, -0.05, "residual stream", fontsize=9)
+    axes.text(9.3, -0.05, "logits", fontsize=9, ha="right")
+    axes.set(xlim=(-0.4, 9.6), ylim=(-0.2, 1.5))
+    axes.axis("off")
+    return figure
+
+
+def couplings() -> plt.Figure:
+    """The measured own terms and couplings."""
+    energy = hamiltonian()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(7.2, 3.6), width_ratios=(1, 2.6), sharey=True
+    )
+    left.barh(np.arange(energy.n), energy.h, color=BLUE)
+    left.set(xscale="log", xlabel="own term h, nats/token", ylabel="block", ylim=(29.5, -0.5))
+    size = np.quantile(np.abs(energy.J), 0.98)
+    shown = np.where(np.eye(energy.n, dtype=bool), np.nan, energy.J)
+    image = right.imshow(shown, cmap="PuOr", vmin=-size, vmax=size, aspect="auto")
+    right.set(xlabel="block")
+    figure.colorbar(image, ax=right, label="coupling J, nats/token (clipped)", shrink=0.9)
+    return figure
+
+
+def why_pairs() -> plt.Figure:
+    """What ignoring the couplings costs, in the energy itself."""
+    energy = hamiltonian()
+    sizes = range(2, 15)
+    order = np.argsort(energy.h, kind="stable")
+    alone, best = [], []
+    for m in sizes:
+        state = np.zeros((1, energy.n), dtype=bool)
+        state[0, order[:m]] = True
+        alone.append(energy.energies(state)[0])
+        best.append(lowest(energy, m, 1).energies[0])
+    figure, axes = plt.subplots(figsize=(5.6, 3))
+    axes.plot(sizes, alone, "o--", color=ORANGE, label="the M blocks of smallest own term")
+    axes.plot(sizes, best, "o-", color=BLUE, label="ground state (proven)")
+    axes.set(xlabel="blocks removed, M (of 30)", ylabel="energy, nats/token")
+    axes.legend(frameon=False)
+    return figure
+
+
+def spectrum() -> plt.Figure:
+    """The lowest states for M = 8: levels, and which blocks each removes."""
+    found = lowest(hamiltonian(), 8, 20)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6), width_ratios=(1, 2.6))
+    left.hlines(found.energies, 0, 1, color=BLUE)
+    left.set(xticks=[], ylabel="energy, nats/token", title="levels")
+    right.imshow(found.states, cmap="Blues", aspect="auto", vmin=0, vmax=1.3)
+    right.set(
+        xlabel="block (dark: removed)",
+        ylabel="place in the spectrum",
+        title="the 20 lowest states, M = 8",
+        yticks=range(0, 20, 5),
+    )
+    return figure
+
+
+def gate_curve() -> plt.Figure:
+    """Fading blocks out: the measured KL, and the parabola of its curvature at gate 1."""
+    data = json.loads((HERE / "data" / "gate_curve.json").read_text(encoding="utf-8"))
+    gate, kl = np.array(data["gate"]), np.array(data["kl"])
+    blocks = (int(np.argmin(kl[:, 0])), 29, 1)
+    figure, all_axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
+    step = 1 - gate
+    for axes, block in zip(all_axes, blocks, strict=True):
+        near = step <= 0.101
+        # KL and its slope are zero at gate 1, so that the leading term is a parabola.
+        curvature = (kl[block][near] * step[near] ** 2).sum() / (step[near] ** 4).sum()
+        axes.plot(step, curvature * step**2, "--", color=ORANGE, label="curvature at the start")
+        axes.plot(step, kl[block], color=BLUE, label="measured")
+        axes.set(title=f"block {block}", xlabel="block faded out", ylim=(0, None))
+        axes.set_xticks([0, 1], ["original", "removed"])
+    all_axes[0].set_ylabel("KL, nats/token")
+    all_axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def fidelity() -> plt.Figure:
+    """Energy against measured KL, for two energies on the same states."""
+    data = json.loads((HERE / "data" / "demo_states.json").read_text(encoding="utf-8"))
+    kl = np.array([row["kl"] for row in data["states"]])
+    candidate = np.array([row["candidate"] for row in data["states"]])
+    figure, all_axes = plt.subplots(1, 2, figsize=(7.2, 3), sharey=True)
+    for axes, (name, label) in zip(all_axes, data["energies"].items(), strict=True):
+        energies = np.array([row[name] for row in data["states"]])
+        for chosen, colour, words in (
+            (~candidate, GREY, "random states"),
+            (candidate, BLUE, "lowest of pairwise"),
+        ):
+            axes.plot(energies[chosen], kl[chosen], "o", color=colour, ms=4, label=words)
+        spearman = data["spearman"][name]
+        axes.set(title=f"{name}: Spearman {spearman:.2f}", xlabel=f"energy, {label}")
+    all_axes[0].set_ylabel("measured KL, nats/token")
+    all_axes[0].legend(frameon=False)
+    return figure
+
+
+PICTURES = {
+    "removal": removal,
+    "couplings": couplings,
+    "why_pairs": why_pairs,
+    "spectrum": spectrum,
+    "gate_curve": gate_curve,
+    "fidelity": fidelity,
+}
+
+
+def main(folder: Path = HERE) -> None:
+    for name, draw in PICTURES.items():
+        figure = draw()
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""What the documentation says works: its code runs, its commands exist, its pages are linked."""
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+import yaml
+
+from isingcut import cli
+from isingcut.testing.tiny import tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(p.name for p in DOCS.glob("*.md"))
+VERBS = typer.main.get_command(cli.app).commands
+
+
+def script(path):
+    """A script outside the package as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(page, language):
+    """The fenced code blocks of one language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with my-model and my-text.txt, as the pages have it."""
+    tiny_checkpoint("llama", tmp_path / "my-model", num_hidden_layers=10)
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
+    text = " ".join("".join(word) for word in letters)
+    (tmp_path / "my-text.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
+@pytest.mark.parametrize("page", ["extending.md", "constraints.md"])
+def test_code_on_pages_runs(page, place, monkeypatch):
+    from isingcut.energies import registry
+
+    monkeypatch.setattr(registry, "_registered", {})
+    space = {"__name__": "page"}
+    code = blocks(DOCS / page, "python")
+    assert code
+    for block in code:
+        exec(compile(block, page, "exec"), space)
+
+
+def commands(text):
+    """Every `isingcut VERB ...` in code blocks and inline code, as lists of words."""
+    code = re.findall(r"^```(?:bash|sh|text)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    code += re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
+    code += re.findall(r"`(isingcut [^`\n]*)`", text)
+    for line in "\n".join(code).splitlines():
+        for part in re.split(r"&&|\|\||\||;|\$\(|\)", line.partition(" #")[0]):
+            if re.match(r"\s*(\$ )?isingcut\s", part):
+                words = shlex.split(part.replace("$ ", "", 1).replace("...", "").strip(' "'))
+                yield words[1:]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}" for p in PAGES)])
+def test_commands_exist_with_their_options(page):
+    for words in commands((ROOT / page).read_text(encoding="utf-8")):
+        named = [w for w in words if not w.startswith("-")]
+        if not named or named[0] in ("VERB",):
+            continue
+        assert named[0] in VERBS, (page, words)
+        known = {"--debug", *(o for p in VERBS[named[0]].params for o in p.opts)}
+        asked = {w.partition("=")[0] for w in words if w.startswith("--")}
+        assert asked <= known, (page, words, asked - known)
+
+
+def test_every_page_is_in_the_navigation():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def pages(entry):
+        if isinstance(entry, str):
+            return [entry]
+        if isinstance(entry, dict):
+            return [p for value in entry.values() for p in pages(value)]
+        return [p for value in entry for p in pages(value)]
+
+    assert sorted(pages(config["nav"])) == PAGES
+    assert config["strict"] is True
+    assert config["theme"]["font"] is False
+
+
+def test_pictures_are_small_and_self_contained():
+    make = script(DOCS / "pictures" / "make.py")
+    shown = {
+        name
+        for page in PAGES
+        for name in re.findall(r"pictures/(\w+)\.svg", (DOCS / page).read_text(encoding="utf-8"))
+    }
+    assert shown == set(make.PICTURES)
+    for name in shown:
+        text = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert len(text) < 100_000
+        assert not re.search(r'(href|src)="http', text)
+
+
+def test_pictures_are_drawn(tmp_path):
+    make = script(DOCS / "pictures" / "make.py")
+    make.main(tmp_path)
+    assert {p.stem for p in tmp_path.glob("*.svg")} == set(make.PICTURES)
+
+
+def test_the_tour_shown_is_the_tour_of_the_script():
+    jupytext = pytest.importorskip("jupytext")
+    source = jupytext.read(ROOT / "examples" / "tour.py")
+    shown = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in shown["cells"]]
+    assert cells == [c.source for c in source.cells]
+    page = (DOCS / "tour.md").read_text(encoding="utf-8")
+    assert all(cell in page for cell in cells)
+    code = [c for c in shown["cells"] if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    assert "Traceback" not in page
+
+
+@pytest.mark.slow
+def test_the_tour_runs(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("TOUR_MODEL", "my-model")
+    monkeypatch.setenv("TOUR_TEXT", "my-text.txt")
+    make = script(ROOT / "examples" / "make_tour.py")
+    make.main(tmp_path)
+    page = (tmp_path / "tour.md").read_text(encoding="utf-8")
+    assert "10 blocks before, 7 after" in page
