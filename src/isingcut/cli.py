@@ -17,7 +17,8 @@ import typer
 
 from isingcut import __version__
 from isingcut.cli_verb import app
-from isingcut.errors import IsingcutError
+from isingcut.crew import expected
+from isingcut.errors import IsingcutError, RankError
 
 __all__ = ["app", "main"]
 
@@ -42,11 +43,27 @@ def _root(
     del version, debug
 
 
+def _start() -> None:
+    # Of a launcher's processes rank 0 alone reads the command line; healing trains on all alike.
+    if expected() and "heal" not in sys.argv[1:2]:
+        from isingcut.distributed import led
+
+        led(app)
+    else:
+        app()
+
+
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
     debug = "--debug" in sys.argv
     try:
-        app()
+        _start()
+    except RankError as e:
+        if debug:
+            raise
+        if not e.reported:
+            typer.echo(f"isingcut: {e}", err=True)
+        sys.exit(e.code)
     except IsingcutError as e:
         if debug:
             raise

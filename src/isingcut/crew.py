@@ -57,6 +57,10 @@ class Failure:
     text: str
 
 
+class Ended(SystemExit):
+    """The launcher, or a user, ended this process by a signal."""
+
+
 class Crew:
     """This process among those of the run.
 
@@ -130,14 +134,13 @@ class Crew:
         """
         self._rest()
         own = Failure(self.rank, socket.gethostname(), code, text)
-        first = self.failure is None
         with contextlib.suppress(RuntimeError):
-            if first:
-                wanted = json.dumps(asdict(own))
-                first = self.store.compare_set("failed", "", wanted) == wanted.encode()
+            if self.failure is None:
+                found = self.store.compare_set("failed", "", json.dumps(asdict(own)))
+                self.failure = Failure(**json.loads(found))
             self._see_off(_FAILED_SECONDS)
         self.failure = self.failure or own
-        return first
+        return self.failure == own
 
     def _see_off(self, seconds: float) -> None:
         self.store.set(f"left/{self.rank}", "1")
@@ -162,14 +165,16 @@ class Crew:
         Raises:
             RankError: another process failed or vanished.
         """
-        found = self.failure
-        if found is None:
-            return
+        if self.failure is not None:
+            raise self.error(self.failure)
+
+    def error(self, found: Failure) -> RankError:
+        """A failure as an error, and whether this terminal has its report already."""
         # One report per terminal: where it happened, else at rank 0, else once a machine.
         reporter = self.rank == 0 or (found.rank == 0 and self.local_rank == 0)
         reported = found.host == socket.gethostname() or not reporter
         where = f"rank {found.rank} of {self.size}" + (f" on {found.host}" if found.host else "")
-        raise RankError(f"{where}: {found.text}", code=found.code, reported=reported)
+        return RankError(f"{where}: {found.text}", code=found.code, reported=reported)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.failure is None:
@@ -178,7 +183,7 @@ class Crew:
         self.check()
         # A launcher ends the others when one process was killed. Raised, so that half-written
         # files go.
-        raise SystemExit(128 + number)
+        raise Ended(128 + number)
 
     def _look(self) -> None:
         if self.store.check(["failed"]):

@@ -13,25 +13,21 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from isingcut import sharing
-from isingcut.crew import Crew, expected
+from isingcut.crew import Crew, Ended, expected
 from isingcut.errors import InputError, IsingcutError, ModelError, RankError
+from isingcut.orders import pack, unpack
 
 if TYPE_CHECKING:
     from isingcut.session import Session
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Arrays = dict[str, npt.NDArray[Any]]
 
 _LOCAL = ("replay", "progress", "journal", "description")
 """Arguments of a measurement that every process has of its own."""
@@ -102,15 +98,19 @@ def _told(crew: Crew, error: BaseException) -> BaseException:
     elif isinstance(error, KeyboardInterrupt):
         code, text = 130, "interrupted"
     elif isinstance(error, SystemExit):
-        code, text = int(error.code or 0) if isinstance(error.code, int) else 1, "was ended"
-    first = crew.fail(code, text)
-    if not crew.rank and first and not (isinstance(error, SystemExit) and code > 128):
+        code, text = error.code if isinstance(error.code, int) else 1, "was ended"
+    if not crew.fail(code, text):
+        assert crew.failure is not None
+        return crew.error(crew.failure)
+    if isinstance(error, Ended):
+        # Launchers end all processes when one was killed; rank 0 says so for all.
+        text = "ended by a signal, as launchers do when one process was killed; what is finished "
+        return RankError(
+            text + "is kept, the same command goes on", code=code, reported=crew.rank > 0
+        )
+    if not crew.rank:
         return error
-    if not crew.rank and first:
-        text = "ended by a signal, as a launcher does when another process was killed; what is "
-        return RankError(text + "finished is kept, the same command goes on from it", code=code)
-    # Ctrl-C and a launcher's end reach every process; rank 0 says so for all.
-    quiet = not first or isinstance(error, KeyboardInterrupt | SystemExit)
+    quiet = isinstance(error, KeyboardInterrupt)
     return RankError(f"rank {crew.rank} of {crew.size}: {text}", code=code, reported=quiet)
 
 
@@ -187,9 +187,9 @@ def together(function: Callable[P, T]) -> Callable[P, T]:
         device = replay.device
         if session.__dict__.get("replay") is not replay:
             return function(*args, **kwargs)
-        plain, arrays = _packed({k: v for k, v in arguments.items() if k not in _LOCAL})
         name = f"{function.__module__}:{function.__name__}"
-        number = _order(crew, {"order": "task", "function": name, "arguments": plain}, arrays)
+        common = {k: v for k, v in arguments.items() if k not in _LOCAL}
+        number = _order(crew, {"order": "task", "function": name}, common)
         sharing.current = sharing.Task(crew, f"task/{number}", device)
         try:
             found = function(*args, **kwargs)
@@ -202,46 +202,9 @@ def together(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def _packed(arguments: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
-    """Plain values and arrays apart; a token set is three arrays."""
-    from isingcut.tokens import TokenSet
-
-    plain: dict[str, Any] = {}
-    arrays: Arrays = {}
-    for name, value in arguments.items():
-        if isinstance(value, TokenSet):
-            for field in dataclasses.fields(value):
-                arrays[f"{name}.{field.name}"] = getattr(value, field.name).numpy()
-        elif isinstance(value, np.ndarray | list | tuple):
-            arrays[name] = np.asarray(value)
-        else:
-            plain[name] = value
-    return plain, arrays
-
-
-def _unpacked(plain: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
-    import torch
-
-    from isingcut.tokens import TokenSet
-
-    found = dict(plain)
-    sets: dict[str, dict[str, Any]] = {}
-    for name, array in arrays.items():
-        owner, _, field = name.partition(".")
-        if field:
-            sets.setdefault(owner, {})[field] = torch.from_numpy(array.copy())
-        else:
-            found[name] = array
-    return found | {name: TokenSet(**parts) for name, parts in sets.items()}
-
-
-def _order(crew: Crew, message: dict[str, Any], arrays: Arrays) -> int:
+def _order(crew: Crew, message: dict[str, Any], arguments: dict[str, Any]) -> int:
     """Publish the next order; its number."""
-    from safetensors.numpy import save
-
-    text = np.frombuffer(json.dumps(message).encode(), dtype=np.uint8)
-    whole = {k: np.ascontiguousarray(v) for k, v in arrays.items()} | {"_order": text}
-    crew.send(f"order/{_post.orders}", save(whole))
+    crew.send(f"order/{_post.orders}", pack(message, arguments))
     _post.orders += 1
     return _post.orders - 1
 
@@ -251,18 +214,15 @@ def _order(crew: Crew, message: dict[str, Any], arrays: Arrays) -> int:
 
 def _serve(crew: Crew) -> None:
     """Do what rank 0 orders until it is done."""
-    from safetensors.numpy import load
-
     while True:
-        arrays = load(crew.wait(f"order/{_post.orders}"))
-        message = json.loads(arrays.pop("_order").tobytes())
+        message, arguments = unpack(crew.wait(f"order/{_post.orders}"))
         _post.orders += 1
         if message["order"] == "done":
             return
         if message["order"] == "model":
             _post.session = _load(crew, message)
         else:
-            _take_part(crew, message, arrays)
+            _take_part(crew, message["function"], arguments)
 
 
 def _load(crew: Crew, message: dict[str, Any]) -> Session:
@@ -296,8 +256,8 @@ def _check_gpu(crew: Crew, device: str) -> None:
         )
 
 
-def _take_part(crew: Crew, message: dict[str, Any], arrays: Arrays) -> None:
-    module, _, name = message["function"].partition(":")
+def _take_part(crew: Crew, called: str, arguments: dict[str, Any]) -> None:
+    module, _, name = called.partition(":")
     assert module.startswith("isingcut."), module
     function = inspect.unwrap(getattr(importlib.import_module(module), name))
     session = _post.session
@@ -305,6 +265,6 @@ def _take_part(crew: Crew, message: dict[str, Any], arrays: Arrays) -> None:
     sharing.current = sharing.Task(crew, f"task/{_post.orders - 1}", session.replay.device)
     try:
         with suppress(sharing.TaskDone):
-            function(session.replay, **_unpacked(message["arguments"], arrays))
+            function(session.replay, **arguments)
     finally:
         sharing.current = None

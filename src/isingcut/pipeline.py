@@ -6,10 +6,12 @@ text -> token batches -> Hamiltonian -> spectrum -> measured candidates
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from isingcut.config import RunConfig, from_mapping
+from isingcut.distributed import announce, led
 from isingcut.errors import InputError, StageFileError
 from isingcut.measuring import (
     build_calibration,
@@ -19,7 +21,7 @@ from isingcut.measuring import (
     names,
 )
 from isingcut.progress import Progress, silent
-from isingcut.removal import removal_rows
+from isingcut.removal import each_removal, removal_rows
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
 from isingcut.stages import evaluate, excise, rank, report, solve
@@ -33,7 +35,8 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         progress: where progress is shown, for example `isingcut.progress.terminal`.
 
     Returns:
-        The run folder. Its `model/` is a plain Hugging Face checkpoint.
+        The run folder. Its `model/` is a plain Hugging Face checkpoint; for a range of
+        removals there is none, only `remove-M/` with the ranking of each.
 
     Raises:
         IsingcutError: bad input, in one line; nothing was written.
@@ -46,11 +49,18 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         >>> (folder / "model" / "config.json").is_file()
         True
     """
-    config = _config(config, options)
+    wanted = _config(config, options)
+    return led(lambda: _run(wanted, progress)) or Path(wanted.out)
+
+
+def _run(config: RunConfig, progress: Progress) -> Path:
     session, folder = open_session(config, progress, need_removal=True)
     if folder.manifest.get("complete") and folder.target(config.removal) == folder.path:
         folder.manifest["complete"] = False
     measure_energy(session, folder)
+    several = each_removal(config)
+    if len(several) > 1:
+        return _curve(session, folder, several)
     solve(folder, config)
     rank(session, folder)
     excise(session, folder)
@@ -61,6 +71,18 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         folder.save()
     report(folder, config.removal)
     return target
+
+
+def _curve(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> Path:
+    """Solve and rank each number of a range; no checkpoint is cut, the user picks one."""
+    for config in several:
+        solve(folder, config)
+        rank(session.at(config), folder)
+    for config in several:
+        report(folder, config.removal)
+    folder.manifest["complete"] = True
+    folder.save()
+    return folder.path
 
 
 def energy(
@@ -78,7 +100,11 @@ def energy(
         >>> isingcut.open_run(folder, remove=2).spectrum.unit
         'nats/token'
     """
-    config = _config(config, options)
+    wanted = _config(config, options)
+    return led(lambda: _energy(wanted, progress)) or Path(wanted.out)
+
+
+def _energy(config: RunConfig, progress: Progress) -> Path:
     session, folder = open_session(config, progress, need_removal=False)
     measure_energy(session, folder)
     return folder.path
@@ -108,9 +134,11 @@ def open_session(
     if out.exists():
         # Refuse a foreign folder before any model is loaded.
         RunFolder.refuse_foreign(out, overwrite=config.overwrite)
+    announce(session)
     blocks = session.describe_blocks()
-    if need_removal:
-        removal_rows(blocks, config)
+    if need_removal or config.removal:
+        for one in each_removal(config):
+            removal_rows(blocks, one)
     calibration = None if out.exists() else build_calibration(session)
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
     calibrate(session, folder, calibration)
@@ -130,4 +158,5 @@ def session_of(folder: RunFolder, config: RunConfig, progress: Progress = silent
             f"{folder.path} was made with another version of {made_with['name']!r}; "
             "use the model it was made with, or start a new run folder"
         )
+    announce(session)
     return session
