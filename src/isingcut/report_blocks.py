@@ -210,6 +210,7 @@ def couplings_figure(energy: Hamiltonian, removed: list[int] | None) -> Coupling
     )
     svg = Markup(
         f'<svg class="heat" viewBox="0 0 {n} {n}" preserveAspectRatio="none" role="application" '
+        f'style="--pick:{1.6 if n <= 48 else 0.8}px" '
         f'aria-roledescription="heat map" tabindex="0" data-axis="J" aria-label="Couplings J '
         f'between {n} blocks. {words} Arrow keys move through the cells.">'
         f'{"".join(cells)}<g class="picks">{picks}</g>'

@@ -12,6 +12,9 @@ from isingcut.report_states import Book, State
 from isingcut.report_svg import Figure, Plot, x_span, y_span
 from isingcut.report_words import correlation_text, listed, plus_minus
 
+MOST_MARKS = 200
+"""Of a long training's losses so many are marked; the line goes through all."""
+
 
 def spectrum_figure(files: RunFiles, states: Book) -> Figure:
     """Energy levels in their order, with the measured KL where both are in nats per token."""
@@ -147,17 +150,18 @@ def healing_figure(healing: dict[str, Any]) -> Figure:
     """The training loss of the cut model over the tokens it was healed with."""
     steps = [s for s in healing.get("steps") or [] if s.get("loss") is not None]
     if not steps:
-        return Figure("healing", "Healing", "The healing record holds no losses.")
+        return Figure("healing", "Loss while healing", "No training: the record holds no losses.")
     by_tokens = all(s.get("tokens") is not None for s in steps)
     places = [float(s["tokens"] if by_tokens else s["step"]) for s in steps]
     losses = [float(s["loss"]) for s in steps]
     plot = Plot(x_span(places, zero=True), y_span(losses, log=True))
     unit = "tokens" if by_tokens else "steps"
     plot.axes(f"{unit} of training", "training loss" + (" (log)" if plot.y.log else ""))
-    plot.line(list(zip(places, losses, strict=True)), "chosen")
-    for step, place, loss in zip(steps, places, losses, strict=True):
+    plot.line(list(zip(places, losses, strict=True)), "healed")
+    every = -(-len(steps) // MOST_MARKS)
+    for step, place, loss in list(zip(steps, places, losses, strict=True))[::every]:
         tip = f"step {step['step']}\n{place:.0f} {unit}\nloss {loss:.4f}"
-        plot.mark(place, loss, tip, "chosen")
+        plot.mark(place, loss, tip, "healed")
     words = (
         f"From {losses[0]:.4f} at the first record to {losses[-1]:.4f} after {places[-1]:,.0f} "
         f"{unit}; the lowest is {min(losses):.4f}."

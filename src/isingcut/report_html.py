@@ -99,7 +99,7 @@ def _rival(files: RunFiles, state: Any) -> dict[str, Any]:
     """What is said of one method's choice."""
     found = next((b for b in files.baselines if b is state.measured), None)
     if found is None:
-        passes = energy_passes(files.meta, len(files.blocks))
+        passes = energy_passes(files.meta, len(files.blocks)).replace("not counted", "–")
         return {"name": f"{files.energy}, chosen", "passes": passes, "notes": [], "own": True}
     notes = [*found.get("settings", [])]
     if found.get("merges"):

@@ -109,7 +109,8 @@ def healing_rows(healing: dict[str, Any]) -> list[Row]:
             for v, e in zip((first, second), errors, strict=True)
         ]
         change = f"{100 * (second / first - 1):+.1f} %" if first else ""
-        rows.append(Row(key.replace("_", " "), bars[0], bars[1], change))
+        name = {"kl": "KL", "nll": "NLL"}.get(key, key.replace("_", " "))
+        rows.append(Row(name, bars[0], bars[1], change))
     return rows
 
 

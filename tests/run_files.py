@@ -1,0 +1,238 @@
+"""Run folders written file by file, for tests that only read them: no model, no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isingcut.config import RunConfig
+from isingcut.files import write_json
+from isingcut.hamiltonian import Hamiltonian
+
+KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
+
+
+def fidelity(value: float, n: int) -> dict[str, Any]:
+    low, high = value - 0.1, min(1.0, value + 0.05)
+    return {
+        "n": n,
+        **{
+            f"{name}{end}": v
+            for name in ("spearman", "kendall")
+            for end, v in (("", value), ("_low", low), ("_high", high))
+        },
+    }
+
+
+def side(perplexity: float, blocks: int, speed: float) -> dict[str, Any]:
+    return {
+        "perplexity": perplexity,
+        "perplexity_se": 0.5,
+        "nll": float(np.log(perplexity)),
+        "nll_se": 0.025,
+        "parameters": 10**6 * (blocks + 2),
+        "bytes": 2 * 10**6 * (blocks + 2),
+        "blocks": blocks,
+        "prefill_tokens_per_second": 8 * speed,
+        "decode_tokens_per_second": speed,
+        "peak_memory_bytes": 5 * 10**8,
+    }
+
+
+def hamiltonian(n: int, seed: int, unit: str = "nats/token") -> Hamiltonian:
+    rng = np.random.default_rng(seed)
+    coupling = np.triu(0.05 * rng.standard_normal((n, n)), 1)
+    h = 0.2 + rng.random(n) + np.where(np.arange(n) == 0, 5.0, 0.0)
+    error = np.triu(np.full((n, n), 0.01), 1)
+    meta = {"energy": "pairwise", "loss": "KL(original || cut)", "samples": 4, "tokens": 40}
+    return Hamiltonian(
+        h, coupling + coupling.T, 0.0, unit, meta, np.full(n, 0.02), error + error.T
+    )  # fmt: skip
+
+
+def write_removal(
+    place: Path, energy: Hamiltonian, m: int, *, ranked: bool = True, evaluated: bool = True
+) -> list[int]:
+    """`spectrum.json` and what follows it, for m of the blocks; the chosen state."""
+    n, rng = energy.n, np.random.default_rng(m)
+    # Blocks that cost little alone, in every combination of a few: low states without a solver.
+    cheap = np.argsort(energy.h)[: m + 6]
+    picks = {tuple(sorted(rng.choice(cheap, m, replace=False).tolist())) for _ in range(200)}
+    states = np.zeros((len(picks), n), dtype=bool)
+    for row, pick in zip(states, sorted(picks), strict=True):
+        row[list(pick)] = True
+    energies = energy.energies(states)
+    order = np.argsort(energies)[:20]
+    low = [np.flatnonzero(states[k]).tolist() for k in order]
+    place.mkdir(exist_ok=True)
+    write_json(
+        place / "spectrum.json",
+        "spectrum",
+        {
+            "n": n,
+            "unit": energy.unit,
+            "solver": "exact",
+            "seconds": 0.5,
+            "proven": True,
+            "states": [
+                {"rank": r, "energy": float(energies[k]), "removed": s}
+                for r, (k, s) in enumerate(zip(order, low, strict=True))
+            ],
+        },
+    )
+    random = [sorted(rng.choice(n, m, replace=False).tolist()) for _ in range(30)]
+
+    def measured(removed: list[int]) -> dict[str, Any]:
+        state = np.zeros(n, dtype=bool)
+        state[removed] = True
+        value = energy.energy(state)
+        kl = float(value * np.exp(0.1 * rng.standard_normal()))
+        return {
+            "removed": removed, "energy": value, "kl": kl, "kl_se": 0.05 * kl,
+            "nll": 3.0 + kl, "nll_se": 0.1,
+        }  # fmt: skip
+
+    if not ranked:
+        return low[0]
+    rows = [measured(s) for s in low]
+    best = int(np.argmin([r["kl"] for r in rows]))
+    write_json(
+        place / "candidates.json",
+        "candidates",
+        {
+            "remove": str(m),
+            "unit": "nats/token",
+            "energy_unit": energy.unit,
+            "samples": 3,
+            "tokens": 333,
+            "candidates": rows,
+            "random": [measured(s) for s in random],
+            "fidelity": {k: fidelity(0.9, 50) for k in ("kl", "nll", "kl_random_only")},
+            "fidelity_of_others": {"empirical-fisher": {"kl": fidelity(-0.25, 50)}},
+            "chosen": {**rows[best], "position": best, "why": "lowest measured KL"},
+            "original": {"nll": 3.0},
+        },
+    )
+    (place / "model").mkdir()
+    record = {"removed": low[best], "of": n, "model": {}}
+    write_json(place / "model" / "isingcut.json", "removal", record)
+    if evaluated:
+        write_json(
+            place / "evaluation.json",
+            "evaluation",
+            {
+                "samples": 5,
+                "tokens": 555,
+                "before": side(20.0, n, 40.0),
+                "after": side(20.0 + 3 * m, n - m, 40.0 * n / (n - m)),
+                "kl": 0.3 * m,
+                "kl_se": 0.01,
+                "generation": {"prompt": "Why?", "before": "Because.", "after": "So ``` so."},
+                "device": "cpu",
+                "dtype": "float32",
+            },
+        )
+    return low[best]
+
+
+def baseline(name: str, removed: list[int], kl: float, **more: Any) -> dict[str, Any]:
+    return {
+        "baseline": name, "options": {}, "settings": [], "removed": removed, "merges": [],
+        "kl": kl, "kl_se": 0.05, "nll": 3.5, "nll_se": 0.1, "passes": 12.5, "heads": 0,
+        "tokens_searched": 1000, "tokens_judged": 333, "violated": [], "info": {}, **more,
+    }  # fmt: skip
+
+
+def write_run(
+    path: Path,
+    *,
+    n: int = 12,
+    m: int = 3,
+    seed: int = 0,
+    energy: str = "pairwise",
+    model: str = "a-model",
+    extras: bool = True,
+    unit: str = "nats/token",
+) -> Path:
+    """A finished run of m of n blocks; with ``extras`` everything else a report can show."""
+    path.mkdir(parents=True)
+    options = {f: getattr(RunConfig(), f) for f in ("calibration", "linear", "keep", "budget")}
+    stages = {
+        "calibration.safetensors": {"stage": "calibration", "done": True, "seconds": 1.25},
+        "spectrum.json": {"stage": "solve", "done": True, "seconds": 0.5},
+        "evaluation.json": {"stage": "evaluate", "done": False},
+    }
+    for k in (m - 1, m + 2):
+        stages[f"remove-{k}/spectrum.json"] = {
+            "stage": "solve", "done": True, "seconds": 0.5, "options": {"remove": str(k)},
+        }  # fmt: skip
+    blocks = [
+        {
+            "index": i,
+            "kind": KINDS[i % len(KINDS)],
+            "parameters": 10**6,
+            "bytes": 2 * 10**6,
+            "kv_bytes_per_token": 512 if "attention" in KINDS[i % len(KINDS)] else 0,
+        }
+        for i in range(n)
+    ]
+    write_json(
+        path / "run.json",
+        "run",
+        {
+            "config": {
+                "model": model, "remove": str(m), "energy": energy, "seed": seed, **options,
+            },
+            "stages": stages,
+            "blocks": {
+                "path": "model.layers", "blocks": blocks, "total_parameters": 10**6 * (n + 2),
+            },
+            "provenance": {
+                "isingcut": "0.1.0",
+                "python": "3.11.0",
+                "torch": "2.9.0",
+                "transformers": "5.10.0",
+                "platform": "Linux",
+                "cpu": "a CPU",
+                "command_line": f"isingcut run {model} --remove {m} --out {path.name}",
+                "created": "2026-01-01T00:00:00Z",
+                "model": {"name": model, "sha256": f"sha-of-{model}", "weight_bytes": 8},
+                "calibration": {
+                    "source": "wiki",
+                    "sha256": f"text-{seed}",
+                    "splits": {"energy": {"samples": 4, "tokens": 40}},
+                },
+            },
+            "complete": True,
+        },
+    )  # fmt: skip
+    main = hamiltonian(n, 1, unit)
+    main.save(path / "hamiltonian.safetensors")
+    chosen = write_removal(path, main, m)
+    if not extras:
+        return path
+    hamiltonian(n, 2, "arbitrary").save(path / "hamiltonian.empirical-fisher.safetensors")
+    write_removal(path / f"remove-{m - 1}", main, m - 1)
+    write_removal(path / f"remove-{m + 2}", main, m + 2, ranked=False)
+    other = [b for b in range(n) if b not in chosen][:m]
+    for name, kl, more in (
+        ("sleb", 2.5, {"settings": ["loss=kl"]}),
+        ("random", 9.0, {"violated": ["keep 0"]}),
+    ):
+        write_json(path / f"baseline-{name}.json", "baseline", baseline(name, other, kl, **more))
+    steps = [{"step": k, "tokens": 512 * k, "loss": 1.0 / k} for k in range(1, 31)]
+    before = {"perplexity": 29.0, "perplexity_se": 0.5, "kl": 0.9, "kl_se": 0.01}
+    after = {"perplexity": 24.0, "perplexity_se": 0.4, "kl": 0.5, "kl_se": 0.01}
+    write_json(path / "healing.json", "healing", {"steps": steps, "before": before, "after": after})
+    scores = [
+        {
+            "task": task, "metric": "acc", "original": a, "original_se": 0.02, "cut": b,
+            "cut_se": 0.02, "n": 500,
+        }
+        for task, a, b in (("arc_easy", 0.62, 0.55), ("piqa", 0.7, 0.66), ("boolq", 0.6, 0.61))
+    ]  # fmt: skip
+    (path / "benchmarks.json").write_text(json.dumps(scores), encoding="utf-8")
+    return path

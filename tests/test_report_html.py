@@ -1,0 +1,359 @@
+"""The HTML report without a browser: well formed, self-contained, complete, and safe."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from isingcut.errors import InputError, OutputExistsError, StageFileError
+from isingcut.files import read_json, write_json
+from isingcut.report import write_comparison, write_report
+from isingcut.report_html import code
+from isingcut.report_svg import span, tick_text
+from isingcut.report_tradeoff import front
+from run_files import baseline, hamiltonian, write_run
+
+VOID = {"meta", "link", "br", "col", "img"}
+
+
+class Page(HTMLParser):
+    """The elements of a page; fails on tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.data: dict = {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {k: v or "" for k, v in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {k: v or "" for k, v in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script" and data.startswith("{"):
+            self.data = json.loads(data)
+        if "script" not in self.open and "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def classed(self, name: str) -> list[dict[str, str]]:
+        return [a for _, a in self.elements if name in a.get("class", "").split()]
+
+
+def page_of(folder: Path, target: Path | None = None) -> Page:
+    write_report(folder, target)
+    return Page(((target or folder) / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(run) -> Page:
+    return page_of(run)
+
+
+def test_the_page_needs_nothing_else(run, page):
+    for tag, attributes in page.elements:
+        assert tag not in ("img", "iframe", "object", "base")
+        assert not {"src", "srcset", "action"} & attributes.keys()
+        assert attributes.get("href", "#").startswith(("#", "data:"))
+    source = (run / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in source
+    assert "url(" not in source
+    assert "http://www.w3.org/2000/svg" in source
+    assert source.count("http://") == 1
+    assert source.count("https://") == 0
+    policy = next(a["content"] for _, a in page.elements if "http-equiv" in a)
+    assert policy.startswith("default-src 'none'")
+    assert "'unsafe-inline'" not in policy.split("script-src")[1]
+
+
+def test_every_figure_holds_its_data(page):
+    n, states, random = 12, 20, 30
+    rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
+    assert len(rows) == states + 3  # 20 on the map; two baselines and the choice beside them
+    assert len(page.classed("k")) + len(page.classed("r")) == n * (1 + states + 3)
+    assert len(page.classed("p")) + len(page.classed("n")) >= n * (n - 1)
+    assert len(page.classed("d")) == n
+    kinds = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
+    # Spectrum: 20 levels, 20 losses. Two scatters: 50 each. Trade-offs: the original thrice,
+    # three removals twice (one is hollow) and two speeds. Healing: 30.
+    assert kinds["mark"] == 40 + 2 * (states + random) + 3 + 3 + 3 + 2 + 30
+    assert kinds["healed"] == 30
+    assert kinds["original"] == 3
+    figures = {a["id"] for tag, a in page.elements if tag == "figure"}
+    assert figures == {
+        "map", "fields", "couplings", "spectrum", "scatter-pairwise", "scatter-empirical-fisher",
+        "correlations", "pareto-parameters", "pareto-cache", "pareto-speed", "rivals", "healing",
+    }  # fmt: skip
+    assert "not run" not in page.text.lower()
+
+
+def test_ids_are_unique_and_links_lead_somewhere(page):
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = {a["href"][1:] for tag, a in page.elements if tag == "a"}
+    assert targets <= set(ids)
+    assert {"states", "interactions", "fidelity", "provenance", "healed", "benchmarks"} <= targets
+
+
+def test_the_words_are_those_of_the_files(run, page):
+    found = read_json(run / "candidates.json", "candidates")
+    chosen = found["chosen"]
+    assert f"KL {chosen['kl']:.4f} ± {chosen['kl_se']:.4f} nats per token" in page.text
+    assert "a-model without 3 of its 12 blocks" in page.text
+    assert "Spearman 0.90 (0.80 to 0.95), Kendall 0.90 (0.80 to 0.95) over n = 50" in page.text
+    assert "Spearman −0.25 (−0.35 to −0.20)" in page.text
+    assert "arc_easy acc, n = 500 0.6200 ± 0.0200 0.5500 ± 0.0200 −0.0700" in page.text
+    assert "perplexity 29.0000 ± 0.5000 24.0000 ± 0.4000 −17.2 %" in page.text
+    assert 'from_pretrained("run/model")' in page.text
+    assert "sha-of-a-model" in page.text
+    assert "breaks keep 0" in page.text
+    assert page.text.count("Warning.") == 0
+
+
+def test_the_script_knows_the_energy_and_the_states(run, page):
+    energy = hamiltonian(12, 1)
+    data = page.data
+    np.testing.assert_allclose(data["J"], energy.J, rtol=1e-3)
+    np.testing.assert_allclose(data["h"], energy.h, rtol=1e-3)
+    assert len(data["states"]) == 20 + 30 + 2
+    assert [s["chosen"] for s in data["states"]].count(True) >= 1
+    for state in data["states"]:
+        x = np.zeros(12, dtype=bool)
+        x[state["removed"]] = True
+        assert state["energy"] == pytest.approx(energy.energy(x))
+
+
+def test_a_baseline_that_won_is_a_warning_with_what_to_type(run, tmp_path):
+    copy = write_run(tmp_path / "run")
+    write_json(copy / "baseline-cbo.json", "baseline", baseline("cbo", [1, 2, 3], 0.001))
+    text = page_of(copy).text
+    assert "Warning. cbo found a lower KL than the chosen state has" in text
+    assert "isingcut excise run --blocks 1,2,3" in text
+
+
+def test_a_run_without_extras_says_what_to_type(tmp_path):
+    run = write_run(tmp_path / "bare", extras=False)
+    text = page_of(run).text
+    assert "None was run. Type isingcut baseline block-influence bare" in text
+    assert "Only one removal is here: isingcut solve bare --remove 4 --remove 8" in text
+    assert "Healing" not in text
+    assert "Benchmarks" not in text
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("evaluation.json", "Type isingcut evaluate bare"),
+        ("candidates.json", "Type isingcut rank bare"),
+        ("spectrum.json", "Type isingcut solve bare"),
+        ("model/isingcut.json", "Type isingcut excise bare"),
+        ("hamiltonian.safetensors", "without 3 of its 12 blocks"),
+    ],
+)
+def test_what_is_not_there_is_said_to_be_not_run(tmp_path, gone, words):
+    run = write_run(tmp_path / "bare", extras=False)
+    (run / gone).unlink()
+    page = page_of(run)
+    assert words in page.text
+    if gone == "hamiltonian.safetensors":
+        assert not page.classed("heat")
+
+
+def test_an_energy_alone_still_makes_a_page(tmp_path):
+    run = write_run(tmp_path / "bare", extras=False)
+    for name in ("evaluation", "candidates", "spectrum", "model/isingcut"):
+        (run / f"{name}.json").unlink()
+    page = page_of(run)
+    assert "No blocks have been chosen yet." in page.text
+    assert len(page.classed("heat")) == 1
+    assert not page.classed("pick")
+
+
+def test_another_removal_has_a_page_of_its_own(run):
+    page = page_of(run, run / "remove-2")
+    assert "a-model without 2 of its 12 blocks" in page.text
+    assert 'from_pretrained("run/remove-2/model")' in page.text
+
+
+def test_blocks_named_by_hand_have_a_row_of_their_own(tmp_path):
+    run = write_run(tmp_path / "run", extras=False)
+    write_json(run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
+    page = page_of(run)
+    assert "by hand" in page.text
+    rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
+    assert len(rows) == 21
+    assert [a.get("class") for a in rows].index("chosen") == 20
+
+
+def test_names_and_texts_cannot_become_markup(tmp_path):
+    evil = "</script><script>alert(1)</script><b id='x'>`"
+    run = write_run(tmp_path / "run", model=evil)
+    evaluation = read_json(run / "evaluation.json", "evaluation")
+    evaluation["generation"] = {"prompt": evil, "before": evil, "after": evil}
+    write_json(run / "evaluation.json", "evaluation", evaluation)
+    write_json(run / "baseline-sleb.json", "baseline", baseline(evil, [0, 1, 2], 1.0))
+    page = page_of(run)
+    assert not [a for _, a in page.elements if a.get("id") == "x"]
+    assert [tag for tag, _ in page.elements].count("script") == 2
+    assert "<b id='x'>" in page.text
+
+
+def test_an_energy_in_arbitrary_units_is_never_drawn_as_a_loss(tmp_path):
+    run = write_run(tmp_path / "run", unit="arbitrary")
+    page = page_of(run)
+    assert all("--e" not in a.get("style", "") for a in page.classed("dots"))
+    # No losses among the levels, no hollow removal placed at an energy.
+    marks = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
+    assert marks["mark"] == 20 + 2 * 50 + 3 + 2 + 2 + 2 + 30
+
+
+def test_a_large_model_stays_under_three_megabytes(tmp_path):
+    run = write_run(tmp_path / "run", n=126, m=30)
+    write_report(run)
+    assert (run / "report.html").stat().st_size < 3e6
+
+
+def test_damaged_extras_are_refused(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "healing.json").write_text("[1, 2]", encoding="utf-8")
+    with pytest.raises(StageFileError, match=r"healing\.json"):
+        write_report(run)
+    (run / "healing.json").write_text("{", encoding="utf-8")
+    with pytest.raises(StageFileError, match="not readable"):
+        write_report(run)
+
+
+# several runs -------------------------------------------------------------------------
+
+
+def compared(*runs: Path, out: Path) -> tuple[Page, list[str]]:
+    warnings = write_comparison([(r, r) for r in runs], out)
+    return Page(out.read_text(encoding="utf-8")), warnings
+
+
+def test_two_energies_on_one_text_differ_in_nothing_else(run, tmp_path):
+    other = write_run(tmp_path / "other", energy="hessian", extras=False)
+    page, warnings = compared(run, other, out=tmp_path / "c.html")
+    assert warnings == []
+    assert "They differ in energy; everything else is the same." in page.text
+    assert "energy of states of run states of other" in page.text
+    assert len(page.classed("mark")) == 2 * 50 + 3 * 1 + 3 * (2 + 1)
+
+
+def test_the_energies_are_judged_on_each_others_states(run, tmp_path):
+    from scipy.stats import spearmanr
+
+    other = write_run(tmp_path / "other", energy="hessian", extras=False)
+    turned = hamiltonian(12, 1)
+    type(turned)(-turned.h, -turned.J).save(other / "hamiltonian.safetensors")
+    page, _ = compared(run, other, out=tmp_path / "c.html")
+    found = read_json(run / "candidates.json", "candidates")
+    rows = [*found["candidates"], *found["random"]]
+    value = spearmanr([r["energy"] for r in rows], [r["kl"] for r in rows]).statistic
+    assert f"run: pairwise {value:.2f} {value:.2f}" in page.text
+    assert f"other: hessian −{value:.2f} −{value:.2f}" in page.text
+
+
+def test_what_is_not_comparable_is_said(run, tmp_path):
+    model = write_run(tmp_path / "m", model="b-model", n=16, m=4, extras=False)
+    text = write_run(tmp_path / "t", seed=1, extras=False)
+    (text / "candidates.json").unlink()
+    page, warnings = compared(run, model, text, out=tmp_path / "c.html")
+    said = " ".join(warnings)
+    assert "different models" in said
+    assert "different tokens" in said
+    assert "different numbers of blocks: 3 and 4" in said
+    assert "Not ranked, so without losses: t." in said
+    assert all(w in page.text for w in warnings)
+    assert "Each energy on every run" not in page.text
+
+
+def test_a_comparison_that_exists_is_not_replaced(run, tmp_path):
+    out = tmp_path / "c.html"
+    out.write_text("mine")
+    with pytest.raises(OutputExistsError):
+        write_comparison([(run, run), (run, run / "remove-2")], out)
+    assert out.read_text() == "mine"
+    write_comparison([(run, run), (run, run / "remove-2")], out, overwrite=True)
+    assert "remove-2" in out.read_text()
+
+
+def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
+    from isingcut.cli_models import report
+
+    monkeypatch.chdir(tmp_path)
+    answer = report([run, run / "remove-2"])
+    assert answer.data["comparison"] == "compare.html"
+    assert answer.data["report_kb"] == round((tmp_path / "compare.html").stat().st_size / 1000, 1)
+    with pytest.raises(InputError, match="no results for --remove 7"):
+        report([run, run], remove="7")
+    with pytest.raises(InputError, match="--out"):
+        report([run], out=tmp_path / "x.html")
+    one = report([run])
+    assert one.data["report_kb"] == round((run / "report.html").stat().st_size / 1000, 1)
+    one.show()
+    assert f"report_kb: {one.data['report_kb']}" in capsys.readouterr().out
+
+
+# parts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "expected"),
+    [
+        (0.0, 1.0, False, ["0.00", "0.25", "0.50", "0.75", "1.00"]),
+        (-0.02, 0.03, False, ["−0.02", "0.00", "0.02"]),
+        (3.0, 9.0, False, ["4", "6", "8"]),
+        (0.5, 20.0, True, ["0.5", "1", "2", "5", "10", "20"]),
+        (2e5, 9e5, False, ["200k", "400k", "600k", "800k"]),
+    ],
+)
+def test_ticks_are_round_and_told_apart(low, high, log, expected):
+    scale = span([low, high], 0.0, 100.0, log=log)
+    assert tick_text(scale.ticks()) == expected
+    assert all(0 <= scale(t) <= 100 for t in scale.ticks())
+
+
+def test_a_scale_of_one_value_or_none_is_still_a_scale():
+    for values in ([2.0], [0.0, 0.0], [], [float("nan")]):
+        scale = span(values, 0.0, 100.0)
+        assert scale.low < scale.high
+        assert len(scale.ticks()) >= 2
+
+
+@pytest.mark.parametrize(("more", "expected"), [(False, [0, 1, 3]), (True, [1, 3])])
+def test_the_front_holds_what_nothing_beats(more, expected):
+    points = [(80.0, 2.0), (100.0, 0.0), (90.0, 3.0), (90.0, 1.0)]
+    if more:
+        points = [(1.0, 0.5), (1.2, 0.4), (1.1, 0.6), (1.0, 0.0)]
+    assert front(points, more=more) == sorted(points[k] for k in expected)
+
+
+def test_code_is_marked_and_signs_are_minus_signs():
+    assert code("a `b-1` <c> -1.5 (-2 to 3) x-1 --remove 4") == (
+        "a <code>b-1</code> &lt;c&gt; −1.5 (−2 to 3) x-1 --remove 4"
+    )
