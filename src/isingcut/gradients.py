@@ -20,8 +20,8 @@ from isingcut.calibration import TokenSet
 from isingcut.distributed import together
 from isingcut.files import fingerprint
 from isingcut.gates import gated_block
+from isingcut.head import piece_elements
 from isingcut.journal import Journal
-from isingcut.measure import comparison_elements
 from isingcut.progress import Progress, silent
 from isingcut.sharing import share
 
@@ -144,7 +144,7 @@ def _logit_gradient(
     positions = predicted.nonzero()[:, 0].to(logits.device)
     labels = labels.to(logits.device)[positions]
     out = torch.zeros_like(logits)
-    rows = max(1, comparison_elements(logits.device) // logits.shape[-1])
+    rows = max(1, piece_elements(logits.device) // logits.shape[-1])
     for start in range(0, len(positions), rows):
         part = positions[start : start + rows]
         p = torch.softmax(logits[part].float(), dim=-1)

@@ -21,18 +21,16 @@ from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import TokenSet
 from isingcut.distributed import together
 from isingcut.files import fingerprint
+from isingcut.head import OutputHead, Reference, comparison
 from isingcut.journal import Journal
 from isingcut.pieces import Piece, left
 from isingcut.progress import Bar, Progress, silent
 from isingcut.sharing import processes, share
 
+__all__ = ["Measurement", "Reference", "measure", "standard_error", "tree_nodes"]
+
 States = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-
-
-def comparison_elements(device: torch.device) -> int:
-    """Float32 logits to work on at a time: what stays in a CPU's cache; a GPU wants more."""
-    return 1_500_000 if device.type == "cpu" else 64_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +145,7 @@ def measure(
 
             sums = streamed_sums(replay, batches, wanted, kept, bar)
         else:
+            head = OutputHead(replay)
 
             def fill(key: str) -> None:
                 piece = Piece.read(key)
@@ -171,7 +170,7 @@ def measure(
             for (key,) in share(kept, [piece.key for piece in todo], came):
                 piece = Piece.read(key)
                 steps = _apart(walk[piece.first : piece.last], share_prefixes)
-                row = _measure_batch(replay, batches[piece.batch], steps, len(wanted), bar)
+                row = _measure_batch(replay, head, batches[piece.batch], steps, len(wanted), bar)
                 kept.put(key, row[:, [*(s.position for s in steps), len(wanted)]])
                 fill(key)
     return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
@@ -233,7 +232,12 @@ def _identity(replay: Replay, tokens: TokenSet, states: States, batch_tokens: in
 
 
 def _measure_batch(
-    replay: Replay, batch: TokenSet, walk: Sequence[_Step], count: int, bar: Bar
+    replay: Replay,
+    head: OutputHead,
+    batch: TokenSet,
+    walk: Sequence[_Step],
+    count: int,
+    bar: Bar,
 ) -> Floats:
     """(2, count + 1, B): KL and NLL sums of each state and, last, of the original."""
     n = len(replay)
@@ -253,54 +257,10 @@ def _measure_batch(
 
     out = np.zeros((2, count + 1, batch.samples))
     bar.advance(run(np.zeros(n, dtype=bool), 0))
-    references = [
-        Reference(recording.logits(stream[n][s], s), batch, s) for s in range(batch.samples)
-    ]
-    out[1, count] = [r.nll for r in references]
+    original = comparison(head, recording, stream[n], batch)
+    out[1, count] = original.nll
     for step in walk:
         ran = run(step.removed, step.shared)
-        for s, reference in enumerate(references):
-            out[:, step.position, s] = reference.compare(recording.logits(stream[n][s], s))
+        out[:, step.position] = original.compare(stream[n])
         bar.advance(ran)
     return out
-
-
-class Reference:
-    """The original model's distribution over one sample, to compare others with.
-
-    Args:
-        logits: (T, V) of the original model.
-        batch: the micro-batch the sample is in.
-        sample: its row.
-    """
-
-    def __init__(self, logits: Tensor, batch: TokenSet, sample: int) -> None:
-        predicted = batch.predicted[sample].to(logits.device)
-        # A full sample is a slice; only padded ones pay for a gather.
-        self._rows: slice | Tensor = (
-            slice(0, int(predicted.numel())) if bool(predicted.all()) else predicted.nonzero()[:, 0]
-        )
-        self._labels = batch.input_ids[sample, 1:].to(logits.device)[self._rows]
-        logp = torch.log_softmax(logits[:-1][self._rows].float(), dim=-1)
-        self.nll = -float(logp.gather(1, self._labels[:, None]).sum(dtype=torch.float64))
-        self._p = logp.exp()
-        self._negative_entropy = float((self._p * logp).sum(-1).sum(dtype=torch.float64))
-        self._chunk = max(1, comparison_elements(logits.device) // logits.shape[-1])
-
-    def compare(self, logits: Tensor) -> tuple[float, float]:
-        """KL(original || other) and the other's NLL, each summed over the sample's tokens.
-
-        KL = sum_v p log p - sum_v p log q. The other's log-probabilities are formed before the
-        sum over v: with raw logits, of size 10 to 30, float32 would cost four digits of the KL.
-        """
-        kl = nll = torch.zeros((), dtype=torch.float64, device=logits.device)
-        selected = logits[:-1][self._rows]
-        for a in range(0, len(self._p), self._chunk):
-            rows = slice(a, a + self._chunk)
-            q = selected[rows].float()
-            log_z = q.logsumexp(-1)
-            label = q.gather(1, self._labels[rows, None])[:, 0]
-            nll = nll + (log_z - label).sum(dtype=torch.float64)
-            q -= log_z[:, None]
-            kl = kl - torch.linalg.vecdot(self._p[rows], q).sum(dtype=torch.float64)
-        return float(kl) + self._negative_entropy, float(nll)
