@@ -101,7 +101,6 @@ def compare(
         splits = Calibration.load(folder.path / "calibration.safetensors").splits
         searched = splits["energy"].select(range(samples))
         path.parent.mkdir(parents=True, exist_ok=True)
-        journal = path.with_name(path.name + ".journal")
         work = Work(config.batch_tokens, session.progress, journal)
         outcome = part.choose(session.replay, searched, count, work, config.seed)
         found = measure_outcome(session.replay, splits["rank"], outcome, work)
@@ -123,15 +122,15 @@ def compare(
             "info": outcome.info,
         }
         write_json(path, "baseline", content)
-        journal.unlink(missing_ok=True)
 
-    return folder.stage(
-        "baseline",
-        target / f"baseline-{name}.json",
-        options,
-        make,
-        lambda path: read_json(path, "baseline"),
+    file = target / f"baseline-{name}.json"
+    journal = file.with_name(file.name + ".journal")
+    result = folder.stage(
+        "baseline", file, options, make, lambda path: read_json(path, "baseline")
     )
+    # Not before the stage is recorded as done: a kill in between would cost all of it.
+    journal.unlink(missing_ok=True)
+    return result
 
 
 def measure_outcome(replay: Replay, tokens: TokenSet, outcome: Outcome, work: Work) -> Measurement:

@@ -7,6 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, OutputExistsError, StageFileError
+
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.[^.]+\.(?P<kind>part|old)"
+)
 
 
 @contextlib.contextmanager
@@ -43,7 +49,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write to; it takes the name ``path`` only on success."""
     with clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_mark(path), suffix=".part", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -66,16 +72,14 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     refuse_existing(path, overwrite=overwrite)
     with clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_mark(path), suffix=".part", dir=path.parent))
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             if path.exists():
                 # The old folder is moved aside first, so that a kill between the two renames
                 # leaves one whole folder under a recognisable name instead of a mixture.
-                aside = Path(
-                    tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)
-                )
+                aside = Path(tempfile.mkdtemp(prefix=_mark(path), suffix=".old", dir=path.parent))
                 os.replace(path, aside / path.name)
                 os.replace(temporary, path)
                 shutil.rmtree(aside)
@@ -83,6 +87,51 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _mark(path: Path) -> str:
+    """How a temporary sibling's name starts: with the machine and the process it belongs to."""
+    return f".{path.name}.{_machine()}-{os.getpid()}."
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is a temporary file or folder of ours, of a process alive or dead."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def clear_stale(folder: Path) -> None:
+    """Delete the temporary files and folders of processes of this machine that were killed.
+
+    An old folder that was moved aside comes back where the new one did not take its place.
+    """
+    for path in sorted(folder.glob(".*")):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or found["machine"] != _machine() or _alive(int(found["pid"]), path):
+            continue
+        if found["kind"] == "old" and not (folder / found["name"]).exists():
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path / found["name"], folder / found["name"])
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int, made: Path) -> bool:
+    """Whether the process that made a file still runs, and its number is not another's by now."""
+    import psutil
+
+    try:
+        # A second for the clocks of file systems.
+        return float(psutil.Process(pid).create_time()) <= made.stat().st_mtime + 1
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, OSError):
+        return True
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

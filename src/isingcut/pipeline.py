@@ -13,6 +13,7 @@ from typing import Any
 from isingcut.config import RunConfig, from_mapping
 from isingcut.distributed import announce, led
 from isingcut.errors import InputError, StageFileError
+from isingcut.files import clear_stale
 from isingcut.measuring import (
     build_calibration,
     calibrate,
@@ -141,6 +142,7 @@ def open_session(
             removal_rows(blocks, one)
     calibration = None if out.exists() else build_calibration(session)
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
+    _clear(folder, config)
     calibrate(session, folder, calibration)
     return session, folder
 
@@ -158,5 +160,11 @@ def session_of(folder: RunFolder, config: RunConfig, progress: Progress = silent
             f"{folder.path} was made with another version of {made_with['name']!r}; "
             "use the model it was made with, or start a new run folder"
         )
+    _clear(folder, config)
     announce(session)
     return session
+
+
+def _clear(folder: RunFolder, config: RunConfig) -> None:
+    for place in (folder.path, folder.target(config.removal)):
+        clear_stale(place)

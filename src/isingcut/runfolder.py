@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import isingcut
 from isingcut.config import RunConfig, from_mapping
 from isingcut.errors import OutputExistsError, StageFileError
-from isingcut.files import fingerprint, read_json, write_json
+from isingcut.files import fingerprint, is_temporary, read_json, write_json
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class RunFolder:
         """Refuse a folder or file that is there and is not a run folder."""
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")
-        if path.exists() and not (path / MANIFEST).is_file() and not overwrite:
+        if path.exists() and not (path / MANIFEST).is_file() and not overwrite and not _begun(path):
             raise OutputExistsError(
                 f"{path} already exists and is not an isingcut run; nothing was written: "
                 "choose another --out or pass --overwrite to put the run's files into it"
@@ -179,6 +179,11 @@ class RunFolder:
         )
         self.save()
         return load(file)
+
+
+def _begun(path: Path) -> bool:
+    """Whether a folder holds nothing yet, or only what a kill before its first file left."""
+    return all(is_temporary(p) for p in path.iterdir())
 
 
 def slug(remove: str) -> str:

@@ -85,6 +85,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         "choose": config.choose,
         "also": sorted(others),
     }
+    journal = target / "candidates.journal"
 
     def make(path: Path) -> None:
         from isingcut import candidates
@@ -92,7 +93,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
 
         split = Calibration.load(folder.path / "calibration.safetensors").splits["rank"]
         problem = problem_of(folder, config)
-        work = work_of(session, target / "candidates.journal")
+        work = work_of(session, journal)
         ranking = candidates.rank(
             session.replay,
             split,
@@ -105,10 +106,11 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         )
         content = candidates.to_dict(ranking, problem.hamiltonian, others, config.removal)
         write_json(path, "candidates", content)
-        assert work.journal is not None
-        work.journal.unlink(missing_ok=True)
 
-    return folder.stage("rank", target / "candidates.json", options, make, _load_candidates)
+    found = folder.stage("rank", target / "candidates.json", options, make, _load_candidates)
+    # Not before the stage is recorded as done: a kill in between would cost all of it.
+    journal.unlink(missing_ok=True)
+    return found
 
 
 def _load_candidates(path: Path) -> dict[str, Any]:
