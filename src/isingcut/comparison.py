@@ -125,9 +125,7 @@ def compare(
 
     file = target / f"baseline-{name}.json"
     journal = file.with_name(file.name + ".journal")
-    result = folder.stage(
-        "baseline", file, options, make, lambda path: read_json(path, "baseline")
-    )
+    result = folder.stage("baseline", file, options, make, lambda path: read_json(path, "baseline"))
     # Not before the stage is recorded as done: a kill in between would cost all of it.
     journal.unlink(missing_ok=True)
     return result

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from isingcut.files import atomic_file, clear_os_errors
+
 
 class Journal:
     """Float64 arrays by key, one checksummed line each, appended and synced as they come.
@@ -40,13 +42,8 @@ class Journal:
                 if not self._accept(line):
                     break
                 valid.append(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        with temporary.open("wb") as f:
-            f.write(b"".join(line + b"\n" for line in valid))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for line in valid))
 
     def _accept(self, line: bytes) -> bool:
         try:
@@ -83,7 +80,7 @@ class Journal:
             "crc": _checksum(key, shape, data),
             "data": base64.b64encode(data).decode(),
         }
-        with self._path.open("ab") as f:
+        with clear_os_errors(self._path), self._path.open("ab") as f:
             f.write(json.dumps(record).encode() + b"\n")
             f.flush()
             os.fsync(f.fileno())
