@@ -1,0 +1,123 @@
+"""Put new weights into a copy of a checkpoint: single tensors replaced, other bytes kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isingcut.architectures.names import renumbering
+from isingcut.architectures.surgery import depth, materialise
+from isingcut.checkpoint import StoredTensor, read_checkpoint
+from isingcut.errors import ArchitectureError
+from isingcut.excise import block_prefix, read_config
+from isingcut.files import atomic_folder
+from isingcut.healers.linear_patch import Patch
+
+RECORD = "isingcut.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def stored_layers(folder: Path, removed: Sequence[int], patches: Sequence[Patch]) -> list[Any]:
+    """Where a cut checkpoint keeps the layers of the patches: (weight, bias or None) each.
+
+    Raises:
+        ArchitectureError: a layer is not there under its own name, or not as plain numbers.
+    """
+    stored = read_checkpoint(folder)
+    text = materialise(json.loads(json.dumps(read_config(folder))))
+    kept = depth(text)
+    mapping = renumbering(kept + len(removed), removed)
+    prefix = block_prefix(stored.values(), kept)
+    found = []
+    for patch in patches:
+        name = f"{prefix}{mapping[patch.block]}.{patch.path}"
+        weight, bias = stored.get(f"{name}.weight"), stored.get(f"{name}.bias")
+        shape = tuple(patch.weight.shape)
+        if weight is None or weight.shape != shape or (bias is None) != (patch.bias is None):
+            raise ArchitectureError(
+                f"the checkpoint {folder} does not hold {name}.weight of shape {list(shape)}: it "
+                "names or packs its tensors differently from the model in memory, so that a patch "
+                "cannot be written; heal by distillation instead"
+            )
+        if weight.dtype not in _DTYPES:
+            raise ArchitectureError(
+                f"{name}.weight is stored as {weight.dtype}; a patch needs plain floating-point "
+                "weights: use the unquantised model"
+            )
+        found.append((weight, bias))
+    return found
+
+
+def as_stored(patch: Patch, layers: tuple[StoredTensor, StoredTensor | None]) -> Patch:
+    """The patch rounded to the dtypes it is stored in."""
+    weight, bias = layers
+    rounded = patch.weight.to(_DTYPES[weight.dtype])
+    offset = None
+    if bias is not None and patch.bias is not None:
+        offset = patch.bias.to(_DTYPES[bias.dtype])
+    return Patch(patch.block, patch.path, rounded, offset, patch.record)
+
+
+def write_patched(
+    folder: Path, removed: Sequence[int], patches: Sequence[Patch], out: Path
+) -> list[Patch]:
+    """A copy of a cut checkpoint with the patched layers; the others keep their bytes.
+
+    Args:
+        folder: the cut checkpoint.
+        removed: what it lacks.
+        out: the new folder.
+
+    Returns:
+        the patches as they are stored.
+
+    Raises:
+        ArchitectureError: as `stored_layers`; nothing was written.
+        OutputExistsError: ``out`` is there.
+    """
+    layers = stored_layers(folder, removed, patches)
+    rounded = [as_stored(p, pair) for p, pair in zip(patches, layers, strict=True)]
+    with atomic_folder(out) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        for patch, (weight, bias) in zip(rounded, layers, strict=True):
+            _overwrite(temporary, weight, patch.weight)
+            if bias is not None and patch.bias is not None:
+                _overwrite(temporary, bias, patch.bias)
+    return rounded
+
+
+def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> None:
+    data = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    assert len(data) == tensor.size
+    path = folder / tensor.file.name
+    path.chmod(path.stat().st_mode | 0o200)
+    with path.open("r+b") as f:
+        f.seek(tensor.start)
+        f.write(data)
+
+
+@contextlib.contextmanager
+def applied(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
+    """The original's blocks with the patched layers in place while the context lasts."""
+    before: list[tuple[Any, Tensor, Tensor | None]] = []
+    try:
+        for patch in patches:
+            layer: Any = blocks[patch.block].get_submodule(patch.path)
+            bias = None if layer.bias is None else layer.bias.data
+            before.append((layer, layer.weight.data, bias))
+            layer.weight.data = patch.weight.to(layer.weight)
+            if patch.bias is not None:
+                layer.bias.data = patch.bias.to(layer.bias)
+        yield
+    finally:
+        for layer, weight, bias in before:
+            layer.weight.data = weight
+            if bias is not None:
+                layer.bias.data = bias

@@ -1,0 +1,153 @@
+"""`distill`: train the cut model to give the original's next-token distributions.
+
+The loss is KL(original || cut) per predicted token at temperature 1, over real tokens; optionally
+plus the relative squared distance of hidden states behind each cut. Training runs on transformers'
+Trainer, so `accelerate launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and
+resuming work as they do there. Full fine-tuning trains all weights in float32; LoRA trains small
+matrices beside all linear layers and is merged into the weights at the end.
+
+Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
+1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from isingcut.errors import InputError, MissingExtraError, ModelError
+from isingcut.files import atomic_folder
+from isingcut.healers._patch_files import RECORD
+from isingcut.healers._processes import Processes
+from isingcut.healers.base import Job
+
+if TYPE_CHECKING:
+    from isingcut.config import HealConfig
+
+__all__ = ["Distill"]
+
+# Written by the training run, or by `save_pretrained` anew: not copied from the start.
+_REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+class Distill:
+    """Distillation, full or with LoRA (`HealConfig.method`)."""
+
+    def heal(self, job: Job, out: Path) -> dict[str, Any]:
+        """Train from the job's start; an interrupted training goes on from its last save."""
+        _need("accelerate")
+        if job.config.method == "lora":
+            _need("peft")
+        from isingcut.healers._training import train
+
+        trained = job.work / "trained"
+        record_file = job.work / "trained.json"
+        processes = Processes(job.config.device)
+        if not record_file.exists():
+            record = train(job, trained)
+            if processes.main:
+                record_file.write_text(json.dumps(record), encoding="utf-8")
+            processes.wait()
+        if processes.main:
+            _publish(job, trained, out)
+        processes.wait()
+        found: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8"))
+        return found
+
+
+def _need(package: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, "heal", "healing by distillation")
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """peft asks models by an older name whether they recompute activations: a warning a layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def load_student(folder: Path, config: HealConfig) -> Any:
+    """A model with float32 weights, on the CPU: the Trainer places it."""
+    from isingcut.verify import reload
+
+    return reload(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+
+
+def _publish(job: Job, trained: Path, out: Path) -> None:
+    """The trained weights as a plain checkpoint in the start's dtype, verified."""
+    from isingcut.models import quiet_transformers
+    from isingcut.verify import check_generation, random_tokens, reload
+
+    dtype = stored_dtype(job.start)
+    trust = job.config.trust_remote_code
+    model = load_student(job.start if job.config.method == "lora" else trained, job.config)
+    if job.config.method == "lora":
+        import peft
+
+        with quiet_peft():
+            adapted: Any = peft.PeftModel.from_pretrained(model, trained)
+            model = adapted.merge_and_unload()
+    model.to(dtype)
+    tokens = random_tokens(model, 2, 24, seed=0)
+    with atomic_folder(out) as temporary, quiet_transformers():
+        model.save_pretrained(temporary)
+        for path in sorted(job.start.iterdir()):
+            weights = path.suffix == ".safetensors"
+            if path.is_file() and not weights and path.name not in _REWRITTEN:
+                shutil.copyfile(path, temporary / path.name)
+        again = reload(temporary, dtype=dtype, trust_remote_code=trust)
+        with torch.no_grad():
+            same = torch.equal(model(tokens).logits, again(tokens).logits)
+        if not same:
+            raise ModelError(
+                f"the healed model was written to {out} but computes something else when loaded "
+                "again; nothing was kept there"
+            )
+        check_generation(again, tokens[:1], 8, str(out))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds most of a checkpoint's weights.
+
+    Raises:
+        InputError: quantised weights, which cannot be trained.
+    """
+    from isingcut.checkpoint import read_checkpoint
+    from isingcut.healers._patch_files import _DTYPES
+
+    sizes: dict[str, int] = {}
+    for tensor in read_checkpoint(folder).values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    name = max(sizes, key=lambda k: sizes[k])
+    if name not in _DTYPES:
+        raise InputError(
+            f"{folder} holds {name} weights, which cannot be trained; cut and heal the unquantised "
+            "model (the teacher may be quantised)"
+        )
+    return _DTYPES[name]
+
+
+def removal_of(folder: Path) -> tuple[tuple[int, ...], int]:
+    """The blocks that a cut checkpoint lacks, and of how many, from the record inside it.
+
+    Raises:
+        InputError: it has no such record.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return tuple(sorted(int(i) for i in record["removed"])), int(record["of"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{folder} has no readable {RECORD}: expected a checkpoint that isingcut cut"
+        ) from e

@@ -1,0 +1,306 @@
+"""The closed-form patch: what it solves, where it is folded, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from isingcut.architectures import find_stack, skipped, stack_modules
+from isingcut.blocks import Replay
+from isingcut.config import HealConfig
+from isingcut.energies.base import Work
+from isingcut.errors import ArchitectureError, InputError
+from isingcut.excise import excise
+from isingcut.healers import registry
+from isingcut.healers._absorb import find_write
+from isingcut.healers._least_squares import Moments, solve
+from isingcut.healers._patch_files import applied
+from isingcut.healers.base import Job
+from isingcut.healers.linear_patch import LinearPatch, Patch, runs
+from isingcut.models import LoadedModel, load
+from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
+from isingcut.tokens import TokenSet
+
+
+def tokens(samples: int = 12, length: int = 24, seed: int = 0) -> TokenSet:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(8, 262, (samples, length), generator=generator).tolist()
+    return TokenSet.from_rows([row[: length - 3 * (i % 3)] for i, row in enumerate(rows)])
+
+
+def fitted(model: Any, removed: Sequence[int], text: TokenSet, **options: Any) -> list[Patch]:
+    stack = find_stack(model)
+    replay = Replay(model, stack_modules(model, stack))
+    return LinearPatch(**options).fit(replay, stack.kinds, text, removed, Work(96))
+
+
+@contextmanager
+def watched(model: Any, block: int, path: str) -> Iterator[dict[str, Tensor]]:
+    """Streams and the layer's input in an ordinary forward pass."""
+    found: dict[str, Tensor] = {}
+    module = model.model.layers[block]
+
+    def inner(m: Any, args: Any, output: Any) -> None:
+        found["read"], found["written"] = args[0].double(), output.double()
+
+    def outer(m: Any, args: Any, output: Any) -> None:
+        found["stream"] = (output[0] if isinstance(output, tuple) else output).double()
+
+    handles = [
+        module.get_submodule(path).register_forward_hook(inner),
+        module.register_forward_hook(outer),
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def streams(model: Any, text: TokenSet, block: int) -> Tensor:
+    """What leaves a block of the intact model, (tokens, D), real tokens only."""
+    with watched(model, block, "mlp.down_proj") as found, torch.no_grad():
+        model(text.input_ids, use_cache=False)
+    return found["stream"][text.mask]
+
+
+def test_runs_are_maximal() -> None:
+    assert runs([9, 4, 5, 7, 6, 0]) == [(0, 0), (4, 7), (9, 9)]
+
+
+def test_ridge_solution_is_that_of_the_augmented_least_squares_problem() -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, weights = normal(60, 5), torch.rand(60, generator=generator, dtype=torch.float64) + 0.1
+    t = x @ normal(5, 3) + 2.0 * normal(60, 3)
+    sides = [Moments(5, 3, torch.device("cpu")) for _ in range(2)]
+    for side, rows in zip(sides, (slice(0, 40), slice(40, 60)), strict=True):
+        side.add(x[rows], t[rows], weights[rows])
+    found = solve(*sides)
+    assert found.strength is not None
+    ridge = found.strength * torch.diagonal((x * weights[:, None]).T @ x).mean()
+    rows = torch.cat([x * weights.sqrt()[:, None], ridge.sqrt() * torch.eye(5).double()])
+    values = torch.cat([t * weights.sqrt()[:, None], torch.zeros(5, 3).double()])
+    expected = torch.linalg.lstsq(rows, values).solution.T
+    torch.testing.assert_close(found.map, expected)
+    assert 0 < found.held_out < 1
+
+
+def test_useless_features_give_no_map() -> None:
+    generator = torch.Generator().manual_seed(2)
+    sides = []
+    for _ in range(2):
+        side = Moments(4, 2, torch.device("cpu"))
+        x = torch.randn(8, 4, generator=generator)
+        side.add(x, torch.randn(8, 2, generator=generator), torch.ones(8))
+        sides.append(side)
+    # Opposite targets on the two halves: whatever fits one misleads on the other.
+    sides[1].xx, sides[1].tx = sides[0].xx, -sides[0].tx
+    found = solve(*sides)
+    assert found.strength is None
+    assert not found.map.any()
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_one_cut_solves_its_least_squares_problem(reads: bool) -> None:
+    model, text, removed = tiny_model("llama"), tokens(), [2, 3]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    (patch,) = fitted(model, removed, text, reads=reads)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert (patch.block, patch.path, patch.bias) == (1, "mlp.down_proj", None)
+    target = streams(model, text, 3)
+    with watched(model, 1, patch.path) as seen, torch.no_grad():
+        model(text.input_ids, use_cache=False)
+    x, written, out = (seen[k][text.mask] for k in ("read", "written", "stream"))
+    weight = model.model.layers[1].mlp.down_proj.weight.double()
+    weights = 1 / target.square().mean(-1)
+    features = x if reads else written
+    root = weights.sqrt()[:, None]
+    strength = patch.record["ridge"]
+    assert strength is not None
+    ridge = strength * torch.diagonal((features * weights[:, None]).T @ features).mean()
+    size = features.shape[1]
+    rows = torch.cat([features * root, ridge.sqrt() * torch.eye(size).double()])
+    values = torch.cat([(target - out) * root, torch.zeros(size, 32).double()])
+    change = torch.linalg.lstsq(rows, values, driver="gelsd").solution.T
+    expected = weight + (change if reads else change @ weight)
+    torch.testing.assert_close(patch.weight, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_later_cuts_are_fitted_on_the_model_patched_so_far() -> None:
+    model, text = tiny_model("llama"), tokens()
+    first, second = fitted(model, [1, 4], text)
+    stack = find_stack(model)
+    blocks = stack_modules(model, stack)
+    target = streams(model, text, 4)
+    with (
+        applied(blocks, [first]),
+        skipped(model, stack, [1]),
+        watched(model, 3, second.path) as seen,
+        torch.no_grad(),
+    ):
+        model(text.input_ids, use_cache=False)
+    x, out = seen["read"][text.mask], seen["stream"][text.mask]
+    weights = 1 / target.square().mean(-1)
+    change = second.weight - model.model.layers[3].mlp.down_proj.weight.double()
+    ridge = second.record["ridge"] * torch.diagonal((x * weights[:, None]).T @ x).mean()
+    left = (target - out - x @ change.T) * weights[:, None]
+    # Stationary: the gradient of the objective vanishes at the fitted change.
+    torch.testing.assert_close(left.T @ x, ridge * change, rtol=1e-3, atol=1e-3)
+
+
+def test_a_patch_brings_unseen_text_closer() -> None:
+    model, removed = tiny_model("llama"), [2, 4]
+    unseen = tokens(4, seed=5)
+    patches = fitted(model, removed, tokens(64))
+    stack = find_stack(model)
+    target = streams(model, unseen, 5)
+
+    def distance(with_patches: Sequence[Patch]) -> float:
+        with (
+            applied(stack_modules(model, stack), with_patches),
+            skipped(model, stack, removed),
+            watched(model, 5, "mlp.down_proj") as seen,
+            torch.no_grad(),
+        ):
+            model(unseen.input_ids, use_cache=False)
+        return float((seen["stream"][unseen.mask] - target).square().sum())
+
+    assert distance(patches) < 0.9 * distance([])
+
+
+def test_padding_has_no_say() -> None:
+    model, text = tiny_model("llama"), tokens()
+    other = TokenSet(text.input_ids.masked_fill(~text.mask, 99), text.mask, text.index)
+    (one,), (two,) = (fitted(model, [3], t) for t in (text, other))
+    torch.testing.assert_close(one.weight, two.weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("gpt2", "mlp.c_proj"),
+        ("gpt_neox", "mlp.dense_4h_to_h"),
+        ("phi3", "mlp.down_proj"),
+        ("mamba2", "mixer.out_proj"),
+    ],
+)
+def test_families_that_absorb(family: str, path: str) -> None:
+    model = tiny_model(family)
+    stack = find_stack(model)
+    replay = Replay(model, stack_modules(model, stack))
+    text = tokens(16)
+    (patch,) = fitted(model, [3], text)
+    assert patch.path == path
+    # The fold is exact: the block with its new weight writes what the fit predicted.
+    with torch.no_grad():
+        recording = replay.record(text.input_ids)
+        stream = recording.entered
+        for i in range(2):
+            stream = recording.block(i, stream)
+        target = recording.block(3, recording.block(2, stream))
+        plain = recording.block(2, stream)
+        with applied(replay.blocks, [patch]):
+            mended = recording.block(2, stream)
+    weights = 1 / target.square().mean(-1)
+    left, before = (
+        float(((target - s).square().sum(-1) * weights)[text.mask].sum()) for s in (mended, plain)
+    )
+    assert left < before
+
+
+def test_the_scale_of_a_family_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "granite", {"head_dim": None, "residual_multiplier": 0.5})
+    model = tiny_model("granite")
+    stack = find_stack(model)
+    replay = Replay(model, stack_modules(model, stack))
+    with torch.no_grad():
+        recording = replay.record(tokens().input_ids[:2, :8])
+        write = find_write(recording, replay.blocks[0], 0, recording.entered, stack.kinds[0])
+    assert write.scale == pytest.approx(0.5, rel=1e-5)
+    text = tokens(16)
+    (patch,) = fitted(model, [3], text)
+    with torch.no_grad():
+        recording = replay.record(text.input_ids)
+        stream = recording.entered
+        for i in range(2):
+            stream = recording.block(i, stream)
+        target = recording.block(3, recording.block(2, stream))
+        plain = recording.block(2, stream)
+        with applied(replay.blocks, [patch]):
+            mended = recording.block(2, stream)
+    left, before = (float((target - s)[text.mask].square().sum()) for s in (mended, plain))
+    assert left < before
+
+
+@pytest.mark.parametrize(
+    ("family", "removed", "reason"),
+    [
+        ("gemma2", [2], "passes a norm or a gate"),
+        ("mixtral", [2], "experts write its output"),
+        ("qwen2_moe", [2], "experts write its output"),
+        ("llama", [0, 3], "block 0 is removed"),
+    ],
+)
+def test_families_that_do_not_are_refused_with_the_reason(
+    family: str, removed: list[int], reason: str
+) -> None:
+    with pytest.raises(ArchitectureError, match=reason):
+        fitted(tiny_model(family), removed, tokens())
+
+
+def test_a_single_sample_is_refused() -> None:
+    with pytest.raises(InputError, match="at least two samples"):
+        fitted(tiny_model("llama"), [3], tokens(1))
+
+
+def job_of(folder: Path, family: str, removed: tuple[int, ...], **options: Any) -> Job:
+    source = tiny_checkpoint(family, folder / "source", **options)
+    excise(source, removed, folder / "cut")
+    return Job(
+        load(source, dtype="float32", device="cpu"),
+        removed,
+        folder / "cut",
+        tokens(32),
+        folder / "work",
+        HealConfig(patch="linear", patch_tokens=4096),
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "nemotron_h"])
+def test_the_written_checkpoint_is_plain_and_computes_the_patch(
+    family: str, tmp_path: Path
+) -> None:
+    from isingcut.checkpoint import read_checkpoint
+
+    removed = (3,) if family == "nemotron_h" else (2, 3)
+    job = job_of(tmp_path, family, removed)
+    record = registry.get("linear-patch")().heal(job, tmp_path / "patched")
+    assert [c["removed"] for c in record["cuts"]] == [[removed[0], removed[-1]]]
+    before, after = (read_checkpoint(tmp_path / n) for n in ("cut", "patched"))
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
+        n: (t.shape, t.dtype) for n, t in after.items()
+    }
+
+    def data(t: Any) -> bytes:
+        content: bytes = t.file.read_bytes()[t.start : t.start + t.size]
+        return content
+
+    changed = {n for n in before if data(before[n]) != data(after[n])}
+    layer = record["cuts"][0]["layer"]
+    assert {n.rsplit(".", 1)[1] for n in changed} <= {"weight", "bias"}
+    assert all(n.rsplit(".", 1)[0].endswith(layer) for n in changed)
+    assert changed
+    loaded: LoadedModel = load(tmp_path / "patched", dtype="float32", device="cpu")
+    assert sum(p.numel() for p in loaded.model.parameters()) == sum(
+        p.numel() for p in load(tmp_path / "cut", dtype="float32").model.parameters()
+    )
