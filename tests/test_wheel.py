@@ -1,0 +1,180 @@
+"""Wheel and sdist, installed where only the declared dependencies are: no extra is needed there."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import isingcut
+from isingcut.testing.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+OPTIONAL = ("accelerate", "datasets", "dwave", "gguf", "lm_eval", "matplotlib", "mkdocs", "peft")
+PARTS = ("src", "tests", "benchmarks", "docs", "examples")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder with the sdist, and the wheel made from it."""
+    base = tmp_path_factory.mktemp("build")
+    source = base / "source"
+    junk = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, source / part, ignore=junk)
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, source / file.name)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", base / "dist", source],
+        check=True,
+        capture_output=True,
+    )
+    return base / "dist"
+
+
+def requirements(name: str, found: dict[str, importlib.metadata.Distribution]) -> None:
+    """Every distribution that ``name`` needs without extras, into ``found``."""
+    from packaging.requirements import Requirement
+
+    for text in importlib.metadata.requires(name) or ():
+        wanted = Requirement(text)
+        key = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        if key in found or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+            continue
+        found[key] = importlib.metadata.distribution(wanted.name)
+        requirements(wanted.name, found)
+
+
+@pytest.fixture(scope="module")
+def clean(built, tmp_path_factory):
+    """A fresh environment: the wheel, and links to its declared dependencies only."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.EnvBuilder(with_pip=False, symlinks=True).create(folder / "env")
+    python = folder / "env" / "bin" / "python"
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = folder / "env" / "lib" / version / "site-packages"
+    found: dict[str, importlib.metadata.Distribution] = {}
+    requirements("isingcut", found)
+    installed = Path(sysconfig.get_paths()["purelib"])
+    for distribution in found.values():
+        for top in {file.parts[0] for file in distribution.files or () if ".." not in file.parts}:
+            if top != "__pycache__" and not (site / top).exists():
+                (site / top).symlink_to(installed / top)
+    (wheel,) = built.glob("*.whl")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index",
+         "--disable-pip-version-check", "--quiet", wheel],
+        check=True,
+    )  # fmt: skip
+    return python
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny model, a text and a run with a measured energy."""
+    base = tmp_path_factory.mktemp("work")
+    tiny_checkpoint("llama", base / "model")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
+    (base / "text.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
+    return base
+
+
+def isingcut_in(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The installed command, in ``folder``."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    return subprocess.run(
+        [python.parent / "isingcut", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**environment, "ISINGCUT_CACHE": str(folder / "cache")},
+    )
+
+
+def test_the_wheel_holds_the_package_and_its_data(built):
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    source = ROOT / "src"
+    expected = {
+        str(p.relative_to(source))
+        for p in (source / "isingcut").rglob("*")
+        if p.is_file() and p.suffix != ".pyc"
+    }
+    assert expected <= names
+    assert "isingcut/py.typed" in names
+    assert not [n for n in names if n.startswith("tests")]
+
+
+def test_the_sdist_holds_what_a_checkout_holds(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    for part in (*PARTS, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile"):
+        assert any(n == part or n.startswith(f"{part}/") for n in names), part
+    assert {"mkdocs.yml", "constraints.txt", "pyproject.toml"} <= names
+
+
+def test_nothing_optional_is_there(clean):
+    code = (
+        "import importlib.util as u, sys\n"
+        f"there = [n for n in {OPTIONAL!r} if u.find_spec(n)]\n"
+        "import isingcut; print(there, isingcut.__file__, isingcut.__version__)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    ended = subprocess.run([clean, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("[] ")
+    assert "site-packages" in ended.stdout
+    assert ended.stdout.strip().endswith(isingcut.__version__)
+
+
+@pytest.fixture(scope="module")
+def run(clean, work):
+    """A whole run made in the clean environment: the answer of `run --json`."""
+    return isingcut_in(
+        clean, work, "run", "model", "--remove", "2", "--calibration", "text.txt", "--out", "run",
+        "--samples", "3", "--length", "16", "--rank-samples", "3", "--report-samples", "3",
+        "--random-states", "30", "--json",
+    )  # fmt: skip
+
+
+def test_a_whole_run_needs_no_extra(run):
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["evaluation"]["after"]["blocks"] == 4
+
+
+def test_inspect_and_solve_need_no_extra(clean, work, run):
+    found = isingcut_in(clean, work, "inspect", "model", "--json")
+    assert found.returncode == 0, found.stderr
+    assert len(json.loads(found.stdout)["blocks"]) == 6
+    solved = isingcut_in(clean, work, "solve", "run", "--remove", "3", "--json")
+    assert solved.returncode == 0, solved.stderr
+    assert json.loads(solved.stdout)["removals"][0]["proven"] is True
+
+
+@pytest.mark.parametrize(
+    ("extra", "arguments"),
+    [
+        ("solvers", ("solve", "run", "--remove", "1", "--solver", "anneal")),
+        ("demo", ("inspect", "model.gguf")),
+        ("eval", ("energy", "model", "--calibration", "owner/dataset", "--out", "other")),
+    ],
+)
+def test_a_missing_extra_is_named(clean, work, run, extra, arguments):
+    (work / "model.gguf").write_bytes(b"GGUF")
+    ended = isingcut_in(clean, work, *arguments)
+    assert ended.returncode == 2, ended.stderr
+    assert f"pip install 'isingcut[{extra}]'" in ended.stderr
+    assert "Traceback" not in ended.stderr
