@@ -14,7 +14,7 @@ from _quality_summary import OURS
 from _quality_tasks import METRIC
 from isingcut.files import write_json
 from isingcut.measure import standard_error
-from isingcut.runfolder import _versions
+from isingcut.runfolder import versions
 
 KIND = "quality"
 RESAMPLES = 2000
@@ -39,12 +39,12 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
 
 
 def _provenance(bench: Bench) -> dict[str, Any]:
-    versions = _versions()
-    versions.pop("command_line")
+    made_with = versions()
+    made_with.pop("command_line")
     commands = Path(bench.options.work) / "commands.txt"
     pools = {part["text"]: part["pool_tokens"] for _, part in bench.store.under("choose")}
     return {
-        **versions,
+        **made_with,
         "model": Path(bench.options.model).name,
         "settings": bench.settings(),
         "dtype": str(bench.loaded.dtype).removeprefix("torch."),

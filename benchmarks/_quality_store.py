@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import InputError
+from isingcut.errors import InputError, IsingcutError
 from isingcut.files import read_json, write_json
 
 KIND = "quality-part"
@@ -176,6 +176,8 @@ def drive(
 ) -> bool:
     """Make what is missing, in order; False when the time was up first.
 
+    A part that fails with an error of isingcut's is named, and the others are made.
+
     Args:
         planned: seconds that everything left is expected to take, for the estimate shown.
         only: prefixes of the parts to make; empty for all.
@@ -183,6 +185,7 @@ def drive(
     """
     began = time.perf_counter()
     left_out = 0
+    failed: list[str] = []
     for stage in stages:
         for part in stage.parts():
             if store.done(part.name) or (only and not part.name.startswith(tuple(only))):
@@ -201,4 +204,6 @@ def drive(
             print(f"{'':13}{part.name}: took {taken / 60:.1f} min", flush=True)
     if left_out:
         print(f"{left_out} parts did not fit into {minutes:g} minutes; run again to go on")
+    if failed:
+        raise IsingcutError(f"{len(failed)} parts failed: {', '.join(failed)}")
     return not left_out

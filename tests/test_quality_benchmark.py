@@ -14,7 +14,7 @@ from isingcut.architectures import cut_model
 from isingcut.energies.base import Work
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import indicator
-from isingcut.errors import InputError
+from isingcut.errors import InputError, IsingcutError
 from isingcut.measure import measure
 from tiny import tiny_checkpoint, tiny_tokenizer
 
@@ -358,6 +358,19 @@ def test_a_part_that_does_not_fit_waits(tmp_path):
     assert not drive([Stage("", lambda: [dear, cheap])], store, Speed(1, 1), only=(), minutes=1)
     assert store.done("cheap")
     assert not store.done("dear")
+
+
+def test_a_part_that_fails_is_named_and_the_others_are_made(tmp_path, capsys):
+    store = Store(tmp_path, {})
+
+    def fail(journal: Path) -> dict:
+        raise InputError("too few samples")
+
+    parts = [Part("bad", fail), Part("good", lambda journal: {})]
+    with pytest.raises(IsingcutError, match="1 parts failed: bad"):
+        drive([Stage("", lambda: parts)], store, Speed(1, 1), only=(), minutes=1)
+    assert store.done("good")
+    assert "too few samples" in capsys.readouterr().out
 
 
 def test_every_choice_is_judged(finished):
