@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.measure import Measurement, Reference
+from isingcut.head import OutputHead, comparison
+from isingcut.measure import Measurement
 from isingcut.progress import Progress, silent
 
 
@@ -137,7 +138,7 @@ def measure_merged(
     n, start = len(replay), min(group[0] for group in merges)
     kept = [i for i in range(start, n) if not merged.removed[i]]
     sums = np.zeros((3, tokens.samples))
-    batches = tokens.batches(batch_tokens)
+    batches, head = tokens.batches(batch_tokens), OutputHead(replay)
     reuse_freed_memory()
     with (
         progress(description, (n + len(kept)) * len(batches)) as bar,
@@ -149,17 +150,14 @@ def measure_merged(
             for i in range(n):
                 fork = stream if i == start else fork
                 stream = recording.block(i, stream)
-            references = [
-                Reference(recording.logits(stream[s], s), batch, s) for s in range(batch.samples)
-            ]
+            original = comparison(head, recording, stream, batch)
             stream = fork
             with merged:
                 for i in kept:
                     stream = recording.block(i, stream)
             rows = batch.index.numpy()
-            for s, reference in enumerate(references):
-                sums[:2, rows[s]] = reference.compare(recording.logits(stream[s], s))
-                sums[2, rows[s]] = reference.nll
+            sums[:2, rows] = original.compare(stream)
+            sums[2, rows] = original.nll
             bar.advance(n + len(kept))
     counts: npt.NDArray[np.int64] = tokens.predicted.sum(1).numpy().astype(np.int64)
     return Measurement(
