@@ -17,20 +17,20 @@ highest that removes more is taken and merging stops at M; `keep_ends` is ours.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.blocks import Recording, Replay
+from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.energies.base import Work
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
+from isingcut.head import OutputHead
 from isingcut.journal import Journal
 from isingcut.merging import Merged, check_mergeable
 from isingcut.progress import Bar
@@ -71,6 +71,11 @@ class SlidingWindowMerging:
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, got {self.samples}")
         check_mergeable(replay)
+        if replay.model.get_output_embeddings() is None:  # type: ignore[operator]
+            raise ArchitectureError(
+                f"{type(replay.model).__name__} names no output head, so that its final hidden "
+                "states cannot be compared; use a baseline that removes blocks"
+            )
         looked_at = tokens.select(range(min(self.samples, tokens.samples)))
         share = int(looked_at.mask.sum()) / int(tokens.mask.sum())
         trials = _Trials(replay, looked_at, work)
@@ -167,6 +172,7 @@ class _Trials:
             "batch_tokens": work.batch_tokens,
         }
         self._kept = Journal(work.journal, fingerprint(identity))
+        self._head = OutputHead(replay)
         self._originals: list[_Original] = []
         self.known: dict[Groups, float] = {}
         self.runs = float(len(replay))
@@ -188,7 +194,7 @@ class _Trials:
     def _measure(self, groups: Groups) -> float:
         if not self._originals:
             batches = self._tokens.batches(self._work.batch_tokens)
-            self._originals = [_Original(self._replay, batch) for batch in batches]
+            self._originals = [_Original(self._replay, self._head, batch) for batch in batches]
         merged = Merged(self._replay, groups)
         start = groups[-1][0]
         kept = [i for i in range(start, len(self._replay)) if not merged.removed[i]]
@@ -199,7 +205,7 @@ class _Trials:
                 with merged:
                     for i in kept:
                         stream = original.recording.block(i, stream)
-                final = final_hidden(self._replay, original.recording, stream)[original.real]
+                final = self._head.inputs(stream, original.recording.input_ids)[original.real]
                 cosine = nn.functional.cosine_similarity(final.float(), original.final.float(), -1)
                 total += float(cosine.sum(dtype=torch.float64))
         return total / int(self._tokens.mask.sum())
@@ -208,43 +214,11 @@ class _Trials:
 class _Original:
     """What the original model does with one batch, kept for all merged models to start from."""
 
-    def __init__(self, replay: Replay, batch: TokenSet) -> None:
+    def __init__(self, replay: Replay, head: OutputHead, batch: TokenSet) -> None:
         with torch.inference_mode():
             self.recording = replay.record(batch.input_ids)
             self.real = batch.mask.to(replay.device)
             self.streams = [self.recording.entered]
             for i in range(len(replay)):
                 self.streams.append(self.recording.block(i, self.streams[i]))
-            self.final = final_hidden(replay, self.recording, self.streams.pop())[self.real]
-
-
-class _HeadReached(Exception):
-    """Raised before the output head: what it is given is what was looked for."""
-
-
-def final_hidden(replay: Replay, recording: Recording, stream: Tensor) -> Tensor:
-    """What the output head is given (B, T, D) for the stream (B, T, D) that leaves the blocks.
-
-    Raises:
-        ArchitectureError: the model has no output head that it calls.
-    """
-    head = replay.model.get_output_embeddings()  # type: ignore[operator]
-    seen: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _HeadReached
-
-    if isinstance(head, nn.Module):
-        handle = head.register_forward_pre_hook(stop)
-        try:
-            with contextlib.suppress(_HeadReached):
-                replay.tail(stream, recording.input_ids)
-        finally:
-            handle.remove()
-    if not seen:
-        raise ArchitectureError(
-            f"{type(replay.model).__name__} has no output head that its forward pass calls, so "
-            "that its final hidden states cannot be compared; use a baseline that removes blocks"
-        )
-    return seen[0]
+            self.final = head.inputs(self.streams.pop(), self.recording.input_ids)[self.real]
