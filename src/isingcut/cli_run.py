@@ -27,8 +27,17 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     Example: isingcut run smollm2 --remove 6 --out my-run
     """
     from isingcut import pipeline
+    from isingcut.removal import each_removal
 
-    return _finished(pipeline.run(collect(config, options), progress=progress))
+    wanted = collect(config, options)
+    target = pipeline.run(wanted, progress=progress)
+    if len(each_removal(wanted)) == 1:
+        return _finished(target)
+    from isingcut.show import curve_data, show_curve
+
+    rows = curve_data(target)
+    data = {"folder": str(target), "curve": rows}
+    return Answer(data, lambda: show_curve(target), brief=str(target))
 
 
 @verb("out", "overwrite", group=WHOLE)

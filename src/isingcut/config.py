@@ -39,7 +39,9 @@ class RunConfig:
     model: str = _option(
         "", "model", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", argument=True
     )
-    remove: str = _option("", "solve", "How many blocks to remove, for example 6.", metavar="M")
+    remove: str = _option(
+        "", "solve", "How many blocks to remove: 6, or 4..15 for a curve.", metavar="M"
+    )
     out: str = _option("", "report", "Folder for the run; every stage writes its file there.")
 
     calibration: str = _option(
@@ -59,12 +61,31 @@ class RunConfig:
     also: str = _option(
         "", "energy", "Other energies to measure and judge on the same states, for comparison."
     )
+    effort: str = _option(
+        "",
+        "energy",
+        "What refined and auto may spend: passes over the text (150) or a time (20min); "
+        "default: a greedy path's price.",
+    )
     linear: bool = _option(
         False, "energy", "empirical-fisher only: add the gradient term the paper leaves out."
     )
     dtype: str = _option("auto", "energy", "auto, float32 or bfloat16.")
     device: str = _option("auto", "energy", "auto, cpu, cuda or cuda:N.", volatile=True)
     batch_tokens: int = _option(1024, "energy", "Tokens computed at a time.")
+    stream: str = _option(
+        "auto",
+        "energy",
+        "Read the blocks from disk one after the other: on, off, or auto (where the weights do "
+        "not fit the memory allowed).",
+        volatile=True,
+    )
+    memory_limit: str = _option(
+        "",
+        "energy",
+        "Memory for the weights and hidden states, as 8GB or 50% (default: 80% of what is free).",
+        volatile=True,
+    )
     trust_remote_code: bool = _option(
         False, "model", "Allow the model's own Python code to run.", volatile=True
     )
@@ -141,6 +162,7 @@ class RunConfig:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {lowest}, got {value}")
         _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("--stream", self.stream, ("auto", "on", "off"))
         _one_of("--choose", self.choose, ("measured", "ground"))
         _one_of("--patch", self.patch, PATCHES)
         if self.heal_top < 0:

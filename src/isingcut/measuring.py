@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from isingcut.config import RunConfig
 from isingcut.errors import InputError, StageFileError
 from isingcut.hamiltonian import Hamiltonian
+from isingcut.removal import each_removal, removal_rows
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
 
 if TYPE_CHECKING:
     from isingcut.calibration import Calibration
     from isingcut.energies.base import Work
+    from isingcut.search import Target
 
 
 def names(text: str) -> list[str]:
@@ -34,7 +36,10 @@ def energy_part(config: RunConfig, name: str) -> Any:
     own = {f.name for f in dataclasses.fields(part)}
     if config.linear and "linear" not in own and name == config.energy:
         raise InputError(f"--linear belongs to the energy 'empirical-fisher', not to {name!r}")
-    return part(linear=config.linear) if "linear" in own else part()
+    if config.effort and "effort" not in own and name == config.energy:
+        raise InputError(f"--effort belongs to the energies 'refined' and 'auto', not to {name!r}")
+    given = {"linear": config.linear, "effort": config.effort, "seed": config.seed}
+    return part(**{key: value for key, value in given.items() if key in own})
 
 
 def samples_of(config: RunConfig, name: str) -> int:
@@ -49,12 +54,32 @@ def _samples(config: RunConfig) -> int:
     return max(samples_of(config, name) for name in (config.energy, *names(config.also)))
 
 
+def _check_streaming(session: Session) -> None:
+    """Refuse what needs the whole model in memory before anything is measured."""
+    config = session.config
+    if not session.streaming:
+        return
+    for name in (config.energy, *names(config.also)):
+        if not getattr(energy_part(config, name), "streams", True):
+            raise InputError(
+                f"the energy {name!r} differentiates through all blocks at once and cannot be "
+                "streamed; use 'pairwise', 'fisher' or 'empirical-fisher', or pass --stream off "
+                "on a machine that can hold the model"
+            )
+    if config.calibration == "self":
+        raise InputError(
+            "--calibration self reads the whole model once for every token when it is streamed; "
+            "choose a text, or pass --stream off on a machine that can hold the model"
+        )
+
+
 def build_calibration(session: Session) -> Calibration:
     """The token splits of a run, not yet written."""
     from isingcut.architectures import text_config
     from isingcut.calibration import build
 
     config = session.config
+    _check_streaming(session)
     longest = getattr(text_config(session.loaded.model), "max_position_embeddings", None)
     if longest is not None and config.length > longest:
         raise InputError(
@@ -123,6 +148,8 @@ def other_path(folder: RunFolder, name: str) -> Path:
 def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> Hamiltonian:
     config = session.config
     part = energy_part(config, name)
+    if hasattr(part, "targets"):
+        part = dataclasses.replace(part, targets=_targets(folder, config))
     options = upstream(folder) | {
         "energy": name,
         "options": repr(part),
@@ -140,8 +167,22 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         measured.save(path)
         assert work.journal is not None
         work.journal.unlink(missing_ok=True)
+        work.journal.with_suffix(".effort").unlink(missing_ok=True)
 
     return folder.stage("energy", file, options, make, Hamiltonian.load)
+
+
+def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
+    """What a search looks for: every removal that the options ask for."""
+    from isingcut.search import Target
+
+    if not config.removal:
+        return ()
+    blocks = folder.manifest["blocks"]
+    return tuple(
+        Target.of(one.removal, removal_rows(blocks, one), len(blocks["blocks"]))
+        for one in each_removal(config)
+    )
 
 
 def upstream(folder: RunFolder) -> dict[str, Any]:

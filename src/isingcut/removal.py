@@ -28,6 +28,23 @@ KV cache and of latency are of the blocks' sum.
 """
 
 
+def each_removal(config: RunConfig) -> list[RunConfig]:
+    """The options of each removal: themselves, or one a number of a range such as ``4..15``.
+
+    Raises:
+        InputError: a range that is empty or cannot be read.
+    """
+    if ".." not in config.remove:
+        return [config]
+    match = re.fullmatch(r"(\d+)\.\.(\d+)", config.remove.replace(" ", ""))
+    if match is None or not 1 <= int(match[1]) < int(match[2]):
+        raise InputError(
+            f"--remove {config.remove}: expected a range such as 4..15, the smaller number first"
+        )
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [config.replace(remove=str(m)) for m in numbers]
+
+
 def removal_rows(blocks: dict[str, Any], config: RunConfig) -> list[LinearConstraint]:
     """All constraints of one removal, for the blocks that `run.json` describes.
 
@@ -35,6 +52,11 @@ def removal_rows(blocks: dict[str, Any], config: RunConfig) -> list[LinearConstr
         InputError: an option cannot be read, or no block or every block would go.
         InfeasibleError: the constraints clash; the message names them.
     """
+    if len(each_removal(config)) > 1:
+        raise InputError(
+            f"--remove {config.remove} is a range, which only `run` and the search take; "
+            "give one number here"
+        )
     kinds = [b["kind"] for b in blocks["blocks"]]
     n = len(kinds)
     result: list[LinearConstraint] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from isingcut.architectures.base import BlockStack
     from isingcut.blocks import Replay
     from isingcut.models import LoadedModel
+    from isingcut.streamed.replay import StreamedReplay
 
 
 class Session:
@@ -26,6 +28,12 @@ class Session:
 
     def __init__(self, config: RunConfig, progress: Progress = silent) -> None:
         self.config, self.progress = config, progress
+
+    def at(self, config: RunConfig) -> Session:
+        """The same model, already loaded or not, with other options for the stages."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     @cached_property
     def source(self) -> Path:
@@ -42,15 +50,56 @@ class Session:
         return {**model_identity(self.source), "name": self.config.model}
 
     @cached_property
+    def streaming(self) -> bool:
+        """Whether the blocks are read from disk as they are needed, and not loaded.
+
+        Raises:
+            InputError: the memory limit cannot be read.
+        """
+        from isingcut.models import pick_device, pick_dtype
+        from isingcut.streamed.memory import allowance, weight_bytes
+
+        device = pick_device(self.config.device)
+        allowed = allowance(self.config.memory_limit, device)
+        if self.config.stream != "auto":
+            return self.config.stream == "on"
+        return weight_bytes(self.source, pick_dtype(self.config.dtype, device)) > allowed.left
+
+    @cached_property
     def loaded(self) -> LoadedModel:
-        """The model in memory."""
+        """The model: in memory, or without its weights where it is streamed."""
         from isingcut.models import load
 
+        if self.streaming:
+            return self._streamed[0]
         return load(
             self.source,
             dtype=self.config.dtype,
             device=self.config.device,
             trust_remote_code=self.config.trust_remote_code,
+        )
+
+    @cached_property
+    def _streamed(self) -> tuple[LoadedModel, StreamedReplay]:
+        return self.open_streamed(self.source)
+
+    def open_streamed(
+        self, folder: Path, beside: StreamedReplay | None = None
+    ) -> tuple[LoadedModel, StreamedReplay]:
+        """A checkpoint without its weights, and its blocks, each read when it is run.
+
+        Args:
+            beside: another model whose buffers are shared.
+        """
+        from isingcut.models import load_streamed
+
+        return load_streamed(
+            folder,
+            dtype=self.config.dtype,
+            device=self.config.device,
+            trust_remote_code=self.config.trust_remote_code,
+            memory_limit=self.config.memory_limit,
+            buffers=beside.store.buffers if beside else None,
         )
 
     @cached_property
@@ -66,6 +115,8 @@ class Session:
         from isingcut.architectures import stack_modules
         from isingcut.blocks import Replay
 
+        if self.streaming:
+            return self._streamed[1]
         return Replay(self.loaded.model, stack_modules(self.loaded.model, self.stack))
 
     def describe_blocks(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,8 @@ def show_evaluation(found: dict[str, Any]) -> None:
         ("decode, tokens/s", "decode_tokens_per_second", 1, "{:.1f}"),
         ("peak memory, MB", "peak_memory_bytes", 1e6, "{:.0f}"),
     ):
+        if key not in before or key not in after:
+            continue
         a, b = before[key], after[key]
         table.add_row(label, form.format(a / scale), form.format(b / scale), _ratio(a, b))
     _console().print(table)
@@ -214,6 +217,45 @@ def run_data(target: Path) -> dict[str, Any]:
         "proven": ranking["proven"],
         "evaluation": {k: v for k, v in evaluation.items() if k not in ("format", "version")},
     }
+
+
+def curve_data(folder: Path) -> list[dict[str, Any]]:
+    """The chosen state of every removal that was ranked in a run folder, fewest blocks first."""
+    found = [read_json(f, "candidates") for f in folder.glob("remove-*/candidates.json")]
+    rows = [
+        {
+            "remove": r["remove"],
+            "removed": r["chosen"]["removed"],
+            **{k: r["chosen"][k] for k in ("kl", "kl_se", "nll", "nll_se")},
+            "spearman": r["fidelity"]["kl"]["spearman"],
+        }
+        for r in found
+    ]
+    return sorted(rows, key=lambda row: (len(row["removed"]), row["kl"]))
+
+
+def show_curve(folder: Path) -> None:
+    """Quality against blocks removed, and how to cut one of the states out."""
+    table = Table(title="the best state of each size, on unseen text")
+    for heading in ("removed", "KL, nats/token", "perplexity", "blocks"):
+        table.add_column(heading, justify="left" if heading == "blocks" else "right")
+    rows = curve_data(folder)
+    for row in rows:
+        error = "" if row["kl_se"] is None else f" ± {row['kl_se']:.4f}"
+        table.add_row(
+            str(len(row["removed"])),
+            f"{row['kl']:.4f}{error}",
+            f"{math.exp(row['nll']):.2f}",
+            _numbers(row["removed"]),
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"cut one: isingcut excise {folder} --remove {rows[len(rows) // 2]['remove']}",
+        soft_wrap=True,
+    )
+    page = folder / f"remove-{rows[-1]['remove']}" / "report.html"
+    console.print(f"report with the whole curve: {page}", soft_wrap=True)
 
 
 def report_kb(page: Path) -> float:

@@ -10,7 +10,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from isingcut.config import RunConfig
 from isingcut.errors import InputError, StageFileError
@@ -22,6 +24,9 @@ from isingcut.removal import make_problem
 from isingcut.runfolder import RunFolder, file_sha256
 from isingcut.session import Session
 from isingcut.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from isingcut.tokens import TokenSet
 
 
 def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
@@ -93,12 +98,13 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
 
         split = Calibration.load(folder.path / "calibration.safetensors").splits["rank"]
         problem = problem_of(folder, config)
+        considered = with_found(spectrum, problem, config)
         work = work_of(session, journal)
         ranking = candidates.rank(
             session.replay,
             split,
             problem,
-            spectrum,
+            considered,
             random_states=config.random_states,
             seed=config.seed,
             choose=config.choose,
@@ -111,6 +117,31 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
     # Not before the stage is recorded as done: a kill in between would cost all of it.
     journal.unlink(missing_ok=True)
     return found
+
+
+def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
+    """The candidates to measure: a spectrum, and what a search found for the same removal.
+
+    The searched states come first in number: they were measured, the spectrum's only computed.
+    """
+    search = problem.hamiltonian.meta.get("search", {})
+    found = search.get("targets", {}).get(config.removal, {}).get("finalists", [])
+    if not found:
+        return spectrum
+    states = np.zeros((len(found), problem.n), dtype=bool)
+    for row, finalist in zip(states, found, strict=True):
+        row[finalist["removed"]] = True
+    known = {s.tobytes() for s in states}
+    others = [s for s in spectrum.states if s.tobytes() not in known]
+    room = max(0, config.states - len(states))
+    merged = np.concatenate([states, np.array(others[:room], dtype=bool).reshape(-1, problem.n)])
+    return Spectrum.from_states(
+        problem,
+        merged,
+        solver=f"{spectrum.solver} and search",
+        seconds=spectrum.seconds,
+        info=spectrum.info,
+    )
 
 
 def _load_candidates(path: Path) -> dict[str, Any]:
@@ -189,12 +220,15 @@ def write_checkpoint(
                 "isingcut.json": json.dumps(record, indent=1) + "\n",
             },
         )
-        verify(
-            session.loaded.model,
-            blocks,
-            temporary,
-            trust_remote_code=session.config.trust_remote_code,
-        )
+        trust = session.config.trust_remote_code
+        if session.streaming:
+            from isingcut.streamed.proof import verify_streamed
+            from isingcut.streamed.replay import StreamedReplay
+
+            assert isinstance(session.replay, StreamedReplay)
+            verify_streamed(session.replay, blocks, temporary, trust_remote_code=trust)
+        else:
+            verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
 
 
 def excise_gguf(
@@ -228,6 +262,10 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
         from isingcut.calibration import Calibration
         from isingcut.models import load
 
+        tokens = Calibration.load(folder.path / "calibration.safetensors").splits["report"]
+        if session.streaming:
+            write_json(path, "evaluation", _evaluate_streamed(session, checkpoint, tokens))
+            return
         loaded = session.loaded
         cut = load(
             checkpoint,
@@ -235,7 +273,6 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
             device=str(loaded.device),
             trust_remote_code=config.trust_remote_code,
         )
-        tokens = Calibration.load(folder.path / "calibration.safetensors").splits["report"]
         write_json(
             path,
             "evaluation",
@@ -255,6 +292,22 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
         options,
         make,
         lambda path: read_json(path, "evaluation"),
+    )
+
+
+def _evaluate_streamed(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, Any]:
+    from isingcut.streamed.replay import StreamedReplay
+    from isingcut.streamed.scores import evaluate_streamed
+
+    original = session.replay
+    assert isinstance(original, StreamedReplay)
+    _, cut = session.open_streamed(checkpoint, beside=original)
+    return evaluate_streamed(
+        original,
+        cut,
+        tokens,
+        batch_tokens=session.config.batch_tokens,
+        progress=session.progress,
     )
 
 

@@ -133,8 +133,8 @@ class Surrogate:
         s, scale = self.spread, self._scale
         a = scale * float(rng.standard_normal())
         u: Floats = scale * s.own * rng.standard_normal(n)
-        v: Floats = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
-        v = v + v.T
+        upper: Floats = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
+        v: Floats = upper + upper.T
         slope = s.slope * self._b * float(rng.standard_normal())
         e = self._energy - self._energy.mean()
         at = a + self._x @ u + 0.5 * ((self._x @ v) * self._x).sum(1) + slope * e

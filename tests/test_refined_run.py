@@ -1,0 +1,102 @@
+"""The refined search through the pipeline: one removal, a range, a budget in parameters."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import isingcut
+from isingcut import cli
+from isingcut.errors import InputError
+from isingcut.files import read_json
+from isingcut.hamiltonian import Hamiltonian
+from tiny import tiny_checkpoint
+
+OPTIONS = {
+    "energy": "refined",
+    "effort": "6",
+    "samples": 4,
+    "length": 16,
+    "rank_samples": 3,
+    "report_samples": 3,
+    "random_states": 30,
+    "states": 4,
+    "batch_tokens": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
+    text = folder / "corpus.txt"
+    text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
+    model = tiny_checkpoint("llama", folder / "llama", num_hidden_layers=8)
+    return {"model": str(model), "calibration": str(text), **OPTIONS}
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_processes(monkeypatch):
+    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+
+
+def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
+    out = isingcut.run(**inputs, remove="3", out=str(tmp_path / "run"))
+    energy = Hamiltonian.load(out / "hamiltonian.safetensors")
+    finalists = energy.meta["search"]["targets"]["3"]["finalists"]
+    ranked = [r["removed"] for r in read_json(out / "candidates.json", "candidates")["candidates"]]
+    assert all(f["removed"] in ranked for f in finalists)
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 5
+
+
+def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
+    out = tmp_path / "curve"
+    before, sys.argv = sys.argv, ["isingcut", "run", inputs["model"], "--remove", "2..4",
+        "--out", str(out), "--json"]  # fmt: skip
+    for key, value in inputs.items():
+        if key != "model":
+            sys.argv += [f"--{key.replace('_', '-')}", str(value)]
+    try:
+        cli.main()
+    except SystemExit as e:
+        assert not e.code
+    finally:
+        sys.argv = before
+    curve = json.loads(capsys.readouterr().out)["curve"]
+    assert [len(row["removed"]) for row in curve] == [2, 3, 4]
+    assert (out / "remove-4" / "report.html").is_file()
+    assert not (out / "model").exists()
+    search = Hamiltonian.load(out / "hamiltonian.safetensors").meta["search"]
+    assert set(search["targets"]) == {"2", "3", "4"}
+    assert search["passes"] <= 6 + 1
+    # A number of the range can be cut afterwards, without measuring again.
+    from isingcut.pipeline import session_of
+    from isingcut.runfolder import RunFolder
+    from isingcut.stages import excise
+
+    folder = RunFolder.open(out)
+    config = folder.config.replace(remove="3")
+    model = excise(session_of(folder, config), folder)
+    assert json.loads((model / "config.json").read_text())["num_hidden_layers"] == 5
+
+
+def test_a_budget_in_parameters_can_be_searched(inputs, tmp_path):
+    out = isingcut.run(**inputs, budget="params=20%", out=str(tmp_path / "budget"))
+    chosen = read_json(out / "candidates.json", "candidates")["chosen"]
+    blocks = read_json(out / "run.json", "run")["blocks"]
+    gone = sum(blocks["blocks"][i]["parameters"] for i in chosen["removed"])
+    assert gone >= 0.2 * blocks["total_parameters"]
+
+
+@pytest.mark.parametrize("remove", ["4..2", "3..3", "2..x", "1..9", "0..3"])
+def test_ranges_that_cannot_be(inputs, tmp_path, remove):
+    with pytest.raises(InputError, match="remove"):
+        isingcut.run(**inputs, remove=remove, out=str(tmp_path / "no"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_effort_belongs_to_the_search(inputs, tmp_path):
+    with pytest.raises(InputError, match="--effort belongs to"):
+        isingcut.run(**{**inputs, "energy": "pairwise"}, remove="3", out=str(tmp_path / "no"))
