@@ -54,7 +54,15 @@ OneBased = Annotated[bool, typer.Option("--one-based", help="The list of --block
 WHOLE, STAGES, RESULT, LOOK = "Whole runs", "Single stages", "Use the result", "Look things up"
 """The groups of verbs in `isingcut --help`."""
 
-OF_RUN = ("remove", "budget", "device", "trust_remote_code", "overwrite")
+OF_RUN = (
+    "remove",
+    "budget",
+    "device",
+    "stream",
+    "memory_limit",
+    "trust_remote_code",
+    "overwrite",
+)
 """Options of the verbs that work on a finished energy and need the model."""
 
 

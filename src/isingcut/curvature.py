@@ -98,6 +98,12 @@ def gate_curvature(
     Source: Pearlmutter, Fast exact multiplication by the Hessian (1994), in reverse mode only;
     Schraudolph, Fast curvature matrix-vector products (2002), for Gauss-Newton.
     """
+    if replay.streamed:
+        raise ArchitectureError(
+            f"the energy {kind!r} differentiates through all blocks at once, and the model is "
+            "streamed one block at a time; use 'fisher' or 'pairwise', or pass --stream off on a "
+            "machine that can hold the model"
+        )
     if kind not in KINDS:
         raise InputError(f"unknown curvature {kind!r}; known: {', '.join(KINDS)}")
     for name, parameter in replay.model.named_parameters():

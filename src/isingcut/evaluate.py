@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -114,10 +115,15 @@ def quality(
             for row, position in enumerate(batch.index.tolist()):
                 end = int(batch.predicted[row].sum())
                 labels = batch.input_ids[row, 1 : end + 1].to(before.device)
-                sums[:, position] = _sums(
+                sums[:, position] = compared(
                     before[row, :end], after[row, :end].to(before.device), labels
                 )
             bar.advance(1)
+    return quality_of(sums, tokens)
+
+
+def quality_of(sums: npt.NDArray[np.float64], tokens: TokenSet) -> dict[str, Any]:
+    """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL."""
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     nll_before, nll_after, kl = sums.sum(1) / counts.sum()
     errors = standard_error(sums, counts)
@@ -129,7 +135,7 @@ def quality(
     }
 
 
-def _sums(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
+def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
     """NLL of both and KL, summed over the T tokens of (T, V) logits."""
     totals = torch.zeros(3, dtype=torch.float64)
     rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])

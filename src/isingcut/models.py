@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from isingcut.streamed.buffers import Buffers
+    from isingcut.streamed.replay import StreamedReplay
+
 __all__ = [
     "LoadedModel",
     "hub_id",
     "load",
+    "load_streamed",
     "model_identity",
     "pick_device",
     "pick_dtype",
@@ -134,6 +138,50 @@ def load(
     model.eval()
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, Path(folder), number, place)
+
+
+def load_streamed(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    memory_limit: str = "",
+    buffers: Buffers | None = None,
+) -> tuple[LoadedModel, StreamedReplay]:
+    """A resolved folder's model without its weights, and its blocks, each read when it is run.
+
+    Args:
+        dtype, device: as in `load`.
+        memory_limit: as ``"8GB"`` or ``"50%"`` of what is free; empty takes 80 %.
+        buffers: those of another streamed model, to share.
+
+    Raises:
+        ModelError: transformers cannot build it, or the checkpoint does not fit it.
+        ArchitectureError: its blocks cannot be run one at a time.
+        InputError: unknown dtype, device or memory limit.
+    """
+    from transformers import AutoTokenizer
+
+    from isingcut.streamed.replay import StreamedReplay, open_model
+
+    place = pick_device(device)
+    number = pick_dtype(dtype, place)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise ModelError(f"cannot load the tokenizer in {folder}: {first_line(e)}") from e
+    model, store, memory = open_model(
+        folder,
+        dtype=number,
+        device=place,
+        memory_limit=memory_limit,
+        trust_remote_code=trust_remote_code,
+        buffers=buffers,
+    )
+    replay = StreamedReplay(model, store, memory)
+    return LoadedModel(model, tokenizer, Path(folder), number, place), replay
 
 
 def pick_device(device: str) -> torch.device:

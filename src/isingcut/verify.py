@@ -63,7 +63,7 @@ def verify(
             expected = source_model(tokens, use_cache=False).logits
         got = cut(tokens, use_cache=False).logits
     difference = relative_difference(expected, got)
-    allowed = _TOLERANCE.get(source_model.dtype, _HALF_TOLERANCE)
+    allowed = tolerance(source_model.dtype)
     if not difference <= allowed:
         raise VerificationError(
             f"the checkpoint {out} does not compute what the original does without blocks "
@@ -78,6 +78,11 @@ def verify(
 
     check_generation(cut, tokens, new_tokens, str(out), skipped_original)
     return difference
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest logit difference that a dtype's rounding explains, relative to the largest logit."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
 
 
 def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:

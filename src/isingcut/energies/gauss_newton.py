@@ -29,6 +29,7 @@ class GaussNewton:
     """
 
     default_samples: ClassVar[int] = 16
+    streams: ClassVar[bool] = False
 
     gate: str = "sublayer"
 

@@ -30,6 +30,7 @@ class Hessian:
     """
 
     default_samples: ClassVar[int] = 16
+    streams: ClassVar[bool] = False
 
     gate: str = "sublayer"
 

@@ -41,6 +41,7 @@ def allowance(limit: str, device: torch.device) -> Allowance:
 
     Args:
         limit: as ``"8GB"`` or ``"50%"`` (of what is free); empty takes 80 % of what is free.
+            Processes that a launcher started on one machine have equal parts of a share.
 
     Raises:
         InputError: the limit cannot be read.
@@ -58,6 +59,8 @@ def allowance(limit: str, device: torch.device) -> Allowance:
             return Allowance(int(wanted.amount), used)
         assert wanted.share is not None
         share = wanted.share
+    if device.type != "cuda":
+        share /= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Allowance(used + int(share * free), used)
 
 

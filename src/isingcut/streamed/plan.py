@@ -107,7 +107,7 @@ class PartPlan:
 
 def plan_parts(
     folder: Path, model: Any, blocks: Sequence[str], dtype: torch.dtype, *, fp8: bool = False
-) -> dict[Part, PartPlan]:
+) -> tuple[dict[Part, PartPlan], list[str]]:
     """What fills each block, the embedding, the head and the rest of a model.
 
     Args:
@@ -117,11 +117,15 @@ def plan_parts(
         dtype: the model's.
         fp8: weights may be float8, with scales beside them.
 
+    Returns:
+        the plan of each part, and the names of stored tensors that the model has no use for.
+
     Raises:
         ModelError: tensors are missing from the checkpoint, or have other shapes.
     """
     names = Names(model, dtype)
-    group_of = {t.name: group for group in _groups(folder, names, fp8) for t in group.targets}
+    groups, unexpected = _groups(folder, names, fp8)
+    group_of = {t.name: group for group in groups for t in group.targets}
     kept = _resolved(folder, names, set(group_of))
     paths = _paths(model, blocks)
     members: dict[Part, dict[str, str]] = {p: {} for p in (*range(len(blocks)), EMBED, HEAD, REST)}
@@ -129,7 +133,7 @@ def plan_parts(
         stems = (name[: dot.start()] for dot in re.finditer(r"\.", name))
         part = next((paths[stem] for stem in stems if stem in paths), REST)
         members[part][name] = target
-    return {part: _layout(found, group_of) for part, found in members.items()}
+    return {part: _layout(found, group_of) for part, found in members.items()}, unexpected
 
 
 def _paths(model: Any, blocks: Sequence[str]) -> dict[str, Part]:
@@ -181,17 +185,20 @@ def _resolved(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
     return kept
 
 
-def _groups(folder: Path, names: Names, fp8: bool) -> list[Group]:
-    """Every stored tensor that the model has, by what it fills."""
+def _groups(folder: Path, names: Names, fp8: bool) -> tuple[list[Group], list[str]]:
+    """Every stored tensor that the model has, by what it fills; and those it does not have."""
     stored = read_checkpoint(folder)
     if fp8:
         stored = weights_of(stored)
+    unexpected: list[str] = []
     alone: list[Group] = []
     together: dict[str, list[tuple[str, StoredTensor]]] = {}
     for name in sorted(stored, key=names.order):
         tensor = stored[name]
         target, pattern = names.target(name)
         if target not in names.tensors:
+            if not names.may_be_extra(target):
+                unexpected.append(name)
             continue
         if pattern is not None:
             together.setdefault(target, []).append((pattern, tensor))
@@ -200,7 +207,8 @@ def _groups(folder: Path, names: Names, fp8: bool) -> list[Group]:
         _same_shape(folder, name, tensor.shape, wanted)
         made = Target(target, names.dtype_of(target), wanted)
         alone.append(Group((made,), (Copied(tensor, target),)))
-    return alone + [_joined(folder, first, members, names) for first, members in together.items()]
+    joined = [_joined(folder, first, members, names) for first, members in together.items()]
+    return alone + joined, unexpected
 
 
 def _joined(

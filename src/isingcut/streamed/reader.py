@@ -38,6 +38,7 @@ class Reader:
 
     Attributes:
         plans: what fills each part.
+        unexpected: stored tensors that the model has no use for.
         bytes_read: from the files, so far.
     """
 
@@ -49,7 +50,7 @@ class Reader:
         self._dtype = dtype
         self._files: dict[Path, FileIO] = {}
         self._stage = bytearray(_STAGE)
-        self.plans: dict[Part, PartPlan] = plan_parts(folder, model, blocks, dtype, fp8=self._fp8)
+        self.plans, self.unexpected = plan_parts(folder, model, blocks, dtype, fp8=self._fp8)
         self.bytes_read = 0
 
     def fill(self, part: Part, buffer: Tensor) -> dict[str, Tensor]:

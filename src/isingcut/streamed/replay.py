@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from isingcut.architectures import find_stack, stack_modules, text_config
 from isingcut.blocks import Replay
 from isingcut.errors import InputError
+from isingcut.head import OutputHead
 from isingcut.streamed.buffers import Buffers
 from isingcut.streamed.memory import Allowance, allowance
 from isingcut.streamed.plan import EMBED
@@ -48,12 +50,18 @@ class StreamedReplay(Replay):
         decoder: Any = model
         self._embedding: Any = decoder.get_input_embeddings()
         stack = find_stack(model)
+        self.dtype = store.dtype
         super().__init__(model, stack_modules(model, stack), device=store.device)
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, cheaply, for the fingerprint of a journal."""
         config: Any = self.model.config
         return {"model": config.to_dict(), "starts": self.store.reader.starts(), "streamed": True}
+
+    @cached_property
+    def head(self) -> OutputHead:
+        """The output head, looked at once: that reads the embedding and the head."""
+        return OutputHead(self)
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
@@ -96,9 +104,11 @@ class StreamedReplay(Replay):
         Raises:
             InputError: parts and one batch's own work leave none.
         """
-        longest = int(batch.input_ids.shape[1])
+        longest, count = int(batch.input_ids.shape[1]), int(batch.input_ids.numel())
         vocabulary = int(text_config(self.model).vocab_size)
-        work = _BLOCK_STREAMS * self.stream_bytes(batch) + _LOGITS_COPIES * 4 * longest * vocabulary
+        # A comparison keeps the original's logits of the batch, in the model's dtype.
+        logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.dtype.itemsize * count)
+        work = _BLOCK_STREAMS * self.stream_bytes(batch) + logits
         parts = 2 * self.store.buffers.size + self.store.resident
         room = self.memory.left - parts - work - _SLACK
         if room <= 0:
@@ -106,7 +116,7 @@ class StreamedReplay(Replay):
             raise InputError(
                 f"the memory allowed is {self.memory.total / 1e9:.2f} GB; streaming this model "
                 f"needs {needed / 1e9:.2f} GB before any hidden state is kept: two parts "
-                f"{parts / 1e9:.2f} GB, the work on {batch.input_ids.numel()} tokens "
+                f"{parts / 1e9:.2f} GB, the work on {count} tokens "
                 f"{(work + _SLACK) / 1e9:.2f} GB, the process itself {self.memory.used / 1e9:.2f} "
                 "GB; raise --memory-limit or lower --batch-tokens"
             )

@@ -150,6 +150,13 @@ class Names:
         """Names of tensors that are another one: ``{this: that}``."""
         return dict(self.model.all_tied_weights_keys)
 
+    def may_be_extra(self, target: str) -> bool:
+        """Whether a stored tensor without a place in the model is one transformers drops too."""
+        patterns = list(self.model._keys_to_ignore_on_load_unexpected or ())
+        # Older versions of many families stored these buffers.
+        patterns += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+        return any(re.search(p, target) for p in patterns)
+
     def may_miss(self, target: str) -> bool:
         """Whether a checkpoint need not hold a tensor: the model computes that buffer itself."""
         patterns = self.model._keys_to_ignore_on_load_missing or ()

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from isingcut.blocks import Recording, Replay
 from isingcut.errors import InputError
-from isingcut.journal import Journal
 from isingcut.head import OutputHead, comparison
+from isingcut.journal import Journal
 from isingcut.measure import tree_nodes
 from isingcut.progress import Bar
 from isingcut.sharing import share

@@ -44,7 +44,7 @@ class Store:
         device: torch.device,
         buffers: Buffers | None = None,
     ) -> None:
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.dtype = folder, device, dtype
         self.reader = Reader(folder, model, list(blocks), dtype)
         self.order: list[Part] = [EMBED, *range(len(blocks)), HEAD]
         self._parts = {
@@ -57,11 +57,15 @@ class Store:
             buffers = Buffers(self.largest, device)
         self.buffers = buffers
         self._settle_rest(model)
-        modules = {i: model.get_submodule(path) for i, path in enumerate(blocks)}
-        outer = {EMBED: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
-        for part, module in (modules | outer).items():
-            if module is not None and self._parts[part].size:
-                module.__dict__["forward"] = self._on_demand(part, module.forward)
+        _compute_on(model, device)
+        modules: dict[Part, Any] = {i: model.get_submodule(p) for i, p in enumerate(blocks)}
+        modules[EMBED] = model.get_input_embeddings()
+        for part, module in modules.items():
+            module.__dict__["forward"] = self._on_demand(part, module.forward)
+        head = model.get_output_embeddings()
+        if head is not None and self._parts[HEAD].size:
+            # A hook, because others put their own ``forward`` into the head and take it out.
+            head.register_forward_pre_hook(lambda module, args: self.need(HEAD))
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
         """Install parts in this order, each for one turn of the loop, the next read meanwhile."""
@@ -70,6 +74,10 @@ class Store:
             if position + 1 < len(order):
                 self.buffers.expect(self._parts[order[position + 1]])
             yield part
+
+    def hold(self, part: Part) -> None:
+        """Install a part; the one installed before it, maybe another model's, stays."""
+        self.buffers.take(self._parts[part])
 
     def need(self, part: Part) -> None:
         """Install a part unless it is installed; the one that comes after it will be next.
@@ -157,3 +165,12 @@ class StoredPart:
         """Let the model forget it."""
         for home, leaf, _, empty in self._homes:
             home[leaf] = empty
+
+
+def _compute_on(model: Any, device: torch.device) -> None:
+    """Let ``model.device`` name where it computes: its parameters are mostly nowhere."""
+    family = type(model)
+    place = property(lambda self: device)
+    model.__class__ = type(
+        family.__name__, (family,), {"device": place, "__module__": family.__module__}
+    )
