@@ -121,6 +121,10 @@ class Bench:
         of conversations."""
         return self._tokens(name, self.options.pool * self.options.length)
 
+    def wide_pool(self, name: str) -> TokenSet:
+        """The text of methods that draw their own parts of it; the pool's samples among it."""
+        return self._tokens(name, self.options.search_pool * self.options.length)
+
     @cached_property
     def large_pool(self) -> TokenSet:
         """The text of the long evolution; it begins with the pool's own samples."""

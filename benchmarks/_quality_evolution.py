@@ -7,6 +7,7 @@ was measured is read back, and the price is counted as if it were one run.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -45,11 +46,13 @@ def within(
     Where not even the published number of random first states fits, half as many are drawn,
     and so on.
     """
-    replay, tokens = choosing.bench.replay, choosing.tokens
+    replay, tokens, scale = choosing.bench.replay, choosing.wide, choosing.scale
 
     def run(generations: int, initial: int) -> tuple[Any, Outcome]:
         part = evolution(tokens, generations, initial)
-        return part, part.choose(replay, tokens, remove, work, seed)
+        found = part.choose(replay, tokens, remove, work, seed)
+        priced = dataclasses.replace(found, passes=found.passes * scale, heads=found.heads * scale)
+        return part, priced
 
     initial = INITIAL
     best = run(0, initial)

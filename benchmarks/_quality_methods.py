@@ -60,6 +60,16 @@ class Choosing:
     def tokens(self) -> TokenSet:
         return self.bench.pool(self.text)
 
+    @property
+    def wide(self) -> TokenSet:
+        """The text of methods that measure most states on a part of it only."""
+        return self.bench.wide_pool(self.text)
+
+    @property
+    def scale(self) -> float:
+        """Passes over the pool that one pass over the wide text costs."""
+        return float(self.wide.mask.sum() / self.tokens.mask.sum())
+
     def name(self, method: str, remove: int | None = None, seed: int | None = None) -> str:
         tail = "" if remove is None else f"/M{remove:02d}"
         tail += "" if seed is None else f"{'/' if remove is None else '-'}s{seed}"
@@ -248,14 +258,21 @@ class Choosing:
         """A `refined` search of at most ``budget`` passes, as the content of a part."""
         from isingcut.search import Search
 
-        part = Search(removals=tuple(removals), passes=budget)
-        pool = self.tokens if tokens is None else tokens
+        pool = self.wide if tokens is None else tokens
+        scale = self.scale if tokens is None else 1.0
+        part = Search(removals=tuple(removals), passes=budget / scale)
         found = part.run(self.bench.replay, pool, self.bench.work(journal), seed)
+        passes, heads = found.passes * scale, found.heads * scale
         rows = [
-            choice(method, m, seed, Outcome(tuple(found.best(m)), found.passes, found.heads))
-            for m in removals
+            choice(method, m, seed, Outcome(tuple(found.best(m)), passes, heads)) for m in removals
         ]
-        more = {"budget": budget, "trace": plain(found.trace)}
+        trace = [{**t, "passes": t["passes"] * scale} for t in found.trace]
+        more = {
+            "budget": budget,
+            "samples": pool.samples,
+            "evaluations": found.evaluations,
+            "trace": plain(trace),
+        }
         return self._content(method, part, rows, more)
 
     # prices -------------------------------------------------------------------------------

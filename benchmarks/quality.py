@@ -16,9 +16,12 @@ compares all methods on any other model and text, judges, collects and prints.
 
 Every method chooses on the same `--pool` samples and pays in the same unit: full forward passes
 (block evaluations over the number of blocks) and output heads over the whole pool, shared
-prefixes credited to all. `evopress` and `refined` get at most the passes that SLEB, as
-published, took to the same number of removals; `refined-joint` searches for all numbers at once
-with SLEB's passes for the largest. KL is to the original model, in nats per token.
+prefixes credited to all. The two methods that measure most states on parts of their text,
+`evopress` and `refined`, draw these from `--search-pool` samples, the pool's among them. What
+they pay is counted in passes over the pool too: the budget buys them fewer but wider looks.
+They get at most the passes that SLEB, as published, took to the same number of removals;
+`refined-joint` searches for all numbers at once with SLEB's passes for the largest. KL is to
+the original model, in nats per token.
 
 Figures, from the table of the first text that blocks are chosen on:
 
@@ -88,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lowest", type=int, default=20, help="lowest states of an energy in its study")
     add("--random-states", type=int, default=40, help="random states in that study")
     add("--pool", type=int, default=8, help="samples to choose on")
+    add("--search-pool", type=int, default=16, help="samples for evopress and refined, see above")
     add("--length", type=int, default=256, help="tokens a sample")
     add("--chat-length", type=int, default=512, help="most tokens of a conversation")
     add("--judged-tokens", type=int, default=8192, help="tokens of each text to judge on")
