@@ -223,7 +223,7 @@ class Crew:
         silent = next((r for r, when in enumerate(changed) if now - when > SILENCE), None)
         if silent is None:
             return None
-        failure = Failure(silent, "", 1, f"gave no sign of life for {SILENCE:.0f} seconds")
+        failure = Failure(silent, "", 1, f"gave no sign of life for {SILENCE:.0f} s")
         self.store.compare_set("failed", "", json.dumps(asdict(failure)))
         return failure
 

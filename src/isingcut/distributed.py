@@ -36,7 +36,10 @@ _LOCAL = ("replay", "progress", "journal", "description")
 class _Post:
     """What this process knows of the run it takes part in."""
 
+    home: Crew | None = None
+    """Of this process, for as long as it lives."""
     crew: Crew | None = None
+    """While it takes part in a run."""
     session: Session | None = None
     orders: int = 0
 
@@ -56,7 +59,7 @@ def led(work: Callable[[], T]) -> T | None:
     """
     if _post.crew is not None or not expected():
         return work()
-    crew = Crew.from_environment()
+    _post.home = crew = _post.home or Crew.from_environment()
     result = None
     try:
         crew.meet()

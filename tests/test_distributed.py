@@ -1,0 +1,239 @@
+"""Several processes: the same bits as one, one report of a failure, and no process left behind."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+import isingcut
+from isingcut import crew
+from isingcut.journal import Journal
+from isingcut.orders import pack, unpack
+from isingcut.pieces import Piece, left
+from isingcut.sharing import processes, share
+from isingcut.tokens import TokenSet
+from ranks import launch, say_into, type_in
+from tiny import tiny_checkpoint
+
+OPTIONS = {
+    "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "dtype": "float32",
+    "batch_tokens": 32,
+}  # fmt: skip
+FILES = ["calibration.safetensors", "hamiltonian.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and a text."""
+    folder = tmp_path_factory.mktemp("distributed")
+    tiny_checkpoint("llama", folder / "model")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (2500, 6))
+    words = " ".join("".join(word) for word in letters)
+    (folder / "text.txt").write_text(words, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """What one process measures, by the Python door."""
+    from isingcut import pipeline, stages
+
+    for name in ("pairwise", "fisher"):
+        _energy(place, place / name, name)
+    run = isingcut.runfolder.RunFolder.open(place / "pairwise")
+    config = run.config.replace(remove="2", random_states=30, states=5)
+    stages.solve(run, config)
+    stages.rank(pipeline.session_of(run, config), run)
+    return place
+
+
+def _energy(place, out, name="pairwise"):
+    isingcut.energy(
+        model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), energy=name,
+        also="hessian" if name == "pairwise" else "", **OPTIONS,
+    )  # fmt: skip
+
+
+def _typed(place, out, name="pairwise"):
+    """The same on the command line."""
+    options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
+    also = ["--also", "hessian"] if name == "pairwise" else []
+    return [
+        "energy", place / "model", "--calibration", place / "text.txt", "--out", out,
+        "--energy", name, *also, *options,
+    ]  # fmt: skip
+
+
+def _all(place, out, notes):
+    """In every process: two energies, and the ranking for one; who computed what."""
+    say_into(notes.with_suffix(".err"))
+    computed = []
+    put = Journal.put
+
+    def noted(journal, key, row):
+        computed.append(key)
+        put(journal, key, row)
+
+    Journal.put = noted
+    for arguments in (
+        _typed(place, out / "pairwise"),
+        ["solve", out / "pairwise", "--remove", 2, "--states", 5],
+        ["rank", out / "pairwise", "--remove", 2, "--random-states", 30],
+        _typed(place, out / "fisher", "fisher"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            type_in(*arguments)
+        assert end.value.code == 0
+    path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
+    path.write_text(json.dumps(computed), encoding="utf-8")
+
+
+def _join(ranks):
+    for rank in ranks:
+        rank.join(120)
+    return [rank.exitcode for rank in ranks]
+
+
+def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
+    out, notes = tmp_path / "run", tmp_path / "notes"
+    ranks, _store = launch(3, _all, place, out, notes)
+    assert _join(ranks) == [0, 0, 0], notes.with_suffix(".err").read_text()
+    for name in (
+        *(f"pairwise/{name}" for name in FILES),
+        "pairwise/hamiltonian.hessian.safetensors",
+        "pairwise/remove-2/candidates.json",
+        "fisher/hamiltonian.safetensors",
+    ):
+        assert (out / name).read_bytes() == (alone / name).read_bytes(), name
+    others = [json.loads((tmp_path / f"notes.{r}").read_text()) for r in (1, 2)]
+    assert all(others), "every process has computed a part"
+    said = notes.with_suffix(".err").read_text()
+    assert said.count("measuring 21 removals: 100%") == 1, "one process shows progress"
+
+
+def _fails(place, out, said):
+    """Rank 1 fails with an error of ours in the middle of a measurement."""
+    from isingcut.errors import ArchitectureError
+
+    say_into(said)
+    if os.environ["RANK"] == "1":
+        import isingcut.measure as module
+
+        def broken(*arguments):
+            raise ArchitectureError("this block cannot be run")
+
+        module._measure_batch = broken
+    type_in(*_typed(place, out))
+
+
+def test_an_error_anywhere_ends_all_with_one_line(place, tmp_path):
+    said = tmp_path / "said"
+    ranks, _store = launch(2, _fails, place, tmp_path / "run", said)
+    assert _join(ranks) == [2, 2]
+    lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+    assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
+    assert "Traceback" not in said.read_text()
+    assert not list((tmp_path / "run").glob(".*")), "no half-written files"
+
+
+def _refused(place, out, said):
+    say_into(said)
+    type_in("energy", place / "nothing", "--out", out)
+
+
+def test_an_error_of_rank_0_is_its_own_line(place, tmp_path):
+    ranks, _store = launch(2, _refused, place, tmp_path / "run", tmp_path / "said")
+    assert _join(ranks) == [2, 2]
+    (line,) = (tmp_path / "said").read_text().splitlines()
+    assert line.startswith("isingcut: there is no model at")
+    assert not (tmp_path / "run").exists()
+
+
+def _killed(place, out, said, launcher):
+    """Rank 1 is killed while it hands in its first row."""
+    say_into(said)
+    gone = said.with_suffix(".gone")
+    if os.environ["RANK"] == "1":
+
+        def fatal(journal, key, row):
+            gone.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.put = fatal
+    silent = crew.Crew._silent
+
+    def watched(self, beats, changed):
+        # However slow the machine: alive is alive, and gone is soon noticed.
+        crew.SILENCE = 1.0 if gone.exists() and not launcher else 600.0
+        return silent(self, beats, changed)
+
+    crew.Crew._silent = watched
+    type_in(*_typed(place, out))
+
+
+@pytest.mark.parametrize("launcher", [True, False])
+def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
+    launcher, place, alone, tmp_path
+):
+    said, out = tmp_path / "said", tmp_path / "run"
+    (first, second), _store = launch(2, _killed, place, out, said, launcher)
+    second.join(120)
+    assert second.exitcode == -signal.SIGKILL
+    if launcher:
+        # As torchrun does; without one, rank 0 notices by itself.
+        first.terminate()
+    (code,) = _join([first])
+    lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+    if launcher:
+        assert code == 128 + signal.SIGTERM
+        assert len(lines) == 1
+        assert "ended by a signal" in lines[0]
+    else:
+        assert code == 1
+        assert lines == ["isingcut: rank 1 of 2: gave no sign of life for 1 s"]
+    assert not list(out.glob(".*")), "no half-written files"
+    _energy(place, out)
+    for name in (*FILES, "hamiltonian.hessian.safetensors"):
+        assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
+
+
+def test_orders_carry_token_sets_arrays_and_plain_values():
+    tokens = TokenSet.from_rows([[1, 2, 3], [4, 5]])
+    states = np.eye(3, dtype=bool)
+    message, found = unpack(
+        pack({"order": "task"}, {"tokens": tokens, "states": states, "seed": None, "gate": "block"})
+    )
+    assert message == {"order": "task"}
+    assert (found["seed"], found["gate"]) == (None, "block")
+    np.testing.assert_array_equal(found["states"], states)
+    assert found["tokens"].input_ids.tolist() == tokens.input_ids.tolist()
+    assert found["tokens"].mask.tolist() == tokens.mask.tolist()
+
+
+def test_one_process_shares_with_nobody():
+    assert processes() == 1
+    kept = Journal(None, "x")
+    assert list(share(kept, ["a", "b", "c"])) == [["a"], ["b"], ["c"]]
+    assert list(share(kept, ["a", "b", "c"], at_once=None)) == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 16])
+def test_pieces_cover_every_state_once(count):
+    done = ["0:0-5", "1:3-9", "1:12-20"]
+    found = left(done, 3, 20, count, 0.03)
+    covered = [
+        (p.batch, s) for p in [*found, *map(Piece.read, done)] for s in range(p.first, p.last)
+    ]
+    assert sorted(covered) == [(b, s) for b in range(3) for s in range(20)]
+    assert left([p.key for p in found] + done, 3, 20, count, 0.03) == []
+    assert [Piece.read(p.key) for p in found] == found
+
+
+def test_few_micro_batches_are_parted_for_many_processes():
+    assert [p.key for p in left([], 2, 100, 1, 0.03)] == ["0:0-100", "1:0-100"]
+    assert len(left([], 2, 100, 4, 0.03)) == 4
+    assert len(left([], 64, 100, 4, 0.03)) == 64
+    # No state at all still needs the original's own losses.
+    assert [p.key for p in left([], 1, 0, 4, 0.03)] == ["0:0-0"]
