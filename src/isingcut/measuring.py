@@ -156,20 +156,22 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         "samples": samples_of(config, name),
         "dtype": str(session.loaded.dtype),
     }
+    journal = folder.path / f"{file.name}.journal"
 
     def make(path: Path) -> None:
         from isingcut.calibration import Calibration
 
         split = Calibration.load(folder.path / "calibration.safetensors").splits["energy"]
-        work = work_of(session, folder.path / f"{file.name}.journal")
+        work = work_of(session, journal)
         own = range(samples_of(config, name))
         measured = part.measure(session.replay, split.select(own), work)
         measured.save(path)
-        assert work.journal is not None
-        work.journal.unlink(missing_ok=True)
-        work.journal.with_suffix(".effort").unlink(missing_ok=True)
 
-    return folder.stage("energy", file, options, make, Hamiltonian.load)
+    found = folder.stage("energy", file, options, make, Hamiltonian.load)
+    # Not before the stage is recorded as done: a kill in between would cost all of it.
+    for leftover in (journal, journal.with_suffix(".effort")):
+        leftover.unlink(missing_ok=True)
+    return found
 
 
 def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
