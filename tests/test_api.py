@@ -148,6 +148,17 @@ def test_another_removal_has_its_own_spectrum_and_shares_the_model(place, monkey
     assert other.path.name == "remove-2"
 
 
+def test_a_range_of_removals_gives_a_curve(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    run = isingcut.prune(
+        "my-model", remove="2..3", calibration="my-text.txt", out=tmp_path / "run", **OPTIONS
+    )
+    assert [len(state.removed) for state in run.curve] == [2, 3]
+    assert run.at(2).chosen == run.curve[0]
+    with pytest.raises(InputError, match="range"):
+        run.spectrum  # noqa: B018
+
+
 def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     monkeypatch.chdir(place)
     found = read_json(place / "my-run" / "candidates.json", "candidates")

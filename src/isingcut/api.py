@@ -11,7 +11,6 @@ started in Python can be looked at, reported or continued in a shell, and the ot
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 import warnings
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from isingcut.config import RunConfig, from_mapping
+from isingcut.errors import InputError
 from isingcut.files import read_json
 from isingcut.progress import Progress, silent, terminal
 
@@ -57,10 +57,13 @@ class Options(TypedDict, total=False):
     seed: int
     energy: str
     also: str
+    effort: str
     linear: bool
     dtype: str
     device: str
     batch_tokens: int
+    stream: str
+    memory_limit: str
     trust_remote_code: bool
     solver: str
     states: int
@@ -71,6 +74,10 @@ class Options(TypedDict, total=False):
     drop: str
     random_states: int
     choose: str
+    patch: str
+    heal: bool
+    heal_top: int
+    heal_options: str
     overwrite: bool
 
 
@@ -84,7 +91,7 @@ class State:
         kl: KL(original || cut), nats per token, on text the energy has not seen.
         kl_se: its standard error over samples; None for a single sample.
         nll: negative log-likelihood, nats per token.
-        position: place in the spectrum, 0 for the ground state; None for a random state.
+        position: place among the candidates by energy, 0 for the lowest.
 
     Examples:
         >>> run = isingcut.open_run("my-run")
@@ -97,7 +104,7 @@ class State:
     kl: float
     kl_se: float | None
     nll: float
-    position: int | None
+    position: int
 
 
 def prune(
@@ -112,8 +119,9 @@ def prune(
 
     Args:
         model: a Hugging Face folder, a hub id, a ``.gguf`` file or ``"smollm2"``.
-        remove: how many blocks go (8), or how many of each kind (``"attention=2,moe=3"``); may
-            be left out where a ``budget`` is given.
+        remove: how many blocks go (8), how many of each kind (``"attention=2,moe=3"``), or a
+            range (``"4..15"``, see `Run.curve` and `Run.at`); may be left out where a ``budget``
+            is given.
         out: the run folder; what is finished there is not measured again. Without one, a
             temporary folder that goes with the returned object.
         progress: True shows bars on stderr; or any `isingcut.progress.Progress`.
@@ -139,30 +147,46 @@ def prune(
         >>> run.save("smaller-model").name
         'smaller-model'
     """
-    from isingcut import pipeline, stages
+    from isingcut import stages
+    from isingcut.crew import expected
+    from isingcut.distributed import led
     from isingcut.measuring import measure_energy
+    from isingcut.pipeline import open_session
+    from isingcut.removal import each_removal
 
+    if out is None and expected():
+        raise InputError("several processes need one run folder; give out=...")
     temporary = Path(tempfile.mkdtemp(prefix="isingcut-")) if out is None else None
-    try:
-        wanted: dict[str, Any] = {
-            **options,
-            "model": str(model),
-            "remove": "" if remove is None else remove,
-            "out": str(out if temporary is None else temporary / "run"),
-        }
+    wanted: dict[str, Any] = {
+        **options,
+        "model": str(model),
+        "remove": "" if remove is None else remove,
+        "out": str(out if temporary is None else temporary / "run"),
+    }
+
+    def work() -> tuple[Run, list[str]]:
         config = from_mapping(wanted, "isingcut.prune").validate()
-        session, folder = pipeline.open_session(config, _progress(progress), need_removal=True)
+        session, folder = open_session(config, _progress(progress), need_removal=True)
         measure_energy(session, folder)
-        stages.solve(folder, config)
-        found = stages.rank(session, folder)
+        said: list[str] = []
+        for one in each_removal(config):
+            stages.solve(folder, one)
+            said += _warnings(one, stages.rank(session.at(one), folder))
+        return Run(folder, config, session), said
+
+    try:
+        done = led(work)
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    run = Run(folder, config, session)
+    if done is None:
+        # Another process of the launcher did the work; the folder has it.
+        return open_run(wanted["out"], progress=progress)
+    run, said = done
     if temporary is not None:
         weakref.finalize(run, shutil.rmtree, temporary, ignore_errors=True)
-    for text in _warnings(config, found):
+    for text in dict.fromkeys(said):
         warnings.warn(text, PoorEnergyWarning, stacklevel=2)
     return run
 
@@ -320,6 +344,20 @@ class Run:
         return _state(found, int(found["position"]))
 
     @property
+    def curve(self) -> list[State]:
+        """The chosen state of every removal that was ranked in this folder, fewest blocks first.
+
+        Examples:
+            >>> [len(state.removed) for state in isingcut.open_run("my-run").curve]
+            [3]
+        """
+        home = self._folder.path
+        files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
+        chosen = [read_json(f, "candidates")["chosen"] for f in files if f.exists()]
+        states = [_state(row, int(row["position"])) for row in chosen]
+        return sorted(states, key=lambda s: (len(s.removed), s.kl))
+
+    @property
     def fidelity(self) -> dict[str, Any]:
         """How well the energy ranked measured KL: ``spearman`` and ``kendall`` with their
         intervals (``_low``, ``_high``), and ``n`` states.
@@ -351,9 +389,7 @@ class Run:
         config = self.config.replace(remove=str(remove), budget="")
         session = None
         if "_session" in self.__dict__ or self._given is not None:
-            # The loaded model is shared; only the options differ.
-            session = copy.copy(self._session)
-            session.config = config
+            session = self._session.at(config)
         return Run(self._folder, config, session, self._progress)
 
     def save(
@@ -419,7 +455,7 @@ class Run:
         return stages.report(self._folder, self.config.removal)
 
 
-def _state(row: dict[str, Any], position: int | None) -> State:
+def _state(row: dict[str, Any], position: int) -> State:
     return State(
         tuple(int(b) for b in row["removed"]),
         float(row["energy"]),
