@@ -200,7 +200,15 @@ def drive(
                 left_out += 1
                 continue
             print(f"[{spent / 60:6.1f} min] {part.name}: about {expected / 60:.1f} min", flush=True)
-            taken = store.run(part)
+            left = max(expected, planned) / 60
+            print(f"{'':13}all that is planned: about {left:.0f} min left", flush=True)
+            planned -= expected
+            try:
+                taken = store.run(part)
+            except IsingcutError as error:
+                failed.append(part.name)
+                print(f"{'':13}{part.name} failed: {error}", flush=True)
+                continue
             print(f"{'':13}{part.name}: took {taken / 60:.1f} min", flush=True)
     if left_out:
         print(f"{left_out} parts did not fit into {minutes:g} minutes; run again to go on")

@@ -83,7 +83,18 @@ def model(tmp_path_factory) -> Path:
 
 
 def arguments(model: Path, data: Path, work: Path, *more: str) -> list[str]:
-    sizes = ["--pool", "3", "--length", "24", "--judged-tokens", "72", "--chat-length", "60"]
+    sizes = [
+        "--pool",
+        "3",
+        "--search-pool",
+        "3",
+        "--length",
+        "24",
+        "--judged-tokens",
+        "72",
+        "--chat-length",
+        "60",
+    ]
     where = ["--model", str(model), "--data", str(data), "--work", str(work)]
     own = ["--calibration", str(data / "own.txt"), "--remove", "2", "--dtype", "float32"]
     return [*where, *own, *sizes, "--batch-tokens", "96", "--quiet", *more]
@@ -124,12 +135,11 @@ def test_losses_of_the_tables_are_those_of_the_states(finished):
             np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
-def test_the_price_is_bounded_by_that_of_sleb(finished):
+def test_an_evolution_pays_no_more_than_sleb(finished):
     _, content = finished
     for table in content["tables"]:
         entries = {e["method"]: e for e in table["methods"]}
-        for method in ("refined", "evopress"):
-            assert all(r["passes"] <= entries["sleb"]["passes"] for r in entries[method]["runs"])
+        assert all(r["passes"] <= entries["sleb"]["passes"] for r in entries["evopress"]["runs"])
 
 
 def test_figures_follow_from_the_collected_tables(finished, capsys):
@@ -150,7 +160,11 @@ def test_figures_follow_from_the_collected_tables(finished, capsys):
     assert figures["refined_mean_kl_over_best_baseline"] == pytest.approx(
         figures["refined_kl_over_best_baseline_2"], rel=1e-3
     )
-    assert figures["refined_evaluations_over_sleb"] <= 1
+    entries = {e["method"]: e for e in content["tables"][0]["methods"]}
+    paid = max(r["passes"] for r in entries["refined"]["runs"])
+    assert figures["refined_evaluations_over_sleb"] == pytest.approx(
+        paid / entries["sleb"]["passes"], rel=1e-3
+    )
     assert -1 <= figures["spearman_pairwise_3"] <= 1
 
 
@@ -218,15 +232,23 @@ def test_any_model_and_text_are_compared_in_one_call(model, data, tmp_path, caps
     assert (tmp_path / "w/quality.json").exists()
 
 
-def test_evolution_spends_its_budget_and_no_more(finished):
-    bench, _ = finished
+@pytest.mark.parametrize("search_pool", [3, 6])
+def test_evolution_spends_its_budget_and_no_more(model, data, tmp_path, search_pool):
+    typed = arguments(model, data, tmp_path, "--search-pool", str(search_pool))
+    bench = Bench(quality.parser().parse_args(typed))
     choosing = Choosing(bench, "own", (3,))
-    part, found = evolution.within(choosing, 3, 0, 6.0, Work())
-    assert found.passes <= 6
-    longer = evolution.evolution(choosing.tokens, part.generations + 1, part.initial)
+    part, found = evolution.within(choosing, 3, 0, 9.0, Work())
+    assert choosing.scale == search_pool / 3
+    assert choosing.wide.input_ids[:3].tolist() == choosing.tokens.input_ids.tolist()
+    # The price is that of the same evolution on the wide text, in passes over the pool.
+    again = part.choose(bench.replay, choosing.wide, 3, Work(), 0)
+    assert found.removed == again.removed
+    assert found.passes == pytest.approx(again.passes * search_pool / 3)
+    assert found.passes <= 9
+    longer = evolution.evolution(choosing.wide, part.generations + 1, part.initial)
+    more = longer.choose(bench.replay, choosing.wide, 3, Work(), 0)
     published = evolution.published_generations(bench.n, 3)
-    more = longer.choose(bench.replay, choosing.tokens, 3, Work(), 0)
-    assert more.passes > 6 or part.generations == published
+    assert more.passes * search_pool / 3 > 9 or part.generations == published
 
 
 # accuracy ---------------------------------------------------------------------------------
