@@ -1,0 +1,278 @@
+"""The report in a headless Chromium: it draws, answers, fits, and can be used without a mouse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isingcut.files import read_json
+from isingcut.hamiltonian import Hamiltonian
+from isingcut.report import write_comparison, write_report
+from run_files import write_run
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+# Of its own accord Chromium asks for updates and name servers; a test machine has no network.
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    with playwright.sync_playwright() as p:
+        if found is None and not Path(p.chromium.executable_path).exists():
+            pytest.skip(
+                "no Chromium here: apt-get install chromium, or playwright install chromium"
+            )
+        running = p.chromium.launch(executable_path=found, args=QUIET)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: Any) -> Path:
+    path = write_run(tmp_path_factory.mktemp("pages") / "run")
+    write_report(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(run: Path) -> dict[str, Path]:
+    """The pages to look at: a run, one of 80 blocks, and a comparison of three."""
+    large = write_run(run.parent / "large", n=80, m=20, model="b-model", extras=False)
+    write_report(large)
+    other = write_run(run.parent / "other", energy="hessian", extras=False)
+    several = run.parent / "compare.html"
+    write_comparison([(run, run), (other, other), (large, large)], several)
+    return {"run": run / "report.html", "large": large / "report.html", "several": several}
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def show(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
+    """Opens a page from disk; what it complains of or asks for fails the test."""
+    contexts: list[Any] = []
+    complaints: list[str] = []
+
+    def opened(name: str, size: dict[str, int] = DESK, **options: Any) -> Any:
+        context = browser.new_context(viewport=size, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda m: complaints.append(f"{m.type}: {m.text}"))
+        page.on("pageerror", lambda e: complaints.append(str(e)))
+        page.goto(files[name].as_uri())
+        page.on("request", lambda r: complaints.append(f"asks for {r.url}"))
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def overflow(page: Any) -> int:
+    return page.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+@pytest.mark.parametrize("name", ["run", "large", "several"])
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["1280", "390"])
+def test_nothing_scrolls_sideways(show: Open, name: str, size: dict[str, int]) -> None:
+    page = show(name, size)
+    assert overflow(page) <= 0
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert overflow(page) <= 0
+    # What is too wide for a phone scrolls in a box of its own, which the keyboard reaches.
+    boxes = page.eval_on_selector_all(
+        ".scroll", "all => all.filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length"
+    )
+    assert boxes == 0
+
+
+def test_every_figure_is_drawn_with_all_its_data(show: Open, run: Path) -> None:
+    page = show("run")
+    count = lambda selector: page.locator(selector).count()  # noqa: E731
+    spectrum = read_json(run / "spectrum.json", "spectrum")["states"]
+    found = read_json(run / "candidates.json", "candidates")
+    measured = len(found["candidates"]) + len(found["random"])
+    assert count("#map tbody tr") == len(spectrum)
+    assert count("#map .r") == sum(len(s["removed"]) for s in spectrum)
+    assert count("#map tr.chosen") == 1
+    assert count("#fields .fields rect:not(.cursor)") == 12
+    assert count("#couplings .heat .p, #couplings .heat .n") == 12 * 11
+    assert count("#couplings .pick") == 3 * 2
+    assert count("#spectrum .mark") == 2 * len(spectrum)
+    assert count("#scatter-pairwise .mark") == measured
+    assert count("#scatter-empirical-fisher .mark") == measured
+    assert count("#pareto-parameters .mark") == count("#pareto-cache .mark") == 1 + 3
+    assert count("#pareto-speed .mark") == 1 + 2
+    assert count("#rivals tbody tr") == 3
+    assert count("#healing .mark") == 30
+    assert count("#benchmarks .meter") == 2 * 3
+    sizes = page.eval_on_selector_all(
+        "figure .mark .shape",
+        "all => all.map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])",
+    )
+    assert all(width > 2 and height > 1 for width, height in sizes)
+    captions = page.eval_on_selector_all(
+        "figure", "all => all.map(e => e.querySelector('figcaption').innerText.trim())"
+    )
+    assert len(captions) == 12
+    assert all(captions)
+
+
+def test_the_block_axis_is_one_line_through_map_fields_and_couplings(show: Open) -> None:
+    page = show("run")
+    boxes = [
+        page.locator(s).first.bounding_box()
+        for s in ("#map td[data-axis]", ".fields", ".heat", "#rivals td[data-axis]")
+    ]
+    for box in boxes[1:]:
+        assert box["x"] == pytest.approx(boxes[0]["x"], abs=1.5)
+        assert box["width"] == pytest.approx(boxes[0]["width"], abs=1.5)
+
+
+def test_pointing_gives_values(show: Open, run: Path) -> None:
+    page = show("run")
+    tip = page.locator(".tip")
+    assert tip.is_hidden()
+    chosen = read_json(run / "candidates.json", "candidates")["chosen"]
+    page.locator("#scatter-pairwise .mark.chosen").hover()
+    assert f"measured KL {chosen['kl']:.4f}" in tip.inner_text()
+    assert f"energy {chosen['energy']:.4g}" in tip.inner_text()
+    energy = Hamiltonian.load(run / "hamiltonian.safetensors")
+    heat = page.locator(".heat")
+    box = heat.bounding_box()
+    heat.hover(position={"x": box["width"] * 7.5 / 12, "y": box["height"] * 2.5 / 12})
+    assert "blocks 7 and 2" in tip.inner_text()
+    assert f"J = {energy.J[2, 7]:.4g}".replace("-", "−") in tip.inner_text()
+    assert page.locator("#map .heat, .heat .cursor").first.get_attribute("x") == "7"
+    fields = page.locator(".fields")
+    fields.hover(position={"x": fields.bounding_box()["width"] * 4.5 / 12, "y": 40})
+    assert f"h = {energy.h[4]:.4g}" in tip.inner_text()
+    cell = page.locator("#map tr.chosen td[data-axis]")
+    cell.hover(
+        position={"x": cell.bounding_box()["width"] * (chosen["removed"][0] + 0.5) / 12, "y": 9}
+    )
+    assert "removed in state" in tip.inner_text()
+    page.locator("h1").hover()
+    assert tip.is_hidden()
+
+
+def test_a_click_on_a_state_shows_its_blocks_in_every_figure(show: Open, run: Path) -> None:
+    page = show("run")
+    drawer = page.locator(".drawer")
+    state = read_json(run / "candidates.json", "candidates")["candidates"][2]
+    page.locator("#map tbody tr").nth(2).click()
+    said = drawer.inner_text()
+    assert "Removes 3 of 12 blocks: " + ", ".join(map(str, state["removed"])) in said
+    assert f"Measured KL {state['kl']:.4f} ± {state['kl_se']:.4f}" in said
+    assert drawer.locator(".r").count() == 3
+    assert page.locator("#map button[aria-pressed=true]").count() == 1
+    assert page.locator("#scatter-pairwise .mark.on").count() == 1
+    assert page.locator("#spectrum .mark.on").count() == 2
+    outlined = page.eval_on_selector_all(".pick", "all => all.map(e => +e.getAttribute('y'))")
+    assert sorted(set(outlined)) == state["removed"]
+    page.locator("#drawer-close").click()
+    assert drawer.is_hidden()
+    assert page.locator(".mark.on").count() == 0
+    page.locator("#scatter-pairwise .mark.random").first.click(force=True)
+    assert drawer.is_visible()
+
+
+def test_the_keyboard_reaches_everything(show: Open, run: Path) -> None:
+    page = show("run")
+    drawer, live = page.locator(".drawer"), page.locator("#live")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.locator("#map tbody button").first.focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowUp", "Enter"):
+        page.keyboard.press(key)
+    assert drawer.locator("h2").inner_text().lower() == "state 1"
+    page.keyboard.press("Escape")
+    assert drawer.is_hidden()
+    page.locator("#scatter-pairwise .mark").first.focus()
+    for key in ("ArrowRight", "Enter"):
+        page.keyboard.press(key)
+    assert "random state 1" in drawer.inner_text().lower()
+    assert "random state 1" in live.inner_text()
+    page.locator(".heat").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+    energy = Hamiltonian.load(run / "hamiltonian.safetensors")
+    assert live.inner_text().startswith("blocks 2 and 2") or "block 2" in live.inner_text()
+    page.keyboard.press("ArrowDown")
+    assert f"J = {energy.J[3, 2]:.4g}".replace("-", "−") in live.inner_text()
+    # One stop of the Tab key in each chart.
+    stops = page.eval_on_selector_all(
+        "svg.plot", "all => all.map(e => e.querySelectorAll('[tabindex=\"0\"]').length)"
+    )
+    assert set(stops) == {1}
+
+
+def violations(page: Any, **options: Any) -> list[tuple[str, ...]]:
+    """What axe calls serious or critical: rule, element and remedy."""
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"], **options})
+    return [
+        (v["id"], str(node["target"]), str(node.get("failureSummary")))
+        for v in found.response["violations"]
+        if v["impact"] in ("serious", "critical")
+        for node in v["nodes"]
+    ]
+
+
+def test_axe_finds_no_serious_violation(show: Open) -> None:
+    page = show("run", color_scheme="light")
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    page.locator("#map tbody tr").nth(1).click()
+    assert violations(page) == []
+    assert violations(show("several", color_scheme="light")) == []
+
+
+@pytest.mark.parametrize("name", ["run", "several"])
+def test_axe_finds_enough_contrast_in_the_dark(show: Open, name: str) -> None:
+    page = show(name, color_scheme="dark")
+    assert violations(page, runOnly={"type": "rule", "values": ["color-contrast"]}) == []
+
+
+def test_light_and_dark_follow_the_system_and_the_button(show: Open) -> None:
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light, dark = show("run", color_scheme="light"), show("run", color_scheme="dark")
+    seen = light.evaluate(colour), dark.evaluate(colour)
+    assert seen[0] != seen[1]
+    light.locator("#theme").click()
+    dark.locator("#theme").click()
+    assert (light.evaluate(colour), dark.evaluate(colour)) == (seen[1], seen[0])
+    dark.emulate_media(media="print")
+    assert dark.evaluate(colour) == seen[0]
+    assert dark.locator(".bar").is_hidden()
+
+
+def test_without_scripts_all_figures_are_there(show: Open) -> None:
+    page = show("run", java_script_enabled=False)
+    assert page.locator("#scatter-pairwise .mark").count() == 50
+    assert page.locator(".heat").is_visible()
+    assert page.locator("#theme").is_hidden()
+
+
+def test_wide_figures_scroll_together(show: Open) -> None:
+    page = show("large", PHONE)
+    page.evaluate("document.querySelector('#couplings .synced').scrollLeft = 60")
+    page.wait_for_function("document.querySelector('#fields .synced').scrollLeft === 60")
+    assert page.evaluate("document.querySelector('#map .synced').scrollLeft") == 60
