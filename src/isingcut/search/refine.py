@@ -341,9 +341,16 @@ class Refinement:
                 self.evaluator.measure(states, self.rungs[0], "the pair energy's ground state")
                 found = self.estimates(goal.target)
                 assert found is not None
-            order = np.argsort(found.loss, kind="stable")[: self.plan.finalists]
+            order = np.argsort(found.loss, kind="stable")
+            count = min(self.plan.finalists, len(order))
+            while count > 1 and not self._afford(
+                found.states[order[:count]], self.rungs[-1], final=True
+            ):
+                count -= 1
             self.evaluator.measure(
-                found.states[order], self.rungs[-1], f"remove {goal.target.label}: finalists"
+                found.states[order[:count]],
+                self.rungs[-1],
+                f"remove {goal.target.label}: finalists",
             )
             self._note(goal)
 
