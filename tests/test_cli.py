@@ -292,10 +292,12 @@ def test_a_log_gets_tenths_with_the_time_left_and_the_best(capsys):
     for k in range(20):
         now[0] += 60
         bar.advance(1, f"lowest KL so far {1 / (k + 1):.2f}" if k % 2 else "")
+    bar.advance(0, "lowest KL so far 0.04")
+    bar.finish()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10
     assert lines[0] == "measuring: 10%, 18 min left, lowest KL so far 0.50"
-    assert lines[-1] == "measuring: 100%, took 20 min, lowest KL so far 0.05"
+    assert lines[-1] == "measuring: done, took 20 min, lowest KL so far 0.04"
 
 
 def test_unknown_totals_and_durations(capsys):

@@ -53,17 +53,20 @@ class PlainBar:
         self.note = note or self.note
         if not self.total:
             return
-        tenth = min(10, int(10 * self.done / self.total + 1e-9))
+        tenth = min(9, int(10 * self.done / self.total + 1e-9))
         if tenth > self.said:
             self.said = tenth
-            parts = [f"{self.description}: {10 * tenth}%", self._left(), self.note]
-            print(", ".join(p for p in parts if p), file=sys.stderr, flush=True)
+            left = (self.clock() - self.began) * (self.total / self.done - 1)
+            self._say(f"{10 * tenth}%", f"{duration(left)} left")
 
-    def _left(self) -> str:
-        taken = self.clock() - self.began
-        if self.said == 10:
-            return f"took {duration(taken)}"
-        return f"{duration(taken * (self.total / self.done - 1))} left"
+    def finish(self) -> None:
+        """Say how long it took, with the last note, which may have come after the last step."""
+        if self.total:
+            self._say("done", f"took {duration(self.clock() - self.began)}")
+
+    def _say(self, how_far: str, when: str) -> None:
+        parts = [f"{self.description}: {how_far}", when, self.note]
+        print(", ".join(p for p in parts if p), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -86,7 +89,9 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield PlainBar(description, total)
+        plain = PlainBar(description, total)
+        yield plain
+        plain.finish()
         return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
