@@ -1,0 +1,161 @@
+"""Killed at any moment and started again, a run ends with the same bytes."""
+
+import contextlib
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+import isingcut
+from isingcut.files import atomic_file, atomic_folder, clear_stale, is_temporary
+from isingcut.journal import Journal
+from ranks import say_into, start
+from tiny import tiny_checkpoint
+
+OPTIONS = {
+    "remove": 2, "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "states": 4,
+    "random_states": 30, "dtype": "float32", "batch_tokens": 32, "also": "hessian",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, a text, and the run of a process that nobody killed."""
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_checkpoint("llama", folder / "model")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
+    words = " ".join("".join(word) for word in letters)
+    (folder / "text.txt").write_text(words, encoding="utf-8")
+    whole = start(_run, folder, folder / "run", 10_000, folder / "said")
+    whole.join(240)
+    assert whole.exitcode == 0, (folder / "said").read_text()
+    return folder
+
+
+def _run(place, out, moment, said):
+    """The whole job, in a process that is killed before its operation number ``moment``."""
+    say_into(said)
+    _die_at(moment, said.with_suffix(".moments"))
+    from isingcut import evaluate
+
+    evaluate.peak_memory = lambda *a, **k: 1
+    isingcut.run(
+        model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), **OPTIONS
+    )
+
+
+def _die_at(moment, notes):
+    """Kill this process in front of its n-th operation that makes something last on the disk."""
+    count = 0
+
+    def watched(operation):
+        def run(what, *arguments, **options):
+            nonlocal count
+            count += 1
+            if count == moment:
+                if isinstance(what, int):
+                    # A journal's last line is torn, as after a power cut.
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(what, os.fstat(what).st_size - 7)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(what, *arguments, **options)
+
+        return run
+
+    os.fsync, os.replace = watched(os.fsync), watched(os.replace)
+    unlink = os.unlink
+
+    def forget(path, **options):
+        # Other files that go are temporary ones, whose new names are already there.
+        remove = watched(unlink) if "journal" in str(path) else unlink
+        remove(path, **options)
+
+    os.unlink = forget
+
+
+def _lasting(run):
+    """The content of all files of a run that hold no times, by name."""
+    found = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.is_dir() or name.startswith(("report.", "evaluation.json", "run.json")):
+            continue
+        content = path.read_bytes()
+        if name == "spectrum.json":
+            content = {k: v for k, v in json.loads(content).items() if k != "seconds"}
+        found[name] = content
+    return found
+
+
+def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):
+    out, said = tmp_path / "run", tmp_path / "said"
+    rng = np.random.default_rng(11)
+    killed = 0
+    while True:
+        # Later ones last, so that the chain gets on; the last one is not killed at all.
+        moment = int(rng.integers(1, 25)) if killed < 7 else 10_000
+        process = start(_run, place, out, moment, said)
+        process.join(240)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, said.read_text()
+        killed += 1
+    assert killed >= 5
+    assert _lasting(out) == _lasting(place / "run")
+    assert set(os.listdir(out)) == set(os.listdir(place / "run")), "nothing is left behind"
+
+
+def _leave_temporaries(folder):
+    """Killed with a file, a new folder and an old folder half way."""
+    (folder / "model").mkdir()
+    (folder / "model" / "old").touch()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(atomic_file(folder / "run.json"))
+        new = stack.enter_context(atomic_folder(folder / "model", overwrite=True))
+        (new / "weights").touch()
+        replace = os.replace
+
+        def die(source, target):
+            replace(source, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = die
+        stack.close()
+
+
+def test_what_killed_processes_left_is_cleared_and_what_the_living_write_is_not(tmp_path):
+    process = start(_leave_temporaries, tmp_path)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    (tmp_path / ".model.part").mkdir()
+    (tmp_path / ".model.abcd0123-1.x.part").mkdir()
+    with atomic_file(tmp_path / "mine") as mine:
+        clear_stale(tmp_path)
+        names = {p.name for p in tmp_path.iterdir()}
+    # Of no process of ours, and of another machine's: not ours to delete.
+    assert names == {"model", ".model.part", ".model.abcd0123-1.x.part", mine.name}
+    assert os.listdir(tmp_path / "model") == ["old"], "the old folder came back"
+    assert is_temporary(mine)
+    assert not is_temporary(tmp_path / ".model.part")
+
+
+@pytest.mark.parametrize("damage", ["torn", "bit", "key", "foreign"])
+def test_a_journal_keeps_what_comes_before_the_damage(tmp_path, damage):
+    path = tmp_path / "journal"
+    kept = Journal(path, "a")
+    for i in range(3):
+        kept.put(str(i), np.full((2, 2), float(i)))
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "torn":
+        lines[-1] = lines[-1][:-9]
+    elif damage == "bit":
+        lines[-1] = lines[-1].replace(b"AAAA", b"AAAB", 1)
+    elif damage == "key":
+        lines[-1] = lines[-1].replace(b'"2"', b'"7"')
+    path.write_bytes(b"".join(lines))
+    again = Journal(path, "b" if damage == "foreign" else "a")
+    assert again.keys() == ([] if damage == "foreign" else ["0", "1"])
+    again.put("2", np.zeros(3))
+    assert Journal(path, again.fingerprint).keys() == [*again.keys()]
