@@ -5,13 +5,14 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
-from isingcut.progress import terminal
 
 
 def main(model: str, out: str) -> None:
-    folder = isingcut.run(model=model, remove=6, out=out, samples=8, length=128, progress=terminal)
-    cut = AutoModelForCausalLM.from_pretrained(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    run = isingcut.prune(model, remove=6, samples=8, length=128, progress=True)
+    print(f"blocks {run.chosen.removed} go: KL {run.chosen.kl:.3f} nats per token")
+    run.save(out)
+    cut = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("The most useful thing about physics is", return_tensors="pt")
     print(tokenizer.decode(cut.generate(**ids, max_new_tokens=30)[0], skip_special_tokens=True))
 
