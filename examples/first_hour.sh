@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The README's first hour, command by command: examples/first_hour.sh, from a fresh clone.
+# Its output is what the README shows; run it again after a change to what is printed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() {
+    printf '\n$ %s\n' "$*"
+    eval "$*"
+}
+
+say make demo
+say . .venv/bin/activate
+
+# A model and a text of one's own; here, SmolLM2 as a folder and the project's own pages.
+say 'cp -rL "$(python -c "from isingcut.model_sources import resolve; print(resolve(\"smollm2\"))")" my-model'
+say 'cat README.md CONTRIBUTING.md docs/*.md > my-text.txt'
+
+say isingcut inspect ./my-model
+say isingcut run ./my-model --remove 4 --calibration my-text.txt --samples 8 --length 128 --out my-run
+say isingcut solve my-run --budget params=20% --states 5
+say isingcut rank my-run --budget params=20% --states 5
+say isingcut report my-run
+say 'python -c "
+from transformers import pipeline
+cut = pipeline(\"text-generation\", \"my-run/model\")
+print(cut(\"The most useful thing about physics is\", max_new_tokens=30, do_sample=False)[0][\"generated_text\"])
+"'
