@@ -1,0 +1,99 @@
+"""Two models on the same questions: how large is the difference, and is it more than noise?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A paired comparison.
+
+    Attributes:
+        first, second: mean scores.
+        first_se, second_se: standard errors of the means; None for one question.
+        low, high: 95 % interval of second - first, paired bootstrap over questions.
+        p_value: of no difference, two-sided.
+        test: ``"mcnemar"`` (right or wrong) or ``"bootstrap"`` (graded scores).
+        n: questions.
+    """
+
+    first: float
+    second: float
+    first_se: float | None
+    second_se: float | None
+    low: float
+    high: float
+    p_value: float
+    test: str
+    n: int
+
+    @property
+    def more_than_noise(self) -> bool:
+        """At the 5 % level, for this comparison alone."""
+        return self.p_value < 0.05
+
+
+def compare(first: Floats, second: Floats, seed: int = 0) -> Paired:
+    """Compare the scores (n,) of two models on the same n questions.
+
+    Right-or-wrong scores get McNemar's exact test (questions that both have right, or both wrong,
+    say nothing); others the bootstrap distribution of the mean difference, centred.
+    """
+    n = len(first)
+    difference = second - first
+    resampled = _resampled(difference, seed)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
+    if binary:
+        p = mcnemar(int((difference < 0).sum()), int((difference > 0).sum()))
+    else:
+        mean = difference.mean()
+        p = (1 + int((np.abs(resampled - mean) >= abs(mean)).sum())) / (1 + len(resampled))
+    errors = [float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None for x in (first, second)]
+    return Paired(
+        float(first.mean()),
+        float(second.mean()),
+        errors[0],
+        errors[1],
+        float(low),
+        float(high),
+        float(min(1.0, p)),
+        "mcnemar" if binary else "bootstrap",
+        n,
+    )
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided p-value of McNemar's test.
+
+    Args:
+        lost: questions that only the first model has right.
+        won: questions that only the second has right.
+
+    Source: McNemar 1947; exact binomial form, sum of both tails.
+    """
+    from scipy.stats import binomtest
+
+    if lost + won == 0:
+        return 1.0
+    return float(binomtest(won, lost + won, 0.5).pvalue)
+
+
+def _resampled(values: Floats, seed: int) -> Floats:
+    """Means of resamples with replacement, a few million numbers at a time."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, 4_000_000 // len(values))
+    parts = []
+    for start in range(0, RESAMPLES, rows):
+        count = min(rows, RESAMPLES - start)
+        parts.append(values[rng.integers(0, len(values), (count, len(values)))].mean(1))
+    return np.concatenate(parts)

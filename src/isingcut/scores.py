@@ -1,0 +1,284 @@
+"""Benchmark scores of two models on the same questions, with lm-evaluation-harness as the engine.
+
+task names -> harness tasks -> scores of each question, for both models -> paired comparison
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from isingcut import local_tasks
+from isingcut.errors import InputError, MissingExtraError
+from isingcut.files import fingerprint, write_json
+from isingcut.paired import compare
+from isingcut.progress import Bar, Progress, silent
+
+if TYPE_CHECKING:
+    from isingcut.models import LoadedModel
+
+_PREFERRED = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One model on one task.
+
+    Attributes:
+        task: its name.
+        metric: what the values are, as the harness names it.
+        values: (n,) by question, in the order of ``questions``.
+        questions: what tells the questions apart (task and hash of the record).
+        shots: examples in each prompt.
+    """
+
+    task: str
+    metric: str
+    values: npt.NDArray[np.float64]
+    questions: list[str]
+    shots: int
+
+
+def benchmark(
+    models: Mapping[str, LoadedModel],
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    questions: int | None = None,
+    batch: int = 8,
+    kept: Path | None = None,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Rows of `benchmarks.json`: the second model against the first, task by task.
+
+    Args:
+        models: two, by name; rows call them ``original`` and ``cut``.
+        tasks: local task names, or with no ``data`` any task of the harness.
+        data: folder of the local tasks' questions; None uses the hub.
+        questions: at most so many a task.
+        batch: sequences computed at a time.
+        kept: folder for finished tasks, so that an interrupted call goes on.
+
+    Raises:
+        InputError: an unknown task, or one without a score by question.
+        MissingExtraError: without the package lm_eval.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("lm_eval", "eval", "scoring benchmarks")
+    assert len(models) == 2
+    prepared = [_Prepared.of(name, data, questions) for name in tasks]
+    rows = []
+    with progress("benchmarks", 2 * len(prepared)) as bar:
+        for task in prepared:
+            pair = []
+            for name, loaded in models.items():
+                found = _kept(kept, task, loaded, questions)
+                if found is None:
+                    found = score(loaded, task, questions, batch, bar, f"{task.name}, {name}")
+                    _keep(kept, task, loaded, questions, found)
+                bar.advance(1, f"{task.name}, {name}: {found.values.mean():.3f}")
+                pair.append(found)
+            rows.append(row(*pair))
+    return rows
+
+
+def row(original: Scores, cut: Scores) -> dict[str, Any]:
+    """One row of `benchmarks.json`.
+
+    Raises:
+        InputError: the two were not scored on the same questions.
+    """
+    if original.questions != cut.questions or original.metric != cut.metric:
+        raise InputError(f"the two models were scored on different questions of {original.task}")
+    found = compare(original.values, cut.values)
+    return {
+        "task": original.task,
+        "metric": original.metric.removesuffix(",none"),
+        "shots": original.shots,
+        "original": found.first,
+        "original_se": found.first_se,
+        "cut": found.second,
+        "cut_se": found.second_se,
+        "difference": found.second - found.first,
+        "difference_low": found.low,
+        "difference_high": found.high,
+        "n": found.n,
+        "p_value": found.p_value,
+        "test": found.test,
+        "more_than_noise": found.more_than_noise,
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A task by name, and how to make the harness's objects of it (anew for each model)."""
+
+    name: str
+    metric: str | None
+    make: Callable[[], dict[str, Any]]
+    source: str
+
+    @classmethod
+    def of(cls, name: str, data: Path | None, questions: int | None) -> _Prepared:
+        if data is None:
+            return cls(name, None, lambda: _hub(name), "hub")
+        local = local_tasks.read_task(name, data, questions)
+
+        def make() -> dict[str, Any]:
+            from lm_eval.api.task import ConfigurableTask
+
+            return {c["task"]: ConfigurableTask(config=dict(c)) for c in local.configurations}
+
+        return cls(name, local.metric, make, "local")
+
+
+def _hub(name: str) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    try:
+        found: dict[str, Any] = TaskManager().load([name])["tasks"]
+    except (KeyError, ValueError) as e:
+        raise InputError(
+            f"lm-evaluation-harness knows no task {name!r}; offline tasks need --data and are: "
+            f"{', '.join(local_tasks.names())}"
+        ) from e
+    except Exception as e:
+        words = " ".join(str(e).split())
+        raise InputError(
+            f"lm-evaluation-harness cannot load {name!r} from the hub ({words}); offline, give a "
+            "folder of questions as --data"
+        ) from e
+    return found
+
+
+def score(
+    loaded: LoadedModel,
+    task: _Prepared,
+    questions: int | None = None,
+    batch: int = 8,
+    bar: Bar | None = None,
+    note: str = "",
+) -> Scores:
+    """Score one model on one task."""
+    with _quiet():
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
+        from lm_eval.evaluator import evaluate
+
+        model = _harness_model(loaded, batch, bar, note)
+        made = task.make()
+        limit = questions if task.source == "hub" else None
+        for each in made.values():
+            # As the harness's own front door does it.
+            if each.get_config("num_fewshot") is None:
+                each.set_config(key="num_fewshot", value=0)
+            each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        loaded_tasks = {"tasks": made, "groups": {}, "group_map": {}}
+        found: Any = evaluate(lm=model, task_dict=loaded_tasks, bootstrap_iters=0, limit=limit)
+    samples = [(name, s) for name in found["samples"] for s in found["samples"][name]]
+    metric = task.metric or _metric(task.name, samples)
+    name, _, which = metric.partition(",")
+    chosen = [(t, s) for t, s in samples if s["filter"] == (which or "none") and name in s]
+    if not chosen:
+        raise InputError(f"{task.name} gives no {metric} by question; choose another task")
+    chosen.sort(key=lambda pair: (pair[0], pair[1]["doc_id"]))
+    return Scores(
+        task.name,
+        metric,
+        np.array([float(s[name]) for _, s in chosen]),
+        [f"{t}:{s['doc_hash'][:16]}" for t, s in chosen],
+        int(next(iter(found["n-shot"].values()))),
+    )
+
+
+def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The usual metric of a hub task."""
+    present = {f"{m},{s['filter']}" for _, s in samples for m in s["metrics"]}
+    for metric in (*_PREFERRED, *sorted(present)):
+        if metric in present and isinstance(
+            next(s for _, s in samples if metric.partition(",")[0] in s)[metric.partition(",")[0]],
+            int | float,
+        ):
+            return metric
+    raise InputError(f"{task} has no score by question that could be compared")
+
+
+def _harness_model(loaded: LoadedModel, batch: int, bar: Bar | None, note: str) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class Counted(HFLM):  # type: ignore[misc]
+        """The harness's model, showing how far it is."""
+
+        seen = 0
+
+        def _model_call(self, inps: Any, *args: Any, **rest: Any) -> Any:
+            self.seen += len(inps)
+            if bar is not None:
+                bar.advance(0, f"{note}: {self.seen} sequences")
+            return super()._model_call(inps, *args, **rest)
+
+    return Counted(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness logs and draws bars of its own; ours is shown instead."""
+    import warnings
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _place(kept: Path, task: _Prepared, loaded: LoadedModel, questions: int | None) -> Path:
+    from isingcut.models import model_identity
+
+    model = model_identity(loaded.folder)["sha256"]
+    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), questions])
+    return kept / f"{task.name}-{identity}.json"
+
+
+def _kept(
+    kept: Path | None, task: _Prepared, loaded: LoadedModel, questions: int | None
+) -> Scores | None:
+    if kept is None:
+        return None
+    path = _place(kept, task, loaded, questions)
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Scores(
+        content["task"],
+        content["metric"],
+        np.array(content["values"], dtype=np.float64),
+        content["questions"],
+        content["shots"],
+    )
+
+
+def _keep(
+    kept: Path | None,
+    task: _Prepared,
+    loaded: LoadedModel,
+    questions: int | None,
+    found: Scores,
+) -> None:
+    if kept is not None:
+        path = _place(kept, task, loaded, questions)
+        content = {**vars(found), "values": found.values.tolist()}
+        write_json(path, "scores", content)

@@ -1,0 +1,319 @@
+"""Benchmarks: our task files against the harness's own, and the paired comparison."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isingcut import local_tasks
+from isingcut.errors import InputError, UnknownNameError
+from isingcut.models import LoadedModel, load
+from isingcut.paired import compare, mcnemar
+from isingcut.scores import _Prepared, benchmark, row, score
+from isingcut.testing.tiny import tiny_checkpoint
+
+Record = dict[str, Any]
+
+NOUNS = ["river", "bridge", "lantern", "orchard", "harbour", "mill", 'it\'s "odd"']
+
+
+def choice(i: int, count: int) -> list[str]:
+    return [" ".join(NOUNS[(i + j + k) % 7] for k in range(1 + (i * j) % 3)) for j in range(count)]
+
+
+def arc(i: int) -> tuple[Record, Record]:
+    text, answer = f"Which of these is number {i}?", i % 4
+    theirs = {
+        "question": text,
+        "choices": {"text": choice(i, 4), "label": ["A", "B", "C", "D"]},
+        "answerKey": "ABCD"[answer],
+    }
+    return theirs, {"context": text, "choices": choice(i, 4), "answer": answer}
+
+
+def openbook(i: int) -> tuple[Record, Record]:
+    theirs, ours = arc(i)
+    return {**theirs, "question_stem": theirs["question"]}, ours
+
+
+def piqa(i: int) -> tuple[Record, Record]:
+    one, two = choice(i, 2)
+    theirs = {"goal": f"Cross the river {i}.", "sol1": one, "sol2": two, "label": i % 2}
+    return theirs, {"context": theirs["goal"], "choices": [one, two], "answer": i % 2}
+
+
+def hellaswag(i: int) -> tuple[Record, Record]:
+    endings = [f"{c} [step] and  goes." for c in choice(i, 4)]
+    theirs = {
+        "ctx_a": f"A man walks to mill {i}.",
+        "ctx_b": "he",
+        "activity_label": "Milling",
+        "endings": endings,
+        "label": str(i % 4),
+    }
+    # Our file holds what the harness's own preprocessing makes of it.
+    process = importlib.import_module("lm_eval.tasks.hellaswag.utils")
+    import datasets
+
+    made = process.process_docs(datasets.Dataset.from_list([theirs]))[0]
+    return theirs, {"context": made["query"], "choices": made["choices"], "answer": made["gold"]}
+
+
+def winogrande(i: int) -> tuple[Record, Record]:
+    one, two = choice(i, 2)
+    text = f"The {one} fell on the {two} because _ was old_er {i}."
+    theirs = {"sentence": text, "option1": one, "option2": two, "answer": str(1 + i % 2)}
+    return theirs, {"context": text, "choices": [one, two], "answer": i % 2}
+
+
+def boolq(i: int) -> tuple[Record, Record]:
+    theirs = {"passage": f"The mill is {i}.", "question": f"is the mill {i}", "label": i % 2}
+    context = f"{theirs['passage']}\nQuestion: {theirs['question']}?\nAnswer:"
+    return theirs, {"context": context, "choices": ["no", "yes"], "answer": i % 2}
+
+
+def lambada(i: int) -> tuple[Record, Record]:
+    record = {"text": f"They came to the {NOUNS[i % 6]} and  crossed the {NOUNS[(i + 1) % 6]}"}
+    return record, record
+
+
+def mmlu(i: int) -> tuple[Record, Record]:
+    theirs = {"question": f" What is {i}? ", "choices": choice(i, 4), "answer": i % 4}
+    ours = {"context": theirs["question"], "choices": theirs["choices"], "answer": i % 4}
+    return theirs, {**ours, "subject": "anatomy"}
+
+
+def gsm8k(i: int) -> tuple[Record, Record]:
+    solution = f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"
+    theirs = {"question": f"What is {i} plus 1?", "answer": solution}
+    return theirs, {"context": theirs["question"], "solution": solution, "answer": str(i + 1)}
+
+
+Maker = Callable[[int], tuple[Record, Record]]
+# Ours; the harness's file; the splits it reads; how many examples are shown.
+TASKS: dict[str, tuple[str, Maker, str, int]] = {
+    "arc_easy": ("arc/arc_easy.yaml", arc, "test", 0),
+    "arc_challenge": ("arc/arc_challenge.yaml", arc, "test", 0),
+    "openbookqa": ("openbookqa/openbookqa.yaml", openbook, "test", 0),
+    "piqa": ("piqa/piqa.yaml", piqa, "validation", 0),
+    "hellaswag": ("hellaswag/hellaswag.yaml", hellaswag, "validation", 0),
+    "winogrande": ("winogrande/default.yaml", winogrande, "validation", 0),
+    "boolq": ("super_glue/boolq/default.yaml", boolq, "validation", 0),
+    "lambada": ("lambada/lambada_openai.yaml", lambada, "test", 0),
+    "mmlu": ("mmlu/default/mmlu_anatomy.yaml", mmlu, "test", 5),
+    "mmlu_0shot": ("mmlu/default/mmlu_anatomy.yaml", mmlu, "test", 0),
+    "gsm8k": ("gsm8k/gsm8k.yaml", gsm8k, "test", 5),
+}
+OURS = {
+    "piqa": "val",
+    "hellaswag": "val",
+    "boolq": "val",
+    "winogrande": "dev",
+}
+
+
+def lines(path: Path, records: list[Record]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: load(
+            tiny_checkpoint("llama", folder / name, seed=i, max_position_embeddings=2048),
+            dtype="float32",
+            device="cpu",
+        )
+        for i, name in enumerate(("original", "cut"))
+    }
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_our_task_is_the_harness_s_own(
+    name: str, models: dict[str, LoadedModel], tmp_path: Path
+) -> None:
+    """Same questions through both: same requests, same scores by question, same error bars."""
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    file, make, split, shots = TASKS[name]
+    pairs = [make(i) for i in range(3 if name == "gsm8k" else 6)]
+    examples = [make(i) for i in range(20, 26)]
+    subject = name.removesuffix("_0shot")
+    test = lines(tmp_path / "theirs.jsonl", [theirs for theirs, _ in pairs])
+    lines(tmp_path / subject / f"{OURS.get(name, 'test')}.jsonl", [ours for _, ours in pairs])
+    shown = {"mmlu": "dev", "gsm8k": "train"}.get(subject, "unused")
+    lines(tmp_path / subject / f"{shown}.jsonl", [ours for _, ours in examples])
+    files = {split: str(test)}
+    for other in ("train", "dev"):
+        files[other] = str(lines(tmp_path / f"{other}.jsonl", [theirs for theirs, _ in examples]))
+
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / file, resolve_func=True)
+    unused = ["validation_split"] if split == "test" else []
+    for key in ("tag", "task_alias", "dataset_name", "training_split", *unused):
+        config.pop(key, None)
+    config |= {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")},
+        "num_fewshot": shots,
+    }
+    official = ConfigurableTask(config=config)
+    prepared = _Prepared.of(name, tmp_path, None)
+    (ours,) = prepared.make().values()
+    for task in (official, ours):
+        task.set_fewshot_seed(seed=1234)
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+
+    def requests(task: Any) -> list[Any]:
+        return [(r.doc_id, r.idx, r.request_type, r.args) for r in task.instances]
+
+    assert requests(ours) == requests(official)
+    assert len(ours.instances) >= len(pairs)
+
+    model = models["original"]
+    official.set_fewshot_seed(seed=1234)
+    engine = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=8)
+    found: Any = evaluate(
+        lm=engine,
+        task_dict={"tasks": {"official": official}, "groups": {}, "group_map": {}},
+        bootstrap_iters=0,
+    )
+    mine = score(model, prepared)
+    metric, _, which = mine.metric.partition(",")
+    which = which or "none"
+    theirs = [s[metric] for s in found["samples"]["official"] if s["filter"] == which]
+    assert mine.values.tolist() == [float(v) for v in theirs]
+    results = found["results"]["official"]
+    assert mine.values.mean() == results[f"{metric},{which}"]
+    assert mine.shots == shots
+
+
+def test_error_bars_are_the_harness_s() -> None:
+    from lm_eval.api.metrics import mean_stderr
+
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, 2, 50).astype(float) for _ in range(2))
+    found = compare(first, second)
+    assert found.first_se == pytest.approx(mean_stderr(list(first)))
+    assert found.second_se == pytest.approx(mean_stderr(list(second)))
+
+
+def test_mcnemar_by_enumeration() -> None:
+    for lost, won in ((0, 5), (3, 4), (1, 9), (6, 6), (0, 0)):
+        n = lost + won
+        likelihood = [math.comb(n, k) / 2**n for k in range(n + 1)]
+        extreme = sum(p for p in likelihood if p <= likelihood[won] + 1e-12)
+        assert mcnemar(lost, won) == pytest.approx(min(1.0, extreme))
+        assert mcnemar(lost, won) == pytest.approx(mcnemar(won, lost))
+
+
+def test_paired_comparison_of_right_and_wrong() -> None:
+    first = np.array([1.0] * 40 + [0.0] * 60)
+    second = first.copy()
+    second[:12] = 0
+    found = compare(first, second)
+    assert found.test == "mcnemar"
+    assert found.p_value == pytest.approx(2 / 2**12)
+    assert found.more_than_noise
+    assert found.low < -0.12 < found.high < 0
+    same = compare(first, first)
+    assert (same.p_value, same.low, same.high) == (1.0, 0.0, 0.0)
+    assert not same.more_than_noise
+
+
+def test_paired_bootstrap_of_graded_scores() -> None:
+    rng = np.random.default_rng(1)
+    first = rng.normal(size=200)
+    noise = rng.normal(size=200) * 0.1
+    found = compare(first, first + 0.05 + noise)
+    assert found.test == "bootstrap"
+    assert found.more_than_noise
+    assert found.low < 0.05 < found.high
+    # The bootstrap interval of a mean is close to the normal one.
+    error = noise.std(ddof=1) / math.sqrt(200)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert not compare(first, first + noise - noise.mean()).more_than_noise
+
+
+def test_rows_resume_and_refuse_other_questions(
+    models: dict[str, LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [arc(i)[1] for i in range(8)]
+    lines(tmp_path / "arc_easy" / "test.jsonl", records)
+    options: dict[str, Any] = {"data": tmp_path, "questions": 5, "kept": tmp_path / "kept"}
+    (first,) = benchmark(models, ["arc_easy"], **options)
+    assert (first["n"], first["shots"], first["metric"]) == (5, 0, "acc")
+    assert len(list((tmp_path / "kept").glob("*.json"))) == 2
+
+    def broken(*arguments: Any, **rest: Any) -> Any:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("isingcut.scores.score", broken)
+    assert benchmark(models, ["arc_easy"], **options) == [first]
+    monkeypatch.undo()
+    scores = score(models["original"], _Prepared.of("arc_easy", tmp_path, None))
+    with pytest.raises(InputError, match="different questions"):
+        row(scores, replace(scores, questions=scores.questions[::-1]))
+
+
+def test_questions_come_from_the_fixed_subset(tmp_path: Path) -> None:
+    records = [arc(i)[1] for i in range(20)]
+    lines(tmp_path / "arc_easy" / "test.jsonl", records)
+    lines(tmp_path / "arc_easy" / "test_sub10.jsonl", records[5:15])
+
+    def chosen(most: int | None) -> list[str]:
+        task = local_tasks.read_task("arc_easy", tmp_path, most)
+        (configuration,) = task.configurations
+        data = configuration["custom_dataset"]()["test"]
+        assert task.questions == len(data)
+        return list(data["context"])
+
+    texts = [r["context"] for r in records]
+    assert chosen(None) == texts
+    assert chosen(10) == texts[5:15]
+    assert chosen(3) == [texts[5], texts[9], texts[14]]
+    assert len(chosen(15)) == 15
+
+
+def test_mmlu_shows_examples_of_its_own_subject(tmp_path: Path) -> None:
+    both = [{**mmlu(i)[1], "subject": s} for i, s in zip(range(4), itertools.cycle("ab"))]
+    shown = [{**mmlu(10 + i)[1], "subject": s} for i in range(5) for s in "ab"]
+    lines(tmp_path / "mmlu" / "test.jsonl", both)
+    lines(tmp_path / "mmlu" / "dev.jsonl", shown)
+    task = local_tasks.read_task("mmlu", tmp_path)
+    assert [c["task"] for c in task.configurations] == ["mmlu_a", "mmlu_b"]
+    for c, subject in zip(task.configurations, "ab", strict=True):
+        data = c["custom_dataset"]()
+        assert set(data["fewshot"]["subject"]) == set(data["test"]["subject"]) == {subject}
+        assert c["description"].endswith(f"about {subject}.\n\n")
+    lines(tmp_path / "mmlu" / "dev.jsonl", shown[:7])
+    with pytest.raises(InputError, match="4 examples about a; mmlu shows 5"):
+        local_tasks.read_task("mmlu", tmp_path)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="unknown local task 'arc'"):
+        local_tasks.read_task("arc", tmp_path)
+    with pytest.raises(InputError, match="there is no file"):
+        local_tasks.read_task("piqa", tmp_path)
+    path = lines(tmp_path / "piqa" / "val.jsonl", [])
+    with pytest.raises(InputError, match="holds no questions"):
+        local_tasks.read_task("piqa", tmp_path)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="not readable"):
+        local_tasks.read_task("piqa", tmp_path)
