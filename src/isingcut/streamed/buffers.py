@@ -124,6 +124,9 @@ class Buffers:
         self._settle()
         for index in range(2):
             self._drop(index)
+        if self.device.type == "cuda":
+            # A copy may still be on its way into memory that is about to be given away.
+            torch.cuda.synchronize(self.device)
         self._buffers.clear()
 
     def _submit(self, part: Fillable) -> None:

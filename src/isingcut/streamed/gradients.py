@@ -14,8 +14,8 @@ from torch import Tensor
 
 from isingcut.blocks import Recording, Replay
 from isingcut.gates import gated_block
-from isingcut.gradients import loss_gradient
 from isingcut.journal import Journal
+from isingcut.loss_gradient import loss_gradient
 from isingcut.progress import Bar
 from isingcut.sharing import share
 from isingcut.streamed.boundary import Boundaries
@@ -92,7 +92,7 @@ def _sweep(
         elif part == HEAD:
             for b, batch in enumerate(batches):
                 stream = boundaries.take((n, b), replay.device)
-                toward.append(loss_gradient(recordings[b], stream, batch, label_seed))
+                toward.append(loss_gradient(recordings[b], stream, batch, label_seed, replay.head))
         elif not toward:
             assert isinstance(part, int)
             with torch.no_grad():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ _START = 64
 
 
 class Reader:
-    """Fills buffers with the parts of one checkpoint. Used by one thread at a time.
+    """Fills buffers with the parts of one checkpoint, one at a time.
 
     Args:
         folder: the checkpoint.
@@ -50,6 +52,7 @@ class Reader:
         self._dtype = dtype
         self._files: dict[Path, FileIO] = {}
         self._stage = bytearray(_STAGE)
+        self._lock = threading.Lock()
         self.plans, self.unexpected = plan_parts(folder, model, blocks, dtype, fp8=self._fp8)
         self.bytes_read = 0
 
@@ -78,6 +81,7 @@ class Reader:
                         views[name].copy_(value)
         return {name: views[target] for name, target in plan.names.items()}
 
+    @cached_property
     def starts(self) -> str:
         """A hash of the first bytes of every stored tensor: it tells fine-tunes of a base apart."""
         digest = hashlib.sha256()
@@ -92,11 +96,13 @@ class Reader:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[None]:
         """Files that are opened meanwhile are closed at the end."""
-        try:
-            yield
-        finally:
-            while self._files:
-                self._files.popitem()[1].close()
+        # A measurement may ask for `starts` while a thread reads the next part.
+        with self._lock:
+            try:
+                yield
+            finally:
+                while self._files:
+                    self._files.popitem()[1].close()
 
     def _copy(self, source: StoredTensor, view: Tensor) -> None:
         if not view.numel():

@@ -56,7 +56,7 @@ class StreamedReplay(Replay):
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, cheaply, for the fingerprint of a journal."""
         config: Any = self.model.config
-        return {"model": config.to_dict(), "starts": self.store.reader.starts(), "streamed": True}
+        return {"model": config.to_dict(), "starts": self.store.reader.starts, "streamed": True}
 
     @cached_property
     def head(self) -> OutputHead:

@@ -112,9 +112,9 @@ class Names:
             )
         except ImportError as e:
             raise ModelError(
-                "streaming reads weights with the loader of transformers 5.24, which the installed "
-                f"version does not have ({first_line(e)}); install that version, or pass "
-                "--stream off"
+                "streaming reads weights with the loader of transformers 5.10 to 5.24, which the "
+                f"installed version does not have ({first_line(e)}); install one of these, or "
+                "pass --stream off"
             ) from e
         self._rename: Any = rename_source_key
         self.order: Any = dot_natural_key

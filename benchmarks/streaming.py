@@ -1,0 +1,291 @@
+"""Streaming: a model of 14 GB within 4 GB of memory, and what streaming costs where none is needed.
+
+    python benchmarks/streaming.py [--dir DIR] [--keep] [--only large|small]
+
+Large: a 7B-shaped Llama with random weights, written to DIR (removed afterwards, unless kept),
+goes through `empirical-fisher` and 200 measured states in a process of its own, whose largest
+resident set counts. Small: SmolLM2 streamed and in memory, interleaved, for both jobs. Then what
+that means for Llama-3.3-70B, with the arithmetic. Ends with one line `name: value` per figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from _streaming_model import SEVEN, SEVENTY, Shape, write_model
+from isingcut import models
+from isingcut.architectures import find_stack, stack_modules
+from isingcut.blocks import Replay, reuse_freed_memory
+from isingcut.calibration import build
+from isingcut.energies.base import Work
+from isingcut.energies.empirical_fisher import EmpiricalFisher
+from isingcut.gradients import gate_gradients
+from isingcut.measure import measure, tree_nodes
+from isingcut.measure_process import resident_peak
+from isingcut.streamed.replay import StreamedReplay, open_model
+from isingcut.tokens import TokenSet
+
+CPU = torch.device("cpu")
+
+
+def random_states(n: int, count: int, removed: int) -> np.ndarray:
+    """(count, n) states that remove ``removed`` blocks each."""
+    keys = np.random.default_rng(0).random((count, n)).argsort(1).argsort(1)
+    return keys < removed
+
+
+# The large model ------------------------------------------------------------------------
+
+
+def large_child(folder: Path, arguments: argparse.Namespace) -> None:
+    """Both jobs on a streamed model; prints what they took as JSON."""
+    reuse_freed_memory()
+    dtype = models.pick_dtype("auto", CPU)
+    model, store, memory = open_model(
+        folder, dtype=dtype, device=CPU, memory_limit=arguments.memory_limit
+    )
+    buffers, reader = store.buffers, store.reader
+    seconds = {}
+    # From the disk, not from the cache that writing has filled.
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.perf_counter()
+    replay = StreamedReplay(model, store, memory)
+    seconds["reading once"] = time.perf_counter() - began
+    rate = reader.bytes_read / buffers.reading
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, SEVEN.vocabulary, (arguments.samples, arguments.length))
+    tokens = TokenSet.from_rows(ids.tolist())
+    batch = arguments.samples * arguments.length
+    began = time.perf_counter()
+    EmpiricalFisher().measure(replay, tokens, Work(batch_tokens=batch))
+    seconds["empirical-fisher"] = time.perf_counter() - began
+    states = random_states(len(replay), arguments.states, len(replay) // 4)
+    began, stalled = time.perf_counter(), buffers.stalled
+    found = measure(replay, tokens, states, batch_tokens=batch)
+    seconds["states"] = time.perf_counter() - began
+    assert np.isfinite(found.kl).all()
+    busy = seconds["states"] - (buffers.stalled - stalled)
+    flops = 2 * batch * (found.blocks_run * SEVEN.block + (len(states) + 1) * SEVEN.head)
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak": resident_peak(),
+                "bytes_per_second": rate,
+                "flops_per_second": flops / busy,
+                "bytes_read": reader.bytes_read,
+                "blocks_run": found.blocks_run,
+                "dtype": str(dtype),
+            }
+        )
+    )
+
+
+def large(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the model, run the child, remove the model."""
+    root = arguments.dir or Path(tempfile.gettempdir())
+    free = shutil.disk_usage(root).free
+    if free < 1.1 * SEVEN.bytes:
+        raise SystemExit(
+            f"{root} has {free / 1e9:.1f} GB free; the model takes {SEVEN.bytes / 1e9:.1f} GB: "
+            "give another --dir"
+        )
+    folder = Path(root) / "isingcut-streaming-7b"
+    if not (folder / "config.json").is_file():
+        began = time.perf_counter()
+        folder.mkdir(exist_ok=True)
+        write_model(folder, SEVEN)
+        print(f"wrote {SEVEN.bytes / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
+    try:
+        command = [sys.executable, __file__, "--child", str(folder), "--states"]
+        command += [str(arguments.states), "--samples", str(arguments.samples)]
+        command += ["--length", str(arguments.length), "--memory-limit", arguments.memory_limit]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(folder)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"\n{SEVEN.name}: {SEVEN.bytes / 1e9:.2f} GB in bfloat16 on disk, {found['dtype']}, "
+        f"{arguments.samples} samples of {arguments.length} tokens, "
+        f"{torch.get_num_threads()} threads, memory limit {arguments.memory_limit}"
+    )
+    for name, value in found["seconds"].items():
+        print(f"{name:<20}{value:>9.1f} s")
+    print(
+        f"{found['blocks_run']} block evaluations for {arguments.states} states; "
+        f"{found['bytes_read'] / 1e9:.1f} GB read in all; peak {found['peak'] / 1e6:.0f} MB"
+    )
+    return found
+
+
+# The small model ------------------------------------------------------------------------
+
+
+def small(arguments: argparse.Namespace) -> tuple[float, float]:
+    """SmolLM2 both ways, interleaved: the worse of the jobs' time ratios; largest difference."""
+    folder = models.resolve(arguments.model)
+    loaded = models.load(folder, device="cpu")
+    calibration = build(
+        "wiki",
+        loaded.tokenizer,
+        samples=16,
+        rank_samples=2,
+        report_samples=2,
+        length=256,
+        seed=0,
+    )
+    tokens = calibration.splits["energy"]
+    few = tokens.select(range(4))
+    whole = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
+    parts = StreamedReplay(*open_model(folder, dtype=loaded.dtype, device=CPU))
+    states = random_states(len(whole), 24, 6)
+
+    def losses(replay: Replay) -> np.ndarray:
+        found = measure(replay, few, states)
+        return np.stack([found.kl_sums, found.nll_sums]) / found.counts
+
+    jobs: dict[str, Callable[[Replay], np.ndarray]] = {
+        "empirical-fisher": lambda replay: gate_gradients(replay, tokens),
+        "24 states": losses,
+    }
+    print(f"\n{arguments.model}, {loaded.dtype}, 1024 tokens at a time")
+    print(f"{'job':<20}{'in memory, s':>14}{'streamed, s':>14}{'ratio':>8}{'difference':>12}")
+    ratios, differences = [], []
+    for name, job in jobs.items():
+        seconds: list[tuple[float, float]] = []
+        for repeat in range(arguments.repeats + 1):
+            times, results = [], []
+            for replay in (whole, parts):
+                began = time.perf_counter()
+                results.append(job(replay))
+                times.append(time.perf_counter() - began)
+            if repeat:  # the first round warms up
+                seconds.append((times[0], times[1]))
+        medians = [statistics.median(side) for side in zip(*seconds, strict=True)]
+        ratios.append(statistics.median(b / a for a, b in seconds))
+        differences.append(float(np.abs(results[0] - results[1]).max()))
+        print(
+            f"{name:<20}{medians[0]:>14.2f}{medians[1]:>14.2f}{ratios[-1]:>8.3f}"
+            f"{differences[-1]:>12.1e}"
+        )
+    return max(ratios), max(differences)
+
+
+# The projection -------------------------------------------------------------------------
+
+
+def project(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    """What Llama-3.3-70B takes, from bytes and FLOPs; measured rates, and stated ones for a GPU."""
+    disk = found["bytes_per_second"]
+    places = {
+        "this CPU": (found["flops_per_second"], disk, "both measured above"),
+        "one 24 GB GPU": (
+            arguments.gpu_tflops * 1e12,
+            disk,
+            f"{arguments.gpu_tflops:g} TFLOP/s assumed, not measured; disk as measured here",
+        ),
+    }
+    for name, (flops, rate, source) in places.items():
+        print(f"\n{SEVENTY.name} on {name}: {flops / 1e12:.2f} TFLOP/s, {rate / 1e9:.2f} GB/s")
+        print(f"  ({source})")
+        _job_gradients(SEVENTY, flops, rate)
+        _job_states(SEVENTY, flops, rate, arguments.states)
+    parts = 2 * 2 * max(SEVENTY.block, SEVENTY.head)
+    stream = 2 * SEVENTY.hidden
+    room = 24e9 - parts - 2e9
+    print(
+        f"\nmemory of 24 GB: two parts 2 x {parts / 2e9:.2f} GB (the head is the largest part), "
+        f"2 GB for the work, leaves {room / 1e9:.1f} GB of hidden states of {stream} bytes per "
+        f"token:\n  gradients {room / stream / (SEVENTY.layers + 4):,.0f} tokens per chunk, "
+        f"{arguments.states} states {room / stream / (arguments.states + 3):,.0f} tokens per chunk"
+    )
+
+
+def _job_gradients(shape: Shape, flops: float, rate: float, tokens: int = 256 * 256) -> None:
+    work = tokens * 2 * (3 * shape.layers * shape.block + 3 * shape.head)
+    print(
+        f"  empirical-fisher, 256 samples of 256 tokens: {tokens} tokens x 2 x (3 passes x "
+        f"{shape.layers} blocks x {shape.block / 1e9:.3f}e9 + 3 x {shape.head / 1e9:.3f}e9) = "
+        f"{work / 1e15:.1f} PFLOP"
+    )
+    _time(work, flops, 2 * shape.bytes, rate, "per chunk, forward and backward")
+
+
+def _job_states(
+    shape: Shape, flops: float, rate: float, count: int, tokens: int = 16 * 256
+) -> None:
+    states = random_states(shape.layers, count, shape.layers // 4)
+    nodes = shape.layers + tree_nodes(states)
+    work = tokens * 2 * (nodes * shape.block + (count + 1) * shape.head)
+    print(
+        f"  {count} states without {shape.layers // 4} blocks, 16 samples of 256 tokens: {tokens} "
+        f"tokens x 2 x ({nodes} blocks x {shape.block / 1e9:.3f}e9 + {count + 1} heads x "
+        f"{shape.head / 1e9:.3f}e9) = {work / 1e15:.1f} PFLOP"
+    )
+    _time(work, flops, shape.bytes, rate, "per chunk")
+
+
+def _time(work: float, flops: float, size: float, rate: float, words: str) -> None:
+    computing, reading = work / flops, size / rate
+    print(
+        f"    computing {_hours(computing)}; reading {size / 1e9:.0f} GB {words}: "
+        f"{_hours(reading)}, hidden behind the computing while a chunk computes longer, so up to "
+        f"{max(1, int(computing / reading))} chunks cost nothing"
+    )
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"
+
+
+def main() -> None:
+    """Run what is asked for, print the tables and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dir", type=Path, help="where the large model is written (14 GB)")
+    parser.add_argument("--keep", action="store_true", help="leave the large model there")
+    parser.add_argument("--only", choices=("large", "small"))
+    parser.add_argument("--states", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--memory-limit", default="4GB")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gpu-tflops", type=float, default=60.0, help="bfloat16, sustained")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        large_child(arguments.child, arguments)
+        return
+    figures: dict[str, str] = {}
+    if arguments.only != "small":
+        found = large(arguments)
+        project(arguments, found)
+        figures["stream_peak_mb"] = f"{found['peak'] / 1e6:.0f}"
+    if arguments.only != "large":
+        ratio, difference = small(arguments)
+        figures["stream_time_ratio"] = f"{ratio:.3f}"
+        figures["stream_max_difference"] = f"{difference:.1e}"
+    print()
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()
