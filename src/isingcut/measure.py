@@ -138,7 +138,7 @@ def measure(
     m = tokens.samples
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     sums = np.zeros((2, len(wanted) + 1, m))
-    seen = np.zeros(m, dtype=bool)
+    seen = np.zeros((len(wanted), m), dtype=bool)
     with progress(description, per_batch * len(batches)) as bar, torch.inference_mode():
         if replay.streamed:
             from isingcut.streamed.states import streamed_sums
@@ -152,13 +152,13 @@ def measure(
                 places = batches[piece.batch].index.numpy()
                 row = kept.get(key)
                 assert row is not None
-                rows = [*(s.position for s in walk[piece.first : piece.last]), len(wanted)]
-                sums[:, np.array(rows)[:, None], places] = row
-                seen[places] = True
-                if len(wanted):
-                    # Samples that were not seen yet count nothing on either side.
-                    lowest = sums[0, :-1].sum(1).min() / counts[seen].sum()
-                    bar.advance(0, f"lowest KL so far {lowest:.4f}")
+                states = [s.position for s in walk[piece.first : piece.last]]
+                sums[:, np.array([*states, len(wanted)])[:, None], places] = row
+                if states:
+                    seen[np.array(states)[:, None], places] = True
+                    # Samples that a state was not measured on yet count nothing on either side.
+                    mean = sums[0, :-1].sum(1) / np.maximum(1, seen @ counts)
+                    bar.advance(0, f"lowest KL so far {mean[seen.any(1)].min():.4f}")
 
             def came(key: str) -> None:
                 bar.advance(_blocks_run(walk, Piece.read(key), n))
@@ -170,7 +170,18 @@ def measure(
             for (key,) in share(kept, [piece.key for piece in todo], came):
                 piece = Piece.read(key)
                 steps = _apart(walk[piece.first : piece.last], share_prefixes)
-                row = _measure_batch(replay, head, batches[piece.batch], steps, len(wanted), bar)
+                # What a parted micro-batch runs again is no progress.
+                whole = len(steps) == len(walk)
+                with silent("", 0) as quiet:
+                    row = _measure_batch(
+                        replay,
+                        head,
+                        batches[piece.batch],
+                        steps,
+                        len(wanted),
+                        bar if whole else quiet,
+                    )
+                bar.advance(0 if whole else _blocks_run(walk, piece, n))
                 kept.put(key, row[:, [*(s.position for s in steps), len(wanted)]])
                 fill(key)
     return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
