@@ -167,7 +167,9 @@ def announce(session: Session) -> None:
     # Resolved first: a download or a conversion is then there for the whole machine.
     identity = session.identity
     crew.send(f"model/{crew.node}/{identity['sha256']}", b"1")
-    config = dataclasses.asdict(session.config)
+    # Resolved too: free memory is no reason for processes to do different things.
+    stream = "on" if session.streaming else "off"
+    config = dataclasses.asdict(session.config.replace(stream=stream))
     _order(crew, {"order": "model", "config": config, "sha256": identity["sha256"]}, {})
 
 
