@@ -34,8 +34,9 @@ from isingcut.distributed import together
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
 from isingcut.gates import gated_block
-from isingcut.gradients import loss_gradient
+from isingcut.head import OutputHead
 from isingcut.journal import Journal
+from isingcut.loss_gradient import loss_gradient
 from isingcut.progress import Progress, silent
 from isingcut.sharing import share
 
@@ -109,7 +110,7 @@ def gate_curvature(
     for name, parameter in replay.model.named_parameters():
         assert not parameter.requires_grad, f"{name} requires a gradient"
     reuse_freed_memory()
-    n = len(replay)
+    n, head = len(replay), OutputHead(replay)
     batches = tokens.batches(batch_tokens)
     kept = Journal(journal, _identity(replay, tokens, kind, gate, batch_tokens))
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
@@ -119,7 +120,7 @@ def gate_curvature(
         todo = [key for key in keys if kept.get(key) is None]
         bar.advance(len(keys) - len(todo))
         for (key,) in share(kept, todo, lambda key: bar.advance(1)):
-            kept.put(key, _batch_curvature(replay, batches[int(key)], kind, gate))
+            kept.put(key, _batch_curvature(replay, head, batches[int(key)], kind, gate))
             bar.advance(1)
     for b, batch in enumerate(batches):
         rows[batch.index.numpy()] = kept.get(str(b))
@@ -140,13 +141,17 @@ def _identity(replay: Replay, tokens: TokenSet, kind: str, gate: str, batch_toke
     )
 
 
-def _batch_curvature(replay: Replay, batch: TokenSet, kind: str, gate: str) -> Floats:
+def _batch_curvature(
+    replay: Replay, head: OutputHead, batch: TokenSet, kind: str, gate: str
+) -> Floats:
     """(B, 1 + N, N): gradient, then curvature, of each sample's mean token loss."""
     with torch.no_grad():
         recording = replay.record(batch.input_ids)
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            gradient, own, tangents, stream = _through_blocks(replay, recording, batch, kind, gate)
+            gradient, own, tangents, stream = _through_blocks(
+                replay, head, recording, batch, kind, gate
+            )
             curvature = own + torch.stack(
                 [
                     _through_head(recording, batch, s, stream[s], tangents[:, s], kind)
@@ -165,7 +170,12 @@ def _batch_curvature(replay: Replay, batch: TokenSet, kind: str, gate: str) -> F
 
 
 def _through_blocks(
-    replay: Replay, recording: Recording, batch: TokenSet, kind: str, gate: str
+    replay: Replay,
+    head: OutputHead,
+    recording: Recording,
+    batch: TokenSet,
+    kind: str,
+    gate: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the blocks contribute.
 
@@ -182,7 +192,7 @@ def _through_blocks(
         # Not `ones`: that shortcut leaves the gates out of the backward pass's own graph.
         hidden = gated_block(recording, i, hidden, alpha, gate, ones=False)
     stream = hidden.detach()
-    toward = loss_gradient(recording, stream.clone(), batch).requires_grad_(True)
+    toward = loss_gradient(recording, stream, batch, None, head).requires_grad_(True)
     first = torch.autograd.grad(hidden, alphas, toward, create_graph=True)
     wanted = [toward, *alphas] if kind == "hessian" else [toward]
     own, tangents = [], []

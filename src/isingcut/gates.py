@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from isingcut.blocks import Recording
 from isingcut.errors import ArchitectureError, InputError
+from isingcut.kernels import bits, compiled_for, row_dots
 
 GATES = ("sublayer", "block")
 
@@ -60,9 +61,19 @@ class _Scale(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         added, alpha = ctx.saved_tensors
-        rows = (grad.float() * added.float()).flatten(1).sum(1)
+        rows = _row_dots(grad.flatten(1), added.flatten(1))
         through = grad if ctx.ones else (grad.float() * _column(alpha, grad)).to(grad.dtype)
         return through, rows, None
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) float32: the scalar products of the rows of ``a`` and ``b`` (B, K)."""
+    # A backward pass that is itself differentiated needs operations that can be.
+    if compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
+        out = torch.empty(len(a))
+        row_dots(bits(a), bits(b), out.numpy())
+        return out
+    return (a.float() * b.float()).sum(1)
 
 
 def _column(alpha: Tensor, like: Tensor) -> Tensor:
@@ -133,7 +144,8 @@ def gated_block(
 
     def scale(added: Tensor) -> Tensor:
         # OPT adds (B T, D) to (B T, D): every token of a sample has the sample's gate.
-        each = alpha.repeat_interleave(len(added) // len(alpha))
+        repeats = len(added) // len(alpha)
+        each = alpha if repeats == 1 else alpha.repeat_interleave(repeats)
         result: Tensor = _Scale.apply(added, each, ones)  # type: ignore[no-untyped-call]
         return result
 

@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from isingcut.blocks import Recording, Replay, reuse_freed_memory
+from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import TokenSet
 from isingcut.distributed import together
 from isingcut.files import fingerprint
 from isingcut.gates import gated_block
-from isingcut.head import piece_elements
+from isingcut.head import OutputHead
 from isingcut.journal import Journal
+from isingcut.loss_gradient import loss_gradient
 from isingcut.progress import Progress, silent
 from isingcut.sharing import share
 
@@ -68,11 +69,12 @@ def gate_gradients(
 
             streamed_gradients(replay, batches, gate, label_seed, kept, bar, journal)
         else:
+            head = OutputHead(replay)
             keys = [str(b) for b in range(len(batches))]
             todo = [key for key in keys if kept.get(key) is None]
             bar.advance(len(keys) - len(todo))
             for (key,) in share(kept, todo, lambda key: bar.advance(1)):
-                row = _batch_rows(replay, batches[int(key)], gate, label_seed)
+                row = _batch_rows(replay, head, batches[int(key)], gate, label_seed)
                 kept.put(key, row.double().cpu().numpy())
                 bar.advance(1)
     for b, batch in enumerate(batches):
@@ -95,7 +97,9 @@ def _identity(
     )
 
 
-def _batch_rows(replay: Replay, batch: TokenSet, gate: str, label_seed: int | None) -> Tensor:
+def _batch_rows(
+    replay: Replay, head: OutputHead, batch: TokenSet, gate: str, label_seed: int | None
+) -> Tensor:
     """(B, N) float32 gate gradients of one micro-batch."""
     with torch.no_grad():
         recording = replay.record(batch.input_ids)
@@ -106,59 +110,6 @@ def _batch_rows(replay: Replay, batch: TokenSet, gate: str, label_seed: int | No
     hidden = recording.entered  # (B, T, D)
     for i, alpha in enumerate(alphas):
         hidden = gated_block(recording, i, hidden, alpha, gate, ones=True)
-    toward_stream = loss_gradient(recording, hidden.detach(), batch, label_seed)
+    toward_stream = loss_gradient(recording, hidden.detach(), batch, label_seed, head)
     gradients = torch.autograd.grad(hidden, alphas, toward_stream)
     return torch.stack(gradients, dim=1)
-
-
-def loss_gradient(
-    recording: Recording, hidden: Tensor, batch: TokenSet, label_seed: int | None = None
-) -> Tensor:
-    """Gradient of the summed sample losses in the stream (B, T, D) that leaves the blocks.
-
-    Taken sample by sample, so that the logits of a batch never exist at once.
-    """
-    out = torch.empty_like(hidden)
-    for s in range(batch.samples):
-        leaf = hidden[s].requires_grad_(True)
-        logits = recording.logits(leaf, s)  # (T, V)
-        draws = None
-        if label_seed is not None:
-            rng = np.random.default_rng([label_seed, int(batch.index[s])])
-            draws = torch.from_numpy(rng.random(int(batch.predicted[s].sum())))
-        labels = batch.input_ids[s, 1:]
-        toward = _logit_gradient(logits.detach(), labels, batch.predicted[s], draws)
-        (out[s],) = torch.autograd.grad(logits, leaf, toward)
-    return out
-
-
-def _logit_gradient(
-    logits: Tensor, labels: Tensor, predicted: Tensor, draws: Tensor | None
-) -> Tensor:
-    """Gradient (T, V) of a sample's mean token NLL in its logits: (softmax - one-hot) / count.
-
-    With ``draws``, uniform numbers of the predicted positions, the labels are the model's own:
-    where its cumulative distribution passes the draw. Softmax in float32, a few rows at a time;
-    autograd's own cross-entropy would hold several float32 copies of the logits.
-    """
-    positions = predicted.nonzero()[:, 0].to(logits.device)
-    labels = labels.to(logits.device)[positions]
-    out = torch.zeros_like(logits)
-    rows = max(1, piece_elements(logits.device) // logits.shape[-1])
-    for start in range(0, len(positions), rows):
-        part = positions[start : start + rows]
-        p = torch.softmax(logits[part].float(), dim=-1)
-        label = labels[start : start + rows]
-        if draws is not None:
-            label = _drawn(p, draws[start : start + rows].to(p.device))
-        p[torch.arange(len(part), device=p.device), label] -= 1
-        out[part] = (p / len(positions)).to(out.dtype)
-    return out
-
-
-def _drawn(p: Tensor, draws: Tensor) -> Tensor:
-    """(R,) tokens from distributions p (R, V) and uniform draws (R,), by inverse transform."""
-    # In float64: a float32 running sum over a large vocabulary drifts by more than most tokens.
-    cumulative = p.double().cumsum(-1)
-    wanted = draws[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=p.shape[-1] - 1)

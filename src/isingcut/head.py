@@ -95,6 +95,10 @@ class OutputHead:
             return torch.mm(inputs, weight, out=out)
         return torch.addmm(bias[start:stop], inputs, weight, out=out)
 
+    def back(self, toward: Tensor, out: Tensor) -> Tensor:
+        """Gradient (R, D) in the inputs from that in the logits (R, V), written to ``out``."""
+        return torch.mm(toward, self._linear.weight, out=out)
+
 
 class Comparison(Protocol):
     """The original model on one micro-batch, to compare cut models with.
