@@ -18,8 +18,8 @@ say 'cat README.md CONTRIBUTING.md docs/*.md > my-text.txt'
 
 say isingcut inspect ./my-model
 say isingcut run ./my-model --remove 4 --calibration my-text.txt --samples 8 --length 128 --out my-run
-say isingcut solve my-run --budget params=20% --states 5
-say isingcut rank my-run --budget params=20% --states 5
+say isingcut solve my-run --budget params=20%
+say isingcut rank my-run --budget params=20%
 say isingcut report my-run
 say 'python -c "
 from transformers import pipeline

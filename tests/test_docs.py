@@ -12,10 +12,12 @@ import typer
 import yaml
 
 from isingcut import cli
+from isingcut.config import from_mapping, load_yaml
 from isingcut.testing.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
 PAGES = sorted(p.name for p in DOCS.glob("*.md"))
 VERBS = typer.main.get_command(cli.app).commands
 
@@ -57,6 +59,18 @@ def test_code_on_pages_runs(page, place, monkeypatch):
         exec(compile(block, page, "exec"), space)
 
 
+@pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
+def test_the_python_example_runs(place, capsys):
+    script(ROOT / "examples" / "prune.py").main("my-model", "smaller")
+    assert "blocks (" in capsys.readouterr().out
+    assert json.loads(Path("smaller/config.json").read_text())["num_hidden_layers"] == 4
+
+
+def test_the_config_file_example_is_read():
+    config = from_mapping(load_yaml(ROOT / "examples" / "run.yaml"), "run.yaml").validate()
+    assert config.removal == "6"
+
+
 def commands(text):
     """Every `isingcut VERB ...` in code blocks and inline code, as lists of words."""
     code = re.findall(r"^```(?:bash|sh|text)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -65,13 +79,22 @@ def commands(text):
     for line in "\n".join(code).splitlines():
         for part in re.split(r"&&|\|\||\||;|\$\(|\)", line.partition(" #")[0]):
             if re.match(r"\s*(\$ )?isingcut\s", part):
-                words = shlex.split(part.replace("$ ", "", 1).replace("...", "").strip(' "'))
-                yield words[1:]
+                part = part.replace("$ ", "", 1).replace("...", "").strip()
+                # A command inside $( ) was cut out of a quoted string.
+                yield shlex.split(part if part.count('"') % 2 == 0 else part.strip('"'))[1:]
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}" for p in PAGES)])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", *(f"docs/{p}" for p in PAGES), *(f"examples/{p.name}" for p in SCRIPTS)],
+)
 def test_commands_exist_with_their_options(page):
-    for words in commands((ROOT / page).read_text(encoding="utf-8")):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if page.endswith(".sh"):
+        text = "```bash\n" + text.replace("say isingcut", "isingcut") + "```\n"
+    found = list(commands(text))
+    assert found or not page.endswith(".sh")
+    for words in found:
         named = [w for w in words if not w.startswith("-")]
         if not named or named[0] in ("VERB",):
             continue
