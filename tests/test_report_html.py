@@ -126,8 +126,11 @@ def test_the_words_are_those_of_the_files(run, page):
     assert "a-model without 3 of its 12 blocks" in page.text
     assert "Spearman 0.90 (0.80 to 0.95), Kendall 0.90 (0.80 to 0.95) over n = 50" in page.text
     assert "Spearman −0.25 (−0.35 to −0.20)" in page.text
-    assert "arc_easy acc, n = 500 0.6200 ± 0.0200 0.5500 ± 0.0200 −0.0700" in page.text
-    assert "perplexity 29.0000 ± 0.5000 24.0000 ± 0.4000 −17.2 %" in page.text
+    task = "arc_easy acc, n = 500 0.6200 ± 0.0200 0.5500 ± 0.0200 −0.0700 (−0.100 to −0.040)"
+    assert task in page.text
+    assert "boolq acc, n = 500, within the noise" in page.text
+    assert "WikiText-2 perplexity, 777 tokens 15.00 ± 0.50 18.00 ± 0.50 +20.0 %" in page.text
+    assert "perplexity 29.00 ± 0.50 24.00 ± 0.40 −17.2 %" in page.text
     assert 'from_pretrained("run/model")' in page.text
     assert "sha-of-a-model" in page.text
     assert "breaks keep 0" in page.text
@@ -207,6 +210,33 @@ def test_blocks_named_by_hand_have_a_row_of_their_own(tmp_path):
     rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
     assert len(rows) == 21
     assert [a.get("class") for a in rows].index("chosen") == 20
+
+
+def test_a_healed_run_shows_the_healed_model(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "healed").mkdir()
+    rows = [
+        {"removed": removed, "kl": kl, "kl_se": 0.01, "kl_before": 0.9}
+        for removed, kl in (([0, 1, 2], 0.25), ([3, 4, 5], 0.5))
+    ]
+    content = {"candidates": rows, "chosen": rows[0]}
+    write_json(run / "healed-candidates.json", "healed-candidates", content)
+    write_json(run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
+    healing = read_json(run / "healing.json", "healing")
+    healing |= {"options": {"method": "lora"}, "tokens_seen": 15360, "report_tokens": 999}
+    healing["patch"] = {"scores": {"kl": 0.75, "kl_se": 0.01}}
+    write_json(run / "healing.json", "healing", healing)
+    page = page_of(run)
+    assert 'from_pretrained("run/healed")' in page.text
+    assert "quantity original healed change" in page.text
+    assert "The 2 candidates of lowest measured KL were each healed for a few steps" in page.text
+    assert (
+        "this one was then the best (KL 0.2500 ± 0.0100 nats per token, before 0.9000)" in page.text
+    )
+    assert "named by hand, not chosen" not in page.text
+    assert "A linear patch was fitted at each cut (alone it brings the KL to 0.7500" in page.text
+    assert "Distillation from the original ( lora ) over 15,360 tokens." in page.text
+    assert "0 1 2 0.9000 0.2500 ± 0.0100 chosen" in page.text
 
 
 def test_names_and_texts_cannot_become_markup(tmp_path):

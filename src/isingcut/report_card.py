@@ -27,6 +27,8 @@ def model_card(folder: Path, target: Path, removed: list[int]) -> str:
     run = read_json(folder / "run.json", "run")
     ranked = target / "candidates.json"
     candidates = read_json(ranked, "candidates") if ranked.exists() else None
+    tried = target / "healed-candidates.json"
+    healed = read_json(tried, "healed-candidates") if tried.exists() else None
     hamiltonian = read_hamiltonian(folder)
     meta = dict(hamiltonian.meta) if hamiltonian is not None else None
     provenance = run["provenance"]
@@ -74,7 +76,7 @@ def model_card(folder: Path, target: Path, removed: list[int]) -> str:
         name=name,
         removed=removed,
         total=total,
-        how=removal_summary(removed, total, energy, meta, candidates),
+        how=removal_summary(removed, total, energy, meta, candidates, healed),
         measured=measured,
         from_gguf="gguf_sha256" in provenance["model"],
         provenance=provenance,

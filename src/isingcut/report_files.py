@@ -5,12 +5,10 @@ Reads files only, never a model, and loads no torch. A file that is not there is
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import StageFileError
 from isingcut.files import read_json
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.report_baselines import baselines_won, read_baselines
@@ -56,8 +54,10 @@ class RunFiles:
         others: Hamiltonians measured beside the main one, by name.
         baselines: the contents of all `baseline-NAME.json`, lowest measured KL first.
         healing: `healing.json`: losses over the steps, and the scores before and after.
-        benchmarks: rows of `benchmarks.json`: task, metric, scores of both models.
+        healed_candidates: `healed-candidates.json`: candidates compared after a little healing.
+        benchmarks: `benchmarks.json`: under ``rows`` task, metric, scores of both models.
         removals: all removals solved in the folder, fewest blocks first.
+        healed: a healed checkpoint is there; the evaluation is then of it.
         gguf: a cut GGUF file is there.
     """
 
@@ -72,8 +72,10 @@ class RunFiles:
     others: dict[str, Hamiltonian] = field(default_factory=dict)
     baselines: list[dict[str, Any]] = field(default_factory=list)
     healing: dict[str, Any] | None = None
-    benchmarks: list[dict[str, Any]] | None = None
+    healed_candidates: dict[str, Any] | None = None
+    benchmarks: dict[str, Any] | None = None
     removals: list[Removal] = field(default_factory=list)
+    healed: bool = False
     gguf: bool = False
 
     @property
@@ -161,7 +163,8 @@ class RunFiles:
         """How the checkpoint is reached from where the run folder is."""
         if self.removal is None:
             return None
-        below = (self.target / "model").relative_to(self.folder)
+        name = "healed" if self.healed else "model"
+        below = (self.target / name).relative_to(self.folder)
         return (Path(self.folder.resolve().name) / below).as_posix()
 
 
@@ -193,9 +196,11 @@ def read_run(folder: Path, target: Path | None = None) -> RunFiles:
             for path in sorted(folder.glob("hamiltonian.*.safetensors"))
         },
         baselines=read_baselines(target),
-        healing=_loose(target / "healing.json", dict),
-        benchmarks=_rows(_loose(target / "benchmarks.json", dict | list)),
+        healing=_optional(target / "healing.json", "healing"),
+        healed_candidates=_optional(target / "healed-candidates.json", "healed-candidates"),
+        benchmarks=_optional(target / "benchmarks.json", "benchmarks"),
         removals=_removals(folder, target, run),
+        healed=(target / "healed").is_dir(),
         gguf=(target / "model.gguf").is_file(),
     )
 
@@ -215,26 +220,6 @@ def without_header(document: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _optional(path: Path, kind: str) -> dict[str, Any] | None:
     return read_json(path, kind) if path.exists() else None
-
-
-def _loose(path: Path, kind: Any) -> Any:
-    """A JSON file that other tools may write too: no header is asked for."""
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise StageFileError(f"{path} is not readable as JSON ({e}); delete it") from e
-    if not isinstance(content, kind):
-        raise StageFileError(f"{path} does not hold what its name says; delete it")
-    return content
-
-
-def _rows(found: Any) -> list[dict[str, Any]] | None:
-    """The list of tasks, alone or as the only list in a document."""
-    if isinstance(found, dict):
-        found = next((v for v in found.values() if isinstance(v, list)), [])
-    return found or None
 
 
 def _removals(folder: Path, target: Path, run: dict[str, Any]) -> list[Removal]:

@@ -31,7 +31,14 @@ from isingcut.report_blocks import (
 from isingcut.report_figures import healing_figure, scatter_figure, spectrum_figure
 from isingcut.report_files import RunFiles
 from isingcut.report_provenance import provenance_rows, timing_rows
-from isingcut.report_scores import benchmark_rows, comparison_bars, healing_rows, tiles
+from isingcut.report_scores import (
+    benchmark_rows,
+    comparison_bars,
+    healed_rows,
+    healing_rows,
+    healing_words,
+    tiles,
+)
 from isingcut.report_states import Book, book
 from isingcut.report_tradeoff import trade_off_figures
 from isingcut.report_words import (
@@ -68,7 +75,9 @@ def report_page(files: RunFiles) -> str:
         files=files,
         n=n,
         removed=files.removed,
-        summary=removal_summary(files.removed, n, files.energy, files.meta, candidates),
+        summary=removal_summary(
+            files.removed, n, files.energy, files.meta, candidates, files.healed_candidates
+        ),
         tiles=tiles(files),
         bars=[] if files.evaluation is None else comparison_bars(files.evaluation),
         rows=rows,
@@ -87,6 +96,8 @@ def report_page(files: RunFiles) -> str:
         rival_scale=rival_scale,
         healing=None if files.healing is None else healing_figure(files.healing),
         healing_rows=[] if files.healing is None else healing_rows(files.healing),
+        healing_words="" if files.healing is None else healing_words(files.healing),
+        healed_rows=healed_rows(files.healed_candidates),
         benchmarks=None if files.benchmarks is None else benchmark_rows(files.benchmarks),
         provenance=provenance_rows(files.run, files.meta),
         timings=timing_rows(files.run, files.folder, files.target),

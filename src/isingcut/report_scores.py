@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isingcut.report_files import RunFiles
-from isingcut.report_words import comparison, plus_minus
+from isingcut.report_words import comparison, listed, plus_minus
 
 
 @dataclass(frozen=True)
@@ -73,45 +73,97 @@ def comparison_bars(evaluation: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def benchmark_rows(found: list[dict[str, Any]]) -> list[Row]:
-    """Tasks with the scores of both models; bars reach from 0 to 1, or to the largest score."""
-    whole = max(1.0, *(float(r[k]) for r in found for k in ("original", "cut") if r[k] is not None))
-    rows = []
-    for r in found:
-        bars = []
-        for side in ("original", "cut"):
-            value, error = r[side], r.get(f"{side}_se")
-            text = "not measured" if value is None else plus_minus(float(value), error)
-            bars.append(bar(value, error, text, whole))
-        change = ""
-        if r["original"] is not None and r["cut"] is not None:
-            change = f"{float(r['cut']) - float(r['original']):+.4f}"
-        n = f", n = {r['n']}" if r.get("n") else ""
-        rows.append(Row(str(r["task"]), bars[0], bars[1], change, f"{r['metric']}{n}"))
-    return rows
+def benchmark_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Tasks with the scores of both models, and the perplexity on WikiText-2 where it is there.
 
-
-def healing_rows(healing: dict[str, Any]) -> list[Row]:
-    """Figures that the healing record holds both before and after."""
-    before, after = healing.get("before") or {}, healing.get("after") or {}
+    Bars of scores reach from 0 to 1. The change has its 95 % interval where the two models were
+    compared question by question; a change within the noise is called so.
+    """
     rows = []
-    for key, first in before.items():
-        second = after.get(key)
-        numbers = all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in (first, second)
-        )
-        if not numbers or key.endswith("_se"):
-            continue
-        errors = [side.get(f"{key}_se") for side in (before, after)]
-        whole = max(v + (e or 0.0) for v, e in zip((first, second), errors, strict=True))
+    for r in found["rows"]:
+        whole = max(1.0, float(r["original"]), float(r["cut"]))
         bars = [
-            bar(v, e, plus_minus(float(v), e), whole)
-            for v, e in zip((first, second), errors, strict=True)
+            bar(r[side], r.get(f"{side}_se"), plus_minus(r[side], r.get(f"{side}_se")), whole)
+            for side in ("original", "cut")
         ]
-        change = f"{100 * (second / first - 1):+.1f} %" if first else ""
-        name = {"kl": "KL", "nll": "NLL"}.get(key, key.replace("_", " "))
-        rows.append(Row(name, bars[0], bars[1], change))
+        change = f"{r['cut'] - r['original']:+.4f}"
+        if r.get("difference_low") is not None:
+            change += f" ({r['difference_low']:+.3f} to {r['difference_high']:+.3f})"
+        notes = [r["metric"], f"n = {r['n']}"]
+        if r.get("shots"):
+            notes.append(f"{r['shots']} shots")
+        if r.get("more_than_noise") is False:
+            notes.append("within the noise")
+        rows.append(Row(str(r["task"]), bars[0], bars[1], change, ", ".join(notes)))
+    text = found.get("wikitext2")
+    if text is not None:
+        first, second = (text[k] for k in ("original", "cut"))
+        note = f"perplexity, {text['tokens']} tokens"
+        rows.append(_pair("WikiText-2", "perplexity", first, second, ".2f", note))
     return rows
+
+
+def _pair(
+    name: str, key: str, before: Mapping[str, Any], after: Mapping[str, Any], form: str, note: str
+) -> Row:
+    values = [(float(s[key]), s.get(f"{key}_se")) for s in (before, after)]
+    whole = max(v + (e or 0.0) for v, e in values)
+    bars = [bar(v, e, plus_minus(v, e, form), whole) for v, e in values]
+    (first, _), (second, _) = values
+    change = f"{100 * (second / first - 1):+.1f} %" if first else ""
+    return Row(name, bars[0], bars[1], change, note)
+
+
+def healing_rows(healing: Mapping[str, Any]) -> list[Row]:
+    """Perplexity, NLL and KL of the cut model before and after healing."""
+    before, after = healing["before"], healing["after"]
+    return [
+        _pair(name, key, before, after, form, "")
+        for name, key, form in (
+            ("perplexity", "perplexity", ".2f"),
+            ("NLL, nats/token", "nll", ".4f"),
+            ("KL to the original, nats/token", "kl", ".4f"),
+        )
+        if before.get(key) is not None and after.get(key) is not None
+    ]
+
+
+def healing_words(healing: Mapping[str, Any]) -> str:
+    """How the model was healed and on what the figures are measured."""
+    said = []
+    options = healing.get("options") or {}
+    if healing.get("patch"):
+        words = "A linear patch was fitted at each cut"
+        scores = healing["patch"].get("scores")
+        if scores:
+            words += f" (alone it brings the KL to {plus_minus(scores['kl'], scores['kl_se'])})"
+        said.append(words + ".")
+    if healing.get("steps"):
+        seen = healing.get("tokens_seen")
+        tokens = "" if seen is None else f" over {seen:,} tokens"
+        method = f" (`{options['method']}`)" if options.get("method") else ""
+        said.append(f"Distillation from the original{method}{tokens}.")
+    if healing.get("report_tokens"):
+        said.append(f"Measured on {healing['report_tokens']} tokens that healing has not seen.")
+    original = healing["before"].get("original_perplexity")
+    if original is not None:
+        said.append(f"The original has perplexity {original:.2f} there.")
+    return " ".join(said)
+
+
+def healed_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    """Candidates compared after a few steps of healing: blocks, KL before and after, chosen."""
+    if found is None:
+        return []
+    return [
+        (
+            listed(row["removed"]),
+            f"{row['kl_before']:.4f}",
+            plus_minus(row["kl"], row["kl_se"]),
+            "chosen" if row["removed"] == found["chosen"]["removed"] else "",
+        )
+        for row in sorted(found["candidates"], key=lambda r: float(r["kl"]))
+    ]
 
 
 def tiles(files: RunFiles) -> list[tuple[str, str, str]]:

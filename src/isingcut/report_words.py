@@ -55,8 +55,18 @@ def removal_summary(
     energy: str,
     meta: Mapping[str, Any] | None,
     candidates: Mapping[str, Any] | None,
+    healed: Mapping[str, Any] | None = None,
 ) -> str:
-    """What was removed and why, in one paragraph; only what the files say."""
+    """What was removed and why, in one paragraph; only what the files say.
+
+    Args:
+        removed: blocks that are gone, None before a choice.
+        total: N.
+        energy: the name of the energy.
+        meta: the provenance of its Hamiltonian.
+        candidates: content of `candidates.json`.
+        healed: content of `healed-candidates.json`, where healed candidates were compared.
+    """
     if removed is None:
         return ""
     noun = "Block" if len(removed) == 1 else "Blocks"
@@ -64,6 +74,15 @@ def removal_summary(
     said = [f"{noun} {numbers(removed)} of {total} (numbered from 0) {verb} removed."]
     if candidates is None:
         return f"{said[0]} The run's files hold no measured ranking behind this choice."
+    if healed is not None and sorted(healed["chosen"]["removed"]) == sorted(removed):
+        count, best = len(healed["candidates"]), healed["chosen"]
+        loss = plus_minus(best["kl"], best["kl_se"])
+        said.append(
+            f"The {count} candidates of lowest measured KL were each healed for a few steps and "
+            f"measured again; this one was then the best (KL {loss} nats per token, before "
+            f"{best['kl_before']:.4f})."
+        )
+        return " ".join(said)
     if sorted(candidates["chosen"]["removed"]) != sorted(removed):
         said.append("They were named by hand, not chosen from a spectrum.")
         return " ".join(said)
