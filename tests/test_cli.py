@@ -142,6 +142,15 @@ def test_json_stays_alone_when_libraries_print(monkeypatch, capsys):
     assert "hello" in captured.err
 
 
+def test_json_has_null_where_a_number_is_not_finite(capsys):
+    from isingcut import cli_verb
+
+    answer = cli_verb.Answer({"gap": float("inf"), "rows": [(float("nan"), 1.5)]}, print)
+    cli_verb._give("solve", answer, as_json=True, quiet=False)
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"verb": "solve", "gap": None, "rows": [[None, 1.5]], "warnings": []}
+
+
 def test_quiet_leaves_one_line(run, capsys):
     for arguments, expected in (
         (("solve", run), f"{run / 'spectrum.json'}"),
