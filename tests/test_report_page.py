@@ -124,7 +124,7 @@ def test_every_figure_is_drawn_with_all_its_data(show: Open, run: Path) -> None:
     assert count("#pareto-speed .mark") == 1 + 2
     assert count("#rivals tbody tr") == 3
     assert count("#healing .mark") == 30
-    assert count("#benchmarks .meter") == 2 * 3
+    assert count("#benchmarks .meter") == 2 * 4
     sizes = page.eval_on_selector_all(
         "figure .mark .shape",
         "all => all.map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])",
