@@ -196,6 +196,31 @@ def test_an_energy_alone_still_makes_a_page(tmp_path):
     assert not page.classed("pick")
 
 
+def test_a_range_of_removals_is_shown_as_a_curve(tmp_path):
+    run = write_run(tmp_path / "curve")
+    for name in ("evaluation", "candidates", "spectrum", "model/isingcut"):
+        (run / f"{name}.json").unlink()
+    page = page_of(run)
+    assert "This folder holds 2 removals" in page.text
+    assert "isingcut excise curve --remove 2" in page.text
+    kinds = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
+    # The original in three charts; two removals by parameters and by cache, one by speed.
+    assert kinds["mark"] - kinds["healed"] == 3 + 2 + 2 + 1
+
+
+def test_a_streamed_run_shows_what_it_measured(tmp_path):
+    run = write_run(tmp_path / "run", extras=False)
+    found = read_json(run / "evaluation.json", "evaluation")
+    for part in ("before", "after"):
+        for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes"):
+            del found[part][key]
+    write_json(run / "evaluation.json", "evaluation", {**found, "generation": None})
+    page = page_of(run)
+    assert "decode, tokens/s not measured not measured" in page.text
+    assert "decode speed" not in page.text.split("Before and after")[0]
+    assert "No speed was measured" in page.text
+
+
 def test_another_removal_has_a_page_of_its_own(run):
     page = page_of(run, run / "remove-2")
     assert "a-model without 2 of its 12 blocks" in page.text

@@ -116,9 +116,10 @@ def _figure(files: RunFiles, key: str, title: str, label: str, place: Place | No
     points = trade_off_points(files, place)
     if not points:
         verb = "evaluate" if fast else "rank"
-        return Figure(
-            key, title, f"Nothing measured yet. Type `isingcut {verb} {files.arguments}`."
-        )
+        words = f"Nothing measured yet. Type `isingcut {verb} {files.arguments}`."
+        if fast and any(r.evaluation is not None for r in files.removals):
+            words = "No speed was measured; a run that streams blocks from disk measures none."
+        return Figure(key, title, words)
     whole, sign = (1.0, " ×") if fast else (100.0, " %")
     ends = [p.loss + (p.error or 0.0) for p in points]
     plot = Plot(x_span([whole, *(p.at for p in points)]), y_span([0.0, *ends], zero=True))
