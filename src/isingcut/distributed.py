@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -163,6 +164,7 @@ def announce(session: Session) -> None:
             f"--device {session.config.device} names one GPU for {crew.size} processes; "
             "give --device cuda, and each takes its own"
         )
+    _share_memory(crew, session)
     _post.session = session
     # Resolved first: a download or a conversion is then there for the whole machine.
     identity = session.identity
@@ -171,6 +173,19 @@ def announce(session: Session) -> None:
     stream = "on" if session.streaming else "off"
     config = dataclasses.asdict(session.config.replace(stream=stream))
     _order(crew, {"order": "model", "config": config, "sha256": identity["sha256"]}, {})
+
+
+def _share_memory(crew: Crew, session: Session) -> None:
+    """Give each process of a machine its part of the memory, where all have the same."""
+    from isingcut.models import pick_device
+    from isingcut.streamed.memory import allowance
+
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", crew.size))
+    device = pick_device(session.config.device)
+    if device.type != "cuda" and beside > 1 and not session.config.memory_limit:
+        found = allowance("", device)
+        each = found.used + found.left // beside
+        session.config = session.config.replace(memory_limit=f"{each / 1e6:.0f}MB")
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:
@@ -194,7 +209,9 @@ def together(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         name = f"{function.__module__}:{function.__name__}"
         common = {k: v for k, v in arguments.items() if k not in _LOCAL}
-        number = _order(crew, {"order": "task", "function": name}, common)
+        attention = getattr(replay, "attention", None)
+        message = {"order": "task", "function": name, "attention": attention}
+        number = _order(crew, message, common)
         sharing.current = sharing.Task(crew, f"task/{number}", device)
         try:
             found = function(*args, **kwargs)
@@ -227,7 +244,7 @@ def _serve(crew: Crew) -> None:
         if message["order"] == "model":
             _post.session = _load(crew, message)
         else:
-            _take_part(crew, message["function"], arguments)
+            _take_part(crew, message, arguments)
 
 
 def _load(crew: Crew, message: dict[str, Any]) -> Session:
@@ -261,12 +278,13 @@ def _check_gpu(crew: Crew, device: str) -> None:
         )
 
 
-def _take_part(crew: Crew, called: str, arguments: dict[str, Any]) -> None:
-    module, _, name = called.partition(":")
+def _take_part(crew: Crew, message: dict[str, Any], arguments: dict[str, Any]) -> None:
+    module, _, name = message["function"].partition(":")
     assert module.startswith("isingcut."), module
     function = inspect.unwrap(getattr(importlib.import_module(module), name))
     session = _post.session
     assert session is not None
+    session.replay.attention = message["attention"]
     sharing.current = sharing.Task(crew, f"task/{_post.orders - 1}", session.replay.device)
     try:
         with suppress(sharing.TaskDone):
