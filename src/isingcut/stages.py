@@ -18,6 +18,7 @@ from isingcut.config import RunConfig
 from isingcut.errors import InputError, StageFileError
 from isingcut.files import atomic_folder, read_json, write_json
 from isingcut.hamiltonian import Hamiltonian
+from isingcut.healing_stages import chosen_after_healing, product
 from isingcut.measuring import names, other_path, upstream, work_of
 from isingcut.problem import Problem
 from isingcut.removal import make_problem
@@ -99,6 +100,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         split = Calibration.load(folder.path / "calibration.safetensors").splits["rank"]
         problem = problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
+        session.tuned(folder)
         work = work_of(session, journal)
         ranking = candidates.rank(
             session.replay,
@@ -160,7 +162,10 @@ def _needs(folder: RunFolder, config: RunConfig, name: str, stage: str) -> Path:
 
 
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
-    """The blocks that the ranking of one removal chose."""
+    """The blocks that the ranking of one removal chose, or the healed candidates after it."""
+    after = chosen_after_healing(folder, config)
+    if after is not None:
+        return after
     found = read_json(_needs(folder, config, "candidates.json", "rank"), "candidates")
     return [int(i) for i in found["chosen"]["removed"]]
 
@@ -253,7 +258,8 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
     """Stage `evaluate`: `evaluation.json`, the original and the cut model on unseen text."""
     config = session.config
     target = folder.target(config.removal)
-    checkpoint = _needs(folder, config, "model", "excise")
+    _needs(folder, config, "model", "excise")
+    checkpoint = product(folder, config)
     excised = folder.manifest["stages"][str(checkpoint.relative_to(folder.path))]
     options = {"model": excised["fingerprint"], **upstream(folder)}
 
@@ -263,6 +269,7 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
         from isingcut.models import load
 
         tokens = Calibration.load(folder.path / "calibration.safetensors").splits["report"]
+        session.tuned(folder)
         if session.streaming:
             write_json(path, "evaluation", _evaluate_streamed(session, checkpoint, tokens))
             return
@@ -280,7 +287,7 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
                 loaded,
                 cut,
                 tokens,
-                batch_tokens=config.batch_tokens,
+                batch_tokens=session.tuning.batch_tokens,
                 trust_remote_code=config.trust_remote_code,
                 progress=session.progress,
             ),
@@ -306,13 +313,13 @@ def _evaluate_streamed(session: Session, checkpoint: Path, tokens: TokenSet) -> 
         original,
         cut,
         tokens,
-        batch_tokens=session.config.batch_tokens,
+        batch_tokens=session.tuning.batch_tokens,
         progress=session.progress,
     )
 
 
 def report(folder: RunFolder, remove: str) -> Path:
-    """Stage `report`: `report.md` and `report.json`, from the folder's files alone."""
+    """Stage `report`: `report.html`, `report.md` and `report.json`, from the folder's files alone."""
     from isingcut.report import write_report
 
     target = folder.target(remove)
