@@ -23,7 +23,7 @@ from isingcut.errors import IsingcutError, RankError
 __all__ = ["app", "main"]
 
 # Each file adds its verbs to the application; the order is that of `isingcut --help`.
-for _group in ("cli_run", "cli_states", "cli_models", "cli_share", "cli_look"):
+for _group in ("cli_run", "cli_states", "cli_models", "cli_heal", "cli_share", "cli_look"):
     importlib.import_module(f"isingcut.{_group}")
 
 

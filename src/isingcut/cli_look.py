@@ -29,15 +29,18 @@ def inspect_blocks(**options: Any) -> Answer:
 
 @verb(name="ls", group=LOOK)
 def list_parts() -> Answer:
-    """List the energies, the solvers and the baselines.
+    """List the energies, the solvers, the baselines, the healers and the benchmark tasks.
 
     Example: isingcut ls
     """
     from isingcut.baselines import registry as baselines
     from isingcut.energies import registry as energies
+    from isingcut.healers import registry as healers
+    from isingcut.local_tasks import names as task_names
     from isingcut.show import show_lines
     from isingcut.solvers import registry as solvers
 
-    parts = {r.room: r.names() for r in (energies, solvers, baselines)}
+    parts = {r.room: r.names() for r in (energies, solvers, baselines, healers)}
+    parts["tasks"] = task_names()
     lines = [f"{room}: {', '.join(names)}" for room, names in parts.items()]
     return Answer(parts, lambda: show_lines(lines), brief="\n".join(lines))

@@ -1,4 +1,4 @@
-"""Verbs that make or judge a smaller model: `excise`, `evaluate`, `report`."""
+"""Verbs that make a smaller model and tell of it: `excise`, `report`."""
 
 from __future__ import annotations
 
@@ -53,25 +53,6 @@ def excise(
     }
     lines = [str(path) for path in written]
     return Answer(data, lambda: show_lines(lines), brief=lines[0])
-
-
-@verb(*OF_RUN, group=STAGES)
-def evaluate(directory: Folder, progress: Any, **options: Any) -> Answer:
-    """Compare the original and the cut model on text that nothing was chosen on.
-
-    Example: isingcut evaluate my-run --remove 8
-    """
-    from isingcut import pipeline, stages
-    from isingcut.show import show_evaluation
-
-    folder, config = reopen(directory, options)
-    session = pipeline.session_of(folder, config, progress)
-    found = stages.evaluate(session, folder)
-    file = folder.target(config.removal) / "evaluation.json"
-    body = {k: v for k, v in found.items() if k not in ("format", "version")}
-    return Answer(
-        {"file": str(file), **body}, lambda: show_evaluation(found), brief=f"{found['kl']:.4f}"
-    )
 
 
 @verb("remove", "overwrite", group=STAGES)

@@ -72,7 +72,18 @@ class RunConfig:
     )
     dtype: str = _option("auto", "energy", "auto, float32 or bfloat16.")
     device: str = _option("auto", "energy", "auto, cpu, cuda or cuda:N.", volatile=True)
-    batch_tokens: int = _option(1024, "energy", "Tokens computed at a time.")
+    attention: str = _option(
+        "auto",
+        "energy",
+        "How measurements compute attention: sdpa, eager, or auto (timed, and kept for the run).",
+        volatile=True,
+    )
+    batch_tokens: int | None = _option(
+        None,
+        "energy",
+        "Tokens computed at a time (default: timed, and kept for the run).",
+        volatile=True,
+    )
     stream: str = _option(
         "auto",
         "energy",
@@ -163,6 +174,7 @@ class RunConfig:
                 raise InputError(f"--{flag} must be at least {lowest}, got {value}")
         _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("--stream", self.stream, ("auto", "on", "off"))
+        _one_of("--attention", self.attention, ("auto", "sdpa", "eager"))
         _one_of("--choose", self.choose, ("measured", "ground"))
         _one_of("--patch", self.patch, PATCHES)
         if self.heal_top < 0:
@@ -212,6 +224,7 @@ class HealConfig:
         100, "heal", "Steps in which it rises; at most a tenth of all steps."
     )
     epochs: float = _option(1.0, "heal", "How often the text is read.")
+    top_steps: int = _option(20, "heal", "Steps for each candidate of `run --heal-top`.")
     steps: int | None = _option(None, "heal", "Stop after so many steps; the schedule ends there.")
     batch: int = _option(16, "heal", "Sequences per optimiser step, over all processes.")
     micro_batch: int = _option(1, "heal", "Sequences computed at a time by one process.")
@@ -264,6 +277,7 @@ class HealConfig:
             "patch_tokens": 64,
             "warmup_steps": 0,
             "steps": 1,
+            "top_steps": 1,
             "batch": 1,
             "micro_batch": 1,
             "hidden_weight": 0,

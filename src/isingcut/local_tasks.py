@@ -57,17 +57,17 @@ def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
         raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(names())}")
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     own = config.pop("isingcut")
-    records = _questions(data, own["test"], questions)
-    examples = _records(_only(data, own["fewshot"])) if "fewshot" in own else []
+    asked = _questions(data, own["test"], questions)
+    examples = records(_only(data, own["fewshot"])) if "fewshot" in own else []
     by = own.get("by")
-    groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in records))
+    groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in asked))
     configurations = []
     for group in groups:
         one = copy.deepcopy(config)
         if by is not None and group is not None:
             one["task"] = f"{config['task']}_{group}"
             one["description"] = config["description"].replace("{by}", group.replace("_", " "))
-        chosen = [r for r in records if by is None or str(r[by]) == group]
+        chosen = [r for r in asked if by is None or str(r[by]) == group]
         shots = [r for r in examples if by is None or str(r[by]) == group]
         if len(shots) < int(one["num_fewshot"]):
             raise InputError(
@@ -79,7 +79,7 @@ def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
         if shots:
             one["fewshot_split"] = "fewshot"
         configurations.append(one)
-    return LocalTask(name, str(own["metric"]), configurations, len(records))
+    return LocalTask(name, str(own["metric"]), configurations, len(asked))
 
 
 def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
@@ -112,19 +112,24 @@ def _questions(data: Path, stem: str, most: int | None) -> list[dict[str, Any]]:
         if p.stem.rpartition("_sub")[2].isdigit()
     }
     large = [size for size in sorted(subsets) if most is not None and size >= most]
-    records = _records(subsets[large[0]] if large else _only(data, stem))
-    if most is None or len(records) <= most:
-        return records
-    picks = np.linspace(0, len(records) - 1, most).round().astype(int)
-    return [records[i] for i in picks]
+    found = records(subsets[large[0]] if large else _only(data, stem))
+    if most is None or len(found) <= most:
+        return found
+    picks = np.linspace(0, len(found) - 1, most).round().astype(int)
+    return [found[i] for i in picks]
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON lines file.
+
+    Raises:
+        InputError: missing, damaged or empty.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
+        found = [json.loads(line) for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise InputError(f"{path} is not readable as JSON lines: {e}") from e
-    if not records or not all(isinstance(r, dict) for r in records):
+    if not found or not all(isinstance(r, dict) for r in found):
         raise InputError(f"{path} holds no questions")
-    return records
+    return found

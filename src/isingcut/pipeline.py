@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from isingcut import healing_stages
 from isingcut.config import RunConfig, from_mapping
 from isingcut.distributed import announce, led
 from isingcut.errors import InputError, StageFileError
@@ -64,7 +65,9 @@ def _run(config: RunConfig, progress: Progress) -> Path:
         return _curve(session, folder, several)
     solve(folder, config)
     rank(session, folder)
+    healing_stages.choose(session, folder)
     excise(session, folder)
+    healing_stages.heal(session, folder)
     evaluate(session, folder)
     target = folder.target(config.removal)
     if target == folder.path:
@@ -140,6 +143,8 @@ def open_session(
     if need_removal or config.removal:
         for one in each_removal(config):
             removal_rows(blocks, one)
+    if need_removal:
+        healing_stages.check(session)
     calibration = None if out.exists() else build_calibration(session)
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
     _clear(folder, config)

@@ -23,6 +23,7 @@ from isingcut.errors import InputError, MissingExtraError
 from isingcut.files import fingerprint, write_json
 from isingcut.paired import compare
 from isingcut.progress import Bar, Progress, silent
+from isingcut.tokens import TokenSet
 
 if TYPE_CHECKING:
     from isingcut.models import LoadedModel
@@ -282,3 +283,58 @@ def _keep(
         path = _place(kept, task, loaded, questions)
         content = {**vars(found), "values": found.values.tolist()}
         write_json(path, "scores", content)
+
+
+def text_scores(
+    models: Mapping[str, LoadedModel],
+    data: Path | None,
+    samples: int | None,
+    *,
+    batch_tokens: int = 1024,
+    length: int = 1024,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Perplexity of both models on WikiText-2's raw test text, and their paired comparison.
+
+    The articles are joined and cut into windows of ``length`` tokens, each read on its own; the
+    last, short one is left out.
+
+    Args:
+        data: folder with `wikitext2/test_raw.jsonl`, one article a line.
+        samples: at most so many windows.
+
+    Raises:
+        InputError: no such folder or file.
+    """
+    from isingcut.architectures import text_config
+    from isingcut.evaluate import quality
+
+    if data is None:
+        raise InputError("wikitext2 is read from a folder of questions; give it as --data")
+    original, cut = models.values()
+    longest = getattr(text_config(original.model), "max_position_embeddings", None)
+    size = min(length, int(longest or length))
+    windows = _windows(data / "wikitext2" / "test_raw.jsonl", original, size, samples)
+    found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
+    return {
+        "samples": windows.samples,
+        "tokens": windows.tokens,
+        "original": found["before"],
+        "cut": found["after"],
+        "kl": found["kl"],
+        "kl_se": found["kl_se"],
+    }
+
+
+def _windows(path: Path, loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
+    from isingcut.calibration import start_tokens
+
+    text = "\n".join(str(r["text"]) for r in local_tasks.records(path))
+    ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    prefix = start_tokens(loaded.tokenizer)
+    body = length - len(prefix)
+    starts = range(0, len(ids) - body + 1, body)
+    rows = [prefix + ids[i : i + body] for i in starts][:most]
+    if not rows:
+        raise InputError(f"{path} is shorter than one window of {length} tokens")
+    return TokenSet.from_rows(rows)

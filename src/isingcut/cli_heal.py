@@ -1,0 +1,171 @@
+"""Verbs that make a cut model better and judge it: `heal`, `evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isingcut.cli_verb import (
+    OF_RUN,
+    RESULT,
+    STAGES,
+    Answer,
+    ConfigFile,
+    Folder,
+    given,
+    reopen,
+    verb,
+)
+from isingcut.config import HealConfig, load_yaml, options_from
+from isingcut.errors import InputError
+
+_ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
+
+
+@verb(*(n for n in _ALL if n != "top_steps"), group=RESULT, of=HealConfig)
+def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
+    """Win back quality of a cut checkpoint: closed-form patch, distillation, or both.
+
+    Interrupted? Type the same command again. Several processes:
+    torchrun --nproc-per-node 2 -m isingcut.cli heal ...
+
+    Example: isingcut heal my-run/model --teacher smollm2 --patch linear --out healed
+    """
+    from isingcut.files import read_json
+    from isingcut.heal import RECORD
+    from isingcut.heal import heal as run_heal
+    from isingcut.show_scores import show_healing
+
+    values = {**(load_yaml(config) if config else {}), **given(options)}
+    folder = run_heal(
+        options_from(HealConfig, values, str(config or "command line")), progress=progress
+    )
+    found = read_json(folder / RECORD, "healing")
+    return Answer(
+        {"checkpoint": str(folder), **_body(found)},
+        lambda: show_healing(found, folder),
+        brief=str(folder),
+    )
+
+
+@verb(*OF_RUN, group=STAGES)
+def evaluate(
+    directory: Folder,
+    progress: Any,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Also benchmarks, comma-separated: tasks of lm-evaluation-harness; with --data "
+            "our own (isingcut ls has them, and 'all')."
+        ),
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with the questions; without it, the hub's."),
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="At most so many questions a task.")
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="DIR is a checkpoint; compare it with this model."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --original: file for the benchmarks.")
+    ] = None,
+    **options: Any,
+) -> Answer:
+    """Compare the original and the final model: unseen text, speed, memory, benchmarks.
+
+    Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
+    """
+    from isingcut import healing_stages, pipeline, stages
+    from isingcut.show import show_evaluation
+    from isingcut.show_scores import show_benchmarks
+
+    names = _names(tasks)
+    if original is not None:
+        if not names:
+            raise InputError("--original compares benchmarks; name some with --tasks")
+        scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
+        return Answer(
+            {"benchmarks": {"file": str(file), **_body(scores)}},
+            lambda: show_benchmarks(scores, file),
+            brief=str(file),
+        )
+    if out is not None:
+        raise InputError("--out goes with --original; a run folder keeps its benchmarks.json")
+    folder, config = reopen(directory, options)
+    session = pipeline.session_of(folder, config, progress)
+    found = stages.evaluate(session, folder)
+    target = folder.target(config.removal)
+    answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **_body(found)}
+    rows: dict[str, Any] = {}
+    if names:
+        rows = healing_stages.benchmarks(session, folder, names, data=data, questions=questions)
+        answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **_body(rows)}
+
+    def show() -> None:
+        show_evaluation(found)
+        if rows:
+            show_benchmarks(rows, target / "benchmarks.json")
+
+    return Answer(answer, show, brief=f"{found['kl']:.4f}")
+
+
+def _names(tasks: str) -> list[str]:
+    if tasks == "all":
+        from isingcut.local_tasks import names
+
+        return [*names(), "wikitext2"]
+    return [t.strip() for t in tasks.split(",") if t.strip()]
+
+
+def _body(document: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in document.items() if k not in ("format", "version")}
+
+
+def _of_checkpoint(
+    folder: Path,
+    original: str,
+    names: list[str],
+    data: Path | None,
+    questions: int | None,
+    out: Path | None,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], Path]:
+    """Compare a checkpoint that lies anywhere with the model it was made from."""
+    from isingcut.config import RunConfig, from_mapping
+    from isingcut.files import refuse_existing, write_json
+    from isingcut.healing_stages import bench
+    from isingcut.models import load
+    from isingcut.session import Session
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no checkpoint (no config.json in it)")
+    file = out or folder.parent / f"{folder.name}-benchmarks.json"
+    typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
+    config: RunConfig = from_mapping({**typed, "model": original}, "command line").validate()
+    refuse_existing(file, overwrite=config.overwrite)
+    session = Session(config)
+    loaded = session.loaded
+    cut = load(
+        folder,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        trust_remote_code=config.trust_remote_code,
+    )
+    content = bench(
+        {"original": loaded, "cut": cut},
+        names,
+        data=data,
+        questions=questions,
+        batch_tokens=session.tuning.batch_tokens,
+        kept=None,
+        session=session,
+    )
+    write_json(file, "benchmarks", content)
+    return content, file

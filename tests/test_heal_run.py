@@ -1,0 +1,144 @@
+"""Healing and benchmarks as stages of a run, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from isingcut import pipeline
+from isingcut.cli import app
+from isingcut.config import RunConfig
+from isingcut.errors import InputError
+from isingcut.files import read_json
+from isingcut.models import load
+from isingcut.session import Session
+from isingcut.testing.tiny import tiny_checkpoint
+from test_heal import write_text
+from test_tasks import arc, lines
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("run")
+    tiny_checkpoint("llama", place / "model")
+    write_text(place / "text.jsonl", 200)
+    options = "length: 32\nbatch: 4\nmicro-batch: 4\nsteps: 3\ntop-steps: 1\nreport-samples: 2\n"
+    (place / "heal.yaml").write_text(options + "learning-rate: 0.003\n", encoding="utf-8")
+    lines(place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)])
+    articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
+    lines(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
+    return place
+
+
+def config(folder: Path, name: str, **changes: Any) -> RunConfig:
+    return RunConfig(
+        model=str(folder / "model"),
+        remove="2",
+        out=str(folder / name),
+        calibration=str(folder / "text.jsonl"),
+        samples=3,
+        length=32,
+        rank_samples=2,
+        report_samples=2,
+        states=4,
+        keep="0",
+        dtype="float32",
+        device="cpu",
+        heal_options=str(folder / "heal.yaml"),
+    ).replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    return pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
+
+
+def test_a_run_chooses_among_healed_candidates_and_heals(run: Path) -> None:
+    chosen = read_json(run / "healed-candidates.json", "healed-candidates")
+    rows = chosen["candidates"]
+    assert len(rows) == 2
+    assert chosen["chosen"] == min(rows, key=lambda r: r["kl"])
+    cut = json.loads((run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    assert cut["removed"] == chosen["chosen"]["removed"]
+    found = read_json(run / "healing.json", "healing")
+    assert found["removed"] == cut["removed"]
+    assert found["patch"]["cuts"]
+    assert len(found["steps"]) == 3
+    assert found["after"]["kl"] < found["before"]["kl"]
+    # The final model is the healed one.
+    healed = load(run / "healed", dtype="float32", device="cpu")
+    count = sum(p.numel() for p in healed.model.parameters())
+    evaluation = read_json(run / "evaluation.json", "evaluation")
+    assert evaluation["after"]["parameters"] == count
+    assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
+
+
+def test_the_same_command_does_nothing_again(
+    folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: Any, **rest: Any) -> Any:
+        raise AssertionError("healed again")
+
+    monkeypatch.setattr("isingcut.heal.heal_checkpoint", refused)
+    pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
+
+
+def test_benchmarks_of_a_run_from_the_command_line(folder: Path, run: Path) -> None:
+    command = ["evaluate", str(run), "--tasks", "arc_easy,wikitext2"]
+    command += ["--data", str(folder / "data"), "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    (row,) = answer["benchmarks"]["rows"]
+    assert (row["task"], row["n"]) == ("arc_easy", 6)
+    assert answer["benchmarks"]["wikitext2"]["tokens"] > 0
+    stored = read_json(run / "benchmarks.json", "benchmarks")
+    assert stored["rows"] == [row]
+    assert set(row) >= {"task", "metric", "original", "original_se", "cut", "cut_se", "n"}
+
+
+def test_a_checkpoint_against_its_original(folder: Path, run: Path, tmp_path: Path) -> None:
+    command = ["evaluate", str(run / "healed"), "--original", str(folder / "model")]
+    command += ["--tasks", "arc_easy", "--data", str(folder / "data")]
+    command += ["--out", str(tmp_path / "scores.json"), "--device", "cpu"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "within noise" in done.stdout or "more than noise" in done.stdout
+    assert read_json(tmp_path / "scores.json", "benchmarks")["rows"][0]["n"] == 6
+
+
+def test_heal_from_the_command_line(folder: Path, run: Path, tmp_path: Path) -> None:
+    command = ["heal", str(run / "model"), "--teacher", str(folder / "model")]
+    command += ["--text", str(folder / "text.jsonl"), "--length", "32", "--report-samples", "2"]
+    command += ["--patch", "linear", "--method", "none", "--device", "cpu"]
+    command += ["--dtype", "float32", "--out", str(tmp_path / "healed")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "patched" in done.stdout
+    assert (tmp_path / "healed" / "healing.json").exists()
+
+
+def test_what_a_run_refuses_before_it_measures(folder: Path, tmp_path: Path) -> None:
+    def refused(**changes: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            pipeline.run(config(folder, "never", **changes))
+        assert not (folder / "never").exists()
+        return str(caught.value)
+
+    (tmp_path / "bad.yaml").write_text("teacher: x\n", encoding="utf-8")
+    assert "set by the run itself" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
+    assert "give --heal or --patch too" in refused(heal_top=2)
+    assert "--patch must be one of" in refused(patch="cubic")
+    assert "range of removals" in refused(heal=True, remove="1..2")
+
+
+def test_a_streamed_model_is_not_healed(folder: Path) -> None:
+    from isingcut.healing_stages import check
+
+    session = Session(config(folder, "never", heal=True, stream="on"))
+    with pytest.raises(InputError, match="cannot be healed in the run"):
+        check(session)
