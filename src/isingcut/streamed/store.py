@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Store:
         self.folder, self.device, self.dtype = folder, device, dtype
         self.reader = Reader(folder, model, list(blocks), dtype)
         self.order: list[Part] = [EMBED, *range(len(blocks)), HEAD]
+        self._kept: set[Part] = set()
         self._parts = {
             part: StoredPart(part, plan, self.reader, model)
             for part, plan in self.reader.plans.items()
@@ -79,6 +81,17 @@ class Store:
         """Install a part; the one installed before it, maybe another model's, stays."""
         self.buffers.take(self._parts[part])
 
+    def keep(self, part: Part) -> float:
+        """Install a part for good, beside the buffers; the seconds that reading it took."""
+        found = self._parts[part]
+        host = torch.empty(found.size, dtype=torch.uint8)
+        began = time.perf_counter()
+        found.fill(host)
+        seconds = time.perf_counter() - began
+        found.install(host.to(self.device))
+        self._kept.add(part)
+        return seconds
+
     def need(self, part: Part) -> None:
         """Install a part unless it is installed; the one that comes after it will be next.
 
@@ -86,7 +99,7 @@ class Store:
             ArchitectureError: gradients are recorded: the graph would hold weights that go.
         """
         wanted = self._parts[part]
-        if self.buffers.holds(wanted):
+        if part in self._kept or self.buffers.holds(wanted):
             return
         if torch.is_grad_enabled():
             raise ArchitectureError(
