@@ -319,7 +319,7 @@ def _evaluate_streamed(session: Session, checkpoint: Path, tokens: TokenSet) -> 
 
 
 def report(folder: RunFolder, remove: str) -> Path:
-    """Stage `report`: `report.html`, `report.md` and `report.json`, from the folder's files alone."""
+    """Stage `report`: `report.html`, `.md` and `.json`, from the folder's files alone."""
     from isingcut.report import write_report
 
     target = folder.target(remove)
