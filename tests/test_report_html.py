@@ -235,6 +235,8 @@ def test_blocks_named_by_hand_have_a_row_of_their_own(tmp_path):
     rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
     assert len(rows) == 21
     assert [a.get("class") for a in rows].index("chosen") == 20
+    # No ranking measured that state, so that it has no place among the measured removals.
+    assert "Nothing measured yet" in page.text
 
 
 def test_a_healed_run_shows_the_healed_model(tmp_path):

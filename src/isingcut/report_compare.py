@@ -75,7 +75,7 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
                 runs, "speed", "Measured speed", "decode speed, × original", lambda _: speed_ratio
             ),
         ],
-        scatters=[f for r in losses for f in _scatter(r)],
+        scatters=[f for k, r in enumerate(losses) for f in _scatter(f"scatter-run-{k}", r)],
         crossed=_crossed(losses),
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
     )
@@ -166,13 +166,12 @@ def _trade_off(
     )
 
 
-def _scatter(run: Run) -> list[Figure]:
+def _scatter(key: str, run: Run) -> list[Figure]:
     energy = run.files.hamiltonian
     if energy is None:
         return []
     found = run.files.judged[run.files.energy]["kl"]
     figure = scatter_figure(run.files.energy, energy, found, book(run.files), main=True, link=False)
-    key = f"scatter-{run.name}".replace("/", "-").replace(" ", "-")
     return [
         Figure(
             key, f"{run.name}: {figure.title}", figure.words, figure.svg,

@@ -21,6 +21,7 @@ class Removal:
 
     Attributes:
         name: what was asked for, for example ``"6"`` or ``"params=25%"``.
+        cut: blocks that its checkpoint lacks, None before there is one.
         own: it is the removal that is being reported.
     """
 
@@ -28,14 +29,22 @@ class Removal:
     spectrum: dict[str, Any] | None
     candidates: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    cut: list[int] | None
     own: bool
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The chosen state as measured; before a ranking, the ground state without a loss."""
+        """What was cut, as the ranking measured it; before a cut, the ranking's choice.
+
+        Before a ranking it is the ground state, without a loss. None where blocks were named by
+        hand that no ranking measured.
+        """
         if self.candidates is not None:
-            chosen: dict[str, Any] = self.candidates["chosen"]
-            return chosen
+            found: dict[str, Any] = self.candidates["chosen"]
+            if self.cut is None or sorted(found["removed"]) == self.cut:
+                return found
+            rows = [*self.candidates["candidates"], *self.candidates["random"]]
+            return next((r for r in rows if sorted(r["removed"]) == self.cut), None)
         if self.spectrum is not None and self.spectrum["states"]:
             ground: dict[str, Any] = self.spectrum["states"][0]
             return ground
@@ -236,5 +245,7 @@ def _removals(folder: Path, target: Path, run: dict[str, Any]) -> list[Removal]:
             options = run["stages"].get(key, {}).get("options", {})
             name = str(options.get("remove") or options.get("budget") or place.name[7:])
         evaluation = _optional(place / "evaluation.json", "evaluation")
-        found.append(Removal(name, spectrum, candidates, evaluation, place == target))
+        record = _optional(place / "model" / "isingcut.json", "removal")
+        cut = None if record is None else sorted(record["removed"])
+        found.append(Removal(name, spectrum, candidates, evaluation, cut, place == target))
     return sorted(found, key=lambda r: len(r.best["removed"]) if r.best else 0)

@@ -231,7 +231,9 @@ class Plot:
             "img" if state is None else "button",
             tip.replace("\n", ", "),
             tip,
-            Markup("") if state is None else Markup(' data-state="{0}"').format(state),
+            Markup("")
+            if state is None
+            else Markup(' data-state="{0}" aria-pressed="false"').format(state),
             inner,
         )
         self.marks += 1

@@ -208,9 +208,9 @@
 
   // Wide models: the figures over the block axis scroll together.
   const synced = all(".synced");
-  for (const one of synced) {
-    one.addEventListener("scroll", () => {
-      for (const other of synced) if (other.scrollLeft !== one.scrollLeft) other.scrollLeft = one.scrollLeft;
+  for (const box of synced) {
+    box.addEventListener("scroll", () => {
+      for (const other of synced) if (other.scrollLeft !== box.scrollLeft) other.scrollLeft = box.scrollLeft;
     });
   }
   addEventListener("beforeprint", () => {
