@@ -99,7 +99,7 @@ def test_commands_exist_with_their_options(page):
         if not named or named[0] in ("VERB",):
             continue
         assert named[0] in VERBS, (page, words)
-        known = {"--debug", *(o for p in VERBS[named[0]].params for o in p.opts)}
+        known = {"--debug", "--help", *(o for p in VERBS[named[0]].params for o in p.opts)}
         asked = {w.partition("=")[0] for w in words if w.startswith("--")}
         assert asked <= known, (page, words, asked - known)
 
