@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -341,6 +344,28 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     for name, tensor in one.items():
         pair = [t.file.read_bytes()[t.start : t.start + t.size] for t in (tensor, two[name])]
         assert pair[0] == pair[1], name
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: Path) -> None:
+    """Same global batch, half of it in each of two gloo processes."""
+    config = options(models, tmp_path / "out", micro_batch=1)
+    told = {k: v for k, v in vars(config).items() if v not in (None, False, "")}
+    told.pop("student")
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in told.items() if k != "top_steps"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "isingcut.cli", "heal", config.student, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = read_json(tmp_path / "out" / "healing.json", "healing")
+    assert found["processes"] == 2
+    for mine, theirs in zip(found["steps"], curve(healed), strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    one, two = (load(f, dtype="float32").model.state_dict() for f in (healed, tmp_path / "out"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_lora_is_merged_into_a_plain_checkpoint(models: Path, tmp_path: Path) -> None:

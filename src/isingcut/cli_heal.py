@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,9 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     folder = run_heal(
         options_from(HealConfig, values, str(config or "command line")), progress=progress
     )
+    if os.environ.get("RANK", "0") != "0":
+        # Of several processes one has the last word.
+        raise typer.Exit
     found = read_json(folder / RECORD, "healing")
     return Answer(
         {"checkpoint": str(folder), **_body(found)},

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.config import HealConfig, options_from
 from isingcut.errors import InputError, StageFileError
-from isingcut.files import fingerprint, read_json, refuse_existing, write_json
+from isingcut.files import atomic_folder, fingerprint, read_json, refuse_existing, write_json
 from isingcut.progress import Progress, silent
 from isingcut.runfolder import versions
 
@@ -81,6 +81,8 @@ def heal(
         seed=config.seed,
     )
     heal_checkpoint(config, teacher, removed, student, text, out, progress)
+    if config.method != "none":
+        Processes(config.device).part()
     return out
 
 
@@ -154,9 +156,9 @@ def heal_checkpoint(
             "provenance": {**versions(), "teacher": _named(teacher), "student": _named(student)},
         }
         write_json(done / RECORD, "healing", content)
-        if out.exists():
-            shutil.rmtree(out)
-        done.rename(out)
+        with atomic_folder(out, overwrite=config.overwrite) as temporary:
+            temporary.rmdir()
+            done.rename(temporary)
         shutil.rmtree(work)
     if processes is not None:
         processes.wait()

@@ -34,3 +34,7 @@ class Processes:
     def wait(self) -> None:
         """Until all processes are here."""
         self._state.wait_for_everyone()
+
+    def part(self) -> None:
+        """Leave the others, once nothing is left to do together."""
+        self._state.destroy_process_group()
