@@ -93,6 +93,10 @@ class Buffers:
         """Whether a part is installed."""
         return any(held is part for held in self._held)
 
+    def memory_of(self, part: Fillable) -> Tensor:
+        """The buffer that holds a part, which is installed."""
+        return self._buffers[next(i for i, held in enumerate(self._held) if held is part)].memory
+
     def take(self, part: Fillable) -> None:
         """Install a part; the one taken before it stays, an older one goes."""
         for index, held in enumerate(self._held):

@@ -1,5 +1,6 @@
 """Gate gradients, block by block: a forward sweep that keeps the stream between blocks, and a
-backward sweep that computes each block again and pulls the gradient through it.
+backward sweep that pulls the gradient through each block, computed again unless its graph was
+kept.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from isingcut.loss_gradient import loss_gradient
 from isingcut.progress import Bar
 from isingcut.sharing import share
 from isingcut.streamed.boundary import Boundaries
+from isingcut.streamed.graphs import Graphs, gated
 from isingcut.streamed.pace import Pace
 from isingcut.streamed.plan import EMBED, HEAD
-from isingcut.streamed.replay import StreamedReplay
+from isingcut.streamed.replay import BLOCK_STREAMS, StreamedReplay
 from isingcut.tokens import TokenSet
 
 
@@ -41,7 +43,8 @@ def streamed_gradients(
         gate, label_seed: as in `isingcut.gradients.gate_gradients`.
         journal: its file; hidden states that do not fit the memory allowed go beside it.
 
-    Complexity: one more forward pass than in memory; each block is read twice per chunk.
+    Complexity: each block is read twice per chunk. Of the last blocks, as many as there is room
+    for, the graphs are kept; the others are computed once more than in memory.
     """
     assert isinstance(replay, StreamedReplay)
     n = len(replay)
@@ -57,12 +60,14 @@ def streamed_gradients(
             # gradients.
             costs = np.cumsum([(n + 4) * replay.stream_bytes(batches[b]) for b in own])
             chunk = own[: max(1, min(pace.batches, int((costs <= room).sum())))]
+            guess = BLOCK_STREAMS * replay.stream_bytes(batches[chunk[0]])
+            graphs = Graphs(replay.store, room - int(costs[len(chunk) - 1]), guess)
             with (
                 pace.timed(len(chunk)),
                 closing(Boundaries(room, journal.parent if journal else None)) as boundaries,
             ):
                 found = _sweep(
-                    replay, [batches[b] for b in chunk], gate, label_seed, boundaries, bar
+                    replay, [batches[b] for b in chunk], gate, label_seed, boundaries, graphs, bar
                 )
             for b, rows in zip(chunk, found, strict=True):
                 kept.put(str(b), rows.double().cpu().numpy())
@@ -75,6 +80,7 @@ def _sweep(
     gate: str,
     label_seed: int | None,
     boundaries: Boundaries,
+    graphs: Graphs,
     bar: Bar,
 ) -> list[Tensor]:
     """(B, N) float32 gate gradients of each micro-batch."""
@@ -95,31 +101,20 @@ def _sweep(
                 toward.append(loss_gradient(recordings[b], stream, batch, label_seed, replay.head))
         elif not toward:
             assert isinstance(part, int)
-            with torch.no_grad():
-                for b, recording in enumerate(recordings):
-                    before = boundaries.get((part, b), replay.device)
-                    after = gated_block(recording, part, before, forward[b], gate, ones=True)
-                    boundaries.put((part + 1, b), after)
-                    bar.advance(1 / (2 * n))
+            for b, recording in enumerate(recordings):
+                before = boundaries.get((part, b), replay.device)
+                if graphs.has_room((n - part) * len(batches) - b):
+                    after = graphs.run(recording, part, b, before, gate)
+                else:
+                    with torch.no_grad():
+                        after = gated_block(recording, part, before, forward[b], gate, ones=True)
+                boundaries.put((part + 1, b), after)
+                bar.advance(1 / (2 * n))
         else:
             assert isinstance(part, int)
             for b, recording in enumerate(recordings):
                 before = boundaries.take((part, b), replay.device)
-                rows[b][:, part], toward[b] = _through(recording, part, before, toward[b], gate)
+                block = graphs.take(part, b) or gated(recording, part, before, gate)
+                rows[b][:, part], toward[b] = block.backward(toward[b])
                 bar.advance(1 / (2 * n))
     return rows
-
-
-def _through(
-    recording: Recording, block: int, before: Tensor, toward: Tensor, gate: str
-) -> tuple[Tensor, Tensor]:
-    """Gradients in the gates (B,) and in the stream before a block, from that after it."""
-    alpha = torch.ones(len(before), device=before.device, requires_grad=True)
-    wanted = [alpha]
-    # In memory too, nothing that enters the first block requires a gradient.
-    if block > 0:
-        before = before.detach().requires_grad_(True)
-        wanted.append(before)
-    out = gated_block(recording, block, before, alpha, gate, ones=True)
-    gradients = torch.autograd.grad(out, wanted, toward)
-    return gradients[0], gradients[-1]

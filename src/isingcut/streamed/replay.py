@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # What a block holds beside its input while it computes, in residual streams: queries, keys and
 # values, an MLP four times as wide three times over, float32 norms, and all of it for backward.
-_BLOCK_STREAMS = 64
+BLOCK_STREAMS = 64
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
 _LOGITS_COPIES = 4
 _SLACK = 128 * 2**20
@@ -108,7 +108,7 @@ class StreamedReplay(Replay):
         vocabulary = int(text_config(self.model).vocab_size)
         # A comparison keeps the original's logits of the batch, in the model's dtype.
         logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.dtype.itemsize * count)
-        work = _BLOCK_STREAMS * self.stream_bytes(batch) + logits
+        work = BLOCK_STREAMS * self.stream_bytes(batch) + logits
         parts = 2 * self.store.buffers.size + self.store.resident
         room = self.memory.left - parts - work - _SLACK
         if room <= 0:

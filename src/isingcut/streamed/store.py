@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.streamed.buffers import Buffers
@@ -109,6 +109,14 @@ class Store:
         self.buffers.take(wanted)
         after = self.order[(self.order.index(part) + 1) % len(self.order)]
         self.buffers.expect(self._parts[after])
+
+    def in_buffer(self, storage: UntypedStorage, part: Part) -> bool:
+        """Whether a tensor's storage is the buffer that holds a part."""
+        return storage.data_ptr() == self.buffer_of(part).data_ptr()
+
+    def buffer_of(self, part: Part) -> UntypedStorage:
+        """The memory of the buffer that holds a part."""
+        return self.buffers.memory_of(self._parts[part]).untyped_storage()
 
     def size(self, part: Part) -> int:
         """Bytes of one part in memory."""
