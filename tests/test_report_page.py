@@ -53,8 +53,8 @@ def run(tmp_path_factory: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def files(run: Path) -> dict[str, Path]:
-    """The pages to look at: a run, one of 110 blocks, and a comparison of three."""
-    large = write_run(run.parent / "large", n=110, m=20, model="b-model", extras=False)
+    """The pages to look at: a run, one of 96 blocks, and a comparison of three."""
+    large = write_run(run.parent / "large", n=96, m=20, model="b-model", extras=False)
     write_report(large)
     other = write_run(run.parent / "other", energy="hessian", extras=False)
     several = run.parent / "compare.html"
@@ -73,6 +73,8 @@ def show(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
 
     def opened(name: str, size: dict[str, int] = DESK, **options: Any) -> Any:
         context = browser.new_context(viewport=size, **options)
+        # Only a page that never answers may fail for its slowness; machines are shared.
+        context.set_default_timeout(180_000)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda m: complaints.append(f"{m.type}: {m.text}"))
