@@ -18,7 +18,7 @@ from isingcut import local_tasks
 from isingcut.errors import InputError, UnknownNameError
 from isingcut.models import LoadedModel, load
 from isingcut.paired import compare, mcnemar
-from isingcut.scores import _Prepared, benchmark, row, score
+from isingcut.scores import benchmark, prepare, row, score
 from isingcut.testing.tiny import tiny_checkpoint
 
 Record = dict[str, Any]
@@ -173,7 +173,7 @@ def test_our_task_is_the_harness_s_own(
         "num_fewshot": shots,
     }
     official = ConfigurableTask(config=config)
-    prepared = _Prepared.of(name, tmp_path, None)
+    prepared = prepare(name, tmp_path, None)
     (ours,) = prepared.make().values()
     for task in (official, ours):
         task.set_fewshot_seed(seed=1234)
@@ -266,7 +266,7 @@ def test_rows_resume_and_refuse_other_questions(
     monkeypatch.setattr("isingcut.scores.score", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]
     monkeypatch.undo()
-    scores = score(models["original"], _Prepared.of("arc_easy", tmp_path, None))
+    scores = score(models["original"], prepare("arc_easy", tmp_path, None))
     with pytest.raises(InputError, match="different questions"):
         row(scores, replace(scores, questions=scores.questions[::-1]))
 

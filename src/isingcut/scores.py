@@ -77,7 +77,7 @@ def benchmark(
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm_eval", "eval", "scoring benchmarks")
     assert len(models) == 2
-    prepared = [_Prepared.of(name, data, questions) for name in tasks]
+    prepared = [prepare(name, data, questions) for name in tasks]
     rows = []
     with progress("benchmarks", 2 * len(prepared)) as bar:
         for task in prepared:
@@ -121,7 +121,7 @@ def row(original: Scores, cut: Scores) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
+class Prepared:
     """A task by name, and how to make the harness's objects of it (anew for each model)."""
 
     name: str
@@ -129,18 +129,19 @@ class _Prepared:
     make: Callable[[], dict[str, Any]]
     source: str
 
-    @classmethod
-    def of(cls, name: str, data: Path | None, questions: int | None) -> _Prepared:
-        if data is None:
-            return cls(name, None, lambda: _hub(name), "hub")
-        local = local_tasks.read_task(name, data, questions)
 
-        def make() -> dict[str, Any]:
-            from lm_eval.api.task import ConfigurableTask
+def prepare(name: str, data: Path | None, questions: int | None = None) -> Prepared:
+    """A task by name: one of ours with ``data``, else one of the harness's from the hub."""
+    if data is None:
+        return Prepared(name, None, lambda: _hub(name), "hub")
+    local = local_tasks.read_task(name, data, questions)
 
-            return {c["task"]: ConfigurableTask(config=dict(c)) for c in local.configurations}
+    def make() -> dict[str, Any]:
+        from lm_eval.api.task import ConfigurableTask
 
-        return cls(name, local.metric, make, "local")
+        return {c["task"]: ConfigurableTask(config=dict(c)) for c in local.configurations}
+
+    return Prepared(name, local.metric, make, "local")
 
 
 def _hub(name: str) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def _hub(name: str) -> dict[str, Any]:
 
 def score(
     loaded: LoadedModel,
-    task: _Prepared,
+    task: Prepared,
     questions: int | None = None,
     batch: int = 8,
     bar: Bar | None = None,
@@ -246,7 +247,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _place(kept: Path, task: _Prepared, loaded: LoadedModel, questions: int | None) -> Path:
+def _place(kept: Path, task: Prepared, loaded: LoadedModel, questions: int | None) -> Path:
     from isingcut.models import model_identity
 
     model = model_identity(loaded.folder)["sha256"]
@@ -255,7 +256,7 @@ def _place(kept: Path, task: _Prepared, loaded: LoadedModel, questions: int | No
 
 
 def _kept(
-    kept: Path | None, task: _Prepared, loaded: LoadedModel, questions: int | None
+    kept: Path | None, task: Prepared, loaded: LoadedModel, questions: int | None
 ) -> Scores | None:
     if kept is None:
         return None
@@ -274,7 +275,7 @@ def _kept(
 
 def _keep(
     kept: Path | None,
-    task: _Prepared,
+    task: Prepared,
     loaded: LoadedModel,
     questions: int | None,
     found: Scores,

@@ -1,0 +1,152 @@
+"""What healing wins back: the patch alone, and with distillation, for our state and the peers'.
+
+    python benchmarks/healing.py --plan               # what is left to do, in minutes
+    python benchmarks/healing.py [--minutes 240]      # do it
+    python benchmarks/healing.py --collect            # finished parts -> results/healing.json
+    python benchmarks/healing.py --summary            # its tables and figures
+
+The work is cut into parts, one JSON file each in `--work`; a finished part is never done again and
+a distillation goes on from its last save. `--only PREFIX` (may be repeated) runs the parts whose
+names begin so, in a second process if wanted. `--states FILE.json` gives the blocks of each method
+({"9": {"isingcut": [...], "block-influence": [...], "angular-window": [...], "sleb": [...]}});
+without it they are searched for on 2,048 tokens, ours with the budget of SLEB.
+
+Each state is cut, patched (`--patch linear`) and distilled with the same text, steps and seed:
+conversations and Wikipedia leads. It is judged at every stage on text that nothing was chosen,
+fitted or trained on. Accuracy is that of lm-evaluation-harness, zero-shot, on fixed subsets; of
+the peers only the one of lowest healed loss is scored (`--all-peers` scores all).
+
+Figures, for M removed blocks, pooled over all tokens of the judged texts:
+
+recovered_percent_M  share of the lost log-perplexity that patch plus distillation won back
+patch_percent_M  the same for the patch alone
+healed_ppl_over_best_peer_M  healed perplexity over that of the best healed peer; below 1 is a win
+cut_ppl_over_best_peer_M  the same before healing
+healed_accuracy_minus_best_peer_M  points, mean of the tasks, against that peer
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from _healing_parts import TASKS, Bench, Part
+from _healing_summary import RESULTS, collect, show
+from isingcut.errors import IsingcutError
+from isingcut.files import read_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--model", default="smollm2")
+    add("--remove", type=lambda t: [int(m) for m in t.split(",")], default=[9, 6, 12])
+    add("--states", help="JSON file with each method's blocks")
+    add("--length", type=int, default=256, help="tokens of a training sample")
+    add("--steps", type=int, default=60)
+    add("--batch", type=int, default=8)
+    add("--micro-batch", type=int, default=4)
+    add("--rate", type=float, default=3e-4, help="highest learning rate")
+    add("--patch-tokens", type=int, default=32768)
+    add("--judged-tokens", type=int, default=4096, help="tokens of each judged text")
+    add("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    add("--questions", type=int, default=500)
+    add("--no-accuracy", action="store_true")
+    add("--all-peers", action="store_true", help="score all peers, not only the best healed one")
+    add("--seed", type=int, default=0)
+    add("--dtype", default="auto")
+    add("--batch-tokens", type=int, default=1024)
+    add("--score-batch", type=int, default=16, help="sequences scored at a time")
+    add("--data", default=str(REPOSITORY.parent / "shared" / "data"))
+    add("--work", default="healing-work")
+    add("--results", default=str(REPOSITORY / "benchmarks" / "results" / "healing.json"))
+    add("--only", action="append", default=[], metavar="PREFIX", help="parts to run")
+    add("--minutes", type=float, default=600.0, help="start no part expected to end later")
+    add("--threads", type=int, default=0, help="0 leaves it to torch")
+    add("--quiet", action="store_true", help="no bars within a part")
+    add("--plan", action="store_true", help="show what is left and stop")
+    add("--collect", action="store_true", help="write the results file from finished parts")
+    add("--summary", action="store_true", help="print the results file")
+    return found
+
+
+def minutes(bench: Bench, parts: list[Part]) -> float:
+    """What parts are expected to take."""
+    return sum(p.tokens for p in parts) * bench.speed / 60
+
+
+def left(bench: Bench, only: list[str]) -> list[Part]:
+    """Parts to do now, as far as they can be named."""
+    return [
+        p
+        for p in bench.parts()
+        if not bench.done(p.name) and (not only or p.name.startswith(tuple(only)))
+    ]
+
+
+def show_plan(bench: Bench) -> None:
+    o = bench.options
+    seen = o.steps * o.batch * (o.length - 1)
+    print(
+        f"{1000 * bench.speed:.2f} ms a token forward; each distillation sees {seen} predictions "
+        f"in {o.steps} steps of {o.batch} x {o.length} tokens"
+    )
+    waiting = left(bench, o.only)
+    for group in ("states", "patch", "distil", "judge", "accuracy"):
+        parts = [p for p in waiting if p.name.startswith(group)]
+        print(f"{group:<10}{len(parts):>5} parts{minutes(bench, parts):>9.1f} min")
+    print(f"{'all':<10}{len(waiting):>5} parts{minutes(bench, waiting):>9.1f} min", flush=True)
+    if not bench.done("states"):
+        print("the other parts are named once the states are known")
+    elif not o.no_accuracy and not o.all_peers:
+        print("the best peer's accuracy is added once all healed states are judged")
+
+
+def drive(bench: Bench) -> None:
+    """Do what is left, in order; parts that become known on the way included."""
+    o, began = bench.options, time.perf_counter()
+    tried: set[str] = set()
+    while waiting := [p for p in left(bench, o.only) if p.name not in tried]:
+        part = waiting[0]
+        tried.add(part.name)
+        spent = (time.perf_counter() - began) / 60
+        expected = minutes(bench, [part])
+        if spent + expected > o.minutes:
+            print(f"{part.name} does not fit into {o.minutes:g} minutes; run again to go on")
+            continue
+        rest = minutes(bench, waiting)
+        print(
+            f"[{spent:6.1f} min] {part.name}: about {expected:.1f} min, of {rest:.0f} left",
+            flush=True,
+        )
+        print(f"{'':13}took {bench.run(part) / 60:.1f} min", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        if options.summary and not options.collect:
+            show(read_json(Path(options.results), RESULTS))
+            return
+        bench = Bench(options)
+        if options.collect:
+            show(collect(bench, Path(options.results)))
+            return
+        show_plan(bench)
+        if not options.plan:
+            drive(bench)
+    except IsingcutError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
