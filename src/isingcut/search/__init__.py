@@ -1,7 +1,8 @@
 """The product's core search: a budget of measurements in, the best states of every target out.
 
-evaluator (losses on growing samples) -> estimates (one scale) -> surrogate (posterior energy)
-    -> proposals (its minima, moves) -> refine (the loop, racing, budget)
+evaluator (losses on growing samples) -> begin (pair energy, beam over sizes)
+    -> estimates (one scale) -> surrogate (posterior energy) -> proposals (its minima, moves)
+    -> refine (the loop, racing, budget)
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,13 @@ import numpy.typing as npt
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.energies.base import Work
-from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.measure import tree_nodes
 from isingcut.search import proposals
+from isingcut.search.begin import beam_over_sizes, begin
 from isingcut.search.estimates import Estimates
-from isingcut.search.evaluator import Evaluator, Known
+from isingcut.search.evaluator import Evaluator
 from isingcut.search.surrogate import Surrogate
 from isingcut.search.targets import Target
 
@@ -112,100 +111,29 @@ class Refinement:
         self.goals = [Progressed(t) for t in targets]
         self.trace: list[dict[str, Any]] = []
         self.origins: dict[bytes, str] = {}
-        self.prior = self._prior()
-
-    # the pair energy ----------------------------------------------------------------------
-
-    def _prior(self) -> Hamiltonian:
-        """The pair energy, of all pairs or of those that a good state may contain.
-
-        Singles come first. Pairs follow by rising sum of their own terms, as many as a share of
-        the budget pays for; a pair that is left out has no coupling: both of its blocks are
-        costly ones. If all fit, they are measured on more samples. Where not even the singles
-        fit, block influence stands for them.
-        """
-        evaluator, n = self.evaluator, self.evaluator.blocks
-        allowed = self.plan.prior_share * self.budget
-        self.influence = evaluator.influence(1)
-        singles = indicator(n, [(i,) for i in range(n)])
-        pairs = list(combinations(range(n), 2))
-        every = np.concatenate([singles, indicator(n, pairs)])
-        affordable = [
-            r for r in range(1, self.rungs[0] + 1) if evaluator.price(every, r) <= allowed
-        ]
-        self.prior_samples = samples = max(affordable, default=1)
-        tokens = evaluator.counts[:samples].sum()
-
-        def losses(states: States) -> Floats:
-            return np.array([self._known(s).sums[:samples].sum() / tokens for s in states])
-
-        if evaluator.price(singles, samples) > allowed:
-            # Hardly any budget: influence ranks the blocks for a single pass.
-            self.prior_pairs = 0
-            return Hamiltonian(self.influence, np.zeros((n, n)), unit="arbitrary")
-        evaluator.measure(singles, samples, f"{n} single removals")
-        h, J = losses(singles), np.zeros((n, n))
-        pairs.sort(key=lambda p: h[p[0]] + h[p[1]])
-        count = len(pairs)
-        while count and evaluator.price(indicator(n, pairs[:count]), samples) > allowed:
-            count = int(count * 0.9)
-        self.prior_pairs = count
-        if count:
-            states = indicator(n, pairs[:count])
-            evaluator.measure(states, samples, f"{count} pair removals")
-            for (i, j), loss in zip(pairs, losses(states), strict=False):
-                J[i, j] = J[j, i] = loss - h[i] - h[j]
-        return Hamiltonian(h, J, unit="nats/token")
-
-    def _known(self, state: State) -> Known:
-        found = self.evaluator.get(state)
-        assert found is not None
-        return found
-
-    # the way up ---------------------------------------------------------------------------
+        begun = begin(self.evaluator, plan.prior_share * passes, self.rungs[0])
+        self.prior, self.influence = begun.energy, begun.influence
+        self.prior_samples, self.prior_pairs = begun.samples, begun.pairs
 
     def climb(self) -> None:
-        """A beam over sizes, each size's children picked by the pair energy's marginals."""
+        """A beam over sizes to the largest target; targets that differ in the count share it."""
         groups: dict[tuple[bytes, ...], list[Target]] = {}
         for goal in self.goals:
-            # Targets that differ in the count only share one way up.
             key = tuple(
                 r.coefficients.tobytes() for r in goal.target.rows if r.coefficients.min() >= 0
             )
             groups.setdefault(key, []).append(goal.target)
         for group in groups.values():
-            self._climb(max(group, key=lambda t: t.high))
-
-    def _climb(self, target: Target) -> None:
-        n = self.evaluator.blocks
-        level = self.rungs[0]
-        beam = [np.zeros(n, dtype=bool)]
-        for size in range(1, target.high + 1):
-            children = proposals.grown(beam, target)
-            if not len(children):
-                return
-            predicted = self._predicted(children, beam)
-            picked = children[np.argsort(predicted, kind="stable")[: self.plan.children]]
-            if not self._afford(picked, level):
-                return
-            self.evaluator.measure(picked, level, f"first states of {size} blocks")
-            losses = [np.nansum(self._known(s).sums[:level]) for s in picked]
-            beam = [picked[i] for i in np.argsort(losses, kind="stable")[: self.plan.beam]]
-
-    def _predicted(self, children: States, beam: Sequence[State]) -> npt.NDArray[np.float64]:
-        """Measured loss of the best parent plus the pair energy's cost of one more block."""
-        tokens = np.cumsum(self.evaluator.counts)
-        best = np.full(len(children), np.inf)
-        energies = self.prior.energies(children)
-        for parent in beam:
-            measured = 0.0
-            if parent.any():
-                known = self._known(parent)
-                measured = float(np.nansum(known.sums) / tokens[known.n - 1])
-            own = (children & parent).sum(1) == parent.sum()
-            guess = measured + energies - self.prior.energy(parent)
-            best = np.where(own, np.minimum(best, guess), best)
-        return best
+            largest = max(group, key=lambda t: t.high)
+            beam_over_sizes(
+                self.evaluator,
+                self.prior,
+                largest,
+                samples=self.rungs[0],
+                width=self.plan.beam,
+                children=self.plan.children,
+                afford=lambda states: self._afford(states, self.rungs[0]),
+            )
 
     # rounds -------------------------------------------------------------------------------
 
