@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 BLOCK_STREAMS = 64
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
 _LOGITS_COPIES = 4
-_SLACK = 128 * 2**20
+# What is imported and compiled on the way, and what allocators keep for themselves.
+_SLACK = 256 * 2**20
 
 
 class StreamedReplay(Replay):
