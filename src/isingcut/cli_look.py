@@ -1,4 +1,4 @@
-"""Verbs that only look: `inspect`, `ls`."""
+"""Verbs that only look: `inspect`, `plan`, `ls`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,26 @@ def inspect_blocks(**options: Any) -> Answer:
     return Answer(
         inspection_data(found), lambda: show_inspection(found), brief=str(len(found.stack))
     )
+
+
+_PLAN = (
+    "model", "remove", "effort", "samples", "length", "rank_samples", "report_samples", "states",
+    "random_states", "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit",
+    "trust_remote_code",
+)  # fmt: skip
+
+
+@verb(*_PLAN, group=LOOK)
+def plan(**options: Any) -> Answer:
+    """Say what each energy would take on this machine, from a few timed blocks; runs nothing.
+
+    Example: isingcut plan smollm2 --remove 6
+    """
+    from isingcut.plan import make_plan
+    from isingcut.show_plan import show_plan
+
+    found = make_plan(from_mapping(given(options), "command line").validate())
+    return Answer(found.as_dict(), lambda: show_plan(found), brief=found.command)
 
 
 @verb(name="ls", group=LOOK)
