@@ -6,6 +6,7 @@ what. Nothing is loaded but these blocks, the embedding and the head, and nothin
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -271,8 +272,15 @@ def _search(config: RunConfig, shape: Shape, t: Timings, remove: int, samples: i
 def _estimate(
     name: str, samples: int, cost: Cost, shape: Shape, t: Timings, more: float = 0.0
 ) -> Estimate:
-    seconds = cost.seconds + more
+    # The probe's fastest rounds stand for a quiet machine; what else runs only ever slows down.
+    quiet = cost.seconds + more
     doubt = _DOUBT.get(name, _DOUBT_ELSE) * (_DOUBT_STREAMED if shape.streamed else 1.0)
-    # Noise only ever slows down: the fastest rounds were taken.
-    high = seconds * doubt * max(1.0, t.noise)
-    return Estimate(name, samples, seconds, seconds / doubt, high, cost.memory, cost.disk)
+    return Estimate(
+        name,
+        samples,
+        seconds=quiet * math.sqrt(t.noise),
+        low=quiet / doubt,
+        high=quiet * t.noise * doubt,
+        memory=cost.memory,
+        disk=cost.disk,
+    )

@@ -1,0 +1,105 @@
+"""The estimates of `isingcut plan` against what the same measurements really take.
+
+    python benchmarks/plan.py [--model smollm2] [--length 256] [--cpu-time]
+
+The plan is made first; then a part of each measurement is really run, a few samples of the pair
+states and of the gradients, and its time is scaled to the samples that the plan is for. Memory is
+that of a process of its own. `--cpu-time` compares processor time, for a machine that others use
+too. Ends with one line `name: value` per figure: estimated over actual.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from typing import Any
+
+from isingcut import models
+from isingcut.architectures import find_stack, stack_modules
+from isingcut.blocks import Replay
+from isingcut.calibration import build
+from isingcut.config import RunConfig
+from isingcut.costs import pairs
+from isingcut.curvature import gate_curvature
+from isingcut.gradients import gate_gradients
+from isingcut.measure import measure
+from isingcut.measure_process import resident_peak
+from isingcut.plan import make_plan
+from isingcut.tuning import tune
+
+
+def actual(name: str, a: argparse.Namespace, answer: Any = None) -> tuple[float, int]:
+    """Seconds of one measurement on a few samples, and the peak memory of this process."""
+    clock = time.process_time if a.cpu_time else time.perf_counter
+    loaded = models.load(models.resolve(a.model), dtype="float32", device="cpu")
+    replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
+    samples = a.gradient_samples if name == "empirical-fisher" else a.samples
+    tokens = build(
+        a.calibration,
+        loaded.tokenizer,
+        samples=samples,
+        rank_samples=2,
+        report_samples=2,
+        length=a.length,
+        seed=0,
+    ).splits["energy"]
+    replay.attention = tune(replay, a.length, batch_tokens=a.batch_tokens, memory=0).attention
+    began = clock()
+    if name == "pairwise":
+        measure(replay, tokens, pairs(len(replay)), batch_tokens=a.batch_tokens)
+    elif name == "empirical-fisher":
+        gate_gradients(replay, tokens, batch_tokens=a.batch_tokens)
+    else:
+        gate_curvature(replay, tokens, name, batch_tokens=a.batch_tokens)
+    found = (clock() - began) / samples, resident_peak()
+    if answer is not None:
+        answer.put(found)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--calibration", default="wiki")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=1, help="of states and of curvature")
+    parser.add_argument("--gradient-samples", type=int, default=8)
+    parser.add_argument("--energies", default="pairwise,empirical-fisher,hessian")
+    parser.add_argument("--cpu-time", action="store_true")
+    a = parser.parse_args()
+    clock = time.process_time if a.cpu_time else time.perf_counter
+    config = RunConfig(
+        model=a.model,
+        remove="6",
+        length=a.length,
+        batch_tokens=a.batch_tokens,
+        dtype="float32",
+        device="cpu",
+    )
+    plan = make_plan(config, clock=clock)
+    print(f"probe: {plan.probe_seconds:.1f} s")
+    print(f"{'energy':<18}{'estimated, s':>14}{'actual, s':>12}{'ratio':>8}{'memory ratio':>14}")
+    context = multiprocessing.get_context("spawn")
+    figures = {}
+    for name in a.energies.split(","):
+        answer = context.Queue()
+        process = context.Process(target=actual, args=(name, a, answer))
+        process.start()
+        each, peak = answer.get()
+        process.join()
+        estimate = next(e for e in plan.energies if e.name == name)
+        whole = each * estimate.samples
+        ratio, memory = estimate.seconds / whole, estimate.memory / peak
+        print(f"{name:<18}{estimate.seconds:>14.1f}{whole:>12.1f}{ratio:>8.2f}{memory:>14.2f}")
+        key = name.replace("-", "_")
+        figures |= {f"plan_{key}_ratio": ratio, f"plan_{key}_memory_ratio": memory}
+    print()
+    print(f"plan_probe_seconds: {plan.probe_seconds:.1f}")
+    for name, value in figures.items():
+        print(f"{name}: {value:.3f}")
+
+
+if __name__ == "__main__":
+    main()
