@@ -277,6 +277,6 @@ def test_without_scripts_all_figures_are_there(show: Open) -> None:
 
 def test_wide_figures_scroll_together(show: Open) -> None:
     page = show("large", PHONE)
-    page.evaluate("document.querySelector('#couplings .synced').scrollLeft = 60")
-    page.wait_for_function("document.querySelector('#fields .synced').scrollLeft === 60")
-    assert page.evaluate("document.querySelector('#map .synced').scrollLeft") == 60
+    page.evaluate("document.querySelector('#couplings .synced').scrollLeft = 40")
+    page.wait_for_function("document.querySelector('#fields .synced').scrollLeft === 40")
+    assert page.evaluate("document.querySelector('#map .synced').scrollLeft") == 40
