@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from isingcut.streamed.buffers import Buffers
 
-# Computing on a chunk shall take this many times the reading, of which it hides all: as wall
-# time, and as processor time, which reading takes from the computing.
+# Computing on a chunk shall take this many times the reading: in wall time, so that it hides
+# behind the computing, and on a CPU in processor time too, which it takes from the computing.
 _HIDDEN = 1.3
 _SHARED = 25.0
 
@@ -36,5 +36,7 @@ class Pace:
         yield
         wall = time.perf_counter() - began
         each = max(1e-9, (wall - (b.stalled - stalled)) / batches)
-        wanted = max(_HIDDEN * (b.reading - reading), _SHARED * (b.reading_cpu - cpu))
+        wanted = _HIDDEN * (b.reading - reading)
+        if b.device.type == "cpu":
+            wanted = max(wanted, _SHARED * (b.reading_cpu - cpu))
         self.batches = max(1, math.ceil(wanted / each))
