@@ -1,0 +1,101 @@
+"""The figures of the healing benchmark, from a results file made by hand."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import _healing_summary as summary
+from healing import parser
+
+TASKS = ("arc_easy", "piqa")
+
+
+def stage(nll: float, right: str) -> dict[str, Any]:
+    pooled = {"nll": nll, "original_nll": 3.0, "kl": nll - 3.0, "nll_se": 0.01, "kl_se": 0.01}
+    accuracy = {t: {"metric": "acc", "right": right} for t in TASKS}
+    return {"texts": {}, "pooled": pooled, "accuracy": accuracy}
+
+
+def method(cut: float, patched: float, healed: float, right: str) -> dict[str, Any]:
+    return {
+        "removed": [1, 2],
+        "tokens_seen": 99,
+        "losses": [],
+        "patch": [],
+        "stages": {
+            "cut": stage(cut, "0000"),
+            "patched": stage(patched, "0001"),
+            "healed": stage(healed, right),
+        },
+    }
+
+
+def results(**rows: Any) -> dict[str, Any]:
+    return {
+        "settings": {},
+        "states_from": "a test",
+        "original": {"accuracy": stage(3.0, "1111")["accuracy"]},
+        "removals": {"9": rows},
+    }
+
+
+PEERS = {
+    "block-influence": method(4.5, 4.2, 3.9, "1000"),
+    "angular-window": method(4.2, 4.1, 3.6, "1100"),
+    "sleb": method(4.1, 4.05, 3.7, "1110"),
+}
+
+
+def figures(found: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+    summary.show(found)
+    lines = [line.split(": ") for line in capsys.readouterr().out.splitlines()]
+    return {p[0]: float(p[1]) for p in lines if len(p) == 2 and p[0].endswith("_9")}
+
+
+def test_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = method(4.0, 3.75, 3.4, "1101")
+    found = figures(results(isingcut=ours, **PEERS), capsys)
+    assert found == {
+        "recovered_percent_9": pytest.approx(60.0, rel=1e-3),
+        "patch_percent_9": pytest.approx(25.0, rel=1e-3),
+        # The best peer after healing is angular-window; before it, sleb.
+        "healed_ppl_over_best_peer_9": pytest.approx(math.exp(3.4 - 3.6), rel=1e-3),
+        "cut_ppl_over_best_peer_9": pytest.approx(math.exp(4.0 - 4.1), rel=1e-3),
+        "healed_accuracy_minus_best_peer_9": pytest.approx(25.0),
+    }
+
+
+def test_no_figure_is_made_up_for_what_was_not_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ours = method(4.0, 3.75, 3.4, "1101")
+    del ours["stages"]["healed"]
+    assert set(figures(results(isingcut=ours, **PEERS), capsys)) == {"patch_percent_9"}
+    whole = method(4.0, 3.75, 3.4, "1101")
+    two = {k: v for k, v in PEERS.items() if k != "sleb"}
+    found = figures(results(isingcut=whole, **two), capsys)
+    assert set(found) == {"patch_percent_9", "recovered_percent_9"}
+    del whole["stages"]["healed"]["accuracy"]["piqa"]
+    found = figures(results(isingcut=whole, **PEERS), capsys)
+    assert "healed_accuracy_minus_best_peer_9" not in found
+
+
+def test_paired_difference_of_the_mean() -> None:
+    one, two = (stage(3.0, r)["accuracy"] for r in ("1100", "1011"))
+    gap, error = summary.difference(one, two, TASKS)
+    assert gap == pytest.approx(0.25)
+    # Gaps by question 0, -1, 1, 1: variance 11/12, two tasks alike.
+    assert error == pytest.approx(math.sqrt(2 * (11 / 12) / 4) / 2)
+
+
+def test_defaults_are_those_of_the_issue() -> None:
+    options = parser().parse_args([])
+    assert sorted(options.remove) == [6, 9, 12]
+    assert options.questions == 500
