@@ -61,7 +61,8 @@ class Options(TypedDict, total=False):
     linear: bool
     dtype: str
     device: str
-    batch_tokens: int
+    attention: str
+    batch_tokens: int | None
     stream: str
     memory_limit: str
     trust_remote_code: bool

@@ -38,6 +38,7 @@ class Replay:
 
     Attributes:
         bytes_per_token: of the residual stream, at its widest.
+        attention: how measurements compute attention (`tuning.py`); None keeps what was loaded.
 
     Raises:
         ArchitectureError: a block does not take and return one residual stream.
@@ -57,6 +58,7 @@ class Replay:
         self.blocks = list(blocks)
         self.device = device or next(model.parameters()).device
         self.bytes_per_token = 0
+        self.attention: str | None = None
         # The rest of each block's output tuple (None for a bare tensor), for the stubs to return.
         self._rest: list[tuple[Any, ...] | None] = []
         self._learn_outputs()
@@ -73,6 +75,7 @@ class Replay:
             # Of every parameter: a fine-tune may share its first ones with its base.
             "starts": [p.flatten()[:8].float().tolist() for p in parameters],
             "dtype": str(parameters[0].dtype),
+            **({"attention": self.attention} if self.attention else {}),
         }
 
     def _learn_outputs(self) -> None:

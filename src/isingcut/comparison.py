@@ -101,7 +101,8 @@ def compare(
         splits = Calibration.load(folder.path / "calibration.safetensors").splits
         searched = splits["energy"].select(range(samples))
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = Work(config.batch_tokens, session.progress, journal)
+        session.tuned(folder)
+        work = Work(session.tuning.batch_tokens, session.progress, journal)
         outcome = part.choose(session.replay, searched, count, work, config.seed)
         found = measure_outcome(session.replay, splits["rank"], outcome, work)
         content = {

@@ -25,6 +25,7 @@ from isingcut.journal import Journal
 from isingcut.loss_gradient import loss_gradient
 from isingcut.progress import Progress, silent
 from isingcut.sharing import share
+from isingcut.tuning import chosen_attention
 
 
 @together
@@ -63,7 +64,10 @@ def gate_gradients(
     rows = np.zeros((tokens.samples, len(replay)))
     kept = Journal(journal, _identity(replay, tokens, gate, label_seed, batch_tokens))
     batches = tokens.batches(batch_tokens)
-    with progress(f"gradients of {tokens.samples} samples", len(batches)) as bar:
+    with (
+        progress(f"gradients of {tokens.samples} samples", len(batches)) as bar,
+        chosen_attention(replay),
+    ):
         if replay.streamed:
             from isingcut.streamed.gradients import streamed_gradients
 

@@ -26,6 +26,7 @@ from isingcut.journal import Journal
 from isingcut.pieces import Piece, left
 from isingcut.progress import Bar, Progress, silent
 from isingcut.sharing import processes, share
+from isingcut.tuning import chosen_attention
 
 __all__ = ["Measurement", "Reference", "measure", "standard_error", "tree_nodes"]
 
@@ -139,7 +140,11 @@ def measure(
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     sums = np.zeros((2, len(wanted) + 1, m))
     seen = np.zeros((len(wanted), m), dtype=bool)
-    with progress(description, per_batch * len(batches)) as bar, torch.inference_mode():
+    with (
+        progress(description, per_batch * len(batches)) as bar,
+        torch.inference_mode(),
+        chosen_attention(replay),
+    ):
         if replay.streamed:
             from isingcut.streamed.states import streamed_sums
 

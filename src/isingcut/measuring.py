@@ -128,7 +128,7 @@ def work_of(session: Session, journal: Path) -> Work:
     """How this session carries a measurement out, with a journal beside its result."""
     from isingcut.energies.base import Work
 
-    return Work(session.config.batch_tokens, session.progress, journal)
+    return Work(session.tuning.batch_tokens, session.progress, journal)
 
 
 def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
@@ -162,6 +162,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         from isingcut.calibration import Calibration
 
         split = Calibration.load(folder.path / "calibration.safetensors").splits["energy"]
+        session.tuned(folder)
         work = work_of(session, journal)
         own = range(samples_of(config, name))
         measured = part.measure(session.replay, split.select(own), work)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from isingcut.architectures.base import BlockStack
     from isingcut.blocks import Replay
     from isingcut.models import LoadedModel
+    from isingcut.runfolder import RunFolder
     from isingcut.streamed.replay import StreamedReplay
+    from isingcut.tuning import Tuning
 
 
 class Session:
@@ -34,6 +36,42 @@ class Session:
         other = copy.copy(self)
         other.config = config
         return other
+
+    @cached_property
+    def tuning(self) -> Tuning:
+        """How measurements are computed: as asked for, else in the default way.
+
+        A run chooses better for its machine and records that (`tuned`).
+        """
+        from isingcut.tuning import BATCH_TOKENS, Tuning
+
+        asked = None if self.config.attention == "auto" else self.config.attention
+        return Tuning(asked, self.config.batch_tokens or BATCH_TOKENS)
+
+    def tuned(self, folder: RunFolder) -> None:
+        """Take the choice that a run recorded; time one for this device where it has none."""
+        from isingcut.streamed.memory import allowance
+        from isingcut.tuning import Tuning, tune
+
+        if self.streaming:
+            return
+        asked = {"attention": self.config.attention, "batch_tokens": self.config.batch_tokens}
+        device = str(self.replay.device)
+        provenance = folder.manifest["provenance"]
+        record = provenance.get("computed", {}).get(device)
+        if record is None or record["asked"] != asked:
+            found = tune(
+                self.replay,
+                self.config.length,
+                attention=self.tuning.attention,
+                batch_tokens=self.config.batch_tokens,
+                memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
+            )
+            record = {"asked": asked, **found.as_dict()}
+            provenance.setdefault("computed", {})[device] = record
+            folder.save()
+        self.tuning = Tuning(record["attention"], record["batch_tokens"])
+        self.replay.attention = self.tuning.attention
 
     @cached_property
     def source(self) -> Path:

@@ -1,0 +1,226 @@
+"""What suits this machine, found by a short measurement: attention and micro-batch.
+
+Both change a result by rounding only, but they change it: a run records what was chosen, in
+`run.json`, and goes on with that when it is resumed. On a CPU the plain ("eager") attention beats
+PyTorch's fused one at short lengths; its memory grows with the square of the length, so that long
+samples keep the fused one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isingcut.architectures import text_config
+from isingcut.blocks import Recording, Replay
+from isingcut.errors import ArchitectureError
+
+BATCH_TOKENS = 1024
+
+# Eager attention keeps its weights for the backward pass, in float32 and in the model's type.
+_ATTENTION_MEMORY = 512_000_000
+# A choice must win this much: less is noise, and the default needs no explanation.
+_GAIN = 1.05
+# Models that are through in less have nothing to win.
+_WORTH_SECONDS = 0.02
+_MOST_TOKENS = 1 << 16
+_ROUNDS = 5
+_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How measurements are computed.
+
+    Attributes:
+        attention: transformers' name of the implementation; None keeps the loaded one.
+        batch_tokens: tokens computed at a time.
+    """
+
+    attention: str | None = None
+    batch_tokens: int = BATCH_TOKENS
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `run.json`."""
+        return dataclasses.asdict(self)
+
+
+def tune(
+    replay: Replay,
+    length: int,
+    *,
+    attention: str | None = None,
+    batch_tokens: int | None = None,
+    memory: int,
+    seconds: Callable[[Callable[[], None]], float] | None = None,
+) -> Tuning:
+    """Choose what is not given, by timing a few of the model's blocks.
+
+    Args:
+        replay: a model in memory.
+        length: tokens of a sample.
+        attention, batch_tokens: given, they are taken.
+        memory: bytes that a micro-batch's gradients may take.
+        seconds: times one call; a stop-watch by default.
+
+    Complexity: `_ROUNDS` forward passes of `_BLOCKS` blocks per possibility.
+    """
+    seconds = seconds or _stopwatch(replay)
+    loaded = _loaded(replay)
+    if attention is None and _plain_possible(replay, length, batch_tokens or BATCH_TOKENS):
+        probes = {name: _probe(replay, name, BATCH_TOKENS, length) for name in (loaded, "eager")}
+        took = _fastest(probes, seconds)
+        if took[loaded] > _WORTH_SECONDS and took[loaded] > _GAIN * took["eager"]:
+            attention = "eager"
+    chosen = attention or loaded
+    if batch_tokens is None:
+        batch_tokens = _batch(replay, chosen, length, memory, seconds)
+    return Tuning(attention, batch_tokens)
+
+
+@contextlib.contextmanager
+def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
+    """Let the model compute attention as ``name``, or as its replay was tuned to, for a while.
+
+    Raises:
+        ArchitectureError: the model has no such implementation.
+    """
+    before, wanted = _loaded(replay), name or replay.attention
+    if wanted is None or wanted == before:
+        yield
+        return
+    model: Any = replay.model
+    try:
+        model.set_attn_implementation(wanted)
+    except (ValueError, ImportError, AttributeError) as e:
+        raise ArchitectureError(
+            f"{type(model).__name__} cannot compute attention as {wanted!r} "
+            f"({' '.join(str(e).split())}); leave --attention out"
+        ) from e
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _loaded(replay: Replay) -> str | None:
+    found = getattr(getattr(replay.model, "config", None), "_attn_implementation", None)
+    return found if isinstance(found, str) else None
+
+
+def _plain_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
+    """Whether eager attention is worth a try: on a CPU, and its weights are few."""
+    if replay.device.type != "cpu" or _loaded(replay) != "sdpa":
+        return False
+    heads = getattr(text_config(replay.model), "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return False
+    rows = max(1, batch_tokens // length)
+    weights = len(replay) * rows * heads * length**2
+    return weights * (4 + _element(replay)) <= _ATTENTION_MEMORY
+
+
+def _element(replay: Replay) -> int:
+    return next(replay.model.parameters()).element_size()
+
+
+def _probe(replay: Replay, name: str | None, tokens: int, length: int) -> Callable[[], None]:
+    """A forward pass of some blocks, spread over the model."""
+    rows = max(1, tokens // length)
+    ids = torch.zeros((rows, length), dtype=torch.long, device=replay.device)
+    with torch.inference_mode(), chosen_attention(replay, name):
+        recording = replay.record(ids)
+    some = _some_blocks(replay)
+
+    def run() -> None:
+        with torch.inference_mode(), chosen_attention(replay, name):
+            stream = recording.entered
+            for i in some:
+                stream = recording.block(i, stream)
+
+    return run
+
+
+def _some_blocks(replay: Replay) -> list[int]:
+    n = len(replay)
+    return sorted({round(k * (n - 1) / (_BLOCKS - 1)) for k in range(_BLOCKS)})
+
+
+def _fastest(
+    probes: dict[Any, Callable[[], None]], seconds: Callable[[Callable[[], None]], float]
+) -> dict[Any, float]:
+    """Shortest time of each, interleaved: other work on the machine only ever adds."""
+    for run in probes.values():
+        run()
+    rounds = [{key: seconds(run) for key, run in probes.items()} for _ in range(_ROUNDS)]
+    return {key: min(r[key] for r in rounds) for key in probes}
+
+
+def _batch(
+    replay: Replay,
+    attention: str | None,
+    length: int,
+    memory: int,
+    seconds: Callable[[Callable[[], None]], float],
+) -> int:
+    """Double the micro-batch as long as that pays and its gradients fit the memory."""
+    most = memory // max(1, _saved_bytes(replay, attention, length))
+    tokens = BATCH_TOKENS
+    while 2 * tokens <= min(most, _MOST_TOKENS):
+        probes = {k: _probe(replay, attention, k, length) for k in (tokens, 2 * tokens)}
+        took = _fastest(probes, seconds)
+        if took[tokens] < _WORTH_SECONDS and replay.device.type == "cpu":
+            break
+        if 2 * took[tokens] < _GAIN * took[2 * tokens]:
+            break
+        tokens *= 2
+    return tokens
+
+
+def _saved_bytes(replay: Replay, attention: str | None, length: int) -> int:
+    """Bytes per token that a backward pass through all blocks keeps."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in replay.model.parameters()}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.zeros((1, length), dtype=torch.long, device=replay.device)
+    some = _some_blocks(replay)
+    with chosen_attention(replay, attention):
+        with torch.no_grad():
+            recording = replay.record(ids)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            alive = _through(recording, some)
+    del alive
+    return sum(kept.values()) * len(replay) // (len(some) * length)
+
+
+def _through(recording: Recording, blocks: Sequence[int]) -> Tensor:
+    stream = recording.entered.detach().requires_grad_(True)
+    for i in blocks:
+        stream = recording.block(i, stream)
+    return stream
+
+
+def _stopwatch(replay: Replay) -> Callable[[Callable[[], None]], float]:
+    def seconds(run: Callable[[], None]) -> float:
+        if replay.device.type == "cuda":
+            torch.cuda.synchronize(replay.device)
+        began = time.perf_counter()
+        run()
+        if replay.device.type == "cuda":
+            torch.cuda.synchronize(replay.device)
+        return time.perf_counter() - began
+
+    return seconds

@@ -1,0 +1,120 @@
+"""Attention and micro-batch by a measurement: with a clock that the test sets, and in a run."""
+
+import numpy as np
+import pytest
+import torch
+
+from isingcut import tuning
+from isingcut.architectures import find_stack, stack_modules
+from isingcut.blocks import Replay
+from isingcut.errors import ArchitectureError
+from isingcut.gradients import gate_gradients
+from isingcut.measure import measure
+from isingcut.tokens import TokenSet
+from isingcut.tuning import Tuning, chosen_attention, tune
+from tiny import tiny_model
+
+PLENTY = 1 << 34
+
+
+def make(family: str = "llama") -> Replay:
+    model = tiny_model(family).requires_grad_(False)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+class Clock:
+    """Says how long a pass takes from the attention in use and the tokens that pass."""
+
+    def __init__(self, replay, seconds):
+        self.seconds, self.model, self.calls = seconds, replay.model, []
+        replay.blocks[0].register_forward_pre_hook(self.look, with_kwargs=True)
+
+    def look(self, module, args, kwargs):
+        stream = args[0] if args else kwargs["hidden_states"]
+        attention = self.model.config._attn_implementation
+        self.calls.append((attention, stream.shape[0] * stream.shape[1]))
+
+    def __call__(self, run):
+        run()
+        return self.seconds(*self.calls[-1])
+
+
+@pytest.mark.parametrize(
+    ("eager", "sdpa", "chosen"), [(1.0, 1.2, "eager"), (1.0, 1.02, None), (0.001, 0.002, None)]
+)
+def test_eager_attention_is_taken_only_where_it_clearly_wins(eager, sdpa, chosen):
+    replay = make()
+    clock = Clock(replay, lambda name, tokens: {"eager": eager, "sdpa": sdpa}[name])
+    found = tune(replay, 16, batch_tokens=512, memory=PLENTY, seconds=clock)
+    assert found == Tuning(chosen, 512)
+    assert {name for name, _ in clock.calls} == {"eager", "sdpa"}
+    assert replay.model.config._attn_implementation == "sdpa"
+
+
+def test_long_samples_keep_attention_whose_memory_grows_with_the_length():
+    replay = make()
+    clock = Clock(replay, lambda name, tokens: {"eager": 1.0, "sdpa": 9.0}[name])
+    heads = replay.model.config.num_attention_heads
+    length = int((tuning._ATTENTION_MEMORY / (8 * heads * len(replay))) ** 0.5) + 100
+    assert tune(replay, length, batch_tokens=64, memory=PLENTY, seconds=clock) == Tuning(None, 64)
+    assert not clock.calls
+
+
+def test_the_micro_batch_doubles_while_that_pays_and_fits():
+    def clock(replay):
+        # Up to 4096 tokens a pass costs the same, as on a GPU that is not full.
+        return Clock(replay, lambda name, tokens: max(1.0, tokens / 4096))
+
+    replay = make()
+    assert tune(replay, 16, attention="sdpa", memory=PLENTY, seconds=clock(replay)) == Tuning(
+        "sdpa", 4096
+    )
+    each = tuning._saved_bytes(replay, "sdpa", 16)
+    assert each > len(replay) * replay.model.config.hidden_size * 4
+    found = tune(replay, 16, attention="sdpa", memory=2500 * each, seconds=clock(replay))
+    assert found.batch_tokens == 2048
+
+
+def test_what_is_given_is_taken_without_a_measurement():
+    replay = make()
+    clock = Clock(replay, lambda name, tokens: 1.0)
+    found = tune(replay, 16, attention="eager", batch_tokens=77, memory=PLENTY, seconds=clock)
+    assert found == Tuning("eager", 77)
+    assert not clock.calls
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_measurements_use_the_chosen_attention_and_agree(family):
+    replay = make(family)
+    rng = np.random.default_rng(0)
+    tokens = TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
+    states = np.eye(len(replay), dtype=bool)
+    used = []
+    replay.blocks[0].register_forward_pre_hook(
+        lambda module, args: used.append(replay.model.config._attn_implementation)
+    )
+    found = {}
+    for name in (None, "eager"):
+        replay.attention = name
+        found[name] = measure(replay, tokens, states).kl_sums, gate_gradients(replay, tokens)
+    assert set(used[: len(used) // 2]) == {"sdpa"}
+    assert set(used[len(used) // 2 :]) == {"eager"}
+    for plain, other in zip(found[None], found["eager"], strict=True):
+        np.testing.assert_allclose(plain, other, rtol=1e-4, atol=1e-6)
+    assert replay.model.config._attn_implementation == "sdpa"
+
+
+def test_a_journal_made_with_another_attention_is_not_used():
+    replay = make()
+    before = replay.identity()
+    replay.attention = "eager"
+    assert replay.identity() != before
+
+
+def test_an_attention_that_is_not_there_is_an_error_in_one_line():
+    with (
+        torch.no_grad(),
+        pytest.raises(ArchitectureError, match="cannot compute attention as 'no such'"),
+        chosen_attention(make(), "no such"),
+    ):
+        pass
