@@ -387,6 +387,19 @@ def test_kept_answers_teach_as_the_teacher_does(models: Path, healed: Path, tmp_
     assert found["after"]["kl"] < found["before"]["kl"]
 
 
+def test_a_streamed_teacher_gives_the_same_answers(models: Path, tmp_path: Path) -> None:
+    config = options(models, tmp_path / "memory", top_k=8, steps=2)
+    whole = read_json(heal(config) / "healing.json", "healing")
+    config = config.replace(out=str(tmp_path / "disk"), stream_teacher=True)
+    found = read_json(heal(config) / "healing.json", "healing")
+    for mine, theirs in zip(found["steps"], whole["steps"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    for side in ("before", "after"):
+        assert found[side]["kl"] == pytest.approx(whole[side]["kl"], rel=1e-4)
+    with pytest.raises(InputError, match="needs --top-k"):
+        config.replace(top_k=0).validate()
+
+
 def test_gradient_checkpointing_changes_nothing(models: Path, healed: Path, tmp_path: Path) -> None:
     out = heal(options(models, tmp_path / "out", gradient_checkpointing=True))
     for mine, theirs in zip(curve(out), curve(healed), strict=True):

@@ -235,6 +235,9 @@ class HealConfig:
     top_k: int = _option(
         0, "heal", "Keep the teacher's K likeliest tokens and their rest on disk first (0: no)."
     )
+    stream_teacher: bool = _option(
+        False, "heal", "Read the original block by block from disk; needs --top-k."
+    )
     lora_rank: int = _option(16, "heal", "Rank of the LoRA matrices.")
     lora_alpha: int = _option(32, "heal", "Their scale.")
     gradient_checkpointing: bool = _option(
@@ -301,6 +304,10 @@ class HealConfig:
             raise InputError("--method none without a --patch leaves nothing to do")
         if self.top_k and self.temperature != 1:
             raise InputError("--top-k keeps the teacher at temperature 1; give one of them only")
+        if self.stream_teacher and (not self.top_k or self.patch != "none"):
+            raise InputError(
+                "--stream-teacher needs --top-k, and a --patch needs the teacher in memory"
+            )
         if self.top_k and self.hidden_weight:
             raise InputError("--top-k keeps no hidden states; give one of it and --hidden-weight")
         return self

@@ -20,8 +20,10 @@ from isingcut.progress import Progress, silent
 from isingcut.runfolder import versions
 
 if TYPE_CHECKING:
+    from isingcut.healers.base import Job
     from isingcut.healing_text import HealingText
     from isingcut.models import LoadedModel
+    from isingcut.streamed.replay import StreamedReplay
     from isingcut.tokens import TokenSet
 
 RECORD = "healing.json"
@@ -47,7 +49,7 @@ def heal(
     from isingcut.healers._processes import Processes
     from isingcut.healers.distill import removal_of
     from isingcut.model_sources import resolve
-    from isingcut.models import load
+    from isingcut.models import load, load_streamed
 
     if config is not None and options:
         raise InputError("give either a HealConfig or options by name, not both")
@@ -61,12 +63,14 @@ def heal(
         Processes(config.device)
     refuse_existing(out, overwrite=config.overwrite)
     trust = config.trust_remote_code
-    teacher = load(
-        resolve(config.teacher, trust_remote_code=trust),
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=trust,
-    )
+    source = resolve(config.teacher, trust_remote_code=trust)
+    replay = None
+    if config.stream_teacher:
+        teacher, replay = load_streamed(
+            source, dtype=config.dtype, device=config.device, trust_remote_code=trust
+        )
+    else:
+        teacher = load(source, dtype=config.dtype, device=config.device, trust_remote_code=trust)
     if (there := len(find_stack(teacher.model))) != blocks:
         raise InputError(
             f"{student} was cut from a model of {blocks} blocks, but the teacher "
@@ -80,7 +84,7 @@ def heal(
         length=config.length,
         seed=config.seed,
     )
-    heal_checkpoint(config, teacher, removed, student, text, out, progress)
+    heal_checkpoint(config, teacher, removed, student, text, out, progress, replay)
     if config.method != "none":
         Processes(config.device).part()
     return out
@@ -94,6 +98,7 @@ def heal_checkpoint(
     text: HealingText,
     out: Path,
     progress: Progress = silent,
+    replay: StreamedReplay | None = None,
 ) -> dict[str, Any]:
     """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
 
@@ -116,7 +121,7 @@ def heal_checkpoint(
         _claim(work, _identity(config, teacher, removed, student, text))
     if processes is not None:
         processes.wait()
-    job = Job(teacher, tuple(removed), student, text.train, work, config, shown)
+    job = Job(teacher, tuple(removed), student, text.train, work, config, shown, replay)
     began = time.monotonic()
     record: dict[str, Any] = {}
     if config.patch == "linear":
@@ -124,7 +129,7 @@ def heal_checkpoint(
         if main and not kept.exists():
             shutil.rmtree(patched, ignore_errors=True)
             found = registry.get("linear-patch")().heal(job, patched)
-            found["scores"] = _scores(config, teacher, patched, text.report, shown)
+            found["scores"] = _scores(job, patched, text.report)
             kept.write_text(json.dumps(found), encoding="utf-8")
         if processes is not None:
             processes.wait()
@@ -139,8 +144,8 @@ def heal_checkpoint(
         shutil.rmtree(done, ignore_errors=True)
         shutil.copytree(job.start, done)
     if main:
-        before = _before(config, teacher, student, text.report, work, shown)
-        after = _scores(config, teacher, done, text.report, shown)
+        before = _before(job, student, text.report)
+        after = _scores(job, done, text.report)
         distilled = record.pop("distillation", {})
         content = {
             "steps": distilled.pop("steps", []),
@@ -215,40 +220,33 @@ def _claim(work: Path, identity: str) -> None:
     file.write_text(json.dumps(identity), encoding="utf-8")
 
 
-def _before(
-    config: HealConfig,
-    teacher: LoadedModel,
-    student: Path,
-    report: TokenSet,
-    work: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    kept = work / "before.json"
+def _before(job: Job, student: Path, report: TokenSet) -> dict[str, Any]:
+    kept = job.work / "before.json"
     if not kept.exists():
-        found = _scores(config, teacher, student, report, progress)
-        kept.write_text(json.dumps(found), encoding="utf-8")
+        kept.write_text(json.dumps(_scores(job, student, report)), encoding="utf-8")
     scores: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     return scores
 
 
-def _scores(
-    config: HealConfig,
-    teacher: LoadedModel,
-    folder: Path,
-    report: TokenSet,
-    progress: Progress,
-) -> dict[str, Any]:
+def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
     """Perplexity and KL to the original of a checkpoint on the held-out text."""
     from isingcut.evaluate import quality
-    from isingcut.models import load
+    from isingcut.models import load, load_streamed
 
-    model = load(
-        folder,
-        dtype=str(teacher.dtype).removeprefix("torch."),
-        device=str(teacher.device),
-        trust_remote_code=config.trust_remote_code,
-    ).model
-    found = quality(teacher.model, model, report, config.batch_tokens, progress=progress)
+    size = job.config.batch_tokens
+    options: dict[str, Any] = {
+        "dtype": str(job.teacher.dtype).removeprefix("torch."),
+        "device": str(job.teacher.device),
+        "trust_remote_code": job.config.trust_remote_code,
+    }
+    if job.replay is None:
+        model = load(folder, **options).model
+        found = quality(job.teacher.model, model, report, size, progress=job.progress)
+    else:
+        from isingcut.streamed.scores import quality_streamed
+
+        _, cut = load_streamed(folder, buffers=job.replay.store.buffers, **options)
+        found = quality_streamed(job.replay, cut, report, size, progress=job.progress)
     return {
         **found["after"],
         "kl": found["kl"],

@@ -15,9 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isingcut.healers._kl import TopK, top_k
+
 if TYPE_CHECKING:
     from isingcut.healers._processes import Processes
     from isingcut.healers.base import Job
+    from isingcut.streamed.replay import StreamedReplay
+    from isingcut.tokens import TokenSet
 
 _DONE = "done.json"
 
@@ -63,8 +67,6 @@ def keep_targets(job: Job, processes: Processes) -> Kept:
 
 
 def _make(job: Job, folder: Path) -> None:
-    from isingcut.healers._rounds import targets
-
     tokens, k = job.tokens, job.config.top_k
     shape = (*tokens.input_ids.shape, k)
     done = 0
@@ -80,15 +82,14 @@ def _make(job: Job, folder: Path) -> None:
                 for n, (d, s) in zip(_NAMES, types, strict=True)
             )
         )
-    teacher = job.teacher.model
-    rows = max(1, job.config.batch_tokens // tokens.input_ids.shape[1])
+    together = max(1, job.config.batch_tokens // tokens.input_ids.shape[1])
+    answers = _in_memory if job.replay is None else _streamed
+    rows = together if job.replay is None else _group(job.replay, tokens, together)
     with job.progress("keeping the original's answers", tokens.samples) as bar:
         bar.advance(done)
         while done < tokens.samples:
             part = slice(done, min(done + rows, tokens.samples))
-            ids = tokens.input_ids[part].to(teacher.device)
-            mask = tokens.mask[part].to(teacher.device).long()
-            found = targets(teacher, ids, mask, k)
+            found = answers(job, part, together, k)
             files.indices[part] = found.indices.int().cpu().numpy()
             files.logp[part] = found.logp.cpu().numpy()
             files.tail[part] = found.tail.cpu().numpy()
@@ -97,3 +98,42 @@ def _make(job: Job, folder: Path) -> None:
             bar.advance(part.stop - done)
             done = part.stop
             (folder / _DONE).write_text(json.dumps(done), encoding="utf-8")
+
+
+def _in_memory(job: Job, part: slice, together: int, k: int) -> TopK:
+    """The answers to some samples, from a teacher in memory."""
+    from isingcut.healers._rounds import targets
+
+    teacher = job.teacher.model
+    ids = job.tokens.input_ids[part].to(teacher.device)
+    return targets(teacher, ids, job.tokens.mask[part].to(teacher.device).long(), k)
+
+
+def _group(replay: StreamedReplay, tokens: TokenSet, together: int) -> int:
+    """Samples whose hidden states fit in memory: each block is read once for all of them."""
+    batch = tokens.select(range(min(together, tokens.samples)))
+    room = replay.room(batch) * batch.samples // max(1, replay.stream_bytes(batch))
+    return max(together, room // together * together)
+
+
+def _streamed(job: Job, part: slice, together: int, k: int) -> TopK:
+    """The same from blocks read from disk, batches in the inner loop."""
+    replay = job.replay
+    assert replay is not None
+    ids = job.tokens.input_ids[part]
+    with torch.inference_mode():
+        recordings = [replay.record(batch) for batch in ids.split(together)]
+        streams = [r.entered for r in recordings]
+        for i in range(len(replay)):
+            for b, recording in enumerate(recordings):
+                streams[b] = recording.block(i, streams[b])
+        found = [
+            top_k(recording.logits(stream[s], s), k)
+            for recording, stream in zip(recordings, streams, strict=True)
+            for s in range(len(stream))
+        ]
+    return TopK(
+        torch.stack([f.indices for f in found]),
+        torch.stack([f.logp for f in found]),
+        torch.stack([f.tail for f in found]),
+    )

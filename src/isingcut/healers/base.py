@@ -12,6 +12,7 @@ from isingcut.tokens import TokenSet
 
 if TYPE_CHECKING:
     from isingcut.models import LoadedModel
+    from isingcut.streamed.replay import StreamedReplay
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +20,14 @@ class Job:
     """One cut model to heal.
 
     Attributes:
-        teacher: the original model.
+        teacher: the original model; without its weights where it is streamed.
         removed: the blocks that the cut model lacks, ascending.
         start: the cut model's checkpoint.
         tokens: text to heal with; never the text that results are reported on.
         work: folder for what an interrupted healer goes on from.
         config: all options.
         progress: where progress is shown.
+        replay: the original's blocks, each read when it is run, where it is streamed.
     """
 
     teacher: LoadedModel
@@ -35,6 +37,7 @@ class Job:
     work: Path
     config: HealConfig
     progress: Progress = silent
+    replay: StreamedReplay | None = None
 
 
 class Healer(Protocol):
