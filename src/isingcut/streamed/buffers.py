@@ -113,7 +113,9 @@ class Buffers:
         self.stalled += time.perf_counter() - began
         self._pending = None
         self._buffers[index].arrive()
-        part.install(self._buffers[index].memory)
+        # A gradient may use the part after a measurement in inference mode has read it.
+        with torch.inference_mode(False):
+            part.install(self._buffers[index].memory)
         self._held[index], self._recent = part, index
 
     def expect(self, part: Fillable) -> None:
@@ -135,7 +137,8 @@ class Buffers:
 
     def _submit(self, part: Fillable) -> None:
         if not self._buffers:
-            self._buffers = [_Buffer(self.size, self.device) for _ in range(2)]
+            with torch.inference_mode(False):
+                self._buffers = [_Buffer(self.size, self.device) for _ in range(2)]
         index = 1 - self._recent
         self._drop(index)
         buffer = self._buffers[index]
