@@ -17,7 +17,7 @@ say 'cp -rL "$(python -c "from isingcut.model_sources import resolve; print(reso
 say 'cat README.md CONTRIBUTING.md docs/*.md > my-text.txt'
 
 say isingcut inspect ./my-model
-say isingcut run ./my-model --remove 4 --calibration my-text.txt --samples 8 --length 128 --out my-run
+say isingcut run ./my-model --remove 4 --calibration my-text.txt --samples 4 --length 128 --out my-run
 say isingcut solve my-run --budget params=20%
 say isingcut rank my-run --budget params=20%
 say isingcut report my-run
