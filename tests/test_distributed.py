@@ -19,7 +19,7 @@ from tiny import tiny_checkpoint
 
 OPTIONS = {
     "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "dtype": "float32",
-    "batch_tokens": 32,
+    "batch_tokens": 32, "attention": "sdpa",
 }  # fmt: skip
 FILES = ["calibration.safetensors", "hamiltonian.safetensors"]
 
@@ -49,20 +49,20 @@ def alone(place):
     return place
 
 
-def _energy(place, out, name="pairwise"):
+def _energy(place, out, name="pairwise", also=True, **more):
     isingcut.energy(
         model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), energy=name,
-        also="hessian" if name == "pairwise" else "", **OPTIONS,
+        also="hessian" if also and name == "pairwise" else "", **OPTIONS, **more,
     )  # fmt: skip
 
 
-def _typed(place, out, name="pairwise"):
+def _typed(place, out, name="pairwise", also=True):
     """The same on the command line."""
     options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
-    also = ["--also", "hessian"] if name == "pairwise" else []
+    others = ["--also", "hessian"] if also and name == "pairwise" else []
     return [
         "energy", place / "model", "--calibration", place / "text.txt", "--out", out,
-        "--energy", name, *also, *options,
+        "--energy", name, *others, *options,
     ]  # fmt: skip
 
 
@@ -111,6 +111,24 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     assert all(others), "every process has computed a part"
     said = notes.with_suffix(".err").read_text()
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"
+
+
+def _streams(place, out, said):
+    say_into(said)
+    for name in ("pairwise", "fisher"):
+        with pytest.raises(SystemExit) as end:
+            type_in(*_typed(place, out / name, name, also=False), "--stream", "on")
+        assert end.value.code == 0
+
+
+def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
+    for name in ("pairwise", "fisher"):
+        _energy(place, tmp_path / "alone" / name, name, also=False, stream="on")
+    ranks, _store = launch(2, _streams, place, tmp_path / "two", tmp_path / "said")
+    assert _join(ranks) == [0, 0], (tmp_path / "said").read_text()
+    for name in ("pairwise", "fisher"):
+        one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
+        assert one.read_bytes() == two.read_bytes(), name
 
 
 def _fails(place, out, said):

@@ -17,6 +17,7 @@ from tiny import tiny_checkpoint
 OPTIONS = {
     "remove": 2, "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "states": 4,
     "random_states": 30, "dtype": "float32", "batch_tokens": 32, "also": "hessian",
+    "attention": "sdpa",
 }  # fmt: skip
 
 
