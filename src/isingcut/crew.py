@@ -73,8 +73,9 @@ class Crew:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._whole_store = store
         self.rank, self.size = rank, size
-        self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        self.node = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
+        env = os.environ
+        self.local_rank = int(env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or 0)
+        self.node = f"{socket.gethostname()}/{env.get('GROUP_RANK', '')}"
         self.failure: Failure | None = None
         self._session = 0
         self._stop = threading.Event()

@@ -86,7 +86,10 @@ def led(work: Callable[[], T]) -> T | None:
     except BaseException as e:
         if isinstance(e, SystemExit) and not e.code:
             raise
-        raise _told(crew, e) from e
+        told = _told(crew, e)
+        if told is e:
+            raise
+        raise told from e
     finally:
         _post.crew = _post.session = None
 
@@ -236,13 +239,17 @@ def _order(crew: Crew, message: dict[str, Any], arguments: dict[str, Any]) -> in
 
 def _serve(crew: Crew) -> None:
     """Do what rank 0 orders until it is done."""
+    loaded: dict[str, Any] = {}
     while True:
         message, arguments = unpack(crew.wait(f"order/{_post.orders}"))
         _post.orders += 1
         if message["order"] == "done":
             return
         if message["order"] == "model":
-            _post.session = _load(crew, message)
+            if loaded != message:
+                # Freed first: two models may be more than the memory holds.
+                _post.session = None
+                _post.session, loaded = _load(crew, message), message
         else:
             _take_part(crew, message, arguments)
 
