@@ -9,6 +9,7 @@ linear layer, the model computes its logits itself, one sample at a time.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,10 @@ Floats = npt.NDArray[np.float64]
 def piece_elements(device: torch.device) -> int:
     """Logits to work on at a time: what stays in a CPU's cache; a GPU wants more."""
     return 1 << 19 if device.type == "cpu" else 1 << 26
+
+
+# A second copy of the map's weight that gradients may hold.
+_TRANSPOSED_BYTES = 1 << 28
 
 
 class _HeadReached(Exception):
@@ -97,7 +102,19 @@ class OutputHead:
 
     def back(self, toward: Tensor, out: Tensor) -> Tensor:
         """Gradient (R, D) in the inputs from that in the logits (R, V), written to ``out``."""
-        return torch.mm(toward, self._linear.weight, out=out)
+        return torch.mm(toward, self._back_weight, out=out)
+
+    @cached_property
+    def _back_weight(self) -> Tensor:
+        """The map's weight (V, D), laid out so that the long sum over V is the fast one.
+
+        On a CPU, oneDNN's product with a (V, D) weight as it lies took 1.2 to 1.3 times as long.
+        """
+        weight: Tensor = self._linear.weight.detach()
+        small = weight.numel() * weight.element_size() <= _TRANSPOSED_BYTES
+        if weight.device.type == "cpu" and small and not self._replay.streamed:
+            return weight.T.contiguous().T
+        return weight
 
 
 class Comparison(Protocol):
