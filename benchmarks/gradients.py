@@ -1,9 +1,11 @@
 """Gate gradients: one batched backward against one sample at a time and a plain forward pass.
 
     python benchmarks/gradients.py [--model smollm2] [--samples 16] [--length 256] [--repeats 5]
+                                   [--attention auto]
 
-All three sides run on the same tokens, interleaved, and the medians are compared. Peak memory
-is measured in a process of its own for each side. Ends with one line `name: value` per figure.
+All three sides compute attention in the same way, on the same tokens, interleaved, and the medians
+are compared. Peak memory is measured in a process of its own for each side. Ends with one line
+`name: value` per figure.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from isingcut.calibration import build
 from isingcut.gates import gated_block
 from isingcut.gradients import gate_gradients
 from isingcut.tokens import TokenSet
+from isingcut.tuning import chosen_attention, tune
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
@@ -40,12 +43,26 @@ def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
         seed=0,
     )
     replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
+    attention = None if arguments.attention == "auto" else arguments.attention
+    reuse_freed_memory()
+    replay.attention = tune(
+        replay,
+        arguments.length,
+        attention=attention,
+        batch_tokens=arguments.batch_tokens,
+        memory=1 << 40,
+    ).attention
     return replay, calibration.splits["energy"]
+
+
+def attention_of(replay: Replay) -> str:
+    """The attention that all sides use."""
+    return replay.attention or replay.model.config._attn_implementation
 
 
 def forward(replay: Replay, tokens: TokenSet, batch_tokens: int) -> None:
     """The yardstick: a plain forward pass with the NLL, without gradients."""
-    with torch.inference_mode():
+    with torch.inference_mode(), chosen_attention(replay):
         for batch in tokens.batches(batch_tokens):
             logits = replay.model(input_ids=batch.input_ids, use_cache=False).logits
             for row, ids in zip(logits, batch.input_ids, strict=True):
@@ -54,19 +71,20 @@ def forward(replay: Replay, tokens: TokenSet, batch_tokens: int) -> None:
 
 def batch_one(replay: Replay, tokens: TokenSet) -> np.ndarray:
     """What a per-sample gradient otherwise costs: a forward and a backward per sample."""
-    rows = []
-    for s in range(tokens.samples):
-        single = tokens.select([s])
-        with torch.no_grad():
-            recording = replay.record(single.input_ids)
-        alphas = [torch.ones(1, requires_grad=True) for _ in range(len(replay))]
-        stream = recording.entered
-        for i, alpha in enumerate(alphas):
-            stream = gated_block(recording, i, stream, alpha, "sublayer", ones=True)
-        logits = recording.logits(stream[0], 0)
-        loss = F.cross_entropy(logits[:-1].float(), single.input_ids[0, 1:])
-        rows.append(torch.cat(torch.autograd.grad(loss, alphas)).double().numpy())
-    return np.array(rows)
+    with chosen_attention(replay):
+        return np.array([_one(replay, tokens.select([s])) for s in range(tokens.samples)])
+
+
+def _one(replay: Replay, single: TokenSet) -> np.ndarray:
+    with torch.no_grad():
+        recording = replay.record(single.input_ids)
+    alphas = [torch.ones(1, requires_grad=True) for _ in range(len(replay))]
+    stream = recording.entered
+    for i, alpha in enumerate(alphas):
+        stream = gated_block(recording, i, stream, alpha, "sublayer", ones=True)
+    logits = recording.logits(stream[0], 0)
+    loss = F.cross_entropy(logits[:-1].float(), single.input_ids[0, 1:])
+    return torch.cat(torch.autograd.grad(loss, alphas)).double().numpy()
 
 
 def _peak(side: str, arguments: argparse.Namespace, answer: multiprocessing.Queue) -> None:
@@ -111,13 +129,17 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="auto", help="float32 shows both sides to be equal")
+    parser.add_argument("--attention", default="auto", help="auto, sdpa or eager")
     arguments = parser.parse_args()
 
     replay, tokens = prepare(arguments)
+    # The processes that measure memory take the same.
+    arguments.attention = attention_of(replay)
     print(
         f"{arguments.model}, {len(replay)} blocks, {tokens.samples} samples, "
         f"{tokens.tokens} tokens, "
-        f"{next(replay.model.parameters()).dtype}, {torch.get_num_threads()} threads"
+        f"{next(replay.model.parameters()).dtype}, {arguments.attention} attention, "
+        f"{torch.get_num_threads()} threads"
     )
     rows: dict[str, np.ndarray] = {}
     reuse_freed_memory()

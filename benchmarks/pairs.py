@@ -1,9 +1,12 @@
 """All pair measurements with prefix sharing against without, in one run.
 
     python benchmarks/pairs.py [--model smollm2] [--samples 1] [--length 256] [--repeats 3]
+                               [--attention auto]
 
-Both sides measure the same N (N + 1) / 2 states on the same tokens, interleaved. Ends with
-one line `name: value` per figure.
+Both sides measure the same N (N + 1) / 2 states on the same tokens, interleaved. Every state
+needs the output head once, shared prefixes or not: what time could at best be saved follows
+from the time of one head and of one block, which are measured beside. Ends with one line
+`name: value` per figure.
 """
 
 from __future__ import annotations
@@ -14,10 +17,34 @@ import time
 from itertools import combinations
 
 import numpy as np
+import torch
 
-from gradients import prepare
+from gradients import attention_of, prepare
+from isingcut.blocks import Replay
 from isingcut.energies.pairwise import indicator
+from isingcut.head import OutputHead, comparison
 from isingcut.measure import measure
+from isingcut.tokens import TokenSet
+from isingcut.tuning import chosen_attention
+
+
+def parts(replay: Replay, tokens: TokenSet, batch_tokens: int) -> tuple[float, float]:
+    """Seconds of one block (mean over blocks) and of one head with its comparison, all tokens."""
+    block = head = 0.0
+    with torch.inference_mode(), chosen_attention(replay):
+        output = OutputHead(replay)
+        for batch in tokens.batches(batch_tokens):
+            recording = replay.record(batch.input_ids)
+            stream = recording.entered
+            began = time.perf_counter()
+            for i in range(len(replay)):
+                stream = recording.block(i, stream)
+            block += (time.perf_counter() - began) / len(replay)
+            original = comparison(output, recording, stream, batch)
+            began = time.perf_counter()
+            original.compare(stream)
+            head += time.perf_counter() - began
+    return block, head
 
 
 def main() -> None:
@@ -29,15 +56,21 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--attention", default="auto", help="auto, sdpa or eager")
     arguments = parser.parse_args()
 
     replay, tokens = prepare(arguments)
     n = len(replay)
     states = indicator(n, [*[(i,) for i in range(n)], *combinations(range(n), 2)])
-    print(f"{arguments.model}, {n} blocks, {len(states)} states, {tokens.tokens} tokens")
+    print(
+        f"{arguments.model}, {n} blocks, {len(states)} states, {tokens.tokens} tokens, "
+        f"{attention_of(replay)} attention, {torch.get_num_threads()} threads"
+    )
+    alone: list[tuple[float, float]] = []
     seconds: dict[bool, list[float]] = {True: [], False: []}
     found = {}
     for _ in range(arguments.repeats):
+        alone += [parts(replay, tokens, arguments.batch_tokens) for _ in range(5)]
         for shared in (True, False):
             began = time.perf_counter()
             found[shared] = measure(
@@ -53,14 +86,23 @@ def main() -> None:
     time_fraction = statistics.median(
         a / b for a, b in zip(seconds[True], seconds[False], strict=True)
     )
+    block, head = (statistics.median(values) for values in zip(*alone, strict=True))
+    heads = len(states) * head
+    ideal, most = (found[shared].blocks_run * block + heads for shared in (True, False))
     difference = np.abs(found[True].kl - found[False].kl).max()
     print(f"\n{'side':<10}{'blocks run':>12}{'seconds':>10}")
     for shared, name in ((True, "shared"), (False, "apart")):
         median = statistics.median(seconds[shared])
         print(f"{name:<10}{found[shared].blocks_run:>12}{median:>10.2f}")
+    print(
+        f"one block {1000 * block:.1f} ms, one output head with its comparison "
+        f"{1000 * head:.1f} ms: {head / block:.1f} blocks"
+    )
     print(f"largest KL difference between the two: {difference:.1e} nats/token")
     print(f"\npairs_block_fraction: {fraction:.4f}")
     print(f"pairs_time_fraction: {time_fraction:.4f}")
+    print(f"pairs_ideal_time_fraction: {ideal / most:.4f}")
+    print(f"pairs_of_ideal_speedup: {ideal / most / time_fraction:.4f}")
 
 
 if __name__ == "__main__":
