@@ -127,8 +127,11 @@ class Crew:
         with contextlib.suppress(RuntimeError):
             self._see_off(_PARTING_SECONDS)
 
-    def fail(self, code: int, text: str) -> bool:
+    def fail(self, code: int, text: str, *, hurry: bool = False) -> bool:
         """Tell every process that the run has failed here, and leave.
+
+        Args:
+            hurry: do not wait for the others to leave.
 
         Returns:
             Whether this failure is the first, so that this process has to report it.
@@ -139,7 +142,7 @@ class Crew:
             if self.failure is None:
                 found = self.store.compare_set("failed", "", json.dumps(asdict(own)))
                 self.failure = Failure(**json.loads(found))
-            self._see_off(_FAILED_SECONDS)
+            self._see_off(0.0 if hurry else _FAILED_SECONDS)
         self.failure = self.failure or own
         return self.failure == own
 

@@ -106,7 +106,7 @@ def _told(crew: Crew, error: BaseException) -> BaseException:
         code, text = 130, "interrupted"
     elif isinstance(error, SystemExit):
         code, text = error.code if isinstance(error.code, int) else 1, "was ended"
-    if not crew.fail(code, text):
+    if not crew.fail(code, text, hurry=isinstance(error, Ended)):
         assert crew.failure is not None
         return crew.error(crew.failure)
     if isinstance(error, Ended):
