@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -415,6 +416,18 @@ def test_patch_and_distillation_together(models: Path, tmp_path: Path) -> None:
     other = read_json(alone / "healing.json", "healing")
     assert other["after"]["kl"] == pytest.approx(found["patch"]["scores"]["kl"], rel=1e-6)
     assert other["steps"] == []
+
+
+def test_training_in_half_precision(models: Path, tmp_path: Path) -> None:
+    half = load(models / "student", dtype="bfloat16", device="cpu")
+    half.model.save_pretrained(tmp_path / "half")
+    for name in ("isingcut.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(models / "student" / name, tmp_path / "half" / name)
+    student = str(tmp_path / "half")
+    out = heal(options(models, tmp_path / "out", student=student, dtype="bfloat16", steps=2))
+    assert {t.dtype for t in read_checkpoint(out).values()} == {"BF16"}
+    found = read_json(out / "healing.json", "healing")
+    assert found["after"]["kl"] < found["before"]["kl"]
 
 
 def test_further_training_arguments(models: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,13 @@ def config(folder: Path, name: str, **changes: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> Path:
-    return pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
+def run(folder: Path) -> Iterator[Path]:
+    speeds = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
+    with pytest.MonkeyPatch.context() as patched:
+        # Measured in tests of their own; memory takes a process for each model.
+        patched.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+        patched.setattr("isingcut.evaluate.speed", lambda models, *a: dict.fromkeys(models, speeds))
+        yield pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
 
 
 def test_a_run_chooses_among_healed_candidates_and_heals(run: Path) -> None:

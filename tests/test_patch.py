@@ -242,6 +242,19 @@ def test_the_scale_of_a_family_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert left < before
 
 
+def test_half_precision_does_not_hide_who_absorbs() -> None:
+    for family, absorbs in (("llama", True), ("gemma2", False), ("mixtral", False)):
+        model = tiny_model(family).to(torch.bfloat16)
+        # One channel of the stream far larger than the others, as in large models.
+        model.get_input_embeddings().weight.data[:, 5] = 300.0
+        if absorbs:
+            (patch,) = fitted(model, [3], tokens())
+            assert patch.path == "mlp.down_proj"
+        else:
+            with pytest.raises(ArchitectureError, match="cannot absorb"):
+                fitted(model, [3], tokens())
+
+
 @pytest.mark.parametrize(
     ("family", "removed", "reason"),
     [

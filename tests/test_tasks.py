@@ -152,7 +152,7 @@ def test_our_task_is_the_harness_s_own(
     from lm_eval.tasks._yaml_loader import load_yaml
 
     file, make, split, shots = TASKS[name]
-    pairs = [make(i) for i in range(3 if name == "gsm8k" else 6)]
+    pairs = [make(i) for i in range(1 if name == "gsm8k" else 6)]
     examples = [make(i) for i in range(20, 26)]
     subject = name.removesuffix("_0shot")
     test = lines(tmp_path / "theirs.jsonl", [theirs for theirs, _ in pairs])

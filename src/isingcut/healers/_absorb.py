@@ -79,8 +79,13 @@ def find_write(recording: Recording, block: nn.Module, i: int, hidden: Tensor, k
         for path, s in seen.items()
         if s.calls == 1 and s.outputs is not None and s.outputs.numel() == plain.numel()
     ]
+    if "moe" in kind:
+        # What attention writes goes through the experts too, though barely where norms are huge.
+        usable = [path for path in usable if "attn" not in path and "attention" not in path]
     for path in reversed(usable):
-        scale = _response(recording, i, hidden, candidates[path], plain)
+        written = seen[path].outputs
+        assert written is not None
+        scale = _response(recording, i, hidden, candidates[path], plain, written)
         if scale is None:
             continue
         module = candidates[path]
@@ -160,13 +165,19 @@ def observe(
 
 
 def _response(
-    recording: Recording, i: int, hidden: Tensor, module: nn.Module, plain: Tensor
+    recording: Recording,
+    i: int,
+    hidden: Tensor,
+    module: nn.Module,
+    plain: Tensor,
+    written: Tensor,
 ) -> float | None:
     """s where the block's output answers a change d of the module's output by s d, else None."""
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(plain.shape, generator=generator).to(plain)
-    # As large as the stream itself typically is, so that a norm or gate would show.
-    change = change * plain.abs().median().clamp_min(1e-3)
+    # Larger than what the layer writes, so that a norm or a gate behind it would show.
+    typical = torch.maximum(plain.abs().median(), 4 * written.abs().median())
+    change = change * typical.clamp_min(1e-3)
 
     def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + change.reshape(output.shape)
@@ -175,11 +186,21 @@ def _response(
         answer = (recording.block(i, hidden) - plain).double()
     wide = change.double()
     scale = float((answer * wide).sum() / (wide * wide).sum())
-    # Tokens with huge entries (attention sinks) round coarsely in half precision.
-    error = ((answer - scale * wide).norm(dim=-1) / wide.norm(dim=-1)).median()
-    worst = ((answer - scale * wide).norm(dim=-1) / wide.norm(dim=-1)).max()
-    allowed = _TOLERANCE.get(plain.dtype, _HALF_TOLERANCE)
     exact = plain.dtype in _TOLERANCE
-    if abs(scale) < 1e-3 or not float(worst if exact else error) <= allowed:
+    if not exact and abs(scale - 1) < _HALF_TOLERANCE:
+        scale = 1.0
+    if abs(scale) < 1e-3:
         return None
-    return scale
+    wide = scale * wide
+    left = answer - wide
+    if exact:
+        error = float((left.norm(dim=-1) / wide.norm(dim=-1)).max())
+    else:
+        # A few tokens and channels with huge entries round coarsely; a norm would show everywhere.
+        error = float(left.abs().median() / wide.abs().median())
+    return scale if error <= allowed_error(plain.dtype) else None
+
+
+def allowed_error(dtype: torch.dtype) -> float:
+    """Largest relative deviation from a straight answer that rounding explains."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)

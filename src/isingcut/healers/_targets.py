@@ -122,7 +122,7 @@ def _streamed(job: Job, part: slice, together: int, k: int) -> TopK:
     assert replay is not None
     ids = job.tokens.input_ids[part]
     with torch.inference_mode():
-        recordings = [replay.record(batch) for batch in ids.split(together)]
+        recordings = [replay.record(batch) for batch in torch.split(ids, together)]
         streams = [r.entered for r in recordings]
         for i in range(len(replay)):
             for b, recording in enumerate(recordings):

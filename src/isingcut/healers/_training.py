@@ -237,7 +237,11 @@ def _arguments(job: Job, processes: Processes) -> TrainingArguments:
     if config.trainer:
         settings |= load_yaml(Path(config.trainer))
     try:
-        return TrainingArguments(**settings)
+        arguments = TrainingArguments(**settings)
+        if arguments.n_gpu > 1:
+            # DataParallel would copy the model without its loss; a launcher uses all GPUs.
+            arguments._n_gpu = 1
+        return arguments
     except (TypeError, ValueError) as e:
         words = " ".join(str(e).split())
         raise InputError(f"transformers refuses the training arguments: {words}") from e

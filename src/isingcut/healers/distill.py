@@ -98,7 +98,10 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
         with quiet_peft():
             adapted: Any = peft.PeftModel.from_pretrained(model, trained)
             model = adapted.merge_and_unload()
-    model.to(dtype)
+    trained_weights = model.state_dict()
+    # Into a model that transformers loaded in that dtype: it keeps some tensors in float32.
+    model = reload(job.start, dtype=dtype, trust_remote_code=trust)
+    model.load_state_dict(trained_weights)
     tokens = random_tokens(model, 2, 24, seed=0)
     with atomic_folder(out) as temporary, quiet_transformers():
         model.save_pretrained(temporary)
