@@ -1,5 +1,6 @@
 """The refined search through the pipeline: one removal, a range, a budget in parameters."""
 
+import contextlib
 import json
 import sys
 
@@ -51,19 +52,15 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert config["num_hidden_layers"] == 5
 
 
-def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
+def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys, monkeypatch):
     out = tmp_path / "curve"
-    before, sys.argv = sys.argv, ["isingcut", "run", inputs["model"], "--remove", "2..4",
-        "--out", str(out), "--json"]  # fmt: skip
+    arguments = ["isingcut", "run", inputs["model"], "--remove", "2..4", "--out", str(out)]
     for key, value in inputs.items():
         if key != "model":
-            sys.argv += [f"--{key.replace('_', '-')}", str(value)]
-    try:
+            arguments += [f"--{key.replace('_', '-')}", str(value)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
+    with contextlib.suppress(SystemExit):
         cli.main()
-    except SystemExit as e:
-        assert not e.code
-    finally:
-        sys.argv = before
     curve = json.loads(capsys.readouterr().out)["curve"]
     assert [len(row["removed"]) for row in curve] == [2, 3, 4]
     assert (out / "remove-4" / "report.html").is_file()

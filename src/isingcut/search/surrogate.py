@@ -132,7 +132,7 @@ class Surrogate:
         n = self._x.shape[1]
         s, scale = self.spread, self._scale
         a = scale * float(rng.standard_normal())
-        u: Floats = scale * s.own * rng.standard_normal(n)
+        u: Floats = scale * s.own * rng.standard_normal((n,))
         upper: Floats = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
         v: Floats = upper + upper.T
         slope = s.slope * self._b * float(rng.standard_normal())
