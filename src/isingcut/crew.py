@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ class Crew:
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
         self._handler: Any = None
+        self._unraisable: Any = None
 
     @classmethod
     def from_environment(cls) -> Crew:
@@ -107,6 +109,8 @@ class Crew:
         self.store.set(f"beat/{self.rank}", "0")
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._on_signal)
+            self._unraisable = sys.unraisablehook
+            sys.unraisablehook = self._on_unraisable
         self._watcher = threading.Thread(target=self._watch, name="isingcut-crew", daemon=True)
         self._watcher.start()
         keys = [f"beat/{r}" for r in range(self.size)]
@@ -159,6 +163,7 @@ class Crew:
             self._watcher.join(timeout=2 * _BEAT)
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
+            sys.unraisablehook = self._unraisable
             self._handler = None
 
     # Watching over each other -----------------------------------------------------------
@@ -189,6 +194,11 @@ class Crew:
         # files go.
         raise Ended(128 + number)
 
+    def _on_unraisable(self, found: Any) -> None:
+        # Raised by the handler above in a place that drops it: it will be raised again.
+        if not isinstance(found.exc_value, RankError | Ended):
+            self._unraisable(found)
+
     def _look(self) -> None:
         if self.store.check(["failed"]):
             self.failure = Failure(**json.loads(self.store.get("failed")))
@@ -208,11 +218,19 @@ class Crew:
                 # The store lives in rank 0 or in its launcher, and has gone with it.
                 self.failure = Failure(0, "", 1, "cannot be reached any more")
             if self.failure is not None and not self._stop.is_set():
-                _thread.interrupt_main(signal.SIGTERM)
-                # A process stuck in a collective or a kernel hears no signal.
-                if not self._stop.wait(_PARTING_SECONDS):
-                    os._exit(self.failure.code)
+                self._interrupt(self.failure.code)
                 return
+
+    def _interrupt(self, code: int) -> None:
+        """Let the main thread raise the failure, wherever it is."""
+        until = time.monotonic() + _PARTING_SECONDS
+        while time.monotonic() < until:
+            # Again and again: raised in a callback of a C library, an exception is dropped.
+            _thread.interrupt_main(signal.SIGTERM)
+            if self._stop.wait(1.0):
+                return
+        # Stuck in a collective or a kernel, it hears no signal.
+        os._exit(code)
 
     def _silent(self, beats: list[bytes], changed: list[float]) -> Failure | None:
         """A process that gave no sign of life for too long."""
