@@ -26,6 +26,7 @@ STEPS = 21
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[17, 29, 1])
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     arguments = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
     replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
     n = len(replay)
     alphas = torch.linspace(0, 1, STEPS).tolist()
-    sums = torch.zeros(n, STEPS, dtype=torch.float64)
+    sums = torch.zeros(len(arguments.blocks), STEPS, dtype=torch.float64)
     count = 0
     with torch.inference_mode():
         for s in range(tokens.samples):
@@ -53,20 +54,21 @@ def main() -> None:
                 stream.append(recording.block(i, stream[-1]))
             reference = recording.logits(stream[-1][0], 0)[:-1].double().log_softmax(-1)
             count += len(reference)
-            for i in range(n):
+            for row, i in enumerate(arguments.blocks):
                 for k, alpha in enumerate(alphas):
                     gate = torch.tensor([alpha])
                     hidden = gated_block(recording, i, stream[i], gate, "block", ones=False)
                     for j in range(i + 1, n):
                         hidden = recording.block(j, hidden)
                     logp = recording.logits(hidden[0], 0)[:-1].double().log_softmax(-1)
-                    sums[i, k] += (reference.exp() * (reference - logp)).sum()
+                    sums[row, k] += (reference.exp() * (reference - logp)).sum()
             print(f"sample {s + 1} of {tokens.samples}", flush=True)
     content = {
         "model": arguments.model,
         "unit": "nats/token",
         "samples": tokens.samples,
         "tokens": count,
+        "blocks": arguments.blocks,
         "gate": alphas,
         "kl": [[round(v, 6) for v in row] for row in (sums / count).tolist()],
     }

@@ -142,15 +142,14 @@ def gate_curve() -> plt.Figure:
     """Fading blocks out: the measured KL, and the parabola of its curvature at gate 1."""
     data = json.loads((HERE / "data" / "gate_curve.json").read_text(encoding="utf-8"))
     gate, kl = np.array(data["gate"]), np.array(data["kl"])
-    blocks = (int(np.argmin(kl[:, 0])), 29, 1)
     figure, all_axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
     step = 1 - gate
-    for axes, block in zip(all_axes, blocks, strict=True):
+    for axes, block, row in zip(all_axes, data["blocks"], kl, strict=True):
         near = step <= 0.101
         # KL and its slope are zero at gate 1, so that the leading term is a parabola.
-        curvature = (kl[block][near] * step[near] ** 2).sum() / (step[near] ** 4).sum()
+        curvature = (row[near] * step[near] ** 2).sum() / (step[near] ** 4).sum()
         axes.plot(step, curvature * step**2, "--", color=ORANGE, label="curvature at the start")
-        axes.plot(step, kl[block], color=BLUE, label="measured")
+        axes.plot(step, row, color=BLUE, label="measured")
         axes.set(title=f"block {block}", xlabel="block faded out", ylim=(0, None))
         axes.set_xticks([0, 1], ["original", "removed"])
     all_axes[0].set_ylabel("KL, nats/token")
