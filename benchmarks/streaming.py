@@ -193,43 +193,42 @@ def small(arguments: argparse.Namespace) -> tuple[float, float]:
 
 def project(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """What Llama-3.3-70B takes, from bytes and FLOPs; measured rates, and stated ones for a GPU."""
-    disk = found["bytes_per_second"]
-    places = {
-        "this CPU": (found["flops_per_second"], disk, "both measured above"),
-        "one 24 GB GPU": (
-            arguments.gpu_tflops * 1e12,
-            disk,
-            f"{arguments.gpu_tflops:g} TFLOP/s assumed, not measured; disk as measured here",
-        ),
-    }
-    for name, (flops, rate, source) in places.items():
-        print(f"\n{SEVENTY.name} on {name}: {flops / 1e12:.2f} TFLOP/s, {rate / 1e9:.2f} GB/s")
-        print(f"  ({source})")
-        _job_gradients(SEVENTY, flops, rate)
-        _job_states(SEVENTY, flops, rate, arguments.states)
-    parts = 2 * 2 * max(SEVENTY.block, SEVENTY.head)
-    stream = 2 * SEVENTY.hidden
-    room = 24e9 - parts - 2e9
-    print(
-        f"\nmemory of 24 GB: two parts 2 x {parts / 2e9:.2f} GB (the head is the largest part), "
-        f"2 GB for the work, leaves {room / 1e9:.1f} GB of hidden states of {stream} bytes per "
-        f"token:\n  gradients {room / stream / (SEVENTY.layers + 4):,.0f} tokens per chunk, "
-        f"{arguments.states} states {room / stream / (arguments.states + 3):,.0f} tokens per chunk"
-    )
+    flops, disk = found["flops_per_second"], found["bytes_per_second"]
+    card = arguments.gpu_tflops * 1e12
+    assumed = f"{arguments.gpu_tflops:g} TFLOP/s assumed, not measured"
+    for name, rate, speed, memory, source in (
+        ("this CPU, 16 GB allowed", flops, disk, 16e9, "both measured above"),
+        ("one 24 GB GPU, this disk", card, disk, 24e9, f"{assumed}; disk measured above"),
+        ("one 24 GB GPU, a disk of 3 GB/s", card, 3e9, 24e9, f"{assumed}; disk assumed too"),
+    ):
+        print(
+            f"\n{SEVENTY.name} on {name}: {rate / 1e12:.2f} TFLOP/s, {speed / 1e9:.2f} GB/s "
+            f"({source})"
+        )
+        largest = 2 * max(SEVENTY.block, SEVENTY.head)
+        room = memory - 2 * largest - 2e9
+        print(
+            f"  hidden states: {memory / 1e9:.0f} GB - two parts of {largest / 1e9:.2f} GB (the "
+            f"head is the largest) - 2 GB for the work = {room / 1e9:.1f} GB"
+        )
+        _job_gradients(SEVENTY, rate, speed, room)
+        _job_states(SEVENTY, rate, speed, room, arguments.states)
 
 
-def _job_gradients(shape: Shape, flops: float, rate: float, tokens: int = 256 * 256) -> None:
+def _job_gradients(
+    shape: Shape, flops: float, rate: float, room: float, tokens: int = 256 * 256
+) -> None:
     work = tokens * 2 * (3 * shape.layers * shape.block + 3 * shape.head)
     print(
         f"  empirical-fisher, 256 samples of 256 tokens: {tokens} tokens x 2 x (3 passes x "
         f"{shape.layers} blocks x {shape.block / 1e9:.3f}e9 + 3 x {shape.head / 1e9:.3f}e9) = "
         f"{work / 1e15:.1f} PFLOP"
     )
-    _time(work, flops, 2 * shape.bytes, rate, "per chunk, forward and backward")
+    _time(shape, work / flops, rate, room, tokens, shape.layers + 4, 2)
 
 
 def _job_states(
-    shape: Shape, flops: float, rate: float, count: int, tokens: int = 16 * 256
+    shape: Shape, flops: float, rate: float, room: float, count: int, tokens: int = 16 * 256
 ) -> None:
     states = random_states(shape.layers, count, shape.layers // 4)
     nodes = shape.layers + tree_nodes(states)
@@ -239,15 +238,21 @@ def _job_states(
         f"tokens x 2 x ({nodes} blocks x {shape.block / 1e9:.3f}e9 + {count + 1} heads x "
         f"{shape.head / 1e9:.3f}e9) = {work / 1e15:.1f} PFLOP"
     )
-    _time(work, flops, shape.bytes, rate, "per chunk")
+    _time(shape, work / flops, rate, room, tokens, count + 3, 1)
 
 
-def _time(work: float, flops: float, size: float, rate: float, words: str) -> None:
-    computing, reading = work / flops, size / rate
+def _time(
+    shape: Shape, computing: float, rate: float, room: float, tokens: int, streams: int, times: int
+) -> None:
+    """Computing against reading, which hides behind it: the longer of the two is what it takes."""
+    each = 2 * shape.hidden * streams
+    chunks = -(-tokens // int(room / each))
+    size = chunks * times * shape.bytes
+    reading = size / rate
     print(
-        f"    computing {_hours(computing)}; reading {size / 1e9:.0f} GB {words}: "
-        f"{_hours(reading)}, hidden behind the computing while a chunk computes longer, so up to "
-        f"{max(1, int(computing / reading))} chunks cost nothing"
+        f"    {streams} streams of {2 * shape.hidden} bytes per token: {room / each:,.0f} tokens "
+        f"fit, {chunks} chunks; reading {chunks} x {times} x {shape.bytes / 1e9:.0f} GB = "
+        f"{_hours(reading)}, computing {_hours(computing)}: {_hours(max(reading, computing))}"
     )
 
 
