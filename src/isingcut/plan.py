@@ -246,7 +246,7 @@ def _energy(config: RunConfig, name: str, shape: Shape, t: Timings, remove: int)
         if shape.streamed and not getattr(energy_part(RunConfig(energy=name), name), "streams", 1):
             return Estimate(name, samples, impossible="needs the whole model in memory")
         if name not in t.curvature:
-            return Estimate(name, samples, impossible="the model cannot be differentiated twice")
+            return Estimate(name, samples, impossible="a double backward pass failed")
         cost = costs.second_derivatives(shape, t, name, samples)
     elif name in ("empirical-fisher", "fisher"):
         cost = costs.first_derivatives(shape, t, samples)

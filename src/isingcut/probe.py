@@ -10,8 +10,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,15 +101,16 @@ def probe(
     for part in (EMBED, HEAD):
         store.keep(part)
     replay = SomeBlocks(model, store, chosen)
-    # The room that eager attention takes grows with the blocks: as many as the model has.
-    if attention is None and tuning._plain_possible(
-        replay, length, n * batch_tokens // len(chosen)
-    ):
-        attention = tuning.tune(replay, length, batch_tokens=batch_tokens, memory=0).attention
+    if attention is None:
+        # What some kinds keep grows with the number of blocks: as many as the model has.
+        whole = n * batch_tokens // len(chosen)
+        attention = tuning.tune(replay, length, batch_tokens=whole, memory=0).attention
     replay.attention = attention
     watch = Stopwatch(replay.device, clock)
     with tuning.chosen_attention(replay):
-        return _timed(replay, length, batch_tokens, reading, twice, watch)
+        found = _timed(replay, length, batch_tokens, reading, watch)
+    # Double backward passes take PyTorch's plain attention, whatever was chosen.
+    return _with_curvature(found, replay, length, watch) if twice else found
 
 
 class Stopwatch:
@@ -150,7 +150,6 @@ def _timed(
     length: int,
     batch_tokens: int,
     reading: float,
-    twice: bool,
     watch: Stopwatch,
 ) -> Timings:
     one = _text(replay, 1, length)
@@ -168,27 +167,22 @@ def _timed(
         word = replay.record(batch.input_ids[:1, :1])
         decoding = scale * watch.fastest(lambda: _through(replay, word))
         decoding += watch.fastest(lambda: word.logits(word.entered[0], 0))
+    once_through = functools.partial(gradients._batch_rows, replay, head, one, "sublayer", None)
+    saved_once = _kept_bytes(replay, once_through)
     whole = watch.fastest(lambda: gradients._batch_rows(replay, head, batch, "sublayer", None))
     with torch.no_grad():
         recording = replay.record(batch.input_ids)
     once = watch.fastest(lambda: loss_gradient(recording, recording.entered, batch, None, head))
-    double: dict[str, float] = {}
-    saved = 0
-    if twice:
-        with suppress(ArchitectureError, RuntimeError):
-            saved = int(_saved_twice(replay, head, one) * scale / length)
-            for kind in curvature.KINDS:
-                double[kind] = _curvature(replay, head, watch, one, kind, scale) / length
     return Timings(
         blocks=blocks,
         entering=entering / tokens,
         comparing=comparing / tokens,
         gradients=(once + max(0.0, whole - once) * scale) / tokens,
-        curvature=double,
+        curvature={},
         decoding=decoding,
         reading=reading,
-        saved_gradients=int(tuning._saved_bytes(replay, None, length) * scale),
-        saved_curvature=saved,
+        saved_gradients=int(saved_once * scale / length),
+        saved_curvature=0,
         noise=watch.noise,
         tokens=tokens,
         probed=tuple(replay.chosen),
@@ -207,6 +201,27 @@ def _blocks(
         of_kind.setdefault(replay.kinds[number], []).append(seconds / tokens)
     blocks = tuple(statistics.mean(of_kind[kind]) for kind in replay.kinds)
     return blocks, sum(blocks) / sum(map(sum, of_kind.values()))
+
+
+def _with_curvature(found: Timings, replay: SomeBlocks, length: int, watch: Stopwatch) -> Timings:
+    """The same, with what second derivatives take; without where the model has none."""
+    one, head = _text(replay, 1, length), OutputHead(replay)
+    scale = sum(found.blocks) / sum(found.blocks[i] for i in replay.chosen)
+    with torch.no_grad():
+        recording = replay.record(one.input_ids)
+    through = functools.partial(
+        curvature._through_blocks, replay, head, recording, one, "hessian", "sublayer"
+    )
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            saved = int(_kept_bytes(replay, through) * scale / length)
+        double = {
+            kind: _curvature(replay, head, watch, one, kind, scale) / length
+            for kind in curvature.KINDS
+        }
+    except (ArchitectureError, RuntimeError):
+        return found
+    return replace(found, curvature=double, saved_curvature=saved, noise=watch.noise)
 
 
 def _curvature(
@@ -257,10 +272,10 @@ def _curvature(
     return once + straight * n + bent * n**2 + first + row * n
 
 
-def _saved_twice(replay: SomeBlocks, head: OutputHead, one: TokenSet) -> int:
-    """Bytes that the graph of a double backward pass keeps."""
+def _kept_bytes(replay: SomeBlocks, run: Callable[[], object]) -> int:
+    """Bytes that the graphs of a backward pass keep, beside the weights."""
     kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for b in replay.blocks for p in b.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in replay.model.parameters() if not p.is_meta}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -268,13 +283,9 @@ def _saved_twice(replay: SomeBlocks, head: OutputHead, one: TokenSet) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    with torch.no_grad():
-        recording = replay.record(one.input_ids)
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-    ):
-        curvature._through_blocks(replay, head, recording, one, "hessian", "sublayer")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        found = run()
+    del found
     return sum(kept.values())
 
 
