@@ -192,6 +192,15 @@ def test_blocks_from_a_file_counted_from_one(run, capsys):
     assert "numbered 0 to 5, got 6, 7" in capsys.readouterr().err
 
 
+def test_a_budget_alone_frees_the_number_of_blocks(run, capsys):
+    found = answer(capsys, "solve", run, "--budget", "params=40%")
+    assert found["removals"][0]["removal"] == "params=40%"
+    counts = {len(s["removed"]) for s in found["removals"][0]["states"]}
+    assert min(counts) >= 3
+    # Both typed: both hold, and here they clash.
+    assert call("solve", run, "--budget", "params=40%", "--remove", "1") == 2
+
+
 def test_a_recipe_to_standard_output_is_plain_yaml(run, capsys):
     assert call("export", run, "--mergekit", "-") == 0
     recipe = yaml.safe_load(capsys.readouterr().out)

@@ -55,7 +55,7 @@ def excise(
     return Answer(data, lambda: show_lines(lines), brief=lines[0])
 
 
-@verb("remove", "overwrite", group=STAGES)
+@verb("remove", "budget", "overwrite", group=STAGES)
 def report(
     directories: Annotated[
         list[Path],

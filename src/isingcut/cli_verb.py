@@ -186,6 +186,8 @@ def collect(config: Path | None, options: Mapping[str, Any]) -> RunConfig:
 def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig]:
     """A run folder, and its own options with those typed now on top.
 
+    A budget typed without a number of blocks frees the number, also where the folder has one.
+
     Raises:
         InputError: neither the folder nor the command line says how much is removed.
     """
@@ -193,6 +195,8 @@ def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunC
 
     typed = given(options)
     folder = RunFolder.open(directory, overwrite=bool(typed.get("overwrite")))
+    if typed.get("budget") and not typed.get("remove"):
+        typed["remove"] = ""
     changed = {**dataclasses.asdict(folder.config), **typed}
     config = from_mapping(changed, "command line").validate()
     if not config.removal:
