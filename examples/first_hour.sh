@@ -12,9 +12,9 @@ say() {
 say make demo
 say . .venv/bin/activate
 
-# A model and a text of one's own; here, SmolLM2 as a folder and the project's own pages.
+# A model and a text of one's own; here, SmolLM2 as a folder and Python's language reference.
 say 'cp -rL "$(python -c "from isingcut.model_sources import resolve; print(resolve(\"smollm2\"))")" my-model'
-say 'cat README.md CONTRIBUTING.md docs/*.md > my-text.txt'
+say 'python -c "from pydoc_data.topics import topics; print(*topics.values())" > my-text.txt'
 
 say isingcut inspect ./my-model
 say isingcut run ./my-model --remove 4 --calibration my-text.txt --samples 4 --length 128 --out my-run
