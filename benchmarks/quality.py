@@ -12,7 +12,10 @@ no part is started that is expected to end later.
 
     python benchmarks/quality.py --model DIR --calibration FILE --judge FILE --remove 4
 
-compares all methods on any other model and text, judges, collects and prints.
+compares all methods on any other model and text, judges, collects and prints. To go on from the
+finished parts of the committed results (made with `--pool 8`), unpack them first:
+
+    tar xJf benchmarks/results/quality-work.tar.xz
 
 Every method chooses on the same `--pool` samples and pays in the same unit: full forward passes
 (block evaluations over the number of blocks) and output heads over the whole pool, shared
