@@ -40,22 +40,22 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("eager", "sdpa", "chosen"), [(1.0, 1.2, "eager"), (1.0, 1.02, None), (0.001, 0.002, None)]
+    ("causal", "sdpa", "chosen"), [(1.0, 1.2, "causal"), (1.0, 1.02, None), (0.001, 0.002, None)]
 )
-def test_eager_attention_is_taken_only_where_it_clearly_wins(eager, sdpa, chosen):
+def test_another_attention_is_taken_only_where_it_clearly_wins(causal, sdpa, chosen):
     replay = make()
-    clock = Clock(replay, lambda name, tokens: {"eager": eager, "sdpa": sdpa}[name])
+    clock = Clock(replay, lambda name, tokens: {"causal": causal, "sdpa": sdpa}[name])
     found = tune(replay, 16, batch_tokens=512, memory=PLENTY, seconds=clock)
     assert found == Tuning(chosen, 512)
-    assert {name for name, _ in clock.calls} == {"eager", "sdpa"}
+    assert {name for name, _ in clock.calls} == {"causal", "sdpa"}
     assert replay.model.config._attn_implementation == "sdpa"
 
 
 def test_long_samples_keep_attention_whose_memory_grows_with_the_length():
     replay = make()
-    clock = Clock(replay, lambda name, tokens: {"eager": 1.0, "sdpa": 9.0}[name])
+    clock = Clock(replay, lambda name, tokens: {"causal": 1.0, "sdpa": 9.0}[name])
     heads = replay.model.config.num_attention_heads
-    length = int((tuning._ATTENTION_MEMORY / (8 * heads * len(replay))) ** 0.5) + 100
+    length = int((tuning._ATTENTION_MEMORY / (4 * heads * len(replay))) ** 0.5) + 100
     assert tune(replay, length, batch_tokens=64, memory=PLENTY, seconds=clock) == Tuning(None, 64)
     assert not clock.calls
 
@@ -83,8 +83,10 @@ def test_what_is_given_is_taken_without_a_measurement():
     assert not clock.calls
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_measurements_use_the_chosen_attention_and_agree(family):
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "eager"), ("qwen3", "causal"), ("gemma3", "causal")]
+)
+def test_measurements_use_the_chosen_attention_and_agree(family, attention):
     replay = make(family)
     rng = np.random.default_rng(0)
     tokens = TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
@@ -94,12 +96,12 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
         lambda module, args: used.append(replay.model.config._attn_implementation)
     )
     found = {}
-    for name in (None, "eager"):
+    for name in (None, attention):
         replay.attention = name
         found[name] = measure(replay, tokens, states).kl_sums, gate_gradients(replay, tokens)
     assert set(used[: len(used) // 2]) == {"sdpa"}
-    assert set(used[len(used) // 2 :]) == {"eager"}
-    for plain, other in zip(found[None], found["eager"], strict=True):
+    assert set(used[len(used) // 2 :]) == {attention}
+    for plain, other in zip(found[None], found[attention], strict=True):
         np.testing.assert_allclose(plain, other, rtol=1e-4, atol=1e-6)
     assert replay.model.config._attn_implementation == "sdpa"
 

@@ -75,7 +75,8 @@ class RunConfig:
     attention: str = _option(
         "auto",
         "energy",
-        "How measurements compute attention: sdpa, eager, or auto (timed, and kept for the run).",
+        "How measurements compute attention: sdpa, eager, causal (compiled, for CPUs), or auto "
+        "(timed, and kept for the run).",
         volatile=True,
     )
     batch_tokens: int | None = _option(
@@ -174,7 +175,7 @@ class RunConfig:
                 raise InputError(f"--{flag} must be at least {lowest}, got {value}")
         _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("--stream", self.stream, ("auto", "on", "off"))
-        _one_of("--attention", self.attention, ("auto", "sdpa", "eager"))
+        _one_of("--attention", self.attention, ("auto", "sdpa", "eager", "causal"))
         _one_of("--choose", self.choose, ("measured", "ground"))
         _one_of("--patch", self.patch, PATCHES)
         if self.heal_top < 0:

@@ -80,13 +80,13 @@ def _bits_of(context: Any, value: Any, like: Any) -> Any:
     return like(value, like), code
 
 
-_value: Any = intrinsic(_float_of)
-_stored: Any = intrinsic(_bits_of)
-_ordered: Any = intrinsic(_integer_in_order)
+value_of: Any = intrinsic(_float_of)
+stored_as: Any = intrinsic(_bits_of)
+in_order: Any = intrinsic(_integer_in_order)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def _exp(x):  # type: ignore[no-untyped-def]
+def exp_of(x):  # type: ignore[no-untyped-def]
     """exp(x) in float32 for x <= 0, to about 1e-7; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
     n = np.int32(x * _LOG2_E - _HALF)
@@ -94,7 +94,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     r = x - f * _LN2_HIGH - f * _LN2_LOW
     y = ((((_C0 * r + _C1) * r + _C2) * r + _C3) * r + _C4) * r + _C5
     y = y * (r * r) + r + _ONE
-    return y * _value(np.int32((n + np.int32(127)) << np.int32(23)))
+    return y * value_of(np.int32((n + np.int32(127)) << np.int32(23)))
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -104,14 +104,14 @@ def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
     difference = np.float32(0)
     if reference.shape[0] == 0:
         for v in range(q.shape[0]):
-            total += _exp(_value(q[v]) - top)
+            total += exp_of(value_of(q[v]) - top)
     else:
         for v in range(q.shape[0]):
-            x, y = _value(q[v]), _value(reference[v])
-            total += _exp(x - top)
+            x, y = value_of(q[v]), value_of(reference[v])
+            total += exp_of(x - top)
             # A masked word has l = -inf and no weight.
             apart = y - x if y > _FINITE else np.float32(0)
-            difference += _exp(y - log_z) * apart
+            difference += exp_of(y - log_z) * apart
     return total, difference
 
 
@@ -124,15 +124,15 @@ def accumulate(  # type: ignore[no-untyped-def]
     for t in range(first, last):
         label = labels[t] - offset
         if 0 <= label < columns:
-            picked[t] = _value(q[t, label])
+            picked[t] = value_of(q[t, label])
         for a in range(0, columns, _BLOCK):
             b = min(a + _BLOCK, columns)
             piece = q[t, a:b]
-            largest = _ordered(piece[0])
+            largest = in_order(piece[0])
             for v in range(b - a):
                 # Not max(): it would widen the integers.
-                largest = _ordered(piece[v]) if _ordered(piece[v]) > largest else largest
-            new = max(top[t], _value(_ordered(largest)))
+                largest = in_order(piece[v]) if in_order(piece[v]) > largest else largest
+            new = max(top[t], value_of(in_order(largest)))
             exponentials, apart = _sums(piece, reference[t, a:b], new, np.float32(log_z[t]))
             total[t] = total[t] * np.exp(np.float64(top[t]) - np.float64(new)) + exponentials
             difference[t] += apart
@@ -144,17 +144,17 @@ def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore
     """Put scale (softmax - one-hot) in the place of the logits, rows ``first`` to ``last``."""
     for t in range(first, last):
         row, z, s = logits[t], np.float32(log_z[t]), scale[t]
-        at_label = (_exp(_value(row[labels[t]]) - z) - _ONE) * s
+        at_label = (exp_of(value_of(row[labels[t]]) - z) - _ONE) * s
         for v in range(row.shape[0]):
-            row[v] = _stored(_exp(_value(row[v]) - z) * s, row[v])
-        row[labels[t]] = _stored(at_label, row[labels[t]])
+            row[v] = stored_as(exp_of(value_of(row[v]) - z) * s, row[v])
+        row[labels[t]] = stored_as(at_label, row[labels[t]])
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _dot(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for k in range(a.shape[0]):
-        total += _value(a[k]) * _value(b[k])
+        total += value_of(a[k]) * value_of(b[k])
     return total
 
 

@@ -1,9 +1,9 @@
 """What suits this machine, found by a short measurement: attention and micro-batch.
 
 Both change a result by rounding only, but they change it: a run records what was chosen, in
-`run.json`, and goes on with that when it is resumed. On a CPU the plain ("eager") attention beats
-PyTorch's fused one at short lengths; its memory grows with the square of the length, so that long
-samples keep the fused one.
+`run.json`, and goes on with that when it is resumed. On a CPU `attention.py` beats PyTorch's fused
+attention at short lengths; its memory grows with the square of the length, so that long samples
+keep the fused one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from isingcut.architectures import text_config
+from isingcut.attention import NAME, register
 from isingcut.blocks import Recording, Replay
 from isingcut.errors import ArchitectureError
+from isingcut.models import quiet_transformers
 
 BATCH_TOKENS = 1024
 
-# Eager attention keeps its weights for the backward pass, in float32 and in the model's type.
+# Attention weights that are kept for a backward pass through all blocks.
 _ATTENTION_MEMORY = 512_000_000
 # A choice must win this much: less is noise, and the default needs no explanation.
 _GAIN = 1.05
@@ -74,11 +76,11 @@ def tune(
     """
     seconds = seconds or _stopwatch(replay)
     loaded = _loaded(replay)
-    if attention is None and _plain_possible(replay, length, batch_tokens or BATCH_TOKENS):
-        probes = {name: _probe(replay, name, BATCH_TOKENS, length) for name in (loaded, "eager")}
+    if attention is None and _causal_possible(replay, length, batch_tokens or BATCH_TOKENS):
+        probes = {name: _probe(replay, name, BATCH_TOKENS, length) for name in (loaded, NAME)}
         took = _fastest(probes, seconds)
-        if took[loaded] > _WORTH_SECONDS and took[loaded] > _GAIN * took["eager"]:
-            attention = "eager"
+        if took[loaded] > _WORTH_SECONDS and took[loaded] > _GAIN * took[NAME]:
+            attention = NAME
     chosen = attention or loaded
     if batch_tokens is None:
         batch_tokens = _batch(replay, chosen, length, memory, seconds)
@@ -97,13 +99,20 @@ def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
         yield
         return
     model: Any = replay.model
+    reason = f"it computes it as {before!r}"
     try:
-        model.set_attn_implementation(wanted)
+        # In the place of sdpa alone: models without that have something it cannot do.
+        if wanted != NAME or before == "sdpa":
+            register()
+            with quiet_transformers():
+                model.set_attn_implementation(wanted)
     except (ValueError, ImportError, AttributeError) as e:
+        reason = " ".join(str(e).split())
+    if _loaded(replay) != wanted:
         raise ArchitectureError(
-            f"{type(model).__name__} cannot compute attention as {wanted!r} "
-            f"({' '.join(str(e).split())}); leave --attention out"
-        ) from e
+            f"{type(model).__name__} cannot compute attention as {wanted!r} ({reason}); "
+            "leave --attention out"
+        )
     try:
         yield
     finally:
@@ -115,8 +124,8 @@ def _loaded(replay: Replay) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _plain_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
-    """Whether eager attention is worth a try: on a CPU, and its weights are few."""
+def _causal_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
+    """Whether `attention.py` is worth a try: on a CPU, and its weights are few."""
     if replay.device.type != "cpu" or _loaded(replay) != "sdpa":
         return False
     heads = getattr(text_config(replay.model), "num_attention_heads", None)
@@ -124,11 +133,13 @@ def _plain_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
         return False
     rows = max(1, batch_tokens // length)
     weights = len(replay) * rows * heads * length**2
-    return weights * (4 + _element(replay)) <= _ATTENTION_MEMORY
-
-
-def _element(replay: Replay) -> int:
-    return next(replay.model.parameters()).element_size()
+    if weights * next(replay.model.parameters()).element_size() > _ATTENTION_MEMORY:
+        return False
+    try:
+        with chosen_attention(replay, NAME):
+            return True
+    except ArchitectureError:
+        return False
 
 
 def _probe(replay: Replay, name: str | None, tokens: int, length: int) -> Callable[[], None]:
