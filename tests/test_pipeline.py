@@ -398,7 +398,7 @@ import isingcut
 put = Journal.put
 def put_and_die(self, key, row):
     put(self, key, row)
-    if key == {key!r} and self._path.name.startswith({name!r}):
+    if key.partition(":")[0] == {key!r} and self._path.name.startswith({name!r}):
         os.kill(os.getpid(), signal.SIGKILL)
 Journal.put = put_and_die
 isingcut.run(**{options!r})
