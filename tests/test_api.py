@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import isingcut
-from isingcut import api
+from isingcut import api, interop_hub
 from isingcut.architectures import find_stack, skipped
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files import read_json
@@ -115,6 +115,26 @@ def test_save_gives_the_skipped_original(place, tmp_path, monkeypatch):
         expected = original(ids).logits
     with torch.no_grad():
         torch.testing.assert_close(cut(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_save_heals_where_the_options_say_so(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    options = tmp_path / "heal.yaml"
+    options.write_text("samples: 6\nlength: 16\nreport_samples: 4\n")
+    run = isingcut.prune(
+        "my-model", remove=3, calibration="my-text.txt", out=tmp_path / "run", patch="linear",
+        heal_options=str(options), **OPTIONS,
+    )  # fmt: skip
+    healed, cut = run.save(tmp_path / "healed"), tmp_path / "run" / "model"
+    assert (healed / "healing.json").is_file()
+    assert (healed / "README.md").is_file()
+    assert interop_hub.cut_record(healed)["removed"] == list(run.chosen.removed)
+    weights = [p / "model.safetensors" for p in (healed, cut)]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    plain = run.save(tmp_path / "plain", blocks=run.chosen.removed)
+    assert (plain / "model.safetensors").read_bytes() == weights[1].read_bytes()
+    with pytest.raises(OutputExistsError):
+        run.save(healed)
 
 
 def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):

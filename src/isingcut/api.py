@@ -335,7 +335,10 @@ class Run:
 
     @property
     def chosen(self) -> State:
-        """The state that `save` cuts.
+        """The state that was chosen, and that `save` cuts.
+
+        With the option ``heal_top`` the choice is made again after healing, when `save` or
+        `evaluate` is called; this stays the choice of the ranking.
 
         Examples:
             >>> isingcut.open_run("my-run").chosen.kl > 0
@@ -402,12 +405,13 @@ class Run:
     ) -> Path:
         """Write the smaller model, a plain Hugging Face checkpoint with a model card.
 
-        The checkpoint is reloaded and proven to compute what the original does with the same
-        blocks skipped, before it appears under its name.
+        The cut is reloaded and proven to compute what the original does with the same blocks
+        skipped, before it appears under its name. With the options ``patch`` or ``heal`` the run
+        heals it then, and the healed checkpoint is written.
 
         Args:
             out: the new folder.
-            blocks: cut these instead of the chosen ones.
+            blocks: cut these instead of the chosen ones; they are not healed.
             overwrite: ``out`` may be replaced.
 
         Raises:
@@ -419,16 +423,33 @@ class Run:
             >>> sorted(p.name for p in run.save("by-hand", blocks=[1, 4]).glob("*.safetensors"))
             ['model.safetensors']
         """
-        from isingcut import stages
+        from isingcut import healing_stages, stages
+        from isingcut.files import atomic_folder, refuse_existing
 
+        target = Path(out)
+        refuse_existing(target, overwrite=overwrite)
+        if blocks is None and healing_stages.wanted(self.config):
+            healed = self._healed()
+            with atomic_folder(target, overwrite=overwrite) as temporary:
+                shutil.copytree(healed, temporary, dirs_exist_ok=True)
+            return target
         removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
-        stages.write_checkpoint(
-            self._session, self._folder, removed, Path(out), overwrite=overwrite
-        )
-        return Path(out)
+        stages.write_checkpoint(self._session, self._folder, removed, target, overwrite=overwrite)
+        return target
+
+    def _healed(self) -> Path:
+        """The run's final checkpoint in its folder: cut, and healed where the options say so."""
+        from isingcut import healing_stages, stages
+
+        assert self.chosen is not None
+        healing_stages.choose(self._session, self._folder)
+        stages.excise(self._session, self._folder)
+        return healing_stages.heal(self._session, self._folder) or self.path / "model"
 
     def evaluate(self) -> dict[str, Any]:
         """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
+
+        The smaller model is the healed one where the options ``patch`` or ``heal`` ask for it.
 
         Returns:
             the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``.
@@ -440,8 +461,7 @@ class Run:
         """
         from isingcut import stages
 
-        assert self.chosen is not None
-        stages.excise(self._session, self._folder)
+        self._healed()
         return stages.evaluate(self._session, self._folder)
 
     def report(self) -> Path:

@@ -66,12 +66,13 @@ def push(
     Example: isingcut push my-run me/my-model-cut --private
     """
     from isingcut import interop_hub
+    from isingcut.healing_stages import product
     from isingcut.show import show_lines
 
     checkpoint = directory
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
-        checkpoint = folder.target(config.removal) / "model"
+        checkpoint = product(folder, config)
     url = interop_hub.push(checkpoint, repository, private=private, message=message)
     data = {"url": url, "repository": repository, "private": private, "folder": str(checkpoint)}
     return Answer(data, lambda: show_lines([url]), brief=url)
