@@ -127,7 +127,10 @@ def test_save_heals_where_the_options_say_so(place, monkeypatch, tmp_path):
     )  # fmt: skip
     healed, cut = run.save(tmp_path / "healed"), tmp_path / "run" / "model"
     assert (healed / "healing.json").is_file()
-    assert (healed / "README.md").is_file()
+    card = (healed / "README.md").read_text(encoding="utf-8")
+    assert "no weight was trained" not in card
+    assert card.index("## Healed") < card.index("## Source")
+    assert "a linear map was folded" in card
     assert interop_hub.cut_record(healed)["removed"] == list(run.chosen.removed)
     weights = [p / "model.safetensors" for p in (healed, cut)]
     assert weights[0].read_bytes() != weights[1].read_bytes()

@@ -17,6 +17,7 @@ from isingcut.config import HealConfig, options_from
 from isingcut.errors import InputError, StageFileError
 from isingcut.files import atomic_folder, fingerprint, read_json, refuse_existing, write_json
 from isingcut.progress import Progress, silent
+from isingcut.report_card import healed_card
 from isingcut.runfolder import versions
 
 if TYPE_CHECKING:
@@ -161,6 +162,10 @@ def heal_checkpoint(
             "provenance": {**versions(), "teacher": _named(teacher), "student": _named(student)},
         }
         write_json(done / RECORD, "healing", content)
+        card = done / "README.md"
+        if card.is_file():
+            written = card.read_text(encoding="utf-8")
+            card.write_text(healed_card(written, content), encoding="utf-8")
         with atomic_folder(out, overwrite=config.overwrite) as temporary:
             temporary.rmdir()
             done.rename(temporary)

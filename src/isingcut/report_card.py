@@ -10,6 +10,16 @@ from isingcut.model_sources import hub_id
 from isingcut.report_files import read_hamiltonian
 from isingcut.report_words import removal_summary, render
 
+UNTOUCHED = (
+    "All other tensors are the original's, bit for bit, with the remaining blocks renumbered; no "
+    "weight was trained."
+)
+PROOF = (
+    "Before this checkpoint was accepted, its logits were compared with those of the original with "
+    "the same blocks skipped."
+)
+_SOURCE = "## Source and provenance"
+
 PAPER_ENERGY = "empirical-fisher"
 
 
@@ -78,11 +88,43 @@ def model_card(folder: Path, target: Path, removed: list[int]) -> str:
         total=total,
         how=removal_summary(removed, total, energy, meta, candidates, healed),
         measured=measured,
+        untouched=UNTOUCHED,
+        proof=PROOF,
         from_gguf="gguf_sha256" in provenance["model"],
         provenance=provenance,
         whose_energy=whose,
         rows=rows,
     )
+
+
+def healed_card(card: str, healing: dict[str, Any]) -> str:
+    """The card of a cut checkpoint after healing: what no longer holds is said anew.
+
+    Args:
+        card: the README.md of the cut checkpoint.
+        healing: the content of `healing.json`.
+    """
+    options = healing["options"]
+    did = []
+    if options["patch"] != "none":
+        did.append("a linear map was folded into the block before each cut")
+    if options["method"] != "none":
+        how = "by low-rank adapters, merged" if options["method"] == "lora" else "in all weights"
+        did.append(f"it was distilled from the original {how}")
+    before, after = healing["before"], healing["after"]
+    section = (
+        f"## Healed\n\nAfter the cut, {' and '.join(did)}. On {healing['report_tokens']} tokens of "
+        f"held-out text the KL divergence from the original went from {before['kl']:.4f} to "
+        f"{after['kl']:.4f} nats per token, the perplexity from {before['perplexity']:.2f} to "
+        f"{after['perplexity']:.2f} (the original: {after['original_perplexity']:.2f}). Figures "
+        "elsewhere on this page are of the cut model before that. `healing.json` has every option.\n"
+    )
+    card = card.replace(
+        UNTOUCHED, "The remaining blocks were renumbered and then healed, see below."
+    )
+    card = card.replace(PROOF, PROOF.replace("this checkpoint", "the cut model"))
+    head, source, tail = card.partition(_SOURCE)
+    return f"{head.rstrip()}\n\n{section}\n{source}{tail}".rstrip() + "\n"
 
 
 def _row_of(candidates: dict[str, Any] | None, removed: list[int]) -> dict[str, Any] | None:
