@@ -117,7 +117,7 @@ def healed_card(card: str, healing: dict[str, Any]) -> str:
         f"held-out text the KL divergence from the original went from {before['kl']:.4f} to "
         f"{after['kl']:.4f} nats per token, the perplexity from {before['perplexity']:.2f} to "
         f"{after['perplexity']:.2f} (the original: {after['original_perplexity']:.2f}). Figures "
-        "elsewhere on this page are of the cut model before that. `healing.json` has every option.\n"
+        "elsewhere on this page are of the cut model before that. `healing.json` has the options.\n"
     )
     card = card.replace(
         UNTOUCHED, "The remaining blocks were renumbered and then healed, see below."
