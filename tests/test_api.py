@@ -68,7 +68,7 @@ def test_every_public_name_has_an_example():
 
 def test_every_public_member_of_a_run_has_an_example():
     shown = {t.name.removeprefix("Run.") for t in examples("Run")}
-    members = {n for n in vars(api.Run) if not n.startswith("_")}
+    members = {n for n in vars(isingcut.Run) if not n.startswith("_")}
     assert members <= shown
 
 

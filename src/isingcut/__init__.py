@@ -15,7 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isingcut.api import Options, PoorEnergyWarning, Run, State, open_run, prune
+    from isingcut.api import Options, PoorEnergyWarning, open_run, prune
+    from isingcut.api_run import Run, State
     from isingcut.config import RunConfig
     from isingcut.hamiltonian import Hamiltonian
     from isingcut.pipeline import energy, run
@@ -46,10 +47,10 @@ _HOMES = {
     "Options": "api",
     "PoorEnergyWarning": "api",
     "Problem": "problem",
-    "Run": "api",
+    "Run": "api_run",
     "RunConfig": "config",
     "Spectrum": "spectrum",
-    "State": "api",
+    "State": "api_run",
     "energy": "pipeline",
     "open_run": "api",
     "prune": "api",
