@@ -40,7 +40,7 @@ lint: $(VENV)/.dev
 
 # The site in site/, offline; a broken link or an unknown reference fails it.
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) demo-run site
