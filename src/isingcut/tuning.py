@@ -133,7 +133,7 @@ def _causal_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
         return False
     rows = max(1, batch_tokens // length)
     weights = len(replay) * rows * heads * length**2
-    if weights * next(replay.model.parameters()).element_size() > _ATTENTION_MEMORY:
+    if weights * _element(replay) > _ATTENTION_MEMORY:
         return False
     try:
         with chosen_attention(replay, NAME):
@@ -182,7 +182,9 @@ def _batch(
     seconds: Callable[[Callable[[], None]], float],
 ) -> int:
     """Double the micro-batch as long as that pays and its gradients fit the memory."""
-    most = memory // max(1, _saved_bytes(replay, attention, length))
+    # Measured losses keep the original's logits; gradients keep what they go back through.
+    each = max(_saved_bytes(replay, attention, length), _logit_bytes(replay))
+    most = memory // max(1, each)
     tokens = BATCH_TOKENS
     while 2 * tokens <= min(most, _MOST_TOKENS):
         probes = {k: _probe(replay, attention, k, length) for k in (tokens, 2 * tokens)}
@@ -215,6 +217,17 @@ def _saved_bytes(replay: Replay, attention: str | None, length: int) -> int:
             alive = _through(recording, some)
     del alive
     return sum(kept.values()) * len(replay) // (len(some) * length)
+
+
+def _logit_bytes(replay: Replay) -> int:
+    """Bytes of one position's logits."""
+    config = text_config(replay.model)
+    words = getattr(config, "vocab_size", None)
+    return (words if isinstance(words, int) else 0) * _element(replay)
+
+
+def _element(replay: Replay) -> int:
+    return next(replay.model.parameters()).element_size()
 
 
 def _through(recording: Recording, blocks: Sequence[int]) -> Tensor:
