@@ -319,9 +319,10 @@ def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(llama, job, 
         found = measure(replay, tokens, states, batch_tokens=12, journal=journal)
         return np.stack([found.kl_sums, found.nll_sums])
 
-    expected = work(in_memory(llama))
     journal = tmp_path / "journal"
-    work(streamed(llama), journal)
+    expected = work(streamed(llama), journal)
+    # With several threads the two ways may add up in another order.
+    np.testing.assert_allclose(expected, work(in_memory(llama)), rtol=0, atol=1e-6)
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 1 + len(tokens.batches(12))
     journal.write_bytes(b"".join(lines[:2]) + lines[2][:-10])
