@@ -272,7 +272,18 @@ def test_inspection_reads_no_weights(tmp_path):
     assert shown.other_bytes > 0
     assert shown.refusal == ""
     assert "at least one attention block stays" in shown.rules()[0]
-    assert len(shown.table()) == 1 + len(real)
+    header, *runs, total = shown.table()
+    # Neighbours of one kind and cost share a row; the rows name every block once, in order.
+    named = []
+    for row in runs:
+        first, _, last = row[0].partition("-")
+        blocks = real.blocks[int(first) : int(last or first) + 1]
+        assert {b.kind for b in blocks} == {row[1]}
+        assert {f"{b.parameters:,}" for b in blocks} == {row[2]}
+        named += [b.index for b in blocks]
+    assert named == list(range(len(real)))
+    assert len(header) == len(total)
+    assert total[4] == f"{sum(expected):,}"
     (source / "model.safetensors").unlink()
     assert inspect_model(source).stack.kinds == real.kinds
 

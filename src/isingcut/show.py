@@ -182,12 +182,14 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
 def show_inspection(found: Inspection) -> None:
     """A model's blocks, their costs and the rules that states obey."""
     header, *rows = found.table()
-    title = f"{found.model_type}: {len(found.stack)} blocks in {found.stack.path}"
+    title = f"{found.model_type}: {len(found.stack)} blocks in {found.stack.path}; costs of each"
     table = Table(title=title, title_justify="left")
     for column in header:
         table.add_column(column, justify="left" if column == "kind" else "right")
-    for row in rows:
+    for row in rows[:-1]:
         table.add_row(*row)
+    table.add_section()
+    table.add_row(*rows[-1])
     console = _console()
     console.print(table)
     if found.quantisation:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from isingcut.architectures.auto import auto_class
-from isingcut.architectures.base import BlockStack
+from isingcut.architectures.base import Block, BlockStack
 from isingcut.architectures.discover import find_stack
 from isingcut.architectures.surgery import legality, materialise
 from isingcut.checkpoint import read_checkpoint
@@ -47,10 +47,13 @@ class Inspection:
         return [f"{', '.join(rows)}: {reason}" for reason, rows in names.items()]
 
     def table(self) -> list[tuple[str, ...]]:
-        """Header and one row per block, as text: number, kind, parameters, active, bytes, KV,
-        state."""
+        """Header, one row per run of like neighbours, and the sum, as text.
+
+        Columns: numbers of the blocks, kind, then for *each* block of the run parameters, active
+        parameters, stored bytes, bytes of KV cache per token and of recurrent state.
+        """
         header: tuple[str, ...] = (
-            "block",
+            "blocks",
             "kind",
             "parameters",
             "active",
@@ -58,11 +61,30 @@ class Inspection:
             "KV bytes/token",
             "state bytes",
         )
+        runs: list[list[Block]] = []
+        for block in self.stack.blocks:
+            if runs and runs[-1][0].kind == block.kind and _costs(runs[-1][0]) == _costs(block):
+                runs[-1].append(block)
+            else:
+                runs.append([block])
         rows = [header]
-        for b in self.stack.blocks:
-            numbers = (b.parameters, b.active_parameters, b.bytes, b.kv_bytes_per_token)
-            rows.append((str(b.index), b.kind, *(f"{n:,}" for n in (*numbers, b.state_bytes))))
+        for run in runs:
+            first, last = run[0].index, run[-1].index
+            numbers = f"{first}" if first == last else f"{first}-{last}"
+            rows.append((numbers, run[0].kind, *(f"{n:,}" for n in _costs(run[0]))))
+        total = [sum(column) for column in zip(*map(_costs, self.stack.blocks), strict=True)]
+        rows.append(("all", "", *(f"{n:,}" for n in total)))
         return rows
+
+
+def _costs(block: Block) -> tuple[int, ...]:
+    return (
+        block.parameters,
+        block.active_parameters,
+        block.bytes,
+        block.kv_bytes_per_token,
+        block.state_bytes,
+    )
 
 
 def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
