@@ -15,6 +15,7 @@ from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
 from isingcut.config import RunConfig
 from isingcut.curvature import gate_curvature
+from isingcut.energies.base import Work
 from isingcut.errors import (
     ArchitectureError,
     CheckpointError,
@@ -26,6 +27,8 @@ from isingcut.excise import excise
 from isingcut.gradients import gate_gradients
 from isingcut.measure import measure
 from isingcut.models import load
+from isingcut.search import Plan, Search
+from isingcut.search.slopes import gate_slopes
 from isingcut.session import Session
 from isingcut.streamed import proof
 from isingcut.streamed.boundary import Boundaries
@@ -365,6 +368,32 @@ def test_gradients_through_several_blocks_are_refused(llama):
         recording = replay.record(samples().input_ids)
     with pytest.raises(ArchitectureError, match="needs the whole model in memory"):
         recording.block(3, recording.entered)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "nemotron_h"])
+@pytest.mark.parametrize("removed", [(1, 2), (0, 3)])
+def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path, monkeypatch):
+    folder = tiny_checkpoint(family, tmp_path)
+    whole, parts, tokens = in_memory(folder), streamed(folder), samples()
+    state = np.zeros(len(whole), dtype=bool)
+    state[list(removed)] = True
+    expected = gate_slopes(whole, tokens, state, 16)
+    assert np.abs(expected).max() > 1e-6
+    np.testing.assert_allclose(gate_slopes(parts, tokens, state, 16), expected, atol=1e-6)
+    # The same where no stream fits the memory.
+    monkeypatch.setattr(StreamedReplay, "room", lambda self, batch: 0)
+    np.testing.assert_allclose(gate_slopes(parts, tokens, state, 16), expected, atol=1e-6)
+
+
+def test_a_streamed_search_finds_what_one_in_memory_finds(llama):
+    plan = Plan(rungs=(0.4, 1.0))
+    found = [
+        Search((2,), passes=30.0, plan=plan).run(replay, samples(), Work(batch_tokens=16))
+        for replay in (in_memory(llama), streamed(llama))
+    ]
+    assert found[0].best(2) == found[1].best(2)
+    assert found[0].passes == pytest.approx(found[1].passes)
+    assert [t["removed"] for t in found[0].trace] == [t["removed"] for t in found[1].trace]
 
 
 def test_blocks_of_the_same_kind_are_timed_once(tmp_path):

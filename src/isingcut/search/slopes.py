@@ -31,8 +31,13 @@ def gate_slopes(
     Args:
         state: (N,) bool; its blocks' gates stand at 0, all others at 1.
     """
+    batches = tokens.batches(batch_tokens)
+    if replay.streamed:
+        from isingcut.streamed.slopes import streamed_slopes
+
+        return streamed_slopes(replay, batches, state, _toward) / tokens.tokens
     total = np.zeros(len(replay))
-    for batch in tokens.batches(batch_tokens):
+    for batch in batches:
         total += _batch(replay, batch, state)
     return total / tokens.tokens
 
