@@ -174,7 +174,12 @@ def test_another_removal_has_its_own_spectrum_and_shares_the_model(place, monkey
 def test_a_range_of_removals_gives_a_curve(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     run = isingcut.prune(
-        "my-model", remove="2..3", calibration="my-text.txt", out=tmp_path / "run", **OPTIONS
+        "my-model",
+        remove="2..3",
+        calibration="my-text.txt",
+        out=tmp_path / "run",
+        energy="pairwise",
+        **OPTIONS,
     )
     assert [len(state.removed) for state in run.curve] == [2, 3]
     assert run.at(2).chosen == run.curve[0]

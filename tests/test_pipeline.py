@@ -391,6 +391,59 @@ def test_inspect_shows_the_blocks(llama, capsys):
     assert len(json.loads(capsys.readouterr().out)["blocks"]) == 6
 
 
+def test_the_default_energy_is_named_for_what_it_is(llama, text, tmp_path):
+    options = {**OPTIONS, "model": str(llama), "calibration": str(text)}
+    near = isingcut.energy(**options, remove=2, out=str(tmp_path / "near"))
+    every = isingcut.energy(**options, out=str(tmp_path / "every"))
+    assert read_json(near / "run.json", "run")["config"]["energy"] == "refined"
+    assert read_json(every / "run.json", "run")["config"]["energy"] == "pairwise"
+
+
+def test_solving_far_from_where_an_energy_was_corrected_is_said(llama, text, tmp_path, capsys):
+    options = {**OPTIONS, "model": str(llama), "calibration": str(text)}
+    out = isingcut.energy(**options, remove=2, out=str(tmp_path / "near"))
+    assert call("solve", out, "--remove", 2) == 0
+    assert "corrected near" not in capsys.readouterr().err
+    assert call("solve", out, "--remove", 3) == 0
+    assert "corrected near 2; for 3 it is less sure" in capsys.readouterr().err
+
+
+KILLED_SEARCH = """
+import os, signal
+from isingcut.journal import Journal
+import isingcut
+put, puts = Journal.put, []
+def put_and_die(self, key, row):
+    put(self, key, row)
+    puts.append(key)
+    if len(puts) == {count}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.put = put_and_die
+isingcut.energy(**{options!r})
+"""
+
+
+@pytest.mark.parametrize("count", [2, 25])
+def test_a_killed_search_goes_on_to_the_same_bits(llama, text, tmp_path, count):
+    def options(out):
+        return {
+            **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
+            "batch_tokens": 16, "attention": "sdpa",
+        }  # fmt: skip
+
+    whole = isingcut.energy(**options(tmp_path / "whole"))
+    out = tmp_path / "killed"
+    code = KILLED_SEARCH.format(count=count, options=options(out))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert ended.returncode == -9, ended.stderr.decode()
+    assert not (out / "hamiltonian.safetensors").exists()
+    assert list(out.glob("*.journal"))
+    isingcut.energy(**options(out))
+    name = "hamiltonian.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(out.glob("*.journal"))
+
+
 KILLED = """
 import os, signal, sys
 from isingcut.journal import Journal
@@ -414,7 +467,7 @@ def test_kill_9_leaves_nothing_finished_and_a_second_call_the_same_bits(
     def options(out):
         return {
             **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
-            "batch_tokens": 16,
+            "batch_tokens": 16, "energy": "pairwise",
         }  # fmt: skip
 
     whole = isingcut.run(**options(tmp_path / "whole"))

@@ -17,7 +17,7 @@ from isingcut.errors import StageFileError
 from isingcut.files import read_json, write_json
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.report import model_card, write_report
-from isingcut.report_words import fenced, fidelity_warnings, spectrum_map
+from isingcut.report_words import fenced, fidelity_warnings, ranking_warnings, spectrum_map
 
 N = 12
 STATES = [[2, 3], [3, 4], [10, 11]]
@@ -314,6 +314,16 @@ def test_a_poor_or_unknown_fidelity_is_a_plain_warning(
     page = page_of(folder)
     assert page.count("**Warning.**") == len(words)
     assert ("undefined | undefined" in page) == (found["spearman"] is None)
+
+
+def test_an_energy_that_prices_the_choice_far_too_low_is_a_warning() -> None:
+    chosen = {"energy": 0.6, "kl": 1.5}
+    found = {"fidelity": {"kl": correlation(0.95, 0.9)}, "chosen": chosen}
+    (said,) = ranking_warnings("pairwise", {**found, "energy_unit": "nats/token"})
+    assert "0.6 nats per token, measured were 1.5" in said
+    assert ranking_warnings("empirical-fisher", {**found, "energy_unit": "arbitrary"}) == []
+    chosen["kl"] = 1.1
+    assert ranking_warnings("pairwise", {**found, "energy_unit": "nats/token"}) == []
 
 
 def test_generated_text_cannot_break_out_of_its_block(folder: Path) -> None:

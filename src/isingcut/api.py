@@ -116,7 +116,7 @@ def prune(
     from isingcut import stages
     from isingcut.crew import expected
     from isingcut.distributed import led
-    from isingcut.measuring import measure_energy
+    from isingcut.measuring import concrete, measure_energy
     from isingcut.pipeline import open_session
     from isingcut.removal import each_removal
 
@@ -131,7 +131,7 @@ def prune(
     }
 
     def work() -> tuple[Run, list[str]]:
-        config = from_mapping(wanted, "isingcut.prune").validate()
+        config = concrete(from_mapping(wanted, "isingcut.prune").validate())
         session, folder = open_session(config, _progress(progress), need_removal=True)
         measure_energy(session, folder)
         said: list[str] = []

@@ -314,6 +314,6 @@ def _state(row: dict[str, Any], position: int) -> State:
 
 def energy_warnings(config: RunConfig, ranking: dict[str, Any]) -> list[str]:
     """What to know before trusting a ranking's choice, and what to do."""
-    from isingcut.show import ranking_warnings
+    from isingcut.report_words import ranking_warnings
 
     return ranking_warnings(config.energy, ranking)

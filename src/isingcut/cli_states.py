@@ -24,7 +24,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
     from isingcut import stages
-    from isingcut.show import show_spectrum
+    from isingcut.show import show_spectrum, solve_warnings
 
     found = []
     for remove in options.pop("remove") or [None]:
@@ -42,7 +42,12 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
         {"removal": removal, "file": str(file), **_body(spectrum.to_dict())}
         for removal, spectrum, file in found
     ]
-    return Answer({"removals": removals}, show, brief="\n".join(str(file) for *_, file in found))
+    return Answer(
+        {"removals": removals},
+        show,
+        brief="\n".join(str(file) for *_, file in found),
+        warnings=solve_warnings(folder.path, [removal for removal, *_ in found]),
+    )
 
 
 @verb("random_states", "choose", *OF_RUN, group=STAGES)
@@ -52,7 +57,8 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     Example: isingcut rank my-run --remove 8
     """
     from isingcut import pipeline, stages
-    from isingcut.show import ranking_warnings, show_ranking
+    from isingcut.report_words import ranking_warnings
+    from isingcut.show import show_ranking
 
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress)

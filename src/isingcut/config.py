@@ -33,7 +33,7 @@ class RunConfig:
     Examples:
         >>> config = isingcut.RunConfig(model="my-model", remove="3")
         >>> config.replace(keep="0").energy
-        'pairwise'
+        'auto'
     """
 
     model: str = _option(
@@ -57,7 +57,12 @@ class RunConfig:
     report_samples: int = _option(32, "calibration", "Other samples, for the reported perplexity.")
     seed: int = _option(0, "calibration", "Seed of every random choice.")
 
-    energy: str = _option("pairwise", "energy", "How the Hamiltonian is measured.")
+    energy: str = _option(
+        "auto",
+        "energy",
+        "How the Hamiltonian is measured; auto: refined near --remove or --budget, pairwise "
+        "without.",
+    )
     also: str = _option(
         "", "energy", "Other energies to measure and judge on the same states, for comparison."
     )

@@ -28,6 +28,16 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def concrete(config: RunConfig) -> RunConfig:
+    """The options with `auto` replaced by the energy that it stands for.
+
+    So a run's files say which energy they hold.
+    """
+    if config.energy != "auto":
+        return config
+    return config.replace(energy="refined" if config.removal else "pairwise")
+
+
 def energy_part(config: RunConfig, name: str) -> Any:
     """The energy called ``name``, with the options it has."""
     from isingcut.energies import registry

@@ -18,6 +18,7 @@ from isingcut.files import clear_stale
 from isingcut.measuring import (
     build_calibration,
     calibrate,
+    concrete,
     energy_part,
     measure_energy,
     names,
@@ -120,7 +121,7 @@ def _config(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
     config = (config or from_mapping(options, "isingcut.run")).validate()
     if not config.out:
         raise InputError("--out was not given; name a folder for the run")
-    return config
+    return concrete(config)
 
 
 def open_session(

@@ -12,7 +12,7 @@ from typing import Any
 from isingcut.files import read_json
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.report_baselines import baselines_won, read_baselines
-from isingcut.report_words import fidelity_warnings
+from isingcut.report_words import ranking_warnings
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class RunFiles:
         """What a reader must know before trusting the energy."""
         if self.candidates is None:
             return []
-        return fidelity_warnings(self.energy, self.candidates["fidelity"]["kl"])
+        return ranking_warnings(self.energy, self.candidates)
 
     @property
     def won(self) -> list[str]:

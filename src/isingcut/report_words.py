@@ -10,6 +10,8 @@ import jinja2
 
 POOR_SPEARMAN = 0.6
 """Below this rank correlation the energy is called a poor guide."""
+FAR_TOO_LOW = 0.5
+"""Below this share of its measured loss a state's energy is called far too low."""
 FEW_STATES = 30
 
 
@@ -182,6 +184,28 @@ def correlation_text(found: Mapping[str, Any], name: str) -> str:
     low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
     interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
     return f"{found[name]:.2f}{interval}"
+
+
+def ranking_warnings(energy: str, candidates: Mapping[str, Any]) -> list[str]:
+    """What to know before trusting a choice; empty where the energy ranked and priced it well.
+
+    Args:
+        energy: its name.
+        candidates: content of `candidates.json`.
+    """
+    said = fidelity_warnings(energy, candidates["fidelity"]["kl"])
+    chosen = candidates["chosen"]
+    if (
+        candidates.get("energy_unit") == "nats/token"
+        and chosen["energy"] < FAR_TOO_LOW * chosen["kl"]
+    ):
+        said.append(
+            f"`{energy}` puts the chosen state at {chosen['energy']:.3g} nats per token, measured "
+            f"were {chosen['kl']:.3g}: here three and more blocks interact, of which it knows "
+            "nothing. Better states may lie where it did not look: use --energy auto, or remove "
+            "fewer blocks."
+        )
+    return said
 
 
 def fidelity_warnings(energy: str, found: Mapping[str, Any]) -> list[str]:

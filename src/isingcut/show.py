@@ -57,6 +57,22 @@ def show_energy(data: dict[str, Any]) -> None:
     )
 
 
+def solve_warnings(folder: Path, removals: list[str]) -> list[str]:
+    """That an energy corrected near some removals is solved for others, where it is so."""
+    from isingcut.hamiltonian import Hamiltonian
+
+    meta = Hamiltonian.load(folder / "hamiltonian.safetensors").meta
+    near = sorted(meta.get("search", {}).get("targets", {}))
+    others = [removal for removal in removals if near and removal not in near]
+    if not others:
+        return []
+    return [
+        f"this energy was corrected near {', '.join(near)}; for {', '.join(others)} it is less "
+        "sure: search there too (a new run, --remove 4..12 takes several at once), or use "
+        "--energy pairwise, which favours no size"
+    ]
+
+
 def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     """The states of one removal, lowest energy first."""
     status = "proven lowest" if spectrum.proven else "best found, not proven"
@@ -90,13 +106,6 @@ def show_ranking(found: dict[str, Any]) -> None:
         f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",
         soft_wrap=True,
     )
-
-
-def ranking_warnings(energy: str, found: dict[str, Any]) -> list[str]:
-    """What to know, and to do, where the energy ranked real losses poorly or too few were seen."""
-    from isingcut.report_words import fidelity_warnings
-
-    return fidelity_warnings(energy, found["fidelity"]["kl"])
 
 
 def fidelity_line(name: str, figures: dict[str, Any]) -> str:
@@ -267,6 +276,7 @@ def report_kb(page: Path) -> float:
 
 def run_warnings(target: Path) -> list[str]:
     """The warnings of a finished run's ranking."""
+    from isingcut.report_words import ranking_warnings
     from isingcut.runfolder import MANIFEST
 
     ranking = read_json(target / "candidates.json", "candidates")

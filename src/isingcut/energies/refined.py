@@ -79,7 +79,7 @@ class Refined:
         """The budget in forward passes over ``tokens``."""
         amount, minutes = parse_effort(self.effort)
         if amount is None:
-            return greedy_price(len(replay), max(t.high for t in self.targets))
+            return greedy_price(len(replay), max(t.size for t in self.targets))
         if not minutes:
             return amount
         # Kept with the journal: a resumed search must have the budget it began with.

@@ -97,7 +97,7 @@ class Search:
             targets = [Target.count(n, remove) for remove in sorted(set(self.removals))]
         if not targets:
             raise InputError("a search needs at least one number of blocks to remove")
-        passes = self.passes or greedy_price(n, max(t.high for t in targets))
+        passes = self.passes or greedy_price(n, max(t.size for t in targets))
         refinement = Refinement(replay, tokens, targets, passes, work, seed, self.plan)
         refinement.exhaust()
         refinement.climb()

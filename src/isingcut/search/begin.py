@@ -87,14 +87,16 @@ def beam_over_sizes(
     """Measure good states of every size up to a target's, on ``samples`` samples.
 
     Each size keeps its ``width`` best states; of all states with one more block gone, the
-    ``children`` that the pair energy's marginals like best are measured.
+    ``children`` that the pair energy's marginals like best are measured. A state that obeys the
+    target is where a path ends: what a budget does not ask for stays.
     """
     beam = [np.zeros(evaluator.blocks, dtype=bool)]
     for size in range(1, target.high + 1):
-        grown = proposals.grown(beam, target)
+        unfinished = [s for s in beam if not target.feasible(s[None])[0]]
+        grown = proposals.grown(unfinished, target)
         if not len(grown):
             return
-        predicted = _predicted(evaluator, energy, grown, beam)
+        predicted = _predicted(evaluator, energy, grown, unfinished)
         picked = grown[np.argsort(predicted, kind="stable")[:children]]
         if not afford(picked):
             return

@@ -124,7 +124,7 @@ class Refinement:
             )
             groups.setdefault(key, []).append(goal.target)
         for group in groups.values():
-            largest = max(group, key=lambda t: t.high)
+            largest = max(group, key=lambda t: t.size)
             beam_over_sizes(
                 self.evaluator,
                 self.prior,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,15 @@ class Target:
         label: what the user calls it, for example ``"8"`` or ``"params=25%"``.
         rows: its constraints over N blocks.
         low, high: fewest and most blocks of a feasible state.
+        size: blocks of a feasible state of average ones. Where a budget only asks for enough,
+            many more may go than a good state removes; this is about where the good ones are.
     """
 
     label: str
     rows: tuple[LinearConstraint, ...]
     low: int
     high: int
+    size: int
 
     def __repr__(self) -> str:
         return f"Target({self.label}: {'; '.join(row.describe() for row in self.rows)})"
@@ -41,7 +45,12 @@ class Target:
             InfeasibleError: no state obeys them.
         """
         low, high = _blank(n, rows).cardinality
-        return cls(label, tuple(rows), low, high)
+        asked = [
+            math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
+            for row in rows
+            if row.sense == ">=" and row.coefficients.min() >= 0 and row.coefficients.any()
+        ]
+        return cls(label, tuple(rows), low, high, min(high, max([low, *asked])))
 
     @classmethod
     def count(cls, n: int, remove: int) -> Target:
@@ -68,9 +77,10 @@ class Target:
         return result
 
     def near(self, states: States, distance: int) -> npt.NDArray[np.bool_]:
-        """(S,) which states have a number of removed blocks close to this target's."""
+        """(S,) which states have a number of removed blocks close to this target's good ones."""
         size = states.sum(1)
-        return np.asarray((size >= self.low - distance) & (size <= self.high + distance))
+        most = min(self.high, self.size + 2)
+        return np.asarray((size >= self.low - distance) & (size <= most + distance))
 
 
 def _blank(n: int, rows: Sequence[LinearConstraint]) -> Problem:
