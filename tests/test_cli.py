@@ -192,6 +192,16 @@ def test_blocks_from_a_file_counted_from_one(run, capsys):
     assert "numbered 0 to 5, got 6, 7" in capsys.readouterr().err
 
 
+def test_a_number_takes_the_place_of_a_budget_alone(run, tmp_path, capsys):
+    out = tmp_path / "budget"
+    shutil.copytree(run, out)
+    manifest = json.loads((out / "run.json").read_text())
+    manifest["config"] |= {"remove": "", "budget": "params=40%"}
+    (out / "run.json").write_text(json.dumps(manifest))
+    found = answer(capsys, "solve", out, "--remove", "1")
+    assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {1}
+
+
 def test_a_budget_alone_frees_the_number_of_blocks(run, capsys):
     found = answer(capsys, "solve", run, "--budget", "params=40%")
     assert found["removals"][0]["removal"] == "params=40%"

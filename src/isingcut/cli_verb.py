@@ -186,7 +186,8 @@ def collect(config: Path | None, options: Mapping[str, Any]) -> RunConfig:
 def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig]:
     """A run folder, and its own options with those typed now on top.
 
-    A budget typed without a number of blocks frees the number, also where the folder has one.
+    A budget typed without a number of blocks frees the number, also where the folder has one; a
+    number typed for a folder that has only a budget takes its place.
 
     Raises:
         InputError: neither the folder nor the command line says how much is removed.
@@ -197,6 +198,8 @@ def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunC
     folder = RunFolder.open(directory, overwrite=bool(typed.get("overwrite")))
     if typed.get("budget") and not typed.get("remove"):
         typed["remove"] = ""
+    if typed.get("remove") and not typed.get("budget") and not folder.config.remove:
+        typed["budget"] = ""
     changed = {**dataclasses.asdict(folder.config), **typed}
     config = from_mapping(changed, "command line").validate()
     if not config.removal:
