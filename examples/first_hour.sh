@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's first hour, command by command: examples/first_hour.sh, from a fresh clone.
-# Its output is what the README shows; run it again after a change to what is printed.
+# Its output is what docs/first_hour.md shows; run it again after a change to what is printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,9 +17,9 @@ say 'cp -rL "$(python -c "from isingcut.model_sources import resolve; print(reso
 say 'python -c "from pydoc_data.topics import topics; print(*topics.values())" > my-text.txt'
 
 say isingcut inspect ./my-model
-say isingcut run ./my-model --remove 4 --calibration my-text.txt --samples 4 --length 128 --out my-run
-say isingcut solve my-run --budget params=20%
-say isingcut rank my-run --budget params=20%
+say isingcut plan ./my-model --remove 8 --length 128
+say isingcut run ./my-model --budget params=20% --calibration my-text.txt --length 128 --out my-run
+say isingcut baseline block-influence my-run
 say isingcut report my-run
 say 'python -c "
 from transformers import pipeline

@@ -1,5 +1,6 @@
 """The verb `baseline` on a tiny run: the file it writes, its options, what it refuses."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -151,7 +152,16 @@ def test_an_unknown_baseline_is_refused():
         baseline_part("slep", [])
 
 
-def test_a_removal_per_kind_is_refused(capsys, folder):
-    code, shown = call(capsys, "baseline", "random", folder, "--remove", "attention=1")
+def test_where_a_number_is_not_asked_for_as_many_go_as_were_chosen(capsys, folder, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(folder, out)
+    code, shown = call(capsys, "baseline", "random", out, "--budget", "params=30%")
     assert code == 2
-    assert "plain number" in shown
+    assert "rank first" in shown
+    for verb in ("solve", "rank"):
+        assert call(capsys, verb, out, "--budget", "params=30%")[0] == 0
+    assert call(capsys, "baseline", "random", out, "--budget", "params=30%")[0] == 0
+    place = out / "remove-params-30_"
+    chosen = read_json(place / "candidates.json", "candidates")["chosen"]["removed"]
+    found = read_json(place / "baseline-random.json", "baseline")
+    assert len(found["removed"]) == len(chosen)

@@ -71,6 +71,9 @@ def compare(
 ) -> dict[str, Any]:
     """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
 
+    A method knows numbers of blocks only: where the removal is a budget or a number per kind, it
+    removes as many as the run's chosen state, and ``violated`` says what it breaks.
+
     Returns:
         The file's content: ``removed``; ``kl`` and ``nll`` with standard errors on the ranking
         split; ``merges``, groups of blocks that were added into their first one, where the
@@ -80,7 +83,7 @@ def compare(
     """
     config = session.config
     part = baseline_part(name, settings)
-    count = _count(config)
+    count = _count(folder, config)
     rows = removal_rows(folder.manifest["blocks"], config)
     samples = samples_of(config, config.energy)
     target = folder.target(config.removal)
@@ -163,14 +166,17 @@ def measure_outcome(replay: Replay, tokens: TokenSet, outcome: Outcome, work: Wo
     )
 
 
-def _count(config: RunConfig) -> int:
-    """How many blocks go; a baseline knows no other removal."""
-    if not config.remove.strip().isdecimal():
+def _count(folder: RunFolder, config: RunConfig) -> int:
+    """How many blocks go: the number asked for, else as many as the run's chosen state has."""
+    if config.remove.strip().isdecimal():
+        return int(config.remove)
+    ranked = folder.target(config.removal) / "candidates.json"
+    if not ranked.exists():
         raise InputError(
-            f"a baseline removes a plain number of blocks; expected --remove like 6, "
-            f"got {config.removal!r}"
+            f"a baseline removes a plain number of blocks, and nothing was chosen yet for "
+            f"{config.removal!r} to take it from; give --remove like 6, or rank first"
         )
-    return int(config.remove)
+    return len(read_json(ranked, "candidates")["chosen"]["removed"])
 
 
 def _finite(value: float) -> float | None:
