@@ -328,6 +328,16 @@ def test_a_log_gets_tenths_with_the_time_left_and_the_best(capsys):
     assert lines[-1] == "measuring: done, took 20 min, lowest KL so far 0.04"
 
 
+def test_a_log_of_a_short_task_has_only_its_end(capsys):
+    now = [0.0]
+    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
+    for _ in range(20):
+        now[0] += 0.2
+        bar.advance(1)
+    bar.finish()
+    assert capsys.readouterr().err == "measuring: done, took 4 s\n"
+
+
 def test_unknown_totals_and_durations(capsys):
     bar = progress.PlainBar("solving", 0)
     bar.advance(1, "lowest energy 1")

@@ -9,7 +9,7 @@ import torch
 
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
-from isingcut.constraints import count, keep
+from isingcut.constraints import LinearConstraint, count, keep
 from isingcut.energies.auto import Auto
 from isingcut.energies.base import Work
 from isingcut.energies.pairwise import Pairwise, indicator
@@ -89,6 +89,28 @@ def test_evaluator_resumes_from_its_journal(
     for a, b in zip(first.known(), again.known(), strict=True):
         np.testing.assert_array_equal(a.sums, b.sums)
     assert first.passes == again.passes
+
+
+def test_a_budget_target_is_searched_where_it_is_met(replay: Replay, tokens: TokenSet) -> None:
+    # Blocks of weight 1 or 2, of which 4 or more must go: three or four average ones.
+    weights = np.array([1.0, 2.0] * (N // 2))
+    row = LinearConstraint("budget", weights, ">=", 4.0)
+    target = Target.of("params=4", [row], N)
+    assert (target.low, target.size, target.high) == (2, 3, N)
+    assert target.near(states_of(N, 5)[:1], 0)[0]
+    assert not target.near(states_of(N, 6)[:1], 0)[0]
+    found = Search((), passes=30.0).run(replay, tokens, WORK, targets=[target])
+    measured = np.array([k.state for k in found.refinement.evaluator.known()])
+    assert row.satisfied(measured).any()
+    # No path goes on once the budget is met, so nothing without a last needed block was grown.
+    climbed = [
+        k for k in measured if k.sum() > 2 and found.refinement.origins.get(k.tobytes()) is None
+    ]
+    assert climbed
+    assert all(((weights[s].sum() - weights[s]) < 4.0).any() for s in climbed)
+    best = np.zeros(N, dtype=bool)
+    best[list(found.best("params=4"))] = True
+    assert row.satisfied(best[None])[0]
 
 
 def test_slopes_equal_a_small_step_of_the_gate(replay: Replay, tokens: TokenSet) -> None:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with an estimate on a terminal, one line per tenth elsewhere."""
+"""Progress of long work: a bar with an estimate on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ def silent(description: str, total: float) -> Iterator[Bar]:
     yield _SilentBar()
 
 
+QUIET_SECONDS = 5.0
+"""A log gets no line about a task's progress sooner than this after the one before it."""
+
+
 class PlainBar:
-    """For logs: passes each tenth with the time left and the best so far.
+    """For logs: tells of tenths passed with the time left and the best so far, and of the end.
 
     Args:
         description: what is being done.
@@ -46,17 +50,19 @@ class PlainBar:
     ) -> None:
         self.description, self.total, self.done, self.said = description, total, 0.0, 0
         self.note, self.clock, self.began = "", clock, clock()
+        self.last = self.began
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        """Count ``steps`` more, and say so when a tenth is passed."""
+        """Count ``steps`` more, and say so when a tenth is passed and some time with it."""
         self.done += steps
         self.note = note or self.note
         if not self.total:
             return
         tenth = min(9, int(10 * self.done / self.total + 1e-9))
-        if tenth > self.said:
-            self.said = tenth
-            left = (self.clock() - self.began) * (self.total / self.done - 1)
+        now = self.clock()
+        if tenth > self.said and now - self.last >= QUIET_SECONDS:
+            self.said, self.last = tenth, now
+            left = (now - self.began) * (self.total / self.done - 1)
             self._say(f"{10 * tenth}%", f"{duration(left)} left")
 
     def finish(self) -> None:

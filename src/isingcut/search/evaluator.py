@@ -57,6 +57,7 @@ class Evaluator:
         runs: block evaluations per token of the whole set, so far.
         heads: output heads over the whole set, so far.
         evaluations: states measured, each counted once.
+        budget: passes that may be spent, for the progress shown; None where that is not known.
     """
 
     def __init__(self, replay: Replay, tokens: TokenSet, work: Work, seed: int) -> None:
@@ -78,6 +79,7 @@ class Evaluator:
         self._sloped: set[str] = set()
         self.runs = self.heads = 0.0
         self.evaluations = 0
+        self.budget: float | None = None
 
     @property
     def m(self) -> int:
@@ -149,6 +151,8 @@ class Evaluator:
     def _extend(
         self, states: list[npt.NDArray[np.bool_]], have: int, n: int, description: str
     ) -> None:
+        if self.budget is not None:
+            description += f" [{100 * min(1.0, self.passes / self.budget):.0f} % of the effort]"
         part = self.share(have, n)
         self.runs += tree_nodes(np.array(states)) * part
         self.heads += len(states) * part

@@ -104,6 +104,7 @@ class Refinement:
         if tokens.samples < 2:
             raise InputError("a search needs at least 2 calibration samples; raise --samples")
         self.evaluator = Evaluator(replay, tokens, work, seed)
+        self.evaluator.budget = passes
         self.targets, self.budget, self.plan = targets, passes, plan
         self.rng = np.random.default_rng([seed, 0x5EA2C4])
         m = tokens.samples
