@@ -22,13 +22,21 @@ place = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## Measure, solve, rank
 #
-# `prune` measures the energy of all blocks and pairs, solves for the lowest states of three
-# removed blocks, and measures those beside random states on other text. No checkpoint is written
-# yet.
+# `prune` measures an energy, solves for the lowest states of three removed blocks, and measures
+# those beside random states on other text. The energy `pairwise`, of all blocks and pairs, serves
+# every size; left to itself, `prune` also searches near the size asked for. No checkpoint is
+# written yet.
 
 # %%
 run = isingcut.prune(
-    model, remove=3, calibration=text, samples=2, length=64, rank_samples=8, out=place / "run"
+    model,
+    remove=3,
+    energy="pairwise",
+    calibration=text,
+    samples=2,
+    length=64,
+    rank_samples=8,
+    out=place / "run",
 )
 print(run)
 

@@ -206,7 +206,10 @@ class Run:
             >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
             []
         """
-        return energy_warnings(self.config, self.ranking)
+        from isingcut.report_words import search_warnings
+
+        far = search_warnings(self.hamiltonian.meta, [self.config.removal])
+        return far + energy_warnings(self.config, self.ranking)
 
     def at(self, remove: int | str) -> Run:
         """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.

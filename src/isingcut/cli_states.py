@@ -24,7 +24,9 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
     from isingcut import stages
-    from isingcut.show import show_spectrum, solve_warnings
+    from isingcut.hamiltonian import Hamiltonian
+    from isingcut.report_words import search_warnings
+    from isingcut.show import show_spectrum
 
     found = []
     for remove in options.pop("remove") or [None]:
@@ -42,11 +44,12 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
         {"removal": removal, "file": str(file), **_body(spectrum.to_dict())}
         for removal, spectrum, file in found
     ]
+    meta = Hamiltonian.load(directory / "hamiltonian.safetensors").meta
     return Answer(
         {"removals": removals},
         show,
         brief="\n".join(str(file) for *_, file in found),
-        warnings=solve_warnings(folder.path, [removal for removal, *_ in found]),
+        warnings=search_warnings(meta, [removal for removal, *_ in found]),
     )
 
 

@@ -186,6 +186,24 @@ def correlation_text(found: Mapping[str, Any], name: str) -> str:
     return f"{found[name]:.2f}{interval}"
 
 
+def search_warnings(meta: Mapping[str, Any], removals: Sequence[str]) -> list[str]:
+    """That an energy corrected near some removals is used for others, where it is so.
+
+    Args:
+        meta: the energy's provenance.
+        removals: what is solved for.
+    """
+    near = sorted(meta.get("search", {}).get("targets", {}))
+    others = [removal for removal in removals if near and removal not in near]
+    if not others:
+        return []
+    return [
+        f"this energy was corrected near {', '.join(near)}; for {', '.join(others)} it is less "
+        "sure: search there too (a new run, --remove 4..12 takes several at once), or use "
+        "--energy pairwise, which favours no size"
+    ]
+
+
 def ranking_warnings(energy: str, candidates: Mapping[str, Any]) -> list[str]:
     """What to know before trusting a choice; empty where the energy ranked and priced it well.
 

@@ -57,22 +57,6 @@ def show_energy(data: dict[str, Any]) -> None:
     )
 
 
-def solve_warnings(folder: Path, removals: list[str]) -> list[str]:
-    """That an energy corrected near some removals is solved for others, where it is so."""
-    from isingcut.hamiltonian import Hamiltonian
-
-    meta = Hamiltonian.load(folder / "hamiltonian.safetensors").meta
-    near = sorted(meta.get("search", {}).get("targets", {}))
-    others = [removal for removal in removals if near and removal not in near]
-    if not others:
-        return []
-    return [
-        f"this energy was corrected near {', '.join(near)}; for {', '.join(others)} it is less "
-        "sure: search there too (a new run, --remove 4..12 takes several at once), or use "
-        "--energy pairwise, which favours no size"
-    ]
-
-
 def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     """The states of one removal, lowest energy first."""
     status = "proven lowest" if spectrum.proven else "best found, not proven"
