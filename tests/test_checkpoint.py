@@ -10,13 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isingcut.checkpoint import (
-    NewTensor,
-    copy_bytes,
-    read_checkpoint,
-    read_header,
-    write_checkpoint,
-)
+from isingcut.checkpoint import read_checkpoint, read_header
+from isingcut.checkpoint_write import NewTensor, copy_bytes, write_checkpoint
 from isingcut.errors import CheckpointError, InputError
 from isingcut.excise import excise
 from tiny import tiny_checkpoint
@@ -236,7 +231,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("isingcut.checkpoint.copy_bytes", fill)
+    monkeypatch.setattr("isingcut.checkpoint_write.copy_bytes", fill)
     with pytest.raises(InputError, match="no space left on the disk"):
         excise(source, [1, 3], home / "out", max_shard_bytes=30_000)
     assert list(home.iterdir()) == []
@@ -314,7 +309,7 @@ def test_mixed_dtypes_stay_aligned_and_loadable(tmp_path):
 
 @pytest.mark.parametrize("chunk", [32 * 2**20, 50, 10])
 def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("isingcut.checkpoint._CHUNK", chunk)
+    monkeypatch.setattr("isingcut.checkpoint_write._CHUNK", chunk)
     value = torch.arange(7 * 12, dtype=torch.int16).reshape(7, 12)
     save_file({"x": value, "y": value.T.contiguous()}, tmp_path / "in.safetensors")
     x, y = sorted(read_header(tmp_path / "in.safetensors"), key=lambda t: t.name)

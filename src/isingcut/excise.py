@@ -16,14 +16,8 @@ from typing import Any
 
 from isingcut.architectures import fields, surgery
 from isingcut.architectures.names import renumbering
-from isingcut.checkpoint import (
-    NewTensor,
-    StoredTensor,
-    contained,
-    load_json,
-    read_checkpoint,
-    write_checkpoint,
-)
+from isingcut.checkpoint import StoredTensor, contained, load_json, read_checkpoint
+from isingcut.checkpoint_write import NewTensor, write_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files import atomic_folder, clear_os_errors, refuse_existing
 from isingcut.verify import verify
