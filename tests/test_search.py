@@ -91,6 +91,22 @@ def test_evaluator_resumes_from_its_journal(
     assert first.passes == again.passes
 
 
+@pytest.mark.parametrize(
+    ("samples", "tokens", "rungs"),
+    [
+        (16, 4096, [2, 6, 16]),
+        (22, 4200, [3, 8, 22]),
+        (16, 2048, [2, 6, 16]),
+        (128, 32768, [2, 6, 18, 54, 128]),
+        (2, 512, [1, 2]),
+    ],
+)
+def test_rungs_begin_with_few_tokens_whatever_the_text_holds(
+    samples: int, tokens: int, rungs: list[int]
+) -> None:
+    assert Plan().rungs(samples, tokens) == rungs
+
+
 def test_a_budget_target_is_searched_where_it_is_met(replay: Replay, tokens: TokenSet) -> None:
     # Blocks of weight 1 or 2, of which 4 or more must go: three or four average ones.
     weights = np.array([1.0, 2.0] * (N // 2))

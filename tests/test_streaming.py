@@ -386,7 +386,7 @@ def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path, mo
 
 
 def test_a_streamed_search_finds_what_one_in_memory_finds(llama):
-    plan = Plan(rungs=(0.4, 1.0))
+    plan = Plan(first_share=0.4)
     found = [
         Search((2,), passes=30.0, plan=plan).run(replay, samples(), Work(batch_tokens=16))
         for replay in (in_memory(llama), streamed(llama))

@@ -41,7 +41,10 @@ class Plan:
     """How the budget is used; the defaults were chosen on SmolLM2-135M.
 
     Attributes:
-        rungs: shares of the samples that a state is measured on, step by step.
+        first_share, first_tokens: what a state is first measured on, the smaller of a share of
+            the samples and as many as hold so many tokens: sorting takes few, however large the
+            text is (docs/experiments.md).
+        growth: factor on the samples from one rung to the next; the last is all of them.
         prior_share: most of the budget that the pair energy may take.
         beam: states kept per size on the way up.
         children: states measured per size on the way up.
@@ -53,7 +56,9 @@ class Plan:
         patience: rounds without a new best state after which a target is left alone.
     """
 
-    rungs: tuple[float, ...] = (0.125, 0.375, 1.0)
+    first_share: float = 0.125
+    first_tokens: int = 512
+    growth: float = 3.0
     prior_share: float = 0.4
     beam: int = 3
     children: int = 8
@@ -64,6 +69,21 @@ class Plan:
     promoted: int = 3
     finalists: int = 4
     patience: int = 8
+
+    def rungs(self, samples: int, tokens: int) -> list[int]:
+        """Numbers of samples that a state is measured on, step by step, ascending.
+
+        Args:
+            samples: of the text.
+            tokens: it holds.
+        """
+        share = min(self.first_share, self.first_tokens / tokens)
+        steps = {samples}
+        # A last step to little more than what was seen already would be a waste.
+        while share * self.growth**0.5 < 1:
+            steps.add(max(1, round(share * samples)))
+            share *= self.growth
+        return sorted(steps)
 
 
 @dataclass
@@ -107,8 +127,7 @@ class Refinement:
         self.evaluator.budget = passes
         self.targets, self.budget, self.plan = targets, passes, plan
         self.rng = np.random.default_rng([seed, 0x5EA2C4])
-        m = tokens.samples
-        self.rungs = sorted({max(1, round(share * m)) for share in plan.rungs} | {m})
+        self.rungs = plan.rungs(tokens.samples, int(tokens.mask.sum()))
         self.goals = [Progressed(t) for t in targets]
         self.trace: list[dict[str, Any]] = []
         self.origins: dict[bytes, str] = {}
