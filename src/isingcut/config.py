@@ -40,7 +40,10 @@ class RunConfig:
         "", "model", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", argument=True
     )
     remove: str = _option(
-        "", "solve", "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.", metavar="M"
+        "",
+        "solve",
+        "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
+        metavar="M",
     )
     out: str = _option("", "report", "Folder for the run; every stage writes its file there.")
 
