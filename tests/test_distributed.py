@@ -40,7 +40,7 @@ def alone(place):
     """What one process measures, by the Python door."""
     from isingcut import pipeline, stages
 
-    for name in ("pairwise", "fisher"):
+    for name in ("pairwise", "fisher", "refined"):
         _energy(place, place / name, name)
     run = isingcut.runfolder.RunFolder.open(place / "pairwise")
     config = run.config.replace(remove="2", random_states=30, states=5)
@@ -52,7 +52,8 @@ def alone(place):
 def _energy(place, out, name="pairwise", also=True, **more):
     isingcut.energy(
         model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), energy=name,
-        also="hessian" if also and name == "pairwise" else "", **OPTIONS, **more,
+        also="hessian" if also and name == "pairwise" else "",
+        remove="2" if name == "refined" else "", **OPTIONS, **more,
     )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def _typed(place, out, name="pairwise", also=True):
     """The same on the command line."""
     options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
     others = ["--also", "hessian"] if also and name == "pairwise" else []
+    others += ["--remove", 2] if name == "refined" else []
     return [
         "energy", place / "model", "--calibration", place / "text.txt", "--out", out,
         "--energy", name, *others, *options,
@@ -82,6 +84,7 @@ def _all(place, out, notes):
         ["solve", out / "pairwise", "--remove", 2, "--states", 5],
         ["rank", out / "pairwise", "--remove", 2, "--random-states", 30],
         _typed(place, out / "fisher", "fisher"),
+        _typed(place, out / "refined", "refined"),
     ):
         with pytest.raises(SystemExit) as end:
             type_in(*arguments)
@@ -105,6 +108,7 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
         "pairwise/hamiltonian.hessian.safetensors",
         "pairwise/remove-2/candidates.json",
         "fisher/hamiltonian.safetensors",
+        "refined/hamiltonian.safetensors",
     ):
         assert (out / name).read_bytes() == (alone / name).read_bytes(), name
     others = [json.loads((tmp_path / f"notes.{r}").read_text()) for r in (1, 2)]
@@ -115,18 +119,18 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
 
 def _streams(place, out, said):
     say_into(said)
-    for name in ("pairwise", "fisher"):
+    for name in ("pairwise", "fisher", "refined"):
         with pytest.raises(SystemExit) as end:
             type_in(*_typed(place, out / name, name, also=False), "--stream", "on")
         assert end.value.code == 0
 
 
 def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
-    for name in ("pairwise", "fisher"):
+    for name in ("pairwise", "fisher", "refined"):
         _energy(place, tmp_path / "alone" / name, name, also=False, stream="on")
     ranks, _store = launch(2, _streams, place, tmp_path / "two", tmp_path / "said")
     assert _join(ranks) == [0, 0], (tmp_path / "said").read_text()
-    for name in ("pairwise", "fisher"):
+    for name in ("pairwise", "fisher", "refined"):
         one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
         assert one.read_bytes() == two.read_bytes(), name
 

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 _FIELDS = dataclasses.fields(RunConfig)
 _ALL = tuple(f.name for f in _FIELDS)
+# What a search looks near is said before anything is measured.
+_NEAR = ("remove", "budget", "keep", "drop")
 _MEASURE = tuple(
     f.name
     for f in _FIELDS
-    if f.metadata["stage"] in ("model", "calibration", "energy") or f.name in ("out", "overwrite")
+    if f.metadata["stage"] in ("model", "calibration", "energy")
+    or f.name in ("out", "overwrite", *_NEAR)
 )
 
 
@@ -65,6 +68,8 @@ def _finished(target: Path, *, generation: bool = False) -> Answer:
 @verb(*_MEASURE, group=STAGES)
 def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     """Measure the Hamiltonian once; `solve` then answers every removal in seconds.
+
+    With --remove or --budget the measurement also searches near that removal.
 
     Example: isingcut energy smollm2 --out my-run
     """

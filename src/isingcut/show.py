@@ -52,9 +52,9 @@ def energy_data(folder: Path) -> dict[str, Any]:
 
 def show_energy(data: dict[str, Any]) -> None:
     """Where the Hamiltonian is, and what to type next."""
-    show_lines(
-        [data["hamiltonian"], f"next: isingcut solve {data['folder']} --remove 4 --remove 8"]
-    )
+    # A search knows its removal; another energy answers any.
+    removal = "" if "search" in data["meta"] else " --remove 4 --remove 8"
+    show_lines([data["hamiltonian"], f"next: isingcut solve {data['folder']}{removal}"])
 
 
 def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
