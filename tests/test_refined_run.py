@@ -97,3 +97,13 @@ def test_ranges_that_cannot_be(inputs, tmp_path, remove):
 def test_effort_belongs_to_the_search(inputs, tmp_path):
     with pytest.raises(InputError, match="--effort belongs to"):
         isingcut.run(**{**inputs, "energy": "pairwise"}, remove="3", out=str(tmp_path / "no"))
+
+
+def test_an_energy_near_a_range_is_solved_for_all_of_it(inputs, tmp_path, capsys, monkeypatch):
+    out = isingcut.energy(**inputs, remove="2..3", out=str(tmp_path / "near"))
+    monkeypatch.setattr(sys, "argv", ["isingcut", "solve", str(out), "--json"])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    found = json.loads(capsys.readouterr().out)
+    assert [r["removal"] for r in found["removals"]] == ["2", "3"]
+    assert found["warnings"] == []

@@ -25,16 +25,19 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
     """
     from isingcut import stages
     from isingcut.hamiltonian import Hamiltonian
+    from isingcut.removal import each_removal
     from isingcut.report_words import search_warnings
     from isingcut.show import show_spectrum
 
     found = []
     for remove in options.pop("remove") or [None]:
-        folder, config = reopen(directory, {**options, "remove": remove})
-        with progress(f"solving for {config.removal}", 0) as bar:
-            spectrum = stages.solve(folder, config)
-            bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
-        found.append((config.removal, spectrum, folder.target(config.removal) / "spectrum.json"))
+        folder, asked = reopen(directory, {**options, "remove": remove})
+        for config in each_removal(asked):
+            with progress(f"solving for {config.removal}", 0) as bar:
+                spectrum = stages.solve(folder, config)
+                bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
+            file = folder.target(config.removal) / "spectrum.json"
+            found.append((config.removal, spectrum, file))
 
     def show() -> None:
         for removal, spectrum, file in found:
