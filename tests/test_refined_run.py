@@ -12,6 +12,7 @@ from isingcut import cli
 from isingcut.errors import InputError
 from isingcut.files import read_json
 from isingcut.hamiltonian import Hamiltonian
+from isingcut.report_files import read_run
 from tiny import tiny_checkpoint
 
 OPTIONS = {
@@ -43,11 +44,23 @@ def _no_memory_processes(monkeypatch):
 
 
 def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
-    out = isingcut.run(**inputs, remove="3", out=str(tmp_path / "run"))
+    out = isingcut.run(
+        **{**inputs, "states": 2, "effort": "20"}, remove="3", out=str(tmp_path / "run")
+    )
     energy = Hamiltonian.load(out / "hamiltonian.safetensors")
     finalists = energy.meta["search"]["targets"]["3"]["finalists"]
     ranked = [r["removed"] for r in read_json(out / "candidates.json", "candidates")["candidates"]]
     assert all(f["removed"] in ranked for f in finalists)
+    solved = [s["removed"] for s in read_json(out / "spectrum.json", "spectrum")["states"]]
+    assert ranked[: len(solved)] == solved
+    # What the report shows as the spectrum are all that were measured, each once.
+    shown = read_run(out).spectrum
+    assert [s["removed"] for s in shown["states"]] == ranked
+    assert shown["searched"] == len(ranked) - len(solved) > 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{len(solved)} states by " in page
+    assert f"With them {shown['searched']} that the search had measured." in page
+    assert "named by hand" not in page
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 5
 

@@ -50,10 +50,14 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
         if spectrum["proven"]
         else "the best found, not proven to be the lowest"
     )
+    more = spectrum.get("searched", 0)
+    last = len(levels) - more - 1
     words = (
-        f"The {len(levels)} states, {proof}, reach from {energies[0]:.4g} to {energies[-1]:.4g} "
+        f"The {last + 1} states, {proof}, reach from {energies[0]:.4g} to {energies[last]:.4g} "
         f"{unit}{gap}."
     )
+    if more:
+        words += f" With them {more} that the search had measured."
     return Figure(
         "spectrum",
         "Spectrum",

@@ -193,7 +193,10 @@ def read_run(folder: Path, target: Path | None = None) -> RunFiles:
         folder,
         target,
         run,
-        spectrum=_optional(target / "spectrum.json", "spectrum"),
+        spectrum=with_searched(
+            _optional(target / "spectrum.json", "spectrum"),
+            _optional(target / "candidates.json", "candidates"),
+        ),
         candidates=_optional(target / "candidates.json", "candidates"),
         evaluation=_optional(target / "evaluation.json", "evaluation"),
         removal=_optional(target / "model" / "isingcut.json", "removal"),
@@ -249,3 +252,26 @@ def _removals(folder: Path, target: Path, run: dict[str, Any]) -> list[Removal]:
         cut = None if record is None else sorted(record["removed"])
         found.append(Removal(name, spectrum, candidates, evaluation, cut, place == target))
     return sorted(found, key=lambda r: len(r.best["removed"]) if r.best else 0)
+
+
+def with_searched(
+    spectrum: dict[str, Any] | None, candidates: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """A spectrum with the candidates that a search found beyond it, ranked by energy.
+
+    ``searched`` counts them. A spectrum that was solved anew since is left as it is.
+    """
+    if spectrum is None or candidates is None:
+        return spectrum
+    own = {tuple(s["removed"]) for s in spectrum["states"]}
+    rows = {tuple(r["removed"]): r["energy"] for r in candidates["candidates"]}
+    if not own <= rows.keys():
+        return spectrum
+    more = [
+        {"removed": list(removed), "energy": energy}
+        for removed, energy in rows.items()
+        if removed not in own
+    ]
+    states = sorted([*spectrum["states"], *more], key=lambda s: float(s["energy"]))
+    ranked = [{**state, "rank": rank} for rank, state in enumerate(states)]
+    return {**spectrum, "states": ranked, "searched": len(more)}

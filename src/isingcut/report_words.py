@@ -254,9 +254,11 @@ def fidelity_warnings(energy: str, found: Mapping[str, Any]) -> list[str]:
 def spectrum_words(spectrum: Mapping[str, Any]) -> str:
     """How many states, from which solver, and whether they are proven to be the lowest."""
     status = "proven to be the lowest" if spectrum["proven"] else "the best found, not proven"
+    more = spectrum.get("searched", 0)
+    searched = f" With them {more} that the search had measured." if more else ""
     return (
-        f"{len(spectrum['states'])} states by `{spectrum['solver']}` in "
-        f"{spectrum['seconds']:.2f} s, {status}."
+        f"{len(spectrum['states']) - more} states by `{spectrum['solver']}` in "
+        f"{spectrum['seconds']:.2f} s, {status}.{searched}"
     )
 
 

@@ -122,10 +122,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
 
 
 def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
-    """The candidates to measure: a spectrum, and what a search found for the same removal.
-
-    The searched states come first in number: they were measured, the spectrum's only computed.
-    """
+    """The candidates to measure: a spectrum, and what a search found for the same removal."""
     search = problem.hamiltonian.meta.get("search", {})
     found = search.get("targets", {}).get(config.removal, {}).get("finalists", [])
     if not found:
@@ -133,13 +130,11 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
     states = np.zeros((len(found), problem.n), dtype=bool)
     for row, finalist in zip(states, found, strict=True):
         row[finalist["removed"]] = True
-    known = {s.tobytes() for s in states}
-    others = [s for s in spectrum.states if s.tobytes() not in known]
-    room = max(0, config.states - len(states))
-    merged = np.concatenate([states, np.array(others[:room], dtype=bool).reshape(-1, problem.n)])
     return Spectrum.from_states(
         problem,
-        merged,
+        np.concatenate([spectrum.states, states]),
+        # The lowest stay the lowest, whatever else is measured beside them.
+        proven=spectrum.proven,
         solver=f"{spectrum.solver} and search",
         seconds=spectrum.seconds,
         info=spectrum.info,
