@@ -322,6 +322,10 @@ def test_an_energy_that_prices_the_choice_far_too_low_is_a_warning() -> None:
     (said,) = ranking_warnings("pairwise", {**found, "energy_unit": "nats/token"})
     assert "0.6 nats per token, measured were 1.5" in said
     assert ranking_warnings("empirical-fisher", {**found, "energy_unit": "arbitrary"}) == []
+    assert "use --energy auto" in said
+    (said,) = ranking_warnings("refined", {**found, "energy_unit": "nats/token"})
+    assert "--effort" in said
+    assert "auto" not in said
     chosen["kl"] = 1.1
     assert ranking_warnings("pairwise", {**found, "energy_unit": "nats/token"}) == []
 

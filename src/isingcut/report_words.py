@@ -96,10 +96,16 @@ def removal_summary(
             text += f" as {meta['loss']}"
     count = len(candidates["candidates"])
     place = "the ground state" if chosen["position"] == 0 else f"state {chosen['position']}"
+    given = f"the {count} lowest states of an Ising model over the blocks"
+    if meta is not None and "search" in meta:
+        given = (
+            f"{count} candidates: the lowest states of an Ising model over the blocks, and the "
+            "best that its search had measured"
+        )
     said.append(
-        f"An energy (`{energy}`{text}) gave the {count} lowest states of an Ising model over the "
-        f"blocks; each was then measured on {candidates['tokens']} other tokens. The choice is "
-        f"{place} of that spectrum (0 is the lowest), energy {chosen['energy']:.4g} "
+        f"An energy (`{energy}`{text}) gave {given}; each was then measured on "
+        f"{candidates['tokens']} other tokens. The choice is {place} of that "
+        f"spectrum (0 is the lowest), energy {chosen['energy']:.4g} "
         f"{candidates.get('energy_unit', '')}".rstrip()
         + f", for this reason: {chosen['why']} (KL {plus_minus(chosen['kl'], chosen['kl_se'])} "
         "nats per token)."
@@ -193,7 +199,7 @@ def search_warnings(meta: Mapping[str, Any], removals: Sequence[str]) -> list[st
         meta: the energy's provenance.
         removals: what is solved for.
     """
-    near = sorted(meta.get("search", {}).get("targets", {}))
+    near = list(meta.get("search", {}).get("targets", {}))
     others = [removal for removal in removals if near and removal not in near]
     if not others:
         return []
@@ -217,11 +223,12 @@ def ranking_warnings(energy: str, candidates: Mapping[str, Any]) -> list[str]:
         candidates.get("energy_unit") == "nats/token"
         and chosen["energy"] < FAR_TOO_LOW * chosen["kl"]
     ):
+        advice = "search longer (--effort)" if energy == "refined" else "use --energy auto"
         said.append(
             f"`{energy}` puts the chosen state at {chosen['energy']:.3g} nats per token, measured "
-            f"were {chosen['kl']:.3g}: here three and more blocks interact, of which it knows "
-            "nothing. Better states may lie where it did not look: use --energy auto, or remove "
-            "fewer blocks."
+            f"were {chosen['kl']:.3g}: three and more blocks interact here in ways that it does "
+            f"not know. Better states may lie where it did not look: {advice}, or remove fewer "
+            "blocks."
         )
     return said
 
