@@ -71,6 +71,7 @@ def test_evaluator_pays_for_each_sample_once(replay: Replay, tokens: TokenSet) -
     evaluator.measure(states, 3, "few")
     evaluator.measure(states, 3, "again")
     part = evaluator.share(0, 3)
+    assert Evaluator(replay, tokens, WORK, seed=0).price(states, 3) == evaluator.passes
     assert evaluator.passes == pytest.approx((N + tree_nodes(states)) * part / N)
     assert evaluator.heads == pytest.approx((1 + len(states)) * part)
     evaluator.measure(states, tokens.samples, "all")
@@ -265,11 +266,21 @@ def test_search_with_enough_budget_measures_every_state(replay: Replay, tokens: 
     assert found.best(2) == tuple(np.flatnonzero(states_of(N, 2)[np.argmin(kl)]))
 
 
-@pytest.mark.parametrize("passes", [1.5, 3.0, 8.0])
-def test_search_keeps_to_a_small_budget(replay: Replay, tokens: TokenSet, passes: float) -> None:
-    found = Search((4,), passes=passes).run(replay, tokens, WORK)
-    assert len(found.best(4)) == 4
-    assert found.passes <= passes + 1.0
+@pytest.mark.parametrize("passes", [1.0, 1.5, 3.0, 8.0])
+@pytest.mark.parametrize("removals", [(4,), (3, 5)])
+def test_search_keeps_to_a_small_budget(
+    replay: Replay, tokens: TokenSet, passes: float, removals: tuple[int, ...]
+) -> None:
+    found = Search(removals, passes=passes).run(replay, tokens, WORK)
+    assert [len(found.best(m)) for m in removals] == list(removals)
+    assert 0.5 * passes <= found.passes <= passes
+
+
+def test_a_budget_below_any_search_still_gives_a_state(replay: Replay, tokens: TokenSet) -> None:
+    search = Search((4,), passes=0.01).run(replay, tokens, WORK)
+    first = search.refinement.rungs[0]
+    assert len(search.best(4)) == 4
+    assert [k.n for k in search.refinement.evaluator.known()] == [first]
 
 
 def test_search_is_deterministic_and_resumes(

@@ -18,7 +18,8 @@ from isingcut.calibration import TokenSet
 from isingcut.energies.base import Work
 from isingcut.errors import InputError
 from isingcut.search.estimates import Estimates
-from isingcut.search.refine import Plan, Refinement, greedy_price
+from isingcut.search.plan import Plan, greedy_price
+from isingcut.search.refine import Refinement
 from isingcut.search.targets import Target
 
 __all__ = ["Estimates", "Found", "Plan", "Search", "Target", "greedy_price"]

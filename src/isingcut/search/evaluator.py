@@ -145,8 +145,12 @@ class Evaluator:
         return row
 
     def price(self, states: States, n: int) -> float:
-        """Passes that measuring the states on their first ``n`` samples would take, at most."""
-        return tree_nodes(np.asarray(states, dtype=bool)) * self.share(0, n) / self.blocks
+        """Passes that measuring the states on their first ``n`` samples would take, at most.
+
+        With the original's own pass over samples that nothing was measured on yet.
+        """
+        own = self.share(self._referenced, n) if n > self._referenced else 0.0
+        return own + tree_nodes(np.asarray(states, dtype=bool)) * self.share(0, n) / self.blocks
 
     def _extend(
         self, states: list[npt.NDArray[np.bool_]], have: int, n: int, description: str

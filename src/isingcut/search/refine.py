@@ -23,67 +23,17 @@ from isingcut.calibration import TokenSet
 from isingcut.energies.base import Work
 from isingcut.errors import InputError
 from isingcut.hamiltonian import Hamiltonian
-from isingcut.measure import tree_nodes
 from isingcut.search import proposals
 from isingcut.search.begin import beam_over_sizes, begin
 from isingcut.search.estimates import Estimates
 from isingcut.search.evaluator import Evaluator
+from isingcut.search.plan import Plan
 from isingcut.search.surrogate import Surrogate
 from isingcut.search.targets import Target
 
 States = npt.NDArray[np.bool_]
 State = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the budget is used; the defaults were chosen on SmolLM2-135M.
-
-    Attributes:
-        first_share, first_tokens: what a state is first measured on, the smaller of a share of
-            the samples and as many as hold so many tokens: sorting takes few, however large the
-            text is (docs/experiments.md).
-        growth: factor on the samples from one rung to the next; the last is all of them.
-        prior_share: most of the budget that the pair energy may take.
-        beam: states kept per size on the way up.
-        children: states measured per size on the way up.
-        draws, minima, moves, slopes: states proposed in a round: ground states of sampled
-            Hamiltonians, lowest states of the mean, moves around the best states by the
-            surrogate's bound, and moves around the best one by the slopes of its gates.
-        promoted: states taken to the next rung in a round.
-        finalists: states that are at least measured on all samples.
-        patience: rounds without a new best state after which a target is left alone.
-    """
-
-    first_share: float = 0.125
-    first_tokens: int = 512
-    growth: float = 3.0
-    prior_share: float = 0.4
-    beam: int = 3
-    children: int = 8
-    draws: int = 6
-    minima: int = 4
-    moves: int = 6
-    slopes: int = 2
-    promoted: int = 3
-    finalists: int = 4
-    patience: int = 8
-
-    def rungs(self, samples: int, tokens: int) -> list[int]:
-        """Numbers of samples that a state is measured on, step by step, ascending.
-
-        Args:
-            samples: of the text.
-            tokens: it holds.
-        """
-        share = min(self.first_share, self.first_tokens / tokens)
-        steps = {samples}
-        # A last step to little more than what was seen already would be a waste.
-        while share * self.growth**0.5 < 1:
-            steps.add(max(1, round(share * samples)))
-            share *= self.growth
-        return sorted(steps)
 
 
 @dataclass
@@ -281,7 +231,11 @@ class Refinement:
                 )
 
     def finish(self) -> None:
-        """Measure every target's finalists on all samples."""
+        """Measure every target's finalists on as many samples as the budget still allows.
+
+        Those are all samples but for very small budgets. A target of which nothing was measured
+        gets one state on the first rung, whatever it costs.
+        """
         for goal in self.goals:
             found = self.estimates(goal.target)
             if found is None:
@@ -290,17 +244,23 @@ class Refinement:
                 found = self.estimates(goal.target)
                 assert found is not None
             order = np.argsort(found.loss, kind="stable")
-            count = min(self.plan.finalists, len(order))
-            while count > 1 and not self._afford(
-                found.states[order[:count]], self.rungs[-1], final=True
-            ):
-                count -= 1
-            self.evaluator.measure(
-                found.states[order[:count]],
-                self.rungs[-1],
-                f"remove {goal.target.label}: finalists",
-            )
+            for rung in reversed(self.rungs):
+                if count := self._affordable(found.states[order], rung):
+                    label = f"remove {goal.target.label}: finalists"
+                    self.evaluator.measure(found.states[order[:count]], rung, label)
+                    break
             self._note(goal)
+
+    def _affordable(self, states: States, rung: int) -> int:
+        """How many of the first states, finalists at most, the budget pays for on a rung.
+
+        One of several would be compared with none: it counts as 0.
+        """
+        fewest = min(2, len(states))
+        for count in range(min(self.plan.finalists, len(states)), fewest - 1, -1):
+            if self._afford(states[:count], rung, final=True):
+                return count
+        return 0
 
     # budget -------------------------------------------------------------------------------
 
@@ -308,7 +268,7 @@ class Refinement:
         """What the finalists of every target may still cost."""
         n = self.evaluator.blocks
         each = sum((n - g.target.low) / n for g in self.goals)
-        return self.plan.finalists * each * 0.8
+        return min(self.plan.finalists * each * 0.8, self.plan.reserved * self.budget)
 
     def _left(self) -> float:
         return self.budget - self._reserve() - self.evaluator.passes
@@ -341,14 +301,3 @@ class Refinement:
 
 def _stack(states: Sequence[State], n: int) -> States:
     return np.array(states, dtype=bool).reshape(-1, n)
-
-
-def greedy_price(n: int, remove: int) -> float:
-    """Passes that a greedy path of ``remove`` of ``n`` blocks takes, prefixes shared."""
-    state = np.zeros(n, dtype=bool)
-    total = 0
-    for step in range(remove):
-        total += tree_nodes(proposals.flips(state)[~state])
-        # The price depends a little on which blocks go; evenly spread ones stand for them.
-        state[np.flatnonzero(~state)[(step * 7) % int((~state).sum())]] = True
-    return total / n
