@@ -50,6 +50,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
         arguments.length,
         attention=attention,
         batch_tokens=arguments.batch_tokens,
+        backward=True,
         memory=1 << 40,
     ).attention
     return replay, calibration.splits["energy"]

@@ -51,6 +51,19 @@ def test_another_attention_is_taken_only_where_it_clearly_wins(causal, sdpa, cho
     assert replay.model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(("backward", "chosen"), [(True, "causal"), (False, None)])
+def test_gradients_choose_attention_by_its_backward_pass(backward, chosen):
+    replay = make()
+    with_grad = []
+    replay.blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: with_grad.append(torch.is_grad_enabled()), with_kwargs=True
+    )
+    # Going back is what sdpa is slow at here.
+    clock = Clock(replay, lambda name, tokens: 1.0 + (name == "sdpa" and with_grad[-1]))
+    found = tune(replay, 16, batch_tokens=512, backward=backward, memory=PLENTY, seconds=clock)
+    assert found == Tuning(chosen, 512)
+
+
 def test_long_samples_keep_attention_whose_memory_grows_with_the_length():
     replay = make()
     clock = Clock(replay, lambda name, tokens: {"causal": 1.0, "sdpa": 9.0}[name])

@@ -50,6 +50,7 @@ class Session:
 
     def tuned(self, folder: RunFolder) -> None:
         """Take the choice that a run recorded; time one for this device where it has none."""
+        from isingcut.energies import registry
         from isingcut.streamed.memory import allowance
         from isingcut.tuning import Tuning, tune
 
@@ -65,6 +66,7 @@ class Session:
                 self.config.length,
                 attention=self.tuning.attention,
                 batch_tokens=self.config.batch_tokens,
+                backward=getattr(registry.get(self.config.energy), "backward", False),
                 memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
             )
             record = {"asked": asked, **found.as_dict()}

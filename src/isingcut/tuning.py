@@ -60,6 +60,7 @@ def tune(
     *,
     attention: str | None = None,
     batch_tokens: int | None = None,
+    backward: bool = False,
     memory: int,
     seconds: Callable[[Callable[[], None]], float] | None = None,
 ) -> Tuning:
@@ -69,6 +70,7 @@ def tune(
         replay: a model in memory.
         length: tokens of a sample.
         attention, batch_tokens: given, they are taken.
+        backward: the work is gradients, so that attention is timed with its backward pass.
         memory: bytes that a micro-batch's gradients may take.
         seconds: times one call; a stop-watch by default.
 
@@ -77,7 +79,8 @@ def tune(
     seconds = seconds or _stopwatch(replay)
     loaded = _loaded(replay)
     if attention is None and _causal_possible(replay, length, batch_tokens or BATCH_TOKENS):
-        probes = {name: _probe(replay, name, BATCH_TOKENS, length) for name in (loaded, NAME)}
+        probe = _probe_backward if backward else _probe
+        probes = {name: probe(replay, name, BATCH_TOKENS, length) for name in (loaded, NAME)}
         took = _fastest(probes, seconds)
         if took[loaded] > _WORTH_SECONDS and took[loaded] > _GAIN * took[NAME]:
             attention = NAME
@@ -144,11 +147,7 @@ def _causal_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
 
 def _probe(replay: Replay, name: str | None, tokens: int, length: int) -> Callable[[], None]:
     """A forward pass of some blocks, spread over the model."""
-    rows = max(1, tokens // length)
-    ids = torch.zeros((rows, length), dtype=torch.long, device=replay.device)
-    with torch.inference_mode(), chosen_attention(replay, name):
-        recording = replay.record(ids)
-    some = _some_blocks(replay)
+    recording, some = _recorded(replay, name, tokens, length), _some_blocks(replay)
 
     def run() -> None:
         with torch.inference_mode(), chosen_attention(replay, name):
@@ -157,6 +156,28 @@ def _probe(replay: Replay, name: str | None, tokens: int, length: int) -> Callab
                 stream = recording.block(i, stream)
 
     return run
+
+
+def _probe_backward(
+    replay: Replay, name: str | None, tokens: int, length: int
+) -> Callable[[], None]:
+    """The same blocks forward and backward."""
+    recording, some = _recorded(replay, name, tokens, length), _some_blocks(replay)
+
+    def run() -> None:
+        with chosen_attention(replay, name):
+            entered = recording.entered.detach().requires_grad_(True)
+            left = _through(recording, some, entered)
+            torch.autograd.grad(left, entered, torch.ones_like(left))
+
+    return run
+
+
+def _recorded(replay: Replay, name: str | None, tokens: int, length: int) -> Recording:
+    rows = max(1, tokens // length)
+    ids = torch.zeros((rows, length), dtype=torch.long, device=replay.device)
+    with torch.no_grad(), chosen_attention(replay, name):
+        return replay.record(ids)
 
 
 def _some_blocks(replay: Replay) -> list[int]:
@@ -214,7 +235,7 @@ def _saved_bytes(replay: Replay, attention: str | None, length: int) -> int:
         with torch.no_grad():
             recording = replay.record(ids)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            alive = _through(recording, some)
+            alive = _through(recording, some, recording.entered.detach().requires_grad_(True))
     del alive
     return sum(kept.values()) * len(replay) // (len(some) * length)
 
@@ -230,8 +251,7 @@ def _element(replay: Replay) -> int:
     return next(replay.model.parameters()).element_size()
 
 
-def _through(recording: Recording, blocks: Sequence[int]) -> Tensor:
-    stream = recording.entered.detach().requires_grad_(True)
+def _through(recording: Recording, blocks: Sequence[int], stream: Tensor) -> Tensor:
     for i in blocks:
         stream = recording.block(i, stream)
     return stream
