@@ -77,14 +77,16 @@ def large_parts(choosing: Choosing, remove: int, minutes: float, share: float) -
     """The long evolution on the large pool, and `refined` there with a share of its tokens.
 
     The evolution ends after ``minutes`` of work or at its published number of generations; a
-    second call after an interruption goes on where it was (its clock starts anew).
+    second call after an interruption goes on where it was, its clock too.
     """
     bench = choosing.bench
     pool = bench.large_pool
     held = int(pool.mask.sum())
 
     def evolve(journal: Path) -> dict[str, Any]:
-        work, began = bench.work(journal), time.perf_counter()
+        work, clock = bench.work(journal), journal.with_suffix(".clock")
+        before = float(clock.read_text()) if clock.exists() else 0.0
+        began = time.perf_counter()
         limit = published_generations(bench.n, remove)
         trace: list[dict[str, Any]] = []
         generations = 0
@@ -95,11 +97,13 @@ def large_parts(choosing: Choosing, remove: int, minutes: float, share: float) -
                 trace.append(
                     {"passes": found.passes, "heads": found.heads, "removed": list(found.removed)}
                 )
-            spent = time.perf_counter() - began
+            spent = before + time.perf_counter() - began
+            clock.write_text(f"{spent:.1f}")
             if generations >= limit or spent > 60 * minutes:
                 break
             generations += 1
             print(f"{'':13}generation {generations} of {limit}, {spent / 60:.1f} min", flush=True)
+        clock.unlink()
         return {
             "remove": remove,
             "pool_tokens": held,
@@ -107,7 +111,7 @@ def large_parts(choosing: Choosing, remove: int, minutes: float, share: float) -
             "heads": found.heads,
             "generations": generations,
             "published_generations": limit,
-            "minutes_allowed": minutes,
+            "minutes": round(spent / 60, 1),
             "trace": trace,
         }
 
