@@ -35,7 +35,8 @@ def launcher(processes: int) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", "isingcut"]
     if processes == 4:
-        flags = ["--cpu", "--num_processes", "4", "--num_machines", "1"]
+        # With --cpu it would start one process; this only says that there are several.
+        flags = ["--multi_gpu", "--num_processes", "4", "--num_machines", "1"]
         flags += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         launch = [sys.executable, "-m", "accelerate.commands.launch", *flags]
         return [*launch, "-m", "isingcut"]
@@ -57,21 +58,23 @@ def verbs(a: argparse.Namespace, out: Path, energy: str = "pairwise") -> list[li
     ]
 
 
-def run(command: list[str], threads: int = 1) -> float:
-    """Seconds that a command took.
+def run(command: list[str], processes: int = 1) -> float:
+    """Seconds that a command took, one thread a process.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: it failed, or another number of processes took part.
     """
     began = time.perf_counter()
     done = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    if processes > 1 and f"{processes} processes share the measuring" not in done.stderr:
+        sys.exit(f"{' '.join(command)}\ndid not start {processes} processes")
     return time.perf_counter() - began
 
 
@@ -90,11 +93,11 @@ def identity(a: argparse.Namespace, folder: Path) -> dict[str, float]:
     for count in (1, 2, 4):
         out, first = folder / f"processes-{count}", folder / "processes-1"
         energy, solve, rank, _ = verbs(a, out)
-        seconds = run([*launcher(count), *energy])
+        seconds = run([*launcher(count), *energy], count)
         run([*launcher(1), *solve])
-        run([*launcher(count), *rank])
+        run([*launcher(count), *rank], count)
         fisher = Path(f"{out}-fisher")
-        run([*launcher(count), *verbs(a, fisher, "empirical-fisher")[0]])
+        run([*launcher(count), *verbs(a, fisher, "empirical-fisher")[0]], count)
         worst = max(
             difference(here / "hamiltonian.safetensors", there / "hamiltonian.safetensors")
             for here, there in ((first, out), (Path(f"{first}-fisher"), fisher))

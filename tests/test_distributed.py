@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 import isingcut
 from isingcut import crew
@@ -115,6 +118,32 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     assert all(others), "every process has computed a part"
     said = notes.with_suffix(".err").read_text()
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+         "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+    ],
+)  # fmt: skip
+def test_both_launchers_start_all_processes(place, alone, tmp_path, launcher):
+    out = tmp_path / "run"
+    # As ranks.py has it, for the same sums.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", *launcher, "-m", "isingcut", *_typed(place, out)]
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 processes share the measuring") == 1
+    for name in FILES:
+        assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
 
 def _streams(place, out, said):

@@ -14,6 +14,7 @@ import functools
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -23,6 +24,7 @@ from isingcut import sharing
 from isingcut.crew import Crew, Ended, expected
 from isingcut.errors import InputError, IsingcutError, ModelError, RankError
 from isingcut.orders import pack, unpack
+from isingcut.progress import silent
 
 if TYPE_CHECKING:
     from isingcut.session import Session
@@ -175,6 +177,9 @@ def announce(session: Session) -> None:
     # Resolved too: free memory is no reason for processes to do different things.
     stream = "on" if session.streaming else "off"
     config = dataclasses.asdict(session.config.replace(stream=stream))
+    # A launcher with the wrong options starts one process without a word.
+    if session.progress is not silent:
+        print(f"{crew.size} processes share the measuring", file=sys.stderr, flush=True)
     _order(crew, {"order": "model", "config": config, "sha256": identity["sha256"]}, {})
 
 
