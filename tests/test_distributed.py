@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from isingcut import crew
 from isingcut.journal import Journal
 from isingcut.orders import pack, unpack
 from isingcut.pieces import Piece, left
-from isingcut.sharing import processes, share
+from isingcut.sharing import Task, processes, share
 from isingcut.tokens import TokenSet
 from ranks import launch, say_into, type_in
 from tiny import tiny_checkpoint
@@ -248,6 +249,32 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     _energy(place, out)
     for name in (*FILES, "hamiltonian.hessian.safetensors"):
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
+
+
+def _vanishes(place, out, said):
+    """Rank 1 is killed when all is measured."""
+    say_into(said)
+    if os.environ["RANK"] == "1":
+        Task._sum = lambda self, own: os.kill(os.getpid(), signal.SIGKILL)
+    type_in(*_typed(place, out, also=False))
+
+
+def test_a_signal_does_not_silence_a_process_that_is_about_to_speak(place, alone, tmp_path):
+    said, out = tmp_path / "said", tmp_path / "run"
+    (first, second), _store = launch(2, _vanishes, place, out, said)
+    second.join(120)
+    assert second.exitcode == -signal.SIGKILL
+    # Rank 0 has learned it from the collective by now, and waits for the others to leave.
+    time.sleep(0.5)
+    first.terminate()
+    (code,) = _join([first])
+    lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+    assert lines == [
+        "isingcut: a process vanished; what is finished is kept, the same command goes on"
+    ]
+    assert code == 1
+    _energy(place, out, also=False)
+    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
 
 
 def test_orders_carry_token_sets_arrays_and_plain_values():

@@ -83,6 +83,7 @@ class Crew:
         self._watcher: threading.Thread | None = None
         self._handler: Any = None
         self._unraisable: Any = None
+        self._hurried = False
 
     @classmethod
     def from_environment(cls) -> Crew:
@@ -130,6 +131,9 @@ class Crew:
         self._rest()
         with contextlib.suppress(RuntimeError):
             self._see_off(_PARTING_SECONDS)
+        self._restore()
+        if self._hurried:
+            signal.raise_signal(signal.SIGTERM)
 
     def fail(self, code: int, text: str, *, hurry: bool = False) -> bool:
         """Tell every process that the run has failed here, and leave.
@@ -147,6 +151,7 @@ class Crew:
                 found = self.store.compare_set("failed", "", json.dumps(asdict(own)))
                 self.failure = Failure(**json.loads(found))
             self._see_off(0.0 if hurry else _FAILED_SECONDS)
+        self._restore()
         self.failure = self.failure or own
         return self.failure == own
 
@@ -155,6 +160,8 @@ class Crew:
         keys = [f"left/{r}" for r in range(self.size)]
         until = time.monotonic() + seconds
         while self.rank == 0 and not self.store.check(keys) and time.monotonic() < until:
+            if self._hurried:
+                return
             time.sleep(0.01)
 
     def _rest(self) -> None:
@@ -162,18 +169,30 @@ class Crew:
         if self._watcher is not None:
             self._watcher.join(timeout=2 * _BEAT)
         if self._handler is not None:
+            # Until its last word is said: a launcher ends this process soon after another's end.
+            self._hurried = False
+            signal.signal(signal.SIGTERM, self._on_late_signal)
+
+    def _restore(self) -> None:
+        if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             sys.unraisablehook = self._unraisable
             self._handler = None
 
     # Watching over each other -----------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, *, ask: bool = False) -> None:
         """Raise what ended the run, if something did.
+
+        Args:
+            ask: now, not only what the last look has found.
 
         Raises:
             RankError: another process failed or vanished.
         """
+        if ask and self.failure is None:
+            with contextlib.suppress(RuntimeError):
+                self._look()
         if self.failure is not None:
             raise self.error(self.failure)
 
@@ -186,13 +205,13 @@ class Crew:
         return RankError(f"{where}: {found.text}", code=found.code, reported=reported)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.failure is None:
-            with contextlib.suppress(RuntimeError):
-                self._look()
-        self.check()
+        self.check(ask=True)
         # A launcher ends the others when one process was killed. Raised, so that half-written
         # files go.
         raise Ended(128 + number)
+
+    def _on_late_signal(self, number: int, frame: Any) -> None:
+        self._hurried = True
 
     def _on_unraisable(self, found: Any) -> None:
         # Raised by the handler above in a place that drops it: it will be raised again.

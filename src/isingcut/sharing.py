@@ -152,12 +152,23 @@ class Task:
         self._sum(own)
 
     def _sum(self, own: list[int]) -> list[int]:
-        """Sum of a few integers over all processes."""
+        """Sum of a few integers over all processes.
+
+        Raises:
+            RankError: a process is not there any more.
+        """
         import torch
         import torch.distributed as dist
 
         total = torch.tensor(own, dtype=torch.int64, device=self._device)
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as e:
+            self.crew.check(ask=True)
+            raise RankError(
+                "a process vanished; what is finished is kept, the same command goes on",
+                reported=self.crew.rank > 0,
+            ) from e
         return [int(v) for v in total]
 
 
