@@ -8,6 +8,7 @@ was measured is read back, and the price is counted as if it were one run.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from pathlib import Path
@@ -85,7 +86,7 @@ def large_parts(choosing: Choosing, remove: int, minutes: float, share: float) -
 
     def evolve(journal: Path) -> dict[str, Any]:
         work, clock = bench.work(journal), journal.with_suffix(".clock")
-        before = float(clock.read_text()) if clock.exists() else 0.0
+        before, reached = json.loads(clock.read_text()) if clock.exists() else (0.0, 0)
         began = time.perf_counter()
         limit = published_generations(bench.n, remove)
         trace: list[dict[str, Any]] = []
@@ -98,8 +99,10 @@ def large_parts(choosing: Choosing, remove: int, minutes: float, share: float) -
                     {"passes": found.passes, "heads": found.heads, "removed": list(found.removed)}
                 )
             spent = before + time.perf_counter() - began
-            clock.write_text(f"{spent:.1f}")
-            if generations >= limit or spent > 60 * minutes:
+            # What was reached before is read back: that costs nothing and ends nothing.
+            if generations >= reached:
+                clock.write_text(json.dumps([spent, generations]))
+            if generations >= limit or (generations >= reached and spent > 60 * minutes):
                 break
             generations += 1
             print(f"{'':13}generation {generations} of {limit}, {spent / 60:.1f} min", flush=True)
