@@ -165,8 +165,11 @@ class Task:
             dist.all_reduce(total)
         except RuntimeError as e:
             self.crew.check(ask=True)
+            # The reason in its own words: a process was killed, or something else is wrong.
+            why = " ".join(str(e).split())[:200]
             raise RankError(
-                "a process vanished; what is finished is kept, the same command goes on",
+                f"the processes cannot reach each other any more ({type(e).__name__}: {why}); "
+                "what is finished is kept, the same command goes on",
                 reported=self.crew.rank > 0,
             ) from e
         return [int(v) for v in total]

@@ -229,13 +229,13 @@ def _saved_bytes(replay: Replay, attention: str | None, length: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    ids = torch.zeros((1, length), dtype=torch.long, device=replay.device)
-    some = _some_blocks(replay)
-    with chosen_attention(replay, attention):
-        with torch.no_grad():
-            recording = replay.record(ids)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            alive = _through(recording, some, recording.entered.detach().requires_grad_(True))
+    # One sample.
+    recording, some = _recorded(replay, attention, length, length), _some_blocks(replay)
+    with (
+        chosen_attention(replay, attention),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+    ):
+        alive = _through(recording, some, recording.entered.detach().requires_grad_(True))
     del alive
     return sum(kept.values()) * len(replay) // (len(some) * length)
 
