@@ -31,7 +31,8 @@ from isingcut.tokens import TokenSet
 from isingcut.tuning import chosen_attention, tune
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
+def prepare(arguments: argparse.Namespace, *, backward: bool = False) -> tuple[Replay, TokenSet]:
+    """The model, tuned as a run would for this kind of work, and its text."""
     loaded = models.load(models.resolve(arguments.model), dtype=arguments.dtype)
     calibration = build(
         arguments.calibration,
@@ -50,7 +51,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
         arguments.length,
         attention=attention,
         batch_tokens=arguments.batch_tokens,
-        backward=True,
+        backward=backward,
         memory=1 << 40,
     ).attention
     return replay, calibration.splits["energy"]
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto", help="auto, sdpa or eager")
     arguments = parser.parse_args()
 
-    replay, tokens = prepare(arguments)
+    replay, tokens = prepare(arguments, backward=True)
     # The processes that measure memory take the same.
     arguments.attention = attention_of(replay)
     print(
