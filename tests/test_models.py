@@ -140,11 +140,45 @@ def test_unknown_dtype_and_device_are_refused(
         models.load(folder, **options)
 
 
-def test_auto_dtype_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    for flag, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda f=flag: {"avx512_bf16": f})
-        assert models.pick_dtype("auto", cpu) is expected
+@pytest.mark.parametrize(
+    ("features", "faster", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, None, torch.bfloat16),
+        ({"avx512_bf16": True}, True, torch.bfloat16),
+        ({"avx512_bf16": True}, False, torch.float32),
+        ({}, None, torch.float32),
+    ],
+)
+def test_auto_dtype_follows_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+    features: dict[str, bool],
+    faster: bool | None,
+    expected: torch.dtype,
+) -> None:
+    """A trial decides where the features do not say; no trial is made where they do."""
+
+    def trial() -> bool:
+        assert faster is not None
+        return faster
+
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: features)
+    monkeypatch.setattr(models, "_bfloat16_is_faster", trial)
+    assert models.pick_dtype("auto", torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_the_trial_takes_the_faster_dtype(
+    monkeypatch: pytest.MonkeyPatch, slow: torch.dtype
+) -> None:
+    clock = [0.0]
+
+    def linear(a: torch.Tensor, b: torch.Tensor) -> None:
+        assert a.dtype == b.dtype
+        clock[0] += 2.0 if a.dtype == slow else 1.0
+
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
+    monkeypatch.setattr(models.time, "perf_counter", lambda: clock[0])
+    assert models._bfloat16_is_faster.__wrapped__() is (slow is torch.float32)
 
 
 def test_identity_follows_weights_and_config_but_not_the_writer(
