@@ -117,6 +117,12 @@ def test_a_checkpoint_against_its_original(folder: Path, run: Path, tmp_path: Pa
     assert read_json(tmp_path / "scores.json", "benchmarks")["rows"][0]["n"] == 6
 
 
+def test_a_checkpoint_given_as_a_run_is_told_how_to_be_compared(run: Path) -> None:
+    done = CliRunner().invoke(app, ["evaluate", str(run / "healed"), "--tasks", "arc_easy"])
+    assert done.exit_code == 2
+    assert "add --original MODEL" in " ".join(done.stderr.split())
+
+
 def test_heal_from_the_command_line(folder: Path, run: Path, tmp_path: Path) -> None:
     command = ["heal", str(run / "model"), "--teacher", str(folder / "model")]
     command += ["--text", str(folder / "text.jsonl"), "--length", "32", "--report-samples", "2"]

@@ -87,6 +87,7 @@ def evaluate(
     Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
     """
     from isingcut import healing_stages, pipeline, stages
+    from isingcut.runfolder import MANIFEST
     from isingcut.show import show_evaluation
     from isingcut.show_scores import show_benchmarks
 
@@ -102,6 +103,11 @@ def evaluate(
         )
     if out is not None:
         raise InputError("--out goes with --original; a run folder keeps its benchmarks.json")
+    if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
+        raise InputError(
+            f"{directory} is a checkpoint, not a run folder; to compare it with the model it was made "
+            "from, add --original MODEL and --tasks"
+        )
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder)
