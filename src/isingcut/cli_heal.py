@@ -105,8 +105,8 @@ def evaluate(
         raise InputError("--out goes with --original; a run folder keeps its benchmarks.json")
     if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
         raise InputError(
-            f"{directory} is a checkpoint, not a run folder; to compare it with the model it was made "
-            "from, add --original MODEL and --tasks"
+            f"{directory} is a checkpoint, not a run folder; to compare it with the model it was "
+            "made from, add --original MODEL and --tasks"
         )
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress)
