@@ -438,10 +438,40 @@ def test_further_training_arguments(models: Path, tmp_path: Path) -> None:
         heal(options(models, tmp_path / "no", steps=1, trainer=str(tmp_path / "bad.yaml")))
 
 
+def test_a_cut_by_another_tool_is_recognised_by_its_weights(
+    models: Path, healed: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json"))
+    with pytest.raises(InputError, match="leave --stream-teacher out"):
+        heal(options(models, tmp_path / "s", student=str(foreign), stream_teacher=True, top_k=4))
+    out = heal(options(models, tmp_path / "out", student=str(foreign)))
+    assert curve(out) == curve(healed)
+    found = read_json(out / "healing.json", "healing")
+    assert (found["removed"], found["of"]) == ([2, 3], 6)
+    again = heal(options(models, tmp_path / "again", student=str(out), steps=1))
+    assert read_json(again / "healing.json", "healing")["removed"] == [2, 3]
+
+
+def test_other_weights_are_not_taken_for_a_cut(models: Path, tmp_path: Path) -> None:
+    merged = load(models / "student", dtype="float32", device="cpu")
+    with torch.no_grad():
+        next(iter(merged.model.get_submodule("model.layers.2").parameters())).mul_(1.5)
+    merged.model.save_pretrained(tmp_path / "merged")
+    merged.tokenizer.save_pretrained(tmp_path / "merged")
+    with pytest.raises(InputError, match="its block 2 is no block of teacher behind its block 1"):
+        heal(options(models, tmp_path / "a", student=str(tmp_path / "merged")))
+    (tmp_path / "merged" / "isingcut.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="no readable record of a cut"):
+        heal(options(models, tmp_path / "b", student=str(tmp_path / "merged")))
+    with pytest.raises(InputError, match="is no checkpoint"):
+        heal(options(models, tmp_path / "c", student=str(tmp_path)))
+
+
 def test_what_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="multiple of --micro-batch"):
         heal(options(models, tmp_path / "a", batch=3))
-    with pytest.raises(InputError, match=r"no readable isingcut\.json"):
+    with pytest.raises(InputError, match="lacks no block of teacher"):
         heal(options(models, tmp_path / "b", student=str(models / "teacher")))
     with pytest.raises(InputError, match="a model of 6 blocks, but the teacher"):
         heal(options(models, tmp_path / "c", teacher=str(models / "student")))

@@ -36,8 +36,8 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     Example: isingcut heal my-run/model --teacher smollm2 --patch linear --out healed
     """
     from isingcut.files import read_json
-    from isingcut.heal import RECORD
     from isingcut.heal import heal as run_heal
+    from isingcut.healers import RECORD
     from isingcut.show_scores import show_healing
 
     values = {**(load_yaml(config) if config else {}), **given(options)}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.config import HealConfig, options_from
 from isingcut.errors import InputError, StageFileError
 from isingcut.files import atomic_folder, fingerprint, read_json, refuse_existing, write_json
+from isingcut.healers import RECORD
 from isingcut.progress import Progress, silent
 from isingcut.report_card import healed_card
 from isingcut.runfolder import versions
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from isingcut.models import LoadedModel
     from isingcut.streamed.replay import StreamedReplay
     from isingcut.tokens import TokenSet
-
-RECORD = "healing.json"
 
 
 def heal(
@@ -48,7 +47,7 @@ def heal(
     from isingcut import healing_text
     from isingcut.architectures import find_stack
     from isingcut.healers._processes import Processes
-    from isingcut.healers.distill import removal_of
+    from isingcut.healers._removed import recorded_removal, removal_by_weights
     from isingcut.model_sources import resolve
     from isingcut.models import load, load_streamed
 
@@ -59,7 +58,12 @@ def heal(
         if not getattr(config, name):
             raise InputError(f"healing needs --{name}" if name != "student" else "no STUDENT given")
     student, out = Path(config.student), Path(config.out)
-    removed, blocks = removal_of(student)
+    known = recorded_removal(student)
+    if known is None and config.stream_teacher:
+        raise InputError(
+            f"{student} has no record of its cut; its blocks are found by comparing weights, which "
+            "needs the teacher in memory: leave --stream-teacher out"
+        )
     if config.method != "none":
         Processes(config.device)
     refuse_existing(out, overwrite=config.overwrite)
@@ -72,10 +76,14 @@ def heal(
         )
     else:
         teacher = load(source, dtype=config.dtype, device=config.device, trust_remote_code=trust)
-    if (there := len(find_stack(teacher.model))) != blocks:
+    blocks = len(find_stack(teacher.model))
+    if known is None:
+        known = removal_by_weights(student, teacher, trust_remote_code=trust), blocks
+    removed, of = known
+    if of != blocks:
         raise InputError(
-            f"{student} was cut from a model of {blocks} blocks, but the teacher "
-            f"{config.teacher} has {there}; give the model it was cut from"
+            f"{student} was cut from a model of {of} blocks, but the teacher {config.teacher} has "
+            f"{blocks}; give the model it was cut from"
         )
     text = healing_text.build(
         config.text,
@@ -109,6 +117,7 @@ def heal_checkpoint(
         OutputExistsError: ``out`` is there.
         StageFileError: the work in progress belongs to other options.
     """
+    from isingcut.architectures import find_stack
     from isingcut.healers import registry
     from isingcut.healers._processes import Processes
     from isingcut.healers.base import Job
@@ -155,6 +164,7 @@ def heal_checkpoint(
             **record,
             **distilled,
             "removed": list(removed),
+            "of": len(find_stack(teacher.model)),
             "report_samples": text.report.samples,
             "report_tokens": text.report.tokens,
             "options": _told(config),

@@ -201,7 +201,8 @@ def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | No
 
 def heal(session: Session, folder: RunFolder) -> Path | None:
     """Stage `heal`: `healed/`, a plain checkpoint, and `healing.json`. None without healing."""
-    from isingcut.heal import RECORD, heal_checkpoint
+    from isingcut.heal import heal_checkpoint
+    from isingcut.healers import RECORD
 
     config = session.config
     if not wanted(config):

@@ -24,7 +24,6 @@ import torch
 
 from isingcut.errors import InputError, MissingExtraError, ModelError
 from isingcut.files import atomic_folder
-from isingcut.healers._patch_files import RECORD
 from isingcut.healers._processes import Processes
 from isingcut.healers.base import Job
 
@@ -139,18 +138,3 @@ def stored_dtype(folder: Path) -> torch.dtype:
             "model (the teacher may be quantised)"
         )
     return _DTYPES[name]
-
-
-def removal_of(folder: Path) -> tuple[tuple[int, ...], int]:
-    """The blocks that a cut checkpoint lacks, and of how many, from the record inside it.
-
-    Raises:
-        InputError: it has no such record.
-    """
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return tuple(sorted(int(i) for i in record["removed"])), int(record["of"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{folder} has no readable {RECORD}: expected a checkpoint that isingcut cut"
-        ) from e
