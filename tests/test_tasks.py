@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from isingcut import local_tasks
 from isingcut.errors import InputError, UnknownNameError
@@ -317,3 +319,54 @@ def test_what_is_refused(tmp_path: Path) -> None:
     path.write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="not readable"):
         local_tasks.read_task("piqa", tmp_path)
+
+
+def test_logits_only_where_answers_are_scored(
+    models: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness's own model object gives the same log-likelihoods from all logits."""
+    from lm_eval.models.huggingface import HFLM
+
+    from isingcut.harness import Harness
+
+    rng = np.random.default_rng(0)
+    model = models["original"]
+    requests = []
+    for i, (before, after) in enumerate([(30, 2), (30, 1), (9, 4), (22, 6), (25, 1), (1, 3)]):
+        context = rng.integers(0, 40, before).tolist()
+        # Some end with token 0, the padding's.
+        answers = [rng.integers(0, 40, after).tolist(), [*rng.integers(0, 40, after).tolist(), 0]]
+        answers += [[7] * after, [0, 0, 0]]
+        requests += [((str(i), str(j)), context, answer) for j, answer in enumerate(answers)]
+    plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4)
+    ours = Harness(model, 4, None, "")
+    asked: list[int] = []
+    forward = type(model.model).forward
+
+    def watched(self: Any, *arguments: Any, **rest: Any) -> Any:
+        found = forward(self, *arguments, **rest)
+        asked.append(found.logits.shape[1] - arguments[0].shape[1])
+        return found
+
+    expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
+    watched.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(model.model), "forward", watched)
+    found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [e for _, e in found] == [e for _, e in expected]
+    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], rtol=1e-5)
+    assert min(asked) < -15
+    assert sum(asked) < -60
+
+
+def test_positions_asked() -> None:
+    from isingcut.harness import positions_asked
+
+    def text(*tokens: int) -> bytes:
+        return np.array(tokens, dtype=np.int32).tobytes()
+
+    answers = {text(5, 6, 7, 8): 1, text(5, 6): 2, text(5, 0): 1, text(0): 1}
+    assert positions_asked(torch.tensor([[5, 6, 7, 8]]), answers) == 1
+    assert positions_asked(torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]), answers) == 4
+    assert positions_asked(torch.tensor([[5, 0, 0]]), answers) == 2
+    assert positions_asked(torch.tensor([[0, 0, 0]]), answers) == 3
+    assert positions_asked(torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]), answers) is None

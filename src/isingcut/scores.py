@@ -176,7 +176,9 @@ def score(
         from lm_eval.defaults import DEFAULT_OTHER_SEED
         from lm_eval.evaluator import evaluate
 
-        model = _harness_model(loaded, batch, bar, note)
+        from isingcut.harness import Harness
+
+        model = Harness(loaded, batch, bar, note)
         made = task.make()
         limit = questions if task.source == "hub" else None
         for each in made.values():
@@ -212,23 +214,6 @@ def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
         ):
             return metric
     raise InputError(f"{task} has no score by question that could be compared")
-
-
-def _harness_model(loaded: LoadedModel, batch: int, bar: Bar | None, note: str) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class Counted(HFLM):  # type: ignore[misc]
-        """The harness's model, showing how far it is."""
-
-        seen = 0
-
-        def _model_call(self, inps: Any, *args: Any, **rest: Any) -> Any:
-            self.seen += len(inps)
-            if bar is not None:
-                bar.advance(0, f"{note}: {self.seen} sequences")
-            return super()._model_call(inps, *args, **rest)
-
-    return Counted(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
 
 
 @contextlib.contextmanager
