@@ -22,7 +22,7 @@ from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import build
 from isingcut.config import HealConfig
 from isingcut.energies.base import Work
-from isingcut.evaluate import quality
+from isingcut.evaluate import quality_of, sample_sums
 from isingcut.excise import excise
 from isingcut.files import read_json, write_json
 from isingcut.heal import heal_checkpoint
@@ -317,7 +317,8 @@ class Bench:
             cut = self.load(self.folder(removed, stage)).model
             texts = {}
             for name, tokens in self.judged.items():
-                found = quality(self.remembered, cut, tokens, self.options.batch_tokens)
+                sums = sample_sums(self.remembered, cut, tokens, self.options.batch_tokens)
+                found = quality_of(sums, tokens)
                 texts[name] = {
                     "tokens": tokens.tokens,
                     "nll": found["after"]["nll"],
@@ -325,6 +326,8 @@ class Bench:
                     "original_nll": found["before"]["nll"],
                     "kl": found["kl"],
                     "kl_se": found["kl_se"],
+                    "sample_nll": sums[1].round(4).tolist(),
+                    "sample_tokens": tokens.predicted.sum(1).tolist(),
                 }
             return {"texts": texts}
 

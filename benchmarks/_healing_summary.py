@@ -10,6 +10,7 @@ import numpy as np
 
 from _healing_parts import OURS, PEERS, STAGES, Bench, key
 from isingcut.files import read_json, write_json
+from isingcut.measure import standard_error
 from isingcut.models import model_identity
 from isingcut.paired import compare
 from isingcut.runfolder import versions
@@ -91,6 +92,24 @@ def difference(first: dict[str, Any], second: dict[str, Any], tasks: Sequence[st
     return float(np.mean([g.mean() for g in gaps])), float(error)
 
 
+def paired_ratio(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float, int] | None:
+    """Perplexity of the second over that of the first on the same samples.
+
+    Returns:
+        the ratio, its standard error (of the paired difference of log-perplexity, by the delta
+        method) and the number of samples; None where the samples' losses were not kept.
+    """
+    if not first or not all("sample_nll" in t for s in (first, second) for t in s.values()):
+        return None
+    gaps = np.concatenate(
+        [np.subtract(second[k]["sample_nll"], first[k]["sample_nll"]) for k in first]
+    )
+    counts = np.concatenate([first[k]["sample_tokens"] for k in first])
+    ratio = float(np.exp(gaps.sum() / counts.sum()))
+    error = float(standard_error(gaps[None], counts)[0])
+    return ratio, ratio * error, len(counts)
+
+
 def show(found: dict[str, Any]) -> None:
     """Tables, then one line a figure."""
     figures: list[tuple[str, float]] = []
@@ -165,6 +184,13 @@ def _figures(m: str, rows: dict[str, Any], tasks: Sequence[str]) -> list[tuple[s
     mine, theirs = (r["stages"] for r in (ours, peers[best]))
     ratio = np.exp(mine["healed"]["pooled"]["nll"] - theirs["healed"]["pooled"]["nll"])
     found.append((f"healed_ppl_over_best_peer_{m}", float(ratio)))
+    paired = paired_ratio(theirs["healed"]["texts"], mine["healed"]["texts"])
+    if paired is not None:
+        value, error, samples = paired
+        print(
+            f"  healed: perplexity of {OURS} over that of the best peer ({best}): "
+            f"{value:.3f} ± {error:.3f}, paired over {samples} samples"
+        )
     before = min(r["stages"]["cut"]["pooled"]["nll"] for r in peers.values())
     found.append(
         (f"cut_ppl_over_best_peer_{m}", float(np.exp(mine["cut"]["pooled"]["nll"] - before)))

@@ -99,3 +99,18 @@ def test_defaults_are_those_of_the_issue() -> None:
     options = parser().parse_args([])
     assert sorted(options.remove) == [6, 9, 12]
     assert options.questions == 500
+
+
+def test_paired_ratio_of_perplexities() -> None:
+    first = {"c4": {"sample_nll": [10.0, 22.0], "sample_tokens": [4, 8]}}
+    second = {"c4": {"sample_nll": [11.0, 24.0], "sample_tokens": [4, 8]}}
+    found = summary.paired_ratio(first, second)
+    # 0.25 nats a token more on each sample: no spread.
+    assert found == (pytest.approx(math.exp(0.25)), pytest.approx(0.0), 2)
+    second["c4"]["sample_nll"][1] = 22.0
+    ratio, error, _ = summary.paired_ratio(first, second) or (0.0, 0.0, 0)
+    # Residuals of gaps 1, 0 around 1/12 a token: 2/3 and -2/3.
+    assert ratio == pytest.approx(math.exp(1 / 12))
+    assert error == pytest.approx(ratio * math.sqrt(2 * (2 / 3) ** 2 * 2) / 12)
+    del second["c4"]["sample_nll"]
+    assert summary.paired_ratio(first, second) is None

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
     from isingcut.models import LoadedModel
 
-__all__ = ["disk_bytes", "evaluate", "generate_text", "peak_memory", "quality", "speed"]
+__all__ = [
+    "disk_bytes",
+    "evaluate",
+    "generate_text",
+    "peak_memory",
+    "quality",
+    "sample_sums",
+    "speed",
+]
 
 # Float32 elements of logits looked at together: a few copies of this bound the extra memory.
 _CHUNK_ELEMENTS = 1 << 23
@@ -106,6 +114,19 @@ def quality(
     perplexity by the delta method) and None for a single sample. Logits become float32 a few
     tokens at a time.
     """
+    sums = sample_sums(original, cut, tokens, batch_tokens, progress=progress)
+    return quality_of(sums, tokens)
+
+
+def sample_sums(
+    original: PreTrainedModel,
+    cut: PreTrainedModel,
+    tokens: TokenSet,
+    batch_tokens: int = 1024,
+    *,
+    progress: Progress = silent,
+) -> npt.NDArray[np.float64]:
+    """(3, m): by sample, NLL of both models and KL(original || cut), summed over its tokens."""
     sums = np.zeros((3, tokens.samples))
     batches = tokens.batches(batch_tokens)
     with progress("perplexity and KL on unseen text", len(batches)) as bar, torch.inference_mode():
@@ -119,7 +140,7 @@ def quality(
                     before[row, :end], after[row, :end].to(before.device), labels
                 )
             bar.advance(1)
-    return quality_of(sums, tokens)
+    return sums
 
 
 def quality_of(sums: npt.NDArray[np.float64], tokens: TokenSet) -> dict[str, Any]:
