@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import isingcut
-from isingcut import evaluate
+from isingcut import evaluate, head
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
 from isingcut.config import RunConfig
@@ -51,6 +51,13 @@ MEASURED = set(FAMILIES) - {"gemma3n", "gemma4"}
 # One of each sort: tied and untied heads, experts, Mamba, shared blocks, windows, odd embeddings.
 FAST = ["deepseek_v3", "gemma2", "gpt2", "llama", "mixtral", "nemotron_h", "opt", "rwkv", "zamba2"]
 EACH = [*FAST, *(pytest.param(f, marks=pytest.mark.slow) for f in sorted(MEASURED - {*FAST}))]
+
+
+@pytest.fixture(autouse=True)
+def one_layout(monkeypatch):
+    """Both ways multiply by the head's weight as it lies: in memory a small one is turned round
+    first, and some CPUs then add the vocabulary's terms in another order."""
+    monkeypatch.setattr(head, "_TRANSPOSED_BYTES", 0)
 
 
 def samples() -> TokenSet:
@@ -117,6 +124,13 @@ def test_equals_the_model_in_memory_with_two_parts_alive(family, tmp_path):
     np.testing.assert_allclose(streamed_rows, rows, rtol=tolerance, atol=tolerance)
     assert np.abs(rows).max() > 0
     assert max(map(len, seen)) == 2
+
+
+def test_the_head_s_layout_changes_gradients_by_rounding_alone(llama, monkeypatch):
+    expected = gate_gradients(streamed(llama), samples(), batch_tokens=24)
+    monkeypatch.setattr(head, "_TRANSPOSED_BYTES", 1 << 30)
+    found = gate_gradients(in_memory(llama), samples(), batch_tokens=24)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def everything(folder, dtype) -> dict[str, torch.Tensor]:
