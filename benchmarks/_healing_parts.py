@@ -397,8 +397,7 @@ class Bench:
                 rows = self.chosen(m)
                 peers = PEERS if self.options.all_peers else [self.best_peer(m)]
                 scored = [rows[OURS]]
-                if stage != "patched":
-                    scored += [rows[peer] for peer in peers if peer is not None]
+                scored += [rows[peer] for peer in peers if peer is not None]
                 found += [self.accuracy(removed, stage, t) for removed in scored for t in tasks]
             if stage == "healed":
                 found += [self.accuracy([], "original", t) for t in tasks]
