@@ -1,5 +1,6 @@
 """Streamed models against the same models in memory: equal bits, two parts at most, any chunks."""
 
+import concurrent.futures
 import json
 import shutil
 from contextlib import nullcontext
@@ -436,6 +437,42 @@ def test_pace_makes_chunks_large_enough_to_hide_the_reading(monkeypatch):
         buffers.reading += 1.0
         buffers.reading_cpu += 1.0
     assert pace.batches == 5
+
+
+class Numbers:
+    """A part of eight bytes that come from a place which may be gone."""
+
+    size = 8
+
+    def __init__(self, value, gone=False):
+        self.value, self.gone, self.memory = value, gone, None
+
+    def fill(self, buffer):
+        if self.gone:
+            raise FileNotFoundError("renamed")
+        buffer.fill_(self.value)
+
+    def install(self, memory):
+        self.memory = memory
+
+    def remove(self):
+        self.memory = None
+
+
+def test_a_part_read_ahead_and_not_wanted_may_fail():
+    """A proof ends with a part of the cut model on its way, and its folder is renamed."""
+    buffers = Buffers(8, CPU)
+    first, gone, next_one = Numbers(1), Numbers(2, gone=True), Numbers(3)
+    buffers.take(first)
+    buffers.expect(gone)
+    concurrent.futures.wait([buffers._pending[2]])
+    buffers.take(next_one)
+    assert next_one.memory.tolist() == [3] * 8
+    assert first.memory.tolist() == [1] * 8
+    with pytest.raises(FileNotFoundError):
+        buffers.take(gone)
+    buffers.expect(gone)
+    buffers.clear()
 
 
 def test_memory_allowed_and_needed(llama, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import torch
@@ -152,9 +152,13 @@ class Buffers:
         self._pending = (part, index, self._thread.submit(load))
 
     def _settle(self) -> None:
-        """Let a part that is being read, and is not wanted after all, come in and be forgotten."""
+        """Let a part that is being read, and is not wanted after all, come in and be forgotten.
+
+        Its failure is forgotten with it: a checkpoint may be renamed once its proof is done.
+        """
         if self._pending is not None:
-            self._pending[2].result()
+            if not self._pending[2].cancel():
+                wait([self._pending[2]])
             self._pending = None
 
     def _drop(self, index: int) -> None:
