@@ -165,6 +165,32 @@ def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
         assert one.read_bytes() == two.read_bytes(), name
 
 
+def _picks(place, out, said, found):
+    """Of two processes only rank 0's trial finds bfloat16 faster; which dtype each loads."""
+    from isingcut import models
+
+    say_into(said)
+    rank, load = os.environ["RANK"], models.load
+    models._bfloat16_is_faster = lambda: rank == "0"
+    torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
+
+    def noted(*arguments, **options):
+        loaded = load(*arguments, **options)
+        found.with_name(f"{found.name}.{rank}").write_text(str(loaded.dtype))
+        return loaded
+
+    models.load = noted
+    type_in(*_typed(place, out, "fisher"), "--dtype", "auto")
+
+
+def test_all_processes_compute_in_the_dtype_that_rank_0_picks(place, tmp_path):
+    said, found = tmp_path / "said", tmp_path / "dtype"
+    ranks, _store = launch(2, _picks, place, tmp_path / "run", said, found)
+    assert _join(ranks) == [0, 0], said.read_text()
+    picked = [(tmp_path / f"dtype.{r}").read_text() for r in (0, 1)]
+    assert picked == ["torch.bfloat16", "torch.bfloat16"]
+
+
 def _fails(place, out, said):
     """Rank 1 fails with an error of ours in the middle of a measurement."""
     from isingcut.errors import ArchitectureError

@@ -369,6 +369,39 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
 
 
+_TWO_MINDS = """
+import os, sys, torch
+from isingcut import models
+from isingcut.config import HealConfig
+from isingcut.heal import heal
+
+rank, load = os.environ["RANK"], models.load
+models._bfloat16_is_faster = lambda: rank == "0"
+torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
+
+def noted(folder, **options):
+    loaded = load(folder, **options)
+    if str(folder).endswith("teacher"):
+        open(f"{sys.argv[1]}.{rank}", "w").write(str(loaded.dtype))
+    return loaded
+
+models.load = noted
+heal(HealConfig(**eval(sys.argv[2])))
+"""
+
+
+def test_processes_heal_in_the_dtype_that_the_main_one_picks(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "two_minds.py").write_text(_TWO_MINDS, encoding="utf-8")
+    config = options(models, tmp_path / "out", micro_batch=1, steps=1, dtype="auto")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "two_minds.py"), str(tmp_path / "dtype"), repr(vars(config))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    picked = {(tmp_path / f"dtype.{rank}").read_text() for rank in (0, 1)}
+    assert picked == {"torch.bfloat16"}
+
+
 def test_lora_is_merged_into_a_plain_checkpoint(models: Path, tmp_path: Path) -> None:
     out = heal(options(models, tmp_path / "out", method="lora", lora_rank=4))
     found = read_json(out / "healing.json", "healing")

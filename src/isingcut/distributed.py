@@ -161,6 +161,8 @@ def announce(session: Session) -> None:
     Raises:
         InputError: one GPU was named for several processes.
     """
+    from isingcut.models import dtype_name
+
     crew = _post.crew
     if crew is None:
         return
@@ -174,9 +176,11 @@ def announce(session: Session) -> None:
     # Resolved first: a download or a conversion is then there for the whole machine.
     identity = session.identity
     crew.send(f"model/{crew.node}/{identity['sha256']}", b"1")
-    # Resolved too: free memory is no reason for processes to do different things.
+    # Resolved too: free memory is no reason for processes to do different things, nor is the speed
+    # of one machine's bfloat16.
     stream = "on" if session.streaming else "off"
-    config = dataclasses.asdict(session.config.replace(stream=stream))
+    dtype = dtype_name(session.config.dtype, session.config.device)
+    config = dataclasses.asdict(session.config.replace(stream=stream, dtype=dtype))
     # A launcher with the wrong options starts one process without a word.
     if session.progress is not silent:
         print(f"{crew.size} processes share the measuring", file=sys.stderr, flush=True)

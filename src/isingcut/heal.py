@@ -49,7 +49,7 @@ def heal(
     from isingcut.healers._processes import Processes
     from isingcut.healers._removed import recorded_removal, removal_by_weights
     from isingcut.model_sources import resolve
-    from isingcut.models import load, load_streamed
+    from isingcut.models import dtype_name, load, load_streamed
 
     if config is not None and options:
         raise InputError("give either a HealConfig or options by name, not both")
@@ -64,18 +64,20 @@ def heal(
             f"{student} has no record of its cut; its blocks are found by comparing weights, which "
             "needs the teacher in memory: leave --stream-teacher out"
         )
+    dtype = dtype_name(config.dtype, config.device)
     if config.method != "none":
-        Processes(config.device)
+        half = Processes(config.device).of_main(dtype == "bfloat16")
+        dtype = "bfloat16" if half else "float32"
     refuse_existing(out, overwrite=config.overwrite)
     trust = config.trust_remote_code
     source = resolve(config.teacher, trust_remote_code=trust)
     replay = None
     if config.stream_teacher:
         teacher, replay = load_streamed(
-            source, dtype=config.dtype, device=config.device, trust_remote_code=trust
+            source, dtype=dtype, device=config.device, trust_remote_code=trust
         )
     else:
-        teacher = load(source, dtype=config.dtype, device=config.device, trust_remote_code=trust)
+        teacher = load(source, dtype=dtype, device=config.device, trust_remote_code=trust)
     blocks = len(find_stack(teacher.model))
     if known is None:
         known = removal_by_weights(student, teacher, trust_remote_code=trust), blocks

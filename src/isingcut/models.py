@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModel",
+    "dtype_name",
     "hub_id",
     "load",
     "load_streamed",
@@ -229,6 +230,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def dtype_name(dtype: str, device: str) -> str:
+    """``"float32"`` or ``"bfloat16"``, whatever the options of a model say."""
+    return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
 
 
 @cache

@@ -35,6 +35,14 @@ class Processes:
         """Until all processes are here."""
         self._state.wait_for_everyone()
 
+    def of_main(self, flag: bool) -> bool:
+        """What the main process found, for all of them; each must ask."""
+        import torch
+        from accelerate.utils import broadcast
+
+        told: Any = torch.tensor([int(flag)], device=self._state.device)
+        return bool(broadcast(told).item())
+
     def part(self) -> None:
         """Leave the others, once nothing is left to do together."""
         self._state.destroy_process_group()

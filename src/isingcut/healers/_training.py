@@ -22,7 +22,7 @@ from isingcut.healers._rounds import Objective, install
 from isingcut.healers.base import Job
 from isingcut.healers.distill import load_student, quiet_peft
 from isingcut.healers.linear_patch import runs
-from isingcut.models import pick_dtype, quiet_transformers
+from isingcut.models import quiet_transformers
 from isingcut.progress import Bar
 from isingcut.tokens import TokenSet
 
@@ -208,7 +208,6 @@ def _arguments(job: Job, processes: Processes) -> TrainingArguments:
         )
     steps = steps_of(config, job.tokens.samples)
     device = job.teacher.device
-    dtype = pick_dtype(config.dtype, device)
     settings: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
         "per_device_train_batch_size": config.micro_batch,
@@ -224,7 +223,7 @@ def _arguments(job: Job, processes: Processes) -> TrainingArguments:
         "save_total_limit": 2,
         "seed": config.seed,
         "data_seed": config.seed,
-        "bf16": dtype == torch.bfloat16,
+        "bf16": job.teacher.dtype == torch.bfloat16,
         **({_CHECKPOINTING: True} if config.gradient_checkpointing else {}),
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",

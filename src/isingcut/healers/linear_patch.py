@@ -122,7 +122,7 @@ class LinearPatch:
             patched = list(original)
             found, at = [], 0
             total = len(batches) * (2 * cuts[-1][1] + 2 - len(gone))
-            with work.progress(f"fitting a patch at {len(cuts)} cuts", total) as bar:
+            with work.progress(f"fitting a patch, cuts: {len(cuts)}", total) as bar:
                 for (first, last), write in zip(cuts, writes, strict=True):
                     p = first - 1
                     for b, recording in enumerate(recordings):
