@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from isingcut import corpora, healing_text, models
+from _healing_texts import Remembered, judged_texts, training_text
+from isingcut import models
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.baselines import registry as baselines
 from isingcut.blocks import Replay, reuse_freed_memory
@@ -26,6 +27,7 @@ from isingcut.evaluate import quality_of, sample_sums
 from isingcut.excise import excise
 from isingcut.files import read_json, write_json
 from isingcut.heal import heal_checkpoint
+from isingcut.healing_text import HealingText
 from isingcut.progress import silent, terminal
 from isingcut.scores import prepare, score
 from isingcut.search import Search
@@ -36,9 +38,6 @@ OURS = "isingcut"
 PEERS = ("block-influence", "angular-window", "sleb")
 STAGES = ("cut", "patched", "healed")
 TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "lambada", "mmlu_0shot")
-TEXTS = ("wikitext2", "c4", "instruct")
-TRAINED_CONVERSATIONS = 700
-JUDGED_CONVERSATIONS = 300
 TASK_TOKENS = {
     "arc_easy": 114,
     "hellaswag": 312,
@@ -63,23 +62,6 @@ class Part:
     name: str
     make: Callable[[], dict[str, Any]]
     tokens: float
-
-
-class Remembered:
-    """A model whose logits are kept, for texts that it is asked about again and again.
-
-    12,288 tokens of SmolLM2 take 2.4 GB in float32.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.device = model, model.device
-        self.kept: dict[bytes, Any] = {}
-
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
-        asked = input_ids.cpu().numpy().tobytes()
-        if asked not in self.kept:
-            self.kept[asked] = self.model(input_ids=input_ids, use_cache=use_cache)
-        return self.kept[asked]
 
 
 def key(removed: list[int]) -> str:
@@ -151,61 +133,22 @@ class Bench:
                 taken.append(time.perf_counter() - began)
         return min(taken) / ids.numel()
 
-    def _conversations(self) -> list[dict[str, Any]]:
-        lines = (self.data / "calib_instruct" / "mix1000.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in lines.splitlines()]
-
     @cached_property
-    def text(self) -> healing_text.HealingText:
-        """Training conversations through the chat template, and Wikipedia leads, shuffled."""
-        path = self.work / "text" / "train.jsonl"
-        if not path.exists():
-            tokenizer: Any = self.original.tokenizer
-            found = [
-                str(tokenizer.apply_chat_template(r["messages"], tokenize=False))
-                for r in self._conversations()[:TRAINED_CONVERSATIONS]
-            ]
-            leads = corpora.read("wiki", tokenizer, self.options.seed)
-            found += [text for text, _ in zip(leads.documents, range(4000), strict=False)]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = "\n".join(json.dumps({"text": text}) for text in found) + "\n"
-            path.write_text(content, encoding="utf-8")
+    def text(self) -> HealingText:
         o = self.options
         patch = -(-o.patch_tokens // o.length)
-        return healing_text.build(
-            str(path),
+        return training_text(
+            self.data,
             self.original.tokenizer,
+            self.work / "text" / "train.jsonl",
             samples=max(o.steps * o.batch, patch),
-            report_samples=4,
             length=o.length,
             seed=o.seed,
         )
 
     @cached_property
     def judged(self) -> dict[str, TokenSet]:
-        """Text that nothing was chosen, fitted or trained on."""
-        o = self.options
-        found = {}
-        files = {"wikitext2": "wikitext2/test_raw.jsonl", "c4": "calib_text/c4_300.jsonl"}
-        for name, file in files.items():
-            found[name] = build(
-                str(self.data / file),
-                self.original.tokenizer,
-                samples=max(2, o.judged_tokens // 256),
-                rank_samples=1,
-                report_samples=1,
-                length=256,
-                seed=0,
-            ).splits["energy"]
-        tokenizer: Any = self.original.tokenizer
-        rows: list[list[int]] = []
-        for record in self._conversations()[-JUDGED_CONVERSATIONS:]:
-            text = str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
-            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"][:512])
-            if len(rows) > 1 and sum(map(len, rows)) >= o.judged_tokens:
-                break
-        found["instruct"] = TokenSet.from_rows(rows)
-        return found
+        return judged_texts(self.data, self.original.tokenizer, self.options.judged_tokens)
 
     def load(self, folder: Path) -> models.LoadedModel:
         """A checkpoint of the benchmark, computed as the original is."""

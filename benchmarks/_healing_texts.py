@@ -1,0 +1,87 @@
+"""Texts of the healing benchmark: what is trained on, and what is judged on and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isingcut import corpora, healing_text
+from isingcut.calibration import build
+from isingcut.tokens import TokenSet
+
+TRAINED_CONVERSATIONS = 700
+JUDGED_CONVERSATIONS = 300
+
+
+class Remembered:
+    """A model whose logits are kept, for texts that it is asked about again and again.
+
+    12,288 tokens of SmolLM2 take 2.4 GB in float32.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.device = model, model.device
+        self.kept: dict[bytes, Any] = {}
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+        asked = input_ids.cpu().numpy().tobytes()
+        if asked not in self.kept:
+            self.kept[asked] = self.model(input_ids=input_ids, use_cache=use_cache)
+        return self.kept[asked]
+
+
+def training_text(
+    data: Path, tokenizer: Any, path: Path, *, samples: int, length: int, seed: int
+) -> healing_text.HealingText:
+    """Conversations through the chat template, and Wikipedia leads, shuffled.
+
+    Args:
+        data: folder with `calib_instruct/mix1000.jsonl`.
+        path: the text is kept there, so that a distillation that goes on has the same.
+        samples, length: of the samples trained on.
+    """
+    if not path.exists():
+        found = [
+            str(tokenizer.apply_chat_template(r["messages"], tokenize=False))
+            for r in _conversations(data)[:TRAINED_CONVERSATIONS]
+        ]
+        leads = corpora.read("wiki", tokenizer, seed)
+        found += [text for text, _ in zip(leads.documents, range(4000), strict=False)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = "\n".join(json.dumps({"text": text}) for text in found) + "\n"
+        path.write_text(content, encoding="utf-8")
+    return healing_text.build(
+        str(path), tokenizer, samples=samples, report_samples=4, length=length, seed=seed
+    )
+
+
+def judged_texts(data: Path, tokenizer: Any, tokens: int) -> dict[str, TokenSet]:
+    """Text that nothing was chosen, fitted or trained on, about so many tokens of each."""
+    found = {}
+    files = {"wikitext2": "wikitext2/test_raw.jsonl", "c4": "calib_text/c4_300.jsonl"}
+    for name, file in files.items():
+        found[name] = build(
+            str(data / file),
+            tokenizer,
+            samples=max(2, tokens // 256),
+            rank_samples=1,
+            report_samples=1,
+            length=256,
+            seed=0,
+        ).splits["energy"]
+    rows: list[list[int]] = []
+    for record in _conversations(data)[-JUDGED_CONVERSATIONS:]:
+        text = str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+        rows.append(tokenizer(text, add_special_tokens=False)["input_ids"][:512])
+        if len(rows) > 1 and sum(map(len, rows)) >= tokens:
+            break
+    found["instruct"] = TokenSet.from_rows(rows)
+    return found
+
+
+def _conversations(data: Path) -> list[dict[str, Any]]:
+    lines = (data / "calib_instruct" / "mix1000.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in lines.splitlines()]
