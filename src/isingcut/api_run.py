@@ -252,10 +252,11 @@ class Run:
             ['model.safetensors']
         """
         from isingcut import healing_stages, stages
-        from isingcut.files import atomic_folder, refuse_existing
+        from isingcut.files import atomic_folder
+        from isingcut.outputs import check_output
 
         target = Path(out)
-        refuse_existing(target, overwrite=overwrite)
+        check_output(target, overwrite=overwrite)
         if blocks is None and healing_stages.wanted(self.config):
             healed = self._healed()
             with atomic_folder(target, overwrite=overwrite) as temporary:

@@ -149,9 +149,10 @@ def _of_checkpoint(
 ) -> tuple[dict[str, Any], Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
     from isingcut.config import RunConfig, from_mapping
-    from isingcut.files import refuse_existing, write_json
+    from isingcut.files import write_json
     from isingcut.healing_stages import bench
     from isingcut.models import load
+    from isingcut.outputs import check_output
     from isingcut.session import Session
 
     if not (folder / "config.json").is_file():
@@ -159,7 +160,7 @@ def _of_checkpoint(
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
     typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
     config: RunConfig = from_mapping({**typed, "model": original}, "command line").validate()
-    refuse_existing(file, overwrite=config.overwrite)
+    check_output(file, overwrite=config.overwrite, sources=(folder, original))
     session = Session(config)
     loaded = session.loaded
     cut = load(
@@ -177,5 +178,5 @@ def _of_checkpoint(
         kept=None,
         session=session,
     )
-    write_json(file, "benchmarks", content)
+    write_json(file, "benchmarks", content, seal=True)
     return content, file

@@ -19,7 +19,8 @@ from isingcut.architectures.names import renumbering
 from isingcut.checkpoint import StoredTensor, contained, load_json, read_checkpoint
 from isingcut.checkpoint_write import NewTensor, write_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
-from isingcut.files import atomic_folder, clear_os_errors, refuse_existing
+from isingcut.files import atomic_folder, clear_os_errors
+from isingcut.outputs import check_output
 from isingcut.verify import verify
 
 __all__ = ["block_prefix", "excise", "plan", "read_config", "verify"]
@@ -67,8 +68,7 @@ def excise(
         InputError: ``out`` cannot be written, or lies inside ``source``.
     """
     source, out = Path(source), Path(out)
-    refuse_existing(out, overwrite=overwrite)
-    _refuse_nested(source, out)
+    check_output(out, overwrite=overwrite, sources=[source])
     config = read_config(source)
     stored = read_checkpoint(source)
     new_config = surgery.cut_config(config, removed)
@@ -179,12 +179,6 @@ def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) ->
             f"{len(found)}{detail}"
         )
     return prefix
-
-
-def _refuse_nested(source: Path, out: Path) -> None:
-    inner, outer = out.resolve(), source.resolve()
-    if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise InputError(f"the output {out} must lie outside the source {source}")
 
 
 def _refuse_full_disk(out: Path, needed: int) -> None:

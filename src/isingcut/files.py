@@ -11,11 +11,12 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import InputError, OutputExistsError, StageFileError
+from isingcut.errors import InputError, StageFileError
+from isingcut.outputs import check_output, mark, seal_of
 
 _TEMPORARY = re.compile(
     r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.[^.]+\.(?P<kind>part|old)"
@@ -63,20 +64,30 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling folder to fill; it takes the name ``path`` only on success.
+def atomic_folder(
+    path: Path, *, overwrite: bool = False, sources: Iterable[str | os.PathLike[str]] = ()
+) -> Iterator[Path]:
+    """A temporary sibling folder to fill; it takes the name ``path`` only on success, marked.
+
+    Args:
+        overwrite: what isingcut wrote at ``path`` may be replaced.
+        sources: what the content is made from, as in `outputs.check_output`.
 
     Raises:
-        OutputExistsError: ``path`` exists and ``overwrite`` is false.
+        InputError: ``path`` is, contains or lies in a source.
+        OutputExistsError: ``path`` exists, and ``overwrite`` is false or it is not all ours.
     """
-    refuse_existing(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite, sources=sources)
     with clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=_mark(path), suffix=".part", dir=path.parent))
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            if path.exists():
+            mark(temporary)
+            if os.path.lexists(path):
+                # It may have come into being since.
+                check_output(path, overwrite=overwrite, sources=sources)
                 # The old folder is moved aside first, so that a kill between the two renames
                 # leaves one whole folder under a recognisable name instead of a mixture.
                 aside = Path(tempfile.mkdtemp(prefix=_mark(path), suffix=".old", dir=path.parent))
@@ -134,24 +145,23 @@ def _alive(pid: int, made: Path) -> bool:
         return True
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists unless the user allowed it to be replaced."""
-    if path.exists() and not overwrite:
-        raise OutputExistsError(
-            f"the output {path} already exists and nothing was written; "
-            "choose another --out or pass --overwrite"
-        )
-
-
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
 
 
-def write_json(path: Path, kind: str, content: dict[str, Any], *, version: int = 1) -> None:
-    """Write ``content`` as an isingcut results file of the given kind."""
+def write_json(
+    path: Path, kind: str, content: dict[str, Any], *, version: int = 1, seal: bool = False
+) -> None:
+    """Write ``content`` as an isingcut results file of the given kind.
+
+    Args:
+        seal: say in the file itself that isingcut wrote it, where no `run.json` does.
+    """
     document = {"format": f"isingcut-{kind}", "version": version, **content}
+    if seal:
+        document["seal"] = seal_of(document)
     with atomic_file(path) as temporary:
         temporary.write_text(
             json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8"

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.config import HealConfig, options_from
 from isingcut.errors import InputError, StageFileError
-from isingcut.files import atomic_folder, fingerprint, read_json, refuse_existing, write_json
+from isingcut.files import atomic_folder, fingerprint, read_json, write_json
 from isingcut.healers import RECORD
+from isingcut.outputs import check_output
 from isingcut.progress import Progress, silent
 from isingcut.report_card import healed_card
 from isingcut.runfolder import versions
@@ -68,7 +69,7 @@ def heal(
     if config.method != "none":
         half = Processes(config.device).of_main(dtype == "bfloat16")
         dtype = "bfloat16" if half else "float32"
-    refuse_existing(out, overwrite=config.overwrite)
+    check_output(out, overwrite=config.overwrite)
     trust = config.trust_remote_code
     source = resolve(config.teacher, trust_remote_code=trust)
     replay = None
@@ -127,7 +128,7 @@ def heal_checkpoint(
     processes = Processes(config.device) if config.method != "none" else None
     main = processes is None or processes.main
     shown = progress if main else silent
-    refuse_existing(out, overwrite=config.overwrite)
+    check_output(out, overwrite=config.overwrite)
     work = out.parent / f".{out.name}.healing"
     if main:
         _claim(work, _identity(config, teacher, removed, student, text))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.files import atomic_file, refuse_existing
+from isingcut.files import atomic_file
+from isingcut.outputs import check_output, sealed
 
 if TYPE_CHECKING:
     from isingcut.config import RunConfig
@@ -216,6 +217,6 @@ def write_text(path: Path, content: str, *, overwrite: bool) -> None:
     Raises:
         OutputExistsError: the file is there and ``overwrite`` is false.
     """
-    refuse_existing(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite)
     with atomic_file(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_text(sealed(content, ".yaml"), encoding="utf-8")

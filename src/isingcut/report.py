@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import StageFileError
-from isingcut.files import atomic_file, refuse_existing, write_json
+from isingcut.files import atomic_file, write_json
+from isingcut.outputs import check_output, sealed
 from isingcut.report_baselines import baseline_rows
 from isingcut.report_card import model_card
 from isingcut.report_compare import comparison_page
@@ -45,10 +46,14 @@ def write_report(folder: Path, target: Path | None = None) -> None:
         markdown, data, page = _markdown(files), _data(files), report_page(files)
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise _lacking(target, e) from e
-    write_json(target / "report.json", "report", data)
-    for name, content in (("report.md", markdown), ("report.html", page)):
-        with atomic_file(target / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    texts = {name: target / f"report.{name}" for name in ("json", "md", "html")}
+    for file in texts.values():
+        # What a run wrote it may write again, as often as there is something new to report.
+        check_output(file, overwrite=True)
+    write_json(texts["json"], "report", data, seal=True)
+    for name, content in (("md", markdown), ("html", page)):
+        with atomic_file(texts[name]) as temporary:
+            temporary.write_text(sealed(content, f".{name}"), encoding="utf-8")
 
 
 def write_comparison(
@@ -68,14 +73,14 @@ def write_comparison(
         OutputExistsError: ``out`` is there and may not be replaced.
         StageFileError: a `run.json` is missing, or a file that is there is damaged.
     """
-    refuse_existing(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite)
     runs = [read_run(folder, target) for folder, target in folders]
     try:
         page, warnings = comparison_page(runs)
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise _lacking(Path(", ".join(str(r.target) for r in runs)), e) from e
     with atomic_file(out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(sealed(page, ".html"), encoding="utf-8")
     return warnings
 
 

@@ -1,0 +1,205 @@
+"""What may be replaced: with `--overwrite` only what isingcut wrote, and never a source.
+
+A folder that isingcut writes holds a marker file with the name and fingerprint of every file in
+it, and a hash over these; a text file ends with a seal, the hash of what stands before it. What
+has neither, or was changed since, is the user's and stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from isingcut.errors import InputError, IsingcutError, OutputExistsError
+from isingcut.inputs import load_json, read_text
+
+MARKER = ".isingcut-output.json"
+
+_EDGE = 1 << 20
+_SEAL = re.compile(r"\bisingcut-seal:([0-9a-f]{64})\b")
+_COMMENTS = {".html": "<!-- {} -->", ".md": "<!-- {} -->", ".yaml": "# {}", ".yml": "# {}"}
+
+
+def check_output(
+    path: Path, *, overwrite: bool, sources: Iterable[str | os.PathLike[str]] = ()
+) -> None:
+    """Refuse an output that must not be written at ``path``.
+
+    Args:
+        path: a file or folder, there or not.
+        overwrite: what isingcut wrote there may be replaced.
+        sources: what this command and its run read: model, teacher, GGUF, text, config.
+
+    Raises:
+        InputError: ``path`` is, contains or lies in a source, whatever ``overwrite`` says.
+        OutputExistsError: it is there, and ``overwrite`` is false or something in it is not ours.
+    """
+    refuse_source(path, sources)
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise OutputExistsError(
+            f"the output {path} already exists and nothing was written; "
+            "choose another --out or pass --overwrite"
+        )
+    foreign = foreign_in(path) if path.is_dir() else _foreign_file(path)
+    if foreign is not None:
+        raise OutputExistsError(
+            f"the output {path} stays as it is: {foreign}, and --overwrite replaces only what "
+            "isingcut wrote; move it away or choose another --out"
+        )
+
+
+def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse an output that is, contains or lies in something that is read.
+
+    Links are resolved; a hard link to a source file is that file.
+
+    Raises:
+        InputError: it does; the message names both.
+    """
+    real = _real(path)
+    for source in map(Path, sources):
+        if not os.path.lexists(source):
+            continue
+        read = _real(source)
+        if real == read or _same_file(path, source):
+            how = "is"
+        elif read.is_relative_to(real):
+            how = "contains"
+        elif real.is_relative_to(read):
+            how = "lies in"
+        else:
+            continue
+        raise InputError(
+            f"the output {path} {how} {source}, which this command reads; nothing was written: "
+            "choose another place for the output"
+        )
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"{path} cannot be resolved: {e}; give a plain path") from e
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+# Folders --------------------------------------------------------------------------------
+
+
+def mark(folder: Path) -> None:
+    """Write the marker of a folder that is complete."""
+    files = {name: _fingerprint(folder / name) for name in sorted(_files_in(folder))}
+    files.pop(MARKER, None)
+    content = {"format": "isingcut-output", "version": 1, "files": files, "sha256": _hash(files)}
+    (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def foreign_in(folder: Path) -> str | None:
+    """What in a folder isingcut did not write, in words; None where all of it is ours.
+
+    An empty folder holds nothing of the user's.
+    """
+    present = _files_in(folder)
+    if not present:
+        return None
+    try:
+        document = load_json(folder / MARKER, "the marker")
+        files = document["files"]
+        intact = document["format"] == "isingcut-output" and document["sha256"] == _hash(files)
+    except (IsingcutError, KeyError, TypeError):
+        return f"it holds {_some(present)}, and nothing in it says that isingcut wrote it"
+    if not intact:
+        return f"its {MARKER} was changed"
+    more = present - files.keys() - {MARKER}
+    if more:
+        return f"isingcut did not write {_some(more)} in it"
+    changed = {name for name in present - {MARKER} if files[name] != _fingerprint(folder / name)}
+    return f"{_some(changed)} in it was changed since" if changed else None
+
+
+def _some(names: set[str]) -> str:
+    first = min(names)
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
+
+
+def _files_in(folder: Path) -> set[str]:
+    """Everything below a folder that is no folder, and every empty folder, by relative name."""
+    found = set()
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in [*names, *links]:
+            found.add((here / name).relative_to(folder).as_posix())
+        if not folders and not names and here != folder:
+            found.add(here.relative_to(folder).as_posix())
+    return found
+
+
+def _fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size and of its first and last MiB: a large one is not read whole."""
+    if path.is_symlink() or not path.is_file():
+        return "no plain file"
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as f:
+        digest.update(f.read(_EDGE))
+        f.seek(max(0, size - _EDGE))
+        digest.update(f.read(_EDGE))
+    return digest.hexdigest()
+
+
+def _hash(files: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+# Text files -----------------------------------------------------------------------------
+
+
+def sealed(content: str, suffix: str) -> str:
+    """A text with a last line, a comment in the language of ``suffix``, that seals it."""
+    body = content if content.endswith("\n") else content + "\n"
+    words = f"isingcut-seal:{hashlib.sha256(body.encode()).hexdigest()}"
+    return body + _COMMENTS[suffix].format(words) + "\n"
+
+
+def _foreign_file(path: Path) -> str | None:
+    """Why a file is not one that isingcut wrote and nobody changed; None where it is."""
+    ours = "nothing in it says that isingcut wrote it"
+    try:
+        text = read_text(path, "the output")
+    except IsingcutError:
+        return ours
+    if path.suffix == ".json":
+        return _foreign_json(text)
+    body, _, last = text.removesuffix("\n").rpartition("\n")
+    match = _SEAL.search(last)
+    if match is None:
+        return ours
+    intact = hashlib.sha256(f"{body}\n".encode()).hexdigest() == match[1]
+    return None if intact else "it was changed since isingcut wrote it"
+
+
+def _foreign_json(text: str) -> str | None:
+    try:
+        document = json.loads(text)
+        seal = document.pop("seal")
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        return "nothing in it says that isingcut wrote it"
+    return None if seal == seal_of(document) else "it was changed since isingcut wrote it"
+
+
+def seal_of(document: dict[str, object]) -> str:
+    """The seal of a JSON document: the hash of all its other keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

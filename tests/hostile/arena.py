@@ -1,0 +1,164 @@
+"""A row of the hostile suite, and the place where it is tried.
+
+A row is one command line with something wrong about its files or words. It must end with the
+expected exit code and one line, without a traceback, within bounds of time and memory, and leave
+every file as it was: by hash, nothing replaced, nothing half-made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import resource
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isingcut import cli
+
+
+@dataclass(frozen=True)
+class Row:
+    """One hostile case.
+
+    Attributes:
+        name: unique within its table; the test's id.
+        command: what is typed after ``isingcut``; ``{model}``, ``{run}``, ``{text}``, ``{home}``
+            and ``{here}`` stand for the places of the arena, and any file below ``{here}``.
+        line: a regular expression that the one line on stderr must match.
+        prepare: makes the files hostile, before they are hashed.
+        code: the exit code.
+        makes: patterns (of paths below the arena) that may come into being or change.
+        seconds, megabytes: what it may take, beyond what the process holds already.
+        stdin: what is piped in.
+    """
+
+    name: str
+    command: str
+    line: str = ""
+    prepare: Callable[[Arena], Any] = lambda arena: None
+    code: int = 2
+    makes: tuple[str, ...] = ()
+    seconds: float = 20
+    megabytes: int = 1500
+    stdin: str = ""
+
+
+class TooSlowError(BaseException):
+    """The row took longer than it may."""
+
+
+@dataclass
+class Arena:
+    """A folder of its own for one row: ``model``, ``text.txt``, ``run`` (finished) and ``home``."""
+
+    here: Path
+
+    def __getattr__(self, name: str) -> Path:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.here / {"text": "text.txt"}.get(name, name)
+
+    def try_row(self, row: Row) -> str:
+        """Run it, check all that a row promises, and return what came on stdout."""
+        row.prepare(self)
+        places = {n: str(getattr(self, n)) for n in ("model", "run", "text", "home", "here")}
+        arguments = [part.format(**places) for part in shlex.split(row.command)]
+        before = snapshot(self.here)
+        code, out, err = call(arguments, row.seconds, row.megabytes, row.stdin)
+        after = snapshot(self.here)
+        told = f"isingcut {' '.join(arguments)}\nexit {code}\n{out[-2000:]}\n{err[-4000:]}"
+        assert code == row.code, told
+        assert "Traceback" not in out + err, told
+        if code == 2:
+            lines = [x for x in err.splitlines() if x.startswith("isingcut: ")]
+            lines = [x for x in lines if not x.startswith("isingcut: warning: ")]
+            assert len(lines) == 1 or "Usage:" in err, told
+            said = lines[0] if lines else " ".join(err.split())
+            assert re.search(row.line, said), f"expected {row.line!r} in\n{told}"
+        elif row.line:
+            assert re.search(row.line, out + err), f"expected {row.line!r} in\n{told}"
+        allowed = [re.compile(glob_to_regex(p)) for p in row.makes]
+        changed = {
+            name
+            for name in before.keys() | after.keys()
+            if before.get(name) != after.get(name) and not any(p.match(name) for p in allowed)
+        }
+        assert not changed, f"changed or made: {sorted(changed)}\n{told}"
+        return out
+
+
+def glob_to_regex(pattern: str) -> str:
+    """``run/*`` matches all below run, at any depth."""
+    return "^" + re.escape(pattern).replace(r"\*", ".*") + "$"
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file, link and folder below ``folder``, with what it holds."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            path = Path(place) / name
+            key = path.relative_to(folder).as_posix()
+            if path.is_symlink():
+                found[key] = f"-> {os.readlink(path)}"
+            elif path.is_dir():
+                found[key] = "folder"
+            elif path.is_file():
+                found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+            else:
+                found[key] = "special"
+    return found
+
+
+def call(
+    arguments: list[str], seconds: float = 20, megabytes: int = 1500, stdin: str = ""
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line in this process, within bounds."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, typed = sys.argv, sys.stdin
+    sys.argv, sys.stdin = ["isingcut", *arguments], io.StringIO(stdin)
+    code = 0
+    try:
+        with (
+            bounded(seconds, megabytes),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            cli.main()
+    except SystemExit as e:
+        code = int(e.code or 0)
+    except TooSlowError:
+        raise AssertionError(
+            f"isingcut {' '.join(arguments)} took more than {seconds} s\n{err.getvalue()[-3000:]}"
+        ) from None
+    finally:
+        sys.argv, sys.stdin = argv, typed
+    return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, megabytes: int) -> Iterator[None]:
+    """Stop what takes longer; let allocations beyond the limit fail."""
+
+    def late(number: int, frame: Any) -> None:
+        raise TooSlowError
+
+    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * 4096
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (held + megabytes * 2**20, hard))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, handler)

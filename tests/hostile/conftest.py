@@ -1,0 +1,51 @@
+"""One tiny model, text and finished run, made once; a copy of them for every row."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arena import Arena
+
+import isingcut
+from isingcut.testing.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """What every arena is a copy of."""
+    base = tmp_path_factory.mktemp("world")
+    (base / "home").mkdir()
+    (base / "home" / "diary.txt").write_text("mine\n", encoding="utf-8")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
+    (base / "text.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
+    tiny_checkpoint("llama", base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        # A subprocess that loads torch once more, for a figure that no row looks at.
+        patch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+        patch.chdir(base)
+        isingcut.run(
+            model="model",
+            calibration="text.txt",
+            out="run",
+            remove=2,
+            random_states=30,
+            samples=3,
+            length=16,
+            rank_samples=3,
+            report_samples=3,
+            dtype="float32",
+        )
+    return base
+
+
+@pytest.fixture
+def arena(world, tmp_path, monkeypatch):
+    """A place of its own for one row: the working folder, with HOME and the cache in it."""
+    here = Path(shutil.copytree(world, tmp_path / "here", symlinks=True))
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here / "home"))
+    monkeypatch.setenv("ISINGCUT_CACHE", str(here / "home" / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+    return Arena(here)
