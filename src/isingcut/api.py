@@ -11,17 +11,21 @@ started in Python can be looked at, reported or continued in a shell, and the ot
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import tempfile
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from isingcut import handed_over
 from isingcut.api_run import Run, energy_warnings
-from isingcut.config import from_mapping
+from isingcut.config import RunConfig, from_mapping
 from isingcut.errors import InputError
 from isingcut.progress import Progress, silent, terminal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Options", "PoorEnergyWarning", "open_run", "prune"]
 
@@ -32,7 +36,7 @@ class PoorEnergyWarning(UserWarning):
 
 class Options(TypedDict, total=False):
     """The options of `prune` beside the model: those of `RunConfig`, which has their meaning
-    and their defaults.
+    and their defaults; `calibration` may be a list of texts too.
 
     Examples:
         >>> options: isingcut.Options = {"samples": 4, "length": 16, "keep": "0,5"}
@@ -40,7 +44,7 @@ class Options(TypedDict, total=False):
         '0,5'
     """
 
-    calibration: str
+    calibration: str | list[str]
     samples: int | None
     length: int
     rank_samples: int
@@ -74,9 +78,10 @@ class Options(TypedDict, total=False):
 
 
 def prune(
-    model: str | Path,
+    model: str | Path | PreTrainedModel,
     remove: int | str | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
     progress: Progress | bool = False,
     **options: Unpack[Options],
@@ -84,10 +89,13 @@ def prune(
     """Measure the energy of a model's blocks, solve for the best removals, measure those, choose.
 
     Args:
-        model: a Hugging Face folder, a hub id, a ``.gguf`` file or ``"smollm2"``.
+        model: a Hugging Face folder, a hub id, a ``.gguf`` file, ``"smollm2"``, or a
+            loaded transformers model, which is saved into a temporary folder that goes with the
+            returned object.
         remove: how many blocks go (8), how many of each kind (``"attention=2,moe=3"``), or a
             range (``"4..15"``, see `Run.curve` and `Run.at`); may be left out where a ``budget``
             is given.
+        tokenizer: the one of a loaded model.
         out: the run folder; what is finished there is not measured again. Without one, a
             temporary folder that goes with the returned object.
         progress: True shows bars on stderr; or any `isingcut.progress.Progress`.
@@ -120,18 +128,29 @@ def prune(
     from isingcut.pipeline import open_session
     from isingcut.removal import each_removal
 
-    if out is None and expected():
-        raise InputError("several processes need one run folder; give out=...")
-    temporary = Path(tempfile.mkdtemp(prefix="isingcut-")) if out is None else None
-    wanted: dict[str, Any] = {
-        **options,
-        "model": str(model),
-        "remove": "" if remove is None else remove,
-        "out": str(out if temporary is None else temporary / "run"),
-    }
+    loaded = not isinstance(model, str | Path)
+    if expected() and (loaded or out is None):
+        raise InputError("several processes need one model on disk and one run folder: name both")
+    if tokenizer is not None and not loaded:
+        raise InputError("tokenizer belongs to a loaded model; a folder or hub id has its own")
+    # What the run needs beside its folder; it goes with the returned object.
+    kept = contextlib.ExitStack()
+
+    def wanted() -> RunConfig:
+        text = options.get("calibration")
+        given: dict[str, Any] = {**options, "remove": "" if remove is None else remove}
+        given["model"] = str(model) if isinstance(model, str | Path) else type(model).__name__
+        given["out"] = str(out or Path(kept.enter_context(_temporary())) / "run")
+        if text is not None and not isinstance(text, str):
+            given["calibration"] = kept.enter_context(handed_over.texts(text))
+        config = from_mapping(given, "isingcut.prune").validate()
+        if not isinstance(model, str | Path):
+            # Last, as saving a large one takes long.
+            config = config.replace(model=kept.enter_context(handed_over.model(model, tokenizer)))
+        return concrete(config)
 
     def work() -> tuple[Run, list[str]]:
-        config = concrete(from_mapping(wanted, "isingcut.prune").validate())
+        config = wanted()
         session, folder = open_session(config, _progress(progress), need_removal=True)
         measure_energy(session, folder)
         said: list[str] = []
@@ -143,15 +162,13 @@ def prune(
     try:
         done = led(work)
     except BaseException:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        kept.close()
         raise
     if done is None:
         # Another process of the launcher did the work; the folder has it.
-        return open_run(wanted["out"], progress=progress)
+        return open_run(str(out), progress=progress)
     run, said = done
-    if temporary is not None:
-        weakref.finalize(run, shutil.rmtree, temporary, ignore_errors=True)
+    weakref.finalize(run, kept.close)
     for text in dict.fromkeys(said):
         warnings.warn(text, PoorEnergyWarning, stacklevel=2)
     return run
@@ -186,6 +203,10 @@ def open_run(
     if remove is not None:
         config = config.replace(remove=str(remove), budget="")
     return Run(opened, config.validate(), progress=_progress(progress))
+
+
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="isingcut-", ignore_cleanup_errors=True)
 
 
 def _progress(wanted: Progress | bool) -> Progress:

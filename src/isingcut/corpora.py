@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from isingcut import handed_over
 from isingcut.errors import CalibrationError, MissingExtraError
 from isingcut.model_sources import first_line
 
@@ -56,6 +57,8 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """
     if source == "wiki":
         return Corpus(source, "documents", _distinct(_shuffled(_wiki(), seed)))
+    if (held := handed_over.find(source)) is not None:
+        return _records_corpus(source, _listed(held), tokenizer, lambda r: _shuffled(r, seed))
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
     path = Path(source).expanduser()
@@ -200,6 +203,11 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 yield where, record
     except OSError as e:
         raise CalibrationError(f"{path} cannot be read: {e.strerror}") from e
+
+
+def _listed(texts: Iterable[str]) -> Iterator[Record]:
+    for number, text in enumerate(texts):
+        yield f"text {number} of the list", {"text": text}
 
 
 def _wiki() -> Iterator[str]:

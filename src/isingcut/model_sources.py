@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import cast
 
+from isingcut import handed_over
 from isingcut.errors import ModelError
 
 PACKAGED = "smollm2"
@@ -40,6 +41,8 @@ def resolve(name: str, *, trust_remote_code: bool = False, revision: str | None 
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
         return _resolve_packaged(trust_remote_code)
+    if (held := handed_over.find(name)) is not None:
+        return _checked_folder(held)
     path = Path(name).expanduser()
     if path.is_dir():
         return _checked_folder(path)
@@ -58,7 +61,7 @@ def hub_id(name: str) -> str | None:
     """The hub id behind a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
-    if Path(name).expanduser().exists() or _looks_like_a_path(name):
+    if handed_over.is_name(name) or Path(name).expanduser().exists() or _looks_like_a_path(name):
         return None
     return name
 

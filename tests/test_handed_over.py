@@ -1,0 +1,166 @@
+"""A loaded model and a list of texts give what the folder and the file give; both go when done."""
+
+import gc
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import isingcut
+from isingcut import handed_over
+from isingcut.errors import CalibrationError, InputError, OutputExistsError
+from tiny import tiny_checkpoint
+
+# Fifteen states of six blocks: too few to judge an energy, which no test here does.
+pytestmark = pytest.mark.filterwarnings("ignore::isingcut.api.PoorEnergyWarning")
+
+OPTIONS = {"samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "dtype": "float32"}
+TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, tmp_path):
+    """Memory is not measured, and temporary folders are made where they can be counted."""
+    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("given")
+    tiny_checkpoint("llama", base / "model")
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
+    (base / "texts.jsonl").write_text(lines, encoding="utf-8")
+    return base
+
+
+@pytest.fixture
+def loaded(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    return model, AutoTokenizer.from_pretrained(folder / "model")
+
+
+def energies(run):
+    return [(state.removed, state.energy, state.kl) for state in run.candidates]
+
+
+def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_path):
+    model, tokenizer = loaded
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    named = isingcut.prune(
+        folder / "model", 2, calibration=str(folder / "texts.jsonl"), out=tmp_path / "a", **OPTIONS
+    )
+    given = isingcut.prune(
+        model, 2, tokenizer=tokenizer, calibration=TEXTS, out=tmp_path / "b", **OPTIONS
+    )
+    assert energies(given) == energies(named)
+    provenance = [
+        json.loads((tmp_path / k / "run.json").read_text(encoding="utf-8"))["provenance"]
+        for k in "ab"
+    ]
+    assert provenance[0]["model"]["sha256"] == provenance[1]["model"]["sha256"]
+    assert provenance[0]["calibration"]["sha256"] == provenance[1]["calibration"]["sha256"]
+    assert provenance[1]["model"]["name"].startswith("LlamaForCausalLM in memory (")
+    assert provenance[1]["calibration"]["source"].startswith("40 texts in memory (")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_copy_lives_as_long_as_the_run(loaded, tmp_path):
+    model, tokenizer = loaded
+    run = isingcut.prune(
+        model, 2, tokenizer=tokenizer, calibration=TEXTS, out=tmp_path / "run", **OPTIONS
+    )
+    assert list((tmp_path / "temporary").iterdir())
+    assert (run.save(tmp_path / "smaller") / "config.json").is_file()
+    del run
+    gc.collect()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, monkeypatch):
+    def prune(texts):
+        return isingcut.prune(
+            folder / "model", 2, calibration=texts, out=tmp_path / "run", **OPTIONS
+        )
+
+    first = energies(prune(TEXTS))
+    with monkeypatch.context() as patch:
+        patch.setattr("isingcut.calibration.build", None)
+        assert energies(prune(tuple(TEXTS))) == first
+        assert energies(isingcut.open_run(tmp_path / "run")) == first
+    with pytest.raises(OutputExistsError, match=r"made with other options .calibration: '40 texts"):
+        prune(TEXTS[:-1])
+
+
+def test_what_is_held_no_more_is_named():
+    with handed_over.texts(["a", "b"]) as name:
+        assert handed_over.find(name) == ["a", "b"]
+        with handed_over.texts(("a", "b")) as again:
+            assert again == name
+        assert handed_over.find(name) == ["a", "b"]
+    with pytest.raises(InputError, match=r"2 texts in memory .* was handed over in Python"):
+        handed_over.find(name)
+    assert handed_over.find("my-text.txt") is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ([], "empty list"),
+        (["a", 3], "text 1 is of type int"),
+        ([b"a"], "text 0 is of type bytes"),
+        ({"text": "a"}, "a list of texts, got dict"),
+        ((t for t in TEXTS), "a list of texts, got generator"),
+        ([{"text": "a"}], "text 0 is of type dict"),
+    ],
+)
+def test_bad_lists_of_texts(folder, tmp_path, texts, words):
+    with pytest.raises(CalibrationError, match=words):
+        isingcut.prune(folder / "model", 2, calibration=texts, out=tmp_path / "r", **OPTIONS)
+    assert not (tmp_path / "r").exists()
+
+
+def quantised(model):
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def offloaded(model):
+    model.lm_head.to("meta")
+
+
+def adapted(model):
+    model._hf_peft_config_loaded = True
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (quantised, "is quantised in memory.*give the folder or hub id"),
+        (offloaded, "has weights that are not in memory"),
+        (adapted, "has adapters loaded"),
+    ],
+)
+def test_models_that_cannot_be_saved_whole(loaded, tmp_path, spoil, words):
+    model, tokenizer = loaded
+    spoil(model)
+    with pytest.raises(InputError, match=words):
+        isingcut.prune(model, 2, tokenizer=tokenizer, out=tmp_path / "r", **OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_what_is_no_model_or_lacks_its_tokenizer(folder, loaded, tmp_path):
+    model, tokenizer = loaded
+    for given, own, words in (
+        (model, None, r"prune\(model, tokenizer=...\)"),
+        (model, "gpt2", "a transformers tokenizer, got str"),
+        (torch.nn.Linear(2, 2), tokenizer, "a loaded transformers model, got Linear"),
+        (str(folder / "model"), tokenizer, "tokenizer belongs to a loaded model"),
+    ):
+        with pytest.raises(InputError, match=words):
+            isingcut.prune(given, 2, tokenizer=own, out=tmp_path / "r", **OPTIONS)
+    with pytest.raises(InputError, match="random-states must be at least 30"):
+        isingcut.prune(model, 2, tokenizer=tokenizer, random_states=1, **OPTIONS)
+    assert not list((tmp_path / "temporary").iterdir())
