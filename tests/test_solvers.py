@@ -83,3 +83,76 @@ def test_tabu_depends_on_nothing_but_seed_and_options():
     a = solve(problem, "tabu", restarts=3, steps=50, seed=5)
     b = solve(problem, "tabu", restarts=3, steps=50, seed=5)
     np.testing.assert_array_equal(a.states, b.states)
+
+
+WIDE = Problem(hamiltonian(60), [con.count(60, 30)])
+
+
+def test_exact_stops_at_its_limit_and_says_so():
+    # Proving the top 20 of this family takes minutes.
+    spectrum = solve(WIDE, "exact", seconds=0.2)
+    assert spectrum.info["stopped"] == "time limit"
+    assert not spectrum.proven
+    assert len(spectrum) == 20
+    assert spectrum.lower_bound < spectrum.energies[0]
+    assert solve(WIDE, "auto", seconds=0.2).info["stopped"] == "time limit"
+
+
+def test_tabu_stops_at_its_limit():
+    assert solve(WIDE, "tabu", restarts=10**6, seconds=0.05).info["restarts"] < 10**6
+
+
+def test_samplers_of_dwave_stop_at_their_limit():
+    found = solve(WIDE, "anneal", reads=10**6, seconds=0.2)
+    assert found.info["samples"] < 10**6
+    assert len(solve(WIDE, "tabu-qubo", reads=10, timeout=10**6, seconds=0.2))
+
+
+def test_all_rounds_of_diverse_states_share_one_limit(monkeypatch):
+    from isingcut.solvers.tabu import Tabu
+
+    given, clock = [], iter(range(1000))
+    plain = Tabu.solve
+
+    def look(self, problem, k):
+        given.append(self.seconds)
+        return plain(self, problem, k)
+
+    monkeypatch.setattr(Tabu, "solve", look)
+    monkeypatch.setattr("isingcut.solvers.time.perf_counter", lambda: next(clock) * 1.0)
+    spectrum = solve(Problem(hamiltonian(12), [con.count(12, 5)]), "tabu", diverse=5, seconds=4.5)
+    # A second passes whenever the clock is read: 4.5 s are over before all states are found.
+    assert given[0] == 4.5
+    assert given == sorted(given, reverse=True)
+    assert all(0 < seconds <= 4.5 for seconds in given)
+    assert not spectrum.proven
+
+
+@pytest.mark.parametrize("k", [0, -1, 10**9])
+def test_the_number_of_states_is_bounded(k):
+    with pytest.raises(InputError, match="k must be from 1 to 100,000"):
+        solve(WIDE, "tabu", k=k)
+
+
+class Odd:
+    """A solver of others that returns no solution."""
+
+    result = None
+
+    def solve(self, problem, k):
+        return self.result
+
+
+def test_what_is_no_solution_is_refused(monkeypatch):
+    from isingcut.solvers import registry
+    from isingcut.solvers.base import Solution
+
+    monkeypatch.setitem(registry._registered, "odd", Odd)
+    for result, message in {
+        None: "returned NoneType; expected a Solution",
+        Solution(np.zeros((2, 3), dtype=bool)): r"shape \(2, 3\); expected .* \(S, 60\)",
+        Solution(np.zeros((0, 60), dtype=bool)): "found no state that obeys",
+    }.items():
+        monkeypatch.setattr(Odd, "result", result)
+        with pytest.raises(InputError, match=message):
+            solve(WIDE, "odd")

@@ -52,13 +52,11 @@ class AllOnes:
         return dimod.SampleSet.from_samples_bqm([dict.fromkeys(bqm.variables, 1)], bqm)
 
 
-def test_infeasible_samples_are_repaired_and_counted(monkeypatch):
-    import dimod
-
-    monkeypatch.setattr(dimod, "AllOnes", AllOnes, raising=False)
+@pytest.mark.parametrize("sampler", [AllOnes, AllOnes()], ids=["class", "instance"])
+def test_infeasible_samples_are_repaired_and_counted(sampler):
     rng = np.random.default_rng(0)
     problem = Problem(Hamiltonian.from_quadratic(rng.normal(size=(8, 8))), [con.count(8, 3)])
-    spectrum = solve(problem, "dimod:dimod.AllOnes", k=5)
+    spectrum = solve(problem, "dimod", k=5, sampler=sampler)
     assert len(spectrum) == 1
     assert spectrum.info["repaired"] == 1
     assert spectrum.info["dropped"] == 0
@@ -79,6 +77,9 @@ def test_repair_gives_up_where_no_move_helps():
         ("dimod:nowhere.Sampler", "cannot import 'nowhere'"),
         ("dimod:dimod.Nothing", "has no 'Nothing'"),
         ("dimod:dimod.BINARY", "is no dimod sampler"),
+        ("dimod:os.system", "is no dimod sampler"),
+        ("dimod:random.Random", "is no dimod sampler"),
+        ("dimod:.path.Class", "dimod:package.Class"),
         ("dimod:Sampler", "dimod:package.Class"),
         ("dimod", "needs a class"),
     ],

@@ -196,6 +196,7 @@ def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunC
 
     typed = given(options)
     folder = RunFolder.open(directory, overwrite=bool(typed.get("overwrite")))
+    folder.typed_solver = typed.get("solver")
     if typed.get("budget") and not typed.get("remove"):
         typed["remove"] = ""
     if typed.get("remove") and not typed.get("budget") and not folder.config.remove:

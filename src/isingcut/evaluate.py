@@ -257,7 +257,8 @@ def peak_memory(
         ModelError: that process failed, for example for lack of memory.
     """
     trust = "1" if trust_remote_code else "0"
-    command = [sys.executable, "-m", "isingcut.measure_process", str(folder), dtype, device]
+    # -P: what lies in the working folder, a run of others perhaps, is no module.
+    command = [sys.executable, "-P", "-m", "isingcut.measure_process", str(folder), dtype, device]
     done = subprocess.run(
         [*command, str(tokens), trust], capture_output=True, text=True, check=False
     )

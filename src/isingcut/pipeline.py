@@ -134,7 +134,7 @@ def open_session(
     energy_part(config, config.energy)
     for name in names(config.also):
         energy_part(config, name)
-    solvers.get(config.solver)
+    solvers.check(config.solver, config.solve_seconds)
     session = Session(config, progress)
     if out.exists():
         # Refuse a foreign folder before any model is loaded.

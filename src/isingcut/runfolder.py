@@ -39,10 +39,15 @@ class RunFolder:
         path: the folder; `create` or `open` it.
         manifest: the content of its run.json.
         overwrite: stages made with other options may be replaced.
+
+    Attributes:
+        typed_solver: the solver that was named now, not read from run.json: it alone may import
+            code of others.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path, self.manifest, self.overwrite = path, manifest, overwrite
+        self.typed_solver: str | None = None
 
     @classmethod
     def create_or_open(
@@ -67,6 +72,7 @@ class RunFolder:
             if not folder.config.removal or config.overwrite:
                 folder.manifest["config"] = _plain(config)
             folder.manifest["provenance"]["model"] = model
+            folder.typed_solver = config.solver
             folder.save()
             return folder
         manifest = {
@@ -77,6 +83,7 @@ class RunFolder:
             "complete": False,
         }
         folder = cls(path, manifest, overwrite=config.overwrite)
+        folder.typed_solver = config.solver
         folder.save()
         return folder
 
@@ -171,7 +178,16 @@ class RunFolder:
         }
         self.save()
         began = time.monotonic()
-        make(file)
+        try:
+            make(file)
+        except Exception:
+            # What was there before is as it was.
+            if record is None:
+                del self.manifest["stages"][key]
+            else:
+                self.manifest["stages"][key] = record
+            self.save()
+            raise
         self.manifest["stages"][key].update(
             done=True,
             seconds=round(time.monotonic() - began, 3),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
     """Stage `solve`: `spectrum.json` of one removal, from the Hamiltonian's file alone."""
+    from isingcut.solvers import imports
     from isingcut.solvers import solve as find
 
     file = folder.path / "hamiltonian.safetensors"
@@ -43,7 +44,11 @@ def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
     options = _solve_options(folder, config)
 
     def make(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if imports(config.solver) and folder.typed_solver != config.solver:
+            raise InputError(
+                f"{folder.path} asks for the solver {config.solver}, whose code would be imported; "
+                f"if you trust it, type it yourself: --solver {config.solver}"
+            )
         spectrum = find(
             problem, config.solver, config.states, diverse=config.diverse, **_solver_options(config)
         )

@@ -12,7 +12,11 @@ from isingcut.constraints import distance
 from isingcut.errors import InfeasibleError, InputError
 from isingcut.problem import Problem
 from isingcut.registry import Registry
+from isingcut.solvers.base import Solution
 from isingcut.spectrum import Spectrum
+
+MOST_STATES = 100_000
+"""States of a spectrum at most: each is kept in memory, and in a file as text."""
 
 
 class Solvers(Registry):
@@ -31,6 +35,32 @@ class Solvers(Registry):
                 "Dimod", [("sampler", str, sampler)], bases=(part,), frozen=True
             )
         return super().get(name)
+
+    def check(self, name: str, seconds: float | None = None) -> None:
+        """Raise now what would be wrong with the solver ``name`` when it is first asked.
+
+        Args:
+            seconds: that a sampler's module may take to be imported (in a process of its own).
+
+        Raises:
+            UnknownNameError: no such solver.
+            InputError: no such sampler.
+        """
+        self.get(name)
+        if name == "dimod":
+            raise InputError(NO_CLASS)
+        if imports(name):
+            from isingcut.solvers._apart import check_apart
+
+            check_apart(name.partition(":")[2], seconds)
+
+
+NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
+
+
+def imports(name: str) -> bool:
+    """Whether a solver's name makes Python import whatever it says."""
+    return name.startswith("dimod:")
 
 
 registry = Solvers("solvers", "solver")
@@ -66,7 +96,8 @@ def solve(
 
     Raises:
         InfeasibleError: no state satisfies the constraints.
-        InputError: unknown solver or option, or ``k`` below 1.
+        InputError: unknown solver or option, ``k`` out of range, or the solver failed: it found
+            nothing, or returned what is no set of states.
 
     Examples:
         >>> from isingcut import constraints
@@ -75,19 +106,31 @@ def solve(
         >>> isingcut.solve(problem, k=1).removed()
         [1, 2]
     """
-    if k < 1:
-        raise InputError(f"k must be at least 1, got {k}")
+    if not 1 <= k <= MOST_STATES:
+        raise InputError(f"k must be from 1 to {MOST_STATES:,}, got {k}")
     if diverse < 0:
         raise InputError(f"diverse must not be negative, got {diverse}")
     part = make(solver, **options)
     began = time.perf_counter()
     if diverse:
-        return _diverse(problem, solver, part, k, diverse, began)
-    return _ask(problem, solver, part, k, k, began)
+        spectrum = _diverse(problem, solver, part, k, diverse, began)
+    else:
+        spectrum = _ask(problem, solver, part, k, k, began)
+    if not len(spectrum):
+        raise InputError(
+            f"solver {solver!r} found no state that obeys the constraints; choose another --solver"
+        )
+    return spectrum
 
 
 def _ask(problem: Problem, name: str, part: Any, k: int, keep: int, began: float) -> Spectrum:
     solution = part.solve(problem, k)
+    states = np.asarray(solution.states) if isinstance(solution, Solution) else None
+    if states is None or states.ndim != 2 or states.shape[1] != problem.n:
+        got = type(solution).__name__ if states is None else f"states of shape {states.shape}"
+        raise InputError(
+            f"solver {name!r} returned {got}; expected a Solution with states (S, {problem.n})"
+        )
     return Spectrum.from_states(
         problem,
         solution.states,
@@ -104,7 +147,15 @@ def _diverse(problem: Problem, name: str, part: Any, k: int, swaps: int, began: 
     asked = min(max(10 * k, 100), 1000)
     chosen = np.zeros((0, problem.n), dtype=np.bool_)
     proven, bound, rounds = True, None, 0
+    limit = getattr(part, "seconds", None)
     while chosen.shape[0] < k:
+        if rounds and limit is not None:
+            # All rounds together keep to the limit.
+            left = limit - (time.perf_counter() - began)
+            if left <= 0:
+                proven = False
+                break
+            part = dataclasses.replace(part, seconds=left)
         rows = [distance(x, swaps, f"diverse {i}") for i, x in enumerate(chosen)]
         try:
             spectrum = _ask(problem.with_constraints(rows), name, part, asked, asked, began)

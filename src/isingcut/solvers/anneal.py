@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import Any
 
 from isingcut.problem import Problem
-from isingcut.solvers._sampling import sample
+from isingcut.solvers._sampling import Bools, drawn, sample, sampler_class
 from isingcut.solvers.base import Solution
 
 __all__ = ["Anneal"]
@@ -20,14 +22,28 @@ class Anneal:
         sweeps: of each.
         seed: of the sampler.
         penalty: share of the weight that no swap can outbid.
+        seconds: wall-clock limit, between two anneals; None waits.
     """
 
     reads: int = 200
     sweeps: int = 1000
     seed: int = 0
     penalty: float = 1.0
+    seconds: float | None = None
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Up to ``k`` states, without a proof."""
-        wanted = {"num_reads": self.reads, "num_sweeps": self.sweeps, "seed": self.seed}
-        return sample(problem, k, "dwave.samplers.SimulatedAnnealingSampler", wanted, self.penalty)
+        wanted: dict[str, Any] = {
+            "num_reads": self.reads,
+            "num_sweeps": self.sweeps,
+            "seed": self.seed,
+        }
+        if self.seconds is not None:
+            end = time.monotonic() + self.seconds
+            wanted["interrupt_function"] = lambda: time.monotonic() > end
+        name = "dwave.samplers.SimulatedAnnealingSampler"
+
+        def draw(small: Problem, k: int) -> tuple[Bools, dict[str, Any]]:
+            return drawn(small, k, sampler_class(name), wanted, self.penalty, name)
+
+        return sample(problem, k, draw)

@@ -1,0 +1,250 @@
+"""Samplers of others: whatever they do ends in one line, and nothing of the user's is touched."""
+
+import json
+
+import pytest
+from arena import Row
+
+HEAD = """
+import ctypes, os, shutil, signal, sys, threading, time
+from pathlib import Path
+import dimod
+import numpy as np
+
+def states(bqm, value, vartype, energy=0.0):
+    names = list(bqm.variables)
+    made = dimod.SampleSet.from_samples(
+        (np.full((2, len(names)), value), names), vartype, energy=[energy, 0.0]
+    )
+    return made
+
+class Rude(Exception):
+    def __str__(self):
+        raise self
+
+class Base(dimod.Sampler):
+    properties, parameters = {}, {}
+"""
+FOLDER = "Path(sys.argv[1])"
+ANSWERED = f"({FOLDER} / 'answer.json').write_text"
+FAILED = r"the sampler bad\.Bad failed: "
+RETURNED = r"the sampler bad\.Bad returned "
+CALLS = {
+    # what it raises
+    "a value error": ("raise ValueError('two\\nlines')", FAILED + "ValueError: two lines$"),
+    "an exit": ("raise SystemExit(0)", FAILED + "SystemExit: 0"),
+    "sys.exit": ("sys.exit()", FAILED + "SystemExit"),
+    "an interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "a generator's end": ("raise GeneratorExit", FAILED + "GeneratorExit"),
+    "markup": ("raise RuntimeError('[/red] [bold')", FAILED + r"RuntimeError: \[/red\] \[bold"),
+    "a lone surrogate": ("raise RuntimeError('\\ud800')", FAILED + "RuntimeError"),
+    "an error that cannot be said": ("raise Rude", FAILED + "Rude: without words"),
+    "endless recursion": ("return self.sample(bqm)", FAILED + "RecursionError"),
+    "a long message": ("raise RuntimeError('x' * 10**6)", FAILED + "RuntimeError: x{300}$"),
+    # how it ends
+    "ends its process": ("os._exit(0)", "ended its process with exit status 0 and returned noth"),
+    "ends it with 3": ("os._exit(3)", "ended its process with exit status 3"),
+    "aborts": ("os.abort()", "ended its process by signal 6"),
+    "crashes": ("ctypes.string_at(0)", "ended its process by signal 11"),
+    "kills itself": ("os.kill(os.getpid(), 9)", "ended its process by signal 9"),
+    "loops": ("while True: pass", r"did not end within 0\.3 s and was ended.*--solve-seconds"),
+    "sleeps": ("time.sleep(600)", r"did not end within 0\.3 s and was ended"),
+    "ignores signals": (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+        r"did not end within 0\.3 s and was ended",
+    ),
+    "prints without an end": ("while True: print('x' * 9999)", r"did not end within 0\.3 s"),
+    # what it takes
+    "a petabyte": ("np.ones(10**14)", FAILED + "_?(Array)?MemoryError"),
+    "memory without an end": (
+        "kept = []\n        while True: kept.append(np.empty(2**27))",
+        FAILED + "_?(Array)?MemoryError",
+    ),
+    # what it returns
+    "nothing": ("pass", RETURNED + "NoneType, expected a dimod.SampleSet"),
+    "a list": ("return [{0: 1}]", RETURNED + "list, expected"),
+    "a dict": ("return {0: 1}", RETURNED + "dict, expected"),
+    "text": ("return 'done'", RETURNED + "str, expected"),
+    "no samples": ("return dimod.SampleSet.from_samples([], 'BINARY', [])", RETURNED),
+    "no rows": (
+        "return dimod.SampleSet.from_samples((np.zeros((0, 99)), range(99)), 'BINARY', [])",
+        RETURNED + "no samples",
+    ),
+    "other variables": (
+        "return dimod.SampleSet.from_samples({'a': 1}, 'BINARY', 0)",
+        RETURNED + "samples without the variables 0, 1",
+    ),
+    "a variable too few": (
+        "return dimod.SampleSet.from_samples({0: 1, 1: 0}, 'BINARY', 0)",
+        RETURNED + "samples without the variables 2",
+    ),
+    "values of 2": ("return states(bqm, 2, 'INTEGER')", RETURNED + r".*not binary \(2\)"),
+    "halves": ("return states(bqm, 0.5, 'REAL')", RETURNED + r".*not binary \(0\.5\)"),
+    "NaN values": ("return states(bqm, np.nan, 'REAL')", RETURNED + r".*not binary \(nan\)"),
+    "NaN energies": (
+        "return states(bqm, 1, 'BINARY', np.nan)",
+        RETURNED + "energies that are not finite",
+    ),
+    "infinite energies": (
+        "return states(bqm, 1, 'BINARY', np.inf)",
+        RETURNED + "energies that are not finite",
+    ),
+    "a result that fails later": (
+        "return dimod.SampleSet.from_future(None, lambda future: 1 / 0)",
+        FAILED + "ZeroDivisionError",
+    ),
+    # what it does to the files between the processes
+    "deletes them": (
+        f"shutil.rmtree({FOLDER}); return states(bqm, 1, 'BINARY')",
+        "ended its process with exit status 1",
+    ),
+    "answers by itself": (f"{ANSWERED}('[]'); os._exit(0)", "wrote an answer of its own"),
+    "answers in no JSON": (f"{ANSWERED}('{{'); os._exit(0)", "answer of .* not readable as JSON"),
+    "answers too deeply": (f"{ANSWERED}('[' * 10**5); os._exit(0)", "answer of .* JSON"),
+    "states as a pickle": (
+        f"np.save({FOLDER} / 'states.npy', np.array([{{}}])); {ANSWERED}('{{}}'); os._exit(0)",
+        "states of bad.Bad cannot be read",
+    ),
+    "states of another shape": (
+        f"np.save({FOLDER} / 'states.npy', np.ones((1, 2), bool)); {ANSWERED}('{{}}'); os._exit(0)",
+        r"states of bad.Bad are bool \(1, 2\)",
+    ),
+    "states that break the count": (
+        f"np.save({FOLDER} / 'states.npy', np.ones((1, len(bqm.variables)), bool)); "
+        f"{ANSWERED}('{{}}'); os._exit(0)",
+        "returned a state that breaks: count",
+    ),
+    "states as a pipe": (
+        f"os.mkfifo({FOLDER} / 'states.npy'); {ANSWERED}('{{}}'); os._exit(0)",
+        "states of bad.Bad .* is a pipe",
+    ),
+}
+MODULES = {
+    "an import that fails": ("1 / 0", r"importing 'bad' failed: ZeroDivisionError"),
+    "an import that exits": ("raise SystemExit(1)", "importing 'bad' failed: SystemExit: 1"),
+    "an import that hangs": ("while True: pass", r"bad\.Bad did not end within 0\.3 s"),
+    "an import of what is not there": ("import nowhere", "cannot import 'bad' .*'nowhere'"),
+    "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
+    "a null byte": ("x = '\0'", "importing 'bad' failed: "),
+    "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is no dimod sampler"),
+    "a class of something else": (
+        "class Bad:\n    def __init__(self): raise SystemExit",
+        r"bad\.Bad is no dimod sampler; expected a subclass of dimod\.Sampler",
+    ),
+    "an abstract class": (HEAD + "class Bad(dimod.Sampler): pass", FAILED + "TypeError: .*abstr"),
+    "a class that wants arguments": (
+        HEAD + "class Bad(Base):\n    def __init__(self, token): pass\n    sample = None",
+        FAILED + "TypeError: .*token",
+    ),
+    "parameters that fail": (
+        HEAD
+        + "class Bad(Base):\n    parameters = property(lambda self: 1 / 0)\n"
+        + "    def sample(self, bqm): pass",
+        FAILED + "ZeroDivisionError",
+    ),
+}
+NAMES = {
+    "dimod:os.system": r"os\.system is no dimod sampler",
+    "dimod:builtins.exec": r"builtins\.exec is no dimod sampler",
+    "dimod:subprocess.Popen": r"subprocess\.Popen is no dimod sampler",
+    "dimod:random.Random": r"random\.Random is no dimod sampler",
+    "dimod:dimod.BINARY": r"dimod\.BINARY is no dimod sampler",
+    "dimod:dimod.Nothing": "'dimod' has no 'Nothing'",
+    "dimod:nowhere.Class": "cannot import 'nowhere'",
+    "dimod:": "write dimod:package.Class",
+    "dimod:Class": "write dimod:package.Class",
+    "dimod:.Class": "write dimod:package.Class",
+    "dimod:..os.Class": "write dimod:package.Class",
+    "dimod:os;system.Class": "write dimod:package.Class",
+    "dimod:/tmp/x.py": "write dimod:package.Class",
+    "dimod": "needs a class: write dimod:package.Class",
+    "os.system": "unknown solver 'os.system'",
+    "../exact": "unknown solver '../exact'",
+}
+SOLVE = "solve {run} --remove 3 --solve-seconds 0.3 --solver "
+
+
+def module(text):
+    return lambda arena: (arena.here / "bad.py").write_text(text, encoding="utf-8")
+
+
+def method(body):
+    return module(f"{HEAD}\nclass Bad(Base):\n    def sample(self, bqm):\n        {body}\n")
+
+
+ROWS = [
+    *(Row(n, SOLVE + "dimod:bad.Bad", line, method(body)) for n, (body, line) in CALLS.items()),
+    *(Row(n, SOLVE + "dimod:bad.Bad", line, module(text)) for n, (text, line) in MODULES.items()),
+    *(Row(f"the name {n}", f"{SOLVE}'{n}'", line) for n, line in NAMES.items()),
+    *(
+        Row(f"run with the name {n}", f"run {{model}} --remove 2 --calibration {{text}} --length 16"
+            f" --out {{here}}/new --solver {n}", NAMES[n])
+        for n in ("dimod:os.system", "dimod:nowhere.Class", "dimod")
+    ),
+    Row("no states", SOLVE + "exact --states 0", "states must be .*1.*got 0"),
+    Row("a billion states", SOLVE + "exact --states 1000000000", "100,?000.* got 1000000000"),
+    Row("a failed solve over a good one", "solve {run} --solver dimod:bad.Bad --overwrite",
+        FAILED + "ValueError", method("raise ValueError")),
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(arena, monkeypatch):
+    """An arena whose folder is searched for modules."""
+    monkeypatch.syspath_prepend(arena.here)
+    monkeypatch.setattr("isingcut.solvers._apart.GRACE_SECONDS", 0.1)
+    return arena
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+def test_a_sampler_that_fails_is_one_line(place, row):
+    place.try_row(row)
+
+
+GOOD = {
+    "prints": "print('{'); os.write(1, b'loud'); return dimod.ExactSolver().sample(bqm)",
+    "leaves a thread": "threading.Thread(target=time.sleep, args=(600,)).start(); "
+    "return dimod.ExactSolver().sample(bqm)",
+    "gives spins": "return dimod.ExactSolver().sample(bqm).change_vartype('SPIN')",
+    "breaks the count, which is repaired": "return states(bqm, 1, 'BINARY')",
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_sampler_that_works_gives_clean_json(place, name):
+    row = Row(name, "solve {run} --remove 3 --json --solver dimod:bad.Bad", code=0,
+              prepare=method(GOOD[name]), makes=("run/*",))  # fmt: skip
+    found = json.loads(place.try_row(row))
+    assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {3}
+
+
+def asks(arena, **changes):
+    """A stranger's run folder that asks for other things."""
+    file = arena.run / "run.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["config"].update(changes)
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sprung = arena.here / "sprung"
+    module(f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n")(arena)
+
+
+REMEMBERED = [
+    Row(f"{name}: {command}", command, line, lambda a, n=name: asks(a, solver=n))
+    for name, line in {
+        "dimod:bad.Bad": "asks for the solver dimod:bad.Bad, whose code would be imported; .*type",
+        "dimod:dimod.ExactSolver": "asks for the solver dimod:dimod.ExactSolver, whose code",
+        "bad.Bad": "unknown solver 'bad.Bad'",
+    }.items()
+    for command in ("solve {run} --remove 3", "solve {run} --remove 2 --overwrite")
+]
+
+
+@pytest.mark.parametrize("row", REMEMBERED, ids=[r.name for r in REMEMBERED])
+def test_a_run_folder_chooses_no_code_to_import(place, row):
+    place.try_row(row)
+
+
+def test_a_sampler_that_a_run_folder_remembers_is_used_when_typed_again(place):
+    method("return dimod.ExactSolver().sample(bqm)")(place)
+    typed = "solve {run} --remove 3 --solver dimod:bad.Bad"
+    place.try_row(Row("typed", typed, code=0, makes=("run/*",)))
