@@ -76,6 +76,9 @@ def write_removal(
             "solver": "exact",
             "seconds": 0.5,
             "proven": True,
+            "lower_bound": float(energies[order[0]]),
+            "relative_gap": 0.0,
+            "info": {},
             "states": [
                 {"rank": r, "energy": float(energies[k]), "removed": s}
                 for r, (k, s) in enumerate(zip(order, low, strict=True))
@@ -113,6 +116,8 @@ def write_removal(
             "fidelity_of_others": {"empirical-fisher": {"kl": fidelity(-0.25, 50)}},
             "chosen": {**rows[best], "position": best, "why": "lowest measured KL"},
             "original": {"nll": 3.0},
+            "proven": True,
+            "solver": "exact",
         },
     )
     (place / "model").mkdir()
@@ -145,6 +150,21 @@ def baseline(name: str, removed: list[int], kl: float, **more: Any) -> dict[str,
     }  # fmt: skip
 
 
+def healing(steps: list[dict[str, Any]], removed: list[int], n: int) -> dict[str, Any]:
+    def scores(perplexity: float, kl: float) -> dict[str, Any]:
+        return {
+            "perplexity": perplexity, "perplexity_se": 0.5, "nll": float(np.log(perplexity)),
+            "nll_se": 0.02, "kl": kl, "kl_se": 0.01, "original_perplexity": 20.0,
+        }  # fmt: skip
+
+    return {
+        "steps": steps, "before": scores(29.0, 0.9), "after": scores(24.0, 0.5),
+        "removed": removed, "of": n, "report_samples": 3, "report_tokens": 333,
+        "tokens_seen": steps[-1]["tokens"] if steps else 0,
+        "options": {"patch": "none", "method": "lora"},
+    }  # fmt: skip
+
+
 def write_run(
     path: Path,
     *,
@@ -159,15 +179,15 @@ def write_run(
     """A finished run of m of n blocks; with ``extras`` everything else a report can show."""
     path.mkdir(parents=True)
     options = {f: getattr(RunConfig(), f) for f in ("calibration", "linear", "keep", "budget")}
+    made = {"fingerprint": "0", "options": {"remove": str(m)}, "done": True, "seconds": 0.5}
     stages = {
-        "calibration.safetensors": {"stage": "calibration", "done": True, "seconds": 1.25},
-        "spectrum.json": {"stage": "solve", "done": True, "seconds": 0.5},
-        "evaluation.json": {"stage": "evaluate", "done": False},
+        "calibration.safetensors": {**made, "stage": "calibration", "seconds": 1.25},
+        "spectrum.json": {**made, "stage": "solve"},
+        "evaluation.json": {**made, "stage": "evaluate", "done": False},
     }
     for k in (m - 1, m + 2):
-        stages[f"remove-{k}/spectrum.json"] = {
-            "stage": "solve", "done": True, "seconds": 0.5, "options": {"remove": str(k)},
-        }  # fmt: skip
+        solved = {**made, "stage": "solve", "options": {"remove": str(k)}}
+        stages[f"remove-{k}/spectrum.json"] = solved
     blocks = [
         {
             "index": i,
@@ -188,6 +208,7 @@ def write_run(
             "stages": stages,
             "blocks": {
                 "path": "model.layers", "blocks": blocks, "total_parameters": 10**6 * (n + 2),
+                "total_bytes": 2 * 10**6 * (n + 2), "legality": [],
             },
             "provenance": {
                 "isingcut": "0.1.0",
@@ -223,18 +244,19 @@ def write_run(
     ):
         write_json(path / f"baseline-{name}.json", "baseline", baseline(name, other, kl, **more))
     steps = [{"step": k, "tokens": 512 * k, "loss": 1.0 / k} for k in range(1, 31)]
-    before = {"perplexity": 29.0, "perplexity_se": 0.5, "kl": 0.9, "kl_se": 0.01}
-    after = {"perplexity": 24.0, "perplexity_se": 0.4, "kl": 0.5, "kl_se": 0.01}
-    write_json(path / "healing.json", "healing", {"steps": steps, "before": before, "after": after})
+    write_json(path / "healing.json", "healing", healing(steps, chosen, n))
     scores = [
         {
             "task": task, "metric": "acc", "original": a, "original_se": 0.02, "cut": b,
-            "cut_se": 0.02, "n": 500, "shots": 0, "difference_low": b - a - 0.03,
-            "difference_high": b - a + 0.03, "more_than_noise": abs(b - a) > 0.03,
+            "cut_se": 0.02, "n": 500, "shots": 0, "difference": b - a,
+            "difference_low": b - a - 0.03, "difference_high": b - a + 0.03, "p_value": 0.04,
+            "test": "mcnemar", "more_than_noise": abs(b - a) > 0.03,
         }
         for task, a, b in (("arc_easy", 0.62, 0.55), ("piqa", 0.7, 0.66), ("boolq", 0.6, 0.61))
     ]  # fmt: skip
-    text = {"tokens": 777, "original": side(15.0, 1, 1.0), "cut": side(18.0, 1, 1.0)}
+    text = {
+        "tokens": 777, "original": side(15.0, 1, 1.0), "cut": side(18.0, 1, 1.0), "kl": 0.2,
+    }  # fmt: skip
     write_json(
         path / "benchmarks.json",
         "benchmarks",

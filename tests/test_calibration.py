@@ -15,7 +15,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from isingcut import calibration, corpora
 from isingcut.calibration import Calibration, TokenSet, build
 from isingcut.errors import CalibrationError, InputError, MissingExtraError, StageFileError
-from isingcut.files import safetensors_header
+from isingcut.tensor_files import tensor_header
 
 SIZES: dict[str, Any] = {
     "samples": 5,
@@ -420,7 +420,7 @@ def test_damaged_and_foreign_files_are_refused(
         Calibration.load(path)
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(StageFileError, match=r"do not match its own hash|not a readable"):
+    with pytest.raises(StageFileError, match=r"its own hash|not a readable|is not a run"):
         Calibration.load(path)
     save_file({"h": torch.zeros(1)}, path, {"format": "isingcut-hamiltonian"})
     with pytest.raises(StageFileError, match="not an isingcut calibration file"):
@@ -428,16 +428,16 @@ def test_damaged_and_foreign_files_are_refused(
     save_file(
         {"h": torch.zeros(1)},
         path,
-        safetensors_header({"format": "isingcut-calibration", "version": 9}),
+        tensor_header({"format": "isingcut-calibration", "version": 9}),
     )
     with pytest.raises(StageFileError, match="newer isingcut"):
         Calibration.load(path)
     save_file(
         {"h": torch.zeros(1)},
         path,
-        safetensors_header({"format": "isingcut-calibration", "version": 1}),
+        tensor_header({"format": "isingcut-calibration", "version": 1}),
     )
-    with pytest.raises(StageFileError, match="lacks a part"):
+    with pytest.raises(StageFileError, match="source: it is missing"):
         Calibration.load(path)
 
 

@@ -13,8 +13,8 @@ from isingcut.journal import Journal
 
 
 def test_json_round_trip(tmp_path):
-    write_json(tmp_path / "a.json", "thing", {"x": [1.5, 2]})
-    assert read_json(tmp_path / "a.json", "thing")["x"] == [1.5, 2]
+    write_json(tmp_path / "a.json", "removal", {"removed": [1], "of": 3, "more": [1.5, 2]})
+    assert read_json(tmp_path / "a.json", "removal")["more"] == [1.5, 2]
     assert os.listdir(tmp_path) == ["a.json"]
 
 
@@ -22,23 +22,23 @@ def test_json_round_trip(tmp_path):
     ("content", "words"),
     [
         ("{", "not readable as JSON"),
-        ("[]", "not an isingcut thing file"),
+        ("[]", "not an isingcut removal file"),
         ('{"format": "isingcut-other", "version": 1}', "isingcut-other"),
-        ('{"format": "isingcut-thing", "version": 9}', "newer isingcut"),
+        ('{"format": "isingcut-removal", "version": 9}', "newer isingcut"),
     ],
 )
 def test_a_corrupt_foreign_or_newer_file_is_refused(tmp_path, content, words):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(StageFileError, match=words):
-        read_json(tmp_path / "a.json", "thing")
+        read_json(tmp_path / "a.json", "removal")
 
 
 def test_binary_rubbish_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(StageFileError, match="not readable"):
-        read_json(tmp_path / "a.json", "thing")
+    with pytest.raises(StageFileError, match="not readable as JSON"):
+        read_json(tmp_path / "a.json", "removal")
     with pytest.raises(StageFileError, match="not there"):
-        read_json(tmp_path / "b.json", "thing")
+        read_json(tmp_path / "b.json", "removal")
 
 
 def test_not_a_number_is_never_written(tmp_path):

@@ -48,21 +48,24 @@ def measured(removed: list[int], k: int) -> dict[str, Any]:
 
 def run_json(model: str = "smollm2", energy: str = "pairwise") -> dict[str, Any]:
     config = {f: getattr(RunConfig(), f) for f in ("seed", "calibration", "linear", "keep")}
+    made = {"fingerprint": "0", "options": {"remove": "5"}, "done": True}
     stages = {
-        "calibration.safetensors": {"stage": "calibration", "done": True, "seconds": 1.25},
-        "spectrum.json": {"stage": "solve", "done": True, "seconds": 0.5},
-        "evaluation.json": {"stage": "evaluate", "done": False},
-        "remove-5/spectrum.json": {
-            "stage": "solve",
-            "done": True,
-            "seconds": 77.0,
-            "options": {"remove": "5"},
-        },
+        "calibration.safetensors": {**made, "stage": "calibration", "seconds": 1.25},
+        "spectrum.json": {**made, "stage": "solve", "seconds": 0.5},
+        "evaluation.json": {**made, "stage": "evaluate", "done": False},
+        "remove-5/spectrum.json": {**made, "stage": "solve", "seconds": 77.0},
     }
+    block = {"kind": "attention+mlp", "parameters": 10**6, "bytes": 2 * 10**6}
     return {
         "config": {"model": model, "remove": "2", "energy": energy, **config},
         "stages": stages,
-        "blocks": {"path": "model.layers", "blocks": [{"index": i} for i in range(N)]},
+        "blocks": {
+            "path": "model.layers",
+            "blocks": [{"index": i, **block} for i in range(N)],
+            "total_parameters": N * 10**6,
+            "total_bytes": 2 * N * 10**6,
+            "legality": [],
+        },
         "provenance": {
             "isingcut": "0.1.0",
             "python": "3.11.0",
@@ -121,6 +124,8 @@ def folder(tmp_path: Path) -> Path:
             "solver": "exhaustive",
             "seconds": 0.5,
             "proven": True,
+            "lower_bound": 0.5,
+            "info": {},
             "states": [
                 {"rank": k, "energy": 0.5 + k / 8, "removed": s} for k, s in enumerate(STATES)
             ],
@@ -142,6 +147,8 @@ def folder(tmp_path: Path) -> Path:
             "fidelity_of_others": {"empirical-fisher": {"kl": correlation(-0.12, -0.4)}},
             "chosen": {**rows[2], "position": 2, "why": "lowest measured KL"},
             "original": {"nll": 2.5},
+            "proven": True,
+            "solver": "exhaustive",
         },
     )
     (path / "model").mkdir()
@@ -350,7 +357,7 @@ def test_damaged_files_are_refused_and_nothing_is_written(folder: Path, tmp_path
     with pytest.raises(StageFileError, match="not an isingcut evaluation file"):
         write_report(folder)
     write_json(folder / "evaluation.json", "evaluation", {"samples": 1})
-    with pytest.raises(StageFileError, match="lacks a part") as caught:
+    with pytest.raises(StageFileError, match="tokens: it is missing") as caught:
         write_report(folder)
     assert "\n" not in str(caught.value)
     assert not (folder / "report.md").exists()

@@ -21,6 +21,7 @@ def baseline(name: str, kl: float, **more: Any) -> dict[str, Any]:
         "nll_se": 0.125,
         "passes": 12.3456,
         "tokens_searched": 4080,
+        "merges": [],
         "violated": [],
         "info": {},
         **more,

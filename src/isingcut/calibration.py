@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from isingcut.corpora import Corpus, read
-from isingcut.errors import CalibrationError, InputError, StageFileError
-from isingcut.files import atomic_file, check_format, read_safetensors_header, safetensors_header
+from isingcut.errors import CalibrationError, InputError
+from isingcut.files import atomic_file
 from isingcut.progress import Progress, silent
+from isingcut.tensor_files import read_tensors, tensor_header
 from isingcut.tokens import TokenSet
 
 if TYPE_CHECKING:
@@ -76,45 +77,41 @@ class Calibration:
             "meta": dict(self.meta),
         }
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, safetensors_header(header))
+            save_file(tensors, temporary, tensor_header(header))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Read what `save` wrote.
 
         Raises:
-            StageFileError: missing, corrupt, not a calibration file, or of a newer version.
+            StageFileError: missing, damaged, not a calibration file, or of a newer version.
         """
-        from safetensors import SafetensorError, safe_open
+        from isingcut import documents
 
-        advice = "delete it and run the calibration stage again"
-        if not path.is_file():
-            raise StageFileError(
-                f"expected the file {path}, which is not there; run the stage before it"
+        header, arrays = read_tensors(path, _KIND, _wanted)
+        splits = {}
+        for name in SPLITS:
+            ids, mask = arrays[f"{name}.input_ids"], arrays[f"{name}.mask"]
+            if ids.min(initial=0) < 0:
+                raise documents.damaged(path, f"{name}.input_ids holds negative tokens")
+            if not (np.sort(mask, axis=1)[:, ::-1] == mask).all() or not mask[:, :1].all():
+                raise documents.damaged(path, f"{name}.mask is not a run of real tokens a row")
+            splits[name] = TokenSet(
+                torch.from_numpy(ids), torch.from_numpy(mask), torch.arange(len(ids))
             )
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = read_safetensors_header(file.metadata())
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            raise StageFileError(
-                f"{path} is not a readable safetensors file ({e}); {advice}"
-            ) from e
-        check_format(path, header, _KIND)
-        try:
-            splits = {}
-            for name in SPLITS:
-                ids, mask = tensors[f"{name}.input_ids"], tensors[f"{name}.mask"]
-                splits[name] = TokenSet(ids, mask, torch.arange(len(ids)))
-            loaded = cls(splits, header["source"], header["meta"])
-            intact = loaded.sha256 == header["sha256"]
-        except (KeyError, ValueError) as e:
-            raise StageFileError(
-                f"{path} lacks a part of a calibration file ({e}); {advice}"
-            ) from e
-        if not intact:
-            raise StageFileError(f"the tokens in {path} do not match its own hash; {advice}")
+        loaded = cls(splits, header["source"], header["meta"])
+        if loaded.sha256 != header["sha256"]:
+            raise documents.damaged(path, "its tokens do not match its own hash")
         return loaded
+
+
+def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes in a file: both arrays of a split are (samples, length)."""
+    wanted = {}
+    for name in SPLITS:
+        shape = (*shapes.get(f"{name}.input_ids", ()), 1, 1)[:2]
+        wanted[f"{name}.input_ids"], wanted[f"{name}.mask"] = ("I64", shape), ("BOOL", shape)
+    return wanted
 
 
 def build(

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import typer
 from isingcut.cli_options import with_options
 from isingcut.config import RunConfig, from_mapping, load_yaml
 from isingcut.errors import InputError
+from isingcut.files import without_infinities
 
 if TYPE_CHECKING:
     from isingcut.runfolder import RunFolder
@@ -152,7 +152,7 @@ _OUTPUT = (
 def _give(called: str, answer: Answer, *, as_json: bool, quiet: bool) -> None:
     warnings = list(dict.fromkeys(answer.warnings))
     if as_json:
-        document = _finite({"verb": called, **answer.data, "warnings": warnings})
+        document = without_infinities({"verb": called, **answer.data, "warnings": warnings})
         typer.echo(json.dumps(document, indent=1, allow_nan=False))
     elif quiet:
         if answer.brief:
@@ -161,15 +161,6 @@ def _give(called: str, answer: Answer, *, as_json: bool, quiet: bool) -> None:
         answer.show()
     for warning in warnings:
         typer.echo(f"isingcut: warning: {warning}", err=True)
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with null for infinities and NaN, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,16 +6,18 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, StageFileError
+from isingcut.inputs import load_json
 from isingcut.outputs import check_output, mark, seal_of
 
 _TEMPORARY = re.compile(
@@ -169,56 +171,56 @@ def write_json(
 
 
 def read_json(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
-    """Read an isingcut results file.
+    """Read an isingcut results file, whose content is then what `documents` says of its kind.
 
     Raises:
-        StageFileError: missing, not JSON, of another kind, or of a newer version.
+        StageFileError: missing, not JSON, of another kind, of a newer version, or damaged.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
+    if not os.path.lexists(path):
         raise StageFileError(
             f"expected the file {path}, which is not there; run the stage before it"
-        ) from e
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as e:
-        raise StageFileError(
-            f"{path} is not readable as JSON ({e}); delete it and run its stage again"
-        ) from e
-    check_format(path, document, kind, version)
+        )
+    document = load_json(path, "the results file", StageFileError)
+    check_document(path, document, kind, version)
     assert isinstance(document, dict)
     return document
 
 
-def check_format(path: Path, document: Any, kind: str, version: int = 1) -> None:
-    """Refuse a document that is not an isingcut file of this kind and version."""
+def check_document(path: Path, document: Any, kind: str, version: int = 1) -> None:
+    """Refuse what is not an isingcut document of this kind and version.
+
+    Raises:
+        StageFileError: another format, a newer version, or a damaged content.
+    """
+    # Only who reads a file pays for pydantic.
+    from isingcut import documents
+
     found = document.get("format") if isinstance(document, dict) else None
     if found != f"isingcut-{kind}":
         raise StageFileError(
             f"{path} is not an isingcut {kind} file (expected format 'isingcut-{kind}', "
-            f"found {found!r}); give the right file, or delete it and run its stage again"
+            f"found {repr(found)[:60]}); give the right file, or delete it and run its stage again"
         )
-    if int(document.get("version", 0)) > version:
+    written = document.get("version")
+    if type(written) is not int or written < 1:
+        raise documents.damaged(path, f"version: expected a number from 1, got {written!r:.60}")
+    if written > version:
         raise StageFileError(
-            f"{path} was written by a newer isingcut (file version {document['version']}, "
+            f"{path} was written by a newer isingcut (file version {written}, "
             f"this one reads up to {version}); upgrade isingcut"
         )
+    documents.check(path, kind, document)
 
 
-def safetensors_header(content: dict[str, Any]) -> dict[str, str]:
-    """Metadata for a safetensors file: one key, because the library writes several in any order.
-
-    Two files of the same content are then the same bytes.
-    """
-    return {"isingcut": json.dumps(content, sort_keys=True, allow_nan=False)}
-
-
-def read_safetensors_header(metadata: dict[str, str] | None) -> dict[str, Any]:
-    """What `safetensors_header` packed; empty for a file that is not ours."""
-    try:
-        content = json.loads((metadata or {}).get("isingcut", "{}"))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+def without_infinities(value: Any) -> Any:
+    """``value`` with null for infinities and NaN, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: without_infinities(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinities(v) for v in value]
+    return value
 
 
 def fingerprint(content: Any) -> str:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from isingcut.errors import InputError, StageFileError
-from isingcut.files import atomic_file, read_safetensors_header, safetensors_header
+from isingcut.errors import InputError
+from isingcut.files import atomic_file
+from isingcut.tensor_files import read_tensors, tensor_header
 
 if TYPE_CHECKING:
     import dimod
@@ -228,7 +229,7 @@ class Hamiltonian:
         }
         target = Path(path)
         content = save(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, safetensors_header(header)
+            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, tensor_header(header)
         )
         with atomic_file(target) as temporary:
             temporary.write_bytes(content)
@@ -239,34 +240,29 @@ class Hamiltonian:
         """Read what `save` wrote.
 
         Raises:
-            StageFileError: no such file, not one of ours, or of a later version.
+            StageFileError: no such file, not one of ours, of a later version, or damaged.
         """
-        from safetensors import SafetensorError, safe_open
+        from isingcut import documents
 
         source = Path(path)
-        if not source.is_file():
-            raise StageFileError(f"no Hamiltonian at {source}; write one with Hamiltonian.save")
+        header, tensors = read_tensors(source, "hamiltonian", _wanted)
         try:
-            with safe_open(source, framework="numpy") as file:
-                header = read_safetensors_header(file.metadata())
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise StageFileError(f"{source} is not a readable safetensors file: {error}") from None
-        if header.get("format") != FORMAT or not {"h", "J", "c"} <= tensors.keys():
-            raise StageFileError(
-                f"{source} is not an {FORMAT} file (its format says {header.get('format')!r})"
+            return cls(
+                tensors["h"],
+                tensors["J"],
+                float(tensors["c"][0]),
+                header["unit"],
+                header["meta"],
+                tensors.get("h_error"),
+                tensors.get("J_error"),
             )
-        if int(header["version"]) > VERSION:
-            raise StageFileError(
-                f"{source} has format version {header['version']}, this isingcut reads up to "
-                f"{VERSION}; upgrade isingcut"
-            )
-        return cls(
-            tensors["h"],
-            tensors["J"],
-            float(tensors["c"][0]),
-            header["unit"],
-            header["meta"],
-            tensors.get("h_error"),
-            tensors.get("J_error"),
-        )
+        except InputError as e:
+            raise documents.damaged(source, str(e)) from e
+
+
+def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes in a file, for the N that its own terms have."""
+    n = shapes.get("h", (0,))[:1] or (0,)
+    needed = {"h": n, "J": 2 * n, "c": (1,)}
+    errors = {k: s for k, s in (("h_error", n), ("J_error", 2 * n)) if k in shapes}
+    return {k: ("F64", s) for k, s in (needed | errors).items()}

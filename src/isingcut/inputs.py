@@ -7,6 +7,7 @@ deeply for any reader: each is one clear error of the kind the caller gives.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -110,7 +111,9 @@ def parse_json(content: bytes | str) -> Any:
     """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_float
+        )
     except RecursionError:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from None
     _refuse_deep(value)
@@ -128,6 +131,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not JSON")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is larger than any number here")
+    return value
 
 
 def _refuse_deep(value: Any) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import StageFileError
 from isingcut.files import atomic_file, write_json
 from isingcut.outputs import check_output, sealed
 from isingcut.report_baselines import baseline_rows
@@ -42,10 +41,7 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     """
     target = target or folder
     files = read_run(folder, target)
-    try:
-        markdown, data, page = _markdown(files), _data(files), report_page(files)
-    except (KeyError, TypeError, IndexError, AttributeError) as e:
-        raise _lacking(target, e) from e
+    markdown, data, page = _markdown(files), _data(files), report_page(files)
     texts = {name: target / f"report.{name}" for name in ("json", "md", "html")}
     for file in texts.values():
         # What a run wrote it may write again, as often as there is something new to report.
@@ -75,20 +71,10 @@ def write_comparison(
     """
     check_output(out, overwrite=overwrite)
     runs = [read_run(folder, target) for folder, target in folders]
-    try:
-        page, warnings = comparison_page(runs)
-    except (KeyError, TypeError, IndexError, AttributeError) as e:
-        raise _lacking(Path(", ".join(str(r.target) for r in runs)), e) from e
+    page, warnings = comparison_page(runs)
     with atomic_file(out) as temporary:
         temporary.write_text(sealed(page, ".html"), encoding="utf-8")
     return warnings
-
-
-def _lacking(target: Path, error: Exception) -> StageFileError:
-    return StageFileError(
-        f"a results file in {target} lacks a part that the report needs ({error!r}); "
-        "run its stage again"
-    )
 
 
 def _markdown(files: RunFiles) -> str:

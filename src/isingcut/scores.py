@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from isingcut import local_tasks
 from isingcut.errors import InputError, MissingExtraError
-from isingcut.files import fingerprint, write_json
+from isingcut.files import fingerprint, read_json, write_json
 from isingcut.paired import compare
 from isingcut.progress import Bar, Progress, silent
 from isingcut.tokens import TokenSet
@@ -248,7 +247,7 @@ def _kept(
     path = _place(kept, task, loaded, questions)
     if not path.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, "scores")
     return Scores(
         content["task"],
         content["metric"],

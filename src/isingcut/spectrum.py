@@ -6,7 +6,6 @@ states that break a constraint are refused, and duplicates are merged.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from isingcut.errors import InputError, StageFileError
-from isingcut.files import atomic_file
+from isingcut.errors import InputError
+from isingcut.files import read_json, without_infinities, write_json
 from isingcut.problem import Problem
 
-FORMAT = "isingcut-spectrum"
-VERSION = 1
+KIND = "spectrum"
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +144,6 @@ class Spectrum:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able content; states as lists of removed blocks."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
             "n": int(self.states.shape[1]),
             "unit": self.unit,
             "solver": self.solver,
@@ -165,8 +161,7 @@ class Spectrum:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON, atomically."""
         target = Path(path)
-        with atomic_file(target) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(target, KIND, without_infinities(self.to_dict()))
         return target
 
     @classmethod
@@ -174,22 +169,9 @@ class Spectrum:
         """Read what `save` wrote.
 
         Raises:
-            StageFileError: no such file, not one of ours, or of a later version.
+            StageFileError: no such file, not one of ours, of a later version, or damaged.
         """
-        source = Path(path)
-        try:
-            data = json.loads(source.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise StageFileError(f"no spectrum at {source}") from None
-        except ValueError as error:
-            raise StageFileError(f"{source} is not readable JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StageFileError(f"{source} is not an {FORMAT} file")
-        if data["version"] > VERSION:
-            raise StageFileError(
-                f"{source} has format version {data['version']}, this isingcut reads up to "
-                f"{VERSION}; upgrade isingcut"
-            )
+        data = read_json(Path(path), KIND)
         states = np.zeros((len(data["states"]), data["n"]), dtype=np.bool_)
         for row, entry in zip(states, data["states"], strict=True):
             row[entry["removed"]] = True
