@@ -11,16 +11,25 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated
+import traceback
+from typing import Annotated, Any
 
 import typer
 
 from isingcut import __version__
 from isingcut.cli_verb import app
 from isingcut.crew import expected
-from isingcut.errors import IsingcutError, RankError
+from isingcut.errors import InputError, IsingcutError, RankError
+from isingcut.files import os_error_words
+from isingcut.printing import prepare, say, unwritable
 
 __all__ = ["app", "main"]
+
+# Typer carries its library for command lines inside, or builds on click: the class has a name in
+# neither.
+_CommandLineError: Any = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
 
 # Each file adds its verbs to the application; the order is that of `isingcut --help`.
 for _group in ("cli_run", "cli_states", "cli_models", "cli_heal", "cli_share", "cli_look"):
@@ -29,7 +38,7 @@ for _group in ("cli_run", "cli_states", "cli_models", "cli_heal", "cli_share", "
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(__version__)
+        print(__version__)
         raise typer.Exit
 
 
@@ -43,45 +52,74 @@ def _root(
     del version, debug
 
 
+def _run() -> None:
+    """Carry out the command line; what is wrong with its words is an error like any other."""
+    try:
+        code = app(prog_name="isingcut", standalone_mode=False)
+    except _CommandLineError as e:
+        if type(e).__name__ == "NoArgsIsHelpError":
+            e.show()
+            sys.exit(2)
+        context = getattr(e, "ctx", None)
+        verb = context.command_path if context else "isingcut"
+        words = e.format_message().rstrip(".")
+        raise InputError(f"{words}; see {verb} --help") from e
+    if code:
+        sys.exit(code)
+
+
 def _start() -> None:
     # Of a launcher's processes rank 0 alone reads the command line; healing trains on all alike.
     if expected() and "heal" not in sys.argv[1:2]:
         from isingcut.distributed import led
 
-        led(app)
+        led(_run)
     else:
-        app()
+        _run()
+
+
+def _outcome() -> tuple[int, str]:
+    """The exit code of the command, and what to say of its failure."""
+    try:
+        _start()
+    except SystemExit as e:
+        # The command line's library leaves like this when nobody reads what it prints.
+        unread = isinstance(e.__context__, BrokenPipeError)
+        return (0 if unread else int(e.code or 0)), ""
+    except (KeyboardInterrupt, typer.Abort):
+        return 130, "interrupted; the same command goes on from here"
+    except Exception as e:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        return _judged(e)
+    return 0, ""
+
+
+def _judged(error: Exception) -> tuple[int, str]:
+    """Whose fault an error is, as an exit code, and one line about it."""
+    if isinstance(error, RankError):
+        return error.code, "" if error.reported else str(error)
+    if isinstance(error, IsingcutError):
+        return 2, str(error)
+    if isinstance(error, OSError):
+        return 2, os_error_words(error)
+    return 1, (
+        f"internal error ({type(error).__name__}: {error}); this is a fault of isingcut: please "
+        f"report it with the traceback of: isingcut --debug {' '.join(sys.argv[1:])}"
+    )
 
 
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
-    debug = "--debug" in sys.argv
-    try:
-        _start()
-    except RankError as e:
-        if debug:
-            raise
-        if not e.reported:
-            typer.echo(f"isingcut: {e}", err=True)
-        sys.exit(e.code)
-    except IsingcutError as e:
-        if debug:
-            raise
-        typer.echo(f"isingcut: {e}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("isingcut: interrupted; the same command goes on from here", err=True)
-        sys.exit(130)
-    except Exception as e:
-        if debug:
-            raise
-        words = " ".join(str(e).split())
-        typer.echo(
-            f"isingcut: internal error ({type(e).__name__}: {words}); this is a fault of isingcut: "
-            f"please report it with the traceback of: isingcut --debug {' '.join(sys.argv[1:])}",
-            err=True,
-        )
-        sys.exit(1)
+    prepare()
+    code, words = _outcome()
+    lost = unwritable(sys.stdout)
+    if lost is not None and not isinstance(lost, BrokenPipeError):
+        code, words = 2, f"standard output cannot be written: {lost.strerror}"
+    if words:
+        say(f"isingcut: {words}")
+    unwritable(sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

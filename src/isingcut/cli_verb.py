@@ -23,6 +23,7 @@ from isingcut.cli_options import with_options
 from isingcut.config import RunConfig, from_mapping, load_yaml
 from isingcut.errors import InputError
 from isingcut.files import without_infinities
+from isingcut.printing import printable, printing, say
 
 if TYPE_CHECKING:
     from isingcut.runfolder import RunFolder
@@ -123,7 +124,7 @@ def verb(
                 with aside:
                     answer = handler(**given)
             except KeyboardInterrupt:
-                typer.echo("isingcut: interrupted; the same command goes on from here", err=True)
+                say("isingcut: interrupted; the same command goes on from here")
                 raise typer.Exit(130) from None
             _give(called, answer, as_json=as_json, quiet=quiet)
 
@@ -151,16 +152,17 @@ _OUTPUT = (
 
 def _give(called: str, answer: Answer, *, as_json: bool, quiet: bool) -> None:
     warnings = list(dict.fromkeys(answer.warnings))
-    if as_json:
-        document = without_infinities({"verb": called, **answer.data, "warnings": warnings})
-        typer.echo(json.dumps(document, indent=1, allow_nan=False))
-    elif quiet:
-        if answer.brief:
-            typer.echo(answer.brief)
-    else:
-        answer.show()
+    with printing():
+        if as_json:
+            document = without_infinities({"verb": called, **answer.data, "warnings": warnings})
+            print(json.dumps(document, indent=1, allow_nan=False))
+        elif quiet:
+            if answer.brief:
+                print(printable(answer.brief))
+        else:
+            answer.show()
     for warning in warnings:
-        typer.echo(f"isingcut: warning: {warning}", err=True)
+        say(f"isingcut: warning: {warning}")
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

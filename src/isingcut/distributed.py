@@ -14,7 +14,6 @@ import functools
 import importlib
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -24,6 +23,7 @@ from isingcut import sharing
 from isingcut.crew import Crew, Ended, expected
 from isingcut.errors import InputError, IsingcutError, ModelError, RankError
 from isingcut.orders import pack, unpack
+from isingcut.printing import say
 from isingcut.progress import silent
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def announce(session: Session) -> None:
     config = dataclasses.asdict(session.config.replace(stream=stream, dtype=dtype))
     # A launcher with the wrong options starts one process without a word.
     if session.progress is not silent:
-        print(f"{crew.size} processes share the measuring", file=sys.stderr, flush=True)
+        say(f"{crew.size} processes share the measuring")
     _order(crew, {"order": "model", "config": config, "sha256": identity["sha256"]}, {})
 
 

@@ -27,10 +27,10 @@ _TEMPORARY = re.compile(
 
 @contextlib.contextmanager
 def clear_os_errors(target: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only target into one clear line.
+    """Turn what the operating system refuses while ``target`` is written into one clear line.
 
     Raises:
-        InputError: the operating system refused to write ``target``.
+        InputError: the disk is full or failing, the place may not be written to, or is no place.
     """
     try:
         yield
@@ -40,11 +40,30 @@ def clear_os_errors(target: Path) -> Iterator[None]:
                 f"no space left on the disk while writing {target}; nothing was kept there: "
                 "free some space or choose another --out, then run the same command again"
             ) from e
-        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if e.errno in _REFUSED:
             raise InputError(
                 f"cannot write {target}: {e.strerror}; choose an --out that you may write to"
             ) from e
         raise
+
+
+_REFUSED = {
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EROFS", "EPERM", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EIO"),
+        *("EFBIG", "EINVAL", "EEXIST", "ENXIO", "ESTALE", "ETXTBSY", "EBUSY", "EMLINK"),
+    )
+    if hasattr(errno, name)
+}
+
+
+def os_error_words(error: OSError) -> str:
+    """What the operating system refused, where, and why, in one line."""
+    places = [
+        os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes)
+    ]
+    why = (error.strerror or str(error) or type(error).__name__).strip()
+    return f"{' and '.join(places)}: {why}" if places else why
 
 
 @contextlib.contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
+
+from isingcut.printing import printable, say
 
 
 class Bar(Protocol):
@@ -72,7 +73,7 @@ class PlainBar:
 
     def _say(self, how_far: str, when: str) -> None:
         parts = [f"{self.description}: {how_far}", when, self.note]
-        print(", ".join(p for p in parts if p), file=sys.stderr, flush=True)
+        say(", ".join(p for p in parts if p))
 
 
 def duration(seconds: float) -> str:
@@ -91,10 +92,10 @@ def duration(seconds: float) -> str:
 @contextlib.contextmanager
 def terminal(description: str, total: float) -> Iterator[Bar]:
     """A rich bar with the time left when stderr is a terminal, plain lines otherwise."""
-    from rich.console import Console
+    from isingcut.console import console
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    screen = console(stderr=True)
+    if not screen.is_terminal:
         plain = PlainBar(description, total)
         yield plain
         plain.finish()
@@ -103,7 +104,7 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
     from rich.progress import Progress as RichProgress
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
@@ -111,8 +112,8 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with RichProgress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(description, total=total or None, note="")
+    with RichProgress(*columns, console=screen, transient=True) as bars:
+        task = bars.add_task(printable(description), total=total or None, note="")
 
         class _RichBar:
             def advance(self, steps: float = 1, note: str = "") -> None:

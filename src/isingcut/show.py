@@ -7,20 +7,16 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from isingcut.console import console
 from isingcut.files import read_json
+from isingcut.printing import printable
+from isingcut.report_words import plus_minus
 from isingcut.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from isingcut.architectures.inspect import Inspection
-
-
-def _console() -> Console:
-    console = Console()
-    # A pipe is not 80 columns wide: never cut a table that goes to a file or another program.
-    return console if console.is_terminal else Console(width=160)
 
 
 def state_map(removed: list[int], n: int) -> str:
@@ -32,7 +28,7 @@ def state_map(removed: list[int], n: int) -> str:
 def show_lines(lines: list[str]) -> None:
     """Plain lines, never wrapped: paths are for copying."""
     for line in lines:
-        print(line)
+        print(printable(line))
 
 
 def energy_data(folder: Path) -> dict[str, Any]:
@@ -69,9 +65,9 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     for k, value in enumerate(spectrum.energies):
         blocks = spectrum.removed(k)
         table.add_row(str(k), f"{value:.4g}", state_map(blocks, n), _numbers(blocks))
-    console = _console()
-    console.print(table)
-    console.print(f"wrote {file}", soft_wrap=True)
+    screen = console()
+    screen.print(table)
+    screen.print(f"wrote {file}", soft_wrap=True)
 
 
 def _numbers(blocks: list[int]) -> str:
@@ -80,12 +76,12 @@ def _numbers(blocks: list[int]) -> str:
 
 def show_ranking(found: dict[str, Any]) -> None:
     """The fidelity of the energy, and the choice."""
-    console = _console()
+    screen = console()
     chosen = found["chosen"]
-    console.print(fidelity_line("energy", found["fidelity"]["kl"]), soft_wrap=True)
+    screen.print(fidelity_line("energy", found["fidelity"]["kl"]), soft_wrap=True)
     for name, other in found["fidelity_of_others"].items():
-        console.print(fidelity_line(name, other["kl"]), soft_wrap=True)
-    console.print(
+        screen.print(fidelity_line(name, other["kl"]), soft_wrap=True)
+    screen.print(
         f"chosen: blocks {_numbers(chosen['removed'])} (state {chosen['position']} by energy, "
         f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",
         soft_wrap=True,
@@ -105,8 +101,8 @@ def fidelity_line(name: str, figures: dict[str, Any]) -> str:
 
 def show_baseline(found: dict[str, Any], file: Path) -> None:
     """What a baseline chose, what that is worth and what it cost."""
-    console = _console()
-    console.print(
+    screen = console()
+    screen.print(
         f"{found['baseline']}: blocks {_numbers(found['removed'])}: KL {found['kl']:.4f} "
         f"nats/token; found with {found['passes']:.3g} forward passes over "
         f"{found['tokens_searched']} tokens",
@@ -114,15 +110,15 @@ def show_baseline(found: dict[str, Any], file: Path) -> None:
     )
     if found["merges"]:
         groups = "; ".join(_numbers(group) for group in found["merges"])
-        console.print(
+        screen.print(
             f"measured with blocks merged into the first of each group: {groups}", soft_wrap=True
         )
     if found["violated"]:
-        console.print(
+        screen.print(
             f"it breaks constraints it does not know: {', '.join(found['violated'])}",
             soft_wrap=True,
         )
-    console.print(f"wrote {file}", soft_wrap=True)
+    screen.print(f"wrote {file}", soft_wrap=True)
 
 
 def show_evaluation(found: dict[str, Any]) -> None:
@@ -136,10 +132,10 @@ def show_evaluation(found: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row(
         "perplexity",
-        *(f"{side['perplexity']:.2f} ± {side['perplexity_se']:.2f}" for side in (before, after)),
+        *(plus_minus(s["perplexity"], s["perplexity_se"], ".2f") for s in (before, after)),
         _ratio(before["perplexity"], after["perplexity"]),
     )
-    table.add_row("KL to the original", "0", f"{found['kl']:.4f} ± {found['kl_se']:.4f}", "")
+    table.add_row("KL to the original", "0", plus_minus(found["kl"], found["kl_se"]), "")
     for label, key, scale, form in (
         ("parameters, million", "parameters", 1e6, "{:.1f}"),
         ("blocks", "blocks", 1, "{:.0f}"),
@@ -148,11 +144,11 @@ def show_evaluation(found: dict[str, Any]) -> None:
         ("decode, tokens/s", "decode_tokens_per_second", 1, "{:.1f}"),
         ("peak memory, MB", "peak_memory_bytes", 1e6, "{:.0f}"),
     ):
-        if key not in before or key not in after:
+        a, b = before.get(key), after.get(key)
+        if a is None or b is None:
             continue
-        a, b = before[key], after[key]
         table.add_row(label, form.format(a / scale), form.format(b / scale), _ratio(a, b))
-    _console().print(table)
+    console().print(table)
 
 
 def _ratio(before: float, after: float) -> str:
@@ -183,17 +179,17 @@ def show_inspection(found: Inspection) -> None:
         table.add_row(*row)
     table.add_section()
     table.add_row(*rows[-1])
-    console = _console()
-    console.print(table)
+    screen = console()
+    screen.print(table)
     if found.quantisation:
-        console.print(f"quantised: {found.quantisation}", soft_wrap=True)
+        screen.print(f"quantised: {found.quantisation}", soft_wrap=True)
     if found.refusal:
-        console.print(f"cannot be cut: {found.refusal}", soft_wrap=True)
+        screen.print(f"cannot be cut: {found.refusal}", soft_wrap=True)
         return
     for rule in found.rules():
-        console.print(f"rule: {rule}", soft_wrap=True)
+        screen.print(f"rule: {rule}", soft_wrap=True)
     if not found.rules():
-        console.print("any blocks may be removed, as long as one stays", soft_wrap=True)
+        screen.print("any blocks may be removed, as long as one stays", soft_wrap=True)
 
 
 def run_data(target: Path) -> dict[str, Any]:
@@ -236,21 +232,25 @@ def show_curve(folder: Path) -> None:
         table.add_column(heading, justify="left" if heading == "blocks" else "right")
     rows = curve_data(folder)
     for row in rows:
-        error = "" if row["kl_se"] is None else f" ± {row['kl_se']:.4f}"
         table.add_row(
             str(len(row["removed"])),
-            f"{row['kl']:.4f}{error}",
-            f"{math.exp(row['nll']):.2f}",
+            plus_minus(row["kl"], row["kl_se"]),
+            f"{perplexity(row['nll']):.2f}",
             _numbers(row["removed"]),
         )
-    console = _console()
-    console.print(table)
-    console.print(
+    screen = console()
+    screen.print(table)
+    screen.print(
         f"cut one: isingcut excise {folder} --remove {rows[len(rows) // 2]['remove']}",
         soft_wrap=True,
     )
     page = folder / f"remove-{rows[-1]['remove']}" / "report.html"
-    console.print(f"report with the whole curve: {page}", soft_wrap=True)
+    screen.print(f"report with the whole curve: {page}", soft_wrap=True)
+
+
+def perplexity(nll: float) -> float:
+    """The perplexity of a loss in nats per token; infinite where no number is large enough."""
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def report_kb(page: Path) -> float:
@@ -270,21 +270,21 @@ def run_warnings(target: Path) -> list[str]:
 
 def show_run(target: Path, *, generation: bool = False) -> None:
     """Everything a finished run has to say; with ``generation`` also one text before and after."""
-    console = _console()
+    screen = console()
     show_ranking(read_json(target / "candidates.json", "candidates"))
     evaluation = read_json(target / "evaluation.json", "evaluation")
     show_evaluation(evaluation)
-    console.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
+    screen.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
     page = target / "report.html"
-    console.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
-    console.print(f"report_kb: {report_kb(page)}", soft_wrap=True)
+    screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
+    screen.print(f"report_kb: {report_kb(page)}", soft_wrap=True)
     if generation:
         show_generation(evaluation["generation"])
 
 
 def show_generation(generation: dict[str, str]) -> None:
     """One generation before and after."""
-    console = _console()
-    console.print(f"prompt:   {generation['prompt']}", soft_wrap=True, markup=False)
-    console.print(f"original: {generation['before']}", soft_wrap=True, markup=False)
-    console.print(f"cut:      {generation['after']}", soft_wrap=True, markup=False)
+    screen = console()
+    screen.print(f"prompt:   {generation['prompt']}", soft_wrap=True)
+    screen.print(f"original: {generation['before']}", soft_wrap=True)
+    screen.print(f"cut:      {generation['after']}", soft_wrap=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from isingcut.console import console
 from isingcut.progress import duration
 
 if TYPE_CHECKING:
@@ -27,11 +27,9 @@ def size(value: float) -> str:
 
 def show_plan(plan: Plan) -> None:
     """The table of energies, the stages after them, and what to type."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    screen = console()
     where = "read from disk block by block" if plan.streamed else "in memory"
-    console.print(
+    screen.print(
         f"{plan.model}: {plan.blocks} blocks, {size(plan.weights)} as {plan.dtype}, {where} "
         f"(allowed: {size(plan.allowed)}) on {plan.device}\n"
         f"forward {plan.forward:.0f} tokens/s, weights from disk {size(plan.reading)}/s; "
@@ -42,13 +40,13 @@ def show_plan(plan: Plan) -> None:
     _columns(table, "energy")
     for estimate in plan.energies:
         _row(table, estimate)
-    console.print(table)
+    screen.print(table)
     stages = Table(title=f"the other stages, {plan.remove} blocks removed", title_justify="left")
     _columns(stages, "stage")
     for estimate in plan.stages:
         _row(stages, estimate)
-    console.print(stages)
-    console.print(
+    screen.print(stages)
+    screen.print(
         f"recommended: {plan.recommended}, {duration(plan.total(plan.recommended))} in all: "
         f"{plan.why}\n{plan.command}",
         soft_wrap=True,

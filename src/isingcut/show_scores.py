@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from isingcut.show import _console as console
+from isingcut.console import console
+from isingcut.report_words import plus_minus
 
 
 def show_healing(found: dict[str, Any], folder: Path) -> None:
@@ -28,11 +29,9 @@ def show_healing(found: dict[str, Any], folder: Path) -> None:
     table.add_row(
         "perplexity",
         f"{before['original_perplexity']:.2f}",
-        *(f"{s['perplexity']:.2f} ± {s['perplexity_se']:.2f}" for _, s in stages),
+        *(plus_minus(s["perplexity"], s["perplexity_se"], ".2f") for _, s in stages),
     )
-    table.add_row(
-        "KL to the original", "0", *(f"{s['kl']:.4f} ± {s['kl_se']:.4f}" for _, s in stages)
-    )
+    table.add_row("KL to the original", "0", *(plus_minus(s["kl"], s["kl_se"]) for _, s in stages))
     console().print(table)
     console().print(f"wrote {folder}", soft_wrap=True)
 
@@ -68,4 +67,4 @@ def show_benchmarks(found: dict[str, Any], file: Path) -> None:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return plus_minus(100 * value, None if error is None else 100 * error, ".1f")
