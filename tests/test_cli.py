@@ -259,8 +259,10 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
     assert line.startswith("isingcut: internal error (ZeroDivisionError: of the solver)")
     assert len(line.strip().splitlines()) == 1
     assert "isingcut --debug ls" in line
-    with pytest.raises(ZeroDivisionError):
-        call("--debug", "ls")
+    assert call("--debug", "ls") == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert call("--debug", "solve", tmp_path) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def process(*arguments, **environment) -> subprocess.CompletedProcess:

@@ -103,8 +103,9 @@ def _judged(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, OSError):
         return 2, os_error_words(error)
+    words = " ".join(str(error).split())
     return 1, (
-        f"internal error ({type(error).__name__}: {error}); this is a fault of isingcut: please "
+        f"internal error ({type(error).__name__}: {words}); this is a fault of isingcut: please "
         f"report it with the traceback of: isingcut --debug {' '.join(sys.argv[1:])}"
     )
 
