@@ -25,7 +25,7 @@ from _quality_bench import Bench
 from _quality_judge import Chosen
 from _quality_store import Part, Price
 from isingcut.blocks import Replay, reuse_freed_memory
-from isingcut.calibration import start_tokens
+from isingcut.encoder import Encoder
 from isingcut.energies.base import Work
 from isingcut.energies.pairwise import indicator
 from isingcut.files import fingerprint
@@ -86,7 +86,7 @@ def encoded(tokenizer: Any, context: str, continuation: str) -> tuple[list[int],
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    start = start_tokens(tokenizer)
+    start = Encoder(tokenizer).start
     whole = start + ids(context + continuation)
     held = len(start) + len(ids(context))
     # A tokenizer may merge the last of the context with the first of the continuation.

@@ -246,7 +246,7 @@ def test_a_template_that_refuses_says_where(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n{"messages": []}\n', "line 2 has no 'text'"),
         ("a.jsonl", b'{"messages": "hello"}\n', "line 1: 'messages' must be a list"),
         ("a.jsonl", b'{"text": "   "}\n', "too short: .* found 0 in 0 documents"),
-        ("a.csv", b"text\na\n", "neither .txt nor .jsonl"),
+        ("a.csv", b"text\na\n", "too short: .* found 1 in 1 documents"),
     ],
 )
 def test_bad_files_get_one_clear_line(

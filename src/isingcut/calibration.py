@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from isingcut.corpora import Corpus, read
+from isingcut.encoder import Encoder
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import atomic_file
 from isingcut.progress import Progress, silent
@@ -28,7 +29,7 @@ from isingcut.tokens import TokenSet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "Calibration", "TokenSet", "build", "start_tokens"]
+__all__ = ["SPLITS", "Calibration", "TokenSet", "build"]
 
 SPLITS = ("energy", "rank", "report")
 _ALLOCATION = ("report", "rank", "energy")
@@ -134,11 +135,12 @@ def build(
     document is divided into consecutive ranges instead.
 
     Args:
-        source: FILE.txt, FILE.jsonl, a `datasets` name or folder, ``"wiki"`` or ``"self"``.
+        source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, a name of
+            `handed_over`, ``"wiki"`` or ``"self"``.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         length: tokens per sample, at least 2.
         seed: order of the documents, and the sampling of ``"self"``.
-        model: the source ``"self"`` samples from it.
+        model: its embedding bounds the token ids; the source ``"self"`` samples from it.
         progress: shown while ``"self"`` generates.
 
     Raises:
@@ -151,7 +153,7 @@ def build(
         if value < 1:
             raise InputError(f"calibration needs at least one {name} sample of two tokens")
     meta: dict[str, Any] = {"seed": seed, "length": length}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    encode = Encoder(tokenizer, model)
     if source == "self":
         from isingcut.self_text import generated
 
@@ -163,22 +165,22 @@ def build(
         corpus = read(source, tokenizer, seed)
         meta["kind"] = corpus.kind
         if corpus.kind == "chat":
-            rows = _conversations(corpus, tokenizer, counts, length)
+            rows = _conversations(corpus, encode, counts, length)
         else:
-            rows = _packed(corpus, tokenizer, counts, length, meta)
-    splits = {name: TokenSet.from_rows(rows[name], pad) for name in SPLITS}
+            rows = _packed(corpus, encode, counts, length, meta)
+    splits = {name: TokenSet.from_rows(rows[name], encode.pad) for name in SPLITS}
     return Calibration(splits, source, meta)
 
 
 def _conversations(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], length: int
+    corpus: Corpus, encode: Encoder, counts: Mapping[str, int], length: int
 ) -> dict[str, list[list[int]]]:
     """One sample per conversation; those that agree in all their kept tokens count once."""
     seen: set[tuple[int, ...]] = set()
 
     def distinct() -> Iterator[list[int]]:
         for text in corpus.documents:
-            ids = tuple(_encode(tokenizer, text)[:length])
+            ids = tuple(encode(text, length))
             if len(ids) > 1 and ids not in seen:
                 seen.add(ids)
                 yield list(ids)
@@ -198,31 +200,33 @@ def _conversations(
 
 def _packed(
     corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
+    encode: Encoder,
     counts: Mapping[str, int],
     length: int,
     meta: dict[str, Any],
 ) -> dict[str, list[list[int]]]:
     """Full-length samples out of running text or of concatenated documents."""
-    prefix = start_tokens(tokenizer)
+    prefix = encode.start
     body = length - len(prefix)
     needs = {name: counts[name] * body for name in _ALLOCATION}
+    # No sample uses more of one document than all samples together need.
+    most = sum(needs.values())
     documents: list[list[int]] = []
 
     def tokenised() -> Iterator[list[int]]:
         for text in corpus.documents:
-            if ids := _encode(tokenizer, text):
+            if ids := encode(text, most):
                 documents.append(ids)
                 yield ids
 
     streams = None
     if corpus.kind == "documents":
-        streams = _by_document(tokenised(), needs, _encode(tokenizer, _SEPARATOR))
+        streams = _by_document(tokenised(), needs, encode(_SEPARATOR))
     # Running text, and one or two documents, which cannot fill three splits.
     if streams is None and len(documents) < len(needs):
         streams = _by_range(itertools.chain(list(documents), tokenised()), needs)
     if streams is None:
-        raise CalibrationError(_too_short(corpus, documents, counts, length, sum(needs.values())))
+        raise CalibrationError(_too_short(corpus, documents, counts, length, most))
     if corpus.kind == "documents":
         meta["documents"] = len(documents)
     return {
@@ -269,16 +273,3 @@ def _too_short(
 
 def _words(counts: Mapping[str, int]) -> str:
     return " + ".join(f"{counts[name]} {name}" for name in SPLITS)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a text longer than the model's context is cut into samples afterwards.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """``[BOS]`` where the tokenizer starts every text with it, else empty."""
-    bos = tokenizer.bos_token_id
-    ids: list[int] = tokenizer("a")["input_ids"]
-    return [bos] if bos is not None and ids[:1] == [bos] else []

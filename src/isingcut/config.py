@@ -50,7 +50,8 @@ class RunConfig:
     calibration: str = _option(
         "wiki",
         "calibration",
-        "Text to measure on: FILE.txt, FILE.jsonl, a datasets name, 'wiki' or 'self'.",
+        "Text to measure on: a .txt, .jsonl, .json or .csv file (also as .gz), - for standard "
+        "input, a datasets name, 'wiki' or 'self'.",
     )
     samples: int | None = _option(
         None, "calibration", "Samples that build --energy (default: the energy's own number)."
@@ -209,7 +210,9 @@ class HealConfig:
     teacher: str = _option("", "heal", "The original: folder, hub id, .gguf file or 'smollm2'.")
     out: str = _option("", "heal", "Folder for the healed checkpoint.")
     text: str = _option(
-        "wiki", "heal", "Text to heal with: FILE.txt, FILE.jsonl, a datasets name or 'wiki'."
+        "wiki",
+        "heal",
+        "Text to heal with: a file or - as for --calibration, a datasets name or 'wiki'.",
     )
     samples: int | None = _option(None, "heal", "Samples of that text (default: all).")
     length: int = _option(1024, "heal", "Tokens per sample.")

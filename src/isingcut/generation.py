@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from isingcut.chat_templates import Renderer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,7 +41,8 @@ def generate_text(
     text, special = prompt, True
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
-        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        with Renderer(tokenizer) as render:
+            text = render(turn, add_generation_prompt=True)
         special = False
     ids = tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"]
     ids = ids.to(model.device)

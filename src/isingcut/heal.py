@@ -95,6 +95,7 @@ def heal(
         report_samples=config.report_samples,
         length=config.length,
         seed=config.seed,
+        model=teacher.model,
     )
     heal_checkpoint(config, teacher, removed, student, text, out, progress, replay)
     if config.method != "none":

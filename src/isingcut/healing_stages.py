@@ -105,6 +105,7 @@ def text_of(session: Session, folder: RunFolder, config: HealConfig) -> HealingT
         length=min(config.length, int(longest or config.length)),
         seed=config.seed,
         used=own if same else None,
+        model=session.loaded.model,
     )
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from isingcut.calibration import start_tokens
 from isingcut.corpora import read
+from isingcut.encoder import Encoder
 from isingcut.errors import CalibrationError
 from isingcut.tokens import TokenSet
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from isingcut.calibration import Calibration
 
@@ -44,6 +44,7 @@ def build(
     length: int,
     seed: int,
     used: Calibration | None = None,
+    model: PreTrainedModel | None = None,
 ) -> HealingText:
     """Read a source to its end, or as far as is asked for.
 
@@ -54,18 +55,16 @@ def build(
         length: tokens per sample; a conversation is cut there.
         seed: order of the documents.
         used: a calibration of the same source and seed, whose text is left out.
+        model: its embedding bounds the token ids.
 
     Raises:
         CalibrationError: unreadable or too short.
     """
     corpus = read(source, tokenizer, seed)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    encode = Encoder(tokenizer, model)
 
     documents: Iterator[list[int]] = (ids for ids in map(encode, corpus.documents) if ids)
-    prefix = start_tokens(tokenizer)
+    prefix = encode.start
     if corpus.kind == "chat":
         rows = _conversations(documents, length, used)
         report = list(itertools.islice(rows, report_samples))
@@ -102,8 +101,8 @@ def build(
             f"{length} tokens were asked for, found {len(report)} and {len(train)}; give more "
             "text, or lower --samples, --report-samples or --length"
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return HealingText(TokenSet.from_rows(train, pad), TokenSet.from_rows(report, pad), corpus.kind)
+    kept, reported = (TokenSet.from_rows(rows, encode.pad) for rows in (train, report))
+    return HealingText(kept, reported, corpus.kind)
 
 
 def _conversations(

@@ -312,11 +312,11 @@ def text_scores(
 
 
 def _windows(path: Path, loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
-    from isingcut.calibration import start_tokens
+    from isingcut.encoder import Encoder
 
     text = "\n".join(str(r["text"]) for r in local_tasks.records(path))
     ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = start_tokens(loaded.tokenizer)
+    prefix = Encoder(loaded.tokenizer, loaded.model).start
     body = length - len(prefix)
     starts = range(0, len(ids) - body + 1, body)
     rows = [prefix + ids[i : i + body] for i in starts][:most]

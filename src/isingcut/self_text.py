@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from isingcut.encoder import Encoder
 from isingcut.errors import CalibrationError
 from isingcut.generation import only
 from isingcut.progress import Progress, silent
@@ -44,6 +45,7 @@ def generated(
             "the source 'self' needs a tokenizer with a beginning or end token; choose another "
             "--calibration"
         )
+    Encoder(tokenizer, model).checked([start])
     needed = sum(counts.values())
     batches = -(-needed // _ROWS)
     with progress("sampling text from the model", batches) as bar:

@@ -1,0 +1,342 @@
+"""Texts and records out of files and pipes: .txt, .jsonl, .json and .csv, each also as .gz.
+
+Everything is read within bounds: a record has a largest size, a pipe and what a .gz unpacks to a
+largest length, and a pipe that nothing comes through is left after a while. What has no name to
+go by (a pipe) is a text, or JSON lines where it begins with ``{``; gzip is known by its mark.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import os
+import select
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from isingcut.encoder import LONGEST, cut
+from isingcut.errors import CalibrationError
+from isingcut.inputs import SMALL, parse_json
+from isingcut.model_sources import first_line
+
+Record = tuple[str, dict[str, Any]]
+"""Where a record stands (words for messages), and its fields."""
+
+FORMATS = (".txt", ".jsonl", ".json", ".csv")
+RECORD = SMALL
+"""Bytes that one record, and a whole .json, may have."""
+STREAM = 1 << 30
+"""Bytes that are read out of a pipe, and that a .gz may unpack to, at most."""
+PATIENCE = 120.0
+"""Seconds that a pipe may stay silent."""
+
+_PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """An opened file or pipe; iterate `pieces` or `records`, once.
+
+    Attributes:
+        name: what messages call it.
+        format: one of `FORMATS`.
+    """
+
+    name: str
+    format: str
+    _bytes: BinaryIO
+
+    def pieces(self) -> Iterator[str]:
+        """A running text in pieces of whole lines, read only as far as it is iterated.
+
+        A line that is longer than what is tokenised at a time is cut at white space.
+        """
+        piece = ""
+        with self._lines() as file:
+            while line := file.readline(LONGEST):
+                self._refuse_binary(line)
+                piece += line
+                if len(line) == LONGEST and line[-1] not in "\r\n":
+                    end = cut(piece)
+                    yield piece[:end]
+                    piece = piece[end:]
+                elif len(piece) > _PIECE:
+                    yield piece
+                    piece = ""
+        if piece:
+            yield piece
+
+    def records(self) -> Iterator[Record]:
+        """The records of any other format, as far as they are iterated."""
+        return {".jsonl": self._jsonl, ".json": self._json, ".csv": self._csv}[self.format]()
+
+    @contextmanager
+    def _lines(self) -> Iterator[io.TextIOWrapper]:
+        # Universal newlines are off: the text is measured as it is.
+        file = io.TextIOWrapper(self._bytes, encoding="utf-8-sig", newline="")
+        with _clear_errors(self.name), file:
+            yield file
+
+    def _refuse_binary(self, text: str) -> None:
+        if "\0" in text:
+            raise CalibrationError(
+                f"{self.name} holds NUL bytes: it is UTF-16 or no text; save it as UTF-8 text"
+            )
+
+    def _jsonl(self) -> Iterator[Record]:
+        with _clear_errors(self.name), self._bytes as file:
+            number = 0
+            while raw := file.readline(RECORD + 1):
+                number += 1
+                where = f"{self.name} line {number}"
+                if len(raw) > RECORD:
+                    raise CalibrationError(
+                        f"{where} is longer than {RECORD} bytes; expected one record a line"
+                    )
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError as e:
+                    raise CalibrationError(f"{where} is not UTF-8; save the file as UTF-8") from e
+                if not line:
+                    continue
+                try:
+                    record = parse_json(line)
+                except ValueError as e:
+                    raise CalibrationError(f"{where} is not valid JSON: {first_line(e)}") from e
+                if not isinstance(record, dict):
+                    raise CalibrationError(
+                        f"{where} must be a JSON object with 'text' or 'messages', "
+                        f"found {type(record).__name__}"
+                    )
+                yield where, record
+
+    def _json(self) -> Iterator[Record]:
+        with _clear_errors(self.name), self._bytes as file:
+            content = file.read(RECORD + 1)
+        if len(content) > RECORD:
+            raise CalibrationError(
+                f"{self.name} has more than {RECORD} bytes; save it as .jsonl, one record a line"
+            )
+        try:
+            items = parse_json(content)
+        except ValueError as e:
+            raise CalibrationError(f"{self.name} is not valid JSON: {first_line(e)}") from e
+        if not isinstance(items, list):
+            raise CalibrationError(
+                f"{self.name} must be a list of texts or of records with 'text' or 'messages', "
+                f"found {type(items).__name__}"
+            )
+        for number, item in enumerate(items):
+            where = f"{self.name} item {number}"
+            if not isinstance(item, str | dict):
+                raise CalibrationError(
+                    f"{where} must be a text, or an object with 'text' or 'messages', "
+                    f"found {type(item).__name__}"
+                )
+            yield where, {"text": item} if isinstance(item, str) else item
+
+    def _csv(self) -> Iterator[Record]:
+        with self._lines() as file, _large_fields():
+            rows = csv.reader(self._bounded(file), strict=True)
+            try:
+                header = next(rows, [])
+                column = self._column(header)
+                for row in rows:
+                    where = f"{self.name} line {rows.line_num}"
+                    if not row:
+                        continue
+                    if len(row) != len(header):
+                        raise CalibrationError(
+                            f"{where} has {len(row)} fields, but the first line names "
+                            f"{len(header)} columns; is a text with commas not in quotes?"
+                        )
+                    yield where, {"text": row[column]}
+            except csv.Error as e:
+                raise CalibrationError(
+                    f"{self.name} line {rows.line_num} is not valid CSV: {first_line(e)}"
+                ) from e
+
+    def _column(self, header: list[str]) -> int:
+        names = [name.strip() for name in header]
+        if names.count("text") == 1:
+            return names.index("text")
+        if len(names) == 1 and not any(mark in names[0] for mark in ";\t|"):
+            return 0
+        held = ", ".join(names)[:200] or "nothing"
+        raise CalibrationError(
+            f"{self.name} must have a column 'text', or only one; its first line names {held} "
+            "(columns are separated by commas)"
+        )
+
+    def _bounded(self, file: io.TextIOWrapper) -> Iterator[str]:
+        while line := file.readline(RECORD + 1):
+            if len(line) > RECORD:
+                raise CalibrationError(f"{self.name} has a line of more than {RECORD} characters")
+            self._refuse_binary(line)
+            yield line
+
+
+def text_file(path: Path, name: str, advice: str) -> TextFile:
+    """Open a file or a pipe.
+
+    Args:
+        path: of what is there and no folder; ``-`` is standard input.
+        name: what messages call it.
+        advice: what else might have been given.
+
+    Raises:
+        CalibrationError: of no known kind, a device, a terminal, or not to be opened.
+    """
+    words = path.name.lower()
+    packed = words.endswith(".gz")
+    suffix = Path(words.removesuffix(".gz")).suffix
+    known = suffix in FORMATS
+    with _clear_errors(name):
+        descriptor = _descriptor(path, name)
+        plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        stream: BinaryIO = io.BufferedReader(_Descriptor(descriptor, name, waits=not plain))
+        nameless = str(path) == "-" or str(path).startswith(("/dev/", "/proc/"))
+        if plain and not (known or packed or nameless):
+            stream.close()
+            raise CalibrationError(f"{name} is not one of {', '.join(FORMATS)}; {advice}")
+        if not plain:
+            stream = _limited(stream, name)
+        if not known:
+            head, stream = _looked_at(stream, name)
+            packed = packed or head.startswith(b"\x1f\x8b")
+        if packed:
+            stream = _limited(cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb")), name)
+        if not known:
+            head, stream = _looked_at(stream, name)
+            begin = head.removeprefix(codecs.BOM_UTF8).lstrip()
+            suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
+    return TextFile(name, suffix, stream)
+
+
+def _descriptor(path: Path, name: str) -> int:
+    """Open for reading, without waiting for anybody to write."""
+    mode = os.fstat(0).st_mode if str(path) == "-" else path.stat().st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        if str(path) == "-" and os.isatty(0):
+            raise CalibrationError(
+                "standard input is a terminal; pipe a text into it, for example: "
+                "cat my-text.txt | isingcut ... --calibration -"
+            )
+        raise CalibrationError(f"{name} is a device; expected a file or a pipe")
+    if str(path) == "-":
+        return os.dup(0)
+    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+
+
+def _limited(stream: BinaryIO, name: str) -> BinaryIO:
+    return io.BufferedReader(_Limited(stream, name, STREAM))
+
+
+def _looked_at(stream: BinaryIO, name: str) -> tuple[bytes, BinaryIO]:
+    """The beginning of a stream, and a stream that still has it."""
+    head = b""
+    while len(head) < 4 or (len(head) < _PIECE and not head.removeprefix(codecs.BOM_UTF8).strip()):
+        if not (more := stream.read(1)):
+            break
+        head += more
+    return head, io.BufferedReader(_Limited(stream, name, None, head))
+
+
+class _Limited(io.RawIOBase):
+    """A stream that may give ``limit`` bytes at most, after ``head``."""
+
+    def __init__(self, stream: BinaryIO, name: str, limit: int | None, head: bytes = b"") -> None:
+        super().__init__()
+        self._stream, self._name, self._limit, self._head = stream, name, limit, head
+        self._given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._head[: len(buffer)]
+        self._head = self._head[len(found) :]
+        found = found or self._stream.read1(len(buffer))  # type: ignore[attr-defined]
+        self._given += len(found)
+        if self._limit is not None and self._given > self._limit:
+            raise CalibrationError(
+                f"{self._name} gives more than {self._limit} bytes, the most that is read of a "
+                "pipe or a .gz; take a part of it (head -c), or write it into a plain file"
+            )
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Descriptor(io.RawIOBase):
+    """A file descriptor; one that ``waits`` for a writer does so for `PATIENCE` at most."""
+
+    def __init__(self, descriptor: int, name: str, *, waits: bool) -> None:
+        super().__init__()
+        self._descriptor, self._name, self._waits = descriptor, name, waits
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._waits:
+                self._wait()
+            with contextlib.suppress(BlockingIOError):
+                found = os.read(self._descriptor, len(buffer))
+                buffer[: len(found)] = found
+                return len(found)
+
+    def _wait(self) -> None:
+        if sys.platform == "win32":
+            return
+        ready = select.poll()
+        ready.register(self._descriptor, select.POLLIN)
+        if not ready.poll(PATIENCE * 1000):
+            raise CalibrationError(
+                f"nothing came through {self._name} for {PATIENCE:g} seconds; does anything write "
+                "into that pipe?"
+            )
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+@contextmanager
+def _large_fields() -> Iterator[None]:
+    """Let a field be as large as a record; the module's own limit is 128 KiB."""
+    before = csv.field_size_limit(RECORD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        raise CalibrationError(
+            f"{name} is not UTF-8 (byte {e.object[e.start]:#04x} does not fit); save it as UTF-8"
+        ) from e
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise CalibrationError(
+            f"{name} is no whole gzip file ({first_line(e)}); pack it anew"
+        ) from e
+    except OSError as e:
+        raise CalibrationError(f"{name} cannot be read: {e.strerror or first_line(e)}") from e
