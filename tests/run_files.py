@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from isingcut import report
 from isingcut.config import RunConfig
-from isingcut.files import write_json
+from isingcut.files import read_json, write_json
 from isingcut.hamiltonian import Hamiltonian
+from isingcut.outputs import file_sha256
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
+
+
+def record(folder: Path) -> None:
+    """Let `run.json` say that all its run's files are there, finished, and as they are now."""
+    run = read_json(folder / "run.json", "run")
+    stages = run["stages"]
+    parts = [p for p in folder.rglob("*") if _stage_of(p) and "model" not in p.parts[:-1]]
+    for path in parts:
+        key = path.relative_to(folder).as_posix()
+        stages[key] = {**_done(_stage_of(path)), **stages.get(key, {}), "done": True}
+        if path.is_dir() and (path / "isingcut.json").exists():
+            removed = json.loads((path / "isingcut.json").read_text(encoding="utf-8"))["removed"]
+            stages[key]["options"] = {"removed": removed}
+        elif path.is_file():
+            stages[key]["sha256"] = file_sha256(path)
+    if (folder / "healing.json").exists():
+        stages["healed"] = _done("heal")
+    content = {k: v for k, v in run.items() if k not in ("format", "version")}
+    write_json(folder / "run.json", "run", content)
+
+
+def _done(stage: str) -> dict[str, Any]:
+    return {"stage": stage, "fingerprint": "", "options": {}, "seconds": 0.5, "done": True}
+
+
+def write_report(folder: Path, target: Path | None = None) -> None:
+    """`report.write_report` of a folder that was written by hand."""
+    record(folder)
+    report.write_report(folder, target)
+
+
+def model_card(folder: Path, target: Path, removed: list[int]) -> str:
+    """`report.model_card` of a folder that was written by hand."""
+    record(folder)
+    return report.model_card(folder, target, removed)
+
+
+def write_comparison(
+    folders: list[tuple[Path, Path]], out: Path, *, overwrite: bool = False
+) -> list[str]:
+    """`report.write_comparison` of folders that were written by hand."""
+    for folder, _ in folders:
+        record(folder)
+    return report.write_comparison(folders, out, overwrite=overwrite)
+
+
+def _stage_of(path: Path) -> str:
+    """The stage that writes a file of that name; empty for none."""
+    known = {
+        "spectrum.json": "solve",
+        "candidates.json": "rank",
+        "healed-candidates.json": "heal",
+        "evaluation.json": "evaluate",
+        "benchmarks.json": "benchmarks",
+        "model": "excise",
+    }
+    if path.name.startswith("hamiltonian."):
+        return "energy"
+    return "baseline" if path.name.startswith("baseline-") else known.get(path.name, "")
 
 
 def fidelity(value: float, n: int) -> dict[str, Any]:
@@ -183,7 +245,6 @@ def write_run(
     stages = {
         "calibration.safetensors": {**made, "stage": "calibration", "seconds": 1.25},
         "spectrum.json": {**made, "stage": "solve"},
-        "evaluation.json": {**made, "stage": "evaluate", "done": False},
     }
     for k in (m - 1, m + 2):
         solved = {**made, "stage": "solve", "options": {"remove": str(k)}}
@@ -233,6 +294,7 @@ def write_run(
     main.save(path / "hamiltonian.safetensors")
     chosen = write_removal(path, main, m)
     if not extras:
+        record(path)
         return path
     hamiltonian(n, 2, "arbitrary").save(path / "hamiltonian.empirical-fisher.safetensors")
     write_removal(path / f"remove-{m - 1}", main, m - 1)
@@ -262,4 +324,5 @@ def write_run(
         "benchmarks",
         {"rows": scores, "engine": "lm_eval 0.4", "wikitext2": text},
     )
+    record(path)
     return path

@@ -16,8 +16,8 @@ from isingcut.config import RunConfig
 from isingcut.errors import StageFileError
 from isingcut.files import read_json, write_json
 from isingcut.hamiltonian import Hamiltonian
-from isingcut.report import model_card, write_report
 from isingcut.report_words import fenced, fidelity_warnings, ranking_warnings, spectrum_map
+from run_files import model_card, record, write_report
 
 N = 12
 STATES = [[2, 3], [3, 4], [10, 11]]
@@ -52,7 +52,7 @@ def run_json(model: str = "smollm2", energy: str = "pairwise") -> dict[str, Any]
     stages = {
         "calibration.safetensors": {**made, "stage": "calibration", "seconds": 1.25},
         "spectrum.json": {**made, "stage": "solve", "seconds": 0.5},
-        "evaluation.json": {**made, "stage": "evaluate", "done": False},
+        "benchmarks.json": {**made, "stage": "benchmarks", "done": False},
         "remove-5/spectrum.json": {**made, "stage": "solve", "seconds": 77.0},
     }
     block = {"kind": "attention+mlp", "parameters": 10**6, "bytes": 2 * 10**6}
@@ -229,7 +229,7 @@ def test_provenance_and_timings_are_those_of_this_removal(folder: Path) -> None:
         assert fact in part
     assert "a CPU \\| with a bar" in part
     assert "| calibration | `calibration.safetensors` | 1.2 |" in part
-    assert "| evaluate | `evaluation.json` | not finished |" in part
+    assert "| benchmarks | `benchmarks.json` | not finished |" in part
     assert "77.0" not in part
 
 
@@ -414,8 +414,9 @@ def test_the_card_without_a_ranking_claims_no_measurement(folder: Path) -> None:
 
 
 def test_reporting_loads_no_torch(folder: Path) -> None:
+    record(folder)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom isingcut.report import *\n"
+        "import sys\nfrom pathlib import Path\n"
         "import isingcut.report as r\n"
         f"p = Path({str(folder)!r})\nr.write_report(p)\nr.model_card(p, p, [1])\n"
         "print('torch' in sys.modules)"

@@ -65,7 +65,7 @@ def test_only_methods_that_keep_the_constraints_can_win():
 
 
 def test_the_report_shows_them(tmp_path: Path):
-    from isingcut.report import write_report
+    from run_files import write_report
     from test_report import folder, section
 
     run = folder.__wrapped__(tmp_path)

@@ -12,11 +12,10 @@ import pytest
 
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files import read_json, write_json
-from isingcut.report import write_comparison, write_report
 from isingcut.report_html import code
 from isingcut.report_svg import span, tick_text
 from isingcut.report_tradeoff import front
-from run_files import baseline, hamiltonian, write_run
+from run_files import baseline, hamiltonian, write_comparison, write_report, write_run
 
 VOID = {"meta", "link", "br", "col", "img"}
 
@@ -352,10 +351,16 @@ def test_what_is_not_comparable_is_said(run, tmp_path):
 def test_a_comparison_that_exists_is_not_replaced(run, tmp_path):
     out = tmp_path / "c.html"
     out.write_text("mine")
-    with pytest.raises(OutputExistsError):
-        write_comparison([(run, run), (run, run / "remove-2")], out)
+    places = [(run, run), (run, run / "remove-2")]
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError):
+            write_comparison(places, out, overwrite=overwrite)
     assert out.read_text() == "mine"
-    write_comparison([(run, run), (run, run / "remove-2")], out, overwrite=True)
+    out.unlink()
+    write_comparison(places, out)
+    with pytest.raises(OutputExistsError, match="already exists"):
+        write_comparison(places, out)
+    write_comparison(places, out, overwrite=True)
     assert "remove-2" in out.read_text()
 
 

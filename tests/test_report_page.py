@@ -11,8 +11,7 @@ import pytest
 
 from isingcut.files import read_json
 from isingcut.hamiltonian import Hamiltonian
-from isingcut.report import write_comparison, write_report
-from run_files import write_run
+from run_files import write_comparison, write_report, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")

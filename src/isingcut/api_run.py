@@ -114,7 +114,8 @@ class Run:
         """
         from isingcut.hamiltonian import Hamiltonian
 
-        return Hamiltonian.load(self._folder.path / "hamiltonian.safetensors")
+        file = self._folder.path / "hamiltonian.safetensors"
+        return self._folder.load(file, Hamiltonian.load)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -143,7 +144,7 @@ class Run:
         record = self._folder.manifest["stages"].get(str(file.relative_to(self._folder.path)))
         if file.exists() and record is not None and record["done"]:
             # Reading what is there needs no model.
-            return read_json(file, "candidates")
+            return self._folder.load(file, _candidates)
         assert self.spectrum is not None
         return stages.rank(self._session, self._folder)
 
@@ -182,7 +183,7 @@ class Run:
         """
         home = self._folder.path
         files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
-        chosen = [read_json(f, "candidates")["chosen"] for f in files if f.exists()]
+        chosen = [self._folder.load(f, _candidates)["chosen"] for f in files if f.exists()]
         states = [_state(row, int(row["position"])) for row in chosen]
         return sorted(states, key=lambda s: (len(s.removed), s.kl))
 
@@ -253,13 +254,15 @@ class Run:
         """
         from isingcut import healing_stages, stages
         from isingcut.files import atomic_folder
+        from isingcut.inputs import user_path
         from isingcut.outputs import check_output
 
-        target = Path(out)
-        check_output(target, overwrite=overwrite)
+        target = user_path(out)
+        sources = [self._session.source, *self._folder.sources, self._folder.path]
+        check_output(target, overwrite=overwrite, sources=sources)
         if blocks is None and healing_stages.wanted(self.config):
             healed = self._healed()
-            with atomic_folder(target, overwrite=overwrite) as temporary:
+            with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
                 shutil.copytree(healed, temporary, dirs_exist_ok=True)
             return target
         removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
@@ -303,6 +306,10 @@ class Run:
         from isingcut import stages
 
         return stages.report(self._folder, self.config.removal)
+
+
+def _candidates(path: Path) -> dict[str, Any]:
+    return read_json(path, "candidates")
 
 
 def _state(row: dict[str, Any], position: int) -> State:

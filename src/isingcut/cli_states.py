@@ -47,7 +47,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
         {"removal": removal, "file": str(file), **_body(spectrum.to_dict())}
         for removal, spectrum, file in found
     ]
-    meta = Hamiltonian.load(directory / "hamiltonian.safetensors").meta
+    meta = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load).meta
     return Answer(
         {"removals": removals},
         show,

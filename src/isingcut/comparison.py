@@ -15,7 +15,7 @@ import numpy as np
 from isingcut.config import RunConfig
 from isingcut.errors import InputError
 from isingcut.files import read_json, write_json
-from isingcut.measuring import samples_of, upstream
+from isingcut.measuring import samples_of, splits_of, upstream
 from isingcut.removal import removal_rows
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
@@ -98,10 +98,9 @@ def compare(
     }
 
     def make(path: Path) -> None:
-        from isingcut.calibration import Calibration
         from isingcut.energies.base import Work
 
-        splits = Calibration.load(folder.path / "calibration.safetensors").splits
+        splits = splits_of(folder)
         searched = splits["energy"].select(range(samples))
         path.parent.mkdir(parents=True, exist_ok=True)
         session.tuned(folder)
@@ -176,7 +175,8 @@ def _count(folder: RunFolder, config: RunConfig) -> int:
             f"a baseline removes a plain number of blocks, and nothing was chosen yet for "
             f"{config.removal!r} to take it from; give --remove like 6, or rank first"
         )
-    return len(read_json(ranked, "candidates")["chosen"]["removed"])
+    found = folder.load(ranked, lambda path: read_json(path, "candidates"))
+    return len(found["chosen"]["removed"])
 
 
 def _finite(value: float) -> float | None:

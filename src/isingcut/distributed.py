@@ -161,8 +161,6 @@ def announce(session: Session) -> None:
     Raises:
         InputError: one GPU was named for several processes.
     """
-    from isingcut.models import dtype_name
-
     crew = _post.crew
     if crew is None:
         return
@@ -179,8 +177,7 @@ def announce(session: Session) -> None:
     # Resolved too: free memory is no reason for processes to do different things, nor is the speed
     # of one machine's bfloat16.
     stream = "on" if session.streaming else "off"
-    dtype = dtype_name(session.config.dtype, session.config.device)
-    config = dataclasses.asdict(session.config.replace(stream=stream, dtype=dtype))
+    config = dataclasses.asdict(session.config.replace(stream=stream, dtype=session.dtype))
     # A launcher with the wrong options starts one process without a word.
     if session.progress is not silent:
         say(f"{crew.size} processes share the measuring")

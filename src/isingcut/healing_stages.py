@@ -16,7 +16,7 @@ from isingcut.config import HealConfig, RunConfig, load_yaml, options_from
 from isingcut.crew import expected
 from isingcut.errors import InputError
 from isingcut.files import read_json, write_json
-from isingcut.measuring import upstream
+from isingcut.measuring import splits_of, upstream
 from isingcut.removal import each_removal
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
@@ -94,7 +94,7 @@ def text_of(session: Session, folder: RunFolder, config: HealConfig) -> HealingT
     from isingcut.architectures import text_config
     from isingcut.calibration import Calibration
 
-    own = Calibration.load(folder.path / "calibration.safetensors")
+    own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
     same = config.text == own.source and config.seed == own.meta.get("seed")
     longest = getattr(text_config(session.loaded.model), "max_position_embeddings", None)
     return healing_text.build(
@@ -126,7 +126,7 @@ def choose(session: Session, folder: RunFolder) -> dict[str, Any] | None:
         return None
     healing = heal_config(config)
     target = folder.target(config.removal)
-    ranked = read_json(target / "candidates.json", "candidates")
+    ranked = folder.load(target / "candidates.json", lambda p: read_json(p, "candidates"))
     best = sorted(ranked["candidates"], key=lambda row: row["kl"])[: config.heal_top]
     states = [list(map(int, row["removed"])) for row in best]
     options = {**_options(folder, healing), "states": states}
@@ -158,7 +158,6 @@ def _tried(
     work: Path,
 ) -> dict[str, Any]:
     """One candidate, healed for a few steps and measured; kept, so that a kill loses one."""
-    from isingcut.calibration import Calibration
     from isingcut.evaluate import quality
     from isingcut.excise import excise
     from isingcut.heal import heal_checkpoint
@@ -179,7 +178,7 @@ def _tried(
             device=str(loaded.device),
             trust_remote_code=healing.trust_remote_code,
         ).model
-        split = Calibration.load(folder.path / "calibration.safetensors").splits["rank"]
+        split = splits_of(folder)["rank"]
         found = quality(loaded.model, model, split, healing.batch_tokens)
         row = {
             "removed": list(removed),
@@ -196,7 +195,8 @@ def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | No
     """The blocks that the healed candidates chose, None where none were compared."""
     if not config.heal_top:
         return None
-    found = read_json(folder.target(config.removal) / CHOICE, "healed-candidates")
+    file = folder.target(config.removal) / CHOICE
+    found = folder.load(file, lambda p: read_json(p, "healed-candidates"))
     return [int(i) for i in found["chosen"]["removed"]]
 
 

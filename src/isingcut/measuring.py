@@ -7,6 +7,7 @@ same options (`RunFolder.stage`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from isingcut.calibration import Calibration
     from isingcut.energies.base import Work
     from isingcut.search import Target
+    from isingcut.tokens import TokenSet
 
 
 def names(text: str) -> list[str]:
@@ -134,6 +136,13 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
     return found
 
 
+def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
+    """The token splits of a run, from its file."""
+    from isingcut.calibration import Calibration
+
+    return folder.load(folder.path / "calibration.safetensors", Calibration.load).splits
+
+
 def work_of(session: Session, journal: Path) -> Work:
     """How this session carries a measurement out, with a journal beside its result."""
     from isingcut.energies.base import Work
@@ -169,9 +178,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     journal = folder.path / f"{file.name}.journal"
 
     def make(path: Path) -> None:
-        from isingcut.calibration import Calibration
-
-        split = Calibration.load(folder.path / "calibration.safetensors").splits["energy"]
+        split = splits_of(folder)["energy"]
         session.tuned(folder)
         work = work_of(session, journal)
         own = range(samples_of(config, name))

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from isingcut.errors import InputError, IsingcutError, OutputExistsError
+from isingcut.errors import InputError, IsingcutError, OutputExistsError, StageFileError
 from isingcut.inputs import load_json, read_text
 
 MARKER = ".isingcut-output.json"
@@ -129,6 +130,33 @@ def foreign_in(folder: Path) -> str | None:
     return f"{_some(changed)} in it was changed since" if changed else None
 
 
+def folder_hash(folder: Path) -> str | None:
+    """The hash in a folder's marker; None where it has no readable marker."""
+    try:
+        found = load_json(folder / MARKER, "the marker")["sha256"]
+    except (IsingcutError, KeyError, TypeError):
+        return None
+    return str(found)
+
+
+def changed_in(folder: Path, recorded: str) -> str | None:
+    """What was changed in a folder since its hash was recorded, in words; None for nothing.
+
+    Files that were added are not looked at, nor is Markdown: a model card is for editing.
+    """
+    if folder_hash(folder) != recorded:
+        return f"its {MARKER} was changed"
+    files = load_json(folder / MARKER, "the marker")["files"]
+    if _hash(files) != recorded:
+        return f"its {MARKER} was changed"
+    changed = {
+        name
+        for name, found in files.items()
+        if not name.endswith(".md") and _fingerprint(folder / name) != found
+    }
+    return f"{_some(changed)} in it was changed" if changed else None
+
+
 def _some(names: set[str]) -> str:
     first = min(names)
     return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
@@ -162,6 +190,52 @@ def _fingerprint(path: Path) -> str:
 
 def _hash(files: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+# Stages of a run folder ------------------------------------------------------------------
+
+
+def check_recorded(stages: Mapping[str, Any], folder: Path, file: Path) -> None:
+    """Refuse a file of a run folder that is not as the run wrote it.
+
+    Args:
+        stages: the records in its `run.json`.
+
+    Raises:
+        StageFileError: there is no record of it, its stage is not finished, or it was changed.
+    """
+    record = stages.get(str(file.relative_to(folder)))
+    if record is None:
+        raise StageFileError(f"{file} was not written by this run; move it away")
+    if not record["done"]:
+        raise StageFileError(f"{file} is not finished; run its stage again: {record['stage']}")
+    changed = changed_since(file, record)
+    if changed is not None:
+        raise StageFileError(
+            f"{file} was changed or damaged since the run wrote it ({changed}); "
+            "delete it and run its stage again (other blocks are cut with --blocks)"
+        )
+
+
+def changed_since(file: Path, record: Mapping[str, Any]) -> str | None:
+    """How a file or folder differs from what was recorded, in words; None where it does not.
+
+    A stage that was interrupted recorded no hash, nor did earlier versions for folders.
+    """
+    recorded = record.get("sha256")
+    if recorded is None:
+        return None
+    if file.is_dir():
+        return changed_in(file, recorded)
+    if not file.is_file():
+        return "it is no plain file"
+    return None if file_sha256(file) == recorded else "its hash is another"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # Text files -----------------------------------------------------------------------------

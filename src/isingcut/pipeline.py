@@ -23,9 +23,11 @@ from isingcut.measuring import (
     measure_energy,
     names,
 )
+from isingcut.outputs import refuse_source
 from isingcut.progress import Progress, silent
 from isingcut.removal import each_removal, removal_rows
-from isingcut.runfolder import RunFolder
+from isingcut.report import check_report
+from isingcut.runfolder import MANIFEST, RunFolder
 from isingcut.session import Session
 from isingcut.stages import evaluate, excise, rank, report, solve
 
@@ -135,10 +137,14 @@ def open_session(
     for name in names(config.also):
         energy_part(config, name)
     solvers.check(config.solver, config.solve_seconds)
-    session = Session(config, progress)
-    if out.exists():
-        # Refuse a foreign folder before any model is loaded.
-        RunFolder.refuse_foreign(out, overwrite=config.overwrite)
+    # Before any model is loaded.
+    RunFolder.refuse_foreign(out, config)
+    before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
+    if need_removal:
+        for one in each_removal(config):
+            check_report(out if before is None else before.target(one.removal))
+    session = Session(config, progress, before.dtype if before else None)
+    refuse_source(out, [session.source])
     announce(session)
     blocks = session.describe_blocks()
     if need_removal or config.removal:
@@ -148,6 +154,9 @@ def open_session(
         healing_stages.check(session)
     calibration = None if out.exists() else build_calibration(session)
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
+    if config.dtype == "auto" and folder.dtype is None:
+        folder.manifest["provenance"]["dtype"] = session.dtype
+        folder.save()
     _clear(folder, config)
     calibrate(session, folder, calibration)
     return session, folder
@@ -157,14 +166,18 @@ def session_of(folder: RunFolder, config: RunConfig, progress: Progress = silent
     """A session on the model that a run folder was made with.
 
     Raises:
+        ModelError: it is not there any more.
         StageFileError: the model found under that name is another one now.
     """
-    session = Session(config, progress)
     made_with = folder.manifest["provenance"]["model"]
-    if session.identity["sha256"] != made_with["sha256"]:
+    for place in folder.model_places(config.model):
+        session = Session(config.replace(model=place), progress, folder.dtype)
+        if session.identity["sha256"] == made_with["sha256"]:
+            break
+    else:
         raise StageFileError(
-            f"{folder.path} was made with another version of {made_with['name']!r}; "
-            "use the model it was made with, or start a new run folder"
+            f"{folder.path} was made with another version of {made_with['name']!r} than is at "
+            f"{place}; name the one it was made with with --model, or start a new run folder"
         )
     _clear(folder, config)
     announce(session)

@@ -42,14 +42,25 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     target = target or folder
     files = read_run(folder, target)
     markdown, data, page = _markdown(files), _data(files), report_page(files)
-    texts = {name: target / f"report.{name}" for name in ("json", "md", "html")}
-    for file in texts.values():
-        # What a run wrote it may write again, as often as there is something new to report.
-        check_output(file, overwrite=True)
+    texts = check_report(target)
     write_json(texts["json"], "report", data, seal=True)
     for name, content in (("md", markdown), ("html", page)):
         with atomic_file(texts[name]) as temporary:
             temporary.write_text(sealed(content, f".{name}"), encoding="utf-8")
+
+
+def check_report(target: Path) -> dict[str, Path]:
+    """The files of a report by their form, once it is known that they may be written.
+
+    What a run wrote it may write again, as often as there is something new to report.
+
+    Raises:
+        OutputExistsError: a file of that name is not ours, or was changed since.
+    """
+    texts = {form: target / f"report.{form}" for form in ("json", "md", "html")}
+    for file in texts.values():
+        check_output(file, overwrite=True)
+    return texts
 
 
 def write_comparison(

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from isingcut.files import read_json
 from isingcut.report_words import numbers, plus_minus
 
 
-def read_baselines(target: Path) -> list[dict[str, Any]]:
-    """The contents of all `baseline-NAME.json` of one removal, lowest measured KL first.
-
-    Raises:
-        StageFileError: one of them is damaged.
-    """
-    found = [read_json(path, "baseline") for path in sorted(target.glob("baseline-*.json"))]
+def sort_baselines(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The contents of `baseline-NAME.json` files, lowest measured KL first."""
     return sorted(found, key=lambda b: float(b["kl"]))
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from isingcut.files import read_json
 from isingcut.model_sources import hub_id
-from isingcut.report_files import read_hamiltonian
+from isingcut.report_files import read_run
 from isingcut.report_words import removal_summary, render
 
 UNTOUCHED = (
@@ -34,13 +33,9 @@ def model_card(folder: Path, target: Path, removed: list[int]) -> str:
     Raises:
         StageFileError: `run.json` is missing, or a file that is there is damaged.
     """
-    run = read_json(folder / "run.json", "run")
-    ranked = target / "candidates.json"
-    candidates = read_json(ranked, "candidates") if ranked.exists() else None
-    tried = target / "healed-candidates.json"
-    healed = read_json(tried, "healed-candidates") if tried.exists() else None
-    hamiltonian = read_hamiltonian(folder)
-    meta = dict(hamiltonian.meta) if hamiltonian is not None else None
+    files = read_run(folder, target)
+    run, candidates, healed = files.run, files.candidates, files.healed_candidates
+    meta = files.meta
     provenance = run["provenance"]
     base = hub_id(provenance["model"]["name"])
     # A local path says nothing to others, and something about its owner.

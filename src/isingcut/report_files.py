@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from isingcut.errors import StageFileError
 from isingcut.files import read_json
 from isingcut.hamiltonian import Hamiltonian
-from isingcut.report_baselines import baselines_won, read_baselines
+from isingcut.outputs import check_recorded
+from isingcut.report_baselines import baselines_won, sort_baselines
 from isingcut.report_words import ranking_warnings
 
 
@@ -189,38 +191,43 @@ def read_run(folder: Path, target: Path | None = None) -> RunFiles:
     """
     target = target or folder
     run = read_json(folder / "run.json", "run")
+
+    def optional(path: Path, kind: str) -> dict[str, Any] | None:
+        return _optional(run, folder, path, kind)
+
     return RunFiles(
         folder,
         target,
         run,
         spectrum=with_searched(
-            _optional(target / "spectrum.json", "spectrum"),
-            _optional(target / "candidates.json", "candidates"),
+            optional(target / "spectrum.json", "spectrum"),
+            optional(target / "candidates.json", "candidates"),
         ),
-        candidates=_optional(target / "candidates.json", "candidates"),
-        evaluation=_optional(target / "evaluation.json", "evaluation"),
-        removal=_optional(target / "model" / "isingcut.json", "removal"),
-        hamiltonian=read_hamiltonian(folder),
+        candidates=optional(target / "candidates.json", "candidates"),
+        evaluation=optional(target / "evaluation.json", "evaluation"),
+        removal=_removal(run, folder, target),
+        hamiltonian=_hamiltonian(run, folder, folder / "hamiltonian.safetensors"),
         others={
-            path.name.removeprefix("hamiltonian.").removesuffix(".safetensors"): Hamiltonian.load(
-                path
-            )
+            path.name.removeprefix("hamiltonian.").removesuffix(".safetensors"): other
             for path in sorted(folder.glob("hamiltonian.*.safetensors"))
+            if (other := _hamiltonian(run, folder, path)) is not None
         },
-        baselines=read_baselines(target),
-        healing=_optional(target / "healing.json", "healing"),
-        healed_candidates=_optional(target / "healed-candidates.json", "healed-candidates"),
-        benchmarks=_optional(target / "benchmarks.json", "benchmarks"),
+        baselines=sort_baselines(
+            found
+            for path in sorted(target.glob("baseline-*.json"))
+            if (found := optional(path, "baseline")) is not None
+        ),
+        healing=_healing(run, folder, target),
+        healed_candidates=optional(target / "healed-candidates.json", "healed-candidates"),
+        benchmarks=optional(target / "benchmarks.json", "benchmarks"),
         removals=_removals(folder, target, run),
         healed=(target / "healed").is_dir(),
         gguf=(target / "model.gguf").is_file(),
     )
 
 
-def read_hamiltonian(folder: Path) -> Hamiltonian | None:
-    """The energy of a run folder, where it has been measured."""
-    path = folder / "hamiltonian.safetensors"
-    return Hamiltonian.load(path) if path.exists() else None
+def _hamiltonian(run: dict[str, Any], folder: Path, path: Path) -> Hamiltonian | None:
+    return Hamiltonian.load(path) if _there(run, folder, path) else None
 
 
 def without_header(document: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -230,15 +237,49 @@ def without_header(document: dict[str, Any] | None) -> dict[str, Any] | None:
     return {k: v for k, v in document.items() if k not in ("format", "version")}
 
 
-def _optional(path: Path, kind: str) -> dict[str, Any] | None:
-    return read_json(path, kind) if path.exists() else None
+def _optional(run: dict[str, Any], folder: Path, path: Path, kind: str) -> dict[str, Any] | None:
+    return read_json(path, kind) if _there(run, folder, path) else None
+
+
+def _there(run: dict[str, Any], folder: Path, path: Path) -> bool:
+    """Whether the file of a finished stage is there, and as the run wrote it.
+
+    Raises:
+        StageFileError: it is there, and was changed since or written by something else.
+    """
+    record = run["stages"].get(path.relative_to(folder).as_posix())
+    if not path.exists() or (record is not None and not record["done"]):
+        return False
+    check_recorded(run["stages"], folder, path)
+    return True
+
+
+def _removal(run: dict[str, Any], folder: Path, target: Path) -> dict[str, Any] | None:
+    """The record inside the checkpoint, which must say what the run cut."""
+    path = target / "model" / "isingcut.json"
+    record = run["stages"].get((target / "model").relative_to(folder).as_posix(), {})
+    if not path.exists() or not record.get("done"):
+        return None
+    found = read_json(path, "removal")
+    if found["removed"] != record["options"]["removed"]:
+        raise StageFileError(
+            f"{path} names other blocks than the run cut; delete {path.parent} and excise again"
+        )
+    return found
+
+
+def _healing(run: dict[str, Any], folder: Path, target: Path) -> dict[str, Any] | None:
+    """The record of a healing that is finished."""
+    record = run["stages"].get((target / "healed").relative_to(folder).as_posix(), {})
+    path = target / "healing.json"
+    return read_json(path, "healing") if record.get("done") and path.exists() else None
 
 
 def _removals(folder: Path, target: Path, run: dict[str, Any]) -> list[Removal]:
     found = []
     for place in (folder, *sorted(p for p in folder.glob("remove-*") if p.is_dir())):
-        spectrum = _optional(place / "spectrum.json", "spectrum")
-        candidates = _optional(place / "candidates.json", "candidates")
+        spectrum = _optional(run, folder, place / "spectrum.json", "spectrum")
+        candidates = _optional(run, folder, place / "candidates.json", "candidates")
         if spectrum is None and candidates is None:
             continue
         config = run["config"]
@@ -247,8 +288,8 @@ def _removals(folder: Path, target: Path, run: dict[str, Any]) -> list[Removal]:
             key = (place / "spectrum.json").relative_to(folder).as_posix()
             options = run["stages"].get(key, {}).get("options", {})
             name = str(options.get("remove") or options.get("budget") or place.name[7:])
-        evaluation = _optional(place / "evaluation.json", "evaluation")
-        record = _optional(place / "model" / "isingcut.json", "removal")
+        evaluation = _optional(run, folder, place / "evaluation.json", "evaluation")
+        record = _removal(run, folder, place)
         cut = None if record is None else sorted(record["removed"])
         found.append(Removal(name, spectrum, candidates, evaluation, cut, place == target))
     return sorted(found, key=lambda r: len(r.best["removed"]) if r.best else 0)

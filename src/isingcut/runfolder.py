@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import platform
 import re
 import sys
@@ -24,8 +24,17 @@ from typing import Any, TypeVar
 
 import isingcut
 from isingcut.config import RunConfig, from_mapping
-from isingcut.errors import OutputExistsError, StageFileError
+from isingcut.errors import ModelError, OutputExistsError, StageFileError
 from isingcut.files import fingerprint, is_temporary, read_json, write_json
+from isingcut.inputs import user_path
+from isingcut.outputs import (
+    changed_since,
+    check_output,
+    check_recorded,
+    file_sha256,
+    folder_hash,
+    refuse_source,
+)
 
 T = TypeVar("T")
 
@@ -58,7 +67,7 @@ class RunFolder:
         Raises:
             OutputExistsError: something else is at ``path``, or a run of another model.
         """
-        cls.refuse_foreign(path, overwrite=config.overwrite)
+        cls.refuse_foreign(path, config)
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
             before = folder.manifest["provenance"]["model"]
@@ -68,10 +77,13 @@ class RunFolder:
                     "choose another --out or pass --overwrite"
                 )
             if before["sha256"] != model["sha256"]:
-                folder.manifest.update(stages={}, blocks=blocks)
+                # What was written stays known, so that it may be replaced, and nothing else.
+                for record in folder.manifest["stages"].values():
+                    record.update(fingerprint="", done=False)
+                folder.manifest["blocks"] = blocks
             if not folder.config.removal or config.overwrite:
                 folder.manifest["config"] = _plain(config)
-            folder.manifest["provenance"]["model"] = model
+            folder.manifest["provenance"].update(model=model, **_places(path, config))
             folder.typed_solver = config.solver
             folder.save()
             return folder
@@ -79,7 +91,7 @@ class RunFolder:
             "config": _plain(config),
             "stages": {},
             "blocks": blocks,
-            "provenance": {**versions(), "model": model},
+            "provenance": {**versions(), "model": model, **_places(path, config)},
             "complete": False,
         }
         folder = cls(path, manifest, overwrite=config.overwrite)
@@ -88,14 +100,20 @@ class RunFolder:
         return folder
 
     @staticmethod
-    def refuse_foreign(path: Path, *, overwrite: bool) -> None:
-        """Refuse a folder or file that is there and is not a run folder."""
+    def refuse_foreign(path: Path, config: RunConfig) -> None:
+        """Refuse what is there and is no run folder, and a place among what the run reads.
+
+        Raises:
+            InputError: ``path`` is, contains or lies in the model, the text or a config file.
+            OutputExistsError: something else is at ``path``.
+        """
+        refuse_source(path, sources_of(config))
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")
-        if path.exists() and not (path / MANIFEST).is_file() and not overwrite and not _begun(path):
+        if path.exists() and not (path / MANIFEST).is_file() and not _begun(path):
             raise OutputExistsError(
-                f"{path} already exists and is not an isingcut run; nothing was written: "
-                "choose another --out or pass --overwrite to put the run's files into it"
+                f"{path} already exists and is not an isingcut run; nothing was written, and "
+                "--overwrite replaces only what isingcut wrote: choose another --out"
             )
 
     @classmethod
@@ -122,8 +140,41 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The options the folder was made with."""
-        stored = self.manifest["config"]
+        stored = {k: v for k, v in self.manifest["config"].items() if k != "trust_remote_code"}
         return from_mapping(stored, str(self.path / MANIFEST)).replace(out=str(self.path))
+
+    @property
+    def sources(self) -> list[Path]:
+        """What the run was made from, where it lies on this machine."""
+        places = self.manifest["provenance"].get("model_path", {}).values()
+        return [*sources_of(self.config), *(self.path / p for p in places)]
+
+    def model_places(self, name: str) -> list[str]:
+        """Where the run's model may be: as it was named, else where it was seen from this folder.
+
+        Args:
+            name: the model's name now; another than the run's own is taken as it is.
+
+        Raises:
+            ModelError: it was a local one, and is at none of these places.
+        """
+        places = self.manifest["provenance"].get("model_path")
+        if places is None or name != self.manifest["config"]["model"]:
+            return [name]
+        seen = dict.fromkeys([name, places["absolute"], str(self.path / places["relative"])])
+        there = [place for place in seen if user_path(place).exists()]
+        if not there:
+            raise ModelError(
+                f"the model that {self.path} was made with is not there any more: looked at "
+                f"{', '.join(seen)}; name it with --model"
+            )
+        return there
+
+    @property
+    def dtype(self) -> str | None:
+        """What `--dtype auto` once stood for in this run; None before it was asked."""
+        found = self.manifest["provenance"].get("dtype")
+        return None if found is None else str(found)
 
     def save(self) -> None:
         """Write run.json."""
@@ -153,23 +204,27 @@ class RunFolder:
         key = str(file.relative_to(self.path))
         wanted = fingerprint({**options, "model": self.manifest["provenance"]["model"]["sha256"]})
         record = self.manifest["stages"].get(key)
-        if file.exists():
-            if record is None and not self.overwrite:
+        refuse_source(file, self.sources)
+        if os.path.lexists(file):
+            if record is None:
                 raise OutputExistsError(
-                    f"{file} was not written by this run; move it away or pass --overwrite"
+                    f"{file} was not written by this run and stays as it is; move it away"
                 )
-            if record is not None and record["fingerprint"] != wanted and not self.overwrite:
+            if record["fingerprint"] != wanted and not self.overwrite:
                 raise OutputExistsError(
                     f"{file} was made with other options ({_difference(record, options)}); "
                     "choose another --out, or pass --overwrite to replace it"
                 )
-            if record is not None and record["fingerprint"] == wanted and record["done"]:
-                if file.is_file() and record["sha256"] != file_sha256(file):
-                    raise StageFileError(
-                        f"{file} was changed or damaged since the run wrote it; "
-                        "delete it and run its stage again"
-                    )
-                return load(file)
+            if record["fingerprint"] == wanted and record["done"]:
+                return self.load(file, load)
+            changed = changed_since(file, record)
+            if changed is not None:
+                raise OutputExistsError(
+                    f"{file} stays as it is: {changed} since the run wrote it, and --overwrite "
+                    "replaces only what isingcut wrote; move it away"
+                )
+            if file.is_dir():
+                check_output(file, overwrite=True)
         self.manifest["stages"][key] = {
             "stage": name,
             "fingerprint": wanted,
@@ -191,10 +246,43 @@ class RunFolder:
         self.manifest["stages"][key].update(
             done=True,
             seconds=round(time.monotonic() - began, 3),
-            sha256=file_sha256(file) if file.is_file() else None,
+            sha256=folder_hash(file) if file.is_dir() else file_sha256(file),
         )
         self.save()
         return load(file)
+
+    def check(self, file: Path) -> None:
+        """Refuse a file or folder of a stage that is not as the run wrote it.
+
+        Raises:
+            StageFileError: this run did not write it, or it was changed since.
+        """
+        check_recorded(self.manifest["stages"], self.path, file)
+
+    def load(self, file: Path, read: Callable[[Path], T]) -> T:
+        """What the file or folder of a finished stage holds, once it passed `check`.
+
+        Every reading of a run's files goes through here.
+        """
+        self.check(file)
+        return read(file)
+
+
+def sources_of(config: RunConfig) -> list[Path]:
+    """The files and folders that a run of these options reads, where they lie on this machine."""
+    named = [config.model, config.calibration, config.heal_options]
+    paths = [user_path(name) for name in named if name]
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def _places(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Where a local model is, for a run folder that is opened from elsewhere or moved with it."""
+    model = user_path(config.model)
+    if not model.exists():
+        return {}
+    absolute = model.resolve()
+    relative = os.path.relpath(absolute, folder.resolve())
+    return {"model_path": {"absolute": str(absolute), "relative": relative}}
 
 
 def _begun(path: Path) -> bool:
@@ -207,16 +295,12 @@ def slug(remove: str) -> str:
     return re.sub(r"[^\w.-]", "_", remove.replace("=", "-"))
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _plain(config: RunConfig) -> dict[str, Any]:
     import dataclasses
 
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "overwrite")}
+    # Trust is given on the command line, each time: whoever opens the folder may be another.
+    unkept = ("out", "overwrite", "trust_remote_code")
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in unkept}
 
 
 def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:

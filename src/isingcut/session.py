@@ -26,10 +26,13 @@ class Session:
     Args:
         config: the run's options; only those about the model are used here.
         progress: where progress is shown.
+        dtype: what `--dtype auto` stands for, where a run has asked before.
     """
 
-    def __init__(self, config: RunConfig, progress: Progress = silent) -> None:
-        self.config, self.progress = config, progress
+    def __init__(
+        self, config: RunConfig, progress: Progress = silent, dtype: str | None = None
+    ) -> None:
+        self.config, self.progress, self._recorded = config, progress, dtype
 
     def at(self, config: RunConfig) -> Session:
         """The same model, already loaded or not, with other options for the stages."""
@@ -76,6 +79,15 @@ class Session:
         self.replay.attention = self.tuning.attention
 
     @cached_property
+    def dtype(self) -> str:
+        """``"float32"`` or ``"bfloat16"``: as asked for, as recorded, else chosen now."""
+        from isingcut.models import dtype_name
+
+        if self.config.dtype == "auto" and self._recorded is not None:
+            return self._recorded
+        return dtype_name(self.config.dtype, self.config.device)
+
+    @cached_property
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
         from isingcut.models import resolve
@@ -103,7 +115,7 @@ class Session:
         allowed = allowance(self.config.memory_limit, device)
         if self.config.stream != "auto":
             return self.config.stream == "on"
-        return weight_bytes(self.source, pick_dtype(self.config.dtype, device)) > allowed.left
+        return weight_bytes(self.source, pick_dtype(self.dtype, device)) > allowed.left
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -114,7 +126,7 @@ class Session:
             return self._streamed[0]
         return load(
             self.source,
-            dtype=self.config.dtype,
+            dtype=self.dtype,
             device=self.config.device,
             trust_remote_code=self.config.trust_remote_code,
         )
@@ -135,7 +147,7 @@ class Session:
 
         return load_streamed(
             folder,
-            dtype=self.config.dtype,
+            dtype=self.dtype,
             device=self.config.device,
             trust_remote_code=self.config.trust_remote_code,
             memory_limit=self.config.memory_limit,

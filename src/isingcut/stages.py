@@ -19,10 +19,12 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.files import atomic_folder, read_json, write_json
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.healing_stages import chosen_after_healing, product
-from isingcut.measuring import names, other_path, upstream, work_of
+from isingcut.inputs import regular_file
+from isingcut.measuring import names, other_path, splits_of, upstream, work_of
+from isingcut.outputs import file_sha256, refuse_source
 from isingcut.problem import Problem
 from isingcut.removal import make_problem
-from isingcut.runfolder import RunFolder, file_sha256
+from isingcut.runfolder import RunFolder
 from isingcut.session import Session
 from isingcut.spectrum import Spectrum
 
@@ -60,7 +62,7 @@ def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
 
 def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
     """The constrained problem of one removal of this folder's Hamiltonian."""
-    hamiltonian = Hamiltonian.load(folder.path / "hamiltonian.safetensors")
+    hamiltonian = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
     return make_problem(hamiltonian, folder.manifest["blocks"], config)
 
 
@@ -89,8 +91,10 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
     """Stage `rank`: `candidates.json`, the spectrum's states beside random ones, measured."""
     config = session.config
     target = folder.target(config.removal)
-    spectrum = Spectrum.load(_needs(folder, config, "spectrum.json", "solve"))
-    others = {name: Hamiltonian.load(other_path(folder, name)) for name in names(config.also)}
+    spectrum = folder.load(_needs(folder, config, "spectrum.json", "solve"), Spectrum.load)
+    others = {
+        name: folder.load(other_path(folder, name), Hamiltonian.load) for name in names(config.also)
+    }
     options = _solve_options(folder, config) | {
         "random_states": config.random_states,
         "choose": config.choose,
@@ -100,9 +104,8 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
 
     def make(path: Path) -> None:
         from isingcut import candidates
-        from isingcut.calibration import Calibration
 
-        split = Calibration.load(folder.path / "calibration.safetensors").splits["rank"]
+        split = splits_of(folder)["rank"]
         problem = problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
         session.tuned(folder)
@@ -166,7 +169,7 @@ def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
     after = chosen_after_healing(folder, config)
     if after is not None:
         return after
-    found = read_json(_needs(folder, config, "candidates.json", "rank"), "candidates")
+    found = folder.load(_needs(folder, config, "candidates.json", "rank"), _load_candidates)
     return [int(i) for i in found["chosen"]["removed"]]
 
 
@@ -211,10 +214,11 @@ def write_checkpoint(
         "version": 1,
         "removed": blocks,
         "of": len(session.stack),
-        "model": session.identity,
+        "model": folder.manifest["provenance"]["model"],
     }
     card = model_card(folder.path, folder.target(session.config.removal), blocks)
-    with atomic_folder(out, overwrite=overwrite) as temporary:
+    sources = [session.source, *folder.sources]
+    with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
         write_cut(
             session.source,
@@ -242,8 +246,7 @@ def excise_gguf(
     """`model.gguf`: the same blocks cut out of a GGUF file, its tensors' bytes untouched."""
     from isingcut.gguf_cut import cut_gguf
 
-    if not source.is_file():
-        raise InputError(f"there is no GGUF file at {source}")
+    regular_file(source, "the GGUF file")
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     options = {"removed": blocks, "source": file_sha256(source)}
 
@@ -251,6 +254,7 @@ def excise_gguf(
         cut_gguf(source, blocks, path, overwrite=True)
 
     file = folder.target(config.removal) / "model.gguf"
+    refuse_source(file, [source])
     return folder.stage("excise", file, options, make, lambda path: path)
 
 
@@ -265,10 +269,10 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
 
     def make(path: Path) -> None:
         from isingcut import evaluate as evaluation
-        from isingcut.calibration import Calibration
         from isingcut.models import load
 
-        tokens = Calibration.load(folder.path / "calibration.safetensors").splits["report"]
+        folder.check(checkpoint)
+        tokens = splits_of(folder)["report"]
         session.tuned(folder)
         if session.streaming:
             write_json(path, "evaluation", _evaluate_streamed(session, checkpoint, tokens))
