@@ -81,17 +81,23 @@ def test_an_existing_output_is_kept_unless_allowed(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("keep")
-    with pytest.raises(OutputExistsError):
-        excise(source, [1], out)
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError):
+            excise(source, [1], out, overwrite=overwrite)
     assert (out / "mine").read_text() == "keep"
+    (out / "mine").unlink()
     excise(source, [1], out, overwrite=True)
-    assert not (out / "mine").exists()
-    assert (out / "config.json").exists()
+    kept = (out / "config.json").read_bytes()
+    with pytest.raises(OutputExistsError):
+        excise(source, [1, 2], out)
+    assert (out / "config.json").read_bytes() == kept
+    excise(source, [1, 2], out, overwrite=True)
+    assert (out / "config.json").read_bytes() != kept
 
 
 @pytest.mark.parametrize("inside", ["source", "source/out", "."])
 def test_source_and_output_must_not_contain_each_other(source, tmp_path, inside):
-    with pytest.raises(InputError, match="must lie outside"):
+    with pytest.raises(InputError, match="which this command reads"):
         excise(source, [1], tmp_path / inside, overwrite=True)
     assert (source / "model.safetensors").exists()
 

@@ -11,6 +11,7 @@ import pytest
 import isingcut
 from isingcut.files import atomic_file, atomic_folder, clear_stale, is_temporary
 from isingcut.journal import Journal
+from isingcut.outputs import MARKER
 from ranks import say_into, start
 from tiny import tiny_checkpoint
 
@@ -110,8 +111,8 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):
 
 def _leave_temporaries(folder):
     """Killed with a file, a new folder and an old folder half way."""
-    (folder / "model").mkdir()
-    (folder / "model" / "old").touch()
+    with atomic_folder(folder / "model") as old:
+        (old / "old").touch()
     with contextlib.ExitStack() as stack:
         stack.enter_context(atomic_file(folder / "run.json"))
         new = stack.enter_context(atomic_folder(folder / "model", overwrite=True))
@@ -137,7 +138,7 @@ def test_what_killed_processes_left_is_cleared_and_what_the_living_write_is_not(
         names = {p.name for p in tmp_path.iterdir()}
     # Of no process of ours, and of another machine's: not ours to delete.
     assert names == {"model", ".model.part", ".model.abcd0123-1.x.part", mine.name}
-    assert os.listdir(tmp_path / "model") == ["old"], "the old folder came back"
+    assert set(os.listdir(tmp_path / "model")) == {"old", MARKER}, "the old folder came back"
     assert is_temporary(mine)
     assert not is_temporary(tmp_path / ".model.part")
 

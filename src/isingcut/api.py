@@ -178,16 +178,21 @@ def open_run(
     folder: str | Path,
     remove: int | str | None = None,
     *,
+    model: str | Path | None = None,
     progress: Progress | bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Run:
     """A finished or half-finished run folder, whether Python or the command line made it.
 
     Args:
         folder: the run folder.
         remove: one of its removals; by default the one it was made for.
+        model: where its model is now; by default where it was, seen from here, as an absolute
+            path, or from the run folder.
         progress: as in `prune`.
         overwrite: outputs made with other options may be replaced.
+        trust_remote_code: allow the model's own code to run; no run folder remembers it.
 
     Raises:
         StageFileError: not a run folder, or a damaged one.
@@ -199,7 +204,9 @@ def open_run(
     from isingcut.runfolder import RunFolder
 
     opened = RunFolder.open(Path(folder), overwrite=overwrite)
-    config = opened.config.replace(overwrite=overwrite)
+    config = opened.config.replace(overwrite=overwrite, trust_remote_code=trust_remote_code)
+    if model is not None:
+        config = config.replace(model=str(model))
     if remove is not None:
         config = config.replace(remove=str(remove), budget="")
     return Run(opened, config.validate(), progress=_progress(progress))

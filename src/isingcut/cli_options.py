@@ -38,18 +38,20 @@ def with_options(
     """Give a handler the named options of a configuration class as keyword parameters.
 
     An option left out on the command line arrives as None, so that a config file or a run
-    folder can supply it before the default does.
+    folder can supply it before the default does. A name with dashes in front (``--model``) is an
+    option here, whatever it is elsewhere.
     """
     fields = {f.name: f for f in dataclasses.fields(of)}
 
     def decorate(handler: Any) -> Any:
         own = inspect.signature(handler, eval_str=True).parameters.values()
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind != p.VAR_KEYWORD]
-        for name in names:
+        for asked in names:
+            name = asked.removeprefix("--")
             f = fields[name]
             base: Any = _TYPES.get(str(f.type).removesuffix(" | None"), str)
             info: Any
-            if f.metadata.get("argument"):
+            if f.metadata.get("argument") and name == asked:
                 info = typer.Argument(help=f.metadata["help"], metavar=name.upper())
             else:
                 shown = "" if f.default in ("", None, False) else f" (default: {f.default})"

@@ -34,10 +34,13 @@ def export(
     folder, config, named = reopen_at(directory, options, blocks, one_based=one_based)
     removed = named if named is not None else stages.chosen_blocks(folder, config)
     total = len(folder.manifest["blocks"]["blocks"])
+    config = config.replace(model=folder.model_places(config.model)[0])
     model, dtype, differing = interop.mergekit_source(config, removed)
     recipe = interop.mergekit_recipe(model, total, removed, dtype)
     if mergekit != "-":
-        interop.write_text(Path(mergekit), recipe, overwrite=folder.overwrite)
+        interop.write_text(
+            Path(mergekit), recipe, overwrite=folder.overwrite, sources=folder.sources
+        )
     warnings = []
     if differing:
         warnings.append(

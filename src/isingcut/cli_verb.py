@@ -57,6 +57,7 @@ WHOLE, STAGES, RESULT, LOOK = "Whole runs", "Single stages", "Use the result", "
 """The groups of verbs in `isingcut --help`."""
 
 OF_RUN = (
+    "--model",
     "remove",
     "budget",
     "device",

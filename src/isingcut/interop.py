@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +201,11 @@ def _says_nothing(ours: Any, theirs: Any) -> bool:
 
 
 def mergekit_source(config: RunConfig, removed: Sequence[int]) -> tuple[str, str, list[str]]:
-    """What a recipe for a run says of its model: name, dtype, and `mergekit_differs`."""
+    """What a recipe for a run says of its model: name, dtype, and `mergekit_differs`.
+
+    Args:
+        config: its options, with the model named as it can be found from here.
+    """
     from isingcut.model_sources import hub_id, resolve
 
     folder = resolve(config.model, trust_remote_code=config.trust_remote_code)
@@ -211,12 +215,13 @@ def mergekit_source(config: RunConfig, removed: Sequence[int]) -> tuple[str, str
     return hub_id(config.model) or str(folder), str(stored), mergekit_differs(raw, removed)
 
 
-def write_text(path: Path, content: str, *, overwrite: bool) -> None:
-    """Write a text file atomically.
+def write_text(path: Path, content: str, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+    """Write a YAML file atomically, with a seal.
 
     Raises:
-        OutputExistsError: the file is there and ``overwrite`` is false.
+        InputError: it would lie in or replace a source.
+        OutputExistsError: the file is there, and ``overwrite`` is false or it is not ours.
     """
-    check_output(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite, sources=sources)
     with atomic_file(path) as temporary:
         temporary.write_text(sealed(content, ".yaml"), encoding="utf-8")

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import isingcut
 from isingcut.config import RunConfig, from_mapping
-from isingcut.errors import ModelError, OutputExistsError, StageFileError
+from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
 from isingcut.files import fingerprint, is_temporary, read_json, write_json
 from isingcut.inputs import user_path
 from isingcut.outputs import (
@@ -235,13 +235,8 @@ class RunFolder:
         began = time.monotonic()
         try:
             make(file)
-        except Exception:
-            # What was there before is as it was.
-            if record is None:
-                del self.manifest["stages"][key]
-            else:
-                self.manifest["stages"][key] = record
-            self.save()
+        except BaseException as e:
+            self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
             raise
         self.manifest["stages"][key].update(
             done=True,
@@ -250,6 +245,20 @@ class RunFolder:
         )
         self.save()
         return load(file)
+
+    def _give_up(
+        self, key: str, file: Path, before: dict[str, Any] | None, *, refused: bool
+    ) -> None:
+        """Let the record of a stage that failed be what it was, where its file still is."""
+        if before is not None and before["done"] and os.path.lexists(file):
+            if changed_since(file, before) is not None:
+                return
+            self.manifest["stages"][key] = before
+        elif before is None and refused:
+            del self.manifest["stages"][key]
+        else:
+            return
+        self.save()
 
     def check(self, file: Path) -> None:
         """Refuse a file or folder of a stage that is not as the run wrote it.

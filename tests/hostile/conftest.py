@@ -43,6 +43,10 @@ def world(tmp_path_factory):
 def arena(world, tmp_path, monkeypatch):
     """A place of its own for one row: the working folder, with HOME and the cache in it."""
     here = Path(shutil.copytree(world, tmp_path / "here", symlinks=True))
+    manifest = here / "run" / "run.json"
+    # The run was made here, as far as it knows.
+    text = manifest.read_text(encoding="utf-8").replace(str(world), str(here))
+    manifest.write_text(text, encoding="utf-8")
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(here / "home"))
     monkeypatch.setenv("ISINGCUT_CACHE", str(here / "home" / "cache"))

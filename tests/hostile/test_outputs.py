@@ -1,33 +1,322 @@
-"""Nothing of the user's is replaced, with `--overwrite` or without."""
+"""Nothing of the user's is replaced, with `--overwrite` or without; what isingcut wrote is."""
 
+import json
+import os
 import shutil
 
 import pytest
-from arena import Row
+from arena import Row, call, snapshot
+
+import isingcut
+from isingcut.errors import InputError, OutputExistsError
+
+STAYS = r"stays as it is: .*--overwrite replaces only what isingcut wrote"
+FOREIGN = r"already exists and is not an isingcut run; nothing was written"
+OF_SOURCE = r"the output .* (is|contains|lies in) .*, which this command reads; nothing was written"
 
 
-def home_with_model(arena):
-    """A home folder in which the user keeps a model of that name."""
+def link(name, target):
+    return lambda arena: (arena.here / name).symlink_to(arena.here / target)
+
+
+def write(name, content="mine\n"):
+    def prepare(arena):
+        path = arena.here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_text(content, encoding="utf-8")
+
+    return prepare
+
+
+def own_model(arena):
+    """Someone's own model where the run would put its own."""
+    shutil.rmtree(arena.run / "model")
+    shutil.copytree(arena.model, arena.run / "model")
+
+
+def home_model(arena):
     shutil.copytree(arena.model, arena.home / "model")
 
 
-STAYS = r"stays as it is: .*--overwrite replaces only what isingcut wrote"
-ROWS = [
+def model_inside(arena):
+    (arena.here / "proj").mkdir()
+    shutil.copytree(arena.model, arena.here / "proj" / "model")
+
+
+# Where a run's folder may not be: place typed, how it came there, what is said.
+PLACES = {
+    "a home folder": ("{home}", None, FOREIGN),
+    "a home with a model": (
+        "{home}",
+        lambda a: shutil.copytree(a.model, a.home / "model"),
+        FOREIGN,
+    ),
+    "a link to a home": ("{here}/link", link("link", "home"), FOREIGN),
+    "a hidden file": ("{here}/full", write("full/.hidden"), FOREIGN),
+    "a file": ("{here}/file", write("file"), "is a file; choose a folder"),
+    "the model": ("{model}", None, OF_SOURCE),
+    "inside the model": ("{model}/out", None, OF_SOURCE),
+    "around the model": ("{here}", None, OF_SOURCE),
+    "a link to the model": ("{here}/link", link("link", "model"), OF_SOURCE),
+    "the text": ("{text}", None, OF_SOURCE),
+    "a link to the text": ("{here}/link", link("link", "text.txt"), OF_SOURCE),
+}
+RUNS = [
     Row(
-        "run into a home folder",
-        "run {model} --remove 2 --calibration {text} --length 16 --out {home} --overwrite",
-        STAYS,
-        home_with_model,
+        f"{verb} into {name}{flag}",
+        f"{verb} {{model}} --remove 2 --calibration {{text}} --length 16 --out {place}{flag}",
+        line,
+        prepare or (lambda arena: None),
+    )
+    for verb in ("run", "energy")
+    for name, (place, prepare, line) in PLACES.items()
+    for flag in ("", " --overwrite")
+]
+RUNS += [
+    Row(
+        f"a model in the folder it would be replaced in{flag}",
+        f"run proj/model --remove 2 --calibration {{text}} --length 16 --out proj{flag}",
+        OF_SOURCE,
+        model_inside,
+    )
+    for flag in ("", " --overwrite")
+]
+
+# What a stage of a finished run may not replace.
+STAGES = [
+    Row(
+        "a foreign model",
+        "excise {run} --blocks 0,1 --overwrite",
+        r"its \S+ was changed",
+        own_model,
     ),
     Row(
-        "report over the user's own",
+        "a file beside the weights",
+        "excise {run} --blocks 0,1 --overwrite",
+        STAYS,
+        write("run/model/notes.txt"),
+    ),
+    Row(
+        "an edited model card",
+        "excise {run} --blocks 0,1 --overwrite",
+        STAYS,
+        write("run/model/README.md"),
+    ),
+    Row(
+        "an edited config of the cut",
+        "excise {run} --blocks 0,1 --overwrite",
+        "config.json in it was changed since the run wrote it",
+        write("run/model/config.json"),
+    ),
+    Row(
+        "a link in the cut",
+        "excise {run} --blocks 0,1 --overwrite",
+        STAYS,
+        link("run/model/link", "home"),
+    ),
+    Row("other blocks without leave", "excise {run} --blocks 0,1", "made with other options"),
+    Row(
+        "a spectrum of another hand",
+        "solve {run} --remove 3 --overwrite",
+        "was not written by this run and stays as it is",
+        write("run/remove-3/spectrum.json"),
+    ),
+    Row(
+        "a baseline of another hand",
+        "baseline random {run} --overwrite",
+        "was not written by this run and stays as it is",
+        write("run/baseline-random.json"),
+    ),
+    Row(
+        "an earlier recipe",
+        "export {run} --mergekit {here}/r.yaml",
+        "already exists",
+        write("r.yaml"),
+    ),
+    *(
+        Row(
+            f"a recipe over {name}",
+            f"export {{run}} --mergekit {place} --overwrite",
+            line,
+            prepare or (lambda arena: None),
+        )
+        for name, place, line, prepare in (
+            ("the user's own", "{here}/r.yaml", STAYS, write("r.yaml")),
+            ("the text", "{text}", OF_SOURCE, None),
+            ("the model's config", "{model}/config.json", OF_SOURCE, None),
+            ("a folder", "{home}", STAYS, None),
+            ("a link to a diary", "{here}/r.yaml", STAYS, link("r.yaml", "home/diary.txt")),
+        )
+    ),
+    *(
+        Row(
+            f"the user's own report.{form}",
+            "report {run}",
+            STAYS,
+            write(f"run/report.{form}", text),
+        )
+        for form, text in (("md", "mine"), ("html", "<p>mine"), ("json", '{"mine": 1}'))
+    ),
+    *(
+        Row(
+            f"an edited report.{form}",
+            "report {run}",
+            "changed since isingcut wrote it",
+            lambda arena, form=form: (arena.run / f"report.{form}").write_text(
+                (arena.run / f"report.{form}").read_text("utf-8").replace("model", "modem", 1),
+                encoding="utf-8",
+            ),
+        )
+        for form in ("md", "html", "json")
+    ),
+    Row(
+        "a report that is a link",
         "report {run}",
         STAYS,
-        lambda a: (a.run / "report.md").write_text("mine", encoding="utf-8"),
+        lambda a: ((a.run / "report.md").unlink(), link("run/report.md", "home/diary.txt")(a)),
+    ),
+    Row(
+        "the user's own report, found before anything is measured",
+        "run {model} --remove 2 --calibration {text} --length 16 --out {here}/begun",
+        STAYS,
+        lambda a: (
+            shutil.copytree(a.run, a.here / "begun"),
+            write("begun/report.md")(a),
+            (a.here / "begun" / "candidates.json").unlink(),
+        ),
+    ),
+    *(
+        Row(
+            f"a comparison over {name}",
+            f"report {{run}} {{run}} --out {place} --overwrite",
+            STAYS,
+            prepare or (lambda arena: None),
+        )
+        for name, place, prepare in (
+            ("the user's page", "{here}/c.html", write("c.html")),
+            ("the text", "{text}", None),
+            ("a home folder", "{home}", None),
+            ("a link to a diary", "{here}/c.html", link("c.html", "home/diary.txt")),
+        )
+    ),
+    *(
+        Row(
+            f"benchmarks into {name}",
+            f"evaluate {{run}}/model --original {{model}} --tasks piqa --out {place} --overwrite",
+            line,
+        )
+        for name, place, line in (
+            ("the original", "{model}/config.json", OF_SOURCE),
+            ("the cut", "{run}/model/README.md", OF_SOURCE),
+            ("a diary", "{home}/diary.txt", STAYS),
+        )
     ),
 ]
+# Damage that a recorded hash tells: file, and the verbs that read it.
+READERS = {
+    "hamiltonian.safetensors": (
+        "solve {run}",
+        "rank {run} --random-states 31 --overwrite",
+        "report {run}",
+    ),
+    "calibration.safetensors": (
+        "rank {run} --random-states 31 --overwrite",
+        "baseline random {run}",
+        "run model --remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
+        "--report-samples 3 --dtype float32 --random-states 30 --out run",
+    ),
+    "spectrum.json": ("solve {run}", "rank {run}", "report {run}"),
+    "candidates.json": ("rank {run}", "excise {run}", "export {run} --mergekit -", "report {run}"),
+    "evaluation.json": ("evaluate {run}", "report {run}"),
+}
+
+
+def flip(name):
+    """One byte in the middle of a file is another: still readable, where it was a digit."""
+
+    def prepare(arena):
+        path = arena.run / name
+        content = bytearray(path.read_bytes())
+        digits = [i for i, b in enumerate(content) if chr(b) in "12345678"]
+        place = digits[len(digits) // 2] if name.endswith("json") else len(content) - 3
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    return prepare
+
+
+CHANGED = [
+    Row(
+        f"a changed {name}: {command}",
+        command,
+        "was changed or damaged since the run wrote it",
+        flip(name),
+    )
+    for name, commands in READERS.items()
+    for command in commands
+]
+ROWS = [*RUNS, *STAGES, *CHANGED]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
 def test_nothing_of_the_users_is_replaced(arena, row):
     arena.try_row(row)
+
+
+def test_what_isingcut_wrote_is_replaced(arena):
+    arena.try_row(Row("", "excise {run} --blocks 0,1 --overwrite", code=0, makes=("run/*",)))
+    record = json.loads((arena.run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    assert record["removed"] == [0, 1]
+    arena.try_row(Row("", "report {run}", code=0, makes=("run/report*",)))
+    for flag in ("", "--overwrite"):
+        made = ("c.html", "r.yaml")
+        arena.try_row(Row("", f"report {{run}} {{run}} --out c.html {flag}", code=0, makes=made))
+        arena.try_row(Row("", f"export {{run}} --mergekit r.yaml {flag}", code=0, makes=made))
+
+
+@pytest.mark.parametrize(
+    "place", ["model", "home", "run", ".", "run/model/inside", "model/inside", "text.txt"]
+)
+def test_save_replaces_nothing_of_the_users(arena, place):
+    run = isingcut.open_run("run")
+    before = snapshot(arena.here)
+    with pytest.raises((InputError, OutputExistsError)):
+        run.save(place, blocks=[0, 1], overwrite=True)
+    assert snapshot(arena.here) == before
+
+
+def test_save_replaces_what_it_wrote(arena):
+    run = isingcut.open_run("run")
+    run.save("mine", blocks=[0, 1])
+    with pytest.raises(OutputExistsError, match="already exists"):
+        run.save("mine", blocks=[0, 2])
+    run.save("mine", blocks=[0, 2], overwrite=True)
+    record = json.loads((arena.here / "mine" / "isingcut.json").read_text(encoding="utf-8"))
+    assert record["removed"] == [0, 2]
+
+
+def test_a_hard_link_to_a_source_is_that_source(arena):
+    os.link(arena.text, arena.here / "same.yaml")
+    row = Row("", "export {run} --mergekit {here}/same.yaml --overwrite", OF_SOURCE)
+    arena.try_row(row)
+
+
+def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
+    other = arena.here / "other"
+    shutil.copytree(arena.model, other)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 2e-6}), "utf-8")
+    words = (
+        "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
+        "--report-samples 3 --random-states 30 --dtype float32 --out run"
+    )
+    code, _, err = call(f"run other {words}".split())
+    assert code == 2
+    assert "holds a run of another model" in err
+    write("run/model/README.md")(arena)
+    before = snapshot(arena.run / "model")
+    code, _, err = call(f"run other {words} --overwrite".split(), seconds=60)
+    assert code == 2, err
+    assert "stays as it is" in err
+    assert snapshot(arena.run / "model") == before
