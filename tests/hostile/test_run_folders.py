@@ -53,7 +53,7 @@ COMMANDS = (
     f"run {{model}} {OPTIONS} --random-states 30 --out {{run}}",
 )
 TRUST = [
-    Row(f"a folder that trusts itself: {c}", c, "trust-remote-code", strangers_folder)
+    Row(f"a folder that trusts itself: {c}", c, "trust-remote-code|custom code", strangers_folder)
     for c in COMMANDS
 ]
 
