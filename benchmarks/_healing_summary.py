@@ -13,7 +13,7 @@ from isingcut.files import read_json, write_json
 from isingcut.measure import standard_error
 from isingcut.models import model_identity
 from isingcut.paired import compare
-from isingcut.runfolder import versions
+from isingcut.provenance import versions
 
 RESULTS = "healing"
 

@@ -14,7 +14,7 @@ from _quality_summary import OURS
 from _quality_tasks import METRIC
 from isingcut.files import write_json
 from isingcut.measure import standard_error
-from isingcut.runfolder import versions
+from isingcut.provenance import versions
 
 KIND = "quality"
 RESAMPLES = 2000

@@ -19,8 +19,8 @@ from isingcut.files import atomic_folder, fingerprint, read_json, write_json
 from isingcut.healers import RECORD
 from isingcut.outputs import check_output
 from isingcut.progress import Progress, silent
+from isingcut.provenance import versions
 from isingcut.report_card import healed_card
-from isingcut.runfolder import versions
 
 if TYPE_CHECKING:
     from isingcut.healers.base import Job

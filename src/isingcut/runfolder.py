@@ -13,16 +13,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import isingcut
 from isingcut.config import RunConfig, from_mapping
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
 from isingcut.files import fingerprint, is_temporary, read_json, write_json
@@ -35,6 +31,7 @@ from isingcut.outputs import (
     folder_hash,
     refuse_source,
 )
+from isingcut.provenance import model_path, sources_of, versions
 
 T = TypeVar("T")
 
@@ -83,7 +80,7 @@ class RunFolder:
                 folder.manifest["blocks"] = blocks
             if not folder.config.removal or config.overwrite:
                 folder.manifest["config"] = _plain(config)
-            folder.manifest["provenance"].update(model=model, **_places(path, config))
+            folder.manifest["provenance"].update(model=model, **model_path(path, config))
             folder.typed_solver = config.solver
             folder.save()
             return folder
@@ -91,7 +88,7 @@ class RunFolder:
             "config": _plain(config),
             "stages": {},
             "blocks": blocks,
-            "provenance": {**versions(), "model": model, **_places(path, config)},
+            "provenance": {**versions(), "model": model, **model_path(path, config)},
             "complete": False,
         }
         folder = cls(path, manifest, overwrite=config.overwrite)
@@ -277,23 +274,6 @@ class RunFolder:
         return read(file)
 
 
-def sources_of(config: RunConfig) -> list[Path]:
-    """The files and folders that a run of these options reads, where they lie on this machine."""
-    named = [config.model, config.calibration, config.heal_options]
-    paths = [user_path(name) for name in named if name]
-    return [path for path in paths if os.path.lexists(path)]
-
-
-def _places(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """Where a local model is, for a run folder that is opened from elsewhere or moved with it."""
-    model = user_path(config.model)
-    if not model.exists():
-        return {}
-    absolute = model.resolve()
-    relative = os.path.relpath(absolute, folder.resolve())
-    return {"model_path": {"absolute": str(absolute), "relative": relative}}
-
-
 def _begun(path: Path) -> bool:
     """Whether a folder holds nothing yet, or only what a kill before its first file left."""
     return all(is_temporary(p) for p in path.iterdir())
@@ -318,32 +298,3 @@ def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:
         f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in options.items() if before.get(k) != v
     ]
     return "; ".join(changed) or "the model differs"
-
-
-def versions() -> dict[str, Any]:
-    """Versions, platform and command line, for the provenance of results."""
-    packages = ("torch", "transformers", "numpy", "safetensors", "numba", "dimod")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return {
-        "isingcut": isingcut.__version__,
-        "python": platform.python_version(),
-        **found,
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "command_line": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"

@@ -1,0 +1,61 @@
+"""What a result was made with: versions and machine, and where its sources lie on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import isingcut
+from isingcut.config import RunConfig
+from isingcut.inputs import user_path
+
+
+def sources_of(config: RunConfig) -> list[Path]:
+    """The files and folders that a run of these options reads, where they lie on this machine."""
+    named = [config.model, config.calibration, config.heal_options]
+    paths = [user_path(name) for name in named if name]
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def model_path(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Where a local model is, for a run folder that is opened from elsewhere or moved with it."""
+    model = user_path(config.model)
+    if not model.exists():
+        return {}
+    absolute = model.resolve()
+    relative = os.path.relpath(absolute, folder.resolve())
+    return {"model_path": {"absolute": str(absolute), "relative": relative}}
+
+
+def versions() -> dict[str, Any]:
+    """Versions, platform and command line, for the provenance of results."""
+    packages = ("torch", "transformers", "numpy", "safetensors", "numba", "dimod")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return {
+        "isingcut": isingcut.__version__,
+        "python": platform.python_version(),
+        **found,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "command_line": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
