@@ -5,17 +5,21 @@ Format: https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
-import json
+import math
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from isingcut.errors import CheckpointError
+from isingcut.inputs import load_json, parse_json, regular_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_HEADER_LIMIT = 100_000_000
+HEADER_LIMIT = 100_000_000
+"""Bytes that the header of a safetensors file may have at most; the library's own bound."""
+_MOST_AXES = 16
+_LONGEST_AXIS = 2**48
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -39,6 +43,27 @@ class StoredTensor:
     start: int
     size: int
 
+    @property
+    def most_numbers(self) -> int:
+        """Weights that it can stand for: its own elements, or up to eight packed in a byte."""
+        plain = self.dtype.startswith(("F", "BF")) and BITS[self.dtype] >= 8
+        return math.prod(self.shape) if plain else 8 * self.size
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no such folder or file, or not a JSON object.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"expected a checkpoint folder, but {folder} is not there")
+    path = contained(folder, "config.json")
+    config = load_json(path, "the model's config", CheckpointError, infinite=True)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return config
+
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder, in file order, from the headers alone.
@@ -55,7 +80,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         return {t.name: t for t in read_header(contained(folder, SINGLE))}
     if not (folder / INDEX).exists():
         raise CheckpointError(_no_weights(folder))
-    weight_map = _read_index(folder)
+    weight_map = read_index(folder)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         for tensor in read_header(contained(folder, file)):
@@ -91,11 +116,13 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} has no weights: expected {SINGLE} or {INDEX}"
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    try:
-        index = load_json((folder / INDEX).read_bytes())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / INDEX} is not readable JSON: {error}") from error
+def read_index(folder: Path) -> dict[str, str]:
+    """The file that each tensor of a sharded checkpoint is in.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    index = load_json(contained(folder, INDEX), "the safetensors index", CheckpointError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no 'weight_map' of tensor names to files")
@@ -103,24 +130,6 @@ def _read_index(folder: Path) -> dict[str, str]:
         if not isinstance(file, str):
             raise CheckpointError(f"{INDEX} maps tensor {name!r} to {file!r}, not to a file name")
     return weight_map
-
-
-def load_json(data: bytes) -> Any:
-    """Parse JSON, refusing a key that an object has twice.
-
-    Raises:
-        ValueError: not JSON, not UTF-8, or a duplicate key.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in out:
-                raise ValueError(f"the name {key!r} appears twice")
-            out[key] = value
-        return out
-
-    return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -163,15 +172,15 @@ def read_header(path: Path) -> list[StoredTensor]:
     Raises:
         CheckpointError: truncated, overlapping, or not a safetensors file.
     """
-    total = path.stat().st_size
+    total = regular_file(path, "the weights file", CheckpointError).st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if total < 8 or length > min(_HEADER_LIMIT, total - 8):
+        if total < 8 or length > min(HEADER_LIMIT, total - 8):
             raise CheckpointError(
                 f"{path} is truncated or no safetensors file: {total} bytes, header of {length}"
             )
         try:
-            header = load_json(f.read(length))
+            header = parse_json(f.read(length))
         except ValueError as error:
             raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
     if not isinstance(header, dict):
@@ -195,16 +204,17 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
     try:
-        dtype = entry["dtype"]
-        shape = tuple(int(n) for n in entry["shape"])
-        start, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: the header entry of {name!r} is damaged") from error
-    if dtype not in BITS:
+    # Python's true and 2.0 would pass for numbers.
+    if any(type(n) is not int for n in (*shape, start, end)):
+        raise CheckpointError(f"{path}: the header entry of {name!r} has a number that is none")
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}")
-    elements = 1
-    for n in shape:
-        elements *= n
+    if len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:
+        raise CheckpointError(f"{path}: tensor {name!r} has an impossible shape")
+    elements = math.prod(shape)
     if min((start, end - start, *shape)) < 0 or elements * BITS[dtype] != 8 * (end - start):
         raise CheckpointError(
             f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} does not fill its "

@@ -10,20 +10,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from isingcut.architectures import fields, surgery
 from isingcut.architectures.names import renumbering
-from isingcut.checkpoint import StoredTensor, contained, load_json, read_checkpoint
+from isingcut.checkpoint import StoredTensor, contained, read_checkpoint, read_config
 from isingcut.checkpoint_write import NewTensor, write_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files import atomic_folder, clear_os_errors
+from isingcut.fit import block_prefix, extra_heads
+from isingcut.inputs import load_json
 from isingcut.outputs import check_output
 from isingcut.verify import verify
 
-__all__ = ["block_prefix", "excise", "plan", "read_config", "verify"]
+__all__ = ["excise", "plan", "verify"]
 
 _QUANTISATION_FILES = (
     "hf_quant_config.json",
@@ -38,8 +40,6 @@ _NOT_COPIED = re.compile(
     r"(\.index\.json$|^config\.json$|^isingcut\.json$|^trainer_state\.json$|^training_args|^optimizer|^scheduler)"
 )
 _COPY_LIMIT = 256 * 2**20
-_NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
-_OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
 
 
 def excise(
@@ -87,23 +87,6 @@ def excise(
         _check_written(folder, tensors)
 
 
-def read_config(source: Path) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint folder.
-
-    Raises:
-        CheckpointError: no such folder or file, or not a JSON object.
-    """
-    if not source.is_dir():
-        raise CheckpointError(f"expected a checkpoint folder, but {source} is not there")
-    try:
-        config = load_json(contained(source, "config.json").read_bytes())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{source / 'config.json'} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{source / 'config.json'} is not a JSON object")
-    return config
-
-
 def plan(
     stored: Mapping[str, StoredTensor], text: Mapping[str, Any], mapping: Mapping[int, int]
 ) -> list[NewTensor]:
@@ -118,8 +101,7 @@ def plan(
         CheckpointError: the tensors have another number of blocks than the configuration.
     """
     count = surgery.depth(dict(text))
-    heads = max((int(text.get(k) or 0) for k in fields.MTP), default=0)
-    prefix = block_prefix(stored.values(), count, heads)
+    prefix = block_prefix(stored.values(), count, extra_heads(text))
     rules = fields.DEPTH_SHAPED.get(str(text.get("model_type")), ())
     tensors = []
     for name, tensor in stored.items():
@@ -140,45 +122,6 @@ def plan(
             )
         tensors.append(NewTensor(name, tensor, rule.axis, count, tuple(mapping)))
     return tensors
-
-
-def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
-    """What the names of all block tensors begin with, up to the block number.
-
-    Args:
-        tensors: a checkpoint's tensors.
-        count: how many blocks the configuration says there are.
-        heads: extra prediction heads that some checkpoints number on after the blocks.
-
-    Raises:
-        CheckpointError: no such names, or another number of blocks.
-    """
-    numbers: dict[str, set[int]] = {}
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        match = _NUMBERED.match(tensor.name)
-        if match is None:
-            continue
-        before = match.group(1) or ""
-        if "mtp" in before.split("."):
-            continue
-        prefix = f"{before}{match.group(2)}."
-        numbers.setdefault(prefix, set()).add(int(match.group(3)))
-        sizes[prefix] = sizes.get(prefix, 0) + tensor.size
-    if not numbers:
-        raise CheckpointError("the checkpoint has no tensors of numbered blocks")
-    # Blocks of other modalities, unless the model is an encoder itself (BERT as a decoder).
-    elsewhere = {p for p in sizes if any(word in p for word in _OTHER_STACKS)}
-    prefix = max(sizes.keys() - elsewhere or sizes, key=lambda p: sizes[p])
-    found = numbers[prefix]
-    if not set(range(count)) <= found <= set(range(count + heads)):
-        missing = sorted(set(range(count)) - found)
-        detail = f"; block {missing[0]} is missing" if missing else ""
-        raise CheckpointError(
-            f"the configuration says {count} blocks but the tensors {prefix}* have "
-            f"{len(found)}{detail}"
-        )
-    return prefix
 
 
 def _refuse_full_disk(out: Path, needed: int) -> None:
@@ -205,17 +148,12 @@ def _copy_companions(source: Path, folder: Path, mapping: dict[int, int], count:
             continue
         real = contained(source, name)
         if name in _QUANTISATION_FILES:
-            content = surgery.cut_quantisation(_json(real), mapping, count)
+            content = surgery.cut_quantisation(
+                load_json(real, "the quantisation file", CheckpointError), mapping, count
+            )
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         elif real.stat().st_size <= _COPY_LIMIT:
             shutil.copyfile(real, folder / name)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return load_json(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
 
 
 def _write_config(path: Path, config: Mapping[str, Any]) -> None:

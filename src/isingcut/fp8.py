@@ -8,7 +8,6 @@ Three layouts say the same thing in other words: a float8 weight times a float32
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 
 from isingcut.architectures.auto import auto_class
-from isingcut.checkpoint import StoredTensor, read_checkpoint
+from isingcut.checkpoint import StoredTensor, read_checkpoint, read_config
 from isingcut.errors import CheckpointError, ModelError
+from isingcut.inputs import load_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -45,20 +45,21 @@ def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
         folder: the checkpoint, for ModelOpt's ``hf_quant_config.json``.
         config: its ``config.json``.
     """
-    quantisation = config.get("quantization_config") or {}
+    quantisation = _object(config.get("quantization_config"))
     method = str(quantisation.get("quant_method", ""))
     if method == "fp8":
         return "fp8"
     if method == "compressed-tensors":
-        groups = quantisation.get("config_groups") or {}
-        weights = [g.get("weights") or {} for g in groups.values() if isinstance(g, dict)]
+        groups = _object(quantisation.get("config_groups")).values()
+        weights = [_object(_object(group).get("weights")) for group in groups]
         if weights and all(w.get("num_bits") == 8 and w.get("type") == "float" for w in weights):
             return "compressed-tensors"
         return None
     algorithm = quantisation.get("quant_algo")
     beside = folder / "hf_quant_config.json"
     if algorithm is None and not method and beside.is_file():
-        algorithm = json.loads(beside.read_text("utf-8")).get("quantization", {}).get("quant_algo")
+        told = load_json(beside, "the quantisation file", CheckpointError)
+        algorithm = _object(_object(told).get("quantization")).get("quant_algo")
     return "modelopt" if algorithm == "FP8" else None
 
 
@@ -162,7 +163,7 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoConfig, GenerationConfig
 
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_config(folder)
     configs: Any = AutoConfig
     config = configs.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
@@ -204,11 +205,27 @@ def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
 
 
 def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(rows, columns) that share a scale, where the configuration says so."""
-    quantisation = config.get("quantization_config") or {}
+    """(rows, columns) that share a scale, where the configuration says so.
+
+    Raises:
+        CheckpointError: it says something else than two sizes.
+    """
+    quantisation = _object(config.get("quantization_config"))
     sizes = quantisation.get("weight_block_size")
-    for group in (quantisation.get("config_groups") or {}).values():
-        sizes = sizes or (group.get("weights") or {}).get("block_structure")
-    if isinstance(sizes, (list, tuple)) and len(sizes) == 2:
-        return int(sizes[0]), int(sizes[1])
-    return None
+    for group in _object(quantisation.get("config_groups")).values():
+        sizes = sizes or _object(_object(group).get("weights")).get("block_structure")
+    if sizes is None:
+        return None
+    if isinstance(sizes, list) and len(sizes) == 2 and all(_is_size(n) for n in sizes):
+        return sizes[0], sizes[1]
+    raise CheckpointError(
+        f"the config's quantisation has tiles of {sizes!r}; expected two positive whole numbers"
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -6,12 +6,16 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import math
 from pathlib import Path
+from typing import Any
 
 from isingcut.errors import InputError, MissingExtraError, ModelError
-from isingcut.files import atomic_folder
-from isingcut.model_sources import cache_folder, first_line
-from isingcut.models import quiet_transformers
+from isingcut.files import atomic_folder, clear_stale
+from isingcut.inputs import regular_file
+from isingcut.loading import loading, quiet_transformers
+from isingcut.model_sources import gguf_cache
+from isingcut.outputs import foreign_in
 
 
 def converted(path: Path) -> Path:
@@ -21,19 +25,30 @@ def converted(path: Path) -> Path:
 
     Raises:
         MissingExtraError: `gguf` (or `accelerate`, which transformers wants here) is missing.
-        ModelError: not a GGUF file, or of an architecture transformers cannot convert.
+        ModelError: not a GGUF file, one that lacks a tensor of its architecture, or of an
+            architecture transformers cannot convert; or the folder was changed since.
+        CheckpointError: a damaged or truncated file.
     """
+    regular_file(path, "the GGUF file", ModelError)
     with path.open("rb") as f:
         if f.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
         f.seek(0)
         digest = hashlib.file_digest(f, "sha256").hexdigest()
-    target = cache_folder() / "gguf" / digest
+    target = gguf_cache() / digest
     if target.is_dir():
+        changed = foreign_in(target)
+        if changed is not None:
+            raise ModelError(
+                f"the model converted from {path.name} is not as it was made: {changed}; delete "
+                f"{target} and run again"
+            )
         return target
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "demo", f"reading {path.name}")
+    # What a killed conversion left has the size of a model.
+    clear_stale(target.parent)
     try:
         # Overwriting: another process may have finished the same conversion meanwhile.
         with atomic_folder(target, overwrite=True) as temporary:
@@ -56,17 +71,34 @@ def _convert(path: Path, folder: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from isingcut.fit import bounded_structure, most_numbers
+    from isingcut.gguf_header import read_gguf
+    from isingcut.models import refuse_incomplete, refuse_infinite
+
+    header = read_gguf(path)
+    header.blocks()
+    loader: Any = AutoModelForCausalLM
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     # Newer transformers can keep GGUF weights packed, and then refuse to save them.
     packing = getattr(transformers, "GgufConfig", None)
     unpack = {} if packing is None else {"quantization_config": packing(dequantize=True)}
-    try:
-        # One of its progress bars has no switch, hence stderr as well.
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            model = AutoModelForCausalLM.from_pretrained(**source, **unpack, dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as e:
-        raise ModelError(f"transformers cannot convert {path.name}: {first_line(e)}") from e
+    held = sum(math.prod(t.shape) for t in header.tensors.values())
+    with (
+        loading(f"{path.name} with transformers"),
+        # One of its progress bars has no switch.
+        contextlib.redirect_stderr(io.StringIO()),
+        bounded_structure(most_numbers(held), path.name),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model, found = loader.from_pretrained(
+            **source,
+            **unpack,
+            dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    refuse_incomplete(found, f"the GGUF file {path.name}")
+    refuse_infinite(model.named_parameters(), f"the GGUF file {path.name}")
     # With a quantiser attached, `save_pretrained` refuses.
     for trace in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, trace):

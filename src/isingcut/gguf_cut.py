@@ -6,6 +6,7 @@ tensor as it is, for llama.cpp.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,10 @@ from isingcut.errors import (
     OutputExistsError,
 )
 from isingcut.files import atomic_file
+from isingcut.gguf_header import GgufHeader, read_gguf
+from isingcut.gguf_match import check_same_model
+from isingcut.loading import loading
+from isingcut.outputs import refuse_source
 
 # Architectures whose blocks llama.cpp configures from metadata alone. It derives the kind of a
 # block from its number in the others (gemma2, gemma3, cohere2, llama4, smollm3, gpt-oss, ...),
@@ -75,7 +80,14 @@ _NOT_PER_LAYER = {"rope.dimension_sections", "rope.scaling.attn_factors"}
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
-def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool = False) -> None:
+def cut_gguf(
+    source: Path,
+    removed: Sequence[int],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    original: Path | None = None,
+) -> None:
     """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
 
     Args:
@@ -83,36 +95,45 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
         removed: block numbers, in any order.
         out: the new file; it appears only when it is whole.
         overwrite: allow ``out`` to be replaced.
+        original: the Hugging Face checkpoint that the file must be of.
 
     Raises:
         MissingExtraError: the package `gguf` is not installed.
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
         ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
-        CheckpointError: no readable GGUF file, one part of a split file, or a damaged one.
-        InputError: ``out`` cannot be written.
+        CheckpointError: no readable GGUF file, one part of a split file, a damaged one, or one
+            that lacks tensors.
+        InputError: ``out`` cannot be written or is the source, or the file is of another model.
     """
     try:
         import gguf
     except ImportError as error:
         raise MissingExtraError("gguf", "demo", "cutting a GGUF file") from error
-    if out.exists() and not overwrite:
+    refuse_source(out, [source])
+    if os.path.lexists(out) and not overwrite:
         raise OutputExistsError(f"{out} already exists; nothing was written")
-    reader = _open(source)
-    architecture = _value(reader, "general.architecture", source)
-    count = _value(reader, f"{architecture}.block_count", source)
-    _refuse(reader, str(architecture), source)
-    mapping = renumbering(int(count), removed)
-    _check_blocks(reader, int(count), source)
+    header = read_gguf(source)
+    _refuse(header)
+    count = header.number("block_count")
+    mapping = renumbering(count, removed)
+    header.blocks()
+    if original is not None:
+        check_same_model(header, original)
+    with loading(f"the GGUF file {source}", CheckpointError):
+        reader = gguf.GGUFReader(source)
+        fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    architecture = header.architecture
+    values = {k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()}
     with atomic_file(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, str(architecture), endianess=reader.endianess)
-        if "general.alignment" in reader.fields:
-            writer.data_alignment = int(_value(reader, "general.alignment", source))
-        for key, field in reader.fields.items():
-            if key.startswith("GGUF.") or key == "general.architecture":
+        writer = gguf.GGUFWriter(temporary, architecture, endianess=reader.endianess)
+        if "general.alignment" in values:
+            writer.data_alignment = int(values["general.alignment"])
+        for key, value in values.items():
+            if key == "general.architecture":
                 continue
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            value = _cut_value(str(architecture), key, field.contents(), int(count), mapping)
-            writer.add_key_value(key, value, field.types[0], sub_type=inner)
+            kinds = reader.fields[key].types
+            inner = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, value, kinds[0], sub_type=inner)
         kept = []
         for tensor in reader.tensors:
             name = _new_name(tensor.name, mapping)
@@ -130,47 +151,21 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
         writer.close()
 
 
-def _open(source: Path) -> Any:
-    import gguf
-
-    if not source.is_file():
-        raise CheckpointError(f"expected a GGUF file, but {source} is not there")
-    try:
-        return gguf.GGUFReader(source)
-    except (IndexError, KeyError, OSError, ValueError) as error:
-        raise CheckpointError(f"{source} is damaged or no GGUF file: {error}") from error
-
-
-def _value(reader: Any, key: str, source: Path) -> Any:
-    field = reader.get_field(key)
-    if field is None:
-        raise CheckpointError(f"{source} has no metadata {key!r}")
-    return field.contents()
-
-
-def _refuse(reader: Any, architecture: str, source: Path) -> None:
+def _refuse(header: GgufHeader) -> None:
+    architecture = header.architecture
     if architecture not in _CUTTABLE:
         raise ArchitectureError(
             f"llama.cpp may derive what a block of {architecture!r} is from its number, which "
             "GGUF cannot change; cut the Hugging Face checkpoint and convert it instead"
         )
-    heads = reader.get_field(f"{architecture}.nextn_predict_layers")
-    if heads is not None and heads.contents():
+    if header.metadata.get(f"{architecture}.nextn_predict_layers"):
         raise ArchitectureError(
-            f"{source} counts extra prediction heads among its blocks; cut the Hugging Face "
+            f"{header.path} counts extra prediction heads among its blocks; cut the Hugging Face "
             "checkpoint and convert it instead"
         )
-    parts = reader.get_field("split.count")
-    if parts is not None and parts.contents() > 1:
-        raise CheckpointError(f"{source} is one part of a split file; merge the parts first")
-
-
-def _check_blocks(reader: Any, count: int, source: Path) -> None:
-    found = {int(m.group(1)) for t in reader.tensors if (m := _BLOCK.match(t.name))}
-    if found != set(range(count)):
-        raise CheckpointError(
-            f"{source} says {count} blocks but has tensors of {len(found)}: damaged or split"
-        )
+    parts = header.metadata.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise CheckpointError(f"{header.path} is one part of a split file; merge the parts first")
 
 
 def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dict[int, int]) -> Any:

@@ -89,30 +89,42 @@ def read_text(
 
 
 def load_json(
-    path: Path, what: str, error: type[IsingcutError] = InputError, *, limit: int = SMALL
+    path: Path,
+    what: str,
+    error: type[IsingcutError] = InputError,
+    *,
+    limit: int = SMALL,
+    infinite: bool = False,
 ) -> Any:
     """The JSON value in a plain UTF-8 file.
+
+    Args:
+        infinite: as in `parse_json`.
 
     Raises:
         error: as `regular_file`; not JSON, a name twice in one object, or nested deeper than 200.
     """
     content = read_bytes(path, what, error, limit=limit)
     try:
-        return parse_json(content)
+        return parse_json(content, infinite=infinite)
     except ValueError as e:
         raise error(f"{what} {path} is not readable as JSON ({e})") from e
 
 
-def parse_json(content: bytes | str) -> Any:
+def parse_json(content: bytes | str, *, infinite: bool = False) -> Any:
     """A JSON value; what Python reads beyond the standard (NaN, names twice) is refused too.
+
+    Args:
+        infinite: let Infinity pass, which configurations of published models hold.
 
     Raises:
         ValueError: not JSON or not UTF-8, a name twice in one object, nested deeper than 200.
     """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
+        constant = _infinite if infinite else _no_constant
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_float
+            text, object_pairs_hook=_unique, parse_constant=constant, parse_float=_float
         )
     except RecursionError:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from None
@@ -131,6 +143,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not JSON")
+
+
+def _infinite(word: str) -> float:
+    return _no_constant(word) if word == "NaN" else float(word)
 
 
 def _float(digits: str) -> float:

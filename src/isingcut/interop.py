@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isingcut.checkpoint import read_config
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import atomic_file
 from isingcut.outputs import check_output, sealed
@@ -209,8 +210,8 @@ def mergekit_source(config: RunConfig, removed: Sequence[int]) -> tuple[str, str
     from isingcut.model_sources import hub_id, resolve
 
     folder = resolve(config.model, trust_remote_code=config.trust_remote_code)
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else raw
+    raw = read_config(folder)
+    text: dict[str, Any] = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
     stored = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "bfloat16"
     return hub_id(config.model) or str(folder), str(stored), mergekit_differs(raw, removed)
 

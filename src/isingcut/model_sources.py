@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import cast
 
 from isingcut import handed_over
+from isingcut.checkpoint import INDEX, SINGLE, contained, read_config, read_index
 from isingcut.errors import ModelError
+from isingcut.inputs import load_json, regular_file, user_path
 
 PACKAGED = "smollm2"
 PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,6 +23,15 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tikto
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
+_LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
+# Parsed in Python, by a reader without bounds.
+_READ_BY_TRANSFORMERS = (
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 
 
 def resolve(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Path:
@@ -34,7 +44,8 @@ def resolve(name: str, *, trust_remote_code: bool = False, revision: str | None 
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        ModelError: no such model, or it has no safetensors, config or tokenizer.
+        ModelError: no such model, or it has no safetensors or config.
+        CheckpointError: its config or index is damaged.
         MissingExtraError: a `.gguf` file without the `gguf` package.
     """
     if not name.strip():
@@ -43,10 +54,11 @@ def resolve(name: str, *, trust_remote_code: bool = False, revision: str | None 
         return _resolve_packaged(trust_remote_code)
     if (held := handed_over.find(name)) is not None:
         return _checked_folder(held)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = user_path(name)
+    if is_there(path) and path.is_dir():
         return _checked_folder(path)
-    if path.is_file():
+    if is_there(path):
+        regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is not a model; {_EXPECTED}")
         from isingcut.from_gguf import converted
@@ -61,9 +73,19 @@ def hub_id(name: str) -> str | None:
     """The hub id behind a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
-    if handed_over.is_name(name) or Path(name).expanduser().exists() or _looks_like_a_path(name):
+    if handed_over.is_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
         return None
     return name
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has that name, a broken link too."""
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        # No such file, or a name that no file can have.
+        return False
+    return True
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -145,14 +167,25 @@ def _download(name: str, trust_remote_code: bool, revision: str | None) -> Path:
 
 
 def _checked_folder(folder: Path) -> Path:
-    """``folder`` itself, once it is known to hold a loadable checkpoint."""
-    config = folder / "config.json"
-    if not config.is_file():
+    """``folder`` itself, once it is known to hold a checkpoint whose files can be read."""
+    adapter = folder / "adapter_config.json"
+    if is_there(adapter):
+        raise ModelError(
+            f"{folder} holds a PEFT adapter, not a model; merge it into its base model first, in "
+            "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
+            f"{_base_of(adapter)}), {str(folder)!r}).merge_and_unload().save_pretrained('merged'), "
+            "and give that folder (a merged model: delete its adapter_config.json)"
+        )
+    if not is_there(folder / "config.json"):
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{config} is not readable as JSON ({first_line(e)})") from e
+    read_config(folder)
+    for name in _READ_BY_TRANSFORMERS:
+        if is_there(folder / name):
+            load_json(folder / name, "the model's", ModelError, infinite=True)
+    for path in folder.iterdir():
+        # A pipe would be waited for.
+        if path.suffix in _LOADED and not path.is_dir():
+            regular_file(path, "the model's", ModelError)
     if not weight_files(folder):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         held = (
@@ -162,40 +195,54 @@ def _checked_folder(folder: Path) -> Path:
             f"{folder} has {held}; isingcut reads safetensors: save the model once with "
             "save_pretrained and give that folder"
         )
-    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
-        raise ModelError(
-            f"{folder} has no tokenizer (tokenizer.json); copy the model's own into it"
-        )
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint, sorted; empty when there are none.
 
+    A single file wins over an index, as in transformers.
+
     Raises:
-        ModelError: the index is unreadable, or names a shard that is not there.
+        ModelError: the index names a shard that is not there.
+        CheckpointError: the index is damaged, or a file lies elsewhere or is none.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        whole = folder / "model.safetensors"
-        return [whole] if whole.is_file() else []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as e:
-        raise ModelError(f"{index} is not a readable safetensors index ({first_line(e)})") from e
-    missing = [n for n in names if not (folder / n).is_file()]
+    if is_there(folder / SINGLE):
+        return [contained(folder, SINGLE)]
+    if not is_there(folder / INDEX):
+        return []
+    names = sorted(set(read_index(folder).values()))
+    missing = [n for n in names if not is_there(folder / n)]
     if missing:
         raise ModelError(
             f"{folder} lacks {len(missing)} of the {len(names)} shards its index names, first "
             f"{missing[0]}; complete the download"
         )
-    return [folder / n for n in names]
+    return [contained(folder, n) for n in names]
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a model folder without a tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder} has no tokenizer (tokenizer.json); copy the model's own into it"
+        )
+
+
+def _base_of(adapter: Path) -> str:
+    told = load_json(adapter, "the adapter's", ModelError, infinite=True)
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    return repr(base if isinstance(base, str) and base else "BASE")
 
 
 def cache_folder() -> Path:
     """Where converted models are kept: `$ISINGCUT_CACHE`, else the platform's cache folder."""
     if override := os.environ.get("ISINGCUT_CACHE"):
-        return Path(override).expanduser()
+        return user_path(override)
     home = Path.home()
     if os.name == "nt":
         base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
@@ -204,6 +251,14 @@ def cache_folder() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     return base / "isingcut"
+
+
+def gguf_cache() -> Path:
+    """Where converted GGUF files are kept, by the hash of the file.
+
+    Folders of the name ``gguf`` are of versions that completed a file with random numbers.
+    """
+    return cache_folder() / "gguf-2"
 
 
 def first_line(error: BaseException) -> str:

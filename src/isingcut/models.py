@@ -5,19 +5,20 @@ torch is imported only when a model is really loaded, so that a wrong name is re
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import InputError, ModelError
-from isingcut.model_sources import cache_folder, first_line, hub_id, resolve, weight_files
+from isingcut.checkpoint import HEADER_LIMIT, read_config
+from isingcut.errors import CheckpointError, InputError, ModelError
+from isingcut.loading import loading, quiet_transformers
+from isingcut.model_sources import check_tokenizer, gguf_cache, hub_id, resolve, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ __all__ = [
     "model_identity",
     "pick_device",
     "pick_dtype",
+    "quiet_transformers",
     "resolve",
 ]
 
@@ -61,7 +63,7 @@ def model_identity(folder: Path) -> dict[str, Any]:
     converted from GGUF has the SHA-256 of that file as well.
     """
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     for volatile in ("transformers_version", "_name_or_path"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True).encode())
@@ -72,11 +74,11 @@ def model_identity(folder: Path) -> dict[str, Any]:
         digest.update(f"{shard.name}:{size}".encode())
         with shard.open("rb") as f:
             header = int.from_bytes(f.read(8), "little")
-            digest.update(f.read(min(header, size) + _EDGE))
+            digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
             f.seek(max(0, size - _EDGE))
             digest.update(f.read())
     found: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
-    if folder.parent == cache_folder() / "gguf":
+    if folder.parent == gguf_cache():
         found["gguf_sha256"] = folder.name
     return found
 
@@ -96,44 +98,46 @@ def load(
         device: ``"auto"`` takes cuda, then mps, then cpu.
 
     Raises:
-        ModelError: transformers cannot load it, or tensors are missing from the checkpoint
-            (transformers would invent them at random with a mere warning).
+        ModelError: transformers cannot load it; tensors are missing from the checkpoint or have
+            other shapes (transformers would invent them at random with a mere warning), or hold
+            NaN or infinity; the configuration says another number of blocks.
+        CheckpointError: a file is damaged.
         InputError: unknown dtype or a device that is not there.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     from isingcut.architectures.auto import auto_class_of
+    from isingcut.fit import bounded_structure, check_fit
     from isingcut.fp8 import fp8_layout, load_dequantised
 
     place = pick_device(device)
     number = pick_dtype(dtype, place)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model: Any
-            found: Any = {"missing_keys": ()}
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if fp8_layout(folder, config):
-                model = load_dequantised(folder, number)
-            else:
-                loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
-                model, found = loader.from_pretrained(
-                    folder,
-                    dtype=number,
-                    use_safetensors=True,
-                    trust_remote_code=trust_remote_code,
-                    output_loading_info=True,
-                )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
-        raise ModelError(f"cannot load the model in {folder}: {first_line(e)}") from e
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"the checkpoint in {folder} lacks {len(missing)} tensors of its architecture, first "
-            f"{missing[0]}; the config and the weights do not belong together"
-        )
+    check_tokenizer(folder)
+    seen = check_fit(folder)
+    with loading(f"the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model: Any
+    found: Any = {"missing_keys": (), "mismatched_keys": ()}
+    with (
+        loading(f"the model in {folder}"),
+        bounded_structure(seen.most_numbers, str(folder)),
+    ):
+        if fp8_layout(folder, seen.config):
+            model = load_dequantised(folder, number)
+        else:
+            loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
+            model, found = loader.from_pretrained(
+                folder,
+                dtype=number,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                # Refused below, with the tensor's name.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    refuse_incomplete(found, f"the checkpoint in {folder}")
+    refuse_infinite(model.named_parameters(), f"the checkpoint in {folder}")
     try:
         model.to(place)
     except torch.OutOfMemoryError as e:
@@ -172,11 +176,7 @@ def load_streamed(
 
     place = pick_device(device)
     number = pick_dtype(dtype, place)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise ModelError(f"cannot load the tokenizer in {folder}: {first_line(e)}") from e
+    check_tokenizer(folder)
     model, store, memory = open_model(
         folder,
         dtype=number,
@@ -185,8 +185,56 @@ def load_streamed(
         trust_remote_code=trust_remote_code,
         buffers=buffers,
     )
+    with loading(f"the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     replay = StreamedReplay(model, store, memory)
     return LoadedModel(model, tokenizer, Path(folder), number, place), replay
+
+
+def refuse_incomplete(found: Mapping[str, Any], what: str) -> None:
+    """Refuse a model that transformers completed with random numbers.
+
+    Args:
+        found: its ``output_loading_info``.
+        what: what messages call the source.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape; the message names it.
+    """
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{what} lacks {len(missing)} tensors of its architecture, first "
+            f"{missing[0]}; the config and the weights do not belong together"
+        )
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f"the tensor {name} of {what} has the shape {list(there)}, its model wants "
+            f"{list(wanted)}; the config and the weights do not belong together"
+        )
+
+
+def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+    """Refuse weights that are no numbers: every loss after them would be none either.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; the message names it.
+    """
+    import torch
+
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            continue
+        # The sum of finite numbers may overflow; only then each is looked at.
+        numbers: Any = tensor.detach()
+        total = numbers.sum(dtype=torch.float32)
+        if not torch.isfinite(total) and not all(
+            bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
+        ):
+            raise CheckpointError(
+                f"the tensor {name} of {what} holds NaN or infinity; nothing can be measured "
+                "with it: get the weights again, or the checkpoint of an earlier training step"
+            )
 
 
 def pick_device(device: str) -> torch.device:
@@ -255,20 +303,3 @@ def _bfloat16_is_faster() -> bool:
             torch.nn.functional.linear(a, b)
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
     return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and warnings off the terminal for a while."""
-    from transformers.utils import logging
-
-    hf_logging: Any = logging
-    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from isingcut.architectures import find_stack, skipped, text_config
 from isingcut.architectures.auto import auto_class_of
 from isingcut.architectures.live import stop_rescaling
+from isingcut.checkpoint import read_config
 from isingcut.errors import VerificationError
 from isingcut.models import quiet_transformers
 
@@ -95,7 +95,7 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
 
     try:
         loader = auto_class_of(out, trust_remote_code=trust_remote_code)
-        if fp8_layout(out, json.loads((out / "config.json").read_text(encoding="utf-8"))):
+        if fp8_layout(out, read_config(out)):
             return load_dequantised(out, dtype)
         with quiet_transformers():
             model, report = loader.from_pretrained(

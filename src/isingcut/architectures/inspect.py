@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from isingcut.architectures.auto import auto_class
 from isingcut.architectures.base import Block, BlockStack
 from isingcut.architectures.discover import find_stack
-from isingcut.architectures.surgery import legality, materialise
-from isingcut.checkpoint import read_checkpoint
+from isingcut.architectures.surgery import legality, materialise, with_depth
+from isingcut.checkpoint import StoredTensor
 from isingcut.constraints import LinearConstraint
 from isingcut.errors import ArchitectureError, ModelError
+from isingcut.fit import Checkpoint, block_prefix, bounded_structure, examine
+from isingcut.loading import loading
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Inspection:
         model_type: the decoder's, for example ``"qwen3_moe"``.
         stack: its blocks; ``bytes`` are those stored where the checkpoint is there.
         rows: what every state has to obey.
-        refusal: why no state can be cut; empty where cutting works.
+        refusal: why no state can be cut; empty where cutting works. Where the configuration says
+            another number of blocks than there are tensors of, the blocks are those of the tensors.
         quantisation: the quantisation method; empty for plain weights.
         other_bytes: stored bytes outside the blocks; 0 without weights.
     """
@@ -97,33 +101,27 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
 
     Raises:
         ModelError: transformers cannot build the model.
+        CheckpointError: the configuration or a header is damaged.
         ArchitectureError: it has no block stack.
     """
-    from transformers import AutoConfig
-
-    from isingcut.excise import read_config
-
-    raw = read_config(Path(folder))
-    configs: Any = AutoConfig
-    try:
-        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    folder = Path(folder)
+    seen = examine(folder, weights=False)
+    with loading(f"the model in {folder}"):
+        config = _config(seen, trust_remote_code)
         # Kernels of the quantisation need a GPU; the structure does not.
         config.__dict__.pop("quantization_config", None)
-        with torch.device("meta"):
+        with bounded_structure(seen.most_numbers, str(folder)), torch.device("meta"):
             model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    except (KeyError, ImportError, OSError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()
-        words = first[0] if first else type(error).__name__
-        raise ModelError(f"cannot build the model in {folder}: {words}") from error
     stack = find_stack(model)
-    refusal, rows = "", []
-    try:
-        rows = legality(raw, stack)
-    except ArchitectureError as error:
-        refusal = str(error)
-    stack, other = _stored_bytes(Path(folder), raw, stack)
-    text = materialise(json.loads(json.dumps(raw)))
-    quantisation = raw.get("quantization_config") or {}
+    refusal, rows = seen.mismatch, []
+    if not refusal:
+        try:
+            rows = legality(seen.config, stack)
+        except ArchitectureError as error:
+            refusal = str(error)
+    stack, other = _stored_bytes(seen.stored, stack)
+    text = materialise(copy.deepcopy(seen.config))
+    quantisation = seen.config.get("quantization_config") or {}
     return Inspection(
         model_type=str(text.get("model_type", "")),
         stack=stack,
@@ -134,13 +132,23 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
     )
 
 
-def _stored_bytes(folder: Path, raw: dict[str, Any], stack: BlockStack) -> tuple[BlockStack, int]:
-    """The stack with the bytes that the checkpoint really stores, and those outside it."""
-    from isingcut.excise import block_prefix
+def _config(seen: Checkpoint, trust_remote_code: bool) -> Any:
+    """The model's configuration; where it has another depth than the tensors, they are right."""
+    if seen.mismatch and seen.found is not None:
+        config = with_depth(seen.config, seen.found)
+        if config is None:
+            raise ModelError(f"the model in {seen.folder} cannot be shown: {seen.mismatch}")
+        return config
+    from transformers import AutoConfig
 
-    if not any(folder.glob("*.safetensors")):
+    configs: Any = AutoConfig
+    return configs.from_pretrained(seen.folder, trust_remote_code=trust_remote_code)
+
+
+def _stored_bytes(stored: Mapping[str, StoredTensor], stack: BlockStack) -> tuple[BlockStack, int]:
+    """The stack with the bytes that the checkpoint really stores, and those outside it."""
+    if not stored:
         return stack, 0
-    stored = read_checkpoint(folder)
     prefix = block_prefix(stored.values(), len(stack), heads=len(stack))
     sizes = [0] * len(stack)
     other = 0

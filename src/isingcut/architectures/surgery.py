@@ -107,8 +107,13 @@ def depth(text: dict[str, Any]) -> int:
         if text.get("model_type") == "nemotron_h" and isinstance(text.get(key), (list, str)):
             return len(text[key])
     for key in fields.COUNT:
-        if isinstance(text.get(key), int):
-            return int(text[key])
+        value = text.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value < 1:
+                raise ArchitectureError(
+                    f"the configuration says {key}={value}; expected at least 1"
+                )
+            return value
     raise ArchitectureError(
         f"the configuration does not say how many blocks the model has: expected one of "
         f"{', '.join(fields.COUNT)}"
@@ -127,11 +132,10 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
             if isinstance(config.get(key), dict):
                 return config[key]  # type: ignore[no-any-return]
         return config
-    path = _path_of(derived, derived.get_text_config(decoder=True))
-    text = config
-    for key in path:
-        text = text.setdefault(key, {})
     full = derived.get_text_config(decoder=True)
+    text = config
+    for key in _path_of(derived, full):
+        text = text.setdefault(key, {})
     values = full.to_dict()
     has_types = any(
         text.get(k) is not None
@@ -163,6 +167,27 @@ _TABLE_FIELDS = (
     *fields.MTP,
     *families.FIELDS,
 )
+
+
+def with_depth(config: dict[str, Any], count: int) -> Any | None:
+    """The configuration object of the same model with ``count`` blocks; None if it cannot be.
+
+    Args:
+        config: a checkpoint's ``config.json``; not changed.
+    """
+    changed = copy.deepcopy(config)
+    try:
+        derived = _class_config(changed)
+        if derived is None:
+            return None
+        text = changed
+        for key in _path_of(derived, derived.get_text_config(decoder=True)):
+            text = text.setdefault(key, {})
+        named = [key for key in fields.COUNT if isinstance(text.get(key), int)]
+        text.update(dict.fromkeys(named or fields.COUNT[:1], count))
+        return _class_config(changed)
+    except ArchitectureError:
+        return None
 
 
 def _class_config(config: dict[str, Any]) -> Any | None:

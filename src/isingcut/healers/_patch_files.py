@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from isingcut.architectures.names import renumbering
 from isingcut.architectures.surgery import depth, materialise
-from isingcut.checkpoint import StoredTensor, read_checkpoint
+from isingcut.checkpoint import StoredTensor, read_checkpoint, read_config
 from isingcut.errors import ArchitectureError
-from isingcut.excise import block_prefix, read_config
 from isingcut.files import atomic_folder
+from isingcut.fit import block_prefix
 from isingcut.healers.linear_patch import Patch
 
 RECORD = "isingcut.json"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import threading
 from collections.abc import Iterator
 from functools import cached_property
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isingcut.checkpoint import StoredTensor, read_checkpoint
+from isingcut.checkpoint import StoredTensor, read_checkpoint, read_config
 from isingcut.errors import CheckpointError
 from isingcut.fp8 import DTYPES, dequantise, fp8_layout, read_tensor, scale_of, tile_of
+from isingcut.models import refuse_infinite
 from isingcut.streamed.plan import Copied, Part, PartPlan, plan_parts
 
 # Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.
@@ -45,7 +45,8 @@ class Reader:
     """
 
     def __init__(self, folder: Path, model: object, blocks: list[str], dtype: torch.dtype) -> None:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = read_config(folder)
+        self._folder = folder
         self._fp8 = fp8_layout(folder, raw) is not None
         self._tile = tile_of(raw)
         self._stored = read_checkpoint(folder)
@@ -66,7 +67,8 @@ class Reader:
             views of the buffer, by every name that they have in the model.
 
         Raises:
-            CheckpointError: a file became shorter, or a dtype cannot be read.
+            CheckpointError: a file became shorter, a dtype cannot be read, or a tensor holds NaN
+                or infinity.
         """
         plan = self.plans[part]
         views = plan_views(plan, buffer)
@@ -79,6 +81,7 @@ class Reader:
                 for name, value in step.run(values).items():
                     if name in views:
                         views[name].copy_(value)
+        refuse_infinite(views.items(), f"the checkpoint in {self._folder}")
         return {name: views[target] for name, target in plan.names.items()}
 
     @cached_property

@@ -7,9 +7,8 @@ own, so that a streamed block has the numbers that `from_pretrained` gives it.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import nn
 
 from isingcut.architectures.auto import auto_class
 from isingcut.errors import ModelError
+from isingcut.fit import bounded_structure, check_fit
 from isingcut.fp8 import fp8_layout
+from isingcut.loading import loading
 from isingcut.model_sources import first_line
 
 
@@ -51,36 +52,34 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
         dtype: of its floating-point parameters, but for those the family keeps in float32.
 
     Raises:
-        ModelError: transformers cannot build it, or its weights are packed in a way that can
-            only be loaded whole.
+        ModelError: transformers cannot build it, its configuration and its tensors do not fit
+            each other, or its weights are packed in a way that can only be loaded whole.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    from isingcut.models import quiet_transformers
-
     configs: Any = AutoConfig
-    try:
-        with quiet_transformers():
-            config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            _refuse_packed(folder)
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            config.name_or_path = str(folder)
-            with without_weights(), torch.random.fork_rng(devices=[]):
-                model = auto_class(config).from_config(
-                    config, dtype=dtype, trust_remote_code=trust_remote_code
-                )
-            if (folder / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as e:
-        raise ModelError(f"cannot build the model in {folder}: {first_line(e)}") from e
+    seen = check_fit(folder)
+    _refuse_packed(folder, seen.config)
+    with loading(f"the model in {folder}"), bounded_structure(seen.most_numbers, str(folder)):
+        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.name_or_path = str(folder)
+        factory = auto_class(config)
+        with torch.device("meta"):
+            # First without any memory: what its buffers would take is real below.
+            factory.from_config(config, trust_remote_code=trust_remote_code)
+    with loading(f"the model in {folder}"):
+        with without_weights(), torch.random.fork_rng(devices=[]):
+            model = factory.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     model.requires_grad_(False)
     return model
 
 
-def _refuse_packed(folder: Path) -> None:
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _refuse_packed(folder: Path, raw: Mapping[str, Any]) -> None:
     packed = raw.get("quantization_config")
     if packed and not fp8_layout(folder, raw):
         method = packed.get("quant_method") or packed.get("quant_algo") or "unknown"
