@@ -44,10 +44,14 @@ class StoredTensor:
     size: int
 
     @property
+    def packed(self) -> bool:
+        """Whether an element may stand for several weights."""
+        return not self.dtype.startswith(("F", "BF")) or BITS[self.dtype] < 8
+
+    @property
     def most_numbers(self) -> int:
         """Weights that it can stand for: its own elements, or up to eight packed in a byte."""
-        plain = self.dtype.startswith(("F", "BF")) and BITS[self.dtype] >= 8
-        return math.prod(self.shape) if plain else 8 * self.size
+        return 8 * self.size if self.packed else math.prod(self.shape)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

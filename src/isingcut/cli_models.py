@@ -19,6 +19,7 @@ from isingcut.cli_verb import (
     verb,
 )
 from isingcut.errors import InputError
+from isingcut.inputs import user_path
 
 
 @verb(*OF_RUN, group=STAGES)
@@ -43,6 +44,9 @@ def excise(
 
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     session = pipeline.session_of(folder, config, progress)
+    if gguf is not None:
+        gguf = user_path(gguf)
+        stages.check_gguf(session, folder, gguf)
     written = [stages.excise(session, folder, removed)]
     if gguf is not None:
         written.append(stages.excise_gguf(folder, config, gguf, removed))

@@ -34,15 +34,16 @@ def clear_os_errors(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as e:
+        code = _code_of(e)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
                 f"no space left on the disk while writing {target}; nothing was kept there: "
                 "free some space or choose another --out, then run the same command again"
             ) from e
-        if e.errno in _REFUSED:
+        if code in _REFUSED:
             raise InputError(
-                f"cannot write {target}: {e.strerror}; choose an --out that you may write to"
+                f"cannot write {target}: {os.strerror(code)}; choose an --out that you may write to"
             ) from e
         raise
 
@@ -64,6 +65,17 @@ def os_error_words(error: OSError) -> str:
     ]
     why = (error.strerror or str(error) or type(error).__name__).strip()
     return f"{' and '.join(places)}: {why}" if places else why
+
+
+def _code_of(error: Exception) -> int:
+    """The operating system's number for an error; that of a Rust library is in its words."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _RUST_CODE.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else 0
+
+
+_RUST_CODE = re.compile(r"os error (\d+)")
 
 
 @contextlib.contextmanager

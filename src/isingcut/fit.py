@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ from isingcut.errors import CheckpointError, ModelError
 # Fields for which configuration classes write a list or a table with one entry each.
 _COUNTS = re.compile(r"layer|depth|label|block|stage")
 _MOST_COUNTED = 100_000
+_FORMS = {
+    "auto_map": dict,
+    "llm_config": dict,
+    "language_config": dict,
+    "model_type": str,
+    "quantization_config": dict,
+    "text_config": dict,
+}
 _NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
 _OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
 # A model may have more numbers than its file: tied weights, and tensors that a message names.
@@ -82,6 +91,12 @@ def examine(folder: Path, *, weights: bool = True) -> Checkpoint:
         ArchitectureError: no valid configuration of its family.
     """
     config = read_config(folder)
+    for name, kind in _FORMS.items():
+        if config.get(name) is not None and not isinstance(config[name], kind):
+            raise ModelError(
+                f"{folder / 'config.json'} has {name}={config[name]!r:.60}; expected "
+                f"{'an object' if kind is dict else 'a text'}"
+            )
     _refuse_huge(folder, config)
     stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
     text = materialise(copy.deepcopy(config))
@@ -112,6 +127,32 @@ def check_fit(folder: Path) -> Checkpoint:
     if seen.mismatch:
         raise ModelError(f"nothing was measured: {seen.mismatch}")
     return seen
+
+
+def check_sizes(seen: Checkpoint, model: Any) -> None:
+    """Refuse a model whose parameters have other sizes than the stored tensors of their names.
+
+    Packed tensors, and those stored under other names, are left to the loader.
+
+    Args:
+        model: built from the checkpoint's configuration; without weights is enough.
+
+    Raises:
+        ModelError: one has; the message has its name and both shapes.
+    """
+    for name, parameter in model.named_parameters():
+        stored = seen.stored.get(name)
+        if stored is None or stored.packed or math.prod(stored.shape) == parameter.numel():
+            continue
+        raise ModelError(wrong_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
+
+
+def wrong_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """What is wrong with a tensor of another shape than the model's."""
+    return (
+        f"the tensor {name} in {folder} has the shape {list(found)}, its model wants "
+        f"{list(wanted)}; the config and the weights do not belong together"
+    )
 
 
 def extra_heads(text: Mapping[str, Any]) -> int:

@@ -97,8 +97,8 @@ def _convert(path: Path, folder: Path) -> None:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    refuse_incomplete(found, f"the GGUF file {path.name}")
-    refuse_infinite(model.named_parameters(), f"the GGUF file {path.name}")
+    refuse_incomplete(found, path)
+    refuse_infinite(model.named_parameters(), path)
     # With a quantiser attached, `save_pretrained` refuses.
     for trace in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, trace):

@@ -16,12 +16,10 @@ from isingcut.architectures.names import renumbering
 from isingcut.errors import (
     ArchitectureError,
     CheckpointError,
-    MissingExtraError,
     OutputExistsError,
 )
 from isingcut.files import atomic_file
 from isingcut.gguf_header import GgufHeader, read_gguf
-from isingcut.gguf_match import check_same_model
 from isingcut.loading import loading
 from isingcut.outputs import refuse_source
 
@@ -80,14 +78,7 @@ _NOT_PER_LAYER = {"rope.dimension_sections", "rope.scaling.attn_factors"}
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
-def cut_gguf(
-    source: Path,
-    removed: Sequence[int],
-    out: Path,
-    *,
-    overwrite: bool = False,
-    original: Path | None = None,
-) -> None:
+def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool = False) -> None:
     """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
 
     Args:
@@ -95,7 +86,6 @@ def cut_gguf(
         removed: block numbers, in any order.
         out: the new file; it appears only when it is whole.
         overwrite: allow ``out`` to be replaced.
-        original: the Hugging Face checkpoint that the file must be of.
 
     Raises:
         MissingExtraError: the package `gguf` is not installed.
@@ -103,12 +93,8 @@ def cut_gguf(
         ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
         CheckpointError: no readable GGUF file, one part of a split file, a damaged one, or one
             that lacks tensors.
-        InputError: ``out`` cannot be written or is the source, or the file is of another model.
+        InputError: ``out`` cannot be written or is the source.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError("gguf", "demo", "cutting a GGUF file") from error
     refuse_source(out, [source])
     if os.path.lexists(out) and not overwrite:
         raise OutputExistsError(f"{out} already exists; nothing was written")
@@ -117,8 +103,8 @@ def cut_gguf(
     count = header.number("block_count")
     mapping = renumbering(count, removed)
     header.blocks()
-    if original is not None:
-        check_same_model(header, original)
+    import gguf
+
     with loading(f"the GGUF file {source}", CheckpointError):
         reader = gguf.GGUFReader(source)
         fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}

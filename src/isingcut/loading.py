@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,8 @@ def loading(what: str, error: type[IsingcutError] = ModelError) -> Iterator[None
         error: the library failed; our own errors pass.
     """
     try:
-        with quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     except IsingcutError:
         raise
@@ -47,7 +49,8 @@ def loading(what: str, error: type[IsingcutError] = ModelError) -> Iterator[None
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line of bounded length."""
-    words = " ".join(str(error).split())
+    # Torch adds where in its own sources an error was raised.
+    words = " ".join(str(error).split()).partition(" Exception raised from ")[0]
     if not words or not isinstance(error, _SPEAKING):
         words = f"{type(error).__name__}: {words}" if words else type(error).__name__
     return words if len(words) <= _LONGEST else words[: _LONGEST - 3] + "..."

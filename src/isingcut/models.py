@@ -136,8 +136,8 @@ def load(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    refuse_incomplete(found, f"the checkpoint in {folder}")
-    refuse_infinite(model.named_parameters(), f"the checkpoint in {folder}")
+    refuse_incomplete(found, folder)
+    refuse_infinite(model.named_parameters(), folder)
     try:
         model.to(place)
     except torch.OutOfMemoryError as e:
@@ -191,30 +191,29 @@ def load_streamed(
     return LoadedModel(model, tokenizer, Path(folder), number, place), replay
 
 
-def refuse_incomplete(found: Mapping[str, Any], what: str) -> None:
+def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
     """Refuse a model that transformers completed with random numbers.
 
     Args:
         found: its ``output_loading_info``.
-        what: what messages call the source.
+        source: what it was loaded from.
 
     Raises:
         ModelError: a tensor is missing or has another shape; the message names it.
     """
+    from isingcut.fit import wrong_shape
+
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(
-            f"{what} lacks {len(missing)} tensors of its architecture, first "
+            f"{source} lacks {len(missing)} tensors of its architecture, first "
             f"{missing[0]}; the config and the weights do not belong together"
         )
     for name, there, wanted in sorted(found["mismatched_keys"]):
-        raise ModelError(
-            f"the tensor {name} of {what} has the shape {list(there)}, its model wants "
-            f"{list(wanted)}; the config and the weights do not belong together"
-        )
+        raise ModelError(wrong_shape(name, source, there, wanted))
 
 
-def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:
     """Refuse weights that are no numbers: every loss after them would be none either.
 
     Raises:
@@ -232,7 +231,7 @@ def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> N
             bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
         ):
             raise CheckpointError(
-                f"the tensor {name} of {what} holds NaN or infinity; nothing can be measured "
+                f"the tensor {name} in {source} holds NaN or infinity; nothing can be measured "
                 "with it: get the weights again, or the checkpoint of an earlier training step"
             )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.config import RunConfig
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import StageFileError
 from isingcut.files import atomic_folder, read_json, write_json
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.healing_stages import chosen_after_healing, product
@@ -238,6 +238,23 @@ def write_checkpoint(
             verify_streamed(session.replay, blocks, temporary, trust_remote_code=trust)
         else:
             verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
+
+
+def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
+    """Refuse a GGUF file that is damaged, lacks tensors, or is of another model than the run.
+
+    Raises:
+        CheckpointError: damaged or incomplete.
+        InputError: of another model, or not there.
+    """
+    from isingcut.gguf_header import read_gguf
+    from isingcut.gguf_match import check_same_model
+
+    header = read_gguf(source)
+    header.blocks()
+    # The file that the run was made from needs no comparison; another packing of it does.
+    if folder.manifest["provenance"]["model"].get("gguf_sha256") != file_sha256(source):
+        check_same_model(header, session.source)
 
 
 def excise_gguf(

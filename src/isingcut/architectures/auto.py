@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from isingcut.errors import ArchitectureError
+
 
 def auto_class(config: Any) -> Any:
-    """The auto class that knows ``config``; the causal one where both or neither do.
+    """The auto class that knows ``config``; the causal one where both do.
 
     A multimodal model that only the image-text-to-text class knows still has a text decoder,
     and is called with text alone.
 
     Args:
         config: a loaded configuration.
+
+    Raises:
+        ArchitectureError: neither does.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -23,7 +28,10 @@ def auto_class(config: Any) -> Any:
     for factory in (causal, multimodal):
         if factory.__name__ in remote or type(config) in factory._model_mapping:
             return factory
-    return causal
+    raise ArchitectureError(
+        f"transformers has no text-generating decoder of the model type {config.model_type!r}; "
+        "isingcut cuts decoders with one stack of residual blocks"
+    )
 
 
 def auto_class_of(folder: Path, *, trust_remote_code: bool = False) -> Any:

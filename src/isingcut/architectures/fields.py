@@ -6,7 +6,11 @@ A field that is not listed here and looks per-layer is an error that names it, n
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from isingcut.errors import ArchitectureError
 
 # The number of blocks. Only changed where the value is that number.
 COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
@@ -157,6 +161,56 @@ DEPTH_DEPENDENT_TYPES = {
 
 # Model types whose blocks share more than the residual stream, beyond what legality can say.
 REFUSED_TYPES: dict[str, str] = {}
+
+
+_WORDS = ("layer_types", "layers_block_type", "mlp_layer_types")
+_PERIODS = ("attn_layer_period", "expert_layer_period")
+_OFFSETS = ("attn_layer_offset", "expert_layer_offset", "decoder_sparse_step")
+
+
+def check(text: Mapping[str, Any]) -> None:
+    """Refuse a per-layer field of another form than the table above says.
+
+    Model classes check the fields that they know; others stand in a configuration unread.
+
+    Args:
+        text: the decoder's configuration, per-layer fields written out.
+
+    Raises:
+        ArchitectureError: a list is none, an index is no number, a map has other keys.
+    """
+    forms: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+        (_WORDS, _is_words, "a list of words"),
+        (SLICE, lambda v: isinstance(v, (list, str, int, float)), "a list with an entry per block"),
+        (INDICES, lambda v: isinstance(v, list) and all(map(_is_whole, v)), "a list of numbers"),
+        (MAPS, _is_numbered, "a map by block number"),
+        ((*PREFIX, *LAST, *SUFFIX, *MTP, *_OFFSETS), _is_whole, "a whole number"),
+        (_PERIODS, lambda v: _is_whole(v) and v > 0, "a whole number above 0"),
+        (CYCLE, lambda v: isinstance(v, list) and bool(v), "a list with an entry or more"),
+    ]
+    for names, fits, wanted in forms:
+        for name in names:
+            if text.get(name) is not None and not fits(text[name]):
+                raise ArchitectureError(
+                    f"the configuration field {name!r} must be {wanted}; got {text[name]!r:.60}"
+                )
+    if text.get(SUFFIX[0]) and not isinstance(text.get("layer_types"), list):
+        raise ArchitectureError(
+            f"the configuration has {SUFFIX[0]}={text[SUFFIX[0]]} and no list 'layer_types', which "
+            "says whose keys and values are shared; write it out"
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _is_numbered(value: Any) -> bool:
+    return isinstance(value, dict) and all(str(key).isdecimal() for key in value)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from isingcut.architectures.surgery import legality, materialise, with_depth
 from isingcut.checkpoint import StoredTensor
 from isingcut.constraints import LinearConstraint
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.fit import Checkpoint, block_prefix, bounded_structure, examine
+from isingcut.fit import Checkpoint, block_prefix, bounded_structure, check_sizes, examine
 from isingcut.loading import loading
 
 
@@ -112,6 +112,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         config.__dict__.pop("quantization_config", None)
         with bounded_structure(seen.most_numbers, str(folder)), torch.device("meta"):
             model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    check_sizes(seen, model)
     stack = find_stack(model)
     refusal, rows = seen.mismatch, []
     if not refusal:

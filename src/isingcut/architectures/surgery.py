@@ -12,6 +12,7 @@ from isingcut.architectures.base import BlockStack
 from isingcut.architectures.names import rename_pattern, renumbering
 from isingcut.constraints import LinearConstraint
 from isingcut.errors import ArchitectureError
+from isingcut.loading import one_line, quiet_transformers
 
 _LAYERISH = re.compile(r"layer|block|_idx|_ids|indices|idxs")
 _PERIODISH = re.compile(
@@ -35,6 +36,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     count = depth(text)
     mapping = renumbering(count, removed)
     _refuse_depth_dependent(text)
+    fields.check(text)
     families.write_out(text, count)
     must_stay = families.kept_blocks(text, count)
     for old in set(must_stay) - set(mapping):
@@ -74,6 +76,7 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     values = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
     text = materialise(values)
     _refuse_depth_dependent(text)
+    fields.check(text)
     _refuse_unknown(text, len(stack))
     return families.legality(text, stack)
 
@@ -198,11 +201,11 @@ def _class_config(config: dict[str, Any]) -> Any | None:
         return None
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_decoded(plain))
+        with quiet_transformers():
+            return CONFIG_MAPPING[model_type].from_dict(_decoded(plain))
     except Exception as error:
-        words = " ".join(str(error).split()) or type(error).__name__
         raise ArchitectureError(
-            f"the configuration is not a valid {model_type} configuration: {words}"
+            f"the configuration is not a valid {model_type} configuration: {one_line(error)}"
         ) from error
 
 

@@ -13,6 +13,7 @@ import torch
 
 from isingcut.checkpoint import StoredTensor, read_checkpoint
 from isingcut.errors import ModelError
+from isingcut.fit import wrong_shape
 from isingcut.fp8 import weights_of
 from isingcut.streamed.skeleton import Names
 
@@ -268,7 +269,4 @@ def _slices(
 
 def _same_shape(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if found != wanted:
-        raise ModelError(
-            f"the tensor {name} in {folder} has the shape {list(found)}, its model wants "
-            f"{list(wanted)}; the config and the weights do not belong together"
-        )
+        raise ModelError(wrong_shape(name, folder, found, wanted))

@@ -81,7 +81,7 @@ class Reader:
                 for name, value in step.run(values).items():
                     if name in views:
                         views[name].copy_(value)
-        refuse_infinite(views.items(), f"the checkpoint in {self._folder}")
+        refuse_infinite(views.items(), self._folder)
         return {name: views[target] for name, target in plan.names.items()}
 
     @cached_property
