@@ -36,7 +36,7 @@ def clear_os_errors(target: Path) -> Iterator[None]:
         yield
     except Exception as e:
         code = _code_of(e)
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if code in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"no space left on the disk while writing {target}; nothing was kept there: "
                 "free some space or choose another --out, then run the same command again"

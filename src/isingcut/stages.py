@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.config import RunConfig
-from isingcut.errors import StageFileError
+from isingcut.errors import InputError, StageFileError
 from isingcut.files import atomic_folder, read_json, write_json
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.healing_stages import chosen_after_healing, product
