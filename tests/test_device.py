@@ -1,0 +1,335 @@
+"""Every computing step once on a fake device, where nothing of the CPU's may slip in.
+
+The values must be the CPU's own, to rounding: what is compiled for the CPU (the losses over the
+vocabulary) is computed another way on a device. What this cannot see is said in
+`isingcut.testing.device`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+import textwrap
+from collections.abc import Callable
+from contextlib import closing, suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import isingcut
+from isingcut import blocks, curvature, evaluate, generation, gradients, head, self_text
+from isingcut import loss_gradient as loss
+from isingcut.architectures import find_stack, stack_modules
+from isingcut.blocks import Replay
+from isingcut.curvature import gate_curvature
+from isingcut.energies.base import Work
+from isingcut.gradients import gate_gradients
+from isingcut.healers import _absorb
+from isingcut.healers._rounds import Objective, install, targets
+from isingcut.healers._training import Rows, collate
+from isingcut.healers.linear_patch import LinearPatch
+from isingcut.measure import measure
+from isingcut.search import slopes
+from isingcut.search.evaluator import Evaluator
+from isingcut.streamed import boundary, store
+from isingcut.streamed.boundary import Boundaries
+from isingcut.streamed.replay import StreamedReplay, open_model
+from isingcut.streamed.scores import quality_streamed
+from isingcut.testing.device import DEVICE, MixedDevicesError, fake_device
+from isingcut.tokens import TokenSet
+from test_baselines import part
+from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def device():
+    with fake_device() as lent:
+        yield lent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+def samples() -> TokenSet:
+    rng = np.random.default_rng(0)
+    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
+
+
+def states() -> np.ndarray:
+    return np.random.default_rng(1).random((4, 6)) < 0.4
+
+
+class Place:
+    """Models on one device, for the steps."""
+
+    def __init__(self, device, folder):
+        self.device, self.folder = device, folder
+
+    def model(self, family="llama", seed=0) -> Any:
+        return tiny_model(family, seed=seed).requires_grad_(False).to(self.device)
+
+    def replay(self, family="llama") -> Replay:
+        model = self.model(family)
+        return Replay(model, stack_modules(model, find_stack(model)))
+
+    def streamed(self) -> StreamedReplay:
+        opened = open_model(self.folder, dtype=torch.float32, device=self.device)
+        return StreamedReplay(*opened)
+
+
+def losses(place, family="llama", streamed=False):
+    replay = place.streamed() if streamed else place.replay(family)
+    found = measure(replay, samples(), states(), batch_tokens=32)
+    return np.stack([found.kl_sums, found.nll_sums])
+
+
+def gate_rows(place, family="llama", streamed=False, seed=None):
+    replay = place.streamed() if streamed else place.replay(family)
+    return gate_gradients(replay, samples(), batch_tokens=32, label_seed=seed)
+
+
+def second(place, kind, family="llama"):
+    return gate_curvature(place.replay(family), samples(), kind).curvature_sums
+
+
+def searched(place):
+    evaluator = Evaluator(place.replay(), samples(), Work(32), seed=0)
+    evaluator.measure(states(), 3, "measuring")
+    known = [k.sums[:3] for k in evaluator.known()]
+    return np.concatenate([*known, evaluator.slopes(states()[0], 3), evaluator.influence(2)])
+
+
+def streamed_slopes(place):
+    return Evaluator(place.streamed(), samples(), Work(32), seed=0).slopes(states()[0], 4)
+
+
+def figures(place, streamed=False):
+    if streamed:
+        found = quality_streamed(place.streamed(), place.streamed(), samples())
+    else:
+        found = evaluate.quality(place.model(), place.model(seed=1), samples())
+    return [found["kl"], found["before"]["nll"], found["after"]["nll"]]
+
+
+def written(place):
+    model, tokenizer = place.model(), tiny_tokenizer()
+    text = generation.generate_text(model, tokenizer, "hello", 8)
+    sampled = self_text.generated(model, tokenizer, {"energy": 3}, 8, 0)["energy"]
+    return [*text.encode(), *np.ravel(sampled)]
+
+
+def timed(place):
+    ticks = itertools.count()
+    both = {"before": place.model(), "after": place.model(seed=1)}
+    speeds = evaluate.speed(
+        both, samples(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2
+    )
+    # Times themselves are no values to compare.
+    assert all(x > 0 for x in place.replay().latency(8, 1) + place.streamed().latency(8, 1))
+    return [v["prefill_tokens_per_second"] for v in speeds.values()]
+
+
+def patched(place, reads):
+    fit = LinearPatch(reads=reads)
+    found = fit.fit(place.replay(), ["attention+mlp"] * 6, samples(), [2, 3, 5], Work(32))
+    return np.concatenate([p.weight.cpu().numpy().ravel() for p in found])
+
+
+def distilled(place, family="llama"):
+    """Two steps against the teacher, with hidden states, and a loss against kept targets."""
+    teacher, student = place.model(family), place.model(family, seed=1).requires_grad_(True).train()
+    rows = Rows(samples())
+    batch = collate([rows[i] for i in range(len(rows))])
+    batch = {name: value.to(place.device) for name, value in batch.items()}
+    kept = targets(teacher, batch["input_ids"], batch["attention_mask"], 5)
+    forward = student.forward
+    install(student, student, Objective(teacher, 2.0, [(1, 2)], 0.5))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    found = []
+    for _ in range(2):
+        loss = student(**batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    student.forward = forward
+    install(student, student, Objective(None))
+    loss = student(**batch, indices=kept.indices, logp=kept.logp, tail=kept.tail)["loss"]
+    loss.backward()
+    return [*found, loss.item(), student.get_output_embeddings().weight.grad.norm().item()]
+
+
+def chosen(place):
+    def removed(name):
+        return part(name).choose(place.replay(), samples(), 2, Work(32), seed=0).removed
+
+    # The others look at nothing but measured losses.
+    own = ("angular-window", "block-influence", "norm-ratio", "sliding-window-merging")
+    return [removed(name) for name in own]
+
+
+def spilled(place):
+    with closing(Boundaries(0)) as boundaries:
+        boundaries.put("x", torch.arange(3.0, device=place.device))
+        back = boundaries.take("x", place.device)
+    return (back + torch.ones(3, device=place.device)).cpu().numpy()
+
+
+# gemma2 ends in a soft cap: its head is not taken apart.
+STEPS: dict[str, Callable[[Place], Any]] = {
+    "losses": losses,
+    "losses, head in one": lambda p: losses(p, "gemma2"),
+    "losses, streamed": lambda p: losses(p, streamed=True),
+    "gradients": gate_rows,
+    "gradients, head in one": lambda p: gate_rows(p, "gemma2"),
+    "gradients, drawn labels": lambda p: gate_rows(p, seed=3),
+    "gradients, drawn labels, head in one": lambda p: gate_rows(p, "gemma2", seed=3),
+    "gradients, streamed": lambda p: gate_rows(p, streamed=True),
+    "hessian": lambda p: second(p, "hessian"),
+    "gauss-newton, head in one": lambda p: second(p, "gauss-newton", "gemma2"),
+    "search": searched,
+    "search slopes, streamed": streamed_slopes,
+    "hidden states in a file": spilled,
+    "quality": figures,
+    "quality, streamed": lambda p: figures(p, streamed=True),
+    "generation": written,
+    "speed and latency": timed,
+    "patch of what is read": lambda p: patched(p, True),
+    "patch of what is written": lambda p: patched(p, False),
+    "distillation": distilled,
+    "distillation, head in one": lambda p: distilled(p, "gemma2"),
+    "baselines": chosen,
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_keeps_to_its_device(step, folder, device):
+    expected = np.asarray(STEPS[step](Place(CPU, folder)))
+    found = np.asarray(STEPS[step](Place(device, folder)))
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+# Where something is moved, how it looks without that, and a step that must fail then.
+DROPPED = [
+    (blocks.Replay, "record", "input_ids.to(self.device)", "input_ids", "losses"),
+    (head._Fused, "__init__", "[predicted].to(device)", "[predicted]", "losses"),
+    (head._Fused, "__init__", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "losses"),
+    (head.Reference, "__init__", "1:].to(logits.device)", "1:]", "losses, head in one"),
+    (curvature, "_through_blocks", "device=replay.device, ", "", "hessian"),
+    (gradients, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
+    (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
+    (slopes, "_batch", ", device=replay.device", "", "search"),
+    (evaluate, "sample_sums", "1].to(before.device)", "1]", "quality"),
+    (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
+    (LinearPatch, "_fit_one", "mask.to(device)", "mask", "patch of what is written"),
+    (store.Store, "_settle_rest", "host.to(self.device)", "host", "losses, streamed"),
+    (boundary.Boundaries, "get", "value.to(device)", "value", "hidden states in a file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "there", "dropped", "step"), DROPPED, ids=[f"{x[1]} {x[2]}" for x in DROPPED]
+)
+def test_a_step_that_leaves_a_tensor_behind_fails(
+    owner, name, there, dropped, step, folder, monkeypatch
+):
+    function = getattr(owner, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert there in source
+    made = dict(vars(sys.modules[function.__module__]))
+    exec("from __future__ import annotations\n" + source.replace(there, dropped), made)
+    monkeypatch.setattr(owner, name, made[name])
+    STEPS[step](Place(CPU, folder))
+    with pytest.raises(MixedDevicesError, match="same device"), fake_device() as device:
+        STEPS[step](Place(device, folder))
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_the_device(folder, tmp_path, monkeypatch):
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnop"), (900, 6))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
+    monkeypatch.setattr("isingcut.models.pick_device", lambda name: DEVICE)
+    # What these measure is no placement, and they have steps of their own.
+    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+    rates = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
+    monkeypatch.setattr("isingcut.evaluate.speed", lambda models, *a: dict.fromkeys(models, rates))
+    with fake_device():
+        isingcut.run(
+            model=str(folder),
+            calibration=str(text),
+            out=str(tmp_path / "run"),
+            remove=2,
+            energy="fisher",
+            random_states=30,
+            samples=3,
+            length=16,
+            rank_samples=3,
+            report_samples=3,
+            dtype="float32",
+        )
+    assert str(DEVICE) in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+
+
+def mixed(operation: Callable[..., Any]) -> bool:
+    """Whether an operation on (device, CPU, number on the CPU) is refused for its devices."""
+    try:
+        with fake_device() as device:
+            operation(torch.ones(3, device=device), torch.ones(3), torch.tensor(2.0))
+    except MixedDevicesError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("refused", "operation"),
+    [
+        (True, lambda d, c, n: d + c),
+        (True, lambda d, c, n: c @ d),
+        (True, lambda d, c, n: torch.cat([d, c])),
+        (True, lambda d, c, n: torch.stack([d.sum(), n])),
+        (True, lambda d, c, n: n.add_(d.sum())),
+        (True, lambda d, c, n: torch.where(c > 0, d, d)),
+        (True, lambda d, c, n: c[d > 0]),
+        (True, lambda d, c, n: d.index_select(0, torch.tensor([1]))),
+        (True, lambda d, c, n: torch.mm(d[:, None], d[None], out=torch.empty(3, 3))),
+        (True, lambda d, c, n: torch.rand(2, generator=torch.Generator(), device=d.device)),
+        (False, lambda d, c, n: d * n),
+        (False, lambda d, c, n: d.masked_fill(d > 0, n)),
+        (False, lambda d, c, n: d[c > 0]),
+        (False, lambda d, c, n: c.copy_(d)),
+        (False, lambda d, c, n: d.cpu() + c),
+        (False, lambda d, c, n: d + torch.tensor([1.0, 2.0, 3.0], device=d.device)),
+        (False, lambda d, c, n: c[: int(d.sum())]),
+    ],
+)
+def test_tensors_meet_by_the_rules_of_a_gpu(refused, operation):
+    assert mixed(operation) == refused
+
+
+def test_a_mix_that_the_code_catches_is_not_forgotten():
+    with pytest.raises(MixedDevicesError), fake_device() as device, suppress(RuntimeError):
+        torch.ones(2, device=device) + torch.ones(2)
+
+
+def test_new_numbers_take_the_place_of_a_parameters(device):
+    layer = torch.nn.Linear(2, 1, bias=False).to(device)
+    layer.weight.data = torch.ones((1, 2), device=device)
+    assert layer(torch.ones((1, 2), device=device)).item() == 2
+    with pytest.raises(MixedDevicesError):
+        layer.weight.data = torch.ones(1, 2)
+
+
+def test_numbers_leave_the_device_by_a_copy_alone(device):
+    x = torch.arange(3, device=device)
+    with pytest.raises(TypeError, match=r"lazy:0 device type tensor to numpy"):
+        x.numpy()
+    assert x.cpu().numpy().tolist() == x.tolist() == [0, 1, 2]
