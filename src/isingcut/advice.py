@@ -15,6 +15,7 @@ _LEAST = 0.125
 """Share of the whole search below which it is not worth beginning."""
 _ASKED = (
     "remove",
+    "budget",
     "samples",
     "length",
     "rank_samples",
@@ -29,7 +30,7 @@ _ASKED = (
     "memory_limit",
     "trust_remote_code",
 )
-_OF_RUN = ("remove", "states", "random_states")
+_OF_RUN = ("states", "random_states")
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ def advise(config: RunConfig, seconds: Mapping[str, float], rest: float) -> Advi
     """
     room = EVENING * 3600 - rest
     effort = config.effort
-    if config.remove and seconds["refined"] <= room:
+    if config.removal and seconds["refined"] <= room:
         energy, why = "refined", "it ranks best near one removal, and ends in an evening"
     elif seconds["pairwise"] <= room:
         energy, why = "pairwise", "it is measured, answers every removal, and ends in an evening"
-    elif config.remove and _LEAST * seconds["refined"] <= room:
+    elif config.removal and _LEAST * seconds["refined"] <= room:
         energy, effort = "refined", f"{max(1, int(room / 3600))}h"
         why = "the whole search takes more than an evening; this is as much of it as fits"
     else:
@@ -76,10 +77,10 @@ def advise(config: RunConfig, seconds: Mapping[str, float], rest: float) -> Advi
 def command(config: RunConfig, energy: str, effort: str = "") -> str:
     """What to type for an energy, with the options that were asked for."""
     default = RunConfig()
-    words = ["isingcut", "run" if config.remove else "energy", config.model]
+    words = ["isingcut", "run" if config.removal else "energy", config.model]
     for name in _ASKED:
         value = getattr(config, name)
-        if value == getattr(default, name) or (name in _OF_RUN and not config.remove):
+        if value == getattr(default, name) or (name in _OF_RUN and not config.removal):
             continue
         flag = f"--{name.replace('_', '-')}"
         words += [flag] if value is True else [flag, str(value)]

@@ -17,7 +17,9 @@ from isingcut.advice import advise
 from isingcut.config import RunConfig
 from isingcut.costs import Cost, Shape
 from isingcut.measuring import energy_part, samples_of
-from isingcut.removal import count_rows, each_removal
+from isingcut.removal import check_by_config, each_removal, removal_rows
+from isingcut.search import Target
+from isingcut.spellings import parse_effort
 
 if TYPE_CHECKING:
     from isingcut.probe import Timings
@@ -35,6 +37,8 @@ _DOUBT = {
 }
 _DOUBT_ELSE = 1.25
 _DOUBT_STREAMED = 1.3
+# Tokens of the sequence that a run measures the latency of its blocks on.
+_SEQUENCE = 128
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def make_plan(config: RunConfig, *, clock: Callable[[], float] = time.perf_count
     """Probe a model and estimate every energy at its default samples.
 
     Args:
-        config: `model`; `remove` where the stages after the energy are of interest.
+        config: `model`; `remove` or `budget` where the stages after the energy are of interest.
         clock: seconds, for the probe.
 
     Raises:
@@ -129,6 +133,7 @@ def make_plan(config: RunConfig, *, clock: Callable[[], float] = time.perf_count
     began = time.perf_counter()
     trust = config.trust_remote_code
     folder = resolve(config.model, trust_remote_code=trust)
+    check_by_config(folder, config, needed=False)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, store, memory = open_model(
@@ -140,7 +145,6 @@ def make_plan(config: RunConfig, *, clock: Callable[[], float] = time.perf_count
     )
     stack = find_stack(model)
     n = len(stack)
-    remove = _removal(config, [b.kind for b in stack.blocks])
     shape = _shape(config, folder, model, store, memory.used, memory.total)
     asked = None if config.attention == "auto" else config.attention
     t = probe(
@@ -152,6 +156,7 @@ def make_plan(config: RunConfig, *, clock: Callable[[], float] = time.perf_count
         twice=not shape.streamed,
         clock=clock,
     )
+    remove = _removal(config, model, shape, t)
     energies = tuple(_energy(config, name, shape, t, remove) for name in ENERGIES)
     kept = [i for i in range(n) if i not in {(7 * k) % n for k in range(remove)}]
     states = costs.random_states(n, remove, config.states + config.random_states)
@@ -194,13 +199,27 @@ def make_plan(config: RunConfig, *, clock: Callable[[], float] = time.perf_count
     )
 
 
-def _removal(config: RunConfig, kinds: list[str]) -> int:
-    """How many blocks go, for the costs; a fifth where nothing or only a budget is said."""
-    if not config.remove:
-        return max(1, len(kinds) // 5)
+def _removal(config: RunConfig, model: Any, shape: Shape, t: Timings) -> int:
+    """How many blocks go, for the costs; a fifth where nothing is said.
+
+    Of a budget, as many as about average blocks take (`Target.size`).
+    """
+    from isingcut.architectures import find_stack, legality
+
+    stack = find_stack(model)
+    if not config.removal:
+        return max(1, len(stack) // 5)
+    blocks = {
+        "blocks": [
+            {**vars(b), "latency_seconds": _SEQUENCE * seconds, "bytes": size}
+            for b, seconds, size in zip(stack.blocks, t.blocks, shape.parts, strict=True)
+        ],
+        "legality": [vars(row) for row in legality(model.config, stack)],
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "total_bytes": shape.weights,
+    }
     last = each_removal(config)[-1]
-    (row, *_) = rows = count_rows(kinds, last.remove)
-    return round(sum(r.rhs for r in rows)) if len(rows) > 1 else round(row.rhs)
+    return Target.of(last.removal, removal_rows(blocks, last), len(stack)).size
 
 
 def _shape(
@@ -258,7 +277,6 @@ def _energy(config: RunConfig, name: str, shape: Shape, t: Timings, remove: int)
 
 
 def _search(config: RunConfig, shape: Shape, t: Timings, remove: int, samples: int) -> Cost:
-    from isingcut.energies.refined import parse_effort
     from isingcut.search import greedy_price
 
     amount, minutes = parse_effort(config.effort)
