@@ -212,15 +212,17 @@ def run_data(target: Path) -> dict[str, Any]:
 
 def curve_data(folder: Path) -> list[dict[str, Any]]:
     """The chosen state of every removal that was ranked in a run folder, fewest blocks first."""
-    found = [read_json(f, "candidates") for f in folder.glob("remove-*/candidates.json")]
+    files = folder.glob("remove-*/candidates.json")
+    found = [(f, read_json(f, "candidates")) for f in files]
     rows = [
         {
             "remove": r["remove"],
             "removed": r["chosen"]["removed"],
             **{k: r["chosen"][k] for k in ("kl", "kl_se", "nll", "nll_se")},
             "spearman": r["fidelity"]["kl"]["spearman"],
+            "report": str(page) if (page := file.with_name("report.html")).is_file() else None,
         }
-        for r in found
+        for file, r in found
     ]
     return sorted(rows, key=lambda row: (len(row["removed"]), row["kl"]))
 
@@ -244,8 +246,10 @@ def show_curve(folder: Path) -> None:
         f"cut one: isingcut excise {folder} --remove {rows[len(rows) // 2]['remove']}",
         soft_wrap=True,
     )
-    page = folder / f"remove-{rows[-1]['remove']}" / "report.html"
-    screen.print(f"report with the whole curve: {page}", soft_wrap=True)
+    screen.print("reports, each with the whole curve:")
+    for row in rows:
+        if row["report"] is not None:
+            screen.print(f"{row['remove']}: {row['report']}", soft_wrap=True)
 
 
 def perplexity(nll: float) -> float:
