@@ -22,6 +22,7 @@ from isingcut import handed_over
 from isingcut.api_run import Run, energy_warnings
 from isingcut.config import RunConfig, from_mapping
 from isingcut.errors import InputError
+from isingcut.inputs import user_path
 from isingcut.progress import Progress, silent, terminal
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def open_run(
     """
     from isingcut.runfolder import RunFolder
 
-    opened = RunFolder.open(Path(folder), overwrite=overwrite)
+    opened = RunFolder.open(user_path(folder), overwrite=overwrite)
     config = opened.config.replace(overwrite=overwrite, trust_remote_code=trust_remote_code)
     if model is not None:
         config = config.replace(model=str(model))

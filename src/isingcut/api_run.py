@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.config import RunConfig
 from isingcut.files import read_json
+from isingcut.inputs import user_path
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -254,7 +255,6 @@ class Run:
         """
         from isingcut import healing_stages, stages
         from isingcut.files import atomic_folder
-        from isingcut.inputs import user_path
         from isingcut.outputs import check_output
 
         target = user_path(out)

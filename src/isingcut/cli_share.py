@@ -9,6 +9,7 @@ import typer
 
 from isingcut.cli_verb import RESULT, Answer, Blocks, Folder, OneBased, reopen, reopen_at, verb
 from isingcut.errors import InputError
+from isingcut.inputs import user_path
 
 
 @verb("remove", "budget", "overwrite", group=RESULT)
@@ -39,7 +40,7 @@ def export(
     recipe = interop.mergekit_recipe(model, total, removed, dtype)
     if mergekit != "-":
         interop.write_text(
-            Path(mergekit), recipe, overwrite=folder.overwrite, sources=folder.sources
+            user_path(mergekit), recipe, overwrite=folder.overwrite, sources=folder.sources
         )
     warnings = []
     if differing:
