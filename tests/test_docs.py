@@ -12,7 +12,8 @@ import typer
 import yaml
 
 from isingcut import cli
-from isingcut.config import from_mapping, load_yaml
+from isingcut.config import RunConfig
+from isingcut.options import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +68,7 @@ def test_the_python_example_runs(place, capsys):
 
 
 def test_the_config_file_example_is_read():
-    config = from_mapping(load_yaml(ROOT / "examples" / "run.yaml"), "run.yaml").validate()
+    config = RunConfig(**from_yaml(RunConfig, ROOT / "examples" / "run.yaml")).validate()
     assert config.removal == "6"
 
 

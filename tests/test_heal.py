@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isingcut.architectures import find_stack
 from isingcut.checkpoint import read_checkpoint
-from isingcut.config import HealConfig, options_from
+from isingcut.config import HealConfig
 from isingcut.errors import (
     CalibrationError,
     InputError,
@@ -36,6 +36,7 @@ from isingcut.healers._rounds import Objective, install
 from isingcut.healers._training import collate
 from isingcut.healing_text import build
 from isingcut.models import load
+from isingcut.options import options_from
 from isingcut.progress import Bar
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 

@@ -43,17 +43,19 @@ def test_what_is_no_list_of_blocks_is_refused(text):
 def test_numbering_from_one(tmp_path, monkeypatch):
     file = tmp_path / "paper.txt"
     file.write_text("4, 5, 10")
-    assert interop.read_blocks(f"@{file}", 10, one_based=True) == [3, 4, 9]
+    assert interop.read_blocks(f"@{file}", one_based=True).of(10) == [3, 4, 9]
     with pytest.raises(InputError, match=r"numbered 0 to 9, got 10; .*--one-based"):
-        interop.read_blocks(f"@{file}", 10)
+        interop.read_blocks(f"@{file}").of(10)
     with pytest.raises(InputError, match=r"numbered 1 to 10, got 0; .*leave --one-based"):
-        interop.read_blocks("0,1", 10, one_based=True)
+        interop.read_blocks("0,1", one_based=True).of(10)
     with pytest.raises(InputError, match=r"numbered 0 to 9, got 11, 12$"):
-        interop.read_blocks("11,12", 10)
+        interop.read_blocks("11,12").of(10)
+    with pytest.raises(InputError, match=r"got 10, 11, 12, 13, 14, 15, 16, 17, \.\.\.$"):
+        interop.read_blocks("10-9999").of(10)
     monkeypatch.setattr("sys.stdin", __import__("io").StringIO("3\n4\n"))
-    assert interop.read_blocks("-", 10) == [3, 4]
-    with pytest.raises(InputError, match="not readable"):
-        interop.read_blocks(f"@{tmp_path / 'nothing'}", 10)
+    assert interop.read_blocks("-").of(10) == [3, 4]
+    with pytest.raises(InputError, match="is not there"):
+        interop.read_blocks(f"@{tmp_path / 'nothing'}")
 
 
 def test_a_mergekit_recipe_stacks_the_kept_blocks(tmp_path):

@@ -13,7 +13,7 @@ from isingcut.constraints import LinearConstraint, count, keep
 from isingcut.energies.auto import Auto
 from isingcut.energies.base import Work
 from isingcut.energies.pairwise import Pairwise, indicator
-from isingcut.energies.refined import Refined, parse_effort
+from isingcut.energies.refined import Refined
 from isingcut.errors import InputError
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.measure import measure, tree_nodes
@@ -22,6 +22,7 @@ from isingcut.search.estimates import Estimates
 from isingcut.search.evaluator import Evaluator
 from isingcut.search.slopes import gate_slopes
 from isingcut.search.surrogate import Surrogate
+from isingcut.spellings import parse_effort
 from isingcut.tokens import TokenSet
 from tiny import tiny_model
 
@@ -356,7 +357,7 @@ def test_effort_is_read(text: str, expected: tuple[float | None, bool]) -> None:
 
 @pytest.mark.parametrize("text", ["-3", "many", "0min", "nan"])
 def test_effort_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(InputError, match="--effort"):
+    with pytest.raises(InputError, match="expected passes"):
         parse_effort(text)
 
 

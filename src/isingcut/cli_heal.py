@@ -20,8 +20,9 @@ from isingcut.cli_verb import (
     reopen,
     verb,
 )
-from isingcut.config import HealConfig, load_yaml, options_from
+from isingcut.config import HealConfig
 from isingcut.errors import InputError
+from isingcut.options import from_yaml
 
 _ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
 
@@ -40,10 +41,8 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     from isingcut.healers import RECORD
     from isingcut.show_scores import show_healing
 
-    values = {**(load_yaml(config) if config else {}), **given(options)}
-    folder = run_heal(
-        options_from(HealConfig, values, str(config or "command line")), progress=progress
-    )
+    values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
+    folder = run_heal(HealConfig(**values), progress=progress)
     if os.environ.get("RANK", "0") != "0":
         # Of several processes one has the last word.
         raise typer.Exit

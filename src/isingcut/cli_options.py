@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from isingcut.config import RunConfig
+from isingcut.options import flag
 
 _TYPES = {"int": int, "bool": bool, "float": float}
 
@@ -23,13 +24,6 @@ def part_names(room: str) -> Callable[[str], list[str]]:
         return [name for name in names if name.startswith(incomplete)]
 
     return complete
-
-
-_COMPLETIONS: dict[str, Callable[[str], list[str]]] = {
-    "energy": part_names("energies"),
-    "also": part_names("energies"),
-    "solver": part_names("solvers"),
-}
 
 
 def with_options(
@@ -51,16 +45,16 @@ def with_options(
             f = fields[name]
             base: Any = _TYPES.get(str(f.type).removesuffix(" | None"), str)
             info: Any
-            if f.metadata.get("argument") and name == asked:
-                info = typer.Argument(help=f.metadata["help"], metavar=name.upper())
+            if f.metadata["argument"] and name == asked:
+                info = typer.Argument(help=f.metadata["help"], metavar=flag(f))
             else:
                 shown = "" if f.default in ("", None, False) else f" (default: {f.default})"
-                flag = "--" + name.replace("_", "-")
+                room = f.metadata["room"]
                 info = typer.Option(
-                    flag,
+                    asked if name != asked else flag(f),
                     help=f.metadata["help"] + shown,
-                    metavar=f.metadata.get("metavar"),
-                    autocompletion=_COMPLETIONS.get(name),
+                    metavar=f.metadata["metavar"],
+                    autocompletion=part_names(room) if room else None,
                 )
             if name in repeat:
                 base = list[base]

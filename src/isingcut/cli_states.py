@@ -103,6 +103,8 @@ def baseline(
     from isingcut import comparison, pipeline
     from isingcut.show import show_baseline
 
+    # What was typed is looked at before the run folder is.
+    comparison.baseline_part(name, settings or [])
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress)
     found = comparison.compare(session, folder, name, settings or [])

@@ -20,12 +20,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isingcut.cli_options import with_options
-from isingcut.config import RunConfig, from_mapping, load_yaml
+from isingcut.config import RunConfig, from_mapping
 from isingcut.errors import InputError
 from isingcut.files import without_infinities
+from isingcut.inputs import user_path
+from isingcut.options import check_given, from_yaml
 from isingcut.printing import printable, printing, say
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from isingcut.runfolder import RunFolder
 
 app = typer.Typer(
@@ -92,7 +96,7 @@ def verb(
     group: str,
     repeat: tuple[str, ...] = (),
     name: str | None = None,
-    of: type = RunConfig,
+    of: type[DataclassInstance] = RunConfig,
 ) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
     """Make a handler a verb of the command line, with the named options of a configuration class.
 
@@ -119,6 +123,9 @@ def verb(
                 from isingcut.progress import silent, terminal
 
                 given["progress"] = silent if quiet else terminal
+            options = [n.removeprefix("--") for n in names]
+            given |= _checked(of, {k: given[k] for k in options if given[k] is not None}, repeat)
+            given |= {k: _at_home(v) for k, v in given.items()}
             # A library that prints must not end up in the JSON.
             aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
             try:
@@ -134,6 +141,24 @@ def verb(
         return handler
 
     return decorate
+
+
+def _checked(
+    of: type[DataclassInstance], typed: Mapping[str, Any], repeat: Sequence[str]
+) -> dict[str, Any]:
+    """The typed options of a verb, each checked before the verb looks at anything."""
+    single = {k: v for k, v in typed.items() if k not in repeat}
+    found = check_given(of, single)
+    for name in typed.keys() - single.keys():
+        found[name] = [check_given(of, {name: value})[name] for value in typed[name]]
+    return found
+
+
+def _at_home(value: Any) -> Any:
+    """A typed path, or several, with ``~`` for the home folder replaced."""
+    if isinstance(value, list):
+        return [_at_home(v) for v in value]
+    return user_path(value) if isinstance(value, Path) else value
 
 
 def _flag(name: str, option: str, help_: str) -> inspect.Parameter:
@@ -173,8 +198,8 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def collect(config: Path | None, options: Mapping[str, Any]) -> RunConfig:
     """A run's options: those of a config file, with those typed on top."""
-    values = load_yaml(config) if config else {}
-    return from_mapping({**values, **given(options)}, str(config or "command line"))
+    values = from_yaml(RunConfig, config) if config else {}
+    return RunConfig(**{**values, **given(options)})
 
 
 def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig]:
@@ -214,7 +239,7 @@ def reopen_at(
 
     if blocks is None:
         return (*reopen(directory, options), None)
-    total = len(RunFolder.open(directory).manifest["blocks"]["blocks"])
-    named = read_blocks(blocks, total, one_based=one_based)
+    typed = read_blocks(blocks, one_based=one_based)
+    named = typed.of(len(RunFolder.open(directory).manifest["blocks"]["blocks"]))
     folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
     return folder, config, named

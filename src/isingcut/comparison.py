@@ -36,9 +36,8 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
     Raises:
         InputError: no such option, or a value of another type than its default's.
     """
-    import yaml
-
     from isingcut.baselines import registry
+    from isingcut.yaml_file import parse_yaml
 
     part = registry.get(name)
     known = {f.name: f.default for f in dataclasses.fields(part)}
@@ -50,9 +49,9 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
             listed = ", ".join(known) or "none"
             raise InputError(f"--set {setting}: expected OPTION=VALUE; {name} has: {listed}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise InputError(f"--set {setting}: {text!r} is not a readable value") from e
+            value = parse_yaml(text)
+        except ValueError as e:
+            raise InputError(f"--set {setting}: {text!r} is not a readable value ({e})") from e
         if isinstance(value, list):
             value = tuple(value)
         # Only a number may stand where the default is left to the method.

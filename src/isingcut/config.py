@@ -7,13 +7,22 @@ from `HealConfig`: a default that is not here does not exist.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from isingcut.errors import InputError
+from isingcut.options import check_all, option, options_from
+from isingcut.spellings import (
+    LAST_BLOCK,
+    parse_budgets,
+    parse_device,
+    parse_effort,
+    parse_indices,
+    parse_memory,
+    parse_removal,
+)
 
 STAGES = (
     *("model", "calibration", "energy", "solve", "rank"),
@@ -22,8 +31,18 @@ STAGES = (
 """The stages of a run, in order. An option belongs to the first stage it can change."""
 
 
-def _option(default: Any, stage: str, help_: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"stage": stage, "help": help_, **extra})
+_MANY = 1_000_000
+_LONG = 2**20
+_STATES = 100_000
+_FOREVER = 3600.0 * 24 * 365
+_DTYPES = ("auto", "float32", "bfloat16")
+PATCHES = ("none", "linear")
+
+
+def _schedules() -> tuple[str, ...]:
+    from transformers.trainer_utils import SchedulerType
+
+    return tuple(s.value for s in SchedulerType)
 
 
 @dataclass(frozen=True)
@@ -36,110 +55,165 @@ class RunConfig:
         'auto'
     """
 
-    model: str = _option(
-        "", "model", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", argument=True
+    model: str = option(
+        "",
+        "model",
+        "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.",
+        argument=True,
+        path=True,
     )
-    remove: str = _option(
+    remove: str = option(
         "",
         "solve",
         "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
         metavar="M",
+        reads=parse_removal,
     )
-    out: str = _option("", "report", "Folder for the run; every stage writes its file there.")
+    out: str = option(
+        "", "report", "Folder for the run; every stage writes its file there.", path=True
+    )
 
-    calibration: str = _option(
+    calibration: str = option(
         "wiki",
         "calibration",
         "Text to measure on: a .txt, .jsonl, .json or .csv file (also as .gz), - for standard "
         "input, a datasets name, 'wiki' or 'self'.",
+        path=True,
     )
-    samples: int | None = _option(
-        None, "calibration", "Samples that build --energy (default: the energy's own number)."
+    samples: int | None = option(
+        None,
+        "calibration",
+        "Samples that build --energy (default: the energy's own number).",
+        low=1,
+        high=_MANY,
     )
-    length: int = _option(256, "calibration", "Tokens per sample.")
-    rank_samples: int = _option(16, "calibration", "Other samples, that rank the candidates.")
-    report_samples: int = _option(32, "calibration", "Other samples, for the reported perplexity.")
-    seed: int = _option(0, "calibration", "Seed of every random choice.")
+    length: int = option(256, "calibration", "Tokens per sample.", low=8, high=_LONG)
+    rank_samples: int = option(
+        16, "calibration", "Other samples, that rank the candidates.", low=2, high=_MANY
+    )
+    report_samples: int = option(
+        32, "calibration", "Other samples, for the reported perplexity.", low=2, high=_MANY
+    )
+    seed: int = option(0, "calibration", "Seed of every random choice.", low=0, high=2**32 - 1)
 
-    energy: str = _option(
+    energy: str = option(
         "auto",
         "energy",
         "How the Hamiltonian is measured; auto: refined near --remove or --budget, pairwise "
         "without.",
+        room="energies",
     )
-    also: str = _option(
-        "", "energy", "Other energies to measure and judge on the same states, for comparison."
+    also: str = option(
+        "",
+        "energy",
+        "Other energies to measure and judge on the same states, for comparison.",
+        room="energies",
+        several=True,
     )
-    effort: str = _option(
+    effort: str = option(
         "",
         "energy",
         "What refined and auto may spend: passes over the text (150) or a time (20min); "
         "default: a greedy path's price.",
+        reads=parse_effort,
     )
-    linear: bool = _option(
+    linear: bool = option(
         False, "energy", "empirical-fisher only: add the gradient term the paper leaves out."
     )
-    dtype: str = _option("auto", "energy", "auto, float32 or bfloat16.")
-    device: str = _option("auto", "energy", "auto, cpu, cuda or cuda:N.", volatile=True)
-    attention: str = _option(
+    dtype: str = option("auto", "energy", "auto, float32 or bfloat16.", choices=_DTYPES)
+    device: str = option(
+        "auto", "energy", "auto, cpu, cuda or cuda:N.", volatile=True, reads=parse_device
+    )
+    attention: str = option(
         "auto",
         "energy",
         "How measurements compute attention: sdpa, eager, causal (compiled, for CPUs), or auto "
         "(timed, and kept for the run).",
         volatile=True,
+        choices=("auto", "sdpa", "eager", "causal"),
     )
-    batch_tokens: int | None = _option(
+    batch_tokens: int | None = option(
         None,
         "energy",
         "Tokens computed at a time (default: timed, and kept for the run).",
         volatile=True,
+        low=1,
+        high=_LONG,
     )
-    stream: str = _option(
+    stream: str = option(
         "auto",
         "energy",
         "Read the blocks from disk one after the other: on, off, or auto (where the weights do "
         "not fit the memory allowed).",
         volatile=True,
+        choices=("auto", "on", "off"),
     )
-    memory_limit: str = _option(
+    memory_limit: str = option(
         "",
         "energy",
         "Memory for the weights and hidden states, as 8GB or 50% (default: 80% of what is free).",
         volatile=True,
+        reads=parse_memory,
     )
-    trust_remote_code: bool = _option(
-        False, "model", "Allow the model's own Python code to run.", volatile=True
+    trust_remote_code: bool = option(
+        False, "model", "Allow the model's own Python code to run.", volatile=True, typed=True
     )
 
-    solver: str = _option("auto", "solve", "How low-energy states are found.")
-    states: int = _option(20, "solve", "States kept in the spectrum.")
-    budget: str = _option(
+    solver: str = option("auto", "solve", "How low-energy states are found.", room="solvers")
+    states: int = option(20, "solve", "States kept in the spectrum.", low=1, high=_STATES)
+    budget: str = option(
         "",
         "solve",
         "Remove at least this much: params=25%, bytes=1GB, kv=30%, latency=20% (comma-separated).",
+        reads=parse_budgets,
     )
-    diverse: int = _option(0, "solve", "Candidates at least this many swaps apart (0: any).")
-    solve_seconds: float = _option(60.0, "solve", "Time allowed for the solver.", volatile=True)
-    keep: str = _option("", "solve", "Blocks that must stay, for example 0,1,29.")
-    drop: str = _option("", "solve", "Blocks that must go.")
+    diverse: int = option(
+        0, "solve", "Candidates at least this many swaps apart (0: any).", low=0, high=LAST_BLOCK
+    )
+    solve_seconds: float = option(
+        60.0, "solve", "Time allowed for the solver.", volatile=True, low=0, high=_FOREVER
+    )
+    keep: str = option(
+        "", "solve", "Blocks that must stay, for example 0,1,29.", reads=parse_indices, apart="drop"
+    )
+    drop: str = option("", "solve", "Blocks that must go.", reads=parse_indices)
 
-    random_states: int = _option(
-        40, "rank", "Random states measured too, to judge the energy (at least 30)."
+    random_states: int = option(
+        40,
+        "rank",
+        "Random states measured too, to judge the energy (at least 30).",
+        low=30,
+        high=_STATES,
     )
-    choose: str = _option("measured", "rank", "measured (lowest KL of the candidates) or ground.")
-
-    patch: str = _option(
-        "none", "heal", "linear: fold a least-squares map into the block before each cut; or none."
-    )
-    heal: bool = _option(False, "heal", "Distil the original into the cut model afterwards.")
-    heal_top: int = _option(
-        0, "heal", "Heal so many of the best candidates for a few steps first, and choose after it."
-    )
-    heal_options: str = _option(
-        "", "heal", "YAML file with options of `isingcut heal` (text, steps, method, ...)."
+    choose: str = option(
+        "measured",
+        "rank",
+        "measured (lowest KL of the candidates) or ground.",
+        choices=("measured", "ground"),
     )
 
-    overwrite: bool = _option(False, "report", "Replace an existing output.", volatile=True)
+    patch: str = option(
+        "none",
+        "heal",
+        "linear: fold a least-squares map into the block before each cut; or none.",
+        choices=PATCHES,
+    )
+    heal: bool = option(False, "heal", "Distil the original into the cut model afterwards.")
+    heal_top: int = option(
+        0,
+        "heal",
+        "Heal so many of the best candidates for a few steps first, and choose after it.",
+        low=0,
+        high=1000,
+    )
+    heal_options: str = option(
+        "",
+        "heal",
+        "YAML file with options of `isingcut heal` (text, steps, method, ...).",
+        path=True,
+    )
+
+    overwrite: bool = option(False, "report", "Replace an existing output.", volatile=True)
 
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with some options changed."""
@@ -160,41 +234,19 @@ class RunConfig:
         }
 
     def validate(self) -> RunConfig:
-        """Check what can be checked without a model.
+        """The options in their types, all that can be checked without a model checked.
 
         Raises:
             InputError: one line that names the option, what was expected and what came.
         """
-        if not self.model:
+        config = check_all(self)
+        if not config.model:
             raise InputError(
                 "no model was given; expected a folder, a hub id, a .gguf or 'smollm2'"
             )
-        for name, lowest in {
-            "samples": 1,
-            "length": 8,
-            "rank_samples": 2,
-            "report_samples": 2,
-            "batch_tokens": 1,
-            "states": 1,
-            "random_states": 30,
-        }.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {lowest}, got {value}")
-        _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _one_of("--stream", self.stream, ("auto", "on", "off"))
-        _one_of("--attention", self.attention, ("auto", "sdpa", "eager", "causal"))
-        _one_of("--choose", self.choose, ("measured", "ground"))
-        _one_of("--patch", self.patch, PATCHES)
-        if self.heal_top < 0:
-            raise InputError(f"--heal-top must be at least 0, got {self.heal_top}")
-        if self.heal_top and not (self.heal or self.patch != "none"):
+        if config.heal_top and not (config.heal or config.patch != "none"):
             raise InputError("--heal-top compares healed candidates; give --heal or --patch too")
-        return self
-
-
-PATCHES = ("none", "linear")
+        return config
 
 
 @dataclass(frozen=True)
@@ -206,67 +258,116 @@ class HealConfig:
         True
     """
 
-    student: str = _option("", "heal", "The cut checkpoint's folder.", argument=True)
-    teacher: str = _option("", "heal", "The original: folder, hub id, .gguf file or 'smollm2'.")
-    out: str = _option("", "heal", "Folder for the healed checkpoint.")
-    text: str = _option(
+    student: str = option("", "heal", "The cut checkpoint's folder.", argument=True, path=True)
+    teacher: str = option(
+        "", "heal", "The original: folder, hub id, .gguf file or 'smollm2'.", path=True
+    )
+    out: str = option("", "heal", "Folder for the healed checkpoint.", path=True)
+    text: str = option(
         "wiki",
         "heal",
         "Text to heal with: a file or - as for --calibration, a datasets name or 'wiki'.",
+        path=True,
     )
-    samples: int | None = _option(None, "heal", "Samples of that text (default: all).")
-    length: int = _option(1024, "heal", "Tokens per sample.")
-    report_samples: int = _option(16, "heal", "Other samples, for the figures before and after.")
-    seed: int = _option(0, "heal", "Seed of every random choice.")
+    samples: int | None = option(
+        None, "heal", "Samples of that text (default: all).", low=1, high=_MANY
+    )
+    length: int = option(1024, "heal", "Tokens per sample.", low=8, high=_LONG)
+    report_samples: int = option(
+        16, "heal", "Other samples, for the figures before and after.", low=2, high=_MANY
+    )
+    seed: int = option(0, "heal", "Seed of every random choice.", low=0, high=2**32 - 1)
 
-    patch: str = _option(
-        "none", "heal", "linear: fold a least-squares map into the block before each cut; or none."
+    patch: str = option(
+        "none",
+        "heal",
+        "linear: fold a least-squares map into the block before each cut; or none.",
+        choices=PATCHES,
     )
-    patch_tokens: int = _option(65536, "heal", "Tokens of the text that the patch is fitted on.")
-    patch_maps: str = _option(
-        "reads", "heal", "What the patched layer's new map acts on: reads or writes."
+    patch_tokens: int = option(
+        65536, "heal", "Tokens of the text that the patch is fitted on.", low=64, high=2**30
+    )
+    patch_maps: str = option(
+        "reads",
+        "heal",
+        "What the patched layer's new map acts on: reads or writes.",
+        choices=("reads", "writes"),
     )
 
-    method: str = _option("full", "heal", "full (all weights), lora, or none (patch only).")
-    learning_rate: float | None = _option(
-        None, "heal", "Highest learning rate (default: 2e-5, with lora 2e-4)."
+    method: str = option(
+        "full",
+        "heal",
+        "full (all weights), lora, or none (patch only).",
+        choices=("full", "lora", "none"),
     )
-    schedule: str = _option("cosine", "heal", "How it falls, by transformers' name.")
-    warmup_steps: int = _option(
-        100, "heal", "Steps in which it rises; at most a tenth of all steps."
+    learning_rate: float | None = option(
+        None, "heal", "Highest learning rate (default: 2e-5, with lora 2e-4).", above=0, high=10
     )
-    epochs: float = _option(1.0, "heal", "How often the text is read.")
-    top_steps: int = _option(20, "heal", "Steps for each candidate of `run --heal-top`.")
-    steps: int | None = _option(None, "heal", "Stop after so many steps; the schedule ends there.")
-    batch: int = _option(16, "heal", "Sequences per optimiser step, over all processes.")
-    micro_batch: int = _option(1, "heal", "Sequences computed at a time by one process.")
-    temperature: float = _option(1.0, "heal", "Both distributions are softened by it.")
-    hidden_weight: float = _option(
-        0.0, "heal", "Weight of matching the hidden states behind each cut (0: none)."
+    schedule: str = option(
+        "cosine", "heal", "How it falls, by transformers' name.", choices=_schedules
     )
-    top_k: int = _option(
-        0, "heal", "Keep the teacher's K likeliest tokens and their rest on disk first (0: no)."
+    warmup_steps: int = option(
+        100, "heal", "Steps in which it rises; at most a tenth of all steps.", low=0, high=_MANY
     )
-    stream_teacher: bool = _option(
+    epochs: float = option(1.0, "heal", "How often the text is read.", above=0, high=10_000)
+    top_steps: int = option(
+        20, "heal", "Steps for each candidate of `run --heal-top`.", low=1, high=_MANY
+    )
+    steps: int | None = option(
+        None, "heal", "Stop after so many steps; the schedule ends there.", low=1, high=_MANY
+    )
+    batch: int = option(
+        16, "heal", "Sequences per optimiser step, over all processes.", low=1, high=2**16
+    )
+    micro_batch: int = option(
+        1, "heal", "Sequences computed at a time by one process.", low=1, high=2**16
+    )
+    temperature: float = option(
+        1.0, "heal", "Both distributions are softened by it.", above=0, high=1000
+    )
+    hidden_weight: float = option(
+        0.0,
+        "heal",
+        "Weight of matching the hidden states behind each cut (0: none).",
+        low=0,
+        high=_MANY,
+    )
+    top_k: int = option(
+        0,
+        "heal",
+        "Keep the teacher's K likeliest tokens and their rest on disk first (0: no).",
+        low=0,
+        high=_LONG,
+    )
+    stream_teacher: bool = option(
         False, "heal", "Read the original block by block from disk; needs --top-k."
     )
-    lora_rank: int = _option(16, "heal", "Rank of the LoRA matrices.")
-    lora_alpha: int = _option(32, "heal", "Their scale.")
-    gradient_checkpointing: bool = _option(
+    lora_rank: int = option(16, "heal", "Rank of the LoRA matrices.", low=1, high=2**16)
+    lora_alpha: int = option(32, "heal", "Their scale.", low=1, high=_MANY)
+    gradient_checkpointing: bool = option(
         False, "heal", "Recompute activations in the backward pass: less memory, more time."
     )
-    save_steps: int = _option(50, "heal", "Steps between states an interrupted healing resumes at.")
-    trainer: str = _option(
-        "", "heal", "YAML file of further transformers TrainingArguments (fsdp, deepspeed, optim)."
+    save_steps: int = option(
+        50, "heal", "Steps between states an interrupted healing resumes at.", low=1, high=_MANY
+    )
+    trainer: str = option(
+        "",
+        "heal",
+        "YAML file of further transformers TrainingArguments (fsdp, deepspeed, optim).",
+        path=True,
     )
 
-    batch_tokens: int = _option(1024, "heal", "Tokens computed at a time when measuring.")
-    dtype: str = _option("auto", "heal", "auto, float32 or bfloat16.")
-    device: str = _option("auto", "heal", "auto, cpu, cuda or cuda:N.", volatile=True)
-    trust_remote_code: bool = _option(
-        False, "heal", "Allow the models' own Python code to run.", volatile=True
+    batch_tokens: int = option(
+        1024, "heal", "Tokens computed at a time when measuring.", low=1, high=_LONG
     )
-    overwrite: bool = _option(False, "heal", "Replace an existing output.", volatile=True)
+    dtype: str = option("auto", "heal", "auto, float32 or bfloat16.", choices=_DTYPES)
+    device: str = option(
+        "auto", "heal", "auto, cpu, cuda or cuda:N.", volatile=True, reads=parse_device
+    )
+    trust_remote_code: bool = option(
+        False, "heal", "Allow the models' own Python code to run.", volatile=True, typed=True
+    )
+    overwrite: bool = option(False, "heal", "Replace an existing output.", volatile=True)
 
     @property
     def rate(self) -> float:
@@ -280,125 +381,33 @@ class HealConfig:
         return dataclasses.replace(self, **changes)
 
     def validate(self) -> HealConfig:
-        """Check what can be checked without a model.
+        """The options in their types, all that can be checked without a model checked.
 
         Raises:
             InputError: one line that names the option, what was expected and what came.
         """
-        for name, lowest in {
-            "samples": 1,
-            "length": 8,
-            "report_samples": 2,
-            "patch_tokens": 64,
-            "warmup_steps": 0,
-            "steps": 1,
-            "top_steps": 1,
-            "batch": 1,
-            "micro_batch": 1,
-            "hidden_weight": 0,
-            "top_k": 0,
-            "lora_rank": 1,
-            "save_steps": 1,
-            "batch_tokens": 1,
-        }.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {lowest}, got {value}")
-        for name in ("epochs", "temperature"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} must be above 0, got {getattr(self, name)}")
-        _one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _one_of("--patch", self.patch, PATCHES)
-        _one_of("--patch-maps", self.patch_maps, ("reads", "writes"))
-        _one_of("--method", self.method, ("full", "lora", "none"))
-        if self.method == "none" and self.patch == "none":
+        config = check_all(self)
+        if config.method == "none" and config.patch == "none":
             raise InputError("--method none without a --patch leaves nothing to do")
-        if self.top_k and self.temperature != 1:
+        if config.top_k and config.temperature != 1:
             raise InputError("--top-k keeps the teacher at temperature 1; give one of them only")
-        if self.stream_teacher and (not self.top_k or self.patch != "none"):
+        if config.stream_teacher and (not config.top_k or config.patch != "none"):
             raise InputError(
                 "--stream-teacher needs --top-k, and a --patch needs the teacher in memory"
             )
-        if self.top_k and self.hidden_weight:
+        if config.top_k and config.hidden_weight:
             raise InputError("--top-k keeps no hidden states; give one of it and --hidden-weight")
-        return self
+        if config.trainer:
+            from isingcut.yaml_file import load_yaml
 
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{option} must be one of {', '.join(allowed)}; got {value!r}")
-
-
-def field_names() -> list[str]:
-    """All option names."""
-    return [f.name for f in dataclasses.fields(RunConfig)]
+            load_yaml(Path(config.trainer))
+        return config
 
 
 def from_mapping(values: Mapping[str, Any], source: str) -> RunConfig:
-    """A `RunConfig` from keys as `run.yaml` has them (dashes and underscores both work).
+    """A `RunConfig` from options by name (dashes and underscores both work).
 
     Raises:
-        InputError: unknown key (with a suggestion) or a value of the wrong type.
+        InputError: unknown name (with a suggestion) or a value of the wrong type.
     """
     return options_from(RunConfig, values, source)
-
-
-Options = TypeVar("Options", RunConfig, HealConfig)
-
-
-def options_from(kind: type[Options], values: Mapping[str, Any], source: str) -> Options:
-    """Options of one kind from a mapping, as `from_mapping`."""
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    checked: dict[str, Any] = {}
-    for raw, value in values.items():
-        name = str(raw).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{source}: unknown option {raw!r}{hint} known: {', '.join(known)}")
-        checked[name] = _coerced(name, str(known[name].type), value, source)
-    return kind(**checked)
-
-
-def _coerced(name: str, declared: str, value: Any, source: str) -> Any:
-    """``value`` as the declared type, or an error: never a guess."""
-    base = declared.removesuffix(" | None")
-    if value is None and base != declared:
-        return None
-    if base == "bool" and isinstance(value, bool):
-        return value
-    if base == "int" and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if base == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if base == "str" and isinstance(value, str | int | Path) and not isinstance(value, bool):
-        return str(value)
-    if base == "str" and isinstance(value, list | tuple):
-        return ",".join(str(v) for v in value)
-    raise InputError(f"{source}: {name} must be {_words(base)}, got {value!r}")
-
-
-def _words(base: str) -> str:
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}[
-        base
-    ]
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML config file.
-
-    Raises:
-        InputError: missing, unreadable, or not a mapping.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise InputError(f"no such config file: {path}") from e
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise InputError(f"{path} is not a readable YAML file: {' '.join(str(e).split())}") from e
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold 'option: value' lines, found {type(content).__name__}")
-    return content

@@ -1,14 +1,13 @@
 """Constraints on a state: linear rows, each with a name and a reason in words.
 
 Everything a user can ask for becomes `LinearConstraint` rows here: exactly M blocks, counts per
-block kind, budgets, keep and drop lists, and the legality rows an architecture gives. The
-command line's spellings (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``) are parsed here too.
+block kind, budgets, keep and drop lists, and the legality rows an architecture gives. What is
+typed for them (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``) is read in `spellings`.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -204,69 +203,3 @@ def distance(state: ArrayLike, swaps: int, name: str) -> LinearConstraint:
         2 * swaps - x.sum(),
         f"at least {swaps} swaps away from an earlier state",
     )
-
-
-# The command line's spellings -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Budget:
-    """One parsed ``--budget``: a quantity and a share of it or an amount."""
-
-    quantity: str
-    share: float | None
-    amount: float | None
-
-
-_SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_BINARY = {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40}
-_BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "ms": 1e-3, "us": 1e-6, "s": 1.0}
-
-
-def parse_counts(text: str) -> int | dict[str, int]:
-    """``"8"`` -> 8; ``"attention=2,moe=3"`` -> counts per kind."""
-    text = text.strip()
-    if re.fullmatch(r"\d+", text):
-        return int(text)
-    counts: dict[str, int] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([A-Za-z][\w.-]*)\s*=\s*(\d+)\s*", part)
-        if match is None:
-            raise InputError(
-                f"cannot read {text!r} as a removal; write a number (8) or counts per kind "
-                "(attention=2,moe=3)"
-            )
-        if match[1] in counts:
-            raise InputError(f"kind {match[1]!r} occurs twice in {text!r}")
-        counts[match[1]] = int(match[2])
-    return counts
-
-
-def parse_budget(text: str) -> Budget:
-    """``"params=25%"`` -> a share; ``"bytes=1.5GB"``, ``"latency=3ms"`` -> an amount."""
-    match = re.fullmatch(r"\s*([A-Za-z][\w.-]*)\s*=\s*(\d+(?:\.\d*)?)\s*(%|[A-Za-z]*)\s*", text)
-    if match is None:
-        raise InputError(
-            f"cannot read {text!r} as a budget; write quantity=share or quantity=amount, "
-            "for example params=25% or bytes=1.5GB"
-        )
-    value, unit = float(match[2]), match[3].lower()
-    if unit == "%":
-        if value > 100:
-            raise InputError(f"budget {text!r}: a share lies between 0% and 100%")
-        return Budget(match[1], value / 100, None)
-    factor = {**_SUFFIX, **_BINARY, **_BYTES}.get(unit)
-    if factor is None:
-        raise InputError(f"budget {text!r}: unknown unit {match[3]!r}; use %, K, M, G, GB, GiB, ms")
-    return Budget(match[1], None, value * factor)
-
-
-def parse_indices(text: str) -> list[int]:
-    """``"0,1,5-8"`` -> [0, 1, 5, 6, 7, 8]."""
-    indices: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-            raise InputError(f"cannot read {text!r} as block numbers; write for example 0,1,5-8")
-        indices.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return sorted(set(indices))

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isingcut.config import HealConfig, options_from
+from isingcut.config import HealConfig
 from isingcut.errors import InputError, StageFileError
 from isingcut.files import atomic_folder, fingerprint, read_json, write_json
 from isingcut.healers import RECORD
+from isingcut.options import options_from
 from isingcut.outputs import check_output
 from isingcut.progress import Progress, silent
 from isingcut.provenance import versions

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isingcut.config import HealConfig, RunConfig, load_yaml, options_from
+from isingcut.config import HealConfig, RunConfig
 from isingcut.crew import expected
 from isingcut.errors import InputError
 from isingcut.files import read_json, write_json
+from isingcut.inputs import user_path
 from isingcut.measuring import splits_of, upstream
+from isingcut.options import from_yaml, options_from
 from isingcut.removal import each_removal
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
@@ -39,9 +41,9 @@ def heal_config(config: RunConfig) -> HealConfig:
     Raises:
         InputError: an option that the run sets, or one that does not exist.
     """
-    values = load_yaml(Path(config.heal_options)) if config.heal_options else {}
+    values = from_yaml(HealConfig, user_path(config.heal_options)) if config.heal_options else {}
     set_by_run = {"student", "teacher", "out", "patch", "device", "trust_remote_code", "overwrite"}
-    taken = sorted(set_by_run & {str(k).replace("-", "_") for k in values})
+    taken = sorted(set_by_run & values.keys())
     if taken:
         raise InputError(
             f"{config.heal_options}: {', '.join(taken)} is set by the run itself; leave it out"

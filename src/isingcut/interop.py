@@ -3,72 +3,102 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.checkpoint import read_config
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import atomic_file
+from isingcut.inputs import parse_json, read_text, user_path
 from isingcut.outputs import check_output, sealed
+from isingcut.spellings import block_span, expanded
 
 if TYPE_CHECKING:
     from isingcut.config import RunConfig
 
 _STDIN = "-"
-_RANGE = re.compile(r"(\d+)-(\d+)")
+_LONGEST = 2**20
 _DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
 
-def read_blocks(source: str, total: int, *, one_based: bool = False) -> list[int]:
+@dataclass(frozen=True)
+class NamedBlocks:
+    """Block numbers as a text names them, not yet compared with a model.
+
+    Attributes:
+        numbers: ascending, each once.
+        where: what messages call the text.
+        one_based: they count from 1.
+    """
+
+    numbers: tuple[int, ...]
+    where: str
+    one_based: bool = False
+
+    def of(self, total: int) -> list[int]:
+        """The removed blocks of a model of ``total`` blocks, counted from 0.
+
+        Raises:
+            InputError: a block that the model does not have.
+        """
+        first = 1 if self.one_based else 0
+        last = total - 1 + first
+        wrong = [b for b in self.numbers if not first <= b <= last]
+        if wrong:
+            hint = ""
+            if wrong == [total] and not self.one_based and self.numbers[0] > 0:
+                hint = "; if the list counts from 1, add --one-based"
+            elif self.one_based and wrong == [0]:
+                hint = "; if the list counts from 0, leave --one-based away"
+            named = ", ".join(str(b) for b in wrong[:8]) + (", ..." if len(wrong) > 8 else "")
+            raise InputError(
+                f"{self.where}: this model's blocks are numbered {first} to {last}, got "
+                f"{named}{hint}"
+            )
+        return [b - first for b in self.numbers]
+
+
+def read_blocks(source: str, *, one_based: bool = False) -> NamedBlocks:
     """The removed blocks that a text names, from the text itself, ``@FILE`` or ``-`` (stdin).
 
     Args:
         source: ``"3,4,9"``, ``"@blocks.txt"`` or ``"-"``.
-        total: how many blocks the model has.
         one_based: the text counts blocks from 1, as papers often do.
 
-    Returns:
-        block numbers from 0, ascending, each once.
-
     Raises:
-        InputError: no such file, no list, or a block that the model does not have.
+        InputError: no plain file of at most 1 MiB, or no list of block numbers.
     """
     if source == _STDIN:
-        text, where = sys.stdin.read(), "standard input"
+        text, where = _piped(), "standard input"
     elif source.startswith("@"):
-        path = Path(source[1:]).expanduser()
-        try:
-            text, where = path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"--blocks {source}: {path} is not readable as text ({e})") from e
+        path = user_path(source[1:])
+        text, where = read_text(path, f"--blocks {source}:", limit=_LONGEST), str(path)
     else:
-        text, where = source, f"--blocks {source}"
-    blocks = parse_blocks(text, where)
-    first = 1 if one_based else 0
-    last = total - 1 + first
-    wrong = [b for b in blocks if not first <= b <= last]
-    if wrong:
-        hint = ""
-        if wrong == [total] and not one_based and min(blocks) > 0:
-            hint = "; if the list counts from 1, add --one-based"
-        elif one_based and wrong == [0]:
-            hint = "; if the list counts from 0, leave --one-based away"
+        text, where = source, f"--blocks {source if len(source) < 60 else source[:57] + '...'}"
+    return NamedBlocks(tuple(parse_blocks(text, where)), where, one_based)
+
+
+def _piped() -> str:
+    try:
+        text = sys.stdin.read(_LONGEST + 1)
+    except UnicodeDecodeError as e:
+        raise InputError("standard input is no UTF-8 text; expected block numbers") from e
+    if len(text) > _LONGEST:
         raise InputError(
-            f"{where}: this model's blocks are numbered {first} to {last}, got "
-            f"{', '.join(str(b) for b in wrong)}{hint}"
+            f"standard input has more than {_LONGEST} characters; expected block numbers"
         )
-    return sorted(b - first for b in blocks)
+    return text
 
 
 def parse_blocks(text: str, where: str = "the list") -> list[int]:
     """Block numbers out of a text: commas, spaces, lines, ``5-8``, JSON, or our own records.
 
     Raises:
-        InputError: empty, or something that is no block number.
+        InputError: empty, something that is no block number, or one above 99,999.
 
     >>> parse_blocks("3, 4 9"), parse_blocks("[3, 4, 9]"), parse_blocks("3\\n4-6 # middle")
     ([3, 4, 9], [3, 4, 9], [3, 4, 5, 6])
@@ -76,27 +106,28 @@ def parse_blocks(text: str, where: str = "the list") -> list[int]:
     [3, 4]
     """
     try:
-        items = _items(json.loads(text), where)
+        items = _items(parse_json(text), where)
     except ValueError:
         lines = (line.partition("#")[0] for line in text.splitlines())
         items = [part for line in lines for part in re.split(r"[\s,;]+", line.strip("[]() \t"))]
-    numbers: set[int] = set()
+    spans = []
     for item in items:
         if item == "":
             continue
-        span = _RANGE.fullmatch(str(item))
-        if span is not None and int(span[1]) <= int(span[2]):
-            numbers.update(range(int(span[1]), int(span[2]) + 1))
-        elif str(item).isdecimal() and not isinstance(item, bool):
-            numbers.add(int(item))
-        else:
+        plain = isinstance(item, str | int) and not isinstance(item, bool)
+        try:
+            span = block_span(str(item)) if plain else None
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from e
+        if span is None:
             raise InputError(
                 f"{where}: {str(item)[:40]!r} is no block number; expected numbers apart by "
                 "commas, spaces or lines (3,4,9 or 5-8), or a JSON list"
             )
-    if not numbers:
+        spans.append(span)
+    if not spans:
         raise InputError(f"{where} names no block; expected a list like 3,4,9")
-    return sorted(numbers)
+    return expanded(spans)
 
 
 def _items(value: Any, where: str) -> Sequence[Any]:

@@ -19,6 +19,7 @@ from isingcut.checkpoint import HEADER_LIMIT, read_config
 from isingcut.errors import CheckpointError, InputError, ModelError
 from isingcut.loading import loading, quiet_transformers
 from isingcut.model_sources import check_tokenizer, gguf_cache, hub_id, resolve, weight_files
+from isingcut.spellings import parse_device
 
 if TYPE_CHECKING:
     import torch
@@ -245,9 +246,9 @@ def pick_device(device: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
-    except RuntimeError as e:
-        raise InputError(f"--device must be auto, cpu, cuda, cuda:N or mps; got {device!r}") from e
+        chosen = torch.device(parse_device(device))
+    except InputError as e:
+        raise InputError(f"--device: {e}") from e
     present = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),

@@ -25,7 +25,7 @@ from isingcut.measuring import (
 )
 from isingcut.outputs import refuse_source
 from isingcut.progress import Progress, silent
-from isingcut.removal import each_removal, removal_rows
+from isingcut.removal import check_by_config, each_removal, removal_rows
 from isingcut.report import check_report
 from isingcut.runfolder import MANIFEST, RunFolder
 from isingcut.session import Session
@@ -137,6 +137,8 @@ def open_session(
     for name in names(config.also):
         energy_part(config, name)
     solvers.check(config.solver, config.solve_seconds)
+    if healing_stages.wanted(config):
+        healing_stages.heal_config(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
@@ -145,6 +147,7 @@ def open_session(
             check_report(out if before is None else before.target(one.removal))
     session = Session(config, progress, before.dtype if before else None)
     refuse_source(out, [session.source])
+    check_by_config(session.source, config, needed=need_removal)
     announce(session)
     blocks = session.describe_blocks()
     if need_removal or config.removal:

@@ -104,7 +104,7 @@ class Problem:
         return int(least.sum()), int(most.sum())
 
     def a_state(self) -> Bools:
-        """Some feasible state (N,).
+        """The feasible state (N,) of the lowest linear energy h.x.
 
         Raises:
             InfeasibleError: there is none.

@@ -34,6 +34,7 @@ class Inspection:
             another number of blocks than there are tensors of, the blocks are those of the tensors.
         quantisation: the quantisation method; empty for plain weights.
         other_bytes: stored bytes outside the blocks; 0 without weights.
+        parameters: of the whole model, embeddings included.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class Inspection:
     refusal: str
     quantisation: str
     other_bytes: int
+    parameters: int
 
     def rules(self) -> list[str]:
         """The legality rows in words, rows of one reason together."""
@@ -130,6 +132,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         refusal=refusal,
         quantisation=str(quantisation.get("quant_method") or quantisation.get("quant_algo") or ""),
         other_bytes=other,
+        parameters=sum(p.numel() for p in model.parameters()),
     )
 
 

@@ -23,6 +23,7 @@ from isingcut.errors import InputError
 from isingcut.files import atomic_file
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.search import Found, Search, Target, greedy_price
+from isingcut.spellings import parse_effort
 
 __all__ = ["Refined"]
 
@@ -91,33 +92,6 @@ class Refined:
             with atomic_file(kept) as temporary:
                 temporary.write_text(json.dumps(passes), encoding="utf-8")
         return passes
-
-
-def parse_effort(text: str) -> tuple[float | None, bool]:
-    """An amount, and whether it is in minutes; None for no amount.
-
-    Raises:
-        InputError: neither a number of passes nor of minutes.
-    """
-    words = text.strip().lower()
-    if not words:
-        return None, False
-    for unit, minutes in (("minutes", 1.0), ("min", 1.0), ("hours", 60.0), ("h", 60.0)):
-        if words.endswith(unit):
-            words, factor, timed = words.removesuffix(unit), minutes, True
-            break
-    else:
-        words, factor, timed = words.removesuffix("passes"), 1.0, False
-    try:
-        amount = float(words) * factor
-    except ValueError:
-        amount = float("nan")
-    if not (np.isfinite(amount) and amount > 0):
-        raise InputError(
-            f"--effort {text}: expected passes over the calibration text (150) or a time "
-            "(20min, 2h)"
-        )
-    return amount, timed
 
 
 def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:

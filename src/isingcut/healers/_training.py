@@ -15,16 +15,17 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from isingcut.config import load_yaml
 from isingcut.errors import InputError, ModelError
 from isingcut.healers._processes import Processes
 from isingcut.healers._rounds import Objective, install
 from isingcut.healers.base import Job
 from isingcut.healers.distill import load_student, quiet_peft
 from isingcut.healers.linear_patch import runs
+from isingcut.inputs import user_path
 from isingcut.models import quiet_transformers
 from isingcut.progress import Bar
 from isingcut.tokens import TokenSet
+from isingcut.yaml_file import load_yaml
 
 if TYPE_CHECKING:
     from isingcut.healers._targets import Kept
@@ -234,7 +235,7 @@ def _arguments(job: Job, processes: Processes) -> TrainingArguments:
     if processes.size > 1:
         settings["ddp_find_unused_parameters"] = False
     if config.trainer:
-        settings |= load_yaml(Path(config.trainer))
+        settings |= load_yaml(user_path(config.trainer))
     try:
         arguments = TrainingArguments(**settings)
         if arguments.n_gpu > 1:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isingcut.checkpoint import read_checkpoint
-from isingcut.constraints import parse_budget
-from isingcut.errors import InputError
+from isingcut.spellings import parse_memory
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +48,11 @@ def allowance(limit: str, device: torch.device) -> Allowance:
     used, free = _used_and_free(device)
     share = _SHARE
     if limit:
-        try:
-            wanted = parse_budget(f"memory={limit}")
-        except InputError as e:
-            raise InputError(
-                f"--memory-limit must be an amount like 8GB or a share like 50%; got {limit!r}"
-            ) from e
-        if wanted.amount is not None:
-            return Allowance(int(wanted.amount), used)
-        assert wanted.share is not None
-        share = wanted.share
+        asked, amount = parse_memory(limit)
+        if amount is not None:
+            return Allowance(int(amount), used)
+        assert asked is not None
+        share = asked
     if device.type != "cuda":
         share /= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Allowance(used + int(share * free), used)

@@ -1,0 +1,394 @@
+"""Words and numbers that cannot be meant: refused before a model, a text or a run is read.
+
+The model, the run folder and the checkpoint of these commands are not there, and their text is a
+pipe that nobody writes into: a command that looks at any of them first says so, or hangs.
+"""
+
+import dataclasses
+import math
+import os
+import shlex
+
+import pytest
+from arena import Arena, Row
+
+import isingcut
+from isingcut.config import HealConfig, RunConfig
+from isingcut.errors import IsingcutError
+from isingcut.options import flag, from_yaml
+
+RUN = "run gone --out new --calibration {here}/pipe"
+HEAL = "heal gone --teacher gone --out new --text {here}/pipe"
+LONG = "9" * 5000
+
+
+@pytest.fixture
+def nothing(tmp_path, monkeypatch):
+    """A place without a model or a run: a home folder, and a pipe."""
+    here = tmp_path / "here"
+    (here / "home").mkdir(parents=True)
+    os.mkfifo(here / "pipe")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return Arena(here)
+
+
+def numbers(kind):
+    """The options of a class that are numbers, with their bounds."""
+    for f in dataclasses.fields(kind):
+        if str(f.type).removesuffix(" | None") in ("int", "float"):
+            low, above, high = (f.metadata[k] for k in ("low", "above", "high"))
+            yield f, low, above, high
+
+
+@pytest.mark.parametrize("kind", [RunConfig, HealConfig])
+def test_every_number_has_both_ends(kind):
+    for f, low, above, high in numbers(kind):
+        assert max(low, above) >= 0, f.name
+        assert high <= 2**32, f.name
+
+
+WORDS = [
+    ("--remove two", "--remove: cannot read 'two' as a removal"),
+    ("--remove 0", "--remove: '0' removes nothing"),
+    ("--remove=-1", "--remove: cannot read '-1'"),
+    ("--remove 1.5", "--remove: cannot read '1.5'"),
+    ("--remove 1..1000000000", "--remove: '1000000000' is too large; .* end at 99,999"),
+    ("--remove 1..99999999", "--remove: '99999999' is too large"),
+    ("--remove 5..3", "--remove: '5..3' is no range"),
+    ("--remove 4..4", "--remove: '4..4' is no range"),
+    (f"--remove {LONG}", r"--remove: '9+\.\.\.' is too large"),
+    ("--remove attention=2,attention=3", "kind 'attention' occurs twice"),
+    ("--remove attention=0", "--remove: 'attention=0' removes nothing"),
+    ("--remove attention=999999", "--remove: '999999' is too large"),
+    ("--remove attention+mlp", r"--remove: cannot read 'attention\+mlp'"),
+    ("--budget zorp=5", "--budget: .*unknown quantity 'zorp'; known: params, bytes, kv, latency"),
+    ("--budget params", "--budget: cannot read 'params' as a budget"),
+    ("--budget params=0", "--budget: .*'0' is nothing; give more than 0"),
+    ("--budget params=0%", "--budget: .*'0%' is nothing"),
+    ("--budget params=101%", "--budget: .*between 0% and 100%"),
+    ("--budget params=-5", "--budget: .*'-5' is no share"),
+    ("--budget params=nan", "--budget: .*'nan' is no share"),
+    (f"--budget params={LONG}", "--budget: .*is no share"),
+    ("--budget params=5parsecs", "--budget: .*unknown unit 'parsecs'"),
+    ("--budget latency=5GB", "--budget: .*unknown unit 'GB'; known: %, s, ms, us"),
+    ("--budget params=5%,params=6%", "--budget: 'params' occurs twice"),
+    ("--keep 0-900000000", "--keep: '900000000' is too large; .* end at 99,999"),
+    ("--drop 0-900000000", "--drop: '900000000' is too large"),
+    ("--keep 3-1", "--keep: cannot read '3-1' as block numbers"),
+    ("--drop zero", "--drop: cannot read 'zero' as block numbers"),
+    ("--keep 1,2 --drop 2-4", "--keep and --drop both name block 2"),
+    ("--energy zorp", "unknown energy 'zorp'"),
+    ("--also fisher,zorp", "unknown energy 'zorp'"),
+    ("--solver zorp", "unknown solver 'zorp'"),
+    ("--effort zorp", "--effort: 'zorp': expected passes"),
+    ("--effort 0min", "--effort: '0min': expected passes"),
+    ("--effort nan", "--effort: 'nan': expected passes"),
+    ("--effort 99999999999", "--effort: .* of at most 1,000,000"),
+    ("--memory-limit much", "--memory-limit: an amount like 8GB .*'much'"),
+    ("--memory-limit 0GB", "--memory-limit: .*'0GB' is nothing"),
+    ("--memory-limit 8ms", "--memory-limit: .*unknown unit 'ms'"),
+    ("--device gpu", "--device: must be auto, cpu, cuda, cuda:N or mps; got 'gpu'"),
+    ("--device cuda:x", "--device: must be auto.*got 'cuda:x'"),
+    ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
+    ("--stream maybe", "--stream must be one of auto, on, off; got 'maybe'"),
+    ("--attention flash", "--attention must be one of auto, sdpa"),
+    ("--choose best", "--choose must be one of measured, ground"),
+    ("--patch cubic", "--patch must be one of none, linear"),
+    ("--solve-seconds nan", "--solve-seconds must be a finite number, got nan"),
+    ("--solve-seconds inf", "--solve-seconds must be a finite number, got inf"),
+    ("--calibration ''", "--calibration is empty"),
+    ("--samples many", "(?i)invalid value for '--samples'"),
+    ("--zorp 1", "(?i)no such option: --zorp"),
+    ("--remove 2 --config /dev/zero", "/dev/zero is a device; expected a plain file"),
+    ("--remove 2 --config {here}/pipe", "pipe is a pipe; expected a plain file"),
+    ("--remove 2 --config {here}", "is a folder; expected a plain file"),
+    ("--remove 2 --config none.yaml", "none.yaml is not there; expected a file"),
+    ("--remove 2 --heal --heal-options /dev/zero", "/dev/zero is a device"),
+    ("--remove 2 --heal --heal-options {here}/pipe", "pipe is a pipe"),
+    ("--remove 2 --patch linear --heal-options none.yaml", "none.yaml is not there"),
+]
+HEALING = [
+    *((f"--{name} {n}", f"--{name} must be a finite number, got {n}")
+      for name in ("learning-rate", "epochs", "temperature", "hidden-weight")
+      for n in ("nan", "inf")),
+    ("--schedule zorp", "--schedule must be one of .*cosine"),
+    ("--method magic", "--method must be one of full, lora, none"),
+    ("--patch-maps both", "--patch-maps must be one of reads, writes"),
+    ("--device gpu", "--device: must be auto"),
+    ("--trainer /dev/zero", "/dev/zero is a device"),
+    ("--trainer {here}/pipe", "pipe is a pipe"),
+    ("--config /dev/zero", "/dev/zero is a device"),
+    ("--text ''", "--text is empty"),
+]  # fmt: skip
+OTHERS = [
+    ("solve gone --remove two", "--remove: cannot read 'two'"),
+    ("solve gone --remove 2 --remove 1..1000000000", "--remove: '1000000000' is too large"),
+    ("solve gone --budget zorp=5", "unknown quantity 'zorp'"),
+    ("solve gone --solver zorp", "unknown solver 'zorp'"),
+    ("solve gone --keep 1 --drop 1", "both name block 1"),
+    ("solve gone --states 1000000000", "--states must be at most 100000"),
+    ("rank gone --remove two", "--remove: cannot read 'two'"),
+    ("rank gone --random-states 5", "--random-states must be at least 30"),
+    ("evaluate gone --memory-limit much", "--memory-limit: an amount like"),
+    ("report gone --budget params=0", "'0' is nothing"),
+    ("push gone me/it --remove two", "--remove: cannot read 'two'"),
+    ("plan gone --budget zorp=5", "unknown quantity 'zorp'"),
+    ("plan gone --effort zorp", "--effort: 'zorp'"),
+    ("plan gone --memory-limit much", "--memory-limit: an amount like"),
+    ("energy gone --out new --keep 0-900000000", "--keep: '900000000' is too large"),
+    ("baseline zorp gone", "unknown baseline 'zorp'"),
+    ("baseline sleb gone --set zorp=1", "--set zorp=1: expected OPTION=VALUE"),
+    (f"baseline sleb gone --set loss={'[' * 5000}", "nested deeper than 20 levels"),
+    ("excise gone --blocks 0-1000000000", "'1000000000' is too large; .* end at 99,999"),
+    (f"excise gone --blocks {LONG}", "is too large"),
+    ("excise gone --blocks three", "'three' is no block number"),
+    ("excise gone --blocks @/dev/zero", "/dev/zero is a device"),
+    ("excise gone --blocks @{here}/pipe", "pipe is a pipe"),
+    ("excise gone --blocks @none.txt", "none.txt is not there"),
+    ("excise gone --blocks @~/list.txt", "home/list.txt is not there"),
+    ("export gone --blocks 1,x --mergekit -", "'x' is no block number"),
+]
+
+
+def rows():
+    """All of them: the tables above, and both ends of every number."""
+    lines = [(f"{RUN} {words}", line) for words, line in WORDS]
+    lines += [(f"{HEAL} {words}", line) for words, line in HEALING]
+    lines += OTHERS
+    for kind, command in ((RunConfig, RUN), (HealConfig, HEAL)):
+        for f, low, above, high in numbers(kind):
+            if f.name == "top_steps":
+                continue
+            whole = "float" not in str(f.type)
+            small = low - 1 if math.isfinite(low) else above
+            large = high + 1 if whole else high * 2
+            lines.append((f"{command} {flag(f)}={small}", f"{flag(f)} must be (at least|above) "))
+            lines.append((f"{command} {flag(f)}={large}", f"{flag(f)} must be at most "))
+    return [Row(shlex.join(shlex.split(c)[:1] + c.split()[-2:])[:70], c, line) for c, line in lines]
+
+
+@pytest.mark.parametrize("row", rows(), ids=[f"{k}: {r.name}" for k, r in enumerate(rows())])
+def test_words_are_checked_before_anything_is_read(nothing, row):
+    nothing.try_row(row)
+
+
+# Files of options --------------------------------------------------------------------------------
+
+BOMB = "\n".join(
+    ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    + [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12)]
+)
+FILES = [
+    ("alias bomb", BOMB, "line 2: aliases .* are not read here"),
+    ("alias", "keep: &x 0\ndrop: *x", r"line 2: aliases \(\*x\) are not read here"),
+    ("merge key", "<<: {remove: 2}", "unknown option '<<'"),
+    ("deep", "keep: " + "[" * 20_000, "nested deeper than 20 levels"),
+    ("deep mappings", "\n".join(" " * k + "a:" for k in range(300)), "nested deeper than 20"),
+    ("huge", "# " + "x" * 10**6, "has 1000002 bytes; expected at most 65536"),
+    ("twice", "samples: 4\nsamples: 5", "line 2: 'samples' appears twice"),
+    ("twice by dash", "rank-samples: 4\nrank_samples: 5", "rank_samples appears twice"),
+    ("tag", "out: !!python/object/apply:os.system [true]", "tags .* are not read here"),
+    ("bad date", "out: !!timestamp never", "tags .* are not read here"),
+    ("two documents", "remove: 2\n---\nremove: 3", "not a readable YAML file: .*single document"),
+    ("a list", "- remove", "must hold 'option: value' lines, found list"),
+    ("nothing", "", "must hold 'option: value' lines, found NoneType"),
+    ("a name that is no word", "? [remove]\n: 2", "line 1: a name must be a word"),
+    ("tab", "remove:\n\t2", "not a readable YAML file"),
+    ("NUL", "remove: 2\0", "not a readable YAML file"),
+    ("not UTF-8", b"remove: \xff", "is not UTF-8 text"),
+    ("unknown", "remov: 2", "unknown option 'remov'; did you mean 'remove'"),
+    ("stream true", "stream: true", "stream must be text, got True"),
+    ("stream true as a word", "stream: 'true'", "stream must be one of auto, on, off; got 'true'"),
+    ("samples zero", "samples: 0", "o.yaml: samples must be at least 1, got 0"),
+    ("samples in words", "samples: many", "o.yaml: samples must be a whole number, got 'many'"),
+    ("samples a half", "samples: 1.5", "samples must be a whole number, got 1.5"),
+    ("samples of many digits", f"samples: {LONG}", "line 1: a number of 5000 digits"),
+    ("samples of 90 digits", "samples: " + "9" * 90, "at most 1000000, got a number of more than"),
+    ("length a mapping", "length: {a: 1}", "length must be a whole number"),
+    ("seed negative", "seed: -1", "o.yaml: seed must be at least 0"),
+    ("seconds endless", "solve_seconds: .inf", "solve_seconds must be a number, got '.inf'"),
+    ("seconds too many", "solve_seconds: 1e300", "solve_seconds must be at most"),
+    ("remove in words", "remove: two", "o.yaml: remove: cannot read 'two'"),
+    ("remove a list", "remove: [2, 3]", "o.yaml: remove: cannot read '2,3'"),
+    ("keep nested", "keep: [0, [1]]", "o.yaml: keep: cannot read"),
+    ("keep and drop", "keep: 3\ndrop: 2-5", "--keep and --drop both name block 3"),
+    ("energy", "energy: zorp", "unknown energy 'zorp'"),
+    ("trust", "trust_remote_code: true", "not read from a file; type --trust-remote-code"),
+    ("trust by dash", "trust-remote-code: true", "not read from a file; type --trust-remote-code"),
+]
+HEAL_FILES = [
+    ("trust", "trust_remote_code: true", "not read from a file; type --trust-remote-code"),
+    ("rate", "learning_rate: .nan", "learning_rate must be a number, got '.nan'"),
+    ("rate of nothing", "learning_rate: 0", "learning_rate must be above 0"),
+    ("steps", "steps: 0", "steps must be at least 1"),
+    ("bomb", BOMB, "aliases .* are not read here"),
+    ("twice", "steps: 4\nsteps: 5", "'steps' appears twice"),
+    ("schedule", "schedule: zorp", "schedule must be one of"),
+]
+
+
+def options_file(content):
+    """A `prepare` that writes the file of options."""
+    whole = content if isinstance(content, bytes) else content.encode()
+    return lambda arena: (arena.here / "o.yaml").write_bytes(whole)
+
+
+FILE_ROWS = [
+    *(
+        Row(f"run: {name}", f"{RUN} --config o.yaml", line, options_file(text))
+        for name, text, line in FILES
+    ),
+    *(
+        Row(f"heal: {name}", f"{HEAL} --config o.yaml", line, options_file(text))
+        for name, text, line in HEAL_FILES
+    ),
+    *(
+        Row(f"options: {name}", f"{RUN} --remove 2 --heal --heal-options o.yaml", line,
+            options_file(text))
+        for name, text, line in HEAL_FILES
+    ),
+    Row("trainer: bomb", f"{HEAL} --trainer o.yaml", "aliases .* not read", options_file(BOMB)),
+    Row("trainer: a list", f"{HEAL} --trainer o.yaml", "found list", options_file("- optim")),
+    Row(
+        "config in the home folder",
+        f"{RUN} --config=~/o.yaml",
+        "home/o.yaml: unknown option 'zorp'",
+        lambda a: (a.home / "o.yaml").write_text("zorp: 1", encoding="utf-8"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", FILE_ROWS, ids=[r.name for r in FILE_ROWS])
+def test_files_of_options_are_checked_before_anything_is_read(nothing, row):
+    nothing.try_row(row)
+
+
+PIPED = [
+    Row("words", "excise gone --blocks -", "'three' is no block number", stdin="three"),
+    Row("nothing", "excise gone --blocks -", "standard input names no block"),
+    Row("endless", "excise gone --blocks -", "more than 1048576 characters", stdin="1," * 10**6),
+]
+
+
+@pytest.mark.parametrize("row", PIPED, ids=[r.name for r in PIPED])
+def test_blocks_are_piped_in(nothing, row):
+    nothing.try_row(row)
+
+
+def test_words_of_yaml_mean_what_they_say(tmp_path):
+    file = tmp_path / "o.yaml"
+    file.write_text("stream: on\nremove: 010\nlinear: false\nmodel: no\n", encoding="utf-8")
+    found = from_yaml(RunConfig, file)
+    assert found == {"stream": "on", "remove": "10", "linear": False, "model": "no"}
+    file.write_text("learning_rate: 2e-5\nsteps: 0x10", encoding="utf-8")
+    with pytest.raises(IsingcutError, match="steps must be a whole number, got '0x10'"):
+        from_yaml(HealConfig, file)
+    file.write_text("learning_rate: 2e-5", encoding="utf-8")
+    assert from_yaml(HealConfig, file) == {"learning_rate": 2e-5}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"samples": 10**5000}, "--samples must be at most .*more than 60 digits"),
+        ({"solve_seconds": 10**400}, r"solve.seconds must be a finite number"),
+        ({"keep": [2], "drop": [2]}, "both name block 2"),
+        ({"remove": "1..1000000000"}, "too large"),
+        ({"states": True}, "states must be a whole number, got True"),
+        ({"calibration": "a\0b"}, "--calibration holds a NUL byte"),
+        ({"calibration": "a\udc80"}, "--calibration must be UTF-8 text"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"zorp": 1}, "unknown option 'zorp'"),
+    ],
+)
+def test_python_is_checked_alike(nothing, options, line):
+    with pytest.raises(IsingcutError, match=line):
+        isingcut.run(**{"model": "gone", "out": "new", "remove": 2, **options})
+    if "zorp" not in options:
+        with pytest.raises(IsingcutError, match=line):
+            isingcut.run(RunConfig(**{"model": "gone", "out": "new", "remove": "2", **options}))
+
+
+# What the model's configuration rules out ---------------------------------------------------------
+
+EARLY = [
+    ("--remove 6", "--remove must be from 1 to 5 for this model of 6 blocks, got 6"),
+    ("--remove 2..9", "--remove must be from 1 to 5 for this model of 6 blocks, got 9"),
+    ("--remove 99999", "from 1 to 5 for this model of 6 blocks, got 99999"),
+    ("--remove mamba=1", r"no block is of kind 'mamba'; this model has attention\+mlp \(6\)"),
+    ("--remove attention+mlp=6", "must name 1 to 5 blocks in all"),
+    ("--remove 2 --keep 0,17", "cannot keep block 17: blocks are numbered 0 to 5"),
+    ("--remove 2 --drop 4-6", "cannot drop block 6: blocks are numbered 0 to 5"),
+    ("--remove 5 --keep 0,1", "no state satisfies all constraints; these clash: .*keep"),
+    ("--remove 1 --drop 0,1", "no state satisfies all constraints; these clash: .*drop"),
+    ("--budget params=99%", r"the largest possible is params=\d+(\.\d)?%"),
+    ("--budget params=99M", r"the largest possible is params=\d+$"),
+    ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
+    ("", "--remove was not given; say how many of the 6 blocks"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), EARLY, ids=[words for words, _ in EARLY])
+def test_the_configuration_is_checked_before_weights_are_loaded(arena, monkeypatch, words, line):
+    def load(*_, **__):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("isingcut.models.load", load)
+    command = "run {model} --out new --calibration {text} --length 16 " + words
+    arena.try_row(Row(words, command, line))
+
+
+def test_the_largest_budget_can_be_had(arena):
+    """What the refusal names is what may be typed next."""
+    said = arena.try_row(
+        Row("solve", "solve {run} --budget params=30%,kv=99%", "kv=83.3%$", stdin="")
+    )
+    assert said == ""
+    arena.try_row(
+        Row("again", "solve {run} --budget params=30%,kv=83.3%", code=0, makes=("run/*",))
+    )
+
+
+# The first day ------------------------------------------------------------------------------------
+
+FINE = [
+    Row("a kind as inspect prints it", "solve {run} --remove attention+mlp=2", code=0,
+        makes=("run/*",)),
+    Row("a run in the home folder", "solve ~/run --remove 1", code=0, makes=("home/run/*",),
+        prepare=lambda a: (a.run).rename(a.home / "run")),
+    Row("a recipe in the home folder", "export {run} --mergekit=~/recipe.yaml", code=0,
+        makes=("home/recipe.yaml",)),
+    Row("a model in the home folder", "inspect ~/model", code=0,
+        prepare=lambda a: (a.model).rename(a.home / "model")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", FINE, ids=[r.name for r in FINE])
+def test_what_can_be_typed(arena, row):
+    arena.try_row(row)
+
+
+def test_a_path_of_python_may_begin_at_home(arena):
+    arena.run.rename(arena.home / "run")
+    assert isingcut.open_run("~/run").path == arena.home / "run"
+    assert RunConfig(model="~/m", out="~/o").validate().out == str(arena.home / "o")
+
+
+def test_a_curve_says_where_each_report_is(arena, capsys):
+    import json
+
+    from isingcut.show import curve_data, show_curve
+
+    found = json.loads((arena.run / "candidates.json").read_text(encoding="utf-8"))
+    for size in ("1", "2"):
+        place = arena.run / f"remove-{size}"
+        place.mkdir()
+        (place / "candidates.json").write_text(json.dumps({**found, "remove": size}))
+        (place / "report.html").write_text("")
+    show_curve(arena.run)
+    said = capsys.readouterr().out
+    pages = [str(arena.run / f"remove-{size}" / "report.html") for size in ("1", "2")]
+    assert all(page in said for page in pages)
+    assert sorted(row["report"] for row in curve_data(arena.run)) == pages

@@ -1,0 +1,89 @@
+"""What can be typed for a removal, a budget, blocks, an effort or memory, and what cannot."""
+
+import pytest
+
+from isingcut import spellings
+from isingcut.errors import InputError
+from isingcut.spellings import Budget
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("8", range(8, 9)),
+        (" 3 ", range(3, 4)),
+        ("4..15", range(4, 16)),
+        ("4 .. 15", range(4, 16)),
+        ("99999", range(99_999, 100_000)),
+        ("attention=2,moe=3", {"attention": 2, "moe": 3}),
+        ("attention+mlp=2, moe = 1", {"attention+mlp": 2, "moe": 1}),
+        ("sliding-attention+moe=1", {"sliding-attention+moe": 1}),
+        ("attention=0,mlp=1", {"attention": 0, "mlp": 1}),
+    ],
+)  # fmt: skip
+def test_removals(text, wanted):
+    assert spellings.parse_removal(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "two", "attention", "attention=x", "a=1,a=2", "-1", "a=1;b=2", "0", "1 2", "3.5", "4..4",
+     "5..3", "0..3", "1..1000000000", "100000", "9" * 5000, "attention=0", "a=1,", "a=100000"],
+)  # fmt: skip
+def test_what_is_no_removal(text):
+    with pytest.raises(InputError):
+        spellings.parse_removal(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("params=25%", Budget("params", 0.25, None)),
+        ("params=20M", Budget("params", None, 20e6)),
+        ("params=2B", Budget("params", None, 2e9)),
+        ("bytes=1.5GB", Budget("bytes", None, 1.5e9)),
+        ("kv=2KiB", Budget("kv", None, 2048.0)),
+        ("latency = 3 ms", Budget("latency", None, 0.003)),
+    ],
+)
+def test_budgets(text, wanted):
+    assert spellings.parse_budgets(text) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["params", "params=", "params=125%", "params=3xb", "=3", "zorp=5", "params=0", "params=0%",
+     "params=0.0K", "params=5ms", "latency=5GB", "params=nan", "params=inf", "params=-3",
+     "params=5%,params=6%", "params=5%,", "params=" + "9" * 400],
+)  # fmt: skip
+def test_what_is_no_budget(text):
+    with pytest.raises(InputError, match=r"budget|twice"):
+        spellings.parse_budgets(text)
+
+
+def test_lists_of_blocks():
+    assert spellings.parse_indices("0,1,5-8, 7") == [0, 1, 5, 6, 7, 8]
+    many = ",".join(["0-99999"] * 5000)
+    assert len(spellings.parse_indices(many)) == 100_000
+    for text in ("", "a", "3-1", "1,,2", "-1", "0-100000", "0-" + "9" * 5000):
+        with pytest.raises(InputError):
+            spellings.parse_indices(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("8GB", (None, 8e9)), ("512 MiB", (None, 2.0**29)), ("50%", (0.5, None))]
+)
+def test_memory(text, wanted):
+    assert spellings.parse_memory(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["much", "0GB", "0%", "101%", "8ms", "-8GB", "8 giga bytes"])
+def test_what_is_no_memory(text):
+    with pytest.raises(InputError, match="an amount like 8GB or a share like 50%"):
+        spellings.parse_memory(text)
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:x", "cuda:-1", "cuda:1000", "", "auto:1"])
+def test_what_is_no_device(text):
+    with pytest.raises(InputError, match="must be auto, cpu, cuda, cuda:N or mps"):
+        spellings.parse_device(text)
