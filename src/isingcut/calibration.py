@@ -64,7 +64,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {}
         for name, tokens in self.splits.items():
@@ -78,7 +78,8 @@ class Calibration:
             "meta": dict(self.meta),
         }
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, tensor_header(header))
+            # Not the library's own writing, whose errors are not the operating system's.
+            temporary.write_bytes(save(tensors, tensor_header(header)))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

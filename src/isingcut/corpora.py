@@ -70,11 +70,11 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
     path = user_path(source)
     if source == "-" or _is_file(path):
-        file = text_file(path, "standard input" if source == "-" else source, _SOURCES)
+        name = "standard input" if source == "-" else source
+        file = text_file(path, name, _SOURCES)
         if file.format == ".txt":
-            return Corpus(source, "text", file.pieces())
-        records = file.records()
-        return _records_corpus(source, records, tokenizer, lambda r: _shuffled(r, seed))
+            return Corpus(name, "text", file.pieces())
+        return _records_corpus(name, file.records(), tokenizer, lambda r: _shuffled(r, seed))
     named_as_file = path.name.lower().removesuffix(".gz").endswith(FORMATS)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
     if folder.is_dir():

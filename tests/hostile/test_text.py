@@ -1,0 +1,605 @@
+"""Whatever is given as a text: one line, within bounds, and nothing made."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import pty
+import resource
+import socket
+import threading
+import time
+
+import pytest
+from arena import Row, snapshot
+from transformers import AutoTokenizer
+
+from isingcut import chat_templates, text_files
+from isingcut.calibration import build
+
+SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
+MEASURE = "energy {model} --out new " + SMALL + " --calibration "
+WORDS = "".join(f"Document {i}: {i * 7919 % 1000} things happened. " for i in range(60))
+LINES = "".join(json.dumps({"text": f"Document {i} {i * 7919 % 1000}"}) + "\n" for i in range(60))
+ITEMS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(60)]
+ROWS_CSV = "id,text\r\n" + "".join(f'{i},"{t}, and more"\r\n' for i, t in enumerate(ITEMS))
+CHATS = "".join(
+    json.dumps(
+        {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "y"}]}
+    )
+    + "\n"
+    for t in ITEMS
+)
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.fixture(autouse=True)
+def _smaller_bounds(monkeypatch):
+    """The same bounds, reached sooner."""
+    monkeypatch.setattr(text_files, "RECORD", 1 << 19)
+    monkeypatch.setattr(text_files, "STREAM", 1 << 21)
+    monkeypatch.setattr(text_files, "PATIENCE", 0.3)
+    monkeypatch.setattr(chat_templates, "MEMORY", 512 << 20)
+
+
+# What a file holds -----------------------------------------------------------------------
+
+
+def written(name, content):
+    return lambda arena: (arena.here / name).write_bytes(content)
+
+
+def sparse(name, size, begin=b""):
+    """A file of NUL bytes that takes no room."""
+
+    def prepare(arena):
+        (arena.here / name).write_bytes(begin)
+        os.truncate(arena.here / name, size)
+
+    return prepare
+
+
+def packed(content):
+    return gzip.compress(content, mtime=0)
+
+
+def broken(content, at):
+    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
+UTF8 = r"is not UTF-8 .byte 0x{:02x} does not fit.; save it as UTF-8"
+NUL = "holds NUL bytes: it is UTF-16 or no text"
+JSONL_LINE = r"a\.jsonl line {}"
+CONTENTS = [
+    ("a.txt", "empty", b"", "a.txt is too short: .*found 0;"),
+    ("a.txt", "one word", b"word", "a.txt is too short: .*found 4;"),
+    ("a.txt", "a mark and no more", b"\xef\xbb\xbf", "a.txt is too short: .*found 0;"),
+    ("a.txt", "latin-1", WORDS.encode() + "é".encode("latin-1") + b"!", UTF8.format(0xE9)),
+    ("a.txt", "utf-16", WORDS.encode("utf-16"), UTF8.format(0xFF)),
+    ("a.txt", "utf-16 unmarked", WORDS.encode("utf-16-le"), NUL),
+    ("a.txt", "utf-32", WORDS.encode("utf-32-be"), NUL),
+    ("a.txt", "binary", bytes(range(256)), UTF8.format(0x80)),
+    ("a.txt", "a picture", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), UTF8.format(0x89)),
+    ("a.txt", "packed unnamed", packed(WORDS.encode()), UTF8.format(0x8B)),
+    ("a.txt", "cut in a character", b"abc \xe2\x82", UTF8.format(0xE2)),
+    ("a.md", "another kind", WORDS.encode(), r"a.md is not one of \.txt, \.jsonl, \.json, \.csv"),
+    ("a", "no kind", WORDS.encode(), r"a is not one of \.txt"),
+    ("a.jsonl", "empty", b"", "a.jsonl is empty"),
+    ("a.jsonl", "blank lines", b"\n \r\n\n", "a.jsonl is empty"),
+    (
+        "a.jsonl",
+        "broken",
+        b'{"text": "a"}\n{"text": \n',
+        JSONL_LINE.format(2) + " is not valid JSON",
+    ),
+    (
+        "a.jsonl",
+        "two on a line",
+        b'{"text": "a"}{"text": "b"}\n',
+        "line 1 is not valid JSON: Extra",
+    ),
+    ("a.jsonl", "not a number", b'{"text": "a", "x": NaN}\n', "line 1 .*NaN is not JSON"),
+    ("a.jsonl", "a name twice", b'{"text": "a", "text": "b"}\n', "the name 'text' appears twice"),
+    ("a.jsonl", "a huge number", b'{"text": ' + b"9" * 9999 + b"}\n", "line 1 is not valid JSON"),
+    ("a.jsonl", "deep", b'{"text": ' + DEEP + b"}\n", "nested deeper than 200 levels"),
+    ("a.jsonl", "a list", b"[1]\n", "line 1 must be a JSON object .*found list"),
+    ("a.jsonl", "a string", b'"text"\n', "line 1 must be a JSON object .*found str"),
+    ("a.jsonl", "null", b"null\n", "line 1 must be a JSON object .*found NoneType"),
+    ("a.jsonl", "other fields", b'{"body": "a"}\n', "neither 'text' nor 'messages' .it has body"),
+    ("a.jsonl", "no fields", b"{}\n", "neither 'text' nor 'messages' .it has nothing"),
+    ("a.jsonl", "text a number", b'{"text": 3}\n', "'text' must be a string, found int"),
+    ("a.jsonl", "text null", b'{"text": null}\n', "'text' must be a string, found NoneType"),
+    ("a.jsonl", "text a list", b'{"text": ["a"]}\n', "'text' must be a string, found list"),
+    ("a.jsonl", "mixed", b'{"text": "a"}\n{"messages": []}\n', "line 2 has no 'text'"),
+    (
+        "a.jsonl",
+        "half a character",
+        b'{"text": "a \\ud83d b"}\n',
+        r"'\\ud83d', half of a character",
+    ),
+    ("a.jsonl", "utf-16", LINES.encode("utf-16"), "line 1 is not UTF-8"),
+    ("a.jsonl", "latin-1", b'{"text": "caf\xe9"}\n', "line 1 is not UTF-8"),
+    (
+        "a.jsonl",
+        "messages text",
+        b'{"messages": "hello"}\n',
+        "'messages' must be a list of objects",
+    ),
+    ("a.jsonl", "messages none", b'{"messages": []}\n', "'messages' must be a list of objects"),
+    ("a.jsonl", "messages texts", b'{"messages": ["a"]}\n', "'messages' must be a list of objects"),
+    (
+        "a.jsonl",
+        "no role",
+        b'{"messages": [{"content": "a"}]}\n',
+        "objects with 'role' and 'content'",
+    ),
+    (
+        "a.jsonl",
+        "half a character in a chat",
+        b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n',
+        "line 1 holds .*half of a character",
+    ),
+    ("a.json", "empty", b"", "a.json is not valid JSON"),
+    ("a.json", "no records", b"[]", "a.json is empty: it has no records"),
+    ("a.json", "an object", b'{"text": "a"}', "a.json must be a list .*found dict"),
+    ("a.json", "lines", LINES.encode(), "a.json is not valid JSON: Extra data"),
+    ("a.json", "numbers", b"[1, 2]", "item 0 must be a text, or an object .*found int"),
+    ("a.json", "deep", DEEP, "a.json is not valid JSON: it is nested deeper than 200"),
+    ("a.json", "mixed", b'["a", {"body": "b"}]', "item 1 has no 'text'"),
+    ("a.json", "cut off", b'["a", "b', "a.json is not valid JSON"),
+    ("a.csv", "empty", b"", "must have a column 'text'.* names nothing"),
+    ("a.csv", "no text", b"id,body\n1,a\n", "must have a column 'text'.* names id, body"),
+    ("a.csv", "text twice", b"text,text\na,b\n", "must have a column 'text', or only one"),
+    ("a.csv", "semicolons", b"id;text\n1;a\n", "names id;text .columns are separated by commas"),
+    ("a.csv", "a bare comma", b"id,text\n1,a, b\n", "line 2 has 3 fields, but .* names 2 columns"),
+    ("a.csv", "an open quote", b'text\n"a\nb\n', "line 3 is not valid CSV: unexpected end of data"),
+    ("a.csv", "a stray quote", b'text\n"a"b\n', "line 2 is not valid CSV"),
+    ("a.csv", "NUL", b"text\na\0b\n", NUL),
+    ("a.csv", "latin-1", b"text\ncaf\xe9!\n", UTF8.format(0xE9)),
+    ("a.txt.gz", "cut off", packed(WORDS.encode())[:-30], "a.txt.gz is no whole gzip file"),
+    ("a.txt.gz", "not packed", WORDS.encode(), "a.txt.gz is no whole gzip file .Not a gzipped"),
+    ("a.jsonl.gz", "damaged", broken(packed(LINES.encode()), 40), "is no whole gzip file"),
+    ("a.jsonl.gz", "empty", b"", "a.jsonl.gz is empty"),
+    ("a.txt.gz", "packed twice", packed(packed(WORDS.encode())), UTF8.format(0x8B)),
+    ("a.txt.gz", "a bomb of NULs", packed(bytes(1 << 24)), NUL),
+    ("a.txt.gz", "a bomb of marks", packed(b"\xef\xbb\xbf"), "a.txt.gz is too short"),
+    ("a.jsonl.gz", "a bomb of one line", packed(b" " * (1 << 24)), "line 1 is longer than 524288"),
+    ("a.jsonl.gz", "a bomb of lines", packed(b"\n" * (1 << 24)), "gives more than 2097152 bytes"),
+    (
+        "a.jsonl.gz",
+        "a bomb of records",
+        packed(b'{"text": "a"}\n' * (1 << 18)),
+        "gives more than 2097152 bytes, .* of a pipe or a .gz",
+    ),
+    ("a.json.gz", "a bomb", packed(b"[" + b" " * (1 << 24)), "a.json.gz has more than 524288"),
+    ("a.csv.gz", "a bomb", packed(b"text\n" + b"a" * (1 << 24)), "a line of more than 524288"),
+]
+HELD = [
+    Row(f"{name} {what}", MEASURE + name, line, written(name, content))
+    for name, what, content, line in CONTENTS
+]
+HELD += [
+    Row("a line of records beyond the bound", MEASURE + "a.jsonl", "line 1 is longer than",
+        sparse("a.jsonl", 1 << 26)),
+    Row("a text of nothing", MEASURE + "a.txt", NUL, sparse("a.txt", 1 << 26)),
+    Row("a list beyond the bound", MEASURE + "a.json", "a.json has more than 524288 bytes",
+        sparse("a.json", 1 << 26, b"[")),
+    Row("a line of a table beyond the bound", MEASURE + "a.csv", "a line of more than 524288 char",
+        sparse("a.csv", 1 << 26, b"text\na")),
+]  # fmt: skip
+
+
+# What a name stands for ------------------------------------------------------------------
+
+
+def fifo(name):
+    return lambda arena: os.mkfifo(arena.here / name)
+
+
+def link(name, to):
+    return lambda arena: (arena.here / name).symlink_to(to)
+
+
+def bound_socket(arena):
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as s:
+        s.bind("a.txt")
+
+
+def folder_of(name, *files):
+    def prepare(arena):
+        (arena.here / name).mkdir()
+        for file in files:
+            (arena.here / name / file).write_text("x", encoding="utf-8")
+
+    return prepare
+
+
+NOTHING = "nothing came through .* for 0.3 seconds"
+GONE = "there is no calibration file"
+PLACES = [
+    Row("a device", MEASURE + "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
+    Row("the null device", MEASURE + "/dev/null", "/dev/null is a device"),
+    Row("a link to a device", MEASURE + "a.txt", "a.txt is a device", link("a.txt", "/dev/zero")),
+    Row("a pipe nobody writes to", MEASURE + "{here}/pipe", NOTHING, fifo("pipe")),
+    Row("a pipe with an ending", MEASURE + "a.jsonl", NOTHING, fifo("a.jsonl")),
+    Row("a packed pipe", MEASURE + "a.txt.gz", NOTHING, fifo("a.txt.gz")),
+    Row("a socket", MEASURE + "a.txt", "a.txt cannot be read: No such device", bound_socket),
+    Row("a link to nothing", MEASURE + "a.txt", GONE, link("a.txt", "none")),
+    Row(
+        "a link to itself",
+        MEASURE + "a.txt",
+        "a.txt cannot be (read|resolved): (Too many levels|Symlink loop)",
+        link("a.txt", "a.txt"),
+    ),
+    Row("nothing", MEASURE + "none.txt", GONE),
+    Row("no table", MEASURE + "none.csv", GONE),
+    Row("nothing packed", MEASURE + "none.jsonl.gz", GONE),
+    Row("nothing below a file", MEASURE + "text.txt/none.txt", GONE),
+    Row("nothing at home", MEASURE + "~/none", GONE),
+    Row("no such user", MEASURE + "~nobody-there/a.txt", "there is no such user's home folder"),
+    Row("no name", MEASURE + "''", "the calibration source is empty"),
+    Row("a blank name", MEASURE + "' '", "the calibration source is empty"),
+    Row("a long name", MEASURE + "x" * 300 + ".txt", "cannot be read: File name too long"),
+    Row(
+        "an empty folder",
+        MEASURE + "data",
+        "data is a folder without data files",
+        folder_of("data"),
+    ),
+    Row(
+        "a folder of others",
+        MEASURE + "data",
+        "folder without data files",
+        folder_of("data", "a.py"),
+    ),
+    Row(
+        "a folder like a file",
+        MEASURE + "a.txt",
+        "folder without data files",
+        folder_of("a.txt", "b.txt"),
+    ),
+    Row(
+        "a folder like a packed file",
+        MEASURE + "a.csv.gz",
+        "folder without",
+        folder_of("a.csv.gz", "b.txt"),
+    ),
+    Row(
+        "a list that is gone",
+        MEASURE + "'2 texts in memory (0123456789abcdef)'",
+        "is not kept; hand it over",
+    ),
+    Row(
+        "a model that is gone",
+        "energy 'Llama in memory (0123456789abcdef)' --out new " + SMALL,
+        "is not kept",
+    ),
+]
+
+
+@pytest.mark.parametrize("row", [*HELD, *PLACES], ids=lambda row: row.name)
+def test_texts(arena, row):
+    arena.try_row(row)
+
+
+# Standard input and pipes ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def standard_input(descriptor):
+    """What the process reads from there, as a shell gives it."""
+    kept = os.dup(0)
+    os.dup2(descriptor, 0)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def pipe_of(content, *, again=False, ends=True):
+    """The reading end of a pipe that somebody writes ``content`` into, once or for ever."""
+    reading, writing = os.pipe()
+
+    def write():
+        with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb", buffering=0) as f:
+            f.write(content)
+            while again:
+                f.write(content)
+            if not ends:
+                stop.wait()
+
+    stop = threading.Event()
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield reading
+    finally:
+        stop.set()
+        os.close(reading)
+        writer.join()
+
+
+STREAMED = [
+    ("nothing", b"", {}, "standard input is too short: .*found 0"),
+    ("a word", b"word", {}, "standard input is too short: .*found 4"),
+    ("silence", b"", {"ends": False}, "nothing came through standard input for 0.3 seconds"),
+    ("silence after a while", b"abc", {"ends": False}, "nothing came through standard input"),
+    (
+        "endless records",
+        b'{"text": "a"}\n' * 4096,
+        {"again": True},
+        "input gives more than 2097152",
+    ),
+    ("endless blanks", b" " * 65536, {"again": True}, None),
+    ("an endless record", b'{"text": [' * 4096, {"again": True}, "line 1 is longer than 524288"),
+    ("endless NULs", bytes(65536), {"again": True}, NUL),
+    ("bytes", b"\xff\xfe\xfd\xfc", {"again": True}, UTF8.format(0xFF)),
+    ("half a gzip", packed(WORDS.encode())[:60], {}, "standard input is no whole gzip file"),
+    ("a broken record", b"{oh no", {}, "standard input line 1 is not valid JSON"),
+    ("a text", WORDS.encode(), {}, None),
+    ("records", LINES.encode(), {}, None),
+    ("a marked text", b"\xef\xbb\xbf" + WORDS.encode(), {}, None),
+    ("a packed text", packed(WORDS.encode()), {}, None),
+    ("packed records", packed(LINES.encode()), {}, None),
+]
+
+
+@pytest.mark.parametrize(("what", "content", "how", "line"), STREAMED, ids=[s[0] for s in STREAMED])
+def test_standard_input(arena, what, content, how, line):
+    with pipe_of(content, **how) as end, standard_input(end):
+        makes = () if line else ("new*", "home*")
+        arena.try_row(Row(what, MEASURE + "-", line or "", code=2 if line else 0, makes=makes))
+
+
+def test_a_terminal_is_not_waited_for(arena):
+    mine, its = pty.openpty()
+    with standard_input(its):
+        arena.try_row(Row("a terminal", MEASURE + "-", "standard input is a terminal; pipe a text"))
+    os.close(mine)
+    os.close(its)
+
+
+def test_standard_input_may_be_a_file_but_no_device(arena):
+    with (arena.here / "text.txt").open("rb") as file, standard_input(file.fileno()):
+        arena.try_row(Row("a file", MEASURE + "-", code=0, makes=("new*", "home*")))
+    with open("/dev/null", "rb") as file, standard_input(file.fileno()):
+        command = MEASURE.replace("new", "other") + "-"
+        arena.try_row(Row("none", command, "standard input is a device"))
+
+
+@pytest.mark.parametrize("content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())])
+def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
+    """`<(...)`: a run that goes on has its tokens and does not need the pipe again."""
+    with pipe_of(content) as end:
+        command = MEASURE + f"/dev/fd/{end}"
+        arena.try_row(Row("the pipe", command, code=0, makes=("new*", "home*")))
+        before = snapshot(arena.here / "new")["calibration.safetensors"]
+        arena.try_row(Row("again", command, code=0, makes=("new*", "home*")))
+        assert snapshot(arena.here / "new")["calibration.safetensors"] == before
+    arena.try_row(Row("solved", "solve new --remove 2", code=0, makes=("new*", "home*")))
+    row = Row("the pipe is gone", command.replace("new", "other"), GONE + f" '/dev/fd/{end}'")
+    arena.try_row(row)
+
+
+def test_a_named_pipe_is_waited_for(arena, monkeypatch):
+    os.mkfifo(arena.here / "a.jsonl")
+
+    def write():
+        time.sleep(0.1)
+        (arena.here / "a.jsonl").write_text(LINES, encoding="utf-8")
+
+    writer = threading.Thread(target=write)
+    monkeypatch.setattr(text_files, "PATIENCE", 60.0)
+    writer.start()
+    arena.try_row(Row("a pipe", MEASURE + "a.jsonl", code=0, makes=("new*", "home*")))
+    writer.join()
+
+
+# Kinds of files give the same tokens -----------------------------------------------------
+
+
+@pytest.fixture
+def tokens_of(arena):
+    """The hash of the tokens of a file of that name and content."""
+    tokenizer = AutoTokenizer.from_pretrained(arena.model)
+    counts = {"samples": 3, "rank_samples": 3, "report_samples": 3, "length": 16, "seed": 0}
+
+    def tokens(name, content):
+        (arena.here / name).write_bytes(content)
+        return build(name, tokenizer, **counts).sha256
+
+    return tokens
+
+
+def test_the_same_records_in_any_file_are_the_same_tokens(tokens_of):
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in ITEMS).encode()
+    table = "text\n" + "".join(f'"{t}"\n' for t in ITEMS)
+    wide = "id,text\r\n" + "".join(f'{i},"{t}"\r\n' for i, t in enumerate(ITEMS))
+    same = {
+        "a.jsonl": lines,
+        "b.jsonl": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n\r\n"),
+        "a.json": json.dumps(ITEMS).encode(),
+        "b.json": json.dumps([{"text": t} for t in ITEMS]).encode(),
+        "a.csv": table.encode(),
+        "b.csv": wide.encode("utf-8-sig"),
+        "c.csv": table.replace("text", "anything", 1).encode(),
+        "a.jsonl.gz": packed(lines),
+        "a.json.gz": packed(json.dumps(ITEMS).encode()),
+        "A.CSV.GZ": packed(table.encode()),
+    }
+    found = {name: tokens_of(name, content) for name, content in same.items()}
+    assert len(set(found.values())) == 1, found
+    plain = tokens_of("a.txt", WORDS.encode())
+    assert plain == tokens_of("a.txt.gz", packed(WORDS.encode()))
+
+
+# One line of twenty megabytes ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"word " * (4 << 20)),
+        ("a.txt", b"word" * (5 << 20)),
+        ("a.jsonl", b'{"text": "' + b"word " * (4 << 20) + b'"}\n'),
+    ],
+    ids=["text", "one word", "record"],
+)
+def test_one_long_line_takes_no_more_memory_than_a_piece(arena, monkeypatch, name, content):
+    monkeypatch.setattr(text_files, "RECORD", 64 << 20)
+    (arena.here / name).write_bytes(content)
+    arena.try_row(Row(name, MEASURE + name, code=0, makes=("new*", "home*"), megabytes=1000))
+
+
+# Chat templates --------------------------------------------------------------------------
+
+
+def template(text):
+    def prepare(arena):
+        (arena.model / "chat_template.jinja").write_text(text, encoding="utf-8")
+        (arena.here / "a.jsonl").write_text(CHATS, encoding="utf-8")
+
+    return prepare
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLE = (
+    "{% set n = namespace(s='x' * 1000) %}"
+    "{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
+)
+TIME = "line .*: the model's chat template did not end within 0.5 seconds of computing"
+MEMORY = "refuses these messages .it needs more than 512 MB of memory"
+TEMPLATES = [
+    ("loops", LOOP, TIME),
+    ("raises to a power", "{{ 9 ** (9 ** 9) }}", TIME),
+    ("multiplies a string", "{{ 'x' * 10 ** 10 }}", MEMORY),
+    ("multiplies a list", "{{ [0] * 10 ** 10 }}", MEMORY),
+    ("doubles a string", DOUBLE, MEMORY),
+    ("writes much", "{{ 'x' * 3 * 10 ** 7 }}", "it makes more than 16777216 characters"),
+    ("calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+    ("is no template", "{% if %}", "refuses these messages .Expected an expression"),
+    ("refuses", "{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("reaches out", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses .*unsafe"),
+    ("lacks a field", "{{ messages[0].more.and_more }}", "refuses these messages .*more"),
+    ("divides by nothing", "{{ 1 // 0 }}", "refuses these messages .*division"),
+    ("writes half a character", "{{ '\\ud800' }}", "holds .*half of a character"),
+]
+
+
+@pytest.mark.parametrize(("what", "text", "line"), TEMPLATES, ids=[t[0] for t in TEMPLATES])
+def test_chat_templates(arena, monkeypatch, what, text, line):
+    if line is TIME:
+        monkeypatch.setattr(chat_templates, "SECONDS", 0.5)
+    arena.try_row(Row(what, MEASURE + "a.jsonl", line, template(text)))
+
+
+# Tokenizers ------------------------------------------------------------------------------
+
+
+def tokenizer_file(change):
+    def prepare(arena):
+        file = arena.model / "tokenizer.json"
+        document = json.loads(file.read_text(encoding="utf-8"))
+        change(document)
+        file.write_text(json.dumps(document), encoding="utf-8")
+
+    return prepare
+
+
+def panics(document):
+    document["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+
+
+def knows_no_letter(document):
+    document["model"] = {"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "<none>"}
+
+
+def added(content, number=262):
+    def change(document):
+        document["added_tokens"].append(
+            {
+                "id": number,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
+
+    return change
+
+
+def special(arena, **tokens):
+    file = arena.model / "tokenizer_config.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**document, **tokens}), encoding="utf-8")
+
+
+def added_as(role, content):
+    def prepare(arena):
+        tokenizer_file(added(content))(arena)
+        special(arena, **{role: content})
+
+    return prepare
+
+
+BEYOND = r"a token '{}' with number 262, but the model's embedding has only 262 rows"
+FAILS = r"the model's tokenizer fails on the text '.*' \({}"
+TOKENIZERS = [
+    Row("panics", MEASURE + "{text}", FAILS.format("chunk size"), tokenizer_file(panics)),
+    Row("knows no letter", MEASURE + "{text}", FAILS.format(".*"), tokenizer_file(knows_no_letter)),
+    Row("a token too many", MEASURE + "{text}", BEYOND.format(" "), tokenizer_file(added(" "))),
+    Row(
+        "a token too many, streamed",
+        MEASURE + "{text} --stream on",
+        BEYOND.format(" "),
+        tokenizer_file(added(" ")),
+    ),
+    Row(
+        "a beginning too many",
+        MEASURE + "self",
+        BEYOND.format("<begin>"),
+        added_as("bos_token", "<begin>"),
+    ),
+    Row(
+        "a padding too many is harmless",
+        MEASURE + "a.jsonl",
+        "",
+        lambda arena: (
+            added_as("pad_token", "<filling>")(arena),
+            (arena.here / "a.jsonl").write_text(CHATS, encoding="utf-8"),
+        ),
+        code=0,
+        makes=("new*", "home*"),
+    ),
+]
+
+
+@pytest.mark.parametrize("row", TOKENIZERS, ids=lambda row: row.name)
+def test_tokenizers(arena, row):
+    arena.try_row(row)
+
+
+# The disk --------------------------------------------------------------------------------
+
+
+def test_a_disk_that_takes_no_more_leaves_no_half_of_the_tokens(arena):
+    """The system's own limit on a file's size, which `calibration.safetensors` is beyond."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        command = MEASURE.replace("--samples 3", "--samples 250") + "{text}"
+        arena.try_row(
+            Row(
+                "full", command, "cannot write .*calibration.safetensors: File too", makes=("new*",)
+            )
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(p.name for p in (arena.here / "new").iterdir()) == ["run.json"]
