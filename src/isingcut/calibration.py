@@ -94,6 +94,8 @@ class Calibration:
         splits = {}
         for name in SPLITS:
             ids, mask = arrays[f"{name}.input_ids"], arrays[f"{name}.mask"]
+            if not len(ids):
+                raise documents.damaged(path, f"{name} has no sample")
             if ids.min(initial=0) < 0:
                 raise documents.damaged(path, f"{name}.input_ids holds negative tokens")
             if not (np.sort(mask, axis=1)[:, ::-1] == mask).all() or not mask[:, :1].all():

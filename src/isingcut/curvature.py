@@ -34,6 +34,7 @@ from isingcut.distributed import together
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
 from isingcut.gates import gated_block
+from isingcut.gradients import of_batches
 from isingcut.head import OutputHead
 from isingcut.journal import Journal
 from isingcut.loss_gradient import loss_gradient
@@ -112,7 +113,8 @@ def gate_curvature(
     reuse_freed_memory()
     n, head = len(replay), OutputHead(replay)
     batches = tokens.batches(batch_tokens)
-    kept = Journal(journal, _identity(replay, tokens, kind, gate, batch_tokens))
+    identity = _identity(replay, tokens, kind, gate, batch_tokens)
+    kept = Journal(journal, identity, of_batches(batches, n + 1, n))
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     rows = np.zeros((tokens.samples, n + 1, n))
     with progress(f"{kind} of {tokens.samples} samples", len(batches)) as bar:

@@ -8,6 +8,7 @@ gradient is ever allocated, and each linear layer pays for its input gradient on
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,9 @@ def gate_gradients(
         assert not parameter.requires_grad, f"{name} requires a gradient"
     reuse_freed_memory()
     rows = np.zeros((tokens.samples, len(replay)))
-    kept = Journal(journal, _identity(replay, tokens, gate, label_seed, batch_tokens))
     batches = tokens.batches(batch_tokens)
+    identity = _identity(replay, tokens, gate, label_seed, batch_tokens)
+    kept = Journal(journal, identity, of_batches(batches, len(replay)))
     with (
         progress(f"gradients of {tokens.samples} samples", len(batches)) as bar,
         chosen_attention(replay),
@@ -84,6 +86,17 @@ def gate_gradients(
     for b, batch in enumerate(batches):
         rows[batch.index.numpy()] = kept.get(str(b))
     return rows
+
+
+def of_batches(
+    batches: Sequence[TokenSet], *shape: int
+) -> Callable[[str, npt.NDArray[np.float64]], bool]:
+    """Whether a journal's row can be a micro-batch's, with ``shape`` for each of its samples."""
+
+    def fits(key: str, row: npt.NDArray[np.float64]) -> bool:
+        return key.isdecimal() and row.shape == (batches[int(key)].samples, *shape)
+
+    return fits
 
 
 def _identity(

@@ -135,7 +135,19 @@ def measure(
 
     reuse_freed_memory()
     batches = tokens.batches(batch_tokens)
-    kept = Journal(journal, _identity(replay, tokens, wanted, batch_tokens))
+
+    def fits(key: str, row: npt.NDArray[np.float64]) -> bool:
+        if replay.streamed:
+            from isingcut.streamed.states import fits_states
+
+            return fits_states(key, row, batches, len(wanted))
+        piece = Piece.read(key)
+        states = range(len(wanted) + 1)
+        inside = piece.key == key and piece.first in states and piece.last in states
+        shape = (2, piece.last - piece.first + 1, batches[piece.batch].samples)
+        return inside and piece.batch >= 0 and row.shape == shape
+
+    kept = Journal(journal, _identity(replay, tokens, wanted, batch_tokens), fits)
     m = tokens.samples
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     sums = np.zeros((2, len(wanted) + 1, m))

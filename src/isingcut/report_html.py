@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from isingcut import __version__
+from isingcut.printing import printable
 from isingcut.report_baselines import energy_passes
 from isingcut.report_blocks import (
     block_ticks,
@@ -169,10 +170,13 @@ def _short(values: Any, digits: int = 4) -> list[float]:
 
 
 def page(template: str, **values: Any) -> str:
-    """A packaged HTML template with its values, styles and script filled in."""
+    """A packaged HTML template with its values, styles and script filled in.
+
+    Control characters in the values are spelled out.
+    """
     script = _packaged("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
+    filled = (
         _environment()
         .get_template(template)
         .render(
@@ -183,6 +187,7 @@ def page(template: str, **values: Any) -> str:
             version=__version__,
         )
     )
+    return printable(filled)
 
 
 @cache

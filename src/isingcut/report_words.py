@@ -8,6 +8,8 @@ from typing import Any
 
 import jinja2
 
+from isingcut.printing import printable
+
 POOR_SPEARMAN = 0.6
 """Below this rank correlation the energy is called a poor guide."""
 FAR_TOO_LOW = 0.5
@@ -31,8 +33,8 @@ def _environment() -> jinja2.Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """A packaged template with its values filled in."""
-    return _environment().get_template(template).render(**values)
+    """A packaged template with its values filled in, without control characters of theirs."""
+    return printable(_environment().get_template(template).render(**values))
 
 
 def fenced(text: str) -> str:

@@ -50,7 +50,9 @@ class Ledger:
             "loss": loss,
             "batch_tokens": work.batch_tokens,
         }
-        self._kept = Journal(work.journal, fingerprint(identity))
+        self._kept = Journal(
+            work.journal, fingerprint(identity), lambda key, row: row.shape == (1,)
+        )
         self._paid: set[str] = set()
         self.runs = float(len(replay))
         self.heads = 1.0 if loss == "kl" else 0.0

@@ -171,7 +171,9 @@ class _Trials:
             "mask": tokens.mask.tolist(),
             "batch_tokens": work.batch_tokens,
         }
-        self._kept = Journal(work.journal, fingerprint(identity))
+        self._kept = Journal(
+            work.journal, fingerprint(identity), lambda key, row: row.shape == (1,)
+        )
         self._head = OutputHead(replay)
         self._originals: list[_Original] = []
         self.known: dict[Groups, float] = {}

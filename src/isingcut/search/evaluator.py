@@ -74,7 +74,7 @@ class Evaluator:
             "mask": self._tokens.mask.tolist(),
             "batch_tokens": work.batch_tokens,
         }
-        self._kept = Journal(work.journal, fingerprint(identity))
+        self._kept = Journal(work.journal, fingerprint(identity), self._fits)
         self._referenced = 0
         self._sloped: set[str] = set()
         self.runs = self.heads = 0.0
@@ -151,6 +151,13 @@ class Evaluator:
         """
         own = self.share(self._referenced, n) if n > self._referenced else 0.0
         return own + tree_nodes(np.asarray(states, dtype=bool)) * self.share(0, n) / self.blocks
+
+    def _fits(self, key: str, row: Floats) -> bool:
+        """Whether a journal's row can be one of this search's."""
+        if key.startswith(("slopes:", "influence:")):
+            return row.shape == (self.blocks,)
+        have, n = map(int, key.split(":")[1:])
+        return 0 <= have < n <= self.m and row.shape == (n - have,)
 
     def _extend(
         self, states: list[npt.NDArray[np.bool_]], have: int, n: int, description: str

@@ -99,6 +99,17 @@ def _keep(kept: Journal, number: int, positions: npt.NDArray[np.int64], rows: Fl
     kept.put(f"{number}:{first}", np.concatenate([labels, rows]))
 
 
+def fits_states(key: str, row: Floats, batches: Sequence[TokenSet], states: int) -> bool:
+    """Whether a journal's row can be one of `_keep`'s; the original's number is ``states``."""
+    number = key.partition(":")[0]
+    batch = batches[int(number)]
+    if row.ndim != 3 or row.shape[0] != 3 or row.shape[2] != batch.samples or not row.size:
+        return False
+    labels = row[0, :, :1]
+    known = np.isin(labels, np.arange(states + 1)).all() and (row[0] == labels).all()
+    return bool(known) and key == f"{int(number)}:{int(labels[0, 0])}" and int(number) >= 0
+
+
 def _finished(kept: Journal, number: int, batch: TokenSet, sums: Floats) -> set[int] | None:
     """Fill in what the journal has of a micro-batch; its states, or None if there is nothing."""
     done: set[int] | None = None
