@@ -23,9 +23,11 @@ def record(folder: Path) -> None:
     stages = run["stages"]
     parts = [p for p in folder.rglob("*") if _stage_of(p) and "model" not in p.parts[:-1]]
     for path in parts:
+        if path.is_dir() and not (path / "isingcut.json").exists():
+            continue
         key = path.relative_to(folder).as_posix()
         stages[key] = {**_done(_stage_of(path)), **stages.get(key, {}), "done": True}
-        if path.is_dir() and (path / "isingcut.json").exists():
+        if path.is_dir():
             removed = json.loads((path / "isingcut.json").read_text(encoding="utf-8"))["removed"]
             stages[key]["options"] = {"removed": removed}
         elif path.is_file():

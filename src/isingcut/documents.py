@@ -82,6 +82,13 @@ class Computed(Part):
     batch_tokens: Some
 
 
+class Places(Part):
+    """Where a local model lay when it was read."""
+
+    absolute: str
+    relative: str
+
+
 class Provenance(Part):
     """Where the figures of a run come from."""
 
@@ -96,6 +103,8 @@ class Provenance(Part):
     model: Model
     calibration: Calibration | None = None
     computed: dict[str, Computed] = {}
+    model_path: Places | None = None
+    dtype: str | None = None
 
 
 class Config(Part):
@@ -109,20 +118,29 @@ class Config(Part):
     budget: str = ""
 
 
+class StageOptions(Part):
+    """What a stage was made with, as far as it is read."""
+
+    remove: str | int | None = None
+    removed: Blocks | None = None
+
+
 class Stage(Part):
     """The record of one stage."""
 
     stage: str
     done: bool
     fingerprint: str
-    options: dict[str, Any]
+    options: StageOptions
     seconds: Positive | None = None
     sha256: str | None = None
 
     @model_validator(mode="after")
-    def _timed(self) -> Self:
+    def _complete(self) -> Self:
         if self.done and self.seconds is None:
             raise ValueError("a finished stage needs its seconds")
+        if self.stage == "excise" and self.options.removed is None:
+            raise ValueError("a cut needs the blocks that are removed")
         return self
 
 
@@ -177,6 +195,13 @@ class Run(Part):
     blocks: Stack
     provenance: Provenance
     complete: bool = False
+
+    @model_validator(mode="after")
+    def _below(self) -> Self:
+        n = len(self.blocks.blocks)
+        if any(b >= n for s in self.stages.values() if s.done for b in s.options.removed or ()):
+            raise ValueError(f"a stage removes a block that is not among the {n}")
+        return self
 
 
 class Level(Part):

@@ -213,7 +213,7 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     healing = heal_config(config)
     target = folder.target(config.removal)
     cut = target / "model"
-    excised = folder.manifest["stages"][str(cut.relative_to(folder.path))]
+    excised = folder.record(cut)
     removed = list(map(int, excised["options"]["removed"]))
     options = {**_options(folder, healing), "model": excised["fingerprint"]}
 

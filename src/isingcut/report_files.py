@@ -5,9 +5,11 @@ Reads files only, never a model, and loads no torch. A file that is not there is
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from isingcut.errors import StageFileError
 from isingcut.files import read_json
@@ -15,6 +17,8 @@ from isingcut.hamiltonian import Hamiltonian
 from isingcut.outputs import check_recorded
 from isingcut.report_baselines import baselines_won, sort_baselines
 from isingcut.report_words import ranking_warnings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class RunFiles:
             return name
         key = (self.target / "spectrum.json").relative_to(self.folder).as_posix()
         record = self.run["stages"].get(key)
-        return name if record is None else f"{name} --remove {record['options']['remove']}"
+        return name if record is None else f"{name} --remove {record['options'].get('remove')}"
 
     @property
     def checkpoint(self) -> str | None:
@@ -227,7 +231,7 @@ def read_run(folder: Path, target: Path | None = None) -> RunFiles:
 
 
 def _hamiltonian(run: dict[str, Any], folder: Path, path: Path) -> Hamiltonian | None:
-    return Hamiltonian.load(path) if _there(run, folder, path) else None
+    return _read(run, folder, path, Hamiltonian.load)
 
 
 def without_header(document: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -238,20 +242,28 @@ def without_header(document: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _optional(run: dict[str, Any], folder: Path, path: Path, kind: str) -> dict[str, Any] | None:
-    return read_json(path, kind) if _there(run, folder, path) else None
+    return _read(run, folder, path, lambda file: read_json(file, kind))
 
 
-def _there(run: dict[str, Any], folder: Path, path: Path) -> bool:
-    """Whether the file of a finished stage is there, and as the run wrote it.
+def _read(run: dict[str, Any], folder: Path, path: Path, read: Callable[[Path], T]) -> T | None:
+    """What the file of a finished stage holds, as the run wrote it; None where it is not there.
 
     Raises:
-        StageFileError: it is there, and was changed since or written by something else.
+        StageFileError: it was changed since, is damaged, or does not fit the run's model.
     """
     record = run["stages"].get(path.relative_to(folder).as_posix())
-    if not path.exists() or (record is not None and not record["done"]):
-        return False
+    if not os.path.lexists(path) or (record is not None and not record["done"]):
+        return None
     check_recorded(run["stages"], folder, path)
-    return True
+    found = read(path)
+    _fit(run, path, found)
+    return found
+
+
+def _fit(run: dict[str, Any], path: Path, found: Any) -> None:
+    from isingcut import documents
+
+    documents.fit(path, found, len(run["blocks"]["blocks"]))
 
 
 def _removal(run: dict[str, Any], folder: Path, target: Path) -> dict[str, Any] | None:
@@ -261,6 +273,7 @@ def _removal(run: dict[str, Any], folder: Path, target: Path) -> dict[str, Any] 
     if not path.exists() or not record.get("done"):
         return None
     found = read_json(path, "removal")
+    _fit(run, path, found)
     if found["removed"] != record["options"]["removed"]:
         raise StageFileError(
             f"{path} names other blocks than the run cut; delete {path.parent} and excise again"
@@ -272,7 +285,11 @@ def _healing(run: dict[str, Any], folder: Path, target: Path) -> dict[str, Any] 
     """The record of a healing that is finished."""
     record = run["stages"].get((target / "healed").relative_to(folder).as_posix(), {})
     path = target / "healing.json"
-    return read_json(path, "healing") if record.get("done") and path.exists() else None
+    if not record.get("done") or not os.path.lexists(path):
+        return None
+    found = read_json(path, "healing")
+    _fit(run, path, found)
+    return found
 
 
 def _removals(folder: Path, target: Path, run: dict[str, Any]) -> list[Removal]:

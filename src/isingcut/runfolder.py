@@ -126,12 +126,6 @@ class RunFolder:
                 "make one with: isingcut energy MODEL --out DIR"
             )
         manifest = read_json(path / MANIFEST, "run")
-        for key in ("config", "stages", "blocks", "provenance"):
-            if not isinstance(manifest.get(key), dict):
-                raise StageFileError(
-                    f"{path / MANIFEST} lacks its {key!r} part; the file is damaged: "
-                    "use another folder, or delete this one and run again"
-                )
         return cls(path, manifest, overwrite=overwrite)
 
     @property
@@ -270,8 +264,23 @@ class RunFolder:
 
         Every reading of a run's files goes through here.
         """
+        from isingcut import documents
+
         self.check(file)
-        return read(file)
+        found = read(file)
+        documents.fit(file, found, len(self.manifest["blocks"]["blocks"]))
+        return found
+
+    def record(self, file: Path) -> dict[str, Any]:
+        """The record of the finished stage that wrote a file or folder.
+
+        Raises:
+            StageFileError: there is none.
+        """
+        found: dict[str, Any] | None = self.manifest["stages"].get(str(file.relative_to(self.path)))
+        if found is None or not found["done"] or not os.path.lexists(file):
+            raise StageFileError(f"this run has not finished {file}; run its stage first")
+        return found
 
 
 def _begun(path: Path) -> bool:

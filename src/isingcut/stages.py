@@ -281,7 +281,7 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
     target = folder.target(config.removal)
     _needs(folder, config, "model", "excise")
     checkpoint = product(folder, config)
-    excised = folder.manifest["stages"][str(checkpoint.relative_to(folder.path))]
+    excised = folder.record(checkpoint)
     options = {"model": excised["fingerprint"], **upstream(folder)}
 
     def make(path: Path) -> None:
