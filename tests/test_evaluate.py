@@ -124,9 +124,21 @@ def test_speed_takes_turns_and_reports_medians(pair: Any, tokens: TokenSet) -> N
     # Round r, model m: readings start at tick 12 r + 6 m; a reading from tick t lasts 2 t + 1.
     for m, name in enumerate(("a", "b")):
         starts = [12 * r + 6 * m for r in (1, 2, 3)]
-        reading = float(np.median([(2 * t + 1) / 100 for t in starts]))
+        readings = [(2 * t + 1) / 100 for t in starts]
+        reading = float(np.median(readings))
         assert found[name]["prefill_tokens_per_second"] == pytest.approx(20 / reading)
+        # The median's standard error, and as relative as that of the seconds.
+        error = 1.2533 * np.std(readings, ddof=1) / np.sqrt(3) / reading
+        assert found[name]["prefill_tokens_per_second_se"] == pytest.approx(20 / reading * error)
         assert found[name]["decode_tokens_per_second"] == pytest.approx(4 / 0.04)
+        assert found[name]["decode_tokens_per_second_se"] == pytest.approx(0, abs=1e-9)
+
+
+def test_one_timing_has_no_error(pair: Any, tokens: TokenSet) -> None:
+    found = evaluation.speed({"a": pair[0]}, tokens.select([2]), new_tokens=2, repeats=1)["a"]
+    assert found["prefill_tokens_per_second_se"] is None
+    assert found["decode_tokens_per_second_se"] is None
+    json.dumps(found, allow_nan=False)
 
 
 def test_decoding_never_stops_early_and_matches_uncached(pair: Any) -> None:
@@ -194,6 +206,38 @@ def test_disk_bytes_counts_the_weights(tmp_path: Path) -> None:
     folder = tiny_checkpoint("llama", tmp_path / "m")
     (folder / "notes.txt").write_text("x" * 1000)
     assert evaluation.disk_bytes(folder) == (folder / "model.safetensors").stat().st_size
+
+
+def test_what_left_out_speed_says_so_and_is_completed_later(
+    tmp_path: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "peak_memory", lambda *a, **k: 123)
+    folder = tiny_checkpoint("llama", tmp_path / "m")
+    loaded = models.load(folder, dtype="float32", device="cpu")
+    whole = evaluation.evaluate(loaded, loaded, tokens, new_tokens=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "speed", lambda *a, **k: pytest.fail("measured"))
+        patch.setattr(evaluation, "peak_memory", lambda *a, **k: pytest.fail("measured"))
+        short = evaluation.evaluate(loaded, loaded, tokens, new_tokens=4, skip_speed=True)
+    keys = [k for k in whole["after"] if "second" in k or "memory" in k]
+    assert set(evaluation.SPEED_KEYS) <= set(keys)
+    assert short["not_measured"] == list(evaluation.SPEED_KEYS)
+    plain = {k: v for k, v in whole["after"].items() if k not in keys}
+    assert short["after"] == plain
+    completed = evaluation.with_speed(short, loaded, loaded, tokens)
+    assert completed.keys() == whole.keys()
+    assert completed["after"].keys() == whole["after"].keys()
+    assert {k: v for k, v in completed["after"].items() if k not in keys} == plain
+    assert completed["after"]["peak_memory_bytes"] == 123
+
+
+def test_no_module_of_the_working_folder_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "m")
+    (tmp_path / "torch.py").write_text("raise SystemExit('a trap')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.peak_memory(folder, "float32", "cpu", tokens=8) > 30e6
 
 
 def test_evaluate_fills_the_whole_document(

@@ -75,6 +75,7 @@ class Options(TypedDict, total=False):
     heal: bool
     heal_top: int
     heal_options: str
+    skip_speed: bool
     overwrite: bool
 
 

@@ -54,7 +54,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     )
 
 
-@verb(*OF_RUN, group=STAGES)
+@verb("skip_speed", *OF_RUN, group=STAGES)
 def evaluate(
     directory: Folder,
     progress: Any,

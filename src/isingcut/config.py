@@ -213,6 +213,13 @@ class RunConfig:
         path=True,
     )
 
+    skip_speed: bool = option(
+        False,
+        "evaluate",
+        "Leave out speed and memory, the longest part for a small model; `evaluate` can add them.",
+        volatile=True,
+    )
+
     overwrite: bool = option(False, "report", "Replace an existing output.", volatile=True)
 
     def replace(self, **changes: Any) -> RunConfig:

@@ -42,6 +42,11 @@ __all__ = [
 # Float32 elements of logits looked at together: a few copies of this bound the extra memory.
 _CHUNK_ELEMENTS = 1 << 23
 _DECODE_PROMPT = 16
+# Of a median over that of a mean, for normal errors: sqrt(pi / 2).
+_MEDIAN_ERROR = 1.2533
+
+SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+"""What an evaluation without speed leaves out."""
 
 
 def evaluate(
@@ -52,39 +57,39 @@ def evaluate(
     batch_tokens: int = 1024,
     prompt: str = "Explain in two sentences why the sky is blue.",
     new_tokens: int = 48,
+    skip_speed: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Quality, size, speed and memory of both models, as `evaluation.json` keeps them.
 
+    Speed is measured with all the threads that torch takes on this machine, whatever a run
+    measures its losses with.
+
     Args:
         tokens: the report split.
         batch_tokens: tokens computed at a time.
         prompt: for one greedy generation of at most ``new_tokens`` by each model.
+        skip_speed: leave out speed and memory; ``not_measured`` names the keys.
         trust_remote_code: for the subprocesses that measure memory.
     """
     both = {"before": original, "after": cut}
     found = quality(original.model, cut.model, tokens, batch_tokens, progress=progress)
-    with progress("speed, memory and one generation", 5) as bar:
-        speeds = speed({k: m.model for k, m in both.items()}, tokens.select([0]))
-        bar.advance(1)
-        texts, sides = {}, {}
+    figures: dict[str, dict[str, Any]] = {name: {} for name in both}
+    if not skip_speed:
+        figures = speed_and_memory(
+            both, tokens, trust_remote_code=trust_remote_code, progress=progress
+        )
+    texts, sides = {}, {}
+    with progress("one generation", len(both)) as bar:
         for name, loaded in both.items():
             texts[name] = generate_text(loaded.model, loaded.tokenizer, prompt, new_tokens)
-            bar.advance(1)
             sides[name] = {
                 **found[name],
                 "parameters": sum(p.numel() for p in loaded.model.parameters()),
                 "bytes": disk_bytes(loaded.folder),
                 "blocks": len(find_stack(loaded.model)),
-                **speeds[name],
-                "peak_memory_bytes": peak_memory(
-                    loaded.folder,
-                    str(loaded.dtype).removeprefix("torch."),
-                    str(loaded.device),
-                    tokens=int(tokens.input_ids.shape[1]),
-                    trust_remote_code=trust_remote_code,
-                ),
+                **figures[name],
             }
             bar.advance(1)
     return {
@@ -97,7 +102,54 @@ def evaluate(
         "device": str(original.device),
         "dtype": str(original.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        **({"not_measured": list(SPEED_KEYS)} if skip_speed else {}),
     }
+
+
+def with_speed(
+    found: Mapping[str, Any],
+    original: LoadedModel,
+    cut: LoadedModel,
+    tokens: TokenSet,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """An evaluation that left out speed and memory, with both measured now."""
+    figures = speed_and_memory(
+        {"before": original, "after": cut},
+        tokens,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    complete = {k: v for k, v in found.items() if k not in ("not_measured", "format", "version")}
+    sides = {name: {**found[name], **figures[name]} for name in figures}
+    return {**complete, **sides, "threads": torch.get_num_threads()}
+
+
+def speed_and_memory(
+    both: Mapping[str, LoadedModel],
+    tokens: TokenSet,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, dict[str, Any]]:
+    """The figures of `SPEED_KEYS` for each model, those of `speed` with their errors."""
+    with progress("speed and memory", 1 + len(both)) as bar:
+        found: dict[str, dict[str, Any]] = {}
+        speeds = speed({k: m.model for k, m in both.items()}, tokens.select([0]))
+        bar.advance(1)
+        for name, loaded in both.items():
+            memory = peak_memory(
+                loaded.folder,
+                str(loaded.dtype).removeprefix("torch."),
+                str(loaded.device),
+                tokens=int(tokens.input_ids.shape[1]),
+                trust_remote_code=trust_remote_code,
+            )
+            found[name] = {**speeds[name], "peak_memory_bytes": memory}
+            bar.advance(1)
+    return found
 
 
 def quality(
@@ -194,11 +246,12 @@ def speed(
     new_tokens: int = 32,
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, dict[str, float]]:
-    """Prefill and decode tokens per second of each model, batch size 1.
+) -> dict[str, dict[str, float | None]]:
+    """Prefill and decode tokens per second of each model, batch size 1, with errors (``_se``).
 
     Models take turns in every repeat, so that what else the machine does hits all alike; each
-    is warmed up once, and medians over the repeats are reported. Decoding is the time of
+    is warmed up once, and medians over the repeats are reported, with the standard error of a
+    median (normal errors assumed) from the repeats' spread. Decoding is the time of
     ``new_tokens`` greedy steps with a cache after a short prompt, the prompt's own time taken off.
 
     Args:
@@ -229,11 +282,21 @@ def speed(
                 decode[name].append(all_of - first)
     return {
         name: {
-            "prefill_tokens_per_second": ids.shape[1] / statistics.median(prefill[name]),
-            "decode_tokens_per_second": new_tokens / statistics.median(decode[name]),
+            **_rate("prefill_tokens_per_second", ids.shape[1], prefill[name]),
+            **_rate("decode_tokens_per_second", new_tokens, decode[name]),
         }
         for name in models
     }
+
+
+def _rate(key: str, tokens: int, seconds: list[float]) -> dict[str, float | None]:
+    """Tokens per second of the median repeat, and its standard error (relative: that of the
+    seconds)."""
+    middle = statistics.median(seconds)
+    error = None
+    if len(seconds) > 1:
+        error = _MEDIAN_ERROR * statistics.stdev(seconds) / len(seconds) ** 0.5 * tokens / middle**2
+    return {key: tokens / middle, f"{key}_se": error}
 
 
 def _prefill(model: PreTrainedModel, text: Tensor) -> None:

@@ -160,7 +160,12 @@ def comparison(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
         if a is None or b is None:
             rows.append((name, "not measured", "not measured", ""))
         else:
-            rows.append((name, f"{a / scale:{form}}", f"{b / scale:{form}}", _change(a, b)))
+            shown = []
+            for side in (before, after):
+                error = side.get(f"{key}_se")
+                scaled = None if error is None else error / scale
+                shown.append(plus_minus(side[key] / scale, scaled, form))
+            rows.append((name, shown[0], shown[1], _change(a, b)))
     return rows
 
 

@@ -37,6 +37,10 @@ T = TypeVar("T")
 
 MANIFEST = "run.json"
 
+# Of one command only. Trust is given on the command line, each time: whoever opens the folder may
+# be another.
+_NOT_KEPT = ("out", "overwrite", "trust_remote_code", "skip_speed")
+
 
 class RunFolder:
     """The files of one run, and the record of how each was made.
@@ -185,15 +189,21 @@ class RunFolder:
         options: dict[str, Any],
         make: Callable[[Path], None],
         load: Callable[[Path], T],
+        *,
+        completes: dict[str, Any] | None = None,
     ) -> T:
         """The result of a stage: what is there, if made with the same options; else made now.
+
+        Args:
+            completes: a result made with these options may be replaced: the new one holds all of
+                it.
 
         Raises:
             OutputExistsError: made with other options, and overwriting was not allowed.
             StageFileError: the file was changed since, or is damaged.
         """
         key = str(file.relative_to(self.path))
-        wanted = fingerprint({**options, "model": self.manifest["provenance"]["model"]["sha256"]})
+        wanted = self._fingerprint(options)
         record = self.manifest["stages"].get(key)
         refuse_source(file, self.sources)
         if os.path.lexists(file):
@@ -201,7 +211,8 @@ class RunFolder:
                 raise OutputExistsError(
                     f"{file} was not written by this run and stays as it is; move it away"
                 )
-            if record["fingerprint"] != wanted and not self.overwrite:
+            fits = [wanted] if completes is None else [wanted, self._fingerprint(completes)]
+            if record["fingerprint"] not in fits and not self.overwrite:
                 raise OutputExistsError(
                     f"{file} was made with other options ({_difference(record, options)}); "
                     "choose another --out, or pass --overwrite to replace it"
@@ -282,6 +293,24 @@ class RunFolder:
             raise StageFileError(f"this run has not finished {file}; run its stage first")
         return found
 
+    def made_with(self, file: Path, options: dict[str, Any]) -> bool:
+        """Whether a stage's file is there, finished, and made with these options.
+
+        Raises:
+            StageFileError: it is, but was changed since.
+        """
+        record = self.manifest["stages"].get(str(file.relative_to(self.path)))
+        if record is None or not record["done"] or not file.exists():
+            return False
+        if record["fingerprint"] != self._fingerprint(options):
+            return False
+        self.check(file)
+        return True
+
+    def _fingerprint(self, options: dict[str, Any]) -> str:
+        model = self.manifest["provenance"]["model"]["sha256"]
+        return fingerprint({**options, "model": model})
+
 
 def _begun(path: Path) -> bool:
     """Whether a folder holds nothing yet, or only what a kill before its first file left."""
@@ -296,9 +325,7 @@ def slug(remove: str) -> str:
 def _plain(config: RunConfig) -> dict[str, Any]:
     import dataclasses
 
-    # Trust is given on the command line, each time: whoever opens the folder may be another.
-    unkept = ("out", "overwrite", "trust_remote_code")
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in unkept}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
 
 
 def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:

@@ -146,9 +146,18 @@ def show_evaluation(found: dict[str, Any]) -> None:
     ):
         a, b = before.get(key), after.get(key)
         if a is None or b is None:
+            table.add_row(label, "not measured", "not measured", "")
             continue
-        table.add_row(label, form.format(a / scale), form.format(b / scale), _ratio(a, b))
+        shown = (_measured(side, key, scale, form) for side in (before, after))
+        table.add_row(label, *shown, _ratio(a, b))
     console().print(table)
+
+
+def _measured(side: dict[str, Any], key: str, scale: float, form: str) -> str:
+    error = side.get(f"{key}_se")
+    return form.format(side[key] / scale) + (
+        "" if error is None else f" ± {form.format(error / scale)}"
+    )
 
 
 def _ratio(before: float, after: float) -> str:

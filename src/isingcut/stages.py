@@ -282,7 +282,14 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
     _needs(folder, config, "model", "excise")
     checkpoint = product(folder, config)
     excised = folder.record(checkpoint)
-    options = {"model": excised["fingerprint"], **upstream(folder)}
+    file = target / "evaluation.json"
+    whole = {"model": excised["fingerprint"], **upstream(folder)}
+    without_speed = {**whole, "skip_speed": True}
+    # What lacks speed only is completed; what has it already holds all that was asked for.
+    skip = config.skip_speed and not folder.made_with(file, whole)
+    begun = None
+    if not skip and folder.made_with(file, without_speed):
+        begun = folder.load(file, lambda path: read_json(path, "evaluation"))
 
     def make(path: Path) -> None:
         from isingcut import evaluate as evaluation
@@ -301,25 +308,30 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
             device=str(loaded.device),
             trust_remote_code=config.trust_remote_code,
         )
-        write_json(
-            path,
-            "evaluation",
-            evaluation.evaluate(
+        common: Any = {
+            "trust_remote_code": config.trust_remote_code,
+            "progress": session.progress,
+        }
+        if begun is not None:
+            found = evaluation.with_speed(begun, loaded, cut, tokens, **common)
+        else:
+            found = evaluation.evaluate(
                 loaded,
                 cut,
                 tokens,
                 batch_tokens=session.tuning.batch_tokens,
-                trust_remote_code=config.trust_remote_code,
-                progress=session.progress,
-            ),
-        )
+                skip_speed=skip,
+                **common,
+            )
+        write_json(path, "evaluation", found)
 
     return folder.stage(
         "evaluate",
-        target / "evaluation.json",
-        options,
+        file,
+        without_speed if skip else whole,
         make,
         lambda path: read_json(path, "evaluation"),
+        completes=None if skip else without_speed,
     )
 
 

@@ -248,3 +248,57 @@ def test_a_sampler_that_a_run_folder_remembers_is_used_when_typed_again(place):
     method("return dimod.ExactSolver().sample(bqm)")(place)
     typed = "solve {run} --remove 3 --solver dimod:bad.Bad"
     place.try_row(Row("typed", typed, code=0, makes=("run/*",)))
+
+
+# Speed, which may be left out ---------------------------------------------------------
+
+
+def evaluation(arena):
+    return json.loads((arena.run / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
+    whole = evaluation(arena)
+    keys = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+    assert all(k in whole["after"] for k in keys)
+    assert "prefill_tokens_per_second_se" in whole["before"]
+    # What has it is not thrown away.
+    arena.try_row(Row("there", "evaluate {run} --skip-speed", code=0))
+
+    (arena.run / "evaluation.json").unlink()
+    made = ("run/run.json", "run/evaluation.json")
+    shown = arena.try_row(Row("left out", "evaluate {run} --skip-speed", code=0, makes=made))
+    short = evaluation(arena)
+    assert short["not_measured"] == list(keys)
+    assert not set(keys) & set(short["after"])
+    assert shown.count("not measured") == 6
+    arena.try_row(Row("again", "evaluate {run} --skip-speed", code=0))
+    arena.try_row(Row("report", "report {run} --overwrite", code=0, makes=("run/report.*",)))
+    report = (arena.run / "report.md").read_text(encoding="utf-8")
+    assert report.count("| not measured | not measured |") == 3
+
+    shown = arena.try_row(Row("completed", "evaluate {run}", code=0, makes=made))
+    found = evaluation(arena)
+    assert "not_measured" not in found
+    assert found.keys() == whole.keys()
+    assert found["after"].keys() == whole["after"].keys()
+    assert found["after"]["nll"] == short["after"]["nll"]
+    assert found["generation"] == short["generation"]
+    line = next(x for x in shown.splitlines() if "decode, tokens/s" in x)
+    assert line.count("±") == 2
+
+
+ODD = {
+    "maybe": "skip_speed must be true or false, got 'maybe'",
+    "3": "skip_speed must be true or false, got 3",
+    "[true]": r"skip_speed must be true or false, got \[True\]",
+}
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_odd_values_in_yaml(arena, value):
+    def prepare(arena):
+        (arena.here / "c.yaml").write_text(f"skip-speed: {value}\n", encoding="utf-8")
+
+    command = "run {model} --remove 2 --out {here}/new --config {here}/c.yaml"
+    arena.try_row(Row(value, command, ODD[value], prepare))
