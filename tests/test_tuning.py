@@ -1,9 +1,12 @@
 """Attention and micro-batch by a measurement: with a clock that the test sets, and in a run."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
+from isingcut import measure as measure_module
 from isingcut import tuning
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
@@ -15,6 +18,12 @@ from isingcut.tuning import Tuning, chosen_attention, tune
 from tiny import tiny_model
 
 PLENTY = 1 << 34
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch):
+    """Threads are left alone."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def make(family: str = "llama") -> Replay:
@@ -133,3 +142,106 @@ def test_an_attention_that_is_not_there_is_an_error_in_one_line():
         chosen_attention(make(), "no such"),
     ):
         pass
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """A machine whose torch takes 8 threads, and nobody has said how many."""
+    for name in tuning._THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    taken = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: taken[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: taken.__setitem__(0, n))
+    return taken
+
+
+def timed(cores, seconds):
+    """A clock that says how long a pass takes with the threads in use."""
+
+    def clock(run):
+        during = []
+        plain = torch.set_num_threads
+        torch.set_num_threads = lambda n: (plain(n), during.append(n))
+        try:
+            run()
+        finally:
+            torch.set_num_threads = plain
+        return seconds(during[0] if during else cores[0])
+
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        (lambda n: 0.01 * n, 1),  # threads wait for each other
+        (lambda n: 0.01 * (1 + abs(n - 2)), 2),  # two help, more do not
+        (lambda n: 0.08 / n, None),  # all help
+        (lambda n: 0.05 + 0.0001 * n, None),  # less than what is worth it
+        (lambda n: 9.0 if n == 8 else 0.01, 1),  # others are at work on the machine
+    ],
+)
+def test_few_threads_are_taken_where_they_clearly_win(cores, seconds, chosen):
+    found = tune(
+        make(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=timed(cores, seconds)
+    )
+    assert found == Tuning("sdpa", 64, chosen)
+    assert cores == [8]
+
+
+def test_threads_of_a_large_model_are_left_alone(cores, monkeypatch):
+    monkeypatch.setattr(tuning, "_SMALL_WORK", 1e5)
+    clock = timed(cores, lambda n: pytest.fail("timed"))
+    found = tune(make(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=clock)
+    assert found == Tuning("sdpa", 64, None)
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_threads_that_the_environment_names_are_left_alone(cores, monkeypatch, name):
+    monkeypatch.setenv(name, "8")
+    clock = timed(cores, lambda n: pytest.fail("timed"))
+    assert tune(make(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=clock) == Tuning(
+        "sdpa", 64, None
+    )
+
+
+@pytest.mark.parametrize(("most", "during"), [(None, 8), (3, 3), (8, 8), (64, 8)])
+def test_threads_are_limited_for_a_while_and_never_raised(cores, most, during):
+    with contextlib.suppress(ZeroDivisionError), tuning.few_threads(most):
+        assert torch.get_num_threads() == during
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 8
+
+
+@pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
+def test_a_run_records_its_threads_and_goes_on_with_them(cores, tmp_path, monkeypatch):
+    import isingcut
+    from isingcut.files import read_json
+    from isingcut.testing.tiny import tiny_checkpoint
+
+    tiny_checkpoint("llama", tmp_path / "model")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (300, 6))
+    (tmp_path / "t.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
+    monkeypatch.setattr(tuning, "_threads", lambda run, seconds: 2)
+    used = []
+    plain = measure_module.measure
+
+    def look(*args, **options):
+        used.append(torch.get_num_threads())
+        return plain(*args, **options)
+
+    monkeypatch.setattr("isingcut.candidates.measure", look)
+    options = {
+        "model": str(tmp_path / "model"), "remove": 2, "calibration": str(tmp_path / "t.txt"),
+        "out": str(tmp_path / "run"), "samples": 3, "length": 16, "rank_samples": 3,
+        "report_samples": 2, "random_states": 30, "energy": "pairwise", "dtype": "float32",
+    }  # fmt: skip
+    isingcut.prune(**options)
+    record = read_json(tmp_path / "run" / "run.json", "run")["provenance"]["computed"]["cpu"]
+    assert record["threads"] == 2
+    # Another machine's choice, later.
+    monkeypatch.setattr(tuning, "_threads", lambda run, seconds: pytest.fail("timed again"))
+    isingcut.prune(**{**options, "remove": 3})
+    assert set(used) == {2}
+    assert len(used) >= 2
+    assert torch.get_num_threads() == 8

@@ -39,6 +39,7 @@ class Replay:
     Attributes:
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention (`tuning.py`); None keeps what was loaded.
+        threads: with how many threads at most; None: with those that torch takes.
 
     Raises:
         ArchitectureError: a block does not take and return one residual stream.
@@ -59,6 +60,7 @@ class Replay:
         self.device = device or next(model.parameters()).device
         self.bytes_per_token = 0
         self.attention: str | None = None
+        self.threads: int | None = None
         # The rest of each block's output tuple (None for a bare tensor), for the stubs to return.
         self._rest: list[tuple[Any, ...] | None] = []
         self._learn_outputs()

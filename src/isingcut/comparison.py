@@ -101,11 +101,10 @@ def compare(
 
         splits = splits_of(folder)
         searched = splits["energy"].select(range(samples))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        session.tuned(folder)
-        work = Work(session.tuning.batch_tokens, session.progress, journal)
-        outcome = part.choose(session.replay, searched, count, work, config.seed)
-        found = measure_outcome(session.replay, splits["rank"], outcome, work)
+        with session.computing(folder):
+            work = Work(session.tuning.batch_tokens, session.progress, journal)
+            outcome = part.choose(session.replay, searched, count, work, config.seed)
+            found = measure_outcome(session.replay, splits["rank"], outcome, work)
         content = {
             "baseline": name,
             "options": dataclasses.asdict(part),

@@ -218,8 +218,8 @@ def together(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         name = f"{function.__module__}:{function.__name__}"
         common = {k: v for k, v in arguments.items() if k not in _LOCAL}
-        attention = getattr(replay, "attention", None)
-        message = {"order": "task", "function": name, "attention": attention}
+        how = {k: getattr(replay, k, None) for k in ("attention", "threads")}
+        message = {"order": "task", "function": name, **how}
         number = _order(crew, message, common)
         sharing.current = sharing.Task(crew, f"task/{number}", device)
         try:
@@ -297,10 +297,12 @@ def _take_part(crew: Crew, message: dict[str, Any], arguments: dict[str, Any]) -
     function = inspect.unwrap(getattr(importlib.import_module(module), name))
     session = _post.session
     assert session is not None
+    from isingcut.tuning import few_threads
+
     session.replay.attention = message["attention"]
     sharing.current = sharing.Task(crew, f"task/{_post.orders - 1}", session.replay.device)
     try:
-        with suppress(sharing.TaskDone):
+        with suppress(sharing.TaskDone), few_threads(message["threads"]):
             function(session.replay, **arguments)
     finally:
         sharing.current = None

@@ -78,8 +78,10 @@ class Computed(Part):
     """How measurements were computed on one device."""
 
     asked: Asked
-    attention: str | None
+    # Of any other name transformers would fetch code from the hub.
+    attention: Literal["sdpa", "eager", "causal"] | None
     batch_tokens: Some
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 class Places(Part):
@@ -311,6 +313,8 @@ class Side(Perplexity):
     blocks: Some
     prefill_tokens_per_second: Positive | None = None
     decode_tokens_per_second: Positive | None = None
+    prefill_tokens_per_second_se: Positive | None = None
+    decode_tokens_per_second_se: Positive | None = None
     peak_memory_bytes: Count | None = None
 
 

@@ -179,10 +179,10 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
 
     def make(path: Path) -> None:
         split = splits_of(folder)["energy"]
-        session.tuned(folder)
-        work = work_of(session, journal)
         own = range(samples_of(config, name))
-        measured = part.measure(session.replay, split.select(own), work)
+        with session.computing(folder):
+            work = work_of(session, journal)
+            measured = part.measure(session.replay, split.select(own), work)
         measured.save(path)
 
     found = folder.stage("energy", file, options, make, Hamiltonian.load)

@@ -101,16 +101,16 @@ def probe(
     for part in (EMBED, HEAD):
         store.keep(part)
     replay = SomeBlocks(model, store, chosen)
-    if attention is None:
-        # What some kinds keep grows with the number of blocks: as many as the model has.
-        whole = n * batch_tokens // len(chosen)
-        attention = tuning.tune(replay, length, batch_tokens=whole, memory=0).attention
-    replay.attention = attention
+    # What some kinds keep grows with the number of blocks: as many as the model has.
+    whole = n * batch_tokens // len(chosen)
+    how = tuning.tune(replay, length, attention=attention, batch_tokens=whole, memory=0)
+    replay.attention = how.attention
     watch = Stopwatch(replay.device, clock)
-    with tuning.chosen_attention(replay):
-        found = _timed(replay, length, batch_tokens, reading, watch)
-    # Double backward passes take PyTorch's plain attention, whatever was chosen.
-    return _with_curvature(found, replay, length, watch) if twice else found
+    with tuning.few_threads(how.threads):
+        with tuning.chosen_attention(replay):
+            found = _timed(replay, length, batch_tokens, reading, watch)
+        # Double backward passes take PyTorch's plain attention, whatever was chosen.
+        return _with_curvature(found, replay, length, watch) if twice else found
 
 
 class Stopwatch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +77,17 @@ class Session:
             record = {"asked": asked, **found.as_dict()}
             provenance.setdefault("computed", {})[device] = record
             folder.save()
-        self.tuning = Tuning(record["attention"], record["batch_tokens"])
-        self.replay.attention = self.tuning.attention
+        self.tuning = Tuning(record["attention"], record["batch_tokens"], record.get("threads"))
+        self.replay.attention, self.replay.threads = self.tuning.attention, self.tuning.threads
+
+    @contextlib.contextmanager
+    def computing(self, folder: RunFolder) -> Iterator[None]:
+        """Measure as `tuned` chose, its threads included, for a while."""
+        from isingcut.tuning import few_threads
+
+        self.tuned(folder)
+        with few_threads(self.tuning.threads):
+            yield
 
     @cached_property
     def dtype(self) -> str:

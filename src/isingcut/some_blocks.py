@@ -56,7 +56,7 @@ class SomeBlocks(Replay):
         self.model, self.device = model, store.device
         self.blocks = [every[i] for i in chosen]
         self.bytes_per_token = self._whole.bytes_per_token
-        self.attention = None
+        self.attention = self.threads = None
 
     def record(self, input_ids: Tensor) -> Recording:
         """As of the whole model, with the chosen blocks' calls only."""

@@ -108,18 +108,17 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         split = splits_of(folder)["rank"]
         problem = problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
-        session.tuned(folder)
-        work = work_of(session, journal)
-        ranking = candidates.rank(
-            session.replay,
-            split,
-            problem,
-            considered,
-            random_states=config.random_states,
-            seed=config.seed,
-            choose=config.choose,
-            work=work,
-        )
+        with session.computing(folder):
+            ranking = candidates.rank(
+                session.replay,
+                split,
+                problem,
+                considered,
+                random_states=config.random_states,
+                seed=config.seed,
+                choose=config.choose,
+                work=work_of(session, journal),
+            )
         content = candidates.to_dict(ranking, problem.hamiltonian, others, config.removal)
         write_json(path, "candidates", content)
 

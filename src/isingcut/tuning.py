@@ -1,15 +1,16 @@
-"""What suits this machine, found by a short measurement: attention and micro-batch.
+"""What suits this machine, found by a short measurement: attention, threads and micro-batch.
 
-Both change a result by rounding only, but they change it: a run records what was chosen, in
+All change a result by rounding only, but they change it: a run records what was chosen, in
 `run.json`, and goes on with that when it is resumed. On a CPU `attention.py` beats PyTorch's fused
 attention at short lengths; its memory grows with the square of the length, so that long samples
-keep the fused one.
+keep the fused one. Threads that share the work of a small model mostly wait for each other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ _WORTH_SECONDS = 0.02
 _MOST_TOKENS = 1 << 16
 _ROUNDS = 5
 _BLOCKS = 4
+# A pass of more operations is mostly large matrix products, which threads share well; one of so
+# many takes one thread a second or two.
+_SMALL_WORK = 1e11
+# Either says how many threads there are to be.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,12 @@ class Tuning:
     Attributes:
         attention: transformers' name of the implementation; None keeps the loaded one.
         batch_tokens: tokens computed at a time.
+        threads: fewer threads than torch takes by itself, where that is faster; None keeps those.
     """
 
     attention: str | None = None
     batch_tokens: int = BATCH_TOKENS
+    threads: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For `run.json`."""
@@ -66,6 +74,9 @@ def tune(
 ) -> Tuning:
     """Choose what is not given, by timing a few of the model's blocks.
 
+    The threads are never more than torch would take, and are left alone where the environment
+    says how many (`OMP_NUM_THREADS`, `MKL_NUM_THREADS`).
+
     Args:
         replay: a model in memory.
         length: tokens of a sample.
@@ -78,16 +89,34 @@ def tune(
     """
     seconds = seconds or _stopwatch(replay)
     loaded = _loaded(replay)
-    if attention is None and _causal_possible(replay, length, batch_tokens or BATCH_TOKENS):
-        probe = _probe_backward if backward else _probe
-        probes = {name: probe(replay, name, BATCH_TOKENS, length) for name in (loaded, NAME)}
-        took = _fastest(probes, seconds)
-        if took[loaded] > _WORTH_SECONDS and took[loaded] > _GAIN * took[NAME]:
-            attention = NAME
-    chosen = attention or loaded
-    if batch_tokens is None:
-        batch_tokens = _batch(replay, chosen, length, memory, seconds)
-    return Tuning(attention, batch_tokens)
+    probe = _probe_backward if backward else _probe
+    pass_tokens = min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
+    threads = None
+    if _threads_possible(replay, pass_tokens):
+        threads = _threads(probe(replay, attention or loaded, pass_tokens, length), seconds)
+    with few_threads(threads):
+        if attention is None and _causal_possible(replay, length, batch_tokens or BATCH_TOKENS):
+            probes = {name: probe(replay, name, BATCH_TOKENS, length) for name in (loaded, NAME)}
+            took = _fastest(probes, seconds)
+            if took[loaded] > _WORTH_SECONDS and took[loaded] > _GAIN * took[NAME]:
+                attention = NAME
+        if batch_tokens is None:
+            batch_tokens = _batch(replay, attention or loaded, length, memory, seconds)
+    return Tuning(attention, batch_tokens, threads)
+
+
+@contextlib.contextmanager
+def few_threads(most: int | None) -> Iterator[None]:
+    """Compute with at most so many threads for a while; None changes nothing."""
+    before = torch.get_num_threads()
+    if most is None or most >= before:
+        yield
+        return
+    torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -143,6 +172,35 @@ def _causal_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
             return True
     except ArchitectureError:
         return False
+
+
+def _threads_possible(replay: Replay, tokens: int) -> bool:
+    """Whether fewer threads are worth a try: little work on a CPU, and nobody said how many."""
+    said = any(os.environ.get(name) for name in _THREAD_VARIABLES)
+    if said or replay.device.type != "cpu" or torch.get_num_threads() == 1:
+        return False
+    weights = sum(p.numel() for i in _some_blocks(replay) for p in replay.blocks[i].parameters())
+    return 2.0 * weights * tokens <= _SMALL_WORK
+
+
+def _threads(run: Callable[[], None], seconds: Callable[[Callable[[], None]], float]) -> int | None:
+    """Fewer threads than there are, where a pass is clearly faster with them."""
+    most = torch.get_num_threads()
+
+    def limited(count: int) -> Callable[[], None]:
+        def work() -> None:
+            with few_threads(count):
+                run()
+
+        return work
+
+    run()
+    probes = {n: limited(n) for n in [2**k for k in range(most.bit_length()) if 2**k < most]}
+    once = {n: seconds(probe) for n, probe in probes.items()}
+    near = [n for n in probes if once[n] < 2 * min(once.values())]
+    took = _fastest({n: probes[n] for n in near} | {most: limited(most)}, seconds)
+    best = min(took, key=lambda count: (took[count], count))
+    return best if took[most] > _GAIN * took[best] else None
 
 
 def _probe(replay: Replay, name: str | None, tokens: int, length: int) -> Callable[[], None]:
