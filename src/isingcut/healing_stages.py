@@ -22,6 +22,7 @@ from isingcut.options import from_yaml, options_from
 from isingcut.removal import each_removal
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
+from isingcut.text_files import only_once
 
 if TYPE_CHECKING:
     from isingcut.healing_text import HealingText
@@ -58,6 +59,12 @@ def heal_config(config: RunConfig) -> HealConfig:
     if found.text == "self":
         raise InputError(
             "healing needs real text; name some in a file given as --heal-options (text: FILE)"
+        )
+    if found.text == config.calibration and only_once(found.text):
+        raise InputError(
+            f"healing needs more of the text than was measured on, but {found.text} is a pipe, "
+            "which can be read once; write it into a file, or name another text in a file given "
+            "as --heal-options (text: FILE)"
         )
     return found.replace(
         patch=config.patch,

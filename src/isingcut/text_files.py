@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, cast
 
 from isingcut.encoder import LONGEST, cut
 from isingcut.errors import CalibrationError
-from isingcut.inputs import SMALL, parse_json
+from isingcut.inputs import SMALL, parse_json, user_path
 from isingcut.model_sources import first_line
 
 Record = tuple[str, dict[str, Any]]
@@ -183,6 +183,14 @@ class TextFile:
                 raise CalibrationError(f"{self.name} has a line of more than {RECORD} characters")
             self._refuse_binary(line)
             yield line
+
+
+def only_once(source: str) -> bool:
+    """Whether a source is a pipe: what was read of it is gone."""
+    if source == "-":
+        return True
+    path = user_path(source)
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def text_file(path: Path, name: str, advice: str) -> TextFile:

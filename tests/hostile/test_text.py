@@ -284,6 +284,23 @@ def test_texts(arena, row):
     arena.try_row(row)
 
 
+HEAL = (
+    "heal {run}/model --teacher {model} --out new --length 16 --samples 3 --report-samples 3 "
+    "--steps 1 --dtype float32 --text "
+)
+HEALING = [
+    Row("heal a device", HEAL + "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
+    Row("heal a silent pipe", HEAL + "pipe", NOTHING, fifo("pipe")),
+    Row("heal a table", HEAL + "a.csv", "must have a column 'text'", written("a.csv", b"a,b\n1,2")),
+    Row("heal nothing", HEAL + "a.json", "a.json is empty", written("a.json", b"[]")),
+]
+
+
+@pytest.mark.parametrize("row", HEALING, ids=lambda row: row.name)
+def test_texts_to_heal_with(arena, row):
+    arena.try_row(row)
+
+
 # Standard input and pipes ----------------------------------------------------------------
 
 
@@ -383,6 +400,13 @@ def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
     arena.try_row(Row("solved", "solve new --remove 2", code=0, makes=("new*", "home*")))
     row = Row("the pipe is gone", command.replace("new", "other"), GONE + f" '/dev/fd/{end}'")
     arena.try_row(row)
+
+
+@pytest.mark.parametrize("option", ["--heal", "--patch linear"])
+def test_a_pipe_cannot_be_healed_with(arena, option):
+    with pipe_of(WORDS.encode()) as end, standard_input(end):
+        command = MEASURE.replace("energy", f"run --remove 2 {option}") + "-"
+        arena.try_row(Row("healing", command, "- is a pipe, which can be read once; write it into"))
 
 
 def test_a_named_pipe_is_waited_for(arena, monkeypatch):
