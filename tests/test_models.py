@@ -226,17 +226,20 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF and more")
 
-    def fails(path: Path, folder: Path) -> None:
+    def fails(path: Path, folder: Path, held: int) -> None:
         (folder / "half").write_text("done")
         raise ModelError("cannot")
 
+    monkeypatch.setattr(from_gguf, "_numbers", lambda path: 0)
     monkeypatch.setattr(from_gguf, "_convert", fails)
     with pytest.raises(ModelError, match="cannot"):
         models.resolve(str(file))
     assert list((tmp_path / "cache" / "gguf-2").iterdir()) == []
     calls = []
     monkeypatch.setattr(
-        from_gguf, "_convert", lambda path, folder: calls.append(tiny_checkpoint("llama", folder))
+        from_gguf,
+        "_convert",
+        lambda path, folder, held: calls.append(tiny_checkpoint("llama", folder)),
     )
     first = models.resolve(str(file))
     assert models.resolve(str(file)) == first

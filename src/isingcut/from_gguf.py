@@ -47,12 +47,13 @@ def converted(path: Path) -> Path:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "demo", f"reading {path.name}")
+    held = _numbers(path)
     # What a killed conversion left has the size of a model.
     clear_stale(target.parent)
     try:
         # Overwriting: another process may have finished the same conversion meanwhile.
         with atomic_folder(target, overwrite=True) as temporary:
-            _convert(path, temporary)
+            _convert(path, temporary, held)
     except InputError as e:
         raise ModelError(
             f"the converted model cannot be kept in {target.parent}: {_words(e)}; set "
@@ -66,23 +67,28 @@ def _words(error: InputError) -> str:
     return str(getattr(cause, "strerror", None) or error).lower()
 
 
-def _convert(path: Path, folder: Path) -> None:
+def _numbers(path: Path) -> int:
+    """How many numbers the file's tensors hold, once its header and its blocks are whole."""
+    from isingcut.gguf_header import read_gguf
+
+    header = read_gguf(path)
+    header.blocks()
+    return sum(math.prod(t.shape) for t in header.tensors.values())
+
+
+def _convert(path: Path, folder: Path, held: int) -> None:
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from isingcut.fit import bounded_structure, most_numbers
-    from isingcut.gguf_header import read_gguf
     from isingcut.models import refuse_incomplete, refuse_infinite
 
-    header = read_gguf(path)
-    header.blocks()
     loader: Any = AutoModelForCausalLM
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     # Newer transformers can keep GGUF weights packed, and then refuse to save them.
     packing = getattr(transformers, "GgufConfig", None)
     unpack = {} if packing is None else {"quantization_config": packing(dequantize=True)}
-    held = sum(math.prod(t.shape) for t in header.tensors.values())
     with (
         loading(f"{path.name} with transformers"),
         # One of its progress bars has no switch.

@@ -108,7 +108,7 @@ class GgufHeader:
         for tensor in self.tensors.values():
             if match := _BLOCK.match(tensor.name):
                 found.setdefault(int(match[1]), {})[match[2]] = tensor
-        if sorted(found) != list(range(count)):
+        if len(found) != count or max(found) != count - 1:
             raise CheckpointError(
                 f"{self.path} says {count} blocks but has tensors of {len(found)}: damaged or split"
             )

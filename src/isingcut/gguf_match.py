@@ -63,7 +63,13 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
                 f"{header.path} is of another model: its tensor {name} has the shape "
                 f"{list(reversed(tensor.shape))}, the run's model has {list(stored.shape)}"
             )
-        if name.endswith("norm.weight") and not _alike(header, tensor, stored):
+    for name, stored in names.items():
+        tensor = header.tensors.get(name)
+        if (
+            tensor is not None
+            and name.endswith("norm.weight")
+            and not _alike(header, tensor, stored)
+        ):
             raise InputError(
                 f"{header.path} is of another model: its tensor {name} has other values than the "
                 "run's model; give the GGUF that was made from it"

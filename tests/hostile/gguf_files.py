@@ -1,0 +1,151 @@
+"""GGUF files of the arena's tiny model, whole and hostile."""
+
+import struct
+from functools import cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+from isingcut.testing.tiny import tiny_model
+
+NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
+TEXT, LIST, WORD = 8, 9, 4
+
+
+def named(held):
+    """Tensors by the names that llama.cpp has for them."""
+    return {NAMES.get_name(n, try_suffixes=(".weight",)): t for n, t in held.items()}
+
+
+def write(path: Path, held, *, architecture="llama", blocks=6, **changes) -> None:
+    """A file of float32 tensors with metadata of a tiny llama; None leaves a key out."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    numbers = {
+        "block_count": blocks,
+        "context_length": 128,
+        "embedding_length": 32,
+        "feed_forward_length": 48,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "rope.dimension_count": 8,
+        "vocab_size": 262,
+        **changes,
+    }
+    for key, value in numbers.items():
+        name = f"{architecture}.{key}"
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        elif value is not None:
+            writer.add_uint32(name, value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "c"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 3)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for name, tensor in held.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def file(edit=lambda held: None, **metadata):
+    """``m.gguf`` of the arena's model, its tensors changed in place by ``edit``."""
+
+    def prepare(arena):
+        held = named(load_file(arena.model / "model.safetensors"))
+        edit(held)
+        write(arena.here / "m.gguf", held, **metadata)
+
+    return prepare
+
+
+def of_model(seed=0, **changes):
+    """``m.gguf`` of another tiny llama."""
+
+    @cache
+    def made():
+        model = tiny_model("llama", seed=seed, **changes)
+        return named({n: t.numpy() for n, t in model.state_dict().items()})
+
+    def prepare(arena):
+        write(arena.here / "m.gguf", made(), blocks=changes.get("num_hidden_layers", 6))
+
+    return prepare
+
+
+def lacking(*parts):
+    """The file without the tensors whose names hold one of ``parts``."""
+
+    def edit(held):
+        for name in [n for n in held if any(p in n for p in parts)]:
+            del held[name]
+
+    return file(edit)
+
+
+def changed(edit):
+    """The whole file, its bytes changed by ``edit``."""
+
+    def prepare(arena):
+        file()(arena)
+        path = arena.here / "m.gguf"
+        data = bytearray(path.read_bytes())
+        path.write_bytes(edit(data) or data)
+
+    return prepare
+
+
+def at(place, code, value):
+    """A number at a place of the file is another."""
+    return changed(lambda data: struct.pack_into(f"<{code}", data, place, value))
+
+
+def text(words) -> bytes:
+    """A text as GGUF has it."""
+    data = words if isinstance(words, bytes) else words.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def pair(key, kind, value: bytes) -> bytes:
+    """One entry of the metadata."""
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def info(name="a", shape=(32,), kind=0, offset=0, axes=None) -> bytes:
+    """One entry of the list of tensors."""
+    axes = len(shape) if axes is None else axes
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", axes, *shape, kind, offset)
+
+
+def raw(pairs=(), infos=(), *, version=3, tail=4096):
+    """A file written by hand."""
+
+    def prepare(arena):
+        head = b"GGUF" + struct.pack("<IQQ", version, len(infos), len(pairs))
+        data = head + b"".join(pairs) + b"".join(infos)
+        data += bytes(-len(data) % 32 + tail)
+        (arena.here / "m.gguf").write_bytes(data)
+
+    return prepare
+
+
+def nan(name):
+    """One number of a tensor is none."""
+
+    def edit(held):
+        held[name] = held[name].copy()
+        held[name].flat[5] = np.nan
+
+    return file(edit)

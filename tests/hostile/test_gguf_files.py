@@ -1,0 +1,225 @@
+"""GGUF files: believed in nothing that their bytes contradict, and never completed or half-cut."""
+
+import hashlib
+import os
+import resource
+import shutil
+import struct
+
+import pytest
+from arena import Row, snapshot
+
+pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+from gguf_files import (
+    LIST,
+    TEXT,
+    WORD,
+    at,
+    changed,
+    file,
+    info,
+    lacking,
+    nan,
+    of_model,
+    pair,
+    raw,
+    text,
+)
+
+LOOK = "inspect {here}/m.gguf"
+CUT = "excise {run} --gguf {here}/m.gguf"
+ENERGY = "energy {here}/m.gguf --calibration {text} --samples 2 --length 16 --out {here}/new"
+UP = "blk.2.ffn_up.weight"
+BAD = "damaged or no GGUF file: "
+
+
+def ones(held):
+    """A tensor of another shape."""
+    held["blk.1.ffn_norm.weight"] = held["output_norm.weight"].repeat(2)
+
+
+def seventh(held):
+    """Tensors of a block more than the metadata says."""
+    held["blk.6.ffn_up.weight"] = held[UP]
+
+
+def linked(target):
+    """A link in the file's place."""
+    return lambda arena: (arena.here / "m.gguf").symlink_to(target)
+
+
+def words(content):
+    """Other bytes in the file's place."""
+    return lambda arena: (arena.here / "m.gguf").write_bytes(content)
+
+
+# What stands in the header, for `inspect` (which converts) and for `excise --gguf` (which cuts).
+HEADERS = [
+    ("a block that lacks a tensor", lacking(UP), f"lacks the tensor {UP}, which block 0 has"),
+    ("an empty block", lacking("blk.3."), "says 6 blocks but has tensors of 5"),
+    ("a block more", file(seventh), "says 6 blocks but has tensors of 7"),
+    ("no block at all", lacking("blk."), "says 6 blocks but has tensors of 0"),
+    ("few blocks", file(block_count=3), "says 3 blocks but has tensors of 6"),
+    ("billions of blocks", file(block_count=2**32 - 1), "says 4294967295 blocks but has tensors"),
+    ("no number of blocks", file(block_count=None), "'llama.block_count' with a whole number"),
+    ("blocks in words", file(block_count="six"), "'llama.block_count' with a whole number"),
+    ("blocks in pieces", file(block_count=6.0), "'llama.block_count' with a whole number"),
+    ("zero blocks", file(block_count=0), "'llama.block_count' with a whole number above 0"),
+    ("a quarter of the file", changed(lambda d: d[: len(d) // 40]), BAD),
+    ("half of the file", changed(lambda d: d[: len(d) // 2]), BAD + ".* ends at byte"),
+    ("all but one byte", changed(lambda d: d[:-40]), BAD + ".* ends at byte"),
+    ("the magic alone", words(b"GGUF"), BAD + "it has 4 bytes"),
+    ("zeros after the magic", words(b"GGUF" + bytes(200)), BAD + "version 0"),
+    ("version 1", at(4, "I", 1), BAD + "version 1"),
+    ("version 9", at(4, "I", 9), BAD + "version 9"),
+    ("exa-many tensors", at(8, "Q", 2**60), BAD),
+    ("exa-many keys", at(16, "Q", 2**60), BAD),
+    ("a key of exabytes", at(24, "Q", 2**62), BAD + "a text of"),
+    ("a key of 2**64 bytes", at(24, "Q", 2**64 - 1), BAD + "a text of"),
+    ("a list of exabytes", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**40))]), BAD + "lists of"),
+    ("a list too long", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**20))]), BAD + "a list of"),
+    (
+        "a list of lists",
+        raw([pair("a", LIST, struct.pack("<IQIQ", 9, 1, 9, 1))]),
+        "a list of lists",
+    ),
+    ("texts without end", raw([pair("a", LIST, struct.pack("<IQ", 8, 2**20))]), BAD + "it ends"),
+    ("a value of no type", raw([pair("a", 99, b"")]), BAD + "metadata of the unknown type 99"),
+    ("a key twice", raw([pair("a", WORD, bytes(4))] * 2), BAD + "the metadata 'a' is there twice"),
+    ("a key that is no text", raw([pair(b"\xff\xfe", WORD, bytes(4))]), BAD + ".*utf-8"),
+    ("a tensor twice", raw([], [info()] * 2), BAD + "the tensor 'a' is there twice"),
+    ("two tensors in one place", raw([], [info(), info("b")]), "'a' and 'b' share bytes"),
+    ("a tensor of billions of axes", raw([], [info(axes=2**31)]), BAD + ".*2147483648 axes"),
+    ("a tensor without bound", raw([], [info(shape=(2**60,))]), BAD + ".*an impossible shape"),
+    ("a tensor beyond the end", raw([], [info(shape=(2**40,))]), BAD + ".* ends at byte"),
+    ("a tensor of no type", raw([], [info(kind=255)]), BAD + "255 is not a valid"),
+    ("a tensor between places", raw([], [info(offset=5)]), BAD + ".* ends at byte"),
+    ("packed by halves", raw([], [info(shape=(31,), kind=8)]), "not divide into packed groups"),
+    ("an alignment of nothing", raw([pair("general.alignment", WORD, bytes(4))]), "alignment of 0"),
+    ("no architecture", raw([], [info()]), "no metadata 'general.architecture'"),
+    (
+        "a number for an architecture",
+        raw([pair("general.architecture", WORD, bytes(4))]),
+        "no metad",
+    ),
+    (
+        "a long architecture",
+        raw([pair("general.architecture", TEXT, text("x" * 9999))]),
+        "no metad",
+    ),
+    ("a dangling file", linked("nowhere"), "m.gguf is a link to nothing"),
+    ("a device", linked("/dev/zero"), "m.gguf is a device; expected a plain file"),
+    ("a pipe", lambda arena: os.mkfifo(arena.here / "m.gguf"), "m.gguf is a pipe"),
+    ("a folder", lambda arena: (arena.here / "m.gguf").mkdir(), "no config.json|is a folder"),
+    ("an empty file", words(b""), "no(t a)? GGUF file"),
+    ("another format", words(b"PK\x03\x04" + bytes(100)), "no(t a)? GGUF file"),
+]
+# What only building the model shows.
+CONVERTED = [
+    ("blocks that all lack a tensor", lacking("ffn_up"), "lacks 6 tensors .*0.mlp.up_proj.weight"),
+    ("no norm", lacking("output_norm"), "lacks 1 tensors .*model.norm.weight"),
+    ("no embedding", lacking("token_embd"), "lacks 1 tensors .*embed_tokens"),
+    ("a tensor of another shape", file(ones), r"layernorm.weight in .* has the shape \[64\], its"),
+    ("another width", file(embedding_length=64), r"has the shape .*, its model wants .*64"),
+    ("a huge width", file(embedding_length=2**30), "which its weights cannot fill"),
+    ("a huge feed-forward", file(feed_forward_length=2**31), "which its weights cannot fill"),
+    ("no width", file(embedding_length=0), "m.gguf"),
+    ("a width in words", file(embedding_length="wide"), "cannot load m.gguf with transformers"),
+    ("heads in words", file(**{"attention.head_count": "four"}), "cannot load m.gguf with transf"),
+    ("no heads", file(**{"attention.head_count": 0}), "cannot load m.gguf with transformers"),
+    ("an unknown architecture", file(architecture="llama9"), "cannot load m.gguf with transf"),
+    ("NaN", nan(UP), r"model.layers.2.mlp.up_proj.weight in .* holds NaN or infinity"),
+]
+# What comparing with the run's model shows.
+OTHERS = [
+    (
+        "blocks that all lack a tensor",
+        lacking("ffn_up"),
+        "lacks the tensor blk.0.ffn_up.weight, wh",
+    ),
+    ("a file of another model", of_model(seed=9), "is of another model: .*norm.weight has other"),
+    ("a deeper model", of_model(num_hidden_layers=7), "it has 7 blocks, the run's model 6"),
+    (
+        "a wider model",
+        of_model(hidden_size=64),
+        "it has 32 numbers in its|another model: its tensor",
+    ),
+    ("another feed-forward", of_model(intermediate_size=64), "another model: its tensor blk.0.ffn"),
+    ("another width", file(embedding_length=64), "64 numbers in its stream, the run's model 32"),
+    ("NaN in a norm", nan("output_norm.weight"), "output_norm.weight has other values"),
+]
+
+
+def _rows():
+    for what, prepare, line in HEADERS:
+        yield Row(f"inspect: {what}", LOOK, line, prepare)
+        yield Row(f"excise: {what}", CUT, line, prepare)
+    for what, prepare, line in CONVERTED:
+        yield Row(
+            f"inspect: {what}", LOOK, line, prepare, makes=("home/cache", "home/cache/gguf-2")
+        )
+    for what, prepare, line in OTHERS:
+        yield Row(f"excise: {what}", CUT, line, prepare)
+    yield Row("energy: a block that lacks a tensor", ENERGY, f"lacks the tensor {UP}", lacking(UP))
+
+
+ROWS = list(_rows())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+def test_a_hostile_gguf_file_is_refused(arena, row):
+    arena.try_row(row)
+
+
+CACHED = ("home/cache*",)
+
+
+def test_a_whole_file_is_cut_beside_the_run(arena):
+    made = ("run/model.gguf", "run/run.json")
+    arena.try_row(Row("whole", CUT, "", file(), code=0, makes=made))
+    assert (arena.run / "model.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_a_conversion_clears_what_killed_ones_left(arena):
+    from isingcut.files import _machine
+
+    left = arena.home / "cache" / "gguf-2" / f".{'a' * 64}.{_machine()}-4194303.x.part"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(bytes(1000))
+    arena.try_row(Row("whole", LOOK, "6 blocks", file(), code=0, makes=CACHED))
+    assert not left.exists()
+
+
+def test_what_the_old_cache_holds_is_not_believed(arena):
+    lacking(UP)(arena)
+    digest = hashlib.sha256((arena.here / "m.gguf").read_bytes()).hexdigest()
+    shutil.copytree(arena.model, arena.home / "cache" / "gguf" / digest)
+    arena.try_row(Row("old", LOOK, f"lacks the tensor {UP}", makes=("home/cache/gguf-2",)))
+
+
+def test_a_converted_model_that_was_changed_is_refused(arena):
+    arena.try_row(Row("whole", LOOK, "6 blocks", file(), code=0, makes=CACHED))
+    (config,) = (arena.home / "cache").glob("gguf-2/*/config.json")
+    config.write_text(config.read_text().replace("silu", "gelu"))
+    arena.try_row(Row("changed", LOOK, "not as it was made: config.json in it was changed"))
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_choose_another(arena, monkeypatch):
+    monkeypatch.setenv("ISINGCUT_CACHE", str(arena.text / "cache"))
+    arena.try_row(Row("no folder", LOOK, "cannot be kept .*set ISINGCUT_CACHE", file()))
+
+
+def test_a_full_disk_leaves_no_half_made_model(arena):
+    file()(arena)
+    before = snapshot(arena.here)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        arena.try_row(
+            Row("full", LOOK, "cannot be kept .*set ISINGCUT_CACHE", makes=("home/cache*",))
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    made = snapshot(arena.here).keys() - before.keys()
+    assert made <= {"home/cache", "home/cache/gguf-2"}
