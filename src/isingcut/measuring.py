@@ -87,16 +87,10 @@ def _check_streaming(session: Session) -> None:
 
 def build_calibration(session: Session) -> Calibration:
     """The token splits of a run, not yet written."""
-    from isingcut.architectures import text_config
     from isingcut.calibration import build
 
     config = session.config
     _check_streaming(session)
-    longest = getattr(text_config(session.loaded.model), "max_position_embeddings", None)
-    if longest is not None and config.length > longest:
-        raise InputError(
-            f"--length {config.length} is more than the {longest} positions this model has"
-        )
     return build(
         config.calibration,
         session.loaded.tokenizer,

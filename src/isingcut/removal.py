@@ -45,16 +45,22 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
 
     Raises:
         ArchitectureError: no state of this model can be cut.
-        InputError: an impossible removal, or a block that the model does not have.
+        InputError: an impossible removal, a block that the model does not have, or samples that
+            are longer than its positions.
         InfeasibleError: the constraints clash, as far as they are known without the weights.
     """
-    if not (needed or config.removal):
-        return
     from isingcut.architectures.inspect import inspect_model
 
     found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
     if found.refusal:
         raise ArchitectureError(found.refusal)
+    if found.positions is not None and config.length > found.positions:
+        raise InputError(
+            f"--length {config.length} is more than the {found.positions} positions this model has"
+        )
+    if not (needed or config.removal):
+        kept_and_dropped(len(found.stack), config)
+        return
     blocks = {
         "blocks": [vars(b) for b in found.stack.blocks],
         "legality": [vars(row) for row in found.rows],
@@ -91,11 +97,7 @@ def removal_rows(
     else:
         most = np.ones(n)
         counts = [LinearConstraint("some stay", most, "<=", n - 1, "not every block goes")]
-    others: list[LinearConstraint] = []
-    if config.keep:
-        others += rows.keep(n, parse_indices(config.keep))
-    if config.drop:
-        others += rows.drop(n, parse_indices(config.drop))
+    others = kept_and_dropped(n, config)
     others += [LinearConstraint(**row) for row in blocks["legality"]]
     asked = parse_budgets(config.budget) if config.budget else []
     budgets = [b for b in asked if QUANTITIES[b.quantity].early or not early]
@@ -110,6 +112,20 @@ def removal_rows(
         alone = "each alone " if len(each) > 1 else ""
         raise InfeasibleError(f"{e}; the largest possible {alone}is {', '.join(each)}") from e
     return [*counts, *bounds, *others]
+
+
+def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
+    """The rows of `keep` and `drop`.
+
+    Raises:
+        InputError: a block that a model of ``n`` blocks does not have.
+    """
+    found: list[LinearConstraint] = []
+    if config.keep:
+        found += rows.keep(n, parse_indices(config.keep))
+    if config.drop:
+        found += rows.drop(n, parse_indices(config.drop))
+    return found
 
 
 def budget_row(blocks: Mapping[str, Any], wanted: Budget) -> LinearConstraint:

@@ -327,6 +327,7 @@ EARLY = [
     ("--budget params=99M", r"the largest possible is params=\d+$"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
     ("", "--remove was not given; say how many of the 6 blocks"),
+    ("--remove 2 --length 200", "--length 200 is more than the 128 positions this model has"),
 ]
 
 
@@ -336,8 +337,14 @@ def test_the_configuration_is_checked_before_weights_are_loaded(arena, monkeypat
         raise AssertionError("the weights were loaded")
 
     monkeypatch.setattr("isingcut.models.load", load)
-    command = "run {model} --out new --calibration {text} --length 16 " + words
+    short = "" if "--length" in words else "--length 16 "
+    command = "run {model} --out new --calibration {text} " + short + words
     arena.try_row(Row(words, command, line))
+
+
+def test_blocks_kept_are_checked_without_a_removal(arena):
+    command = "energy {model} --out new --calibration {text} --length 16 --keep 0,17"
+    arena.try_row(Row("energy", command, "cannot keep block 17: blocks are numbered 0 to 5"))
 
 
 def test_the_largest_budget_can_be_had(arena):

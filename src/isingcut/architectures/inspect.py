@@ -13,7 +13,7 @@ import torch
 
 from isingcut.architectures.auto import auto_class
 from isingcut.architectures.base import Block, BlockStack
-from isingcut.architectures.discover import find_stack
+from isingcut.architectures.discover import find_stack, text_config
 from isingcut.architectures.surgery import legality, materialise, with_depth
 from isingcut.checkpoint import StoredTensor
 from isingcut.constraints import LinearConstraint
@@ -35,6 +35,7 @@ class Inspection:
         quantisation: the quantisation method; empty for plain weights.
         other_bytes: stored bytes outside the blocks; 0 without weights.
         parameters: of the whole model, embeddings included.
+        positions: the longest sequence, where the model has a limit.
     """
 
     model_type: str
@@ -44,6 +45,7 @@ class Inspection:
     quantisation: str
     other_bytes: int
     parameters: int
+    positions: int | None
 
     def rules(self) -> list[str]:
         """The legality rows in words, rows of one reason together."""
@@ -133,6 +135,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         quantisation=str(quantisation.get("quant_method") or quantisation.get("quant_algo") or ""),
         other_bytes=other,
         parameters=sum(p.numel() for p in model.parameters()),
+        positions=getattr(text_config(model), "max_position_embeddings", None),
     )
 
 
