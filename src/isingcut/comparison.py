@@ -16,6 +16,7 @@ from isingcut.config import RunConfig
 from isingcut.errors import InputError
 from isingcut.files import read_json, write_json
 from isingcut.measuring import samples_of, splits_of, upstream
+from isingcut.options import shown
 from isingcut.removal import removal_rows
 from isingcut.runfolder import RunFolder
 from isingcut.session import Session
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
     from isingcut.tokens import TokenSet
 
 
+_LARGEST = 1_000_000
+
+
 def baseline_part(name: str, settings: Sequence[str]) -> Any:
     """The baseline called ``name`` with settings as ``option=value`` texts.
 
     Raises:
-        InputError: no such option, or a value of another type than its default's.
+        InputError: no such option, a value of another type than its default's, or a number
+            above a million.
     """
     from isingcut.baselines import registry
     from isingcut.yaml_file import parse_yaml
@@ -47,11 +52,11 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
         option = option.strip().replace("-", "_")
         if not equals or option not in known:
             listed = ", ".join(known) or "none"
-            raise InputError(f"--set {setting}: expected OPTION=VALUE; {name} has: {listed}")
+            raise InputError(f"--set {shown(setting)}: expected OPTION=VALUE; {name} has: {listed}")
         try:
             value = parse_yaml(text)
         except ValueError as e:
-            raise InputError(f"--set {setting}: {text!r} is not a readable value ({e})") from e
+            raise InputError(f"--set {shown(setting)} has no readable value ({e})") from e
         if isinstance(value, list):
             value = tuple(value)
         # Only a number may stand where the default is left to the method.
@@ -59,8 +64,11 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
         items = value if isinstance(value, tuple) and expected is tuple else ()
         if type(value) is not expected or any(type(v) is not int for v in items):
             raise InputError(
-                f"--set {setting}: expected a value like {known[option]!r}, got {text!r}"
+                f"--set {shown(setting)}: expected a value like {known[option]!r}, "
+                f"got {shown(text)}"
             )
+        if any(isinstance(v, int) and abs(v) > _LARGEST for v in (value, *items)):
+            raise InputError(f"--set {shown(setting)}: numbers end at {_LARGEST:,}")
         chosen[option] = value
     return part(**chosen)
 
