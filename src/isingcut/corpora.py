@@ -75,6 +75,20 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         if file.format == ".txt":
             return Corpus(name, "text", file.pieces())
         return _records_corpus(name, file.records(), tokenizer, lambda r: _shuffled(r, seed))
+    check(source)
+    # A hub data set may be huge: its rows arrive shuffled within a buffer instead.
+    return _records_corpus(source, _dataset(source, seed), tokenizer, lambda rows: rows)
+
+
+def check(source: str) -> None:
+    """Refuse a source that is a path at which nothing is; reads no text.
+
+    Raises:
+        CalibrationError: nothing is there, or a folder without data files.
+    """
+    path = user_path(source)
+    if source in ("wiki", "self", "-") or handed_over.is_name(source) or _is_file(path):
+        return
     named_as_file = path.name.lower().removesuffix(".gz").endswith(FORMATS)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
     if folder.is_dir():
@@ -83,8 +97,6 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
             raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
     elif named_as_file or source.startswith((".", "/", "~")):
         raise CalibrationError(f"there is no calibration file {source!r}; {_SOURCES}")
-    # A hub data set may be huge: its rows arrive shuffled within a buffer instead.
-    return _records_corpus(source, _dataset(source, seed), tokenizer, lambda rows: rows)
 
 
 def _is_file(path: Path) -> bool:

@@ -46,7 +46,7 @@ def heal(
     Raises:
         IsingcutError: bad input, in one line.
     """
-    from isingcut import healing_text
+    from isingcut import corpora, healing_text
     from isingcut.architectures import find_stack
     from isingcut.healers._processes import Processes
     from isingcut.healers._removed import recorded_removal, removal_by_weights
@@ -59,6 +59,7 @@ def heal(
     for name in ("student", "teacher", "out"):
         if not getattr(config, name):
             raise InputError(f"healing needs --{name}" if name != "student" else "no STUDENT given")
+    corpora.check(config.text)
     student, out = Path(config.student), Path(config.out)
     known = recorded_removal(student)
     if known is None and config.stream_teacher:

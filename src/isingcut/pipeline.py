@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut import healing_stages
+from isingcut import corpora, healing_stages
 from isingcut.config import RunConfig, from_mapping
 from isingcut.distributed import announce, led
 from isingcut.errors import InputError, StageFileError
@@ -145,6 +145,8 @@ def open_session(
     if need_removal:
         for one in each_removal(config):
             check_report(out if before is None else before.target(one.removal))
+    if before is None:
+        corpora.check(config.calibration)
     session = Session(config, progress, before.dtype if before else None)
     refuse_source(out, [session.source])
     check_by_config(session.source, config, needed=need_removal)
