@@ -56,7 +56,7 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
         try:
             value = parse_yaml(text)
         except ValueError as e:
-            raise InputError(f"--set {shown(setting)} has no readable value ({e})") from e
+            raise InputError(f"--set {shown(setting)} is not a readable value ({e})") from e
         if isinstance(value, list):
             value = tuple(value)
         # Only a number may stand where the default is left to the method.
