@@ -54,22 +54,22 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
     found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
     if found.refusal:
         raise ArchitectureError(found.refusal)
+    if needed or config.removal:
+        blocks = {
+            "blocks": [vars(b) for b in found.stack.blocks],
+            "legality": [vars(row) for row in found.rows],
+            "total_parameters": found.parameters,
+        }
+        several = each_removal(config)
+        # A range that is too long is refused by its end, not after solving for all before it.
+        for one in several[-1:] + several[:-1]:
+            removal_rows(blocks, one, early=True)
+    else:
+        kept_and_dropped(len(found.stack), config)
     if found.positions is not None and config.length > found.positions:
         raise InputError(
             f"--length {config.length} is more than the {found.positions} positions this model has"
         )
-    if not (needed or config.removal):
-        kept_and_dropped(len(found.stack), config)
-        return
-    blocks = {
-        "blocks": [vars(b) for b in found.stack.blocks],
-        "legality": [vars(row) for row in found.rows],
-        "total_parameters": found.parameters,
-    }
-    several = each_removal(config)
-    # A range that is too long is refused by its end, not after solving for all before it.
-    for one in several[-1:] + several[:-1]:
-        removal_rows(blocks, one, early=True)
 
 
 def removal_rows(

@@ -239,8 +239,8 @@ PLACES = [
     Row("nothing below a file", MEASURE + "text.txt/none.txt", GONE),
     Row("nothing at home", MEASURE + "~/none", GONE),
     Row("no such user", MEASURE + "~nobody-there/a.txt", "there is no such user's home folder"),
-    Row("no name", MEASURE + "''", "the calibration source is empty"),
-    Row("a blank name", MEASURE + "' '", "the calibration source is empty"),
+    Row("no name", MEASURE + "''", "--calibration is empty"),
+    Row("a blank name", MEASURE + "' '", "--calibration is empty"),
     Row("a long name", MEASURE + "x" * 300 + ".txt", "cannot be read: File name too long"),
     Row(
         "an empty folder",
