@@ -223,6 +223,19 @@ LOADED = [
         "the tokenizer",
     ),
 ]
+# A few of each sort, on the verbs that measure more.
+RUN = "run {model} --remove 2 --calibration {text} --samples 2 --length 16 --out {here}/new"
+HEAL = "heal {run}/model --teacher {model} --text {text} --length 16 --steps 1 --out {here}/new"
+SOME = [
+    ("a depth in words", config(num_hidden_layers="six"), INVALID),
+    ("a billion blocks", config(num_hidden_layers=10**9), MORE),
+    ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
+    ("a huge width", config(hidden_size=10**7), FILLS),
+    ("a deep config", deep("config.json"), DEEP),
+    ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
+    ("NaN", number(UP, np.nan), f"{UP} .* holds NaN or infinity"),
+    ("code of its own", config(**RUNS), "runs only if you trust it; .* pass --trust-remote-code"),
+]
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
     ("a long hub name", f"inspect {'x' * 5000}", "names no model"),
@@ -245,6 +258,9 @@ def _rows():
     for what, prepare, line in LOADED:
         yield Row(f"energy: {what}", ENERGY, line, prepare)
         yield Row(f"streamed: {what}", f"{ENERGY} --stream on", line, prepare)
+    for what, prepare, line in SOME:
+        yield Row(f"run: {what}", RUN, line, prepare)
+        yield Row(f"heal: {what}", HEAL, line, prepare)
     for what, command, line in NAMES:
         yield Row(what, command, line, lambda arena: (arena.here / "dangling").symlink_to("no"))
 
