@@ -18,6 +18,7 @@ from isingcut import cli, progress
 from isingcut.calibration import Calibration
 from isingcut.files import read_json
 from isingcut.measure import measure
+from isingcut.outputs import MARKER
 from isingcut.testing.tiny import tiny_checkpoint
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -231,6 +232,12 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     found = answer(capsys, "push", run, "me/cut", "--private")
     assert set(found) == documented_keys()["push"] | {"verb", "warnings"}
     assert call("push", run / "model", "me/cut") == 0
+    capsys.readouterr()
+    listed = answer(capsys, "push", run, "me/cut", "--dry-run")
+    assert listed["url"] is None
+    assert {f["name"]: f["bytes"] for f in listed["files"]} == {
+        p.name: p.stat().st_size for p in (run / "model").iterdir() if p.name != MARKER
+    }
     assert pushed == [(run / "model", "me/cut", True), (run / "model", "me/cut", False)]
 
 

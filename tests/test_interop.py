@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from isingcut import interop, interop_hub
 from isingcut.errors import ArchitectureError, InputError, StageFileError
+from isingcut.outputs import MARKER, mark
 from isingcut.testing.tiny import tiny_config
 from tiny import tiny_checkpoint
 
@@ -186,6 +187,17 @@ def test_push_uploads_every_file_with_the_card(hub, cut, monkeypatch):
     assert header["value"]["summary"] == "2 of 6 blocks removed by isingcut"
     sent = {f["value"]["path"]: base64.b64decode(f["value"]["content"]) for f in files}
     assert sent == {p.name: p.read_bytes() for p in cut.iterdir()}
+
+
+def test_the_marker_of_this_machine_stays_here(hub, cut, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    mark(cut)
+    named = {f["name"]: f["bytes"] for f in interop_hub.listing(cut, "me/cut")}
+    assert hub.seen == []
+    assert named == {p.name: p.stat().st_size for p in cut.iterdir() if p.name != MARKER}
+    interop_hub.push(cut, "me/cut", endpoint=hub.address)
+    lines = next(b for p, _, b in hub.seen if "/commit/" in p).splitlines()[1:]
+    assert {json.loads(line)["value"]["path"] for line in lines} == set(named)
 
 
 def test_a_refused_token_says_how_to_log_in(hub, cut, monkeypatch):

@@ -113,8 +113,10 @@ def _judged(error: Exception) -> tuple[int, str]:
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
     prepare()
+    # Kept, because the command line's library puts another stream in its place.
+    printed = sys.stdout
     code, words = _outcome()
-    lost = unwritable(sys.stdout)
+    lost = unwritable(printed)
     if lost is not None and not isinstance(lost, BrokenPipeError):
         code, words = 2, f"standard output cannot be written: {lost.strerror}"
     if words:

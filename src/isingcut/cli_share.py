@@ -63,6 +63,9 @@ def push(
     repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     message: Annotated[str, typer.Option(metavar="TEXT", help="Commit message.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded, and upload nothing.")
+    ] = False,
     **options: Any,
 ) -> Answer:
     """Upload the cut checkpoint to the Hugging Face Hub, with its model card.
@@ -72,11 +75,27 @@ def push(
     from isingcut import interop_hub
     from isingcut.healing_stages import product
     from isingcut.show import show_lines
+    from isingcut.show_plan import size
 
     checkpoint = directory
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
         checkpoint = product(folder, config)
+        folder.record(checkpoint)
+        folder.check(checkpoint)
+    data: dict[str, Any] = {
+        "url": None,
+        "repository": repository,
+        "private": private,
+        "folder": str(checkpoint),
+        "files": interop_hub.listing(checkpoint, repository),
+    }
+    if dry_run:
+        whole = sum(f["bytes"] for f in data["files"])
+        shown = [
+            *(f"{f['name']}: {size(f['bytes'])}" for f in data["files"]),
+            f"{size(whole)} of {checkpoint} would go to {repository}; nothing was uploaded",
+        ]
+        return Answer(data, lambda: show_lines(shown), brief=shown[-1])
     url = interop_hub.push(checkpoint, repository, private=private, message=message)
-    data = {"url": url, "repository": repository, "private": private, "folder": str(checkpoint)}
-    return Answer(data, lambda: show_lines([url]), brief=url)
+    return Answer({**data, "url": url}, lambda: show_lines([url]), brief=url)

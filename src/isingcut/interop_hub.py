@@ -7,8 +7,11 @@ from typing import Any, cast
 
 from isingcut.errors import InputError, StageFileError
 from isingcut.files import read_json
+from isingcut.outputs import MARKER
 
 _RECORD = "isingcut.json"
+# What says on this machine that the folder is ours is nothing to others.
+_KEPT = (MARKER,)
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token that may write)"
 
 
@@ -39,6 +42,7 @@ def push(
         InputError: the repository's name or the token is refused, or the hub not reached.
     """
     record = cut_record(checkpoint)
+    _check_name(repository)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -52,11 +56,14 @@ def push(
     api = HfApi(endpoint=endpoint, library_name="isingcut")
     removed = [int(b) for b in record["removed"]]
     words = message or f"{len(removed)} of {record['of']} blocks removed by isingcut"
-    if repository.count("/") != 1:
-        raise InputError(f"expected a repository like owner/name, got {repository!r}")
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(folder_path=checkpoint, repo_id=made.repo_id, commit_message=words)
+        api.upload_folder(
+            folder_path=checkpoint,
+            repo_id=made.repo_id,
+            commit_message=words,
+            ignore_patterns=[*_KEPT],
+        )
     except HFValidationError as e:
         raise InputError(f"expected a repository like owner/name: {_first(e)}") from e
     except LocalTokenNotFoundError as e:
@@ -69,7 +76,41 @@ def push(
         raise InputError(f"the hub refused {repository}: {_first(e)}{hint}") from e
     except (OSError, transport_error) as e:
         raise InputError(f"uploading to {repository} failed ({_first(e)}); run again") from e
+    except ValueError as e:
+        # A card whose header is no YAML, or whose text is not UTF-8.
+        raise InputError(f"{checkpoint} cannot be uploaded: {_first(e)}") from e
     return str(made.url)
+
+
+def listing(checkpoint: Path, repository: str) -> list[dict[str, Any]]:
+    """What `push` would upload: name and bytes of every file. Asks nothing of the network.
+
+    Raises:
+        StageFileError: ``checkpoint`` was not written by isingcut.
+        InputError: the repository's name is none.
+    """
+    cut_record(checkpoint)
+    _check_name(repository)
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        DEFAULT_IGNORE_PATTERNS,
+        filter_repo_objects,
+        validate_repo_id,
+    )
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as e:
+        raise InputError(f"expected a repository like owner/name: {_first(e)}") from e
+    found = sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    names = [p.relative_to(checkpoint).as_posix() for p in found]
+    sent = filter_repo_objects(names, ignore_patterns=[*_KEPT, *DEFAULT_IGNORE_PATTERNS])
+    return [{"name": name, "bytes": (checkpoint / name).stat().st_size} for name in sent]
+
+
+def _check_name(repository: str) -> None:
+    if repository.count("/") != 1:
+        raise InputError(f"expected a repository like owner/name, got {repository!r}")
 
 
 def cut_record(checkpoint: Path) -> dict[str, Any]:

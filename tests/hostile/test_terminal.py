@@ -1,0 +1,295 @@
+"""What is printed where: names that look like markup, narrow and foreign terminals, full disks."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from arena import Arena, Row, call
+
+from isingcut import cli
+from isingcut.printing import one_line, printable
+
+# Words of the command line ------------------------------------------------------------------
+
+USAGE = [
+    Row(name, command, line)
+    for name, command, line in (
+        ("no such verb", "zorp", "No such command 'zorp'; see isingcut --help"),
+        ("no such option", "solve {run} --zorp", "No such option.*--zorp.*see isingcut solve --h"),
+        ("no such option of all", "--zorp ls", "No such option.*--zorp.*; see isingcut --help"),
+        ("nothing to work on", "solve", "Missing argument 'DIR'; see isingcut solve --help"),
+        ("no value", "solve {run} --remove", "requires an argument; see isingcut"),
+        ("a text for a number", "solve {run} --states x", "'--states'.*; see isingcut solve --hel"),
+        ("too many", "ls a b", "unexpected extra argument.*; see isingcut ls --help"),
+        ("below the least", "evaluate {run} --tasks x --questions 0", "'--questions'.*; see isin"),
+    )
+]
+
+
+@pytest.mark.parametrize("row", USAGE, ids=[r.name for r in USAGE])
+def test_wrong_words_are_one_line(arena, row):
+    arena.try_row(row)
+    assert "Usage:" not in call(["zorp"])[2]
+
+
+@pytest.mark.parametrize(
+    "command", ["solve {here}", "solve {run} --zorp", "solve {run} --remove 99", "report {text}"]
+)
+def test_debug_shows_the_place_and_keeps_the_code(arena, command):
+    words = command.format(here=arena.here, run=arena.run, text=arena.text).split()
+    code, _, plain = call(words)
+    assert code == 2
+    debugged, _, told = call(["--debug", *words])
+    assert debugged == 2
+    assert told.startswith("Traceback")
+    assert told.endswith(plain)
+
+
+# Names --------------------------------------------------------------------------------------
+
+NAMES = ["[bold]m[/]", "[/]", "[link=x]", ":smile:", "m\x1b[31mred", "m\u202eevil", "m\x07\x9bz"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_name_is_printed_as_it_is(arena, name):
+    run = shutil.move(arena.run, arena.here / name)
+    shown = printable(str(run))
+    code, out, err = call(["solve", str(run), "--remove", "3"])
+    assert code == 0, err
+    assert f"wrote {shown}/remove-3/spectrum.json" in out
+    code, out, _ = call(["report", str(run)])
+    assert code == 0
+    assert shown in out
+    assert printable(out) == out
+    code, _, err = call(["report", str(run / "nothing")])
+    assert code == 2
+    assert f"isingcut: {shown}/nothing is not an isingcut run folder" in err
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_model_is_shown_as_it_is_called(arena, name):
+    model = shutil.move(arena.model, arena.here / name)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    code, out, err = call(["inspect", str(model)])
+    assert code == 0, err
+    assert config["model_type"] in out
+    code, _, err = call(["inspect", str(model / "nothing")])
+    assert code == 2
+    assert printable(err) == err
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_bar_shows_its_words_as_they_are(monkeypatch, name):
+    from isingcut.progress import terminal
+
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with terminal(name, 2) as bar:
+        bar.advance(1, "lowest 1.0")
+    assert printable(name) in screen.getvalue()
+
+
+def test_control_characters_are_spelled_out():
+    assert printable("a\x1b[2J\x9b\x7f\ud800\u2066b") == r"a\x1b[2J\x9b\x7f\ud800\u2066b"
+    assert printable("a\tb\n±·é漢") == "a\tb\n±·é漢"
+    assert one_line("a\n  b\r\nc\rd") == r"a b c\rd"
+
+
+# Terminals ----------------------------------------------------------------------------------
+
+
+def printed(arguments, stream):
+    """Exit code and stderr of the command line, with ``stream`` as its stdout."""
+    err, argv = io.StringIO(), sys.argv
+    sys.argv = ["isingcut", *arguments]
+    try:
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as e:
+        return int(e.code or 0), err.getvalue()
+    finally:
+        sys.argv = argv
+    return 0, err.getvalue()
+
+
+def in_memory(encoding):
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+
+
+COMMANDS = ["solve {run} --remove 2", "inspect {model}", "ls", "--help", "solve --help"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tables_come_in_any_encoding(arena, command, encoding):
+    words = command.format(run=arena.run, model=arena.model).split()
+    out = in_memory(encoding)
+    code, err = printed(words, out)
+    assert code == 0, err
+    text = out.buffer.getvalue().decode(encoding)
+    assert text.strip()
+    assert "\\u" not in text
+    assert encoding == "utf-8" or words == ["ls"] or "|" in text
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "7", "x", "-3", "100000"])
+@pytest.mark.parametrize("command", COMMANDS[:2])
+def test_no_terminal_is_too_narrow(arena, monkeypatch, command, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = in_memory("utf-8")
+    code, err = printed(command.format(run=arena.run, model=arena.model).split(), out)
+    assert code == 0, err
+    assert out.buffer.getvalue()
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "solve {run} --json", "ls --quiet", "--version"])
+def test_a_full_disk_under_stdout_is_one_line(arena, command):
+    words = command.format(run=arena.run, model=arena.model).split()
+    if "--quiet" in words:
+        words = ["solve", str(arena.run), "--quiet"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        code, err = printed(words, full)
+    assert code == 2
+    lines = err.splitlines()
+    assert "No space left on device" in lines[-1]
+    assert sum(line.startswith("isingcut: ") for line in lines) == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_reader_that_has_enough_is_no_error(arena, command):
+    words = command.format(run=arena.run, model=arena.model).split()
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", encoding="utf-8") as pipe:
+        code, err = printed(words, pipe)
+    assert code == 0, err
+    assert "isingcut: " not in err
+
+
+@pytest.mark.parametrize(("command", "code"), [("solve {run}", 0), ("solve {here}", 2)])
+def test_a_full_disk_under_stderr_stops_nothing(arena, monkeypatch, command, code):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(sys, "argv", ["isingcut", *command.format(
+        run=arena.run, here=arena.here).split()])  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+
+
+SHELL = {
+    "stdout full": ("ls > /dev/full", 2, r"standard output cannot be written: No space left"),
+    "both full": ("zorp > /dev/full 2> /dev/full", 2, "^$"),
+    "stderr full": ("zorp 2> /dev/full", 2, "^$"),
+    "stdout closed": ("ls >&-", 0, "^$"),
+    "stderr closed": ("zorp 2>&-", 2, "^$"),
+    "all closed": ("ls <&- >&- 2>&-", 0, "^$"),
+    "a reader gone": ("ls | head -c 1; exit ${PIPESTATUS[0]}", 0, "^$"),
+    "in ASCII": ("solve run", 0, "^$"),
+    "without a home": ("ls", 0, "^$"),
+}
+
+
+@pytest.mark.parametrize(("typed", "code", "line"), SHELL.values(), ids=SHELL)
+def test_streams_of_the_shell(arena, typed, code, line):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    environment.pop("HOME")
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m isingcut.cli {typed}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=arena.here,
+        env=environment,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(line, done.stderr.strip()), done.stderr
+
+
+# What the operating system refuses ------------------------------------------------------------
+
+REFUSALS = {
+    "EACCES": "Permission denied",
+    "EROFS": "Read-only file system",
+    "EIO": "Input/output error",
+    "ENOSPC": "no space left on the disk",
+    "EDQUOT": "no space left on the disk",
+    "ENAMETOOLONG": "File name too long",
+    "EFBIG": "File too large",
+    "EMFILE": "Too many open files",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), REFUSALS.items(), ids=REFUSALS)
+def test_a_disk_that_refuses_is_one_line(arena: Arena, monkeypatch, name, words):
+    def refuse(*arguments, **options):
+        number = getattr(errno, name)
+        raise OSError(number, os.strerror(number), str(arena.run / "report.json"))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    arena.try_row(Row("report", "report {run}", words))
+
+
+PLACES = [
+    Row("a run folder below a file", "report {text}/run", "not an isingcut run folder"),
+    Row("a name too long", "solve {here}/" + "n" * 300, "File name too long"),
+    Row(
+        "a comparison into a file's folder",
+        "report {run} {run} --out {text}/c.html",
+        "cannot write .*(File exists|Not a directory)",
+    ),
+    Row(
+        "a comparison with a long name",
+        "report {run} {run} --out {here}/" + "n" * 300,
+        "File name too long",
+    ),
+    Row(
+        "a comparison onto a dangling link",
+        "report {run} {run} --out {here}/link.html",
+        "stays as it is|already exists|link",
+        lambda a: os.symlink("nowhere", a.here / "link.html"),
+    ),
+    Row(
+        "a comparison onto a loop of links",
+        "report {run} {run} --out {here}/loop.html",
+        "loop|Too many levels|stays as it is|already exists",
+        lambda a: os.symlink("loop.html", a.here / "loop.html"),
+    ),
+    Row(
+        "a comparison onto a folder",
+        "report {run} {run} --out {home} --overwrite",
+        "stays as it is",
+    ),
+    Row(
+        "a recipe below a file",
+        "export {run} --mergekit {home}/diary.txt/r.yaml",
+        "cannot write .*(File exists|Not a directory)|is no folder",
+    ),
+]
+
+
+@pytest.mark.parametrize("row", PLACES, ids=[r.name for r in PLACES])
+def test_a_place_that_is_none_is_one_line(arena, row):
+    arena.try_row(row)
+
+
+def test_a_nul_byte_is_one_line(arena):
+    code, _, err = call(["report", "a\0b"])
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert "\0" not in err
