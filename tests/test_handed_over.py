@@ -55,7 +55,10 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     given = isingcut.prune(
         model, 2, tokenizer=tokenizer, calibration=TEXTS, out=tmp_path / "b", **OPTIONS
     )
-    assert energies(given) == energies(named)
+    # Not to the last digit: each run times for itself how it computes.
+    assert [e[0] for e in energies(given)] == [e[0] for e in energies(named)]
+    for ours, theirs in zip(energies(given), energies(named), strict=True):
+        assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
     provenance = [
         json.loads((tmp_path / k / "run.json").read_text(encoding="utf-8"))["provenance"]
         for k in "ab"
