@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from isingcut import handed_over
+from isingcut import handed_over, text_files
 from isingcut.chat_templates import Renderer
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
 from isingcut.inputs import user_path
@@ -66,28 +66,30 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         return Corpus(source, "documents", _distinct(_shuffled(_wiki(), seed)))
     if (held := handed_over.find(source)) is not None:
         return _records_corpus(source, _listed(held), tokenizer, lambda r: _shuffled(r, seed))
-    if not source.strip():
-        raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
-    path = user_path(source)
+    check(source)
+    path, name = user_path(source), _name(source)
     if source == "-" or _is_file(path):
-        name = "standard input" if source == "-" else source
         file = text_file(path, name, _SOURCES)
         if file.format == ".txt":
             return Corpus(name, "text", file.pieces())
         return _records_corpus(name, file.records(), tokenizer, lambda r: _shuffled(r, seed))
-    check(source)
     # A hub data set may be huge: its rows arrive shuffled within a buffer instead.
     return _records_corpus(source, _dataset(source, seed), tokenizer, lambda rows: rows)
 
 
 def check(source: str) -> None:
-    """Refuse a source that is a path at which nothing is; reads no text.
+    """Refuse a source that cannot be one; reads no text.
 
     Raises:
-        CalibrationError: nothing is there, or a folder without data files.
+        CalibrationError: nothing is there, a folder without data files, or no file of text.
     """
+    if not source.strip():
+        raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
+    if source in ("wiki", "self") or handed_over.find(source) is not None:
+        return
     path = user_path(source)
-    if source in ("wiki", "self", "-") or handed_over.is_name(source) or _is_file(path):
+    if source == "-" or _is_file(path):
+        text_files.check(path, _name(source), _SOURCES)
         return
     named_as_file = path.name.lower().removesuffix(".gz").endswith(FORMATS)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
@@ -97,6 +99,10 @@ def check(source: str) -> None:
             raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
     elif named_as_file or source.startswith((".", "/", "~")):
         raise CalibrationError(f"there is no calibration file {source!r}; {_SOURCES}")
+
+
+def _name(source: str) -> str:
+    return "standard input" if source == "-" else source
 
 
 def _is_file(path: Path) -> bool:

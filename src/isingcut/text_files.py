@@ -204,18 +204,13 @@ def text_file(path: Path, name: str, advice: str) -> TextFile:
     Raises:
         CalibrationError: of no known kind, a device, a terminal, or not to be opened.
     """
-    words = path.name.lower()
-    packed = words.endswith(".gz")
-    suffix = Path(words.removesuffix(".gz")).suffix
+    check(path, name, advice)
+    suffix, packed = _kind(path)
     known = suffix in FORMATS
     with _clear_errors(name):
-        descriptor = _descriptor(path, name)
+        descriptor = _descriptor(path)
         plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
         stream: BinaryIO = io.BufferedReader(_Descriptor(descriptor, name, waits=not plain))
-        nameless = str(path) == "-" or str(path).startswith(("/dev/", "/proc/"))
-        if plain and not (known or packed or nameless):
-            stream.close()
-            raise CalibrationError(f"{name} is not one of {', '.join(FORMATS)}; {advice}")
         if not plain:
             stream = _limited(stream, name)
         if not known:
@@ -230,16 +225,33 @@ def text_file(path: Path, name: str, advice: str) -> TextFile:
     return TextFile(name, suffix, stream)
 
 
-def _descriptor(path: Path, name: str) -> int:
-    """Open for reading, without waiting for anybody to write."""
-    mode = os.fstat(0).st_mode if str(path) == "-" else path.stat().st_mode
+def check(path: Path, name: str, advice: str) -> None:
+    """Refuse what `text_file` would refuse before it reads; the arguments are the same."""
+    typed = str(path)
+    with _clear_errors(name):
+        mode = os.fstat(0).st_mode if typed == "-" else path.stat().st_mode
+        terminal = typed == "-" and os.isatty(0)
+    if terminal:
+        raise CalibrationError(
+            "standard input is a terminal; pipe a text into it, for example: "
+            "cat my-text.txt | isingcut ... --calibration -"
+        )
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-        if str(path) == "-" and os.isatty(0):
-            raise CalibrationError(
-                "standard input is a terminal; pipe a text into it, for example: "
-                "cat my-text.txt | isingcut ... --calibration -"
-            )
         raise CalibrationError(f"{name} is a device; expected a file or a pipe")
+    suffix, packed = _kind(path)
+    nameless = typed == "-" or typed.startswith(("/dev/", "/proc/"))
+    if stat.S_ISREG(mode) and not (suffix in FORMATS or packed or nameless):
+        raise CalibrationError(f"{name} is not one of {', '.join(FORMATS)}; {advice}")
+
+
+def _kind(path: Path) -> tuple[str, bool]:
+    """The ending of a name, and whether it says that the file is packed."""
+    words = path.name.lower()
+    return Path(words.removesuffix(".gz")).suffix, words.endswith(".gz")
+
+
+def _descriptor(path: Path) -> int:
+    """Open for reading, without waiting for anybody to write."""
     if str(path) == "-":
         return os.dup(0)
     return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
