@@ -161,7 +161,12 @@ NAMES = {
     "os.system": "unknown solver 'os.system'",
     "../exact": "unknown solver '../exact'",
 }
-SOLVE = "solve {run} --remove 3 --solve-seconds 0.3 --solver "
+SOLVE = "solve {run} --remove 3 --solver "
+
+
+def bad(line):
+    """The command for a sampler of which this is said; one that does not end gets little time."""
+    return SOLVE + "dimod:bad.Bad" + " --solve-seconds 0.3" * ("did not end" in line)
 
 
 def module(text):
@@ -173,8 +178,8 @@ def method(body):
 
 
 ROWS = [
-    *(Row(n, SOLVE + "dimod:bad.Bad", line, method(body)) for n, (body, line) in CALLS.items()),
-    *(Row(n, SOLVE + "dimod:bad.Bad", line, module(text)) for n, (text, line) in MODULES.items()),
+    *(Row(n, bad(line), line, method(body)) for n, (body, line) in CALLS.items()),
+    *(Row(n, bad(line), line, module(text)) for n, (text, line) in MODULES.items()),
     *(Row(f"the name {n}", f"{SOLVE}'{n}'", line) for n, line in NAMES.items()),
     *(
         Row(f"run with the name {n}", f"run {{model}} --remove 2 --calibration {{text}} --length 16"
@@ -248,6 +253,27 @@ def test_a_sampler_that_a_run_folder_remembers_is_used_when_typed_again(place):
     method("return dimod.ExactSolver().sample(bqm)")(place)
     typed = "solve {run} --remove 3 --solver dimod:bad.Bad"
     place.try_row(Row("typed", typed, code=0, makes=("run/*",)))
+
+
+def computed(arena, **changes):
+    file = arena.run / "run.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["provenance"]["computed"]["cpu"].update(changes)
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention": "someone/kernel"}, {"threads": 0}, {"threads": 10**6}, {"threads": "all"},
+     {"batch_tokens": 0}],
+    ids=str,
+)  # fmt: skip
+def test_a_run_folder_chooses_no_kernel_and_no_thousand_threads(arena, changes):
+    (name,) = changes
+    command = "rank {run} --random-states 31 --overwrite"
+    arena.try_row(
+        Row("computed", command, f"run.json.*computed.*{name}", lambda a: computed(a, **changes))
+    )
 
 
 # Speed, which may be left out ---------------------------------------------------------
