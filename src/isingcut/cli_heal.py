@@ -39,10 +39,12 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     from isingcut.files import read_json
     from isingcut.heal import heal as run_heal
     from isingcut.healers import RECORD
-    from isingcut.show_scores import show_healing
+    from isingcut.show_scores import healing_warnings, show_healing
 
     values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
-    folder = run_heal(HealConfig(**values), progress=progress)
+    folder = run_heal(
+        HealConfig(**values), progress=progress, sources=[config] if config else []
+    )
     if os.environ.get("RANK", "0") != "0":
         # Of several processes one has the last word.
         raise typer.Exit
@@ -51,6 +53,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
         {"checkpoint": str(folder), **_body(found)},
         lambda: show_healing(found, folder),
         brief=str(folder),
+        warnings=healing_warnings(found),
     )
 
 

@@ -349,6 +349,9 @@ class HealConfig:
     stream_teacher: bool = option(
         False, "heal", "Read the original block by block from disk; needs --top-k."
     )
+    other_teacher: bool = option(
+        False, "heal", "Take a teacher that is not the model which the cut's record names."
+    )
     lora_rank: int = option(16, "heal", "Rank of the LoRA matrices.", low=1, high=2**16)
     lora_alpha: int = option(32, "heal", "Their scale.", low=1, high=_MANY)
     gradient_checkpointing: bool = option(

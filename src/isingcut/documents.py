@@ -360,10 +360,20 @@ class Healed(Perplexity):
     original_perplexity: Positive
 
 
+class PatchedCut(Part):
+    """What was folded into the block before one cut; older files do not say whether it changed."""
+
+    block: Index
+    layer: str
+    changed: bool = True
+
+
 class Patch(Part):
     """What the linear patch alone came to."""
 
     scores: Healed
+    changed: bool = True
+    cuts: list[PatchedCut] = []
 
 
 class Step(Part):
@@ -394,6 +404,34 @@ class Healing(Part):
     of: Some
     report_tokens: Count
     options: HealOptions
+
+
+class HealingWork(Part):
+    """`identity.json` of an unfinished healing: what it depends on."""
+
+    work: str
+    training: str
+
+
+class HealingCurve(Part):
+    """The training curve up to a saved state."""
+
+    steps: list[Step]
+
+
+class HealingTargets(Part):
+    """How many samples the teacher has answered."""
+
+    samples: Count
+
+
+class HealingTrained(HealingCurve):
+    """What a finished training has to say."""
+
+    tokens_seen: Count
+    samples: Count
+    processes: Some
+    trained_parameters: Count
 
 
 class HealedCandidate(Part):
@@ -526,6 +564,12 @@ KINDS: dict[str, type[Part]] = {
     "evaluation": Evaluation,
     "baseline": Baseline,
     "healing": Healing,
+    "healing-before": Healed,
+    "healing-patched": Patch,
+    "healing-work": HealingWork,
+    "healing-curve": HealingCurve,
+    "healing-targets": HealingTargets,
+    "healing-trained": HealingTrained,
     "healed-candidate": HealedCandidate,
     "healed-candidates": HealedCandidates,
     "benchmarks": Benchmarks,

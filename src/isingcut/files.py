@@ -25,6 +25,14 @@ _TEMPORARY = re.compile(
 )
 
 
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error is a full disk's: the system's own, or of a library that hides it."""
+    # torch's writer says where it stopped and not why.
+    said = ("PytorchStreamWriter failed", "unexpected pos")
+    full = _code_of(error) in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(words in str(error) for words in said)
+
+
 @contextlib.contextmanager
 def clear_os_errors(target: Path) -> Iterator[None]:
     """Turn what the operating system refuses while ``target`` is written into one clear line.
@@ -35,13 +43,12 @@ def clear_os_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        code = _code_of(e)
-        if code in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(e):
             raise InputError(
                 f"no space left on the disk while writing {target}; nothing was kept there: "
                 "free some space or choose another --out, then run the same command again"
             ) from e
-        if code in _REFUSED:
+        if (code := _code_of(e)) in _REFUSED:
             raise InputError(
                 f"cannot write {target}: {os.strerror(code)}; choose an --out that you may write to"
             ) from e

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from isingcut.config import HealConfig, RunConfig
 from isingcut.crew import expected
 from isingcut.errors import InputError
-from isingcut.files import read_json, write_json
+from isingcut.files import fingerprint, read_json, write_json
+from isingcut.healing_work import held
 from isingcut.inputs import user_path
 from isingcut.measuring import splits_of, upstream
 from isingcut.options import from_yaml, options_from
@@ -44,6 +45,7 @@ def heal_config(config: RunConfig) -> HealConfig:
     """
     values = from_yaml(HealConfig, user_path(config.heal_options)) if config.heal_options else {}
     set_by_run = {"student", "teacher", "out", "patch", "device", "trust_remote_code", "overwrite"}
+    set_by_run |= {"other_teacher"}
     taken = sorted(set_by_run & values.keys())
     if taken:
         raise InputError(
@@ -100,18 +102,17 @@ def check(session: Session) -> None:
 def text_of(session: Session, folder: RunFolder, config: HealConfig) -> HealingText:
     """Text to heal with that no split of the run holds."""
     from isingcut import healing_text
-    from isingcut.architectures import text_config
     from isingcut.calibration import Calibration
+    from isingcut.heal import sample_length
 
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
     same = config.text == own.source and config.seed == own.meta.get("seed")
-    longest = getattr(text_config(session.loaded.model), "max_position_embeddings", None)
     return healing_text.build(
         config.text,
         session.loaded.tokenizer,
         samples=config.samples,
         report_samples=config.report_samples,
-        length=min(config.length, int(longest or config.length)),
+        length=sample_length(config, session.loaded.model),
         seed=config.seed,
         used=own if same else None,
         model=session.loaded.model,
@@ -143,15 +144,15 @@ def choose(session: Session, folder: RunFolder) -> dict[str, Any] | None:
     def make(path: Path) -> None:
         work = target / ".heal-top"
         text = text_of(session, folder, healing)
-        rows = [
-            _tried(session, folder, healing, state, text, work / "-".join(map(str, state)))
-            for state in states
-        ]
-        for row, before in zip(rows, best, strict=True):
-            row["kl_before"] = before["kl"]
-        chosen = min(rows, key=lambda row: row["kl"])
-        write_json(path, "healed-candidates", {"candidates": rows, "chosen": chosen})
-        shutil.rmtree(work)
+        with held(work, fingerprint(options)):
+            rows = [
+                _tried(session, folder, healing, state, text, work / "-".join(map(str, state)))
+                for state in states
+            ]
+            for row, before in zip(rows, best, strict=True):
+                row["kl_before"] = before["kl"]
+            chosen = min(rows, key=lambda row: row["kl"])
+            write_json(path, "healed-candidates", {"candidates": rows, "chosen": chosen})
 
     return folder.stage(
         "heal", target / CHOICE, options, make, lambda p: read_json(p, "healed-candidates")
@@ -225,10 +226,12 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     options = {**_options(folder, healing), "model": excised["fingerprint"]}
 
     def make(path: Path) -> None:
-        if path.exists():
-            shutil.rmtree(path)
+        if (target / RECORD).exists():
+            # Replaced at the end; what is no record of a healing is refused now.
+            read_json(target / RECORD, "healing")
         text = text_of(session, folder, healing)
-        heal_checkpoint(healing, session.loaded, removed, cut, text, path, session.progress)
+        ours = healing.replace(overwrite=True)
+        heal_checkpoint(ours, session.loaded, removed, cut, text, path, session.progress)
         shutil.copyfile(path / RECORD, target / RECORD)
 
     return folder.stage("heal", target / HEALED, options, make, lambda path: path)

@@ -272,13 +272,19 @@ def report_kb(page: Path) -> float:
 
 
 def run_warnings(target: Path) -> list[str]:
-    """The warnings of a finished run's ranking."""
+    """The warnings of a finished run's ranking and healing."""
+    from isingcut.healers import RECORD
     from isingcut.report_words import ranking_warnings
     from isingcut.runfolder import MANIFEST
+    from isingcut.show_scores import healing_warnings
 
     ranking = read_json(target / "candidates.json", "candidates")
     home = target if (target / MANIFEST).is_file() else target.parent
-    return ranking_warnings(read_json(home / MANIFEST, "run")["config"]["energy"], ranking)
+    healing = target / RECORD
+    return [
+        *ranking_warnings(read_json(home / MANIFEST, "run")["config"]["energy"], ranking),
+        *(healing_warnings(read_json(healing, "healing")) if healing.is_file() else []),
+    ]
 
 
 def show_run(target: Path, *, generation: bool = False) -> None:

@@ -11,6 +11,19 @@ from isingcut.console import console
 from isingcut.report_words import plus_minus
 
 
+def healing_warnings(found: dict[str, Any]) -> list[str]:
+    """What a healing did not do, from its `healing.json`."""
+    patch = found.get("patch")
+    # A record of an older isingcut does not say.
+    if patch is None or patch.get("changed", True):
+        return []
+    layers = ", ".join(f"block {c['block']}'s {c['layer']}" for c in patch["cuts"])
+    return [
+        f"the linear patch changed nothing ({layers}): on text held out no map was better than "
+        "none, or it vanished in the weights' rounding; give more --patch-tokens, or distil"
+    ]
+
+
 def show_healing(found: dict[str, Any], folder: Path) -> None:
     """Perplexity and KL before and after, on text held out."""
     before, after = found["before"], found["after"]

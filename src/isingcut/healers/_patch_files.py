@@ -21,7 +21,8 @@ from isingcut.fit import block_prefix
 from isingcut.healers.linear_patch import Patch
 
 RECORD = "isingcut.json"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes of plain floating-point weights, by their names in a file."""
 
 
 def stored_layers(folder: Path, removed: Sequence[int], patches: Sequence[Patch]) -> list[Any]:
@@ -46,7 +47,7 @@ def stored_layers(folder: Path, removed: Sequence[int], patches: Sequence[Patch]
                 "names or packs its tensors differently from the model in memory, so that a patch "
                 "cannot be written; heal by distillation instead"
             )
-        if weight.dtype not in _DTYPES:
+        if weight.dtype not in PLAIN:
             raise ArchitectureError(
                 f"{name}.weight is stored as {weight.dtype}; a patch needs plain floating-point "
                 "weights: use the unquantised model"
@@ -58,10 +59,10 @@ def stored_layers(folder: Path, removed: Sequence[int], patches: Sequence[Patch]
 def as_stored(patch: Patch, layers: tuple[StoredTensor, StoredTensor | None]) -> Patch:
     """The patch rounded to the dtypes it is stored in."""
     weight, bias = layers
-    rounded = patch.weight.to(_DTYPES[weight.dtype])
+    rounded = patch.weight.to(PLAIN[weight.dtype])
     offset = None
     if bias is not None and patch.bias is not None:
-        offset = patch.bias.to(_DTYPES[bias.dtype])
+        offset = patch.bias.to(PLAIN[bias.dtype])
     return Patch(patch.block, patch.path, rounded, offset, patch.record)
 
 
@@ -76,7 +77,7 @@ def write_patched(
         out: the new folder.
 
     Returns:
-        the patches as they are stored.
+        the patches as they are stored; their records say whether anything changed.
 
     Raises:
         ArchitectureError: as `stored_layers`; nothing was written.
@@ -87,20 +88,25 @@ def write_patched(
     with atomic_folder(out) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         for patch, (weight, bias) in zip(rounded, layers, strict=True):
-            _overwrite(temporary, weight, patch.weight)
+            changed = _overwrite(temporary, weight, patch.weight)
             if bias is not None and patch.bias is not None:
-                _overwrite(temporary, bias, patch.bias)
+                changed = _overwrite(temporary, bias, patch.bias) or changed
+            patch.record["changed"] = changed
     return rounded
 
 
-def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> None:
+def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
+    """Put new values in the place of a stored tensor's; whether any byte is another now."""
     data = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     assert len(data) == tensor.size
     path = folder / tensor.file.name
     path.chmod(path.stat().st_mode | 0o200)
     with path.open("r+b") as f:
         f.seek(tensor.start)
+        before = f.read(tensor.size)
+        f.seek(tensor.start)
         f.write(data)
+    return before != data
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ beside the student can teach all the same. 8 k + 4 bytes a token, in three plain
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isingcut.files import clear_os_errors, read_json, write_json
 from isingcut.healers._kl import TopK, top_k
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from isingcut.streamed.replay import StreamedReplay
     from isingcut.tokens import TokenSet
 
-_DONE = "done.json"
+_DONE, _KIND = "done.json", "healing-targets"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +72,18 @@ def _make(job: Job, folder: Path) -> None:
     shape = (*tokens.input_ids.shape, k)
     done = 0
     if (folder / _DONE).exists():
-        done = int(json.loads((folder / _DONE).read_text(encoding="utf-8")))
+        done = int(read_json(folder / _DONE, _KIND)["samples"])
         files = Kept.open(folder, "r+")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         types = ((np.int32, shape), (np.float32, shape), (np.float32, shape[:2]))
-        files = Kept(
-            *(
-                np.lib.format.open_memmap(folder / f"{n}.npy", mode="w+", dtype=d, shape=s)
-                for n, (d, s) in zip(_NAMES, types, strict=True)
+        with clear_os_errors(folder):
+            files = Kept(
+                *(
+                    _reserved(folder / f"{n}.npy", d, s)
+                    for n, (d, s) in zip(_NAMES, types, strict=True)
+                )
             )
-        )
     together = max(1, job.config.batch_tokens // tokens.input_ids.shape[1])
     answers = _in_memory if job.replay is None else _streamed
     rows = together if job.replay is None else _group(job.replay, tokens, together)
@@ -97,7 +99,19 @@ def _make(job: Job, folder: Path) -> None:
                 array.flush()
             bar.advance(part.stop - done)
             done = part.stop
-            (folder / _DONE).write_text(json.dumps(done), encoding="utf-8")
+            write_json(folder / _DONE, _KIND, {"samples": done})
+
+
+def _reserved(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """A new memory-mapped array whose room on the disk is taken at once.
+
+    A mapped page for which the disk has no room would kill the process.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _in_memory(job: Job, part: slice, together: int, k: int) -> TopK:

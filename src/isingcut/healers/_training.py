@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from isingcut.errors import InputError, ModelError
+from isingcut.files import clear_os_errors, read_json, write_json
 from isingcut.healers._processes import Processes
 from isingcut.healers._rounds import Objective, install
+from isingcut.healers._trainer_file import read_trainer_file
 from isingcut.healers.base import Job
 from isingcut.healers.distill import load_student, quiet_peft
 from isingcut.healers.linear_patch import runs
+from isingcut.healing_work import complete_states
 from isingcut.inputs import user_path
 from isingcut.models import quiet_transformers
+from isingcut.outputs import mark
 from isingcut.progress import Bar
 from isingcut.tokens import TokenSet
-from isingcut.yaml_file import load_yaml
 
 if TYPE_CHECKING:
     from isingcut.healers._targets import Kept
@@ -36,6 +38,21 @@ _NAMES = {f.name for f in dataclasses.fields(TrainingArguments)}
 _CHECKPOINTING = next(
     n for n in ("activation_checkpointing", "gradient_checkpointing") if n in _NAMES
 )
+
+
+class _Trainer(Trainer):
+    """Saves states that a kill or a full disk leaves whole or recognisably unfinished."""
+
+    def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
+        # `_Watch.on_save` marks it complete; one left by an earlier call is no part of it.
+        target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        save: Any = super()._save_checkpoint
+        try:
+            with clear_os_errors(target):
+                save(*arguments, **rest)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -110,16 +127,19 @@ class _Watch(TrainerCallback):
         )
         if not math.isfinite(loss):
             raise ModelError(
-                f"the loss of step {state.global_step} is {loss}; lower --learning-rate, or raise "
-                "--warmup-steps"
+                f"the loss of step {state.global_step} is {loss}; lower --learning-rate, here "
+                f"{self.job.config.rate:g}"
             )
         if self.bar is not None:
             self.bar.advance(1, f"loss {loss:.4f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        # The other processes have written their random states, too.
+        self.processes.wait()
         if self.processes.main:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / _CURVE).write_text(json.dumps(self.curve), encoding="utf-8")
+            write_json(folder / _CURVE, "healing-curve", {"steps": self.curve})
+            mark(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.shown.close()
@@ -165,7 +185,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         return scaled
 
     with quiet_transformers():
-        trainer = Trainer(
+        trainer = _Trainer(
             model=student,
             args=arguments,
             train_dataset=Rows(job.tokens, kept),
@@ -176,13 +196,16 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 trainer.remove_callback(callback)
-        find: Any = get_last_checkpoint
-        folder = job.work / "trainer"
-        last = find(folder) if folder.is_dir() else None
-        if last is not None and (Path(last) / _CURVE).exists():
-            watch.curve = json.loads((Path(last) / _CURVE).read_text(encoding="utf-8"))
-        trainer.train(resume_from_checkpoint=last)
-        trainer.save_model(str(out))
+        last = _last_state(job.work / "trainer", processes)
+        if last is not None:
+            watch.curve = read_json(last / _CURVE, "healing-curve")["steps"]
+        resumed: Any = None if last is None else str(last)
+        try:
+            trainer.train(resume_from_checkpoint=resumed)
+        except ImportError as e:
+            raise _refused(e) from e
+        with clear_os_errors(out):
+            trainer.save_model(str(out))
     return {
         "steps": watch.curve,
         "tokens_seen": watch.curve[-1]["tokens"] if watch.curve else 0,
@@ -190,6 +213,17 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         "processes": processes.size,
         "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
     }
+
+
+def _last_state(folder: Path, processes: Processes) -> Path | None:
+    """The last complete state of a training; unfinished ones are deleted."""
+    if processes.main:
+        complete = complete_states(folder)
+        for path in folder.glob("checkpoint-*"):
+            if path not in complete:
+                shutil.rmtree(path)
+    processes.wait()
+    return next(reversed(complete_states(folder)), None)
 
 
 def steps_of(config: Any, samples: int) -> int:
@@ -235,16 +269,20 @@ def _arguments(job: Job, processes: Processes) -> TrainingArguments:
     if processes.size > 1:
         settings["ddp_find_unused_parameters"] = False
     if config.trainer:
-        settings |= load_yaml(user_path(config.trainer))
+        settings |= read_trainer_file(user_path(config.trainer))
     try:
         arguments = TrainingArguments(**settings)
         if arguments.n_gpu > 1:
             # DataParallel would copy the model without its loss; a launcher uses all GPUs.
             arguments._n_gpu = 1
         return arguments
-    except (TypeError, ValueError) as e:
-        words = " ".join(str(e).split())
-        raise InputError(f"transformers refuses the training arguments: {words}") from e
+    except (TypeError, ValueError, ImportError) as e:
+        raise _refused(e) from e
+
+
+def _refused(error: Exception) -> InputError:
+    words = " ".join(str(error).split())
+    return InputError(f"transformers refuses the training arguments: {words}")
 
 
 def _with_lora(plain: Any, config: Any) -> Any:

@@ -13,7 +13,7 @@ Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch
 from __future__ import annotations
 
 import contextlib
-import json
+import importlib.util
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isingcut.errors import InputError, MissingExtraError, ModelError
-from isingcut.files import atomic_folder
+from isingcut.files import atomic_folder, read_json, write_json
 from isingcut.healers._processes import Processes
 from isingcut.healers.base import Job
 
@@ -41,9 +41,7 @@ class Distill:
 
     def heal(self, job: Job, out: Path) -> dict[str, Any]:
         """Train from the job's start; an interrupted training goes on from its last save."""
-        _need("accelerate")
-        if job.config.method == "lora":
-            _need("peft")
+        need_packages(job.config)
         from isingcut.healers._training import train
 
         trained = job.work / "trained"
@@ -52,20 +50,24 @@ class Distill:
         if not record_file.exists():
             record = train(job, trained)
             if processes.main:
-                record_file.write_text(json.dumps(record), encoding="utf-8")
+                write_json(record_file, "healing-trained", record)
             processes.wait()
         if processes.main:
             _publish(job, trained, out)
         processes.wait()
-        found: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8"))
-        return found
+        found = read_json(record_file, "healing-trained")
+        return {k: v for k, v in found.items() if k not in ("format", "version")}
 
 
-def _need(package: str) -> None:
-    import importlib.util
+def need_packages(config: HealConfig) -> None:
+    """Refuse a training without the packages that it needs.
 
-    if importlib.util.find_spec(package) is None:
-        raise MissingExtraError(package, "heal", "healing by distillation")
+    Raises:
+        MissingExtraError: one is not installed.
+    """
+    for package in ("accelerate", *(["peft"] if config.method == "lora" else [])):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "heal", "healing by distillation")
 
 
 @contextlib.contextmanager
@@ -126,15 +128,15 @@ def stored_dtype(folder: Path) -> torch.dtype:
         InputError: quantised weights, which cannot be trained.
     """
     from isingcut.checkpoint import read_checkpoint
-    from isingcut.healers._patch_files import _DTYPES
+    from isingcut.healers._patch_files import PLAIN
 
     sizes: dict[str, int] = {}
     for tensor in read_checkpoint(folder).values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
     name = max(sizes, key=lambda k: sizes[k])
-    if name not in _DTYPES:
+    if name not in PLAIN:
         raise InputError(
             f"{folder} holds {name} weights, which cannot be trained; cut and heal the unquantised "
             "model (the teacher may be quantised)"
         )
-    return _DTYPES[name]
+    return PLAIN[name]

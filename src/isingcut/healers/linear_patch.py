@@ -152,7 +152,12 @@ class LinearPatch:
         stored = write_patched(job.start, job.removed, patches, out)
         with applied(replay.blocks, stored):
             verify(model, job.removed, out, trust_remote_code=job.config.trust_remote_code)
-        return {"maps": job.config.patch_maps, "cuts": [p.record for p in patches]}
+        records = [p.record for p in stored]
+        return {
+            "maps": job.config.patch_maps,
+            "changed": any(r["changed"] for r in records),
+            "cuts": records,
+        }
 
     def _fit_one(
         self,

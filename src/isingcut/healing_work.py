@@ -1,0 +1,162 @@
+"""The folder of a healing in progress: claimed by its options, gone on from, never a user's own.
+
+identity.json   what the work depends on, and what the training in it does
+before.json     figures of the cut model
+patched/ .json  the patched checkpoint, its record
+targets/        the teacher's kept answers
+trainer/        states that a training goes on from, each complete or left out
+trained/ .json  the trained weights, their record
+done/           the result, before it takes its name
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from isingcut.errors import InputError, IsingcutError, StageFileError
+from isingcut.files import disk_is_full, read_json, write_json
+from isingcut.outputs import MARKER, foreign_in
+
+_IDENTITY, _KIND = "identity.json", "healing-work"
+_TRAINING = ("trainer", "trained", "trained.json", "done")
+_HEALING = ("before.json", "patched", "patched.json", "targets", *_TRAINING)
+_FINISHED = ("patched.json", "targets/done.json", "trained.json")
+_CANDIDATE = re.compile(r"\d+(-\d+)*")
+
+
+def work_of(out: Path) -> Path:
+    """The folder for what an interrupted healing into ``out`` goes on from."""
+    return out.parent / f".{out.name}.healing"
+
+
+def complete_states(trainer: Path) -> list[Path]:
+    """The states of a training that were written to their end, the latest last."""
+    found = {
+        int(path.name.rpartition("-")[2]): path
+        for path in trainer.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit()
+        and (path / MARKER).is_file()
+        and foreign_in(path) is None
+    }
+    return [found[step] for step in sorted(found)]
+
+
+@contextlib.contextmanager
+def held(work: Path, identity: str, training: str = "") -> Iterator[None]:
+    """Hold the work folder of a healing: gone on from where it fits, left only if worth it.
+
+    When the healing fails, the folder goes where nothing in it is worth going on from; else the
+    error says that it stays.
+
+    Args:
+        identity: what the patch and the kept answers depend on.
+        training: what the training depends on besides.
+
+    Raises:
+        StageFileError: it holds another healing's finished work, or what isingcut did not write.
+        InputError: the disk is full.
+    """
+    _claim(work, identity, training)
+    try:
+        yield
+    except BaseException as e:
+        kept = _worth_keeping(work)
+        if not kept:
+            release(work)
+        said = f"; what was finished is kept in {work}, and the next call goes on from it"
+        if isinstance(e, IsingcutError) and kept:
+            e.args = (f"{e}{said}",)
+        elif isinstance(e, Exception) and disk_is_full(e):
+            raise InputError(
+                f"no space left on the disk while healing in {work}; free some space, then type "
+                f"the same command again{said if kept else ''}"
+            ) from e
+        raise
+    release(work)
+
+
+def refuse_foreign(work: Path) -> None:
+    """Refuse a folder in the place of the work folder that isingcut did not make.
+
+    Raises:
+        StageFileError: it is there, not empty, and no healing's.
+    """
+    if os.path.lexists(work):
+        _held_by(work)
+
+
+def forget_training(work: Path) -> None:
+    """Drop a training that came to nothing, so that one with other options can take its place."""
+    before = _held_by(work)
+    _drop(work, _TRAINING)
+    if before is not None:
+        _note(work, before[0], "")
+
+
+def release(work: Path) -> None:
+    """Delete what a healing made; a file that it did not make stays, and the folder with it."""
+    _drop(work, _ours(work))
+    with contextlib.suppress(OSError):
+        work.rmdir()
+
+
+def _claim(work: Path, identity: str, training: str) -> None:
+    if os.path.lexists(work) and (before := _held_by(work)) is not None:
+        if before == (identity, training):
+            return
+        same = before[0] == identity
+        if before[1] and _trained(work) if same else _worth_keeping(work):
+            raise StageFileError(
+                f"{work} holds an unfinished healing with other options; type that command again "
+                "to finish it, or delete the folder"
+            )
+        _drop(work, _TRAINING if same else _ours(work))
+    work.mkdir(parents=True, exist_ok=True)
+    _note(work, identity, training)
+
+
+def _held_by(work: Path) -> tuple[str, str] | None:
+    """Whose work it is; None for an empty folder."""
+    if not work.is_symlink() and work.is_dir():
+        if not any(work.iterdir()):
+            return None
+        with contextlib.suppress(StageFileError, KeyError):
+            found = read_json(work / _IDENTITY, _KIND)
+            return str(found["work"]), str(found["training"])
+    raise StageFileError(
+        f"{work}, where healing keeps its unfinished work, is there and no healing of this version "
+        "of isingcut made it; nothing was touched: move it away, or choose another --out"
+    )
+
+
+def _note(work: Path, identity: str, training: str) -> None:
+    write_json(work / _IDENTITY, _KIND, {"work": identity, "training": training})
+
+
+def _trained(work: Path) -> bool:
+    return (work / "trained.json").exists() or bool(complete_states(work / "trainer"))
+
+
+def _worth_keeping(work: Path) -> bool:
+    done = any((work / name).exists() for name in _FINISHED)
+    return done or _trained(work) or any(work.glob("*/result.json"))
+
+
+def _ours(work: Path) -> list[str]:
+    """The names in a work folder that healing gives."""
+    names = [p.name for p in work.iterdir()]
+    return [n for n in names if n in (_IDENTITY, *_HEALING) or _CANDIDATE.fullmatch(n)]
+
+
+def _drop(work: Path, names: Sequence[str]) -> None:
+    for name in names:
+        path = work / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
