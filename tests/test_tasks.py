@@ -317,7 +317,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no questions"):
         local_tasks.read_task("piqa", tmp_path)
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match="not readable"):
+    with pytest.raises(InputError, match="line 1: it is no JSON"):
         local_tasks.read_task("piqa", tmp_path)
 
 

@@ -93,7 +93,7 @@ def evaluate(
     from isingcut.show import show_evaluation
     from isingcut.show_scores import show_benchmarks
 
-    names = _names(tasks)
+    names = _names(tasks, data, questions)
     if original is not None:
         if not names:
             raise InputError("--original compares benchmarks; name some with --tasks")
@@ -128,12 +128,20 @@ def evaluate(
     return Answer(answer, show, brief=f"{found['kl']:.4f}")
 
 
-def _names(tasks: str) -> list[str]:
-    if tasks == "all":
-        from isingcut.local_tasks import names
+def _names(tasks: str, data: Path | None, questions: int | None) -> list[str]:
+    """The tasks that were typed, once it is known that they can be scored."""
+    from isingcut import local_tasks
 
-        return [*names(), "wikitext2"]
-    return [t.strip() for t in tasks.split(",") if t.strip()]
+    named = [t.strip() for t in tasks.split(",") if t.strip()]
+    if tasks == "all":
+        named = [*local_tasks.names(), "wikitext2"]
+    if not named:
+        if tasks or data is not None or questions is not None:
+            raise InputError("--tasks names no benchmark, which --data and --questions are for")
+        return []
+    from isingcut.scores import check_tasks
+
+    return check_tasks(named, data, questions)
 
 
 def _body(document: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +170,8 @@ def _of_checkpoint(
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
     typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
     config: RunConfig = from_mapping({**typed, "model": original}, "command line").validate()
-    check_output(file, overwrite=config.overwrite, sources=(folder, original))
+    sources = [folder, original, *([data] if data is not None else [])]
+    check_output(file, overwrite=config.overwrite, sources=sources)
     session = Session(config)
     loaded = session.loaded
     cut = load(

@@ -273,6 +273,7 @@ def benchmarks(
 
     def make(path: Path) -> None:
         from isingcut.models import load
+        from isingcut.scores import forget
 
         session.tuned(folder)
         loaded = session.loaded
@@ -293,7 +294,7 @@ def benchmarks(
             session=session,
         )
         write_json(path, "benchmarks", content)
-        shutil.rmtree(work, ignore_errors=True)
+        forget(work, tasks)
 
     return folder.stage(
         "benchmarks",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from isingcut.errors import InputError, UnknownNameError
+from isingcut.inputs import parse_json, read_text
 
 _FOLDER = Path(__file__).parent / "tasks"
+_LARGEST = 2**30
+_MOST_CHOICES = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +60,9 @@ def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
         raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(names())}")
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     own = config.pop("isingcut")
-    asked = _questions(data, own["test"], questions)
-    examples = records(_only(data, own["fewshot"])) if "fewshot" in own else []
-    by = own.get("by")
+    kind, by = str(config["output_type"]), own.get("by")
+    asked = _questions(data, own, questions, kind)
+    examples = _asked(_only(data, own["fewshot"]), kind, own) if "fewshot" in own else []
     groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in asked))
     configurations = []
     for group in groups:
@@ -97,7 +100,7 @@ def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
 def _only(data: Path, stem: str) -> Path:
     """`stem.jsonl`, or the one file whose name goes on with digits (`train1000.jsonl`)."""
     exact = data / f"{stem}.jsonl"
-    if exact.is_file():
+    if os.path.lexists(exact):
         return exact
     numbered = sorted(data.glob(f"{stem}[0-9]*.jsonl"))
     if len(numbered) != 1:
@@ -105,14 +108,17 @@ def _only(data: Path, stem: str) -> Path:
     return numbered[0]
 
 
-def _questions(data: Path, stem: str, most: int | None) -> list[dict[str, Any]]:
+def _questions(
+    data: Path, own: dict[str, Any], most: int | None, kind: str
+) -> list[dict[str, Any]]:
+    stem = own["test"]
     subsets = {
         int(p.stem.rpartition("_sub")[2]): p
         for p in data.glob(f"{stem}_sub[0-9]*.jsonl")
         if p.stem.rpartition("_sub")[2].isdigit()
     }
     large = [size for size in sorted(subsets) if most is not None and size >= most]
-    found = records(subsets[large[0]] if large else _only(data, stem))
+    found = _asked(subsets[large[0]] if large else _only(data, stem), kind, own)
     if most is None or len(found) <= most:
         return found
     picks = np.linspace(0, len(found) - 1, most).round().astype(int)
@@ -123,13 +129,67 @@ def records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON lines file.
 
     Raises:
-        InputError: missing, damaged or empty.
+        InputError: missing, damaged, empty or larger than a GiB.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"{path} is not readable as JSON lines: {e}") from e
-    if not found or not all(isinstance(r, dict) for r in found):
+    text = read_text(path, "the file of questions", limit=_LARGEST)
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError as e:
+            raise InputError(f"{path}, line {number}: it is no JSON ({e})") from e
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}: expected an object, got {line.strip()[:60]}")
+        found.append(record)
+    if not found:
         raise InputError(f"{path} holds no questions")
     return found
+
+
+def _asked(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a file, of each the fields that a task reads.
+
+    Args:
+        kind: the harness's ``output_type`` of the task.
+        own: our part of the task file.
+
+    Raises:
+        InputError: a field is missing or of a wrong type; the question is named.
+    """
+    texts = {"loglikelihood": ["text"], "generate_until": ["context", "solution"]}
+    needed = [*texts.get(kind, ["context"]), *([own["by"]] if "by" in own else [])]
+    found = []
+    for number, record in enumerate(records(path), 1):
+        wrong = _wrong_text(record, needed, own)
+        if wrong is None and kind not in texts:
+            wrong = _wrong_choice(record, own)
+        if wrong is not None:
+            raise InputError(f"{path}, question {number}: {wrong}")
+        fields = needed if kind in texts else [*needed, "choices", "answer"]
+        found.append({name: record[name] for name in fields})
+    return found
+
+
+def _wrong_text(record: dict[str, Any], needed: list[str], own: dict[str, Any]) -> str | None:
+    for name in needed:
+        value = record.get(name)
+        if not isinstance(value, str) or not value.strip():
+            return f"expected a text {name!r}, got {repr(value)[:60]}"
+    held = own.get("holds", "")
+    if held not in record[needed[0]].strip():
+        return f"expected {held!r} in {needed[0]!r}, got {record[needed[0]][:60]!r}"
+    return None
+
+
+def _wrong_choice(record: dict[str, Any], own: dict[str, Any]) -> str | None:
+    choices, answer = record.get("choices"), record.get("answer")
+    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        return f"expected 'choices', a list of texts, got {repr(choices)[:60]}"
+    least, most = (own["choices"],) * 2 if "choices" in own else (2, _MOST_CHOICES)
+    if not least <= len(choices) <= most:
+        return f"expected {least}{f' to {most}' * (most > least)} 'choices', got {len(choices)}"
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        return f"expected 'answer', a number from 0 to {len(choices) - 1}, got {repr(answer)[:60]}"
+    return None

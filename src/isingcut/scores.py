@@ -6,6 +6,7 @@ task names -> harness tasks -> scores of each question, for both models -> paire
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import io
 import logging
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isingcut import local_tasks
-from isingcut.errors import InputError, MissingExtraError
+from isingcut.errors import InputError, MissingExtraError, StageFileError
 from isingcut.files import fingerprint, read_json, write_json
 from isingcut.paired import compare
 from isingcut.progress import Bar, Progress, silent
@@ -70,11 +71,8 @@ def benchmark(
         kept: folder for finished tasks, so that an interrupted call goes on.
 
     Raises:
-        InputError: an unknown task, or one without a score by question.
-        MissingExtraError: without the package lm_eval.
+        InputError: as `check_tasks`, or a task without a score by question.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("lm_eval", "eval", "scoring benchmarks")
     assert len(models) == 2
     prepared = [prepare(name, data, questions) for name in tasks]
     rows = []
@@ -90,6 +88,33 @@ def benchmark(
                 pair.append(found)
             rows.append(row(*pair))
     return rows
+
+
+def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) -> list[str]:
+    """Refuse tasks or questions that cannot be scored, before a model is loaded.
+
+    Returns:
+        the tasks' names, each once.
+
+    Raises:
+        InputError: an unknown task, no questions for it, or one that its task cannot read.
+        MissingExtraError: without the package lm_eval.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("lm_eval", "eval", "scoring benchmarks")
+    if data is not None and not data.is_dir():
+        raise InputError(f"--data {data} is no folder; give the one with the questions")
+    names = list(dict.fromkeys(tasks))
+    for name in names:
+        if name == "wikitext2":
+            if data is None:
+                raise InputError("wikitext2 is read from a folder of questions; give it as --data")
+            articles(data)
+        elif data is not None:
+            local_tasks.read_task(name, data, questions)
+        else:
+            _refuse_unknown(name)
+    return names
 
 
 def row(original: Scores, cut: Scores) -> dict[str, Any]:
@@ -143,16 +168,22 @@ def prepare(name: str, data: Path | None, questions: int | None = None) -> Prepa
     return Prepared(name, local.metric, make, "local")
 
 
-def _hub(name: str) -> dict[str, Any]:
+def _refuse_unknown(name: str) -> Any:
     from lm_eval.tasks import TaskManager
 
-    try:
-        found: dict[str, Any] = TaskManager().load([name])["tasks"]
-    except (KeyError, ValueError) as e:
+    manager = TaskManager()
+    if name not in manager.task_index:
         raise InputError(
             f"lm-evaluation-harness knows no task {name!r}; offline tasks need --data and are: "
             f"{', '.join(local_tasks.names())}"
-        ) from e
+        )
+    return manager
+
+
+def _hub(name: str) -> dict[str, Any]:
+    manager = _refuse_unknown(name)
+    try:
+        found: dict[str, Any] = manager.load([name])["tasks"]
     except Exception as e:
         words = " ".join(str(e).split())
         raise InputError(
@@ -239,6 +270,17 @@ def _place(kept: Path, task: Prepared, loaded: LoadedModel, questions: int | Non
     return kept / f"{task.name}-{identity}.json"
 
 
+def forget(kept: Path, tasks: Sequence[str]) -> None:
+    """Delete the finished tasks in a folder, and the folder where nothing else is in it."""
+    for name in tasks:
+        for path in kept.glob(f"{glob.escape(name)}-*.json"):
+            with contextlib.suppress(StageFileError):
+                read_json(path, "scores")
+                path.unlink()
+    with contextlib.suppress(OSError):
+        kept.rmdir()
+
+
 def _kept(
     kept: Path | None, task: Prepared, loaded: LoadedModel, questions: int | None
 ) -> Scores | None:
@@ -289,17 +331,16 @@ def text_scores(
         samples: at most so many windows.
 
     Raises:
-        InputError: no such folder or file.
+        InputError: as `articles`, or shorter than one window.
     """
     from isingcut.architectures import text_config
     from isingcut.evaluate import quality
 
-    if data is None:
-        raise InputError("wikitext2 is read from a folder of questions; give it as --data")
+    assert data is not None
     original, cut = models.values()
     longest = getattr(text_config(original.model), "max_position_embeddings", None)
     size = min(length, int(longest or length))
-    windows = _windows(data / "wikitext2" / "test_raw.jsonl", original, size, samples)
+    windows = _windows(articles(data), original, size, samples)
     found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
     return {
         "samples": windows.samples,
@@ -311,15 +352,31 @@ def text_scores(
     }
 
 
-def _windows(path: Path, loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
+def articles(data: Path) -> list[str]:
+    """The articles of WikiText-2's test text in a data folder.
+
+    Raises:
+        InputError: the file is missing or damaged, or a line has no text.
+    """
+    path = data / "wikitext2" / "test_raw.jsonl"
+    found = [record.get("text") for record in local_tasks.records(path)]
+    for number, text in enumerate(found, 1):
+        if not isinstance(text, str):
+            raise InputError(
+                f"{path}, article {number}: expected a text 'text', got {repr(text)[:60]}"
+            )
+    return found
+
+
+def _windows(texts: Sequence[str], loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
     from isingcut.encoder import Encoder
 
-    text = "\n".join(str(r["text"]) for r in local_tasks.records(path))
+    text = "\n".join(texts)
     ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     prefix = Encoder(loaded.tokenizer, loaded.model).start
     body = length - len(prefix)
     starts = range(0, len(ids) - body + 1, body)
     rows = [prefix + ids[i : i + body] for i in starts][:most]
     if not rows:
-        raise InputError(f"{path} is shorter than one window of {length} tokens")
+        raise InputError(f"WikiText-2's text is shorter than one window of {length} tokens")
     return TokenSet.from_rows(rows)
