@@ -259,6 +259,7 @@ def _healed(
         **distilled,
         "removed": list(job.removed),
         "of": len(find_stack(job.teacher.model)),
+        "length": sample_length(config, job.teacher.model),
         "report_samples": text.report.samples,
         "report_tokens": text.report.tokens,
         "options": _told(config),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.config import HealConfig
-from isingcut.errors import InputError, ModelError
+from isingcut.errors import InputError
 from isingcut.healing_work import refuse_foreign, work_of
 from isingcut.inputs import user_path
 from isingcut.outputs import check_output, refuse_source
@@ -58,8 +58,19 @@ def check_training(config: HealConfig, student: Path) -> None:
         from isingcut.healers._trainer_file import read_trainer_file
 
         settings = read_trainer_file(user_path(config.trainer))
+    _check_optimiser(config, settings.get("optim"))
     _check_schedule(config, settings.get("lr_scheduler_kwargs") or {})
     stored_dtype(student)
+
+
+def _check_optimiser(config: HealConfig, name: str | None) -> None:
+    from transformers.training_args import OptimizerNames
+
+    names = [o.value for o in OptimizerNames]
+    if name is not None and name not in names:
+        raise InputError(
+            f"{config.trainer}: optim must be one of {', '.join(names)}; got {name[:60]!r}"
+        )
 
 
 def _check_schedule(config: HealConfig, further: dict[str, Any]) -> None:
@@ -132,7 +143,9 @@ def _text_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_tokenizers(config: HealConfig, student: Path, teacher: Path) -> None:
-    ours, theirs = (_ids(f, trust_remote_code=config.trust_remote_code) for f in (student, teacher))
+    ours, theirs = (
+        _ids(folder, trust_remote_code=config.trust_remote_code) for folder in (student, teacher)
+    )
     if ours != theirs:
         raise InputError(
             f"{student} and the teacher {config.teacher} have tokenizers that read the same text "
@@ -143,14 +156,10 @@ def _check_tokenizers(config: HealConfig, student: Path, teacher: Path) -> None:
 def _ids(folder: Path, *, trust_remote_code: bool) -> list[int]:
     from transformers import AutoTokenizer
 
-    from isingcut.model_sources import first_line
-    from isingcut.models import quiet_transformers
+    from isingcut.encoder import Encoder
+    from isingcut.models import check_tokenizer, loading
 
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            found: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    except Exception as e:
-        # Tokenizers fail with errors of many kinds, some of them Rust panics.
-        raise ModelError(f"cannot load the tokenizer in {folder}: {first_line(e)}") from e
-    return found
+    check_tokenizer(folder)
+    with loading(f"the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return Encoder(tokenizer)(_PROBE)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from isingcut.errors import InputError, IsingcutError, StageFileError
-from isingcut.files import disk_is_full, read_json, write_json
+from isingcut.files import clear_os_errors, disk_is_full, read_json, write_json
 from isingcut.outputs import MARKER, foreign_in
 
 _IDENTITY, _KIND = "identity.json", "healing-work"
@@ -116,7 +116,8 @@ def _claim(work: Path, identity: str, training: str) -> None:
                 "to finish it, or delete the folder"
             )
         _drop(work, _TRAINING if same else _ours(work))
-    work.mkdir(parents=True, exist_ok=True)
+    with clear_os_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
     _note(work, identity, training)
 
 

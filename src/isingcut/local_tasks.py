@@ -14,7 +14,7 @@ from isingcut.errors import InputError, UnknownNameError
 from isingcut.inputs import parse_json, read_text
 
 _FOLDER = Path(__file__).parent / "tasks"
-_LARGEST = 2**30
+_LARGEST = 2**28
 _MOST_CHOICES = 64
 
 
@@ -129,7 +129,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON lines file.
 
     Raises:
-        InputError: missing, damaged, empty or larger than a GiB.
+        InputError: missing, damaged, empty or larger than 256 MiB.
     """
     text = read_text(path, "the file of questions", limit=_LARGEST)
     found = []

@@ -371,9 +371,8 @@ def articles(data: Path) -> list[str]:
 def _windows(texts: Sequence[str], loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
     from isingcut.encoder import Encoder
 
-    text = "\n".join(texts)
-    ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = Encoder(loaded.tokenizer, loaded.model).start
+    encode = Encoder(loaded.tokenizer, loaded.model)
+    ids, prefix = encode("\n".join(texts)), encode.start
     body = length - len(prefix)
     starts = range(0, len(ids) - body + 1, body)
     rows = [prefix + ids[i : i + body] for i in starts][:most]

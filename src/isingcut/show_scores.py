@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,22 @@ from isingcut.report_words import plus_minus
 
 def healing_warnings(found: dict[str, Any]) -> list[str]:
     """What a healing did not do, from its `healing.json`."""
+    warnings = []
+    asked, had = found["options"].get("length"), found.get("length", math.inf)
+    if isinstance(asked, int) and asked > had:
+        warnings.append(
+            f"samples have {had} tokens instead of --length {asked}: the model has as many "
+            "positions"
+        )
     patch = found.get("patch")
     # A record of an older isingcut does not say.
-    if patch is None or patch.get("changed", True):
-        return []
-    layers = ", ".join(f"block {c['block']}'s {c['layer']}" for c in patch["cuts"])
-    return [
-        f"the linear patch changed nothing ({layers}): on text held out no map was better than "
-        "none, or it vanished in the weights' rounding; give more --patch-tokens, or distil"
-    ]
+    if patch is not None and not patch.get("changed", True):
+        layers = ", ".join(f"block {c['block']}'s {c['layer']}" for c in patch["cuts"])
+        warnings.append(
+            f"the linear patch changed nothing ({layers}): on text held out no map was better than "
+            "none, or it vanished in the weights' rounding; give more --patch-tokens, or distil"
+        )
+    return warnings
 
 
 def show_healing(found: dict[str, Any], folder: Path) -> None:

@@ -332,7 +332,7 @@ PAIRS = rows(
         (
             "a student of damaged weights",
             heal(),
-            "figures of .* are no numbers",
+            "NaN|no numbers",
             tensors("run/model", lambda t: first_weight(t, float("nan"))),
         ),
         (
@@ -375,7 +375,7 @@ PAIRS += rows(
             (
                 "huge",
                 "expected at most",
-                lambda a: os.truncate(a.run / "model" / "isingcut.json", 10**10),
+                lambda a: os.truncate(a.run / "model" / "isingcut.json", 2**26 + 1),
             ),
         )
     ]
@@ -442,7 +442,6 @@ WORDS = rows(
         ("device", heal("--device tpu"), "--device must be auto, cpu, cuda"),
         ("method", heal("--method qlora"), "--method must be one of"),
         ("nothing to do", heal("--method none"), "leaves nothing to do"),
-        ("long samples", heal("--length 1000000000"), "is too short|too short"),
         ("many samples", heal("--samples 1000000000"), "too short"),
         ("no file", WITH_FILE, "t.yaml"),
         ("a pipe", WITH_FILE, "t.yaml", lambda a: os.mkfifo(a.here / "t.yaml")),
@@ -502,4 +501,339 @@ WORDS += [
 
 @parametrised(PLACES + PAIRS + WORDS)
 def test_a_healing_that_is_refused(arena, row):
+    arena.try_row(row)
+
+
+# healings that stop half-way --------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """What a kill does, as far as the files are concerned."""
+
+
+def types(arena, command, name="healing", **more):
+    """Try a command that may make the output and its work folder; what it left there."""
+    more = {"line": "", "code": 0, "makes": ("healed*", ".healed.healing*"), **more}
+    arena.try_row(Row(name, command, **more))
+    work = arena.here / ".healed.healing"
+    return sorted(p.name for p in work.iterdir()) if work.exists() else []
+
+
+def stops(monkeypatch, step, error, part="_save_scaler"):
+    """Raise while the Trainer writes the state of a step, the weights already there."""
+    from transformers import Trainer
+
+    save = getattr(Trainer, part)
+
+    def torn(trainer, *arguments, **rest):
+        save(trainer, *arguments, **rest)
+        if trainer.state.global_step == step:
+            raise error
+
+    monkeypatch.setattr(Trainer, part, torn)
+
+
+SAVING = heal("--save-steps 1")
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def curve(arena, out="healed"):
+    found = json.loads((arena.here / out / "healing.json").read_text(encoding="utf-8"))
+    return found["steps"]
+
+
+def half_written(arena, step):
+    """The state of a step as a kill leaves it: some files, none of them marked."""
+    place = arena.here / ".healed.healing" / "trainer" / f"checkpoint-{step}"
+    place.mkdir(parents=True)
+    (place / "model.safetensors").write_bytes(b"half")
+    (place / "trainer_state.json").write_text('{"global_step"', encoding="utf-8")
+
+
+def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
+    whole = heal("--save-steps 1", out="{here}/whole")
+    types(arena, whole, makes=("whole*", ".whole*"))
+    with monkeypatch.context() as patch:
+        stops(patch, 2, FULL)
+        line = r"no space left on the disk .*checkpoint-2; .*what was finished is kept in .*healing"
+        left = types(arena, SAVING, code=2, line=line)
+    assert left == ["before.json", "identity.json", "trainer"]
+    states = sorted(p.name for p in (arena.here / ".healed.healing/trainer").iterdir())
+    assert states == ["checkpoint-1"]
+    half_written(arena, 3)
+    assert types(arena, SAVING) == []
+    assert curve(arena) == curve(arena, "whole")
+
+
+def test_a_full_disk_at_the_first_state_leaves_nothing(arena, monkeypatch):
+    stops(monkeypatch, 1, FULL)
+    assert types(arena, SAVING, code=2, line="no space left .*checkpoint-1", makes=()) == []
+
+
+def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
+    with monkeypatch.context() as patch:
+        stops(patch, 1, Stopped())
+        # A kill leaves no chance to clean up.
+        patch.setattr("isingcut.healing_work._drop", lambda work, names: None)
+        patch.setattr("isingcut.healers._training.shutil.rmtree", lambda *a, **k: None)
+        left = types(arena, SAVING, code=1, line="internal error")
+    assert "trainer" in left
+    assert [p.name for p in (arena.here / ".healed.healing/trainer").iterdir()] == ["checkpoint-1"]
+    # Nothing in it is worth going on from, so that other options may take its place.
+    assert types(arena, heal("--save-steps 1 --learning-rate 1e-3")) == []
+    assert len(curve(arena)) == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "healing-curve.json"])
+def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        stops(patch, 2, Stopped(), part="save_model")
+        types(arena, SAVING, code=1, line="internal error")
+    state = arena.here / ".healed.healing/trainer/checkpoint-1"
+    os.truncate(state / name, 9)
+    assert types(arena, SAVING) == []
+    assert [s["step"] for s in curve(arena)] == [1, 2]
+
+
+@pytest.mark.parametrize("saved", [1, 50])
+def test_the_advice_after_no_number_works(arena, saved):
+    command = heal(f"--save-steps {saved} --warmup-steps 0 --learning-rate")
+    line = r"the loss of step 2 is nan; lower --learning-rate, here 1e\+30"
+    assert types(arena, f"{command} 1e30", code=2, line=line, makes=()) == []
+    assert types(arena, f"{command} 1e-4") == []
+
+
+def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch):
+    command = heal("--patch linear --warmup-steps 0 --learning-rate")
+    line = "loss of step 2 is nan; .*what was finished is kept in .*healing"
+    left = types(arena, f"{command} 1e30", code=2, line=line)
+    assert left == ["before.json", "identity.json", "patched", "patched.json"]
+
+    def refused(*arguments, **rest):
+        raise AssertionError("patched again")
+
+    monkeypatch.setattr("isingcut.healers.linear_patch.LinearPatch.heal", refused)
+    assert types(arena, f"{command} 1e-4") == []
+    other = heal("--patch linear --patch-maps writes")
+    (arena.here / "healed").rename(arena.here / "away")
+    assert types(arena, other, code=1, line="patched again", makes=()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("isingcut.healers.distill._publish", FULL),
+        ("isingcut.heal.healed_card", FULL),
+        ("isingcut.healers._training._Trainer.save_model", RuntimeError("unexpected pos 5 vs 3")),
+    ],
+)
+def test_a_full_disk_after_the_training(arena, monkeypatch, place, error):
+    def full(*arguments, **rest):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        left = types(arena, heal(), code=2, line="no space left on the disk .*healing")
+    assert (left != []) == ("save_model" not in place)
+    assert types(arena, heal()) == []
+
+
+def test_a_full_disk_under_the_kept_answers(arena, monkeypatch):
+    def full(*arguments):
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        line = "no space left on the disk while writing .*targets"
+        assert types(arena, heal("--top-k 4"), code=2, line=line, makes=()) == []
+    assert types(arena, heal("--top-k 4")) == []
+
+
+def test_another_teacher_may_stand_for_the_original(arena):
+    first = tensors("model", lambda t: first_weight(t, 1.0))
+    types(arena, heal("--other-teacher"), prepare=first)
+    assert len(curve(arena)) == 2
+
+
+def test_an_old_record_without_a_hash_goes_on_working(arena):
+    types(arena, heal(), prepare=record(lambda r: {"removed": r["removed"], "of": r["of"]}))
+
+
+def test_a_healed_student_is_healed_again(arena):
+    """Its weights are no longer the teacher's, and its record still holds."""
+    types(arena, heal("--learning-rate 1e-2"))
+    again = heal(student="{here}/healed", out="{here}/again")
+    types(arena, again, makes=("again*", ".again*"))
+    lying = json.dumps({"removed": [0, 5], "of": 6})
+    (arena.here / "healed" / "isingcut.json").write_text(lying, encoding="utf-8")
+    more = heal(student="{here}/healed", out="{here}/more")
+    line = "is block .* of the teacher .*, but by its record"
+    types(arena, more, code=2, line=line, makes=())
+
+
+def test_overwrite_replaces_what_healing_wrote(arena):
+    types(arena, heal())
+    types(arena, heal("--overwrite --seed 1"))
+    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    assert found["options"]["seed"] == 1
+
+
+def test_a_patch_that_changed_nothing_says_so(arena, monkeypatch):
+    from isingcut.healers import linear_patch
+    from isingcut.healers._least_squares import Solution
+
+    def none_is_better(fit, held_out):
+        return Solution(torch.zeros_like(fit.tx), None, 1.0)
+
+    monkeypatch.setattr(linear_patch, "solve", none_is_better)
+    line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
+    types(arena, heal("--patch linear --method none"), line=line)
+    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    assert found["patch"]["changed"] is False
+    assert {c["changed"] for c in found["patch"]["cuts"]} == {False}
+
+
+def test_a_sample_longer_than_the_model_says_so(arena):
+    line = "warning: samples have 128 tokens instead of --length 1000000000"
+    types(arena, heal("--length 1000000000"), line=line)
+    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    assert (found["length"], found["report_tokens"]) == (128, 2 * 127)
+
+
+# benchmarks -------------------------------------------------------------------------------
+
+
+def asked(*records, task="arc_easy/test"):
+    """A folder of questions, `data`."""
+
+    def prepare(arena):
+        path = arena.here / "data" / f"{task}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (r if isinstance(r, str) else json.dumps(r) for r in records)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    return prepare
+
+
+def special(make):
+    def prepare(arena):
+        (arena.here / "data" / "arc_easy").mkdir(parents=True)
+        make(arena.here / "data" / "arc_easy" / "test.jsonl")
+
+    return prepare
+
+
+def huge(path):
+    path.touch()
+    os.truncate(path, 2**28 + 1)
+
+
+def evaluate(more="--tasks arc_easy --data {here}/data", out="{here}/scores.json"):
+    return f"evaluate {{run}}/model --original {{model}} --out {out} --device cpu {more}"
+
+
+GOOD = {"context": "Which is it?", "choices": ["one", "two"], "answer": 1}
+ANSWER = r"question 2: expected 'answer', a number from 0 to 1, got"
+CHOICES = r"question 2: expected .*'choices'"
+BENCHMARKS = [
+    Row(f"question: {name}", evaluate(), line, asked(GOOD, {**GOOD, **change}))
+    for name, line, change in (
+        ("an answer beyond", ANSWER, {"answer": 2}),
+        ("a negative answer", ANSWER, {"answer": -1}),
+        ("a letter as answer", ANSWER, {"answer": "B"}),
+        ("a truth value as answer", ANSWER, {"answer": True}),
+        ("no answer", ANSWER, {"answer": None}),
+        ("one choice", CHOICES, {"choices": ["one"], "answer": 0}),
+        ("no choices", CHOICES, {"choices": []}),
+        ("numbers as choices", CHOICES, {"choices": [1, 2]}),
+        ("a text as choices", CHOICES, {"choices": "one two"}),
+        ("many choices", CHOICES, {"choices": ["x"] * 1000}),
+        ("no context", "question 2: expected a text 'context', got ''", {"context": ""}),
+        ("a number as context", "question 2: expected a text 'context', got 7", {"context": 7}),
+    )
+]
+BENCHMARKS += rows(
+    [
+        (f"questions: {name}", evaluate(), line, prepare)
+        for name, line, prepare in (
+            ("no JSON", "line 2: it is no JSON", asked(GOOD, "{")),
+            ("a list", "line 2: expected an object", asked(GOOD, "[1]")),
+            ("no number", "line 2: it is no JSON", asked(GOOD, '{"answer": NaN}')),
+            ("nested", "line 2: it is no JSON .*nested", asked(GOOD, "[" * 100000)),
+            ("nothing", "holds no questions", asked("")),
+            ("a pipe", "is a pipe; expected a plain file", special(os.mkfifo)),
+            ("a folder", "is a folder; expected a plain file", special(os.mkdir)),
+            ("huge", "has 268435457 bytes; expected at most", special(huge)),
+            (
+                "not UTF-8",
+                "is not UTF-8 text",
+                special(lambda p: p.write_bytes(b'{"context": "\xff"}')),
+            ),
+            ("a link to nothing", "is a link to nothing", special(lambda p: p.symlink_to("gone"))),
+            ("missing", "there is no file .*arc_easy/test.jsonl", asked(GOOD, task="piqa/val")),
+            ("no folder", "--data .*data is no folder", lambda a: None),
+        )
+    ]
+)
+BENCHMARKS += rows(
+    [
+        ("unknown task", evaluate("--tasks zorp --data {here}/data"), "unknown local", asked(GOOD)),
+        ("no task", evaluate("--tasks , --data {here}/data"), "names no benchmark", asked(GOOD)),
+        ("no tasks", evaluate("--data {here}/data"), "names no benchmark", asked(GOOD)),
+        ("no questions", evaluate("--tasks arc_easy --questions 0"), "Invalid value|questions"),
+        ("text without data", evaluate("--tasks wikitext2"), "wikitext2 is read from a folder"),
+        (
+            "an article without text",
+            evaluate("--tasks wikitext2 --data {here}/data"),
+            "article 1: expected a text 'text', got 7",
+            asked({"text": 7}, task="wikitext2/test_raw"),
+        ),
+        (
+            "no blank",
+            evaluate("--tasks winogrande --data {here}/data"),
+            "question 1: expected '_' in 'context'",
+            asked(GOOD, task="winogrande/dev"),
+        ),
+        (
+            "three choices of four",
+            evaluate("--tasks mmlu_0shot --data {here}/data"),
+            "question 1: expected 4 'choices', got 2",
+            asked({**GOOD, "subject": "x"}, task="mmlu/test"),
+        ),
+        (
+            "one word",
+            evaluate("--tasks lambada --data {here}/data"),
+            "question 1: expected ' ' in 'text'",
+            asked({"text": "one"}, task="lambada/test"),
+        ),
+        (
+            "a run, an unknown task",
+            "evaluate {run} --tasks zorp --data {here}/data",
+            "unknown local task 'zorp'",
+            asked(GOOD),
+        ),
+        (
+            "the questions as output",
+            evaluate(out="{here}/data/arc_easy/test.jsonl"),
+            "lies in .*data, which this command reads",
+            asked(GOOD),
+        ),
+        (
+            "a user's file as output",
+            evaluate("--tasks arc_easy --data {here}/data --overwrite", out="{home}/diary.txt"),
+            "stays as it is",
+            asked(GOOD),
+        ),
+        (
+            "the model as output",
+            evaluate("--tasks arc_easy --data {here}/data --overwrite", out="{model}/config.json"),
+            "lies in .*model, which this command reads",
+            asked(GOOD),
+        ),
+    ]
+)
+
+
+@parametrised(BENCHMARKS)
+def test_questions_that_are_refused(arena, row):
     arena.try_row(row)
