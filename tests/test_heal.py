@@ -509,8 +509,10 @@ def test_what_is_refused(models: Path, tmp_path: Path) -> None:
         heal(options(models, tmp_path / "b", student=str(models / "teacher")))
     with pytest.raises(InputError, match="a model of 6 blocks, but the teacher"):
         heal(options(models, tmp_path / "c", teacher=str(models / "student")))
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(InputError, match="student, which this command reads"):
         heal(options(models, models / "student"))
+    with pytest.raises(OutputExistsError):
+        heal(options(models, tmp_path))
     with pytest.raises(ModelError, match="lower --learning-rate"):
         heal(options(models, tmp_path / "d", learning_rate=1e30, warmup_steps=0, steps=4))
     for bad in (

@@ -42,9 +42,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     from isingcut.show_scores import healing_warnings, show_healing
 
     values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
-    folder = run_heal(
-        HealConfig(**values), progress=progress, sources=[config] if config else []
-    )
+    folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
     if os.environ.get("RANK", "0") != "0":
         # Of several processes one has the last word.
         raise typer.Exit
@@ -170,7 +168,7 @@ def _of_checkpoint(
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
     typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
     config: RunConfig = from_mapping({**typed, "model": original}, "command line").validate()
-    sources = [folder, original, *([data] if data is not None else [])]
+    sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     session = Session(config)
     loaded = session.loaded

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from isingcut.healers._removed import Removal
 
 _NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that wait for an evaluation, of which healing makes none."""
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
 
 
@@ -41,8 +40,11 @@ def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathL
     refuse_foreign(work_of(out))
 
 
-def check_training(config: HealConfig, student: Path) -> None:
+def check_training(config: HealConfig, student: Path | None = None) -> None:
     """Refuse training options that cannot work, and weights that cannot be trained.
+
+    Args:
+        student: None where it does not exist yet.
 
     Raises:
         InputError: with the option and what it expects.
@@ -60,7 +62,8 @@ def check_training(config: HealConfig, student: Path) -> None:
         settings = read_trainer_file(user_path(config.trainer))
     _check_optimiser(config, settings.get("optim"))
     _check_schedule(config, settings.get("lr_scheduler_kwargs") or {})
-    stored_dtype(student)
+    if student is not None:
+        stored_dtype(student)
 
 
 def _check_optimiser(config: HealConfig, name: str | None) -> None:
@@ -76,11 +79,12 @@ def _check_optimiser(config: HealConfig, name: str | None) -> None:
 def _check_schedule(config: HealConfig, further: dict[str, Any]) -> None:
     import torch
     from transformers import get_scheduler
-    from transformers.trainer_utils import SchedulerType
 
-    names = [s.value for s in SchedulerType if s.value not in _NEVER_FALL]
-    if config.schedule not in names:
-        raise InputError(f"--schedule must be one of {', '.join(names)}; got {config.schedule!r}")
+    if config.schedule in _NEVER_FALL:
+        raise InputError(
+            f"--schedule {config.schedule} falls when an evaluation says so, and healing makes "
+            "none; choose another, for example cosine"
+        )
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.rate)
     try:
         get_scheduler(config.schedule, optimiser, 1, 10, scheduler_specific_kwargs=further)
@@ -137,7 +141,7 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
 
 def _text_config(folder: Path) -> dict[str, Any]:
     from isingcut.architectures.surgery import materialise
-    from isingcut.excise import read_config
+    from isingcut.checkpoint import read_config
 
     return materialise(copy.deepcopy(read_config(folder)))
 
@@ -157,7 +161,8 @@ def _ids(folder: Path, *, trust_remote_code: bool) -> list[int]:
     from transformers import AutoTokenizer
 
     from isingcut.encoder import Encoder
-    from isingcut.models import check_tokenizer, loading
+    from isingcut.loading import loading
+    from isingcut.model_sources import check_tokenizer
 
     check_tokenizer(folder)
     with loading(f"the tokenizer in {folder}"):

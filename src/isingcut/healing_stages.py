@@ -16,6 +16,7 @@ from isingcut.config import HealConfig, RunConfig
 from isingcut.crew import expected
 from isingcut.errors import InputError
 from isingcut.files import fingerprint, read_json, write_json
+from isingcut.healing_checks import check_training
 from isingcut.healing_work import held
 from isingcut.inputs import user_path
 from isingcut.measuring import splits_of, upstream
@@ -81,7 +82,7 @@ def check(session: Session) -> None:
     config = session.config
     if not wanted(config):
         return
-    heal_config(config)
+    check_training(heal_config(config))
     if len(each_removal(config)) > 1:
         raise InputError(
             "a run over a range of removals cuts no checkpoint, so there is none to heal; "

@@ -359,12 +359,14 @@ def articles(data: Path) -> list[str]:
         InputError: the file is missing or damaged, or a line has no text.
     """
     path = data / "wikitext2" / "test_raw.jsonl"
-    found = [record.get("text") for record in local_tasks.records(path)]
-    for number, text in enumerate(found, 1):
+    found = []
+    for number, record in enumerate(local_tasks.records(path), 1):
+        text = record.get("text")
         if not isinstance(text, str):
             raise InputError(
                 f"{path}, article {number}: expected a text 'text', got {repr(text)[:60]}"
             )
+        found.append(text)
     return found
 
 

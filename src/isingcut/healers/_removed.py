@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from isingcut.architectures import fields, find_stack, stack_modules
+from isingcut.architectures import find_stack, stack_modules
 from isingcut.architectures.surgery import depth, materialise
-from isingcut.checkpoint import StoredTensor, read_checkpoint
+from isingcut.checkpoint import StoredTensor, read_checkpoint, read_config
 from isingcut.errors import InputError
-from isingcut.excise import block_prefix, read_config
+from isingcut.fit import block_prefix, extra_heads
 from isingcut.healers import RECORD as HEALED
 from isingcut.healers._patch_files import PLAIN, RECORD
 from isingcut.inputs import load_json
@@ -154,9 +154,8 @@ def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
     """The stored tensors of every block, by their names inside it."""
     text = materialise(copy.deepcopy(read_config(folder)))
     count = depth(text)
-    heads = max((int(text.get(k) or 0) for k in fields.MTP), default=0)
     stored = read_checkpoint(folder)
-    prefix = block_prefix(stored.values(), count, heads)
+    prefix = block_prefix(stored.values(), count, extra_heads(text))
     found: list[dict[str, StoredTensor]] = [{} for _ in range(count)]
     for name, tensor in stored.items():
         number, _, rest = name.removeprefix(prefix).partition(".")
