@@ -513,8 +513,11 @@ def test_what_is_refused(models: Path, tmp_path: Path) -> None:
         heal(options(models, models / "student"))
     with pytest.raises(OutputExistsError):
         heal(options(models, tmp_path))
+    further = tmp_path / "t.yaml"
+    further.write_text("weight_decay: 1e+35\n", encoding="utf-8")
+    blown = {"learning_rate": 10.0, "warmup_steps": 0, "trainer": str(further)}
     with pytest.raises(ModelError, match="lower --learning-rate"):
-        heal(options(models, tmp_path / "d", learning_rate=1e30, warmup_steps=0, steps=4))
+        heal(options(models, tmp_path / "d", **blown))
     for bad in (
         {"method": "qlora"},
         {"steps": 0},

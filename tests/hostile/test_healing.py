@@ -596,7 +596,7 @@ def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
 
 
 # Weights shrink by the rate times this, so that a rate of 10 blows them up.
-DECAY = trainer("weight_decay: 1e+20\n")
+DECAY = trainer("weight_decay: 1e+35\n")
 
 
 @pytest.mark.parametrize("saved", [1, 50])
@@ -604,7 +604,14 @@ def test_the_advice_after_no_number_works(arena, saved):
     more = f"--save-steps {saved} --warmup-steps 0 --trainer {{here}}/t.yaml --learning-rate"
     line = "the loss of step 2 is nan; lower --learning-rate, here 10"
     assert types(arena, heal(f"{more} 10"), code=2, line=line, makes=(), prepare=DECAY) == []
-    assert types(arena, heal(f"{more} 1e-25")) == []
+    assert types(arena, heal(f"{more} 1e-37")) == []
+
+
+def test_a_last_step_without_numbers(arena):
+    more = "--steps 1 --warmup-steps 0 --trainer {here}/t.yaml --learning-rate 10"
+    line = "last step left weights that are no numbers; lower --learning-rate, here 10"
+    blown = trainer("weight_decay: 1e+38\n")
+    assert types(arena, heal(more), code=2, line=line, makes=(), prepare=blown) == []
 
 
 def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch):
@@ -617,7 +624,7 @@ def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch
         raise AssertionError("patched again")
 
     monkeypatch.setattr("isingcut.healers.linear_patch.LinearPatch.heal", refused)
-    assert types(arena, heal(f"{more} 1e-25")) == []
+    assert types(arena, heal(f"{more} 1e-37")) == []
     other = heal("--patch linear --patch-maps writes")
     (arena.here / "healed").rename(arena.here / "away")
     assert types(arena, other, code=1, line="patched again", makes=()) == []

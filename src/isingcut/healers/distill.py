@@ -100,6 +100,11 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
             adapted: Any = peft.PeftModel.from_pretrained(model, trained)
             model = adapted.merge_and_unload()
     trained_weights = model.state_dict()
+    if not all(bool(torch.isfinite(t).all()) for t in trained_weights.values()):
+        raise ModelError(
+            "the last step left weights that are no numbers; lower --learning-rate, here "
+            f"{job.config.rate:g}"
+        )
     # Into a model that transformers loaded in that dtype: it keeps some tensors in float32.
     model = reload(job.start, dtype=dtype, trust_remote_code=trust)
     model.load_state_dict(trained_weights)
