@@ -8,25 +8,21 @@ go by (a pipe) is a text, or JSON lines where it begins with ``{``; gzip is know
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
-import gzip
 import io
 import os
-import select
 import stat
-import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from isingcut.encoder import LONGEST, cut
 from isingcut.errors import CalibrationError
 from isingcut.inputs import SMALL, parse_json, user_path
 from isingcut.model_sources import first_line
+from isingcut.text_streams import clear_errors, limited, looked_at, opened, unpacked
 
 Record = tuple[str, dict[str, Any]]
 """Where a record stands (words for messages), and its fields."""
@@ -34,11 +30,6 @@ Record = tuple[str, dict[str, Any]]
 FORMATS = (".txt", ".jsonl", ".json", ".csv")
 RECORD = SMALL
 """Bytes that one record, and a whole .json, may have."""
-STREAM = 1 << 30
-"""Bytes that are read out of a pipe, and that a .gz may unpack to, at most."""
-PATIENCE = 120.0
-"""Seconds that a pipe may stay silent."""
-
 _PIECE = 1 << 16
 
 
@@ -83,7 +74,7 @@ class TextFile:
     def _lines(self) -> Iterator[io.TextIOWrapper]:
         # Universal newlines are off: the text is measured as it is.
         file = io.TextIOWrapper(self._bytes, encoding="utf-8-sig", newline="")
-        with _clear_errors(self.name), file:
+        with clear_errors(self.name), file:
             yield file
 
     def _refuse_binary(self, text: str) -> None:
@@ -93,7 +84,7 @@ class TextFile:
             )
 
     def _jsonl(self) -> Iterator[Record]:
-        with _clear_errors(self.name), self._bytes as file:
+        with clear_errors(self.name), self._bytes as file:
             number = 0
             while raw := file.readline(RECORD + 1):
                 number += 1
@@ -120,7 +111,7 @@ class TextFile:
                 yield where, record
 
     def _json(self) -> Iterator[Record]:
-        with _clear_errors(self.name), self._bytes as file:
+        with clear_errors(self.name), self._bytes as file:
             content = file.read(RECORD + 1)
         if len(content) > RECORD:
             raise CalibrationError(
@@ -207,19 +198,17 @@ def text_file(path: Path, name: str, advice: str) -> TextFile:
     check(path, name, advice)
     suffix, packed = _kind(path)
     known = suffix in FORMATS
-    with _clear_errors(name):
-        descriptor = _descriptor(path)
-        plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        stream: BinaryIO = io.BufferedReader(_Descriptor(descriptor, name, waits=not plain))
+    with clear_errors(name):
+        stream, plain = opened(path, name)
         if not plain:
-            stream = _limited(stream, name)
+            stream = limited(stream, name)
         if not known:
-            head, stream = _looked_at(stream, name)
+            head, stream = looked_at(stream, name)
             packed = packed or head.startswith(b"\x1f\x8b")
         if packed:
-            stream = _limited(cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb")), name)
+            stream = limited(unpacked(stream), name)
         if not known:
-            head, stream = _looked_at(stream, name)
+            head, stream = looked_at(stream, name)
             begin = head.removeprefix(codecs.BOM_UTF8).lstrip()
             suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
     return TextFile(name, suffix, stream)
@@ -228,7 +217,7 @@ def text_file(path: Path, name: str, advice: str) -> TextFile:
 def check(path: Path, name: str, advice: str) -> None:
     """Refuse what `text_file` would refuse before it reads; the arguments are the same."""
     typed = str(path)
-    with _clear_errors(name):
+    with clear_errors(name):
         mode = os.fstat(0).st_mode if typed == "-" else path.stat().st_mode
         terminal = typed == "-" and os.isatty(0)
     if terminal:
@@ -250,92 +239,6 @@ def _kind(path: Path) -> tuple[str, bool]:
     return Path(words.removesuffix(".gz")).suffix, words.endswith(".gz")
 
 
-def _descriptor(path: Path) -> int:
-    """Open for reading, without waiting for anybody to write."""
-    if str(path) == "-":
-        return os.dup(0)
-    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-
-
-def _limited(stream: BinaryIO, name: str) -> BinaryIO:
-    return io.BufferedReader(_Limited(stream, name, STREAM))
-
-
-def _looked_at(stream: BinaryIO, name: str) -> tuple[bytes, BinaryIO]:
-    """The beginning of a stream, and a stream that still has it."""
-    head = b""
-    while len(head) < 4 or (len(head) < _PIECE and not head.removeprefix(codecs.BOM_UTF8).strip()):
-        if not (more := stream.read(1)):
-            break
-        head += more
-    return head, io.BufferedReader(_Limited(stream, name, None, head))
-
-
-class _Limited(io.RawIOBase):
-    """A stream that may give ``limit`` bytes at most, after ``head``."""
-
-    def __init__(self, stream: BinaryIO, name: str, limit: int | None, head: bytes = b"") -> None:
-        super().__init__()
-        self._stream, self._name, self._limit, self._head = stream, name, limit, head
-        self._given = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        found = self._head[: len(buffer)]
-        self._head = self._head[len(found) :]
-        found = found or self._stream.read1(len(buffer))  # type: ignore[attr-defined]
-        self._given += len(found)
-        if self._limit is not None and self._given > self._limit:
-            raise CalibrationError(
-                f"{self._name} gives more than {self._limit} bytes, the most that is read of a "
-                "pipe or a .gz; take a part of it (head -c), or write it into a plain file"
-            )
-        buffer[: len(found)] = found
-        return len(found)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
-
-
-class _Descriptor(io.RawIOBase):
-    """A file descriptor; one that ``waits`` for a writer does so for `PATIENCE` at most."""
-
-    def __init__(self, descriptor: int, name: str, *, waits: bool) -> None:
-        super().__init__()
-        self._descriptor, self._name, self._waits = descriptor, name, waits
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            if self._waits:
-                self._wait()
-            with contextlib.suppress(BlockingIOError):
-                found = os.read(self._descriptor, len(buffer))
-                buffer[: len(found)] = found
-                return len(found)
-
-    def _wait(self) -> None:
-        if sys.platform == "win32":
-            return
-        ready = select.poll()
-        ready.register(self._descriptor, select.POLLIN)
-        if not ready.poll(PATIENCE * 1000):
-            raise CalibrationError(
-                f"nothing came through {self._name} for {PATIENCE:g} seconds; does anything write "
-                "into that pipe?"
-            )
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
-
-
 @contextmanager
 def _large_fields() -> Iterator[None]:
     """Let a field be as large as a record; the module's own limit is 128 KiB."""
@@ -344,19 +247,3 @@ def _large_fields() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
-
-
-@contextmanager
-def _clear_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as e:
-        raise CalibrationError(
-            f"{name} is not UTF-8 (byte {e.object[e.start]:#04x} does not fit); save it as UTF-8"
-        ) from e
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise CalibrationError(
-            f"{name} is no whole gzip file ({first_line(e)}); pack it anew"
-        ) from e
-    except OSError as e:
-        raise CalibrationError(f"{name} cannot be read: {e.strerror or first_line(e)}") from e

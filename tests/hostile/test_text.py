@@ -16,7 +16,7 @@ import pytest
 from arena import Row, snapshot
 from transformers import AutoTokenizer
 
-from isingcut import chat_templates, text_files
+from isingcut import chat_templates, text_files, text_streams
 from isingcut.calibration import build
 
 SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
@@ -39,8 +39,8 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 def _smaller_bounds(monkeypatch):
     """The same bounds, reached sooner."""
     monkeypatch.setattr(text_files, "RECORD", 1 << 19)
-    monkeypatch.setattr(text_files, "STREAM", 1 << 21)
-    monkeypatch.setattr(text_files, "PATIENCE", 0.3)
+    monkeypatch.setattr(text_streams, "STREAM", 1 << 21)
+    monkeypatch.setattr(text_streams, "PATIENCE", 0.3)
     monkeypatch.setattr(chat_templates, "MEMORY", 512 << 20)
 
 
@@ -417,7 +417,7 @@ def test_a_named_pipe_is_waited_for(arena, monkeypatch):
         (arena.here / "a.jsonl").write_text(LINES, encoding="utf-8")
 
     writer = threading.Thread(target=write)
-    monkeypatch.setattr(text_files, "PATIENCE", 60.0)
+    monkeypatch.setattr(text_streams, "PATIENCE", 60.0)
     writer.start()
     arena.try_row(Row("a pipe", MEASURE + "a.jsonl", code=0, makes=("new*", "home*")))
     writer.join()
