@@ -1,14 +1,13 @@
 """`python -m isingcut.chat_child SECONDS BYTES`: the process that renders chat templates.
 
-Reads pickles from its parent (the template and the special tokens, then a conversation at a time)
-and answers each with a line of JSON. Rendering is transformers' own, and torch is not loaded.
+Reads lines of JSON from its parent (the template and the special tokens, then a conversation at a
+time) and answers each with one. Rendering is transformers' own, and torch is not loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import signal
 import sys
 from types import SimpleNamespace
@@ -24,17 +23,13 @@ def main(arguments: list[str]) -> None:
 
     seconds, memory = float(arguments[0]), int(arguments[1])
     _limit(memory)
-    requests = sys.stdin.buffer
-    template, special = pickle.load(requests)
+    template, special = json.loads(sys.stdin.readline())
     # All that the method needs of a tokenizer, whose class may need torch or its files.
     tokenizer: Any = SimpleNamespace(
         get_chat_template=lambda *_: template, special_tokens_map=special
     )
-    while True:
-        try:
-            messages, options = pickle.load(requests)
-        except EOFError:
-            return
+    for line in sys.stdin:
+        messages, options = json.loads(line)
         _timer(seconds)
         try:
             text = PreTrainedTokenizerBase.apply_chat_template(

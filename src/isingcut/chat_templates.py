@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -92,9 +91,9 @@ class Renderer:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            pickle.dump(request, child.stdin)
+            child.stdin.write(_line(request))
             child.stdin.flush()
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as e:
+        except (TypeError, ValueError, RecursionError) as e:
             raise ModelError(f"{_REFUSES}: they hold more than plain values") from e
         except BrokenPipeError:
             pass
@@ -126,8 +125,14 @@ class Renderer:
         )
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            pickle.dump((template, _plain(self._tokenizer.special_tokens_map)), child.stdin)
+            child.stdin.write(_line((template, _plain(self._tokenizer.special_tokens_map))))
         return child
+
+
+def _line(value: Any) -> bytes:
+    # Escaped, so that half a surrogate pair in a record goes over as it is; a date, which a data
+    # set may hold, goes over as the text that a template prints of it.
+    return (json.dumps(value, default=str) + "\n").encode("ascii")
 
 
 def _plain(tokens: dict[str, Any]) -> dict[str, Any]:
