@@ -254,14 +254,14 @@ def test_a_template_that_refuses_says_where(tmp_path: Path) -> None:
     ],
 )
 def test_the_renderer_is_the_tokenizers_own_method(template: str | None) -> None:
-    """Whatever a template uses of transformers' environment."""
+    """Whatever a template uses of transformers' environment; values beyond JSON included."""
     own: Any = tiny_tokenizer()
     own.chat_template = template or own.chat_template
     with Renderer(own) as render:
         for content in ("plain", " \u00e9\U0001f600 ", "</s>", None):
             messages = [
-                {"role": "user", "content": content, "when": 2024},
-                {"role": "assistant", "content": "y", "tool_calls": [{"a": [1, 2.5, True]}]},
+                {"role": "user", "content": content, "when": datetime(2024, 1, 2)},
+                {"role": "assistant", "content": "y", "tool_calls": [{"a": (1, 2.5, True)}]},
             ]
             for options in ({}, {"add_generation_prompt": True}):
                 try:
@@ -271,14 +271,6 @@ def test_the_renderer_is_the_tokenizers_own_method(template: str | None) -> None
                         render(messages, **options)
                 else:
                     assert render(messages, **options) == expected
-
-
-def test_a_date_in_a_record_is_rendered_as_its_text() -> None:
-    own: Any = tiny_tokenizer()
-    own.chat_template = "{{ messages[0].when }}"
-    messages = [{"role": "user", "content": "x", "when": datetime(2024, 1, 2)}]
-    with Renderer(own) as render:
-        assert render(messages) == own.apply_chat_template(messages, tokenize=False)
 
 
 def test_one_process_renders_a_whole_corpus_and_ends_with_it(

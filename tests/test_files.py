@@ -10,6 +10,7 @@ import pytest
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files import atomic_file, atomic_folder, clear_os_errors, read_json, write_json
 from isingcut.journal import Journal
+from isingcut.outputs import MARKER
 
 
 def test_json_round_trip(tmp_path):
@@ -80,9 +81,16 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
     with pytest.raises(OutputExistsError, match="--overwrite"), atomic_folder(target):
         pass
     assert (target / "mine").read_text() == "1"
-    with atomic_folder(target, overwrite=True) as temporary:
-        (temporary / "new").write_text("2")
-    assert os.listdir(target) == ["new"]
+    with (
+        pytest.raises(OutputExistsError, match="only what isingcut wrote"),
+        atomic_folder(target, overwrite=True),
+    ):
+        pass
+    (target / "mine").unlink()
+    for content in ("1", "2"):
+        with atomic_folder(target, overwrite=True) as temporary:
+            (temporary / content).write_text(content)
+        assert set(os.listdir(target)) == {content, MARKER}
     assert os.listdir(tmp_path) == ["d"]
 
 

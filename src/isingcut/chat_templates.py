@@ -130,9 +130,9 @@ class Renderer:
 
 
 def _line(value: Any) -> bytes:
-    # Escaped, so that half a surrogate pair in a record goes over as it is; a date, which a data
-    # set may hold, goes over as the text that a template prints of it.
-    return (json.dumps(value, default=str) + "\n").encode("ascii")
+    # Escaped, so that half a surrogate pair in a record goes over as it is. What is beyond JSON, a
+    # date in a data set for example, is what transformers gives its templates of it.
+    return (json.dumps(value, default=lambda v: f"<{type(v).__name__}>") + "\n").encode("ascii")
 
 
 def _plain(tokens: dict[str, Any]) -> dict[str, Any]:
