@@ -109,6 +109,7 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
         reader = gguf.GGUFReader(source)
         fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
     architecture = header.architecture
+    _refuse_unwritable(source, architecture, fields)
     values = {k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()}
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture, endianess=reader.endianess)
@@ -152,6 +153,20 @@ def _refuse(header: GgufHeader) -> None:
     parts = header.metadata.get("split.count")
     if isinstance(parts, int) and parts > 1:
         raise CheckpointError(f"{header.path} is one part of a split file; merge the parts first")
+
+
+def _refuse_unwritable(source: Path, architecture: str, fields: dict[str, Any]) -> None:
+    for key, value in fields.items():
+        if value == []:
+            raise CheckpointError(
+                f"{source} has an empty list as its metadata {key!r}, and the package gguf writes "
+                "none; take the key out first"
+            )
+        prefix = key.removeprefix(f"{architecture}.") in _PREFIX
+        if prefix and not isinstance(value, int):
+            raise CheckpointError(
+                f"{source}: expected a whole number as its metadata {key!r}, got {value!r:.60}"
+            )
 
 
 def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dict[int, int]) -> Any:

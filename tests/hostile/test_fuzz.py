@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from arena import call, snapshot
+from gguf_files import info, named, pair, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -271,36 +272,18 @@ def test_stage_files(place, which, edit, spoil, how):
     place(run)
 
 
-# The formats of GGUF's numbers, by their codes; 8 is a text and 9 an array.
+# The formats of GGUF's numbers, by their codes; 8 is a text and 9 a list.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 
 
 def packed(kind: int, value: Any) -> bytes:
     """A value of a GGUF file."""
     if kind == 8:
-        text = value.encode()
-        return struct.pack("<Q", len(text)) + text
+        return text(value)
     if kind == 9:
         inner, items = value
         return struct.pack("<IQ", inner, len(items)) + b"".join(packed(inner, x) for x in items)
     return struct.pack(f"<{SCALARS[kind]}", value)
-
-
-# The tensors of a llama in both formats.
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 
 
 class Gguf:
@@ -328,23 +311,16 @@ class Gguf:
         ]
         self.tensors: list[list[Any]] = []
         self.data = b""
-        for name, value in weights.items():
-            place = name.replace("model.layers.", "blk.").removesuffix(".weight")
-            for theirs, ours in GGUF_NAMES.items():
-                place = place.replace(theirs, ours)
-            shape = list(reversed(value.shape))
-            self.tensors.append([f"{place}.weight", shape, 0, len(self.data)])
-            self.data += value.astype("<f4").tobytes()
+        for name, value in named(weights).items():
+            self.tensors.append([name, value.shape[::-1], 0, len(self.data)])
+            self.data += value.tobytes()
 
     def written(self, version: int = 3, counts: tuple[int, int] | None = None) -> bytes:
         """The file; ``counts`` of tensors and keys may say otherwise."""
         counts = counts or (len(self.tensors), len(self.keys))
         head = b"GGUF" + struct.pack("<IQQ", version, *counts)
-        for name, kind, value in self.keys:
-            head += packed(8, name) + struct.pack("<I", kind) + packed(kind, value)
-        for name, shape, kind, offset in self.tensors:
-            form = f"<I{len(shape)}QIQ"
-            head += packed(8, name) + struct.pack(form, len(shape), *shape, kind, offset)
+        head += b"".join(pair(key, kind, packed(kind, value)) for key, kind, value in self.keys)
+        head += b"".join(info(*tensor) for tensor in self.tensors)
         return head + b"\0" * (-len(head) % 32) + self.data
 
 

@@ -54,6 +54,13 @@ def words(content):
     return lambda arena: (arena.here / "m.gguf").write_bytes(content)
 
 
+def empty_list(data):
+    """One more key, of a list of nothing; as long as the data's alignment."""
+    keys = struct.unpack_from("<Q", data, 16)[0] + 1
+    more = pair("llama.ab", LIST, struct.pack("<IQ", WORD, 0))
+    return data[:16] + struct.pack("<Q", keys) + more + data[24:]
+
+
 # What stands in the header, for `inspect` (which converts) and for `excise --gguf` (which cuts).
 HEADERS = [
     ("a block that lacks a tensor", lacking(UP), f"lacks the tensor {UP}, which block 0 has"),
@@ -147,6 +154,12 @@ OTHERS = [
     ),
     ("another feed-forward", of_model(intermediate_size=64), "another model: its tensor blk.0.ffn"),
     ("another width", file(embedding_length=64), "64 numbers in its stream, the run's model 32"),
+    ("an empty list", changed(empty_list), "an empty list as its metadata 'llama.ab'"),
+    (
+        "leading blocks in words",
+        file(leading_dense_block_count="two"),
+        "expected a whole number as its metadata 'llama.leading_dense_block_count', got 'two'",
+    ),
     ("NaN in a norm", nan("output_norm.weight"), "output_norm.weight has other values"),
 ]
 
