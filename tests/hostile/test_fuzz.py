@@ -26,7 +26,7 @@ from isingcut.outputs import file_sha256
 
 MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))
 # What a command that ends well may write or replace.
-MADE = ("home/cache/", "run/remove-", "run/report.", "run/run.json", "run/model", "new.yaml")
+MADE = ("home/cache/", "run/remove-", "run/report.", "run/run.json", "run/model", "new")
 
 NAMES = st.sampled_from(["", "a", "[", "../../x", "\x00", "\ud800", "ü" * 300, "1e9", "inf", "2"])
 NUMBERS = st.sampled_from(
@@ -192,11 +192,19 @@ def fuzzed(examples: int) -> Any:
     )
 
 
+MODEL_FILES = ["config.json"] * 3 + ["tokenizer.json", "tokenizer_config.json"]
+LOOK = "inspect {here}/model"
+ENERGY = (
+    "energy {here}/model --calibration {here}/text.txt --samples 2 --length 16 --energy fisher "
+    "--out {here}/new"
+)
+
+
 @fuzzed(30)
-@given(edits(), st.sampled_from(["inspect {here}/model", "inspect {here}/model --json"]))
-def test_config(place, edit, command):
+@given(edits(), st.sampled_from(MODEL_FILES), st.sampled_from([LOOK, LOOK, ENERGY]))
+def test_model_files(place, edit, name, command):
     def run(at):
-        at.edit("model/config.json", edit)
+        at.edit(f"model/{name}", edit)
         at.survives(command)
 
     place(run)
@@ -215,7 +223,7 @@ LENGTHS = st.sampled_from(
         ),
         damage(4000).map(lambda spoil: lambda at, name: at.spoil(name, spoil)),
     ),
-    st.sampled_from(["inspect {here}/model", "excise {here}/run --blocks 0,1 --overwrite"]),
+    st.sampled_from([LOOK, ENERGY, "excise {here}/run --blocks 0,1 --overwrite"]),
 )
 def test_safetensors(place, change, command):
     def run(at):
@@ -306,6 +314,8 @@ class Gguf:
             ["tokenizer.ggml.tokens", 9, (8, tokens)],
             ["tokenizer.ggml.token_type", 9, (5, [1] * len(tokens))],
             ["tokenizer.ggml.merges", 9, (8, ["a b"])],
+            ["llama.leading_dense_block_count", 4, 0],
+            ["general.alignment", 4, 32],
             ["tokenizer.ggml.bos_token_id", 4, 1],
             ["tokenizer.ggml.eos_token_id", 4, 2],
         ]
@@ -387,7 +397,8 @@ def test_gguf(place, edit, command):
 @pytest.mark.parametrize(
     "command",
     [
-        "inspect {here}/model",
+        LOOK,
+        ENERGY,
         "inspect {here}/x.gguf",
         "excise {here}/run --gguf {here}/x.gguf --overwrite",
         *sorted({command for _, command in PAIRS}),
