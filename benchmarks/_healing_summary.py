@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from _healing_parts import OURS, PEERS, STAGES, Bench, key
+from isingcut import documents
 from isingcut.files import read_json, write_json
 from isingcut.measure import standard_error
 from isingcut.models import model_identity
 from isingcut.paired import compare
 from isingcut.provenance import versions
 
-RESULTS = "healing"
+RESULTS = "healing-benchmark"
+documents.KINDS[RESULTS] = documents.Part
 
 
 def collect(bench: Bench, path: Path) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from _quality_bench import Bench
 from _quality_judge import Chosen, Judged, load_judged, rows_chosen, thinned
 from _quality_summary import OURS
 from _quality_tasks import METRIC
+from isingcut import documents
 from isingcut.files import write_json
 from isingcut.measure import standard_error
 from isingcut.provenance import versions
 
 KIND = "quality"
+documents.KINDS[KIND] = documents.Part
 RESAMPLES = 2000
 Floats = npt.NDArray[np.float64]
 

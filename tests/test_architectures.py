@@ -1,6 +1,7 @@
 """Finding blocks, cutting configurations, legality: the table as data, and what it refuses."""
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -291,8 +292,9 @@ def test_inspection_reads_no_weights(tmp_path):
 def test_inspection_says_why_a_model_is_refused(tmp_path):
     source = tiny_checkpoint("gpt2", tmp_path / "a", scale_attn_by_inverse_layer_idx=True)
     assert "block number" in inspect_model(source).refusal
-    (source / "config.json").write_text('{"model_type": "none-such"}')
-    with pytest.raises(ModelError, match="cannot build"):
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "none-such"}))
+    with pytest.raises(ModelError, match="does not recognize this architecture"):
         inspect_model(source)
 
 

@@ -106,8 +106,11 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
         InputError: another model than the record's, another vocabulary or tokenizer, a record
             that is not this checkpoint's, or options that do not fit the model.
     """
+    from isingcut.fit import check_fit
     from isingcut.healers._removed import check_cut, check_original
 
+    for folder in (student, teacher):
+        check_fit(folder)
     if removal is not None:
         if not config.other_teacher:
             check_original(student, removal, config.teacher, teacher)

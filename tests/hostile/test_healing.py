@@ -301,7 +301,7 @@ PAIRS = rows(
         (
             "a student of another depth",
             heal(),
-            "says 3 blocks but the tensors .* have 4",
+            "says 3 blocks and the checkpoint has tensors of 4",
             config("run/model", num_hidden_layers=3),
         ),
         ("other letters", heal(), "tokenizers that read the same text differently", other_letters),

@@ -225,7 +225,10 @@ LOADED = [
 ]
 # A few of each sort, on the verbs that measure more.
 RUN = "run {model} --remove 2 --calibration {text} --samples 2 --length 16 --out {here}/new"
-HEAL = "heal {run}/model --teacher {model} --text {text} --length 16 --steps 1 --out {here}/new"
+HEAL = (
+    "heal {run}/model --teacher {model} --other-teacher --text {text} --length 16 --steps 1 "
+    "--out {here}/new"
+)
 SOME = [
     ("a depth in words", config(num_hidden_layers="six"), INVALID),
     ("a billion blocks", config(num_hidden_layers=10**9), MORE),
@@ -236,6 +239,8 @@ SOME = [
     ("NaN", number(UP, np.nan), f"{UP} .* holds NaN or infinity"),
     ("code of its own", config(**RUNS), "runs only if you trust it; .* pass --trust-remote-code"),
 ]
+# A healing sees first that the two models do not belong together.
+OF_PAIR = {"a huge width": "a width of 32, but the teacher .* one of 10000000"}
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
     ("a long hub name", f"inspect {'x' * 5000}", "names no model"),
@@ -260,7 +265,7 @@ def _rows():
         yield Row(f"streamed: {what}", f"{ENERGY} --stream on", line, prepare)
     for what, prepare, line in SOME:
         yield Row(f"run: {what}", RUN, line, prepare)
-        yield Row(f"heal: {what}", HEAL, line, prepare)
+        yield Row(f"heal: {what}", HEAL, OF_PAIR.get(what, line), prepare)
     for what, command, line in NAMES:
         yield Row(what, command, line, lambda arena: (arena.here / "dangling").symlink_to("no"))
 
