@@ -22,7 +22,6 @@ from isingcut.baselines import registry as baselines
 from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import build
 from isingcut.config import HealConfig
-from isingcut.energies.base import Work
 from isingcut.evaluate import quality_of, sample_sums
 from isingcut.excise import excise
 from isingcut.files import read_json, write_json
@@ -32,6 +31,7 @@ from isingcut.progress import silent, terminal
 from isingcut.scores import prepare, score
 from isingcut.search import Search
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 
 KIND = "healing-part"
 # The benchmark's own files, which no run has: their keys are checked where they are used.

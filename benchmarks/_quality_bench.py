@@ -19,11 +19,11 @@ from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import TokenSet, build
 from isingcut.corpora import read
-from isingcut.energies.base import Work
 from isingcut.errors import CalibrationError
 from isingcut.files import fingerprint
 from isingcut.measure import Reference
 from isingcut.progress import silent, terminal
+from isingcut.work import Work
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 INSTRUCT = "calib_instruct"

@@ -26,12 +26,12 @@ from _quality_judge import Chosen
 from _quality_store import Part, Price
 from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.encoder import Encoder
-from isingcut.energies.base import Work
 from isingcut.energies.pairwise import indicator
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
 from isingcut.merging import Merged
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 
 Floats = npt.NDArray[np.float64]
 

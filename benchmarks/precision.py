@@ -19,10 +19,10 @@ import torch
 from scipy.stats import spearmanr
 
 from gradients import prepare
-from isingcut.energies.base import Work
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
 from isingcut.measure import Measurement, measure
+from isingcut.work import Work
 
 REMOVED = (4, 8, 12)
 

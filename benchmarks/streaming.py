@@ -31,13 +31,13 @@ from isingcut import models
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import build
-from isingcut.energies.base import Work
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.gradients import gate_gradients
 from isingcut.measure import measure, tree_nodes
 from isingcut.measure_process import resident_peak
 from isingcut.streamed.replay import StreamedReplay, open_model
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from isingcut.baselines.random import Random
 from isingcut.baselines.sleb import Sleb
 from isingcut.baselines.sliding_window_merging import SlidingWindowMerging
 from isingcut.blocks import Replay
-from isingcut.energies.base import Work
 from isingcut.energies.pairwise import Pairwise
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from tiny import tiny_model
 
 N, SAMPLES, LENGTH = 6, 3, 12

@@ -19,12 +19,12 @@ from isingcut.baselines.evopress import Evopress
 from isingcut.baselines.norm_ratio import NormRatio
 from isingcut.baselines.sleb import Sleb
 from isingcut.blocks import Replay
-from isingcut.energies.base import Work
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError
 from isingcut.measure import measure, tree_nodes
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from tiny import tiny_model
 
 WORK = Work(batch_tokens=30)

@@ -8,12 +8,12 @@ from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
 from isingcut.candidates import fidelity, random_feasible, rank, to_dict
 from isingcut.constraints import LinearConstraint, count, keep
-from isingcut.energies.base import Work
 from isingcut.energies.pairwise import Pairwise
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.problem import Problem
 from isingcut.solvers import solve
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from tiny import tiny_model
 
 

@@ -11,13 +11,13 @@ from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
 from isingcut.curvature import gate_curvature
 from isingcut.energies import registry
-from isingcut.energies.base import Work
 from isingcut.energies.fisher import Fisher
 from isingcut.energies.gauss_newton import GaussNewton
 from isingcut.energies.hessian import Hessian
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.gradients import gate_gradients
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from tiny import tiny_model
 
 # For each family the modules whose output is added to the residual stream.

@@ -25,7 +25,6 @@ from isingcut import loss_gradient as loss
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
 from isingcut.curvature import gate_curvature
-from isingcut.energies.base import Work
 from isingcut.gradients import gate_gradients
 from isingcut.healers import _absorb
 from isingcut.healers._rounds import Objective, install, targets
@@ -40,6 +39,7 @@ from isingcut.streamed.replay import StreamedReplay, open_model
 from isingcut.streamed.scores import quality_streamed
 from isingcut.testing.device import DEVICE, MixedDevicesError, fake_device
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from test_baselines import part
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 

@@ -5,10 +5,10 @@ import pytest
 
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
-from isingcut.energies.base import Work
 from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_errors, energy_terms
 from isingcut.gradients import gate_gradients
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from tiny import tiny_model
 
 linear_or_not = pytest.mark.parametrize("linear", [False, True])

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from isingcut.architectures import cut_model, find_stack, stack_modules
 from isingcut.blocks import Replay
-from isingcut.energies.base import Work
 from isingcut.energies.pairwise import Pairwise, indicator
 from isingcut.measure import measure, standard_error
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from tiny import tiny_model
 
 

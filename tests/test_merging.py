@@ -11,10 +11,10 @@ from isingcut.architectures import cut_model, find_stack, stack_modules
 from isingcut.baselines import sliding_window_merging as swm
 from isingcut.baselines.sliding_window_merging import SlidingWindowMerging
 from isingcut.blocks import Replay
-from isingcut.energies.base import Work
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.merging import Merged, check_mergeable, measure_merged
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from tiny import tiny_model
 
 WORK = Work(batch_tokens=30)

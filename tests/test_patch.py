@@ -14,7 +14,6 @@ from torch import Tensor
 from isingcut.architectures import find_stack, skipped, stack_modules
 from isingcut.blocks import Replay
 from isingcut.config import HealConfig
-from isingcut.energies.base import Work
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.excise import excise
 from isingcut.healers import registry
@@ -26,6 +25,7 @@ from isingcut.healers.linear_patch import LinearPatch, Patch, runs
 from isingcut.models import LoadedModel, load
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 
 
 def tokens(samples: int = 12, length: int = 24, seed: int = 0) -> TokenSet:

@@ -11,7 +11,6 @@ from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
 from isingcut.constraints import LinearConstraint, count, keep
 from isingcut.energies.auto import Auto
-from isingcut.energies.base import Work
 from isingcut.energies.pairwise import Pairwise, indicator
 from isingcut.energies.refined import Refined
 from isingcut.errors import InputError
@@ -24,6 +23,7 @@ from isingcut.search.slopes import gate_slopes
 from isingcut.search.surrogate import Surrogate
 from isingcut.spellings import parse_effort
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from tiny import tiny_model
 
 WORK = Work(batch_tokens=64)

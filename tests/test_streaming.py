@@ -15,7 +15,6 @@ from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Replay
 from isingcut.config import RunConfig
 from isingcut.curvature import gate_curvature
-from isingcut.energies.base import Work
 from isingcut.errors import (
     ArchitectureError,
     CheckpointError,
@@ -41,6 +40,7 @@ from isingcut.streamed.scores import evaluate_streamed
 from isingcut.streamed.skeleton import build_skeleton
 from isingcut.testing.tiny import FAMILIES
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 from test_fp8 import quantise
 from tiny import tiny_checkpoint
 

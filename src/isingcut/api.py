@@ -129,6 +129,7 @@ def prune(
     from isingcut.measuring import concrete, measure_energy
     from isingcut.pipeline import open_session
     from isingcut.removal import each_removal
+    from isingcut.session import opened
 
     loaded = not isinstance(model, str | Path)
     if expected() and (loaded or out is None):
@@ -162,7 +163,7 @@ def prune(
         return Run(folder, config, session), said
 
     try:
-        done = led(work)
+        done = led(work, opened)
     except BaseException:
         kept.close()
         raise

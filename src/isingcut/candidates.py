@@ -11,12 +11,12 @@ from scipy import stats
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.errors import InfeasibleError
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.measure import Measurement, measure
 from isingcut.problem import Problem
 from isingcut.spectrum import Spectrum
+from isingcut.work import Work
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from isingcut.chat_templates import LONGEST
-from isingcut.model_sources import first_line
+from isingcut.errors import first_line
 
 
 def main(arguments: list[str]) -> None:

@@ -16,8 +16,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import ModelError
-from isingcut.model_sources import first_line
+from isingcut.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -72,8 +72,9 @@ def _start() -> None:
     # Of a launcher's processes rank 0 alone reads the command line; healing trains on all alike.
     if expected() and "heal" not in sys.argv[1:2]:
         from isingcut.distributed import led
+        from isingcut.session import opened
 
-        led(_run)
+        led(_run, opened)
     else:
         _run()
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from isingcut.baselines.base import Outcome
     from isingcut.blocks import Replay
-    from isingcut.energies.base import Work
     from isingcut.measure import Measurement
     from isingcut.tokens import TokenSet
+    from isingcut.work import Work
 
 
 _LARGEST = 1_000_000
@@ -105,7 +105,7 @@ def compare(
     }
 
     def make(path: Path) -> None:
-        from isingcut.energies.base import Work
+        from isingcut.work import Work
 
         splits = splits_of(folder)
         searched = splits["energy"].select(range(samples))

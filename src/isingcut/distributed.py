@@ -17,23 +17,46 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from isingcut import sharing
 from isingcut.crew import Crew, Ended, expected
 from isingcut.errors import InputError, IsingcutError, ModelError, RankError
 from isingcut.orders import pack, unpack
 from isingcut.printing import say
-from isingcut.progress import silent
+from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from isingcut.session import Session
+    from isingcut.config import RunConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOCAL = ("replay", "progress", "journal", "description")
 """Arguments of a measurement that every process has of its own."""
+
+
+class Announced(Protocol):
+    """What all processes must agree on of a model in use (`session.Session`)."""
+
+    config: RunConfig
+    progress: Progress
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def streaming(self) -> bool: ...
+
+    @property
+    def replay(self) -> Any: ...
+
+
+Opener = Callable[[dict[str, Any]], Announced]
+"""Makes a model in use from its options."""
 
 
 class _Post:
@@ -43,15 +66,18 @@ class _Post:
     """Of this process, for as long as it lives."""
     crew: Crew | None = None
     """While it takes part in a run."""
-    session: Session | None = None
+    session: Announced | None = None
     orders: int = 0
 
 
 _post = _Post()
 
 
-def led(work: Callable[[], T]) -> T | None:
+def led(work: Callable[[], T], opened: Opener) -> T | None:
     """Run ``work`` on rank 0 while all other processes of the launcher serve it.
+
+    Args:
+        opened: how the others open the model that rank 0 announces.
 
     Returns:
         What ``work`` returns; None in the other processes. Without a launcher, and inside
@@ -70,7 +96,7 @@ def led(work: Callable[[], T]) -> T | None:
         own_group = _join_group(crew)
         leaving: SystemExit | None = None
         if crew.rank:
-            _serve(crew)
+            _serve(crew, opened)
         else:
             try:
                 result = work()
@@ -155,7 +181,7 @@ def _leave_group() -> None:
 # Rank 0 -------------------------------------------------------------------------------
 
 
-def announce(session: Session) -> None:
+def announce(session: Announced) -> None:
     """Let the other processes load the model of this session too, while rank 0 does.
 
     Raises:
@@ -184,7 +210,7 @@ def announce(session: Session) -> None:
     _order(crew, {"order": "model", "config": config, "sha256": identity["sha256"]}, {})
 
 
-def _share_memory(crew: Crew, session: Session) -> None:
+def _share_memory(crew: Crew, session: Announced) -> None:
     """Give each process of a machine its part of the memory, where all have the same."""
     from isingcut.models import pick_device
     from isingcut.streamed.memory import allowance
@@ -243,7 +269,7 @@ def _order(crew: Crew, message: dict[str, Any], arguments: dict[str, Any]) -> in
 # The others ---------------------------------------------------------------------------
 
 
-def _serve(crew: Crew) -> None:
+def _serve(crew: Crew, opened: Opener) -> None:
     """Do what rank 0 orders until it is done."""
     loaded: dict[str, Any] = {}
     while True:
@@ -255,17 +281,14 @@ def _serve(crew: Crew) -> None:
             if loaded != message:
                 # Freed first: two models may be more than the memory holds.
                 _post.session = None
-                _post.session, loaded = _load(crew, message), message
+                _post.session, loaded = _load(crew, message, opened), message
         else:
             _take_part(crew, message, arguments)
 
 
-def _load(crew: Crew, message: dict[str, Any]) -> Session:
+def _load(crew: Crew, message: dict[str, Any], opened: Opener) -> Announced:
     """The announced model in this process; of those on one machine the first fetches it."""
-    from isingcut.config import RunConfig
-    from isingcut.session import Session
-
-    session = Session(RunConfig(**message["config"]))
+    session = opened(message["config"])
     fetched = f"model/{crew.node}/{message['sha256']}"
     if crew.local_rank:
         crew.wait(fetched)
@@ -276,7 +299,8 @@ def _load(crew: Crew, message: dict[str, Any]) -> Session:
         )
     crew.send(fetched, b"1")
     _check_gpu(crew, session.config.device)
-    assert session.replay is not None
+    # Loaded now, not at the first measurement.
+    _ = session.replay
     return session
 
 

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import CalibrationError
-from isingcut.model_sources import first_line
+from isingcut.errors import CalibrationError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -83,3 +83,8 @@ class MissingExtraError(IsingcutError):
             f"{purpose} needs the package {package!r}, which is not installed; "
             f"type: pip install 'isingcut[{extra}]'"
         )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with words in what an error says, else what it is."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -79,7 +79,7 @@ def model(given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
         InputError: no transformers model, no tokenizer, or a model that cannot be saved whole.
         ModelError: saving it failed.
     """
-    from isingcut.model_sources import first_line
+    from isingcut.errors import first_line
     from isingcut.models import model_identity, quiet_transformers
 
     _check_model(given)

@@ -12,8 +12,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import logging as hub_logging
 
-from isingcut.errors import CalibrationError
-from isingcut.model_sources import first_line
+from isingcut.errors import CalibrationError, first_line
 
 # The HTTP library's own base class: hub versions are built on different ones.
 _TRANSPORT = cast(type[Exception], HfHubHTTPError.__mro__[1])

@@ -20,9 +20,9 @@ from isingcut.session import Session
 
 if TYPE_CHECKING:
     from isingcut.calibration import Calibration
-    from isingcut.energies.base import Work
     from isingcut.search import Target
     from isingcut.tokens import TokenSet
+    from isingcut.work import Work
 
 
 def names(text: str) -> list[str]:
@@ -139,7 +139,7 @@ def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
 
 def work_of(session: Session, journal: Path) -> Work:
     """How this session carries a measurement out, with a journal beside its result."""
-    from isingcut.energies.base import Work
+    from isingcut.work import Work
 
     return Work(session.tuning.batch_tokens, session.progress, journal)
 

@@ -10,7 +10,7 @@ from typing import cast
 
 from isingcut import handed_over
 from isingcut.checkpoint import INDEX, SINGLE, contained, read_config, read_index
-from isingcut.errors import ModelError
+from isingcut.errors import ModelError, first_line
 from isingcut.inputs import load_json, regular_file, user_path
 
 PACKAGED = "smollm2"
@@ -259,7 +259,3 @@ def gguf_cache() -> Path:
     Folders of the name ``gguf`` are of versions that completed a file with random numbers.
     """
     return cache_folder() / "gguf-2"
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

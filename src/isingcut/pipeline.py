@@ -28,7 +28,7 @@ from isingcut.progress import Progress, silent
 from isingcut.removal import check_by_config, each_removal, removal_rows
 from isingcut.report import check_report
 from isingcut.runfolder import MANIFEST, RunFolder
-from isingcut.session import Session
+from isingcut.session import Session, opened
 from isingcut.stages import evaluate, excise, rank, report, solve
 
 
@@ -55,7 +55,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         True
     """
     wanted = _config(config, options)
-    return led(lambda: _run(wanted, progress)) or Path(wanted.out)
+    return led(lambda: _run(wanted, progress), opened) or Path(wanted.out)
 
 
 def _run(config: RunConfig, progress: Progress) -> Path:
@@ -108,7 +108,7 @@ def energy(
         'nats/token'
     """
     wanted = _config(config, options)
-    return led(lambda: _energy(wanted, progress)) or Path(wanted.out)
+    return led(lambda: _energy(wanted, progress), opened) or Path(wanted.out)
 
 
 def _energy(config: RunConfig, progress: Progress) -> Path:

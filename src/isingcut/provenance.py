@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import isingcut
-from isingcut.config import RunConfig
 from isingcut.inputs import user_path
 
 
-def sources_of(config: RunConfig) -> list[Path]:
-    """The files and folders that a run of these options reads, where they lie on this machine."""
-    named = [config.model, config.calibration, config.heal_options]
+def sources_of(*named: str) -> list[Path]:
+    """The files and folders among what options name, where they lie on this machine."""
     paths = [user_path(name) for name in named if name]
     return [path for path in paths if os.path.lexists(path)]
 
 
-def model_path(folder: Path, config: RunConfig) -> dict[str, Any]:
+def model_path(folder: Path, name: str) -> dict[str, Any]:
     """Where a local model is, for a run folder that is opened from elsewhere or moved with it."""
-    model = user_path(config.model)
+    model = user_path(name)
     if not model.exists():
         return {}
     absolute = model.resolve()

@@ -84,7 +84,7 @@ class RunFolder:
                 folder.manifest["blocks"] = blocks
             if not folder.config.removal or config.overwrite:
                 folder.manifest["config"] = _plain(config)
-            folder.manifest["provenance"].update(model=model, **model_path(path, config))
+            folder.manifest["provenance"].update(model=model, **model_path(path, config.model))
             folder.typed_solver = config.solver
             folder.save()
             return folder
@@ -92,7 +92,7 @@ class RunFolder:
             "config": _plain(config),
             "stages": {},
             "blocks": blocks,
-            "provenance": {**versions(), "model": model, **model_path(path, config)},
+            "provenance": {**versions(), "model": model, **model_path(path, config.model)},
             "complete": False,
         }
         folder = cls(path, manifest, overwrite=config.overwrite)
@@ -108,7 +108,7 @@ class RunFolder:
             InputError: ``path`` is, contains or lies in the model, the text or a config file.
             OutputExistsError: something else is at ``path``.
         """
-        refuse_source(path, sources_of(config))
+        refuse_source(path, _sources(config))
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")
         if path.exists() and not (path / MANIFEST).is_file() and not _begun(path):
@@ -142,7 +142,7 @@ class RunFolder:
     def sources(self) -> list[Path]:
         """What the run was made from, where it lies on this machine."""
         places = self.manifest["provenance"].get("model_path", {}).values()
-        return [*sources_of(self.config), *(self.path / p for p in places)]
+        return [*_sources(self.config), *(self.path / p for p in places)]
 
     def model_places(self, name: str) -> list[str]:
         """Where the run's model may be: as it was named, else where it was seen from this folder.
@@ -310,6 +310,10 @@ class RunFolder:
     def _fingerprint(self, options: dict[str, Any]) -> str:
         model = self.manifest["provenance"]["model"]["sha256"]
         return fingerprint({**options, "model": model})
+
+
+def _sources(config: RunConfig) -> list[Path]:
+    return sources_of(config.model, config.calibration, config.heal_options)
 
 
 def _begun(path: Path) -> bool:

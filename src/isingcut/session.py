@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from isingcut.tuning import Tuning
 
 
+def opened(options: dict[str, Any]) -> Session:
+    """A model in use from its options by name, for a process that takes part in a run."""
+    return Session(RunConfig(**options))
+
+
 class Session:
     """A model in use.
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from isingcut.encoder import LONGEST, cut
-from isingcut.errors import CalibrationError
+from isingcut.errors import CalibrationError, first_line
 from isingcut.inputs import SMALL, parse_json, user_path
-from isingcut.model_sources import first_line
 from isingcut.text_streams import clear_errors, limited, looked_at, opened, unpacked
 
 Record = tuple[str, dict[str, Any]]

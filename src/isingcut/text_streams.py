@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from isingcut.errors import CalibrationError
-from isingcut.model_sources import first_line
+from isingcut.errors import CalibrationError, first_line
 
 STREAM = 1 << 30
 """Bytes that are read out of a pipe, and that a .gz may unpack to, at most."""

@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.errors import InputError
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
 from isingcut.measure import measure, tree_nodes
+from isingcut.work import Work
 
 LOSSES = ("kl", "nll")
 States = npt.NDArray[np.bool_]

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isingcut.baselines._streams import boundaries
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.errors import InputError
+from isingcut.streams import boundaries
+from isingcut.work import Work
 
 __all__ = ["AngularWindow"]
 

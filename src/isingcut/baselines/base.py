@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.errors import InputError
+from isingcut.work import Work
 
 
 @dataclass(frozen=True)

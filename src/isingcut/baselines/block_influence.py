@@ -14,16 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from isingcut.baselines._streams import block_means, lowest
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.energies.pairwise import indicator
 from isingcut.measure import tree_nodes
+from isingcut.streams import block_means, influence, lowest
+from isingcut.work import Work
 
 __all__ = ["BlockInfluence"]
 
@@ -57,8 +54,3 @@ class BlockInfluence:
             order.append(lowest(again, 1)[0])
         info = {"influence": scores.tolist(), "order": order}
         return Outcome(tuple(sorted(order)), passes=runs / n, heads=0.0, info=info)
-
-
-def influence(before: Tensor, after: Tensor) -> Tensor:
-    """1 - cosine of streams (K, D): (K,)."""
-    return 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)

@@ -21,11 +21,11 @@ from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.constraints import count
-from isingcut.energies.base import Work
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import InputError
 from isingcut.problem import Problem
 from isingcut.solvers import solve
+from isingcut.work import Work
 
 __all__ = ["Cbo"]
 

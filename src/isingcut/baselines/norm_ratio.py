@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isingcut.baselines._streams import block_means, lowest
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
+from isingcut.streams import block_means, lowest
+from isingcut.work import Work
 
 __all__ = ["NormRatio"]
 

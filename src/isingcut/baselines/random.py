@@ -9,7 +9,7 @@ import numpy as np
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
+from isingcut.work import Work
 
 __all__ = ["Random"]
 

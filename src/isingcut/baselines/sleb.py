@@ -19,7 +19,7 @@ from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
+from isingcut.work import Work
 
 __all__ = ["Sleb"]
 

@@ -27,13 +27,13 @@ from torch import nn
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
 from isingcut.head import OutputHead
 from isingcut.journal import Journal
 from isingcut.merging import Merged, check_mergeable
 from isingcut.progress import Bar
+from isingcut.work import Work
 
 __all__ = ["SlidingWindowMerging"]
 

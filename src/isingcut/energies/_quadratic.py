@@ -10,9 +10,9 @@ import numpy.typing as npt
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.curvature import gate_curvature
-from isingcut.energies.base import Work
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.measure import standard_error
+from isingcut.work import Work
 
 Floats = npt.NDArray[np.float64]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.energies.pairwise import Pairwise
 from isingcut.energies.refined import Refined
 from isingcut.hamiltonian import Hamiltonian
+from isingcut.work import Work
 
 __all__ = ["Auto"]
 

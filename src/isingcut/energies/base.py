@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Protocol
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.hamiltonian import Hamiltonian
-from isingcut.progress import Progress, silent
-
-
-@dataclass(frozen=True)
-class Work:
-    """How a measurement is carried out; none of it changes the result beyond rounding.
-
-    Attributes:
-        batch_tokens: tokens computed at a time.
-        progress: where progress is shown.
-        journal: file that keeps finished parts, so that a killed measurement resumes.
-    """
-
-    batch_tokens: int = 1024
-    progress: Progress = silent
-    journal: Path | None = None
+from isingcut.work import Work
 
 
 class Energy(Protocol):

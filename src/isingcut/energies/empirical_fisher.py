@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.gradients import gate_gradients
 from isingcut.hamiltonian import Hamiltonian
+from isingcut.work import Work
 
 __all__ = ["EmpiricalFisher"]
 

@@ -25,9 +25,9 @@ import numpy as np
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.energies._quadratic import quadratic
-from isingcut.energies.base import Work
 from isingcut.gradients import gate_gradients
 from isingcut.hamiltonian import Hamiltonian
+from isingcut.work import Work
 
 __all__ = ["Fisher"]
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.energies._quadratic import curvature_energy
-from isingcut.energies.base import Work
 from isingcut.hamiltonian import Hamiltonian
+from isingcut.work import Work
 
 __all__ = ["Hessian"]
 

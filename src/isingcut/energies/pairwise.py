@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.measure import measure, standard_error
+from isingcut.work import Work
 
 __all__ = ["Pairwise"]
 

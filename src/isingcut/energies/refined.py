@@ -18,12 +18,12 @@ import torch
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.errors import InputError
 from isingcut.files import atomic_file
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.search import Found, Search, Target, greedy_price
 from isingcut.spellings import parse_effort
+from isingcut.work import Work
 
 __all__ = ["Refined"]
 

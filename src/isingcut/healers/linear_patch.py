@@ -31,12 +31,12 @@ from torch import Tensor
 
 from isingcut.architectures import find_stack, stack_modules
 from isingcut.blocks import Recording, Replay
-from isingcut.energies.base import Work
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.healers._absorb import Write, find_write, observe
 from isingcut.healers._least_squares import Moments, solve
 from isingcut.healers.base import Job
 from isingcut.tokens import TokenSet
+from isingcut.work import Work
 
 __all__ = ["LinearPatch"]
 

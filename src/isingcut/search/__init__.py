@@ -15,12 +15,12 @@ import numpy as np
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.errors import InputError
 from isingcut.search.estimates import Estimates
 from isingcut.search.plan import Plan, greedy_price
 from isingcut.search.refine import Refinement
 from isingcut.search.targets import Target
+from isingcut.work import Work
 
 __all__ = ["Estimates", "Found", "Plan", "Search", "Target", "greedy_price"]
 

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from isingcut.baselines._streams import block_means
-from isingcut.baselines.block_influence import influence
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
 from isingcut.measure import measure, tree_nodes
 from isingcut.search.slopes import PASSES, gate_slopes
+from isingcut.streams import block_means, influence
+from isingcut.work import Work
 
 States = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]

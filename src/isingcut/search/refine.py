@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
 from isingcut.errors import InputError
 from isingcut.hamiltonian import Hamiltonian
 from isingcut.search import proposals
@@ -30,6 +29,7 @@ from isingcut.search.evaluator import Evaluator
 from isingcut.search.plan import Plan
 from isingcut.search.surrogate import Surrogate
 from isingcut.search.targets import Target
+from isingcut.work import Work
 
 States = npt.NDArray[np.bool_]
 State = npt.NDArray[np.bool_]

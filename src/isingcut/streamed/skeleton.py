@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from isingcut.architectures.auto import auto_class
-from isingcut.errors import ModelError
+from isingcut.errors import ModelError, first_line
 from isingcut.fit import bounded_structure, check_fit
 from isingcut.fp8 import fp8_layout
 from isingcut.loading import loading
-from isingcut.model_sources import first_line
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
-from isingcut.energies.base import Work
+from isingcut.work import Work
 
 Floats = npt.NDArray[np.float64]
 
@@ -58,3 +58,8 @@ def block_means(
 def lowest(scores: Floats, count: int) -> tuple[int, ...]:
     """The ``count`` blocks of lowest score, ascending; ties go to the earlier block."""
     return tuple(sorted(int(i) for i in np.argsort(scores, kind="stable")[:count]))
+
+
+def influence(before: Tensor, after: Tensor) -> Tensor:
+    """1 - cosine of streams (K, D): (K,)."""
+    return 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)
