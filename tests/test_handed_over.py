@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
-from isingcut import handed_over
+from isingcut import held
 from isingcut.errors import CalibrationError, InputError, OutputExistsError
 from tiny import tiny_checkpoint
 
@@ -98,14 +98,14 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
 
 
 def test_what_is_held_no_more_is_named():
-    with handed_over.texts(["a", "b"]) as name:
-        assert handed_over.find(name) == ["a", "b"]
-        with handed_over.texts(("a", "b")) as again:
+    with held.texts(["a", "b"]) as name:
+        assert held.find(name) == ["a", "b"]
+        with held.texts(("a", "b")) as again:
             assert again == name
-        assert handed_over.find(name) == ["a", "b"]
+        assert held.find(name) == ["a", "b"]
     with pytest.raises(InputError, match=r"2 texts in memory .* was handed over in Python"):
-        handed_over.find(name)
-    assert handed_over.find("my-text.txt") is None
+        held.find(name)
+    assert held.find("my-text.txt") is None
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from isingcut import handed_over
+from isingcut import handed_over, held
 from isingcut.api_run import Run, energy_warnings
 from isingcut.config import RunConfig, from_mapping
 from isingcut.errors import InputError
@@ -145,7 +145,7 @@ def prune(
         given["model"] = str(model) if isinstance(model, str | Path) else type(model).__name__
         given["out"] = str(out or Path(kept.enter_context(_temporary())) / "run")
         if text is not None and not isinstance(text, str):
-            given["calibration"] = kept.enter_context(handed_over.texts(text))
+            given["calibration"] = kept.enter_context(held.texts(text))
         config = from_mapping(given, "isingcut.prune").validate()
         if not isinstance(model, str | Path):
             # Last, as saving a large one takes long.

@@ -139,7 +139,7 @@ def build(
 
     Args:
         source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, a name of
-            `handed_over`, ``"wiki"`` or ``"self"``.
+            `held`, ``"wiki"`` or ``"self"``.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         length: tokens per sample, at least 2.
         seed: order of the documents, and the sampling of ``"self"``.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from isingcut import handed_over, text_files
+from isingcut import held, text_files
 from isingcut.chat_templates import Renderer
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
 from isingcut.inputs import user_path
@@ -64,8 +64,8 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """
     if source == "wiki":
         return Corpus(source, "documents", _distinct(_shuffled(_wiki(), seed)))
-    if (held := handed_over.find(source)) is not None:
-        return _records_corpus(source, _listed(held), tokenizer, lambda r: _shuffled(r, seed))
+    if (texts := held.find(source)) is not None:
+        return _records_corpus(source, _listed(texts), tokenizer, lambda r: _shuffled(r, seed))
     check(source)
     path, name = user_path(source), _name(source)
     if source == "-" or _is_file(path):
@@ -85,7 +85,7 @@ def check(source: str) -> None:
     """
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
-    if source in ("wiki", "self") or handed_over.find(source) is not None:
+    if source in ("wiki", "self") or held.find(source) is not None:
         return
     path = user_path(source)
     if source == "-" or _is_file(path):
@@ -136,8 +136,8 @@ def _records_corpus(
     elif "text" in fields:
         key, kind = "text", "documents"
     else:
-        held = ", ".join(sorted(map(str, fields))) or "nothing"
-        raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {held})")
+        named = ", ".join(sorted(map(str, fields))) or "nothing"
+        raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
 
     # Only what is used is kept while a whole file is shuffled.
     values = ((place, fields.get(key, _ABSENT)) for place, fields in _chained(first, records))

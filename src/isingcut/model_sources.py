@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import cast
 
-from isingcut import handed_over
+from isingcut import held
 from isingcut.checkpoint import INDEX, SINGLE, contained, read_config, read_index
 from isingcut.errors import ModelError, first_line
 from isingcut.inputs import load_json, regular_file, user_path
@@ -52,8 +52,8 @@ def resolve(name: str, *, trust_remote_code: bool = False, revision: str | None 
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
         return _resolve_packaged(trust_remote_code)
-    if (held := handed_over.find(name)) is not None:
-        return _checked_folder(held)
+    if (folder := held.find(name)) is not None:
+        return _checked_folder(folder)
     path = user_path(name)
     if is_there(path) and path.is_dir():
         return _checked_folder(path)
@@ -73,7 +73,7 @@ def hub_id(name: str) -> str | None:
     """The hub id behind a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
-    if handed_over.is_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
+    if held.is_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
         return None
     return name
 
@@ -188,11 +188,11 @@ def _checked_folder(folder: Path) -> Path:
             regular_file(path, "the model's", ModelError)
     if not weight_files(folder):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-        held = (
+        there = (
             f"only pickle weights ({pickles[0]}), which can run code" if pickles else "no weights"
         )
         raise ModelError(
-            f"{folder} has {held}; isingcut reads safetensors: save the model once with "
+            f"{folder} has {there}; isingcut reads safetensors: save the model once with "
             "save_pretrained and give that folder"
         )
     return folder
