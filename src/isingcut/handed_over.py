@@ -1,4 +1,4 @@
-"""A loaded model that a Python caller hands over: saved once, held as the folder it was saved to."""
+"""A loaded model that a Python caller hands over: saved once, held as that folder."""
 
 from __future__ import annotations
 
