@@ -33,8 +33,9 @@ from isingcut.blocks import Replay, reuse_freed_memory
 from isingcut.calibration import build
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.gradients import gate_gradients
-from isingcut.measure import measure, tree_nodes
+from isingcut.measure import measure
 from isingcut.measure_process import resident_peak
+from isingcut.pieces import tree_nodes
 from isingcut.streamed.replay import StreamedReplay, open_model
 from isingcut.tokens import TokenSet
 from isingcut.work import Work

@@ -22,7 +22,8 @@ from isingcut.blocks import Replay
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError
-from isingcut.measure import measure, tree_nodes
+from isingcut.measure import measure
+from isingcut.pieces import tree_nodes
 from isingcut.tokens import TokenSet
 from isingcut.work import Work
 from tiny import tiny_model

@@ -19,9 +19,9 @@ from isingcut.excise import excise
 from isingcut.healers import registry
 from isingcut.healers._absorb import find_write
 from isingcut.healers._least_squares import Moments, solve
-from isingcut.healers._patch_files import applied
+from isingcut.healers._patch_files import applied, runs
 from isingcut.healers.base import Job
-from isingcut.healers.linear_patch import LinearPatch, Patch, runs
+from isingcut.healers.linear_patch import LinearPatch, Patch
 from isingcut.models import LoadedModel, load
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
 from isingcut.tokens import TokenSet

@@ -15,7 +15,8 @@ from isingcut.energies.pairwise import Pairwise, indicator
 from isingcut.energies.refined import Refined
 from isingcut.errors import InputError
 from isingcut.hamiltonian import Hamiltonian
-from isingcut.measure import measure, tree_nodes
+from isingcut.measure import measure
+from isingcut.pieces import tree_nodes
 from isingcut.search import Plan, Search, Target, greedy_price, proposals
 from isingcut.search.estimates import Estimates
 from isingcut.search.evaluator import Evaluator

@@ -12,12 +12,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isingcut.architectures import fields
 from isingcut.architectures.surgery import depth, materialise
 from isingcut.checkpoint import StoredTensor, read_checkpoint, read_config
 from isingcut.errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+_EDGE = 1 << 20
 
 # Fields for which configuration classes write a list or a table with one entry each.
 _COUNTS = re.compile(r"layer|depth|label|block|stage")
@@ -263,3 +268,46 @@ def bounded_structure(most: int, what: str) -> Iterator[None]:
     finally:
         nn.Module.register_parameter = place  # type: ignore[method-assign]
         nn.Module.register_buffer = keep  # type: ignore[method-assign]
+
+
+def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
+    """Refuse a model that transformers completed with random numbers.
+
+    Args:
+        found: its ``output_loading_info``.
+        source: what it was loaded from.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape; the message names it.
+    """
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensors of its architecture, first "
+            f"{missing[0]}; the config and the weights do not belong together"
+        )
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(wrong_shape(name, source, there, wanted))
+
+
+def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:
+    """Refuse weights that are no numbers: every loss after them would be none either.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; the message names it.
+    """
+    import torch
+
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            continue
+        # The sum of finite numbers may overflow; only then each is looked at.
+        numbers: Any = tensor.detach()
+        total = numbers.sum(dtype=torch.float32)
+        if not torch.isfinite(total) and not all(
+            bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
+        ):
+            raise CheckpointError(
+                f"the tensor {name} in {source} holds NaN or infinity; nothing can be measured "
+                "with it: get the weights again, or the checkpoint of an earlier training step"
+            )

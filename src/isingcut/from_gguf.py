@@ -10,11 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from isingcut.cache import gguf_cache
 from isingcut.errors import InputError, MissingExtraError, ModelError
 from isingcut.files import atomic_folder, clear_stale
 from isingcut.inputs import regular_file
 from isingcut.loading import loading, quiet_transformers
-from isingcut.model_sources import gguf_cache
 from isingcut.outputs import foreign_in
 
 
@@ -81,8 +81,7 @@ def _convert(path: Path, folder: Path, held: int) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from isingcut.fit import bounded_structure, most_numbers
-    from isingcut.models import refuse_incomplete, refuse_infinite
+    from isingcut.fit import bounded_structure, most_numbers, refuse_incomplete, refuse_infinite
 
     loader: Any = AutoModelForCausalLM
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

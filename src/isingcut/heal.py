@@ -80,7 +80,8 @@ def heal(
     from isingcut.architectures import find_stack
     from isingcut.healers._removed import Removal, recorded_removal, removal_by_weights
     from isingcut.model_sources import resolve
-    from isingcut.models import dtype_name, load, load_streamed
+    from isingcut.models import dtype_name, load
+    from isingcut.streamed.opening import load_streamed
 
     if config is not None and options:
         raise InputError("give either a HealConfig or options by name, not both")
@@ -323,7 +324,8 @@ def _identities(
 def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
     """Perplexity and KL to the original of a checkpoint on the held-out text."""
     from isingcut.evaluate import quality
-    from isingcut.models import load, load_streamed
+    from isingcut.models import load
+    from isingcut.streamed.opening import load_streamed
 
     size = job.config.batch_tokens
     options: dict[str, Any] = {

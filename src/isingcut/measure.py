@@ -23,12 +23,12 @@ from isingcut.distributed import together
 from isingcut.files import fingerprint
 from isingcut.head import OutputHead, Reference, comparison
 from isingcut.journal import Journal
-from isingcut.pieces import Piece, left
+from isingcut.pieces import Piece, common_prefix, left
 from isingcut.progress import Bar, Progress, silent
 from isingcut.sharing import processes, share
 from isingcut.tuning import chosen_attention
 
-__all__ = ["Measurement", "Reference", "measure", "standard_error", "tree_nodes"]
+__all__ = ["Measurement", "Reference", "measure", "standard_error"]
 
 States = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -128,7 +128,7 @@ def measure(
     empty = np.zeros(n, dtype=bool)
     previous = empty
     for step in walk:
-        step.shared = _common_prefix(previous, step.removed) if share_prefixes else 0
+        step.shared = common_prefix(previous, step.removed) if share_prefixes else 0
         previous = step.removed
     per_batch = n + sum(int((~s.removed[s.shared :]).sum()) for s in walk)
     unshared = n + int((~wanted).sum())
@@ -204,21 +204,6 @@ def measure(
     return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
 
 
-def tree_nodes(states: States) -> int:
-    """Block evaluations per sample that measuring the states (S, N) takes beside the original.
-
-    The original's own N are not in it: a state shares the hidden states of the original up to
-    its first removed block, and those of the other states up to where they part. It is the unit
-    in which every search pays for its states.
-    """
-    total = 0
-    previous = np.zeros(states.shape[-1], dtype=bool)
-    for state in states[np.lexsort(states.T[::-1])]:
-        total += int((~state[_common_prefix(previous, state) :]).sum())
-        previous = state
-    return total
-
-
 class _Step:
     """One state on the walk through the prefix tree."""
 
@@ -231,7 +216,7 @@ def _apart(steps: Sequence[_Step], share_prefixes: bool) -> list[_Step]:
     if not steps or not share_prefixes:
         return list(steps)
     first = _Step(steps[0].removed, steps[0].position)
-    first.shared = _common_prefix(np.zeros_like(first.removed), first.removed)
+    first.shared = common_prefix(np.zeros_like(first.removed), first.removed)
     return [first, *steps[1:]]
 
 
@@ -239,11 +224,6 @@ def _blocks_run(walk: Sequence[_Step], piece: Piece, n: int) -> int:
     """Blocks of one piece, as they count in all that a measurement runs."""
     own = walk[piece.first : piece.last]
     return sum(int((~s.removed[s.shared :]).sum()) for s in own) + (0 if piece.first else n)
-
-
-def _common_prefix(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> int:
-    differ = np.flatnonzero(a != b)
-    return int(differ[0]) if len(differ) else len(a)
 
 
 def _identity(replay: Replay, tokens: TokenSet, states: States, batch_tokens: int) -> str:

@@ -9,31 +9,29 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isingcut.cache import gguf_cache
 from isingcut.checkpoint import HEADER_LIMIT, read_config
-from isingcut.errors import CheckpointError, InputError, ModelError
+from isingcut.errors import InputError, ModelError
+from isingcut.fit import refuse_incomplete, refuse_infinite
 from isingcut.loading import loading, quiet_transformers
-from isingcut.model_sources import check_tokenizer, gguf_cache, hub_id, resolve, weight_files
+from isingcut.model_sources import check_tokenizer, hub_id, resolve, weight_files
 from isingcut.spellings import parse_device
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from isingcut.streamed.buffers import Buffers
-    from isingcut.streamed.replay import StreamedReplay
 
 __all__ = [
     "LoadedModel",
     "dtype_name",
     "hub_id",
     "load",
-    "load_streamed",
     "model_identity",
     "pick_device",
     "pick_dtype",
@@ -148,93 +146,6 @@ def load(
     model.eval()
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, Path(folder), number, place)
-
-
-def load_streamed(
-    folder: Path,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    memory_limit: str = "",
-    buffers: Buffers | None = None,
-) -> tuple[LoadedModel, StreamedReplay]:
-    """A resolved folder's model without its weights, and its blocks, each read when it is run.
-
-    Args:
-        dtype, device: as in `load`.
-        memory_limit: as ``"8GB"`` or ``"50%"`` of what is free; empty takes 80 %.
-        buffers: those of another streamed model, to share.
-
-    Raises:
-        ModelError: transformers cannot build it, or the checkpoint does not fit it.
-        ArchitectureError: its blocks cannot be run one at a time.
-        InputError: unknown dtype, device or memory limit.
-    """
-    from transformers import AutoTokenizer
-
-    from isingcut.streamed.replay import StreamedReplay, open_model
-
-    place = pick_device(device)
-    number = pick_dtype(dtype, place)
-    check_tokenizer(folder)
-    model, store, memory = open_model(
-        folder,
-        dtype=number,
-        device=place,
-        memory_limit=memory_limit,
-        trust_remote_code=trust_remote_code,
-        buffers=buffers,
-    )
-    with loading(f"the tokenizer in {folder}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    replay = StreamedReplay(model, store, memory)
-    return LoadedModel(model, tokenizer, Path(folder), number, place), replay
-
-
-def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
-    """Refuse a model that transformers completed with random numbers.
-
-    Args:
-        found: its ``output_loading_info``.
-        source: what it was loaded from.
-
-    Raises:
-        ModelError: a tensor is missing or has another shape; the message names it.
-    """
-    from isingcut.fit import wrong_shape
-
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{source} lacks {len(missing)} tensors of its architecture, first "
-            f"{missing[0]}; the config and the weights do not belong together"
-        )
-    for name, there, wanted in sorted(found["mismatched_keys"]):
-        raise ModelError(wrong_shape(name, source, there, wanted))
-
-
-def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:
-    """Refuse weights that are no numbers: every loss after them would be none either.
-
-    Raises:
-        CheckpointError: a tensor holds NaN or infinity; the message names it.
-    """
-    import torch
-
-    for name, tensor in tensors:
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            continue
-        # The sum of finite numbers may overflow; only then each is looked at.
-        numbers: Any = tensor.detach()
-        total = numbers.sum(dtype=torch.float32)
-        if not torch.isfinite(total) and not all(
-            bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
-        ):
-            raise CheckpointError(
-                f"the tensor {name} in {source} holds NaN or infinity; nothing can be measured "
-                "with it: get the weights again, or the checkpoint of an earlier training step"
-            )
 
 
 def pick_device(device: str) -> torch.device:

@@ -159,7 +159,7 @@ class Session:
         Args:
             beside: another model whose buffers are shared.
         """
-        from isingcut.models import load_streamed
+        from isingcut.streamed.opening import load_streamed
 
         return load_streamed(
             folder,

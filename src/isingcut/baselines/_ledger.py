@@ -13,7 +13,8 @@ from isingcut.calibration import TokenSet
 from isingcut.errors import InputError
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
-from isingcut.measure import measure, tree_nodes
+from isingcut.measure import measure
+from isingcut.pieces import tree_nodes
 from isingcut.work import Work
 
 LOSSES = ("kl", "nll")

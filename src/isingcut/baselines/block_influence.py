@@ -18,7 +18,7 @@ from isingcut.baselines.base import Outcome, check_count
 from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.energies.pairwise import indicator
-from isingcut.measure import tree_nodes
+from isingcut.pieces import tree_nodes
 from isingcut.streams import block_means, influence, lowest
 from isingcut.work import Work
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from isingcut.checkpoint import StoredTensor, read_checkpoint, read_config
 from isingcut.errors import ArchitectureError
 from isingcut.files import atomic_folder
 from isingcut.fit import block_prefix
-from isingcut.healers.linear_patch import Patch
 
 RECORD = "isingcut.json"
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -127,3 +127,37 @@ def applied(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[N
             layer.weight.data = weight
             if bias is not None:
                 layer.bias.data = bias
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """New weights of one layer.
+
+    Attributes:
+        block: the kept block, by its number in the original.
+        path: the layer inside the block.
+        weight: (D, F) float64, or (F, D) for a transposed layer: as the layer holds it.
+        bias: (D,) float64, None for a layer without one.
+        record: what was fitted, JSON-able.
+    """
+
+    block: int
+    path: str
+    weight: Tensor
+    bias: Tensor | None
+    record: dict[str, Any]
+
+
+def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
+    """The maximal runs of removed blocks, as (first, last).
+
+    >>> runs([4, 5, 9])
+    [(4, 5), (9, 9)]
+    """
+    found: list[tuple[int, int]] = []
+    for i in sorted(removed):
+        if found and i == found[-1][1] + 1:
+            found[-1] = (found[-1][0], i)
+        else:
+            found.append((i, i))
+    return found

@@ -16,12 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from isingcut.errors import InputError, ModelError
 from isingcut.files import clear_os_errors, read_json, write_json
+from isingcut.healers._patch_files import runs
 from isingcut.healers._processes import Processes
 from isingcut.healers._rounds import Objective, install
+from isingcut.healers._student import load_student, quiet_peft
 from isingcut.healers._trainer_file import read_trainer_file
 from isingcut.healers.base import Job
-from isingcut.healers.distill import load_student, quiet_peft
-from isingcut.healers.linear_patch import runs
 from isingcut.healing_work import complete_states
 from isingcut.inputs import user_path
 from isingcut.models import quiet_transformers

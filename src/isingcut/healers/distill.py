@@ -12,11 +12,8 @@ Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +22,7 @@ import torch
 from isingcut.errors import InputError, MissingExtraError, ModelError
 from isingcut.files import atomic_folder, read_json, write_json
 from isingcut.healers._processes import Processes
+from isingcut.healers._student import load_student, quiet_peft
 from isingcut.healers.base import Job
 
 if TYPE_CHECKING:
@@ -68,21 +66,6 @@ def need_packages(config: HealConfig) -> None:
     for package in ("accelerate", *(["peft"] if config.method == "lora" else [])):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "heal", "healing by distillation")
-
-
-@contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
-    """peft asks models by an older name whether they recompute activations: a warning a layer."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def load_student(folder: Path, config: HealConfig) -> Any:
-    """A model with float32 weights, on the CPU: the Trainer places it."""
-    from isingcut.verify import reload
-
-    return reload(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
 
 
 def _publish(job: Job, trained: Path, out: Path) -> None:

@@ -34,6 +34,7 @@ from isingcut.blocks import Recording, Replay
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.healers._absorb import Write, find_write, observe
 from isingcut.healers._least_squares import Moments, solve
+from isingcut.healers._patch_files import Patch, runs
 from isingcut.healers.base import Job
 from isingcut.tokens import TokenSet
 from isingcut.work import Work
@@ -41,40 +42,6 @@ from isingcut.work import Work
 __all__ = ["LinearPatch"]
 
 _HELD_OUT_EVERY = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """New weights of one layer.
-
-    Attributes:
-        block: the kept block, by its number in the original.
-        path: the layer inside the block.
-        weight: (D, F) float64, or (F, D) for a transposed layer: as the layer holds it.
-        bias: (D,) float64, None for a layer without one.
-        record: what was fitted, JSON-able.
-    """
-
-    block: int
-    path: str
-    weight: Tensor
-    bias: Tensor | None
-    record: dict[str, Any]
-
-
-def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
-    """The maximal runs of removed blocks, as (first, last).
-
-    >>> runs([4, 5, 9])
-    [(4, 5), (9, 9)]
-    """
-    found: list[tuple[int, int]] = []
-    for i in sorted(removed):
-        if found and i == found[-1][1] + 1:
-            found[-1] = (found[-1][0], i)
-        else:
-            found.append((i, i))
-    return found
 
 
 @dataclass(frozen=True)

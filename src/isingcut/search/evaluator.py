@@ -17,7 +17,8 @@ from isingcut.blocks import Replay
 from isingcut.calibration import TokenSet
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
-from isingcut.measure import measure, tree_nodes
+from isingcut.measure import measure
+from isingcut.pieces import tree_nodes
 from isingcut.search.slopes import PASSES, gate_slopes
 from isingcut.streams import block_means, influence
 from isingcut.work import Work

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isingcut.measure import tree_nodes
+from isingcut.pieces import tree_nodes
 from isingcut.search import proposals
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from isingcut.checkpoint import StoredTensor, read_checkpoint, read_config
 from isingcut.errors import CheckpointError
+from isingcut.fit import refuse_infinite
 from isingcut.fp8 import DTYPES, dequantise, fp8_layout, read_tensor, scale_of, tile_of
-from isingcut.models import refuse_infinite
 from isingcut.streamed.plan import Copied, Part, PartPlan, plan_parts
 
 # Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.

@@ -20,7 +20,7 @@ from isingcut.blocks import Recording, Replay
 from isingcut.errors import InputError
 from isingcut.head import OutputHead, comparison
 from isingcut.journal import Journal
-from isingcut.measure import tree_nodes
+from isingcut.pieces import tree_nodes
 from isingcut.progress import Bar
 from isingcut.sharing import share
 from isingcut.streamed.pace import Pace
