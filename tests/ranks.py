@@ -10,11 +10,23 @@ from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "transformers", "isingcut.cli", "isingcut.stages", "isingcut.gradients",
-     "isingcut.curvature", "isingcut.energies.pairwise", "isingcut.solvers.auto",
-     "isingcut.evaluate", "isingcut.excise", "isingcut.verify", "isingcut.report_html",
-     "transformers.models.llama.modeling_llama", "ranks"]
-)  # fmt: skip
+    [
+        "torch",
+        "transformers",
+        "transformers.models.llama.modeling_llama",
+        "isingcut.cli",
+        "isingcut.stages",
+        "isingcut.gradients",
+        "isingcut.curvature",
+        "isingcut.energies.pairwise",
+        "isingcut.solvers.auto",
+        "isingcut.evaluate",
+        "isingcut.excise",
+        "isingcut.verify",
+        "isingcut.report_html",
+        "ranks",
+    ]
+)
 
 
 def start(function: Callable[..., None], *arguments: object):

@@ -314,7 +314,8 @@ def test_shell_completion_knows_verbs_and_parts():
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, isingcut.cli as c\ntry: c.app(['run', '--help'])\nexcept SystemExit: pass\n"
+        "import sys\nimport isingcut.cli as c\n"
+        "try: c.app(['run', '--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'numba', 'jinja2', 'yaml'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from isingcut.provenance import __version__ as __version__
+
 if TYPE_CHECKING:
     from isingcut.api import Options, PoorEnergyWarning, open_run, prune
     from isingcut.api_run import Run, State
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from isingcut.problem import Problem
     from isingcut.solvers import solve
     from isingcut.spectrum import Spectrum
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Hamiltonian",

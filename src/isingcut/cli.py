@@ -1,6 +1,6 @@
 """The command line: one verb per stage, `run` for all of them, `demo`, and what looks things up.
 
-The verbs live in `cli_*.py`, by group; a new verb is a function there with `cli_verb.verb`. The
+The verbs live in files by group; a new verb is a function there with `verb`. The
 options are generated from `config.RunConfig`, and nothing heavy is imported before a verb runs.
 
 Exit codes: 0 done; 2 something to put right in the command, the files or the model, said in one
@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
-from isingcut import __version__
 from isingcut.cli_verb import app
 from isingcut.crew import expected
 from isingcut.errors import InputError, IsingcutError, RankError
 from isingcut.files import os_error_words
 from isingcut.printing import prepare, say, unwritable
+from isingcut.provenance import __version__
 
 __all__ = ["app", "main"]
 

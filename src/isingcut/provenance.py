@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import isingcut
 from isingcut.inputs import user_path
+
+__version__ = "0.1.0"
 
 
 def sources_of(*named: str) -> list[Path]:
@@ -40,7 +41,7 @@ def versions() -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return {
-        "isingcut": isingcut.__version__,
+        "isingcut": __version__,
         "python": platform.python_version(),
         **found,
         "platform": platform.platform(),

@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from isingcut import __version__
 from isingcut.printing import printable
+from isingcut.provenance import __version__
 from isingcut.report_baselines import energy_passes
 from isingcut.report_blocks import (
     block_ticks,

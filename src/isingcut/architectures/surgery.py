@@ -326,7 +326,7 @@ def _refuse_unknown(text: dict[str, Any], count: int) -> None:
         if suspicious:
             raise ArchitectureError(
                 f"the configuration field {key!r} looks per-layer (value {_short(value)}) and "
-                "isingcut does not know what it means; add it to isingcut.architectures.fields"
+                "isingcut does not know what it means; add it to architectures/fields.py"
             )
 
 
