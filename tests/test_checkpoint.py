@@ -263,7 +263,8 @@ def test_a_cut_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
 def test_a_killed_cut_leaves_nothing_that_looks_finished(tmp_path):
     source = sharded(tmp_path / "source")
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nimport isingcut.excise as e\n"
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "import isingcut.excise as e\n"
         "e._copy_companions = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "e.excise(Path(sys.argv[1]), [1], Path(sys.argv[2]))"
     )

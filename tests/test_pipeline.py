@@ -182,8 +182,10 @@ def test_solving_loads_no_torch(finished, tmp_path):
 def test_help_and_the_core_load_no_torch():
     for code in (
         "import isingcut.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass",
-        "import isingcut\nimport isingcut.hamiltonian\nimport isingcut.constraints\n"
-        "import isingcut.problem\nimport isingcut.spectrum\nimport isingcut.solvers",
+        "import isingcut\nimport isingcut.hamiltonian\n"
+        "import isingcut.constraints\n"
+        "import isingcut.problem\nimport isingcut.spectrum\n"
+        "import isingcut.solvers",
     ):
         check = "\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
         subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)

@@ -109,8 +109,10 @@ def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sens
 
 def test_the_core_is_light():
     code = (
-        "import sys\nimport isingcut.hamiltonian\nimport isingcut.constraints\n"
-        "import isingcut.problem\nimport isingcut.spectrum\nimport isingcut.solvers\n"
+        "import sys\nimport isingcut.hamiltonian\n"
+        "import isingcut.constraints\n"
+        "import isingcut.problem\nimport isingcut.spectrum\n"
+        "import isingcut.solvers\n"
         "print([m for m in ('torch', 'numba', 'dimod', 'scipy') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,10 +1,10 @@
 """`sliding-window-merging`: merge runs of neighbouring blocks, from the last block to the first.
 
 A window starts at the last block and takes in the block below it as long as the model with the
-window merged still ends in hidden states like the original's: their cosine similarity must reach
-a threshold. Where it does not, the window is closed, its blocks are merged into its first one by
-adding parameter differences, and a new window starts at the block that did not fit. So a threshold gives a number of blocks that vanish; here it is searched for the number
-asked for.
+window merged still ends in hidden states like the original's: their cosine similarity must reach a
+threshold. Where it does not, the window is closed, its blocks are merged into its first one by
+adding parameter differences, and a new window starts at the block that did not fit. So a threshold
+gives a number of blocks that vanish; here it is searched for the number asked for.
 
 Source: Ding et al., arXiv 2502.19159, without the LoRA retraining that follows there. Ours
 differs from the paper, or decides what its summary leaves open: the threshold is searched, where
