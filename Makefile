@@ -31,12 +31,13 @@ demo: $(VENV)/.demo
 	$(BIN)/isingcut demo --overwrite
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The site in site/, offline; a broken link or an unknown reference fails it.
 docs: $(VENV)/.dev

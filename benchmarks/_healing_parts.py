@@ -16,22 +16,23 @@ import numpy as np
 import torch
 
 from _healing_texts import Remembered, judged_texts, training_text
-from isingcut import documents, models
-from isingcut.architectures import find_stack, stack_modules
+from isingcut import documents
 from isingcut.baselines import registry as baselines
-from isingcut.blocks import Replay, reuse_freed_memory
-from isingcut.calibration import build
-from isingcut.config import HealConfig
-from isingcut.evaluate import quality_of, sample_sums
-from isingcut.excise import excise
+from isingcut.data.calibration import build
+from isingcut.data.healing_text import HealingText
+from isingcut.data.tokens import TokenSet
+from isingcut.energies.search import Search
+from isingcut.evaluation.quality import quality_of, sample_sums
+from isingcut.evaluation.scores import prepare, score
 from isingcut.files import read_json, write_json
-from isingcut.heal import heal_checkpoint
-from isingcut.healing_text import HealingText
+from isingcut.healing.heal import heal_checkpoint
+from isingcut.measure.work import Work
+from isingcut.models import load as models
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.options.config import HealConfig
 from isingcut.progress import silent, terminal
-from isingcut.scores import prepare, score
-from isingcut.search import Search
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
 
 KIND = "healing-part"
 # The benchmark's own files, which no run has: their keys are checked where they are used.

@@ -10,10 +10,10 @@ import numpy as np
 
 from _healing_parts import OURS, PEERS, STAGES, Bench, key
 from isingcut import documents
+from isingcut.evaluation.paired import compare
 from isingcut.files import read_json, write_json
-from isingcut.measure import standard_error
-from isingcut.models import model_identity
-from isingcut.paired import compare
+from isingcut.measure.losses import standard_error
+from isingcut.models.load import model_identity
 from isingcut.provenance import versions
 
 RESULTS = "healing-benchmark"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from isingcut import corpora, healing_text
-from isingcut.calibration import build
-from isingcut.tokens import TokenSet
+from isingcut.data import corpora, healing_text
+from isingcut.data.calibration import build
+from isingcut.data.tokens import TokenSet
 
 TRAINED_CONVERSATIONS = 700
 JUDGED_CONVERSATIONS = 300

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from isingcut.constraints import count, kind_counts
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
+from isingcut.ising.constraints import count, kind_counts
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
 
 SIZES = ["32x16", "40x12", "52x13", "80x8", "80x16", "80x24", "80x40", "126x63"]
 MEASURED_M = (4, 8, 12, 15)

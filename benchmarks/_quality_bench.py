@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 from _quality_store import Speed, Store
-from isingcut import models
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay, reuse_freed_memory
-from isingcut.calibration import TokenSet, build
-from isingcut.corpora import read
+from isingcut.data.calibration import TokenSet, build
+from isingcut.data.corpora import read
 from isingcut.errors import CalibrationError
 from isingcut.files import fingerprint
-from isingcut.measure import Reference
+from isingcut.measure.losses import Reference
+from isingcut.measure.work import Work
+from isingcut.models import load as models
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.progress import silent, terminal
-from isingcut.work import Work
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 INSTRUCT = "calib_instruct"

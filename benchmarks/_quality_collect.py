@@ -14,7 +14,7 @@ from _quality_summary import OURS
 from _quality_tasks import METRIC
 from isingcut import documents
 from isingcut.files import write_json
-from isingcut.measure import standard_error
+from isingcut.measure.losses import standard_error
 from isingcut.provenance import versions
 
 KIND = "quality"

@@ -19,15 +19,15 @@ from _quality_bench import Bench
 from _quality_methods import Choosing
 from _quality_rows import ground_states
 from _quality_store import Part, Price
-from isingcut.candidates import fidelity, random_feasible
-from isingcut.constraints import count
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import energy_terms
 from isingcut.energies.pairwise import indicator
-from isingcut.gradients import gate_gradients
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.measure import measure
-from isingcut.problem import Problem
-from isingcut.tokens import TokenSet
+from isingcut.evaluation.candidates import fidelity, random_feasible
+from isingcut.ising.constraints import count
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
 
 GRADIENTS = "estimator/gradients"
 BACKWARD = 1.3

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from _quality_store import Part, Price
 from isingcut.baselines import registry as baselines
 from isingcut.baselines.base import Outcome
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.data.tokens import TokenSet
+from isingcut.measure.work import Work
 
 if TYPE_CHECKING:
     from _quality_methods import Choosing

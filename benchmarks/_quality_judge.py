@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from _quality_bench import Bench
 from _quality_store import Part, Price
+from isingcut.baselines._merging import measure_merged
 from isingcut.energies.pairwise import indicator
 from isingcut.files import fingerprint
-from isingcut.measure import measure
-from isingcut.merging import measure_merged
+from isingcut.measure.losses import measure
 
 Floats = npt.NDArray[np.float64]
 EXPECTED_DISTINCT = 0.6

@@ -19,10 +19,10 @@ from _quality_store import Part, Price
 from isingcut.baselines import registry as baselines
 from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.base import Outcome
+from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry as energies
 from isingcut.energies.pairwise import indicator
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.tokens import TokenSet
+from isingcut.ising.hamiltonian import Hamiltonian
 
 CHEAP: dict[str, tuple[str, dict[str, Any]]] = {
     "block-influence": ("block-influence", {}),
@@ -256,7 +256,7 @@ class Choosing:
         tokens: TokenSet | None = None,
     ) -> dict[str, Any]:
         """A `refined` search of at most ``budget`` passes, as the content of a part."""
-        from isingcut.search import Search
+        from isingcut.energies.search import Search
 
         pool = self.wide if tokens is None else tokens
         scale = self.scale if tokens is None else 1.0

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from isingcut.baselines.base import Outcome
-from isingcut.constraints import count
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.solvers import solve
+from isingcut.ising.constraints import count
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import solve
 
 
 def choice(method: str, remove: int, seed: int, found: Outcome) -> dict[str, Any]:

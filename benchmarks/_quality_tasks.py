@@ -24,14 +24,14 @@ from torch import Tensor
 from _quality_bench import Bench
 from _quality_judge import Chosen
 from _quality_store import Part, Price
-from isingcut.blocks import Replay, reuse_freed_memory
-from isingcut.encoder import Encoder
+from isingcut.baselines._merging import Merged
+from isingcut.data.encoder import Encoder
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import indicator
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
-from isingcut.merging import Merged
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay, reuse_freed_memory
 
 Floats = npt.NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from isingcut.errors import InputError
-from isingcut.problem import Problem
-from isingcut.solvers import make
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import make
 
 Times = tuple[float | None, float | None]
 

@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 
 from isingcut.files import read_json
-from isingcut.hamiltonian import Hamiltonian
+from isingcut.ising.hamiltonian import Hamiltonian
 
 
 def launcher(processes: int) -> list[str]:

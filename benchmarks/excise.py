@@ -22,7 +22,7 @@ SHARD_BYTES = 5 * 2**30
 CHILD = """
 import json, resource, sys, time, os
 from pathlib import Path
-from isingcut.excise import excise
+from isingcut.models.cutting.checkpoint import excise
 start = time.perf_counter()
 excise(Path(sys.argv[1]), json.loads(sys.argv[3]), Path(sys.argv[2]))
 os.sync()

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from isingcut import models
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay, reuse_freed_memory
-from isingcut.calibration import build
-from isingcut.gates import gated_block
-from isingcut.gradients import gate_gradients
-from isingcut.tokens import TokenSet
-from isingcut.tuning import chosen_attention, tune
+from isingcut.data.calibration import build
+from isingcut.data.tokens import TokenSet
+from isingcut.measure.gates import gated_block
+from isingcut.measure.gradients import gate_gradients
+from isingcut.models import load as models
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.compute.tuning import chosen_attention, tune
+from isingcut.models.replay import Replay, reuse_freed_memory
 
 
 def prepare(arguments: argparse.Namespace, *, backward: bool = False) -> tuple[Replay, TokenSet]:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isingcut.excise import excise
-from isingcut.gguf_cut import cut_gguf
-from isingcut.model_sources import resolve
-from isingcut.models import quiet_transformers
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.gguf import cut_gguf
+from isingcut.models.load import quiet_transformers
+from isingcut.models.sources import resolve
 
 PROMPTS = (
     "The capital of France is",

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from gradients import attention_of, prepare
-from isingcut.blocks import Replay
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import indicator
-from isingcut.head import OutputHead, comparison
-from isingcut.measure import measure
-from isingcut.tokens import TokenSet
-from isingcut.tuning import chosen_attention
+from isingcut.measure.losses import measure
+from isingcut.models.compute.head import OutputHead, comparison
+from isingcut.models.compute.tuning import chosen_attention
+from isingcut.models.replay import Replay
 
 
 def parts(replay: Replay, tokens: TokenSet, batch_tokens: int) -> tuple[float, float]:

@@ -15,18 +15,18 @@ import multiprocessing
 import time
 from typing import Any
 
-from isingcut import models
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.calibration import build
-from isingcut.config import RunConfig
-from isingcut.costs import pairs
-from isingcut.curvature import gate_curvature
-from isingcut.gradients import gate_gradients
-from isingcut.measure import measure
-from isingcut.measure_process import resident_peak
-from isingcut.plan import make_plan
-from isingcut.tuning import tune
+from isingcut.data.calibration import build
+from isingcut.evaluation.measure_process import resident_peak
+from isingcut.measure.curvature import gate_curvature
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
+from isingcut.models import load as models
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.compute.tuning import tune
+from isingcut.models.replay import Replay
+from isingcut.options.config import RunConfig
+from isingcut.runs.costs import pairs
+from isingcut.runs.plan import make_plan
 
 
 def actual(name: str, a: argparse.Namespace, answer: Any = None) -> tuple[float, int]:

@@ -21,8 +21,8 @@ from scipy.stats import spearmanr
 from gradients import prepare
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
-from isingcut.measure import Measurement, measure
-from isingcut.work import Work
+from isingcut.measure.losses import Measurement, measure
+from isingcut.measure.work import Work
 
 REMOVED = (4, 8, 12)
 

@@ -30,10 +30,11 @@ import numpy as np
 
 from _instances import SIZES, Instance, generated, measured
 from _rivals import RIVALS, until
-from isingcut.constraints import count
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.solvers import _leaves, make, solve
+from isingcut.ising.constraints import count
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import make, solve
+from isingcut.ising.solvers.branching import leaves as _leaves
 
 
 def warm_up() -> None:
@@ -53,7 +54,7 @@ def peak_mb(instance: Instance, k: int, seconds: float) -> float:
     code = f"""
 import resource
 from _instances import generated
-from isingcut.solvers import solve
+from isingcut.ising.solvers import solve
 instance = next(i for i in generated({instance.size!r}) if i.family == {instance.family!r})
 solve(instance.problem, "exact", k={k}, seconds={seconds})
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -21,9 +21,9 @@ COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
     "import isingcut": [sys.executable, "-c", "import isingcut"],
     "isingcut.prune": [sys.executable, "-c", "import isingcut; isingcut.prune"],
-    "isingcut --help": [sys.executable, "-m", "isingcut.cli", "--help"],
-    "isingcut solve --help": [sys.executable, "-m", "isingcut.cli", "solve", "--help"],
-    "isingcut ls": [sys.executable, "-m", "isingcut.cli", "ls"],
+    "isingcut --help": [sys.executable, "-m", "isingcut.cli.main", "--help"],
+    "isingcut solve --help": [sys.executable, "-m", "isingcut.cli.main", "solve", "--help"],
+    "isingcut ls": [sys.executable, "-m", "isingcut.cli.main", "ls"],
     "import torch": [sys.executable, "-c", "import torch"],
 }
 

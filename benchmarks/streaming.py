@@ -27,18 +27,18 @@ import numpy as np
 import torch
 
 from _streaming_model import SEVEN, SEVENTY, Shape, write_model
-from isingcut import models
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay, reuse_freed_memory
-from isingcut.calibration import build
+from isingcut.data.calibration import build
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
-from isingcut.gradients import gate_gradients
-from isingcut.measure import measure
-from isingcut.measure_process import resident_peak
-from isingcut.pieces import tree_nodes
-from isingcut.streamed.replay import StreamedReplay, open_model
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.evaluation.measure_process import resident_peak
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
+from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.work import Work
+from isingcut.models import load as models
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.streaming.replay import StreamedReplay, open_model
 
 CPU = torch.device("cpu")
 

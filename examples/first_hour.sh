@@ -13,7 +13,7 @@ say make demo
 say . .venv/bin/activate
 
 # A model and a text of one's own; here, SmolLM2 as a folder and Python's language reference.
-say 'cp -rL "$(python -c "from isingcut.model_sources import resolve; print(resolve(\"smollm2\"))")" my-model'
+say 'cp -rL "$(python -c "from isingcut.models.sources import resolve; print(resolve(\"smollm2\"))")" my-model'
 say 'python -c "from pydoc_data.topics import topics; print(*topics.values())" > my-text.txt'
 
 say isingcut inspect ./my-model

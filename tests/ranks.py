@@ -14,16 +14,16 @@ _context.set_forkserver_preload(
         "torch",
         "transformers",
         "transformers.models.llama.modeling_llama",
-        "isingcut.cli",
-        "isingcut.stages",
-        "isingcut.gradients",
-        "isingcut.curvature",
+        "isingcut.cli.main",
+        "isingcut.runs.stages",
+        "isingcut.measure.gradients",
+        "isingcut.measure.curvature",
         "isingcut.energies.pairwise",
-        "isingcut.solvers.auto",
-        "isingcut.evaluate",
-        "isingcut.excise",
-        "isingcut.verify",
-        "isingcut.report_html",
+        "isingcut.ising.solvers.auto",
+        "isingcut.evaluation.quality",
+        "isingcut.models.cutting.checkpoint",
+        "isingcut.models.cutting.verify",
+        "isingcut.report.page",
         "ranks",
     ]
 )
@@ -63,7 +63,7 @@ def say_into(path: Path) -> None:
 
 def type_in(*arguments: object) -> None:
     """The command line in this process, which it ends."""
-    from isingcut import cli
+    from isingcut.cli import main as cli
 
     sys.argv = ["isingcut", *map(str, arguments)]
     cli.main()

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from isingcut import report
-from isingcut.config import RunConfig
 from isingcut.files import read_json, write_json
-from isingcut.hamiltonian import Hamiltonian
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.options.config import RunConfig
 from isingcut.outputs import file_sha256
+from isingcut.report import write as report
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
 

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import isingcut
-from isingcut import api, interop_hub
-from isingcut.architectures import find_stack, skipped
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files import read_json
+from isingcut.models.architectures import find_stack, skipped
+from isingcut.runs import api, interop_hub
 from tiny import tiny_checkpoint
 
 MEMBERS = (types.FunctionType, property, functools.cached_property, classmethod, staticmethod)
@@ -28,7 +28,7 @@ OPTIONS = {"samples": 4, "length": 16, "rank_samples": 4, "report_samples": 4, "
 @pytest.fixture(autouse=True)
 def _memory_is_not_measured(monkeypatch):
     """Two more processes per evaluation, which test_evaluate pays for."""
-    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     found = read_json(place / "my-run" / "candidates.json", "candidates")
     poor = {**found["fidelity"]["kl"], "spearman": 0.1, "spearman_low": -0.1}
     found["fidelity"]["kl"] = poor
-    monkeypatch.setattr("isingcut.stages.rank", lambda *a: found)
+    monkeypatch.setattr("isingcut.runs.stages.rank", lambda *a: found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
         isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
     assert len(caught) == 1

@@ -18,11 +18,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from isingcut.architectures import cut_config, cut_model, find_stack, legality, skipped
-from isingcut.architectures.inspect import inspect_model
-from isingcut.architectures.names import rename_pattern, renumbering
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.excise import excise, verify
+from isingcut.models.architectures import cut_config, cut_model, find_stack, legality, skipped
+from isingcut.models.architectures.names import rename_pattern, renumbering
+from isingcut.models.cutting.checkpoint import excise, verify
+from isingcut.models.inspect import inspect_model
 from isingcut.testing.architectures import check_family, legal_states
 from isingcut.testing.tiny import FAMILIES
 from tiny import tiny_checkpoint, tiny_model
@@ -299,7 +299,7 @@ def test_inspection_says_why_a_model_is_refused(tmp_path):
 
 
 def test_data_classes_come_without_torch():
-    code = "import sys, isingcut.architectures.base; assert 'torch' not in sys.modules"
+    code = "import sys, isingcut.models.architectures.base; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isingcut import attention
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.attention import NAME, causal_attention, register
-from isingcut.blocks import Replay
 from isingcut.errors import ArchitectureError
-from isingcut.tuning import chosen_attention
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.compute import attention
+from isingcut.models.compute.attention import NAME, causal_attention, register
+from isingcut.models.compute.tuning import chosen_attention
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 

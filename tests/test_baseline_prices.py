@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.architectures import find_stack, stack_modules
 from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.block_influence import BlockInfluence
 from isingcut.baselines.cbo import BACKWARD, Cbo
@@ -17,10 +16,11 @@ from isingcut.baselines.norm_ratio import NormRatio
 from isingcut.baselines.random import Random
 from isingcut.baselines.sleb import Sleb
 from isingcut.baselines.sliding_window_merging import SlidingWindowMerging
-from isingcut.blocks import Replay
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import Pairwise
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 N, SAMPLES, LENGTH = 6, 3, 12

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isingcut.architectures import cut_model, find_stack, stack_modules
 from isingcut.baselines import registry
 from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.angular_window import AngularWindow
@@ -18,14 +17,15 @@ from isingcut.baselines.cbo import Cbo
 from isingcut.baselines.evopress import Evopress
 from isingcut.baselines.norm_ratio import NormRatio
 from isingcut.baselines.sleb import Sleb
-from isingcut.blocks import Replay
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError
-from isingcut.measure import measure
-from isingcut.pieces import tree_nodes
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.measure.losses import measure
+from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.work import Work
+from isingcut.models.architectures import cut_model, find_stack, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 WORK = Work(batch_tokens=30)

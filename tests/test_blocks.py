@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from isingcut.architectures import find_stack, skipped, stack_modules
-from isingcut.blocks import Replay
 from isingcut.errors import ArchitectureError
+from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2"]

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny import tiny_model, tiny_tokenizer
 
-from isingcut import calibration, corpora, encoder, text_files
-from isingcut.calibration import Calibration, TokenSet, build
-from isingcut.chat_templates import Renderer
-from isingcut.encoder import Encoder
+from isingcut.data import calibration, corpora, encoder, text_files
+from isingcut.data.calibration import Calibration, TokenSet, build
+from isingcut.data.chat_templates import Renderer
+from isingcut.data.encoder import Encoder
 from isingcut.errors import (
     CalibrationError,
     InputError,
@@ -286,7 +286,7 @@ def test_one_process_renders_a_whole_corpus_and_ends_with_it(
 
 def test_the_process_that_renders_loads_no_torch() -> None:
     code = (
-        "import sys, isingcut.chat_child, transformers.tokenization_utils_base as t;"
+        "import sys, isingcut.data.chat_child, transformers.tokenization_utils_base as t;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -507,7 +507,7 @@ def test_a_hub_that_never_answers_is_left_soon(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-        monkeypatch.setattr("isingcut.hub_datasets._SECONDS", 0.2)
+        monkeypatch.setattr("isingcut.data.hub_datasets._SECONDS", 0.2)
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
         message = refused("someone/a-set", tokenizer, "cannot read the data set 'someone/a-set'")
@@ -551,7 +551,7 @@ def test_self_needs_a_model_that_does_not_repeat_itself(
 ) -> None:
     with pytest.raises(InputError, match="needs the model"):
         build("self", tokenizer, **SIZES)
-    monkeypatch.setattr("isingcut.self_text._sampled", lambda *_: [[1, 2, 3]] * 32)
+    monkeypatch.setattr("isingcut.data.self_text._sampled", lambda *_: [[1, 2, 3]] * 32)
     with pytest.raises(CalibrationError, match="repeats itself"):
         build("self", tokenizer, model=tiny_model("llama"), **SIZES)
 

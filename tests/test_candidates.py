@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.candidates import fidelity, random_feasible, rank, to_dict
-from isingcut.constraints import LinearConstraint, count, keep
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import Pairwise
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.solvers import solve
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.evaluation.candidates import fidelity, random_feasible, rank, to_dict
+from isingcut.ising.constraints import LinearConstraint, count, keep
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import solve
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 

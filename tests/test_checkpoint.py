@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isingcut.checkpoint import read_checkpoint, read_header
-from isingcut.checkpoint_write import NewTensor, copy_bytes, write_checkpoint
 from isingcut.errors import CheckpointError, InputError
-from isingcut.excise import excise
+from isingcut.models.checkpoint.read import read_checkpoint, read_header
+from isingcut.models.checkpoint.write import NewTensor, copy_bytes, write_checkpoint
+from isingcut.models.cutting.checkpoint import excise
 from tiny import tiny_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -231,7 +231,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("isingcut.checkpoint_write.copy_bytes", fill)
+    monkeypatch.setattr("isingcut.models.checkpoint.write.copy_bytes", fill)
     with pytest.raises(InputError, match="no space left on the disk"):
         excise(source, [1, 3], home / "out", max_shard_bytes=30_000)
     assert list(home.iterdir()) == []
@@ -254,7 +254,7 @@ def test_a_cut_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("isingcut.excise._copy_companions", stop)
+    monkeypatch.setattr("isingcut.models.cutting.checkpoint._copy_companions", stop)
     with pytest.raises(KeyboardInterrupt):
         excise(source, [1], home / "out")
     assert list(home.iterdir()) == []
@@ -264,7 +264,7 @@ def test_a_killed_cut_leaves_nothing_that_looks_finished(tmp_path):
     source = sharded(tmp_path / "source")
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "import isingcut.excise as e\n"
+        "import isingcut.models.cutting.checkpoint as e\n"
         "e._copy_companions = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "e.excise(Path(sys.argv[1]), [1], Path(sys.argv[2]))"
     )
@@ -310,7 +310,7 @@ def test_mixed_dtypes_stay_aligned_and_loadable(tmp_path):
 
 @pytest.mark.parametrize("chunk", [32 * 2**20, 50, 10])
 def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("isingcut.checkpoint_write._CHUNK", chunk)
+    monkeypatch.setattr("isingcut.models.checkpoint.write._CHUNK", chunk)
     value = torch.arange(7 * 12, dtype=torch.int16).reshape(7, 12)
     save_file({"x": value, "y": value.T.contiguous()}, tmp_path / "in.safetensors")
     x, y = sorted(read_header(tmp_path / "in.safetensors"), key=lambda t: t.name)

@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 import isingcut
-from isingcut import cli, progress
-from isingcut.calibration import Calibration
+from isingcut import progress
+from isingcut.cli import main as cli
+from isingcut.data.calibration import Calibration
 from isingcut.files import read_json
-from isingcut.measure import measure
+from isingcut.measure.losses import measure
 from isingcut.outputs import MARKER
 from isingcut.testing.tiny import tiny_checkpoint
 
@@ -34,7 +35,7 @@ def finished(tmp_path_factory):
     (base / "text.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
     model = tiny_checkpoint("llama", base / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+        patch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
         isingcut.run(
             model=str(model),
             calibration=str(base / "text.txt"),
@@ -129,7 +130,7 @@ def test_json_keys_are_those_documented(finished, run, capsys):
 
 
 def test_json_stays_alone_when_libraries_print(monkeypatch, capsys):
-    from isingcut import solvers
+    from isingcut.ising import solvers
 
     names = solvers.registry.names
 
@@ -145,7 +146,7 @@ def test_json_stays_alone_when_libraries_print(monkeypatch, capsys):
 
 
 def test_json_has_null_where_a_number_is_not_finite(capsys):
-    from isingcut import cli_verb
+    from isingcut.cli import verb as cli_verb
 
     answer = cli_verb.Answer({"gap": float("inf"), "rows": [(float("nan"), 1.5)]}, print)
     cli_verb._give("solve", answer, as_json=True, quiet=False)
@@ -174,7 +175,7 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
     found["fidelity"]["kl"] |= {"spearman": 0.12, "spearman_low": -0.2}
     file.write_text(json.dumps(found))
     manifest = json.loads((run / "run.json").read_text())
-    manifest["stages"]["candidates.json"]["sha256"] = isingcut.runfolder.file_sha256(file)
+    manifest["stages"]["candidates.json"]["sha256"] = isingcut.runs.folder.file_sha256(file)
     (run / "run.json").write_text(json.dumps(manifest))
     assert call("rank", run) == 0
     captured = capsys.readouterr()
@@ -228,7 +229,7 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
         pushed.append((checkpoint, repository, options["private"]))
         return f"https://hub/{repository}"
 
-    monkeypatch.setattr("isingcut.interop_hub.push", push)
+    monkeypatch.setattr("isingcut.runs.interop_hub.push", push)
     found = answer(capsys, "push", run, "me/cut", "--private")
     assert set(found) == documented_keys()["push"] | {"verb", "warnings"}
     assert call("push", run / "model", "me/cut") == 0
@@ -254,14 +255,14 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("isingcut.solvers.registry.names", interrupted)
+    monkeypatch.setattr("isingcut.ising.solvers.registry.names", interrupted)
     assert call("ls") == 130
     assert "goes on from here" in capsys.readouterr().err
 
     def broken():
         raise ZeroDivisionError("of  the\nsolver")
 
-    monkeypatch.setattr("isingcut.solvers.registry.names", broken)
+    monkeypatch.setattr("isingcut.ising.solvers.registry.names", broken)
     assert call("ls") == 1
     line = capsys.readouterr().err
     assert line.startswith("isingcut: internal error (ZeroDivisionError: of the solver)")
@@ -275,7 +276,7 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
 
 def process(*arguments, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "isingcut.cli", *arguments],
+        [sys.executable, "-m", "isingcut.cli.main", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "100", **environment},
@@ -293,7 +294,7 @@ def test_no_color_is_respected_and_pipes_get_none():
 def test_shell_completion_knows_verbs_and_parts():
     def complete(words):
         # The program's name decides which variable is looked at.
-        code = "import isingcut.cli as c; c.app(prog_name='isingcut')"
+        code = "import isingcut.cli.main as c; c.app(prog_name='isingcut')"
         asked = {
             "_ISINGCUT_COMPLETE": "complete_bash",
             "COMP_WORDS": words,
@@ -314,7 +315,7 @@ def test_shell_completion_knows_verbs_and_parts():
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nimport isingcut.cli as c\n"
+        "import sys\nimport isingcut.cli.main as c\n"
         "try: c.app(['run', '--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'numba', 'jinja2', 'yaml'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"

@@ -6,15 +6,16 @@ import sys
 import numpy as np
 import pytest
 
-from isingcut import cli, pipeline
-from isingcut.calibration import Calibration
-from isingcut.comparison import baseline_part
+from isingcut.baselines._merging import measure_merged
+from isingcut.cli import main as cli
+from isingcut.data.calibration import Calibration
 from isingcut.errors import InputError, UnknownNameError
 from isingcut.files import read_json
-from isingcut.measure import measure
-from isingcut.merging import measure_merged
-from isingcut.runfolder import RunFolder
-from isingcut.session import Session
+from isingcut.measure.losses import measure
+from isingcut.runs import pipeline
+from isingcut.runs.comparison import baseline_part
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
 from tiny import tiny_checkpoint
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from isingcut import constraints as con
 from isingcut.errors import InputError
+from isingcut.ising import constraints as con
 
 KINDS = ["attention", "mlp", "attention", "moe", "mlp"]
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.curvature import gate_curvature
+from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.fisher import Fisher
 from isingcut.energies.gauss_newton import GaussNewton
 from isingcut.energies.hessian import Hessian
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.gradients import gate_gradients
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.measure.curvature import gate_curvature
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 # For each family the modules whose output is added to the residual stream.

@@ -20,26 +20,31 @@ import pytest
 import torch
 
 import isingcut
-from isingcut import blocks, curvature, evaluate, generation, gradients, head, self_text
-from isingcut import loss_gradient as loss
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.curvature import gate_curvature
-from isingcut.gradients import gate_gradients
-from isingcut.healers import _absorb
-from isingcut.healers._rounds import Objective, install, targets
-from isingcut.healers._training import Rows, collate
-from isingcut.healers.linear_patch import LinearPatch
-from isingcut.measure import measure
-from isingcut.search import slopes
-from isingcut.search.evaluator import Evaluator
-from isingcut.streamed import boundary, store
-from isingcut.streamed.boundary import Boundaries
-from isingcut.streamed.replay import StreamedReplay, open_model
-from isingcut.streamed.scores import quality_streamed
+from isingcut.data import generation, self_text
+from isingcut.data.tokens import TokenSet
+from isingcut.energies.search import slopes
+from isingcut.energies.search.evaluator import Evaluator
+from isingcut.evaluation import quality as evaluate
+from isingcut.evaluation.streamed_scores import quality_streamed
+from isingcut.healing.healers.linear_patch import LinearPatch
+from isingcut.healing.patch import absorb as _absorb
+from isingcut.healing.training.rounds import Objective, install, targets
+from isingcut.healing.training.train import Rows, collate
+from isingcut.measure import curvature, gradients
+from isingcut.measure import loss_gradient as loss
+from isingcut.measure.curvature import gate_curvature
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
+from isingcut.measure.streamed import boundary
+from isingcut.measure.streamed.boundary import Boundaries
+from isingcut.measure.work import Work
+from isingcut.models import replay as blocks
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.compute import head
+from isingcut.models.replay import Replay
+from isingcut.models.streaming import store
+from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.device import DEVICE, MixedDevicesError, fake_device
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
 from test_baselines import part
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -257,11 +262,13 @@ def test_a_whole_run_on_the_device(folder, tmp_path, monkeypatch):
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnop"), (900, 6))
     text = tmp_path / "text.txt"
     text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
-    monkeypatch.setattr("isingcut.models.pick_device", lambda name: DEVICE)
+    monkeypatch.setattr("isingcut.models.load.pick_device", lambda name: DEVICE)
     # What these measure is no placement, and they have steps of their own.
-    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
     rates = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
-    monkeypatch.setattr("isingcut.evaluate.speed", lambda models, *a: dict.fromkeys(models, rates))
+    monkeypatch.setattr(
+        "isingcut.evaluation.quality.speed", lambda models, *a: dict.fromkeys(models, rates)
+    )
     with fake_device():
         isingcut.run(
             model=str(folder),

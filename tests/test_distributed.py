@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import isingcut
-from isingcut import crew
+from isingcut.data.tokens import TokenSet
 from isingcut.journal import Journal
-from isingcut.orders import pack, unpack
-from isingcut.pieces import Piece, left
-from isingcut.sharing import Task, processes, share
-from isingcut.tokens import TokenSet
+from isingcut.measure import crew
+from isingcut.measure.orders import pack, unpack
+from isingcut.measure.pieces import Piece, left
+from isingcut.measure.sharing import Task, processes, share
 from ranks import launch, say_into, type_in
 from tiny import tiny_checkpoint
 
@@ -42,11 +42,11 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(place):
     """What one process measures, by the Python door."""
-    from isingcut import pipeline, stages
+    from isingcut.runs import pipeline, stages
 
     for name in ("pairwise", "fisher", "refined"):
         _energy(place, place / name, name)
-    run = isingcut.runfolder.RunFolder.open(place / "pairwise")
+    run = isingcut.runs.folder.RunFolder.open(place / "pairwise")
     config = run.config.replace(remove="2", random_states=30, states=5)
     stages.solve(run, config)
     stages.rank(pipeline.session_of(run, config), run)
@@ -167,7 +167,7 @@ def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
 
 def _picks(place, out, said, found):
     """Of two processes only rank 0's trial finds bfloat16 faster; which dtype each loads."""
-    from isingcut import models
+    from isingcut.models import load as models
 
     say_into(said)
     rank, load = os.environ["RANK"], models.load
@@ -197,7 +197,7 @@ def _fails(place, out, said):
 
     say_into(said)
     if os.environ["RANK"] == "1":
-        import isingcut.measure as module
+        import isingcut.measure.losses as module
 
         def broken(*arguments):
             raise ArchitectureError("this block cannot be run")

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut import head as head_module
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.divergence import RowSums
-from isingcut.head import OutputHead, comparison
-from isingcut.tokens import TokenSet
+from isingcut.data.tokens import TokenSet
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.compute import head as head_module
+from isingcut.models.compute.divergence import RowSums
+from isingcut.models.compute.head import OutputHead, comparison
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 ROWS, WORDS = 7, 5003
@@ -74,7 +74,7 @@ def test_masked_words_have_no_weight_and_nan_is_not_lost(method):
 
 def test_rows_do_not_depend_on_the_number_of_threads(monkeypatch):
     reference, q = logits(torch.bfloat16)
-    monkeypatch.setattr("isingcut.kernels._WORTH_A_THREAD", 1000)
+    monkeypatch.setattr("isingcut.models.compute.kernels._WORTH_A_THREAD", 1000)
     before = torch.get_num_threads()
     found = []
     try:

@@ -11,9 +11,9 @@ import pytest
 import typer
 import yaml
 
-from isingcut import cli
-from isingcut.config import RunConfig
-from isingcut.options import from_yaml
+from isingcut.cli import main as cli
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_errors, energy_terms
-from isingcut.gradients import gate_gradients
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 linear_or_not = pytest.mark.parametrize("linear", [False, True])

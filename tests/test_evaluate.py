@@ -12,11 +12,12 @@ import pytest
 import torch
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from isingcut import evaluate as evaluation
-from isingcut import measure_process, models
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
+from isingcut.data.generation import decode_tokens, generate_text
 from isingcut.errors import ModelError
-from isingcut.generation import decode_tokens, generate_text
+from isingcut.evaluation import measure_process
+from isingcut.evaluation import quality as evaluation
+from isingcut.models import load as models
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from isingcut.architectures import cut_model
 from isingcut.errors import (
     ArchitectureError,
     CheckpointError,
@@ -16,7 +15,8 @@ from isingcut.errors import (
     OutputExistsError,
     VerificationError,
 )
-from isingcut.excise import excise, verify
+from isingcut.models.architectures import cut_model
+from isingcut.models.cutting.checkpoint import excise, verify
 from tiny import tiny_checkpoint, tiny_model
 
 
@@ -171,7 +171,7 @@ def test_invented_tensors_are_noticed(source, tmp_path):
 
 def test_wrong_layer_numbers_break_cached_generation_and_are_noticed(source, tmp_path):
     """What peers get wrong: blocks deleted, their numbers left behind."""
-    from isingcut.verify import check_generation, random_tokens
+    from isingcut.models.cutting.verify import check_generation, random_tokens
 
     model = tiny_model("llama")
     good = cut_model(tiny_model("llama"), [0, 2])

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isingcut.architectures import find_stack
-from isingcut.checkpoint import read_checkpoint
 from isingcut.errors import CheckpointError
-from isingcut.excise import excise, verify
-from isingcut.fp8 import dequantise, dequantised, fp8_layout, load_dequantised
+from isingcut.models.architectures import find_stack
+from isingcut.models.checkpoint.read import read_checkpoint
+from isingcut.models.cutting.checkpoint import excise, verify
+from isingcut.models.fp8 import dequantise, dequantised, fp8_layout, load_dequantised
 from tiny import tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from isingcut.errors import ArchitectureError, CheckpointError, OutputExistsError
-from isingcut.gguf_cut import cut_gguf
+from isingcut.models.cutting.gguf import cut_gguf
 
 gguf = pytest.importorskip("gguf")
 

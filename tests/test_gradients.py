@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_terms
-from isingcut.gates import gated_block
-from isingcut.gradients import gate_gradients
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.measure.gates import gated_block
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 # For each family the modules whose output is added to the residual stream, by their names:

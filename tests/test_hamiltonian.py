@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.hamiltonian import Hamiltonian
+from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.tensor_files import tensor_header
 
 

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
-from isingcut import held
+from isingcut.data import held
 from isingcut.errors import CalibrationError, InputError, OutputExistsError
 from tiny import tiny_checkpoint
 
 # Fifteen states of six blocks: too few to judge an energy, which no test here does.
-pytestmark = pytest.mark.filterwarnings("ignore::isingcut.api.PoorEnergyWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::isingcut.runs.api.PoorEnergyWarning")
 
 OPTIONS = {"samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "dtype": "float32"}
 TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
@@ -22,7 +22,7 @@ TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
     """Memory is not measured, and temporary folders are made where they can be counted."""
-    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 
@@ -90,7 +90,7 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
 
     first = energies(prune(TEXTS))
     with monkeypatch.context() as patch:
-        patch.setattr("isingcut.calibration.build", None)
+        patch.setattr("isingcut.data.calibration.build", None)
         assert energies(prune(tuple(TEXTS))) == first
         assert energies(isingcut.open_run(tmp_path / "run")) == first
     with pytest.raises(OutputExistsError, match=r"made with other options .calibration: '40 texts"):

@@ -17,9 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isingcut.architectures import find_stack
-from isingcut.checkpoint import read_checkpoint
-from isingcut.config import HealConfig
+from isingcut.data.healing_text import build
 from isingcut.errors import (
     CalibrationError,
     InputError,
@@ -27,16 +25,18 @@ from isingcut.errors import (
     OutputExistsError,
     StageFileError,
 )
-from isingcut.excise import excise
 from isingcut.files import read_json
-from isingcut.heal import heal
-from isingcut.healers import _kl as kl
-from isingcut.healers._head import separable
-from isingcut.healers._rounds import Objective, install
-from isingcut.healers._training import collate
-from isingcut.healing_text import build
-from isingcut.models import load
-from isingcut.options import options_from
+from isingcut.healing.heal import heal
+from isingcut.healing.training import kl as kl
+from isingcut.healing.training.head import separable
+from isingcut.healing.training.rounds import Objective, install
+from isingcut.healing.training.train import collate
+from isingcut.models.architectures import find_stack
+from isingcut.models.checkpoint.read import read_checkpoint
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.load import load
+from isingcut.options.config import HealConfig
+from isingcut.options.declaration import options_from
 from isingcut.progress import Bar
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -175,7 +175,7 @@ def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
 
 
 def test_no_document_is_trained_on_and_reported(tmp_path: Path) -> None:
-    from isingcut.calibration import build as calibrate
+    from isingcut.data.calibration import build as calibrate
 
     source, tokenizer = str(write_text(tmp_path / "text.jsonl", 80)), tiny_tokenizer()
     used = calibrate(
@@ -199,7 +199,7 @@ def test_no_document_is_trained_on_and_reported(tmp_path: Path) -> None:
 
 
 def test_conversations_of_a_calibration_are_left_out(tmp_path: Path) -> None:
-    from isingcut.calibration import build as calibrate
+    from isingcut.data.calibration import build as calibrate
 
     path = tmp_path / "chat.jsonl"
     lines = [
@@ -296,7 +296,7 @@ def test_the_first_loss_is_the_divergence_of_the_cut_model(models: Path, tmp_pat
         length=32,
         seed=0,
     )
-    from isingcut.evaluate import quality
+    from isingcut.evaluation.quality import quality
 
     teacher, student = (load(models / n, dtype="float32") for n in ("teacher", "student"))
     (first,) = curve(out)
@@ -356,7 +356,7 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
     told.pop("student")
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in told.items() if k != "top_steps"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "isingcut.cli", "heal", config.student, *flags]
+    command += ["-m", "isingcut.cli.main", "heal", config.student, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -373,8 +373,8 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
 _TWO_MINDS = """
 import os, sys, torch
 from isingcut import models
-from isingcut.config import HealConfig
-from isingcut.heal import heal
+from isingcut.options.config import HealConfig
+from isingcut.healing.heal import heal
 
 rank, load = os.environ["RANK"], models.load
 models._bfloat16_is_faster = lambda: rank == "0"

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from isingcut import pipeline
-from isingcut.cli import app
-from isingcut.config import RunConfig
+from isingcut.cli.main import app
 from isingcut.errors import InputError
 from isingcut.files import read_json
-from isingcut.models import load
-from isingcut.session import Session
+from isingcut.models.load import load
+from isingcut.options.config import RunConfig
+from isingcut.runs import pipeline
+from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
 from test_heal import write_text
 from test_tasks import arc, lines
@@ -58,8 +58,10 @@ def run(folder: Path) -> Iterator[Path]:
     speeds = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
     with pytest.MonkeyPatch.context() as patched:
         # Measured in tests of their own; memory takes a process for each model.
-        patched.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
-        patched.setattr("isingcut.evaluate.speed", lambda models, *a: dict.fromkeys(models, speeds))
+        patched.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+        patched.setattr(
+            "isingcut.evaluation.quality.speed", lambda models, *a: dict.fromkeys(models, speeds)
+        )
         yield pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
 
 
@@ -89,7 +91,7 @@ def test_the_same_command_does_nothing_again(
     def refused(*arguments: Any, **rest: Any) -> Any:
         raise AssertionError("healed again")
 
-    monkeypatch.setattr("isingcut.heal.heal_checkpoint", refused)
+    monkeypatch.setattr("isingcut.healing.heal.heal_checkpoint", refused)
     pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
 
 
@@ -149,7 +151,7 @@ def test_what_a_run_refuses_before_it_measures(folder: Path, tmp_path: Path) -> 
 
 
 def test_a_streamed_model_is_not_healed(folder: Path) -> None:
-    from isingcut.healing_stages import check
+    from isingcut.runs.healing_stages import check
 
     session = Session(config(folder, "never", heal=True, stream="on"))
     with pytest.raises(InputError, match="cannot be healed in the run"):

@@ -11,9 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from isingcut import interop, interop_hub
 from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.outputs import MARKER, mark
+from isingcut.runs import interop, interop_hub
 from isingcut.testing.tiny import tiny_config
 from tiny import tiny_checkpoint
 
@@ -71,7 +71,7 @@ def test_a_mergekit_recipe_stacks_the_kept_blocks(tmp_path):
     original = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama", tmp_path / "m"))
     layers = original.model.layers
     stacked = torch.nn.ModuleList([layers[b] for b in kept])
-    from isingcut.excise import excise
+    from isingcut.models.cutting.checkpoint import excise
 
     excise(tmp_path / "m", removed, tmp_path / "cut")
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")

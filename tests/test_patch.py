@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from isingcut.architectures import find_stack, skipped, stack_modules
-from isingcut.blocks import Replay
-from isingcut.config import HealConfig
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.excise import excise
-from isingcut.healers import registry
-from isingcut.healers._absorb import find_write
-from isingcut.healers._least_squares import Moments, solve
-from isingcut.healers._patch_files import applied, runs
-from isingcut.healers.base import Job
-from isingcut.healers.linear_patch import LinearPatch, Patch
-from isingcut.models import LoadedModel, load
+from isingcut.healing.healers import registry
+from isingcut.healing.healers.linear_patch import LinearPatch, Patch
+from isingcut.healing.job import Job
+from isingcut.healing.patch.absorb import find_write
+from isingcut.healing.patch.files import applied, runs
+from isingcut.healing.patch.least_squares import Moments, solve
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.load import LoadedModel, load
+from isingcut.models.replay import Replay
+from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
 
 
 def tokens(samples: int = 12, length: int = 24, seed: int = 0) -> TokenSet:
@@ -293,7 +293,7 @@ def job_of(folder: Path, family: str, removed: tuple[int, ...], **options: Any) 
 def test_the_written_checkpoint_is_plain_and_computes_the_patch(
     family: str, tmp_path: Path
 ) -> None:
-    from isingcut.checkpoint import read_checkpoint
+    from isingcut.models.checkpoint.read import read_checkpoint
 
     removed = (3,) if family == "nemotron_h" else (2, 3)
     job = job_of(tmp_path, family, removed)

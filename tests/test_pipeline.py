@@ -13,11 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
-import isingcut.runfolder
-import isingcut.stages
-from isingcut import cli
-from isingcut.architectures import find_stack, skipped
-from isingcut.config import RunConfig, from_mapping
+import isingcut.runs.folder
+import isingcut.runs.stages
+from isingcut.cli import main as cli
 from isingcut.errors import (
     InputError,
     IsingcutError,
@@ -26,7 +24,9 @@ from isingcut.errors import (
     UnknownNameError,
 )
 from isingcut.files import read_json
-from isingcut.hamiltonian import Hamiltonian
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.models.architectures import find_stack, skipped
+from isingcut.options.config import RunConfig, from_mapping
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 OPTIONS = {
@@ -51,7 +51,7 @@ def job(model, text, out, **more):
 def _memory_is_measured_once(request, monkeypatch):
     """Two more processes per run would be most of the time here; `finished` pays for them."""
     if "finished" not in request.fixturenames:
-        monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+        monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_the_figures_are_those_of_the_files(finished):
 
 
 def test_the_three_splits_share_no_sample(finished):
-    from isingcut.calibration import Calibration
+    from isingcut.data.calibration import Calibration
 
     splits = Calibration.load(finished / "calibration.safetensors").splits
     rows = [
@@ -172,7 +172,7 @@ def test_solving_loads_no_torch(finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     code = (
-        "import sys; from isingcut.cli import app\n"
+        "import sys; from isingcut.cli.main import app\n"
         f"app(['solve', {str(out)!r}, '--remove', '1'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
@@ -181,11 +181,11 @@ def test_solving_loads_no_torch(finished, tmp_path):
 
 def test_help_and_the_core_load_no_torch():
     for code in (
-        "import isingcut.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass",
-        "import isingcut\nimport isingcut.hamiltonian\n"
-        "import isingcut.constraints\n"
-        "import isingcut.problem\nimport isingcut.spectrum\n"
-        "import isingcut.solvers",
+        "import isingcut.cli.main as c\ntry: c.app(['--help'])\nexcept SystemExit: pass",
+        "import isingcut\nimport isingcut.ising.hamiltonian\n"
+        "import isingcut.ising.constraints\n"
+        "import isingcut.ising.problem\nimport isingcut.ising.spectrum\n"
+        "import isingcut.ising.solvers",
     ):
         check = "\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
         subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)
@@ -325,9 +325,9 @@ def test_a_foreign_hamiltonian_is_refused(finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     Hamiltonian(np.zeros(3), np.zeros((3, 3))).save(out / "hamiltonian.safetensors")
-    folder = isingcut.runfolder.RunFolder.open(out)
+    folder = isingcut.runs.folder.RunFolder.open(out)
     with pytest.raises(IsingcutError, match=r"3 blocks|changed"):
-        isingcut.stages.solve(folder, folder.config.replace(remove="1"))
+        isingcut.runs.stages.solve(folder, folder.config.replace(remove="1"))
 
 
 def test_a_folder_that_is_no_run(capsys, tmp_path):
@@ -341,7 +341,7 @@ def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path,
     def wrong(*arguments, **options):
         raise VerificationError("logits differ")
 
-    monkeypatch.setattr("isingcut.verify.verify", wrong)
+    monkeypatch.setattr("isingcut.models.cutting.verify.verify", wrong)
     out = tmp_path / "run"
     with pytest.raises(VerificationError):
         job(llama, text, out, remove=1)
@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("isingcut.excise.write_checkpoint", full)
+    monkeypatch.setattr("isingcut.models.cutting.checkpoint.write_checkpoint", full)
     out = tmp_path / "run"
     line = refused(
         capsys, "run", llama, "--remove", 1, "--calibration", text, "--out", out, "--length", 16,
@@ -371,9 +371,9 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
 def test_a_budget_decides_how_many_blocks_go(finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    folder = isingcut.runfolder.RunFolder.open(out)
+    folder = isingcut.runs.folder.RunFolder.open(out)
     config = folder.config.replace(remove="", budget="params=30%")
-    spectrum = isingcut.stages.solve(folder, config)
+    spectrum = isingcut.runs.stages.solve(folder, config)
     blocks = folder.manifest["blocks"]
     costs = np.array([b["parameters"] for b in blocks["blocks"]])
     assert (spectrum.states @ costs >= 0.3 * blocks["total_parameters"]).all()

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut import advice, cli, costs
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.config import RunConfig
-from isingcut.measure import measure
-from isingcut.models import load
-from isingcut.plan import make_plan
-from isingcut.probe import Stopwatch, Timings, probe
-from isingcut.some_blocks import SomeBlocks
-from isingcut.streamed.plan import EMBED, HEAD
-from isingcut.streamed.replay import open_model
-from isingcut.tokens import TokenSet
+from isingcut.cli import main as cli
+from isingcut.data.tokens import TokenSet
+from isingcut.measure.losses import measure
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.load import load
+from isingcut.models.replay import Replay
+from isingcut.models.streaming.plan import EMBED, HEAD
+from isingcut.models.streaming.replay import open_model
+from isingcut.options.config import RunConfig
+from isingcut.runs import advice, costs
+from isingcut.runs.plan import make_plan
+from isingcut.runs.probe import Stopwatch, Timings, probe
+from isingcut.runs.some_blocks import SomeBlocks
 from tiny import tiny_checkpoint, tiny_model
 
 TIMINGS = Timings(

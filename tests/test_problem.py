@@ -4,10 +4,10 @@ import sys
 import numpy as np
 import pytest
 
-from isingcut import constraints as con
 from isingcut.errors import InfeasibleError, InputError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
+from isingcut.ising import constraints as con
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
 
 
 def hamiltonian(n, seed=0):
@@ -109,10 +109,10 @@ def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sens
 
 def test_the_core_is_light():
     code = (
-        "import sys\nimport isingcut.hamiltonian\n"
-        "import isingcut.constraints\n"
-        "import isingcut.problem\nimport isingcut.spectrum\n"
-        "import isingcut.solvers\n"
+        "import sys\nimport isingcut.ising.hamiltonian\n"
+        "import isingcut.ising.constraints\n"
+        "import isingcut.ising.problem\nimport isingcut.ising.spectrum\n"
+        "import isingcut.ising.solvers\n"
         "print([m for m in ('torch', 'numba', 'dimod', 'scipy') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.architectures import cut_model
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError, IsingcutError
-from isingcut.measure import measure
-from isingcut.work import Work
+from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
+from isingcut.models.architectures import cut_model
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import isingcut
-from isingcut import cli
+from isingcut.cli import main as cli
 from isingcut.errors import InputError
 from isingcut.files import read_json
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.report_files import read_run
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.report.run_files import read_run
 from tiny import tiny_checkpoint
 
 OPTIONS = {
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_memory_processes(monkeypatch):
-    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
 
 
 def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
@@ -83,9 +83,9 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys, monk
     assert set(search["targets"]) == {"2", "3", "4"}
     assert search["passes"] <= 6 + 1
     # A number of the range can be cut afterwards, without measuring again.
-    from isingcut.pipeline import session_of
-    from isingcut.runfolder import RunFolder
-    from isingcut.stages import excise
+    from isingcut.runs.folder import RunFolder
+    from isingcut.runs.pipeline import session_of
+    from isingcut.runs.stages import excise
 
     folder = RunFolder.open(out)
     config = folder.config.replace(remove="3")

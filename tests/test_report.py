@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from isingcut.config import RunConfig
 from isingcut.errors import StageFileError
 from isingcut.files import read_json, write_json
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.report_words import fenced, fidelity_warnings, ranking_warnings, spectrum_map
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.options.config import RunConfig
+from isingcut.report.words import fenced, fidelity_warnings, ranking_warnings, spectrum_map
 from run_files import model_card, record, write_report
 
 N = 12
@@ -417,7 +417,7 @@ def test_reporting_loads_no_torch(folder: Path) -> None:
     record(folder)
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "import isingcut.report as r\n"
+        "import isingcut.report.write as r\n"
         f"p = Path({str(folder)!r})\nr.write_report(p)\nr.model_card(p, p, [1])\n"
         "print('torch' in sys.modules)"
     )

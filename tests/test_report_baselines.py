@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.files import read_json, write_json
-from isingcut.report_baselines import baseline_rows, baselines_won
+from isingcut.report.baselines import baseline_rows, baselines_won
 
 CANDIDATES = {"chosen": {"removed": [1, 5], "kl": 0.5, "kl_se": 0.0625, "nll": 3.0, "nll_se": None}}
 

@@ -12,9 +12,9 @@ import pytest
 
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files import read_json, write_json
-from isingcut.report_html import code
-from isingcut.report_svg import span, tick_text
-from isingcut.report_tradeoff import front
+from isingcut.report.page import code
+from isingcut.report.svg import span, tick_text
+from isingcut.report.tradeoff import front
 from run_files import baseline, hamiltonian, write_comparison, write_report, write_run
 
 VOID = {"meta", "link", "br", "col", "img"}
@@ -365,7 +365,7 @@ def test_a_comparison_that_exists_is_not_replaced(run, tmp_path):
 
 
 def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
-    from isingcut.cli_models import report
+    from isingcut.cli.models import report
 
     monkeypatch.chdir(tmp_path)
     answer = report([run, run / "remove-2"])

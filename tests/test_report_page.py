@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from isingcut.files import read_json
-from isingcut.hamiltonian import Hamiltonian
+from isingcut.ising.hamiltonian import Hamiltonian
 from run_files import write_comparison, write_report, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

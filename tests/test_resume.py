@@ -40,7 +40,7 @@ def _run(place, out, moment, said):
     """The whole job, in a process that is killed before its operation number ``moment``."""
     say_into(said)
     _die_at(moment, said.with_suffix(".moments"))
-    from isingcut import evaluate
+    from isingcut.evaluation import quality as evaluate
 
     evaluate.peak_memory = lambda *a, **k: 1
     isingcut.run(

@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.constraints import LinearConstraint, count, keep
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.auto import Auto
 from isingcut.energies.pairwise import Pairwise, indicator
 from isingcut.energies.refined import Refined
+from isingcut.energies.search import Plan, Search, Target, greedy_price, proposals
+from isingcut.energies.search.estimates import Estimates
+from isingcut.energies.search.evaluator import Evaluator
+from isingcut.energies.search.slopes import gate_slopes
+from isingcut.energies.search.surrogate import Surrogate
 from isingcut.errors import InputError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.measure import measure
-from isingcut.pieces import tree_nodes
-from isingcut.search import Plan, Search, Target, greedy_price, proposals
-from isingcut.search.estimates import Estimates
-from isingcut.search.evaluator import Evaluator
-from isingcut.search.slopes import gate_slopes
-from isingcut.search.surrogate import Surrogate
-from isingcut.spellings import parse_effort
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
+from isingcut.ising.constraints import LinearConstraint, count, keep
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.losses import measure
+from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
+from isingcut.options.spellings import parse_effort
 from tiny import tiny_model
 
 WORK = Work(batch_tokens=64)
@@ -87,7 +87,7 @@ def test_evaluator_resumes_from_its_journal(
     first = Evaluator(replay, tokens, work, seed=0)
     first.measure(states_of(N, 2), 4, "pairs")
     again = Evaluator(replay, tokens, work, seed=0)
-    monkeypatch.setattr("isingcut.search.evaluator.measure", None)
+    monkeypatch.setattr("isingcut.energies.search.evaluator.measure", None)
     again.measure(states_of(N, 2), 4, "pairs")
     for a, b in zip(first.known(), again.known(), strict=True):
         np.testing.assert_array_equal(a.sums, b.sums)

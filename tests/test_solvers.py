@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from isingcut import constraints as con
 from isingcut.errors import InfeasibleError, InputError, UnknownNameError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.solvers import solve
+from isingcut.ising import constraints as con
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import solve
 
 
 def hamiltonian(n, seed=0):
@@ -109,7 +109,7 @@ def test_samplers_of_dwave_stop_at_their_limit():
 
 
 def test_all_rounds_of_diverse_states_share_one_limit(monkeypatch):
-    from isingcut.solvers.tabu import Tabu
+    from isingcut.ising.solvers.tabu import Tabu
 
     given, clock = [], iter(range(1000))
     plain = Tabu.solve
@@ -119,7 +119,7 @@ def test_all_rounds_of_diverse_states_share_one_limit(monkeypatch):
         return plain(self, problem, k)
 
     monkeypatch.setattr(Tabu, "solve", look)
-    monkeypatch.setattr("isingcut.solvers.time.perf_counter", lambda: next(clock) * 1.0)
+    monkeypatch.setattr("isingcut.ising.solvers.time.perf_counter", lambda: next(clock) * 1.0)
     spectrum = solve(Problem(hamiltonian(12), [con.count(12, 5)]), "tabu", diverse=5, seconds=4.5)
     # A second passes whenever the clock is read: 4.5 s are over before all states are found.
     assert given[0] == 4.5
@@ -144,8 +144,8 @@ class Odd:
 
 
 def test_what_is_no_solution_is_refused(monkeypatch):
-    from isingcut.solvers import registry
-    from isingcut.solvers.base import Solution
+    from isingcut.ising.solvers import registry
+    from isingcut.ising.solvers.base import Solution
 
     monkeypatch.setitem(registry._registered, "odd", Odd)
     for result, message in {

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isingcut import constraints as con
 from isingcut.errors import InfeasibleError, InputError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.solvers import _apart, solve
-from isingcut.solvers._sampling import drawn
+from isingcut.ising import constraints as con
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import _apart, solve
+from isingcut.ising.solvers._sampling import drawn
 
 SAMPLERS = """
 import os, time

@@ -3,13 +3,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from isingcut import constraints as con
 from isingcut.errors import InputError, VerificationError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.solvers import make, registry, solve
-from isingcut.solvers._sampling import repair
-from isingcut.solvers.base import Solution, Solver
+from isingcut.ising import constraints as con
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import make, registry, solve
+from isingcut.ising.solvers._sampling import repair
+from isingcut.ising.solvers.base import Solution, Solver
 from isingcut.testing.solvers import check_solver
 
 

@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isingcut import constraints as con
 from isingcut.errors import InfeasibleError, InputError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.solvers import _leaves, solve
-from isingcut.solvers._node import Dual, spin_matrix
-from isingcut.solvers._sdp import sdp_bound, split_bounds
+from isingcut.ising import constraints as con
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import solve
+from isingcut.ising.solvers.branching import leaves as _leaves
+from isingcut.ising.solvers.branching.node import Dual, spin_matrix
+from isingcut.ising.solvers.branching.sdp import sdp_bound, split_bounds
 
 
 @pytest.fixture

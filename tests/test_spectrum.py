@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from isingcut.constraints import count
 from isingcut.errors import InputError, StageFileError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.spectrum import Spectrum
+from isingcut.ising.constraints import count
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.spectrum import Spectrum
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 
-from isingcut import spellings
 from isingcut.errors import InputError
-from isingcut.spellings import Budget
+from isingcut.options import spellings
+from isingcut.options.spellings import Budget
 
 
 @pytest.mark.parametrize(

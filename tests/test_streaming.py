@@ -10,11 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import isingcut
-from isingcut import evaluate, head
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.config import RunConfig
-from isingcut.curvature import gate_curvature
+from isingcut.data.tokens import TokenSet
+from isingcut.energies.search import Plan, Search
+from isingcut.energies.search.slopes import gate_slopes
 from isingcut.errors import (
     ArchitectureError,
     CheckpointError,
@@ -22,25 +20,28 @@ from isingcut.errors import (
     ModelError,
     VerificationError,
 )
-from isingcut.excise import excise
-from isingcut.gradients import gate_gradients
-from isingcut.measure import measure
-from isingcut.models import load
-from isingcut.search import Plan, Search
-from isingcut.search.slopes import gate_slopes
-from isingcut.session import Session
-from isingcut.streamed import proof
-from isingcut.streamed.boundary import Boundaries
-from isingcut.streamed.memory import Allowance, allowance, container_room, weight_bytes
-from isingcut.streamed.pace import Pace
-from isingcut.streamed.proof import verify_streamed
-from isingcut.streamed.reader import Reader
-from isingcut.streamed.replay import StreamedReplay, open_model
-from isingcut.streamed.scores import evaluate_streamed
-from isingcut.streamed.skeleton import build_skeleton
+from isingcut.evaluation import quality as evaluate
+from isingcut.evaluation.streamed_scores import evaluate_streamed
+from isingcut.measure.curvature import gate_curvature
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
+from isingcut.measure.streamed.boundary import Boundaries
+from isingcut.measure.streamed.pace import Pace
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.compute import head
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.load import load
+from isingcut.models.replay import Replay
+from isingcut.models.streaming import proof
+from isingcut.models.streaming.memory import Allowance, allowance, container_room, weight_bytes
+from isingcut.models.streaming.proof import verify_streamed
+from isingcut.models.streaming.reader import Reader
+from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.skeleton import build_skeleton
+from isingcut.options.config import RunConfig
+from isingcut.runs.session import Session
 from isingcut.testing.tiny import FAMILIES
-from isingcut.tokens import TokenSet
-from isingcut.work import Work
 from test_fp8 import quantise
 from tiny import tiny_checkpoint
 
@@ -158,7 +159,7 @@ def test_reads_the_numbers_that_transformers_loads(family, tmp_path):
 @pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
 @pytest.mark.parametrize("stage", [256, 1 << 20])
 def test_reads_float8_weights_in_pieces(layout, stage, tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.streamed.reader._STAGE", stage)
+    monkeypatch.setattr("isingcut.models.streaming.reader._STAGE", stage)
     folder = tiny_checkpoint("qwen3", tmp_path)
     quantise(folder, layout)
     model = load(folder, dtype="bfloat16", device="cpu").model
@@ -187,7 +188,7 @@ def test_reads_shards_and_old_names(tmp_path):
 
 
 def test_experts_are_read_into_their_place_and_other_conversions_are_transformers_own(tmp_path):
-    from isingcut.streamed.plan import Converted, Copied
+    from isingcut.models.streaming.plan import Converted, Copied
 
     for family in ("mixtral", "nemotron_h", "ernie4_5_moe"):
         folder = tiny_checkpoint(family, tmp_path / family)
@@ -201,7 +202,7 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
 
 
 def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.streamed.plan._slices", lambda *a: None)
+    monkeypatch.setattr("isingcut.models.streaming.plan._slices", lambda *a: None)
     folder = tiny_checkpoint("mixtral", tmp_path)
     model = load(folder, dtype="float32", device="cpu").model
     found = everything(folder, torch.float32)
@@ -420,7 +421,9 @@ def test_blocks_of_the_same_kind_are_timed_once(tmp_path):
 
 
 def test_memory_allowed_and_needed(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.streamed.memory._used_and_free", lambda device: (1000, 5000))
+    monkeypatch.setattr(
+        "isingcut.models.streaming.memory._used_and_free", lambda device: (1000, 5000)
+    )
     assert allowance("", CPU) == Allowance(5000, 1000)
     assert allowance("50%", CPU).left == 2500
     assert allowance("3KB", CPU) == Allowance(3000, 1000)
@@ -519,8 +522,8 @@ def test_a_whole_run_loads_no_model(llama, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("isingcut.models.load", never)
-    monkeypatch.setattr("isingcut.verify.reload", never)
+    monkeypatch.setattr("isingcut.models.load.load", never)
+    monkeypatch.setattr("isingcut.models.cutting.verify.reload", never)
     words = np.random.default_rng(0).choice(list("abcdefghijkl"), (900, 6))
     text = tmp_path / "text.txt"
     text.write_text(" ".join("".join(word) for word in words))

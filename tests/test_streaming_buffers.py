@@ -5,15 +5,15 @@ import concurrent.futures
 import pytest
 import torch
 
-from isingcut.streamed.buffers import Buffers
-from isingcut.streamed.pace import Pace
+from isingcut.measure.streamed.pace import Pace
+from isingcut.models.streaming.buffers import Buffers
 
 CPU = torch.device("cpu")
 
 
 def test_pace_makes_chunks_large_enough_to_hide_the_reading(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("isingcut.streamed.pace.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("isingcut.measure.streamed.pace.time.perf_counter", lambda: now[0])
     buffers = Buffers(8, CPU)
     pace = Pace(buffers)
     with pace.timed(2):

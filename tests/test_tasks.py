@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut import local_tasks
 from isingcut.errors import InputError, UnknownNameError
-from isingcut.models import LoadedModel, load
-from isingcut.paired import compare, mcnemar
-from isingcut.scores import benchmark, prepare, row, score
+from isingcut.evaluation import local_tasks
+from isingcut.evaluation.paired import compare, mcnemar
+from isingcut.evaluation.scores import benchmark, prepare, row, score
+from isingcut.models.load import LoadedModel, load
 from isingcut.testing.tiny import tiny_checkpoint
 
 Record = dict[str, Any]
@@ -265,7 +265,7 @@ def test_rows_resume_and_refuse_other_questions(
     def broken(*arguments: Any, **rest: Any) -> Any:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("isingcut.scores.score", broken)
+    monkeypatch.setattr("isingcut.evaluation.scores.score", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]
     monkeypatch.undo()
     scores = score(models["original"], prepare("arc_easy", tmp_path, None))
@@ -327,7 +327,7 @@ def test_logits_only_where_answers_are_scored(
     """The harness's own model object gives the same log-likelihoods from all logits."""
     from lm_eval.models.huggingface import HFLM
 
-    from isingcut.harness import Harness
+    from isingcut.evaluation.harness import Harness
 
     rng = np.random.default_rng(0)
     model = models["original"]
@@ -359,7 +359,7 @@ def test_logits_only_where_answers_are_scored(
 
 
 def test_positions_asked() -> None:
-    from isingcut.harness import positions_asked
+    from isingcut.evaluation.harness import positions_asked
 
     def text(*tokens: int) -> bytes:
         return np.array(tokens, dtype=np.int32).tobytes()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from isingcut.tokens import TokenSet
+from isingcut.data.tokens import TokenSet
 
 
 def of_lengths(lengths: list[int]) -> TokenSet:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut import measure as measure_module
-from isingcut import tuning
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.gradients import gate_gradients
-from isingcut.measure import measure
-from isingcut.tokens import TokenSet
-from isingcut.tuning import Tuning, chosen_attention, tune
+from isingcut.measure import losses as measure_module
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.compute import tuning
+from isingcut.models.compute.tuning import Tuning, chosen_attention, tune
+from isingcut.models.replay import Replay
 from tiny import tiny_model
 
 PLENTY = 1 << 34
@@ -230,7 +230,7 @@ def test_a_run_records_its_threads_and_goes_on_with_them(cores, tmp_path, monkey
         used.append(torch.get_num_threads())
         return plain(*args, **options)
 
-    monkeypatch.setattr("isingcut.candidates.measure", look)
+    monkeypatch.setattr("isingcut.evaluation.candidates.measure", look)
     options = {
         "model": str(tmp_path / "model"), "remove": 2, "calibration": str(tmp_path / "t.txt"),
         "out": str(tmp_path / "run"), "samples": 3, "length": 16, "rank_samples": 3,

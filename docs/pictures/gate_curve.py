@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from isingcut import models
-from isingcut.architectures import find_stack, stack_modules
-from isingcut.blocks import Replay
-from isingcut.calibration import build
-from isingcut.gates import gated_block
+from isingcut.data.calibration import build
+from isingcut.measure.gates import gated_block
+from isingcut.models import load as models
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
 
 STEPS = 21
 

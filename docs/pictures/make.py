@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import isingcut
-from isingcut import constraints
+from isingcut.ising import constraints
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "benchmarks" / "data"

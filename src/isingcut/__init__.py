@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from isingcut.provenance import __version__ as __version__
 
 if TYPE_CHECKING:
-    from isingcut.api import Options, PoorEnergyWarning, open_run, prune
-    from isingcut.api_run import Run, State
-    from isingcut.config import RunConfig
-    from isingcut.hamiltonian import Hamiltonian
-    from isingcut.pipeline import energy, run
-    from isingcut.problem import Problem
-    from isingcut.solvers import solve
-    from isingcut.spectrum import Spectrum
+    from isingcut.ising.hamiltonian import Hamiltonian
+    from isingcut.ising.problem import Problem
+    from isingcut.ising.solvers import solve
+    from isingcut.ising.spectrum import Spectrum
+    from isingcut.options.config import RunConfig
+    from isingcut.runs.api import Options, PoorEnergyWarning, open_run, prune
+    from isingcut.runs.api_run import Run, State
+    from isingcut.runs.pipeline import energy, run
 
 __all__ = [
     "Hamiltonian",
@@ -43,19 +43,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Hamiltonian": "hamiltonian",
-    "Options": "api",
-    "PoorEnergyWarning": "api",
-    "Problem": "problem",
-    "Run": "api_run",
-    "RunConfig": "config",
-    "Spectrum": "spectrum",
-    "State": "api_run",
-    "energy": "pipeline",
-    "open_run": "api",
-    "prune": "api",
-    "run": "pipeline",
-    "solve": "solvers",
+    "Hamiltonian": "ising.hamiltonian",
+    "Options": "runs.api",
+    "PoorEnergyWarning": "runs.api",
+    "Problem": "ising.problem",
+    "Run": "runs.api_run",
+    "RunConfig": "options.config",
+    "Spectrum": "ising.spectrum",
+    "State": "runs.api_run",
+    "energy": "runs.pipeline",
+    "open_run": "runs.api",
+    "prune": "runs.api",
+    "run": "runs.pipeline",
+    "solve": "ising.solvers",
 }
 
 

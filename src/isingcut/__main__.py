@@ -1,5 +1,5 @@
 """`python -m isingcut`, which is what `torchrun -m` and `accelerate launch -m` start."""
 
-from isingcut.cli import main
+from isingcut.cli.main import main
 
 main()

@@ -25,19 +25,21 @@ class Registry:
     Args:
         room: the sub-package that holds the parts, for example ``"energies"``.
         noun: what one part is called in messages, for example ``"energy"``.
+        inside: the sub-package that the room is in, where it is not at the top.
     """
 
-    def __init__(self, room: str, noun: str) -> None:
+    def __init__(self, room: str, noun: str, inside: str = "") -> None:
         self.room = room
         self.noun = noun
+        self._package = ".".join(filter(None, ("isingcut", inside, room)))
         self._registered: dict[str, Any] = {}
 
     def _files(self) -> dict[str, str]:
-        package = importlib.import_module(f"isingcut.{self.room}")
+        package = importlib.import_module(self._package)
         return {
-            info.name.replace("_", "-"): f"isingcut.{self.room}.{info.name}"
+            info.name.replace("_", "-"): f"{self._package}.{info.name}"
             for info in pkgutil.iter_modules(package.__path__)
-            if info.name not in _NOT_PARTS and not info.name.startswith("_")
+            if not (info.ispkg or info.name in _NOT_PARTS or info.name.startswith("_"))
         }
 
     def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isingcut import cli
+from isingcut.cli import main as cli
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def world(tmp_path_factory):
     tiny_checkpoint("llama", base / "model")
     with pytest.MonkeyPatch.context() as patch:
         # A subprocess that loads torch once more, for a figure that no row looks at.
-        patch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+        patch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
         patch.chdir(base)
         isingcut.run(
             model="model",
@@ -51,5 +51,5 @@ def arena(world, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     monkeypatch.setenv("ISINGCUT_CACHE", str(here / "home" / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("isingcut.evaluate.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
     return Arena(here)

@@ -387,7 +387,7 @@ PAIRS += rows(
 
 def block_0_missing(arena):
     """A cut that lacks its first blocks only."""
-    from isingcut.excise import excise
+    from isingcut.models.cutting.checkpoint import excise
 
     more = {"isingcut.json": json.dumps({"removed": [0, 1], "of": 6})}
     excise(arena.model, [0, 1], arena.here / "headless", extra_files=more)
@@ -574,8 +574,8 @@ def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
     with monkeypatch.context() as patch:
         stops(patch, 1, Stopped())
         # A kill leaves no chance to clean up.
-        patch.setattr("isingcut.healing_work._drop", lambda work, names: None)
-        patch.setattr("isingcut.healers._training.shutil.rmtree", lambda *a, **k: None)
+        patch.setattr("isingcut.healing.work_folder._drop", lambda work, names: None)
+        patch.setattr("isingcut.healing.training.train.shutil.rmtree", lambda *a, **k: None)
         left = types(arena, SAVING, code=1, line="internal error")
     assert "trainer" in left
     assert [p.name for p in (arena.here / ".healed.healing/trainer").iterdir()] == ["checkpoint-1"]
@@ -625,7 +625,7 @@ def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch
     def refused(*arguments, **rest):
         raise AssertionError("patched again")
 
-    monkeypatch.setattr("isingcut.healers.linear_patch.LinearPatch.heal", refused)
+    monkeypatch.setattr("isingcut.healing.healers.linear_patch.LinearPatch.heal", refused)
     assert types(arena, heal(f"{more} 1e-37")) == []
     other = heal("--patch linear --patch-maps writes")
     (arena.here / "healed").rename(arena.here / "away")
@@ -635,9 +635,12 @@ def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("isingcut.healers.distill._publish", FULL),
-        ("isingcut.heal.healed_card", FULL),
-        ("isingcut.healers._training._Trainer.save_model", RuntimeError("unexpected pos 5 vs 3")),
+        ("isingcut.healing.healers.distill._publish", FULL),
+        ("isingcut.healing.heal.healed_card", FULL),
+        (
+            "isingcut.healing.training.train._Trainer.save_model",
+            RuntimeError("unexpected pos 5 vs 3"),
+        ),
     ],
 )
 def test_a_full_disk_after_the_training(arena, monkeypatch, place, error):
@@ -692,8 +695,8 @@ def test_overwrite_replaces_what_healing_wrote(arena):
 
 
 def test_a_patch_that_changed_nothing_says_so(arena, monkeypatch):
-    from isingcut.healers import linear_patch
-    from isingcut.healers._least_squares import Solution
+    from isingcut.healing.healers import linear_patch
+    from isingcut.healing.patch.least_squares import Solution
 
     def none_is_better(fit, held_out):
         return Solution(torch.zeros_like(fit.tx), None, 1.0)

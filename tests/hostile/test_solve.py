@@ -197,7 +197,7 @@ ROWS = [
 def place(arena, monkeypatch):
     """An arena whose folder is searched for modules."""
     monkeypatch.syspath_prepend(arena.here)
-    monkeypatch.setattr("isingcut.solvers._apart.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("isingcut.ising.solvers._apart.GRACE_SECONDS", 0.1)
     return arena
 
 

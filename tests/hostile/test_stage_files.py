@@ -519,7 +519,7 @@ SPLITS = {
 
 @pytest.mark.parametrize(("change", "line"), SPLITS.values(), ids=SPLITS)
 def test_damaged_tokens_are_one_line(arena, change, line):
-    from isingcut.calibration import Calibration
+    from isingcut.data.calibration import Calibration
     from isingcut.errors import StageFileError
 
     tensors(TEXT, change)(arena)
@@ -595,7 +595,7 @@ def interrupted(arena, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("isingcut.candidates.to_dict", stop)
+            patch.setattr("isingcut.evaluation.candidates.to_dict", stop)
             makes = tuple(f"run/{name}" for name in names)
             arena.try_row(Row("rank", "rank {run}", code=130, makes=makes))
         left_behind.update({name: (arena.run / name).read_bytes() for name in names})

@@ -13,7 +13,7 @@ import sys
 import pytest
 from arena import Arena, Row, call
 
-from isingcut import cli
+from isingcut.cli import main as cli
 from isingcut.printing import one_line, printable
 
 # Words of the command line ------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_streams_of_the_shell(arena, typed, code, line):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     environment.pop("HOME")
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m isingcut.cli {typed}"],
+        ["bash", "-c", f"{sys.executable} -m isingcut.cli.main {typed}"],
         capture_output=True,
         text=True,
         check=False,

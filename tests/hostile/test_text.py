@@ -16,8 +16,8 @@ import pytest
 from arena import Row, snapshot
 from transformers import AutoTokenizer
 
-from isingcut import chat_templates, text_files, text_streams
-from isingcut.calibration import build
+from isingcut.data import chat_templates, text_files, text_streams
+from isingcut.data.calibration import build
 
 SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
 MEASURE = "energy {model} --out new " + SMALL + " --calibration "

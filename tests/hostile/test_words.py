@@ -13,9 +13,9 @@ import pytest
 from arena import Arena, Row
 
 import isingcut
-from isingcut.config import HealConfig, RunConfig
 from isingcut.errors import IsingcutError
-from isingcut.options import flag, from_yaml
+from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.declaration import flag, from_yaml
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"
@@ -344,7 +344,7 @@ def test_the_configuration_is_checked_before_weights_are_loaded(arena, monkeypat
     def load(*_, **__):
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("isingcut.models.load", load)
+    monkeypatch.setattr("isingcut.models.load.load", load)
     short = "" if "--length" in words else "--length 16 "
     command = "run {model} --out new --calibration {text} " + short + words
     arena.try_row(Row(words, command, line))
@@ -396,7 +396,7 @@ def test_a_path_of_python_may_begin_at_home(arena):
 def test_a_curve_says_where_each_report_is(arena, capsys):
     import json
 
-    from isingcut.show import curve_data, show_curve
+    from isingcut.cli.show import curve_data, show_curve
 
     found = json.loads((arena.run / "candidates.json").read_text(encoding="utf-8"))
     for size in ("1", "2"):

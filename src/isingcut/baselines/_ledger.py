@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
 from isingcut.files import fingerprint
 from isingcut.journal import Journal
-from isingcut.measure import measure
-from isingcut.pieces import tree_nodes
-from isingcut.work import Work
+from isingcut.measure.losses import measure
+from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 LOSSES = ("kl", "nll")
 States = npt.NDArray[np.bool_]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
-from isingcut.streams import boundaries
-from isingcut.work import Work
+from isingcut.measure.streams import boundaries
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["AngularWindow"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
-from isingcut.work import Work
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Outcome:
         heads: output heads evaluated, in the same unit (one per state over all tokens).
         info: what the method based its choice on; JSON-able.
         merges: groups of blocks whose parameter differences are added into the first of the
-            group (`isingcut.merging`); the others of a group are in ``removed``. Empty for a
-            method that only removes.
+            group (`isingcut.baselines._merging`); the others of a group are in ``removed``.
+            Empty for a method that only removes.
     """
 
     removed: tuple[int, ...]

@@ -15,12 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.energies.pairwise import indicator
-from isingcut.pieces import tree_nodes
-from isingcut.streams import block_means, influence, lowest
-from isingcut.work import Work
+from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.streams import block_means, influence, lowest
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["BlockInfluence"]
 

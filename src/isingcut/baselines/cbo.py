@@ -18,14 +18,14 @@ import numpy as np
 
 from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
-from isingcut.constraints import count
+from isingcut.data.calibration import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import InputError
-from isingcut.problem import Problem
-from isingcut.solvers import solve
-from isingcut.work import Work
+from isingcut.ising.constraints import count
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import solve
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["Cbo"]
 

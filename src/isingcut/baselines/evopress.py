@@ -23,10 +23,10 @@ import numpy.typing as npt
 
 from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
-from isingcut.work import Work
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["Evopress"]
 

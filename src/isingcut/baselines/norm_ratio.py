@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
-from isingcut.streams import block_means, lowest
-from isingcut.work import Work
+from isingcut.data.calibration import TokenSet
+from isingcut.measure.streams import block_means, lowest
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["NormRatio"]
 

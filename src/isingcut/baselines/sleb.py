@@ -17,9 +17,9 @@ import numpy as np
 
 from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
-from isingcut.work import Work
+from isingcut.data.calibration import TokenSet
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["Sleb"]
 

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from isingcut.baselines._merging import Merged, check_mergeable
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
-from isingcut.head import OutputHead
 from isingcut.journal import Journal
-from isingcut.merging import Merged, check_mergeable
+from isingcut.measure.work import Work
+from isingcut.models.compute.head import OutputHead
+from isingcut.models.replay import Replay
 from isingcut.progress import Bar
-from isingcut.work import Work
 
 __all__ = ["SlidingWindowMerging"]
 

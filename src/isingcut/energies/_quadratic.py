@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
-from isingcut.curvature import gate_curvature
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.measure import standard_error
-from isingcut.work import Work
+from isingcut.data.calibration import TokenSet
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.curvature import gate_curvature
+from isingcut.measure.losses import standard_error
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 Floats = npt.NDArray[np.float64]
 

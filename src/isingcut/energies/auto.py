@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.energies.pairwise import Pairwise
 from isingcut.energies.refined import Refined
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.work import Work
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["Auto"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.work import Work
+from isingcut.data.calibration import TokenSet
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 
 class Energy(Protocol):

@@ -19,11 +19,11 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
-from isingcut.gradients import gate_gradients
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.work import Work
+from isingcut.data.calibration import TokenSet
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["EmpiricalFisher"]
 

@@ -22,12 +22,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.energies._quadratic import quadratic
-from isingcut.gradients import gate_gradients
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.work import Work
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["Fisher"]
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
 from isingcut.energies._quadratic import curvature_energy
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.work import Work
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["GaussNewton"]
 

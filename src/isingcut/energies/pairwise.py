@@ -18,11 +18,11 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.measure import measure, standard_error
-from isingcut.work import Work
+from isingcut.data.calibration import TokenSet
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.losses import measure, standard_error
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
 
 __all__ = ["Pairwise"]
 

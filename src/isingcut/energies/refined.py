@@ -1,7 +1,7 @@
 """`refined`: the budgeted search near the wanted removals, and the energy it ends with.
 
-The Hamiltonian is the posterior mean of `isingcut.search`: the pair energy corrected by every
-state that was measured near the wanted sizes. What the search found for each removal is kept
+The Hamiltonian is the posterior mean of `isingcut.energies.search`: the pair energy corrected by
+every state that was measured near the wanted sizes. What the search found for each removal is kept
 beside it, in ``meta["search"]``, and goes into the ranking with the Hamiltonian's own low
 states.
 """
@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from isingcut.blocks import Replay
-from isingcut.calibration import TokenSet
+from isingcut.data.calibration import TokenSet
+from isingcut.energies.search import Found, Search, Target, greedy_price
 from isingcut.errors import InputError
 from isingcut.files import atomic_file
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.search import Found, Search, Target, greedy_price
-from isingcut.spellings import parse_effort
-from isingcut.work import Work
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
+from isingcut.options.spellings import parse_effort
 
 __all__ = ["Refined"]
 

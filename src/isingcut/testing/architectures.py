@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from isingcut.architectures import (
+from isingcut.errors import ArchitectureError, VerificationError
+from isingcut.measure.gates import gated_block
+from isingcut.models.architectures import (
     BlockStack,
     cut_model,
     find_stack,
@@ -30,13 +32,11 @@ from isingcut.architectures import (
     stack_modules,
     text_config,
 )
-from isingcut.architectures.live import stop_rescaling
-from isingcut.blocks import Recording, Replay
-from isingcut.errors import ArchitectureError, VerificationError
-from isingcut.excise import excise
-from isingcut.gates import gated_block
+from isingcut.models.architectures.live import stop_rescaling
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
+from isingcut.models.replay import Recording, Replay
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model
-from isingcut.verify import random_tokens, relative_difference, verify
 
 _TOLERANCE = 1e-5
 
@@ -357,6 +357,6 @@ def _replace_table(path: Path, text: str) -> None:
 
 
 def _quiet() -> Any:
-    from isingcut.models import quiet_transformers
+    from isingcut.models.load import quiet_transformers
 
     return quiet_transformers()

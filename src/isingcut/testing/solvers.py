@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from isingcut import constraints as con
 from isingcut.errors import InfeasibleError, VerificationError
-from isingcut.hamiltonian import Hamiltonian
-from isingcut.problem import Problem
-from isingcut.solvers.base import Solution, Solver
+from isingcut.ising import constraints as con
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers.base import Solution, Solver
 
 N = 11
 _KINDS = ["attention", "mlp", "moe"] * 3 + ["attention", "mlp"]
@@ -110,7 +110,7 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
 
 def main(words: list[str]) -> int:
     """Check the solvers named; without names, all that need no further argument."""
-    from isingcut.solvers import registry
+    from isingcut.ising.solvers import registry
 
     for name in words or [n for n in registry.names() if n != "dimod"]:
         figures = check_solver(registry.get(name)())

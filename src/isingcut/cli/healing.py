@@ -1,0 +1,191 @@
+"""Verbs that make a cut model better and judge it: `heal`, `evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isingcut.cli.verb import (
+    OF_RUN,
+    RESULT,
+    STAGES,
+    Answer,
+    ConfigFile,
+    Folder,
+    given,
+    reopen,
+    verb,
+)
+from isingcut.errors import InputError
+from isingcut.options.config import HealConfig
+from isingcut.options.declaration import from_yaml
+
+_ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
+
+
+@verb(*(n for n in _ALL if n != "top_steps"), group=RESULT, of=HealConfig)
+def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
+    """Win back quality of a cut checkpoint: closed-form patch, distillation, or both.
+
+    Interrupted? Type the same command again. Several processes:
+    torchrun --nproc-per-node 2 -m isingcut heal ...
+
+    Example: isingcut heal my-run/model --teacher smollm2 --patch linear --out healed
+    """
+    from isingcut.cli.show_scores import healing_warnings, show_healing
+    from isingcut.files import read_json
+    from isingcut.healing.heal import heal as run_heal
+    from isingcut.healing.healers import RECORD
+
+    values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
+    folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
+    if os.environ.get("RANK", "0") != "0":
+        # Of several processes one has the last word.
+        raise typer.Exit
+    found = read_json(folder / RECORD, "healing")
+    return Answer(
+        {"checkpoint": str(folder), **_body(found)},
+        lambda: show_healing(found, folder),
+        brief=str(folder),
+        warnings=healing_warnings(found),
+    )
+
+
+@verb("skip_speed", *OF_RUN, group=STAGES)
+def evaluate(
+    directory: Folder,
+    progress: Any,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Also benchmarks, comma-separated: tasks of lm-evaluation-harness; with --data "
+            "our own (isingcut ls has them, and 'all')."
+        ),
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with the questions; without it, the hub's."),
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="At most so many questions a task.")
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="DIR is a checkpoint; compare it with this model."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --original: file for the benchmarks.")
+    ] = None,
+    **options: Any,
+) -> Answer:
+    """Compare the original and the final model: unseen text, speed, memory, benchmarks.
+
+    Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
+    """
+    from isingcut.cli.show import show_evaluation
+    from isingcut.cli.show_scores import show_benchmarks
+    from isingcut.runs import healing_stages, pipeline, stages
+    from isingcut.runs.folder import MANIFEST
+
+    names = _names(tasks, data, questions)
+    if original is not None:
+        if not names:
+            raise InputError("--original compares benchmarks; name some with --tasks")
+        scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
+        return Answer(
+            {"benchmarks": {"file": str(file), **_body(scores)}},
+            lambda: show_benchmarks(scores, file),
+            brief=str(file),
+        )
+    if out is not None:
+        raise InputError("--out goes with --original; a run folder keeps its benchmarks.json")
+    if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
+        raise InputError(
+            f"{directory} is a checkpoint, not a run folder; to compare it with the model it was "
+            "made from, add --original MODEL and --tasks"
+        )
+    folder, config = reopen(directory, options)
+    session = pipeline.session_of(folder, config, progress)
+    found = stages.evaluate(session, folder)
+    target = folder.target(config.removal)
+    answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **_body(found)}
+    rows: dict[str, Any] = {}
+    if names:
+        rows = healing_stages.benchmarks(session, folder, names, data=data, questions=questions)
+        answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **_body(rows)}
+
+    def show() -> None:
+        show_evaluation(found)
+        if rows:
+            show_benchmarks(rows, target / "benchmarks.json")
+
+    return Answer(answer, show, brief=f"{found['kl']:.4f}")
+
+
+def _names(tasks: str, data: Path | None, questions: int | None) -> list[str]:
+    """The tasks that were typed, once it is known that they can be scored."""
+    from isingcut.evaluation import local_tasks
+
+    named = [t.strip() for t in tasks.split(",") if t.strip()]
+    if tasks == "all":
+        named = [*local_tasks.names(), "wikitext2"]
+    if not named:
+        if tasks or data is not None or questions is not None:
+            raise InputError("--tasks names no benchmark, which --data and --questions are for")
+        return []
+    from isingcut.evaluation.scores import check_tasks
+
+    return check_tasks(named, data, questions)
+
+
+def _body(document: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in document.items() if k not in ("format", "version")}
+
+
+def _of_checkpoint(
+    folder: Path,
+    original: str,
+    names: list[str],
+    data: Path | None,
+    questions: int | None,
+    out: Path | None,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], Path]:
+    """Compare a checkpoint that lies anywhere with the model it was made from."""
+    from isingcut.files import write_json
+    from isingcut.models.load import load
+    from isingcut.options.config import RunConfig, from_mapping
+    from isingcut.outputs import check_output
+    from isingcut.runs.healing_stages import bench
+    from isingcut.runs.session import Session
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no checkpoint (no config.json in it)")
+    file = out or folder.parent / f"{folder.name}-benchmarks.json"
+    typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
+    config: RunConfig = from_mapping({**typed, "model": original}, "command line").validate()
+    sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
+    check_output(file, overwrite=config.overwrite, sources=sources)
+    session = Session(config)
+    loaded = session.loaded
+    cut = load(
+        folder,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        trust_remote_code=config.trust_remote_code,
+    )
+    content = bench(
+        {"original": loaded, "cut": cut},
+        names,
+        data=data,
+        questions=questions,
+        batch_tokens=session.tuning.batch_tokens,
+        kept=None,
+        session=session,
+    )
+    write_json(file, "benchmarks", content, seal=True)
+    return content, file

@@ -1,0 +1,130 @@
+"""The command line: one verb per stage, `run` for all of them, `demo`, and what looks things up.
+
+The verbs live in files by group; a new verb is a function there with `verb`. The
+options are generated from `config.RunConfig`, and nothing heavy is imported before a verb runs.
+
+Exit codes: 0 done; 2 something to put right in the command, the files or the model, said in one
+line; 130 interrupted; 1 an error of isingcut itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from isingcut.cli.verb import app
+from isingcut.errors import InputError, IsingcutError, RankError
+from isingcut.files import os_error_words
+from isingcut.measure.crew import expected
+from isingcut.printing import prepare, say, unwritable
+from isingcut.provenance import __version__
+
+__all__ = ["app", "main"]
+
+# Typer carries its library for command lines inside, or builds on click: the class has a name in
+# neither.
+_CommandLineError: Any = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+
+# Each file adds its verbs to the application; the order is that of `isingcut --help`.
+for _group in ("runs", "states", "models", "healing", "share", "look"):
+    importlib.import_module(f"isingcut.cli.{_group}")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    del version, debug
+
+
+def _run() -> None:
+    """Carry out the command line; what is wrong with its words is an error like any other."""
+    try:
+        code = app(prog_name="isingcut", standalone_mode=False)
+    except _CommandLineError as e:
+        if type(e).__name__ == "NoArgsIsHelpError":
+            e.show()
+            sys.exit(2)
+        context = getattr(e, "ctx", None)
+        verb = context.command_path if context else "isingcut"
+        words = e.format_message().rstrip(".")
+        raise InputError(f"{words}; see {verb} --help") from e
+    if code:
+        sys.exit(code)
+
+
+def _start() -> None:
+    # Of a launcher's processes rank 0 alone reads the command line; healing trains on all alike.
+    if expected() and "heal" not in sys.argv[1:2]:
+        from isingcut.measure.distributed import led
+        from isingcut.runs.session import opened
+
+        led(_run, opened)
+    else:
+        _run()
+
+
+def _outcome() -> tuple[int, str]:
+    """The exit code of the command, and what to say of its failure."""
+    try:
+        _start()
+    except SystemExit as e:
+        # The command line's library leaves like this when nobody reads what it prints.
+        unread = isinstance(e.__context__, BrokenPipeError)
+        return (0 if unread else int(e.code or 0)), ""
+    except (KeyboardInterrupt, typer.Abort):
+        return 130, "interrupted; the same command goes on from here"
+    except Exception as e:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        return _judged(e)
+    return 0, ""
+
+
+def _judged(error: Exception) -> tuple[int, str]:
+    """Whose fault an error is, as an exit code, and one line about it."""
+    if isinstance(error, RankError):
+        return error.code, "" if error.reported else str(error)
+    if isinstance(error, IsingcutError):
+        return 2, str(error)
+    if isinstance(error, OSError):
+        return 2, os_error_words(error)
+    words = " ".join(str(error).split())
+    return 1, (
+        f"internal error ({type(error).__name__}: {words}); this is a fault of isingcut: please "
+        f"report it with the traceback of: isingcut --debug {' '.join(sys.argv[1:])}"
+    )
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code."""
+    prepare()
+    # Kept, because the command line's library puts another stream in its place.
+    printed = sys.stdout
+    code, words = _outcome()
+    lost = unwritable(printed)
+    if lost is not None and not isinstance(lost, BrokenPipeError):
+        code, words = 2, f"standard output cannot be written: {lost.strerror}"
+    if words:
+        say(f"isingcut: {words}")
+    unwritable(sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Verbs that do several stages at once: `run`, `energy`, `demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from isingcut.cli.verb import STAGES, WHOLE, Answer, ConfigFile, collect, given, verb
+from isingcut.options.config import RunConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FIELDS = dataclasses.fields(RunConfig)
+_ALL = tuple(f.name for f in _FIELDS)
+# What a search looks near is said before anything is measured.
+_NEAR = ("remove", "budget", "keep", "drop")
+_MEASURE = tuple(
+    f.name
+    for f in _FIELDS
+    if f.metadata["stage"] in ("model", "calibration", "energy")
+    or f.name in ("out", "overwrite", *_NEAR)
+)
+
+
+@verb(*_ALL, group=WHOLE)
+def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
+    """Measure, solve, rank, cut, evaluate and report.
+
+    Example: isingcut run smollm2 --remove 6 --out my-run
+    """
+    from isingcut.runs import pipeline
+    from isingcut.runs.removal import each_removal
+
+    wanted = collect(config, options)
+    target = pipeline.run(wanted, progress=progress)
+    if len(each_removal(wanted)) == 1:
+        return _finished(target)
+    from isingcut.cli.show import curve_data, show_curve
+
+    rows = curve_data(target)
+    data = {"folder": str(target), "curve": rows}
+    return Answer(data, lambda: show_curve(target), brief=str(target))
+
+
+@verb("out", "overwrite", group=WHOLE)
+def demo(progress: Any, **options: Any) -> Answer:
+    """SmolLM2-135M loses 6 of its 30 blocks, with the evidence, in a few minutes.
+
+    Example: isingcut demo
+    """
+    from isingcut.runs.demo import demo as run_demo
+
+    return _finished(run_demo(**given(options), progress=progress), generation=True)
+
+
+def _finished(target: Path, *, generation: bool = False) -> Answer:
+    from isingcut.cli.show import run_data, run_warnings, show_run
+
+    return Answer(
+        run_data(target),
+        lambda: show_run(target, generation=generation),
+        brief=str(target / "model"),
+        warnings=run_warnings(target),
+    )
+
+
+@verb(*_MEASURE, group=STAGES)
+def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
+    """Measure the Hamiltonian once; `solve` then answers every removal in seconds.
+
+    With --remove or --budget the measurement also searches near that removal.
+
+    Example: isingcut energy smollm2 --out my-run
+    """
+    from isingcut.cli.show import energy_data, show_energy
+    from isingcut.runs import pipeline
+
+    folder = pipeline.energy(collect(config, options), progress=progress)
+    data = energy_data(folder)
+    return Answer(data, lambda: show_energy(data), brief=data["hamiltonian"])

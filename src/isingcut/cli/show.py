@@ -1,0 +1,309 @@
+"""What the command line prints: tables of spectra, rankings, evaluations and whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from isingcut.console import console
+from isingcut.files import read_json
+from isingcut.ising.spectrum import Spectrum
+from isingcut.printing import printable
+from isingcut.report.words import plus_minus
+
+if TYPE_CHECKING:
+    from isingcut.models.inspect import Inspection
+
+
+def state_map(removed: list[int], n: int) -> str:
+    """A state as one character a block: # stays, · is removed."""
+    gone = set(removed)
+    return "".join("·" if i in gone else "#" for i in range(n))
+
+
+def show_lines(lines: list[str]) -> None:
+    """Plain lines, never wrapped: paths are for copying."""
+    for line in lines:
+        print(printable(line))
+
+
+def energy_data(folder: Path) -> dict[str, Any]:
+    """What `energy --json` prints of a measured Hamiltonian."""
+    from isingcut.ising.hamiltonian import Hamiltonian
+
+    file = folder / "hamiltonian.safetensors"
+    hamiltonian = Hamiltonian.load(file)
+    return {
+        "folder": str(folder),
+        "hamiltonian": str(file),
+        "blocks": hamiltonian.n,
+        "unit": hamiltonian.unit,
+        "meta": dict(hamiltonian.meta),
+    }
+
+
+def show_energy(data: dict[str, Any]) -> None:
+    """Where the Hamiltonian is, and what to type next."""
+    # A search knows its removal; another energy answers any.
+    removal = "" if "search" in data["meta"] else " --remove 4 --remove 8"
+    show_lines([data["hamiltonian"], f"next: isingcut solve {data['folder']}{removal}"])
+
+
+def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
+    """The states of one removal, lowest energy first."""
+    status = "proven lowest" if spectrum.proven else "best found, not proven"
+    table = Table(title=f"remove {remove}: {len(spectrum)} states, {status}", title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column(f"energy, {spectrum.unit}", justify="right")
+    table.add_column("blocks (· removed)")
+    table.add_column("removed")
+    n = spectrum.states.shape[1]
+    for k, value in enumerate(spectrum.energies):
+        blocks = spectrum.removed(k)
+        table.add_row(str(k), f"{value:.4g}", state_map(blocks, n), _numbers(blocks))
+    screen = console()
+    screen.print(table)
+    screen.print(f"wrote {file}", soft_wrap=True)
+
+
+def _numbers(blocks: list[int]) -> str:
+    return " ".join(str(b) for b in blocks)
+
+
+def show_ranking(found: dict[str, Any]) -> None:
+    """The fidelity of the energy, and the choice."""
+    screen = console()
+    chosen = found["chosen"]
+    screen.print(fidelity_line("energy", found["fidelity"]["kl"]), soft_wrap=True)
+    for name, other in found["fidelity_of_others"].items():
+        screen.print(fidelity_line(name, other["kl"]), soft_wrap=True)
+    screen.print(
+        f"chosen: blocks {_numbers(chosen['removed'])} (state {chosen['position']} by energy, "
+        f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",
+        soft_wrap=True,
+    )
+
+
+def fidelity_line(name: str, figures: dict[str, Any]) -> str:
+    """One line on how well an energy ranks measured losses."""
+    if figures["spearman"] is None:
+        return f"{name}: rank correlation undefined (n = {figures['n']})"
+    return (
+        f"{name}: Spearman {figures['spearman']:.2f} "
+        f"({figures['spearman_low']:.2f} to {figures['spearman_high']:.2f}), "
+        f"Kendall {figures['kendall']:.2f}, with the measured KL of n = {figures['n']} states"
+    )
+
+
+def show_baseline(found: dict[str, Any], file: Path) -> None:
+    """What a baseline chose, what that is worth and what it cost."""
+    screen = console()
+    screen.print(
+        f"{found['baseline']}: blocks {_numbers(found['removed'])}: KL {found['kl']:.4f} "
+        f"nats/token; found with {found['passes']:.3g} forward passes over "
+        f"{found['tokens_searched']} tokens",
+        soft_wrap=True,
+    )
+    if found["merges"]:
+        groups = "; ".join(_numbers(group) for group in found["merges"])
+        screen.print(
+            f"measured with blocks merged into the first of each group: {groups}", soft_wrap=True
+        )
+    if found["violated"]:
+        screen.print(
+            f"it breaks constraints it does not know: {', '.join(found['violated'])}",
+            soft_wrap=True,
+        )
+    screen.print(f"wrote {file}", soft_wrap=True)
+
+
+def show_evaluation(found: dict[str, Any]) -> None:
+    """The before/after table."""
+    before, after = found["before"], found["after"]
+    table = Table(
+        title=f"unseen text: {found['tokens']} tokens in {found['samples']} samples",
+        title_justify="left",
+    )
+    for column in ("", "original", "cut", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row(
+        "perplexity",
+        *(plus_minus(s["perplexity"], s["perplexity_se"], ".2f") for s in (before, after)),
+        _ratio(before["perplexity"], after["perplexity"]),
+    )
+    table.add_row("KL to the original", "0", plus_minus(found["kl"], found["kl_se"]), "")
+    for label, key, scale, form in (
+        ("parameters, million", "parameters", 1e6, "{:.1f}"),
+        ("blocks", "blocks", 1, "{:.0f}"),
+        ("checkpoint, MB", "bytes", 1e6, "{:.0f}"),
+        ("prefill, tokens/s", "prefill_tokens_per_second", 1, "{:.0f}"),
+        ("decode, tokens/s", "decode_tokens_per_second", 1, "{:.1f}"),
+        ("peak memory, MB", "peak_memory_bytes", 1e6, "{:.0f}"),
+    ):
+        a, b = before.get(key), after.get(key)
+        if a is None or b is None:
+            table.add_row(label, "not measured", "not measured", "")
+            continue
+        shown = (_measured(side, key, scale, form) for side in (before, after))
+        table.add_row(label, *shown, _ratio(a, b))
+    console().print(table)
+
+
+def _measured(side: dict[str, Any], key: str, scale: float, form: str) -> str:
+    error = side.get(f"{key}_se")
+    return form.format(side[key] / scale) + (
+        "" if error is None else f" ± {form.format(error / scale)}"
+    )
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %" if before else ""
+
+
+def inspection_data(found: Inspection) -> dict[str, Any]:
+    """What `inspect --json` prints."""
+    return {
+        "model_type": found.model_type,
+        "path": found.stack.path,
+        "blocks": [dataclasses.asdict(b) for b in found.stack.blocks],
+        "rules": found.rules(),
+        "refusal": found.refusal,
+        "quantisation": found.quantisation,
+        "other_bytes": found.other_bytes,
+    }
+
+
+def show_inspection(found: Inspection) -> None:
+    """A model's blocks, their costs and the rules that states obey."""
+    header, *rows = found.table()
+    title = f"{found.model_type}: {len(found.stack)} blocks in {found.stack.path}; costs of each"
+    table = Table(title=title, title_justify="left")
+    for column in header:
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for row in rows[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*rows[-1])
+    screen = console()
+    screen.print(table)
+    if found.quantisation:
+        screen.print(f"quantised: {found.quantisation}", soft_wrap=True)
+    if found.refusal:
+        screen.print(f"cannot be cut: {found.refusal}", soft_wrap=True)
+        return
+    for rule in found.rules():
+        screen.print(f"rule: {rule}", soft_wrap=True)
+    if not found.rules():
+        screen.print("any blocks may be removed, as long as one stays", soft_wrap=True)
+
+
+def run_data(target: Path) -> dict[str, Any]:
+    """What `run --json` prints of a finished run: the figures of its files, and where they are."""
+    ranking = read_json(target / "candidates.json", "candidates")
+    evaluation = read_json(target / "evaluation.json", "evaluation")
+    return {
+        "folder": str(target),
+        "checkpoint": str(target / "model"),
+        "report": str(target / "report.md"),
+        "html": str(target / "report.html"),
+        "report_kb": report_kb(target / "report.html"),
+        "chosen": ranking["chosen"],
+        "fidelity": ranking["fidelity"]["kl"],
+        "fidelity_of_others": {k: v["kl"] for k, v in ranking["fidelity_of_others"].items()},
+        "proven": ranking["proven"],
+        "evaluation": {k: v for k, v in evaluation.items() if k not in ("format", "version")},
+    }
+
+
+def curve_data(folder: Path) -> list[dict[str, Any]]:
+    """The chosen state of every removal that was ranked in a run folder, fewest blocks first."""
+    files = folder.glob("remove-*/candidates.json")
+    found = [(f, read_json(f, "candidates")) for f in files]
+    rows = [
+        {
+            "remove": r["remove"],
+            "removed": r["chosen"]["removed"],
+            **{k: r["chosen"][k] for k in ("kl", "kl_se", "nll", "nll_se")},
+            "spearman": r["fidelity"]["kl"]["spearman"],
+            "report": str(page) if (page := file.with_name("report.html")).is_file() else None,
+        }
+        for file, r in found
+    ]
+    return sorted(rows, key=lambda row: (len(row["removed"]), row["kl"]))
+
+
+def show_curve(folder: Path) -> None:
+    """Quality against blocks removed, and how to cut one of the states out."""
+    table = Table(title="the best state of each size, on unseen text")
+    for heading in ("removed", "KL, nats/token", "perplexity", "blocks"):
+        table.add_column(heading, justify="left" if heading == "blocks" else "right")
+    rows = curve_data(folder)
+    for row in rows:
+        table.add_row(
+            str(len(row["removed"])),
+            plus_minus(row["kl"], row["kl_se"]),
+            f"{perplexity(row['nll']):.2f}",
+            _numbers(row["removed"]),
+        )
+    screen = console()
+    screen.print(table)
+    screen.print(
+        f"cut one: isingcut excise {folder} --remove {rows[len(rows) // 2]['remove']}",
+        soft_wrap=True,
+    )
+    screen.print("reports, each with the whole curve:")
+    for row in rows:
+        if row["report"] is not None:
+            screen.print(f"{row['remove']}: {row['report']}", soft_wrap=True)
+
+
+def perplexity(nll: float) -> float:
+    """The perplexity of a loss in nats per token; infinite where no number is large enough."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def report_kb(page: Path) -> float:
+    """Size of a page in kB of 1,000 bytes."""
+    return round(page.stat().st_size / 1000, 1)
+
+
+def run_warnings(target: Path) -> list[str]:
+    """The warnings of a finished run's ranking and healing."""
+    from isingcut.cli.show_scores import healing_warnings
+    from isingcut.healing.healers import RECORD
+    from isingcut.report.words import ranking_warnings
+    from isingcut.runs.folder import MANIFEST
+
+    ranking = read_json(target / "candidates.json", "candidates")
+    home = target if (target / MANIFEST).is_file() else target.parent
+    healing = target / RECORD
+    return [
+        *ranking_warnings(read_json(home / MANIFEST, "run")["config"]["energy"], ranking),
+        *(healing_warnings(read_json(healing, "healing")) if healing.is_file() else []),
+    ]
+
+
+def show_run(target: Path, *, generation: bool = False) -> None:
+    """Everything a finished run has to say; with ``generation`` also one text before and after."""
+    screen = console()
+    show_ranking(read_json(target / "candidates.json", "candidates"))
+    evaluation = read_json(target / "evaluation.json", "evaluation")
+    show_evaluation(evaluation)
+    screen.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
+    page = target / "report.html"
+    screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
+    screen.print(f"report_kb: {report_kb(page)}", soft_wrap=True)
+    if generation:
+        show_generation(evaluation["generation"])
+
+
+def show_generation(generation: dict[str, str]) -> None:
+    """One generation before and after."""
+    screen = console()
+    screen.print(f"prompt:   {generation['prompt']}", soft_wrap=True)
+    screen.print(f"original: {generation['before']}", soft_wrap=True)
+    screen.print(f"cut:      {generation['after']}", soft_wrap=True)

@@ -1,0 +1,245 @@
+"""What every verb shares: its options, `--json`, `--quiet`, its warnings, a reopened run folder.
+
+A verb is a function in one of the `cli_*.py` files, decorated with `verb`. It returns an
+`Answer`; in which form that is printed is decided here, so that no verb prints by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isingcut.cli.options import with_options
+from isingcut.errors import InputError
+from isingcut.files import without_infinities
+from isingcut.inputs import user_path
+from isingcut.options.config import RunConfig, from_mapping
+from isingcut.options.declaration import check_given, from_yaml
+from isingcut.printing import printable, printing, say
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from isingcut.runs.folder import RunFolder
+
+app = typer.Typer(
+    name="isingcut",
+    help="Remove the right blocks from a large language model.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with the same options.")
+]
+
+Blocks = Annotated[
+    str | None,
+    typer.Option(
+        "--blocks",
+        metavar="LIST",
+        help="These blocks, not the chosen ones: 3,4,9 or 5-8, @FILE, or - for standard input; "
+        "commas, spaces, lines or JSON.",
+    ),
+]
+OneBased = Annotated[bool, typer.Option("--one-based", help="The list of --blocks counts from 1.")]
+
+WHOLE, STAGES, RESULT, LOOK = "Whole runs", "Single stages", "Use the result", "Look things up"
+"""The groups of verbs in `isingcut --help`."""
+
+OF_RUN = (
+    "--model",
+    "remove",
+    "budget",
+    "device",
+    "stream",
+    "memory_limit",
+    "trust_remote_code",
+    "overwrite",
+)
+"""Options of the verbs that work on a finished energy and need the model."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb has to say.
+
+    Args:
+        data: the keys of `--json` (documented in docs/json.md); ``verb`` and ``warnings`` come on
+            top.
+        show: prints it for people.
+        brief: what `--quiet` leaves: one line, or nothing.
+        warnings: what a user should know and do; each is printed once, to stderr.
+    """
+
+    data: Mapping[str, Any]
+    show: Callable[[], None]
+    brief: str = ""
+    warnings: Sequence[str] = field(default=())
+
+
+def verb(
+    *names: str,
+    group: str,
+    repeat: tuple[str, ...] = (),
+    name: str | None = None,
+    of: type[DataclassInstance] = RunConfig,
+) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+    """Make a handler a verb of the command line, with the named options of a configuration class.
+
+    Args:
+        names: fields of ``of``; one left out on the command line arrives as None.
+        group: one of the headings of `isingcut --help`.
+        repeat: options among ``names`` that may be given several times; they arrive as lists.
+        name: the verb, where it is not the function's name.
+        of: the class whose fields the options are.
+
+    The handler gets its options by keyword, and where it has a parameter ``progress`` the
+    terminal's, or a silent one under `--quiet`.
+    """
+
+    def decorate(handler: Callable[..., Answer]) -> Callable[..., Answer]:
+        called = name or handler.__name__
+        shown = inspect.signature(with_options(*names, repeat=repeat, of=of)(handler))
+        wants_progress = "progress" in shown.parameters
+        parameters = [p for p in shown.parameters.values() if p.name != "progress"]
+
+        @functools.wraps(handler)
+        def command(as_json: bool, quiet: bool, **given: Any) -> None:
+            if wants_progress:
+                from isingcut.progress import silent, terminal
+
+                given["progress"] = silent if quiet else terminal
+            options = [n.removeprefix("--") for n in names]
+            given |= _checked(of, {k: given[k] for k in options if given[k] is not None}, repeat)
+            given |= {k: _at_home(v) for k, v in given.items()}
+            # A library that prints must not end up in the JSON.
+            aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+            try:
+                with aside:
+                    answer = handler(**given)
+            except KeyboardInterrupt:
+                say("isingcut: interrupted; the same command goes on from here")
+                raise typer.Exit(130) from None
+            _give(called, answer, as_json=as_json, quiet=quiet)
+
+        setattr(command, "__signature__", inspect.Signature([*parameters, *_OUTPUT]))  # noqa: B010
+        app.command(called, rich_help_panel=group)(command)
+        return handler
+
+    return decorate
+
+
+def _checked(
+    of: type[DataclassInstance], typed: Mapping[str, Any], repeat: Sequence[str]
+) -> dict[str, Any]:
+    """The typed options of a verb, each checked before the verb looks at anything."""
+    single = {k: v for k, v in typed.items() if k not in repeat}
+    found = check_given(of, single)
+    for name in typed.keys() - single.keys():
+        found[name] = [check_given(of, {name: value})[name] for value in typed[name]]
+    return found
+
+
+def _at_home(value: Any) -> Any:
+    """A typed path, or several, with ``~`` for the home folder replaced."""
+    if isinstance(value, list):
+        return [_at_home(v) for v in value]
+    return user_path(value) if isinstance(value, Path) else value
+
+
+def _flag(name: str, option: str, help_: str) -> inspect.Parameter:
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, typer.Option(option, help=help_, rich_help_panel="Output")],
+    )
+
+
+_OUTPUT = (
+    _flag("as_json", "--json", "Print one JSON document, for machines."),
+    _flag("quiet", "--quiet", "No progress and no tables: one line at most."),
+)
+
+
+def _give(called: str, answer: Answer, *, as_json: bool, quiet: bool) -> None:
+    warnings = list(dict.fromkeys(answer.warnings))
+    with printing():
+        if as_json:
+            document = without_infinities({"verb": called, **answer.data, "warnings": warnings})
+            print(json.dumps(document, indent=1, allow_nan=False))
+        elif quiet:
+            if answer.brief:
+                print(printable(answer.brief))
+        else:
+            answer.show()
+    for warning in warnings:
+        say(f"isingcut: warning: {warning}")
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were typed."""
+    return {k: v for k, v in options.items() if v is not None}
+
+
+def collect(config: Path | None, options: Mapping[str, Any]) -> RunConfig:
+    """A run's options: those of a config file, with those typed on top."""
+    values = from_yaml(RunConfig, config) if config else {}
+    return RunConfig(**{**values, **given(options)})
+
+
+def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig]:
+    """A run folder, and its own options with those typed now on top.
+
+    A budget typed without a number of blocks frees the number, also where the folder has one; a
+    number typed for a folder that has only a budget takes its place.
+
+    Raises:
+        InputError: neither the folder nor the command line says how much is removed.
+    """
+    from isingcut.runs.folder import RunFolder
+
+    typed = given(options)
+    folder = RunFolder.open(directory, overwrite=bool(typed.get("overwrite")))
+    folder.typed_solver = typed.get("solver")
+    if typed.get("budget") and not typed.get("remove"):
+        typed["remove"] = ""
+    if typed.get("remove") and not typed.get("budget") and not folder.config.remove:
+        typed["budget"] = ""
+    changed = {**dataclasses.asdict(folder.config), **typed}
+    config = from_mapping(changed, "command line").validate()
+    if not config.removal:
+        raise InputError(f"{directory} was made without --remove; say how many blocks to remove")
+    return folder, config
+
+
+def reopen_at(
+    directory: Path, options: Mapping[str, Any], blocks: str | None, *, one_based: bool = False
+) -> tuple[RunFolder, RunConfig, list[int] | None]:
+    """A run folder, its options, and the blocks named by `--blocks`, or None for the chosen ones.
+
+    Without `--remove`, as many go as blocks are named.
+    """
+    from isingcut.runs.folder import RunFolder
+    from isingcut.runs.interop import read_blocks
+
+    if blocks is None:
+        return (*reopen(directory, options), None)
+    typed = read_blocks(blocks, one_based=one_based)
+    named = typed.of(len(RunFolder.open(directory).manifest["blocks"]["blocks"]))
+    folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
+    return folder, config, named

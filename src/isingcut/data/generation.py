@@ -1,0 +1,66 @@
+"""Generation under stated settings only, whatever the checkpoint's own defaults are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from isingcut.data.chat_templates import Renderer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def only(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
+    """The model, generating with these settings alone while the context lasts.
+
+    `generate` fills what a caller leaves open from the model's own generation config (end
+    token, top-k, repetition penalty); here there is nothing to fill it from.
+    """
+    from transformers import GenerationConfig
+
+    generative: Any = model
+    own = generative.generation_config
+    factory: Any = GenerationConfig
+    generative.generation_config = factory(use_cache=True, **settings)
+    try:
+        yield generative
+    finally:
+        generative.generation_config = own
+
+
+@torch.no_grad()
+def generate_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+) -> str:
+    """The greedy continuation of ``prompt``, as a chat answer where there is a chat template."""
+    text, special = prompt, True
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        with Renderer(tokenizer) as render:
+            text = render(turn, add_generation_prompt=True)
+        special = False
+    ids = tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"]
+    ids = ids.to(model.device)
+    own: Any = model.generation_config
+    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    pad = end[0] if isinstance(end, list) else end
+    with only(model, do_sample=False, eos_token_id=end, pad_token_id=pad) as generative:
+        out = generative.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens
+        )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+@torch.no_grad()
+def decode_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Exactly ``new_tokens`` greedy tokens after ``prompt`` (1, P), past any end token."""
+    with only(model, do_sample=False, pad_token_id=0) as generative:
+        out: torch.Tensor = generative.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens
+        )
+    return out[:, prompt.shape[1] :]

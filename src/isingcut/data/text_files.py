@@ -1,0 +1,248 @@
+"""Texts and records out of files and pipes: .txt, .jsonl, .json and .csv, each also as .gz.
+
+Everything is read within bounds: a record has a largest size, a pipe and what a .gz unpacks to a
+largest length, and a pipe that nothing comes through is left after a while. What has no name to
+go by (a pipe) is a text, or JSON lines where it begins with ``{``; gzip is known by its mark.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from isingcut.data.encoder import LONGEST, cut
+from isingcut.data.text_streams import clear_errors, limited, looked_at, opened, unpacked
+from isingcut.errors import CalibrationError, first_line
+from isingcut.inputs import SMALL, parse_json, user_path
+
+Record = tuple[str, dict[str, Any]]
+"""Where a record stands (words for messages), and its fields."""
+
+FORMATS = (".txt", ".jsonl", ".json", ".csv")
+RECORD = SMALL
+"""Bytes that one record, and a whole .json, may have."""
+_PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """An opened file or pipe; iterate `pieces` or `records`, once.
+
+    Attributes:
+        name: what messages call it.
+        format: one of `FORMATS`.
+    """
+
+    name: str
+    format: str
+    _bytes: BinaryIO
+
+    def pieces(self) -> Iterator[str]:
+        """A running text in pieces of whole lines, read only as far as it is iterated.
+
+        A line that is longer than what is tokenised at a time is cut at white space.
+        """
+        piece = ""
+        with self._lines() as file:
+            while line := file.readline(LONGEST):
+                self._refuse_binary(line)
+                piece += line
+                if len(line) == LONGEST and line[-1] not in "\r\n":
+                    end = cut(piece)
+                    yield piece[:end]
+                    piece = piece[end:]
+                elif len(piece) > _PIECE:
+                    yield piece
+                    piece = ""
+        if piece:
+            yield piece
+
+    def records(self) -> Iterator[Record]:
+        """The records of any other format, as far as they are iterated."""
+        return {".jsonl": self._jsonl, ".json": self._json, ".csv": self._csv}[self.format]()
+
+    @contextmanager
+    def _lines(self) -> Iterator[io.TextIOWrapper]:
+        # Universal newlines are off: the text is measured as it is.
+        file = io.TextIOWrapper(self._bytes, encoding="utf-8-sig", newline="")
+        with clear_errors(self.name), file:
+            yield file
+
+    def _refuse_binary(self, text: str) -> None:
+        if "\0" in text:
+            raise CalibrationError(
+                f"{self.name} holds NUL bytes: it is UTF-16 or no text; save it as UTF-8 text"
+            )
+
+    def _jsonl(self) -> Iterator[Record]:
+        with clear_errors(self.name), self._bytes as file:
+            number = 0
+            while raw := file.readline(RECORD + 1):
+                number += 1
+                where = f"{self.name} line {number}"
+                if len(raw) > RECORD:
+                    raise CalibrationError(
+                        f"{where} is longer than {RECORD} bytes; expected one record a line"
+                    )
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError as e:
+                    raise CalibrationError(f"{where} is not UTF-8; save the file as UTF-8") from e
+                if not line:
+                    continue
+                try:
+                    record = parse_json(line)
+                except ValueError as e:
+                    raise CalibrationError(f"{where} is not valid JSON: {first_line(e)}") from e
+                if not isinstance(record, dict):
+                    raise CalibrationError(
+                        f"{where} must be a JSON object with 'text' or 'messages', "
+                        f"found {type(record).__name__}"
+                    )
+                yield where, record
+
+    def _json(self) -> Iterator[Record]:
+        with clear_errors(self.name), self._bytes as file:
+            content = file.read(RECORD + 1)
+        if len(content) > RECORD:
+            raise CalibrationError(
+                f"{self.name} has more than {RECORD} bytes; save it as .jsonl, one record a line"
+            )
+        try:
+            items = parse_json(content)
+        except ValueError as e:
+            raise CalibrationError(f"{self.name} is not valid JSON: {first_line(e)}") from e
+        if not isinstance(items, list):
+            raise CalibrationError(
+                f"{self.name} must be a list of texts or of records with 'text' or 'messages', "
+                f"found {type(items).__name__}"
+            )
+        for number, item in enumerate(items):
+            where = f"{self.name} item {number}"
+            if not isinstance(item, str | dict):
+                raise CalibrationError(
+                    f"{where} must be a text, or an object with 'text' or 'messages', "
+                    f"found {type(item).__name__}"
+                )
+            yield where, {"text": item} if isinstance(item, str) else item
+
+    def _csv(self) -> Iterator[Record]:
+        with self._lines() as file, _large_fields():
+            rows = csv.reader(self._bounded(file), strict=True)
+            try:
+                header = next(rows, [])
+                column = self._column(header)
+                for row in rows:
+                    where = f"{self.name} line {rows.line_num}"
+                    if not row:
+                        continue
+                    if len(row) != len(header):
+                        raise CalibrationError(
+                            f"{where} has {len(row)} fields, but the first line names "
+                            f"{len(header)} columns; is a text with commas not in quotes?"
+                        )
+                    yield where, {"text": row[column]}
+            except csv.Error as e:
+                raise CalibrationError(
+                    f"{self.name} line {rows.line_num} is not valid CSV: {first_line(e)}"
+                ) from e
+
+    def _column(self, header: list[str]) -> int:
+        names = [name.strip() for name in header]
+        if names.count("text") == 1:
+            return names.index("text")
+        if len(names) == 1 and not any(mark in names[0] for mark in ";\t|"):
+            return 0
+        held = ", ".join(names)[:200] or "nothing"
+        raise CalibrationError(
+            f"{self.name} must have a column 'text', or only one; its first line names {held} "
+            "(columns are separated by commas)"
+        )
+
+    def _bounded(self, file: io.TextIOWrapper) -> Iterator[str]:
+        while line := file.readline(RECORD + 1):
+            if len(line) > RECORD:
+                raise CalibrationError(f"{self.name} has a line of more than {RECORD} characters")
+            self._refuse_binary(line)
+            yield line
+
+
+def only_once(source: str) -> bool:
+    """Whether a source is a pipe: what was read of it is gone."""
+    if source == "-":
+        return True
+    path = user_path(source)
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
+def text_file(path: Path, name: str, advice: str) -> TextFile:
+    """Open a file or a pipe.
+
+    Args:
+        path: of what is there and no folder; ``-`` is standard input.
+        name: what messages call it.
+        advice: what else might have been given.
+
+    Raises:
+        CalibrationError: of no known kind, a device, a terminal, or not to be opened.
+    """
+    check(path, name, advice)
+    suffix, packed = _kind(path)
+    known = suffix in FORMATS
+    with clear_errors(name):
+        stream, plain = opened(path, name)
+        if not plain:
+            stream = limited(stream, name)
+        if not known:
+            head, stream = looked_at(stream, name)
+            packed = packed or head.startswith(b"\x1f\x8b")
+        if packed:
+            stream = limited(unpacked(stream), name)
+        if not known:
+            head, stream = looked_at(stream, name)
+            begin = head.removeprefix(codecs.BOM_UTF8).lstrip()
+            suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
+    return TextFile(name, suffix, stream)
+
+
+def check(path: Path, name: str, advice: str) -> None:
+    """Refuse what `text_file` would refuse before it reads; the arguments are the same."""
+    typed = str(path)
+    with clear_errors(name):
+        mode = os.fstat(0).st_mode if typed == "-" else path.stat().st_mode
+        terminal = typed == "-" and os.isatty(0)
+    if terminal:
+        raise CalibrationError(
+            "standard input is a terminal; pipe a text into it, for example: "
+            "cat my-text.txt | isingcut ... --calibration -"
+        )
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise CalibrationError(f"{name} is a device; expected a file or a pipe")
+    suffix, packed = _kind(path)
+    nameless = typed == "-" or typed.startswith(("/dev/", "/proc/"))
+    if stat.S_ISREG(mode) and not (suffix in FORMATS or packed or nameless):
+        raise CalibrationError(f"{name} is not one of {', '.join(FORMATS)}; {advice}")
+
+
+def _kind(path: Path) -> tuple[str, bool]:
+    """The ending of a name, and whether it says that the file is packed."""
+    words = path.name.lower()
+    return Path(words.removesuffix(".gz")).suffix, words.endswith(".gz")
+
+
+@contextmanager
+def _large_fields() -> Iterator[None]:
+    """Let a field be as large as a record; the module's own limit is 128 KiB."""
+    before = csv.field_size_limit(RECORD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)

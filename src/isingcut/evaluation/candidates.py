@@ -1,0 +1,210 @@
+"""Measure the candidates of a spectrum, and with them how well the energy ranks real losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from isingcut.data.calibration import TokenSet
+from isingcut.errors import InfeasibleError
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.spectrum import Spectrum
+from isingcut.measure.losses import Measurement, measure
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Candidates and random states of one problem, measured on the ranking split.
+
+    Attributes:
+        spectrum: the candidates, in the order of their energy.
+        random: (R, N) random feasible states, none of them a candidate.
+        distribution: what the random states were drawn from.
+        measured: the losses of the candidates, then of the random states.
+        chosen: position of the chosen candidate in the spectrum.
+        why: the reason for the choice, in words.
+    """
+
+    spectrum: Spectrum
+    random: npt.NDArray[np.bool_]
+    distribution: str
+    measured: Measurement
+    chosen: int
+    why: str
+
+    @property
+    def removed(self) -> list[int]:
+        """The blocks of the chosen state."""
+        return self.spectrum.removed(self.chosen)
+
+
+def rank(
+    replay: Replay,
+    tokens: TokenSet,
+    problem: Problem,
+    spectrum: Spectrum,
+    *,
+    random_states: int,
+    seed: int,
+    choose: str,
+    work: Work,
+) -> Ranking:
+    """Measure the spectrum's states beside random ones, and choose.
+
+    Args:
+        tokens: the ranking split; the energy has not seen it.
+        random_states: how many random states to measure (fewer where fewer exist).
+        choose: ``"measured"`` takes the candidate of lowest KL, ``"ground"`` the ground state.
+    """
+    random, distribution = random_feasible(problem, random_states, seed, spectrum.states)
+    measured = measure(
+        replay,
+        tokens,
+        np.concatenate([spectrum.states, random]),
+        batch_tokens=work.batch_tokens,
+        progress=work.progress,
+        description=f"measuring {len(spectrum)} candidates and {len(random)} random states",
+        journal=work.journal,
+    )
+    if choose == "ground":
+        chosen, why = 0, "the ground state was asked for"
+    else:
+        chosen, why = int(np.argmin(measured.kl[: len(spectrum)])), "lowest measured KL"
+    return Ranking(spectrum, random, distribution, measured, chosen, why)
+
+
+def random_feasible(
+    problem: Problem, count: int, seed: int, besides: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], str]:
+    """Distinct feasible states outside ``besides``, and what they were drawn from.
+
+    Uniform over the feasible states by rejection. Where constraints reject nearly every draw,
+    the remaining states are ground states of random fields instead, and the second value says so.
+    """
+    rng = np.random.default_rng([seed, 0x5EED])
+    low, high = problem.cardinality
+    seen = {s.tobytes() for s in besides}
+    states: list[npt.NDArray[np.bool_]] = []
+
+    def add(state: npt.NDArray[np.bool_]) -> None:
+        if len(states) < count and state.tobytes() not in seen:
+            seen.add(state.tobytes())
+            states.append(state)
+
+    for _ in range(200):
+        if len(states) == count:
+            break
+        sizes = rng.integers(low, high + 1, 512)
+        keys = rng.random((512, problem.n)).argsort(1).argsort(1)
+        draws = keys < sizes[:, None]
+        for state in draws[problem.feasible(draws)]:
+            add(state)
+    distribution = "uniform over the feasible states"
+    if len(states) < count:
+        before = len(states)
+        for _ in range(4 * count):
+            field = Hamiltonian(rng.standard_normal(problem.n), np.zeros((problem.n, problem.n)))
+            try:
+                add(Problem(field, problem.constraints).a_state())
+            except InfeasibleError:
+                break
+        if len(states) > before:
+            distribution = (
+                f"{before} uniform, {len(states) - before} ground states of random fields"
+            )
+    return np.array(states, dtype=bool).reshape(-1, problem.n), distribution
+
+
+def fidelity(
+    energies: npt.NDArray[np.float64], losses: npt.NDArray[np.float64], *, seed: int = 0
+) -> dict[str, Any]:
+    """How well energies rank measured losses: Spearman and Kendall with bootstrap intervals.
+
+    Args:
+        energies: (S,) of the states.
+        losses: (S,) measured.
+        seed: of the bootstrap over states (1,000 resamples, 95 % percentile intervals).
+
+    Returns:
+        ``spearman``, ``kendall``, their ``_low`` and ``_high`` ends, and ``n``. The figures
+        are None where they are undefined (fewer than three states, or all values tied).
+    """
+    out: dict[str, Any] = {"n": len(energies)}
+    rng = np.random.default_rng([seed, 0xF1DE])
+    picks = rng.integers(0, max(1, len(energies)), (1000, len(energies)))
+    for name, statistic in (("spearman", _spearman), ("kendall", _kendall)):
+        value = statistic(energies, losses)
+        draws = [] if value is None else [statistic(energies[p], losses[p]) for p in picks]
+        defined = [d for d in draws if d is not None]
+        low, high = np.percentile(defined, [2.5, 97.5]) if defined else (None, None)
+        out[name] = value
+        out[f"{name}_low"] = None if low is None else float(low)
+        out[f"{name}_high"] = None if high is None else float(high)
+    return out
+
+
+def _spearman(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    ranks_a, ranks_b = stats.rankdata(a), stats.rankdata(b)
+    return float(np.corrcoef(ranks_a, ranks_b)[0, 1])
+
+
+def _kendall(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(stats.kendalltau(a, b).statistic)
+
+
+def to_dict(
+    ranking: Ranking, energy: Hamiltonian, others: dict[str, Hamiltonian], remove: str
+) -> dict[str, Any]:
+    """The content of `candidates.json`."""
+    found, k = ranking.measured, len(ranking.spectrum)
+    energies = energy.energies(found.states)
+
+    def row(s: int) -> dict[str, Any]:
+        return {
+            "removed": np.flatnonzero(found.states[s]).tolist(),
+            "energy": float(energies[s]),
+            "kl": float(found.kl[s]),
+            "kl_se": _finite(found.kl_se[s]),
+            "nll": float(found.nll[s]),
+            "nll_se": _finite(found.nll_se[s]),
+        }
+
+    def judged(hamiltonian: Hamiltonian) -> dict[str, Any]:
+        values = hamiltonian.energies(found.states)
+        return {
+            "kl": fidelity(values, found.kl),
+            "nll": fidelity(values, found.nll),
+            "kl_random_only": fidelity(values[k:], found.kl[k:]),
+        }
+
+    return {
+        "remove": remove,
+        "unit": "nats/token",
+        "energy_unit": energy.unit,
+        "samples": len(found.counts),
+        "tokens": int(found.counts.sum()),
+        "candidates": [row(s) for s in range(k)],
+        "random": [row(s) for s in range(k, len(found.states))],
+        "random_distribution": ranking.distribution,
+        "fidelity": judged(energy),
+        "fidelity_of_others": {name: judged(other) for name, other in others.items()},
+        "chosen": {**row(ranking.chosen), "position": ranking.chosen, "why": ranking.why},
+        "original": {"nll": float(found.original_nll_sums.sum() / found.counts.sum())},
+        "proven": ranking.spectrum.proven,
+        "solver": ranking.spectrum.solver,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

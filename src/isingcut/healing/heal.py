@@ -1,0 +1,356 @@
+"""Heal a cut checkpoint: patch, distil, and say what it was worth on text held out.
+
+cut checkpoint + original -> [linear patch] -> [distillation] -> checkpoint + healing.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.errors import InputError, ModelError
+from isingcut.files import atomic_folder, fingerprint, read_json, write_json
+from isingcut.healing.checks import check_pair, check_places, check_training, sources_of
+from isingcut.healing.healers import RECORD
+from isingcut.healing.work_folder import forget_training, held, work_of
+from isingcut.inputs import user_path
+from isingcut.options.config import HealConfig
+from isingcut.options.declaration import options_from
+from isingcut.progress import Progress, silent
+from isingcut.provenance import versions
+from isingcut.report.card import healed_card
+
+if TYPE_CHECKING:
+    from isingcut.data.healing_text import HealingText
+    from isingcut.data.tokens import TokenSet
+    from isingcut.healing.job import Job
+    from isingcut.healing.training.processes import Processes
+    from isingcut.models.load import LoadedModel
+    from isingcut.models.streaming.replay import StreamedReplay
+
+_TRAINING = (
+    "method",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "epochs",
+    "top_steps",
+    "steps",
+    "batch",
+    "micro_batch",
+    "temperature",
+    "hidden_weight",
+    "lora_rank",
+    "lora_alpha",
+    "gradient_checkpointing",
+    "trainer",
+)
+"""Options that change neither the patch nor the teacher's kept answers."""
+
+
+def heal(
+    config: HealConfig | None = None,
+    /,
+    *,
+    progress: Progress = silent,
+    sources: Sequence[str | os.PathLike[str]] = (),
+    **options: Any,
+) -> Path:
+    """Heal a cut checkpoint with the original as the teacher.
+
+    Args:
+        config: all options; or give them by name (`student`, `teacher` and `out` at least).
+        progress: where progress is shown.
+        sources: further files that were read for this call; the output never replaces one.
+
+    Returns:
+        The healed checkpoint's folder, a plain checkpoint with `healing.json` in it.
+
+    Raises:
+        IsingcutError: bad input, in one line.
+    """
+    from isingcut.data import corpora, healing_text
+    from isingcut.healing.removed import Removal, recorded_removal, removal_by_weights
+    from isingcut.models.architectures import find_stack
+    from isingcut.models.load import dtype_name, load
+    from isingcut.models.sources import resolve
+    from isingcut.models.streaming.opening import load_streamed
+
+    if config is not None and options:
+        raise InputError("give either a HealConfig or options by name, not both")
+    config = (config or options_from(HealConfig, options, "isingcut.healing.heal")).validate()
+    for name in ("student", "teacher", "out"):
+        if not getattr(config, name):
+            raise InputError(f"healing needs --{name}" if name != "student" else "no STUDENT given")
+    corpora.check(config.text)
+    student, out = user_path(config.student), user_path(config.out)
+    known = recorded_removal(student)
+    sources = [*sources_of(config), *sources]
+    check_places(config, out, sources)
+    if known is None and config.stream_teacher:
+        raise InputError(
+            f"{student} has no record of its cut; its blocks are found by comparing weights, which "
+            "needs the teacher in memory: leave --stream-teacher out"
+        )
+    check_training(config, student)
+    trust = config.trust_remote_code
+    source = resolve(config.teacher, trust_remote_code=trust)
+    sources.append(source)
+    check_places(config, out, sources)
+    check_pair(config, student, known, source)
+    dtype = dtype_name(config.dtype, config.device)
+    if config.method != "none":
+        from isingcut.healing.training.processes import Processes
+
+        half = Processes(config.device).of_main(dtype == "bfloat16")
+        dtype = "bfloat16" if half else "float32"
+    replay = None
+    if config.stream_teacher:
+        teacher, replay = load_streamed(
+            source, dtype=dtype, device=config.device, trust_remote_code=trust
+        )
+    else:
+        teacher = load(source, dtype=dtype, device=config.device, trust_remote_code=trust)
+    if known is None:
+        found = removal_by_weights(student, teacher, trust_remote_code=trust)
+        known = Removal(found, len(find_stack(teacher.model)))
+    text = healing_text.build(
+        config.text,
+        teacher.tokenizer,
+        samples=config.samples,
+        report_samples=config.report_samples,
+        length=sample_length(config, teacher.model),
+        seed=config.seed,
+        model=teacher.model,
+    )
+    heal_checkpoint(
+        config, teacher, known.removed, student, text, out, progress, replay, sources=sources
+    )
+    if config.method != "none":
+        Processes(config.device).part()
+    return out
+
+
+def sample_length(config: HealConfig, model: Any) -> int:
+    """Tokens of a sample: as many as were asked for, or as the model has positions."""
+    from isingcut.models.architectures import text_config
+
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    return min(config.length, int(longest or config.length))
+
+
+def heal_checkpoint(
+    config: HealConfig,
+    teacher: LoadedModel,
+    removed: Sequence[int],
+    student: Path,
+    text: HealingText,
+    out: Path,
+    progress: Progress = silent,
+    replay: StreamedReplay | None = None,
+    *,
+    sources: Sequence[str | os.PathLike[str]] = (),
+) -> dict[str, Any]:
+    """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
+
+    Work in progress is kept in a folder beside ``out`` and continued by the same call.
+
+    Args:
+        sources: what ``out`` must not be, contain or lie in.
+
+    Raises:
+        OutputExistsError: ``out`` is there.
+        StageFileError: the work in progress belongs to other options.
+    """
+    from isingcut.healing.job import Job
+    from isingcut.healing.training.processes import Processes
+
+    processes = Processes(config.device) if config.method != "none" else None
+    main = processes is None or processes.main
+    sources = [student, teacher.folder, *sources]
+    check_places(config, out, sources)
+    work = work_of(out)
+    job = Job(
+        teacher,
+        tuple(removed),
+        student,
+        text.train,
+        work,
+        config,
+        progress if main else silent,
+        replay,
+    )
+    identities = _identities(config, teacher, removed, student, text)
+    with held(work, *identities) if main else contextlib.nullcontext():
+        if processes is not None:
+            processes.wait()
+        done, content = _healed(job, text, processes)
+        if main:
+            write_json(done / RECORD, "healing", content)
+            card = done / "README.md"
+            if card.is_file():
+                written = card.read_text(encoding="utf-8")
+                card.write_text(healed_card(written, content), encoding="utf-8")
+            with atomic_folder(out, overwrite=config.overwrite, sources=sources) as temporary:
+                temporary.rmdir()
+                done.rename(temporary)
+    if processes is not None:
+        processes.wait()
+    return read_json(out / RECORD, "healing")
+
+
+def _healed(
+    job: Job, text: HealingText, processes: Processes | None
+) -> tuple[Path, dict[str, Any]]:
+    """Patch and distil into the work folder.
+
+    Returns:
+        the healed checkpoint, and what `healing.json` says; empty but in the main process.
+    """
+    from isingcut.healing.healers import registry
+    from isingcut.models.architectures import find_stack
+
+    config, work, student = job.config, job.work, job.start
+    main = processes is None or processes.main
+    began = time.monotonic()
+    record: dict[str, Any] = {}
+    before = _kept(work / "before.json", lambda: _scores(job, student, text.report)) if main else {}
+    if config.patch == "linear":
+        patched = work / "patched"
+
+        def patch() -> dict[str, Any]:
+            shutil.rmtree(patched, ignore_errors=True)
+            found: dict[str, Any] = registry.get("linear-patch")().heal(job, patched)
+            return {**found, "scores": _scores(job, patched, text.report)}
+
+        if main:
+            record["patch"] = _kept(work / "patched.json", patch)
+        if processes is not None:
+            processes.wait()
+        job = dataclasses.replace(job, start=patched)
+    done = work / "done"
+    if main:
+        shutil.rmtree(done, ignore_errors=True)
+    try:
+        if config.method != "none":
+            record["distillation"] = registry.get("distill")().heal(job, done)
+        elif main:
+            shutil.copytree(job.start, done)
+        after = _scores(job, done, text.report) if main else {}
+    except ModelError:
+        # It would fail the same way from its last state; another learning rate may not.
+        if main:
+            forget_training(work)
+        raise
+    if not main:
+        return done, {}
+    distilled = record.pop("distillation", {})
+    return done, {
+        "steps": distilled.pop("steps", []),
+        "before": before,
+        "after": after,
+        **record,
+        **distilled,
+        "removed": list(job.removed),
+        "of": len(find_stack(job.teacher.model)),
+        "length": sample_length(config, job.teacher.model),
+        "report_samples": text.report.samples,
+        "report_tokens": text.report.tokens,
+        "options": _told(config),
+        "seconds": round(time.monotonic() - began, 1),
+        "provenance": {
+            **versions(),
+            "teacher": _named(job.teacher.folder),
+            "student": _named(student),
+        },
+    }
+
+
+def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an interrupted healing has written to a file, or else is made now and written."""
+    kind = f"healing-{file.stem}"
+    if not file.exists():
+        write_json(file, kind, make())
+    found = read_json(file, kind)
+    return {k: v for k, v in found.items() if k not in ("format", "version")}
+
+
+def _told(config: HealConfig) -> dict[str, Any]:
+    return {
+        k: v
+        for k, v in dataclasses.asdict(config).items()
+        if k not in ("student", "teacher", "out", "overwrite")
+    }
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    from isingcut.models.load import model_identity
+
+    return {"name": folder.name, **model_identity(folder)}
+
+
+def _identities(
+    config: HealConfig,
+    teacher: LoadedModel,
+    removed: Sequence[int],
+    student: Path,
+    text: HealingText,
+) -> tuple[str, str]:
+    """What the patch and the kept answers depend on, and what the training depends on besides."""
+    from isingcut.healing.training.trainer_file import read_trainer_file
+
+    told = {k: v for k, v in _told(config).items() if k not in ("device", "save_steps")}
+    training = {k: told.pop(k) for k in _TRAINING}
+    if config.trainer:
+        training["trainer"] = read_trainer_file(user_path(config.trainer))
+    depends = {
+        "options": told,
+        "teacher": _named(teacher.folder)["sha256"],
+        "student": _named(student)["sha256"],
+        "removed": list(removed),
+        "tokens": fingerprint([text.train.input_ids.tolist(), text.report.input_ids.tolist()]),
+        "dtype": str(teacher.dtype),
+    }
+    return fingerprint(depends), fingerprint(training)
+
+
+def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
+    """Perplexity and KL to the original of a checkpoint on the held-out text."""
+    from isingcut.evaluation.quality import quality
+    from isingcut.models.load import load
+    from isingcut.models.streaming.opening import load_streamed
+
+    size = job.config.batch_tokens
+    options: dict[str, Any] = {
+        "dtype": str(job.teacher.dtype).removeprefix("torch."),
+        "device": str(job.teacher.device),
+        "trust_remote_code": job.config.trust_remote_code,
+    }
+    if job.replay is None:
+        model = load(folder, **options).model
+        found = quality(job.teacher.model, model, report, size, progress=job.progress)
+    else:
+        from isingcut.evaluation.streamed_scores import quality_streamed
+
+        _, cut = load_streamed(folder, buffers=job.replay.store.buffers, **options)
+        found = quality_streamed(job.replay, cut, report, size, progress=job.progress)
+    figures = (*found["after"].values(), *found["before"].values(), found["kl"])
+    if not all(math.isfinite(v) for v in figures if isinstance(v, float)):
+        before, after = (found[side]["perplexity"] for side in ("before", "after"))
+        raise ModelError(
+            f"the figures of {folder} are no numbers (perplexity {after}; the teacher's {before}): "
+            "the weights of one of the two are damaged, or --dtype bfloat16 is too coarse for them"
+        )
+    return {
+        **found["after"],
+        "kl": found["kl"],
+        "kl_se": found["kl_se"],
+        "original_perplexity": found["before"]["perplexity"],
+    }

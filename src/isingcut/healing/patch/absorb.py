@@ -1,0 +1,206 @@
+"""Which linear layer of a block can absorb a linear map of what the block writes to the stream.
+
+Found by trying, not by family: a layer qualifies when adding d to its output adds s d to the
+block's output, with one number s for all tokens and directions. That holds for the
+down-projection of a pre-norm MLP and the output projection of a block that only attends or only
+scans; it fails behind a post-norm, for an expert that sees a part of the tokens, behind a gate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isingcut.errors import ArchitectureError
+from isingcut.models.replay import Recording
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Write:
+    """The last linear layer of a block that writes straight to the residual stream.
+
+    Attributes:
+        path: its name inside the block, for example ``"mlp.down_proj"``.
+        module: the layer; its weight is (D, F), or (F, D) where ``transposed``.
+        scale: what its output is multiplied by before it is added (Granite's multiplier).
+        transposed: the layer is GPT-2's `Conv1D`.
+    """
+
+    path: str
+    module: Any
+    scale: float
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as (D, F), float64."""
+        found: Tensor = self.module.weight.detach().double()
+        return found.T if self.transposed else found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (D,), float64."""
+        found: Tensor | None = self.module.bias
+        return None if found is None else found.detach().double()
+
+
+@dataclass
+class _Seen:
+    calls: int = 0
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+def find_write(recording: Recording, block: nn.Module, i: int, hidden: Tensor, kind: str) -> Write:
+    """The layer of block ``i`` that can absorb a map.
+
+    Args:
+        recording: of a few tokens.
+        block: the module of block ``i``.
+        hidden: the stream (B, T, D) that enters it.
+        kind: what the block does, for the message.
+
+    Raises:
+        ArchitectureError: no layer can, with the reason.
+    """
+    width = hidden.shape[-1]
+    candidates = {path: m for path, m in block.named_modules() if path and _is_linear(m, width)}
+    seen, plain = _run(recording, i, hidden, candidates)
+    usable = [
+        path
+        for path, s in seen.items()
+        if s.calls == 1 and s.outputs is not None and s.outputs.numel() == plain.numel()
+    ]
+    if "moe" in kind:
+        # What attention writes goes through the experts too, though barely where norms are huge.
+        usable = [path for path in usable if "attn" not in path and "attention" not in path]
+    for path in reversed(usable):
+        written = seen[path].outputs
+        assert written is not None
+        scale = _response(recording, i, hidden, candidates[path], plain, written)
+        if scale is None:
+            continue
+        module = candidates[path]
+        if not module.weight.is_floating_point() or module.weight.element_size() < 2:
+            raise ArchitectureError(
+                f"block {i} cannot absorb a patch: the weights of its {path} are quantised; "
+                "patch the unquantised model"
+            )
+        return Write(path, module, scale, transposed=not isinstance(module, nn.Linear))
+    raise ArchitectureError(f"block {i} ({kind}) cannot absorb a patch: {_why(kind, usable)}")
+
+
+def _why(kind: str, usable: list[str]) -> str:
+    if "moe" in kind:
+        return (
+            "experts write its output, each for its own tokens, so that every expert would have to "
+            "absorb the map; heal by distillation instead"
+        )
+    if usable:
+        return (
+            f"what its {usable[-1]} writes passes a norm or a gate before it reaches the residual "
+            "stream (Gemma's post-norms do that); heal by distillation instead"
+        )
+    return "it has no plain linear layer that writes to the residual stream"
+
+
+def _is_linear(module: nn.Module, width: int) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return False
+    if isinstance(module, nn.Linear):
+        return weight.shape[0] == width
+    return type(module).__name__ == "Conv1D" and weight.shape[1] == width
+
+
+@contextlib.contextmanager
+def _hooked(handles: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(
+    recording: Recording, i: int, hidden: Tensor, modules: dict[str, nn.Module]
+) -> tuple[dict[str, _Seen], Tensor]:
+    """The block's output, and the call of each module in the order of the calls."""
+    seen: dict[str, _Seen] = {}
+
+    def hook(path: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            entry = seen.setdefault(path, _Seen())
+            entry.calls += 1
+            entry.inputs, entry.outputs = args[0], output
+
+        return keep
+
+    with _hooked([m.register_forward_hook(hook(p)) for p, m in modules.items()]):
+        return seen, recording.block(i, hidden)
+
+
+def observe(
+    recording: Recording, i: int, hidden: Tensor, write: Write
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run block ``i`` and watch its write.
+
+    Returns:
+        output of the block (B, T, D), input of the write (B, T, F), output of the write (B, T, D).
+    """
+    seen, output = _run(recording, i, hidden, {write.path: write.module})
+    found = seen[write.path]
+    assert found.inputs is not None
+    assert found.outputs is not None
+    tokens = hidden.shape[:2]
+    return output, found.inputs.reshape(*tokens, -1), found.outputs.reshape(*tokens, -1)
+
+
+def _response(
+    recording: Recording,
+    i: int,
+    hidden: Tensor,
+    module: nn.Module,
+    plain: Tensor,
+    written: Tensor,
+) -> float | None:
+    """s where the block's output answers a change d of the module's output by s d, else None."""
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(plain.shape, generator=generator).to(plain)
+    # Larger than what the layer writes, so that a norm or a gate behind it would show.
+    typical = torch.maximum(plain.abs().median(), 4 * written.abs().median())
+    change = change * typical.clamp_min(1e-3)
+
+    def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + change.reshape(output.shape)
+
+    with _hooked([module.register_forward_hook(push)]):
+        answer = (recording.block(i, hidden) - plain).double()
+    wide = change.double()
+    scale = float((answer * wide).sum() / (wide * wide).sum())
+    exact = plain.dtype in _TOLERANCE
+    if not exact and abs(scale - 1) < _HALF_TOLERANCE:
+        scale = 1.0
+    if abs(scale) < 1e-3:
+        return None
+    wide = scale * wide
+    left = answer - wide
+    if exact:
+        error = float((left.norm(dim=-1) / wide.norm(dim=-1)).max())
+    else:
+        # A few tokens and channels with huge entries round coarsely; a norm would show everywhere.
+        error = float(left.abs().median() / wide.abs().median())
+    return scale if error <= allowed_error(plain.dtype) else None
+
+
+def allowed_error(dtype: torch.dtype) -> float:
+    """Largest relative deviation from a straight answer that rounding explains."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)

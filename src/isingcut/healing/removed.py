@@ -1,0 +1,236 @@
+"""Which blocks a cut checkpoint lacks, and of which model: from its record, or from its weights.
+
+A record is checked: the original by its hash, the kept blocks by the edges of their tensors. The
+weights alone are enough for checkpoints that other tools cut (mergekit's passthrough, PruneMe, a
+user's own loop): blocks that were kept are kept to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from isingcut.errors import InputError
+from isingcut.healing.healers import RECORD as HEALED
+from isingcut.healing.patch.files import PLAIN, RECORD
+from isingcut.inputs import load_json
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.surgery import depth, materialise
+from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
+from isingcut.models.fit import block_prefix, extra_heads
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from isingcut.models.load import LoadedModel
+
+__all__ = ["Removal", "check_cut", "check_original", "recorded_removal", "removal_by_weights"]
+
+_DEEPEST = 100_000
+_EDGE, _TENSORS = 512, 32
+"""Elements at either end of a tensor, and tensors of a block, that tell blocks apart."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a cut checkpoint says of itself.
+
+    Attributes:
+        removed: the blocks that it lacks, ascending.
+        of: how many blocks the original has.
+        original: `models.model_identity` of the original, with its name; None in older records.
+    """
+
+    removed: tuple[int, ...]
+    of: int
+    original: dict[str, Any] | None = None
+
+
+def recorded_removal(folder: Path) -> Removal | None:
+    """What the records inside a checkpoint say that it lacks; None where there is no record.
+
+    Raises:
+        InputError: no checkpoint, or a record that cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no checkpoint (no config.json in it); give the cut model")
+    name = next((n for n in (RECORD, HEALED) if (folder / n).exists()), None)
+    if name is None:
+        return None
+    record = load_json(folder / name, "the record of the cut")
+    try:
+        removed, of = record["removed"], record["of"]
+        known = record.get("model") if name == RECORD else record["provenance"].get("teacher")
+        whole = all(type(i) is int for i in (*removed, of))
+        if not whole or not 0 < len(removed) < of <= _DEEPEST or len(set(removed)) < len(removed):
+            raise ValueError(f"blocks {str(removed)[:60]} of {str(of)[:20]}")
+        if min(removed) < 0 or max(removed) >= of:
+            raise ValueError(f"block {max(removed, key=abs)} of {of}")
+        if known is not None and not all(isinstance(known[k], str) for k in ("sha256", "name")):
+            raise TypeError("the original's hash is no text")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{folder / name} is no readable record of a cut ({type(e).__name__}: {e}); delete it "
+            "to have the blocks found by their weights"
+        ) from e
+    return Removal(tuple(sorted(removed)), of, known)
+
+
+def check_original(student: Path, removal: Removal, name: str, teacher: Path) -> None:
+    """Refuse a teacher that is not the model the record names; an old record names none.
+
+    Args:
+        name: what the user calls the teacher.
+        teacher: its folder.
+
+    Raises:
+        InputError: it is another model; the message names both.
+    """
+    from isingcut.models.load import model_identity
+
+    if removal.original is None:
+        return
+    wanted, found = removal.original, model_identity(teacher)
+    if any(wanted.get(k) == found.get(k) is not None for k in ("sha256", "gguf_sha256")):
+        return
+    raise InputError(
+        f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), but the "
+        f"teacher {name} is another model (sha256 {found['sha256'][:12]}); give the original as "
+        "--teacher, or add --other-teacher if it stands for it (a quantised copy, for example)"
+    )
+
+
+def check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
+    """Refuse a checkpoint that is not the cut that its record says, from the files alone.
+
+    Its depth must fit, its kept blocks must have the shapes of the original's, and none may be
+    far nearer to another block of the original than to its own. That holds for healed and
+    converted weights, too: training moves a block less than blocks differ.
+
+    Raises:
+        InputError: it does not, or the teacher has another depth.
+    """
+    theirs = _block_tensors(teacher)
+    if removal.of != len(theirs):
+        raise InputError(
+            f"{student} was cut from a model of {removal.of} blocks, but the teacher {name} has "
+            f"{len(theirs)}; give the model it was cut from"
+        )
+    ours = _block_tensors(student)
+    kept = [i for i in range(removal.of) if i not in set(removal.removed)]
+    if len(ours) != len(kept):
+        raise InputError(
+            f"{student} has {len(ours)} blocks, but its record says that {len(removal.removed)} "
+            f"of {removal.of} were removed; give the checkpoint that the record belongs to"
+        )
+    for place, block in enumerate(kept):
+        for rest in sorted(ours[place].keys() & theirs[block].keys()):
+            mine, other = (t[rest].shape for t in (ours[place], theirs[block]))
+            if mine != other:
+                raise InputError(
+                    f"block {place} of {student} has a {rest} of shape {list(mine)}, but block "
+                    f"{block} of the teacher {name}, which it is by its record, {list(other)}; "
+                    "give the model it was cut from"
+                )
+    edges = [_edges(block) for block in theirs]
+    for place, block in enumerate(kept):
+        own = _edges(ours[place])
+        distances = [_distance(own, other) for other in edges]
+        nearest = min(range(len(edges)), key=distances.__getitem__)
+        if distances[nearest] < distances[block] / 2:
+            raise InputError(
+                f"block {place} of {student} is block {nearest} of the teacher {name}, but by its "
+                f"record (removed: {', '.join(map(str, removal.removed))}) it would be block "
+                f"{block}; delete the record to have the blocks found by their weights"
+            )
+
+
+def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
+    """The stored tensors of every block, by their names inside it."""
+    text = materialise(copy.deepcopy(read_config(folder)))
+    count = depth(text)
+    stored = read_checkpoint(folder)
+    prefix = block_prefix(stored.values(), count, extra_heads(text))
+    found: list[dict[str, StoredTensor]] = [{} for _ in range(count)]
+    for name, tensor in stored.items():
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdigit() and int(number) < count:
+            found[int(number)][rest] = tensor
+    return found
+
+
+def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    """The first and last elements of a block's first tensors; of packed weights their bytes."""
+    found = {}
+    for rest in sorted(block)[:_TENSORS]:
+        tensor = block[rest]
+        dtype = PLAIN.get(tensor.dtype, torch.uint8)
+        size = min(tensor.size, _EDGE * dtype.itemsize)
+        if size == 0:
+            continue
+        with tensor.file.open("rb") as f:
+            ends = []
+            for at in (tensor.start, tensor.start + tensor.size - size):
+                f.seek(at)
+                ends.append(torch.frombuffer(bytearray(f.read(size)), dtype=dtype).double())
+        kind = "plain" if tensor.dtype in PLAIN else tensor.dtype
+        found[f"{rest} {kind} {tensor.shape}"] = torch.cat(ends)
+    return found
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Squared distance of what two blocks have alike; infinite where that is nothing."""
+    alike = one.keys() & other.keys()
+    if not alike:
+        return float("inf")
+    return sum(float((one[k] - other[k]).square().mean()) for k in alike)
+
+
+def removal_by_weights(
+    folder: Path, teacher: LoadedModel, *, trust_remote_code: bool = False
+) -> tuple[int, ...]:
+    """The blocks that a checkpoint lacks, found by comparing every kept block with the original's.
+
+    Args:
+        folder: the cut checkpoint.
+        teacher: the model it was cut from, in memory.
+
+    Raises:
+        InputError: some block of it is none of the original's, in their order, or none is missing.
+    """
+    from isingcut.models.load import load
+
+    student = load(
+        folder,
+        dtype=str(teacher.dtype).removeprefix("torch."),
+        device=str(teacher.device),
+        trust_remote_code=trust_remote_code,
+    )
+    ours, theirs = (stack_modules(m.model, find_stack(m.model)) for m in (student, teacher))
+    kept: list[int] = []
+    for place, block in enumerate(ours):
+        first = kept[-1] + 1 if kept else 0
+        found = next((i for i in range(first, len(theirs)) if _same(block, theirs[i])), None)
+        if found is None:
+            after = f"behind its block {kept[-1]}" if kept else "at all"
+            raise InputError(
+                f"{folder} has no {RECORD}, and its block {place} is no block of "
+                f"{teacher.folder.name} {after}; expected a model with whole blocks removed and "
+                "the others unchanged"
+            )
+        kept.append(found)
+    removed = tuple(i for i in range(len(theirs)) if i not in kept)
+    if not removed:
+        raise InputError(f"{folder} lacks no block of {teacher.folder.name}; nothing to heal")
+    return removed
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two blocks have the same parameters, to the bit."""
+    a, b = dict(one.named_parameters()), dict(other.named_parameters())
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)

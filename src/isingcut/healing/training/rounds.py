@@ -1,0 +1,129 @@
+"""The distilled loss of a batch, computed inside the student's own forward pass.
+
+The student's `forward` is replaced by one that returns the summed divergence, so that everything
+that wraps a model (DDP, FSDP, DeepSpeed, autocast, gradient checkpointing) wraps the loss too, and
+no logits leave the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isingcut.healing.training.head import separable, stream_of
+from isingcut.healing.training.kl import TopK, divergence, divergence_from_stream, top_k
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What the student is trained for.
+
+    Attributes:
+        teacher: the original, frozen, on the student's device; None with `TopK` targets.
+        temperature: softens both distributions.
+        pairs: (student block, teacher block) after which hidden states should agree.
+        hidden_weight: weight of that.
+    """
+
+    teacher: Any
+    temperature: float = 1.0
+    pairs: Sequence[tuple[int, int]] = ()
+    hidden_weight: float = 0.0
+
+
+def install(student: Any, plain: Any, objective: Objective) -> None:
+    """Make ``student(input_ids, attention_mask, ...)`` return ``{"loss": sum over predictions}``.
+
+    Args:
+        student: the model that is trained, perhaps a peft wrapper.
+        plain: the transformers model inside it.
+    """
+    forward = plain.forward
+    teacher = objective.teacher
+    parts = separable(plain)
+    other = None if teacher is None else separable(teacher)
+    size = plain.get_output_embeddings().weight.shape[0] if parts else 1
+    hidden = bool(objective.hidden_weight)
+
+    def student_rows(ids: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        options = {"attention_mask": mask, "use_cache": False, "output_hidden_states": hidden}
+        output = parts[0](ids, **options) if parts else forward(ids, **options)
+        read = stream_of(output) if parts else output.logits
+        return read[:, :-1][rows], output.hidden_states if hidden else ()
+
+    def teacher_rows(ids: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        options = {"attention_mask": mask, "use_cache": False, "output_hidden_states": hidden}
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            output = other[0](ids, **options) if other and parts else teacher(ids, **options)
+            read = stream_of(output) if other and parts else output.logits
+        return read[:, :-1][rows], output.hidden_states if hidden else ()
+
+    def teacher_head(stream: Tensor) -> Tensor:
+        if not other:
+            return stream
+        with torch.autocast(stream.device.type, enabled=False):
+            found: Tensor = other[1](stream)
+        return found
+
+    def distilled(
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        indices: Tensor | None = None,
+        logp: Tensor | None = None,
+        tail: Tensor | None = None,
+        **ignored: Any,
+    ) -> dict[str, Tensor]:
+        rows = attention_mask[:, 1:].bool()
+        read, states = student_rows(input_ids, attention_mask, rows)
+        target: Tensor | TopK
+        others: Sequence[Tensor] = ()
+        if indices is not None and logp is not None and tail is not None:
+            target = TopK(indices[:, :-1][rows], logp[:, :-1][rows], tail[:, :-1][rows])
+        else:
+            target, others = teacher_rows(input_ids, attention_mask, rows)
+        if parts:
+            loss = divergence_from_stream(
+                read, parts[1], target, teacher_head, objective.temperature, vocabulary=size
+            )
+        else:
+            loss = divergence(read, target, objective.temperature)
+        if hidden:
+            real = attention_mask.bool()
+            loss = loss + objective.hidden_weight * _mismatch(
+                states, others, objective.pairs, real, rows
+            )
+        return {"loss": loss}
+
+    student.forward = distilled
+
+
+def _mismatch(
+    states: Sequence[Tensor],
+    others: Sequence[Tensor],
+    pairs: Sequence[tuple[int, int]],
+    real: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """Squared distance of hidden states relative to the teacher's size, mean over the pairs,
+    summed over tokens and scaled to as many tokens as there are predictions."""
+    total = torch.zeros((), device=real.device)
+    for s, t in pairs:
+        mine, theirs = states[s + 1][real].float(), others[t + 1][real].float()
+        total = total + ((mine - theirs).square().sum(-1) / theirs.square().sum(-1)).sum()
+    return total / len(pairs) * (rows.sum() / real.sum())
+
+
+def targets(teacher: Any, ids: Tensor, mask: Tensor, k: int) -> TopK:
+    """The teacher's `TopK` (B, T, k) at every position of a batch, padded ones included."""
+    with torch.no_grad():
+        logits = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    found = [top_k(row, k) for row in logits]
+    return TopK(
+        torch.stack([f.indices for f in found]),
+        torch.stack([f.logp for f in found]),
+        torch.stack([f.tail for f in found]),
+    )

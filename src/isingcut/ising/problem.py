@@ -1,0 +1,285 @@
+"""A Hamiltonian with its constraints: what every solver is given.
+
+Feasibility of linear rows over binaries is decided exactly by a small mixed-integer program
+(HiGHS through scipy) without an objective; when there is no feasible state the clashing rows
+are found by a deletion filter, so that the message names a set none of which is superfluous.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from isingcut.errors import InfeasibleError, InputError
+from isingcut.ising.constraints import LinearConstraint
+from isingcut.ising.hamiltonian import Hamiltonian
+
+if TYPE_CHECKING:
+    import dimod
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Minimise the energy over the states that obey every constraint.
+
+    Args:
+        hamiltonian: the energy over N blocks.
+        constraints: rows over the same N blocks.
+
+    Raises:
+        InputError: a row has another length than the Hamiltonian.
+
+    Examples:
+        >>> from isingcut import constraints
+        >>> energy = isingcut.Hamiltonian.from_quadratic(np.diag([3.0, 1.0, 2.0]))
+        >>> problem = isingcut.Problem(energy, [constraints.count(3, 2)])
+        >>> problem.feasible([[1, 1, 0], [1, 1, 1]]).tolist()
+        [True, False]
+    """
+
+    hamiltonian: Hamiltonian
+    constraints: Sequence[LinearConstraint] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "constraints", tuple(self.constraints))
+        for row in self.constraints:
+            if row.coefficients.shape != (self.n,):
+                raise InputError(
+                    f"constraint {row.name!r} is over {row.coefficients.shape[0]} blocks, "
+                    f"the Hamiltonian over {self.n}"
+                )
+
+    @property
+    def n(self) -> int:
+        """Number of blocks N."""
+        return self.hamiltonian.n
+
+    def with_constraints(self, extra: Iterable[LinearConstraint]) -> Problem:
+        """The same problem with further rows."""
+        return Problem(self.hamiltonian, (*self.constraints, *extra))
+
+    def feasible(self, states: ArrayLike) -> Bools:
+        """(S,) whether each state of (S, N) obeys every constraint."""
+        x = np.asarray(states)
+        if x.ndim != 2 or x.shape[1] != self.n:
+            raise InputError(f"states must have shape (S, {self.n}), got {x.shape}")
+        result = np.ones(x.shape[0], dtype=np.bool_)
+        for row in self.constraints:
+            result &= row.satisfied(x)
+        return result
+
+    def violations(self, state: ArrayLike) -> list[str]:
+        """The constraints that one state (N,) breaks, in words."""
+        x = np.asarray(state)[None]
+        return [row.describe() for row in self.constraints if not row.satisfied(x)[0]]
+
+    # what solvers need to know ------------------------------------------------------------
+
+    @cached_property
+    def cardinality(self) -> tuple[int, int]:
+        """Fewest and most removed blocks of any feasible state.
+
+        Raises:
+            InfeasibleError: there is none.
+        """
+        for row in self.constraints:
+            if is_count(row):
+                self.check()
+                m = round(row.rhs / row.coefficients[0])
+                return m, m
+        least = _extreme(self, np.ones(self.n))
+        most = _extreme(self, -np.ones(self.n))
+        if least is None or most is None:
+            self.check()
+            raise InfeasibleError("no state satisfies all constraints")
+        return int(least.sum()), int(most.sum())
+
+    def a_state(self) -> Bools:
+        """The feasible state (N,) of the lowest linear energy h.x.
+
+        Raises:
+            InfeasibleError: there is none.
+        """
+        state = _extreme(self, self.hamiltonian.h)
+        if state is None:
+            self.check()
+            raise InfeasibleError("no state satisfies all constraints")
+        return state
+
+    def check(self) -> None:
+        """Raise if no state is feasible, naming constraints that clash.
+
+        Raises:
+            InfeasibleError: with a set of constraints that clash and of which none can be
+                left out without making the rest satisfiable.
+        """
+        if _extreme(self, np.zeros(self.n)) is not None:
+            return
+        clash = list(self.constraints)
+        for row in self.constraints:
+            without = [other for other in clash if other is not row]
+            if _extreme(Problem(self.hamiltonian, without), np.zeros(self.n)) is None:
+                clash = without
+        raise InfeasibleError(
+            "no state satisfies all constraints; these clash: "
+            + "; ".join(row.describe() for row in clash)
+            + ". Relax one of them"
+        )
+
+    # dimod --------------------------------------------------------------------------------
+
+    def to_cqm(self) -> dimod.ConstrainedQuadraticModel:
+        """A dimod CQM over the variables 0 .. N-1 with every constraint kept as a row."""
+        import dimod
+
+        cqm = dimod.ConstrainedQuadraticModel.from_bqm(self.hamiltonian.to_bqm())
+        for place, row in enumerate(self.constraints):
+            label = row.name if row.name not in cqm.constraints else f"{row.name} #{place}"
+            terms: list[tuple[int, float]] = [
+                (int(i), float(row.coefficients[i])) for i in np.flatnonzero(row.coefficients)
+            ]
+            cqm.add_constraint_from_iterable(terms, row.sense, rhs=row.rhs, label=label)
+        return cqm
+
+    @classmethod
+    def from_cqm(cls, cqm: dimod.ConstrainedQuadraticModel, **rest: Any) -> Problem:
+        """The problem of a dimod CQM over binaries with linear constraints.
+
+        Raises:
+            InputError: a variable is not binary or a constraint is quadratic.
+        """
+        import dimod
+
+        labels = list(cqm.variables)
+        place = {label: i for i, label in enumerate(labels)}
+        if any(cqm.vartype(v) is not dimod.BINARY for v in labels):
+            raise InputError("every variable of the CQM must be binary")
+        bqm = dimod.BinaryQuadraticModel(dict.fromkeys(labels, 0.0), {}, 0.0, "BINARY")
+        bqm.offset = cqm.objective.offset
+        for v in cqm.objective.variables:
+            bqm.add_linear(v, cqm.objective.get_linear(v))
+        for u, v, bias in cqm.objective.iter_quadratic():
+            bqm.add_quadratic(u, v, bias)
+        rows = []
+        for label, comparison in cqm.constraints.items():
+            if comparison.lhs.num_interactions:
+                raise InputError(f"constraint {label!r} of the CQM is not linear")
+            coefficients = np.zeros(len(labels))
+            for v in comparison.lhs.variables:
+                coefficients[place[v]] = comparison.lhs.get_linear(v)
+            rhs = float(comparison.rhs) - float(comparison.lhs.offset)
+            rows.append(LinearConstraint(str(label), coefficients, comparison.sense.value, rhs))
+        return cls(Hamiltonian.from_bqm(bqm, **rest), rows)
+
+    def to_bqm(self, penalty: float | None = None, slack_bits: int = 8) -> Penalised:
+        """The penalty form: violations squared are added to the energy, inequalities get slack.
+
+        Args:
+            penalty: weight of a squared violation, each row first scaled so that its smallest
+                coefficient is 1; by default a weight no swap can outbid.
+            slack_bits: most binary slack variables per inequality.
+
+        Returns:
+            The BQM (blocks are the variables 0 .. N-1) and the penalty used.
+        """
+        import dimod
+
+        ham = self.hamiltonian
+        if penalty is None:
+            reach = np.abs(ham.h) + np.abs(ham.J).sum(axis=1)
+            penalty = float(reach.max()) or 1.0
+        bqm = ham.to_bqm()
+        assert isinstance(bqm, dimod.BinaryQuadraticModel)
+        for place, row in enumerate(self.constraints):
+            support = np.flatnonzero(row.coefficients)
+            if support.size == 0:
+                continue
+            unit = float(np.abs(row.coefficients[support]).min())
+            terms: list[tuple[Any, float]] = [
+                (int(i), float(row.coefficients[i] / unit)) for i in support
+            ]
+            rhs = row.rhs / unit
+            if row.sense != "==":
+                values = np.array([a for _, a in terms])
+                reach_row = (
+                    rhs - values[values < 0].sum()
+                    if row.sense == "<="
+                    else values[values > 0].sum() - rhs
+                )
+                terms += _slack(place, max(float(reach_row), 0.0), row.sense, values, slack_bits)
+            bqm.add_linear_equality_constraint(terms, penalty, -rhs)
+        return Penalised(bqm, penalty)
+
+
+class Penalised(NamedTuple):
+    """A dimod BQM in penalty form and the weight that was used."""
+
+    bqm: dimod.BinaryQuadraticModel
+    penalty: float
+
+
+def _slack(
+    place: int, reach: float, sense: str, values: Floats, bits: int
+) -> list[tuple[Any, float]]:
+    whole = bool((values == np.round(values)).all())
+    size = math.floor(reach + 1e-9) if whole else 2**bits - 1
+    if size < 1:
+        return []
+    step = 1.0 if whole else reach / size
+    sign = 1.0 if sense == "<=" else -1.0
+    width = min(size.bit_length(), 62)
+    weights = [2**b for b in range(width - 1)]
+    weights.append(size - sum(weights))
+    return [((f"slack {place}", b), sign * step * w) for b, w in enumerate(weights)]
+
+
+def is_count(row: LinearConstraint) -> bool:
+    """Whether the row fixes the number of ones."""
+    first = row.coefficients[0]
+    if row.sense != "==" or first == 0 or not (row.coefficients == first).all():
+        return False
+    m = row.rhs / first
+    return bool(abs(m - round(m)) <= row.tolerance)
+
+
+def _extreme(problem: Problem, objective: Floats) -> Bools | None:
+    """A feasible state that minimises ``objective``.x, or None where there is none."""
+    n = problem.n
+    if not problem.constraints:
+        free: Bools = objective < 0
+        return free
+    if len(problem.constraints) == 1 and is_count(problem.constraints[0]):
+        row = problem.constraints[0]
+        m = round(row.rhs / row.coefficients[0])
+        if not 0 <= m <= n:
+            return None
+        state = np.zeros(n, dtype=np.bool_)
+        state[np.argsort(objective, kind="stable")[:m]] = True
+        return state
+    from scipy.optimize import Bounds, milp
+    from scipy.optimize import LinearConstraint as Row
+
+    matrix = np.array([row.coefficients for row in problem.constraints])
+    # Rows are scaled to unit size: HiGHS judges feasibility by an absolute 1e-7, and a budget
+    # in bytes would otherwise be judged far too strictly, one in gigabytes too loosely.
+    size = np.maximum(np.abs(matrix).max(axis=1), 1e-300)
+    interval = np.array([row.interval() for row in problem.constraints]) / size[:, None]
+    result = milp(
+        objective,
+        integrality=np.ones(n),
+        bounds=Bounds(0, 1),
+        constraints=Row(matrix / size[:, None], interval[:, 0], interval[:, 1]),
+    )
+    if result.x is None:
+        return None
+    chosen: Bools = result.x > 0.5
+    return chosen

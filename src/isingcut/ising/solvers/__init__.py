@@ -1,0 +1,181 @@
+"""Solvers: `Problem` -> low-energy feasible states, one file per solver; `solve` is the door."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+
+from isingcut.errors import InfeasibleError, InputError
+from isingcut.ising.constraints import distance
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers.base import Solution
+from isingcut.ising.spectrum import Spectrum
+from isingcut.registry import Registry
+
+MOST_STATES = 100_000
+"""States of a spectrum at most: each is kept in memory, and in a file as text."""
+
+
+class Solvers(Registry):
+    """The registry of solvers; ``dimod:package.Class`` names any dimod sampler."""
+
+    def get(self, name: str) -> Any:
+        """The part called ``name``.
+
+        Raises:
+            UnknownNameError: no such solver.
+        """
+        kind, colon, sampler = name.partition(":")
+        if kind == "dimod" and colon:
+            part = super().get("dimod")
+            return dataclasses.make_dataclass(
+                "Dimod", [("sampler", str, sampler)], bases=(part,), frozen=True
+            )
+        return super().get(name)
+
+    def check(self, name: str, seconds: float | None = None) -> None:
+        """Raise now what would be wrong with the solver ``name`` when it is first asked.
+
+        Args:
+            seconds: that a sampler's module may take to be imported (in a process of its own).
+
+        Raises:
+            UnknownNameError: no such solver.
+            InputError: no such sampler.
+        """
+        self.get(name)
+        if name == "dimod":
+            raise InputError(NO_CLASS)
+        if imports(name):
+            from isingcut.ising.solvers._apart import check_apart
+
+            check_apart(name.partition(":")[2], seconds)
+
+
+NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
+
+
+def imports(name: str) -> bool:
+    """Whether a solver's name makes Python import whatever it says."""
+    return name.startswith("dimod:")
+
+
+registry = Solvers("solvers", "solver", "ising")
+
+
+def make(solver: str, **options: Any) -> Any:
+    """The solver called ``solver`` with these options.
+
+    Raises:
+        UnknownNameError: no such solver.
+        InputError: it has no such option.
+    """
+    part = registry.get(solver)
+    try:
+        return part(**options)
+    except TypeError as error:
+        raise InputError(f"solver {solver!r}: {error}") from None
+
+
+def solve(
+    problem: Problem, solver: str = "auto", k: int = 20, *, diverse: int = 0, **options: Any
+) -> Spectrum:
+    """The ``k`` lowest states of ``problem``, ranked.
+
+    Args:
+        problem: what to minimise.
+        solver: a name from `registry`.
+        k: how many states.
+        diverse: with D > 0, each state is the best of all that are at least D swaps away from
+            every state before it; the solver is asked again, with rows that keep this
+            distance, as long as its states do not suffice.
+        options: the solver's own.
+
+    Raises:
+        InfeasibleError: no state satisfies the constraints.
+        InputError: unknown solver or option, ``k`` out of range, or the solver failed: it found
+            nothing, or returned what is no set of states.
+
+    Examples:
+        >>> from isingcut import constraints
+        >>> energy = isingcut.Hamiltonian.from_quadratic(np.diag([3.0, 1.0, 2.0]))
+        >>> problem = isingcut.Problem(energy, [constraints.count(3, 2)])
+        >>> isingcut.solve(problem, k=1).removed()
+        [1, 2]
+    """
+    if not 1 <= k <= MOST_STATES:
+        raise InputError(f"k must be from 1 to {MOST_STATES:,}, got {k}")
+    if diverse < 0:
+        raise InputError(f"diverse must not be negative, got {diverse}")
+    part = make(solver, **options)
+    began = time.perf_counter()
+    if diverse:
+        spectrum = _diverse(problem, solver, part, k, diverse, began)
+    else:
+        spectrum = _ask(problem, solver, part, k, k, began)
+    if not len(spectrum):
+        raise InputError(
+            f"solver {solver!r} found no state that obeys the constraints; choose another --solver"
+        )
+    return spectrum
+
+
+def _ask(problem: Problem, name: str, part: Any, k: int, keep: int, began: float) -> Spectrum:
+    solution = part.solve(problem, k)
+    states = np.asarray(solution.states) if isinstance(solution, Solution) else None
+    if states is None or states.ndim != 2 or states.shape[1] != problem.n:
+        got = type(solution).__name__ if states is None else f"states of shape {states.shape}"
+        raise InputError(
+            f"solver {name!r} returned {got}; expected a Solution with states (S, {problem.n})"
+        )
+    return Spectrum.from_states(
+        problem,
+        solution.states,
+        keep,
+        proven=solution.proven,
+        lower_bound=solution.lower_bound,
+        solver=name,
+        seconds=time.perf_counter() - began,
+        info=solution.info,
+    )
+
+
+def _diverse(problem: Problem, name: str, part: Any, k: int, swaps: int, began: float) -> Spectrum:
+    asked = min(max(10 * k, 100), 1000)
+    chosen = np.zeros((0, problem.n), dtype=np.bool_)
+    proven, bound, rounds = True, None, 0
+    limit = getattr(part, "seconds", None)
+    while chosen.shape[0] < k:
+        if rounds and limit is not None:
+            # All rounds together keep to the limit.
+            left = limit - (time.perf_counter() - began)
+            if left <= 0:
+                proven = False
+                break
+            part = dataclasses.replace(part, seconds=left)
+        rows = [distance(x, swaps, f"diverse {i}") for i, x in enumerate(chosen)]
+        try:
+            spectrum = _ask(problem.with_constraints(rows), name, part, asked, asked, began)
+        except InfeasibleError:
+            if not rounds:
+                raise
+            break
+        rounds += 1
+        bound = spectrum.lower_bound if rounds == 1 else bound
+        proven = proven and spectrum.proven
+        if not len(spectrum):
+            break
+        chosen = np.concatenate([chosen, spectrum.states[spectrum.diverse(swaps)]])[:k]
+    return Spectrum.from_states(
+        problem,
+        chosen,
+        k,
+        proven=proven,
+        lower_bound=bound,
+        solver=name,
+        seconds=time.perf_counter() - began,
+        info={"diverse": swaps, "rounds": rounds},
+    )

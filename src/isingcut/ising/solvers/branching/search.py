@@ -1,0 +1,232 @@
+"""The tree of the exact search: open nodes, worker threads, limits."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import tabu
+from isingcut.ising.solvers._reduced import Floats, Reduced, propagate
+from isingcut.ising.solvers.branching.leaves import Leaves
+from isingcut.ising.solvers.branching.node import Node, Subproblem, spin_matrix
+from isingcut.ising.solvers.branching.pool import Pool
+from isingcut.ising.solvers.branching.relaxation import Relaxation
+
+
+class Search:
+    """State shared by the threads; all energies are divided by ``scale`` and lack ``reduced.c``."""
+
+    def __init__(self, reduced: Reduced, k: int, seed: int, memory_mb: float) -> None:
+        self.reduced = reduced
+        self.k = k
+        self.seed = seed
+        n = reduced.n
+        C = spin_matrix(reduced.h, reduced.J, 0.0)
+        self.scale = float(np.abs(np.linalg.eigvalsh(C)).max()) or 1.0
+        self.h, self.J = reduced.h / self.scale, reduced.J / self.scale
+        size = float(np.abs(self.h).sum() + np.abs(self.J).sum() / 2)
+        self.pool = Pool(k, 1e-12 * size, _grain(self.h, self.J))
+        self.stop = np.zeros(1, dtype=np.int64)
+        self.stopped: str | None = None
+        self.nodes = 0
+        self.leaves = Leaves(reduced, k, self.pool, self.stop)
+        self.relaxation = Relaxation(reduced, self.pool.threshold, self.stop)
+        self.most_stored = int(memory_mb * 1e6 / (4.0 * (n + 1) ** 2 + 15 * 1500 + 2000))
+        self._open: list[Node] = []
+        self._active: dict[int, float] = {}
+        self._serial = 0
+        self._wake = threading.Condition()
+        self._failure: BaseException | None = None
+
+    def warm_start(self, problem: Problem) -> None:
+        """Fill the pool by tabu search and open one root per number of ones."""
+        r = self.reduced
+        restarts = 20 if r.count_states() > 1_000_000 else 2
+        _, states, _ = tabu.search(r, self.k, restarts, 0, self.seed, None, problem)
+        self.pool.add(self.energies(states), states)
+        for m in range(r.m_low, r.m_high + 1):
+            self._push(Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m))
+
+    def energies(self, states: NDArray[np.uint8]) -> Floats:
+        """Energies (S,) of reduced states (S, V), scaled."""
+        x = states.astype(np.float64)
+        result: Floats = x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
+        return result
+
+    def _simple_bound(self, m: int) -> float:
+        if m == 0:
+            return 0.0
+        rest = self.J + np.diag(np.full(self.reduced.n, np.inf))
+        half = 0.5 * np.sort(rest, axis=1)[:, : m - 1].sum(axis=1)
+        return float(np.sort(self.h + half)[:m].sum())
+
+    # the tree -----------------------------------------------------------------------------
+
+    def _push(self, node: Node) -> None:
+        self._serial += 1
+        node.serial = self._serial
+        if len(self._open) >= self.most_stored:
+            node.dual = None
+        heapq.heappush(self._open, node)
+
+    def open_nodes(self) -> int:
+        """How many subproblems are not settled."""
+        return len(self._open)
+
+    def frontier(self) -> float:
+        """Every feasible state that is not in the pool has at least this energy (scaled)."""
+        return min((node.bound for node in self._open), default=np.inf)
+
+    def run(self, threads: int, seconds: float | None, nodes: int | None) -> None:
+        """Work until the tree is empty or a limit is reached."""
+        began = time.perf_counter()
+        workers = [
+            threading.Thread(target=self._work, args=(nodes,), daemon=True) for _ in range(threads)
+        ]
+        try:
+            for worker in workers:
+                worker.start()
+            while any(worker.is_alive() for worker in workers):
+                left = None if seconds is None else seconds - (time.perf_counter() - began)
+                if left is not None and left <= 0:
+                    self._halt("time limit")
+                    break
+                with self._wake:
+                    self._wake.wait(0.2 if left is None else min(left, 0.2))
+        except KeyboardInterrupt:
+            self._halt("interrupted")
+        for worker in workers:
+            worker.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _halt(self, reason: str) -> None:
+        with self._wake:
+            self.stopped = self.stopped or reason
+            self.stop[0] = 1
+            self._wake.notify_all()
+
+    def _work(self, limit: int | None) -> None:
+        scratch = np.zeros((self.reduced.n + 1,) * 3, dtype=np.uint8)
+        me = threading.get_ident()
+        try:
+            while True:
+                with self._wake:
+                    while not self._open and self._active and not self.stop[0]:
+                        self._wake.wait(0.05)
+                    if not self._open or self.stop[0]:
+                        self._wake.notify_all()
+                        return
+                    node = heapq.heappop(self._open)
+                    if node.bound >= self.pool.threshold[0]:
+                        continue
+                    if limit is not None and self.nodes >= limit:
+                        heapq.heappush(self._open, node)
+                        self.stopped = self.stopped or "node limit"
+                        self.stop[0] = 1
+                        return
+                    self.nodes += 1
+                    self._active[me] = node.bound
+                children = self._process(node, scratch)
+                with self._wake:
+                    if self.stop[0] and children is None:
+                        heapq.heappush(self._open, node)
+                    for child in children or ():
+                        self._push(child)
+                    del self._active[me]
+                    self._wake.notify_all()
+        except BaseException as error:
+            with self._wake:
+                self._failure = self._failure or error
+                self._active.pop(me, None)
+                self.stop[0] = 1
+                self._wake.notify_all()
+
+    # one node -----------------------------------------------------------------------------
+
+    def _process(self, node: Node, scratch: NDArray[np.uint8]) -> list[Node] | None:
+        """The children of a node, none if it is settled; None if stopped before the end."""
+        fixed, dual, bound = node.fixed.copy(), node.dual, node.bound
+        while True:
+            if not self._tighten(fixed, node.m):
+                return []
+            part = Subproblem.of(self.h, self.J, fixed, node.m)
+            free = part.free
+            if not free.size:
+                states = fixed[None].astype(np.uint8)
+                self.pool.add(self.energies(states), states)
+                return []
+            if self.leaves.settle(part, root=free.size == self.reduced.n):
+                return []
+            if self.stop[0]:
+                return None
+            dual = self.relaxation.start(dual, part, node.m)
+            lower, splits, dual = self.relaxation.bound(part, node.m, dual, scratch)
+            if self.stop[0]:
+                return None
+            bound = max(bound, lower)
+            threshold = float(self.pool.threshold[0])
+            if bound >= threshold:
+                return []
+            down, up = splits
+            forced_down, forced_up = up >= threshold, down >= threshold
+            if (forced_down & forced_up).any():
+                return []
+            if forced_down.any() or forced_up.any():
+                fixed[free[forced_down]] = 0
+                fixed[free[forced_up]] = 1
+                continue
+            weak = np.minimum(up, down) - bound
+            strong = np.maximum(up, down) - bound
+            mean = dual.centre[0, 1:]
+            score = np.maximum(weak, 0) + 0.2 * np.maximum(strong, 0)
+            score = score / (score.max() or 1.0) + (1 - np.abs(mean))
+            pick = int(np.argmax(score))
+            children = []
+            for value, estimate in ((0, down[pick]), (1, up[pick])):
+                child = fixed.copy()
+                child[free[pick]] = value
+                lower = max(bound, float(estimate))
+                children.append(Node(lower, 0, child, node.m, dual.restrict(child)))
+            return children
+
+    def _tighten(self, fixed: NDArray[np.int8], m: int) -> bool:
+        """Fix what count and rows force, in place; False if nothing is feasible."""
+        r = self.reduced
+        ones, free = int((fixed == 1).sum()), int((fixed < 0).sum())
+        if not ones <= m <= ones + free:
+            return False
+        if r.A.shape[0]:
+            matrix = np.vstack([np.ones(r.n), r.A])
+            low = np.concatenate([[m - 0.5], r.low])
+            high = np.concatenate([[m + 0.5], r.high])
+            if not propagate(matrix, low, high, fixed):
+                return False
+            ones, free = int((fixed == 1).sum()), int((fixed < 0).sum())
+        if ones == m:
+            fixed[fixed < 0] = 0
+        elif ones + free == m:
+            fixed[fixed < 0] = 1
+        else:
+            return True
+        if r.A.shape[0]:
+            value = r.A @ (fixed == 1)
+            return bool(((value >= r.low) & (value <= r.high)).all())
+        return True
+
+
+def _grain(h: Floats, J: Floats) -> float:
+    """The largest g of which all coefficients are small multiples, or 0 if there is none."""
+    values = np.concatenate([np.abs(h), np.abs(J[np.triu_indices(h.size, 1)])])
+    values = values[values > 1e-12 * values.max(initial=0.0)]
+    if not values.size:
+        return 0.0
+    grain = float(values.min())
+    ratio = values / grain
+    whole = np.abs(ratio - np.round(ratio)).max() < 1e-9 and ratio.max() < 1e5
+    return grain if whole else 0.0

@@ -1,0 +1,61 @@
+"""Any dimod sampler or CQM solver the user has, hardware included: ``dimod:package.Class``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from isingcut.errors import InputError
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers._sampling import Bools, drawn, sample
+from isingcut.ising.solvers.base import Solution
+
+__all__ = ["Dimod"]
+
+
+@dataclass(frozen=True)
+class Dimod:
+    """One call of a dimod sampler; infeasible samples are repaired or dropped, and counted.
+
+    A class with ``sample_cqm`` is given the constraints as rows, any other the penalty form.
+
+    Args:
+        sampler: the class as ``package.module.Class``, which is imported and called in a process
+            of its own; or, from Python, a class or an instance, which is called in this process
+            and keeps to no limit. A class is made without arguments.
+        reads: ``num_reads``, where the sampler has it.
+        seed: ``seed``, where the sampler has it.
+        seconds: wall-clock limit of a sampler that is named; beyond it (and a second of grace)
+            its process is ended, and that is an error. None waits.
+        memory_mb: most memory that process may take.
+        penalty: share of the weight that no swap can outbid, for samplers without rows.
+        options: further keyword arguments of the call.
+    """
+
+    sampler: Any = ""
+    reads: int = 100
+    seed: int = 0
+    seconds: float | None = None
+    memory_mb: float = 8000.0
+    penalty: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def solve(self, problem: Problem, k: int) -> Solution:
+        """Up to ``k`` states, without a proof."""
+        if self.sampler == "":
+            from isingcut.ising.solvers import NO_CLASS
+
+            raise InputError(NO_CLASS)
+        wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
+
+        def draw(small: Problem, k: int) -> tuple[Bools, dict[str, Any]]:
+            if isinstance(self.sampler, str):
+                from isingcut.ising.solvers._apart import draw_apart
+
+                limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb}
+                return draw_apart(small, k, self.sampler, wanted, self.penalty, **limits)
+            shown = self.sampler if isinstance(self.sampler, type) else type(self.sampler)
+            return drawn(small, k, self.sampler, wanted, self.penalty, shown.__name__)
+
+        return sample(problem, k, draw)

@@ -1,0 +1,187 @@
+"""The ranked result of a solver: distinct feasible states, sorted by energy.
+
+A spectrum never trusts a solver: energies are recomputed in float64 from the Hamiltonian,
+states that break a constraint are refused, and duplicates are merged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from isingcut.errors import InputError
+from isingcut.files import read_json, without_infinities, write_json
+from isingcut.ising.problem import Problem
+
+KIND = "spectrum"
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """K distinct states in the order of their energy.
+
+    Args:
+        states: (K, N) bool, True = removed.
+        energies: (K,) in ``unit``, ascending; ties are ordered by the state's bits.
+        proven: these are the K lowest states of all, up to rounding (1e-9 of the coefficients'
+            absolute sum) and up to the choice among states tied with the last one.
+        lower_bound: a proven lower bound on the ground-state energy, or None.
+        solver: the name of the solver.
+        seconds: wall-clock time of the solve.
+        unit: the Hamiltonian's.
+        info: what the solver reports of itself.
+
+    Examples:
+        >>> spectrum = isingcut.Spectrum.load("my-run/spectrum.json")
+        >>> len(spectrum.removed(0)), float(spectrum.gaps[0])
+        (3, 0.0)
+    """
+
+    states: NDArray[np.bool_]
+    energies: NDArray[np.float64]
+    proven: bool
+    lower_bound: float | None
+    solver: str
+    seconds: float
+    unit: str = "arbitrary"
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_states(
+        cls,
+        problem: Problem,
+        states: ArrayLike,
+        k: int | None = None,
+        *,
+        proven: bool = False,
+        lower_bound: float | None = None,
+        solver: str = "",
+        seconds: float = 0.0,
+        info: Mapping[str, Any] | None = None,
+    ) -> Spectrum:
+        """Sort, merge and cut the states of a solver.
+
+        Raises:
+            InputError: a state breaks a constraint.
+        """
+        x = np.asarray(states).astype(np.bool_).reshape(-1, problem.n)
+        feasible = problem.feasible(x)
+        if not feasible.all():
+            bad = x[~feasible][0]
+            raise InputError(
+                f"solver {solver!r} returned a state that breaks: "
+                + "; ".join(problem.violations(bad))
+            )
+        x = np.unique(x, axis=0)
+        energies = problem.hamiltonian.energies(x)
+        # Equal energies reached by different roundings must not decide the order.
+        grain = 1e-13 * max(problem.hamiltonian.scale, 1e-300)
+        order = np.argsort(np.round(energies / grain), kind="stable")[:k]
+        return cls(
+            x[order],
+            energies[order],
+            proven,
+            lower_bound,
+            solver,
+            seconds,
+            problem.hamiltonian.unit,
+            dict(info or {}),
+        )
+
+    def __len__(self) -> int:
+        return int(self.states.shape[0])
+
+    @property
+    def gaps(self) -> NDArray[np.float64]:
+        """(K,) energies above the ground state."""
+        gaps: NDArray[np.float64] = self.energies - self.energies[0]
+        return gaps
+
+    @property
+    def relative_gap(self) -> float | None:
+        """(best - lower bound) / |best|: 0 with a proof, None without a bound."""
+        if self.proven:
+            return 0.0
+        if self.lower_bound is None or not len(self):
+            return None
+        best = float(self.energies[0])
+        distance = max(best - self.lower_bound, 0.0)
+        return distance / abs(best) if best else (0.0 if distance == 0 else float("inf"))
+
+    def removed(self, rank: int = 0) -> list[int]:
+        """The removed blocks of the state at ``rank``, ascending."""
+        return [int(i) for i in np.flatnonzero(self.states[rank])]
+
+    def groups(self, tolerance: float = 1e-9) -> list[list[int]]:
+        """Ranks grouped into levels: all within ``tolerance`` (absolute) of a level's first."""
+        levels: list[list[int]] = []
+        for rank, energy in enumerate(self.energies):
+            if levels and energy - self.energies[levels[-1][0]] <= tolerance:
+                levels[-1].append(rank)
+            else:
+                levels.append([rank])
+        return levels
+
+    def diverse(self, swaps: int) -> list[int]:
+        """Ranks of states at least ``swaps`` swaps apart, the best first (greedy).
+
+        Each is the best of the spectrum that keeps its distance from all before it. Two states
+        are D swaps apart at a Hamming distance of 2 D.
+        """
+        chosen: list[int] = []
+        for rank in range(len(self)):
+            apart = (self.states[chosen] ^ self.states[rank]).sum(axis=1)
+            if (apart >= 2 * swaps).all():
+                chosen.append(rank)
+        return chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able content; states as lists of removed blocks."""
+        return {
+            "n": int(self.states.shape[1]),
+            "unit": self.unit,
+            "solver": self.solver,
+            "seconds": self.seconds,
+            "proven": self.proven,
+            "lower_bound": self.lower_bound,
+            "relative_gap": self.relative_gap,
+            "info": dict(self.info),
+            "states": [
+                {"rank": rank, "energy": float(energy), "removed": self.removed(rank)}
+                for rank, energy in enumerate(self.energies)
+            ],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write JSON, atomically."""
+        target = Path(path)
+        write_json(target, KIND, without_infinities(self.to_dict()))
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Spectrum:
+        """Read what `save` wrote.
+
+        Raises:
+            StageFileError: no such file, not one of ours, of a later version, or damaged.
+        """
+        data = read_json(Path(path), KIND)
+        states = np.zeros((len(data["states"]), data["n"]), dtype=np.bool_)
+        for row, entry in zip(states, data["states"], strict=True):
+            row[entry["removed"]] = True
+        return cls(
+            states,
+            np.array([entry["energy"] for entry in data["states"]], dtype=np.float64),
+            data["proven"],
+            data["lower_bound"],
+            data["solver"],
+            data["seconds"],
+            data["unit"],
+            data["info"],
+        )

@@ -1,0 +1,262 @@
+"""Exact second derivatives in the gates, sample by sample: Hessian and Gauss-Newton matrix.
+
+The loss L is a function of the stream z that leaves the blocks, and z one of the gates. With
+lambda = dL/dz, and J the derivative of z in the gates,
+
+    Hessian       d2(lambda.z) (lambda held fixed)  +  J^T L''(z) J
+    Gauss-Newton                                       J^T C(z) J
+
+where C pulls the curvature of the cross-entropy in the logits, diag(p) - p p^T, back to the
+stream: J^T C J is the exact Hessian at the original model of KL(original || gated). With
+w = J^T lambda from a backward pass that is itself differentiated, one more backward of w_i
+gives both row i of the first term (its derivative in the gates) and the tangent J_i (its
+derivative in lambda). The head never sees more than one sample, and neither logits of a batch
+nor their tangents are ever held together.
+
+Samples are independent and every one has gates of its own, so that each pass serves the whole
+batch and the errors over samples come for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from isingcut.data.calibration import TokenSet
+from isingcut.errors import ArchitectureError, InputError
+from isingcut.files import fingerprint
+from isingcut.journal import Journal
+from isingcut.measure.distributed import together
+from isingcut.measure.gates import gated_block
+from isingcut.measure.gradients import of_batches
+from isingcut.measure.loss_gradient import loss_gradient
+from isingcut.measure.sharing import share
+from isingcut.models.compute.head import OutputHead
+from isingcut.models.replay import Recording, Replay, reuse_freed_memory
+from isingcut.progress import Progress, silent
+
+_ADVICE = (
+    "expected plain PyTorch operations: use the energy 'fisher', which takes first derivatives, "
+    "or 'pairwise', which takes none"
+)
+KINDS = ("hessian", "gauss-newton")
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """Derivatives of m samples' losses in N gates at the original model.
+
+    Attributes:
+        gradient_sums: (m, N) gradient of the NLL summed over a sample's tokens, nats.
+        curvature_sums: (m, N, N) second derivatives, summed in the same way; symmetric up to
+            rounding.
+        counts: (m,) predicted, non-padding tokens of each sample.
+    """
+
+    gradient_sums: Floats
+    curvature_sums: Floats
+    counts: npt.NDArray[np.int64]
+
+
+@together
+def gate_curvature(
+    replay: Replay,
+    tokens: TokenSet,
+    kind: str,
+    *,
+    gate: str = "sublayer",
+    batch_tokens: int = 1024,
+    progress: Progress = silent,
+    journal: Path | None = None,
+) -> Curvature:
+    """Exact curvature in the gates, by double backward in the model's own precision.
+
+    Attention runs in PyTorch's plain ("math") form meanwhile, which can be differentiated
+    twice; the choice ends with the call.
+
+    Args:
+        replay: the model's blocks; parameters must not require gradients.
+        tokens: m samples.
+        kind: ``"hessian"`` (of the NLL) or ``"gauss-newton"`` (of the KL to the original).
+        gate: ``"sublayer"`` or ``"block"``.
+        batch_tokens: tokens computed at a time.
+        journal: file that keeps finished micro-batches.
+
+    Raises:
+        ArchitectureError: part of the model cannot be differentiated twice.
+        InputError: unknown kind.
+
+    Complexity: N double backwards through the blocks (about 1.7 N forward passes for the Hessian
+    and 0.6 N for Gauss-Newton) and N through the head, about 2 to 3 of its forward passes each;
+    memory of the graph of one micro-batch, and N times its stream.
+
+    Source: Pearlmutter, Fast exact multiplication by the Hessian (1994), in reverse mode only;
+    Schraudolph, Fast curvature matrix-vector products (2002), for Gauss-Newton.
+    """
+    if replay.streamed:
+        raise ArchitectureError(
+            f"the energy {kind!r} differentiates through all blocks at once, and the model is "
+            "streamed one block at a time; use 'fisher' or 'pairwise', or pass --stream off on a "
+            "machine that can hold the model"
+        )
+    if kind not in KINDS:
+        raise InputError(f"unknown curvature {kind!r}; known: {', '.join(KINDS)}")
+    for name, parameter in replay.model.named_parameters():
+        assert not parameter.requires_grad, f"{name} requires a gradient"
+    reuse_freed_memory()
+    n, head = len(replay), OutputHead(replay)
+    batches = tokens.batches(batch_tokens)
+    identity = _identity(replay, tokens, kind, gate, batch_tokens)
+    kept = Journal(journal, identity, of_batches(batches, n + 1, n))
+    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
+    rows = np.zeros((tokens.samples, n + 1, n))
+    with progress(f"{kind} of {tokens.samples} samples", len(batches)) as bar:
+        keys = [str(b) for b in range(len(batches))]
+        todo = [key for key in keys if kept.get(key) is None]
+        bar.advance(len(keys) - len(todo))
+        for (key,) in share(kept, todo, lambda key: bar.advance(1)):
+            kept.put(key, _batch_curvature(replay, head, batches[int(key)], kind, gate))
+            bar.advance(1)
+    for b, batch in enumerate(batches):
+        rows[batch.index.numpy()] = kept.get(str(b))
+    rows *= counts[:, None, None]
+    return Curvature(rows[:, 0], rows[:, 1:], counts)
+
+
+def _identity(replay: Replay, tokens: TokenSet, kind: str, gate: str, batch_tokens: int) -> str:
+    return fingerprint(
+        {
+            **replay.identity(),
+            "tokens": tokens.input_ids.tolist(),
+            "mask": tokens.mask.tolist(),
+            "curvature": kind,
+            "gate": gate,
+            "batch_tokens": batch_tokens,
+        }
+    )
+
+
+def _batch_curvature(
+    replay: Replay, head: OutputHead, batch: TokenSet, kind: str, gate: str
+) -> Floats:
+    """(B, 1 + N, N): gradient, then curvature, of each sample's mean token loss."""
+    with torch.no_grad():
+        recording = replay.record(batch.input_ids)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            gradient, own, tangents, stream = _through_blocks(
+                replay, head, recording, batch, kind, gate
+            )
+            curvature = own + torch.stack(
+                [
+                    _through_head(recording, batch, s, stream[s], tangents[:, s], kind)
+                    for s in range(batch.samples)
+                ]
+            )
+    except RuntimeError as e:
+        if "differentiate" not in str(e) and "derivative" not in str(e):
+            raise
+        reason = str(e).splitlines()[0]
+        raise ArchitectureError(
+            f"part of this model cannot be differentiated twice ({reason}); " + _ADVICE
+        ) from e
+    joined = torch.cat([gradient[:, None], curvature], dim=1)
+    return np.asarray(joined.double().cpu().numpy())
+
+
+def _through_blocks(
+    replay: Replay,
+    head: OutputHead,
+    recording: Recording,
+    batch: TokenSet,
+    kind: str,
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the blocks contribute.
+
+    Returns:
+        gradient (B, N), the first term of the curvature (B, N, N), tangents of the stream in
+        each gate (N, B, T, D), and the stream (B, T, D).
+    """
+    alphas = [
+        torch.ones(batch.samples, device=replay.device, requires_grad=True)
+        for _ in range(len(replay))
+    ]
+    hidden = recording.entered
+    for i, alpha in enumerate(alphas):
+        # Not `ones`: that shortcut leaves the gates out of the backward pass's own graph.
+        hidden = gated_block(recording, i, hidden, alpha, gate, ones=False)
+    stream = hidden.detach()
+    toward = loss_gradient(recording, stream, batch, None, head).requires_grad_(True)
+    first = torch.autograd.grad(hidden, alphas, toward, create_graph=True)
+    wanted = [toward, *alphas] if kind == "hessian" else [toward]
+    own, tangents = [], []
+    for row in first:
+        tangent, *second = torch.autograd.grad(
+            row.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        tangents.append(tangent)
+        own.append(torch.stack(second, 1) if second else torch.zeros_like(torch.stack(first, 1)))
+    gradient, along = torch.stack(first, 1).detach(), torch.stack(tangents)
+    _check_linear(gradient, along, toward.detach())
+    return gradient, torch.stack(own, 1).detach(), along, stream
+
+
+def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:
+    """Refuse tangents that miss a path: w = J^T lambda is linear, so w_i = lambda.J_i.
+
+    A custom kernel whose backward builds no graph drops its path without an error.
+    """
+    again = (_wide(tangents) * _wide(toward)).flatten(2).sum(2).T
+    tolerance = 0.2 if toward.element_size() < 4 else 0.01
+    off, size = (again - gradient).norm(), gradient.norm()
+    if off > tolerance * size:
+        raise ArchitectureError(
+            "part of this model cannot be differentiated twice "
+            f"(tangents off by {off / size:.0%}); " + _ADVICE
+        )
+
+
+def _through_head(
+    recording: Recording, batch: TokenSet, sample: int, stream: Tensor, tangents: Tensor, kind: str
+) -> Tensor:
+    """J^T L''(z) J, or J^T C(z) J, of one sample: (N, N) from its tangents (N, T, D)."""
+    leaf = stream.clone().requires_grad_(True)
+    logits = recording.logits(leaf, sample)
+    predicted = batch.predicted[sample].to(logits.device)
+    positions = predicted.nonzero()[:, 0]
+    labels = batch.input_ids[sample, 1:].to(logits.device)[positions]
+    if kind == "hessian":
+        logp = torch.log_softmax(_wide(logits[positions]), dim=-1)
+        loss = -logp.gather(1, labels[:, None]).mean()
+        (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    else:
+        p = torch.softmax(_wide(logits.detach()[positions]), dim=-1)
+        dual = torch.zeros_like(logits, requires_grad=True)
+        # Linear in `dual`: differentiating it in `dual` is the forward derivative of the head.
+        (slope,) = torch.autograd.grad(logits, leaf, dual, create_graph=True)
+    rows = []
+    for tangent in tangents:
+        if kind == "hessian":
+            (bent,) = torch.autograd.grad(slope, leaf, tangent, retain_graph=True)
+        else:
+            (moved,) = torch.autograd.grad(slope, dual, tangent, retain_graph=True)
+            step = _wide(moved[positions])
+            pushed = torch.zeros_like(logits)
+            change = p * (step - (p * step).sum(-1, keepdim=True)) / len(positions)
+            pushed[positions] = change.to(pushed.dtype)
+            (bent,) = torch.autograd.grad(logits, leaf, pushed, retain_graph=True)
+        rows.append(_wide(tangents).flatten(1) @ _wide(bent).flatten())
+    return torch.stack(rows)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: sums over the vocabulary and the stream need it."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,162 @@
+"""Gates: one number alpha per block and sample that scales what the block adds to the stream.
+
+A *block* gate turns a block f into h + alpha (f(h) - h). A *sublayer* gate scales by the same
+alpha every addition to the residual stream inside the block (arXiv 2602.00161 scales the
+attention and the MLP output of a decoder layer). alpha = 1 is the original block, alpha = 0
+its removal, for both.
+
+The additions are not looked up by module name. While a gated block runs, every torch call
+passes through a `TorchFunctionMode`: an addition that has the running residual as an operand
+is a residual addition, and its other operand is what the gate scales. So Gemma's norms after
+the sublayers, Cohere's parallel sublayers and Granite's multipliers need no case of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from isingcut.errors import ArchitectureError, InputError
+from isingcut.models.compute.kernels import bits, compiled_for, row_dots
+from isingcut.models.replay import Recording
+
+GATES = ("sublayer", "block")
+
+_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+# Calls whose result still is the residual stream, in another dtype or layout.
+_SAME_STREAM = {
+    Tensor.to,
+    Tensor.float,
+    Tensor.half,
+    Tensor.bfloat16,
+    Tensor.clone,
+    Tensor.contiguous,
+    torch.clone,
+    Tensor.type_as,
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
+}
+
+
+class _Scale(torch.autograd.Function):
+    """added * alpha per sample, with the gradient of alpha summed in float32.
+
+    At alpha = 1 the forward copies nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, added: Tensor, alpha: Tensor, ones: bool) -> Tensor:
+        ctx.save_for_backward(added, alpha)
+        ctx.ones = ones
+        if ones:
+            return added.view_as(added)
+        return (added.float() * _column(alpha, added)).to(added.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        added, alpha = ctx.saved_tensors
+        rows = _row_dots(grad.flatten(1), added.flatten(1))
+        through = grad if ctx.ones else (grad.float() * _column(alpha, grad)).to(grad.dtype)
+        return through, rows, None
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) float32: the scalar products of the rows of ``a`` and ``b`` (B, K)."""
+    # A backward pass that is itself differentiated needs operations that can be.
+    if compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
+        out = torch.empty(len(a))
+        row_dots(bits(a), bits(b), out.numpy())
+        return out
+    return (a.float() * b.float()).sum(1)
+
+
+def _column(alpha: Tensor, like: Tensor) -> Tensor:
+    return alpha.view(-1, *([1] * (like.dim() - 1)))
+
+
+class _ResidualGate(TorchFunctionMode):
+    """Scales every residual addition of the block that runs inside it."""
+
+    def __init__(self, residual: Tensor, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        # Held, not only their ids: a freed tensor's id would be given to another.
+        self._stream: list[Tensor] = [residual]
+        self._scale = scale
+        self.additions = 0
+
+    def is_stream(self, value: Any) -> bool:
+        return any(value is s for s in self._stream)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ADDITIONS and len(args) >= 2 and not kwargs:
+            first, second = args[0], args[1]
+            if self.is_stream(first) != self.is_stream(second):
+                stream, added = (first, second) if self.is_stream(first) else (second, first)
+                if isinstance(added, Tensor) and added.shape == stream.shape:
+                    self.additions += 1
+                    # Never in place: the stream is still needed for the other samples' gates.
+                    out = torch.add(stream, self._scale(added))
+                    self._stream.append(out)
+                    return out
+        out = func(*args, **kwargs)
+        if func in _SAME_STREAM and self.is_stream(args[0]):
+            self._stream.append(out)
+        return out
+
+
+def gated_block(
+    recording: Recording, i: int, hidden: Tensor, alpha: Tensor, gate: str, *, ones: bool
+) -> Tensor:
+    """Hidden states (B, T, D) after block ``i`` with its gate at ``alpha``.
+
+    Args:
+        recording: the recorded calls of the batch.
+        i: block index.
+        hidden: (B, T, D), entering the block.
+        alpha: (B,) float32, one gate per sample.
+        gate: ``"sublayer"`` or ``"block"``.
+        ones: alpha is all ones, so that the forward needs no multiplication.
+
+    Raises:
+        ArchitectureError: a sublayer gate found no residual addition to act on.
+        InputError: unknown gate.
+    """
+    if gate == "block":
+        out = recording.block(i, hidden)
+        change = out - hidden
+        scaled: Tensor = _Scale.apply(change, alpha, ones)  # type: ignore[no-untyped-call]
+        return hidden + scaled
+    if gate != "sublayer":
+        raise InputError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
+
+    def scale(added: Tensor) -> Tensor:
+        # OPT adds (B T, D) to (B T, D): every token of a sample has the sample's gate.
+        repeats = len(added) // len(alpha)
+        each = alpha if repeats == 1 else alpha.repeat_interleave(repeats)
+        result: Tensor = _Scale.apply(added, each, ones)  # type: ignore[no-untyped-call]
+        return result
+
+    # A fresh view, so that block 0's input is not also seen as, say, the embeddings.
+    stream = hidden.view_as(hidden)
+    with _ResidualGate(stream, scale) as mode:
+        out = recording.block(i, stream)
+    if mode.additions == 0 or not mode.is_stream(out):
+        seen = "only some additions" if mode.additions else "no addition"
+        raise ArchitectureError(
+            f"{seen} to the residual stream can be scaled inside block {i}, so that its sublayer "
+            "gate at 0 would not be its removal; use the block gate for this architecture"
+        )
+    return out

@@ -1,0 +1,65 @@
+"""The residual stream at every block boundary, for methods that look at activations only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from isingcut.data.calibration import TokenSet
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
+
+Floats = npt.NDArray[np.float64]
+
+
+def boundaries(
+    replay: Replay, batch: TokenSet, removed: Sequence[int] = ()
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(i, stream before, stream after), both (B, T, D), of every block that is not removed."""
+    recording = replay.record(batch.input_ids)
+    stream = recording.entered
+    for i in range(len(replay)):
+        if i not in removed:
+            after = recording.block(i, stream)
+            yield i, stream, after
+            stream = after
+
+
+def block_means(
+    replay: Replay,
+    tokens: TokenSet,
+    work: Work,
+    score: Callable[[Tensor, Tensor], Tensor],
+    *,
+    removed: Sequence[int] = (),
+) -> Floats:
+    """Mean over real tokens of a score (K,) of the streams (K, D) before and after each block.
+
+    Returns:
+        (N,) float64; infinite at removed blocks.
+    """
+    sums = np.full(len(replay), np.inf)
+    sums[[i for i in range(len(replay)) if i not in removed]] = 0.0
+    batches = tokens.batches(work.batch_tokens)
+    with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
+        for batch in batches:
+            real = batch.mask.to(replay.device)
+            for i, before, after in boundaries(replay, batch, removed):
+                values = score(before[real].float(), after[real].float())
+                sums[i] += float(values.sum(dtype=torch.float64))
+            bar.advance(1)
+    return sums / int(tokens.mask.sum())
+
+
+def lowest(scores: Floats, count: int) -> tuple[int, ...]:
+    """The ``count`` blocks of lowest score, ascending; ties go to the earlier block."""
+    return tuple(sorted(int(i) for i in np.argsort(scores, kind="stable")[:count]))
+
+
+def influence(before: Tensor, after: Tensor) -> Tensor:
+    """1 - cosine of streams (K, D): (K,)."""
+    return 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)

@@ -1,0 +1,46 @@
+"""Find the blocks of a decoder and cut them, in memory or in its configuration.
+
+Names are loaded on first use, so that the data classes come without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isingcut.models.architectures.base import Block, BlockStack
+    from isingcut.models.architectures.discover import find_stack, stack_modules, text_config
+    from isingcut.models.architectures.live import cut_model
+    from isingcut.models.architectures.skip import skipped
+    from isingcut.models.architectures.surgery import cut_config, legality
+
+__all__ = [
+    "Block",
+    "BlockStack",
+    "cut_config",
+    "cut_model",
+    "find_stack",
+    "legality",
+    "skipped",
+    "stack_modules",
+    "text_config",
+]
+
+_HOMES = {
+    "Block": "base",
+    "BlockStack": "base",
+    "cut_config": "surgery",
+    "cut_model": "live",
+    "find_stack": "discover",
+    "legality": "surgery",
+    "skipped": "skip",
+    "stack_modules": "discover",
+    "text_config": "discover",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

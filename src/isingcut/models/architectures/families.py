@@ -1,0 +1,196 @@
+"""The few families that need more than the table in `fields`.
+
+A family may write out what a period stands for before the table is applied, set what follows
+from the kept blocks afterwards, forbid states with linear rows for the solver, and finish a
+model in memory. Families are found by the fields they use, or by model type.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isingcut.errors import ArchitectureError
+from isingcut.ising.constraints import LinearConstraint
+from isingcut.models.architectures.base import BlockStack
+
+# Fields that only families read; their defaults are written out like those of the table.
+FIELDS = (
+    "attention_types",
+    "attn_layer_offset",
+    "attn_layer_period",
+    "decoder_sparse_step",
+    "expert_layer_offset",
+    "expert_layer_period",
+)
+
+# Their config class turns the last block into full attention, whatever it was.
+_LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
+_LAST_REASON = "the last block has to be full attention in this family"
+
+# Kinds of mixer that write keys and values.
+_CACHED = {"attention", "sliding-attention", "chunked-attention"}
+
+_JAMBA_PERIODS = (
+    ("attn_layer_period", "attn_layer_offset"),
+    ("expert_layer_period", "expert_layer_offset"),
+)
+
+
+def write_out(text: dict[str, Any], count: int) -> None:
+    """Replace, in place, periods by the block lists they stand for, where the model has both."""
+    step = text.get("decoder_sparse_step")
+    if isinstance(step, int) and step > 1:
+        listed = set(text.get("mlp_only_layers") or ())
+        text["mlp_only_layers"] = [i for i in range(count) if i in listed or (i + 1) % step]
+        text["decoder_sparse_step"] = 1
+
+
+def follow(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
+    """Set, in place, what follows from the kept blocks after the table was applied.
+
+    Raises:
+        ArchitectureError: the kept blocks cannot be described by the family's configuration.
+    """
+    if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
+        text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
+    for period_name, offset_name in _JAMBA_PERIODS:
+        if isinstance(text.get(period_name), int) and isinstance(text.get(offset_name), int):
+            pattern = [i % text[period_name] == text[offset_name] for i in range(count)]
+            fitted = _fit_period([pattern[i] for i in mapping], text[period_name])
+            if fitted is None:
+                raise ArchitectureError(
+                    f"the kept blocks do not repeat with any {period_name}: remove whole periods "
+                    f"of {_jamba_period(text)} blocks"
+                )
+            text[period_name], text[offset_name] = fitted
+
+
+def _fit_period(pattern: list[bool], preferred: int) -> tuple[int, int] | None:
+    """(period, offset) with pattern[i] == (i % period == offset), the preferred period first."""
+    n = len(pattern)
+    for period in [preferred, *range(1, n + 2)]:
+        for offset in range(period):
+            if all(pattern[i] == (i % period == offset) for i in range(n)):
+                return period, offset
+    return None
+
+
+def _jamba_period(text: dict[str, Any]) -> int:
+    return lcm(*(int(text[p]) for p, _ in _JAMBA_PERIODS))
+
+
+def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
+    """Blocks that must stay, each with the reason.
+
+    Args:
+        text: the decoder's configuration with its per-layer fields written out.
+        count: its number of blocks.
+    """
+    model_type = str(text.get("model_type", ""))
+    if model_type == "rwkv":
+        return {0: "the first block of RWKV normalises the embeddings for all others"}
+    if model_type == "gpt_neox_japanese":
+        return {count - 1: "only the last block of this family has a bias after its attention"}
+    if model_type in {"zamba", "zamba2"}:
+        types = text.get("layers_block_type") or text.get("layer_types") or []
+        reason = "hybrid blocks take turns with shared weights, so their number and order are fixed"
+        return {i: reason for i, kind in enumerate(types) if kind == "hybrid"}
+    shared = text.get("num_kv_shared_layers")
+    if isinstance(shared, int) and 0 < shared < count:
+        return _key_value_producers(text["layer_types"], count - shared)
+    return {}
+
+
+def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
+    """The last unshared block of each attention type: later blocks read its keys and values."""
+    last = {kind: i for i, kind in enumerate(types[:first_shared])}
+    return {
+        i: f"blocks from {first_shared} on read the keys and values of this {kind} block"
+        for kind, i in last.items()
+    }
+
+
+def check_last(text: dict[str, Any], types: list[str]) -> None:
+    """Refuse kept blocks of these types whose last one the config class would turn into another.
+
+    Raises:
+        ArchitectureError: the last block would be read as full attention and is not.
+    """
+    if text.get("model_type") in _LAST_IS_FULL and types and types[-1] != "full_attention":
+        raise ArchitectureError(f"{_LAST_REASON}, and the last kept one is {types[-1]}")
+
+
+def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
+    """A block of another type only stays where a full-attention block after it stays."""
+    n, rows = len(types), []
+    for i, kind in enumerate(types):
+        if kind != "full_attention":
+            later = [j for j in range(i + 1, n) if types[j] == "full_attention"]
+            row = _unit(n, later)
+            row[i] = -1.0
+            rows.append(
+                LinearConstraint(f"full after {i}", row, "<=", float(len(later) - 1), _LAST_REASON)
+            )
+    return rows
+
+
+def keeps_attention(types: list[str]) -> bool:
+    """Whether blocks of these transformers layer types fill an attention cache."""
+    return any(("attention" in t and "linear" not in t) or t == "hybrid" for t in types)
+
+
+def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
+    """The linear rows that every state of this model has to obey.
+
+    Args:
+        text: the decoder's configuration with its per-layer fields written out.
+        stack: the model's blocks.
+    """
+    n = len(stack)
+    rows = [
+        LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
+        for i, reason in kept_blocks(text, n).items()
+    ]
+    attention = [i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))]
+    if 0 < len(attention) < n:
+        rows.append(
+            LinearConstraint(
+                "keep attention",
+                _unit(n, attention),
+                "<=",
+                float(len(attention) - 1),
+                "at least one attention block stays, because generation reads the sequence "
+                "length from an attention cache",
+            )
+        )
+    if text.get("model_type") in _LAST_IS_FULL:
+        rows.extend(_full_attention_last(list(text["layer_types"])))
+    if isinstance(text.get("attn_layer_period"), int):
+        rows.extend(_whole_periods(n, _jamba_period(text)))
+    return rows
+
+
+def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
+    """Aligned groups of ``period`` blocks go together; an incomplete last group from its end."""
+    reason = f"block kinds repeat every {period} blocks in the configuration"
+    rows = []
+    for i in range(n - 1):
+        if (i + 1) % period == 0:
+            continue
+        row = np.zeros(n)
+        row[i], row[i + 1] = 1.0, -1.0
+        whole = (i // period + 1) * period <= n
+        rows.append(
+            LinearConstraint(f"period {i},{i + 1}", row, "==" if whole else "<=", 0.0, reason)
+        )
+    return rows
+
+
+def _unit(n: int, indices: list[int]) -> NDArray[np.float64]:
+    row = np.zeros(n)
+    row[indices] = 1.0
+    return row

@@ -1,0 +1,168 @@
+"""Checkpoint and state to a smaller checkpoint: bytes copied, layers renamed, config cut.
+
+Nothing is decoded and nothing of the model is loaded, so bf16, fp8 with its scales and packed
+int4 all pass through untouched, in a few megabytes of memory. The result appears under its name
+only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isingcut.errors import ArchitectureError, CheckpointError, InputError
+from isingcut.files import atomic_folder, clear_os_errors
+from isingcut.inputs import load_json
+from isingcut.models.architectures import fields, surgery
+from isingcut.models.architectures.names import renumbering
+from isingcut.models.checkpoint.read import StoredTensor, contained, read_checkpoint, read_config
+from isingcut.models.checkpoint.write import NewTensor, write_checkpoint
+from isingcut.models.cutting.verify import verify
+from isingcut.models.fit import block_prefix, extra_heads
+from isingcut.outputs import check_output
+
+__all__ = ["excise", "plan", "verify"]
+
+_QUANTISATION_FILES = (
+    "hf_quant_config.json",
+    "quantization_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+)
+# Beside weights and configuration: tokenizer, chat template, custom code, processors, licence.
+_COPIED_SUFFIXES = {".json", ".jinja", ".model", ".py", ".txt", ".tiktoken", ".yaml", ".yml"}
+_COPIED_NAMES = re.compile(r"^(license|licence|notice|use_policy|copying)", re.IGNORECASE)
+_NOT_COPIED = re.compile(
+    r"(\.index\.json$|^config\.json$|^isingcut\.json$|^trainer_state\.json$|^training_args|^optimizer|^scheduler)"
+)
+_COPY_LIMIT = 256 * 2**20
+
+
+def excise(
+    source: Path,
+    removed: Sequence[int],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 2**30,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write the checkpoint ``source`` without the blocks ``removed`` to the folder ``out``.
+
+    Args:
+        source: a Hugging Face folder with safetensors (one file, or shards with an index).
+        removed: block numbers, in any order.
+        out: the new folder; it appears only when it is whole.
+        overwrite: allow ``out`` to be replaced.
+        max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
+        extra_files: further text files, name to content, for example a model card.
+
+    Raises:
+        OutputExistsError: ``out`` exists and ``overwrite`` is false.
+        ArchitectureError: the configuration cannot be cut exactly, or the state is illegal.
+        CheckpointError: the checkpoint is damaged or contradicts itself.
+        InputError: ``out`` cannot be written, or lies inside ``source``.
+    """
+    source, out = Path(source), Path(out)
+    check_output(out, overwrite=overwrite, sources=[source])
+    config = read_config(source)
+    stored = read_checkpoint(source)
+    new_config = surgery.cut_config(config, removed)
+    text = surgery.materialise(json.loads(json.dumps(config)))
+    count = surgery.depth(text)
+    mapping = renumbering(count, removed)
+    tensors = plan(stored, text, mapping)
+    _refuse_full_disk(out, sum(t.size for t in tensors))
+    with clear_os_errors(out), atomic_folder(out, overwrite=overwrite) as folder:
+        write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
+        _copy_companions(source, folder, mapping, count)
+        for name, content in (extra_files or {}).items():
+            (folder / name).write_text(content, encoding="utf-8")
+        # Last, so that a folder without it was never finished.
+        _write_config(folder / "config.json", new_config)
+        _check_written(folder, tensors)
+
+
+def plan(
+    stored: Mapping[str, StoredTensor], text: Mapping[str, Any], mapping: Mapping[int, int]
+) -> list[NewTensor]:
+    """The tensors of the new checkpoint, in the source's order.
+
+    Args:
+        stored: the source's tensors.
+        text: the decoder's configuration before the cut, per-layer fields written out.
+        mapping: old block number to new.
+
+    Raises:
+        CheckpointError: the tensors have another number of blocks than the configuration.
+    """
+    count = surgery.depth(dict(text))
+    prefix = block_prefix(stored.values(), count, extra_heads(text))
+    rules = fields.DEPTH_SHAPED.get(str(text.get("model_type")), ())
+    tensors = []
+    for name, tensor in stored.items():
+        if name.startswith(prefix):
+            number, _, rest = name[len(prefix) :].partition(".")
+            if number.isdigit() and int(number) in mapping:
+                tensors.append(NewTensor(f"{prefix}{mapping[int(number)]}.{rest}", tensor))
+            continue
+        if "mtp" in name.split("."):
+            continue  # heads that predict further tokens from the uncut model's last block
+        rule = next((r for r in rules if r.pattern.search(name)), None)
+        if rule is None:
+            tensors.append(NewTensor(name, tensor))
+            continue
+        if tensor.shape[rule.axis] % count:
+            raise CheckpointError(
+                f"tensor {name!r} of shape {list(tensor.shape)} does not divide into {count} blocks"
+            )
+        tensors.append(NewTensor(name, tensor, rule.axis, count, tuple(mapping)))
+    return tensors
+
+
+def _refuse_full_disk(out: Path, needed: int) -> None:
+    home = out.resolve().parent
+    while not home.exists():
+        home = home.parent
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise InputError(
+            f"no space left on the disk for {out}: {needed / 1e9:.2f} GB are needed and "
+            f"{free / 1e9:.2f} GB are free; nothing was written"
+        )
+
+
+def _copy_companions(source: Path, folder: Path, mapping: dict[int, int], count: int) -> None:
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if path.is_dir():
+            if name == "additional_chat_templates" and not path.is_symlink():
+                shutil.copytree(path, folder / name)
+            continue
+        wanted = path.suffix in _COPIED_SUFFIXES or _COPIED_NAMES.match(name)
+        if not wanted or _NOT_COPIED.search(name) or name.startswith("."):
+            continue
+        real = contained(source, name)
+        if name in _QUANTISATION_FILES:
+            content = surgery.cut_quantisation(
+                load_json(real, "the quantisation file", CheckpointError), mapping, count
+            )
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        elif real.stat().st_size <= _COPY_LIMIT:
+            shutil.copyfile(real, folder / name)
+
+
+def _write_config(path: Path, config: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_written(folder: Path, tensors: Sequence[NewTensor]) -> None:
+    """Read the headers back: every tensor there, with its shape and dtype."""
+    written = read_checkpoint(folder)
+    wanted = {t.name: (t.shape, t.source.dtype) for t in tensors}
+    if len(wanted) != len(tensors) or wanted != {n: (t.shape, t.dtype) for n, t in written.items()}:
+        raise ArchitectureError(f"the tensors written to {folder} are not those planned")

@@ -1,0 +1,190 @@
+"""GGUF in, smaller GGUF out: blocks renumbered, per-layer metadata trimmed, bytes untouched.
+
+The checkpoint route (`excise`) unpacks a GGUF file to bfloat16; this one keeps every packed
+tensor as it is, for llama.cpp.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isingcut.errors import ArchitectureError, CheckpointError, OutputExistsError
+from isingcut.files import atomic_file
+from isingcut.models.architectures.names import renumbering
+from isingcut.models.checkpoint.gguf_header import GgufHeader, read_gguf
+from isingcut.models.loading import loading
+from isingcut.outputs import refuse_source
+
+# Architectures whose blocks llama.cpp configures from metadata alone. It derives the kind of a
+# block from its number in the others (gemma2, gemma3, cohere2, llama4, smollm3, gpt-oss, ...),
+# so that a renumbered block would compute something else there.
+_CUTTABLE = {
+    "arcee",
+    "baichuan",
+    "bloom",
+    "command-r",
+    "deepseek",
+    "deepseek2",
+    "falcon",
+    "falcon-h1",
+    "falcon_h1",
+    "glm4",
+    "gpt2",
+    "gptneox",
+    "granite",
+    "granitehybrid",
+    "granitemoe",
+    "internlm2",
+    "jamba",
+    "lfm2",
+    "llama",
+    "mamba",
+    "mamba2",
+    "mistral3",
+    "nemotron",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "phi2",
+    "phi3",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "stablelm",
+    "starcoder2",
+}
+# Keys below the architecture's name that hold one entry per block when they are arrays.
+_SLICED = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.sliding_window_pattern",
+    "expert_count",
+    "expert_used_count",
+    "feed_forward_length",
+}
+_PREFIX = {"leading_dense_block_count"}
+_NOT_PER_LAYER = {"rope.dimension_sections", "rope.scaling.attn_factors"}
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
+
+
+def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool = False) -> None:
+    """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
+
+    Args:
+        source: a single GGUF file.
+        removed: block numbers, in any order.
+        out: the new file; it appears only when it is whole.
+        overwrite: allow ``out`` to be replaced.
+
+    Raises:
+        MissingExtraError: the package `gguf` is not installed.
+        OutputExistsError: ``out`` exists and ``overwrite`` is false.
+        ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
+        CheckpointError: no readable GGUF file, one part of a split file, a damaged one, or one
+            that lacks tensors.
+        InputError: ``out`` cannot be written or is the source.
+    """
+    refuse_source(out, [source])
+    if os.path.lexists(out) and not overwrite:
+        raise OutputExistsError(f"{out} already exists; nothing was written")
+    header = read_gguf(source)
+    _refuse(header)
+    count = header.number("block_count")
+    mapping = renumbering(count, removed)
+    header.blocks()
+    import gguf
+
+    with loading(f"the GGUF file {source}", CheckpointError):
+        reader = gguf.GGUFReader(source)
+        fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    architecture = header.architecture
+    _refuse_unwritable(source, architecture, fields)
+    values = {k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()}
+    with atomic_file(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, architecture, endianess=reader.endianess)
+        if "general.alignment" in values:
+            writer.data_alignment = int(values["general.alignment"])
+        for key, value in values.items():
+            if key == "general.architecture":
+                continue
+            kinds = reader.fields[key].types
+            inner = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, value, kinds[0], sub_type=inner)
+        kept = []
+        for tensor in reader.tensors:
+            name = _new_name(tensor.name, mapping)
+            if name is None:
+                continue
+            kept.append(tensor)
+            writer.add_tensor_info(
+                name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in kept:  # memory-mapped: one tensor at a time
+            writer.write_tensor_data(tensor.data, tensor_endianess=reader.endianess)
+        writer.close()
+
+
+def _refuse(header: GgufHeader) -> None:
+    architecture = header.architecture
+    if architecture not in _CUTTABLE:
+        raise ArchitectureError(
+            f"llama.cpp may derive what a block of {architecture!r} is from its number, which "
+            "GGUF cannot change; cut the Hugging Face checkpoint and convert it instead"
+        )
+    if header.metadata.get(f"{architecture}.nextn_predict_layers"):
+        raise ArchitectureError(
+            f"{header.path} counts extra prediction heads among its blocks; cut the Hugging Face "
+            "checkpoint and convert it instead"
+        )
+    parts = header.metadata.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise CheckpointError(f"{header.path} is one part of a split file; merge the parts first")
+
+
+def _refuse_unwritable(source: Path, architecture: str, fields: dict[str, Any]) -> None:
+    for key, value in fields.items():
+        if value == []:
+            raise CheckpointError(
+                f"{source} has an empty list as its metadata {key!r}, and the package gguf writes "
+                "none; take the key out first"
+            )
+        prefix = key.removeprefix(f"{architecture}.") in _PREFIX
+        if prefix and not isinstance(value, int):
+            raise CheckpointError(
+                f"{source}: expected a whole number as its metadata {key!r}, got {value!r:.60}"
+            )
+
+
+def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dict[int, int]) -> Any:
+    short = key.removeprefix(f"{architecture}.")
+    if short == key:
+        return value
+    if short == "block_count":
+        return len(mapping)
+    if short in _PREFIX:
+        return value - sum(i < value and i not in mapping for i in range(count))
+    if isinstance(value, list) and len(value) == count and short not in _NOT_PER_LAYER:
+        if short not in _SLICED:
+            raise ArchitectureError(
+                f"the metadata {key!r} looks per-layer and isingcut does not know what it means"
+            )
+        return [value[i] for i in mapping]
+    return value
+
+
+def _new_name(name: str, mapping: dict[int, int]) -> str | None:
+    match = _BLOCK.match(name)
+    if match is None:
+        return name
+    old = int(match.group(1))
+    return f"blk.{mapping[old]}.{name[match.end() :]}" if old in mapping else None

@@ -1,0 +1,313 @@
+"""Whether a checkpoint's tensors and its configuration belong together, from headers alone.
+
+Asked before anything is built: a configuration's numbers allocate, its tensors are counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.errors import CheckpointError, ModelError
+from isingcut.models.architectures import fields
+from isingcut.models.architectures.surgery import depth, materialise
+from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
+
+if TYPE_CHECKING:
+    import torch
+
+_EDGE = 1 << 20
+
+# Fields for which configuration classes write a list or a table with one entry each.
+_COUNTS = re.compile(r"layer|depth|label|block|stage")
+_MOST_COUNTED = 100_000
+_FORMS = {
+    "auto_map": dict,
+    "llm_config": dict,
+    "language_config": dict,
+    "model_type": str,
+    "quantization_config": dict,
+    "text_config": dict,
+}
+_NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
+_OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
+# A model may have more numbers than its file: tied weights, and tensors that a message names.
+_MORE, _SPARE = 4, 2**20
+_MOST_IN_BUFFERS = 2**28
+_MOST_WITHOUT_WEIGHTS = 2**44
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        config: its ``config.json``.
+        stored: its tensors; empty without weights.
+        count: blocks that its configuration says.
+        found: blocks that it has tensors of; None where none are numbered.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    stored: Mapping[str, StoredTensor]
+    count: int
+    found: int | None
+
+    @property
+    def mismatch(self) -> str:
+        """What is wrong where the two numbers of blocks differ; else empty."""
+        if self.found is None or self.found == self.count:
+            return ""
+        return (
+            f"config.json says {self.count} blocks and the checkpoint has tensors of {self.found}; "
+            f"say {self.found} in {self.folder / 'config.json'}, or get the weights that belong to "
+            "it"
+        )
+
+    @property
+    def most_numbers(self) -> int:
+        """Parameters that its model may have."""
+        if not self.stored:
+            return _MOST_WITHOUT_WEIGHTS
+        return most_numbers(sum(t.most_numbers for t in self.stored.values()))
+
+
+def most_numbers(stored: int) -> int:
+    """Parameters that a model may have for which ``stored`` numbers are in its file."""
+    return _MORE * stored + _SPARE
+
+
+def examine(folder: Path, *, weights: bool = True) -> Checkpoint:
+    """Read a checkpoint's configuration and headers, within bounds.
+
+    Args:
+        weights: there must be some.
+
+    Raises:
+        CheckpointError: either is damaged, or a block has no tensors.
+        ModelError: a number in the configuration is larger than any model's.
+        ArchitectureError: no valid configuration of its family.
+    """
+    config = read_config(folder)
+    for name, kind in _FORMS.items():
+        if config.get(name) is not None and not isinstance(config[name], kind):
+            raise ModelError(
+                f"{folder / 'config.json'} has {name}={config[name]!r:.60}; expected "
+                f"{'an object' if kind is dict else 'a text'}"
+            )
+    _refuse_huge(folder, config)
+    stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
+    text = materialise(copy.deepcopy(config))
+    count = depth(text)
+    numbers = _stack(stored.values())[1]
+    if not numbers or config.get("is_encoder_decoder"):
+        return Checkpoint(folder, config, stored, count, None)
+    heads = extra_heads(text)
+    found = max(numbers) + 1
+    if count <= found <= count + heads:
+        found = count
+    gap = min(set(range(found)) - numbers, default=None)
+    if gap is not None:
+        raise CheckpointError(
+            f"the checkpoint in {folder} has tensors of blocks up to {max(numbers)}, but none of "
+            f"block {gap}; complete the download"
+        )
+    return Checkpoint(folder, config, stored, count, found)
+
+
+def check_fit(folder: Path) -> Checkpoint:
+    """`examine`, and refuse another number of blocks than the configuration says.
+
+    Raises:
+        ModelError: the numbers differ; the message has both.
+    """
+    seen = examine(folder)
+    if seen.mismatch:
+        raise ModelError(f"nothing was measured: {seen.mismatch}")
+    return seen
+
+
+def check_sizes(seen: Checkpoint, model: Any) -> None:
+    """Refuse a model whose parameters have other sizes than the stored tensors of their names.
+
+    Packed tensors, and those stored under other names, are left to the loader.
+
+    Args:
+        model: built from the checkpoint's configuration; without weights is enough.
+
+    Raises:
+        ModelError: one has; the message has its name and both shapes.
+    """
+    for name, parameter in model.named_parameters():
+        stored = seen.stored.get(name)
+        if stored is None or stored.packed or math.prod(stored.shape) == parameter.numel():
+            continue
+        raise ModelError(wrong_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
+
+
+def wrong_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """What is wrong with a tensor of another shape than the model's."""
+    return (
+        f"the tensor {name} in {folder} has the shape {list(found)}, its model wants "
+        f"{list(wanted)}; the config and the weights do not belong together"
+    )
+
+
+def extra_heads(text: Mapping[str, Any]) -> int:
+    """Heads for further tokens that some checkpoints number on after the blocks."""
+    found = [text.get(key) for key in fields.MTP]
+    return max((n for n in found if isinstance(n, int)), default=0)
+
+
+def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
+    """What the names of all block tensors begin with, up to the block number.
+
+    Args:
+        tensors: a checkpoint's tensors.
+        count: how many blocks the configuration says there are.
+        heads: as `extra_heads`.
+
+    Raises:
+        CheckpointError: no such names, or another number of blocks.
+    """
+    prefix, found = _stack(tensors)
+    if not found:
+        raise CheckpointError("the checkpoint has no tensors of numbered blocks")
+    if not set(range(count)) <= found <= set(range(count + heads)):
+        missing = sorted(set(range(count)) - found)
+        detail = f"; block {missing[0]} is missing" if missing else ""
+        raise CheckpointError(
+            f"the configuration says {count} blocks but the tensors {prefix}* have "
+            f"{len(found)}{detail}"
+        )
+    return prefix
+
+
+def _stack(tensors: Iterable[StoredTensor]) -> tuple[str, set[int]]:
+    """The prefix of the largest stack of numbered tensors, and its numbers."""
+    numbers: dict[str, set[int]] = {}
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        match = _NUMBERED.match(tensor.name)
+        if match is None or len(match.group(3)) > 9:
+            continue
+        before = match.group(1) or ""
+        if "mtp" in before.split("."):
+            continue
+        prefix = f"{before}{match.group(2)}."
+        numbers.setdefault(prefix, set()).add(int(match.group(3)))
+        sizes[prefix] = sizes.get(prefix, 0) + tensor.size
+    if not numbers:
+        return "", set()
+    # Blocks of other modalities, unless the model is an encoder itself (BERT as a decoder).
+    elsewhere = {p for p in sizes if any(word in p for word in _OTHER_STACKS)}
+    prefix = max(sizes.keys() - elsewhere or sizes, key=lambda p: sizes[p])
+    return prefix, numbers[prefix]
+
+
+def _refuse_huge(folder: Path, value: Any, key: str = "") -> None:
+    """Refuse counts for which building the configuration alone would fill the memory."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_huge(folder, item, name)
+    elif isinstance(value, int) and value > _MOST_COUNTED and _COUNTS.search(key):
+        raise ModelError(
+            f"{folder / 'config.json'} says {key}={value}; expected at most {_MOST_COUNTED}"
+        )
+
+
+@contextlib.contextmanager
+def bounded_structure(most: int, what: str) -> Iterator[None]:
+    """Stop a model that is built on the meta device meanwhile once it outgrows its checkpoint.
+
+    Args:
+        most: numbers in parameters that it may have, as `Checkpoint.most_numbers`.
+        what: what messages call the model.
+
+    Raises:
+        ModelError: it has more, or buffers that no checkpoint holds grow beyond any family's.
+    """
+    from torch import Tensor, nn
+
+    place, keep = nn.Module.register_parameter, nn.Module.register_buffer
+    built = {"parameters": 0, "buffers": 0}
+    allowed = {"parameters": most, "buffers": max(most, _MOST_IN_BUFFERS)}
+
+    def count(sort: str, tensor: Tensor | None) -> None:
+        if tensor is None or not tensor.is_meta:
+            return
+        built[sort] += tensor.numel()
+        if built[sort] > allowed[sort]:
+            raise ModelError(
+                f"the config of {what} describes a model with more than {allowed[sort]:,} numbers "
+                f"in its {sort}, which its weights cannot fill; the config and the weights do not "
+                "belong together"
+            )
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        count("parameters", param)
+        place(self, name, param)
+
+    def register_buffer(
+        self: nn.Module, name: str, tensor: Tensor | None, *more: Any, **named: Any
+    ) -> None:
+        count("buffers", tensor)
+        keep(self, name, tensor, *more, **named)
+
+    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+    nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = place  # type: ignore[method-assign]
+        nn.Module.register_buffer = keep  # type: ignore[method-assign]
+
+
+def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
+    """Refuse a model that transformers completed with random numbers.
+
+    Args:
+        found: its ``output_loading_info``.
+        source: what it was loaded from.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape; the message names it.
+    """
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensors of its architecture, first "
+            f"{missing[0]}; the config and the weights do not belong together"
+        )
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(wrong_shape(name, source, there, wanted))
+
+
+def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:
+    """Refuse weights that are no numbers: every loss after them would be none either.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; the message names it.
+    """
+    import torch
+
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            continue
+        # The sum of finite numbers may overflow; only then each is looked at.
+        numbers: Any = tensor.detach()
+        total = numbers.sum(dtype=torch.float32)
+        if not torch.isfinite(total) and not all(
+            bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
+        ):
+            raise CheckpointError(
+                f"the tensor {name} in {source} holds NaN or infinity; nothing can be measured "
+                "with it: get the weights again, or the checkpoint of an earlier training step"
+            )

@@ -1,0 +1,231 @@
+"""Read FP8 checkpoints as plain numbers, one tensor at a time, to measure them.
+
+Three layouts say the same thing in other words: a float8 weight times a float32 scale.
+`fp8` (fine-grained, as DeepSeek-V3): ``weight_scale_inv`` holds one factor per tile.
+`compressed-tensors`: ``weight_scale`` holds one factor per tensor, output row or tile.
+`modelopt`: ``weight_scale`` holds one factor per tensor. All factors multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isingcut.errors import CheckpointError, ModelError
+from isingcut.inputs import load_json
+from isingcut.models.architectures.auto import auto_class
+from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_SCALES = ("weight_scale_inv", "weight_scale")
+# Scales of activations and caches: nothing to multiply when weights are plain numbers.
+_DROPPED = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "kv_scale")
+
+
+def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """``"fp8"``, ``"compressed-tensors"`` or ``"modelopt"``; None where weights are no FP8.
+
+    Args:
+        folder: the checkpoint, for ModelOpt's ``hf_quant_config.json``.
+        config: its ``config.json``.
+    """
+    quantisation = _object(config.get("quantization_config"))
+    method = str(quantisation.get("quant_method", ""))
+    if method == "fp8":
+        return "fp8"
+    if method == "compressed-tensors":
+        groups = _object(quantisation.get("config_groups")).values()
+        weights = [_object(_object(group).get("weights")) for group in groups]
+        if weights and all(w.get("num_bits") == 8 and w.get("type") == "float" for w in weights):
+            return "compressed-tensors"
+        return None
+    algorithm = quantisation.get("quant_algo")
+    beside = folder / "hf_quant_config.json"
+    if algorithm is None and not method and beside.is_file():
+        told = load_json(beside, "the quantisation file", CheckpointError)
+        algorithm = _object(_object(told).get("quantization")).get("quant_algo")
+    return "modelopt" if algorithm == "FP8" else None
+
+
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """The values of one stored tensor, in its own dtype.
+
+    Raises:
+        CheckpointError: a dtype that torch cannot hold, or a file that became shorter.
+    """
+    if stored.dtype not in DTYPES:
+        raise CheckpointError(f"tensor {stored.name!r} has the dtype {stored.dtype}, not readable")
+    data = bytearray(stored.size)
+    with stored.file.open("rb") as f:
+        f.seek(stored.start)
+        if f.readinto(data) != stored.size:
+            raise CheckpointError(f"{stored.file} ended early, inside {stored.name!r}")
+    dtype = DTYPES[stored.dtype]
+    if not data:
+        return torch.empty(stored.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)
+
+
+def dequantise(
+    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """weight * scale in float32, the scale spread over what it stands for.
+
+    Args:
+        weight: (..., out, in) float8.
+        scale: one number; one per output row, (out,) or (out, 1); or one per tile,
+            (..., ceil(out / rows), ceil(in / columns)).
+        block: (rows, columns) of a tile; None infers them from the shapes.
+
+    Raises:
+        CheckpointError: the scale fits none of these.
+    """
+    values, factor = weight.float(), scale.float()
+    if factor.numel() == 1:
+        return values * factor.reshape(())
+    if factor.ndim == 1 and factor.shape[0] == values.shape[0]:
+        return values * factor.reshape(-1, *[1] * (values.ndim - 1))
+    if factor.ndim != values.ndim or factor.shape[:-2] != values.shape[:-2]:
+        raise CheckpointError(
+            f"a scale of shape {list(scale.shape)} does not fit a weight of {list(weight.shape)}"
+        )
+    for axis in (-2, -1):
+        size, tiles = values.shape[axis], factor.shape[axis]
+        if tiles in (1, size):
+            continue
+        width = block[axis] if block else -(-size // tiles)
+        if -(-size // width) != tiles:
+            raise CheckpointError(
+                f"a scale of shape {list(scale.shape)} has not one tile per {width} numbers of a "
+                f"weight of {list(weight.shape)}"
+            )
+        factor = factor.repeat_interleave(width, dim=axis).narrow(axis, 0, size)
+    return values * factor
+
+
+def dequantised(
+    folder: Path, config: Mapping[str, Any], dtype: torch.dtype, prefix: str = ""
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of an FP8 checkpoint's tensors as plain numbers, one at a time.
+
+    Args:
+        folder: the checkpoint.
+        config: its ``config.json``.
+        dtype: of the dequantised weights and of the other floating-point weights.
+        prefix: only tensors whose name begins so, for example ``"model.layers.3."``.
+
+    Raises:
+        CheckpointError: a float8 weight without its scale, or a scale that does not fit.
+    """
+    stored = read_checkpoint(folder)
+    block = tile_of(config)
+    for name, tensor in weights_of(stored).items():
+        if not name.startswith(prefix):
+            continue
+        value = read_tensor(tensor)
+        if not tensor.dtype.startswith("F8_"):
+            yield name, value.to(dtype) if tensor.dtype in ("BF16", "F16") else value
+            continue
+        scale = scale_of(name, stored)
+        yield name, dequantise(value, read_tensor(scale), block).to(dtype)
+
+
+def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A checkpoint's tensors without the scales of FP8 weights, activations and caches."""
+    return {
+        name: tensor
+        for name, tensor in stored.items()
+        if name.rpartition(".")[2] not in _DROPPED and not _is_scale(name, stored)
+    }
+
+
+def load_dequantised(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of an FP8 checkpoint with plain weights, through plain transformers.
+
+    Raises:
+        ModelError: transformers cannot load it, or tensors are missing.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    raw = read_config(folder)
+    configs: Any = AutoConfig
+    config = configs.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    weights = dict(dequantised(folder, raw, dtype))
+    try:
+        kind = auto_class(config)._model_mapping[type(config)]
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot load the FP8 model in {folder}: {error}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"the FP8 checkpoint {folder} lacks the tensor {missing[0]!r}")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _is_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:
+    parent, _, last = name.rpartition(".")
+    if last in _SCALES:
+        return f"{parent}.weight" in stored
+    return any(name.endswith(s) and name.removesuffix(s[6:]) in stored for s in _SCALES)
+
+
+def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
+    """The scale beside a float8 weight.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    # "x.weight" with "x.weight_scale", and fused experts' "x.up_proj" with "x.up_proj_scale".
+    for suffix in ("_scale_inv", "_scale"):
+        if name + suffix in stored:
+            return stored[name + suffix]
+    raise CheckpointError(f"the float8 tensor {name!r} has no scale beside it")
+
+
+def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(rows, columns) that share a scale, where the configuration says so.
+
+    Raises:
+        CheckpointError: it says something else than two sizes.
+    """
+    quantisation = _object(config.get("quantization_config"))
+    sizes = quantisation.get("weight_block_size")
+    for group in _object(quantisation.get("config_groups")).values():
+        sizes = sizes or _object(_object(group).get("weights")).get("block_structure")
+    if sizes is None:
+        return None
+    if isinstance(sizes, list) and len(sizes) == 2 and all(_is_size(n) for n in sizes):
+        return sizes[0], sizes[1]
+    raise CheckpointError(
+        f"the config's quantisation has tiles of {sizes!r}; expected two positive whole numbers"
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,120 @@
+"""A `.gguf` file, once converted, is an ordinary bfloat16 Hugging Face folder in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+from isingcut.errors import InputError, MissingExtraError, ModelError
+from isingcut.files import atomic_folder, clear_stale
+from isingcut.inputs import regular_file
+from isingcut.models.cache import gguf_cache
+from isingcut.models.loading import loading, quiet_transformers
+from isingcut.outputs import foreign_in
+
+
+def converted(path: Path) -> Path:
+    """The folder of the converted file, made on first use; it is named after the content's hash.
+
+    Every weight is unpacked to bfloat16: a cut of a quantised file is a plain checkpoint.
+
+    Raises:
+        MissingExtraError: `gguf` (or `accelerate`, which transformers wants here) is missing.
+        ModelError: not a GGUF file, one that lacks a tensor of its architecture, or of an
+            architecture transformers cannot convert; or the folder was changed since.
+        CheckpointError: a damaged or truncated file.
+    """
+    regular_file(path, "the GGUF file", ModelError)
+    with path.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
+        f.seek(0)
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    target = gguf_cache() / digest
+    if target.is_dir():
+        changed = foreign_in(target)
+        if changed is not None:
+            raise ModelError(
+                f"the model converted from {path.name} is not as it was made: {changed}; delete "
+                f"{target} and run again"
+            )
+        return target
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "demo", f"reading {path.name}")
+    held = _numbers(path)
+    # What a killed conversion left has the size of a model.
+    clear_stale(target.parent)
+    try:
+        # Overwriting: another process may have finished the same conversion meanwhile.
+        with atomic_folder(target, overwrite=True) as temporary:
+            _convert(path, temporary, held)
+    except InputError as e:
+        raise ModelError(
+            f"the converted model cannot be kept in {target.parent}: {_words(e)}; set "
+            "ISINGCUT_CACHE to a folder with space that you may write to"
+        ) from e
+    return target
+
+
+def _words(error: InputError) -> str:
+    cause = error.__cause__
+    return str(getattr(cause, "strerror", None) or error).lower()
+
+
+def _numbers(path: Path) -> int:
+    """How many numbers the file's tensors hold, once its header and its blocks are whole."""
+    from isingcut.models.checkpoint.gguf_header import read_gguf
+
+    header = read_gguf(path)
+    header.blocks()
+    return sum(math.prod(t.shape) for t in header.tensors.values())
+
+
+def _convert(path: Path, folder: Path, held: int) -> None:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from isingcut.models.fit import (
+        bounded_structure,
+        most_numbers,
+        refuse_incomplete,
+        refuse_infinite,
+    )
+
+    loader: Any = AutoModelForCausalLM
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    # Newer transformers can keep GGUF weights packed, and then refuse to save them.
+    packing = getattr(transformers, "GgufConfig", None)
+    unpack = {} if packing is None else {"quantization_config": packing(dequantize=True)}
+    with (
+        loading(f"{path.name} with transformers"),
+        # One of its progress bars has no switch.
+        contextlib.redirect_stderr(io.StringIO()),
+        bounded_structure(most_numbers(held), path.name),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model, found = loader.from_pretrained(
+            **source,
+            **unpack,
+            dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    refuse_incomplete(found, path)
+    refuse_infinite(model.named_parameters(), path)
+    # With a quantiser attached, `save_pretrained` refuses.
+    for trace in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if hasattr(model, trace):
+            delattr(model, trace)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,82 @@
+"""A loaded model that a Python caller hands over: saved once, held as that folder."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.data.held import holding
+from isingcut.errors import InputError, ModelError, first_line
+from isingcut.models.load import model_identity, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def model(given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """Save a loaded model into a temporary folder and hold that; gives its name.
+
+    Raises:
+        InputError: no transformers model, no tokenizer, or a model that cannot be saved whole.
+        ModelError: saving it failed.
+    """
+    _check_model(given)
+    _check_tokenizer(tokenizer)
+    assert tokenizer is not None
+    with tempfile.TemporaryDirectory(prefix="isingcut-", ignore_cleanup_errors=True) as place:
+        folder = Path(place) / "model"
+        try:
+            with quiet_transformers():
+                given.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        except (OSError, ValueError, RuntimeError, NotImplementedError) as e:
+            raise ModelError(
+                f"saving the loaded model into {folder} failed ({first_line(e)}); save it with "
+                "save_pretrained yourself and give that folder"
+            ) from e
+        digest = model_identity(folder)["sha256"][:16]
+        with holding(f"{type(given).__name__} in memory ({digest})", folder) as name:
+            yield name
+
+
+def _check_model(given: Any) -> None:
+    from transformers import PreTrainedModel
+
+    advice = "save_pretrained it into a folder and give that"
+    if not isinstance(given, PreTrainedModel):
+        raise InputError(
+            "model must be a folder, a hub id, a .gguf file or a loaded transformers model, got "
+            f"{type(given).__name__} (merge the adapters of a PEFT model first: "
+            "merge_and_unload)"
+        )
+    if getattr(given, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"this {type(given).__name__} has adapters loaded, which are no part of its blocks; "
+            "merge them with PEFT (merge_and_unload) and give the merged model"
+        )
+    quantised = getattr(given.config, "quantization_config", None) is not None
+    if quantised or getattr(given, "hf_quantizer", None) is not None:
+        raise InputError(
+            f"this {type(given).__name__} is quantised in memory, so its blocks cannot be saved "
+            "as they were; give the folder or hub id of the model before quantisation"
+        )
+    if any(p.device.type == "meta" for p in given.parameters()):
+        raise InputError(
+            f"this {type(given).__name__} has weights that are not in memory (offloaded); "
+            f"give the folder it was loaded from, or {advice}"
+        )
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    if tokenizer is None:
+        raise InputError("a loaded model needs its tokenizer: prune(model, tokenizer=...)")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
+        )

@@ -1,0 +1,216 @@
+"""From a checkpoint folder to a frozen model in memory.
+
+torch is imported only when a model is really loaded, so that a wrong name is refused at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.errors import InputError, ModelError
+from isingcut.models.cache import gguf_cache
+from isingcut.models.checkpoint.read import HEADER_LIMIT, read_config
+from isingcut.models.fit import refuse_incomplete, refuse_infinite
+from isingcut.models.loading import loading, quiet_transformers
+from isingcut.models.sources import check_tokenizer, hub_id, resolve, weight_files
+from isingcut.options.spellings import parse_device
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+__all__ = [
+    "LoadedModel",
+    "dtype_name",
+    "hub_id",
+    "load",
+    "model_identity",
+    "pick_device",
+    "pick_dtype",
+    "quiet_transformers",
+    "resolve",
+]
+
+_EDGE = 1 << 20
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen model in evaluation mode, with its tokenizer and where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+
+
+def model_identity(folder: Path) -> dict[str, Any]:
+    """A hash that tells checkpoints apart, with the bytes of their weights.
+
+    SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
+    name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
+    model's size. A change of some middle tensor alone, at equal shapes, is not seen. A model
+    converted from GGUF has the SHA-256 of that file as well.
+    """
+    digest = hashlib.sha256()
+    config = read_config(folder)
+    for volatile in ("transformers_version", "_name_or_path"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    total = 0
+    for shard in weight_files(folder):
+        size = shard.stat().st_size
+        total += size
+        digest.update(f"{shard.name}:{size}".encode())
+        with shard.open("rb") as f:
+            header = int.from_bytes(f.read(8), "little")
+            digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
+            f.seek(max(0, size - _EDGE))
+            digest.update(f.read())
+    found: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
+    if folder.parent == gguf_cache():
+        found["gguf_sha256"] = folder.name
+    return found
+
+
+def load(
+    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a resolved folder: evaluation mode, no parameter requires a gradient.
+
+    Attention is transformers' own choice, SDPA wherever the architecture supports it. FP8
+    checkpoints are loaded with their weights as plain numbers.
+
+    Args:
+        dtype: ``"auto"`` takes bfloat16 where the device computes in it natively (CUDA from
+            compute capability 8, CPUs with AMX; with AVX512-BF16 if a short trial finds it faster),
+            else float32.
+        device: ``"auto"`` takes cuda, then mps, then cpu.
+
+    Raises:
+        ModelError: transformers cannot load it; tensors are missing from the checkpoint or have
+            other shapes (transformers would invent them at random with a mere warning), or hold
+            NaN or infinity; the configuration says another number of blocks.
+        CheckpointError: a file is damaged.
+        InputError: unknown dtype or a device that is not there.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from isingcut.models.architectures.auto import auto_class_of
+    from isingcut.models.fit import bounded_structure, check_fit
+    from isingcut.models.fp8 import fp8_layout, load_dequantised
+
+    place = pick_device(device)
+    number = pick_dtype(dtype, place)
+    check_tokenizer(folder)
+    seen = check_fit(folder)
+    with loading(f"the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model: Any
+    found: Any = {"missing_keys": (), "mismatched_keys": ()}
+    with (
+        loading(f"the model in {folder}"),
+        bounded_structure(seen.most_numbers, str(folder)),
+    ):
+        if fp8_layout(folder, seen.config):
+            model = load_dequantised(folder, number)
+        else:
+            loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
+            model, found = loader.from_pretrained(
+                folder,
+                dtype=number,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                # Refused below, with the tensor's name.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    refuse_incomplete(found, folder)
+    refuse_infinite(model.named_parameters(), folder)
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError as e:
+        raise ModelError(
+            f"the model in {folder} does not fit the memory of {place}; choose --device cpu"
+        ) from e
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(model, tokenizer, Path(folder), number, place)
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``."""
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(parse_device(device))
+    except InputError as e:
+        raise InputError(f"--device: {e}") from e
+    present = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if (chosen.index or 0) >= int(present.get(chosen.type, 0)):
+        raise InputError(f"--device {device} is not on this machine; choose auto or cpu")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype behind ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
+    import torch
+
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype in named:
+        return named[dtype]
+    if dtype != "auto":
+        raise InputError(f"--dtype must be auto, float32 or bfloat16; got {dtype!r}")
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        native = bool(features.get("amx_bf16"))
+        if features.get("avx512_bf16") and not native:
+            native = _bfloat16_is_faster()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def dtype_name(dtype: str, device: str) -> str:
+    """``"float32"`` or ``"bfloat16"``, whatever the options of a model say."""
+    return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
+
+
+@cache
+def _bfloat16_is_faster() -> bool:
+    """Whether this CPU multiplies matrices faster in bfloat16 than in float32, by trying.
+
+    AVX512-BF16 does not say: an Intel Xeon whose AMX is hidden (a virtual machine) has it and takes
+    1.5 to 2 times as long in bfloat16. Takes about 0.1 s; the fastest of many rounds in turns
+    counts, as other work on the machine only ever slows one down.
+    """
+    import torch
+
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    operands = {d: [torch.ones(n, 1024, dtype=d) for n in (256, 1024)] for d in seconds}
+    for _ in range(20):
+        for dtype, (a, b) in operands.items():
+            began = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
+    return seconds[torch.bfloat16] < seconds[torch.float32]

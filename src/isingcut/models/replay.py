@@ -1,0 +1,278 @@
+"""Run block i of a model on any hidden states: the recorded call of each block, replayed.
+
+transformers blocks take masks, position embeddings and caches that differ by layer. Nothing
+of that is rebuilt here: the model runs once with its blocks stubbed, what each block was
+called with is recorded, and block i is later called with the same arguments and other hidden
+states. So everything below works for any architecture whose blocks pass one residual stream
+on, and a state whose first removed block is i can reuse the hidden states that entered i.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from isingcut.errors import ArchitectureError
+from isingcut.models.architectures.live import stop_rescaling
+
+
+class _StackReached(Exception):
+    """Raised by the last stub: what comes after the blocks is not needed when recording."""
+
+
+class Replay:
+    """The blocks of one model, callable one at a time.
+
+    Args:
+        model: a causal language model; it is put in evaluation mode.
+        blocks: its removable blocks, in order.
+        device: where it computes; None takes that of its parameters.
+
+    Attributes:
+        bytes_per_token: of the residual stream, at its widest.
+        attention: how measurements compute attention (`tuning.py`); None keeps what was loaded.
+        threads: with how many threads at most; None: with those that torch takes.
+
+    Raises:
+        ArchitectureError: a block does not take and return one residual stream.
+    """
+
+    streamed: ClassVar[bool] = False
+    """Whether blocks are read from disk when they are run; then work goes block by block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        device: torch.device | None = None,
+    ) -> None:
+        self.model = model.eval()
+        stop_rescaling(model)
+        self.blocks = list(blocks)
+        self.device = device or next(model.parameters()).device
+        self.bytes_per_token = 0
+        self.attention: str | None = None
+        self.threads: int | None = None
+        # The rest of each block's output tuple (None for a bare tensor), for the stubs to return.
+        self._rest: list[tuple[Any, ...] | None] = []
+        self._learn_outputs()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from others, cheaply, for the fingerprint of a journal."""
+        parameters = list(self.model.parameters())
+        config = getattr(self.model, "config", None)
+        return {
+            "model": config.to_dict() if config is not None else None,
+            # Of every parameter: a fine-tune may share its first ones with its base.
+            "starts": [p.flatten()[:8].float().tolist() for p in parameters],
+            "dtype": str(parameters[0].dtype),
+            **({"attention": self.attention} if self.attention else {}),
+        }
+
+    def _learn_outputs(self) -> None:
+        shared: list[tuple[MutableMapping[Any, Any], int]] = []
+        passed_on: list[Tensor] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            stream = _Call.split(args, kwargs, len(self._rest)).hidden
+            assert stream is not None
+            if not passed_on:
+                shared.extend((v, len(v)) for v in kwargs.values() if isinstance(v, MutableMapping))
+            elif stream is not passed_on[-1] and not torch.equal(stream, passed_on[-1]):
+                raise ArchitectureError(
+                    f"the model changes the residual stream before block {len(self._rest)} "
+                    f"({type(module).__name__}): such blocks can be cut, but not measured one at "
+                    "a time"
+                )
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) and output else output
+            if not isinstance(stream, Tensor):
+                raise ArchitectureError(
+                    f"block {len(self._rest)} ({type(module).__name__}) returns "
+                    f"{type(output).__name__}; expected hidden states, or a tuple that starts "
+                    "with them"
+                )
+            if stream.shape[:2] != ids.shape:
+                raise ArchitectureError(
+                    f"block {len(self._rest)} ({type(module).__name__}) passes on a stream of "
+                    f"shape {list(stream.shape)}, expected (batch, tokens, width): such blocks can "
+                    "be cut, but not measured one at a time"
+                )
+            passed_on.append(stream)
+            width = stream[0, 0].numel() * stream.element_size()
+            self.bytes_per_token = max(self.bytes_per_token, width)
+            self._rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
+
+        handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in self.blocks]
+        handles += [b.register_forward_hook(after) for b in self.blocks]
+        ids = torch.zeros((1, 4), dtype=torch.long, device=self.device)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(self._rest) != len(self.blocks):
+            raise ArchitectureError(
+                f"{len(self.blocks)} blocks were found, but a forward pass called "
+                f"{len(self._rest)}; each must be called exactly once"
+            )
+        if any(len(value) > size for value, size in shared):
+            raise ArchitectureError(
+                "blocks hand keys and values to later blocks beside the residual stream: such "
+                "blocks can be cut, but not measured one at a time"
+            )
+
+    def record(self, input_ids: Tensor) -> Recording:
+        """Record how each block is called for ``input_ids`` (B, T); no block is run."""
+        calls: list[_Call] = []
+        last = len(self.blocks) - 1
+
+        def stub(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                call = _Call.split(args, kwargs, i)
+                calls.append(call)
+                if i == last:
+                    raise _StackReached
+                assert call.hidden is not None
+                return self._as_output(i, call.hidden)
+
+            return forward
+
+        ids = input_ids.to(self.device)
+        stubs = [stub(i) for i in range(len(self.blocks))]
+        with self._replaced(stubs), contextlib.suppress(_StackReached):
+            self.model(input_ids=ids, use_cache=False)
+        entered = calls[0].hidden
+        assert entered is not None
+        for call in calls:
+            call.hidden = None
+        return Recording(self, ids, entered, calls)
+
+    def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
+        """Seconds that each block takes for one sequence of ``length`` tokens (median)."""
+        ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
+        rounds = []
+        with torch.inference_mode():
+            recording = self.record(ids)
+            for _ in range(repeats + 1):
+                stream, times = recording.entered, []
+                for i in range(len(self)):
+                    began = time.perf_counter()
+                    stream = recording.block(i, stream)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    times.append(time.perf_counter() - began)
+                rounds.append(times)
+        # The first round warms up.
+        return [statistics.median(per_block) for per_block in zip(*rounds[1:], strict=True)]
+
+    def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
+
+        def stub(i: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._as_output(i, hidden)
+
+        with self._replaced([stub(i) for i in range(len(self.blocks))]):
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    def _as_output(self, i: int, hidden: Tensor) -> Any:
+        rest = self._rest[i]
+        return hidden if rest is None else (hidden, *rest)
+
+    @contextlib.contextmanager
+    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Swap every block's `forward`; an instance attribute set by others (hooks) comes back."""
+        before = [b.__dict__.get("forward") for b in self.blocks]
+        try:
+            for block, forward in zip(self.blocks, forwards, strict=True):
+                block.__dict__["forward"] = forward
+            yield
+        finally:
+            for block, old in zip(self.blocks, before, strict=True):
+                if old is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = old
+
+
+class _Call:
+    """The arguments one block was called with, without its hidden states."""
+
+    def __init__(
+        self, hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool
+    ) -> None:
+        self.hidden, self.args, self.kwargs, self.keyword = hidden, args, kwargs, keyword
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> _Call:
+        if args and isinstance(args[0], Tensor):
+            return cls(args[0], args[1:], kwargs, keyword=False)
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            return cls(kwargs["hidden_states"], args, rest, keyword=True)
+        raise ArchitectureError(
+            f"block {i} was called without hidden states as its first argument or as "
+            "'hidden_states'; such a block cannot be replayed"
+        )
+
+
+class Recording:
+    """The calls of all blocks for one micro-batch.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        entered: hidden states (B, T, D) that enter block 0.
+    """
+
+    def __init__(
+        self, replay: Replay, input_ids: Tensor, entered: Tensor, calls: list[_Call]
+    ) -> None:
+        self._replay, self._calls = replay, calls
+        self.input_ids, self.entered = input_ids, entered
+
+    def block(self, i: int, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, D) after block ``i``, from those before it."""
+        call, module = self._calls[i], self._replay.blocks[i]
+        if call.keyword:
+            output = module(*call.args, hidden_states=hidden, **call.kwargs)
+        else:
+            output = module(hidden, *call.args, **call.kwargs)
+        out: Tensor = output if isinstance(output, Tensor) else output[0]
+        return out
+
+    def logits(self, stream: Tensor, sample: int) -> Tensor:
+        """Logits (T, V) of one sample of the batch, from its stream (T, D) after the blocks.
+
+        One sample at a time, so that the logits of a whole batch never exist at once.
+        """
+        return self._replay.tail(stream[None], self.input_ids[sample : sample + 1])[0]
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc keep freed buffers instead of handing them back to the kernel.
+
+    Every block allocates activations of the same few sizes. By default glibc maps each one
+    anew, and the kernel clears its pages again: about a third of the time on a CPU. Does
+    nothing on other C libraries.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)

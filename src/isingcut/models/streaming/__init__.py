@@ -1,0 +1,12 @@
+"""Streaming: a model that is larger than memory, one block at a time from its safetensors.
+
+    skeleton   the model without weights; its plan says which stored tensors fill which block
+    reader     the stored bytes of one part, converted, into a buffer
+    store      two such buffers: one part in use while a thread fills the other
+    replay     the blocks as `isingcut.models.replay.Replay` has them, on such a store
+    states, gradients, scores, proof     what is measured, with blocks in the outer loop
+
+A *part* is a block, the input embedding or the output head. What is left (final norm, position
+embeddings, rotary buffers) is small and stays. So the peak is two parts and the hidden states
+that `memory` allows, whatever the model's size.
+"""

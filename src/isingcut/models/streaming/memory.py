@@ -1,0 +1,104 @@
+"""How much memory there is, how much may be used, and what a model's weights take."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isingcut.models.checkpoint.read import read_checkpoint
+from isingcut.options.spellings import parse_memory
+
+if TYPE_CHECKING:
+    import torch
+
+# Of the free memory, when no limit is given: the rest is for the system and for estimates' errors.
+_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """Memory that a measurement may take, in bytes.
+
+    Attributes:
+        total: of the whole process on a CPU, of all allocations on a GPU.
+        used: what was taken already when this was asked.
+    """
+
+    total: int
+    used: int
+
+    @property
+    def left(self) -> int:
+        """What weights and hidden states may still take."""
+        return max(0, self.total - self.used)
+
+
+def allowance(limit: str, device: torch.device) -> Allowance:
+    """The memory allowed on a device.
+
+    Args:
+        limit: as ``"8GB"`` or ``"50%"`` (of what is free); empty takes 80 % of what is free.
+            Processes that a launcher started on one machine have equal parts of a share.
+
+    Raises:
+        InputError: the limit cannot be read.
+    """
+    used, free = _used_and_free(device)
+    share = _SHARE
+    if limit:
+        asked, amount = parse_memory(limit)
+        if amount is not None:
+            return Allowance(int(amount), used)
+        assert asked is not None
+        share = asked
+    if device.type != "cuda":
+        share /= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return Allowance(used + int(share * free), used)
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights once loaded in ``dtype``, from its headers."""
+    total = 0
+    for tensor in read_checkpoint(folder).values():
+        if tensor.dtype.startswith(("F", "BF")):
+            count = 1
+            for side in tensor.shape:
+                count *= side
+            total += count * dtype.itemsize
+        else:
+            total += tensor.size
+    return total
+
+
+def _used_and_free(device: torch.device) -> tuple[int, int]:
+    if device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device), int(free) + held
+    import psutil
+
+    own = int(psutil.Process(os.getpid()).memory_info().rss)
+    return own, min(int(psutil.virtual_memory().available), container_room())
+
+
+def container_room(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes a container's control group still allows; a huge number outside of any."""
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = (root / limit).read_text(encoding="ascii").strip()
+            now = int((root / usage).read_text(encoding="ascii"))
+            stat = (root / limit).with_name("memory.stat").read_text(encoding="ascii")
+        except (OSError, ValueError):
+            continue
+        if most.isdigit():
+            # Cached file pages count as usage, but are given up when memory is wanted.
+            cached = [int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")]
+            return max(0, int(most) - now + sum(cached))
+    return 1 << 62

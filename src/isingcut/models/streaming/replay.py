@@ -1,0 +1,166 @@
+"""`Replay` on a model whose blocks are read when they are run."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from isingcut.errors import InputError
+from isingcut.models.architectures import find_stack, stack_modules, text_config
+from isingcut.models.compute.head import OutputHead
+from isingcut.models.replay import Replay
+from isingcut.models.streaming.buffers import Buffers
+from isingcut.models.streaming.memory import Allowance, allowance
+from isingcut.models.streaming.plan import EMBED
+from isingcut.models.streaming.skeleton import build_skeleton
+from isingcut.models.streaming.store import Store
+
+if TYPE_CHECKING:
+    from isingcut.data.tokens import TokenSet
+
+# What a block holds beside its input while it computes, in residual streams: queries, keys and
+# values, an MLP four times as wide three times over, float32 norms, and all of it for backward.
+BLOCK_STREAMS = 64
+# Float32 copies of one sample's logits: model, reference, comparison, gradient.
+_LOGITS_COPIES = 4
+# What is imported and compiled on the way, and what allocators keep for themselves.
+_SLACK = 256 * 2**20
+
+
+class StreamedReplay(Replay):
+    """The blocks of one model on disk, callable one at a time.
+
+    Args:
+        model: the skeleton.
+        store: its weights.
+        memory: what the process may take, and took before any weight was read.
+    """
+
+    streamed = True
+
+    def __init__(self, model: nn.Module, store: Store, memory: Allowance) -> None:
+        self.store, self.memory = store, memory
+        decoder: Any = model
+        self._embedding: Any = decoder.get_input_embeddings()
+        stack = find_stack(model)
+        self.dtype = store.dtype
+        super().__init__(model, stack_modules(model, stack), device=store.device)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from others, cheaply, for the fingerprint of a journal."""
+        config: Any = self.model.config
+        return {"model": config.to_dict(), "starts": self.store.reader.starts, "streamed": True}
+
+    @cached_property
+    def head(self) -> OutputHead:
+        """The output head, looked at once: that reads the embedding and the head."""
+        return OutputHead(self)
+
+    def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
+        width = int(self._embedding.weight.shape[-1])
+        stand_in = hidden.new_zeros((*input_ids.shape, width))
+        with _forward(self._embedding, lambda *args, **kwargs: stand_in):
+            return super().tail(hidden, input_ids)
+
+    def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
+        """Seconds that each block takes for one sequence of ``length`` tokens (median).
+
+        Of blocks with the same tensors one is timed.
+        """
+        kinds = [self.store.like(i) for i in range(len(self))]
+        examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+        ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
+        seconds: dict[Any, float] = {}
+        with torch.inference_mode():
+            recording = self.record(ids)
+            for i in self.store.sweep(sorted(examples.values())):
+                assert isinstance(i, int)
+                times = []
+                for _ in range(repeats + 1):
+                    began = time.perf_counter()
+                    recording.block(i, recording.entered)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    times.append(time.perf_counter() - began)
+                # The first one warms up.
+                seconds[kinds[i]] = statistics.median(times[1:])
+        return [seconds[kind] for kind in kinds]
+
+    def stream_bytes(self, batch: TokenSet) -> int:
+        """Bytes of the residual stream of a batch at one place."""
+        return int(batch.input_ids.numel()) * self.bytes_per_token
+
+    def room(self, batch: TokenSet) -> int:
+        """Bytes that hidden states kept between blocks may take.
+
+        Raises:
+            InputError: parts and one batch's own work leave none.
+        """
+        longest, count = int(batch.input_ids.shape[1]), int(batch.input_ids.numel())
+        vocabulary = int(text_config(self.model).vocab_size)
+        # A comparison keeps the original's logits of the batch, in the model's dtype.
+        logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.dtype.itemsize * count)
+        work = BLOCK_STREAMS * self.stream_bytes(batch) + logits
+        parts = 2 * self.store.buffers.size + self.store.resident
+        room = self.memory.left - parts - work - _SLACK
+        if room <= 0:
+            needed = self.memory.used + parts + work + _SLACK
+            raise InputError(
+                f"the memory allowed is {self.memory.total / 1e9:.2f} GB; streaming this model "
+                f"needs {needed / 1e9:.2f} GB before any hidden state is kept: two parts "
+                f"{parts / 1e9:.2f} GB, the work on {count} tokens "
+                f"{(work + _SLACK) / 1e9:.2f} GB, the process itself {self.memory.used / 1e9:.2f} "
+                "GB; raise --memory-limit or lower --batch-tokens"
+            )
+        return room
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def open_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_limit: str = "",
+    trust_remote_code: bool = False,
+    buffers: Buffers | None = None,
+) -> tuple[Any, Store, Allowance]:
+    """The skeleton of a checkpoint, the store of its weights, and the memory allowed.
+
+    Args:
+        folder: a resolved Hugging Face folder with safetensors.
+        buffers: those of another store, to share.
+
+    Raises:
+        ModelError: transformers cannot build it, or the checkpoint does not fit it.
+        InputError: the memory limit cannot be read.
+    """
+    memory = allowance(memory_limit, device)
+    model = build_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
+    paths = [block.path for block in find_stack(model).blocks]
+    store = Store(folder, model, paths, dtype, device, buffers)
+    return model, store, memory
+
+
+__all__ = ["EMBED", "StreamedReplay", "open_model"]

@@ -1,0 +1,180 @@
+"""The charts of one run: spectrum, energy against measured loss, healing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.report.run_files import RunFiles
+from isingcut.report.states import Book, State
+from isingcut.report.svg import Figure, Plot, x_span, y_span
+from isingcut.report.words import correlation_text, listed, plus_minus
+
+MOST_MARKS = 200
+"""Of a long training's losses so many are marked; the line goes through all."""
+
+
+def spectrum_figure(files: RunFiles, states: Book) -> Figure:
+    """Energy levels in their order, with the measured KL where both are in nats per token."""
+    spectrum = files.spectrum
+    if spectrum is None:
+        return Figure("spectrum", "Spectrum", f"Not run. Type `isingcut solve {files.arguments}`.")
+    unit = spectrum["unit"]
+    levels = states.of("candidate")
+    energies = [float(s["energy"]) for s in spectrum["states"]]
+    losses = [s for s in levels if s.kl is not None] if unit == "nats/token" else []
+    ends = [
+        k + sign * (s.kl_se or 0.0) for s in losses if (k := s.kl) is not None for sign in (-1, 1)
+    ]
+    plot = Plot(x_span([-0.5, len(levels) - 0.5]), y_span([*energies, *ends]))
+    step = max(1, -(-len(levels) // 8))
+    plot.axes(
+        "state, by energy",
+        f"{'energy and measured KL' if losses else 'energy'}, {unit}",
+        x_ticks=range(0, len(levels), step),
+    )
+    for rank, (level, energy) in enumerate(zip(levels, energies, strict=True)):
+        kind = "chosen" if level.chosen else "level"
+        plot.mark(rank, energy, level.tip(unit), kind, shape="level", state=level.number)
+    for level in losses:
+        assert level.kl is not None
+        kind = "chosen" if level.chosen else "measured"
+        plot.mark(
+            level.number, level.kl, level.tip(unit), kind, error=level.kl_se, state=level.number
+        )
+    gap = f"; the first gap is {energies[1] - energies[0]:.3g}" if len(energies) > 1 else ""
+    proof = (
+        "proven to be the lowest of all"
+        if spectrum["proven"]
+        else "the best found, not proven to be the lowest"
+    )
+    more = spectrum.get("searched", 0)
+    last = len(levels) - more - 1
+    words = (
+        f"The {last + 1} states, {proof}, reach from {energies[0]:.4g} to {energies[last]:.4g} "
+        f"{unit}{gap}."
+    )
+    if more:
+        words += f" With them {more} that the search had measured."
+    return Figure(
+        "spectrum",
+        "Spectrum",
+        words,
+        plot.svg(f"Energy levels. {words}"),
+        ("state", f"energy, {unit}", "above ground state", "measured KL", "blocks removed"),
+        [
+            (
+                str(rank),
+                f"{energy:.5g}",
+                f"{energy - energies[0]:.3g}",
+                "" if s.kl is None else plus_minus(s.kl, s.kl_se),
+                listed(s.removed),
+            )
+            for rank, (s, energy) in enumerate(zip(levels, energies, strict=True))
+        ],
+        [
+            ("level", "energy"),
+            *([("measured", "measured KL ± 1 SE")] if losses else []),
+            ("chosen", "chosen state"),
+        ],
+    )
+
+
+def scatter_figure(
+    name: str,
+    energy: Hamiltonian,
+    found: dict[str, Any],
+    states: Book,
+    *,
+    main: bool,
+    link: bool = True,
+) -> Figure:
+    """One energy against the measured KL of candidates and random states.
+
+    Args:
+        name: of the energy.
+        energy: gives the states' energies.
+        found: its fidelity on the KL.
+        main: it is the energy that chose.
+        link: a click on a state shows it.
+    """
+    shown = [s for kind in ("random", "candidate") for s in states.of(kind) if s.kl is not None]
+    x = np.zeros((len(shown), energy.n), dtype=bool)
+    for row, state in zip(x, shown, strict=True):
+        row[list(state.removed)] = True
+    energies = [float(e) for e in energy.energies(x)] if shown else []
+    losses = [float(s.kl) for s in shown if s.kl is not None]
+    lows = [k - (s.kl_se or 0.0) for k, s in zip(losses, shown, strict=True)]
+    highs = [k + (s.kl_se or 0.0) for k, s in zip(losses, shown, strict=True)]
+    plot = Plot(x_span(energies, log=True), y_span([*lows, *highs], log=True))
+    plot.axes(
+        f"energy {name}, {energy.unit}" + (" (log)" if plot.x.log else ""),
+        "measured KL, nats/token" + (" (log)" if plot.y.log else ""),
+    )
+    for state, value, loss in sorted(
+        zip(shown, energies, losses, strict=True), key=lambda t: t[0].chosen
+    ):
+        kind = "chosen" if state.chosen else "random" if state.kind == "random" else "measured"
+        tip = state.tip(energy.unit) if main else _tip_of(state, name, value, energy.unit)
+        plot.mark(
+            value, loss, tip, kind,
+            shape="ring" if state.kind == "random" else "dot",
+            error=state.kl_se, state=state.number if link else None,
+        )  # fmt: skip
+    words = (
+        f"Spearman {correlation_text(found, 'spearman')}, Kendall "
+        f"{correlation_text(found, 'kendall')} over n = {found['n']} states (95 % intervals)."
+    )
+    return Figure(
+        f"scatter-{name}",
+        f"{name} against measured loss",
+        words,
+        plot.svg(f"Energy {name} against measured KL. {words}"),
+        ("state", f"energy, {energy.unit}", "KL, nats/token", "blocks removed"),
+        [
+            (s.name, f"{e:.5g}", plus_minus(k, s.kl_se), listed(s.removed))
+            for s, e, k in sorted(zip(shown, energies, losses, strict=True), key=lambda t: t[1])
+        ],
+        [
+            ("measured", "low-energy candidates"),
+            ("random", "random states"),
+            ("chosen", "chosen state"),
+        ],
+    )
+
+
+def _tip_of(state: State, name: str, value: float, unit: str) -> str:
+    first, *lines = [line for line in state.tip(unit).split("\n") if not line.startswith("energy ")]
+    return "\n".join([first, f"{name} {value:.4g} {unit}", *lines])
+
+
+def healing_figure(healing: dict[str, Any]) -> Figure:
+    """The training loss of the cut model over the tokens it was healed with."""
+    steps = [s for s in healing.get("steps") or [] if s.get("loss") is not None]
+    if not steps:
+        return Figure("healing", "Loss while healing", "No training: the record holds no losses.")
+    by_tokens = all(s.get("tokens") is not None for s in steps)
+    places = [float(s["tokens"] if by_tokens else s["step"]) for s in steps]
+    losses = [float(s["loss"]) for s in steps]
+    plot = Plot(x_span(places, zero=True), y_span(losses, log=True))
+    unit = "tokens" if by_tokens else "steps"
+    plot.axes(f"{unit} of training", "training loss" + (" (log)" if plot.y.log else ""))
+    plot.line(list(zip(places, losses, strict=True)), "healed")
+    every = -(-len(steps) // MOST_MARKS)
+    for step, place, loss in list(zip(steps, places, losses, strict=True))[::every]:
+        tip = f"step {step['step']}\n{place:.0f} {unit}\nloss {loss:.4f}"
+        plot.mark(place, loss, tip, "healed")
+    words = (
+        f"From {losses[0]:.4f} at the first record to {losses[-1]:.4f} after {places[-1]:,.0f} "
+        f"{unit}; the lowest is {min(losses):.4f}."
+    )
+    return Figure(
+        "healing",
+        "Loss while healing",
+        words,
+        plot.svg(f"Training loss. {words}"),
+        ("step", "tokens", "loss"),
+        [(str(s["step"]), f"{s.get('tokens', '')}", f"{float(s['loss']):.5f}") for s in steps],
+    )

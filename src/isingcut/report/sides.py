@@ -1,0 +1,154 @@
+"""Runs side by side in words and rows: what each is, what differs, and what may be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isingcut.report.run_files import RunFiles
+from isingcut.report.words import correlation_text, listed, numbers, plus_minus
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison.
+
+    Attributes:
+        files: its files.
+        name: its folder, with the folder above where names are the same.
+        tone: number of its colour.
+    """
+
+    files: RunFiles
+    name: str
+    tone: int
+
+    @property
+    def text(self) -> str | None:
+        """SHA-256 of its calibration tokens; equal where losses were measured on the same text."""
+        found = self.files.run["provenance"].get("calibration")
+        return None if found is None else str(found["sha256"])
+
+    @property
+    def sha(self) -> str:
+        """SHA-256 that identifies its model."""
+        return str(self.files.run["provenance"]["model"]["sha256"])
+
+    @property
+    def loss(self) -> dict[str, Any] | None:
+        """The chosen state as the ranking measured it."""
+        found = self.files.candidates
+        return None if found is None else found["chosen"]
+
+
+def numbers_of(count: int) -> str:
+    """A number of runs in words."""
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def named(found: Sequence[RunFiles]) -> list[Run]:
+    places = [f.target.resolve() for f in found]
+    short = [p.name for p in places]
+    long = [f"{p.parent.name}/{p.name}" for p in places]
+    names = [s if short.count(s) == 1 else n for s, n in zip(short, long, strict=True)]
+    names = [n if names.count(n) == 1 else f"{n} ({k + 1})" for k, n in enumerate(names)]
+    return [Run(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))]
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Model, text and every option that is not the same in all runs."""
+    rows = [
+        ("model", [r.files.model for r in runs], [r.sha for r in runs]),
+        (
+            "calibration text",
+            [f"{source(r)} (SHA-256 {(r.text or 'not there')[:8]})" for r in runs],
+            [str(r.text) for r in runs],
+        ),
+    ]
+    keys = list(dict.fromkeys(k for r in runs for k in r.files.run["config"]))
+    for key in keys:
+        values = [str(r.files.run["config"].get(key, "")) for r in runs]
+        if key not in ("model", "calibration"):
+            rows.append((key.replace("_", " "), values, values))
+    return [(name, shown) for name, shown, told in rows if len(set(told)) > 1]
+
+
+def source(run: Run) -> str:
+    found = run.files.run["provenance"].get("calibration")
+    return "" if found is None else str(found["source"])
+
+
+def comparison_warnings(runs: Sequence[Run]) -> list[str]:
+    said = []
+    if len({r.sha for r in runs}) > 1:
+        said.append(
+            "The runs are of different models: a KL says how far each cut is from its own original."
+        )
+    if len({r.text for r in runs}) > 1:
+        said.append(
+            "The runs were measured on different tokens, so their losses are not directly "
+            "comparable; give them the same --calibration, --length, --rank-samples and --seed "
+            "to compare energies alone."
+        )
+    counts = {len(r.files.removed) for r in runs if r.files.removed is not None}
+    if len(counts) > 1:
+        sizes = numbers(sorted(counts))
+        said.append(f"They remove different numbers of blocks: {sizes}. See the trade-offs below.")
+    absent = [r.name for r in runs if r.loss is None]
+    if absent:
+        said.append(
+            f"Not ranked, so without losses: {', '.join(absent)}. Type isingcut rank for them."
+        )
+    said += [f"{r.name}: {w}" for r in runs for w in r.files.warnings]
+    return said
+
+
+def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What each run is and came to: names and one text per run."""
+
+    def text(say: Callable[[RunFiles], str | None]) -> list[str]:
+        return [say(r.files) or "not run" for r in runs]
+
+    def evaluated(key: str, form: str, scale: float = 1.0) -> list[str]:
+        def say(files: RunFiles) -> str | None:
+            found = files.evaluation
+            if found is None:
+                return None
+            a, b = found["before"].get(key), found["after"].get(key)
+            if a is None or b is None:
+                return "not measured"
+            return f"{a / scale:{form}} → {b / scale:{form}} ({100 * (b / a - 1):+.1f} %)"
+
+        return text(say)
+
+    def ranked(say: Callable[[dict[str, Any]], str]) -> list[str]:
+        return text(lambda f: None if f.candidates is None else say(f.candidates))
+
+    return [
+        ("model", text(lambda f: f.model)),
+        ("energy", text(lambda f: f"`{f.energy}`")),
+        ("calibration", [source(r) or "not run" for r in runs]),
+        ("blocks", text(lambda f: str(len(f.blocks)))),
+        ("removed", text(lambda f: None if f.removed is None else listed(f.removed))),
+        ("chosen", ranked(lambda c: f"state {c['chosen']['position']}, {c['chosen']['why']}")),
+        ("Spearman", ranked(lambda c: correlation_text(c["fidelity"]["kl"], "spearman"))),
+        ("Kendall", ranked(lambda c: correlation_text(c["fidelity"]["kl"], "kendall"))),
+        (
+            "KL, ranking text",
+            ranked(lambda c: plus_minus(c["chosen"]["kl"], c["chosen"]["kl_se"])),
+        ),
+        (
+            "KL, unseen text",
+            text(
+                lambda f: (
+                    None
+                    if f.evaluation is None
+                    else plus_minus(f.evaluation["kl"], f.evaluation["kl_se"])
+                )
+            ),
+        ),
+        ("perplexity", evaluated("perplexity", ".2f")),
+        ("parameters, millions", evaluated("parameters", ".1f", 1e6)),
+        ("decode, tokens/s", evaluated("decode_tokens_per_second", ".1f")),
+    ]

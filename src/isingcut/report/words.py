@@ -1,0 +1,308 @@
+"""Figures of a run in words, rows and maps, for the report and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+
+from isingcut.printing import printable
+
+POOR_SPEARMAN = 0.6
+"""Below this rank correlation the energy is called a poor guide."""
+FAR_TOO_LOW = 0.5
+"""Below this share of its measured loss a state's energy is called far too low."""
+FEW_STATES = 30
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    # Markdown, not HTML: nothing is escaped, generated text goes into code fences.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("isingcut.report"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["fenced"] = fenced
+    return environment
+
+
+def render(template: str, **values: Any) -> str:
+    """A packaged template with its values filled in, without control characters of theirs."""
+    return printable(_environment().get_template(template).render(**values))
+
+
+def fenced(text: str) -> str:
+    """``text`` as a code block whose fence no run of backticks in it can close."""
+    longest = run = 0
+    for character in text:
+        run = run + 1 if character == "`" else 0
+        longest = max(longest, run)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def numbers(blocks: Sequence[int]) -> str:
+    """Block numbers as a list in words."""
+    listed = [str(b) for b in blocks]
+    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def removal_summary(
+    removed: Sequence[int] | None,
+    total: int,
+    energy: str,
+    meta: Mapping[str, Any] | None,
+    candidates: Mapping[str, Any] | None,
+    healed: Mapping[str, Any] | None = None,
+) -> str:
+    """What was removed and why, in one paragraph; only what the files say.
+
+    Args:
+        removed: blocks that are gone, None before a choice.
+        total: N.
+        energy: the name of the energy.
+        meta: the provenance of its Hamiltonian.
+        candidates: content of `candidates.json`.
+        healed: content of `healed-candidates.json`, where healed candidates were compared.
+    """
+    if removed is None:
+        return ""
+    noun = "Block" if len(removed) == 1 else "Blocks"
+    verb = "is" if len(removed) == 1 else "are"
+    said = [f"{noun} {numbers(removed)} of {total} (numbered from 0) {verb} removed."]
+    if candidates is None:
+        return f"{said[0]} The run's files hold no measured ranking behind this choice."
+    if healed is not None and sorted(healed["chosen"]["removed"]) == sorted(removed):
+        count, best = len(healed["candidates"]), healed["chosen"]
+        loss = plus_minus(best["kl"], best["kl_se"])
+        said.append(
+            f"The {count} candidates of lowest measured KL were each healed for a few steps and "
+            f"measured again; this one was then the best (KL {loss} nats per token, before "
+            f"{best['kl_before']:.4f})."
+        )
+        return " ".join(said)
+    if sorted(candidates["chosen"]["removed"]) != sorted(removed):
+        said.append("They were named by hand, not chosen from a spectrum.")
+        return " ".join(said)
+    chosen = candidates["chosen"]
+    text = ""
+    if meta is not None and "tokens" in meta:
+        text = f", measured on {meta['tokens']} tokens"
+        if "loss" in meta:
+            text += f" as {meta['loss']}"
+    count = len(candidates["candidates"])
+    place = "the ground state" if chosen["position"] == 0 else f"state {chosen['position']}"
+    given = f"the {count} lowest states of an Ising model over the blocks"
+    if meta is not None and "search" in meta:
+        given = (
+            f"{count} candidates: the lowest states of an Ising model over the blocks, and the "
+            "best that its search had measured"
+        )
+    said.append(
+        f"An energy (`{energy}`{text}) gave {given}; each was then measured on "
+        f"{candidates['tokens']} other tokens. The choice is {place} of that "
+        f"spectrum (0 is the lowest), energy {chosen['energy']:.4g} "
+        f"{candidates.get('energy_unit', '')}".rstrip()
+        + f", for this reason: {chosen['why']} (KL {plus_minus(chosen['kl'], chosen['kl_se'])} "
+        "nats per token)."
+    )
+    return " ".join(said)
+
+
+def listed(removed: Sequence[int]) -> str:
+    """Blocks as a row of numbers."""
+    return " ".join(map(str, removed))
+
+
+def plus_minus(value: float, error: float | None, form: str = ".4f") -> str:
+    """A figure with its standard error, where there is one."""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def comparison(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows of the before/after table: name, original, cut, change."""
+    before, after = evaluation["before"], evaluation["after"]
+    rows = [
+        (
+            "perplexity",
+            plus_minus(before["perplexity"], before["perplexity_se"], ".2f"),
+            plus_minus(after["perplexity"], after["perplexity_se"], ".2f"),
+            _change(before["perplexity"], after["perplexity"]),
+        ),
+        (
+            "NLL, nats/token",
+            plus_minus(before["nll"], before.get("nll_se")),
+            plus_minus(after["nll"], after.get("nll_se")),
+            f"{after['nll'] - before['nll']:+.4f}",
+        ),
+        (
+            "KL(original ‖ cut), nats/token",
+            "0",
+            plus_minus(evaluation["kl"], evaluation["kl_se"]),
+            "",
+        ),
+    ]
+    for name, key, scale, form in (
+        ("blocks", "blocks", 1.0, ".0f"),
+        ("parameters, millions", "parameters", 1e6, ".2f"),
+        ("weights on disk, MB", "bytes", 1e6, ".1f"),
+        ("prefill, tokens/s", "prefill_tokens_per_second", 1.0, ".0f"),
+        ("decode, tokens/s", "decode_tokens_per_second", 1.0, ".1f"),
+        ("peak memory, MB", "peak_memory_bytes", 1e6, ".0f"),
+    ):
+        a, b = before.get(key), after.get(key)
+        if a is None or b is None:
+            rows.append((name, "not measured", "not measured", ""))
+        else:
+            shown = []
+            for side in (before, after):
+                error = side.get(f"{key}_se")
+                scaled = None if error is None else error / scale
+                shown.append(plus_minus(side[key] / scale, scaled, form))
+            rows.append((name, shown[0], shown[1], _change(a, b)))
+    return rows
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %" if before else ""
+
+
+def fidelity_rows(judged: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of the fidelity table: energy, loss, states, Spearman, Kendall, n."""
+    kinds = (
+        ("kl", "KL", "candidates and random"),
+        ("nll", "NLL", "candidates and random"),
+        ("kl_random_only", "KL", "random only"),
+    )
+    rows: list[tuple[str, ...]] = []
+    for energy, losses in judged.items():
+        for key, loss, states in kinds:
+            if key in losses:
+                found = losses[key]
+                figures = (correlation_text(found, "spearman"), correlation_text(found, "kendall"))
+                rows.append((f"`{energy}`", loss, states, *figures, str(found["n"])))
+    return rows
+
+
+def correlation_text(found: Mapping[str, Any], name: str) -> str:
+    """A rank correlation with its 95 % interval."""
+    if found.get(name) is None:
+        return "undefined"
+    low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
+    interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+    return f"{found[name]:.2f}{interval}"
+
+
+def search_warnings(meta: Mapping[str, Any], removals: Sequence[str]) -> list[str]:
+    """That an energy corrected near some removals is used for others, where it is so.
+
+    Args:
+        meta: the energy's provenance.
+        removals: what is solved for.
+    """
+    near = list(meta.get("search", {}).get("targets", {}))
+    others = [removal for removal in removals if near and removal not in near]
+    if not others:
+        return []
+    return [
+        f"this energy was corrected near {', '.join(near)}; for {', '.join(others)} it is less "
+        "sure: search there too (a new run, --remove 4..12 takes several at once), or use "
+        "--energy pairwise, which favours no size"
+    ]
+
+
+def ranking_warnings(energy: str, candidates: Mapping[str, Any]) -> list[str]:
+    """What to know before trusting a choice; empty where the energy ranked and priced it well.
+
+    Args:
+        energy: its name.
+        candidates: content of `candidates.json`.
+    """
+    said = fidelity_warnings(energy, candidates["fidelity"]["kl"])
+    chosen = candidates["chosen"]
+    if (
+        candidates.get("energy_unit") == "nats/token"
+        and chosen["energy"] < FAR_TOO_LOW * chosen["kl"]
+    ):
+        advice = "search longer (--effort)" if energy == "refined" else "use --energy auto"
+        said.append(
+            f"`{energy}` puts the chosen state at {chosen['energy']:.3g} nats per token, measured "
+            f"were {chosen['kl']:.3g}: three and more blocks interact here in ways that it does "
+            f"not know. Better states may lie where it did not look: {advice}, or remove fewer "
+            "blocks."
+        )
+    return said
+
+
+def fidelity_warnings(energy: str, found: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before trusting the energy; empty when it ranked well."""
+    said = []
+    value, low = found["spearman"], found.get("spearman_low")
+    if value is None:
+        said.append(
+            f"The rank correlation of `{energy}` with measured losses is undefined here (too few "
+            "states, or all alike): how well it ranks is not known."
+        )
+    elif value < POOR_SPEARMAN:
+        said.append(
+            f"`{energy}` ranked the measured states poorly (Spearman {value:.2f}, below "
+            f"{POOR_SPEARMAN}). Do not trust its spectrum beyond the states measured: use more "
+            "samples, another --energy, or more --states."
+        )
+    elif low is not None and low < POOR_SPEARMAN:
+        said.append(
+            f"The interval of the Spearman correlation of `{energy}` reaches down to {low:.2f}: "
+            "that it ranks well is not established; measure more --random-states."
+        )
+    if value is not None and found["n"] < FEW_STATES:
+        said.append(f"Only {found['n']} states were measured; the correlation is uncertain.")
+    return said
+
+
+def spectrum_words(spectrum: Mapping[str, Any]) -> str:
+    """How many states, from which solver, and whether they are proven to be the lowest."""
+    status = "proven to be the lowest" if spectrum["proven"] else "the best found, not proven"
+    more = spectrum.get("searched", 0)
+    searched = f" With them {more} that the search had measured." if more else ""
+    return (
+        f"{len(spectrum['states']) - more} states by `{spectrum['solver']}` in "
+        f"{spectrum['seconds']:.2f} s, {status}.{searched}"
+    )
+
+
+def spectrum_map(
+    spectrum: Mapping[str, Any],
+    candidates: Mapping[str, Any] | None,
+    removed: Sequence[int] | None,
+) -> list[str]:
+    """The spectrum as monospaced lines: rank, energy, measured KL, one column per block."""
+    n = int(spectrum["n"])
+    measured = (
+        {} if candidates is None else {tuple(r["removed"]): r for r in candidates["candidates"]}
+    )
+    cells = []
+    for state in spectrum["states"]:
+        row = measured.get(tuple(state["removed"]))
+        gone = set(state["removed"])
+        mark = "*" if removed is not None and sorted(gone) == sorted(removed) else " "
+        kl = "" if row is None else plus_minus(row["kl"], row["kl_se"])
+        blocks = "".join("·" if i in gone else "#" for i in range(n))
+        cells.append((mark + str(state["rank"]), f"{state['energy']:.4g}", kl, blocks))
+    wide = [
+        max(len(h), *(len(c[k]) for c in cells)) for k, h in enumerate(("rank", "energy", "KL"))
+    ]
+    margin = " " * (sum(wide) + 2 * len(wide))
+    tens = "".join(str(i // 10) if i % 10 == 0 else " " for i in range(n)).rstrip()
+    head = "  ".join(h.rjust(w) for h, w in zip(("rank", "energy", "KL"), wide, strict=True))
+    units = "".join(str(i % 10) for i in range(n))
+    lines = [f"{margin}{tens}", f"{head}  {units}"]
+    for *figures, blocks in cells:
+        shown = "  ".join(f.rjust(w) for f, w in zip(figures, wide, strict=True))
+        lines.append(f"{shown}  {blocks}")
+    return lines

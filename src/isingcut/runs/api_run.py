@@ -1,0 +1,330 @@
+"""A removal of a measured model as an object: its spectrum, its choice, what can be made of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.files import read_json
+from isingcut.inputs import user_path
+from isingcut.options.config import RunConfig
+from isingcut.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from isingcut.ising.hamiltonian import Hamiltonian
+    from isingcut.ising.spectrum import Spectrum
+    from isingcut.runs.folder import RunFolder
+    from isingcut.runs.session import Session
+
+__all__ = ["Run", "State", "energy_warnings"]
+
+
+@dataclass(frozen=True)
+class State:
+    """One measured state of a model's blocks.
+
+    Attributes:
+        removed: the blocks that go, ascending, numbered from 0.
+        energy: what the Hamiltonian says of it, in the Hamiltonian's unit.
+        kl: KL(original || cut), nats per token, on text the energy has not seen.
+        kl_se: its standard error over samples; None for a single sample.
+        nll: negative log-likelihood, nats per token.
+        position: place among the candidates by energy, 0 for the lowest.
+
+    Examples:
+        >>> run = isingcut.open_run("my-run")
+        >>> list(run.chosen.removed) == run.spectrum.removed(run.chosen.position)
+        True
+    """
+
+    removed: tuple[int, ...]
+    energy: float
+    kl: float
+    kl_se: float | None
+    nll: float
+    position: int
+
+
+class Run:
+    """One removal of a measured model: its spectrum, its choice, and what can be made of it.
+
+    Made by `prune` or `open_run`. What is not there yet is made when it is first asked for, and
+    kept in the run folder.
+
+    Examples:
+        >>> run = isingcut.open_run("my-run")
+        >>> run
+        <isingcut run of my-model: 3 of 10 blocks go>
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        session: Session | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self._folder, self._given, self._progress = folder, session, progress
+        self.config = config
+
+    @cached_property
+    def _session(self) -> Session:
+        from isingcut.runs import pipeline
+
+        if self._given is not None:
+            return self._given
+        return pipeline.session_of(self._folder, self.config, self._progress)
+
+    def __repr__(self) -> str:
+        total = self.blocks
+        went = self.config.removal
+        what = f"{went} of {total} blocks go" if went.isdecimal() else f"{went} of {total} blocks"
+        return f"<isingcut run of {self.config.model}: {what}>"
+
+    @property
+    def path(self) -> Path:
+        """The folder that holds this removal's files.
+
+        Examples:
+            >>> isingcut.open_run("my-run").path
+            PosixPath('my-run')
+        """
+        return self._folder.target(self.config.removal)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the original has.
+
+        Examples:
+            >>> isingcut.open_run("my-run").blocks
+            10
+        """
+        return len(self._folder.manifest["blocks"]["blocks"])
+
+    @cached_property
+    def hamiltonian(self) -> Hamiltonian:
+        """The measured energy.
+
+        Examples:
+            >>> isingcut.open_run("my-run").hamiltonian.unit
+            'nats/token'
+        """
+        from isingcut.ising.hamiltonian import Hamiltonian
+
+        file = self._folder.path / "hamiltonian.safetensors"
+        return self._folder.load(file, Hamiltonian.load)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The low-energy states, ranked.
+
+        Examples:
+            >>> len(isingcut.open_run("my-run").spectrum)
+            20
+        """
+        from isingcut.runs import stages
+
+        return stages.solve(self._folder, self.config)
+
+    @cached_property
+    def ranking(self) -> dict[str, Any]:
+        """The content of candidates.json: candidates and random states with their losses.
+
+        Examples:
+            >>> ranking = isingcut.open_run("my-run").ranking
+            >>> len(ranking["candidates"]) == len(isingcut.open_run("my-run").spectrum)
+            True
+        """
+        from isingcut.runs import stages
+
+        file = self.path / "candidates.json"
+        record = self._folder.manifest["stages"].get(str(file.relative_to(self._folder.path)))
+        if file.exists() and record is not None and record["done"]:
+            # Reading what is there needs no model.
+            return self._folder.load(file, _candidates)
+        assert self.spectrum is not None
+        return stages.rank(self._session, self._folder)
+
+    @property
+    def candidates(self) -> list[State]:
+        """The spectrum's states as measured, in the order of their energy.
+
+        Examples:
+            >>> run = isingcut.open_run("my-run")
+            >>> min(run.candidates, key=lambda s: s.kl) == run.chosen
+            True
+        """
+        return [_state(row, k) for k, row in enumerate(self.ranking["candidates"])]
+
+    @property
+    def chosen(self) -> State:
+        """The state that was chosen, and that `save` cuts.
+
+        With the option ``heal_top`` the choice is made again after healing, when `save` or
+        `evaluate` is called; this stays the choice of the ranking.
+
+        Examples:
+            >>> isingcut.open_run("my-run").chosen.kl > 0
+            True
+        """
+        found = self.ranking["chosen"]
+        return _state(found, int(found["position"]))
+
+    @property
+    def curve(self) -> list[State]:
+        """The chosen state of every removal that was ranked in this folder, fewest blocks first.
+
+        Examples:
+            >>> [len(state.removed) for state in isingcut.open_run("my-run").curve]
+            [3]
+        """
+        home = self._folder.path
+        files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
+        chosen = [self._folder.load(f, _candidates)["chosen"] for f in files if f.exists()]
+        states = [_state(row, int(row["position"])) for row in chosen]
+        return sorted(states, key=lambda s: (len(s.removed), s.kl))
+
+    @property
+    def fidelity(self) -> dict[str, Any]:
+        """How well the energy ranked measured KL: ``spearman`` and ``kendall`` with their
+        intervals (``_low``, ``_high``), and ``n`` states.
+
+        Examples:
+            >>> isingcut.open_run("my-run").fidelity["n"]
+            60
+        """
+        found: dict[str, Any] = self.ranking["fidelity"]["kl"]
+        return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before trusting the choice, and what to do; empty where all is well.
+
+        Examples:
+            >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
+            []
+        """
+        from isingcut.report.words import search_warnings
+
+        far = search_warnings(self.hamiltonian.meta, [self.config.removal])
+        return far + energy_warnings(self.config, self.ranking)
+
+    def at(self, remove: int | str) -> Run:
+        """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.
+
+        Examples:
+            >>> isingcut.open_run("my-run").at(4).spectrum.states.sum(axis=1).tolist()[:2]
+            [4, 4]
+        """
+        config = self.config.replace(remove=str(remove), budget="")
+        session = None
+        if "_session" in self.__dict__ or self._given is not None:
+            session = self._session.at(config)
+        return Run(self._folder, config, session, self._progress)
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        blocks: Sequence[int] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the smaller model, a plain Hugging Face checkpoint with a model card.
+
+        The cut is reloaded and proven to compute what the original does with the same blocks
+        skipped, before it appears under its name. With the options ``patch`` or ``heal`` the run
+        heals it then, and the healed checkpoint is written.
+
+        Args:
+            out: the new folder.
+            blocks: cut these instead of the chosen ones; they are not healed.
+            overwrite: ``out`` may be replaced.
+
+        Raises:
+            OutputExistsError: ``out`` is there.
+            VerificationError: the proof failed; nothing was kept.
+
+        Examples:
+            >>> run = isingcut.open_run("my-run")
+            >>> sorted(p.name for p in run.save("by-hand", blocks=[1, 4]).glob("*.safetensors"))
+            ['model.safetensors']
+        """
+        from isingcut.files import atomic_folder
+        from isingcut.outputs import check_output
+        from isingcut.runs import healing_stages, stages
+
+        target = user_path(out)
+        sources = [self._session.source, *self._folder.sources, self._folder.path]
+        check_output(target, overwrite=overwrite, sources=sources)
+        if blocks is None and healing_stages.wanted(self.config):
+            healed = self._healed()
+            with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
+                shutil.copytree(healed, temporary, dirs_exist_ok=True)
+            return target
+        removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
+        stages.write_checkpoint(self._session, self._folder, removed, target, overwrite=overwrite)
+        return target
+
+    def _healed(self) -> Path:
+        """The run's final checkpoint in its folder: cut, and healed where the options say so."""
+        from isingcut.runs import healing_stages, stages
+
+        assert self.chosen is not None
+        healing_stages.choose(self._session, self._folder)
+        stages.excise(self._session, self._folder)
+        return healing_stages.heal(self._session, self._folder) or self.path / "model"
+
+    def evaluate(self) -> dict[str, Any]:
+        """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
+
+        The smaller model is the healed one where the options ``patch`` or ``heal`` ask for it.
+
+        Returns:
+            the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``.
+
+        Examples:
+            >>> found = isingcut.open_run("my-run").evaluate()
+            >>> found["after"]["blocks"], found["before"]["blocks"]
+            (7, 10)
+        """
+        from isingcut.runs import stages
+
+        self._healed()
+        return stages.evaluate(self._session, self._folder)
+
+    def report(self) -> Path:
+        """Write the report of what is there so far; the path of its Markdown.
+
+        Examples:
+            >>> isingcut.open_run("my-run").report().name
+            'report.md'
+        """
+        from isingcut.runs import stages
+
+        return stages.report(self._folder, self.config.removal)
+
+
+def _candidates(path: Path) -> dict[str, Any]:
+    return read_json(path, "candidates")
+
+
+def _state(row: dict[str, Any], position: int) -> State:
+    return State(
+        tuple(int(b) for b in row["removed"]),
+        float(row["energy"]),
+        float(row["kl"]),
+        row["kl_se"],
+        float(row["nll"]),
+        position,
+    )
+
+
+def energy_warnings(config: RunConfig, ranking: dict[str, Any]) -> list[str]:
+    """What to know before trusting a ranking's choice, and what to do."""
+    from isingcut.report.words import ranking_warnings
+
+    return ranking_warnings(config.energy, ranking)

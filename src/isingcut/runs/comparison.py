@@ -1,0 +1,189 @@
+"""Stage `baseline`: another method's choice on a run folder's own text, and what it is worth.
+
+The baseline sees the samples that built the energy; its choice is measured on the split that
+ranks the candidates, so that `baseline-NAME.json` and `candidates.json` compare as they stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from isingcut.errors import InputError
+from isingcut.files import read_json, write_json
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import shown
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.measuring import samples_of, splits_of, upstream
+from isingcut.runs.removal import removal_rows
+from isingcut.runs.session import Session
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from isingcut.baselines.base import Outcome
+    from isingcut.data.tokens import TokenSet
+    from isingcut.measure.losses import Measurement
+    from isingcut.measure.work import Work
+    from isingcut.models.replay import Replay
+
+
+_LARGEST = 1_000_000
+
+
+def baseline_part(name: str, settings: Sequence[str]) -> Any:
+    """The baseline called ``name`` with settings as ``option=value`` texts.
+
+    Raises:
+        InputError: no such option, a value of another type than its default's, or a number
+            above a million.
+    """
+    from isingcut.baselines import registry
+    from isingcut.options.yaml_file import parse_yaml
+
+    part = registry.get(name)
+    known = {f.name: f.default for f in dataclasses.fields(part)}
+    chosen: dict[str, Any] = {}
+    for setting in settings:
+        option, equals, text = setting.partition("=")
+        option = option.strip().replace("-", "_")
+        if not equals or option not in known:
+            listed = ", ".join(known) or "none"
+            raise InputError(f"--set {shown(setting)}: expected OPTION=VALUE; {name} has: {listed}")
+        try:
+            value = parse_yaml(text)
+        except ValueError as e:
+            raise InputError(f"--set {shown(setting)} is not a readable value ({e})") from e
+        if isinstance(value, list):
+            value = tuple(value)
+        # Only a number may stand where the default is left to the method.
+        expected = int if known[option] is None else type(known[option])
+        items = value if isinstance(value, tuple) and expected is tuple else ()
+        if type(value) is not expected or any(type(v) is not int for v in items):
+            raise InputError(
+                f"--set {shown(setting)}: expected a value like {known[option]!r}, "
+                f"got {shown(text)}"
+            )
+        if any(isinstance(v, int) and abs(v) > _LARGEST for v in (value, *items)):
+            raise InputError(f"--set {shown(setting)}: numbers end at {_LARGEST:,}")
+        chosen[option] = value
+    return part(**chosen)
+
+
+def compare(
+    session: Session, folder: RunFolder, name: str, settings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
+
+    A method knows numbers of blocks only: where the removal is a budget or a number per kind, it
+    removes as many as the run's chosen state, and ``violated`` says what it breaks.
+
+    Returns:
+        The file's content: ``removed``; ``kl`` and ``nll`` with standard errors on the ranking
+        split; ``merges``, groups of blocks that were added into their first one, where the
+        method does so, and the losses are then those of the merged model; ``passes`` and
+        ``heads``, the price (see `isingcut.baselines.base.Outcome`); ``violated``, constraints
+        of the run that the method does not know and breaks.
+    """
+    config = session.config
+    part = baseline_part(name, settings)
+    count = _count(folder, config)
+    rows = removal_rows(folder.manifest["blocks"], config)
+    samples = samples_of(config, config.energy)
+    target = folder.target(config.removal)
+    options = upstream(folder) | {
+        "baseline": name,
+        "options": repr(part),
+        "remove": count,
+        "rows": [row.name for row in rows],
+        "samples": samples,
+        "seed": config.seed,
+        "dtype": str(session.loaded.dtype),
+    }
+
+    def make(path: Path) -> None:
+        from isingcut.measure.work import Work
+
+        splits = splits_of(folder)
+        searched = splits["energy"].select(range(samples))
+        with session.computing(folder):
+            work = Work(session.tuning.batch_tokens, session.progress, journal)
+            outcome = part.choose(session.replay, searched, count, work, config.seed)
+            found = measure_outcome(session.replay, splits["rank"], outcome, work)
+        content = {
+            "baseline": name,
+            "options": dataclasses.asdict(part),
+            "settings": list(settings),
+            "removed": list(outcome.removed),
+            "merges": [list(group) for group in outcome.merges],
+            "kl": float(found.kl[0]),
+            "kl_se": _finite(found.kl_se[0]),
+            "nll": float(found.nll[0]),
+            "nll_se": _finite(found.nll_se[0]),
+            "passes": outcome.passes,
+            "heads": outcome.heads,
+            "tokens_searched": searched.tokens,
+            "tokens_judged": int(found.counts.sum()),
+            "violated": [row.name for row in rows if not row.satisfied(found.states)[0]],
+            "info": outcome.info,
+        }
+        write_json(path, "baseline", content)
+
+    file = target / f"baseline-{name}.json"
+    journal = file.with_name(file.name + ".journal")
+    result = folder.stage("baseline", file, options, make, lambda path: read_json(path, "baseline"))
+    # Not before the stage is recorded as done: a kill in between would cost all of it.
+    journal.unlink(missing_ok=True)
+    return result
+
+
+def measure_outcome(replay: Replay, tokens: TokenSet, outcome: Outcome, work: Work) -> Measurement:
+    """Losses of what a baseline made of the model, merged where it merges: one state.
+
+    Args:
+        work: how to measure; its journal is left alone.
+    """
+    from isingcut.baselines._merging import measure_merged
+    from isingcut.measure.losses import measure
+
+    description = "measuring the choice"
+    if outcome.merges:
+        return measure_merged(
+            replay,
+            tokens,
+            outcome.merges,
+            batch_tokens=work.batch_tokens,
+            progress=work.progress,
+            description=description,
+        )
+    state = np.zeros((1, len(replay)), dtype=bool)
+    state[0, list(outcome.removed)] = True
+    return measure(
+        replay,
+        tokens,
+        state,
+        batch_tokens=work.batch_tokens,
+        progress=work.progress,
+        description=description,
+    )
+
+
+def _count(folder: RunFolder, config: RunConfig) -> int:
+    """How many blocks go: the number asked for, else as many as the run's chosen state has."""
+    if config.remove.strip().isdecimal():
+        return int(config.remove)
+    ranked = folder.target(config.removal) / "candidates.json"
+    if not ranked.exists():
+        raise InputError(
+            f"a baseline removes a plain number of blocks, and nothing was chosen yet for "
+            f"{config.removal!r} to take it from; give --remove like 6, or rank first"
+        )
+    found = folder.load(ranked, lambda path: read_json(path, "candidates"))
+    return len(found["chosen"]["removed"])
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

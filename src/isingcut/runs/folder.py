@@ -1,0 +1,340 @@
+"""A run folder: which stage wrote which file, with which options, and whether it still fits.
+
+    run.json                   options, provenance, blocks, and one record per finished stage
+    calibration.safetensors    token splits
+    hamiltonian.safetensors    the energy (others: hamiltonian.NAME.safetensors)
+    spectrum.json              \\
+    candidates.json             | of the run's own removal; another removal of the same
+    model/                      | Hamiltonian has them in a folder remove-SPEC/
+    evaluation.json             |
+    report.md, .json, .html    /
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
+from isingcut.files import fingerprint, is_temporary, read_json, write_json
+from isingcut.inputs import user_path
+from isingcut.options.config import RunConfig, from_mapping
+from isingcut.outputs import (
+    changed_since,
+    check_output,
+    check_recorded,
+    file_sha256,
+    folder_hash,
+    refuse_source,
+)
+from isingcut.provenance import model_path, sources_of, versions
+
+T = TypeVar("T")
+
+MANIFEST = "run.json"
+
+# Of one command only. Trust is given on the command line, each time: whoever opens the folder may
+# be another.
+_NOT_KEPT = ("out", "overwrite", "trust_remote_code", "skip_speed")
+
+
+class RunFolder:
+    """The files of one run, and the record of how each was made.
+
+    Args:
+        path: the folder; `create` or `open` it.
+        manifest: the content of its run.json.
+        overwrite: stages made with other options may be replaced.
+
+    Attributes:
+        typed_solver: the solver that was named now, not read from run.json: it alone may import
+            code of others.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.path, self.manifest, self.overwrite = path, manifest, overwrite
+        self.typed_solver: str | None = None
+
+    @classmethod
+    def create_or_open(
+        cls, path: Path, config: RunConfig, model: dict[str, Any], blocks: dict[str, Any]
+    ) -> RunFolder:
+        """The folder for a run of ``config``: new, or an earlier one of the same model.
+
+        Raises:
+            OutputExistsError: something else is at ``path``, or a run of another model.
+        """
+        cls.refuse_foreign(path, config)
+        if (path / MANIFEST).is_file():
+            folder = cls.open(path, overwrite=config.overwrite)
+            before = folder.manifest["provenance"]["model"]
+            if before["sha256"] != model["sha256"] and not config.overwrite:
+                raise OutputExistsError(
+                    f"{path} holds a run of another model ({before['name']}); "
+                    "choose another --out or pass --overwrite"
+                )
+            if before["sha256"] != model["sha256"]:
+                # What was written stays known, so that it may be replaced, and nothing else.
+                for record in folder.manifest["stages"].values():
+                    record.update(fingerprint="", done=False)
+                folder.manifest["blocks"] = blocks
+            if not folder.config.removal or config.overwrite:
+                folder.manifest["config"] = _plain(config)
+            folder.manifest["provenance"].update(model=model, **model_path(path, config.model))
+            folder.typed_solver = config.solver
+            folder.save()
+            return folder
+        manifest = {
+            "config": _plain(config),
+            "stages": {},
+            "blocks": blocks,
+            "provenance": {**versions(), "model": model, **model_path(path, config.model)},
+            "complete": False,
+        }
+        folder = cls(path, manifest, overwrite=config.overwrite)
+        folder.typed_solver = config.solver
+        folder.save()
+        return folder
+
+    @staticmethod
+    def refuse_foreign(path: Path, config: RunConfig) -> None:
+        """Refuse what is there and is no run folder, and a place among what the run reads.
+
+        Raises:
+            InputError: ``path`` is, contains or lies in the model, the text or a config file.
+            OutputExistsError: something else is at ``path``.
+        """
+        refuse_source(path, _sources(config))
+        if path.is_file():
+            raise OutputExistsError(f"{path} is a file; choose a folder for --out")
+        if path.exists() and not (path / MANIFEST).is_file() and not _begun(path):
+            raise OutputExistsError(
+                f"{path} already exists and is not an isingcut run; nothing was written, and "
+                "--overwrite replaces only what isingcut wrote: choose another --out"
+            )
+
+    @classmethod
+    def open(cls, path: Path, *, overwrite: bool = False) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            StageFileError: no run.json there, or not a readable one.
+        """
+        if not (path / MANIFEST).is_file():
+            raise StageFileError(
+                f"{path} is not an isingcut run folder (no {MANIFEST} in it); "
+                "make one with: isingcut energy MODEL --out DIR"
+            )
+        manifest = read_json(path / MANIFEST, "run")
+        return cls(path, manifest, overwrite=overwrite)
+
+    @property
+    def config(self) -> RunConfig:
+        """The options the folder was made with."""
+        stored = {k: v for k, v in self.manifest["config"].items() if k != "trust_remote_code"}
+        return from_mapping(stored, str(self.path / MANIFEST)).replace(out=str(self.path))
+
+    @property
+    def sources(self) -> list[Path]:
+        """What the run was made from, where it lies on this machine."""
+        places = self.manifest["provenance"].get("model_path", {}).values()
+        return [*_sources(self.config), *(self.path / p for p in places)]
+
+    def model_places(self, name: str) -> list[str]:
+        """Where the run's model may be: as it was named, else where it was seen from this folder.
+
+        Args:
+            name: the model's name now; another than the run's own is taken as it is.
+
+        Raises:
+            ModelError: it was a local one, and is at none of these places.
+        """
+        places = self.manifest["provenance"].get("model_path")
+        if places is None or name != self.manifest["config"]["model"]:
+            return [name]
+        seen = dict.fromkeys([name, places["absolute"], str(self.path / places["relative"])])
+        there = [place for place in seen if user_path(place).exists()]
+        if not there:
+            raise ModelError(
+                f"the model that {self.path} was made with is not there any more: looked at "
+                f"{', '.join(seen)}; name it with --model"
+            )
+        return there
+
+    @property
+    def dtype(self) -> str | None:
+        """What `--dtype auto` once stood for in this run; None before it was asked."""
+        found = self.manifest["provenance"].get("dtype")
+        return None if found is None else str(found)
+
+    def save(self) -> None:
+        """Write run.json."""
+        content = {k: v for k, v in self.manifest.items() if k not in ("format", "version")}
+        write_json(self.path / MANIFEST, "run", content)
+
+    def target(self, remove: str) -> Path:
+        """The folder for the files of one removal: the run's own, or one of its own name."""
+        if remove == self.config.removal:
+            return self.path
+        return self.path / f"remove-{slug(remove)}"
+
+    def stage(
+        self,
+        name: str,
+        file: Path,
+        options: dict[str, Any],
+        make: Callable[[Path], None],
+        load: Callable[[Path], T],
+        *,
+        completes: dict[str, Any] | None = None,
+    ) -> T:
+        """The result of a stage: what is there, if made with the same options; else made now.
+
+        Args:
+            completes: a result made with these options may be replaced: the new one holds all of
+                it.
+
+        Raises:
+            OutputExistsError: made with other options, and overwriting was not allowed.
+            StageFileError: the file was changed since, or is damaged.
+        """
+        key = str(file.relative_to(self.path))
+        wanted = self._fingerprint(options)
+        record = self.manifest["stages"].get(key)
+        refuse_source(file, self.sources)
+        if os.path.lexists(file):
+            if record is None:
+                raise OutputExistsError(
+                    f"{file} was not written by this run and stays as it is; move it away"
+                )
+            fits = [wanted] if completes is None else [wanted, self._fingerprint(completes)]
+            if record["fingerprint"] not in fits and not self.overwrite:
+                raise OutputExistsError(
+                    f"{file} was made with other options ({_difference(record, options)}); "
+                    "choose another --out, or pass --overwrite to replace it"
+                )
+            if record["fingerprint"] == wanted and record["done"]:
+                return self.load(file, load)
+            changed = changed_since(file, record)
+            if changed is not None:
+                raise OutputExistsError(
+                    f"{file} stays as it is: {changed} since the run wrote it, and --overwrite "
+                    "replaces only what isingcut wrote; move it away"
+                )
+            if file.is_dir():
+                check_output(file, overwrite=True)
+        self.manifest["stages"][key] = {
+            "stage": name,
+            "fingerprint": wanted,
+            "options": options,
+            "done": False,
+        }
+        self.save()
+        began = time.monotonic()
+        try:
+            make(file)
+        except BaseException as e:
+            self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
+            raise
+        self.manifest["stages"][key].update(
+            done=True,
+            seconds=round(time.monotonic() - began, 3),
+            sha256=folder_hash(file) if file.is_dir() else file_sha256(file),
+        )
+        self.save()
+        return load(file)
+
+    def _give_up(
+        self, key: str, file: Path, before: dict[str, Any] | None, *, refused: bool
+    ) -> None:
+        """Let the record of a stage that failed be what it was, where its file still is."""
+        if before is not None and before["done"] and os.path.lexists(file):
+            if changed_since(file, before) is not None:
+                return
+            self.manifest["stages"][key] = before
+        elif before is None and refused:
+            del self.manifest["stages"][key]
+        else:
+            return
+        self.save()
+
+    def check(self, file: Path) -> None:
+        """Refuse a file or folder of a stage that is not as the run wrote it.
+
+        Raises:
+            StageFileError: this run did not write it, or it was changed since.
+        """
+        check_recorded(self.manifest["stages"], self.path, file)
+
+    def load(self, file: Path, read: Callable[[Path], T]) -> T:
+        """What the file or folder of a finished stage holds, once it passed `check`.
+
+        Every reading of a run's files goes through here.
+        """
+        from isingcut import documents
+
+        self.check(file)
+        found = read(file)
+        documents.fit(file, found, len(self.manifest["blocks"]["blocks"]))
+        return found
+
+    def record(self, file: Path) -> dict[str, Any]:
+        """The record of the finished stage that wrote a file or folder.
+
+        Raises:
+            StageFileError: there is none.
+        """
+        found: dict[str, Any] | None = self.manifest["stages"].get(str(file.relative_to(self.path)))
+        if found is None or not found["done"] or not os.path.lexists(file):
+            raise StageFileError(f"this run has not finished {file}; run its stage first")
+        return found
+
+    def made_with(self, file: Path, options: dict[str, Any]) -> bool:
+        """Whether a stage's file is there, finished, and made with these options.
+
+        Raises:
+            StageFileError: it is, but was changed since.
+        """
+        record = self.manifest["stages"].get(str(file.relative_to(self.path)))
+        if record is None or not record["done"] or not file.exists():
+            return False
+        if record["fingerprint"] != self._fingerprint(options):
+            return False
+        self.check(file)
+        return True
+
+    def _fingerprint(self, options: dict[str, Any]) -> str:
+        model = self.manifest["provenance"]["model"]["sha256"]
+        return fingerprint({**options, "model": model})
+
+
+def _sources(config: RunConfig) -> list[Path]:
+    return sources_of(config.model, config.calibration, config.heal_options)
+
+
+def _begun(path: Path) -> bool:
+    """Whether a folder holds nothing yet, or only what a kill before its first file left."""
+    return all(is_temporary(p) for p in path.iterdir())
+
+
+def slug(remove: str) -> str:
+    """A removal as part of a folder name: ``attention=2,moe=3`` -> ``attention-2_moe-3``."""
+    return re.sub(r"[^\w.-]", "_", remove.replace("=", "-"))
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    import dataclasses
+
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
+
+
+def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:
+    before = record.get("options", {})
+    changed = [
+        f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in options.items() if before.get(k) != v
+    ]
+    return "; ".join(changed) or "the model differs"

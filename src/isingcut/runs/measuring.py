@@ -1,0 +1,209 @@
+"""The measuring stages of a run: text to token splits, token splits to Hamiltonians.
+
+Each writes its file of the run folder and does nothing when that file is there, made with the
+same options (`RunFolder.stage`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.errors import InputError, StageFileError
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.options.config import RunConfig
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.removal import each_removal, removal_rows
+from isingcut.runs.session import Session
+
+if TYPE_CHECKING:
+    from isingcut.data.calibration import Calibration
+    from isingcut.data.tokens import TokenSet
+    from isingcut.energies.search import Target
+    from isingcut.measure.work import Work
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated list of names."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def concrete(config: RunConfig) -> RunConfig:
+    """The options with `auto` replaced by the energy that it stands for.
+
+    So a run's files say which energy they hold.
+    """
+    if config.energy != "auto":
+        return config
+    return config.replace(energy="refined" if config.removal else "pairwise")
+
+
+def energy_part(config: RunConfig, name: str) -> Any:
+    """The energy called ``name``, with the options it has."""
+    from isingcut.energies import registry
+
+    part = registry.get(name)
+    own = {f.name for f in dataclasses.fields(part)}
+    if config.linear and "linear" not in own and name == config.energy:
+        raise InputError(f"--linear belongs to the energy 'empirical-fisher', not to {name!r}")
+    if config.effort and "effort" not in own and name == config.energy:
+        raise InputError(f"--effort belongs to the energies 'refined' and 'auto', not to {name!r}")
+    given = {"linear": config.linear, "effort": config.effort, "seed": config.seed}
+    return part(**{key: value for key, value in given.items() if key in own})
+
+
+def samples_of(config: RunConfig, name: str) -> int:
+    """Samples an energy is built from: as asked for the main one, else the energy's own number."""
+    if name == config.energy and config.samples is not None:
+        return config.samples
+    return int(energy_part(config, name).default_samples)
+
+
+def _samples(config: RunConfig) -> int:
+    """Samples of the energy split: the most that any energy wants; each takes the first of them."""
+    return max(samples_of(config, name) for name in (config.energy, *names(config.also)))
+
+
+def _check_streaming(session: Session) -> None:
+    """Refuse what needs the whole model in memory before anything is measured."""
+    config = session.config
+    if not session.streaming:
+        return
+    for name in (config.energy, *names(config.also)):
+        if not getattr(energy_part(config, name), "streams", True):
+            raise InputError(
+                f"the energy {name!r} differentiates through all blocks at once and cannot be "
+                "streamed; use 'pairwise', 'fisher' or 'empirical-fisher', or pass --stream off "
+                "on a machine that can hold the model"
+            )
+    if config.calibration == "self":
+        raise InputError(
+            "--calibration self reads the whole model once for every token when it is streamed; "
+            "choose a text, or pass --stream off on a machine that can hold the model"
+        )
+
+
+def build_calibration(session: Session) -> Calibration:
+    """The token splits of a run, not yet written."""
+    from isingcut.data.calibration import build
+
+    config = session.config
+    _check_streaming(session)
+    return build(
+        config.calibration,
+        session.loaded.tokenizer,
+        samples=_samples(config),
+        rank_samples=config.rank_samples,
+        report_samples=config.report_samples,
+        length=config.length,
+        seed=config.seed,
+        model=session.loaded.model,
+        progress=session.progress,
+    )
+
+
+def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> Calibration:
+    """Stage `calibration`: `calibration.safetensors`, the three token splits."""
+    from isingcut.data.calibration import Calibration
+
+    config = session.config
+
+    def make(path: Path) -> None:
+        (built or build_calibration(session)).save(path)
+
+    options = {
+        k: v
+        for k, v in config.stage_options("calibration").items()
+        if k not in ("model", "samples")
+    } | {"samples": _samples(config)}
+    found = folder.stage(
+        "calibration", folder.path / "calibration.safetensors", options, make, Calibration.load
+    )
+    folder.manifest["provenance"]["calibration"] = {
+        "source": found.source,
+        "sha256": found.sha256,
+        "splits": {k: {"samples": s.samples, "tokens": s.tokens} for k, s in found.splits.items()},
+    }
+    folder.save()
+    return found
+
+
+def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
+    """The token splits of a run, from its file."""
+    from isingcut.data.calibration import Calibration
+
+    return folder.load(folder.path / "calibration.safetensors", Calibration.load).splits
+
+
+def work_of(session: Session, journal: Path) -> Work:
+    """How this session carries a measurement out, with a journal beside its result."""
+    from isingcut.measure.work import Work
+
+    return Work(session.tuning.batch_tokens, session.progress, journal)
+
+
+def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
+    """Stage `energy`: `hamiltonian.safetensors`, and one file per energy named by `also`."""
+    config = session.config
+    result = _measure_one(session, folder, config.energy, folder.path / "hamiltonian.safetensors")
+    for name in names(config.also):
+        _measure_one(session, folder, name, other_path(folder, name))
+    return result
+
+
+def other_path(folder: RunFolder, name: str) -> Path:
+    """The file of an energy measured beside the main one."""
+    return folder.path / f"hamiltonian.{name}.safetensors"
+
+
+def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> Hamiltonian:
+    config = session.config
+    part = energy_part(config, name)
+    if hasattr(part, "targets"):
+        part = dataclasses.replace(part, targets=_targets(folder, config))
+    options = upstream(folder) | {
+        "energy": name,
+        "options": repr(part),
+        "samples": samples_of(config, name),
+        "dtype": str(session.loaded.dtype),
+    }
+    journal = folder.path / f"{file.name}.journal"
+
+    def make(path: Path) -> None:
+        split = splits_of(folder)["energy"]
+        own = range(samples_of(config, name))
+        with session.computing(folder):
+            work = work_of(session, journal)
+            measured = part.measure(session.replay, split.select(own), work)
+        measured.save(path)
+
+    found = folder.stage("energy", file, options, make, Hamiltonian.load)
+    # Not before the stage is recorded as done: a kill in between would cost all of it.
+    for leftover in (journal, journal.with_suffix(".effort")):
+        leftover.unlink(missing_ok=True)
+    return found
+
+
+def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
+    """What a search looks for: every removal that the options ask for."""
+    from isingcut.energies.search import Target
+
+    if not config.removal:
+        return ()
+    blocks = folder.manifest["blocks"]
+    return tuple(
+        Target.of(one.removal, removal_rows(blocks, one), len(blocks["blocks"]))
+        for one in each_removal(config)
+    )
+
+
+def upstream(folder: RunFolder) -> dict[str, Any]:
+    """What ties a stage's file to the calibration it was made on."""
+    calibration = folder.manifest["stages"].get("calibration.safetensors")
+    if calibration is None:
+        raise StageFileError(
+            f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"
+        )
+    return {"calibration": calibration["fingerprint"]}

@@ -1,0 +1,195 @@
+"""`run` does the whole job, `energy` its first half; both check everything before they write.
+
+text -> token batches -> Hamiltonian -> spectrum -> measured candidates
+     -> checkpoint -> scores -> report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isingcut.data import corpora
+from isingcut.errors import InputError, StageFileError
+from isingcut.files import clear_stale
+from isingcut.measure.distributed import announce, led
+from isingcut.options.config import RunConfig, from_mapping
+from isingcut.outputs import refuse_source
+from isingcut.progress import Progress, silent
+from isingcut.report.write import check_report
+from isingcut.runs import healing_stages
+from isingcut.runs.folder import MANIFEST, RunFolder
+from isingcut.runs.measuring import (
+    build_calibration,
+    calibrate,
+    concrete,
+    energy_part,
+    measure_energy,
+    names,
+)
+from isingcut.runs.removal import check_by_config, each_removal, removal_rows
+from isingcut.runs.session import Session, opened
+from isingcut.runs.stages import evaluate, excise, rank, report, solve
+
+
+def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any) -> Path:
+    """Measure, solve, rank, cut, evaluate and report: the whole job.
+
+    Args:
+        config: all options; or give them by name (`model`, `remove` and `out` at least).
+        progress: where progress is shown, for example `isingcut.progress.terminal`.
+
+    Returns:
+        The run folder. Its `model/` is a plain Hugging Face checkpoint; for a range of
+        removals there is none, only `remove-M/` with the ranking of each.
+
+    Raises:
+        IsingcutError: bad input, in one line; nothing was written.
+
+    Examples:
+        >>> folder = isingcut.run(
+        ...     model="my-model", remove=3, out="whole-run", calibration="my-text.txt",
+        ...     samples=4, length=16,
+        ... )
+        >>> (folder / "model" / "config.json").is_file()
+        True
+    """
+    wanted = _config(config, options)
+    return led(lambda: _run(wanted, progress), opened) or Path(wanted.out)
+
+
+def _run(config: RunConfig, progress: Progress) -> Path:
+    session, folder = open_session(config, progress, need_removal=True)
+    if folder.manifest.get("complete") and folder.target(config.removal) == folder.path:
+        folder.manifest["complete"] = False
+    measure_energy(session, folder)
+    several = each_removal(config)
+    if len(several) > 1:
+        return _curve(session, folder, several)
+    solve(folder, config)
+    rank(session, folder)
+    healing_stages.choose(session, folder)
+    excise(session, folder)
+    healing_stages.heal(session, folder)
+    evaluate(session, folder)
+    target = folder.target(config.removal)
+    if target == folder.path:
+        folder.manifest["complete"] = True
+        folder.save()
+    report(folder, config.removal)
+    return target
+
+
+def _curve(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> Path:
+    """Solve and rank each number of a range; no checkpoint is cut, the user picks one."""
+    for config in several:
+        solve(folder, config)
+        rank(session.at(config), folder)
+    for config in several:
+        report(folder, config.removal)
+    folder.manifest["complete"] = True
+    folder.save()
+    return folder.path
+
+
+def energy(
+    config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any
+) -> Path:
+    """Measure the Hamiltonian only; it answers every removal later.
+
+    Returns:
+        The run folder.
+
+    Examples:
+        >>> folder = isingcut.energy(
+        ...     model="my-model", out="energy-only", calibration="my-text.txt", samples=4, length=16
+        ... )
+        >>> isingcut.open_run(folder, remove=2).spectrum.unit
+        'nats/token'
+    """
+    wanted = _config(config, options)
+    return led(lambda: _energy(wanted, progress), opened) or Path(wanted.out)
+
+
+def _energy(config: RunConfig, progress: Progress) -> Path:
+    session, folder = open_session(config, progress, need_removal=False)
+    measure_energy(session, folder)
+    return folder.path
+
+
+def _config(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
+    if config is not None and options:
+        raise InputError("give either a RunConfig or options by name, not both")
+    config = (config or from_mapping(options, "isingcut.run")).validate()
+    if not config.out:
+        raise InputError("--out was not given; name a folder for the run")
+    return concrete(config)
+
+
+def open_session(
+    config: RunConfig, progress: Progress, *, need_removal: bool
+) -> tuple[Session, RunFolder]:
+    """Check everything that can be wrong before the first file is written."""
+    from isingcut.ising.solvers import registry as solvers
+
+    out = Path(config.out)
+    energy_part(config, config.energy)
+    for name in names(config.also):
+        energy_part(config, name)
+    solvers.check(config.solver, config.solve_seconds)
+    if healing_stages.wanted(config):
+        healing_stages.heal_config(config)
+    # Before any model is loaded.
+    RunFolder.refuse_foreign(out, config)
+    before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
+    if need_removal:
+        for one in each_removal(config):
+            check_report(out if before is None else before.target(one.removal))
+    if before is None:
+        corpora.check(config.calibration)
+    session = Session(config, progress, before.dtype if before else None)
+    refuse_source(out, [session.source])
+    check_by_config(session.source, config, needed=need_removal)
+    announce(session)
+    blocks = session.describe_blocks()
+    if need_removal or config.removal:
+        for one in each_removal(config):
+            removal_rows(blocks, one)
+    if need_removal:
+        healing_stages.check(session)
+    calibration = None if out.exists() else build_calibration(session)
+    folder = RunFolder.create_or_open(out, config, session.identity, blocks)
+    if config.dtype == "auto" and folder.dtype is None:
+        folder.manifest["provenance"]["dtype"] = session.dtype
+        folder.save()
+    _clear(folder, config)
+    calibrate(session, folder, calibration)
+    return session, folder
+
+
+def session_of(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Session:
+    """A session on the model that a run folder was made with.
+
+    Raises:
+        ModelError: it is not there any more.
+        StageFileError: the model found under that name is another one now.
+    """
+    made_with = folder.manifest["provenance"]["model"]
+    for place in folder.model_places(config.model):
+        session = Session(config.replace(model=place), progress, folder.dtype)
+        if session.identity["sha256"] == made_with["sha256"]:
+            break
+    else:
+        raise StageFileError(
+            f"{folder.path} was made with another version of {made_with['name']!r} than is at "
+            f"{place}; name the one it was made with with --model, or start a new run folder"
+        )
+    _clear(folder, config)
+    announce(session)
+    return session
+
+
+def _clear(folder: RunFolder, config: RunConfig) -> None:
+    for place in (folder.path, folder.target(config.removal)):
+        clear_stale(place)

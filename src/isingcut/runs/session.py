@@ -1,0 +1,217 @@
+"""What the stages of a run share: the model (loaded when first needed), its blocks, its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isingcut.options.config import RunConfig
+from isingcut.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from isingcut.models.architectures.base import BlockStack
+    from isingcut.models.compute.tuning import Tuning
+    from isingcut.models.load import LoadedModel
+    from isingcut.models.replay import Replay
+    from isingcut.models.streaming.replay import StreamedReplay
+    from isingcut.runs.folder import RunFolder
+
+
+def opened(options: dict[str, Any]) -> Session:
+    """A model in use from its options by name, for a process that takes part in a run."""
+    return Session(RunConfig(**options))
+
+
+class Session:
+    """A model in use.
+
+    Args:
+        config: the run's options; only those about the model are used here.
+        progress: where progress is shown.
+        dtype: what `--dtype auto` stands for, where a run has asked before.
+    """
+
+    def __init__(
+        self, config: RunConfig, progress: Progress = silent, dtype: str | None = None
+    ) -> None:
+        self.config, self.progress, self._recorded = config, progress, dtype
+
+    def at(self, config: RunConfig) -> Session:
+        """The same model, already loaded or not, with other options for the stages."""
+        other = copy.copy(self)
+        other.config = config
+        return other
+
+    @cached_property
+    def tuning(self) -> Tuning:
+        """How measurements are computed: as asked for, else in the default way.
+
+        A run chooses better for its machine and records that (`tuned`).
+        """
+        from isingcut.models.compute.tuning import BATCH_TOKENS, Tuning
+
+        asked = None if self.config.attention == "auto" else self.config.attention
+        return Tuning(asked, self.config.batch_tokens or BATCH_TOKENS)
+
+    def tuned(self, folder: RunFolder) -> None:
+        """Take the choice that a run recorded; time one for this device where it has none."""
+        from isingcut.energies import registry
+        from isingcut.models.compute.tuning import Tuning, tune
+        from isingcut.models.streaming.memory import allowance
+
+        if self.streaming:
+            return
+        asked = {"attention": self.config.attention, "batch_tokens": self.config.batch_tokens}
+        device = str(self.replay.device)
+        provenance = folder.manifest["provenance"]
+        record = provenance.get("computed", {}).get(device)
+        if record is None or record["asked"] != asked:
+            found = tune(
+                self.replay,
+                self.config.length,
+                attention=self.tuning.attention,
+                batch_tokens=self.config.batch_tokens,
+                backward=getattr(registry.get(self.config.energy), "backward", False),
+                memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
+            )
+            record = {"asked": asked, **found.as_dict()}
+            provenance.setdefault("computed", {})[device] = record
+            folder.save()
+        self.tuning = Tuning(record["attention"], record["batch_tokens"], record.get("threads"))
+        self.replay.attention, self.replay.threads = self.tuning.attention, self.tuning.threads
+
+    @contextlib.contextmanager
+    def computing(self, folder: RunFolder) -> Iterator[None]:
+        """Measure as `tuned` chose, its threads included, for a while."""
+        from isingcut.models.compute.tuning import few_threads
+
+        self.tuned(folder)
+        with few_threads(self.tuning.threads):
+            yield
+
+    @cached_property
+    def dtype(self) -> str:
+        """``"float32"`` or ``"bfloat16"``: as asked for, as recorded, else chosen now."""
+        from isingcut.models.load import dtype_name
+
+        if self.config.dtype == "auto" and self._recorded is not None:
+            return self._recorded
+        return dtype_name(self.config.dtype, self.config.device)
+
+    @cached_property
+    def source(self) -> Path:
+        """The model as a local Hugging Face folder."""
+        from isingcut.models.load import resolve
+
+        return resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Name and hash of the model."""
+        from isingcut.models.load import model_identity
+
+        return {**model_identity(self.source), "name": self.config.model}
+
+    @cached_property
+    def streaming(self) -> bool:
+        """Whether the blocks are read from disk as they are needed, and not loaded.
+
+        Raises:
+            InputError: the memory limit cannot be read.
+        """
+        from isingcut.models.load import pick_device, pick_dtype
+        from isingcut.models.streaming.memory import allowance, weight_bytes
+
+        device = pick_device(self.config.device)
+        allowed = allowance(self.config.memory_limit, device)
+        if self.config.stream != "auto":
+            return self.config.stream == "on"
+        return weight_bytes(self.source, pick_dtype(self.dtype, device)) > allowed.left
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model: in memory, or without its weights where it is streamed."""
+        from isingcut.models.load import load
+
+        if self.streaming:
+            return self._streamed[0]
+        return load(
+            self.source,
+            dtype=self.dtype,
+            device=self.config.device,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    @cached_property
+    def _streamed(self) -> tuple[LoadedModel, StreamedReplay]:
+        return self.open_streamed(self.source)
+
+    def open_streamed(
+        self, folder: Path, beside: StreamedReplay | None = None
+    ) -> tuple[LoadedModel, StreamedReplay]:
+        """A checkpoint without its weights, and its blocks, each read when it is run.
+
+        Args:
+            beside: another model whose buffers are shared.
+        """
+        from isingcut.models.streaming.opening import load_streamed
+
+        return load_streamed(
+            folder,
+            dtype=self.dtype,
+            device=self.config.device,
+            trust_remote_code=self.config.trust_remote_code,
+            memory_limit=self.config.memory_limit,
+            buffers=beside.store.buffers if beside else None,
+        )
+
+    @cached_property
+    def stack(self) -> BlockStack:
+        """The model's blocks."""
+        from isingcut.models.architectures import find_stack
+
+        return find_stack(self.loaded.model)
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The model's blocks, callable one at a time."""
+        from isingcut.models.architectures import stack_modules
+        from isingcut.models.replay import Replay
+
+        if self.streaming:
+            return self._streamed[1]
+        return Replay(self.loaded.model, stack_modules(self.loaded.model, self.stack))
+
+    def describe_blocks(self) -> dict[str, Any]:
+        """Blocks and legality rows as `run.json` keeps them, so that solving needs no model."""
+        from isingcut.models.architectures import legality, text_config
+
+        model = self.loaded.model
+        legal = legality(model.config, self.stack)
+        longest = getattr(text_config(model), "max_position_embeddings", None) or 128
+        seconds = self.replay.latency(min(128, int(longest)))
+        parameters = list(model.parameters())
+        return {
+            "path": self.stack.path,
+            "blocks": [
+                {**dataclasses.asdict(b), "latency_seconds": t}
+                for b, t in zip(self.stack.blocks, seconds, strict=True)
+            ],
+            "total_parameters": sum(p.numel() for p in parameters),
+            "total_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "legality": [
+                {
+                    "name": r.name,
+                    "coefficients": r.coefficients.tolist(),
+                    "sense": r.sense,
+                    "rhs": r.rhs,
+                    "reason": r.reason,
+                }
+                for r in legal
+            ],
+        }
