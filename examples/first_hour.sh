@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The README's first hour, command by command: examples/first_hour.sh, from a fresh clone.
-# Its output is what the README shows; run it again after a change to what is printed.
+# The first hour of docs/first_hour.md, command by command: examples/first_hour.sh, from a fresh clone.
+# Its output is what that page shows; run it again after a change to what is printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

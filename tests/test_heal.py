@@ -372,7 +372,7 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
 
 _TWO_MINDS = """
 import os, sys, torch
-from isingcut import models
+from isingcut.models import load as models
 from isingcut.options.config import HealConfig
 from isingcut.healing.heal import heal
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.provenance import __version__ as __version__
 
 if TYPE_CHECKING:
+    from isingcut.ising import constraints as constraints
     from isingcut.ising.hamiltonian import Hamiltonian
     from isingcut.ising.problem import Problem
     from isingcut.ising.solvers import solve
@@ -60,6 +61,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "constraints":
+        return importlib.import_module("isingcut.ising.constraints")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"isingcut.{_HOMES[name]}"), name)
