@@ -286,7 +286,7 @@ def _told(config: HealConfig) -> dict[str, Any]:
     return {
         k: v
         for k, v in dataclasses.asdict(config).items()
-        if k not in ("student", "teacher", "out", "overwrite")
+        if k not in ("student", "teacher", "out", "overwrite", "trust_remote_code")
     }
 
 
