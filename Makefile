@@ -31,7 +31,7 @@ demo: $(VENV)/.demo
 	$(BIN)/isingcut demo --overwrite
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
