@@ -191,24 +191,32 @@ def test_all_processes_compute_in_the_dtype_that_rank_0_picks(place, tmp_path):
     assert picked == ["torch.bfloat16", "torch.bfloat16"]
 
 
-def _fails(place, out, said):
+def _fails(place, out, said, meeting):
     """Rank 1 fails with an error of ours in the middle of a measurement."""
+    import isingcut.measure.losses as module
     from isingcut.errors import ArchitectureError
 
     say_into(said)
-    if os.environ["RANK"] == "1":
-        import isingcut.measure.losses as module
+    measured = module._measure_batch
 
-        def broken(*arguments):
-            raise ArchitectureError("this block cannot be run")
+    def broken(*arguments):
+        # Each waits for the other here: else rank 0 may have done all before rank 1 begins.
+        meeting.open("w").close()
+        raise ArchitectureError("this block cannot be run")
 
-        module._measure_batch = broken
+    def waiting(*arguments):
+        meeting.open().close()
+        module._measure_batch = measured
+        return measured(*arguments)
+
+    module._measure_batch = broken if os.environ["RANK"] == "1" else waiting
     type_in(*_typed(place, out))
 
 
 def test_an_error_anywhere_ends_all_with_one_line(place, tmp_path):
-    said = tmp_path / "said"
-    ranks, _store = launch(2, _fails, place, tmp_path / "run", said)
+    said, meeting = tmp_path / "said", tmp_path / "meeting"
+    os.mkfifo(meeting)
+    ranks, _store = launch(2, _fails, place, tmp_path / "run", said, meeting)
     assert _join(ranks) == [2, 2]
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
     assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
