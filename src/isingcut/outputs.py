@@ -119,6 +119,7 @@ def foreign_in(folder: Path) -> str | None:
         document = load_json(folder / MARKER, "the marker")
         files = document["files"]
         intact = document["format"] == "isingcut-output" and document["sha256"] == _hash(files)
+        intact = intact and isinstance(files, dict)
     except (IsingcutError, KeyError, TypeError):
         return f"it holds {_some(present)}, and nothing in it says that isingcut wrote it"
     if not intact:
@@ -146,8 +147,8 @@ def changed_in(folder: Path, recorded: str) -> str | None:
     """
     if folder_hash(folder) != recorded:
         return f"its {MARKER} was changed"
-    files = load_json(folder / MARKER, "the marker")["files"]
-    if _hash(files) != recorded:
+    files = load_json(folder / MARKER, "the marker").get("files")
+    if not isinstance(files, dict) or _hash(files) != recorded:
         return f"its {MARKER} was changed"
     changed = {
         name

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from hashlib import sha256
 
 import pytest
 from arena import Row, call, snapshot
@@ -320,3 +321,14 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
     assert code == 2, err
     assert "stays as it is" in err
     assert snapshot(arena.run / "model") == before
+
+
+def test_a_forged_marker_opens_nothing(arena):
+    """Its hash is right, its files are a list: that is no marker of ours."""
+    forged = {"format": "isingcut-output", "files": [], "sha256": sha256(b"[]").hexdigest()}
+    marker = arena.home / ".isingcut-output.json"
+    marker.write_text(json.dumps(forged), encoding="utf-8")
+    run = isingcut.open_run("run")
+    with pytest.raises(OutputExistsError, match="was changed"):
+        run.save("home", blocks=[0, 1], overwrite=True)
+    assert (arena.home / "diary.txt").read_text(encoding="utf-8") == "mine\n"
