@@ -31,10 +31,6 @@ _CommandLineError: Any = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
 
-# Each file adds its verbs to the application; the order is that of `isingcut --help`.
-for _group in ("runs", "states", "models", "healing", "share", "look"):
-    importlib.import_module(f"isingcut.cli.{_group}")
-
 
 def _version(value: bool) -> None:
     if value:
@@ -52,10 +48,24 @@ def _root(
     del version, debug
 
 
+# Each file adds its verbs to the application; the order is that of `isingcut --help`.
+for _group in ("runs", "states", "models", "healing", "share", "look"):
+    importlib.import_module(f"isingcut.cli.{_group}")
+
+_program: Any = typer.main.get_command(app)
+
+
+def _typed() -> tuple[str, bool]:
+    """The verb, and whether `--debug` stands before it; what else was typed is not judged here."""
+    context = _program.context_class(_program, **_program.context_settings)
+    options, words, _ = _program.make_parser(context).parse_args(sys.argv[1:])
+    return "".join(words[:1]), "debug" in options
+
+
 def _run() -> None:
     """Carry out the command line; what is wrong with its words is an error like any other."""
     try:
-        code = app(prog_name="isingcut", standalone_mode=False)
+        code = _program(prog_name="isingcut", standalone_mode=False)
     except _CommandLineError as e:
         if type(e).__name__ == "NoArgsIsHelpError":
             e.show()
@@ -68,9 +78,9 @@ def _run() -> None:
         sys.exit(code)
 
 
-def _start() -> None:
+def _start(verb: str) -> None:
     # Of a launcher's processes rank 0 alone reads the command line; healing trains on all alike.
-    if expected() and "heal" not in sys.argv[1:2]:
+    if expected() and verb != "heal":
         from isingcut.measure.distributed import led
         from isingcut.runs.session import opened
 
@@ -81,8 +91,9 @@ def _start() -> None:
 
 def _outcome() -> tuple[int, str]:
     """The exit code of the command, and what to say of its failure."""
+    verb, debug = _typed()
     try:
-        _start()
+        _start(verb)
     except SystemExit as e:
         # The command line's library leaves like this when nobody reads what it prints.
         unread = isinstance(e.__context__, BrokenPipeError)
@@ -90,7 +101,7 @@ def _outcome() -> tuple[int, str]:
     except (KeyboardInterrupt, typer.Abort):
         return 130, "interrupted; the same command goes on from here"
     except Exception as e:
-        if "--debug" in sys.argv:
+        if debug:
             traceback.print_exc()
         return _judged(e)
     return 0, ""
