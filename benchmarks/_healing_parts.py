@@ -31,7 +31,7 @@ from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.replay import Replay, reuse_freed_memory
-from isingcut.options.config import HealConfig
+from isingcut.options.healing import HealConfig
 from isingcut.progress import silent, terminal
 
 KIND = "healing-part"

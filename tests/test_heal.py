@@ -35,8 +35,8 @@ from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
-from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
+from isingcut.options.healing import HealConfig
 from isingcut.progress import Bar
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -356,7 +356,7 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
     told.pop("student")
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in told.items() if k != "top_steps"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "isingcut.cli.main", "heal", config.student, *flags]
+    command += ["-m", "isingcut.cli.main", "--debug", "heal", config.student, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -373,7 +373,7 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
 _TWO_MINDS = """
 import os, sys, torch
 from isingcut.models import load as models
-from isingcut.options.config import HealConfig
+from isingcut.options.healing import HealConfig
 from isingcut.healing.heal import heal
 
 rank, load = os.environ["RANK"], models.load

@@ -24,7 +24,7 @@ from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.replay import Replay
-from isingcut.options.config import HealConfig
+from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
 
 

@@ -26,7 +26,8 @@ from isingcut.errors import (
 from isingcut.files import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures import find_stack, skipped
-from isingcut.options.config import RunConfig, from_mapping
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import options_from
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 OPTIONS = {
@@ -202,11 +203,11 @@ def test_config_file_and_command_line_agree(llama, text, tmp_path, capsys):
 
 def test_options_have_one_home():
     defaults = RunConfig()
-    assert from_mapping({}, "x") == defaults
+    assert options_from(RunConfig, {}, "x") == defaults
     with pytest.raises(InputError, match="did you mean 'remove'"):
-        from_mapping({"remov": 3}, "x")
+        options_from(RunConfig, {"remov": 3}, "x")
     with pytest.raises(InputError, match="whole number"):
-        from_mapping({"samples": "many"}, "x")
+        options_from(RunConfig, {"samples": "many"}, "x")
     assert all(f.metadata["help"] for f in dataclasses.fields(RunConfig))
 
 

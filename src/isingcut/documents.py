@@ -110,7 +110,7 @@ class Provenance(Part):
 
 
 class Config(Part):
-    """The options of a run; `config.from_mapping` knows the rest."""
+    """The options of a run; `RunConfig` knows the rest."""
 
     __pydantic_extra__: dict[str, Scalar]
     model: str

@@ -21,8 +21,9 @@ from isingcut.cli.verb import (
     verb,
 )
 from isingcut.errors import InputError
-from isingcut.options.config import HealConfig
+from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
+from isingcut.options.healing import HealConfig
 
 _ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
 
@@ -158,7 +159,6 @@ def _of_checkpoint(
     """Compare a checkpoint that lies anywhere with the model it was made from."""
     from isingcut.files import write_json
     from isingcut.models.load import load
-    from isingcut.options.config import RunConfig, from_mapping
     from isingcut.outputs import check_output
     from isingcut.runs.healing_stages import bench
     from isingcut.runs.session import Session
@@ -167,7 +167,7 @@ def _of_checkpoint(
         raise InputError(f"{folder} is no checkpoint (no config.json in it)")
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
     typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
-    config: RunConfig = from_mapping({**typed, "model": original}, "command line").validate()
+    config = RunConfig(**{**typed, "model": original}).validate()
     sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     session = Session(config)

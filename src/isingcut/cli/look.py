@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from isingcut.cli.verb import LOOK, Answer, given, verb
-from isingcut.options.config import from_mapping
+from isingcut.options.config import RunConfig
 
 
 @verb("model", "trust_remote_code", name="inspect", group=LOOK)
@@ -18,9 +18,8 @@ def inspect_blocks(**options: Any) -> Answer:
     from isingcut.models.inspect import inspect_model
     from isingcut.models.sources import resolve
 
-    typed = given(options)
-    trust = bool(typed.get("trust_remote_code"))
-    config = from_mapping(typed, "command line").validate()
+    config = RunConfig(**given(options)).validate()
+    trust = config.trust_remote_code
     found = inspect_model(resolve(config.model, trust_remote_code=trust), trust_remote_code=trust)
     return Answer(
         inspection_data(found), lambda: show_inspection(found), brief=str(len(found.stack))
@@ -43,7 +42,7 @@ def plan(**options: Any) -> Answer:
     from isingcut.cli.show_plan import show_plan
     from isingcut.runs.plan import make_plan
 
-    found = make_plan(from_mapping(given(options), "command line").validate())
+    found = make_plan(RunConfig(**given(options)).validate())
     return Answer(found.as_dict(), lambda: show_plan(found), brief=found.command)
 
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isingcut.cli.options import part_names
-from isingcut.cli.verb import OF_RUN, STAGES, Answer, Folder, reopen, verb
+from isingcut.cli.verb import OF_RUN, STAGES, Answer, Folder, part_names, reopen, verb
 from isingcut.options.config import RunConfig
 
 _SOLVE = (

@@ -1,14 +1,14 @@
 """What every verb shares: its options, `--json`, `--quiet`, its warnings, a reopened run folder.
 
-A verb is a function in one of the `cli_*.py` files, decorated with `verb`. It returns an
+A verb is a function in one of the files beside this one, decorated with `verb`. It returns an
 `Answer`; in which form that is printed is decided here, so that no verb prints by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import importlib
 import inspect
 import json
 import sys
@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isingcut.cli.options import with_options
 from isingcut.errors import InputError
 from isingcut.files import without_infinities
 from isingcut.inputs import user_path
-from isingcut.options.config import RunConfig, from_mapping
-from isingcut.options.declaration import check_given, from_yaml
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import Options, flag, from_yaml, given_options, plain_type
 from isingcut.printing import printable, printing, say
+from isingcut.progress import silent, terminal
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from isingcut.runs.folder import RunFolder
 
 app = typer.Typer(
@@ -91,17 +89,29 @@ class Answer:
     warnings: Sequence[str] = field(default=())
 
 
+def part_names(room: str) -> Callable[[str], list[str]]:
+    """Shell completion of the names of one room's parts; imports none of them."""
+
+    def complete(incomplete: str) -> list[str]:
+        names: list[str] = importlib.import_module(f"isingcut.{room}").registry.names()
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
 def verb(
     *names: str,
     group: str,
     repeat: tuple[str, ...] = (),
     name: str | None = None,
-    of: type[DataclassInstance] = RunConfig,
+    of: type[Options] = RunConfig,
 ) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
     """Make a handler a verb of the command line, with the named options of a configuration class.
 
     Args:
-        names: fields of ``of``; one left out on the command line arrives as None.
+        names: fields of ``of``; one left out on the command line arrives as None, so that a file
+            or a run folder can supply it before the default does. A name with dashes in front
+            (``--model``) is an option here, whatever it is elsewhere.
         group: one of the headings of `isingcut --help`.
         repeat: options among ``names`` that may be given several times; they arrive as lists.
         name: the verb, where it is not the function's name.
@@ -113,24 +123,26 @@ def verb(
 
     def decorate(handler: Callable[..., Answer]) -> Callable[..., Answer]:
         called = name or handler.__name__
-        shown = inspect.signature(with_options(*names, repeat=repeat, of=of)(handler))
-        wants_progress = "progress" in shown.parameters
-        parameters = [p for p in shown.parameters.values() if p.name != "progress"]
+        own = inspect.signature(handler, eval_str=True).parameters
+        parameters = [
+            p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for p in own.values()
+            if p.name != "progress" and p.kind != inspect.Parameter.VAR_KEYWORD
+        ]
+        parameters += [_parameter(of, n, repeated=n in repeat) for n in names]
 
         @functools.wraps(handler)
-        def command(as_json: bool, quiet: bool, **given: Any) -> None:
-            if wants_progress:
-                from isingcut.progress import silent, terminal
-
-                given["progress"] = silent if quiet else terminal
+        def command(as_json: bool, quiet: bool, **typed: Any) -> None:
             options = [n.removeprefix("--") for n in names]
-            given |= _checked(of, {k: given[k] for k in options if given[k] is not None}, repeat)
-            given |= {k: _at_home(v) for k, v in given.items()}
+            typed |= _checked(of, {k: typed[k] for k in options if typed[k] is not None}, repeat)
+            typed |= {k: _at_home(v) for k, v in typed.items()}
+            if "progress" in own:
+                typed["progress"] = silent if quiet else terminal
             # A library that prints must not end up in the JSON.
             aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
             try:
                 with aside:
-                    answer = handler(**given)
+                    answer = handler(**typed)
             except KeyboardInterrupt:
                 say("isingcut: interrupted; the same command goes on from here")
                 raise typer.Exit(130) from None
@@ -143,14 +155,36 @@ def verb(
     return decorate
 
 
-def _checked(
-    of: type[DataclassInstance], typed: Mapping[str, Any], repeat: Sequence[str]
-) -> dict[str, Any]:
+def _parameter(of: type[Options], asked: str, *, repeated: bool) -> inspect.Parameter:
+    """An option as the command line takes it."""
+    name = asked.removeprefix("--")
+    f = of.__dataclass_fields__[name]
+    info: Any
+    if f.metadata["argument"] and name == asked:
+        info = typer.Argument(help=f.metadata["help"], metavar=flag(f))
+    else:
+        default = "" if f.default in ("", None, False) else f" (default: {f.default})"
+        room = f.metadata["room"]
+        info = typer.Option(
+            asked if name != asked else flag(f),
+            help=f.metadata["help"] + default,
+            metavar=f.metadata["metavar"],
+            autocompletion=part_names(room) if room else None,
+        )
+    kind: Any = plain_type(of, name)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[(list[kind] if repeated else kind) | None, info],
+    )
+
+
+def _checked(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]) -> dict[str, Any]:
     """The typed options of a verb, each checked before the verb looks at anything."""
-    single = {k: v for k, v in typed.items() if k not in repeat}
-    found = check_given(of, single)
-    for name in typed.keys() - single.keys():
-        found[name] = [check_given(of, {name: value})[name] for value in typed[name]]
+    found = given_options(of, {k: v for k, v in typed.items() if k not in repeat})
+    for name in typed.keys() & {*repeat}:
+        found[name] = [given_options(of, {name: value})[name] for value in typed[name]]
     return found
 
 
@@ -220,8 +254,7 @@ def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunC
         typed["remove"] = ""
     if typed.get("remove") and not typed.get("budget") and not folder.config.remove:
         typed["budget"] = ""
-    changed = {**dataclasses.asdict(folder.config), **typed}
-    config = from_mapping(changed, "command line").validate()
+    config = folder.config.replace(**typed).validate()
     if not config.removal:
         raise InputError(f"{directory} was made without --remove; say how many blocks to remove")
     return folder, config

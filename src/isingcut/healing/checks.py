@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.errors import InputError
 from isingcut.healing.work_folder import refuse_foreign, work_of
 from isingcut.inputs import user_path
-from isingcut.options.config import HealConfig
+from isingcut.options.healing import HealConfig
 from isingcut.outputs import check_output, refuse_source
 
 if TYPE_CHECKING:

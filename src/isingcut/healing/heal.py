@@ -21,8 +21,8 @@ from isingcut.healing.checks import check_pair, check_places, check_training, so
 from isingcut.healing.healers import RECORD
 from isingcut.healing.work_folder import forget_training, held, work_of
 from isingcut.inputs import user_path
-from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
+from isingcut.options.healing import HealConfig
 from isingcut.progress import Progress, silent
 from isingcut.provenance import versions
 from isingcut.report.card import healed_card

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isingcut.data.tokens import TokenSet
-from isingcut.options.config import HealConfig
+from isingcut.options.healing import HealConfig
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -1,3 +1,3 @@
-"""Options: `declaration` how one is declared and checked, `config` every option of a run and of
-healing, `spellings` what is typed for them, `yaml_file` files of options.
+"""Options: `config` every option of a run, `healing` of healing, `declaration` how one is declared
+and checked, `types` their bounds and words, `spellings` what is typed for them, `yaml_file` files.
 """

@@ -1,7 +1,7 @@
 """How an option is declared, and the one place where a value of it is checked.
 
-A field of `RunConfig` or `HealConfig` says all there is to know of its option: default, help,
-type, bounds, spelling. The command line, YAML files and Python are checked against that alone,
+A field of `RunConfig` or `HealConfig` says all there is to know of its option: type, bounds or
+words, default, help. The command line, YAML files and Python are checked against that alone,
 each before a model, a text or a run folder is looked at.
 """
 
@@ -12,33 +12,47 @@ import difflib
 import importlib
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
+
+from pydantic import (
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from isingcut.errors import InputError
-from isingcut.inputs import user_path
+from isingcut.options.yaml_file import load_yaml
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+# Built when an option is first given: `--help` only reads the fields.
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", defer_build=True)
 
-Options = TypeVar("Options", bound="DataclassInstance")
+_AS_TEXT = (str, Path, numbers.Real, list, tuple)
+_WRONG = {
+    "int_type": "must be a whole number, got {shown}",
+    "float_type": "must be a number, got {shown}",
+    "bool_type": "must be true or false, got {shown}",
+    "literal_error": "must be one of {words}; got {shown}",
+    "finite_number": "must be a finite number, got {shown}",
+    "greater_than_equal": "must be at least {ge:.0f}, got {shown}",
+    "greater_than": "must be above {gt:.0f}, got {shown}",
+    "less_than_equal": "must be at most {le:.0f}, got {shown}",
+    "value_error": "{error}",
+}
+"""What pydantic finds, in our words."""
 
 
 def option(
     default: Any,
-    stage: str,
     help_: str,
+    stage: str = "heal",
     *,
-    low: float = -math.inf,
-    above: float = -math.inf,
-    high: float = math.inf,
-    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = (),
-    reads: Callable[[str], Any] | None = None,
     room: str = "",
-    several: bool = False,
-    apart: str = "",
-    path: bool = False,
     typed: bool = False,
     argument: bool = False,
     metavar: str | None = None,
@@ -48,14 +62,9 @@ def option(
 
     Args:
         default: of the field's type; None where it is decided later.
-        stage: the first stage of a run that it can change.
         help_: one line.
-        low, above, high: the smallest number, the number that it must exceed, the largest.
-        choices: the only words, or a function that gives them where they take time to find.
-        reads: reads the text, and raises `InputError` where it cannot.
-        room: the sub-package whose registry has its names; ``several`` of them, by commas.
-        apart: another option; no block may be in the lists of both.
-        path: a path, or something else that never begins with ``~``.
+        stage: the first stage of a run that it can change.
+        room: the sub-package whose registry has its names, which may be several, by commas.
         typed: given anew on every command line or in every call; never read from a file.
         argument: the command line takes it by position.
         metavar: its value's name in the command line's help.
@@ -65,183 +74,167 @@ def option(
     return dataclasses.field(default=default, metadata={**metadata, "help": help_})
 
 
-def options_from(kind: type[Options], values: Mapping[str, Any], source: str) -> Options:
-    """Options of one kind by name (dashes and underscores both work), each of its type.
+class OptionError(InputError):
+    """A value that an option cannot have.
+
+    Args:
+        f: the option.
+        wrong: what is wrong with it.
+    """
+
+    def __init__(self, f: dataclasses.Field[Any], wrong: str) -> None:
+        # What a reader of spellings says comes after a colon.
+        self.name, self.wrong = f.name, wrong if wrong.startswith(":") else f" {wrong}"
+        super().__init__(flag(f) + self.wrong)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    """Options that are checked when they are given, in whatever way.
 
     Raises:
-        InputError: unknown name (with a suggestion) or a value of the wrong type.
+        InputError: one line that names the option, what was expected and what came.
     """
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    found = {}
+
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+        __pydantic_fields__: ClassVar[dict[str, Any]]
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers of any library as Python's; for a text also numbers, paths and lists."""
+        assert info.field_name is not None
+        kind = plain_type(cls, info.field_name)
+        if kind is str:
+            return _text(value, cls.__dataclass_fields__[info.field_name].default)
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if kind is int and number and isinstance(value, numbers.Integral):
+            return int(value)
+        if kind is float and number:
+            try:
+                return float(value)
+            except OverflowError:
+                return math.inf
+        return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told(cls, values: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return check(values)
+        except ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            name = str(first["loc"][0])
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(f"{cls.__name__} has no option {name!r}") from None
+            words = ", ".join(map(str, get_args(cls.__pydantic_fields__[name].annotation)))
+            context = {**first.get("ctx", {}), "words": words, "shown": shown(first["input"])}
+            wrong = _WRONG[first["type"]].format(**context)
+            raise OptionError(cls.__dataclass_fields__[name], wrong) from None
+
+
+Kind = TypeVar("Kind", bound=Options)
+
+
+def plain_type(kind: type[Options], name: str) -> type:
+    """The plain type of an option: str, int, float or bool."""
+    annotation = kind.__pydantic_fields__[name].annotation
+    while inner := get_args(annotation):
+        annotation = inner[0]
+    # What is left of Literal[...] is a word.
+    return annotation if isinstance(annotation, type) else str
+
+
+def _text(value: Any, default: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
+        raise ValueError(f"must be text, got {shown(value)}")
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    text = shown(value) if isinstance(value, int) else str(value)
+    if default and not text.strip():
+        raise ValueError("is empty; leave it out, or give a value")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"must be UTF-8 text, got {shown(text)}") from e
+    if "\0" in text:
+        raise ValueError(f"holds a NUL byte: {shown(text)}")
+    return text
+
+
+def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") -> Kind:
+    """Options of one kind by name (dashes and underscores both work).
+
+    Args:
+        source: where they are from, for messages; empty for the command line.
+
+    Raises:
+        InputError: unknown name (with a suggestion), or a value that the option cannot have.
+    """
+    known = list(kind.__dataclass_fields__)
+    found: dict[str, Any] = {}
     for raw, value in values.items():
         name = str(raw).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(
                 f"{source}: unknown option {shown(raw)}{hint} known: {', '.join(known)}"
             )
         if name in found:
             raise InputError(f"{source}: {name} appears twice, with a dash and an underscore")
-        found[name] = _of_type(known[name], value, f"{source}: {name}")
-    return kind(**found)
+        found[name] = value
+    try:
+        return kind(**found)
+    except OptionError as e:
+        raise InputError(f"{source}: {e.name}{e.wrong}" if source else str(e)) from e
+
+
+def given_options(
+    kind: type[Options], values: Mapping[str, Any], source: str = ""
+) -> dict[str, Any]:
+    """Only the options that were given, once the parts which they name are found.
+
+    A run folder may name a part of a plug-in that is not installed here: only what is given anew
+    is looked up.
+
+    Raises:
+        InputError: as `options_from`, or there is no part of a name.
+    """
+    options = options_from(kind, values, source)
+    names = {str(k).replace("-", "_") for k in values}
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if f.name in names and f.metadata["room"] and value != f.default:
+            registry = importlib.import_module(f"isingcut.{f.metadata['room']}").registry
+            for part in value.split(","):
+                registry.get(part.strip())
+    return {name: getattr(options, name) for name in kind.__dataclass_fields__ if name in names}
 
 
 def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
-    """The options that a YAML file gives, checked.
+    """The options that a YAML file gives.
 
     Raises:
-        InputError: the file cannot be read, an unknown name, a value out of bounds, or an option
-            that has to be typed.
+        InputError: the file cannot be read, an option that has to be typed, or as `given_options`.
     """
-    from isingcut.options.yaml_file import load_yaml
-
     content = load_yaml(path)
-    names = {str(k).replace("-", "_") for k in content}
     for f in dataclasses.fields(kind):
-        if f.metadata["typed"] and f.name in names:
+        if f.metadata["typed"] and {f.name, f.name.replace("_", "-")} & content.keys():
             raise InputError(
                 f"{path}: {f.name} is not read from a file; type {flag(f)} on each command line"
             )
-    given = options_from(kind, content, str(path))
-    return check_given(kind, {name: getattr(given, name) for name in names}, str(path))
-
-
-def check_given(
-    kind: type[DataclassInstance], values: Mapping[str, Any], source: str = ""
-) -> dict[str, Any]:
-    """Some options of one kind as they were given, checked in every way, names of parts too.
-
-    Args:
-        source: the file that they are from; empty for the command line.
-
-    Returns:
-        The values in their types, with ``~`` for the home folder replaced.
-    """
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    found = {}
-    for name, value in values.items():
-        f = known[name]
-        found[name] = checked(f, value, f"{source}: {name}" if source else flag(f))
-        if f.metadata["room"] and found[name] != f.default:
-            part_of(f, found[name])
-    check_apart(kind, found)
-    return found
-
-
-def check_all(config: Options) -> Options:
-    """Options with every value checked but the names of parts, which a run folder may have from
-    a plug-in that is not installed here.
-
-    Raises:
-        InputError: one line that names the option, what was expected and what came.
-    """
-    fields = dataclasses.fields(config)
-    found = {f.name: checked(f, getattr(config, f.name), flag(f)) for f in fields}
-    check_apart(type(config), found)
-    return dataclasses.replace(config, **found)
-
-
-def checked(f: dataclasses.Field[Any], value: Any, told: str) -> Any:
-    """A value of an option in its type, within its bounds and spelled as it should be.
-
-    Args:
-        told: what messages call the option.
-    """
-    value = _of_type(f, value, told)
-    if value == f.default or value is None:
-        return value
-    rules = f.metadata
-    if isinstance(value, str):
-        return _checked_text(f, value, told)
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{told} must be a finite number, got {value}")
-    if value < rules["low"]:
-        raise InputError(f"{told} must be at least {rules['low']}, got {shown(value)}")
-    if value <= rules["above"]:
-        raise InputError(f"{told} must be above {rules['above']}, got {shown(value)}")
-    if value > rules["high"]:
-        raise InputError(f"{told} must be at most {rules['high']}, got {shown(value)}")
-    return value
-
-
-def _checked_text(f: dataclasses.Field[Any], value: str, told: str) -> str:
-    rules = f.metadata
-    choices = rules["choices"]() if callable(rules["choices"]) else rules["choices"]
-    if choices and value not in choices:
-        raise InputError(f"{told} must be one of {', '.join(choices)}; got {shown(value)}")
-    if not value.strip() and f.default:
-        raise InputError(f"{told} is empty; leave it out, or give a value")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise InputError(f"{told} must be UTF-8 text, got {shown(value)}") from e
-    if "\0" in value:
-        raise InputError(f"{told} holds a NUL byte: {shown(value)}")
-    if rules["path"] and value.startswith("~"):
-        return str(user_path(value))
-    if rules["reads"] is not None and value:
-        try:
-            rules["reads"](value)
-        except InputError as e:
-            raise InputError(f"{told}: {e}") from e
-    return value
-
-
-def part_of(f: dataclasses.Field[Any], value: str) -> None:
-    """Look up the parts that an option names.
-
-    Raises:
-        UnknownNameError: there is none of a name.
-    """
-    registry = importlib.import_module(f"isingcut.{f.metadata['room']}").registry
-    names = value.split(",") if f.metadata["several"] else [value]
-    for name in names:
-        registry.get(name.strip())
-
-
-def check_apart(kind: type[DataclassInstance], values: Mapping[str, Any]) -> None:
-    """Refuse a block that is in two lists which may not share one."""
-    for f in dataclasses.fields(kind):
-        other = f.metadata["apart"]
-        one, two = values.get(f.name), values.get(other)
-        if other and one and two:
-            both = sorted({*f.metadata["reads"](one)} & {*f.metadata["reads"](two)})
-            if both:
-                raise InputError(
-                    f"{flag(f)} and --{other} both name block {both[0]}; name it in one of them"
-                )
+    return given_options(kind, content, str(path))
 
 
 def flag(f: dataclasses.Field[Any]) -> str:
     """What the command line calls an option."""
     return f.name.upper() if f.metadata["argument"] else "--" + f.name.replace("_", "-")
-
-
-def _of_type(f: dataclasses.Field[Any], value: Any, told: str) -> Any:
-    """``value`` as the declared type, or an error: never a guess."""
-    declared = str(f.type)
-    base = declared.removesuffix(" | None")
-    if value is None and base != declared:
-        return None
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if base == "bool" and isinstance(value, bool):
-        return value
-    if base == "int" and number and isinstance(value, numbers.Integral):
-        return int(value)
-    if base == "float" and number:
-        try:
-            return float(value)
-        except OverflowError as e:
-            raise InputError(f"{told} must be a finite number, got {shown(value)}") from e
-    if base == "str" and (number or isinstance(value, str | Path)):
-        return str(value) if not number or abs(value) < 1e60 else shown(value)
-    if base == "str" and isinstance(value, list | tuple):
-        return ",".join(str(v) for v in value)
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    raise InputError(f"{told} must be {words[base]}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:

@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from isingcut.errors import InputError
 from isingcut.inputs import read_text
 
@@ -50,46 +48,37 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: not YAML; an alias, a tag, a name twice; or nested deeper than 20.
     """
+    # Not at the top: `--help` needs none of it.
+    import yaml
+
     try:
-        node = _Nodes(text).get_single_node()
+        depth = 0
+        for event in yaml.parse(text, yaml.BaseLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(
+                    f"line {_line(event)}: aliases (*{event.anchor}) are not read here"
+                )
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"line {_line(event)}: nested deeper than {_DEEPEST} levels")
+        return _value(yaml.compose(text, yaml.BaseLoader))
     except yaml.YAMLError as e:
         raise ValueError(" ".join(str(e).split())) from e
-    return _value(node)
 
 
-class _Nodes(yaml.BaseLoader):
-    """Nodes of a document without aliases, not nested deeply."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node."""
-        events: Any = self
-        event = events.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(
-                f"line {_line(event)}: aliases (*{event.anchor}) are not read here"
-            )
-        self.depth += 1
-        if self.depth > _DEEPEST:
-            raise yaml.YAMLError(f"line {_line(event)}: nested deeper than {_DEEPEST} levels")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-def _value(node: yaml.Node | None) -> Any:
+def _value(node: Any) -> Any:
     if node is None:
         return None
     if node.tag not in _TAGS:
         raise ValueError(f"line {_line(node)}: tags ({node.tag}) are not read here")
-    if isinstance(node, yaml.ScalarNode):
+    if node.id == "scalar":
         return _scalar(node)
-    if isinstance(node, yaml.SequenceNode):
+    if node.id == "sequence":
         return [_value(item) for item in node.value]
     found: dict[Any, Any] = {}
     for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
+        if key.id != "scalar":
             raise ValueError(f"line {_line(key)}: a name must be a word")
         name = _scalar(key)
         if name in found:
@@ -98,7 +87,7 @@ def _value(node: yaml.Node | None) -> Any:
     return found
 
 
-def _scalar(node: yaml.ScalarNode) -> Any:
+def _scalar(node: Any) -> Any:
     text: str = node.value
     if node.style is not None:
         return text

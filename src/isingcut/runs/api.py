@@ -22,7 +22,8 @@ from isingcut.data import held
 from isingcut.errors import InputError
 from isingcut.inputs import user_path
 from isingcut.models import handed_over
-from isingcut.options.config import RunConfig, from_mapping
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import options_from
 from isingcut.progress import Progress, silent, terminal
 from isingcut.runs.api_run import Run, energy_warnings
 
@@ -147,7 +148,7 @@ def prune(
         given["out"] = str(out or Path(kept.enter_context(_temporary())) / "run")
         if text is not None and not isinstance(text, str):
             given["calibration"] = kept.enter_context(held.texts(text))
-        config = from_mapping(given, "isingcut.prune").validate()
+        config = options_from(RunConfig, given, "isingcut.prune").validate()
         if not isinstance(model, str | Path):
             # Last, as saving a large one takes long.
             config = config.replace(model=kept.enter_context(handed_over.model(model, tokenizer)))

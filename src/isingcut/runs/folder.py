@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
 from isingcut.files import fingerprint, is_temporary, read_json, write_json
 from isingcut.inputs import user_path
-from isingcut.options.config import RunConfig, from_mapping
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import options_from
 from isingcut.outputs import (
     changed_since,
     check_output,
@@ -136,7 +137,8 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The options the folder was made with."""
         stored = {k: v for k, v in self.manifest["config"].items() if k != "trust_remote_code"}
-        return from_mapping(stored, str(self.path / MANIFEST)).replace(out=str(self.path))
+        found = options_from(RunConfig, stored, str(self.path / MANIFEST))
+        return found.replace(out=str(self.path))
 
     @property
     def sources(self) -> list[Path]:

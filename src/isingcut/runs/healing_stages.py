@@ -19,8 +19,9 @@ from isingcut.healing.checks import check_training
 from isingcut.healing.work_folder import held
 from isingcut.inputs import user_path
 from isingcut.measure.crew import expected
-from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml, options_from
+from isingcut.options.healing import HealConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import splits_of, upstream
 from isingcut.runs.removal import each_removal

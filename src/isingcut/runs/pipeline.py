@@ -14,7 +14,8 @@ from isingcut.data import corpora
 from isingcut.errors import InputError, StageFileError
 from isingcut.files import clear_stale
 from isingcut.measure.distributed import announce, led
-from isingcut.options.config import RunConfig, from_mapping
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import options_from
 from isingcut.outputs import refuse_source
 from isingcut.progress import Progress, silent
 from isingcut.report.write import check_report
@@ -121,7 +122,7 @@ def _energy(config: RunConfig, progress: Progress) -> Path:
 def _config(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
     if config is not None and options:
         raise InputError("give either a RunConfig or options by name, not both")
-    config = (config or from_mapping(options, "isingcut.run")).validate()
+    config = (config or options_from(RunConfig, options, "isingcut.run")).validate()
     if not config.out:
         raise InputError("--out was not given; name a folder for the run")
     return concrete(config)

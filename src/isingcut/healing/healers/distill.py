@@ -26,7 +26,7 @@ from isingcut.healing.training.processes import Processes
 from isingcut.healing.training.student import load_student, quiet_peft
 
 if TYPE_CHECKING:
-    from isingcut.options.config import HealConfig
+    from isingcut.options.healing import HealConfig
 
 __all__ = ["Distill"]
 

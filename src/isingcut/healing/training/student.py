@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from isingcut.options.config import HealConfig
+    from isingcut.options.healing import HealConfig
 
 
 @contextlib.contextmanager

@@ -1,0 +1,142 @@
+"""Every option of healing a cut model: its type, default and help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from isingcut.errors import InputError
+from isingcut.options.declaration import STRICT, Options, option
+from isingcut.options.types import (
+    BATCH_TOKENS,
+    PATCH_HELP,
+    Count,
+    Device,
+    Dtype,
+    Few,
+    Length,
+    Patch,
+    Place,
+    Seed,
+    Size,
+    Tokens,
+)
+from isingcut.options.yaml_file import load_yaml
+
+
+def _schedule(name: str) -> str:
+    from transformers.trainer_utils import SchedulerType
+
+    known = [s.value for s in SchedulerType]
+    if name not in known:
+        raise ValueError(f"must be one of {', '.join(known)}; got {name!r}")
+    return name
+
+
+@dataclass(frozen=True, config=STRICT)
+class HealConfig(Options):
+    """Options of healing a cut model; every field is also an option of `isingcut heal`.
+
+    Examples:
+        >>> isingcut.options.healing.HealConfig(steps=50).learning_rate is None
+        True
+    """
+
+    student: Place = option("", "The cut checkpoint's folder.", argument=True)
+    teacher: Place = option("", "The original: folder, hub id, .gguf file or 'smollm2'.")
+    out: Place = option("", "Folder for the healed checkpoint.")
+    text: Place = option(
+        "wiki", "Text to heal with: a file or - as for --calibration, a datasets name or 'wiki'."
+    )
+    samples: Count | None = option(None, "Samples of that text (default: all).")
+    length: Length = option(1024, "Tokens per sample.")
+    report_samples: Few = option(16, "Other samples, for the figures before and after.")
+    seed: Seed = option(0, "Seed of every random choice.")
+
+    patch: Patch = option("none", PATCH_HELP)
+    patch_tokens: Annotated[int, Field(ge=64, le=2**30)] = option(
+        65536, "Tokens of the text that the patch is fitted on."
+    )
+    patch_maps: Literal["reads", "writes"] = option(
+        "reads", "What the patched layer's new map acts on: reads or writes."
+    )
+
+    method: Literal["full", "lora", "none"] = option(
+        "full", "full (all weights), lora, or none (patch only)."
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = option(
+        None, "Highest learning rate (default: 2e-5, with lora 2e-4)."
+    )
+    schedule: Annotated[str, AfterValidator(_schedule)] = option(
+        "cosine", "How it falls, by transformers' name."
+    )
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = option(
+        100, "Steps in which it rises; at most a tenth of all steps."
+    )
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = option(1.0, "How often the text is read.")
+    top_steps: Count = option(20, "Steps for each candidate of `run --heal-top`.")
+    steps: Count | None = option(None, "Stop after so many steps; the schedule ends there.")
+    batch: Size = option(16, "Sequences per optimiser step, over all processes.")
+    micro_batch: Size = option(1, "Sequences computed at a time by one process.")
+    temperature: Annotated[float, Field(gt=0, le=1000)] = option(
+        1.0, "Both distributions are softened by it."
+    )
+    hidden_weight: Annotated[float, Field(ge=0, le=1_000_000)] = option(
+        0.0, "Weight of matching the hidden states behind each cut (0: none)."
+    )
+    top_k: Annotated[int, Field(ge=0, le=2**20)] = option(
+        0, "Keep the teacher's K likeliest tokens and their rest on disk first (0: no)."
+    )
+    stream_teacher: bool = option(
+        False, "Read the original block by block from disk; needs --top-k."
+    )
+    other_teacher: bool = option(
+        False, "Take a teacher that is not the model which the cut's record names."
+    )
+    lora_rank: Size = option(16, "Rank of the LoRA matrices.")
+    lora_alpha: Count = option(32, "Their scale.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, more time."
+    )
+    save_steps: Count = option(50, "Steps between states an interrupted healing resumes at.")
+    trainer: Place = option(
+        "", "YAML file of further transformers TrainingArguments (fsdp, deepspeed, optim)."
+    )
+
+    batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens computed at a time when measuring.")
+    dtype: Dtype = option("auto", "auto, float32 or bfloat16.")
+    device: Device = option("auto", "auto, cpu, cuda or cuda:N.", volatile=True)
+    trust_remote_code: bool = option(
+        False, "Allow the models' own Python code to run.", volatile=True, typed=True
+    )
+    overwrite: bool = option(False, "Replace an existing output.", volatile=True)
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate; 2e-5 as in the paper, LoRA's default ten times that."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-4 if self.method == "lora" else 2e-5
+
+    def validate(self) -> HealConfig:
+        """These options, if they go together as a whole.
+
+        Raises:
+            InputError: options that exclude each other, or a `trainer` file that cannot be read.
+        """
+        if self.method == "none" and self.patch == "none":
+            raise InputError("--method none without a --patch leaves nothing to do")
+        if self.top_k and self.temperature != 1:
+            raise InputError("--top-k keeps the teacher at temperature 1; give one of them only")
+        if self.stream_teacher and (not self.top_k or self.patch != "none"):
+            raise InputError(
+                "--stream-teacher needs --top-k, and a --patch needs the teacher in memory"
+            )
+        if self.top_k and self.hidden_weight:
+            raise InputError("--top-k keeps no hidden states; give one of it and --hidden-weight")
+        if self.trainer:
+            load_yaml(Path(self.trainer))
+        return self
