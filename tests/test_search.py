@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.auto import Auto
-from isingcut.energies.pairwise import Pairwise, indicator
+from isingcut.energies.pairwise import indicator
 from isingcut.energies.refined import Refined
 from isingcut.energies.search import Plan, Search, Target, greedy_price, proposals
 from isingcut.energies.search.estimates import Estimates
@@ -335,9 +334,7 @@ def test_refined_energy_keeps_what_was_found(replay: Replay, tokens: TokenSet) -
     assert energy.unit == "nats/token"
 
 
-def test_auto_without_a_removal_is_pairwise(replay: Replay, tokens: TokenSet) -> None:
-    found = Auto().measure(replay, tokens, WORK)
-    np.testing.assert_array_equal(found.J, Pairwise().measure(replay, tokens, WORK).J)
+def test_a_search_needs_a_removal(replay: Replay, tokens: TokenSet) -> None:
     with pytest.raises(InputError, match="--remove"):
         Refined().measure(replay, tokens, WORK)
 

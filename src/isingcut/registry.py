@@ -26,11 +26,15 @@ class Registry:
         room: the sub-package that holds the parts, for example ``"energies"``.
         noun: what one part is called in messages, for example ``"energy"``.
         inside: the sub-package that the room is in, where it is not at the top.
+        choices: names that can be asked for and stand for a part that a run chooses.
     """
 
-    def __init__(self, room: str, noun: str, inside: str = "") -> None:
+    def __init__(
+        self, room: str, noun: str, inside: str = "", choices: tuple[str, ...] = ()
+    ) -> None:
         self.room = room
         self.noun = noun
+        self.choices = choices
         self._package = ".".join(filter(None, ("isingcut", inside, room)))
         self._registered: dict[str, Any] = {}
 
@@ -47,7 +51,8 @@ class Registry:
 
     def names(self) -> list[str]:
         """All names, sorted; imports no part."""
-        return sorted({*self._files(), *self._entry_points(), *self._registered})
+        parts = {*self._files(), *self._entry_points(), *self._registered}
+        return sorted({*parts, *self.choices})
 
     def register(self, name: str, part: Any) -> None:
         """Add ``part`` for this process; replacing an existing name is refused.
@@ -77,6 +82,10 @@ class Registry:
         entry_points = self._entry_points()
         if name in entry_points:
             return entry_points[name].load()
+        if name in self.choices:
+            raise UnknownNameError(
+                f"{name!r} is no {self.noun} of its own; name the one that is meant"
+            )
         names = self.names()
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"

@@ -86,6 +86,7 @@ WORDS = [
     ("--keep 1,2 --drop 2-4", "--keep and --drop both name block 2"),
     ("--energy zorp", "unknown energy 'zorp'"),
     ("--also fisher,zorp", "unknown energy 'zorp'"),
+    ("--also auto", "'auto' is no energy of its own"),
     ("--solver zorp", "unknown solver 'zorp'"),
     ("--effort zorp", "--effort: 'zorp': expected passes"),
     ("--effort 0min", "--effort: '0min': expected passes"),

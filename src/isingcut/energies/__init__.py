@@ -2,5 +2,5 @@
 
 from isingcut.registry import Registry
 
-registry = Registry("energies", "energy")
+registry = Registry("energies", "energy", choices=("auto",))
 """All energies by name; `registry.names()` lists them without importing any."""
