@@ -274,15 +274,17 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_the_verb_decides_which_processes_work_whatever_stands_before_it(monkeypatch):
-    led = []
-    monkeypatch.setattr("isingcut.cli.main.expected", lambda: True)
-    monkeypatch.setattr("isingcut.measure.distributed.led", lambda work, opened: led.append(work))
-    assert call("--debug", "heal", "gone") == 2
-    assert not led, "every process trains"
+def test_the_verb_decides_which_processes_work_whatever_stands_before_it(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr("isingcut.cli.main.launched_rank", lambda: 1)
+    monkeypatch.setattr("isingcut.cli.main.launched", lambda: True)
+    monkeypatch.setattr("isingcut.cli.main.leave_word", lambda code, text: left.append(code))
     assert call("--debug", "ls") == 0
     assert call("solve", "heal") == 0
-    assert len(led) == 2
+    assert not left, "only rank 0 works"
+    assert call("heal", "gone") == 2
+    assert left == [2], "every process trains"
+    assert capsys.readouterr() == ("", "")
 
 
 def process(*arguments, **environment) -> subprocess.CompletedProcess:

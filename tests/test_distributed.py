@@ -5,19 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import isingcut
-from isingcut.data.tokens import TokenSet
 from isingcut.journal import Journal
-from isingcut.measure import crew
-from isingcut.measure.orders import pack, unpack
 from isingcut.measure.pieces import Piece, left
-from isingcut.measure.sharing import Task, processes, share
+from isingcut.measure.sharing import Rows, forget
+from isingcut.models.processes import Processes
 from ranks import launch, say_into, type_in
 from tiny import tiny_checkpoint
 
@@ -237,105 +234,93 @@ def test_an_error_of_rank_0_is_its_own_line(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def _killed(place, out, said, launcher):
+def _killed(place, out, said):
     """Rank 1 is killed while it hands in its first row."""
     say_into(said)
-    gone = said.with_suffix(".gone")
     if os.environ["RANK"] == "1":
-
-        def fatal(journal, key, row):
-            gone.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.put = fatal
-    silent = crew.Crew._silent
-
-    def watched(self, beats, changed):
-        # However slow the machine: alive is alive, and gone is soon noticed.
-        crew.SILENCE = 1.0 if gone.exists() and not launcher else 600.0
-        return silent(self, beats, changed)
-
-    crew.Crew._silent = watched
+        Journal.put = lambda journal, key, row: os.kill(os.getpid(), signal.SIGKILL)
     type_in(*_typed(place, out))
 
 
-@pytest.mark.parametrize("launcher", [True, False])
-def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
-    launcher, place, alone, tmp_path
-):
+def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(place, alone, tmp_path):
     said, out = tmp_path / "said", tmp_path / "run"
-    (first, second), _store = launch(2, _killed, place, out, said, launcher)
-    second.join(120)
-    assert second.exitcode == -signal.SIGKILL
-    if launcher:
-        # As torchrun does; without one, rank 0 notices by itself.
-        first.terminate()
-    (code,) = _join([first])
-    lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
-    if launcher:
-        assert code == 128 + signal.SIGTERM
-        assert len(lines) == 1
-        assert "ended by a signal" in lines[0]
-    else:
-        assert code == 1
-        assert lines == ["isingcut: rank 1 of 2: gave no sign of life for 1 s"]
+    ranks, _store = launch(2, _killed, place, out, said)
+    assert _join(ranks) == [1, -signal.SIGKILL]
+    (line,) = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+    assert line.startswith("isingcut: the 2 processes cannot reach each other any more (")
     assert not list(out.glob(".*")), "no half-written files"
     _energy(place, out)
     for name in (*FILES, "hamiltonian.hessian.safetensors"):
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
 
-def _vanishes(place, out, said):
-    """Rank 1 is killed when all is measured."""
-    say_into(said)
+RAISES = """
+import os, signal, sys
+import isingcut.measure.losses as module
+from isingcut.cli.main import main
+from isingcut.errors import ArchitectureError
+def broken(*arguments):
     if os.environ["RANK"] == "1":
-        Task._sum = lambda self, own: os.kill(os.getpid(), signal.SIGKILL)
-    see_off = crew.Crew._see_off
-
-    def leaving(self, seconds):
-        said.with_suffix(".leaving").touch()
-        see_off(self, seconds)
-
-    crew.Crew._see_off = leaving
-    type_in(*_typed(place, out, also=False))
-
-
-def test_a_signal_does_not_silence_a_process_that_is_about_to_speak(place, alone, tmp_path):
-    said, out = tmp_path / "said", tmp_path / "run"
-    (first, second), _store = launch(2, _vanishes, place, out, said)
-    second.join(120)
-    assert second.exitcode == -signal.SIGKILL
-    # Rank 0 has learned it from the collective and waits for the others to leave.
-    while first.is_alive() and not said.with_suffix(".leaving").exists():
-        time.sleep(0.01)
-    first.terminate()
-    (code,) = _join([first])
-    lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
-    assert len(lines) == 1
-    assert "cannot reach each other any more" in lines[0]
-    assert code == 1
-    _energy(place, out, also=False)
-    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
+        raise ArchitectureError("this block cannot be run")
+    signal.pause()
+module._measure_batch = broken
+sys.argv[1:] = {arguments!r}
+main()
+"""
+DIES = """
+import os, signal, sys
+from isingcut.journal import Journal
+from isingcut.cli.main import main
+put, meeting = Journal.put, {meeting!r}
+def watched(journal, key, row):
+    put(journal, key, row)
+    if os.environ["RANK"] == "1":
+        open(meeting, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    open(meeting).close()
+    signal.pause()  # a computation that takes as long as it takes
+Journal.put = watched
+sys.argv[1:] = {arguments!r}
+main()
+"""
 
 
-def test_orders_carry_token_sets_arrays_and_plain_values():
-    tokens = TokenSet.from_rows([[1, 2, 3], [4, 5]])
-    states = np.eye(3, dtype=bool)
-    message, found = unpack(
-        pack({"order": "task"}, {"tokens": tokens, "states": states, "seed": None, "gate": "block"})
+def _torchrun(script, text):
+    """Run a script that fails in two processes; its lines."""
+    script.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    return [x for x in done.stderr.splitlines() if x.startswith("isingcut: ")]
+
+
+def test_the_reason_of_another_process_is_said_while_rank_0_computes(place, tmp_path):
+    arguments = [str(x) for x in _typed(place, tmp_path / "run", also=False)]
+    lines = _torchrun(tmp_path / "script.py", RAISES.format(arguments=arguments))
+    assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
+
+
+def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
+    place, alone, tmp_path, monkeypatch
+):
+    """Rank 1 is killed while rank 0 computes; each has kept a row."""
+    out, script, meeting = tmp_path / "run", tmp_path / "script.py", tmp_path / "meeting"
+    os.mkfifo(meeting)
+    arguments = [str(x) for x in _typed(place, out, also=False)]
+    (line,) = _torchrun(script, DIES.format(meeting=str(meeting), arguments=arguments))
+    assert "ended by a signal" in line
+    assert sorted(p.name for p in out.glob("*.journal*")) == [
+        "hamiltonian.safetensors.journal", "hamiltonian.safetensors.journal.1"
+    ]  # fmt: skip
+    measured = []
+    put = Journal.put
+    monkeypatch.setattr(
+        Journal, "put", lambda j, key, row: measured.append(key) or put(j, key, row)
     )
-    assert message == {"order": "task"}
-    assert (found["seed"], found["gate"]) == (None, "block")
-    np.testing.assert_array_equal(found["states"], states)
-    assert found["tokens"].input_ids.tolist() == tokens.input_ids.tolist()
-    assert found["tokens"].mask.tolist() == tokens.mask.tolist()
-
-
-def test_one_process_shares_with_nobody():
-    assert processes() == 1
-    kept = Journal(None, "x")
-    assert list(share(kept, ["a", "b", "c"])) == [["a"], ["b"], ["c"]]
-    assert list(share(kept, ["a", "b", "c"], at_once=None)) == [["a", "b", "c"]]
+    _energy(place, out, also=False)
+    assert measured == ["1:0-21", "2:0-21"], "each process had kept one half of the first"
+    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
+    assert not list(out.glob("*.journal*"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 16])
@@ -348,6 +333,38 @@ def test_pieces_cover_every_state_once(count):
     assert sorted(covered) == [(b, s) for b in range(3) for s in range(20)]
     assert left([p.key for p in found] + done, 3, 20, count, 0.03) == []
     assert [Piece.read(p.key) for p in found] == found
+
+
+def _shares(units, path, found):
+    """One of several processes that share units out and bring their rows together."""
+    processes = Processes.join()
+    kept = Rows(path, "x", processes=processes)
+    todo = [str(u) for u in range(units) if kept.get(str(u)) is None]
+    own, _bar = kept.share(todo, None)
+    for key in own:
+        kept.put(key, np.full(2, float(key)))
+    kept.gather()
+    rows = {key: kept.get(key).tolist() for key in sorted(kept.keys())}
+    found.with_name(f"{found.name}.{os.environ['RANK']}").write_text(json.dumps([own, rows]))
+
+
+def _shared(size, units, folder):
+    ranks, _store = launch(size, _shares, units, folder / "journal", folder / "found")
+    assert _join(ranks) == [0] * size
+    read = [json.loads((folder / f"found.{r}").read_text()) for r in range(size)]
+    assert all(rows == {str(u): [u, u] for u in range(units)} for _, rows in read)
+    return [own for own, _ in read]
+
+
+def test_every_unit_is_measured_once_and_every_process_has_all(tmp_path):
+    assert _shared(3, 7, tmp_path) == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
+    # What is kept counts, whoever measured it; more processes than units are left.
+    assert _shared(4, 9, tmp_path) == [["7"], ["8"], [], []]
+    assert _shared(2, 9, tmp_path) == [[], []]
+    kept = Rows(tmp_path / "journal", "x")
+    assert len(kept.keys()) == 9
+    forget(tmp_path / "journal")
+    assert not list(tmp_path.glob("journal*"))
 
 
 def test_few_micro_batches_are_parted_for_many_processes():

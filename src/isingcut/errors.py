@@ -67,12 +67,11 @@ class RankError(IsingcutError):
 
     Attributes:
         code: exit code of the run, that of the process that failed.
-        reported: the failing process has said so itself on this machine's terminal.
     """
 
-    def __init__(self, message: str, *, code: int = 1, reported: bool = False) -> None:
+    def __init__(self, message: str, *, code: int = 1) -> None:
         super().__init__(message)
-        self.code, self.reported = code, reported
+        self.code = code
 
 
 class MissingExtraError(IsingcutError):

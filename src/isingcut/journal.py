@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,6 @@ class Journal:
         self.fingerprint = fingerprint
         self._path = path
         self._rows: dict[str, Row] = {}
-        self._listener: Callable[[str, Row], None] | None = None
         if path is None:
             return
         header = json.dumps({"format": _FORMAT, "fingerprint": fingerprint}).encode() + b"\n"
@@ -91,8 +90,6 @@ class Journal:
         """Store ``row`` under ``key`` and sync it to disk."""
         row = np.ascontiguousarray(row, dtype=np.float64)
         self._rows[key] = row
-        if self._listener is not None:
-            self._listener(key, row)
         if self._path is None:
             return
         data, shape = row.tobytes(), list(row.shape)
@@ -106,20 +103,6 @@ class Journal:
             f.write(json.dumps(record).encode() + b"\n")
             f.flush()
             os.fsync(f.fileno())
-
-    @contextlib.contextmanager
-    def told(self, listener: Callable[[str, Row], None]) -> Iterator[None]:
-        """Meanwhile, tell ``listener`` of each row that is put."""
-        self._listener = listener
-        try:
-            yield
-        finally:
-            self._listener = None
-
-    def remove(self) -> None:
-        """Delete the file: its rows have become a results file."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
 
 def _refuse_foreign(path: Path, first: bytes) -> bytes:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
 from isingcut.files import fingerprint
-from isingcut.journal import Journal
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.sharing import Rows
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -51,8 +51,11 @@ class Ledger:
             "loss": loss,
             "batch_tokens": work.batch_tokens,
         }
-        self._kept = Journal(
-            work.journal, fingerprint(identity), lambda key, row: row.shape == (1,)
+        self._kept = Rows(
+            work.journal,
+            fingerprint(identity),
+            lambda key, row: row.shape == (1,),
+            replay.processes,
         )
         self._paid: set[str] = set()
         self.runs = float(len(replay))

@@ -24,6 +24,7 @@ from isingcut.errors import InputError
 from isingcut.ising.constraints import count
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
+from isingcut.measure.sharing import forget
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -82,7 +83,7 @@ class Cbo:
             info |= {"kl": losses.tolist()}
         info |= {"position": chosen, "evaluations": ledger.evaluations}
         if rows is not None:
-            rows.unlink(missing_ok=True)
+            forget(rows)
         return Outcome(
             tuple(spectrum.removed(chosen)), ledger.passes + BACKWARD, ledger.heads + BACKWARD, info
         )

@@ -28,7 +28,7 @@ from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
-from isingcut.journal import Journal
+from isingcut.measure.sharing import Rows
 from isingcut.measure.work import Work
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Replay
@@ -170,8 +170,11 @@ class _Trials:
             "mask": tokens.mask.tolist(),
             "batch_tokens": work.batch_tokens,
         }
-        self._kept = Journal(
-            work.journal, fingerprint(identity), lambda key, row: row.shape == (1,)
+        self._kept = Rows(
+            work.journal,
+            fingerprint(identity),
+            lambda key, row: row.shape == (1,),
+            replay.processes,
         )
         self._head = OutputHead(replay)
         self._originals: list[_Original] = []

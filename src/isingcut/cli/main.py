@@ -9,7 +9,10 @@ line; 130 interrupted; 1 an error of isingcut itself.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
 import traceback
 from typing import Annotated, Any
@@ -19,7 +22,7 @@ import typer
 from isingcut.cli.verb import app
 from isingcut.errors import InputError, IsingcutError, RankError
 from isingcut.files import os_error_words
-from isingcut.measure.crew import expected
+from isingcut.models.processes import last_word, launched, launched_rank, leave_word
 from isingcut.printing import prepare, say, unwritable
 from isingcut.provenance import __version__
 
@@ -54,6 +57,9 @@ for _group in ("runs", "states", "models", "healing", "share", "look"):
 
 _program: Any = typer.main.get_command(app)
 
+# Verbs that all processes of a launcher carry out; any other one is rank 0's.
+_TOGETHER = ("run", "demo", "energy", "rank", "baseline", "heal")
+
 
 def _typed() -> tuple[str, bool]:
     """The verb, and whether `--debug` stands before it; what else was typed is not judged here."""
@@ -78,22 +84,13 @@ def _run() -> None:
         sys.exit(code)
 
 
-def _start(verb: str) -> None:
-    # Of a launcher's processes rank 0 alone reads the command line; healing trains on all alike.
-    if expected() and verb != "heal":
-        from isingcut.measure.distributed import led
-        from isingcut.runs.session import opened
-
-        led(_run, opened)
-    else:
-        _run()
-
-
 def _outcome() -> tuple[int, str]:
     """The exit code of the command, and what to say of its failure."""
     verb, debug = _typed()
+    if launched_rank() and verb not in _TOGETHER:
+        return 0, ""
     try:
-        _start(verb)
+        _run()
     except SystemExit as e:
         # The command line's library leaves like this when nobody reads what it prints.
         unread = isinstance(e.__context__, BrokenPipeError)
@@ -102,15 +99,18 @@ def _outcome() -> tuple[int, str]:
         return 130, "interrupted; the same command goes on from here"
     except Exception as e:
         if debug:
-            traceback.print_exc()
-        return _judged(e)
+            traceback.print_exc(file=sys.__stderr__ if launched_rank() else None)
+        code, words = _judged(e)
+        if launched() and not isinstance(e, RankError):
+            leave_word(code, words)
+        return code, words
     return 0, ""
 
 
 def _judged(error: Exception) -> tuple[int, str]:
     """Whose fault an error is, as an exit code, and one line about it."""
     if isinstance(error, RankError):
-        return error.code, "" if error.reported else str(error)
+        return error.code, "" if launched_rank() else str(error)
     if isinstance(error, IsingcutError):
         return 2, str(error)
     if isinstance(error, OSError):
@@ -122,15 +122,42 @@ def _judged(error: Exception) -> tuple[int, str]:
     )
 
 
+def _followed() -> int:
+    """The exit code of a process beside rank 0, which prints for all of them."""
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nothing,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(nothing),
+    ):
+        code, _ = _outcome()
+    return code
+
+
+def _ended(number: int, frame: object) -> None:
+    """Say why a launcher ends this process: its own report names a process and no reason."""
+    found = last_word()
+    words = "ended by a signal, as launchers do when one process was killed; what is finished "
+    say(f"isingcut: {found or words + 'is kept, the same command goes on'}")
+    # At once, wherever it is: raised here, an error may be dropped by a library's callback.
+    os._exit(found.code if found else 128 + number)
+
+
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
     prepare()
+    if launched_rank():
+        sys.exit(_followed())
+    if launched():
+        signal.signal(signal.SIGTERM, _ended)
     # Kept, because the command line's library puts another stream in its place.
     printed = sys.stdout
     code, words = _outcome()
     lost = unwritable(printed)
     if lost is not None and not isinstance(lost, BrokenPipeError):
         code, words = 2, f"standard output cannot be written: {lost.strerror}"
+    if launched():
+        # Its line is said, here or there.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if words:
         say(f"isingcut: {words}")
     unwritable(sys.stderr)

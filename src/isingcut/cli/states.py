@@ -62,11 +62,12 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     Example: isingcut rank my-run --remove 8
     """
     from isingcut.cli.show import show_ranking
+    from isingcut.models.processes import Processes
     from isingcut.report.words import ranking_warnings
     from isingcut.runs import pipeline, stages
 
     folder, config = reopen(directory, options)
-    session = pipeline.session_of(folder, config, progress)
+    session = pipeline.session_of(folder, config, progress, Processes.join())
     found = stages.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
     return Answer(
@@ -100,12 +101,13 @@ def baseline(
     Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
     """
     from isingcut.cli.show import show_baseline
+    from isingcut.models.processes import Processes
     from isingcut.runs import comparison, pipeline
 
     # What was typed is looked at before the run folder is.
     comparison.baseline_part(name, settings or [])
     folder, config = reopen(directory, options)
-    session = pipeline.session_of(folder, config, progress)
+    session = pipeline.session_of(folder, config, progress, Processes.join())
     found = comparison.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Answer(

@@ -83,15 +83,20 @@ class Refined:
             return greedy_price(len(replay), max(t.size for t in self.targets))
         if not minutes:
             return amount
-        # Kept with the journal: a resumed search must have the budget it began with.
-        kept = None if work.journal is None else work.journal.with_suffix(".effort")
-        if kept is not None and kept.exists():
-            return float(json.loads(kept.read_text(encoding="utf-8")))
-        passes = amount * 60 / seconds_per_pass(replay, tokens, work)
-        if kept is not None:
-            with atomic_file(kept) as temporary:
-                temporary.write_text(json.dumps(passes), encoding="utf-8")
-        return passes
+        seconds = 60 * amount
+
+        def timed() -> float:
+            # Kept with the journal: a resumed search must have the budget it began with.
+            kept = None if work.journal is None else work.journal.with_suffix(".effort")
+            if kept is not None and kept.exists():
+                return float(json.loads(kept.read_text(encoding="utf-8")))
+            passes = seconds / seconds_per_pass(replay, tokens, work)
+            if kept is not None:
+                with atomic_file(kept) as temporary:
+                    temporary.write_text(json.dumps(passes), encoding="utf-8")
+            return passes
+
+        return replay.processes.decide(timed)
 
 
 def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:

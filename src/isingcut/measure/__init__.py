@@ -2,6 +2,5 @@
 
 `losses` measured KL and NLL of states, prefixes shared; `gates` `gradients` `loss_gradient`
 `curvature` derivatives; `streams` activations at block boundaries; `streamed/` the same block by
-block from disk; `work` how it is carried out; `distributed` `crew` `orders` `sharing` `pieces`
-several processes.
+block from disk; `work` how it is carried out; `sharing` by several processes, in `pieces`.
 """

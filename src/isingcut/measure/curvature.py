@@ -31,12 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
-from isingcut.journal import Journal
-from isingcut.measure.distributed import together
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import of_batches
 from isingcut.measure.loss_gradient import loss_gradient
-from isingcut.measure.sharing import share
+from isingcut.measure.sharing import Rows
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.progress import Progress, silent
@@ -65,7 +63,6 @@ class Curvature:
     counts: npt.NDArray[np.int64]
 
 
-@together
 def gate_curvature(
     replay: Replay,
     tokens: TokenSet,
@@ -114,16 +111,18 @@ def gate_curvature(
     n, head = len(replay), OutputHead(replay)
     batches = tokens.batches(batch_tokens)
     identity = _identity(replay, tokens, kind, gate, batch_tokens)
-    kept = Journal(journal, identity, of_batches(batches, n + 1, n))
+    kept = Rows(journal, identity, of_batches(batches, n + 1, n), replay.processes)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     rows = np.zeros((tokens.samples, n + 1, n))
     with progress(f"{kind} of {tokens.samples} samples", len(batches)) as bar:
         keys = [str(b) for b in range(len(batches))]
         todo = [key for key in keys if kept.get(key) is None]
         bar.advance(len(keys) - len(todo))
-        for (key,) in share(kept, todo, lambda key: bar.advance(1)):
+        own, bar = kept.share(todo, bar)
+        for key in own:
             kept.put(key, _batch_curvature(replay, head, batches[int(key)], kind, gate))
             bar.advance(1)
+        kept.gather()
     for b, batch in enumerate(batches):
         rows[batch.index.numpy()] = kept.get(str(b))
     rows *= counts[:, None, None]

@@ -18,18 +18,15 @@ from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
 from isingcut.files import fingerprint
-from isingcut.journal import Journal
-from isingcut.measure.distributed import together
 from isingcut.measure.gates import gated_block
 from isingcut.measure.loss_gradient import loss_gradient
-from isingcut.measure.sharing import share
+from isingcut.measure.sharing import Rows
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.compute.tuning import chosen_attention
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.progress import Progress, silent
 
 
-@together
 def gate_gradients(
     replay: Replay,
     tokens: TokenSet,
@@ -65,7 +62,7 @@ def gate_gradients(
     rows = np.zeros((tokens.samples, len(replay)))
     batches = tokens.batches(batch_tokens)
     identity = _identity(replay, tokens, gate, label_seed, batch_tokens)
-    kept = Journal(journal, identity, of_batches(batches, len(replay)))
+    kept = Rows(journal, identity, of_batches(batches, len(replay)), replay.processes)
     with (
         progress(f"gradients of {tokens.samples} samples", len(batches)) as bar,
         chosen_attention(replay),
@@ -79,10 +76,12 @@ def gate_gradients(
             keys = [str(b) for b in range(len(batches))]
             todo = [key for key in keys if kept.get(key) is None]
             bar.advance(len(keys) - len(todo))
-            for (key,) in share(kept, todo, lambda key: bar.advance(1)):
+            own, bar = kept.share(todo, bar)
+            for key in own:
                 row = _batch_rows(replay, head, batches[int(key)], gate, label_seed)
                 kept.put(key, row.double().cpu().numpy())
                 bar.advance(1)
+            kept.gather()
     for b, batch in enumerate(batches):
         rows[batch.index.numpy()] = kept.get(str(b))
     return rows

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
 from isingcut.files import fingerprint
-from isingcut.journal import Journal
-from isingcut.measure.distributed import together
 from isingcut.measure.pieces import Piece, common_prefix, left
-from isingcut.measure.sharing import processes, share
+from isingcut.measure.sharing import Rows
 from isingcut.models.compute.head import OutputHead, Reference, comparison
 from isingcut.models.compute.tuning import chosen_attention
 from isingcut.models.replay import Replay, reuse_freed_memory
@@ -95,7 +93,6 @@ def standard_error(sums: Floats, counts: npt.NDArray[np.int64]) -> Floats:
     return np.asarray(np.sqrt((residual**2).sum(-1) * m / (m - 1)) / counts.sum())
 
 
-@together
 def measure(
     replay: Replay,
     tokens: TokenSet,
@@ -147,7 +144,8 @@ def measure(
         shape = (2, piece.last - piece.first + 1, batches[piece.batch].samples)
         return inside and piece.batch >= 0 and row.shape == shape
 
-    kept = Journal(journal, _identity(replay, tokens, wanted, batch_tokens), fits)
+    identity = _identity(replay, tokens, wanted, batch_tokens)
+    kept = Rows(journal, identity, fits, replay.processes)
     m = tokens.samples
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     sums = np.zeros((2, len(wanted) + 1, m))
@@ -177,14 +175,13 @@ def measure(
                     mean = sums[0, :-1].sum(1) / np.maximum(1, seen @ counts)
                     bar.advance(0, f"lowest KL so far {mean[seen.any(1)].min():.4f}")
 
-            def came(key: str) -> None:
+            for key in kept.keys():  # noqa: SIM118
                 bar.advance(_blocks_run(walk, Piece.read(key), n))
                 fill(key)
-
-            for key in kept.keys():  # noqa: SIM118
-                came(key)
-            todo = left(kept.keys(), len(batches), len(walk), processes(), 2 * n / per_batch)
-            for (key,) in share(kept, [piece.key for piece in todo], came):
+            size = replay.processes.size
+            todo = left(kept.keys(), len(batches), len(walk), size, 2 * n / per_batch)
+            own, bar = kept.share([piece.key for piece in todo], bar)
+            for key in own:
                 piece = Piece.read(key)
                 steps = _apart(walk[piece.first : piece.last], share_prefixes)
                 # What a parted micro-batch runs again is no progress.
@@ -200,6 +197,9 @@ def measure(
                     )
                 bar.advance(0 if whole else _blocks_run(walk, piece, n))
                 kept.put(key, row[:, [*(s.position for s in steps), len(wanted)]])
+                fill(key)
+            kept.gather()
+            for key in kept.keys():  # noqa: SIM118
                 fill(key)
     return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
 

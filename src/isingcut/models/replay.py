@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.live import stop_rescaling
+from isingcut.models.processes import ALONE, Processes
 
 
 class _StackReached(Exception):
@@ -40,6 +41,7 @@ class Replay:
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention (`tuning.py`); None keeps what was loaded.
         threads: with how many threads at most; None: with those that torch takes.
+        processes: that hold the same model and share its measurements.
 
     Raises:
         ArchitectureError: a block does not take and return one residual stream.
@@ -61,6 +63,7 @@ class Replay:
         self.bytes_per_token = 0
         self.attention: str | None = None
         self.threads: int | None = None
+        self.processes: Processes = ALONE
         # The rest of each block's output tuple (None for a bare tensor), for the stubs to return.
         self._rest: list[tuple[Any, ...] | None] = []
         self._learn_outputs()

@@ -125,16 +125,16 @@ def prune(
         >>> run.save("smaller-model").name
         'smaller-model'
     """
-    from isingcut.measure.crew import expected
-    from isingcut.measure.distributed import led
+    from isingcut.models.processes import Processes
     from isingcut.runs import stages
+    from isingcut.runs.joining import part
     from isingcut.runs.measuring import concrete, measure_energy
     from isingcut.runs.pipeline import open_session
     from isingcut.runs.removal import each_removal
-    from isingcut.runs.session import opened
 
     loaded = not isinstance(model, str | Path)
-    if expected() and (loaded or out is None):
+    processes = Processes.join()
+    if processes.size > 1 and (loaded or out is None):
         raise InputError("several processes need one model on disk and one run folder: name both")
     if tokenizer is not None and not loaded:
         raise InputError("tokenizer belongs to a loaded model; a folder or hub id has its own")
@@ -156,24 +156,23 @@ def prune(
 
     def work() -> tuple[Run, list[str]]:
         config = wanted()
-        session, folder = open_session(config, _progress(progress), need_removal=True)
+        session, folder = open_session(config, _progress(progress), processes, need_removal=True)
         measure_energy(session, folder)
         said: list[str] = []
         for one in each_removal(config):
             stages.solve(folder, one)
             said += energy_warnings(one, stages.rank(session.at(one), folder))
+        part(session, folder)
         return Run(folder, config, session), said
 
     try:
-        done = led(work, opened)
+        run, said = work()
     except BaseException:
         kept.close()
         raise
-    if done is None:
-        # Another process of the launcher did the work; the folder has it.
-        return open_run(str(out), progress=progress)
-    run, said = done
     weakref.finalize(run, kept.close)
+    if processes.rank:
+        return run
     for text in dict.fromkeys(said):
         warnings.warn(text, PoorEnergyWarning, stacklevel=2)
     return run

@@ -14,6 +14,7 @@ import numpy as np
 
 from isingcut.errors import InputError
 from isingcut.files import read_json, write_json
+from isingcut.measure.sharing import forget
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import shown
 from isingcut.runs.folder import RunFolder
@@ -134,9 +135,12 @@ def compare(
 
     file = target / f"baseline-{name}.json"
     journal = file.with_name(file.name + ".journal")
-    result = folder.stage("baseline", file, options, make, lambda path: read_json(path, "baseline"))
+    result = folder.stage(
+        "baseline", file, options, make, lambda path: read_json(path, "baseline"), together=True
+    )
     # Not before the stage is recorded as done: a kill in between would cost all of it.
-    journal.unlink(missing_ok=True)
+    if not folder.processes.rank:
+        forget(journal)
     return result
 
 

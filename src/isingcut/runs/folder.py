@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
 from isingcut.files import fingerprint, is_temporary, read_json, write_json
 from isingcut.inputs import user_path
+from isingcut.models.processes import ALONE
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.outputs import (
@@ -54,11 +56,13 @@ class RunFolder:
     Attributes:
         typed_solver: the solver that was named now, not read from run.json: it alone may import
             code of others.
+        processes: that go through the stages together; rank 0 alone writes.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path, self.manifest, self.overwrite = path, manifest, overwrite
         self.typed_solver: str | None = None
+        self.processes = ALONE
 
     @classmethod
     def create_or_open(
@@ -175,6 +179,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write run.json."""
+        if self.processes.rank:
+            return
         content = {k: v for k, v in self.manifest.items() if k not in ("format", "version")}
         write_json(self.path / MANIFEST, "run", content)
 
@@ -193,17 +199,21 @@ class RunFolder:
         load: Callable[[Path], T],
         *,
         completes: dict[str, Any] | None = None,
+        together: bool = False,
     ) -> T:
         """The result of a stage: what is there, if made with the same options; else made now.
 
         Args:
             completes: a result made with these options may be replaced: the new one holds all of
                 it.
+            together: all processes take part in making it, else rank 0 does alone.
 
         Raises:
             OutputExistsError: made with other options, and overwriting was not allowed.
             StageFileError: the file was changed since, or is damaged.
         """
+        if self.processes.rank:
+            return self._follow(file, make, load)
         key = str(file.relative_to(self.path))
         wanted = self._fingerprint(options)
         record = self.manifest["stages"].get(key)
@@ -220,6 +230,8 @@ class RunFolder:
                     "choose another --out, or pass --overwrite to replace it"
                 )
             if record["fingerprint"] == wanted and record["done"]:
+                self.processes.decide(lambda: False)
+                self.processes.decide(lambda: self.manifest)
                 return self.load(file, load)
             changed = changed_since(file, record)
             if changed is not None:
@@ -237,6 +249,7 @@ class RunFolder:
         }
         self.save()
         began = time.monotonic()
+        self.processes.decide(lambda: together)
         try:
             make(file)
         except BaseException as e:
@@ -248,7 +261,16 @@ class RunFolder:
             sha256=folder_hash(file) if file.is_dir() else file_sha256(file),
         )
         self.save()
+        self.processes.decide(lambda: self.manifest)
         return load(file)
+
+    def _follow(self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]) -> T:
+        """The result of a stage that rank 0 writes, and this process may take part in making."""
+        if self.processes.decide(bool):
+            with tempfile.TemporaryDirectory() as aside:
+                make(Path(aside) / file.name)
+        self.manifest = self.processes.decide(dict)
+        return self.load(file, load)
 
     def _give_up(
         self, key: str, file: Path, before: dict[str, Any] | None, *, refused: bool

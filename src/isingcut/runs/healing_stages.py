@@ -18,7 +18,7 @@ from isingcut.files import fingerprint, read_json, write_json
 from isingcut.healing.checks import check_training
 from isingcut.healing.work_folder import held
 from isingcut.inputs import user_path
-from isingcut.measure.crew import expected
+from isingcut.models.processes import launched
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml, options_from
 from isingcut.options.healing import HealConfig
@@ -89,7 +89,7 @@ def check(session: Session) -> None:
             "a run over a range of removals cuts no checkpoint, so there is none to heal; "
             "give one number with --remove"
         )
-    if expected():
+    if launched():
         raise InputError(
             "healing inside a run is done by one process; heal the cut model afterwards with: "
             "torchrun ... -m isingcut heal"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, StageFileError
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.measure.sharing import forget
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.removal import each_removal, removal_rows
@@ -179,10 +180,11 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
             measured = part.measure(session.replay, split.select(own), work)
         measured.save(path)
 
-    found = folder.stage("energy", file, options, make, Hamiltonian.load)
+    found = folder.stage("energy", file, options, make, Hamiltonian.load, together=True)
     # Not before the stage is recorded as done: a kill in between would cost all of it.
-    for leftover in (journal, journal.with_suffix(".effort")):
-        leftover.unlink(missing_ok=True)
+    if not folder.processes.rank:
+        forget(journal)
+        journal.with_suffix(".effort").unlink(missing_ok=True)
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from isingcut.data import corpora
 from isingcut.errors import InputError, StageFileError
 from isingcut.files import clear_stale
-from isingcut.measure.distributed import announce, led
+from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.outputs import refuse_source
@@ -21,6 +21,7 @@ from isingcut.progress import Progress, silent
 from isingcut.report.write import check_report
 from isingcut.runs import healing_stages
 from isingcut.runs.folder import MANIFEST, RunFolder
+from isingcut.runs.joining import part, take_up
 from isingcut.runs.measuring import (
     build_calibration,
     calibrate,
@@ -30,7 +31,7 @@ from isingcut.runs.measuring import (
     names,
 )
 from isingcut.runs.removal import check_by_config, each_removal, removal_rows
-from isingcut.runs.session import Session, opened
+from isingcut.runs.session import Session
 from isingcut.runs.stages import evaluate, excise, rank, report, solve
 
 
@@ -57,41 +58,35 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         True
     """
     wanted = _config(config, options)
-    return led(lambda: _run(wanted, progress), opened) or Path(wanted.out)
-
-
-def _run(config: RunConfig, progress: Progress) -> Path:
-    session, folder = open_session(config, progress, need_removal=True)
-    if folder.manifest.get("complete") and folder.target(config.removal) == folder.path:
+    processes = Processes.join()
+    session, folder = open_session(wanted, progress, processes, need_removal=True)
+    several = each_removal(wanted)
+    target = folder.path if len(several) > 1 else folder.target(wanted.removal)
+    if folder.manifest.get("complete") and target == folder.path:
         folder.manifest["complete"] = False
     measure_energy(session, folder)
-    several = each_removal(config)
-    if len(several) > 1:
-        return _curve(session, folder, several)
-    solve(folder, config)
-    rank(session, folder)
-    healing_stages.choose(session, folder)
-    excise(session, folder)
-    healing_stages.heal(session, folder)
-    evaluate(session, folder)
-    target = folder.target(config.removal)
-    if target == folder.path:
-        folder.manifest["complete"] = True
-        folder.save()
-    report(folder, config.removal)
+    for one in several:
+        solve(folder, one)
+        rank(session.at(one), folder)
+    part(session, folder)
+    if not processes.rank:
+        _finish(session, folder, several)
+    processes.wait()
     return target
 
 
-def _curve(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> Path:
-    """Solve and rank each number of a range; no checkpoint is cut, the user picks one."""
-    for config in several:
-        solve(folder, config)
-        rank(session.at(config), folder)
+def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
+    """Cut, heal, evaluate and report; of a range no checkpoint is cut, the user picks one."""
+    if len(several) == 1:
+        healing_stages.choose(session, folder)
+        excise(session, folder)
+        healing_stages.heal(session, folder)
+        evaluate(session, folder)
     for config in several:
         report(folder, config.removal)
-    folder.manifest["complete"] = True
-    folder.save()
-    return folder.path
+    if len(several) > 1 or folder.target(several[0].removal) == folder.path:
+        folder.manifest["complete"] = True
+        folder.save()
 
 
 def energy(
@@ -110,11 +105,7 @@ def energy(
         'nats/token'
     """
     wanted = _config(config, options)
-    return led(lambda: _energy(wanted, progress), opened) or Path(wanted.out)
-
-
-def _energy(config: RunConfig, progress: Progress) -> Path:
-    session, folder = open_session(config, progress, need_removal=False)
+    session, folder = open_session(wanted, progress, Processes.join(), need_removal=False)
     measure_energy(session, folder)
     return folder.path
 
@@ -129,11 +120,13 @@ def _config(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
 
 
 def open_session(
-    config: RunConfig, progress: Progress, *, need_removal: bool
+    config: RunConfig, progress: Progress, processes: Processes, *, need_removal: bool
 ) -> tuple[Session, RunFolder]:
     """Check everything that can be wrong before the first file is written."""
     from isingcut.ising.solvers import registry as solvers
 
+    if processes.rank:
+        return _follow(config, progress, processes)
     out = Path(config.out)
     energy_part(config, config.energy)
     for name in names(config.also):
@@ -152,7 +145,7 @@ def open_session(
     session = Session(config, progress, before.dtype if before else None)
     refuse_source(out, [session.source])
     check_by_config(session.source, config, needed=need_removal)
-    announce(session)
+    take_up(session, processes)
     blocks = session.describe_blocks()
     if need_removal or config.removal:
         for one in each_removal(config):
@@ -165,12 +158,37 @@ def open_session(
         folder.manifest["provenance"]["dtype"] = session.dtype
         folder.save()
     _clear(folder, config)
+    folder.processes = processes
+    processes.decide(lambda: folder.manifest)
     calibrate(session, folder, calibration)
     return session, folder
 
 
-def session_of(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Session:
+def _follow(
+    config: RunConfig, progress: Progress, processes: Processes
+) -> tuple[Session, RunFolder]:
+    """The same in a process other than rank 0, which has checked everything."""
+    session = Session(config, progress)
+    take_up(session, processes)
+    # Loaded while rank 0 makes the folder.
+    _ = session.replay
+    folder = RunFolder(Path(config.out), processes.decide(dict))
+    if not folder.path.is_dir():
+        raise InputError(
+            f"{folder.path} is not seen from here; name an --out that all machines share"
+        )
+    folder.processes = processes
+    calibrate(session, folder, None)
+    return session, folder
+
+
+def session_of(
+    folder: RunFolder, config: RunConfig, progress: Progress = silent, processes: Processes = ALONE
+) -> Session:
     """A session on the model that a run folder was made with.
+
+    Args:
+        processes: that take it up together.
 
     Raises:
         ModelError: it is not there any more.
@@ -186,8 +204,10 @@ def session_of(folder: RunFolder, config: RunConfig, progress: Progress = silent
             f"{folder.path} was made with another version of {made_with['name']!r} than is at "
             f"{place}; name the one it was made with with --model, or start a new run folder"
         )
-    _clear(folder, config)
-    announce(session)
+    folder.processes = processes
+    if not processes.rank:
+        _clear(folder, config)
+    take_up(session, processes)
     return session
 
 

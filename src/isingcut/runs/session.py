@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isingcut.models.processes import ALONE
 from isingcut.options.config import RunConfig
 from isingcut.progress import Progress, silent
 
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
     from isingcut.runs.folder import RunFolder
 
 
-def opened(options: dict[str, Any]) -> Session:
-    """A model in use from its options by name, for a process that takes part in a run."""
-    return Session(RunConfig(**options))
-
-
 class Session:
     """A model in use.
 
@@ -34,12 +30,16 @@ class Session:
         config: the run's options; only those about the model are used here.
         progress: where progress is shown.
         dtype: what `--dtype auto` stands for, where a run has asked before.
+
+    Attributes:
+        processes: that hold the same model and measure together.
     """
 
     def __init__(
         self, config: RunConfig, progress: Progress = silent, dtype: str | None = None
     ) -> None:
         self.config, self.progress, self._recorded = config, progress, dtype
+        self.processes = ALONE
 
     def at(self, config: RunConfig) -> Session:
         """The same model, already loaded or not, with other options for the stages."""
@@ -69,19 +69,24 @@ class Session:
         asked = {"attention": self.config.attention, "batch_tokens": self.config.batch_tokens}
         device = str(self.replay.device)
         provenance = folder.manifest["provenance"]
-        record = provenance.get("computed", {}).get(device)
-        if record is None or record["asked"] != asked:
-            found = tune(
-                self.replay,
-                self.config.length,
-                attention=self.tuning.attention,
-                batch_tokens=self.config.batch_tokens,
-                backward=getattr(registry.get(self.config.energy), "backward", False),
-                memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
-            )
-            record = {"asked": asked, **found.as_dict()}
-            provenance.setdefault("computed", {})[device] = record
-            folder.save()
+
+        def recorded() -> dict[str, Any]:
+            record: dict[str, Any] | None = provenance.get("computed", {}).get(device)
+            if record is None or record["asked"] != asked:
+                found = tune(
+                    self.replay,
+                    self.config.length,
+                    attention=self.tuning.attention,
+                    batch_tokens=self.config.batch_tokens,
+                    backward=getattr(registry.get(self.config.energy), "backward", False),
+                    memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
+                )
+                record = {"asked": asked, **found.as_dict()}
+                provenance.setdefault("computed", {})[device] = record
+                folder.save()
+            return record
+
+        record = self.processes.decide(recorded)
         self.tuning = Tuning(record["attention"], record["batch_tokens"], record.get("threads"))
         self.replay.attention, self.replay.threads = self.tuning.attention, self.tuning.threads
 
@@ -184,8 +189,11 @@ class Session:
         from isingcut.models.replay import Replay
 
         if self.streaming:
-            return self._streamed[1]
-        return Replay(self.loaded.model, stack_modules(self.loaded.model, self.stack))
+            replay: Replay = self._streamed[1]
+        else:
+            replay = Replay(self.loaded.model, stack_modules(self.loaded.model, self.stack))
+        replay.processes = self.processes
+        return replay
 
     def describe_blocks(self) -> dict[str, Any]:
         """Blocks and legality rows as `run.json` keeps them, so that solving needs no model."""

@@ -20,6 +20,7 @@ from isingcut.inputs import regular_file
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
+from isingcut.measure.sharing import forget
 from isingcut.options.config import RunConfig
 from isingcut.outputs import file_sha256, refuse_source
 from isingcut.runs.folder import RunFolder
@@ -122,9 +123,11 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         content = candidates.to_dict(ranking, problem.hamiltonian, others, config.removal)
         write_json(path, "candidates", content)
 
-    found = folder.stage("rank", target / "candidates.json", options, make, _load_candidates)
+    file = target / "candidates.json"
+    found = folder.stage("rank", file, options, make, _load_candidates, together=True)
     # Not before the stage is recorded as done: a kill in between would cost all of it.
-    journal.unlink(missing_ok=True)
+    if not folder.processes.rank:
+        forget(journal)
     return found
 
 

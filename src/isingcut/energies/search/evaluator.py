@@ -16,9 +16,9 @@ import numpy.typing as npt
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.search.slopes import PASSES, gate_slopes
 from isingcut.files import fingerprint
-from isingcut.journal import Journal
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.sharing import Rows
 from isingcut.measure.streams import block_means, influence
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -74,7 +74,7 @@ class Evaluator:
             "mask": self._tokens.mask.tolist(),
             "batch_tokens": work.batch_tokens,
         }
-        self._kept = Journal(work.journal, fingerprint(identity), self._fits)
+        self._kept = Rows(work.journal, fingerprint(identity), self._fits, replay.processes)
         self._referenced = 0
         self._sloped: set[str] = set()
         self.runs = self.heads = 0.0

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
-from isingcut.journal import Journal
 from isingcut.measure.gates import gated_block
 from isingcut.measure.loss_gradient import loss_gradient
-from isingcut.measure.sharing import share
+from isingcut.measure.sharing import Rows
 from isingcut.measure.streamed.boundary import Boundaries
 from isingcut.measure.streamed.graphs import Graphs, gated
 from isingcut.measure.streamed.pace import Pace
@@ -32,7 +31,7 @@ def streamed_gradients(
     batches: Sequence[TokenSet],
     gate: str,
     label_seed: int | None,
-    kept: Journal,
+    kept: Rows,
     bar: Bar,
     journal: Path | None = None,
 ) -> None:
@@ -51,27 +50,27 @@ def streamed_gradients(
     todo = [b for b in range(len(batches)) if kept.get(str(b)) is None]
     bar.advance(len(batches) - len(todo))
     pace = Pace(replay.store.buffers)
-    # Each process reads the whole model twice per share: so one share for each.
-    for numbers in share(kept, [str(b) for b in todo], lambda key: bar.advance(1), at_once=None):
-        own = [int(number) for number in numbers]
-        while own:
-            room = replay.room(batches[own[0]])
-            # A stream before and after every block, what entered (the recording has it), and two
-            # gradients.
-            costs = np.cumsum([(n + 4) * replay.stream_bytes(batches[b]) for b in own])
-            chunk = own[: max(1, min(pace.batches, int((costs <= room).sum())))]
-            guess = BLOCK_STREAMS * replay.stream_bytes(batches[chunk[0]])
-            graphs = Graphs(replay.store, room - int(costs[len(chunk) - 1]), guess)
-            with (
-                pace.timed(len(chunk)),
-                closing(Boundaries(room, journal.parent if journal else None)) as boundaries,
-            ):
-                found = _sweep(
-                    replay, [batches[b] for b in chunk], gate, label_seed, boundaries, graphs, bar
-                )
-            for b, rows in zip(chunk, found, strict=True):
-                kept.put(str(b), rows.double().cpu().numpy())
-            own = own[len(chunk) :]
+    keys, bar = kept.share([str(b) for b in todo], bar)
+    own = [int(key) for key in keys]
+    while own:
+        room = replay.room(batches[own[0]])
+        # A stream before and after every block, what entered (the recording has it), and two
+        # gradients.
+        costs = np.cumsum([(n + 4) * replay.stream_bytes(batches[b]) for b in own])
+        chunk = own[: max(1, min(pace.batches, int((costs <= room).sum())))]
+        guess = BLOCK_STREAMS * replay.stream_bytes(batches[chunk[0]])
+        graphs = Graphs(replay.store, room - int(costs[len(chunk) - 1]), guess)
+        with (
+            pace.timed(len(chunk)),
+            closing(Boundaries(room, journal.parent if journal else None)) as boundaries,
+        ):
+            found = _sweep(
+                replay, [batches[b] for b in chunk], gate, label_seed, boundaries, graphs, bar
+            )
+        for b, rows in zip(chunk, found, strict=True):
+            kept.put(str(b), rows.double().cpu().numpy())
+        own = own[len(chunk) :]
+    kept.gather()
 
 
 def _sweep(

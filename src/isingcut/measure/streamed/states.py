@@ -18,9 +18,7 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.journal import Journal
-from isingcut.measure.pieces import tree_nodes
-from isingcut.measure.sharing import share
+from isingcut.measure.sharing import Rows
 from isingcut.measure.streamed.pace import Pace
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.replay import Recording, Replay
@@ -45,7 +43,7 @@ class Task:
 
 
 def streamed_sums(
-    replay: Replay, batches: Sequence[TokenSet], states: Bits, kept: Journal, bar: Bar
+    replay: Replay, batches: Sequence[TokenSet], states: Bits, kept: Rows, bar: Bar
 ) -> Floats:
     """KL and NLL sums of states, each block read once per chunk of samples and states.
 
@@ -72,27 +70,24 @@ def streamed_sums(
             left = [s for s in order.tolist() if s not in (done or ())]
             todo.append(Task(number, batch, np.array(left, dtype=np.int64)))
     pace = Pace(replay.store.buffers)
-    cost = len(replay) + tree_nodes(states)
-    # Each process reads the whole model once per share: so one share for each.
-    for numbers in share(
-        kept, [str(t.number) for t in todo], lambda part: bar.advance(cost), at_once=None
-    ):
-        own = [t for t in todo if str(t.number) in numbers]
-        while own:
-            chunk = _next_chunk(replay, own, pace.batches)
-            with pace.timed(len(chunk)):
-                found = _sweep(replay, [t.batch for t in chunk], states[chunk[0].states], bar)
-            for task, rows in zip(chunk, found, strict=True):
-                _keep(kept, task.number, np.append(task.states, len(states)), rows)
-            measured = len(chunk[0].states)
-            rest = [replace(t, states=t.states[measured:]) for t in own[: len(chunk)]]
-            own = [t for t in rest if len(t.states)] + own[len(chunk) :]
+    keys, bar = kept.share([str(task.number) for task in todo], bar)
+    own = [task for task in todo if str(task.number) in keys]
+    while own:
+        chunk = _next_chunk(replay, own, pace.batches)
+        with pace.timed(len(chunk)):
+            found = _sweep(replay, [t.batch for t in chunk], states[chunk[0].states], bar)
+        for task, rows in zip(chunk, found, strict=True):
+            _keep(kept, task.number, np.append(task.states, len(states)), rows)
+        measured = len(chunk[0].states)
+        rest = [replace(t, states=t.states[measured:]) for t in own[: len(chunk)]]
+        own = [t for t in rest if len(t.states)] + own[len(chunk) :]
+    kept.gather()
     for number, batch in enumerate(batches):
         _finished(kept, number, batch, sums)
     return sums
 
 
-def _keep(kept: Journal, number: int, positions: npt.NDArray[np.int64], rows: Floats) -> None:
+def _keep(kept: Rows, number: int, positions: npt.NDArray[np.int64], rows: Floats) -> None:
     """Rows (2, K, B) with the states they belong to, so that other chunks can go on from them."""
     labels = np.broadcast_to(positions[None, :, None].astype(np.float64), (1, *rows.shape[1:]))
     first = int(positions[0])
@@ -110,7 +105,7 @@ def fits_states(key: str, row: Floats, batches: Sequence[TokenSet], states: int)
     return bool(known) and key == f"{int(number)}:{int(labels[0, 0])}" and int(number) >= 0
 
 
-def _finished(kept: Journal, number: int, batch: TokenSet, sums: Floats) -> set[int] | None:
+def _finished(kept: Rows, number: int, batch: TokenSet, sums: Floats) -> set[int] | None:
     """Fill in what the journal has of a micro-batch; its states, or None if there is nothing."""
     done: set[int] | None = None
     for key in kept.keys():  # noqa: SIM118

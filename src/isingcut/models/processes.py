@@ -1,0 +1,161 @@
+"""The processes of one run, as `torchrun` and `accelerate launch` start them.
+
+    torchrun --nproc-per-node 4 -m isingcut run MODEL --remove 6 --out DIR
+
+All run the same program on the same model, and each measures its share. Rank 0 alone decides
+what depends on the moment (a timing, what is in the run folder), writes the run folder and
+prints. Bytes go between them by one collective, over gloo on CPUs and GPUs alike: what they
+exchange is small and lies in main memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+
+from isingcut.errors import RankError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=6)
+"""How long a process waits for another. One that dies closes its connections, which is noticed at
+once: this is for a machine that vanishes, and longer than rank 0 works alone."""
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    there = all(os.environ.get(key) for key in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return there and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launched_rank() -> int:
+    """The number that a launcher gave this process; 0 without one."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+class Processes:
+    """Processes that hold the same model and measure it together.
+
+    Args:
+        rank: of this one; 0 leads.
+        size: how many there are.
+        group: of `torch.distributed`; None for its default.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+        self.local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+    @classmethod
+    def join(cls) -> Processes:
+        """All that the launcher started; this one alone where none did."""
+        if not launched():
+            return ALONE
+        import torch
+        import torch.distributed as dist
+
+        group = None
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        elif dist.get_backend() != "gloo":
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        found = cls(dist.get_rank(), dist.get_world_size(), group)
+        if torch.cuda.is_available() and found.local_rank < torch.cuda.device_count():
+            # "cuda" without a number means this one from here on.
+            torch.cuda.set_device(found.local_rank)
+        return found
+
+    def gather(self, data: bytes = b"") -> list[bytes]:
+        """What every process brings, in the order of their ranks; each must come here.
+
+        Raises:
+            RankError: a process has failed or is gone.
+        """
+        if self.size == 1:
+            return [data]
+        import torch
+
+        lengths = [int(n) for n in self._gathered(torch.tensor([len(data)]))]
+        own = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        own.numpy()[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+        parts = self._gathered(own)
+        return [p[:n].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
+
+    def _gathered(self, own: Any) -> list[Any]:
+        import torch
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        try:
+            dist.all_gather(parts, own, group=self._group)
+        except RuntimeError as e:
+            why = " ".join(str(e).split())[:200]
+            raise last_word() or RankError(
+                f"the {self.size} processes cannot reach each other any more ({why}); what is "
+                "finished is kept, the same command goes on"
+            ) from e
+        return parts
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """What rank 0 alone makes, in every process: a value that JSON can carry."""
+        if self.size == 1:
+            return make()
+        own = b"" if self.rank else json.dumps(make()).encode()
+        found: T = json.loads(self.gather(own)[0])
+        return found
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.gather()
+
+
+ALONE = Processes()
+"""One process."""
+
+
+# Last words ---------------------------------------------------------------------------
+
+
+def leave_word(code: int, text: str) -> None:
+    """Before this process ends: let the others know why, and with which exit code to end."""
+    word = {"code": code, "rank": launched_rank(), "host": socket.gethostname(), "text": text}
+    with contextlib.suppress(RuntimeError):
+        _board().compare_set(_key(), "", json.dumps(word))
+
+
+def last_word() -> RankError | None:
+    """What another process left before it ended, if it did."""
+    word: dict[str, Any] = {}
+    with contextlib.suppress(RuntimeError):
+        if launched() and (board := _board()).check([_key()]):
+            word = json.loads(board.get(_key()))
+    if not word:
+        return None
+    where = f"rank {word['rank']} of {os.environ['WORLD_SIZE']}"
+    if word["host"] != socket.gethostname():
+        where += f" on {word['host']}"
+    return RankError(f"{where}: {word['text']}", code=word["code"])
+
+
+def _board() -> Any:
+    """The launcher's key-value store."""
+    import torch.distributed
+
+    distributed: Any = torch.distributed
+    return distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=5),
+    )
+
+
+def _key() -> str:
+    return f"isingcut/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
