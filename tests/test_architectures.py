@@ -24,7 +24,7 @@ from isingcut.models.architectures.names import rename_pattern, renumbering
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.testing.architectures import check_family, legal_states
-from isingcut.testing.tiny import FAMILIES
+from isingcut.testing.configurations import FAMILIES
 from tiny import tiny_checkpoint, tiny_model
 
 FAST = ["llama", "qwen2_moe", "smollm3", "gemma3", "gpt2", "nemotron_h", "opt"]

@@ -25,7 +25,8 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.replay import Replay
 from isingcut.options.healing import HealConfig
-from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
+from isingcut.testing.configurations import FAMILIES
+from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 
 
 def tokens(samples: int = 12, length: int = 24, seed: int = 0) -> TokenSet:

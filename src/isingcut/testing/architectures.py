@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from transformers import AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, VerificationError
-from isingcut.measure.gates import gated_block
 from isingcut.models.architectures import (
     BlockStack,
     cut_model,
@@ -30,13 +29,15 @@ from isingcut.models.architectures import (
     legality,
     skipped,
     stack_modules,
-    text_config,
 )
 from isingcut.models.architectures.live import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
-from isingcut.models.replay import Recording, Replay
-from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model
+from isingcut.models.load import quiet_transformers
+from isingcut.models.replay import Replay
+from isingcut.testing.configurations import FAMILIES
+from isingcut.testing.gates import check_gates, every_expert
+from isingcut.testing.tiny import tiny_checkpoint, tiny_config, tiny_model
 
 _TOLERANCE = 1e-5
 
@@ -100,8 +101,8 @@ def _check(
     worst, sublayer, reason = 0.0, True, ""
     try:
         worst = _replay_is_forward(model, stack, tokens, chosen)
-        smooth = tiny_model(family, seed=seed, **{**changes, **_every_expert(model)})
-        sublayer = _gates(smooth.requires_grad_(False), stack, tokens)
+        smooth = tiny_model(family, seed=seed, **{**changes, **every_expert(model)})
+        sublayer = check_gates(smooth.requires_grad_(False), stack, tokens)
     except ArchitectureError as error:
         reason = f"cuts exactly at given blocks, but is not measured: {error}"
     for number, removed in enumerate(chosen):
@@ -147,8 +148,6 @@ def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int, seed: int)
 
 def _same_on_meta(family: str, stack: BlockStack, changes: dict[str, Any]) -> None:
     """Discovery needs no weights."""
-    from transformers import AutoModelForCausalLM
-
     factory: Any = AutoModelForCausalLM
     with torch.device("meta"):
         empty = factory.from_config(tiny_config(family, **changes), dtype=torch.float32)
@@ -174,113 +173,6 @@ def _replay_is_forward(
         worst = max(worst, relative_difference(expected, torch.stack(rows)))
     assert worst <= _TOLERANCE, f"replay differs from a forward pass by {worst:.1e}"
     return worst
-
-
-def _every_expert(model: Any) -> dict[str, int]:
-    """Changes that route every token to all experts: a loss with jumps has no differences."""
-    config = text_config(model)
-    experts = next(
-        (
-            int(n)
-            for k in ("n_routed_experts", "num_experts", "num_local_experts")
-            if (n := getattr(config, k, None))
-        ),
-        0,
-    )
-    if not experts or not hasattr(config, "num_experts_per_tok"):
-        return {}
-    groups = {"topk_group": int(config.n_group)} if getattr(config, "n_group", None) else {}
-    return {"num_experts_per_tok": experts, **groups}
-
-
-def _gates(model: Any, stack: BlockStack, tokens: torch.Tensor) -> bool:
-    """Gate gradients: block gates against autograd on the whole model, sublayer gates against
-    finite differences, and both a removal at alpha = 0. Returns whether sublayer gates work."""
-    recording = Replay(model, stack_modules(model, stack)).record(tokens)
-    block = _replayed_gradient(recording, stack, "block")
-    error = _error(block, _autograd(model, stack, tokens), block)
-    assert error <= 1e-4, f"block gate gradients differ from autograd by {error:.1e}"
-    try:
-        sublayer = _replayed_gradient(recording, stack, "sublayer")
-    except ArchitectureError:
-        return False
-    zero = torch.zeros(len(tokens))
-    for i in (0, len(stack) // 2, len(stack) - 1):
-        # Wide steps, because losses are float32; narrow ones, because of kinks near 1.
-        errors = []
-        for step in (0.02, 0.005, 0.002, 0.0005):
-            up, down = (_loss(recording, stack, i, 1 + s * step) for s in (1, -1))
-            errors.append((sublayer[:, i] - (up - down) / (2 * step)).abs())
-        error = float(torch.stack(errors).amin(0).max() / sublayer.abs().max())
-        assert error <= 1e-2, f"sublayer gate gradients differ by {error:.1e}"
-        with torch.no_grad():
-            gone = gated_block(recording, i, recording.entered, zero, "sublayer", ones=False)
-        difference = relative_difference(recording.entered, gone)
-        assert difference <= _TOLERANCE, (
-            f"a sublayer gate at 0 leaves {difference:.1e} of block {i}"
-        )
-    return True
-
-
-def _error(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> float:
-    """Largest difference, relative to the largest entry of the whole matrix."""
-    return float((got - expected).abs().max() / scale.abs().max().clamp_min(1e-9))
-
-
-def _loss(recording: Recording, stack: BlockStack, gated: int, alpha: float) -> torch.Tensor:
-    """(B,) mean NLL with the sublayer gate of one block set to a number."""
-    hidden = recording.entered
-    with torch.no_grad():
-        for i in range(len(stack)):
-            value = torch.full((len(hidden),), alpha if i == gated else 1.0)
-            hidden = gated_block(recording, i, hidden, value, "sublayer", ones=False)
-        return _losses(recording, hidden)
-
-
-def _losses(recording: Recording, hidden: torch.Tensor) -> torch.Tensor:
-    ids = recording.input_ids
-    return torch.stack([_nll(recording.logits(hidden[s], s), ids[s]) for s in range(len(ids))])
-
-
-def _nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits[:-1], ids[1:])
-
-
-def _replayed_gradient(recording: Recording, stack: BlockStack, gate: str) -> torch.Tensor:
-    """(B, N) from gates on replayed blocks."""
-    samples = len(recording.input_ids)
-    alphas = [torch.ones(samples, requires_grad=True) for _ in range(len(stack))]
-    hidden = recording.entered
-    for i, alpha in enumerate(alphas):
-        hidden = gated_block(recording, i, hidden, alpha, gate, ones=True)
-    gradients = torch.autograd.grad(_losses(recording, hidden).sum(), alphas)
-    return torch.stack(gradients, dim=1)
-
-
-def _autograd(model: Any, stack: BlockStack, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, N) from a gated forward pass of the whole model, one sample at a time, by hooks."""
-    out = []
-    for row in tokens:
-        alphas = [torch.ones((), requires_grad=True) for _ in range(len(stack))]
-
-        def hook(alpha: torch.Tensor) -> Any:
-            def gate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                before = args[0] if args else kwargs["hidden_states"]
-                after = output if isinstance(output, torch.Tensor) else output[0]
-                mixed = before + alpha * (after - before)
-                return mixed if isinstance(output, torch.Tensor) else (mixed, *output[1:])
-
-            return gate
-
-        handles = [
-            block.register_forward_hook(hook(alpha), with_kwargs=True)
-            for block, alpha in zip(stack_modules(model, stack), alphas, strict=True)
-        ]
-        loss = _nll(model(row[None], use_cache=False).logits[0], row)
-        for handle in handles:
-            handle.remove()
-        out.append(torch.stack(torch.autograd.grad(loss, alphas)))
-    return torch.stack(out)
 
 
 def _in_memory(
@@ -337,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     reports = []
     for family in options.families or FAMILIES:
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        with tempfile.TemporaryDirectory() as folder, quiet_transformers():
             reports.append(check_family(family, Path(folder), states=options.states))
         latest = reports[-1]
         print(f"{family}: {latest.outcome} {latest.reason or latest.kinds}", flush=True)
@@ -354,9 +246,3 @@ def _replace_table(path: Path, text: str) -> None:
     before, _, rest = path.read_text(encoding="utf-8").partition(start)
     _, _, after = rest.partition(end)
     path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def _quiet() -> Any:
-    from isingcut.models.load import quiet_transformers
-
-    return quiet_transformers()

@@ -1,0 +1,124 @@
+"""Gate gradients as they are measured, against autograd and against finite differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import ArchitectureError
+from isingcut.measure.gates import gated_block
+from isingcut.measure.gradients import gate_gradients
+from isingcut.models.architectures import BlockStack, stack_modules, text_config
+from isingcut.models.cutting.verify import relative_difference
+from isingcut.models.replay import Recording, Replay
+
+_ROUNDING = 1e-5
+
+
+def every_expert(model: Any) -> dict[str, int]:
+    """Changes that route every token to all experts: a loss with jumps has no differences."""
+    config = text_config(model)
+    experts = next(
+        (
+            int(n)
+            for k in ("n_routed_experts", "num_experts", "num_local_experts")
+            if (n := getattr(config, k, None))
+        ),
+        0,
+    )
+    if not experts or not hasattr(config, "num_experts_per_tok"):
+        return {}
+    groups = {"topk_group": int(config.n_group)} if getattr(config, "n_group", None) else {}
+    return {"num_experts_per_tok": experts, **groups}
+
+
+def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
+    """Whether sublayer gates work; block gates must.
+
+    Block gates are compared with autograd on the whole model, sublayer gates with finite
+    differences and, at alpha = 0, with a removal.
+
+    Args:
+        model: without jumps (see `every_expert`); its parameters require no gradient.
+        stack: its blocks.
+        tokens: (B, T) int64.
+
+    Raises:
+        ArchitectureError: the blocks cannot be gated at all.
+        AssertionError: a gradient or a removal is wrong.
+    """
+    replay = Replay(model, stack_modules(model, stack))
+    rows = TokenSet.from_rows(tokens.tolist())
+    block = gate_gradients(replay, rows, gate="block")
+    difference = np.abs(block - _autograd(model, stack, tokens)).max()
+    error = difference / np.abs(block).max().clip(1e-9)
+    assert error <= 1e-4, f"block gate gradients differ from autograd by {error:.1e}"
+    try:
+        sublayer = gate_gradients(replay, rows, gate="sublayer")
+    except ArchitectureError:
+        return False
+    recording = replay.record(tokens)
+    for i in (0, len(stack) // 2, len(stack) - 1):
+        # Wide steps, because losses are float32; narrow ones, because of kinks near 1.
+        errors = []
+        for step in (0.02, 0.005, 0.002, 0.0005):
+            up, down = (_losses(recording, len(stack), i, 1 + s * step) for s in (1, -1))
+            errors.append(np.abs(sublayer[:, i] - (up - down) / (2 * step)))
+        error = np.min(errors, axis=0).max() / np.abs(sublayer).max()
+        assert error <= 1e-2, f"sublayer gate gradients differ by {error:.1e}"
+        left = relative_difference(recording.entered, _gated(recording, i, recording.entered, 0.0))
+        assert left <= _ROUNDING, f"a sublayer gate at 0 leaves {left:.1e} of block {i}"
+    return True
+
+
+def _gated(recording: Recording, block: int, stream: Tensor, alpha: float) -> Tensor:
+    """The stream behind a block whose sublayer gates are set to a number."""
+    with torch.no_grad():
+        value = torch.full((len(stream),), alpha)
+        return gated_block(recording, block, stream, value, "sublayer", ones=False)
+
+
+def _losses(recording: Recording, blocks: int, gated: int, alpha: float) -> Any:
+    """(B,) float64 mean NLL with the sublayer gates of one block set to a number."""
+    stream = recording.entered
+    for i in range(blocks):
+        stream = _gated(recording, i, stream, alpha if i == gated else 1.0)
+    with torch.no_grad():
+        found = [
+            _nll(recording.logits(stream[s], s), ids) for s, ids in enumerate(recording.input_ids)
+        ]
+    return torch.stack(found).double().numpy()
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:-1], ids[1:])
+
+
+def _autograd(model: Any, stack: BlockStack, tokens: Tensor) -> Any:
+    """(B, N) from a gated forward pass of the whole model, one sample at a time, by hooks."""
+    out = []
+    for row in tokens:
+        alphas = [torch.ones((), requires_grad=True) for _ in range(len(stack))]
+
+        def hook(alpha: Tensor) -> Any:
+            def gate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+                before = args[0] if args else kwargs["hidden_states"]
+                after = output if isinstance(output, Tensor) else output[0]
+                mixed = before + alpha * (after - before)
+                return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
+
+            return gate
+
+        handles = [
+            block.register_forward_hook(hook(alpha), with_kwargs=True)
+            for block, alpha in zip(stack_modules(model, stack), alphas, strict=True)
+        ]
+        loss = _nll(model(row[None], use_cache=False).logits[0], row)
+        for handle in handles:
+            handle.remove()
+        out.append(torch.stack(torch.autograd.grad(loss, alphas)))
+    return torch.stack(out).double().numpy()
