@@ -1,6 +1,6 @@
-"""One thread a process, for every test however it is started.
+"""One thread a process, and what many tests read made once.
 
-Tiny models are slower with two, and processes that each spin on two threads slow each other
+Tiny models are slower with two threads, and processes that each spin on two slow each other
 tenfold. Set here and not in a command, before torch is imported anywhere, so that subprocesses
 have it too.
 """
@@ -8,3 +8,46 @@ have it too.
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from shared import Shared, write_words
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """Folders that all processes of the session share and none may change."""
+    base = tmp_path_factory.getbasetemp()
+    # Under pytest-xdist each worker has a folder of its own below the session's.
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+    made = Shared(root)
+    yield made
+    made.check()
+
+
+@pytest.fixture(scope="session")
+def llama(shared):
+    """A tiny llama's checkpoint: six blocks, 262 tokens."""
+    return shared.checkpoint()
+
+
+@pytest.fixture(scope="session")
+def text(shared):
+    """A plain text file with enough distinct words for all splits."""
+    return shared.folder("text", lambda place: write_words(place / "text.txt")) / "text.txt"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer of the tiny models."""
+    from isingcut.testing.tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def one_layout(monkeypatch):
+    """Models in memory multiply by the head's weight as it lies, as streamed ones do: a small one
+    is turned round first, and some CPUs then add the vocabulary's terms in another order."""
+    monkeypatch.setattr("isingcut.models.compute.head._TRANSPOSED_BYTES", 0)

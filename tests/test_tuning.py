@@ -128,11 +128,30 @@ def test_measurements_use_the_chosen_attention_and_agree(family, attention):
     assert replay.model.config._attn_implementation == "sdpa"
 
 
-def test_a_journal_made_with_another_attention_is_not_used():
+@pytest.mark.parametrize("job", ["losses", "gradients"])
+def test_a_journal_made_with_another_attention_is_not_used(job, tmp_path):
     replay = make()
-    before = replay.identity()
+    tokens = TokenSet.from_rows([list(range(9, 23)), list(range(30, 41))])
+    ran = []
+    replay.blocks[0].register_forward_pre_hook(
+        lambda module, args: ran.append(replay.model.config._attn_implementation)
+    )
+
+    def work():
+        ran.clear()
+        if job == "losses":
+            states = np.eye(len(replay), dtype=bool)
+            return measure(replay, tokens, states, journal=tmp_path / "journal").kl_sums
+        return gate_gradients(replay, tokens, journal=tmp_path / "journal")
+
+    expected = work()
+    assert ran
+    # What the same attention has measured is there, and nothing is run again.
+    np.testing.assert_array_equal(work(), expected)
+    assert ran == []
     replay.attention = "eager"
-    assert replay.identity() != before
+    np.testing.assert_allclose(work(), expected, rtol=1e-4, atol=1e-6)
+    assert set(ran) == {"eager"}
 
 
 def test_an_attention_that_is_not_there_is_an_error_in_one_line():

@@ -8,9 +8,7 @@ every file as it was: by hash, nothing replaced, nothing half-made.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import os
 import re
 import resource
 import shlex
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.cli import main as cli
+from shared import snapshot
 
 
 @dataclass(frozen=True)
@@ -97,24 +96,6 @@ class Arena:
 def glob_to_regex(pattern: str) -> str:
     """``run/*`` matches all below run, at any depth."""
     return "^" + re.escape(pattern).replace(r"\*", ".*") + "$"
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """Every file, link and folder below ``folder``, with what it holds."""
-    found = {}
-    for place, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            path = Path(place) / name
-            key = path.relative_to(folder).as_posix()
-            if path.is_symlink():
-                found[key] = f"-> {os.readlink(path)}"
-            elif path.is_dir():
-                found[key] = "folder"
-            elif path.is_file():
-                found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
-            else:
-                found[key] = "special"
-    return found
 
 
 def call(

@@ -53,3 +53,12 @@ def arena(world, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
     return Arena(here)
+
+
+@pytest.fixture
+def smaller_bounds(monkeypatch):
+    """The same bounds, reached sooner."""
+    monkeypatch.setattr("isingcut.data.text_files.RECORD", 1 << 19)
+    monkeypatch.setattr("isingcut.data.text_streams.STREAM", 1 << 21)
+    monkeypatch.setattr("isingcut.data.text_streams.PATIENCE", 0.3)
+    monkeypatch.setattr("isingcut.data.chat_templates.MEMORY", 512 << 20)

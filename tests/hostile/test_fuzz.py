@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arena import call, snapshot
+from arena import call
 from gguf_files import info, named, pair, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from isingcut.outputs import file_sha256
+from shared import snapshot
 
 MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))
 # What a command that ends well may write or replace.

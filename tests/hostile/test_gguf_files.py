@@ -7,7 +7,9 @@ import shutil
 import struct
 
 import pytest
-from arena import Row, snapshot
+from arena import Row
+
+from shared import snapshot
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")

@@ -6,10 +6,11 @@ import shutil
 from hashlib import sha256
 
 import pytest
-from arena import Row, call, snapshot
+from arena import Row, call
 
 import isingcut
 from isingcut.errors import InputError, OutputExistsError
+from shared import snapshot
 
 STAYS = r"stays as it is: .*--overwrite replaces only what isingcut wrote"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"

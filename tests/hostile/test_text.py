@@ -1,54 +1,37 @@
-"""Whatever is given as a text: one line, within bounds, and nothing made."""
+"""Whatever file is given as a text: one line, within bounds, and nothing made."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import os
-import pty
 import resource
 import socket
-import threading
-import time
 
 import pytest
-from arena import Row, snapshot
+from arena import Row
+from sample_texts import (
+    GONE,
+    ITEMS,
+    LINES,
+    MEASURE,
+    NOTHING,
+    NUL,
+    SMALL,
+    UTF8,
+    WORDS,
+    fifo,
+    packed,
+    written,
+)
 from transformers import AutoTokenizer
 
-from isingcut.data import chat_templates, text_files, text_streams
+from isingcut.data import text_files
 from isingcut.data.calibration import build
 
-SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
-MEASURE = "energy {model} --out new " + SMALL + " --calibration "
-WORDS = "".join(f"Document {i}: {i * 7919 % 1000} things happened. " for i in range(60))
-LINES = "".join(json.dumps({"text": f"Document {i} {i * 7919 % 1000}"}) + "\n" for i in range(60))
-ITEMS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(60)]
-ROWS_CSV = "id,text\r\n" + "".join(f'{i},"{t}, and more"\r\n' for i, t in enumerate(ITEMS))
-CHATS = "".join(
-    json.dumps(
-        {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "y"}]}
-    )
-    + "\n"
-    for t in ITEMS
-)
+pytestmark = pytest.mark.usefixtures("smaller_bounds")
+
 DEEP = b"[" * 100_000 + b"]" * 100_000
-
-
-@pytest.fixture(autouse=True)
-def _smaller_bounds(monkeypatch):
-    """The same bounds, reached sooner."""
-    monkeypatch.setattr(text_files, "RECORD", 1 << 19)
-    monkeypatch.setattr(text_streams, "STREAM", 1 << 21)
-    monkeypatch.setattr(text_streams, "PATIENCE", 0.3)
-    monkeypatch.setattr(chat_templates, "MEMORY", 512 << 20)
-
-
-# What a file holds -----------------------------------------------------------------------
-
-
-def written(name, content):
-    return lambda arena: (arena.here / name).write_bytes(content)
 
 
 def sparse(name, size, begin=b""):
@@ -61,16 +44,10 @@ def sparse(name, size, begin=b""):
     return prepare
 
 
-def packed(content):
-    return gzip.compress(content, mtime=0)
-
-
 def broken(content, at):
     return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
 
 
-UTF8 = r"is not UTF-8 .byte 0x{:02x} does not fit.; save it as UTF-8"
-NUL = "holds NUL bytes: it is UTF-16 or no text"
 JSONL_LINE = r"a\.jsonl line {}"
 CONTENTS = [
     ("a.txt", "empty", b"", "a.txt is too short: .*found 0;"),
@@ -191,13 +168,6 @@ HELD += [
 ]  # fmt: skip
 
 
-# What a name stands for ------------------------------------------------------------------
-
-
-def fifo(name):
-    return lambda arena: os.mkfifo(arena.here / name)
-
-
 def link(name, to):
     return lambda arena: (arena.here / name).symlink_to(to)
 
@@ -216,8 +186,6 @@ def folder_of(name, *files):
     return prepare
 
 
-NOTHING = "nothing came through .* for 0.3 seconds"
-GONE = "there is no calibration file"
 PLACES = [
     Row("a device", MEASURE + "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
     Row("the null device", MEASURE + "/dev/null", "/dev/null is a device"),
@@ -301,128 +269,6 @@ def test_texts_to_heal_with(arena, row):
     arena.try_row(row)
 
 
-# Standard input and pipes ----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def standard_input(descriptor):
-    """What the process reads from there, as a shell gives it."""
-    kept = os.dup(0)
-    os.dup2(descriptor, 0)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 0)
-        os.close(kept)
-
-
-@contextlib.contextmanager
-def pipe_of(content, *, again=False, ends=True):
-    """The reading end of a pipe that somebody writes ``content`` into, once or for ever."""
-    reading, writing = os.pipe()
-
-    def write():
-        with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb", buffering=0) as f:
-            f.write(content)
-            while again:
-                f.write(content)
-            if not ends:
-                stop.wait()
-
-    stop = threading.Event()
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        yield reading
-    finally:
-        stop.set()
-        os.close(reading)
-        writer.join()
-
-
-STREAMED = [
-    ("nothing", b"", {}, "standard input is too short: .*found 0"),
-    ("a word", b"word", {}, "standard input is too short: .*found 4"),
-    ("silence", b"", {"ends": False}, "nothing came through standard input for 0.3 seconds"),
-    ("silence after a while", b"abc", {"ends": False}, "nothing came through standard input"),
-    (
-        "endless records",
-        b'{"text": "a"}\n' * 4096,
-        {"again": True},
-        "input gives more than 2097152",
-    ),
-    ("endless blanks", b" " * 65536, {"again": True}, None),
-    ("an endless record", b'{"text": [' * 4096, {"again": True}, "line 1 is longer than 524288"),
-    ("endless NULs", bytes(65536), {"again": True}, NUL),
-    ("bytes", b"\xff\xfe\xfd\xfc", {"again": True}, UTF8.format(0xFF)),
-    ("half a gzip", packed(WORDS.encode())[:60], {}, "standard input is no whole gzip file"),
-    ("a broken record", b"{oh no", {}, "standard input line 1 is not valid JSON"),
-    ("a text", WORDS.encode(), {}, None),
-    ("records", LINES.encode(), {}, None),
-    ("a marked text", b"\xef\xbb\xbf" + WORDS.encode(), {}, None),
-    ("a packed text", packed(WORDS.encode()), {}, None),
-    ("packed records", packed(LINES.encode()), {}, None),
-]
-
-
-@pytest.mark.parametrize(("what", "content", "how", "line"), STREAMED, ids=[s[0] for s in STREAMED])
-def test_standard_input(arena, what, content, how, line):
-    with pipe_of(content, **how) as end, standard_input(end):
-        makes = () if line else ("new*", "home*")
-        arena.try_row(Row(what, MEASURE + "-", line or "", code=2 if line else 0, makes=makes))
-
-
-def test_a_terminal_is_not_waited_for(arena):
-    mine, its = pty.openpty()
-    with standard_input(its):
-        arena.try_row(Row("a terminal", MEASURE + "-", "standard input is a terminal; pipe a text"))
-    os.close(mine)
-    os.close(its)
-
-
-def test_standard_input_may_be_a_file_but_no_device(arena):
-    with (arena.here / "text.txt").open("rb") as file, standard_input(file.fileno()):
-        arena.try_row(Row("a file", MEASURE + "-", code=0, makes=("new*", "home*")))
-    with open("/dev/null", "rb") as file, standard_input(file.fileno()):
-        command = MEASURE.replace("new", "other") + "-"
-        arena.try_row(Row("none", command, "standard input is a device"))
-
-
-@pytest.mark.parametrize("content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())])
-def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
-    """`<(...)`: a run that goes on has its tokens and does not need the pipe again."""
-    with pipe_of(content) as end:
-        command = MEASURE + f"/dev/fd/{end}"
-        arena.try_row(Row("the pipe", command, code=0, makes=("new*", "home*")))
-        before = snapshot(arena.here / "new")["calibration.safetensors"]
-        arena.try_row(Row("again", command, code=0, makes=("new*", "home*")))
-        assert snapshot(arena.here / "new")["calibration.safetensors"] == before
-    arena.try_row(Row("solved", "solve new --remove 2", code=0, makes=("new*", "home*")))
-    row = Row("the pipe is gone", command.replace("new", "other"), GONE + f" '/dev/fd/{end}'")
-    arena.try_row(row)
-
-
-@pytest.mark.parametrize("option", ["--heal", "--patch linear"])
-def test_a_pipe_cannot_be_healed_with(arena, option):
-    with pipe_of(WORDS.encode()) as end, standard_input(end):
-        command = MEASURE.replace("energy", f"run --remove 2 {option}") + "-"
-        arena.try_row(Row("healing", command, "- is a pipe, which can be read once; write it into"))
-
-
-def test_a_named_pipe_is_waited_for(arena, monkeypatch):
-    os.mkfifo(arena.here / "a.jsonl")
-
-    def write():
-        time.sleep(0.1)
-        (arena.here / "a.jsonl").write_text(LINES, encoding="utf-8")
-
-    writer = threading.Thread(target=write)
-    monkeypatch.setattr(text_streams, "PATIENCE", 60.0)
-    writer.start()
-    arena.try_row(Row("a pipe", MEASURE + "a.jsonl", code=0, makes=("new*", "home*")))
-    writer.join()
-
-
 # Kinds of files give the same tokens -----------------------------------------------------
 
 
@@ -477,137 +323,6 @@ def test_one_long_line_takes_no_more_memory_than_a_piece(arena, monkeypatch, nam
     monkeypatch.setattr(text_files, "RECORD", 64 << 20)
     (arena.here / name).write_bytes(content)
     arena.try_row(Row(name, MEASURE + name, code=0, makes=("new*", "home*"), megabytes=1000))
-
-
-# Chat templates --------------------------------------------------------------------------
-
-
-def template(text):
-    def prepare(arena):
-        (arena.model / "chat_template.jinja").write_text(text, encoding="utf-8")
-        (arena.here / "a.jsonl").write_text(CHATS, encoding="utf-8")
-
-    return prepare
-
-
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-DOUBLE = (
-    "{% set n = namespace(s='x' * 1000) %}"
-    "{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
-)
-TIME = "line .*: the model's chat template did not end within 0.5 seconds of computing"
-MEMORY = "refuses these messages .it needs more than 512 MB of memory"
-TEMPLATES = [
-    ("loops", LOOP, TIME),
-    ("raises to a power", "{{ 9 ** (9 ** 9) }}", TIME),
-    ("multiplies a string", "{{ 'x' * 10 ** 10 }}", MEMORY),
-    ("multiplies a list", "{{ [0] * 10 ** 10 }}", MEMORY),
-    ("doubles a string", DOUBLE, MEMORY),
-    ("writes much", "{{ 'x' * 3 * 10 ** 7 }}", "it makes more than 16777216 characters"),
-    ("calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
-    ("is no template", "{% if %}", "refuses these messages .Expected an expression"),
-    ("refuses", "{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    ("reaches out", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses .*unsafe"),
-    ("lacks a field", "{{ messages[0].more.and_more }}", "refuses these messages .*more"),
-    ("divides by nothing", "{{ 1 // 0 }}", "refuses these messages .*division"),
-    ("writes half a character", "{{ '\\ud800' }}", "holds .*half of a character"),
-]
-
-
-@pytest.mark.parametrize(("what", "text", "line"), TEMPLATES, ids=[t[0] for t in TEMPLATES])
-def test_chat_templates(arena, monkeypatch, what, text, line):
-    if line is TIME:
-        monkeypatch.setattr(chat_templates, "SECONDS", 0.5)
-    arena.try_row(Row(what, MEASURE + "a.jsonl", line, template(text)))
-
-
-# Tokenizers ------------------------------------------------------------------------------
-
-
-def tokenizer_file(change):
-    def prepare(arena):
-        file = arena.model / "tokenizer.json"
-        document = json.loads(file.read_text(encoding="utf-8"))
-        change(document)
-        file.write_text(json.dumps(document), encoding="utf-8")
-
-    return prepare
-
-
-def panics(document):
-    document["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
-
-
-def knows_no_letter(document):
-    document["model"] = {"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "<none>"}
-
-
-def added(content, number=262):
-    def change(document):
-        document["added_tokens"].append(
-            {
-                "id": number,
-                "content": content,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-        )
-
-    return change
-
-
-def special(arena, **tokens):
-    file = arena.model / "tokenizer_config.json"
-    document = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**document, **tokens}), encoding="utf-8")
-
-
-def added_as(role, content):
-    def prepare(arena):
-        tokenizer_file(added(content))(arena)
-        special(arena, **{role: content})
-
-    return prepare
-
-
-BEYOND = r"a token '{}' with number 262, but the model's embedding has only 262 rows"
-FAILS = r"the model's tokenizer fails on the text '.*' \({}"
-TOKENIZERS = [
-    Row("panics", MEASURE + "{text}", FAILS.format("chunk size"), tokenizer_file(panics)),
-    Row("knows no letter", MEASURE + "{text}", FAILS.format(".*"), tokenizer_file(knows_no_letter)),
-    Row("a token too many", MEASURE + "{text}", BEYOND.format(" "), tokenizer_file(added(" "))),
-    Row(
-        "a token too many, streamed",
-        MEASURE + "{text} --stream on",
-        BEYOND.format(" "),
-        tokenizer_file(added(" ")),
-    ),
-    Row(
-        "a beginning too many",
-        MEASURE + "self",
-        BEYOND.format("<begin>"),
-        added_as("bos_token", "<begin>"),
-    ),
-    Row(
-        "a padding too many is harmless",
-        MEASURE + "a.jsonl",
-        "",
-        lambda arena: (
-            added_as("pad_token", "<filling>")(arena),
-            (arena.here / "a.jsonl").write_text(CHATS, encoding="utf-8"),
-        ),
-        code=0,
-        makes=("new*", "home*"),
-    ),
-]
-
-
-@pytest.mark.parametrize("row", TOKENIZERS, ids=lambda row: row.name)
-def test_tokenizers(arena, row):
-    arena.try_row(row)
 
 
 # The disk --------------------------------------------------------------------------------

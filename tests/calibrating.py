@@ -1,0 +1,55 @@
+"""Small texts and chats, and what the tests of calibration ask of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isingcut.data.calibration import TokenSet, build
+from isingcut.errors import CalibrationError
+
+SIZES: dict[str, Any] = {
+    "samples": 5,
+    "rank_samples": 3,
+    "report_samples": 2,
+    "length": 16,
+    "seed": 0,
+}
+COUNTS = {"energy": 5, "rank": 3, "report": 2}
+
+
+def sentences(count: int) -> list[str]:
+    return [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(count)]
+
+
+def write_jsonl(path: Path, records: list[Any]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i}?"},
+                {"role": "assistant", "content": "yes " * (i % 3)},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def decoded(tokenizer: Any, tokens: TokenSet) -> list[str]:
+    pairs = zip(tokens.input_ids, tokens.mask, strict=True)
+    return [tokenizer.decode(ids[mask]) for ids, mask in pairs]
+
+
+def refused(source: str, tokenizer: Any, words: str, **changes: Any) -> str:
+    with pytest.raises(CalibrationError, match=words) as caught:
+        build(source, tokenizer, **{**SIZES, **changes})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -1,0 +1,246 @@
+"""A healing touches nothing of the user's: where it may write, and which words it takes."""
+
+import json
+import os
+import shutil
+
+from arena import Row
+from heal_rows import WITH_FILE, heal, linked, parametrised, rows, trainer, written
+
+from isingcut.files import write_json
+
+
+def hard_link(arena):
+    os.link(arena.text, arena.here / "healed")
+
+
+def unfinished(arena):
+    """Work of another healing, its training done."""
+    work = arena.here / ".healed.healing"
+    work.mkdir()
+    write_json(work / "identity.json", "healing-work", {"work": "a", "training": "b"})
+    write_json(
+        work / "trained.json",
+        "healing-trained",
+        {"steps": [], "tokens_seen": 1, "samples": 1, "processes": 1, "trained_parameters": 1},
+    )
+
+
+def changed_since(arena):
+    """An output of ours to which the user added a file."""
+    shutil.copytree(arena.run / "model", arena.here / "healed")
+    (arena.here / "healed" / "notes.txt").write_text("mine", encoding="utf-8")
+
+
+READ = "which this command reads; nothing was written"
+NOT_OURS = "where healing keeps its unfinished work, is there and no healing"
+PLACES = rows(
+    [
+        ("teacher", heal("--overwrite", out="{model}"), f"output .*/model is .*{READ}"),
+        ("student", heal("--overwrite", out="{run}/model"), f"output .*run/model is .*{READ}"),
+        ("text", heal("--overwrite", out="{text}"), f"output .*text.txt is .*{READ}"),
+        ("all of it", heal("--overwrite", out="{here}"), f"contains .*{READ}"),
+        ("inside the student", heal(out="{run}/model/healed"), f"lies in .*run/model, {READ[:5]}"),
+        ("inside the teacher", heal(out="{model}/healed"), f"lies in .*/model, {READ[:5]}"),
+        ("home", heal("--overwrite", out="{home}"), "stays as it is: it holds diary.txt"),
+        ("there", heal(out="{home}"), "already exists and nothing was written"),
+        (
+            "a link to the teacher",
+            heal("--overwrite", out="{here}/link"),
+            f"output .*link is .*{READ}",
+            linked("link", "model"),
+        ),
+        (
+            "a link into the student",
+            heal("--overwrite", out="{here}/link/new"),
+            f"lies in .*run/model, {READ[:5]}",
+            linked("link", "run/model"),
+        ),
+        (
+            "a hard link to the text",
+            heal("--overwrite"),
+            f"output .*healed is .*text.txt, {READ[:5]}",
+            hard_link,
+        ),
+        (
+            "a link to nothing",
+            heal(),
+            "healed already exists",
+            linked("healed", "gone"),
+        ),
+        (
+            "the trainer file",
+            heal("--overwrite --trainer {here}/t.yaml", out="{here}/t.yaml"),
+            f"output .*t.yaml is .*{READ}",
+            written("t.yaml", "weight_decay: 0.1\n"),
+        ),
+        (
+            "the config file",
+            heal("--overwrite --config {here}/c.yaml", out="{here}/c.yaml"),
+            f"output .*c.yaml is .*{READ}",
+            written("c.yaml", "seed: 1\n"),
+        ),
+        (
+            "the folder of the trainer file",
+            heal("--overwrite --trainer {here}/mine/t.yaml", out="{here}/mine"),
+            f"output .*mine contains .*{READ}",
+            written("mine/t.yaml", "weight_decay: 0.1\n"),
+        ),
+        (
+            "ours with a file of the user's",
+            heal("--overwrite"),
+            "isingcut did not write notes.txt in it",
+            changed_since,
+        ),
+        ("below a file", heal(out="{text}/healed"), "lies in .*text.txt"),
+        ("below another file", heal(out="{home}/diary.txt/healed"), "cannot write"),
+        ("a name too long", heal(out="{here}/" + 250 * "x"), "cannot write"),
+        (
+            "a folder in the work folder's place",
+            heal(),
+            NOT_OURS,
+            written(".healed.healing/notes.txt"),
+        ),
+        ("a file in the work folder's place", heal(), NOT_OURS, written(".healed.healing")),
+        (
+            "a link in the work folder's place",
+            heal(),
+            NOT_OURS,
+            linked(".healed.healing", "home"),
+        ),
+        (
+            "a work folder of another version",
+            heal(),
+            NOT_OURS,
+            written(".healed.healing/identity.json", '"0123456789abcdef"'),
+        ),
+        (
+            "the teacher in the work folder's place",
+            heal(teacher="{here}/.healed.healing"),
+            f"output .*healed.healing is .*{READ}",
+            lambda a: shutil.copytree(a.model, a.here / ".healed.healing"),
+        ),
+        (
+            "another healing's work",
+            heal(),
+            "holds an unfinished healing with other options; type that command again",
+            unfinished,
+        ),
+    ]
+)
+
+
+# words and files --------------------------------------------------------------------------
+
+
+def block_0_missing(arena):
+    """A cut that lacks its first blocks only."""
+    from isingcut.models.cutting.checkpoint import excise
+
+    more = {"isingcut.json": json.dumps({"removed": [0, 1], "of": 6})}
+    excise(arena.model, [0, 1], arena.here / "headless", extra_files=more)
+
+
+WORDS = rows(
+    [
+        ("more answers than words", heal("--top-k 263"), "--top-k 263 is more than the 262 tokens"),
+        ("many more", heal("--top-k 1000000"), "--top-k .* is more than the 262 tokens"),
+        ("answers and warmth", heal("--top-k 4 --temperature 2"), "--top-k keeps the teacher at"),
+        ("answers and states", heal("--top-k 4 --hidden-weight 1"), "--top-k keeps no hidden"),
+        ("stream without answers", heal("--stream-teacher"), "--stream-teacher needs --top-k"),
+        (
+            "states before nothing",
+            heal("--hidden-weight 1", student="{here}/headless"),
+            "--hidden-weight matches .* lacks its first blocks only",
+            block_0_missing,
+        ),
+        (
+            "a patch before nothing",
+            heal("--patch linear --method none", student="{here}/headless"),
+            "block 0 is removed, so that nothing stands before",
+            block_0_missing,
+        ),
+        ("rank", heal("--method lora --lora-rank 33"), "--lora-rank 33 is more than"),
+        ("unknown schedule", heal("--schedule cosin"), "--schedule must be one of .*got 'cosin'"),
+        (
+            "a schedule that waits",
+            heal("--schedule reduce_lr_on_plateau"),
+            "--schedule reduce_lr_on_plateau falls when",
+        ),
+        (
+            "a schedule without its settings",
+            heal("--schedule cosine_with_min_lr"),
+            "does not take its settings .*lr_scheduler_kwargs",
+        ),
+        ("rate", heal("--learning-rate nan"), "learning.rate"),
+        ("endless rate", heal("--learning-rate inf"), "learning.rate"),
+        ("negative rate", heal("--learning-rate -1"), "learning.rate"),
+        ("warmth", heal("--temperature nan"), "temperature"),
+        ("epochs", heal("--epochs inf"), "epochs"),
+        ("hidden weight", heal("--hidden-weight nan"), "hidden.weight"),
+        ("seed", heal("--seed -1"), "seed"),
+        ("no steps", heal("--steps 0"), "--steps must be at least 1"),
+        ("batch", heal("--batch 3"), "--batch 3 must be a multiple of --micro-batch"),
+        ("device", heal("--device tpu"), "--device: must be auto, cpu"),
+        ("method", heal("--method qlora"), "--method must be one of"),
+        ("nothing to do", heal("--method none"), "leaves nothing to do"),
+        ("many samples", heal("--samples 1000000"), "too short"),
+        ("no file", WITH_FILE, "t.yaml"),
+        ("a pipe", WITH_FILE, "t.yaml", lambda a: os.mkfifo(a.here / "t.yaml")),
+        ("a device", heal("--trainer /dev/zero"), "/dev/zero"),
+        ("a list", WITH_FILE, "t.yaml must hold", trainer("- 1\n")),
+        ("a typing error", WITH_FILE, "did you mean 'adam_beta2'", trainer("adam_beta3: 0.9\n")),
+    ]
+)
+WORDS += [
+    Row(f"trainer sets {key}", WITH_FILE, f"--trainer cannot set '{key}'", trainer(line))
+    for key, line in (
+        (line.partition(":")[0], line)
+        for line in (
+            "output_dir: /tmp/elsewhere",
+            "push_to_hub: true",
+            "hub_token: hf_x",
+            "hub_model_id: someone/else",
+            "hub_strategy: every_save",
+            "report_to: [wandb]",
+            "run_name: x",
+            "logging_dir: /tmp/elsewhere",
+            "logging_strategy: steps",
+            "trackio_space_id: x/y",
+            "resume_from_checkpoint: /tmp/elsewhere",
+            "save_total_limit: 0",
+            "save_strategy: 'no'",
+            "max_steps: 1000000",
+            "load_best_model_at_end: true",
+            "eval_strategy: steps",
+            "auto_find_batch_size: true",
+            "remove_unused_columns: true",
+            "use_cpu: false",
+            "local_rank: 3",
+        )
+    )
+]
+WORDS += [
+    Row(f"trainer: {line}", WITH_FILE, line.partition(":")[0], trainer(line))
+    for line in (
+        "adam_beta2: high",
+        "adam_beta1: 1.5",
+        "adam_epsilon: 0",
+        "weight_decay: .nan",
+        "weight_decay: -1",
+        "max_grad_norm: .inf",
+        "optim: 3",
+        "optim: [adamw_torch]",
+        "optim: nonsense",
+        "bf16: 'yes'",
+        "dataloader_num_workers: 100000",
+        "dataloader_num_workers: true",
+        "lr_scheduler_kwargs: 3",
+        "lr_scheduler_kwargs: {nonsense: 1}",
+    )
+]
+
+
+@parametrised(PLACES + WORDS)
+def test_a_place_or_a_word_is_refused(arena, row):
+    arena.try_row(row)

@@ -1,0 +1,143 @@
+"""Chat templates and tokenizers of others: one line, within bounds of time and memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from arena import Row
+from sample_texts import CHATS, MEASURE
+
+from isingcut.data import chat_templates
+
+pytestmark = pytest.mark.usefixtures("smaller_bounds")
+
+# Chat templates --------------------------------------------------------------------------
+
+
+def template(text):
+    def prepare(arena):
+        (arena.model / "chat_template.jinja").write_text(text, encoding="utf-8")
+        (arena.here / "a.jsonl").write_text(CHATS, encoding="utf-8")
+
+    return prepare
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLE = (
+    "{% set n = namespace(s='x' * 1000) %}"
+    "{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
+)
+TIME = "line .*: the model's chat template did not end within 0.5 seconds of computing"
+MEMORY = "refuses these messages .it needs more than 512 MB of memory"
+TEMPLATES = [
+    ("loops", LOOP, TIME),
+    ("raises to a power", "{{ 9 ** (9 ** 9) }}", TIME),
+    ("multiplies a string", "{{ 'x' * 10 ** 10 }}", MEMORY),
+    ("multiplies a list", "{{ [0] * 10 ** 10 }}", MEMORY),
+    ("doubles a string", DOUBLE, MEMORY),
+    ("writes much", "{{ 'x' * 3 * 10 ** 7 }}", "it makes more than 16777216 characters"),
+    ("calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+    ("is no template", "{% if %}", "refuses these messages .Expected an expression"),
+    ("refuses", "{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("reaches out", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses .*unsafe"),
+    ("lacks a field", "{{ messages[0].more.and_more }}", "refuses these messages .*more"),
+    ("divides by nothing", "{{ 1 // 0 }}", "refuses these messages .*division"),
+    ("writes half a character", "{{ '\\ud800' }}", "holds .*half of a character"),
+]
+
+
+@pytest.mark.parametrize(("what", "text", "line"), TEMPLATES, ids=[t[0] for t in TEMPLATES])
+def test_chat_templates(arena, monkeypatch, what, text, line):
+    if line is TIME:
+        monkeypatch.setattr(chat_templates, "SECONDS", 0.5)
+    arena.try_row(Row(what, MEASURE + "a.jsonl", line, template(text)))
+
+
+# Tokenizers ------------------------------------------------------------------------------
+
+
+def tokenizer_file(change):
+    def prepare(arena):
+        file = arena.model / "tokenizer.json"
+        document = json.loads(file.read_text(encoding="utf-8"))
+        change(document)
+        file.write_text(json.dumps(document), encoding="utf-8")
+
+    return prepare
+
+
+def panics(document):
+    document["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+
+
+def knows_no_letter(document):
+    document["model"] = {"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "<none>"}
+
+
+def added(content, number=262):
+    def change(document):
+        document["added_tokens"].append(
+            {
+                "id": number,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
+
+    return change
+
+
+def special(arena, **tokens):
+    file = arena.model / "tokenizer_config.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**document, **tokens}), encoding="utf-8")
+
+
+def added_as(role, content):
+    def prepare(arena):
+        tokenizer_file(added(content))(arena)
+        special(arena, **{role: content})
+
+    return prepare
+
+
+BEYOND = r"a token '{}' with number 262, but the model's embedding has only 262 rows"
+FAILS = r"the model's tokenizer fails on the text '.*' \({}"
+TOKENIZERS = [
+    Row("panics", MEASURE + "{text}", FAILS.format("chunk size"), tokenizer_file(panics)),
+    Row("knows no letter", MEASURE + "{text}", FAILS.format(".*"), tokenizer_file(knows_no_letter)),
+    Row("a token too many", MEASURE + "{text}", BEYOND.format(" "), tokenizer_file(added(" "))),
+    Row(
+        "a token too many, streamed",
+        MEASURE + "{text} --stream on",
+        BEYOND.format(" "),
+        tokenizer_file(added(" ")),
+    ),
+    Row(
+        "a beginning too many",
+        MEASURE + "self",
+        BEYOND.format("<begin>"),
+        added_as("bos_token", "<begin>"),
+    ),
+    Row(
+        "a padding too many is harmless",
+        MEASURE + "a.jsonl",
+        "",
+        lambda arena: (
+            added_as("pad_token", "<filling>")(arena),
+            (arena.here / "a.jsonl").write_text(CHATS, encoding="utf-8"),
+        ),
+        code=0,
+        makes=("new*", "home*"),
+    ),
+]
+
+
+@pytest.mark.parametrize("row", TOKENIZERS, ids=lambda row: row.name)
+def test_tokenizers(arena, row):
+    arena.try_row(row)

