@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from shared import Shared, write_words
+from shared import OPTIONS, Shared, write_words
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +36,25 @@ def llama(shared):
 def text(shared):
     """A plain text file with enough distinct words for all splits."""
     return shared.folder("text", lambda place: write_words(place / "text.txt")) / "text.txt"
+
+
+@pytest.fixture(scope="session")
+def finished(shared, llama, text):
+    """A finished run of two removals from the llama, with another energy beside its own."""
+
+    def make(place):
+        import isingcut
+
+        isingcut.run(
+            model=str(llama),
+            calibration=str(text),
+            out=str(place),
+            remove=2,
+            also="empirical-fisher",
+            **OPTIONS,
+        )
+
+    return shared.folder("finished", make)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,18 @@ from typing import Any
 
 import numpy as np
 
+# Of a run on a tiny model that takes a few seconds.
+OPTIONS: dict[str, Any] = {
+    "samples": 3,
+    "length": 16,
+    "rank_samples": 3,
+    "report_samples": 3,
+    "random_states": 30,
+    "states": 5,
+    "dtype": "float32",
+    "batch_tokens": 64,
+}
+
 
 class Shared:
     """Folders by name below ``root``, each made by whichever process asks first.

@@ -18,7 +18,8 @@ from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files import read_json
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.runs import api, interop_hub
-from tiny import tiny_checkpoint
+from isingcut.testing.tiny import tiny_checkpoint
+from shared import write_words
 
 MEMBERS = (types.FunctionType, property, functools.cached_property, classmethod, staticmethod)
 _LAZY = ("Session", "RunFolder", "PreTrainedModel", "PreTrainedTokenizerBase")
@@ -36,10 +37,7 @@ def place(tmp_path_factory):
     """A working folder as the examples see it: my-model, my-text.txt and the finished my-run."""
     folder = tmp_path_factory.mktemp("place")
     tiny_checkpoint("llama", folder / "my-model", num_hidden_layers=10)
-    rng = np.random.default_rng(0)
-    letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    words = " ".join("".join(word) for word in letters)
-    (folder / "my-text.txt").write_text(words, encoding="utf-8")
+    write_words(folder / "my-text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
@@ -20,32 +19,9 @@ from isingcut.data.calibration import Calibration
 from isingcut.files import read_json
 from isingcut.measure.losses import measure
 from isingcut.outputs import MARKER
-from isingcut.testing.tiny import tiny_checkpoint
 
 DOCS = Path(__file__).parent.parent / "docs"
-OPTIONS = {"samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "dtype": "float32"}
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of two removals from six blocks, with another energy beside its own."""
-    base = tmp_path_factory.mktemp("cli")
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    (base / "text.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
-    model = tiny_checkpoint("llama", base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
-        isingcut.run(
-            model=str(model),
-            calibration=str(base / "text.txt"),
-            out=str(base / "run"),
-            remove=2,
-            also="empirical-fisher",
-            random_states=30,
-            **OPTIONS,
-        )
-    return base / "run"
 
 
 @pytest.fixture

@@ -16,20 +16,15 @@ from isingcut.runs import pipeline
 from isingcut.runs.comparison import baseline_part
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-from tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, llama, text):
     """A run folder with a measured energy for two removals of six blocks."""
-    base = tmp_path_factory.mktemp("comparison")
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    text = base / "corpus.txt"
-    text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
     return pipeline.energy(
-        model=str(tiny_checkpoint("llama", base / "llama")),
+        model=str(llama),
         calibration=str(text),
-        out=str(base / "run"),
+        out=str(tmp_path_factory.mktemp("comparison") / "run"),
         remove="2",
         samples=3,
         length=16,

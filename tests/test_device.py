@@ -45,8 +45,8 @@ from isingcut.models.replay import Replay
 from isingcut.models.streaming import store
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.device import DEVICE, MixedDevicesError, fake_device
+from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from test_baselines import part
-from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -57,9 +57,9 @@ def device():
         yield lent
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"))
+@pytest.fixture
+def folder(llama):
+    return llama
 
 
 def samples() -> TokenSet:
@@ -258,10 +258,7 @@ def test_a_step_that_leaves_a_tensor_behind_fails(
 
 
 @pytest.mark.slow
-def test_a_whole_run_on_the_device(folder, tmp_path, monkeypatch):
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnop"), (900, 6))
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
+def test_a_whole_run_on_the_device(folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.load.pick_device", lambda name: DEVICE)
     # What these measure is no placement, and they have steps of their own.
     monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)

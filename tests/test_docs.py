@@ -6,7 +6,6 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 import typer
 import yaml
@@ -15,6 +14,7 @@ from isingcut.cli import main as cli
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
+from shared import write_words
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -41,9 +41,7 @@ def blocks(page, language):
 def place(tmp_path, monkeypatch):
     """A folder with my-model and my-text.txt, as the pages have it."""
     tiny_checkpoint("llama", tmp_path / "my-model", num_hidden_layers=10)
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    text = " ".join("".join(word) for word in letters)
-    (tmp_path / "my-text.txt").write_text(text, encoding="utf-8")
+    write_words(tmp_path / "my-text.txt")
     monkeypatch.chdir(tmp_path)
 
 

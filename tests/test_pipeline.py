@@ -28,54 +28,20 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
-from tiny import tiny_checkpoint, tiny_tokenizer
-
-OPTIONS = {
-    "samples": 3,
-    "length": 16,
-    "rank_samples": 3,
-    "report_samples": 3,
-    "random_states": 30,
-    "states": 5,
-    "dtype": "float32",
-    "batch_tokens": 64,
-}
+from isingcut.testing.tiny import tiny_checkpoint, tiny_tokenizer
+from shared import OPTIONS
 
 
 def job(model, text, out, **more):
     """A whole run on a tiny model."""
-    options = {**OPTIONS, "model": str(model), "calibration": str(text), "out": str(out)}
-    return isingcut.run(**{**options, **more})
+    options = {"model": str(model), "calibration": str(text), "out": str(out)}
+    return isingcut.run(**{**OPTIONS, **options, **more})
 
 
 @pytest.fixture(autouse=True)
-def _memory_is_measured_once(request, monkeypatch):
+def _memory_is_measured_once(monkeypatch):
     """Two more processes per run would be most of the time here; `finished` pays for them."""
-    if "finished" not in request.fixturenames:
-        monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A plain text file with enough distinct words for all splits."""
-    rng = np.random.default_rng(0)
-    letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    path.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model") / "llama")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, llama, text):
-    """One finished run, for the tests that only read."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    job(llama, text, out, remove=2, also="empirical-fisher")
-    return out
+    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3", "gpt2"])

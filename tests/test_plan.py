@@ -23,7 +23,7 @@ from isingcut.runs import advice, costs
 from isingcut.runs.plan import make_plan
 from isingcut.runs.probe import Stopwatch, Timings, probe
 from isingcut.runs.some_blocks import SomeBlocks
-from tiny import tiny_checkpoint, tiny_model
+from tiny import tiny_model
 
 TIMINGS = Timings(
     blocks=(1.0, 2.0, 3.0, 4.0), entering=0.5, comparing=0.25, gradients=20.0,
@@ -35,11 +35,6 @@ SHAPE = costs.Shape(
     stream=8, word=4, vocabulary=100, process=1000, allowed=10**9, streamed=False, length=16,
     batch_tokens=64,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("plan") / "llama")
 
 
 def test_blocks_are_counted_as_a_measurement_runs_them():

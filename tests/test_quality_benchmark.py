@@ -16,7 +16,7 @@ from isingcut.errors import InputError, IsingcutError
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.architectures import cut_model
-from tiny import tiny_checkpoint, tiny_tokenizer
+from isingcut.testing.tiny import tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -78,8 +78,8 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model") / "tiny")
+def model(llama) -> Path:
+    return llama
 
 
 def arguments(model: Path, data: Path, work: Path, *more: str) -> list[str]:

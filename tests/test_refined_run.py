@@ -4,7 +4,6 @@ import contextlib
 import json
 import sys
 
-import numpy as np
 import pytest
 
 import isingcut
@@ -13,7 +12,6 @@ from isingcut.errors import InputError
 from isingcut.files import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.run_files import read_run
-from tiny import tiny_checkpoint
 
 OPTIONS = {
     "energy": "refined",
@@ -29,12 +27,8 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    text = folder / "corpus.txt"
-    text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
-    model = tiny_checkpoint("llama", folder / "llama", num_hidden_layers=8)
+def inputs(shared, text):
+    model = shared.checkpoint(num_hidden_layers=8)
     return {"model": str(model), "calibration": str(text), **OPTIONS}
 
 

@@ -12,8 +12,9 @@ import isingcut
 from isingcut.files import atomic_file, atomic_folder, clear_stale, is_temporary
 from isingcut.journal import Journal
 from isingcut.outputs import MARKER
+from isingcut.testing.tiny import tiny_checkpoint
 from ranks import say_into, start
-from tiny import tiny_checkpoint
+from shared import write_words
 
 OPTIONS = {
     "remove": 2, "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "states": 4,
@@ -27,9 +28,7 @@ def place(tmp_path_factory):
     """A folder with a tiny model, a text, and the run of a process that nobody killed."""
     folder = tmp_path_factory.mktemp("resume")
     tiny_checkpoint("llama", folder / "model")
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    words = " ".join("".join(word) for word in letters)
-    (folder / "text.txt").write_text(words, encoding="utf-8")
+    write_words(folder / "text.txt")
     whole = start(_run, folder, folder / "run", 10_000, folder / "said")
     whole.join(240)
     assert whole.exitcode == 0, (folder / "said").read_text()

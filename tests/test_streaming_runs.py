@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -127,15 +126,12 @@ def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
     assert (found["before"]["blocks"], found["after"]["blocks"]) == (6, 4)
 
 
-def test_a_whole_run_loads_no_model(llama, tmp_path, monkeypatch):
+def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("isingcut.models.load.load", never)
     monkeypatch.setattr("isingcut.models.cutting.verify.reload", never)
-    words = np.random.default_rng(0).choice(list("abcdefghijkl"), (900, 6))
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join("".join(word) for word in words))
     options = {
         "model": str(llama),
         "calibration": str(text),

@@ -21,7 +21,7 @@ from isingcut.evaluation import local_tasks
 from isingcut.evaluation.paired import compare, mcnemar
 from isingcut.evaluation.scores import benchmark, prepare, row, score
 from isingcut.models.load import LoadedModel, load
-from isingcut.testing.tiny import tiny_checkpoint
+from shared import Shared
 
 Record = dict[str, Any]
 
@@ -130,13 +130,10 @@ def lines(path: Path, records: list[Record]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
-    folder = tmp_path_factory.mktemp("models")
+def models(shared: Shared) -> dict[str, LoadedModel]:
     return {
         name: load(
-            tiny_checkpoint("llama", folder / name, seed=i, max_position_embeddings=2048),
-            dtype="float32",
-            device="cpu",
+            shared.checkpoint(seed=i, max_position_embeddings=2048), dtype="float32", device="cpu"
         )
         for i, name in enumerate(("original", "cut"))
     }

@@ -233,14 +233,10 @@ def test_threads_are_limited_for_a_while_and_never_raised(cores, most, during):
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
-def test_a_run_records_its_threads_and_goes_on_with_them(cores, tmp_path, monkeypatch):
+def test_a_run_records_its_threads_and_goes_on_with_them(cores, llama, text, tmp_path, monkeypatch):
     import isingcut
     from isingcut.files import read_json
-    from isingcut.testing.tiny import tiny_checkpoint
 
-    tiny_checkpoint("llama", tmp_path / "model")
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (300, 6))
-    (tmp_path / "t.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
     monkeypatch.setattr(tuning, "_threads", lambda run, seconds: 2)
     used = []
     plain = measure_module.measure
@@ -251,7 +247,7 @@ def test_a_run_records_its_threads_and_goes_on_with_them(cores, tmp_path, monkey
 
     monkeypatch.setattr("isingcut.evaluation.candidates.measure", look)
     options = {
-        "model": str(tmp_path / "model"), "remove": 2, "calibration": str(tmp_path / "t.txt"),
+        "model": str(llama), "remove": 2, "calibration": str(text),
         "out": str(tmp_path / "run"), "samples": 3, "length": 16, "rank_samples": 3,
         "report_samples": 2, "random_states": 30, "energy": "pairwise", "dtype": "float32",
     }  # fmt: skip

@@ -13,11 +13,11 @@ import venv
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import isingcut
 from isingcut.testing.tiny import tiny_checkpoint
+from shared import write_words
 
 pytestmark = pytest.mark.slow
 
@@ -87,8 +87,7 @@ def work(tmp_path_factory):
     """A folder with a tiny model, a text and a run with a measured energy."""
     base = tmp_path_factory.mktemp("work")
     tiny_checkpoint("llama", base / "model")
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    (base / "text.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
+    write_words(base / "text.txt")
     return base
 
 

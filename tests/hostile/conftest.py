@@ -3,22 +3,24 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from arena import Arena
 
 import isingcut
 from isingcut.testing.tiny import tiny_checkpoint
+from shared import write_words
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def world(shared):
     """What every arena is a copy of."""
-    base = tmp_path_factory.mktemp("world")
-    (base / "home").mkdir()
+    return shared.folder("world", _make_world)
+
+
+def _make_world(base):
+    (base / "home").mkdir(parents=True)
     (base / "home" / "diary.txt").write_text("mine\n", encoding="utf-8")
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (900, 6))
-    (base / "text.txt").write_text(" ".join("".join(w) for w in letters), encoding="utf-8")
+    write_words(base / "text.txt")
     tiny_checkpoint("llama", base / "model")
     with pytest.MonkeyPatch.context() as patch:
         # A subprocess that loads torch once more, for a figure that no row looks at.
@@ -36,7 +38,6 @@ def world(tmp_path_factory):
             report_samples=3,
             dtype="float32",
         )
-    return base
 
 
 @pytest.fixture
