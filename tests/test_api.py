@@ -29,7 +29,7 @@ OPTIONS = {"samples": 4, "length": 16, "rank_samples": 4, "report_samples": 4, "
 @pytest.fixture(autouse=True)
 def _memory_is_not_measured(monkeypatch):
     """Two more processes per evaluation, which test_evaluate pays for."""
-    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
 
 
 @pytest.fixture(scope="module")

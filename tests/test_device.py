@@ -25,6 +25,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import slopes
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
+from isingcut.evaluation import speed as timing
 from isingcut.evaluation.streamed_scores import quality_streamed
 from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.patch import absorb as _absorb
@@ -133,9 +134,7 @@ def written(place):
 def timed(place):
     ticks = itertools.count()
     both = {"before": place.model(), "after": place.model(seed=1)}
-    speeds = evaluate.speed(
-        both, samples(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2
-    )
+    speeds = timing.speed(both, samples(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2)
     # Times themselves are no values to compare.
     assert all(x > 0 for x in place.replay().latency(8, 1) + place.streamed().latency(8, 1))
     return [v["prefill_tokens_per_second"] for v in speeds.values()]
@@ -261,10 +260,10 @@ def test_a_step_that_leaves_a_tensor_behind_fails(
 def test_a_whole_run_on_the_device(folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.load.pick_device", lambda name: DEVICE)
     # What these measure is no placement, and they have steps of their own.
-    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
     rates = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
     monkeypatch.setattr(
-        "isingcut.evaluation.quality.speed", lambda models, *a: dict.fromkeys(models, rates)
+        "isingcut.evaluation.speed.speed", lambda models, *a: dict.fromkeys(models, rates)
     )
     with fake_device():
         isingcut.run(

@@ -17,6 +17,7 @@ from isingcut.data.generation import decode_tokens, generate_text
 from isingcut.errors import ModelError
 from isingcut.evaluation import measure_process
 from isingcut.evaluation import quality as evaluation
+from isingcut.evaluation import speed as timing
 from isingcut.models import load as models
 
 
@@ -113,7 +114,7 @@ def test_speed_takes_turns_and_reports_medians(pair: Any, tokens: TokenSet) -> N
     order: list[str] = []
     for name, model in zip(("a", "b"), pair, strict=True):
         model.register_forward_pre_hook(lambda *_, n=name: order.append(n))
-    found = evaluation.speed(
+    found = timing.speed(
         {"a": pair[0], "b": pair[1]},
         tokens.select([2]),
         new_tokens=4,
@@ -136,7 +137,7 @@ def test_speed_takes_turns_and_reports_medians(pair: Any, tokens: TokenSet) -> N
 
 
 def test_one_timing_has_no_error(pair: Any, tokens: TokenSet) -> None:
-    found = evaluation.speed({"a": pair[0]}, tokens.select([2]), new_tokens=2, repeats=1)["a"]
+    found = timing.speed({"a": pair[0]}, tokens.select([2]), new_tokens=2, repeats=1)["a"]
     assert found["prefill_tokens_per_second_se"] is None
     assert found["decode_tokens_per_second_se"] is None
     json.dumps(found, allow_nan=False)
@@ -181,7 +182,7 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair: An
 def test_peak_memory_is_that_of_a_fresh_process(tmp_path: Path) -> None:
     small = tiny_checkpoint("llama", tmp_path / "small")
     large = tiny_checkpoint("llama", tmp_path / "large", vocab_size=1_000_000)
-    found = [evaluation.peak_memory(f, "float32", "cpu", tokens=16) for f in (small, large)]
+    found = [timing.peak_memory(f, "float32", "cpu", tokens=16) for f in (small, large)]
     # The larger one holds 2 x 1e6 x 32 floats more; half of that leaves room for noise.
     assert found[1] - found[0] > 128e6
     assert found[0] > 30e6
@@ -189,7 +190,7 @@ def test_peak_memory_is_that_of_a_fresh_process(tmp_path: Path) -> None:
 
 def test_a_failing_memory_process_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"measuring the memory of .* failed: ") as caught:
-        evaluation.peak_memory(tmp_path, "float32", "cpu")
+        timing.peak_memory(tmp_path, "float32", "cpu")
     assert "\n" not in str(caught.value)
 
 
@@ -212,17 +213,17 @@ def test_disk_bytes_counts_the_weights(tmp_path: Path) -> None:
 def test_what_left_out_speed_says_so_and_is_completed_later(
     tmp_path: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "peak_memory", lambda *a, **k: 123)
+    monkeypatch.setattr(timing, "peak_memory", lambda *a, **k: 123)
     folder = tiny_checkpoint("llama", tmp_path / "m")
     loaded = models.load(folder, dtype="float32", device="cpu")
-    whole = evaluation.evaluate(loaded, loaded, tokens, new_tokens=4)
+    whole = evaluation.before_and_after(loaded, loaded, tokens, new_tokens=4)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "speed", lambda *a, **k: pytest.fail("measured"))
-        patch.setattr(evaluation, "peak_memory", lambda *a, **k: pytest.fail("measured"))
-        short = evaluation.evaluate(loaded, loaded, tokens, new_tokens=4, skip_speed=True)
+        patch.setattr(timing, "speed", lambda *a, **k: pytest.fail("measured"))
+        patch.setattr(timing, "peak_memory", lambda *a, **k: pytest.fail("measured"))
+        short = evaluation.before_and_after(loaded, loaded, tokens, new_tokens=4, skip_speed=True)
     keys = [k for k in whole["after"] if "second" in k or "memory" in k]
-    assert set(evaluation.SPEED_KEYS) <= set(keys)
-    assert short["not_measured"] == list(evaluation.SPEED_KEYS)
+    assert set(timing.SPEED_KEYS) <= set(keys)
+    assert short["not_measured"] == list(timing.SPEED_KEYS)
     plain = {k: v for k, v in whole["after"].items() if k not in keys}
     assert short["after"] == plain
     completed = evaluation.with_speed(short, loaded, loaded, tokens)
@@ -238,7 +239,7 @@ def test_no_module_of_the_working_folder_is_imported(
     folder = tiny_checkpoint("llama", tmp_path / "m")
     (tmp_path / "torch.py").write_text("raise SystemExit('a trap')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert evaluation.peak_memory(folder, "float32", "cpu", tokens=8) > 30e6
+    assert timing.peak_memory(folder, "float32", "cpu", tokens=8) > 30e6
 
 
 def test_evaluate_fills_the_whole_document(
@@ -250,7 +251,7 @@ def test_evaluate_fills_the_whole_document(
         asked.append((folder.name, dtype, device, options["tokens"]))
         return 123
 
-    monkeypatch.setattr(evaluation, "peak_memory", memory)
+    monkeypatch.setattr(timing, "peak_memory", memory)
     loaded = [
         models.load(
             tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n),
@@ -259,7 +260,7 @@ def test_evaluate_fills_the_whole_document(
         )
         for name, n in (("big", 6), ("cut", 4))
     ]
-    found = evaluation.evaluate(*loaded, tokens, new_tokens=4)
+    found = evaluation.before_and_after(*loaded, tokens, new_tokens=4)
     json.dumps(found, allow_nan=False)
     assert asked == [("big", "float32", "cpu", 20), ("cut", "float32", "cpu", 20)]
     assert (found["before"]["blocks"], found["after"]["blocks"]) == (6, 4)

@@ -22,7 +22,7 @@ TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
     """Memory is not measured, and temporary folders are made where they can be counted."""
-    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 

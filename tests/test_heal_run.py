@@ -58,9 +58,9 @@ def run(folder: Path) -> Iterator[Path]:
     speeds = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
     with pytest.MonkeyPatch.context() as patched:
         # Measured in tests of their own; memory takes a process for each model.
-        patched.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+        patched.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
         patched.setattr(
-            "isingcut.evaluation.quality.speed", lambda models, *a: dict.fromkeys(models, speeds)
+            "isingcut.evaluation.speed.speed", lambda models, *a: dict.fromkeys(models, speeds)
         )
         yield pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
 

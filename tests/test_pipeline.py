@@ -41,7 +41,7 @@ def job(model, text, out, **more):
 @pytest.fixture(autouse=True)
 def _memory_is_measured_once(monkeypatch):
     """Two more processes per run would be most of the time here; `finished` pays for them."""
-    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3", "gpt2"])

@@ -34,7 +34,7 @@ def inputs(shared, text):
 
 @pytest.fixture(autouse=True)
 def _no_memory_processes(monkeypatch):
-    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
 
 
 def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):

@@ -39,9 +39,9 @@ def _run(place, out, moment, said):
     """The whole job, in a process that is killed before its operation number ``moment``."""
     say_into(said)
     _die_at(moment, said.with_suffix(".moments"))
-    from isingcut.evaluation import quality as evaluate
+    from isingcut.evaluation import speed
 
-    evaluate.peak_memory = lambda *a, **k: 1
+    speed.peak_memory = lambda *a, **k: 1
     isingcut.run(
         model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), **OPTIONS
     )

@@ -250,6 +250,11 @@ def check_document(path: Path, document: Any, kind: str, version: int = 1) -> No
     documents.check(path, kind, document)
 
 
+def without_header(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a results file says beside its format and version."""
+    return {k: v for k, v in document.items() if k not in ("format", "version")}
+
+
 def without_infinities(value: Any) -> Any:
     """``value`` with null for infinities and NaN, which JSON does not have."""
     if isinstance(value, float):

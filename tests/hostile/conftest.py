@@ -24,7 +24,7 @@ def _make_world(base):
     tiny_checkpoint("llama", base / "model")
     with pytest.MonkeyPatch.context() as patch:
         # A subprocess that loads torch once more, for a figure that no row looks at.
-        patch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+        patch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
         patch.chdir(base)
         isingcut.run(
             model="model",
@@ -52,7 +52,7 @@ def arena(world, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     monkeypatch.setenv("ISINGCUT_CACHE", str(here / "home" / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
     return Arena(here)
 
 

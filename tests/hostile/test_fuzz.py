@@ -175,7 +175,7 @@ def place(world):
             patch.setenv("HOME", str(made.here / "home"))
             patch.setenv("ISINGCUT_CACHE", str(made.here / "home" / "cache"))
             patch.setenv("COLUMNS", "200")
-            patch.setattr("isingcut.evaluation.quality.peak_memory", lambda *a, **k: 1)
+            patch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
             run(made)
 
     return make

@@ -21,6 +21,7 @@ from isingcut.cli.verb import (
     verb,
 )
 from isingcut.errors import InputError
+from isingcut.files import read_json, without_header, write_json
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.options.healing import HealConfig
@@ -38,7 +39,6 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     Example: isingcut heal my-run/model --teacher smollm2 --patch linear --out healed
     """
     from isingcut.cli.show_scores import healing_warnings, show_healing
-    from isingcut.files import read_json
     from isingcut.healing.heal import heal as run_heal
     from isingcut.healing.healers import RECORD
 
@@ -49,7 +49,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
         raise typer.Exit
     found = read_json(folder / RECORD, "healing")
     return Answer(
-        {"checkpoint": str(folder), **_body(found)},
+        {"checkpoint": str(folder), **without_header(found)},
         lambda: show_healing(found, folder),
         brief=str(folder),
         warnings=healing_warnings(found),
@@ -98,7 +98,7 @@ def evaluate(
             raise InputError("--original compares benchmarks; name some with --tasks")
         scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
         return Answer(
-            {"benchmarks": {"file": str(file), **_body(scores)}},
+            {"benchmarks": {"file": str(file), **without_header(scores)}},
             lambda: show_benchmarks(scores, file),
             brief=str(file),
         )
@@ -113,11 +113,11 @@ def evaluate(
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder)
     target = folder.target(config.removal)
-    answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **_body(found)}
+    answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **without_header(found)}
     rows: dict[str, Any] = {}
     if names:
         rows = healing_stages.benchmarks(session, folder, names, data=data, questions=questions)
-        answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **_body(rows)}
+        answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **without_header(rows)}
 
     def show() -> None:
         show_evaluation(found)
@@ -143,10 +143,6 @@ def _names(tasks: str, data: Path | None, questions: int | None) -> list[str]:
     return check_tasks(named, data, questions)
 
 
-def _body(document: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in document.items() if k not in ("format", "version")}
-
-
 def _of_checkpoint(
     folder: Path,
     original: str,
@@ -157,7 +153,6 @@ def _of_checkpoint(
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
-    from isingcut.files import write_json
     from isingcut.models.load import load
     from isingcut.outputs import check_output
     from isingcut.runs.healing_stages import bench

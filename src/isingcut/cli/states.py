@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from isingcut.cli.verb import OF_RUN, STAGES, Answer, Folder, part_names, reopen, verb
+from isingcut.files import without_header
 from isingcut.options.config import RunConfig
 
 _SOLVE = (
@@ -43,7 +44,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
             show_spectrum(spectrum, removal, file)
 
     removals = [
-        {"removal": removal, "file": str(file), **_body(spectrum.to_dict())}
+        {"removal": removal, "file": str(file), **without_header(spectrum.to_dict())}
         for removal, spectrum, file in found
     ]
     meta = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load).meta
@@ -71,7 +72,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     found = stages.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
     return Answer(
-        {"file": str(file), **_body(found)},
+        {"file": str(file), **without_header(found)},
         lambda: show_ranking(found),
         brief=",".join(str(b) for b in found["chosen"]["removed"]),
         warnings=ranking_warnings(config.energy, found),
@@ -111,10 +112,7 @@ def baseline(
     found = comparison.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Answer(
-        {"file": str(file), **_body(found)}, lambda: show_baseline(found, file), brief=str(file)
+        {"file": str(file), **without_header(found)},
+        lambda: show_baseline(found, file),
+        brief=str(file),
     )
-
-
-def _body(document: dict[str, Any]) -> dict[str, Any]:
-    """A results file without its header."""
-    return {k: v for k, v in document.items() if k not in ("format", "version")}

@@ -1,6 +1,6 @@
 """What a cut cost.
 
-`quality` perplexity, KL, speed; `measure_process` peak memory; `streamed_scores` the same from
-disk; `candidates` the spectrum measured, and how well the energy ranks; `scores` `harness`
-`local_tasks` `tasks/` benchmarks; `paired` paired statistics.
+`quality` perplexity and KL; `streamed_scores` the same from disk; `speed` `measure_process` speed
+and memory; `candidates` the spectrum measured, and how well the energy ranks; `scores` `harness`
+`local_tasks` `tasks/` `wikitext` benchmarks; `paired` paired statistics.
 """

@@ -171,14 +171,8 @@ def to_dict(
     energies = energy.energies(found.states)
 
     def row(s: int) -> dict[str, Any]:
-        return {
-            "removed": np.flatnonzero(found.states[s]).tolist(),
-            "energy": float(energies[s]),
-            "kl": float(found.kl[s]),
-            "kl_se": _finite(found.kl_se[s]),
-            "nll": float(found.nll[s]),
-            "nll_se": _finite(found.nll_se[s]),
-        }
+        removed = np.flatnonzero(found.states[s]).tolist()
+        return {"removed": removed, "energy": float(energies[s]), **found.losses(s)}
 
     def judged(hamiltonian: Hamiltonian) -> dict[str, Any]:
         values = hamiltonian.energies(found.states)
@@ -204,7 +198,3 @@ def to_dict(
         "proven": ranking.spectrum.proven,
         "solver": ranking.spectrum.solver,
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, MissingExtraError, StageFileError
 from isingcut.evaluation import local_tasks
 from isingcut.evaluation.paired import compare
+from isingcut.evaluation.wikitext import articles
 from isingcut.files import fingerprint, read_json, write_json
+from isingcut.models.load import model_identity
 from isingcut.progress import Bar, Progress, silent
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ class Scores:
     values: npt.NDArray[np.float64]
     questions: list[str]
     shots: int
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """What `save` kept."""
+        content = read_json(path, "scores")
+        rest = {name: content[name] for name in ("task", "metric", "questions", "shots")}
+        return cls(values=np.array(content["values"], dtype=np.float64), **rest)
+
+    def save(self, path: Path) -> None:
+        """Keep them while the other model is asked."""
+        write_json(path, "scores", {**vars(self), "values": self.values.tolist()})
 
 
 def benchmark(
@@ -80,10 +92,13 @@ def benchmark(
         for task in prepared:
             pair = []
             for name, loaded in models.items():
-                found = _kept(kept, task, loaded, questions)
-                if found is None:
+                place = None if kept is None else _place(kept, task, loaded, questions)
+                if place is not None and place.exists():
+                    found = Scores.load(place)
+                else:
                     found = score(loaded, task, questions, batch, bar, f"{task.name}, {name}")
-                    _keep(kept, task, loaded, questions, found)
+                    if place is not None:
+                        found.save(place)
                 bar.advance(1, f"{task.name}, {name}: {found.values.mean():.3f}")
                 pair.append(found)
             rows.append(row(*pair))
@@ -263,8 +278,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _place(kept: Path, task: Prepared, loaded: LoadedModel, questions: int | None) -> Path:
-    from isingcut.models.load import model_identity
-
     model = model_identity(loaded.folder)["sha256"]
     identity = fingerprint([task.name, task.source, model, str(loaded.dtype), questions])
     return kept / f"{task.name}-{identity}.json"
@@ -279,105 +292,3 @@ def forget(kept: Path, tasks: Sequence[str]) -> None:
                 path.unlink()
     with contextlib.suppress(OSError):
         kept.rmdir()
-
-
-def _kept(
-    kept: Path | None, task: Prepared, loaded: LoadedModel, questions: int | None
-) -> Scores | None:
-    if kept is None:
-        return None
-    path = _place(kept, task, loaded, questions)
-    if not path.exists():
-        return None
-    content = read_json(path, "scores")
-    return Scores(
-        content["task"],
-        content["metric"],
-        np.array(content["values"], dtype=np.float64),
-        content["questions"],
-        content["shots"],
-    )
-
-
-def _keep(
-    kept: Path | None,
-    task: Prepared,
-    loaded: LoadedModel,
-    questions: int | None,
-    found: Scores,
-) -> None:
-    if kept is not None:
-        path = _place(kept, task, loaded, questions)
-        content = {**vars(found), "values": found.values.tolist()}
-        write_json(path, "scores", content)
-
-
-def text_scores(
-    models: Mapping[str, LoadedModel],
-    data: Path | None,
-    samples: int | None,
-    *,
-    batch_tokens: int = 1024,
-    length: int = 1024,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Perplexity of both models on WikiText-2's raw test text, and their paired comparison.
-
-    The articles are joined and cut into windows of ``length`` tokens, each read on its own; the
-    last, short one is left out.
-
-    Args:
-        data: folder with `wikitext2/test_raw.jsonl`, one article a line.
-        samples: at most so many windows.
-
-    Raises:
-        InputError: as `articles`, or shorter than one window.
-    """
-    from isingcut.evaluation.quality import quality
-    from isingcut.models.architectures import text_config
-
-    assert data is not None
-    original, cut = models.values()
-    longest = getattr(text_config(original.model), "max_position_embeddings", None)
-    size = min(length, int(longest or length))
-    windows = _windows(articles(data), original, size, samples)
-    found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
-    return {
-        "samples": windows.samples,
-        "tokens": windows.tokens,
-        "original": found["before"],
-        "cut": found["after"],
-        "kl": found["kl"],
-        "kl_se": found["kl_se"],
-    }
-
-
-def articles(data: Path) -> list[str]:
-    """The articles of WikiText-2's test text in a data folder.
-
-    Raises:
-        InputError: the file is missing or damaged, or a line has no text.
-    """
-    path = data / "wikitext2" / "test_raw.jsonl"
-    found = []
-    for number, record in enumerate(local_tasks.records(path), 1):
-        text = record.get("text")
-        if not isinstance(text, str):
-            raise InputError(
-                f"{path}, article {number}: expected a text 'text', got {repr(text)[:60]}"
-            )
-        found.append(text)
-    return found
-
-
-def _windows(texts: Sequence[str], loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
-    from isingcut.data.encoder import Encoder
-
-    encode = Encoder(loaded.tokenizer, loaded.model)
-    ids, prefix = encode("\n".join(texts)), encode.start
-    body = length - len(prefix)
-    starts = range(0, len(ids) - body + 1, body)
-    rows = [prefix + ids[i : i + body] for i in starts][:most]
-    if not rows:
-        raise InputError(f"WikiText-2's text is shorter than one window of {length} tokens")
-    return TokenSet.from_rows(rows)

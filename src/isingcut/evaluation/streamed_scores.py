@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isingcut.evaluation.quality import compared, disk_bytes, quality_of
+from isingcut.evaluation.quality import compared, disk_bytes, evaluation_document, quality_of
 from isingcut.measure.streamed.pace import Pace
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.plan import EMBED, HEAD
@@ -42,27 +42,15 @@ def evaluate_streamed(
         batch_tokens: tokens computed at a time.
     """
     found = quality_streamed(original, cut, tokens, batch_tokens, progress=progress)
-    sides = {
+    figures = {
         name: {
-            **found[name],
             "parameters": sum(p.numel() for p in replay.model.parameters()),
             "bytes": disk_bytes(replay.store.folder),
             "blocks": len(replay),
         }
         for name, replay in (("before", original), ("after", cut))
     }
-    return {
-        "samples": tokens.samples,
-        "tokens": tokens.tokens,
-        **sides,
-        "kl": found["kl"],
-        "kl_se": found["kl_se"],
-        "generation": None,
-        "device": str(original.device),
-        "dtype": str(original.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "streamed": True,
-    }
+    return evaluation_document(found, figures, tokens, original, generation=None, streamed=True)
 
 
 def quality_streamed(

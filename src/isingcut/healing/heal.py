@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, ModelError
-from isingcut.files import atomic_folder, fingerprint, read_json, write_json
+from isingcut.files import atomic_folder, fingerprint, read_json, without_header, write_json
 from isingcut.healing.checks import check_pair, check_places, check_training, sources_of
 from isingcut.healing.healers import RECORD
 from isingcut.healing.work_folder import forget_training, held, work_of
@@ -279,7 +279,7 @@ def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not file.exists():
         write_json(file, kind, make())
     found = read_json(file, kind)
-    return {k: v for k, v in found.items() if k not in ("format", "version")}
+    return without_header(found)
 
 
 def _told(config: HealConfig) -> dict[str, Any]:

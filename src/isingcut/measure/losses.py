@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
-from isingcut.files import fingerprint
+from isingcut.files import fingerprint, without_infinities
 from isingcut.measure.pieces import Piece, common_prefix, left
 from isingcut.measure.sharing import Rows
 from isingcut.models.compute.head import OutputHead, Reference, comparison
@@ -73,6 +74,15 @@ class Measurement:
     def nll_se(self) -> Floats:
         """(S,) standard error of `nll` over samples (ratio estimator)."""
         return standard_error(self.nll_sums, self.counts)
+
+    def losses(self, state: int) -> dict[str, Any]:
+        """KL and NLL of one state, each with its error or None, as results files keep them."""
+        return {
+            "kl": float(self.kl[state]),
+            "kl_se": without_infinities(float(self.kl_se[state])),
+            "nll": float(self.nll[state]),
+            "nll_se": without_infinities(float(self.nll_se[state])),
+        }
 
 
 def standard_error(sums: Floats, counts: npt.NDArray[np.int64]) -> Floats:

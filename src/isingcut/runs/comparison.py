@@ -120,10 +120,7 @@ def compare(
             "settings": list(settings),
             "removed": list(outcome.removed),
             "merges": [list(group) for group in outcome.merges],
-            "kl": float(found.kl[0]),
-            "kl_se": _finite(found.kl_se[0]),
-            "nll": float(found.nll[0]),
-            "nll_se": _finite(found.nll_se[0]),
+            **found.losses(0),
             "passes": outcome.passes,
             "heads": outcome.heads,
             "tokens_searched": searched.tokens,
@@ -187,7 +184,3 @@ def _count(folder: RunFolder, config: RunConfig) -> int:
         )
     found = folder.load(ranked, lambda path: read_json(path, "candidates"))
     return len(found["chosen"]["removed"])
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

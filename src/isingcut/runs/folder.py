@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
-from isingcut.files import fingerprint, is_temporary, read_json, write_json
+from isingcut.files import fingerprint, is_temporary, read_json, without_header, write_json
 from isingcut.inputs import user_path
 from isingcut.models.processes import ALONE
 from isingcut.options.config import RunConfig
@@ -179,10 +179,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write run.json."""
-        if self.processes.rank:
-            return
-        content = {k: v for k, v in self.manifest.items() if k not in ("format", "version")}
-        write_json(self.path / MANIFEST, "run", content)
+        if not self.processes.rank:
+            write_json(self.path / MANIFEST, "run", without_header(self.manifest))
 
     def target(self, remove: str) -> Path:
         """The folder for the files of one removal: the run's own, or one of its own name."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
-from isingcut.files import fingerprint, read_json, write_json
+from isingcut.files import fingerprint, read_json, without_header, write_json
 from isingcut.healing.checks import check_training
 from isingcut.healing.work_folder import held
 from isingcut.inputs import user_path
@@ -200,7 +200,7 @@ def _tried(
         }
         write_json(kept, "healed-candidate", row)
     row = read_json(kept, "healed-candidate")
-    return {k: v for k, v in row.items() if k not in ("format", "version")}
+    return without_header(row)
 
 
 def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | None:
@@ -320,7 +320,8 @@ def bench(
     """The content of `benchmarks.json` for two models."""
     from importlib.metadata import version
 
-    from isingcut.evaluation.scores import benchmark, text_scores
+    from isingcut.evaluation.scores import benchmark
+    from isingcut.evaluation.wikitext import text_scores
 
     named = [t for t in tasks if t != "wikitext2"]
     rows = benchmark(

@@ -294,7 +294,7 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
         begun = folder.load(file, lambda path: read_json(path, "evaluation"))
 
     def make(path: Path) -> None:
-        from isingcut.evaluation import quality as evaluation
+        from isingcut.evaluation.quality import before_and_after, with_speed
         from isingcut.models.load import load
 
         folder.check(checkpoint)
@@ -315,9 +315,9 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
             "progress": session.progress,
         }
         if begun is not None:
-            found = evaluation.with_speed(begun, loaded, cut, tokens, **common)
+            found = with_speed(begun, loaded, cut, tokens, **common)
         else:
-            found = evaluation.evaluate(
+            found = before_and_after(
                 loaded,
                 cut,
                 tokens,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isingcut.errors import InputError, MissingExtraError, ModelError
-from isingcut.files import atomic_folder, read_json, write_json
+from isingcut.files import atomic_folder, read_json, without_header, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.training.processes import Processes
 from isingcut.healing.training.student import load_student, quiet_peft
@@ -53,8 +53,7 @@ class Distill:
         if processes.main:
             _publish(job, trained, out)
         processes.wait()
-        found = read_json(record_file, "healing-trained")
-        return {k: v for k, v in found.items() if k not in ("format", "version")}
+        return without_header(read_json(record_file, "healing-trained"))
 
 
 def need_packages(config: HealConfig) -> None:

@@ -1,0 +1,158 @@
+"""How fast two models read and write, and how much memory each needs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from isingcut.data.generation import decode_tokens
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import ModelError
+from isingcut.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from isingcut.models.load import LoadedModel
+
+_DECODE_PROMPT = 16
+# Of a median over that of a mean, for normal errors: sqrt(pi / 2).
+_MEDIAN_ERROR = 1.2533
+
+SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+"""What an evaluation without speed leaves out."""
+
+
+def speed_and_memory(
+    both: Mapping[str, LoadedModel],
+    tokens: TokenSet,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, dict[str, Any]]:
+    """The figures of `SPEED_KEYS` for each model, those of `speed` with their errors."""
+    with progress("speed and memory", 1 + len(both)) as bar:
+        found: dict[str, dict[str, Any]] = {}
+        speeds = speed({k: m.model for k, m in both.items()}, tokens.select([0]))
+        bar.advance(1)
+        for name, loaded in both.items():
+            memory = peak_memory(
+                loaded.folder,
+                str(loaded.dtype).removeprefix("torch."),
+                str(loaded.device),
+                tokens=int(tokens.input_ids.shape[1]),
+                trust_remote_code=trust_remote_code,
+            )
+            found[name] = {**speeds[name], "peak_memory_bytes": memory}
+            bar.advance(1)
+    return found
+
+
+@torch.no_grad()
+def speed(
+    models: Mapping[str, PreTrainedModel],
+    sample: TokenSet,
+    *,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, float | None]]:
+    """Prefill and decode tokens per second of each model, batch size 1, with errors (``_se``).
+
+    Models take turns in every repeat, so that what else the machine does hits all alike; each
+    is warmed up once, and medians over the repeats are reported, with the standard error of a
+    median (normal errors assumed) from the repeats' spread. Decoding is the time of
+    ``new_tokens`` greedy steps with a cache after a short prompt, the prompt's own time taken off.
+
+    Args:
+        sample: its first row, unpadded, is the text that is read.
+        repeats: timed rounds.
+        clock: seconds.
+    """
+    ids = sample.input_ids[:1, : int(sample.mask[0].sum())]
+    short = ids[:, :_DECODE_PROMPT]
+
+    def timed(model: PreTrainedModel, work: Callable[..., object], *arguments: Any) -> float:
+        _synchronise(model)
+        began = clock()
+        work(*arguments)
+        _synchronise(model)
+        return clock() - began
+
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            text, start = ids.to(model.device), short.to(model.device)
+            reading = timed(model, _prefill, model, text)
+            first = timed(model, decode_tokens, model, start, 1)
+            all_of = timed(model, decode_tokens, model, start, 1 + new_tokens)
+            if repeat:
+                prefill[name].append(reading)
+                decode[name].append(all_of - first)
+    return {
+        name: {
+            **_rate("prefill_tokens_per_second", ids.shape[1], prefill[name]),
+            **_rate("decode_tokens_per_second", new_tokens, decode[name]),
+        }
+        for name in models
+    }
+
+
+def _rate(key: str, tokens: int, seconds: list[float]) -> dict[str, float | None]:
+    """Tokens per second of the median repeat, and its standard error (relative: that of the
+    seconds)."""
+    middle = statistics.median(seconds)
+    error = None
+    if len(seconds) > 1:
+        error = _MEDIAN_ERROR * statistics.stdev(seconds) / len(seconds) ** 0.5 * tokens / middle**2
+    return {key: tokens / middle, f"{key}_se": error}
+
+
+def _prefill(model: PreTrainedModel, text: Tensor) -> None:
+    model(input_ids=text, use_cache=True)
+
+
+def _synchronise(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def peak_memory(
+    folder: Path, dtype: str, device: str, *, tokens: int = 256, trust_remote_code: bool = False
+) -> int:
+    """Peak memory in bytes of loading a checkpoint, one prefill and four decoded tokens.
+
+    Measured in a process of its own: on a CPU its largest resident set, Python and torch
+    included; on CUDA the largest allocation on the device.
+
+    Raises:
+        ModelError: that process failed, for example for lack of memory.
+    """
+    trust = "1" if trust_remote_code else "0"
+    # -P: what lies in the working folder, a run of others perhaps, is no module.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "isingcut.evaluation.measure_process",
+        str(folder),
+        dtype,
+        device,
+    ]
+    done = subprocess.run(
+        [*command, str(tokens), trust], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise ModelError(f"measuring the memory of {folder} failed: {last}")
+    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_memory_bytes"])
