@@ -12,6 +12,7 @@ from isingcut.files import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.outputs import file_sha256
+from isingcut.report import card
 from isingcut.report import write as report
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
@@ -49,9 +50,9 @@ def write_report(folder: Path, target: Path | None = None) -> None:
 
 
 def model_card(folder: Path, target: Path, removed: list[int]) -> str:
-    """`report.model_card` of a folder that was written by hand."""
+    """`card.model_card` of a folder that was written by hand."""
     record(folder)
-    return report.model_card(folder, target, removed)
+    return card.model_card(card.card_parts(folder, target, removed))
 
 
 def write_comparison(

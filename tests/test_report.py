@@ -16,7 +16,8 @@ from isingcut.errors import StageFileError
 from isingcut.files import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
-from isingcut.report.words import fenced, fidelity_warnings, ranking_warnings, spectrum_map
+from isingcut.report.render import fenced
+from isingcut.report.words import fidelity_warnings, ranking_warnings, spectrum_map
 from run_files import model_card, record, write_report
 
 N = 12
@@ -195,8 +196,8 @@ def test_a_finished_run_is_told_from_its_files(folder: Path) -> None:
     assert "lowest measured KL (KL 0.2750 ± 0.0625 nats per token)" in page
     table = section(page, "Before and after")
     assert "| perplexity | 20.00 ± 0.25 | 25.00 ± 0.25 | +25.0 % |" in table
-    assert "| KL(original ‖ cut), nats/token | 0 | 0.3125 ± 0.0125 |  |" in table
-    assert "| parameters, millions | 12.00 | 10.00 | -16.7 % |" in table
+    assert "| KL to the original, nats/token | 0 | 0.3125 ± 0.0125 |  |" in table
+    assert "| parameters, million | 12.00 | 10.00 | -16.7 % |" in table
     assert "| weights on disk, MB | 24.0 | 20.0 | -16.7 % |" in table
     assert "555 tokens in 5 samples" in table
     ranks = section(page, "How well the energy ranks")
@@ -417,8 +418,9 @@ def test_reporting_loads_no_torch(folder: Path) -> None:
     record(folder)
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "import isingcut.report.write as r\n"
-        f"p = Path({str(folder)!r})\nr.write_report(p)\nr.model_card(p, p, [1])\n"
+        "from isingcut.report import card, write\n"
+        f"p = Path({str(folder)!r})\nwrite.write_report(p)\n"
+        "card.model_card(card.card_parts(p, p, [1]))\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,10 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from isingcut.files import read_json, write_json
-from isingcut.report.baselines import baseline_rows, baselines_won
+import numpy as np
 
-CANDIDATES = {"chosen": {"removed": [1, 5], "kl": 0.5, "kl_se": 0.0625, "nll": 3.0, "nll_se": None}}
+from isingcut.files import read_json, write_json
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.report.baselines import rival_row, rivals
+from isingcut.report.run_files import RunFiles
+from isingcut.report.states import book
+
+CHOSEN = {"removed": [1, 5], "kl": 0.5, "kl_se": 0.0625, "nll": 3.0, "nll_se": None}
+N = 12
+
+
+def files_of(*found: dict[str, Any], ranked: bool = True, **meta: Any) -> RunFiles:
+    """A run of 12 blocks, and these methods."""
+    return RunFiles(
+        Path(),
+        Path(),
+        {"config": {"energy": "pairwise"}, "blocks": {"blocks": [{}] * N}},
+        candidates={"candidates": [CHOSEN], "random": [], "chosen": CHOSEN} if ranked else None,
+        hamiltonian=Hamiltonian(np.zeros(N), np.zeros((N, N)), meta=meta),
+        baselines=list(found),
+    )
+
+
+def rows_of(files: RunFiles) -> list[tuple[str, ...]]:
+    return [rival_row(rival) for rival in rivals(files, book(files))]
 
 
 def baseline(name: str, kl: float, **more: Any) -> dict[str, Any]:
@@ -30,8 +52,7 @@ def baseline(name: str, kl: float, **more: Any) -> dict[str, Any]:
 
 def test_rows_are_sorted_with_the_chosen_state_among_them():
     found = [baseline("sleb", 0.75, settings=["loss=kl"]), baseline("random", 0.25)]
-    rows = baseline_rows(found, CANDIDATES, "pairwise", {"tokens": 99, "blocks_run": 36}, 12)
-    assert rows == [
+    assert rows_of(files_of(*found, tokens=99, blocks_run=36)) == [
         ("`random`", "2 and 3", "0.2500 ± 0.2500", "3.5000 ± 0.1250", "12.3", "4080", "none"),
         ("**chosen** (`pairwise`)", "1 and 5", "0.5000 ± 0.0625", "3.0000", "3", "99", "none"),
         (
@@ -48,20 +69,20 @@ def test_rows_are_sorted_with_the_chosen_state_among_them():
 
 def test_merges_broken_constraints_and_unknown_prices_are_said():
     merged = baseline("m", 0.25, merges=[[1, 2], [0, 3]], violated=["keep 0", "keep 2"])
-    rows = baseline_rows([merged], CANDIDATES, "hessian", None, 12)
+    rows = rows_of(files_of(merged))
     assert rows[0][1] == "2 and 3, merged into 1 and 0"
     assert rows[0][-1] == "keep 0, keep 2"
     assert rows[1][4:6] == ("not counted", "unknown")
-    counted = baseline_rows([merged], CANDIDATES, "refined", {"passes": 80.0, "tokens": 9}, 12)
+    counted = rows_of(files_of(merged, passes=80.0, tokens=9))
     assert counted[1][4:6] == ("80", "9")
-    assert baseline_rows([merged], None, "hessian", None, 12) == rows[:1]
-    assert baseline_rows([], CANDIDATES, "hessian", None, 12) == []
+    assert rows_of(files_of(merged, ranked=False)) == rows[:1]
+    assert rows_of(files_of()) == []
 
 
 def test_only_methods_that_keep_the_constraints_can_win():
     lower = [baseline("a", 0.25), baseline("b", 0.25, violated=["keep 0"]), baseline("c", 0.75)]
-    assert baselines_won(lower, CANDIDATES) == ["a"]
-    assert baselines_won(lower, None) == []
+    assert files_of(*lower).won == ["a"]
+    assert files_of(*lower, ranked=False).won == []
 
 
 def test_the_report_shows_them(tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files import read_json, write_json
-from isingcut.report.page import code
+from isingcut.report.render import code
 from isingcut.report.svg import span, tick_text
 from isingcut.report.tradeoff import front
 from run_files import baseline, hamiltonian, write_comparison, write_report, write_run
@@ -125,10 +125,15 @@ def test_the_words_are_those_of_the_files(run, page):
     assert "a-model without 3 of its 12 blocks" in page.text
     assert "Spearman 0.90 (0.80 to 0.95), Kendall 0.90 (0.80 to 0.95) over n = 50" in page.text
     assert "Spearman −0.25 (−0.35 to −0.20)" in page.text
-    task = "arc_easy acc, n = 500 0.6200 ± 0.0200 0.5500 ± 0.0200 −0.0700 (−0.100 to −0.040)"
+    task = (
+        "arc_easy acc, n = 500, p = 0.04 0.6200 ± 0.0200 0.5500 ± 0.0200 −0.0700 (−0.100 to −0.040)"
+    )
     assert task in page.text
-    assert "boolq acc, n = 500, within the noise" in page.text
-    assert "WikiText-2 perplexity, 777 tokens 15.00 ± 0.50 18.00 ± 0.50 +20.0 %" in page.text
+    assert "boolq acc, n = 500, p = 0.04, within the noise" in page.text
+    assert (
+        "WikiText-2 perplexity, 777 tokens, KL 0.2000 nats/token 15.00 ± 0.50 18.00 ± 0.50 +20.0 %"
+        in page.text
+    )
     assert "perplexity 29.00 ± 0.50 24.00 ± 0.50 −17.2 %" in page.text
     assert 'from_pretrained("run/model")' in page.text
     assert "sha-of-a-model" in page.text

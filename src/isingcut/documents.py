@@ -501,11 +501,27 @@ class Scores(Part):
     shots: Count
 
 
+class Card(Part):
+    """The parts of a cut checkpoint's model card."""
+
+    base_model: str | None
+    name: str
+    removed: Blocks
+    total: Some
+    how: str
+    measured: str
+    from_gguf: bool
+    isingcut: str
+    energy: str
+    rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+
 class Removal(Part):
     """`isingcut.json` beside the weights of a cut checkpoint."""
 
     removed: Blocks
     of: Annotated[int, Field(ge=1, le=2**20)]
+    card: Card | None = None
 
     @model_validator(mode="after")
     def _below(self) -> Self:

@@ -87,8 +87,7 @@ def evaluate(
 
     Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
     """
-    from isingcut.cli.show import show_evaluation
-    from isingcut.cli.show_scores import show_benchmarks
+    from isingcut.cli.show_scores import show_benchmarks, show_evaluation
     from isingcut.runs import healing_stages, pipeline, stages
     from isingcut.runs.folder import MANIFEST
 
@@ -120,9 +119,10 @@ def evaluate(
         answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **without_header(rows)}
 
     def show() -> None:
-        show_evaluation(found)
+        healed = (target / "healed").is_dir()
+        show_evaluation(found, healed=healed)
         if rows:
-            show_benchmarks(rows, target / "benchmarks.json")
+            show_benchmarks(rows, target / "benchmarks.json", healed=healed)
 
     return Answer(answer, show, brief=f"{found['kl']:.4f}")
 

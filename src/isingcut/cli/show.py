@@ -9,20 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from isingcut.cli.show_scores import healing_warnings, show_evaluation
 from isingcut.console import console
-from isingcut.files import read_json
+from isingcut.files import read_json, without_header
 from isingcut.ising.spectrum import Spectrum
 from isingcut.printing import printable
-from isingcut.report.words import plus_minus
+from isingcut.report.rows import plus_minus
+from isingcut.report.words import correlation_text, listed, ranking_warnings, state_map
 
 if TYPE_CHECKING:
     from isingcut.models.inspect import Inspection
-
-
-def state_map(removed: list[int], n: int) -> str:
-    """A state as one character a block: # stays, · is removed."""
-    gone = set(removed)
-    return "".join("·" if i in gone else "#" for i in range(n))
 
 
 def show_lines(lines: list[str]) -> None:
@@ -64,14 +60,10 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     n = spectrum.states.shape[1]
     for k, value in enumerate(spectrum.energies):
         blocks = spectrum.removed(k)
-        table.add_row(str(k), f"{value:.4g}", state_map(blocks, n), _numbers(blocks))
+        table.add_row(str(k), f"{value:.4g}", state_map(blocks, n), listed(blocks))
     screen = console()
     screen.print(table)
     screen.print(f"wrote {file}", soft_wrap=True)
-
-
-def _numbers(blocks: list[int]) -> str:
-    return " ".join(str(b) for b in blocks)
 
 
 def show_ranking(found: dict[str, Any]) -> None:
@@ -82,7 +74,7 @@ def show_ranking(found: dict[str, Any]) -> None:
     for name, other in found["fidelity_of_others"].items():
         screen.print(fidelity_line(name, other["kl"]), soft_wrap=True)
     screen.print(
-        f"chosen: blocks {_numbers(chosen['removed'])} (state {chosen['position']} by energy, "
+        f"chosen: blocks {listed(chosen['removed'])} (state {chosen['position']} by energy, "
         f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",
         soft_wrap=True,
     )
@@ -93,8 +85,7 @@ def fidelity_line(name: str, figures: dict[str, Any]) -> str:
     if figures["spearman"] is None:
         return f"{name}: rank correlation undefined (n = {figures['n']})"
     return (
-        f"{name}: Spearman {figures['spearman']:.2f} "
-        f"({figures['spearman_low']:.2f} to {figures['spearman_high']:.2f}), "
+        f"{name}: Spearman {correlation_text(figures, 'spearman')}, "
         f"Kendall {figures['kendall']:.2f}, with the measured KL of n = {figures['n']} states"
     )
 
@@ -103,13 +94,13 @@ def show_baseline(found: dict[str, Any], file: Path) -> None:
     """What a baseline chose, what that is worth and what it cost."""
     screen = console()
     screen.print(
-        f"{found['baseline']}: blocks {_numbers(found['removed'])}: KL {found['kl']:.4f} "
+        f"{found['baseline']}: blocks {listed(found['removed'])}: KL {found['kl']:.4f} "
         f"nats/token; found with {found['passes']:.3g} forward passes over "
         f"{found['tokens_searched']} tokens",
         soft_wrap=True,
     )
     if found["merges"]:
-        groups = "; ".join(_numbers(group) for group in found["merges"])
+        groups = "; ".join(listed(group) for group in found["merges"])
         screen.print(
             f"measured with blocks merged into the first of each group: {groups}", soft_wrap=True
         )
@@ -119,49 +110,6 @@ def show_baseline(found: dict[str, Any], file: Path) -> None:
             soft_wrap=True,
         )
     screen.print(f"wrote {file}", soft_wrap=True)
-
-
-def show_evaluation(found: dict[str, Any]) -> None:
-    """The before/after table."""
-    before, after = found["before"], found["after"]
-    table = Table(
-        title=f"unseen text: {found['tokens']} tokens in {found['samples']} samples",
-        title_justify="left",
-    )
-    for column in ("", "original", "cut", "change"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row(
-        "perplexity",
-        *(plus_minus(s["perplexity"], s["perplexity_se"], ".2f") for s in (before, after)),
-        _ratio(before["perplexity"], after["perplexity"]),
-    )
-    table.add_row("KL to the original", "0", plus_minus(found["kl"], found["kl_se"]), "")
-    for label, key, scale, form in (
-        ("parameters, million", "parameters", 1e6, "{:.1f}"),
-        ("blocks", "blocks", 1, "{:.0f}"),
-        ("checkpoint, MB", "bytes", 1e6, "{:.0f}"),
-        ("prefill, tokens/s", "prefill_tokens_per_second", 1, "{:.0f}"),
-        ("decode, tokens/s", "decode_tokens_per_second", 1, "{:.1f}"),
-        ("peak memory, MB", "peak_memory_bytes", 1e6, "{:.0f}"),
-    ):
-        a, b = before.get(key), after.get(key)
-        if a is None or b is None:
-            table.add_row(label, "not measured", "not measured", "")
-            continue
-        shown = (_measured(side, key, scale, form) for side in (before, after))
-        table.add_row(label, *shown, _ratio(a, b))
-    console().print(table)
-
-
-def _measured(side: dict[str, Any], key: str, scale: float, form: str) -> str:
-    error = side.get(f"{key}_se")
-    return form.format(side[key] / scale) + (
-        "" if error is None else f" ± {form.format(error / scale)}"
-    )
-
-
-def _ratio(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %" if before else ""
 
 
 def inspection_data(found: Inspection) -> dict[str, Any]:
@@ -215,7 +163,7 @@ def run_data(target: Path) -> dict[str, Any]:
         "fidelity": ranking["fidelity"]["kl"],
         "fidelity_of_others": {k: v["kl"] for k, v in ranking["fidelity_of_others"].items()},
         "proven": ranking["proven"],
-        "evaluation": {k: v for k, v in evaluation.items() if k not in ("format", "version")},
+        "evaluation": without_header(evaluation),
     }
 
 
@@ -247,7 +195,7 @@ def show_curve(folder: Path) -> None:
             str(len(row["removed"])),
             plus_minus(row["kl"], row["kl_se"]),
             f"{perplexity(row['nll']):.2f}",
-            _numbers(row["removed"]),
+            listed(row["removed"]),
         )
     screen = console()
     screen.print(table)
@@ -273,9 +221,7 @@ def report_kb(page: Path) -> float:
 
 def run_warnings(target: Path) -> list[str]:
     """The warnings of a finished run's ranking and healing."""
-    from isingcut.cli.show_scores import healing_warnings
     from isingcut.healing.healers import RECORD
-    from isingcut.report.words import ranking_warnings
     from isingcut.runs.folder import MANIFEST
 
     ranking = read_json(target / "candidates.json", "candidates")
@@ -292,7 +238,7 @@ def show_run(target: Path, *, generation: bool = False) -> None:
     screen = console()
     show_ranking(read_json(target / "candidates.json", "candidates"))
     evaluation = read_json(target / "evaluation.json", "evaluation")
-    show_evaluation(evaluation)
+    show_evaluation(evaluation, healed=(target / "healed").is_dir())
     screen.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
     page = target / "report.html"
     screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)

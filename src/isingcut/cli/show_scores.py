@@ -1,15 +1,16 @@
-"""What the command line prints of healing and of benchmarks."""
+"""What the command line prints of evaluations, of healing and of benchmarks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from isingcut.console import console
-from isingcut.report.words import plus_minus
+from isingcut.report.rows import Row, benchmark_rows, evaluation_rows, healing_rows
 
 
 def healing_warnings(found: dict[str, Any]) -> list[str]:
@@ -32,60 +33,42 @@ def healing_warnings(found: dict[str, Any]) -> list[str]:
     return warnings
 
 
+def show_evaluation(found: dict[str, Any], *, healed: bool = False) -> None:
+    """The before/after table; NLL, which says what perplexity says, is in the report."""
+    title = f"unseen text: {found['tokens']} tokens in {found['samples']} samples"
+    rows = evaluation_rows(found, healed=healed)
+    _show_rows(title, [row for row in rows if row.key != "nll"], "change")
+
+
 def show_healing(found: dict[str, Any], folder: Path) -> None:
-    """Perplexity and KL before and after, on text held out."""
-    before, after = found["before"], found["after"]
-    stages = [("cut", before)]
-    if "patch" in found:
-        stages.append(("patched", found["patch"]["scores"]))
-    if found["steps"]:
-        stages.append(("distilled", after))
-    table = Table(
-        title=f"text held out: {found['report_tokens']} tokens; trained on "
-        f"{found.get('tokens_seen', 0)} predictions in {len(found['steps'])} steps",
-        title_justify="left",
+    """Quality before and after, on text held out."""
+    title = (
+        f"text held out: {found['report_tokens']} tokens; trained on "
+        f"{found.get('tokens_seen', 0)} predictions in {len(found['steps'])} steps"
     )
-    for column in ("", "original", *(name for name, _ in stages)):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row(
-        "perplexity",
-        f"{before['original_perplexity']:.2f}",
-        *(plus_minus(s["perplexity"], s["perplexity_se"], ".2f") for _, s in stages),
-    )
-    table.add_row("KL to the original", "0", *(plus_minus(s["kl"], s["kl_se"]) for _, s in stages))
-    console().print(table)
+    _show_rows(title, [row for row in healing_rows(found) if row.key != "nll"])
     console().print(f"wrote {folder}", soft_wrap=True)
 
 
-def show_benchmarks(found: dict[str, Any], file: Path) -> None:
+def show_benchmarks(found: dict[str, Any], file: Path, *, healed: bool = False) -> None:
     """Scores of both models, and whether each difference is more than noise."""
-    table = Table(title="benchmarks, the same questions for both", title_justify="left")
-    for column in ("task", "metric", "n", "original", "cut", "difference (95 %)", "p", ""):
-        table.add_column(column, justify="left" if column in ("task", "metric", "") else "right")
-    for r in found["rows"]:
-        shots = f" {r['shots']}-shot" if r["shots"] else ""
-        table.add_row(
-            f"{r['task']}{shots}",
-            r["metric"],
-            str(r["n"]),
-            _with_error(r["original"], r["original_se"]),
-            _with_error(r["cut"], r["cut_se"]),
-            f"{100 * r['difference']:+.1f} "
-            f"({100 * r['difference_low']:+.1f} to {100 * r['difference_high']:+.1f})",
-            f"{r['p_value']:.3g}",
-            "more than noise" if r["more_than_noise"] else "within noise",
-        )
-    console().print(table)
-    text = found.get("wikitext2")
-    if text:
-        first, second = (text[k] for k in ("original", "cut"))
-        console().print(
-            f"WikiText-2, {text['tokens']} tokens: perplexity {first['perplexity']:.2f} and "
-            f"{second['perplexity']:.2f}, KL {text['kl']:.4f} nats/token",
-            soft_wrap=True,
-        )
+    rows = benchmark_rows(found, healed=healed)
+    _show_rows("benchmarks, the same questions for both", rows, "difference (95 %)")
     console().print(f"wrote {file}", soft_wrap=True)
 
 
-def _with_error(value: float, error: float | None) -> str:
-    return plus_minus(100 * value, None if error is None else 100 * error, ".1f")
+def _show_rows(title: str, rows: Sequence[Row], change: str = "") -> None:
+    """One line a quantity, one column a model, and what changed where that has a name."""
+    table = Table(title=title, title_justify="left")
+    models = list(rows[0].values) if rows else []
+    noted = any(row.notes for row in rows)
+    table.add_column("")
+    for name in (*models, *([change] if change else [])):
+        table.add_column(name, justify="right")
+    if noted:
+        table.add_column("")
+    for row in rows:
+        cells = [row.name, *(row.text(model) for model in models)]
+        cells += [row.change] * bool(change) + [", ".join(row.notes)] * noted
+        table.add_row(*cells)
+    console().print(table)

@@ -25,7 +25,7 @@ from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
 from isingcut.progress import Progress, silent
 from isingcut.provenance import versions
-from isingcut.report.card import healed_card
+from isingcut.report.card import healed_card, kept_parts
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText
@@ -176,6 +176,7 @@ def heal_checkpoint(
     main = processes is None or processes.main
     sources = [student, teacher.folder, *sources]
     check_places(config, out, sources)
+    parts = kept_parts(student)
     work = work_of(out)
     job = Job(
         teacher,
@@ -197,7 +198,7 @@ def heal_checkpoint(
             card = done / "README.md"
             if card.is_file():
                 written = card.read_text(encoding="utf-8")
-                card.write_text(healed_card(written, content), encoding="utf-8")
+                card.write_text(healed_card(parts, written, content), encoding="utf-8")
             with atomic_folder(out, overwrite=config.overwrite, sources=sources) as temporary:
                 temporary.rmdir()
                 done.rename(temporary)

@@ -1,6 +1,7 @@
 """Run folders to pages; files only, no torch.
 
-`run_files` what the files say; `write` report.md, .json, .html, comparisons; `page` `compare`
-the HTML; `card` the model card; `words` `sides` `score_rows` `baselines` `provenance_rows` rows and
-sentences; `states` `blocks` `figures` `tradeoff` `svg` figures; `templates/`.
+`read_run` reads the files into `run_files`; `write` writes report.md, .json, .html and comparisons;
+`page` `compare` (`sides`) the HTML, `card` the model card, `render` templates. What they lay out:
+`rows` figures of several models, `states` `baselines` states, `provenance_rows` origins, `words`
+sentences; `blocks` `figures` `tradeoff` charts, drawn by `svg`.
 """

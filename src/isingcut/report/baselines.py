@@ -1,83 +1,90 @@
-"""Other methods' choices beside the run's own: losses, price and broken constraints, as rows."""
+"""Other methods' choices beside the run's own: losses, price and broken constraints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from isingcut.report.words import numbers, plus_minus
+from isingcut.report.rows import plus_minus
+from isingcut.report.run_files import RunFiles
+from isingcut.report.states import Book, KnownState
+from isingcut.report.words import numbers
 
 
-def sort_baselines(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The contents of `baseline-NAME.json` files, lowest measured KL first."""
-    return sorted(found, key=lambda b: float(b["kl"]))
+@dataclass(frozen=True)
+class Rival:
+    """One method's choice, or the run's own.
 
-
-def baseline_rows(
-    baselines: Sequence[Mapping[str, Any]],
-    candidates: Mapping[str, Any] | None,
-    energy: str,
-    meta: Mapping[str, Any] | None,
-    blocks: int,
-) -> list[tuple[str, ...]]:
-    """Method, blocks removed, KL, NLL, passes, tokens searched, broken rows; lowest KL first.
-
-    Args:
-        baselines: contents of `baseline-NAME.json`; without any there is no row.
-        candidates: content of `candidates.json`, for the chosen state.
-        energy: the name of the run's energy.
-        meta: that of its Hamiltonian, for its price.
-        blocks: N.
+    Attributes:
+        name: of the method, or of the energy that chose.
+        state: what it removes, and the losses of that.
+        passes: full forward passes that it took; empty where they were not counted.
+        tokens: those that it looked at; empty where that is not known.
+        settings: its options, as they were typed.
+        merged: blocks into which it merged the others.
+        violated: constraints that it breaks.
+        own: it is the run's own.
     """
-    if not baselines:
+
+    name: str
+    state: KnownState
+    passes: str
+    tokens: str
+    settings: Sequence[str] = ()
+    merged: Sequence[int] = ()
+    violated: Sequence[str] = ()
+    own: bool = False
+
+
+def rivals(files: RunFiles, states: Book) -> list[Rival]:
+    """Every method that chose for this removal and the chosen state, lowest KL first.
+
+    Without another method there is none.
+    """
+    if not files.baselines:
         return []
-    rows = [(float(b["kl"]), _row(b)) for b in baselines]
-    if candidates is not None:
-        chosen = candidates["chosen"]
-        own = (
-            f"**chosen** (`{energy}`)",
-            numbers(chosen["removed"]),
-            *_losses(chosen),
-            energy_passes(meta, blocks),
-            str((meta or {}).get("tokens", "unknown")),
-            "none",
+    found = [
+        Rival(
+            str(b["baseline"]),
+            state,
+            f"{b['passes']:.3g}",
+            str(b["tokens_searched"]),
+            b.get("settings", ()),
+            [group[0] for group in b["merges"]],
+            b["violated"],
         )
-        rows.append((float(chosen["kl"]), own))
-    return [row for _, row in sorted(rows, key=lambda r: r[0])]
+        for state, b in zip(states.of("baseline"), files.baselines, strict=True)
+    ]
+    ranked = (*states.of("candidate"), *states.of("random"))
+    chosen = next((s for s in ranked if s.chosen and s.kl is not None), None)
+    if chosen is not None:
+        meta = files.meta or {}
+        passes, tokens = _passes(meta, len(files.blocks)), str(meta.get("tokens", ""))
+        found.append(Rival(files.energy, chosen, passes, tokens, own=True))
+    return sorted(found, key=lambda r: r.state.kl.figure if r.state.kl is not None else 0.0)
 
 
-def baselines_won(
-    baselines: Sequence[Mapping[str, Any]], candidates: Mapping[str, Any] | None
-) -> list[str]:
-    """Names of the methods that kept all constraints and have a lower KL than the chosen state."""
-    if candidates is None:
-        return []
-    mine = float(candidates["chosen"]["kl"])
-    return [b["baseline"] for b in baselines if float(b["kl"]) < mine and not b["violated"]]
-
-
-def _row(found: Mapping[str, Any]) -> tuple[str, ...]:
-    method = ", ".join([f"`{found['baseline']}`", *found.get("settings", [])])
-    blocks = numbers(found["removed"])
-    if found.get("merges"):
-        blocks += f", merged into {numbers([group[0] for group in found['merges']])}"
+def rival_row(rival: Rival) -> tuple[str, ...]:
+    """Method, blocks removed, KL, NLL, passes, tokens searched and broken constraints, as text."""
+    row = rival.state.measured or {}
+    name = f"**chosen** (`{rival.name}`)" if rival.own else f"`{rival.name}`"
+    blocks = numbers(rival.state.removed)
+    if rival.merged:
+        blocks += f", merged into {numbers(rival.merged)}"
     return (
-        method,
+        ", ".join([name, *rival.settings]),
         blocks,
-        *_losses(found),
-        f"{found['passes']:.3g}",
-        str(found["tokens_searched"]),
-        ", ".join(found["violated"]) or "none",
+        plus_minus(row["kl"], row["kl_se"]),
+        plus_minus(row["nll"], row["nll_se"]),
+        rival.passes or "not counted",
+        rival.tokens or "unknown",
+        ", ".join(rival.violated) or "none",
     )
 
 
-def _losses(found: Mapping[str, Any]) -> tuple[str, str]:
-    return plus_minus(found["kl"], found["kl_se"]), plus_minus(found["nll"], found["nll_se"])
-
-
-def energy_passes(meta: Mapping[str, Any] | None, blocks: int) -> str:
+def _passes(meta: Mapping[str, Any], blocks: int) -> str:
     """Full forward passes that the energy took, where it was counted."""
-    meta = meta or {}
     if "passes" in meta:
         return f"{meta['passes']:.3g}"
-    return f"{meta['blocks_run'] / blocks:.3g}" if "blocks_run" in meta else "not counted"
+    return f"{meta['blocks_run'] / blocks:.3g}" if "blocks_run" in meta else ""

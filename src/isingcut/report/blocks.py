@@ -12,10 +12,10 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from isingcut.ising.hamiltonian import Floats, Hamiltonian
+from isingcut.report.rows import plus_minus
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import Book, State
-from isingcut.report.svg import Scale, span
-from isingcut.report.words import plus_minus
+from isingcut.report.states import Book, KnownState
+from isingcut.report.svg import Scale, span, whisker
 
 MAP_ROWS = 20
 # A few couplings are many times the rest: colour is full at this quantile of |J|, and grows like
@@ -34,7 +34,7 @@ class MapRow:
         dots: places of energy and measured loss in the margin, as a CSS style.
     """
 
-    state: State
+    state: KnownState
     label: str
     strip: Markup
     dots: str
@@ -57,15 +57,12 @@ def map_rows(files: RunFiles, states: Book) -> tuple[list[MapRow], Scale]:
     return rows, scale
 
 
-def margin_scale(files: RunFiles, states: list[State]) -> Scale:
+def margin_scale(files: RunFiles, states: list[KnownState]) -> Scale:
     """The scale, in percent of the margin's width, of measured losses and comparable energies."""
-    values: list[float] = []
-    for state in states:
-        if state.kl is not None:
-            error = state.kl_se or 0.0
-            values += [state.kl - error, state.kl + error]
-        if state.energy is not None and _comparable(files):
-            values.append(state.energy)
+    losses = [state.kl for state in states if state.kl is not None]
+    values = [end for kl in losses for end in (kl.low, kl.high)]
+    if _comparable(files):
+        values += [state.energy for state in states if state.energy is not None]
     return span(values, 2.0, 98.0)
 
 
@@ -73,15 +70,13 @@ def _comparable(files: RunFiles) -> bool:
     return files.hamiltonian is not None and files.hamiltonian.unit == "nats/token"
 
 
-def dots(state: State, scale: Scale, *, energies: bool) -> str:
+def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
     """Where the marks of one state are in the margin: custom properties in percent."""
     style = []
     if energies and state.energy is not None:
         style.append(f"--e:{scale(state.energy)}%")
     if state.kl is not None:
-        error = state.kl_se or 0.0
-        low, high = scale(state.kl - error), scale(state.kl + error)
-        style.append(f"--k:{scale(state.kl)}%;--a:{low}%;--w:{round(high - low, 2)}%")
+        style.append(whisker(scale, state.kl.figure, state.kl.low, state.kl.high))
     return ";".join(style)
 
 

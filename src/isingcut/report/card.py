@@ -1,29 +1,30 @@
-"""The model card of a checkpoint: what was removed, how, and from what."""
+"""The model card of a checkpoint: what was removed, how, from what, and how it was healed since.
+
+files of a run -> parts, kept in the checkpoint's own record -> README.md, again after a healing
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isingcut.errors import StageFileError
+from isingcut.files import check_document
+from isingcut.inputs import load_json
 from isingcut.models.sources import hub_id
-from isingcut.report.run_files import read_run
-from isingcut.report.words import removal_summary, render
-
-UNTOUCHED = (
-    "All other tensors are the original's, bit for bit, with the remaining blocks renumbered; no "
-    "weight was trained."
-)
-PROOF = (
-    "Before this checkpoint was accepted, its logits were compared with those of the original with "
-    "the same blocks skipped."
-)
-_SOURCE = "## Source and provenance"
+from isingcut.report.read_run import read_run
+from isingcut.report.render import render
+from isingcut.report.rows import healing_rows
+from isingcut.report.run_files import RunFiles
+from isingcut.report.states import measured_kl
+from isingcut.report.words import removal_summary
 
 PAPER_ENERGY = "empirical-fisher"
 
 
-def model_card(folder: Path, target: Path, removed: list[int]) -> str:
-    """The README.md of a checkpoint: YAML front matter, what was removed, how, from what.
+def card_parts(folder: Path, target: Path, removed: Sequence[int]) -> dict[str, Any]:
+    """What the card of a cut says, as plain data.
 
     Args:
         folder: the run folder, with its `run.json`.
@@ -34,71 +35,110 @@ def model_card(folder: Path, target: Path, removed: list[int]) -> str:
         StageFileError: `run.json` is missing, or a file that is there is damaged.
     """
     files = read_run(folder, target)
-    run, candidates, healed = files.run, files.candidates, files.healed_candidates
-    meta = files.meta
-    provenance = run["provenance"]
-    base = hub_id(provenance["model"]["name"])
-    # A local path says nothing to others, and something about its owner.
-    name = base or Path(provenance["model"]["name"]).name
-    total = len(run["blocks"]["blocks"])
-    energy = run["config"]["energy"]
-    calibration = provenance.get("calibration")
-    rows = [
-        (
-            "original weights and config, SHA-256 of headers and edges",
-            provenance["model"]["sha256"],
-        ),
-        ("energy", energy),
-        ("seed", run["config"]["seed"]),
-    ]
-    if calibration is not None:
-        source = calibration["source"]
-        rows.append(("calibration", Path(source).name if Path(source).exists() else source))
-        rows.append(("calibration tokens, SHA-256", calibration["sha256"]))
-    rows.append(("torch, transformers", f"{provenance['torch']}, {provenance['transformers']}"))
-    chosen = _row_of(candidates, removed)
-    measured = None
-    if chosen is not None and candidates is not None:
-        error = "" if chosen["kl_se"] is None else f" ± {chosen['kl_se']:.4f}"
-        measured = (
-            f"On {candidates['tokens']} tokens of the text that ranked the candidates, the KL "
-            f"divergence from the original is {chosen['kl']:.4f}{error} nats per token."
-        )
-        if candidates["chosen"]["why"] == "lowest measured KL":
-            measured += " As the choice was made on it, this figure flatters the choice a little."
-    if energy == PAPER_ENERGY:
-        whose = "The energy used here is that paper's empirical-Fisher estimate."
-        if run["config"].get("linear"):
-            whose = (
-                "The energy used here is that paper's empirical-Fisher estimate with the "
-                "gradient term added, which the paper leaves out."
-            )
-    else:
-        whose = f"The energy used here, `{energy}`, is not that paper's."
-    return render(
-        "model_card.md.j2",
-        base_model=base,
-        name=name,
-        removed=removed,
-        total=total,
-        how=removal_summary(removed, total, energy, meta, candidates, healed),
-        measured=measured,
-        untouched=UNTOUCHED,
-        proof=PROOF,
-        from_gguf="gguf_sha256" in provenance["model"],
-        provenance=provenance,
-        whose_energy=whose,
-        rows=rows,
+    provenance = files.run["provenance"]
+    base = hub_id(files.model)
+    total = len(files.blocks)
+    how = removal_summary(
+        removed, total, files.energy, files.meta, files.candidates, files.healed_candidates
     )
+    return {
+        "base_model": base,
+        # A local path says nothing to others, and something about its owner.
+        "name": base or Path(files.model).name,
+        "removed": list(removed),
+        "total": total,
+        "how": how,
+        "measured": _measured(files.candidates, removed),
+        "from_gguf": "gguf_sha256" in provenance["model"],
+        "isingcut": provenance["isingcut"],
+        "energy": _energy_words(files),
+        "rows": _origin_rows(files),
+    }
 
 
-def healed_card(card: str, healing: dict[str, Any]) -> str:
-    """The card of a cut checkpoint after healing: what no longer holds is said anew.
+def kept_parts(checkpoint: Path) -> dict[str, Any] | None:
+    """The parts that the record inside a checkpoint keeps; None where there are none.
+
+    Raises:
+        StageFileError: they are not what a card is made of.
+    """
+    record = checkpoint / "isingcut.json"
+    found = load_json(record, "the record of the cut", StageFileError) if record.is_file() else {}
+    if not isinstance(found, dict) or "card" not in found:
+        return None
+    check_document(record, found, "removal")
+    parts: dict[str, Any] = found["card"]
+    return parts
+
+
+def model_card(parts: Mapping[str, Any], healing: Mapping[str, Any] | None = None) -> str:
+    """The README.md of a checkpoint: YAML front matter, what was removed, how, from what.
 
     Args:
-        card: the README.md of the cut checkpoint.
-        healing: the content of `healing.json`.
+        parts: as `card_parts` gives them.
+        healing: content of `healing.json`, once it is healed.
     """
+    healed = "" if healing is None else _healed_section(healing)
+    return render("model_card.md.j2", card=parts, healed=healed)
+
+
+def healed_card(parts: Mapping[str, Any] | None, card: str, healing: Mapping[str, Any]) -> str:
+    """The README.md of a checkpoint after a healing.
+
+    Args:
+        parts: of its cut; None where that is another tool's, or an older isingcut's.
+        card: the README.md of the cut, to which a section is added then.
+        healing: content of `healing.json`.
+    """
+    if parts is not None:
+        return model_card(parts, healing)
+    return f"{card.rstrip()}\n\n{_healed_section(healing)}"
+
+
+def _measured(candidates: Mapping[str, Any] | None, removed: Sequence[int]) -> str:
+    """The measured loss of the cut, where a ranking has it; else empty."""
+    rows = [] if candidates is None else [*candidates["candidates"], *candidates["random"]]
+    row = next((r for r in rows if sorted(r["removed"]) == sorted(removed)), None)
+    if candidates is None or row is None:
+        return ""
+    said = (
+        f"On {candidates['tokens']} tokens of the text that ranked the candidates, the KL "
+        f"divergence from the original is {measured_kl(row).text()} nats per token."
+    )
+    if candidates["chosen"]["why"] == "lowest measured KL":
+        said += " As the choice was made on it, this figure flatters the choice a little."
+    return said
+
+
+def _energy_words(files: RunFiles) -> str:
+    if files.energy != PAPER_ENERGY:
+        return f"The energy used here, `{files.energy}`, is not that paper's."
+    said = "The energy used here is that paper's empirical-Fisher estimate"
+    if files.run["config"].get("linear"):
+        said += " with the gradient term added, which the paper leaves out"
+    return f"{said}."
+
+
+def _origin_rows(files: RunFiles) -> list[list[str]]:
+    config, provenance = files.run["config"], files.run["provenance"]
+    rows = [
+        [
+            "original weights and config, SHA-256 of headers and edges",
+            provenance["model"]["sha256"],
+        ],
+        ["energy", files.energy],
+        ["seed", str(config["seed"])],
+    ]
+    calibration = provenance.get("calibration")
+    if calibration is not None:
+        source = calibration["source"]
+        rows.append(["calibration", Path(source).name if Path(source).exists() else source])
+        rows.append(["calibration tokens, SHA-256", calibration["sha256"]])
+    versions = f"{provenance['torch']}, {provenance['transformers']}"
+    return [*rows, ["torch, transformers", versions]]
+
+
+def _healed_section(healing: Mapping[str, Any]) -> str:
     options = healing["options"]
     did = []
     if options["patch"] != "none":
@@ -106,24 +146,11 @@ def healed_card(card: str, healing: dict[str, Any]) -> str:
     if options["method"] != "none":
         how = "by low-rank adapters, merged" if options["method"] == "lora" else "in all weights"
         did.append(f"it was distilled from the original {how}")
-    before, after = healing["before"], healing["after"]
-    section = (
-        f"## Healed\n\nAfter the cut, {' and '.join(did)}. On {healing['report_tokens']} tokens of "
-        f"held-out text the KL divergence from the original went from {before['kl']:.4f} to "
-        f"{after['kl']:.4f} nats per token, the perplexity from {before['perplexity']:.2f} to "
-        f"{after['perplexity']:.2f} (the original: {after['original_perplexity']:.2f}). Figures "
-        "elsewhere on this page are of the cut model before that. `healing.json` has the options.\n"
+    rows = {row.key: row for row in healing_rows(healing)}
+    return render(
+        "healed.md.j2",
+        did=" and ".join(did),
+        tokens=healing["report_tokens"],
+        kl=rows["kl"],
+        perplexity=rows["perplexity"],
     )
-    card = card.replace(
-        UNTOUCHED, "The remaining blocks were renumbered and then healed, see below."
-    )
-    card = card.replace(PROOF, PROOF.replace("this checkpoint", "the cut model"))
-    head, source, tail = card.partition(_SOURCE)
-    return f"{head.rstrip()}\n\n{section}\n{source}{tail}".rstrip() + "\n"
-
-
-def _row_of(candidates: dict[str, Any] | None, removed: list[int]) -> dict[str, Any] | None:
-    if candidates is None:
-        return None
-    rows: list[dict[str, Any]] = [*candidates["candidates"], *candidates["random"]]
-    return next((r for r in rows if sorted(r["removed"]) == sorted(removed)), None)

@@ -6,27 +6,30 @@ was measured on the same tokens of the same model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from isingcut.ising.hamiltonian import Floats
 from isingcut.report.blocks import block_ticks, strip
 from isingcut.report.figures import scatter_figure
-from isingcut.report.page import page
+from isingcut.report.render import render_page
 from isingcut.report.run_files import RunFiles
-from isingcut.report.sides import Run, comparison_warnings, differences, named, numbers_of, overview
-from isingcut.report.states import book
-from isingcut.report.svg import Figure, Plot, Scale, span, x_span, y_span
-from isingcut.report.tradeoff import (
-    Point,
-    kept_cache,
-    kept_parameters,
-    speed_ratio,
-    trade_off_points,
+from isingcut.report.sides import (
+    Side,
+    comparison_warnings,
+    differences,
+    named,
+    numbers_of,
+    overview,
 )
-from isingcut.report.words import correlation_text, plus_minus
+from isingcut.report.states import book, energies_of, measured_kl
+from isingcut.report.svg import Figure, Scale, span, whisker
+from isingcut.report.tradeoff import AXES, Axis, points_of
+from isingcut.report.words import correlation_text
+
+_CORRELATIONS = Scale(-1.0, 1.0, 0.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
     """The page of several runs, in the order given, and the warnings on it."""
     runs = named(found)
     warnings = comparison_warnings(runs)
-    losses = [r for r in runs if r.loss is not None]
-    html = page(
+    ranked = [r for r in runs if r.loss is not None]
+    losses, loss_scale = _losses(ranked)
+    html = render_page(
         "compare.html.j2",
         title=f"{numbers_of(len(runs))} compared",
         runs=runs,
@@ -53,127 +57,92 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
         warnings=warnings,
         table=overview(runs),
         fidelity=_fidelity(runs),
-        fidelity_scale=Scale(-1.0, 1.0, 0.0, 100.0),
-        losses=_losses(losses),
-        loss_scale=_loss_scale(losses),
+        fidelity_scale=_CORRELATIONS,
+        losses=losses,
+        loss_scale=loss_scale,
         strips=[
             (r, strip(len(r.files.blocks), r.files.removed), block_ticks(len(r.files.blocks)))
             for r in runs
             if r.files.removed is not None
         ],
-        trade_offs=[
-            _trade_off(runs, "parameters", "Parameters", "parameters kept, %", kept_parameters),
-            _trade_off(runs, "cache", "KV cache", "KV cache kept, %", kept_cache),
-            _trade_off(
-                runs, "speed", "Measured speed", "decode speed, × original", lambda _: speed_ratio
-            ),
-        ],
-        scatters=[f for k, r in enumerate(losses) for f in _scatter(f"scatter-run-{k}", r)],
-        crossed=_crossed(losses),
+        trade_offs=[_trade_off(runs, axis) for axis in AXES],
+        scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
+        crossed=_crossed(ranked),
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
     )
     return html, warnings
 
 
-def _fidelity(runs: Sequence[Run]) -> list[Interval]:
+def _fidelity(runs: Sequence[Side]) -> list[Interval]:
     """Spearman of every energy that a run measured, with its interval."""
-    scale = Scale(-1.0, 1.0, 0.0, 100.0)
     rows = []
     for run in runs:
         for energy, found in run.files.judged.items():
-            figures = found["kl"]
+            value, low, high = (found["kl"][f"spearman{end}"] for end in ("", "_low", "_high"))
             style = ""
-            if figures["spearman"] is not None:
-                style = _style(
-                    scale, figures["spearman"], figures["spearman_low"], figures["spearman_high"]
-                )
-            text = correlation_text(figures, "spearman")
+            if value is not None:
+                low, high = (value if end is None else end for end in (low, high))
+                style = whisker(_CORRELATIONS, value, low, high)
+            text = correlation_text(found["kl"], "spearman")
             rows.append(Interval(run.name, run.tone, text, style, energy))
     return rows
 
 
-def _loss_scale(runs: Sequence[Run]) -> Scale:
-    ends = [
-        value
-        for r in runs
-        if r.loss is not None
-        for value in (r.loss["kl"] - (r.loss["kl_se"] or 0), r.loss["kl"] + (r.loss["kl_se"] or 0))
-    ]
-    return span(ends, 0.0, 100.0, zero=True)
-
-
-def _losses(runs: Sequence[Run]) -> list[Interval]:
-    scale = _loss_scale(runs)
+def _losses(runs: Sequence[Side]) -> tuple[list[Interval], Scale]:
+    """The chosen states of the runs that were ranked, and the scale of their KL."""
+    found = [(run, run.loss, measured_kl(run.loss)) for run in runs if run.loss is not None]
+    scale = span([end for *_, kl in found for end in (kl.low, kl.high)], 0.0, 100.0, zero=True)
     rows = []
-    for run in runs:
-        assert run.loss is not None
-        kl, error = float(run.loss["kl"]), run.loss["kl_se"]
-        style = _style(scale, kl, kl - (error or 0.0), kl + (error or 0.0))
-        removed = f"{len(run.loss['removed'])} of {len(run.files.blocks)} blocks"
-        rows.append(Interval(run.name, run.tone, plus_minus(kl, error), style, removed))
-    return rows
+    for run, chosen, kl in found:
+        removed = f"{len(chosen['removed'])} of {len(run.files.blocks)} blocks"
+        style = whisker(scale, kl.figure, kl.low, kl.high)
+        rows.append(Interval(run.name, run.tone, kl.text(), style, removed))
+    return rows, scale
 
 
-def _style(scale: Scale, value: float, low: float | None, high: float | None) -> str:
-    a, b = (scale(value if v is None else v) for v in (low, high))
-    return f"--k:{scale(value)}%;--a:{a}%;--w:{round(b - a, 2)}%"
-
-
-def _trade_off(
-    runs: Sequence[Run], key: str, title: str, label: str, place_of: Callable[[RunFiles], Any]
-) -> Figure:
-    found: list[tuple[Run, list[Point]]] = []
-    for run in runs:
-        place = place_of(run.files)
-        points = [] if place is None else trade_off_points(run.files, place)
-        found.append((run, sorted((p for p in points if p.measured), key=lambda p: p.at)))
-    if not any(points for _, points in found):
-        return Figure(key, title, "No run has measured this.")
-    whole = 1.0 if key == "speed" else 100.0
-    flat = [p for _, points in found for p in points]
-    plot = Plot(
-        x_span([whole, *(p.at for p in flat)]),
-        y_span([0.0, *(p.loss + (p.error or 0.0) for p in flat)], zero=True),
-    )
-    plot.axes(label, "KL to the original, nats/token")
+def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:
+    """All measured removals of each run, joined to its original."""
+    found = [
+        (run, sorted((p for p in points_of(run.files, axis) if p.measured), key=lambda p: p.at))
+        for run in runs
+    ]
+    flat = [point for _, points in found for point in points]
+    if not flat:
+        return Figure(axis.key, axis.title, "No run has measured this.")
+    plot = axis.plot(flat)
     for run, points in found:
-        ends = [(whole, 0.0), *((p.at, p.loss) for p in points)]
+        ends = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points)]
         plot.line(sorted(ends), f"tone-{run.tone}")
-    plot.mark(whole, 0.0, "the original\nKL 0", "original", shape="diamond")
+    plot.mark(axis.whole, 0.0, "the original\nKL 0", "original", shape="diamond")
     rows = []
     for run, points in found:
         for point in points:
-            loss = plus_minus(point.loss, point.error)
-            tip = f"{run.name}\nremove {point.removal.name}\n{label}: {point.at:.4g}\nKL {loss}"
-            plot.mark(point.at, point.loss, tip, f"tone-{run.tone}", error=point.error)
-            rows.append((run.name, point.removal.name, f"{point.at:.4g}", loss))
+            removal, at, loss = point.removal.name, f"{point.at:.4g}", point.loss
+            tip = f"{run.name}\nremove {removal}\n{axis.label}: {at}\nKL {loss.text()}"
+            plot.mark(point.at, loss.figure, tip, f"tone-{run.tone}", error=loss.error)
+            rows.append((run.name, removal, at, loss.text()))
     words = f"{len(flat)} measured removals of {numbers_of(len(runs))}."
     return Figure(
-        f"pareto-{key}",
-        title,
+        axis.key,
+        axis.title,
         words,
-        plot.svg(f"{title} against KL. {words}"),
-        ("run", "removal", label, "KL, nats/token"),
+        plot.svg(f"{axis.title} against KL. {words}"),
+        ("run", "removal", axis.label, "KL, nats/token"),
         rows,
         [(f"tone-{run.tone}", run.name) for run, points in found if points],
     )
 
 
-def _scatter(key: str, run: Run) -> list[Figure]:
+def _scatter(key: str, run: Side) -> list[Figure]:
     energy = run.files.hamiltonian
     if energy is None:
         return []
     found = run.files.judged[run.files.energy]["kl"]
     figure = scatter_figure(run.files.energy, energy, found, book(run.files), main=True, link=False)
-    return [
-        Figure(
-            key, f"{run.name}: {figure.title}", figure.words, figure.svg,
-            figure.columns, figure.rows, figure.legend,
-        )
-    ]  # fmt: skip
+    return [replace(figure, key=key, title=f"{run.name}: {figure.title}")]
 
 
-def _crossed(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
+def _crossed(runs: Sequence[Side]) -> list[tuple[Side, list[str]]]:
     """Every run's energy judged on the states that every run measured: Spearman with the KL.
 
     Only where all are of one model; an energy that also ranks the states measured on another
@@ -191,15 +160,13 @@ def _crossed(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
             found = other.files.candidates
             assert found is not None
             states = [*found["candidates"], *found["random"]]
-            x = np.zeros((len(states), energy.n), dtype=bool)
-            for row, state in zip(x, states, strict=True):
-                row[state["removed"]] = True
-            cells.append(_spearman(energy.energies(x), np.array([s["kl"] for s in states])))
+            energies = energies_of(energy, [s["removed"] for s in states])
+            cells.append(_spearman(energies, np.array([s["kl"] for s in states])))
         rows.append((run, cells))
     return rows
 
 
-def _spearman(energies: Any, losses: Any) -> str:
+def _spearman(energies: Floats, losses: Floats) -> str:
     from scipy.stats import spearmanr
 
     if len(energies) < 3 or np.ptp(energies) == 0 or np.ptp(losses) == 0:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import Book, State
+from isingcut.report.states import Book, KnownState, energies_of
 from isingcut.report.svg import Figure, Plot, x_span, y_span
-from isingcut.report.words import correlation_text, listed, plus_minus
+from isingcut.report.words import correlation_text, listed, proof_words, searched_words
 
 MOST_MARKS = 200
 """Of a long training's losses so many are marked; the line goes through all."""
@@ -25,9 +23,7 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
     levels = states.of("candidate")
     energies = [float(s["energy"]) for s in spectrum["states"]]
     losses = [s for s in levels if s.kl is not None] if unit == "nats/token" else []
-    ends = [
-        k + sign * (s.kl_se or 0.0) for s in losses if (k := s.kl) is not None for sign in (-1, 1)
-    ]
+    ends = [end for s in losses if s.kl is not None for end in (s.kl.low, s.kl.high)]
     plot = Plot(x_span([-0.5, len(levels) - 0.5]), y_span([*energies, *ends]))
     step = max(1, -(-len(levels) // 8))
     plot.axes(
@@ -42,22 +38,19 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
         assert level.kl is not None
         kind = "chosen" if level.chosen else "measured"
         plot.mark(
-            level.number, level.kl, level.tip(unit), kind, error=level.kl_se, state=level.number
+            level.number,
+            level.kl.figure,
+            level.tip(unit),
+            kind,
+            error=level.kl.error,
+            state=level.number,
         )
     gap = f"; the first gap is {energies[1] - energies[0]:.3g}" if len(energies) > 1 else ""
-    proof = (
-        "proven to be the lowest of all"
-        if spectrum["proven"]
-        else "the best found, not proven to be the lowest"
-    )
-    more = spectrum.get("searched", 0)
-    last = len(levels) - more - 1
+    last = len(levels) - spectrum.get("searched", 0) - 1
     words = (
-        f"The {last + 1} states, {proof}, reach from {energies[0]:.4g} to {energies[last]:.4g} "
-        f"{unit}{gap}."
+        f"The {last + 1} states, {proof_words(spectrum)}, reach from {energies[0]:.4g} to "
+        f"{energies[last]:.4g} {unit}{gap}.{searched_words(spectrum)}"
     )
-    if more:
-        words += f" With them {more} that the search had measured."
     return Figure(
         "spectrum",
         "Spectrum",
@@ -69,7 +62,7 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
                 str(rank),
                 f"{energy:.5g}",
                 f"{energy - energies[0]:.3g}",
-                "" if s.kl is None else plus_minus(s.kl, s.kl_se),
+                "" if s.kl is None else s.kl.text(),
                 listed(s.removed),
             )
             for rank, (s, energy) in enumerate(zip(levels, energies, strict=True))
@@ -100,28 +93,23 @@ def scatter_figure(
         main: it is the energy that chose.
         link: a click on a state shows it.
     """
-    shown = [s for kind in ("random", "candidate") for s in states.of(kind) if s.kl is not None]
-    x = np.zeros((len(shown), energy.n), dtype=bool)
-    for row, state in zip(x, shown, strict=True):
-        row[list(state.removed)] = True
-    energies = [float(e) for e in energy.energies(x)] if shown else []
-    losses = [float(s.kl) for s in shown if s.kl is not None]
-    lows = [k - (s.kl_se or 0.0) for k, s in zip(losses, shown, strict=True)]
-    highs = [k + (s.kl_se or 0.0) for k, s in zip(losses, shown, strict=True)]
-    plot = Plot(x_span(energies, log=True), y_span([*lows, *highs], log=True))
+    both = [*states.of("random"), *states.of("candidate")]
+    measured = [(s, s.kl) for s in both if s.kl is not None]
+    energies = energies_of(energy, [s.removed for s, _ in measured]).tolist()
+    shown = [(s, kl, e) for (s, kl), e in zip(measured, energies, strict=True)]
+    ends = [end for _, kl, _ in shown for end in (kl.low, kl.high)]
+    plot = Plot(x_span(energies, log=True), y_span(ends, log=True))
     plot.axes(
         f"energy {name}, {energy.unit}" + (" (log)" if plot.x.log else ""),
         "measured KL, nats/token" + (" (log)" if plot.y.log else ""),
     )
-    for state, value, loss in sorted(
-        zip(shown, energies, losses, strict=True), key=lambda t: t[0].chosen
-    ):
+    for state, kl, value in sorted(shown, key=lambda t: t[0].chosen):
         kind = "chosen" if state.chosen else "random" if state.kind == "random" else "measured"
         tip = state.tip(energy.unit) if main else _tip_of(state, name, value, energy.unit)
         plot.mark(
-            value, loss, tip, kind,
+            value, kl.figure, tip, kind,
             shape="ring" if state.kind == "random" else "dot",
-            error=state.kl_se, state=state.number if link else None,
+            error=kl.error, state=state.number if link else None,
         )  # fmt: skip
     words = (
         f"Spearman {correlation_text(found, 'spearman')}, Kendall "
@@ -134,8 +122,8 @@ def scatter_figure(
         plot.svg(f"Energy {name} against measured KL. {words}"),
         ("state", f"energy, {energy.unit}", "KL, nats/token", "blocks removed"),
         [
-            (s.name, f"{e:.5g}", plus_minus(k, s.kl_se), listed(s.removed))
-            for s, e, k in sorted(zip(shown, energies, losses, strict=True), key=lambda t: t[1])
+            (s.name, f"{e:.5g}", kl.text(), listed(s.removed))
+            for s, kl, e in sorted(shown, key=lambda t: t[2])
         ],
         [
             ("measured", "low-energy candidates"),
@@ -145,7 +133,7 @@ def scatter_figure(
     )
 
 
-def _tip_of(state: State, name: str, value: float, unit: str) -> str:
+def _tip_of(state: KnownState, name: str, value: float, unit: str) -> str:
     first, *lines = [line for line in state.tip(unit).split("\n") if not line.startswith("energy ")]
     return "\n".join([first, f"{name} {value:.4g} {unit}", *lines])
 

@@ -6,20 +6,11 @@ policy forbids the page to fetch anything, and only the page's own script may ru
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import itertools
-import re
-from functools import cache
-from importlib.resources import files as resources
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-from markupsafe import Markup, escape
-
-from isingcut.printing import printable
-from isingcut.provenance import __version__
-from isingcut.report.baselines import energy_passes
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.report.baselines import rivals
 from isingcut.report.blocks import (
     block_ticks,
     couplings_figure,
@@ -27,26 +18,26 @@ from isingcut.report.blocks import (
     fields_figure,
     map_rows,
     margin_scale,
-    strip,
 )
 from isingcut.report.figures import healing_figure, scatter_figure, spectrum_figure
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
-from isingcut.report.run_files import RunFiles
-from isingcut.report.score_rows import (
+from isingcut.report.render import render_page
+from isingcut.report.rows import (
+    Difference,
+    Row,
     benchmark_rows,
-    comparison_bars,
-    healed_rows,
+    evaluation_rows,
     healing_rows,
-    healing_words,
-    tiles,
+    plus_minus,
 )
-from isingcut.report.states import Book, book
-from isingcut.report.tradeoff import trade_off_figures
+from isingcut.report.run_files import RunFiles
+from isingcut.report.states import Book, book, measured_kl
+from isingcut.report.svg import Scale, whisker
+from isingcut.report.tradeoff import AXES, trade_off_figure
 from isingcut.report.words import (
     fidelity_rows,
+    healing_words,
     listed,
-    numbers,
-    plus_minus,
     removal_summary,
     spectrum_words,
 )
@@ -66,11 +57,13 @@ def report_page(files: RunFiles) -> str:
             if measured_energy is not None and name in files.judged
             for main in [name == files.energy]
         ]
-    baselines = states.of("baseline")
-    own = next((s for s in states.states if s.chosen and s.kl is not None), None)
-    rivals = sorted([*([own] if own else []), *baselines], key=lambda s: s.kl or 0.0)
-    rival_scale = margin_scale(files, rivals)
-    return page(
+    others = rivals(files, states)
+    rival_scale = margin_scale(files, [rival.state for rival in others])
+    last = "healed" if files.healed else "cut"
+    scores = (
+        [] if files.evaluation is None else evaluation_rows(files.evaluation, healed=files.healed)
+    )
+    return render_page(
         "report.html.j2",
         title=files.title,
         files=files,
@@ -79,27 +72,31 @@ def report_page(files: RunFiles) -> str:
         summary=removal_summary(
             files.removed, n, files.energy, files.meta, candidates, files.healed_candidates
         ),
-        tiles=tiles(files),
-        bars=[] if files.evaluation is None else comparison_bars(files.evaluation),
+        tiles=tiles(files, scores),
+        scores=scores,
+        meter=_meter,
+        last=last,
         rows=rows,
         scale=scale,
         ticks=block_ticks(n),
         kinds=[str(b.get("kind", "")) for b in files.blocks],
         fields=None if energy is None else fields_figure(energy),
         couplings=None if energy is None else couplings_figure(energy, files.removed),
-        fields_rows=[] if energy is None else _field_rows(files),
+        fields_rows=[] if energy is None else _field_rows(files.blocks, energy),
         spectrum=spectrum_figure(files, states),
         spectrum_words="" if files.spectrum is None else spectrum_words(files.spectrum),
         scatters=scatters,
         fidelity=fidelity_rows(files.judged),
-        trade_offs=trade_off_figures(files),
-        rivals=[(s, dots(s, rival_scale, energies=False), _rival(files, s)) for s in rivals],
+        trade_offs=[trade_off_figure(files, axis) for axis in AXES],
+        rivals=[(rival, dots(rival.state, rival_scale, energies=False)) for rival in others],
         rival_scale=rival_scale,
         healing=None if files.healing is None else healing_figure(files.healing),
         healing_rows=[] if files.healing is None else healing_rows(files.healing),
         healing_words="" if files.healing is None else healing_words(files.healing),
-        healed_rows=healed_rows(files.healed_candidates),
-        benchmarks=None if files.benchmarks is None else benchmark_rows(files.benchmarks),
+        healed_rows=_healed_rows(files.healed_candidates),
+        benchmarks=[]
+        if files.benchmarks is None
+        else benchmark_rows(files.benchmarks, healed=files.healed),
         provenance=provenance_rows(files.run, files.meta),
         timings=timing_rows(files.run, files.folder, files.target),
         config=files.run["config"],
@@ -107,32 +104,65 @@ def report_page(files: RunFiles) -> str:
     )
 
 
-def _rival(files: RunFiles, state: Any) -> dict[str, Any]:
-    """What is said of one method's choice."""
-    found = next((b for b in files.baselines if b is state.measured), None)
+def tiles(files: RunFiles, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """The headline figures: what, how much, and from what to what."""
+    found = {row.key: row for row in rows}
+
+    def tile(key: str, name: str, after: str) -> list[tuple[str, str, str]]:
+        row = found.get(key)
+        return [] if row is None or not row.change else [(name, row.change, f"{row.way}{after}")]
+
+    result = tile("parameters", "parameters", " million")
+    known = [b.get("kv_bytes_per_token") for b in files.blocks]
+    cache = [float(c) for c in known if c is not None]
+    whole = sum(cache)
+    if files.removed is not None and len(cache) == len(known) and whole:
+        kept = whole - sum(cache[i] for i in files.removed)
+        words = f"{whole / 1e3:.1f} → {kept / 1e3:.1f} kB per token"
+        result.append(("KV cache", str(Difference(100 * (kept / whole - 1), percent=True)), words))
+    result += tile("decode_tokens_per_second", "decode speed", " tokens/s, measured")
+    result += tile("perplexity", "perplexity", ", unseen text")
+    kl = found["kl"].values[found["kl"].last] if found else None
+    if kl is not None:
+        error = "" if kl.error is None else f", ± {kl.error:.3f}"
+        result.append(("KL", f"{kl.figure:.3f}", f"nats/token to the original{error}"))
+    return result
+
+
+def _meter(row: Row, model: str, models: Sequence[str]) -> str:
+    """The bar under a figure, its length and whisker as properties for the CSS; empty for none."""
+    value = row.values[model]
+    whole = row.whole or max((v.high for m in models if (v := row.values[m])), default=0.0)
+    if value is None or not whole or value.figure < 0:
+        return ""
+    scale = Scale(0.0, whole)
+    if value.error is None:
+        return f"--v:{scale(value.figure)}%"
+    return whisker(scale, value.figure, value.low, value.high, "v")
+
+
+def _healed_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    """Candidates compared after a few steps of healing: blocks, KL before and after, chosen."""
     if found is None:
-        passes = energy_passes(files.meta, len(files.blocks)).replace("not counted", "–")
-        return {"name": f"{files.energy}, chosen", "passes": passes, "notes": [], "own": True}
-    notes = [*found.get("settings", [])]
-    if found.get("merges"):
-        notes.append(f"merged into {numbers([group[0] for group in found['merges']])}")
-    if found.get("violated"):
-        notes.append(f"breaks {', '.join(found['violated'])}")
-    return {
-        "name": found["baseline"],
-        "passes": f"{found['passes']:.3g}",
-        "notes": notes,
-        "own": False,
-    }
+        return []
+    return [
+        (
+            listed(row["removed"]),
+            f"{row['kl_before']:.4f}",
+            measured_kl(row).text(),
+            "chosen" if row["removed"] == found["chosen"]["removed"] else "",
+        )
+        for row in sorted(found["candidates"], key=lambda r: float(r["kl"]))
+    ]
 
 
-def _field_rows(files: RunFiles) -> list[tuple[str, str, str]]:
-    energy = files.hamiltonian
-    assert energy is not None
+def _field_rows(
+    blocks: Sequence[Mapping[str, Any]], energy: Hamiltonian
+) -> list[tuple[str, str, str]]:
     errors = [None] * energy.n if energy.h_error is None else energy.h_error.tolist()
     return [
         (str(i), str(b.get("kind", "")), plus_minus(float(h), e, ".4g"))
-        for i, (b, h, e) in enumerate(zip(files.blocks, energy.h, errors, strict=True))
+        for i, (b, h, e) in enumerate(zip(blocks, energy.h, errors, strict=True))
     ]
 
 
@@ -156,8 +186,8 @@ def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
                 "name": s.name,
                 "removed": list(s.removed),
                 "energy": s.energy,
-                "kl": s.kl,
-                "se": s.kl_se,
+                "kl": None if s.kl is None else s.kl.figure,
+                "se": None if s.kl is None else s.kl.error,
                 "chosen": s.chosen,
             }
             for s in states.states
@@ -167,53 +197,3 @@ def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
 
 def _short(values: Any, digits: int = 4) -> list[float]:
     return [float(f"{float(v):.{digits}g}") for v in values]
-
-
-def page(template: str, **values: Any) -> str:
-    """A packaged HTML template with its values, styles and script filled in.
-
-    Control characters in the values are spelled out.
-    """
-    script = _packaged("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    filled = (
-        _environment()
-        .get_template(template)
-        .render(
-            **values,
-            css=Markup(_packaged("report.css")),
-            script=Markup(script),
-            script_hash=f"sha256-{digest}",
-            version=__version__,
-        )
-    )
-    return printable(filled)
-
-
-@cache
-def _packaged(name: str) -> str:
-    return resources("isingcut.report").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("isingcut.report"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["code"] = code
-    environment.filters["listed"] = listed
-    environment.globals["plus_minus"] = plus_minus
-    environment.globals["strip"] = strip
-    return environment
-
-
-def code(text: str) -> Markup:
-    """Escaped text in which `...` becomes code and, outside it, the sign of a number a minus."""
-    parts = str(escape(text)).split("`")
-    plain = [re.sub(r"(?<![\w.-])-(?=\d)", "−", p) for p in parts[::2]]
-    marked = [f"<code>{p}</code>" for p in parts[1::2]]
-    return Markup("".join(a + b for a, b in itertools.zip_longest(plain, marked, fillvalue="")))

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isingcut.report.rows import Row, evaluation_rows
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import correlation_text, listed, numbers, plus_minus
+from isingcut.report.states import measured_kl
+from isingcut.report.words import correlation_text, listed, numbers
 
 
 @dataclass(frozen=True)
-class Run:
+class Side:
     """One run of a comparison.
 
     Attributes:
@@ -47,16 +49,16 @@ def numbers_of(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
-def named(found: Sequence[RunFiles]) -> list[Run]:
+def named(found: Sequence[RunFiles]) -> list[Side]:
     places = [f.target.resolve() for f in found]
     short = [p.name for p in places]
     long = [f"{p.parent.name}/{p.name}" for p in places]
     names = [s if short.count(s) == 1 else n for s, n in zip(short, long, strict=True)]
     names = [n if names.count(n) == 1 else f"{n} ({k + 1})" for k, n in enumerate(names)]
-    return [Run(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))]
+    return [Side(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))]
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """Model, text and every option that is not the same in all runs."""
     rows = [
         ("model", [r.files.model for r in runs], [r.sha for r in runs]),
@@ -74,12 +76,12 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(name, shown) for name, shown, told in rows if len(set(told)) > 1]
 
 
-def source(run: Run) -> str:
+def source(run: Side) -> str:
     found = run.files.run["provenance"].get("calibration")
     return "" if found is None else str(found["source"])
 
 
-def comparison_warnings(runs: Sequence[Run]) -> list[str]:
+def comparison_warnings(runs: Sequence[Side]) -> list[str]:
     said = []
     if len({r.sha for r in runs}) > 1:
         said.append(
@@ -104,23 +106,23 @@ def comparison_warnings(runs: Sequence[Run]) -> list[str]:
     return said
 
 
-def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def overview(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """What each run is and came to: names and one text per run."""
 
     def text(say: Callable[[RunFiles], str | None]) -> list[str]:
         return [say(r.files) or "not run" for r in runs]
 
-    def evaluated(key: str, form: str, scale: float = 1.0) -> list[str]:
-        def say(files: RunFiles) -> str | None:
-            found = files.evaluation
-            if found is None:
+    def evaluated(key: str, say: Callable[[Row], str]) -> list[str]:
+        def told(files: RunFiles) -> str | None:
+            if files.evaluation is None:
                 return None
-            a, b = found["before"].get(key), found["after"].get(key)
-            if a is None or b is None:
-                return "not measured"
-            return f"{a / scale:{form}} → {b / scale:{form}} ({100 * (b / a - 1):+.1f} %)"
+            rows = evaluation_rows(files.evaluation, healed=files.healed)
+            return say(next(row for row in rows if row.key == key))
 
-        return text(say)
+        return text(told)
+
+    def changed(row: Row) -> str:
+        return f"{row.way} ({row.change})" if row.change else row.text(row.last)
 
     def ranked(say: Callable[[dict[str, Any]], str]) -> list[str]:
         return text(lambda f: None if f.candidates is None else say(f.candidates))
@@ -134,21 +136,9 @@ def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("chosen", ranked(lambda c: f"state {c['chosen']['position']}, {c['chosen']['why']}")),
         ("Spearman", ranked(lambda c: correlation_text(c["fidelity"]["kl"], "spearman"))),
         ("Kendall", ranked(lambda c: correlation_text(c["fidelity"]["kl"], "kendall"))),
-        (
-            "KL, ranking text",
-            ranked(lambda c: plus_minus(c["chosen"]["kl"], c["chosen"]["kl_se"])),
-        ),
-        (
-            "KL, unseen text",
-            text(
-                lambda f: (
-                    None
-                    if f.evaluation is None
-                    else plus_minus(f.evaluation["kl"], f.evaluation["kl_se"])
-                )
-            ),
-        ),
-        ("perplexity", evaluated("perplexity", ".2f")),
-        ("parameters, millions", evaluated("parameters", ".1f", 1e6)),
-        ("decode, tokens/s", evaluated("decode_tokens_per_second", ".1f")),
+        ("KL, ranking text", ranked(lambda c: measured_kl(c["chosen"]).text())),
+        ("KL, unseen text", evaluated("kl", lambda row: row.text(row.last))),
+        ("perplexity", evaluated("perplexity", changed)),
+        ("parameters, million", evaluated("parameters", changed)),
+        ("decode, tokens/s", evaluated("decode_tokens_per_second", changed)),
     ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from isingcut.ising.hamiltonian import Floats, Hamiltonian
+from isingcut.report.rows import Value
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import plus_minus
+from isingcut.report.words import listed
 
 
 @dataclass(frozen=True)
-class State:
+class KnownState:
     """A state as the page knows it.
 
     Attributes:
@@ -35,15 +37,9 @@ class State:
     chosen: bool
 
     @property
-    def kl(self) -> float | None:
-        """Measured KL in nats per token."""
-        return None if self.measured is None else float(self.measured["kl"])
-
-    @property
-    def kl_se(self) -> float | None:
-        """Its standard error over samples."""
-        error = None if self.measured is None else self.measured["kl_se"]
-        return None if error is None else float(error)
+    def kl(self) -> Value | None:
+        """Measured KL in nats per token, with its standard error over samples."""
+        return None if self.measured is None else measured_kl(self.measured)
 
     def tip(self, unit: str) -> str:
         """What pointing at it says."""
@@ -51,22 +47,35 @@ class State:
         if self.energy is not None:
             lines.append(f"energy {self.energy:.4g} {unit}")
         if self.kl is not None:
-            lines.append(f"measured KL {plus_minus(self.kl, self.kl_se)} nats/token")
-        lines.append("without blocks " + " ".join(map(str, self.removed)))
+            lines.append(f"measured KL {self.kl.text()} nats/token")
+        lines.append(f"without blocks {listed(self.removed)}")
         return "\n".join(lines)
+
+
+def measured_kl(row: Mapping[str, Any]) -> Value:
+    """The KL in a row of `candidates.json` or of another file of measured states."""
+    return Value(float(row["kl"]), row["kl_se"])
+
+
+def energies_of(energy: Hamiltonian, states: Sequence[Sequence[int]]) -> Floats:
+    """(K,) energies of states that are given by their removed blocks."""
+    x = np.zeros((len(states), energy.n), dtype=bool)
+    for row, removed in zip(x, states, strict=True):
+        row[list(removed)] = True
+    return energy.energies(x)
 
 
 @dataclass
 class Book:
     """The states of one removal: candidates by energy, then random ones, then baselines'."""
 
-    states: list[State] = field(default_factory=list)
+    states: list[KnownState] = field(default_factory=list)
 
-    def of(self, kind: str) -> list[State]:
+    def of(self, kind: str) -> list[KnownState]:
         """All states of a kind, in order."""
         return [s for s in self.states if s.kind == kind]
 
-    def find(self, removed: Sequence[int]) -> State | None:
+    def find(self, removed: Sequence[int]) -> KnownState | None:
         """The first state without these blocks."""
         wanted = tuple(sorted(removed))
         return next((s for s in self.states if s.removed == wanted), None)
@@ -80,15 +89,13 @@ def book(files: RunFiles) -> Book:
     def add(name: str, kind: str, removed: Sequence[int], measured: dict[str, Any] | None) -> None:
         gone = tuple(sorted(removed))
         result.states.append(
-            State(len(result.states), name, kind, gone, energy(gone), measured, gone == chosen)
+            KnownState(len(result.states), name, kind, gone, energy(gone), measured, gone == chosen)
         )
 
     def energy(gone: tuple[int, ...]) -> float | None:
-        if files.hamiltonian is None:
-            return None
-        state = np.zeros(files.hamiltonian.n, dtype=bool)
-        state[list(gone)] = True
-        return files.hamiltonian.energy(state)
+        return (
+            None if files.hamiltonian is None else float(energies_of(files.hamiltonian, [gone])[0])
+        )
 
     rows = [] if files.candidates is None else files.candidates["candidates"]
     found = {tuple(sorted(r["removed"])): r for r in rows}

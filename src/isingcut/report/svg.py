@@ -263,6 +263,12 @@ _SHAPES = {
 }  # fmt: skip
 
 
+def whisker(scale: Scale, value: float, low: float, high: float, key: str = "k") -> str:
+    """Where a value and its interval stand on a scale in percent, as properties for the CSS."""
+    a, b = scale(low), scale(high)
+    return f"--{key}:{scale(value)}%;--a:{a}%;--w:{round(b - a, 2)}%"
+
+
 def x_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:
     """A horizontal scale of a chart."""
     return span(values, LEFT, WIDTH - RIGHT, zero=zero, log=log)

@@ -1,16 +1,50 @@
-"""Trade-offs over all removals of a run folder: quality against parameters, KV cache and speed."""
+"""Trade-offs over removals: quality against parameters, KV cache and measured speed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from isingcut.report.run_files import Removal, RunFiles
+from isingcut.report.rows import Value
+from isingcut.report.run_files import RemovalFiles, RunFiles
+from isingcut.report.states import measured_kl
 from isingcut.report.svg import Figure, Plot, x_span, y_span
-from isingcut.report.words import listed, plus_minus
+from isingcut.report.words import listed
 
-Place = Callable[[Removal], float | None]
+Place = Callable[[RemovalFiles], float | None]
 """Where along the horizontal axis a removal is; None where that was not measured."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What quality is traded for.
+
+    Attributes:
+        key: of the figure.
+        title: of the figure.
+        label: of the axis.
+        sign: after a figure.
+        whole: where the original is.
+        more: a greater place is better (speed); else a smaller one (what is kept).
+        place: of the removals of a run; None where the blocks' own costs are not known.
+    """
+
+    key: str
+    title: str
+    label: str
+    sign: str
+    whole: float
+    more: bool
+    place: Callable[[RunFiles], Place | None]
+
+    def plot(self, points: Sequence[Point]) -> Plot:
+        """Empty axes over all points and the original."""
+        plot = Plot(
+            x_span([self.whole, *(p.at for p in points)]),
+            y_span([0.0, *(p.loss.high for p in points)], zero=True),
+        )
+        plot.axes(self.label, "KL to the original, nats/token")
+        return plot
 
 
 @dataclass(frozen=True)
@@ -20,38 +54,27 @@ class Point:
     Attributes:
         at: place along the horizontal axis.
         loss: measured KL of the chosen state, or the ground state's energy where none is measured.
-        error: standard error of a measured loss.
         measured: the loss is a measurement.
         removal: whose point it is.
         removed: its blocks.
     """
 
     at: float
-    loss: float
-    error: float | None
+    loss: Value
     measured: bool
-    removal: Removal
+    removal: RemovalFiles
     removed: list[int]
 
 
-def kept_parameters(files: RunFiles) -> Place | None:
-    """Percent of all parameters that a removal keeps; None where the blocks' own are not known."""
-    return _kept(files, "parameters", files.run["blocks"].get("total_parameters"))
-
-
-def kept_cache(files: RunFiles) -> Place | None:
-    """Percent of the KV cache that a removal keeps; None for a model without one."""
-    return _kept(files, "kv_bytes_per_token", None)
-
-
 def _kept(files: RunFiles, key: str, total: float | None) -> Place | None:
+    """Percent of a cost that a removal keeps; None for a model without it."""
     costs = [b.get(key) for b in files.blocks]
     known = [float(c) for c in costs if c is not None]
     whole = float(total or sum(known))
     if len(known) < len(costs) or not whole:
         return None
 
-    def share(removal: Removal) -> float | None:
+    def share(removal: RemovalFiles) -> float | None:
         best = removal.best
         if best is None:
             return None
@@ -60,7 +83,7 @@ def _kept(files: RunFiles, key: str, total: float | None) -> Place | None:
     return share
 
 
-def speed_ratio(removal: Removal) -> float | None:
+def _speed_ratio(removal: RemovalFiles) -> float | None:
     """Measured decoding speed of the cut model over that of the original, in the same run."""
     found, key = removal.evaluation, "decode_tokens_per_second"
     if found is None or not found["before"].get(key) or not found["after"].get(key):
@@ -68,21 +91,37 @@ def speed_ratio(removal: Removal) -> float | None:
     return float(found["after"][key] / found["before"][key])
 
 
-def trade_off_points(files: RunFiles, place: Place) -> list[Point]:
+_PARAMETERS = Axis(
+    "pareto-parameters", "Parameters", "parameters kept, %", " %", 100.0, False,
+    lambda files: _kept(files, "parameters", files.run["blocks"]["total_parameters"]),
+)  # fmt: skip
+_CACHE = Axis(
+    "pareto-cache", "KV cache", "KV cache kept, %", " %", 100.0, False,
+    lambda files: _kept(files, "kv_bytes_per_token", None),
+)  # fmt: skip
+_SPEED = Axis(
+    "pareto-speed", "Measured speed", "decode speed, × original", " ×", 1.0, True,
+    lambda files: _speed_ratio,
+)  # fmt: skip
+AXES = (_PARAMETERS, _CACHE, _SPEED)
+
+
+def points_of(files: RunFiles, axis: Axis) -> list[Point]:
     """All removals of a run that can be placed.
 
     A removal that is not measured is placed at its ground state's energy where that is in nats
     per token, and left out otherwise.
     """
+    place = axis.place(files)
     unit = files.hamiltonian.unit if files.hamiltonian is not None else "arbitrary"
     points = []
     for removal in files.removals:
-        at, best = place(removal), removal.best
+        at, best = None if place is None else place(removal), removal.best
         if at is None or best is None or ("kl" not in best and unit != "nats/token"):
             continue
         measured = "kl" in best
-        loss = float(best["kl"] if measured else best["energy"])
-        points.append(Point(at, loss, best.get("kl_se"), measured, removal, best["removed"]))
+        loss = measured_kl(best) if measured else Value(float(best["energy"]))
+        points.append(Point(at, loss, measured, removal, best["removed"]))
     return points
 
 
@@ -100,65 +139,52 @@ def front(points: Sequence[tuple[float, float]], *, more: bool) -> list[tuple[fl
     return sorted(best)
 
 
-def trade_off_figures(files: RunFiles) -> list[Figure]:
-    """Measured KL against what is left of parameters and KV cache, and against measured speed."""
-    return [
-        _figure(files, "parameters", "Parameters", "parameters kept, %", kept_parameters(files)),
-        _figure(files, "cache", "KV cache", "KV cache kept, %", kept_cache(files)),
-        _figure(files, "speed", "Measured speed", "decode speed, × original", speed_ratio),
-    ]
-
-
-def _figure(files: RunFiles, key: str, title: str, label: str, place: Place | None) -> Figure:
-    key, fast = f"pareto-{key}", place is speed_ratio
-    if place is None:
-        return Figure(key, title, "The blocks of this model have none, or it is not known.")
-    points = trade_off_points(files, place)
+def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
+    """Measured KL of all removals of a run against what is left, and the front of the best."""
+    if axis.place(files) is None:
+        words = "The blocks of this model have none, or it is not known."
+        return Figure(axis.key, axis.title, words)
+    points = points_of(files, axis)
     if not points:
-        verb = "evaluate" if fast else "rank"
-        words = f"Nothing measured yet. Type `isingcut {verb} {files.arguments}`."
-        if fast and any(r.evaluation is not None for r in files.removals):
-            words = "No speed was measured; a run that streams blocks from disk measures none."
-        return Figure(key, title, words)
-    whole, sign = (1.0, " ×") if fast else (100.0, " %")
-    ends = [p.loss + (p.error or 0.0) for p in points]
-    plot = Plot(x_span([whole, *(p.at for p in points)]), y_span([0.0, *ends], zero=True))
-    plot.axes(label, "KL to the original, nats/token")
-    taken = [(whole, 0.0), *((p.at, p.loss) for p in points if p.measured)]
-    plot.line(front(taken, more=fast), "front")
-    plot.mark(whole, 0.0, "the original model\nKL 0", "original", shape="diamond")
-    rows = [("none", f"{whole:.4g}{sign}", "0", "the original", "")]
+        return Figure(axis.key, axis.title, _absent(files, axis))
+    plot = axis.plot(points)
+    taken = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points if p.measured)]
+    plot.line(front(taken, more=axis.more), "front")
+    plot.mark(axis.whole, 0.0, "the original model\nKL 0", "original", shape="diamond")
+    rows = [("none", f"{axis.whole:.4g}{axis.sign}", "0", "the original", "")]
     for point in points:
-        loss = plus_minus(point.loss, point.error)
-        kind = "chosen" if point.removal.own else "measured" if point.measured else "random"
+        at = f"{point.at:.4g}{axis.sign}"
         what = "measured KL" if point.measured else "not measured; energy of the ground state"
+        tip = (
+            f"remove {point.removal.name}\n{axis.label.split(',')[0]}: {at}\n"
+            f"{what} {point.loss.text()} nats/token"
+        )
         plot.mark(
             point.at,
-            point.loss,
-            f"remove {point.removal.name}\n{label.split(',')[0]}: {point.at:.4g}{sign}\n"
-            f"{what} {loss} nats/token",
-            kind,
+            point.loss.figure,
+            tip,
+            "chosen" if point.removal.own else "measured" if point.measured else "random",
             shape="dot" if point.measured else "ring",
-            error=point.error,
+            error=point.loss.error,
         )
-        rows.append(
-            (
-                point.removal.name,
-                f"{point.at:.4g}{sign}",
-                loss,
-                "measured" if point.measured else "energy only",
-                listed(point.removed),
-            )
-        )
+        known = "measured" if point.measured else "energy only"
+        rows.append((point.removal.name, at, point.loss.text(), known, listed(point.removed)))
     return Figure(
-        key,
-        title,
+        axis.key,
+        axis.title,
         _words(points),
-        plot.svg(f"{title} against KL. {_words(points)}"),
-        ("removal", label, "KL, nats/token", "how known", "blocks removed"),
+        plot.svg(f"{axis.title} against KL. {_words(points)}"),
+        ("removal", axis.label, "KL, nats/token", "how known", "blocks removed"),
         rows,
         _legend(points),
     )
+
+
+def _absent(files: RunFiles, axis: Axis) -> str:
+    if axis.more and any(r.evaluation is not None for r in files.removals):
+        return "No speed was measured; a run that streams blocks from disk measures none."
+    verb = "evaluate" if axis.more else "rank"
+    return f"Nothing measured yet. Type `isingcut {verb} {files.arguments}`."
 
 
 def _words(points: Sequence[Point]) -> str:

@@ -1,50 +1,17 @@
-"""Figures of a run in words, rows and maps, for the report and the model card."""
+"""What the files of a run say, in sentences and maps, for reports, cards and the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
-import jinja2
-
-from isingcut.printing import printable
+from isingcut.report.rows import plus_minus
 
 POOR_SPEARMAN = 0.6
 """Below this rank correlation the energy is called a poor guide."""
 FAR_TOO_LOW = 0.5
 """Below this share of its measured loss a state's energy is called far too low."""
 FEW_STATES = 30
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    # Markdown, not HTML: nothing is escaped, generated text goes into code fences.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("isingcut.report"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["fenced"] = fenced
-    return environment
-
-
-def render(template: str, **values: Any) -> str:
-    """A packaged template with its values filled in, without control characters of theirs."""
-    return printable(_environment().get_template(template).render(**values))
-
-
-def fenced(text: str) -> str:
-    """``text`` as a code block whose fence no run of backticks in it can close."""
-    longest = run = 0
-    for character in text:
-        run = run + 1 if character == "`" else 0
-        longest = max(longest, run)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def numbers(blocks: Sequence[int]) -> str:
@@ -118,59 +85,6 @@ def removal_summary(
 def listed(removed: Sequence[int]) -> str:
     """Blocks as a row of numbers."""
     return " ".join(map(str, removed))
-
-
-def plus_minus(value: float, error: float | None, form: str = ".4f") -> str:
-    """A figure with its standard error, where there is one."""
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
-
-
-def comparison(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows of the before/after table: name, original, cut, change."""
-    before, after = evaluation["before"], evaluation["after"]
-    rows = [
-        (
-            "perplexity",
-            plus_minus(before["perplexity"], before["perplexity_se"], ".2f"),
-            plus_minus(after["perplexity"], after["perplexity_se"], ".2f"),
-            _change(before["perplexity"], after["perplexity"]),
-        ),
-        (
-            "NLL, nats/token",
-            plus_minus(before["nll"], before.get("nll_se")),
-            plus_minus(after["nll"], after.get("nll_se")),
-            f"{after['nll'] - before['nll']:+.4f}",
-        ),
-        (
-            "KL(original ‖ cut), nats/token",
-            "0",
-            plus_minus(evaluation["kl"], evaluation["kl_se"]),
-            "",
-        ),
-    ]
-    for name, key, scale, form in (
-        ("blocks", "blocks", 1.0, ".0f"),
-        ("parameters, millions", "parameters", 1e6, ".2f"),
-        ("weights on disk, MB", "bytes", 1e6, ".1f"),
-        ("prefill, tokens/s", "prefill_tokens_per_second", 1.0, ".0f"),
-        ("decode, tokens/s", "decode_tokens_per_second", 1.0, ".1f"),
-        ("peak memory, MB", "peak_memory_bytes", 1e6, ".0f"),
-    ):
-        a, b = before.get(key), after.get(key)
-        if a is None or b is None:
-            rows.append((name, "not measured", "not measured", ""))
-        else:
-            shown = []
-            for side in (before, after):
-                error = side.get(f"{key}_se")
-                scaled = None if error is None else error / scale
-                shown.append(plus_minus(side[key] / scale, scaled, form))
-            rows.append((name, shown[0], shown[1], _change(a, b)))
-    return rows
-
-
-def _change(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %" if before else ""
 
 
 def fidelity_rows(judged: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -265,15 +179,52 @@ def fidelity_warnings(energy: str, found: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def healing_words(healing: Mapping[str, Any]) -> str:
+    """How the model was healed and on what the figures are measured."""
+    said = []
+    options = healing.get("options") or {}
+    if healing.get("patch"):
+        words = "A linear patch was fitted at each cut"
+        scores = healing["patch"].get("scores")
+        if scores:
+            words += f" (alone it brings the KL to {plus_minus(scores['kl'], scores['kl_se'])})"
+        said.append(words + ".")
+    if healing.get("steps"):
+        seen = healing.get("tokens_seen")
+        tokens = "" if seen is None else f" over {seen:,} tokens"
+        method = f" (`{options['method']}`)" if options.get("method") else ""
+        said.append(f"Distillation from the original{method}{tokens}.")
+    if healing.get("report_tokens"):
+        said.append(f"Measured on {healing['report_tokens']} tokens that healing has not seen.")
+    original = healing["before"].get("original_perplexity")
+    if original is not None:
+        said.append(f"The original has perplexity {original:.2f} there.")
+    return " ".join(said)
+
+
 def spectrum_words(spectrum: Mapping[str, Any]) -> str:
     """How many states, from which solver, and whether they are proven to be the lowest."""
-    status = "proven to be the lowest" if spectrum["proven"] else "the best found, not proven"
-    more = spectrum.get("searched", 0)
-    searched = f" With them {more} that the search had measured." if more else ""
     return (
-        f"{len(spectrum['states']) - more} states by `{spectrum['solver']}` in "
-        f"{spectrum['seconds']:.2f} s, {status}.{searched}"
+        f"{len(spectrum['states']) - spectrum.get('searched', 0)} states by `{spectrum['solver']}` "
+        f"in {spectrum['seconds']:.2f} s, {proof_words(spectrum)}.{searched_words(spectrum)}"
     )
+
+
+def proof_words(spectrum: Mapping[str, Any]) -> str:
+    """Whether the states of a spectrum are known to be the lowest."""
+    return "proven to be the lowest" if spectrum["proven"] else "the best found, not proven"
+
+
+def searched_words(spectrum: Mapping[str, Any]) -> str:
+    """How many states of a spectrum came from the search before it; empty for none."""
+    more = spectrum.get("searched", 0)
+    return f" With them {more} that the search had measured." if more else ""
+
+
+def state_map(removed: Sequence[int], n: int) -> str:
+    """A state as one character a block: # stays, · is removed."""
+    gone = set(removed)
+    return "".join("·" if i in gone else "#" for i in range(n))
 
 
 def spectrum_map(
@@ -289,11 +240,10 @@ def spectrum_map(
     cells = []
     for state in spectrum["states"]:
         row = measured.get(tuple(state["removed"]))
-        gone = set(state["removed"])
-        mark = "*" if removed is not None and sorted(gone) == sorted(removed) else " "
+        chosen = removed is not None and sorted(state["removed"]) == sorted(removed)
         kl = "" if row is None else plus_minus(row["kl"], row["kl_se"])
-        blocks = "".join("·" if i in gone else "#" for i in range(n))
-        cells.append((mark + str(state["rank"]), f"{state['energy']:.4g}", kl, blocks))
+        rank = f"{'*' if chosen else ' '}{state['rank']}"
+        cells.append((rank, f"{state['energy']:.4g}", kl, state_map(state["removed"], n)))
     wide = [
         max(len(h), *(len(c[k]) for c in cells)) for k, h in enumerate(("rank", "energy", "KL"))
     ]

@@ -9,24 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut.files import atomic_file, write_json
+from isingcut.files import atomic_file, without_header, write_json
 from isingcut.outputs import check_output, sealed
-from isingcut.report.baselines import baseline_rows
-from isingcut.report.card import model_card
+from isingcut.report.baselines import rival_row, rivals
 from isingcut.report.compare import comparison_page
 from isingcut.report.page import report_page
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
-from isingcut.report.run_files import RunFiles, read_run, without_header
-from isingcut.report.words import (
-    comparison,
-    fidelity_rows,
-    removal_summary,
-    render,
-    spectrum_map,
-    spectrum_words,
-)
-
-__all__ = ["model_card", "write_comparison", "write_report"]
+from isingcut.report.read_run import read_run
+from isingcut.report.render import render
+from isingcut.report.rows import evaluation_rows
+from isingcut.report.run_files import RunFiles
+from isingcut.report.states import book
+from isingcut.report.words import fidelity_rows, removal_summary, spectrum_map, spectrum_words
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -90,21 +84,32 @@ def write_comparison(
 
 def _markdown(files: RunFiles) -> str:
     spectrum, candidates, evaluation = files.spectrum, files.candidates, files.evaluation
-    removed, total = files.removed, len(files.blocks)
+    removed, last = files.removed, "healed" if files.healed else "cut"
     rows = provenance_rows(files.run, files.meta)
     return render(
         "report.md.j2",
         title=files.title,
         removed=removed,
         summary=removal_summary(
-            removed, total, files.energy, files.meta, candidates, files.healed_candidates
+            removed,
+            len(files.blocks),
+            files.energy,
+            files.meta,
+            candidates,
+            files.healed_candidates,
         ),
         evaluation=evaluation,
-        comparison=[] if evaluation is None else comparison(evaluation),
+        last=last,
+        scores=[
+            (row.name, row.text("original"), row.text(last), row.change)
+            for row in (
+                [] if evaluation is None else evaluation_rows(evaluation, healed=files.healed)
+            )
+        ],
         candidates=candidates,
         fidelity=fidelity_rows(files.judged),
         warnings=files.warnings,
-        baselines=baseline_rows(files.baselines, candidates, files.energy, files.meta, total),
+        rivals=[rival_row(rival) for rival in rivals(files, book(files))],
         won=files.won,
         spectrum=spectrum,
         spectrum_words="" if spectrum is None else spectrum_words(spectrum),
@@ -130,14 +135,18 @@ def _data(files: RunFiles) -> dict[str, Any]:
         "energy": {"name": files.energy, "meta": files.meta},
         "fidelity": files.judged,
         "warnings": files.warnings,
-        "spectrum": without_header(files.spectrum),
-        "candidates": without_header(files.candidates),
-        "evaluation": without_header(files.evaluation),
+        "spectrum": _content(files.spectrum),
+        "candidates": _content(files.candidates),
+        "evaluation": _content(files.evaluation),
         "baselines": [without_header(b) for b in files.baselines],
-        "healing": without_header(files.healing),
-        "healed_candidates": without_header(files.healed_candidates),
-        "benchmarks": without_header(files.benchmarks),
+        "healing": _content(files.healing),
+        "healed_candidates": _content(files.healed_candidates),
+        "benchmarks": _content(files.benchmarks),
         "config": files.run["config"],
         "provenance": files.run["provenance"],
         "stages": files.run["stages"],
     }
+
+
+def _content(document: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if document is None else without_header(document)

@@ -208,17 +208,18 @@ def write_checkpoint(
     """
     from isingcut.models.cutting.checkpoint import excise as write_cut
     from isingcut.models.cutting.verify import verify
-    from isingcut.report.write import model_card
+    from isingcut.report.card import card_parts, model_card
 
     blocks = list(removed)
+    parts = card_parts(folder.path, folder.target(session.config.removal), blocks)
     record = {
         "format": "isingcut-removal",
         "version": 1,
         "removed": blocks,
         "of": len(session.stack),
         "model": folder.manifest["provenance"]["model"],
+        "card": parts,
     }
-    card = model_card(folder.path, folder.target(session.config.removal), blocks)
     sources = [session.source, *folder.sources]
     with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
@@ -227,7 +228,7 @@ def write_checkpoint(
             blocks,
             temporary,
             extra_files={
-                "README.md": card,
+                "README.md": model_card(parts),
                 "isingcut.json": json.dumps(record, indent=1) + "\n",
             },
         )

@@ -1,0 +1,77 @@
+"""Packaged templates with their values filled in.
+
+Values in HTML are escaped, generated text in Markdown goes into code fences, and control
+characters are spelled out in both.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import re
+from functools import cache
+from importlib.resources import files as resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from isingcut.printing import printable
+from isingcut.provenance import __version__
+from isingcut.report.blocks import strip
+from isingcut.report.words import listed, numbers
+
+
+def render(template: str, **values: Any) -> str:
+    """A packaged template with its values filled in."""
+    return printable(_environment().get_template(template).render(**values))
+
+
+def render_page(template: str, **values: Any) -> str:
+    """An HTML template, with styles and the script, the only one that may run."""
+    script = _packaged("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return render(
+        template,
+        **values,
+        css=Markup(_packaged("report.css")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        version=__version__,
+    )
+
+
+@cache
+def _packaged(name: str) -> str:
+    return resources("isingcut.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("isingcut.report"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=lambda name: name is None or name.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": code, "fenced": fenced, "listed": listed, "numbers": numbers}
+    environment.globals["strip"] = strip
+    return environment
+
+
+def code(text: str) -> Markup:
+    """Escaped text in which `...` becomes code and, outside it, the sign of a number a minus."""
+    parts = str(escape(text)).split("`")
+    plain = [re.sub(r"(?<![\w.-])-(?=\d)", "−", p) for p in parts[::2]]
+    marked = [f"<code>{p}</code>" for p in parts[1::2]]
+    return Markup("".join(a + b for a, b in itertools.zip_longest(plain, marked, fillvalue="")))
+
+
+def fenced(text: str) -> str:
+    """``text`` as a code block whose fence no run of backticks in it can close."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
