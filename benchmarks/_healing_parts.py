@@ -23,7 +23,7 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import Search
 from isingcut.evaluation.quality import quality_of, sample_sums
-from isingcut.evaluation.scores import prepare, score
+from isingcut.evaluation.scores import prepare_task, score
 from isingcut.files import read_json, write_json
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.measure.work import Work
@@ -287,7 +287,7 @@ class Bench:
 
         def make() -> dict[str, Any]:
             loaded = self.load(self.folder(removed, stage)) if removed else self.original
-            found = score(loaded, prepare(task, self.data, o.questions), batch=o.score_batch)
+            found = score(loaded, prepare_task(task, self.data, o.questions), batch=o.score_batch)
             return {
                 "task": task,
                 "metric": found.metric,

@@ -10,7 +10,7 @@ import numpy as np
 
 from _healing_parts import OURS, PEERS, STAGES, Bench, key
 from isingcut import documents
-from isingcut.evaluation.paired import compare
+from isingcut.evaluation.paired import compare_scores
 from isingcut.files import read_json, write_json
 from isingcut.measure.losses import standard_error
 from isingcut.models.load import model_identity
@@ -205,7 +205,7 @@ def _figures(m: str, rows: dict[str, Any], tasks: Sequence[str]) -> list[tuple[s
             "points, mean of the tasks, paired by question"
         )
         for task in tasks:
-            c = compare(right(scored[0][task]), right(scored[1][task]))
+            c = compare_scores(right(scored[0][task]), right(scored[1][task]))
             noise = "more than noise" if c.more_than_noise else "within noise"
             print(
                 f"    {task}: {100 * (c.second - c.first):+.1f} points, p {c.p_value:.2g}, {noise}"

@@ -18,8 +18,8 @@ import torch
 
 from isingcut.errors import InputError, UnknownNameError
 from isingcut.evaluation import local_tasks
-from isingcut.evaluation.paired import compare, mcnemar
-from isingcut.evaluation.scores import benchmark, prepare, row, score
+from isingcut.evaluation.paired import compare_scores, mcnemar
+from isingcut.evaluation.scores import benchmark, prepare_task, row, score
 from isingcut.models.load import LoadedModel, load
 from shared import Shared
 
@@ -172,7 +172,7 @@ def test_our_task_is_the_harness_s_own(
         "num_fewshot": shots,
     }
     official = ConfigurableTask(config=config)
-    prepared = prepare(name, tmp_path, None)
+    prepared = prepare_task(name, tmp_path, None)
     (ours,) = prepared.make().values()
     for task in (official, ours):
         task.set_fewshot_seed(seed=1234)
@@ -207,7 +207,7 @@ def test_error_bars_are_the_harness_s() -> None:
 
     rng = np.random.default_rng(0)
     first, second = (rng.integers(0, 2, 50).astype(float) for _ in range(2))
-    found = compare(first, second)
+    found = compare_scores(first, second)
     assert found.first_se == pytest.approx(mean_stderr(list(first)))
     assert found.second_se == pytest.approx(mean_stderr(list(second)))
 
@@ -225,12 +225,12 @@ def test_paired_comparison_of_right_and_wrong() -> None:
     first = np.array([1.0] * 40 + [0.0] * 60)
     second = first.copy()
     second[:12] = 0
-    found = compare(first, second)
+    found = compare_scores(first, second)
     assert found.test == "mcnemar"
     assert found.p_value == pytest.approx(2 / 2**12)
     assert found.more_than_noise
     assert found.low < -0.12 < found.high < 0
-    same = compare(first, first)
+    same = compare_scores(first, first)
     assert (same.p_value, same.low, same.high) == (1.0, 0.0, 0.0)
     assert not same.more_than_noise
 
@@ -239,14 +239,14 @@ def test_paired_bootstrap_of_graded_scores() -> None:
     rng = np.random.default_rng(1)
     first = rng.normal(size=200)
     noise = rng.normal(size=200) * 0.1
-    found = compare(first, first + 0.05 + noise)
+    found = compare_scores(first, first + 0.05 + noise)
     assert found.test == "bootstrap"
     assert found.more_than_noise
     assert found.low < 0.05 < found.high
     # The bootstrap interval of a mean is close to the normal one.
     error = noise.std(ddof=1) / math.sqrt(200)
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert not compare(first, first + noise - noise.mean()).more_than_noise
+    assert not compare_scores(first, first + noise - noise.mean()).more_than_noise
 
 
 def test_rows_resume_and_refuse_other_questions(
@@ -265,7 +265,7 @@ def test_rows_resume_and_refuse_other_questions(
     monkeypatch.setattr("isingcut.evaluation.scores.score", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]
     monkeypatch.undo()
-    scores = score(models["original"], prepare("arc_easy", tmp_path, None))
+    scores = score(models["original"], prepare_task("arc_easy", tmp_path, None))
     with pytest.raises(InputError, match="different questions"):
         row(scores, replace(scores, questions=scores.questions[::-1]))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from isingcut.errors import InputError, StageFileError
 from isingcut.inputs import load_json
-from isingcut.outputs import check_output, mark, seal_of
+from isingcut.outputs import check_output, mark, seal_of, sealed
 
 _TEMPORARY = re.compile(
     r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.[^.]+\.(?P<kind>part|old)"
@@ -206,6 +206,16 @@ def write_json(
         temporary.write_text(
             json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
+
+
+def write_sealed(path: Path, content: str, suffix: str) -> None:
+    """Write a text that says in a comment at its end that isingcut wrote it.
+
+    Args:
+        suffix: of the language, ``.md``, ``.html`` or ``.yaml``, whatever the file is called.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(sealed(content, suffix), encoding="utf-8")
 
 
 def read_json(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _names(tasks: str, data: Path | None, questions: int | None) -> list[str]:
 
     named = [t.strip() for t in tasks.split(",") if t.strip()]
     if tasks == "all":
-        named = [*local_tasks.names(), "wikitext2"]
+        named = [*local_tasks.task_names(), "wikitext2"]
     if not named:
         if tasks or data is not None or questions is not None:
             raise InputError("--tasks names no benchmark, which --data and --questions are for")

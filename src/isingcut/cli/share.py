@@ -9,7 +9,9 @@ import typer
 
 from isingcut.cli.verb import RESULT, Answer, Blocks, Folder, OneBased, reopen, reopen_at, verb
 from isingcut.errors import InputError
+from isingcut.files import write_sealed
 from isingcut.inputs import user_path
+from isingcut.outputs import check_output
 
 
 @verb("remove", "budget", "overwrite", group=RESULT)
@@ -39,9 +41,9 @@ def export(
     model, dtype, differing = interop.mergekit_source(config, removed)
     recipe = interop.mergekit_recipe(model, total, removed, dtype)
     if mergekit != "-":
-        interop.write_text(
-            user_path(mergekit), recipe, overwrite=folder.overwrite, sources=folder.sources
-        )
+        file = user_path(mergekit)
+        check_output(file, overwrite=folder.overwrite, sources=folder.sources)
+        write_sealed(file, recipe, ".yaml")
     warnings = []
     if differing:
         warnings.append(

@@ -35,7 +35,7 @@ class LocalTask:
     questions: int
 
 
-def names() -> list[str]:
+def task_names() -> list[str]:
     """All local tasks."""
     return sorted(p.stem for p in _FOLDER.glob("*.yaml"))
 
@@ -44,7 +44,7 @@ def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
     """A local task over the questions in a data folder.
 
     Args:
-        name: one of `names`.
+        name: one of `task_names`.
         data: the folder with `arc_easy/test.jsonl` and so on.
         questions: at most so many. Where the folder has a fixed subset of that size or more
             (`test_sub500.jsonl`), they are taken from it, evenly spaced.
@@ -56,8 +56,8 @@ def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
     import yaml
 
     path = _FOLDER / f"{name}.yaml"
-    if name not in names():
-        raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(names())}")
+    if name not in task_names():
+        raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(task_names())}")
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     own = config.pop("isingcut")
     kind, by = str(config["output_type"]), own.get("by")

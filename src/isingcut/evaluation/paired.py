@@ -42,7 +42,7 @@ class Paired:
         return self.p_value < 0.05
 
 
-def compare(first: Floats, second: Floats, seed: int = 0) -> Paired:
+def compare_scores(first: Floats, second: Floats, seed: int = 0) -> Paired:
     """Compare the scores (n,) of two models on the same n questions.
 
     Right-or-wrong scores get McNemar's exact test (questions that both have right, or both wrong,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from isingcut.errors import InputError, MissingExtraError, StageFileError
 from isingcut.evaluation import local_tasks
-from isingcut.evaluation.paired import compare
+from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.wikitext import articles
 from isingcut.files import fingerprint, read_json, write_json
 from isingcut.models.load import model_identity
@@ -86,7 +86,7 @@ def benchmark(
         InputError: as `check_tasks`, or a task without a score by question.
     """
     assert len(models) == 2
-    prepared = [prepare(name, data, questions) for name in tasks]
+    prepared = [prepare_task(name, data, questions) for name in tasks]
     rows = []
     with progress("benchmarks", 2 * len(prepared)) as bar:
         for task in prepared:
@@ -140,7 +140,7 @@ def row(original: Scores, cut: Scores) -> dict[str, Any]:
     """
     if original.questions != cut.questions or original.metric != cut.metric:
         raise InputError(f"the two models were scored on different questions of {original.task}")
-    found = compare(original.values, cut.values)
+    found = compare_scores(original.values, cut.values)
     return {
         "task": original.task,
         "metric": original.metric.removesuffix(",none"),
@@ -169,7 +169,7 @@ class Prepared:
     source: str
 
 
-def prepare(name: str, data: Path | None, questions: int | None = None) -> Prepared:
+def prepare_task(name: str, data: Path | None, questions: int | None = None) -> Prepared:
     """A task by name: one of ours with ``data``, else one of the harness's from the hub."""
     if data is None:
         return Prepared(name, None, lambda: _hub(name), "hub")
@@ -190,7 +190,7 @@ def _refuse_unknown(name: str) -> Any:
     if name not in manager.task_index:
         raise InputError(
             f"lm-evaluation-harness knows no task {name!r}; offline tasks need --data and are: "
-            f"{', '.join(local_tasks.names())}"
+            f"{', '.join(local_tasks.task_names())}"
         )
     return manager
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut.files import atomic_file, without_header, write_json
-from isingcut.outputs import check_output, sealed
+from isingcut.files import without_header, write_json, write_sealed
+from isingcut.outputs import check_output
 from isingcut.report.baselines import rival_row, rivals
 from isingcut.report.compare import comparison_page
 from isingcut.report.page import report_page
@@ -38,9 +38,8 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     markdown, data, page = _markdown(files), _data(files), report_page(files)
     texts = check_report(target)
     write_json(texts["json"], "report", data, seal=True)
-    for name, content in (("md", markdown), ("html", page)):
-        with atomic_file(texts[name]) as temporary:
-            temporary.write_text(sealed(content, f".{name}"), encoding="utf-8")
+    write_sealed(texts["md"], markdown, ".md")
+    write_sealed(texts["html"], page, ".html")
 
 
 def check_report(target: Path) -> dict[str, Path]:
@@ -77,8 +76,7 @@ def write_comparison(
     check_output(out, overwrite=overwrite)
     runs = [read_run(folder, target) for folder, target in folders]
     page, warnings = comparison_page(runs)
-    with atomic_file(out) as temporary:
-        temporary.write_text(sealed(page, ".html"), encoding="utf-8")
+    write_sealed(out, page, ".html")
     return warnings
 
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.files import atomic_file
 from isingcut.inputs import parse_json, read_text, user_path
 from isingcut.models.checkpoint.read import read_config
 from isingcut.options.spellings import block_span, expanded
-from isingcut.outputs import check_output, sealed
 
 if TYPE_CHECKING:
     from isingcut.options.config import RunConfig
@@ -245,15 +242,3 @@ def mergekit_source(config: RunConfig, removed: Sequence[int]) -> tuple[str, str
     text: dict[str, Any] = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
     stored = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "bfloat16"
     return hub_id(config.model) or str(folder), str(stored), mergekit_differs(raw, removed)
-
-
-def write_text(path: Path, content: str, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
-    """Write a YAML file atomically, with a seal.
-
-    Raises:
-        InputError: it would lie in or replace a source.
-        OutputExistsError: the file is there, and ``overwrite`` is false or it is not ours.
-    """
-    check_output(path, overwrite=overwrite, sources=sources)
-    with atomic_file(path) as temporary:
-        temporary.write_text(sealed(content, ".yaml"), encoding="utf-8")

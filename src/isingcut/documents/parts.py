@@ -1,0 +1,48 @@
+"""What several documents hold alike: numbers, lists of blocks, losses."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+# A number whose square and sums are finite too: a report scales, adds and draws them.
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Field(ge=0, le=1e30)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Some = Annotated[int, Field(ge=1, le=10**18)]
+Scalar = str | int | float | bool | None
+
+
+def _distinct(blocks: list[int]) -> list[int]:
+    if len(set(blocks)) < len(blocks):
+        raise ValueError("a block is named twice")
+    return blocks
+
+
+Index = Annotated[int, Field(ge=0, le=2**31)]
+Blocks = Annotated[list[Index], Field(max_length=2**20), AfterValidator(_distinct)]
+
+
+class Part(BaseModel):
+    """An object inside a document: strict types, finite numbers, unknown keys let through."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class MeasuredLoss(Part):
+    """KL and NLL in nats per token, with standard errors over samples."""
+
+    kl: Number
+    kl_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+
+
+class Perplexity(Part):
+    """A model on some text."""
+
+    perplexity: Positive
+    perplexity_se: Positive | None
+    nll: Number
+    nll_se: Positive | None

@@ -1,0 +1,203 @@
+"""Documents about models: evaluations, healings, benchmarks, and what is kept under way."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from isingcut.documents.parts import (
+    Blocks,
+    Count,
+    Index,
+    Number,
+    Part,
+    Perplexity,
+    Positive,
+    Scalar,
+    Some,
+)
+
+
+class ModelScores(Perplexity):
+    """One of the two models of an evaluation; a streamed one has no speeds and no memory."""
+
+    parameters: Some
+    bytes: Some
+    blocks: Some
+    prefill_tokens_per_second: Positive | None = None
+    decode_tokens_per_second: Positive | None = None
+    prefill_tokens_per_second_se: Positive | None = None
+    decode_tokens_per_second_se: Positive | None = None
+    peak_memory_bytes: Count | None = None
+
+
+class Generation(Part):
+    """One text by both models."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+class EvaluationFile(Part):
+    """`evaluation.json`."""
+
+    samples: Some
+    tokens: Some
+    before: ModelScores
+    after: ModelScores
+    kl: Number
+    kl_se: Positive | None
+    generation: Generation | None
+    device: str
+    dtype: str
+
+
+class HealedScores(Perplexity):
+    """The cut model on text held out, before or after healing."""
+
+    kl: Number
+    kl_se: Positive | None
+    original_perplexity: Positive
+
+
+class PatchedCut(Part):
+    """What was folded into the block before one cut; older files do not say whether it changed."""
+
+    block: Index
+    layer: str
+    changed: bool = True
+
+
+class PatchScores(Part):
+    """What the linear patch alone came to."""
+
+    scores: HealedScores
+    changed: bool = True
+    cuts: list[PatchedCut] = Field(default_factory=list)
+
+
+class Step(Part):
+    """A point of the training curve."""
+
+    step: Count
+    tokens: Count
+    loss: Number
+
+
+class HealOptions(Part):
+    """The options of a healing."""
+
+    __pydantic_extra__: dict[str, Scalar]
+    patch: str
+    method: str
+
+
+class HealingFile(Part):
+    """`healing.json`."""
+
+    steps: list[Step]
+    before: HealedScores
+    after: HealedScores
+    patch: PatchScores | None = None
+    tokens_seen: Count = 0
+    removed: Blocks
+    of: Some
+    report_tokens: Count
+    options: HealOptions
+
+
+class HealingWork(Part):
+    """`identity.json` of an unfinished healing: what it depends on."""
+
+    work: str
+    training: str
+
+
+class HealingCurve(Part):
+    """The training curve up to a saved state."""
+
+    steps: list[Step]
+
+
+class HealingTargets(Part):
+    """How many samples the teacher has answered."""
+
+    samples: Count
+
+
+class HealingTrained(HealingCurve):
+    """What a finished training has to say."""
+
+    tokens_seen: Count
+    samples: Count
+    processes: Some
+    trained_parameters: Count
+
+
+class HealedCandidate(Part):
+    """A candidate after a little healing."""
+
+    removed: Blocks
+    kl: Number
+    kl_se: Positive | None
+    perplexity: Positive
+
+
+class ComparedCandidate(HealedCandidate):
+    """The same beside its KL before healing."""
+
+    kl_before: Number
+
+
+class HealedCandidates(Part):
+    """`healed-candidates.json`."""
+
+    candidates: Annotated[list[ComparedCandidate], Field(min_length=1)]
+    chosen: ComparedCandidate
+
+
+class TaskRow(Part):
+    """The scores of both models on one benchmark task."""
+
+    task: str
+    metric: str
+    n: Count
+    shots: Count
+    original: Number
+    original_se: Positive | None
+    cut: Number
+    cut_se: Positive | None
+    difference: Number
+    difference_low: Number
+    difference_high: Number
+    p_value: Number
+    more_than_noise: bool
+
+
+class TextScores(Part):
+    """Both models on WikiText-2."""
+
+    tokens: Count
+    original: Perplexity
+    cut: Perplexity
+    kl: Number
+
+
+class BenchmarksFile(Part):
+    """`benchmarks.json`."""
+
+    rows: list[TaskRow]
+    engine: str
+    wikitext2: TextScores | None = None
+
+
+class KeptScores(Part):
+    """The scores of one model on one task, kept while the other is asked."""
+
+    task: str
+    metric: str
+    values: Annotated[list[Number], Field(min_length=1)]
+    questions: list[str]
+    shots: Count

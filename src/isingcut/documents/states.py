@@ -1,0 +1,185 @@
+"""Documents about states: energies, spectra, rankings, baselines, and the record of a cut."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from isingcut.documents.parts import (
+    Blocks,
+    Count,
+    Index,
+    MeasuredLoss,
+    Number,
+    Part,
+    Positive,
+    Some,
+)
+
+_MOST_CELLS = 2**28
+
+
+class Level(Part):
+    """A state with its energy."""
+
+    removed: Blocks
+    energy: Number
+
+
+class Ranked(Level):
+    """A state of a spectrum."""
+
+    rank: Count
+
+
+class SpectrumFile(Part):
+    """`spectrum.json`."""
+
+    n: Annotated[int, Field(ge=1, le=2**20)]
+    unit: str
+    solver: str
+    seconds: Positive
+    proven: bool
+    lower_bound: Number | None
+    info: dict[str, Any]
+    states: Annotated[list[Ranked], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _below(self) -> Self:
+        if len(self.states) * self.n > _MOST_CELLS:
+            raise ValueError(f"{len(self.states)} states of {self.n} blocks are too many")
+        if any(b >= self.n for s in self.states for b in s.removed):
+            raise ValueError(f"a state lacks a block that is not among the {self.n}")
+        return self
+
+
+class MeasuredState(Level, MeasuredLoss):
+    """A state with its energy and its measured losses."""
+
+
+class ChosenState(MeasuredState):
+    """The state that was chosen."""
+
+    position: Count
+    why: str
+
+
+class Correlations(Part):
+    """How well an energy ranks losses."""
+
+    n: Count
+    spearman: Number | None
+    spearman_low: Number | None
+    spearman_high: Number | None
+    kendall: Number | None
+    kendall_low: Number | None
+    kendall_high: Number | None
+
+
+class Judged(Part):
+    """The correlations of one energy with each loss."""
+
+    kl: Correlations
+    nll: Correlations | None = None
+    kl_random_only: Correlations | None = None
+
+
+class CandidatesFile(Part):
+    """`candidates.json`."""
+
+    remove: str
+    unit: str
+    energy_unit: str
+    samples: Some
+    tokens: Some
+    candidates: Annotated[list[MeasuredState], Field(min_length=1)]
+    random: list[MeasuredState]
+    fidelity: Judged
+    fidelity_of_others: dict[str, Judged]
+    chosen: ChosenState
+    proven: bool
+
+
+class BaselineFile(MeasuredLoss):
+    """`baseline-NAME.json`."""
+
+    baseline: str
+    settings: list[str] = Field(default_factory=list)
+    removed: Blocks
+    merges: list[Annotated[list[Index], Field(min_length=1)]]
+    passes: Positive
+    tokens_searched: Count
+    violated: list[str]
+
+
+class CardParts(Part):
+    """The parts of a cut checkpoint's model card."""
+
+    base_model: str | None
+    name: str
+    removed: Blocks
+    total: Some
+    how: str
+    measured: str
+    from_gguf: bool
+    isingcut: str
+    energy: str
+    rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+
+class CutRecord(Part):
+    """`isingcut.json` beside the weights of a cut checkpoint."""
+
+    removed: Blocks
+    of: Annotated[int, Field(ge=1, le=2**20)]
+    card: CardParts | None = None
+
+    @model_validator(mode="after")
+    def _below(self) -> Self:
+        if any(b >= self.of for b in self.removed):
+            raise ValueError(f"a block is removed that is not among the {self.of}")
+        return self
+
+
+class Finalist(Part):
+    """A state that a search measured last."""
+
+    removed: Blocks
+
+
+class SearchTarget(Part):
+    """What a search found for one removal."""
+
+    finalists: list[Finalist]
+
+
+class SearchRecord(Part):
+    """What a search for low states paid and found."""
+
+    targets: dict[str, SearchTarget]
+
+
+class EnergyMeta(Part):
+    """The provenance of an energy, as far as it is read."""
+
+    search: SearchRecord | None = None
+    tokens: Count | None = None
+    loss: str | None = None
+    passes: Positive | None = None
+    blocks_run: Count | None = None
+
+
+class HamiltonianHeader(Part):
+    """The header of `hamiltonian.safetensors`."""
+
+    unit: str
+    meta: EnergyMeta
+
+
+class CalibrationHeader(Part):
+    """The header of `calibration.safetensors`."""
+
+    source: str
+    sha256: str
+    meta: dict[str, Any]
