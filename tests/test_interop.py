@@ -13,14 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.outputs import MARKER, mark
-from isingcut.runs import interop, interop_hub
+from isingcut.runs import block_lists, interop_hub, mergekit
 from isingcut.testing.tiny import tiny_config
 from tiny import tiny_checkpoint
 
 
 def test_examples():
-    assert doctest.testmod(interop).attempted == 3
-    assert doctest.testmod(interop).failed == 0
+    for module, examples in ((block_lists, 2), (mergekit, 1)):
+        found = doctest.testmod(module)
+        assert (found.attempted, found.failed) == (examples, 0)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_examples():
      "# the middle\n3, 4   # two\n9"],
 )  # fmt: skip
 def test_lists_of_blocks_in_any_spelling(text):
-    assert interop.parse_blocks(text) == [3, 4, 9]
+    assert block_lists.parse_blocks(text) == [3, 4, 9]
 
 
 @pytest.mark.parametrize(
@@ -38,30 +39,30 @@ def test_lists_of_blocks_in_any_spelling(text):
 )
 def test_what_is_no_list_of_blocks_is_refused(text):
     with pytest.raises(InputError, match="block"):
-        interop.parse_blocks(text)
+        block_lists.parse_blocks(text)
 
 
 def test_numbering_from_one(tmp_path, monkeypatch):
     file = tmp_path / "paper.txt"
     file.write_text("4, 5, 10")
-    assert interop.read_blocks(f"@{file}", one_based=True).of(10) == [3, 4, 9]
+    assert block_lists.read_blocks(f"@{file}", one_based=True).of(10) == [3, 4, 9]
     with pytest.raises(InputError, match=r"numbered 0 to 9, got 10; .*--one-based"):
-        interop.read_blocks(f"@{file}").of(10)
+        block_lists.read_blocks(f"@{file}").of(10)
     with pytest.raises(InputError, match=r"numbered 1 to 10, got 0; .*leave --one-based"):
-        interop.read_blocks("0,1", one_based=True).of(10)
+        block_lists.read_blocks("0,1", one_based=True).of(10)
     with pytest.raises(InputError, match=r"numbered 0 to 9, got 11, 12$"):
-        interop.read_blocks("11,12").of(10)
+        block_lists.read_blocks("11,12").of(10)
     with pytest.raises(InputError, match=r"got 10, 11, 12, 13, 14, 15, 16, 17, \.\.\.$"):
-        interop.read_blocks("10-9999").of(10)
+        block_lists.read_blocks("10-9999").of(10)
     monkeypatch.setattr("sys.stdin", __import__("io").StringIO("3\n4\n"))
-    assert interop.read_blocks("-").of(10) == [3, 4]
+    assert block_lists.read_blocks("-").of(10) == [3, 4]
     with pytest.raises(InputError, match="is not there"):
-        interop.read_blocks(f"@{tmp_path / 'nothing'}")
+        block_lists.read_blocks(f"@{tmp_path / 'nothing'}")
 
 
 def test_a_mergekit_recipe_stacks_the_kept_blocks(tmp_path):
     removed = [0, 3, 4]
-    recipe = yaml.safe_load(interop.mergekit_recipe("me/model", 6, removed, "float32"))
+    recipe = yaml.safe_load(mergekit.mergekit_recipe("me/model", 6, removed, "float32"))
     assert recipe["merge_method"] == "passthrough"
     sources = [part["sources"] for part in recipe["slices"]]
     assert all(len(s) == 1 and s[0]["model"] == "me/model" for s in sources)
@@ -95,11 +96,11 @@ def test_what_mergekit_would_leave_wrong_is_named(family, removed, fields, writt
     config = json.loads(tiny_config(family).to_json_string(use_diff=False))
     if not written_out:
         config.pop("layer_types", None)
-    found = interop.mergekit_differs(config, removed)
+    found = mergekit.mergekit_differs(config, removed)
     assert set(fields) <= set(found)
     assert bool(fields) == bool(found)
     with pytest.raises(ArchitectureError):
-        interop.mergekit_differs(config, [99])
+        mergekit.mergekit_differs(config, [99])
 
 
 # The hub ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from isingcut import documents
 from isingcut.errors import StageFileError
 from isingcut.files import check_document
 from isingcut.inputs import parse_json, regular_file
@@ -44,8 +45,6 @@ def read_tensors(
             large, or an array is missing, of another dtype or shape, or not finite.
     """
     from safetensors import SafetensorError, safe_open
-
-    from isingcut import documents
 
     regular_file(path, f"the {kind} file", StageFileError, limit=LARGEST)
     arrays = {}

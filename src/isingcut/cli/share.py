@@ -30,7 +30,8 @@ def export(
     Example: isingcut export my-run --remove 8 --mergekit recipe.yaml
     """
     from isingcut.cli.show import show_lines
-    from isingcut.runs import interop, stages
+    from isingcut.runs import mergekit as recipes
+    from isingcut.runs import stages
 
     if mergekit is None:
         raise InputError("say what to write: --mergekit FILE.yaml")
@@ -38,8 +39,8 @@ def export(
     removed = named if named is not None else stages.chosen_blocks(folder, config)
     total = len(folder.manifest["blocks"]["blocks"])
     config = config.replace(model=folder.model_places(config.model)[0])
-    model, dtype, differing = interop.mergekit_source(config, removed)
-    recipe = interop.mergekit_recipe(model, total, removed, dtype)
+    model, dtype, differing = recipes.mergekit_source(config, removed)
+    recipe = recipes.mergekit_recipe(model, total, removed, dtype)
     if mergekit != "-":
         file = user_path(mergekit)
         check_output(file, overwrite=folder.overwrite, sources=folder.sources)

@@ -267,8 +267,8 @@ def reopen_at(
 
     Without `--remove`, as many go as blocks are named.
     """
+    from isingcut.runs.block_lists import read_blocks
     from isingcut.runs.folder import RunFolder
-    from isingcut.runs.interop import read_blocks
 
     if blocks is None:
         return (*reopen(directory, options), None)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from isingcut import documents
 from isingcut.data.corpora import Corpus, read
 from isingcut.data.encoder import Encoder
 from isingcut.data.tokens import TokenSet
@@ -88,8 +89,6 @@ class Calibration:
         Raises:
             StageFileError: missing, damaged, not a calibration file, or of a newer version.
         """
-        from isingcut import documents
-
         header, arrays = read_tensors(path, _KIND, _wanted)
         splits = {}
         for name in SPLITS:

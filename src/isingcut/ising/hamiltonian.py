@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from isingcut import documents
 from isingcut.errors import InputError
 from isingcut.files import atomic_file
 from isingcut.tensor_files import read_tensors, tensor_header
@@ -242,8 +243,6 @@ class Hamiltonian:
         Raises:
             StageFileError: no such file, not one of ours, of a later version, or damaged.
         """
-        from isingcut import documents
-
         source = Path(path)
         header, tensors = read_tensors(source, "hamiltonian", _wanted)
         try:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from isingcut import documents
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
 from isingcut.files import fingerprint, is_temporary, read_json, without_header, write_json
 from isingcut.inputs import user_path
@@ -297,8 +298,6 @@ class RunFolder:
 
         Every reading of a run's files goes through here.
         """
-        from isingcut import documents
-
         self.check(file)
         found = read(file)
         documents.fit(file, found, len(self.manifest["blocks"]["blocks"]))
