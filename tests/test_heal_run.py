@@ -132,7 +132,8 @@ def test_heal_from_the_command_line(folder: Path, run: Path, tmp_path: Path) -> 
     command += ["--dtype", "float32", "--out", str(tmp_path / "healed")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert "patched" in done.stdout
+    heads = done.stdout.splitlines()[2].replace("┃", " ").split()
+    assert heads == ["original", "cut", "healed"]
     assert (tmp_path / "healed" / "healing.json").exists()
 
 

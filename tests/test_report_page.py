@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
 
 from isingcut.files import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from run_files import write_comparison, write_report, write_run
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 # Of its own accord Chromium asks for updates and name servers; a test machine has no network.
@@ -33,11 +34,12 @@ QUIET = [
 def browser() -> Iterator[Any]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next((path for name in names if (path := shutil.which(name))), None)
-    with playwright.sync_playwright() as p:
+    with sync_playwright() as p:
         if found is None and not Path(p.chromium.executable_path).exists():
-            pytest.skip(
-                "no Chromium here: apt-get install chromium, or playwright install chromium"
-            )
+            install = [sys.executable, "-m", "playwright", "install", "chromium"]
+            done = subprocess.run(install, capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"no Chromium here, and none can be installed: {done.stderr[-200:]}")
         running = p.chromium.launch(executable_path=found, args=QUIET)
         yield running
         running.close()
@@ -229,7 +231,7 @@ def test_the_keyboard_reaches_everything(show: Open, run: Path) -> None:
 
 def violations(page: Any, **options: Any) -> list[tuple[str, ...]]:
     """What axe calls serious or critical: rule, element and remedy."""
-    found = axe.Axe().run(page, options={"resultTypes": ["violations"], **options})
+    found = Axe().run(page, options={"resultTypes": ["violations"], **options})
     return [
         (v["id"], str(node["target"]), str(node.get("failureSummary")))
         for v in found.response["violations"]

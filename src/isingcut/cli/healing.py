@@ -119,10 +119,10 @@ def evaluate(
         answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **without_header(rows)}
 
     def show() -> None:
-        healed = (target / "healed").is_dir()
-        show_evaluation(found, healed=healed)
+        last = "healed" if (target / "healed").is_dir() else "cut"
+        show_evaluation(found, last=last)
         if rows:
-            show_benchmarks(rows, target / "benchmarks.json", healed=healed)
+            show_benchmarks(rows, target / "benchmarks.json", last=last)
 
     return Answer(answer, show, brief=f"{found['kl']:.4f}")
 

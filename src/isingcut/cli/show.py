@@ -238,7 +238,7 @@ def show_run(target: Path, *, generation: bool = False) -> None:
     screen = console()
     show_ranking(read_json(target / "candidates.json", "candidates"))
     evaluation = read_json(target / "evaluation.json", "evaluation")
-    show_evaluation(evaluation, healed=(target / "healed").is_dir())
+    show_evaluation(evaluation, last="healed" if (target / "healed").is_dir() else "cut")
     screen.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
     page = target / "report.html"
     screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)

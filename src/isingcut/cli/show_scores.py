@@ -33,10 +33,10 @@ def healing_warnings(found: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def show_evaluation(found: dict[str, Any], *, healed: bool = False) -> None:
+def show_evaluation(found: dict[str, Any], *, last: str = "cut") -> None:
     """The before/after table; NLL, which says what perplexity says, is in the report."""
     title = f"unseen text: {found['tokens']} tokens in {found['samples']} samples"
-    rows = evaluation_rows(found, healed=healed)
+    rows = evaluation_rows(found, last=last)
     _show_rows(title, [row for row in rows if row.key != "nll"], "change")
 
 
@@ -50,9 +50,9 @@ def show_healing(found: dict[str, Any], folder: Path) -> None:
     console().print(f"wrote {folder}", soft_wrap=True)
 
 
-def show_benchmarks(found: dict[str, Any], file: Path, *, healed: bool = False) -> None:
+def show_benchmarks(found: dict[str, Any], file: Path, *, last: str = "cut") -> None:
     """Scores of both models, and whether each difference is more than noise."""
-    rows = benchmark_rows(found, healed=healed)
+    rows = benchmark_rows(found, last=last)
     _show_rows("benchmarks, the same questions for both", rows, "difference (95 %)")
     console().print(f"wrote {file}", soft_wrap=True)
 

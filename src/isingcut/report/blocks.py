@@ -23,38 +23,12 @@ MAP_ROWS = 20
 SATURATION, ROOT = 0.95, 0.6
 
 
-@dataclass(frozen=True)
-class MapRow:
-    """One state of the map.
-
-    Attributes:
-        state: its number, name and blocks.
-        label: what stands in its first column.
-        strip: its blocks as cells.
-        dots: places of energy and measured loss in the margin, as a CSS style.
-    """
-
-    state: KnownState
-    label: str
-    strip: Markup
-    dots: str
-
-
-def map_rows(files: RunFiles, states: Book) -> tuple[list[MapRow], Scale]:
-    """The lowest states, the chosen one in any case, and the scale of the margin."""
+def map_rows(files: RunFiles, states: Book) -> tuple[list[tuple[KnownState, str]], Scale]:
+    """The lowest states, the chosen one in any case, with their `dots`; the margin's scale."""
     candidates = states.of("candidate")
     shown = [s for k, s in enumerate(candidates) if k < MAP_ROWS or s.chosen] + states.of("named")
     scale = margin_scale(files, shown)
-    rows = [
-        MapRow(
-            state,
-            "by hand" if state.kind == "named" else state.name.removeprefix("state "),
-            strip(len(files.blocks), state.removed),
-            dots(state, scale, energies=_comparable(files)),
-        )
-        for state in shown
-    ]
-    return rows, scale
+    return [(s, dots(s, scale, energies=_comparable(files))) for s in shown], scale
 
 
 def margin_scale(files: RunFiles, states: list[KnownState]) -> Scale:

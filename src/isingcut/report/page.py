@@ -26,7 +26,6 @@ from isingcut.report.rows import (
     Difference,
     Row,
     benchmark_rows,
-    evaluation_rows,
     healing_rows,
     plus_minus,
 )
@@ -38,7 +37,6 @@ from isingcut.report.words import (
     fidelity_rows,
     healing_words,
     listed,
-    removal_summary,
     spectrum_words,
 )
 
@@ -46,36 +44,24 @@ from isingcut.report.words import (
 def report_page(files: RunFiles) -> str:
     """The page of one removal of a run."""
     states = book(files)
-    n, energy, candidates = len(files.blocks), files.hamiltonian, files.candidates
+    n, energy = len(files.blocks), files.hamiltonian
     rows, scale = map_rows(files, states)
-    scatters = []
-    if candidates is not None:
-        measured = {files.energy: energy, **files.others}
-        scatters = [
-            scatter_figure(name, measured_energy, files.judged[name]["kl"], states, main=main)
-            for name, measured_energy in measured.items()
-            if measured_energy is not None and name in files.judged
-            for main in [name == files.energy]
-        ]
+    energies = {files.energy: energy, **files.others}
+    scatters = [
+        scatter_figure(name, measured, found["kl"], states, main=name == files.energy)
+        for name, found in files.judged.items()
+        if (measured := energies.get(name)) is not None
+    ]
     others = rivals(files, states)
     rival_scale = margin_scale(files, [rival.state for rival in others])
-    last = "healed" if files.healed else "cut"
-    scores = (
-        [] if files.evaluation is None else evaluation_rows(files.evaluation, healed=files.healed)
-    )
     return render_page(
         "report.html.j2",
         title=files.title,
         files=files,
         n=n,
         removed=files.removed,
-        summary=removal_summary(
-            files.removed, n, files.energy, files.meta, candidates, files.healed_candidates
-        ),
-        tiles=tiles(files, scores),
-        scores=scores,
+        tiles=_tiles(files),
         meter=_meter,
-        last=last,
         rows=rows,
         scale=scale,
         ticks=block_ticks(n),
@@ -96,7 +82,7 @@ def report_page(files: RunFiles) -> str:
         healed_rows=_healed_rows(files.healed_candidates),
         benchmarks=[]
         if files.benchmarks is None
-        else benchmark_rows(files.benchmarks, healed=files.healed),
+        else benchmark_rows(files.benchmarks, last=files.last),
         provenance=provenance_rows(files.run, files.meta),
         timings=timing_rows(files.run, files.folder, files.target),
         config=files.run["config"],
@@ -104,9 +90,9 @@ def report_page(files: RunFiles) -> str:
     )
 
 
-def tiles(files: RunFiles, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+def _tiles(files: RunFiles) -> list[tuple[str, str, str]]:
     """The headline figures: what, how much, and from what to what."""
-    found = {row.key: row for row in rows}
+    found = {row.key: row for row in files.scores}
 
     def tile(key: str, name: str, after: str) -> list[tuple[str, str, str]]:
         row = found.get(key)

@@ -134,16 +134,16 @@ _SIZE_AND_SPEED = (
 )
 
 
-def evaluation_rows(evaluation: Mapping[str, Any], *, healed: bool = False) -> list[Row]:
+def evaluation_rows(evaluation: Mapping[str, Any], *, last: str = "cut") -> list[Row]:
     """The before/after table.
 
     Args:
         evaluation: content of `evaluation.json`.
-        healed: the model after is the healed one.
+        last: what the model after is, ``cut`` or ``healed``.
     """
     before = {**evaluation["before"], "kl": 0.0}
     after = {**evaluation["after"], "kl": evaluation["kl"], "kl_se": evaluation["kl_se"]}
-    models = {"original": before, "healed" if healed else "cut": after}
+    models = {"original": before, last: after}
     return [_row(*told, models) for told in (*_QUALITY, *_SIZE_AND_SPEED)]
 
 
@@ -193,21 +193,20 @@ def _value(found: Mapping[str, Any], key: str, scale: float) -> Value | None:
     return Value(float(figure) / scale, None if error is None else float(error) / scale)
 
 
-def benchmark_rows(found: Mapping[str, Any], *, healed: bool = False) -> list[Row]:
+def benchmark_rows(found: Mapping[str, Any], *, last: str = "cut") -> list[Row]:
     """Benchmark tasks with the scores of both models, and their perplexity on WikiText-2.
 
     Bars of scores reach from 0 to 1. A difference within the noise is called so.
 
     Args:
         found: content of `benchmarks.json`.
-        healed: the second model is the healed one.
+        last: what the second model is, ``cut`` or ``healed``.
     """
-    second = "healed" if healed else "cut"
     rows = []
     for r in found["rows"]:
         values = {
             name: Value(float(r[side]), r[f"{side}_se"])
-            for name, side in (("original", "original"), (second, "cut"))
+            for name, side in (("original", "original"), (last, "cut"))
         }
         notes = [r["metric"], f"n = {r['n']}"]
         if r["shots"]:
@@ -229,7 +228,7 @@ def benchmark_rows(found: Mapping[str, Any], *, healed: bool = False) -> list[Ro
         )
     text = found.get("wikitext2")
     if text is not None:
-        models = {"original": text["original"], second: text["cut"]}
+        models = {"original": text["original"], last: text["cut"]}
         row = _row("perplexity", "WikiText-2", "", ".2f", 1.0, models)
         notes = ["perplexity", f"{text['tokens']} tokens", f"KL {text['kl']:.4f} nats/token"]
         rows.append(replace(row, notes=notes))

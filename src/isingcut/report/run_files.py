@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.report.words import ranking_warnings
+from isingcut.report.rows import Row, evaluation_rows
+from isingcut.report.words import ranking_warnings, removal_summary
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,28 @@ class RunFiles:
         if self.removal is not None:
             return sorted(self.removal["removed"])
         return None if self.candidates is None else sorted(self.candidates["chosen"]["removed"])
+
+    @property
+    def summary(self) -> str:
+        """What was removed and why, in one paragraph; empty before a choice."""
+        return removal_summary(
+            self.removed,
+            len(self.blocks),
+            self.energy,
+            self.meta,
+            self.candidates,
+            self.healed_candidates,
+        )
+
+    @property
+    def last(self) -> str:
+        """What the final model is."""
+        return "healed" if self.healed else "cut"
+
+    @property
+    def scores(self) -> list[Row]:
+        """The original and the final model; none before they were evaluated."""
+        return [] if self.evaluation is None else evaluation_rows(self.evaluation, last=self.last)
 
     @property
     def judged(self) -> dict[str, dict[str, Any]]:

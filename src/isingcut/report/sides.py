@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isingcut.report.rows import Row, evaluation_rows
+from isingcut.report.rows import Row
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import measured_kl
 from isingcut.report.words import correlation_text, listed, numbers
@@ -114,10 +114,8 @@ def overview(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
 
     def evaluated(key: str, say: Callable[[Row], str]) -> list[str]:
         def told(files: RunFiles) -> str | None:
-            if files.evaluation is None:
-                return None
-            rows = evaluation_rows(files.evaluation, healed=files.healed)
-            return say(next(row for row in rows if row.key == key))
+            row = next((row for row in files.scores if row.key == key), None)
+            return None if row is None else say(row)
 
         return text(told)
 

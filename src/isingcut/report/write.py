@@ -17,10 +17,9 @@ from isingcut.report.page import report_page
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
 from isingcut.report.read_run import read_run
 from isingcut.report.render import render
-from isingcut.report.rows import evaluation_rows
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import book
-from isingcut.report.words import fidelity_rows, removal_summary, spectrum_map, spectrum_words
+from isingcut.report.words import fidelity_rows, spectrum_map, spectrum_words
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -82,28 +81,16 @@ def write_comparison(
 
 def _markdown(files: RunFiles) -> str:
     spectrum, candidates, evaluation = files.spectrum, files.candidates, files.evaluation
-    removed, last = files.removed, "healed" if files.healed else "cut"
+    removed = files.removed
     rows = provenance_rows(files.run, files.meta)
     return render(
         "report.md.j2",
         title=files.title,
         removed=removed,
-        summary=removal_summary(
-            removed,
-            len(files.blocks),
-            files.energy,
-            files.meta,
-            candidates,
-            files.healed_candidates,
-        ),
+        summary=files.summary,
         evaluation=evaluation,
-        last=last,
-        scores=[
-            (row.name, row.text("original"), row.text(last), row.change)
-            for row in (
-                [] if evaluation is None else evaluation_rows(evaluation, healed=files.healed)
-            )
-        ],
+        last=files.last,
+        scores=[(r.name, r.text("original"), r.text(r.last), r.change) for r in files.scores],
         candidates=candidates,
         fidelity=fidelity_rows(files.judged),
         warnings=files.warnings,
