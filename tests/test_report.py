@@ -16,9 +16,10 @@ from isingcut.errors import StageFileError
 from isingcut.files import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
+from isingcut.report import card
 from isingcut.report.render import fenced
 from isingcut.report.words import fidelity_warnings, ranking_warnings, spectrum_map
-from run_files import model_card, record, write_report
+from run_files import healing, model_card, record, write_report
 
 N = 12
 STATES = [[2, 3], [3, 4], [10, 11]]
@@ -412,6 +413,55 @@ def test_the_card_without_a_ranking_claims_no_measurement(folder: Path) -> None:
     card = model_card(folder, folder, [1, 2])
     assert "no measured ranking behind this choice" in card
     assert "KL divergence" not in card
+
+
+def healed() -> dict[str, Any]:
+    return healing([{"step": 1, "tokens": 512, "loss": 1.0}], [10, 11], N)
+
+
+def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder: Path) -> None:
+    cut = model_card(folder, folder, [10, 11])
+    parts = json.loads(json.dumps(card.card_parts(folder, folder, [10, 11])))
+    found = card.healed_card(parts, cut, healed())
+    assert front_matter(found) == front_matter(cut)
+    assert "no weight was trained" in cut
+    assert "no weight was trained" not in found
+    assert "Before the cut model was accepted" in found
+    assert "distilled from the original by low-rank adapters, merged. On 333 tokens" in found
+    assert "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00" in found
+    assert found.index("## How") < found.index("## Healed") < found.index("## Source")
+    assert "## Healed" not in cut
+
+
+def test_a_card_of_another_tool_keeps_its_text(folder: Path) -> None:
+    found = card.healed_card(None, "# mine\n\nBe careful.\n\n\n", healed())
+    assert found.startswith("# mine\n\nBe careful.\n\n## Healed\n")
+    assert "from 0.9000 to 0.5000" in found
+
+
+def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder: Path) -> None:
+    record(folder)
+    parts = card.card_parts(folder, folder, [10, 11])
+    file = folder / "model" / "isingcut.json"
+    assert card.kept_parts(folder / "model") is None
+    assert card.kept_parts(folder) is None
+    change(file, "removal", card=parts)
+    assert card.kept_parts(folder / "model") == parts
+    write_json(file, "removal", {"removed": [10], "of": N, "card": {**parts, "rows": [["one"]]}})
+    with pytest.raises(StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"):
+        card.kept_parts(folder / "model")
+
+
+def test_an_error_of_our_own_is_not_blamed_on_the_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(files: Any) -> str:
+        return str({}["a name that rendering lacks"])
+
+    monkeypatch.setattr("isingcut.report.write.report_page", broken)
+    with pytest.raises(KeyError, match="a name that rendering lacks"):
+        write_report(folder)
+    assert not (folder / "report.md").exists()
 
 
 def test_reporting_loads_no_torch(folder: Path) -> None:
