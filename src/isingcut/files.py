@@ -257,7 +257,7 @@ def check_document(path: Path, document: Any, kind: str, version: int = 1) -> No
             f"{path} was written by a newer isingcut (file version {written}, "
             f"this one reads up to {version}); upgrade isingcut"
         )
-    documents.check(path, kind, document)
+    documents.check_content(path, kind, document)
 
 
 def without_header(document: Mapping[str, Any]) -> dict[str, Any]:

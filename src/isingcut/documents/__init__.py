@@ -21,7 +21,7 @@ from isingcut.documents import run, scores, states
 from isingcut.documents.parts import Part, Scalar
 from isingcut.errors import StageFileError
 
-__all__ = ["KINDS", "Part", "check", "damaged", "fit"]
+__all__ = ["KINDS", "Part", "check_content", "damaged", "fit"]
 
 KINDS: dict[str, type[Part]] = {
     "run": run.RunFile,
@@ -48,7 +48,7 @@ KINDS: dict[str, type[Part]] = {
 """The models by the kind in a document's ``format``, ``isingcut-KIND``."""
 
 
-def check(path: Path, kind: str, document: dict[str, Any]) -> None:
+def check_content(path: Path, kind: str, document: dict[str, Any]) -> None:
     """Refuse a document that is not what its kind holds.
 
     Raises:
