@@ -240,7 +240,7 @@ def check_document(path: Path, document: Any, kind: str, version: int = 1) -> No
     Raises:
         StageFileError: another format, a newer version, or a damaged content.
     """
-    # Only who reads a file pays for pydantic.
+    # Making its models takes 50 ms, which only who reads a file pays.
     from isingcut import documents
 
     found = document.get("format") if isinstance(document, dict) else None

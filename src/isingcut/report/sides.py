@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isingcut.report.rows import Row
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import measured_kl
 from isingcut.report.words import correlation_text, listed, numbers
@@ -108,35 +107,38 @@ def comparison_warnings(runs: Sequence[Side]) -> list[str]:
 
 def overview(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """What each run is and came to: names and one text per run."""
+    columns = [_column(run) for run in runs]
+    return [(name, [column[name] or "not run" for column in columns]) for name in columns[0]]
 
-    def text(say: Callable[[RunFiles], str | None]) -> list[str]:
-        return [say(r.files) or "not run" for r in runs]
 
-    def evaluated(key: str, say: Callable[[Row], str]) -> list[str]:
-        def told(files: RunFiles) -> str | None:
-            row = next((row for row in files.scores if row.key == key), None)
-            return None if row is None else say(row)
+def _column(run: Side) -> dict[str, str]:
+    """What one run is and came to; empty where a stage was not run."""
+    files, found = run.files, run.files.candidates
+    scores = {row.key: row for row in files.scores}
+    fidelity = {} if found is None else found["fidelity"]["kl"]
 
-        return text(told)
+    def correlation(name: str) -> str:
+        return correlation_text(fidelity, name) if fidelity else ""
 
-    def changed(row: Row) -> str:
+    def changed(key: str) -> str:
+        row = scores.get(key)
+        if row is None:
+            return ""
         return f"{row.way} ({row.change})" if row.change else row.text(row.last)
 
-    def ranked(say: Callable[[dict[str, Any]], str]) -> list[str]:
-        return text(lambda f: None if f.candidates is None else say(f.candidates))
-
-    return [
-        ("model", text(lambda f: f.model)),
-        ("energy", text(lambda f: f"`{f.energy}`")),
-        ("calibration", [source(r) or "not run" for r in runs]),
-        ("blocks", text(lambda f: str(len(f.blocks)))),
-        ("removed", text(lambda f: None if f.removed is None else listed(f.removed))),
-        ("chosen", ranked(lambda c: f"state {c['chosen']['position']}, {c['chosen']['why']}")),
-        ("Spearman", ranked(lambda c: correlation_text(c["fidelity"]["kl"], "spearman"))),
-        ("Kendall", ranked(lambda c: correlation_text(c["fidelity"]["kl"], "kendall"))),
-        ("KL, ranking text", ranked(lambda c: measured_kl(c["chosen"]).text())),
-        ("KL, unseen text", evaluated("kl", lambda row: row.text(row.last))),
-        ("perplexity", evaluated("perplexity", changed)),
-        ("parameters, million", evaluated("parameters", changed)),
-        ("decode, tokens/s", evaluated("decode_tokens_per_second", changed)),
-    ]
+    chosen = None if found is None else found["chosen"]
+    return {
+        "model": files.model,
+        "energy": f"`{files.energy}`",
+        "calibration": source(run),
+        "blocks": str(len(files.blocks)),
+        "removed": "" if files.removed is None else listed(files.removed),
+        "chosen": "" if chosen is None else f"state {chosen['position']}, {chosen['why']}",
+        "Spearman": correlation("spearman"),
+        "Kendall": correlation("kendall"),
+        "KL, ranking text": "" if chosen is None else measured_kl(chosen).text(),
+        "KL, unseen text": scores["kl"].text(scores["kl"].last) if scores else "",
+        "perplexity": changed("perplexity"),
+        "parameters, million": changed("parameters"),
+        "decode, tokens/s": changed("decode_tokens_per_second"),
+    }
