@@ -55,13 +55,16 @@ def demo(progress: Any, **options: Any) -> Answer:
 
 
 def _finished(target: Path, *, generation: bool = False) -> Answer:
-    from isingcut.cli.show import run_data, run_warnings, show_run
+    from isingcut.cli.show import finished, run_data, show_run
+    from isingcut.cli.show_scores import healing_warnings
 
+    files = finished(target)
+    healing = [] if files.healing is None else healing_warnings(files.healing)
     return Answer(
-        run_data(target),
-        lambda: show_run(target, generation=generation),
+        run_data(files),
+        lambda: show_run(files, generation=generation),
         brief=str(target / "model"),
-        warnings=run_warnings(target),
+        warnings=[*files.warnings, *healing],
     )
 
 

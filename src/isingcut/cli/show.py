@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from isingcut.cli.show_scores import healing_warnings, show_evaluation
+from isingcut.cli.show_scores import show_evaluation
 from isingcut.console import console
 from isingcut.files import read_json, without_header
 from isingcut.ising.spectrum import Spectrum
 from isingcut.printing import printable
+from isingcut.report.read_run import read_run
 from isingcut.report.rows import plus_minus
-from isingcut.report.words import correlation_text, listed, ranking_warnings, state_map
+from isingcut.report.run_files import RunFiles
+from isingcut.report.words import correlation_text, listed, state_map
 
 if TYPE_CHECKING:
     from isingcut.models.inspect import Inspection
@@ -149,10 +151,18 @@ def show_inspection(found: Inspection) -> None:
         screen.print("any blocks may be removed, as long as one stays", soft_wrap=True)
 
 
-def run_data(target: Path) -> dict[str, Any]:
+def finished(target: Path) -> RunFiles:
+    """The files of a run that is finished, read once for all that is said of it."""
+    from isingcut.runs.folder import MANIFEST
+
+    return read_run(target if (target / MANIFEST).is_file() else target.parent, target)
+
+
+def run_data(files: RunFiles) -> dict[str, Any]:
     """What `run --json` prints of a finished run: the figures of its files, and where they are."""
-    ranking = read_json(target / "candidates.json", "candidates")
-    evaluation = read_json(target / "evaluation.json", "evaluation")
+    target, ranking, evaluation = files.target, files.candidates, files.evaluation
+    assert ranking is not None
+    assert evaluation is not None
     return {
         "folder": str(target),
         "checkpoint": str(target / "model"),
@@ -219,32 +229,19 @@ def report_kb(page: Path) -> float:
     return round(page.stat().st_size / 1000, 1)
 
 
-def run_warnings(target: Path) -> list[str]:
-    """The warnings of a finished run's ranking and healing."""
-    from isingcut.healing.healers import RECORD
-    from isingcut.runs.folder import MANIFEST
-
-    ranking = read_json(target / "candidates.json", "candidates")
-    home = target if (target / MANIFEST).is_file() else target.parent
-    healing = target / RECORD
-    return [
-        *ranking_warnings(read_json(home / MANIFEST, "run")["config"]["energy"], ranking),
-        *(healing_warnings(read_json(healing, "healing")) if healing.is_file() else []),
-    ]
-
-
-def show_run(target: Path, *, generation: bool = False) -> None:
+def show_run(files: RunFiles, *, generation: bool = False) -> None:
     """Everything a finished run has to say; with ``generation`` also one text before and after."""
     screen = console()
-    show_ranking(read_json(target / "candidates.json", "candidates"))
-    evaluation = read_json(target / "evaluation.json", "evaluation")
-    show_evaluation(evaluation, last="healed" if (target / "healed").is_dir() else "cut")
-    screen.print(f"checkpoint: {target / 'model'}", soft_wrap=True)
-    page = target / "report.html"
+    assert files.candidates is not None
+    assert files.evaluation is not None
+    show_ranking(files.candidates)
+    show_evaluation(files.evaluation, last=files.last)
+    screen.print(f"checkpoint: {files.target / 'model'}", soft_wrap=True)
+    page = files.target / "report.html"
     screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
     screen.print(f"report_kb: {report_kb(page)}", soft_wrap=True)
     if generation:
-        show_generation(evaluation["generation"])
+        show_generation(files.evaluation["generation"])
 
 
 def show_generation(generation: dict[str, str]) -> None:
