@@ -6,8 +6,10 @@ or None). Heuristics are called with new seeds until they reach the target, exac
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -16,19 +18,19 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import make
 
 Times = tuple[float | None, float | None]
-
+Rival = Callable[[Problem, float, float], Times]
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03)
 
 
 def until(
-    name: str, problem: Problem, seconds: float, target: float, **options: int | float
+    name: str, problem: Problem, seconds: float, target: float, **options: Any
 ) -> float | None:
     """Seconds until new seeds of a heuristic reach the target energy; None past the limit."""
     began = time.perf_counter()
     seed = 0
     while time.perf_counter() - began < seconds:
-        if "penalty" in options:
+        if name == "dimod":
             options["penalty"] = PENALTIES[seed % len(PENALTIES)]
         states = make(name, seed=seed, **options).solve(problem, 1).states
         if len(states) and problem.hamiltonian.energies(states).min() <= target:
@@ -37,15 +39,15 @@ def until(
     return None
 
 
-def anneal(problem: Problem, seconds: float, target: float) -> Times:
-    """dwave-samplers' simulated annealing, 10 reads of 1,000 sweeps, four penalties in turn."""
-    return until("anneal", problem, seconds, target, reads=10, sweeps=1000, penalty=1.0), None
+def dwave(sampler: str, reads: int, **options: int) -> Rival:
+    """A sampler of dwave-samplers on the penalty form, four penalties in turn."""
 
+    def rival(problem: Problem, seconds: float, target: float) -> Times:
+        found = getattr(importlib.import_module("dwave.samplers"), sampler)
+        asked = {"sampler": found, "reads": reads, "options": options}
+        return until("dimod", problem, seconds, target, **asked), None
 
-def tabu_qubo(problem: Problem, seconds: float, target: float) -> Times:
-    """dwave-samplers' tabu search, 2 reads of 20 ms, four penalties in turn."""
-    got = until("tabu-qubo", problem, seconds, target, reads=2, timeout=20, penalty=1.0)
-    return got, None
+    return rival
 
 
 def exhaustive(problem: Problem, seconds: float, target: float) -> Times:
@@ -166,10 +168,10 @@ def _count(problem: Problem) -> int | None:
     return low if low == high else None
 
 
-RIVALS: dict[str, Callable[[Problem, float, float], Times]] = {
+RIVALS: dict[str, Rival] = {
     "exhaustive": exhaustive,
-    "dwave tabu": tabu_qubo,
-    "dwave anneal": anneal,
+    "dwave tabu": dwave("TabuSampler", 2, timeout=20),
+    "dwave anneal": dwave("SimulatedAnnealingSampler", 10, num_sweeps=1000),
     "scip": scip,
     "cp-sat": cp_sat,
 }

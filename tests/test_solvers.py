@@ -102,10 +102,10 @@ def test_tabu_stops_at_its_limit():
     assert solve(WIDE, "tabu", restarts=10**6, seconds=0.05).info["restarts"] < 10**6
 
 
-def test_samplers_of_dwave_stop_at_their_limit():
-    found = solve(WIDE, "anneal", reads=10**6, seconds=0.2)
-    assert found.info["samples"] < 10**6
-    assert len(solve(WIDE, "tabu-qubo", reads=10, timeout=10**6, seconds=0.2))
+@pytest.mark.parametrize(("name", "instead"), [("anneal", "Annealing"), ("tabu-qubo", "Tabu")])
+def test_a_solver_that_is_gone_names_what_replaces_it(name, instead):
+    with pytest.raises(UnknownNameError, match=rf"{name}.*dimod:dwave.samplers.\w*{instead}Sampler"):
+        solve(WIDE, name)
 
 
 def test_all_rounds_of_diverse_states_share_one_limit(monkeypatch):

@@ -2,6 +2,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from dwave.samplers import SimulatedAnnealingSampler, TabuSampler
 
 from isingcut.errors import InputError, VerificationError
 from isingcut.ising import constraints as con
@@ -28,9 +29,16 @@ def test_tabu():
     assert figures["k_best_found"] > 0.8
 
 
-@pytest.mark.parametrize("name", ["anneal", "tabu-qubo", "dimod:dimod.ExactCQMSolver"])
-def test_dimod_samplers(name):
-    options = {"anneal": {"reads": 50}, "tabu-qubo": {"reads": 5, "timeout": 5}}.get(name, {})
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dimod", {"sampler": SimulatedAnnealingSampler, "reads": 50}),
+        ("dimod", {"sampler": TabuSampler, "reads": 5, "options": {"timeout": 5}}),
+        ("dimod:dimod.ExactCQMSolver", {}),
+    ],
+    ids=["annealing", "tabu", "named"],
+)
+def test_dimod_samplers(name, options):
     figures = check_solver(make(name, **options))
     assert figures["ground_states_found"] > 0.7
     assert figures["proofs"] == 0

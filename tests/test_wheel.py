@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = ("accelerate", "datasets", "dwave", "gguf", "lm_eval", "matplotlib", "mkdocs", "peft")
+DWAVE = "dimod:dwave.samplers.SimulatedAnnealingSampler"
 PARTS = ("src", "tests", "benchmarks", "docs", "examples")
 
 
@@ -165,7 +166,7 @@ def test_energy_inspect_and_solve_need_no_extra(clean, work, measured):
 @pytest.mark.parametrize(
     ("extra", "arguments"),
     [
-        ("solvers", ("solve", "run", "--remove", "1", "--solver", "anneal")),
+        ("solvers", ("solve", "run", "--remove", "1", "--solver", DWAVE)),
         ("demo", ("inspect", "model.gguf")),
         (
             "eval",

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.metadata
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
 from isingcut.errors import UnknownNameError
@@ -27,14 +28,21 @@ class Registry:
         noun: what one part is called in messages, for example ``"energy"``.
         inside: the sub-package that the room is in, where it is not at the top.
         choices: names that can be asked for and stand for a part that a run chooses.
+        gone: names of parts that were here once, each with what to do instead.
     """
 
     def __init__(
-        self, room: str, noun: str, inside: str = "", choices: tuple[str, ...] = ()
+        self,
+        room: str,
+        noun: str,
+        inside: str = "",
+        choices: tuple[str, ...] = (),
+        gone: Mapping[str, str] | None = None,
     ) -> None:
         self.room = room
         self.noun = noun
         self.choices = choices
+        self._gone = gone or {}
         self._package = ".".join(filter(None, ("isingcut", inside, room)))
         self._registered: dict[str, Any] = {}
 
@@ -70,7 +78,8 @@ class Registry:
         """The part called ``name``.
 
         Raises:
-            UnknownNameError: no such part; the message suggests the nearest and lists all.
+            UnknownNameError: no such part; the message suggests the nearest and lists all, or
+                says what replaces one that is gone.
         """
         if name in self._registered:
             return self._registered[name]
@@ -86,6 +95,8 @@ class Registry:
             raise UnknownNameError(
                 f"{name!r} is no {self.noun} of its own; name the one that is meant"
             )
+        if name in self._gone:
+            raise UnknownNameError(f"there is no {self.noun} {name!r} any more; {self._gone[name]}")
         names = self.names()
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"

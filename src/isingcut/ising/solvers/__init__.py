@@ -11,7 +11,8 @@ import numpy as np
 from isingcut.errors import InfeasibleError, InputError
 from isingcut.ising.constraints import distance
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers.base import Solution
+from isingcut.ising.solvers._apart import check_apart
+from isingcut.ising.solvers.base import NO_CLASS, Solution
 from isingcut.ising.spectrum import Spectrum
 from isingcut.registry import Registry
 
@@ -50,12 +51,7 @@ class Solvers(Registry):
         if name == "dimod":
             raise InputError(NO_CLASS)
         if imports(name):
-            from isingcut.ising.solvers._apart import check_apart
-
             check_apart(name.partition(":")[2], seconds)
-
-
-NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
 
 
 def imports(name: str) -> bool:
@@ -63,7 +59,15 @@ def imports(name: str) -> bool:
     return name.startswith("dimod:")
 
 
-registry = Solvers("solvers", "solver", "ising")
+registry = Solvers(
+    "solvers",
+    "solver",
+    "ising",
+    gone={
+        "anneal": "use dimod:dwave.samplers.SimulatedAnnealingSampler",
+        "tabu-qubo": "use dimod:dwave.samplers.TabuSampler",
+    },
+)
 
 
 def make(solver: str, **options: Any) -> Any:

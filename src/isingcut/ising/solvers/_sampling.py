@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from numpy.typing import NDArray
 
 from isingcut.errors import InputError, IsingcutError, MissingExtraError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._reduced import reduce
-from isingcut.ising.solvers.base import Solution
 
 Bools = NDArray[np.bool_]
 
@@ -64,23 +61,6 @@ def is_sampler(found: Any) -> bool:
     if not isinstance(found, type):
         return False
     return issubclass(found, Sampler) or callable(getattr(found, "sample_cqm", None))
-
-
-def sample(
-    problem: Problem, k: int, draw: Callable[[Problem, int], tuple[Bools, dict[str, Any]]]
-) -> Solution:
-    """States of a problem from a function that draws some of the reduced one.
-
-    Args:
-        problem: what to solve.
-        k: how many states to return at most.
-        draw: (reduced problem, k) -> (states (S, V), info), as `drawn` gives them.
-    """
-    reduced = reduce(problem)
-    if not reduced.n:
-        return Solution(reduced.expand(np.zeros((1, 0))))
-    states, info = draw(reduced.as_problem(), k)
-    return Solution(reduced.expand(states), None, False, info)
 
 
 def drawn(

@@ -10,6 +10,9 @@ import numpy as np
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._reduced import reduce
 from isingcut.ising.solvers.base import Solution
+from isingcut.ising.solvers.exact import Exact
+from isingcut.ising.solvers.exhaustive import Exhaustive
+from isingcut.ising.solvers.tabu import Tabu
 
 __all__ = ["Auto"]
 
@@ -33,19 +36,13 @@ class Auto:
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Up to ``k`` low-energy states; ``info["chosen"]`` names the solver."""
-        from isingcut.ising.solvers.exact import Exact
-
         reduced = reduce(problem)
         if reduced.count_states() <= INSTANT_STATES:
-            from isingcut.ising.solvers.exhaustive import Exhaustive
-
             return _named(Exhaustive(INSTANT_STATES).solve(problem, k), "exhaustive")
         likely = reduced.n <= LIKELY_BLOCKS or reduced.count_states() <= LIKELY_STATES
         if self.seconds is None or likely:
             found = Exact(seconds=self.seconds, seed=self.seed).solve(problem, k)
             return _named(found, "exact")
-        from isingcut.ising.solvers.tabu import Tabu
-
         heuristic = Tabu(seed=self.seed, seconds=self.seconds / 4).solve(problem, k)
         relaxed = Exact(seconds=self.seconds / 2, nodes=8, seed=self.seed).solve(problem, k)
         if relaxed.proven:

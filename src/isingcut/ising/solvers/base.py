@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from isingcut.ising.problem import Problem
 
+NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:

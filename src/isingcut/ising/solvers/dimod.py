@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._sampling import Bools, drawn, sample
-from isingcut.ising.solvers.base import Solution
+from isingcut.ising.solvers._apart import draw_apart
+from isingcut.ising.solvers._reduced import reduce
+from isingcut.ising.solvers._sampling import drawn
+from isingcut.ising.solvers.base import NO_CLASS, Solution
 
 __all__ = ["Dimod"]
 
@@ -44,18 +48,16 @@ class Dimod:
     def solve(self, problem: Problem, k: int) -> Solution:
         """Up to ``k`` states, without a proof."""
         if self.sampler == "":
-            from isingcut.ising.solvers import NO_CLASS
-
             raise InputError(NO_CLASS)
-        wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
-
-        def draw(small: Problem, k: int) -> tuple[Bools, dict[str, Any]]:
-            if isinstance(self.sampler, str):
-                from isingcut.ising.solvers._apart import draw_apart
-
-                limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb}
-                return draw_apart(small, k, self.sampler, wanted, self.penalty, **limits)
+        reduced = reduce(problem)
+        if not reduced.n:
+            return Solution(reduced.expand(np.zeros((1, 0))))
+        small, wanted = reduced.as_problem(), {"num_reads": self.reads, "seed": self.seed}
+        wanted |= self.options
+        if isinstance(self.sampler, str):
+            limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb}
+            states, info = draw_apart(small, k, self.sampler, wanted, self.penalty, **limits)
+        else:
             shown = self.sampler if isinstance(self.sampler, type) else type(self.sampler)
-            return drawn(small, k, self.sampler, wanted, self.penalty, shown.__name__)
-
-        return sample(problem, k, draw)
+            states, info = drawn(small, k, self.sampler, wanted, self.penalty, shown.__name__)
+        return Solution(reduced.expand(states), None, False, info)
