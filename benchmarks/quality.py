@@ -12,10 +12,9 @@ no part is started that is expected to end later.
 
     python benchmarks/quality.py --model DIR --calibration FILE --judge FILE --remove 4
 
-compares all methods on any other model and text, judges, collects and prints. To go on from the
-finished parts of the committed results (made with `--pool 8`), unpack them first:
-
-    tar xJf benchmarks/results/quality-work.tar.xz
+compares all methods on any other model and text, judges, collects and prints. The committed
+results/quality.json was made with `--pool 8`. The parts it was collected from are not kept: they
+are made again by a run with that option.
 
 Every method chooses on the same `--pool` samples and pays in the same unit: full forward passes
 (block evaluations over the number of blocks) and output heads over the whole pool, shared
@@ -128,7 +127,6 @@ def plan(bench: Bench) -> list[Stage]:
     """All stages, the most important first: a time limit cuts at the end."""
     o = bench.options
     first = Choosing(bench, bench.chosen_on[0], o.remove)
-    choosing = [first]
     stages: list[Stage] = []
 
     def choose(title: str, *groups: list[Part]) -> None:
@@ -151,7 +149,6 @@ def plan(bench: Bench) -> list[Stage]:
     judge("judge")
     if not bench.own_text:
         second = Choosing(bench, "instruct", o.second_remove, short=True)
-        choosing.append(second)
         choose("choose on instructions, no seed", second.fixed())
         pairs = {"pairwise": second, "pairwise-wiki": first}
         study = estimator_parts(bench, o.estimator_remove, o.estimator_sizes, pairs)
@@ -174,8 +171,6 @@ def plan(bench: Bench) -> list[Stage]:
         long = large_parts(first, o.large_remove, o.large_minutes, o.large_share)
         stages.append(Stage("the long evolution", lambda: long))
     judge("judge the rest")
-    for missing in sorted({m for c in choosing for m in c.missing()}):
-        print(f"this version of isingcut has no baseline {missing}: it is left out")
     return stages
 
 
