@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from _quality_bench import Bench
 from _quality_judge import Chosen, Judged, load_judged, rows_chosen, thinned
@@ -14,13 +13,13 @@ from _quality_summary import OURS
 from _quality_tasks import METRIC
 from isingcut import documents
 from isingcut.files import write_json
+from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.provenance import versions
 
 KIND = "quality"
 documents.KINDS[KIND] = documents.Part
 RESAMPLES = 2000
-Floats = npt.NDArray[np.float64]
 
 
 def collect(bench: Bench, path: Path) -> dict[str, Any]:

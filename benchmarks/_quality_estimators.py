@@ -21,11 +21,11 @@ from _quality_rows import ground_states
 from _quality_store import Part, Price
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import energy_terms
-from isingcut.energies.pairwise import indicator
 from isingcut.evaluation.candidates import fidelity, random_feasible
 from isingcut.ising.constraints import count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
+from isingcut.ising.states import states_of
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 
@@ -92,7 +92,7 @@ def _judge(
         energies |= {name: Hamiltonian.load(c.energy_file) for name, c in pairs.items()}
         n, options = bench.n, bench.options
         lowest = {
-            name: indicator(n, ground_states(energy, remove, options.lowest))
+            name: states_of(n, ground_states(energy, remove, options.lowest))
             for name, energy in energies.items()
         }
         candidates = np.unique(np.concatenate(list(lowest.values())), axis=0)

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from _merging import measure_merged
 from _quality_bench import Bench
 from _quality_store import Part, Price
-from isingcut.baselines._merging import measure_merged
-from isingcut.energies.pairwise import indicator
 from isingcut.files import fingerprint
+from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
 
-Floats = npt.NDArray[np.float64]
 EXPECTED_DISTINCT = 0.6
 """Share of the choices still missing that is expected to be a state not seen before."""
 
@@ -105,7 +104,7 @@ def _part(bench: Bench, text: str, chosen: list[Chosen]) -> Part:
         found = measure(
             bench.replay,
             tokens,
-            indicator(bench.n, [c.removed for c in states]),
+            states_of(bench.n, [c.removed for c in states]),
             batch_tokens=work.batch_tokens,
             progress=work.progress,
             description=f"judging {len(states)} states on {text}",

@@ -16,13 +16,14 @@ import numpy as np
 from _quality_bench import Bench
 from _quality_rows import choice, ground_states, plain
 from _quality_store import Part, Price
+from _sliding_windows import NAME as MERGING
 from isingcut.baselines import registry as baselines
 from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.base import Outcome
 from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry as energies
-from isingcut.energies.pairwise import indicator
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import states_of
 
 CHEAP: dict[str, tuple[str, dict[str, Any]]] = {
     "block-influence": ("block-influence", {}),
@@ -80,20 +81,13 @@ class Choosing:
     def fixed(self) -> list[Part]:
         """Methods without a seed, in the order of their price."""
         parts = [self._cheap(method) for method in CHEAP]
-        known = baselines.names()
-        if "cbo" in known:
-            parts += [self._cbo(top, m) for top in (1, TOP) for m in self.removals]
+        parts += [self._cbo(top, m) for top in (1, TOP) for m in self.removals]
         parts += [self._sleb(method) for method in SLEB]
         parts.append(self._pairwise())
         parts += [self._pairwise_top(m) for m in self.removals]
-        if not self.short and "sliding-window-merging" in known:
+        if not self.short:
             parts += [self._merging(m) for m in self.removals]
         return parts
-
-    def missing(self) -> list[str]:
-        """Methods of the plan that this version of isingcut does not have."""
-        wanted = ["cbo"] if self.short else ["cbo", "sliding-window-merging"]
-        return [m for m in wanted if m not in baselines.names()]
 
     def seeded(self, seed: int) -> list[Part]:
         """`random`, and `evopress` and `refined` for each removal at SLEB's budget."""
@@ -163,15 +157,13 @@ class Choosing:
         )
 
     def _merging(self, remove: int) -> Part:
-        method = "sliding-window-merging"
-
         def make(journal: Path) -> dict[str, Any]:
-            part = baselines.get(method)()
+            part = baselines.get(MERGING)()
             found = self._choose(part, remove, 0, journal)
-            row = choice(method, remove, 0, found) | {"merges": plain(found.merges)}
-            return self._content(method, part, [row])
+            row = choice(MERGING, remove, 0, found) | {"merges": plain(found.merges)}
+            return self._content(MERGING, part, [row])
 
-        return Part(self.name(method, remove), make, (self._price(2 * remove, remove),))
+        return Part(self.name(MERGING, remove), make, (self._price(2 * remove, remove),))
 
     def _pairwise(self) -> Part:
         n = self.bench.n
@@ -201,7 +193,7 @@ class Choosing:
 
         def make(journal: Path) -> dict[str, Any]:
             energy = Hamiltonian.load(self.energy_file)
-            states = indicator(self.bench.n, ground_states(energy, remove, TOP))
+            states = states_of(self.bench.n, ground_states(energy, remove, TOP))
             work = self.bench.work(journal)
             ledger = Ledger(self.bench.replay, self.tokens, work, "kl")
             best = states[int(np.argmin(ledger.losses(states)))]

@@ -21,19 +21,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from _merging import Merged
 from _quality_bench import Bench
 from _quality_judge import Chosen
 from _quality_store import Part, Price
-from isingcut.baselines._merging import Merged
 from isingcut.data.encoder import Encoder
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.pairwise import indicator
 from isingcut.files import fingerprint
+from isingcut.ising.states import Floats, states_of
 from isingcut.journal import Journal
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay, reuse_freed_memory
-
-Floats = npt.NDArray[np.float64]
 
 FILES = {
     "arc_easy": "arc_easy/test_sub500.jsonl",
@@ -254,7 +252,7 @@ def _part(bench: Bench, task: str, chosen: list[Chosen]) -> Part:
 
     def make(journal: Path) -> dict[str, Any]:
         def score(group: list[Chosen], path: Path) -> list[dict[str, Any]]:
-            removed = indicator(bench.n, [c.removed for c in group])
+            removed = states_of(bench.n, [c.removed for c in group])
             words = f"{task}: {len(group)} models"
             found = continuation_scores(bench.replay, rows, removed, bench.work(path), words)
             return [_graded(items, c.key, *one) for c, *one in zip(group, *found, strict=True)]

@@ -21,7 +21,7 @@ import torch
 
 from gradients import attention_of, prepare
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.pairwise import indicator
+from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.compute.tuning import chosen_attention
@@ -61,7 +61,7 @@ def main() -> None:
 
     replay, tokens = prepare(arguments)
     n = len(replay)
-    states = indicator(n, [*[(i,) for i in range(n)], *combinations(range(n), 2)])
+    states = states_of(n, [*[(i,) for i in range(n)], *combinations(range(n), 2)])
     print(
         f"{arguments.model}, {n} blocks, {len(states)} states, {tokens.tokens} tokens, "
         f"{attention_of(replay)} attention, {torch.get_num_threads()} threads"

@@ -19,8 +19,8 @@ from isingcut.baselines.norm_ratio import NormRatio
 from isingcut.baselines.sleb import Sleb
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
-from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError
+from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.work import Work
@@ -76,7 +76,8 @@ def streams(replay, tokens, removed=()):
 
 
 def test_all_baselines_are_found():
-    assert registry.names() == [
+    # A plug-in of the benchmarks may be there too, if their tests ran before.
+    assert [name for name in registry.names() if name != "sliding-window-merging"] == [
         "angular-window",
         "block-influence",
         "cbo",
@@ -84,7 +85,6 @@ def test_all_baselines_are_found():
         "norm-ratio",
         "random",
         "sleb",
-        "sliding-window-merging",
     ]
 
 
@@ -161,7 +161,7 @@ def test_sleb_is_greedy_on_really_removed_blocks(loss, ends):
     order: list[int] = []
     for _ in range(3):
         candidates = [i for i in range(6) if i not in order and not (ends and i in (0, 5))]
-        states = indicator(6, [(*order, i) for i in candidates])
+        states = states_of(6, [(*order, i) for i in candidates])
         found = measure(replay, tokens, states)
         order.append(candidates[int(np.argmin(found.kl if loss == "kl" else found.nll))])
     got = Sleb(loss=loss, keep_ends=ends).choose(replay, tokens, 3, WORK, seed=0)
@@ -205,7 +205,7 @@ def test_the_price_is_the_blocks_that_are_run():
 
 def test_ledger_losses_are_the_measured_ones():
     replay, tokens = make(), samples()
-    states = indicator(6, [(1, 2), (4,)])
+    states = states_of(6, [(1, 2), (4,)])
     for loss in ("kl", "nll"):
         got = Ledger(replay, tokens, WORK, loss).losses(states, rows=[3, 1])
         found = measure(replay, tokens.select([1, 3]), states)
@@ -217,7 +217,7 @@ def test_ledger_losses_are_the_measured_ones():
 def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest():
     replay, tokens = make(), samples()
     energy = EmpiricalFisher().measure(replay, tokens, WORK)
-    states = indicator(6, list(combinations(range(6), 3)))
+    states = states_of(6, list(combinations(range(6), 3)))
     lowest = states[np.argsort(energy.energies(states))]
     found = Cbo().choose(replay, tokens, 3, WORK, seed=0)
     assert found.removed == tuple(np.flatnonzero(lowest[0]))
@@ -238,7 +238,7 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
 def test_evopress_finds_the_best_state_of_a_small_stack():
     replay, tokens = make(), samples()
     pairs = [(i, j) for i in range(6) for j in range(i + 1, 6)]
-    kl = measure(replay, tokens, indicator(6, pairs)).kl
+    kl = measure(replay, tokens, states_of(6, pairs)).kl
     everything = Evopress(generations=6, offspring=14, step_tokens=(1000, 1000), initial=2)
     found = everything.choose(replay, tokens, 2, WORK, seed=0)
     # All 14 other states are children of any parent, so that one generation finds the best.
@@ -269,7 +269,7 @@ def test_evopress_refuses_inconsistent_steps(wrong):
         Evopress(**wrong).choose(make(), samples(), 2, WORK, seed=0)
 
 
-@pytest.mark.parametrize("name", ["sleb", "evopress", "sliding-window-merging"])
+@pytest.mark.parametrize("name", ["sleb", "evopress"])
 def test_an_interrupted_search_goes_on_with_the_same_result_and_price(name, tmp_path):
     replay, tokens = make(), samples()
     work = Work(batch_tokens=30, journal=tmp_path / "j")

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-from isingcut.baselines._merging import measure_merged
 from isingcut.cli import main as cli
 from isingcut.data.calibration import Calibration
 from isingcut.errors import InputError, UnknownNameError
@@ -68,26 +67,17 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, fold
     assert not list(folder.glob("baseline*.journal"))
 
 
-def test_a_merging_baseline_is_measured_with_its_blocks_merged(capsys, folder):
+def test_a_method_that_is_gone_says_where_it_is(capsys, folder):
     code, shown = call(capsys, "baseline", "sliding-window-merging", folder)
-    assert code == 0, shown
-    found = read_json(folder / "baseline-sliding-window-merging.json", "baseline")
-    assert "merged into the first of each group" in shown
-    assert found["removed"] == sorted(k for group in found["merges"] for k in group[1:])
-    replay = Session(RunFolder.open(folder).config).replay
-    split = Calibration.load(folder / "calibration.safetensors").splits["rank"]
-    merged = measure_merged(replay, split, found["merges"])
-    assert found["kl"] == pytest.approx(merged.kl[0], rel=1e-5)
-    assert found["nll_se"] == pytest.approx(merged.nll_se[0], rel=1e-5)
-    removed = np.isin(np.arange(6), found["removed"])
-    assert found["kl"] != pytest.approx(measure(replay, split, removed[None]).kl[0], rel=1e-2)
+    assert code == 2
+    assert "there is no baseline 'sliding-window-merging' any more" in shown
+    assert "benchmarks/" in shown
 
 
 def test_the_papers_method_leaves_only_its_result(capsys, folder):
     assert call(capsys, "baseline", "cbo", folder, "--set", "top=5")[0] == 0
     found = read_json(folder / "baseline-cbo.json", "baseline")
     assert found["settings"] == ["top=5"]
-    assert found["merges"] == []
     assert len(found["info"]["kl"]) == 5
     assert sorted(p.name for p in folder.glob("baseline-cbo*")) == ["baseline-cbo.json"]
 

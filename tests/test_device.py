@@ -176,7 +176,7 @@ def chosen(place):
         return part(name).choose(place.replay(), samples(), 2, Work(32), seed=0).removed
 
     # The others look at nothing but measured losses.
-    own = ("angular-window", "block-influence", "norm-ratio", "sliding-window-merging")
+    own = ("angular-window", "block-influence", "norm-ratio")
     return [removed(name) for name in own]
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.pairwise import Pairwise, indicator
+from isingcut.energies.pairwise import Pairwise
+from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, standard_error
 from isingcut.measure.work import Work
 from isingcut.models.architectures import cut_model, find_stack, stack_modules
@@ -47,7 +48,7 @@ def really_removed(replay: Replay, tokens: TokenSet, removed: list[int]) -> tupl
 def test_measured_losses_are_those_of_really_removed_blocks(family):
     replay, tokens = make(family), samples()
     removals = [[0], [len(replay) - 1], [0, 2], [1, 2, 3]]
-    found = measure(replay, tokens, indicator(len(replay), [tuple(r) for r in removals]))
+    found = measure(replay, tokens, states_of(len(replay), [tuple(r) for r in removals]))
     for s, removed in enumerate(removals):
         kl, nll = really_removed(replay, tokens, removed)
         assert found.kl[s] == pytest.approx(kl, rel=1e-4, abs=1e-6)
@@ -60,7 +61,7 @@ def test_pairwise_is_exact_up_to_two_blocks():
     energy = Pairwise().measure(replay, tokens, Work(batch_tokens=30))
     for removed in [*[(i,) for i in range(n)], *combinations(range(n), 2)]:
         kl, _ = really_removed(replay, tokens, list(removed))
-        value = energy.energies(indicator(n, [removed]))[0]
+        value = energy.energies(states_of(n, [removed]))[0]
         assert value == pytest.approx(kl, rel=1e-4, abs=1e-6)
     assert energy.unit == "nats/token"
     assert energy.h_error is not None
@@ -70,7 +71,7 @@ def test_pairwise_is_exact_up_to_two_blocks():
 def test_sharing_prefixes_changes_the_work_and_not_the_result():
     replay, tokens = make("qwen3"), samples()
     n = len(replay)
-    states = indicator(n, list(combinations(range(n), 2)))
+    states = states_of(n, list(combinations(range(n), 2)))
     shared = measure(replay, tokens, states)
     apart = measure(replay, tokens, states, share_prefixes=False)
     np.testing.assert_allclose(shared.kl_sums, apart.kl_sums, rtol=1e-6, atol=1e-9)
@@ -101,7 +102,7 @@ def test_each_node_of_the_prefix_tree_is_run_once():
 
 def test_micro_batches_and_padding_do_not_change_the_losses():
     replay, tokens = make("llama"), samples()
-    states = indicator(len(replay), [(1,), (0, 3)])
+    states = states_of(len(replay), [(1,), (0, 3)])
     whole = measure(replay, tokens, states, batch_tokens=10_000)
     small = measure(replay, tokens, states, batch_tokens=1)
     np.testing.assert_allclose(whole.kl_sums, small.kl_sums, rtol=1e-4, atol=1e-7)
@@ -110,7 +111,7 @@ def test_micro_batches_and_padding_do_not_change_the_losses():
 
 def test_an_interrupted_measurement_goes_on_with_the_same_bits(tmp_path):
     replay, tokens = make("llama"), samples()
-    states = indicator(len(replay), [(1,), (0, 3)])
+    states = states_of(len(replay), [(1,), (0, 3)])
     journal = tmp_path / "j"
     first = measure(replay, tokens, states, batch_tokens=15, journal=journal)
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -127,9 +128,9 @@ def test_an_interrupted_measurement_goes_on_with_the_same_bits(tmp_path):
 def test_a_journal_of_other_states_is_not_used(tmp_path):
     replay, tokens = make("llama"), samples()
     journal = tmp_path / "j"
-    measure(replay, tokens, indicator(len(replay), [(1,)]), journal=journal)
-    other = measure(replay, tokens, indicator(len(replay), [(2,)]), journal=journal)
-    fresh = measure(replay, tokens, indicator(len(replay), [(2,)]))
+    measure(replay, tokens, states_of(len(replay), [(1,)]), journal=journal)
+    other = measure(replay, tokens, states_of(len(replay), [(2,)]), journal=journal)
+    fresh = measure(replay, tokens, states_of(len(replay), [(2,)]))
     np.testing.assert_array_equal(other.kl_sums, fresh.kl_sums)
 
 
@@ -143,7 +144,7 @@ def test_standard_error_of_equal_samples_is_that_of_the_mean():
 
 def test_a_journal_of_another_fine_tune_is_not_used(tmp_path):
     replay, tokens = make("llama"), samples()
-    states = indicator(len(replay), [(1,)])
+    states = states_of(len(replay), [(1,)])
     journal = tmp_path / "j"
     before = measure(replay, tokens, states, journal=journal)
     with torch.no_grad():

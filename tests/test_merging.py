@@ -1,21 +1,28 @@
-"""Merged blocks against models whose weights were really changed; sliding-window merging."""
+"""The benchmarks' plug-in: merged blocks against models whose weights were really changed."""
 
 import copy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from isingcut.baselines import sliding_window_merging as swm
-from isingcut.baselines._merging import Merged, check_mergeable, measure_merged
-from isingcut.baselines.sliding_window_merging import SlidingWindowMerging
+from calls import counted
+from isingcut.baselines import registry
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.work import Work
 from isingcut.models.architectures import cut_model, find_stack, stack_modules
 from isingcut.models.replay import Replay
 from tiny import tiny_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import _sliding_windows as swm
+from _merging import Merged, check_mergeable, measure_merged
+from _sliding_windows import SlidingWindowMerging
 
 WORK = Work(batch_tokens=30)
 GROUPS = ((1, 2, 3), (4, 5))
@@ -174,6 +181,16 @@ def slide(replay, tokens, threshold):
     return [*closed, window] if len(window) > 1 else closed
 
 
+def test_the_plug_in_is_found_by_its_name_and_repeats_itself():
+    part = registry.get("sliding-window-merging")()
+    first, again = (part.choose(make(), samples(), 3, WORK, seed=s) for s in (0, 1))
+    assert first == again
+    assert len(first.removed) == 3
+    for remove in (0, 6):
+        with pytest.raises(InputError, match=f"cannot remove {remove} of 6"):
+            part.choose(make(), samples(), remove, WORK, seed=0)
+
+
 @pytest.mark.parametrize("remove", [1, 3])
 def test_windows_slide_down_while_the_last_hidden_states_stay_similar(remove):
     replay, tokens = make(), samples()
@@ -217,3 +234,24 @@ def test_a_model_without_an_output_head_is_refused(monkeypatch):
     monkeypatch.setattr(replay.model, "get_output_embeddings", lambda: None)
     with pytest.raises(ArchitectureError, match="no output head"):
         SlidingWindowMerging().choose(replay, samples(), 2, WORK, seed=0)
+
+
+def test_an_interrupted_search_goes_on_with_the_same_result_and_price(tmp_path):
+    replay, tokens = make(), samples()
+    work = Work(batch_tokens=30, journal=tmp_path / "j")
+    part = SlidingWindowMerging()
+    first = part.choose(replay, tokens, 3, work, seed=0)
+    assert part.choose(replay, tokens, 3, WORK, seed=0) == first
+    ran = []
+    handle = replay.blocks[0].self_attn.register_forward_hook(lambda m, a, o: ran.append(1))
+    assert part.choose(replay, tokens, 3, work, seed=0) == first
+    handle.remove()
+    assert not ran, "nothing is measured twice"
+
+
+@pytest.mark.parametrize("keep_ends", [False, True])
+def test_merged_models_are_paid_for_from_their_first_merged_block_on(keep_ends):
+    replay, tokens, calls = counted()
+    found = SlidingWindowMerging(keep_ends=keep_ends).choose(replay, tokens, 3, WORK, seed=0)
+    assert found.passes == pytest.approx(calls.passes)
+    assert found.heads == 0, "final hidden states need the norm before the head, and no head"

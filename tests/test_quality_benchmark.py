@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from isingcut.energies.empirical_fisher import EmpiricalFisher
-from isingcut.energies.pairwise import indicator
 from isingcut.errors import InputError, IsingcutError
+from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.architectures import cut_model
@@ -127,7 +127,7 @@ def test_losses_of_the_tables_are_those_of_the_states(finished):
         found = measure(
             bench.replay,
             bench.judged(name),
-            indicator(bench.n, [e["removed"] for e in plain.values()]),
+            states_of(bench.n, [e["removed"] for e in plain.values()]),
         )
         for metric, expected in (("kl", found.kl), ("nll", found.nll)):
             rows = first["losses"][name][metric]["methods"]
@@ -197,7 +197,7 @@ def test_the_estimator_is_that_of_the_first_conversations(finished):
     tokens = bench.conversations(source, samples=6)
     own = EmpiricalFisher().measure(bench.replay, tokens.select(range(3)), Work())
     n = bench.n
-    pairs = indicator(n, [(i, j) for i in range(n) for j in range(i + 1, n)])
+    pairs = states_of(n, [(i, j) for i in range(n) for j in range(i + 1, n)])
     ground = pairs[int(np.argmin(own.energies(pairs)))]
     found = content["estimators"][0]["energies"]["empirical-fisher-3"]
     assert found["ground"] == np.flatnonzero(ground).tolist()
@@ -264,7 +264,7 @@ def test_scores_are_those_of_the_cut_model_on_one_row_at_a_time(finished):
     ]
     states = [(), (1, 4), (1, 2), (0,)]
     scores, greedy = tasks.continuation_scores(
-        bench.replay, rows, indicator(bench.n, states), Work(batch_tokens=64)
+        bench.replay, rows, states_of(bench.n, states), Work(batch_tokens=64)
     )
     for s, removed in enumerate(states):
         whole = copy.deepcopy(bench.loaded.model)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.pairwise import indicator
 from isingcut.energies.refined import Refined
 from isingcut.energies.search import Plan, Search, Target, greedy_price, proposals
 from isingcut.energies.search.estimates import Estimates
@@ -18,6 +17,7 @@ from isingcut.energies.search.surrogate import Surrogate
 from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.work import Work
@@ -42,8 +42,8 @@ def tokens() -> TokenSet:
     return TokenSet.from_rows([rng.integers(1, 90, 12 + s % 3).tolist() for s in range(8)])
 
 
-def states_of(n: int, m: int) -> np.ndarray:
-    return indicator(n, list(combinations(range(n), m)))
+def all_states(n: int, m: int) -> np.ndarray:
+    return states_of(n, list(combinations(range(n), m)))
 
 
 def random_energy(n: int, seed: int) -> Hamiltonian:
@@ -56,7 +56,7 @@ def random_energy(n: int, seed: int) -> Hamiltonian:
 
 def test_evaluator_equals_measuring_at_once(replay: Replay, tokens: TokenSet) -> None:
     evaluator = Evaluator(replay, tokens, WORK, seed=3)
-    states = states_of(N, 3)[:6]
+    states = all_states(N, 3)[:6]
     evaluator.measure(states[:4], 2, "few")
     evaluator.measure(states, 5, "more")
     evaluator.measure(states, tokens.samples, "all")
@@ -68,7 +68,7 @@ def test_evaluator_equals_measuring_at_once(replay: Replay, tokens: TokenSet) ->
 
 def test_evaluator_pays_for_each_sample_once(replay: Replay, tokens: TokenSet) -> None:
     evaluator = Evaluator(replay, tokens, WORK, seed=0)
-    states = states_of(N, 2)[:5]
+    states = all_states(N, 2)[:5]
     evaluator.measure(states, 3, "few")
     evaluator.measure(states, 3, "again")
     part = evaluator.share(0, 3)
@@ -84,10 +84,10 @@ def test_evaluator_resumes_from_its_journal(
 ) -> None:
     work = Work(64, journal=tmp_path / "journal")
     first = Evaluator(replay, tokens, work, seed=0)
-    first.measure(states_of(N, 2), 4, "pairs")
+    first.measure(all_states(N, 2), 4, "pairs")
     again = Evaluator(replay, tokens, work, seed=0)
     monkeypatch.setattr("isingcut.energies.search.evaluator.measure", None)
-    again.measure(states_of(N, 2), 4, "pairs")
+    again.measure(all_states(N, 2), 4, "pairs")
     for a, b in zip(first.known(), again.known(), strict=True):
         np.testing.assert_array_equal(a.sums, b.sums)
     assert first.passes == again.passes
@@ -115,8 +115,8 @@ def test_a_budget_target_is_searched_where_it_is_met(replay: Replay, tokens: Tok
     row = LinearConstraint("budget", weights, ">=", 4.0)
     target = Target.of("params=4", [row], N)
     assert (target.low, target.size, target.high) == (2, 3, N)
-    assert target.near(states_of(N, 5)[:1], 0)[0]
-    assert not target.near(states_of(N, 6)[:1], 0)[0]
+    assert target.near(all_states(N, 5)[:1], 0)[0]
+    assert not target.near(all_states(N, 6)[:1], 0)[0]
     found = Search((), passes=30.0).run(replay, tokens, WORK, targets=[target])
     measured = np.array([k.state for k in found.refinement.evaluator.known()])
     assert row.satisfied(measured).any()
@@ -167,7 +167,7 @@ def test_slopes_equal_a_small_step_of_the_gate(replay: Replay, tokens: TokenSet)
 def test_surrogate_mean_is_the_gaussian_posterior() -> None:
     # The same posterior from explicit features and precision matrices.
     n, prior = 6, random_energy(6, 1)
-    states = states_of(n, 3)[::2]
+    states = all_states(n, 3)[::2]
     rng = np.random.default_rng(2)
     losses = prior.energies(states) + 0.3 * rng.random(len(states)) + 0.5
     noise = np.full(len(states), 0.05)
@@ -185,7 +185,7 @@ def test_surrogate_mean_is_the_gaussian_posterior() -> None:
     phi = features(states)
     precision = np.diag(1 / np.square(sd)) + phi.T @ (phi / found._sd[:, None] ** 2)
     weights = np.linalg.solve(precision, phi.T @ (found._y / found._sd**2))
-    every = states_of(n, 3)
+    every = all_states(n, 3)
     expected = found._a + found._b * prior.energies(every) + features(every) @ weights
     np.testing.assert_allclose(found.mean.energies(every), expected, rtol=1e-6)
     deviation = np.sqrt(
@@ -196,11 +196,11 @@ def test_surrogate_mean_is_the_gaussian_posterior() -> None:
 
 def test_surrogate_samples_have_the_posterior_moments() -> None:
     n, prior = 5, random_energy(5, 3)
-    states = states_of(n, 2)[:7]
+    states = all_states(n, 2)[:7]
     losses = 1 + prior.energies(states) + 0.1 * np.arange(7)
     found = Surrogate(prior, states, losses, np.full(7, 0.02))
     rng = np.random.default_rng(0)
-    every = states_of(n, 2)
+    every = all_states(n, 2)
     draws = np.array([found.sample(rng).energies(every) for _ in range(3000)])
     sd = found.deviation(every)
     assert np.abs((draws.mean(0) - found.mean.energies(every)) / sd).max() < 0.1
@@ -209,7 +209,7 @@ def test_surrogate_samples_have_the_posterior_moments() -> None:
 
 def test_surrogate_corrects_a_wrong_prior() -> None:
     truth, wrong = random_energy(10, 4), random_energy(10, 5)
-    states = states_of(10, 4)
+    states = all_states(10, 4)
     rng = np.random.default_rng(0)
     seen = rng.permutation(len(states))[:150]
     rest = np.setdiff1d(np.arange(len(states)), seen)
@@ -224,7 +224,7 @@ def test_surrogate_corrects_a_wrong_prior() -> None:
 
 
 def test_exchanges_are_all_neighbours_and_feasible() -> None:
-    state = indicator(7, [(1, 4, 6)])[0]
+    state = states_of(7, [(1, 4, 6)])[0]
     target = Target.of("3", [count(7, 3), *keep(7, [0])], 7)
     found = {tuple(np.flatnonzero(s)) for s in proposals.exchanges(state, target)}
     expected = {c for c in combinations(range(1, 7), 3) if len(set(c) & {1, 4, 6}) == 2}
@@ -233,7 +233,7 @@ def test_exchanges_are_all_neighbours_and_feasible() -> None:
 
 def test_estimates_carry_few_samples_over_to_all(replay: Replay, tokens: TokenSet) -> None:
     evaluator = Evaluator(replay, tokens, WORK, seed=0)
-    states = states_of(N, 3)[:12]
+    states = all_states(N, 3)[:12]
     evaluator.measure(states, 2, "few")
     evaluator.measure(states[:6], tokens.samples, "all")
     found = Estimates(evaluator, evaluator.known(), [2, tokens.samples])
@@ -252,9 +252,9 @@ def test_estimates_carry_few_samples_over_to_all(replay: Replay, tokens: TokenSe
 def test_search_finds_the_best_state_of_all(replay: Replay, tokens: TokenSet) -> None:
     found = Search((2, 3, 4), passes=25.0, plan=Plan(patience=4)).run(replay, tokens, WORK)
     for m in (2, 3, 4):
-        states = states_of(N, m)
+        states = all_states(N, m)
         kl = measure(replay, tokens, states).kl
-        state = indicator(N, [found.best(m)])[0]
+        state = states_of(N, [found.best(m)])[0]
         mine = kl[(states == state).all(1).argmax()]
         assert (kl < mine - 1e-6).sum() == 0, m
     assert found.passes <= 25.0
@@ -263,8 +263,8 @@ def test_search_finds_the_best_state_of_all(replay: Replay, tokens: TokenSet) ->
 def test_search_with_enough_budget_measures_every_state(replay: Replay, tokens: TokenSet) -> None:
     found = Search((2,), passes=100.0).run(replay, tokens, WORK)
     assert found.refinement.goals[0].exhausted
-    kl = measure(replay, tokens, states_of(N, 2)).kl
-    assert found.best(2) == tuple(np.flatnonzero(states_of(N, 2)[np.argmin(kl)]))
+    kl = measure(replay, tokens, all_states(N, 2)).kl
+    assert found.best(2) == tuple(np.flatnonzero(all_states(N, 2)[np.argmin(kl)]))
 
 
 @pytest.mark.parametrize("passes", [1.0, 1.5, 3.0, 8.0])

@@ -2,5 +2,12 @@
 
 from isingcut.registry import Registry
 
-registry = Registry("baselines", "baseline")
+registry = Registry(
+    "baselines",
+    "baseline",
+    gone={
+        "sliding-window-merging": "it merges blocks, which isingcut does not: its source and its "
+        "results are in benchmarks/ of isingcut's repository"
+    },
+)
 """All baselines by name; `registry.names()` lists them without importing any."""

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
 from isingcut.files import fingerprint
+from isingcut.ising.states import Bools, Floats, States
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.sharing import Rows
@@ -18,7 +18,6 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
 LOSSES = ("kl", "nll")
-States = npt.NDArray[np.bool_]
 
 
 class Ledger:
@@ -69,7 +68,7 @@ class Ledger:
 
     def losses(
         self, states: States, rows: Sequence[int] | None = None, description: str = "searching"
-    ) -> npt.NDArray[np.float64]:
+    ) -> Floats:
         """Mean loss per token of states (S, N), on all samples or on the given rows: (S,)."""
         subset = list(range(self._tokens.samples)) if rows is None else sorted(rows)
         tokens = self._tokens.select(subset)
@@ -102,6 +101,6 @@ class Ledger:
         return float(row[0])
 
 
-def _key(state: npt.NDArray[np.bool_], rows: Sequence[int]) -> str:
+def _key(state: Bools, rows: Sequence[int]) -> str:
     digest = hashlib.sha256(np.array(rows, dtype=np.int64).tobytes()).hexdigest()[:16]
     return f"{np.packbits(state).tobytes().hex()}:{digest}"

@@ -20,20 +20,16 @@ class Outcome:
         passes: cost in full forward passes over the given tokens, counted in blocks: block
             evaluations per token, over N. Every method is credited with the same sharing: the
             original runs once and its hidden states at all boundaries are kept, so that a state
-            costs nothing before its first removed (or merged) block; states measured together
-            share their other prefixes too.
+            costs nothing before its first removed block; states measured together share their
+            other prefixes too.
         heads: output heads evaluated, in the same unit (one per state over all tokens).
         info: what the method based its choice on; JSON-able.
-        merges: groups of blocks whose parameter differences are added into the first of the
-            group (`isingcut.baselines._merging`); the others of a group are in ``removed``.
-            Empty for a method that only removes.
     """
 
     removed: tuple[int, ...]
     passes: float
     heads: float
     info: dict[str, Any] = field(default_factory=dict)
-    merges: tuple[tuple[int, ...], ...] = ()
 
 
 class Baseline(Protocol):

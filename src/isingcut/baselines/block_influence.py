@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.calibration import TokenSet
-from isingcut.energies.pairwise import indicator
+from isingcut.ising.states import states_of
 from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.streams import block_means, influence, lowest
 from isingcut.measure.work import Work
@@ -49,7 +49,7 @@ class BlockInfluence:
         runs = n
         while len(order) < remove:
             # Before the first removed block the streams, and so the scores, are the original's.
-            runs += tree_nodes(indicator(n, [tuple(order)]))
+            runs += tree_nodes(states_of(n, [order]))
             again = block_means(replay, tokens, work, influence, removed=order)
             order.append(lowest(again, 1)[0])
         info = {"influence": scores.tolist(), "order": order}

@@ -19,18 +19,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.baselines._ledger import Ledger
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
+from isingcut.ising.states import Bools, States
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
 __all__ = ["Evopress"]
-
-State = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,7 @@ class Evopress:
             raise InputError("offspring, initial, survivors and step_tokens must be at least 1")
 
 
-def _best(
-    ledger: Ledger, states: npt.NDArray[np.bool_], rows: list[int], count: int, words: str
-) -> npt.NDArray[np.bool_]:
+def _best(ledger: Ledger, states: States, rows: list[int], count: int, words: str) -> States:
     """The ``count`` states of lowest loss on the rows; ties go to the earlier one."""
     losses = ledger.losses(states, rows, words)
     return states[np.argsort(losses, kind="stable")[:count]]
@@ -125,18 +121,16 @@ def _rows(rng: np.random.Generator, tokens: TokenSet, wanted: int) -> list[int]:
     return [int(r) for r in order[: int(np.searchsorted(held, wanted)) + 1]]
 
 
-def _random_states(
-    rng: np.random.Generator, n: int, remove: int, count: int
-) -> npt.NDArray[np.bool_]:
+def _random_states(rng: np.random.Generator, n: int, remove: int, count: int) -> States:
     """(count, n) uniformly random states."""
     ranks = rng.random((count, n)).argsort(1).argsort(1)
     return np.asarray(ranks < remove)
 
 
-def _children(rng: np.random.Generator, parent: State, count: int) -> npt.NDArray[np.bool_]:
+def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
     """Up to ``count`` distinct children, each one to three exchanges away from the parent."""
     gone, here = np.flatnonzero(parent), np.flatnonzero(~parent)
-    found: dict[bytes, State] = {}
+    found: dict[bytes, Bools] = {}
     # Small stacks have fewer children than asked for: stop drawing then.
     for _ in range(10 * count):
         if len(found) == count:

@@ -101,11 +101,6 @@ def show_baseline(found: dict[str, Any], file: Path) -> None:
         f"{found['tokens_searched']} tokens",
         soft_wrap=True,
     )
-    if found["merges"]:
-        groups = "; ".join(listed(group) for group in found["merges"])
-        screen.print(
-            f"measured with blocks merged into the first of each group: {groups}", soft_wrap=True
-        )
     if found["violated"]:
         screen.print(
             f"it breaks constraints it does not know: {', '.join(found['violated'])}",

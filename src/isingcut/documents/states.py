@@ -102,12 +102,12 @@ class CandidatesFile(Part):
 
 
 class BaselineFile(MeasuredLoss):
-    """`baseline-NAME.json`."""
+    """`baseline-NAME.json`; older ones may be of methods that merged blocks."""
 
     baseline: str
     settings: list[str] = Field(default_factory=list)
     removed: Blocks
-    merges: list[Annotated[list[Index], Field(min_length=1)]]
+    merges: list[Annotated[list[Index], Field(min_length=1)]] = Field(default_factory=list)
     passes: Positive
     tokens_searched: Count
     violated: list[str]

@@ -9,12 +9,11 @@ import numpy.typing as npt
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Floats
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.losses import standard_error
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-
-Floats = npt.NDArray[np.float64]
 
 
 def quadratic(

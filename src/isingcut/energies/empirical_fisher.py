@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Floats
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -82,9 +82,7 @@ class EmpiricalFisher:
         )
 
 
-def energy_terms(
-    rows: npt.NDArray[np.float64], *, linear: bool
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def energy_terms(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
     """Own terms (N,) and couplings (N, N) from gradient rows (m, N).
 
     x_i^2 = x_i moves the diagonal of the quadratic form into the own terms; each pair counts
@@ -99,9 +97,7 @@ def energy_terms(
     return diagonal, couplings
 
 
-def energy_errors(
-    rows: npt.NDArray[np.float64], *, linear: bool
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def energy_errors(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
     """Standard errors over samples of `energy_terms`: (N,) and (N, N), from rows (m, N), m > 1.
 
     Every term is a mean over samples, of a_i^2 or a_i^2 / 2 - a_i and of 2 a_i a_j or a_i a_j.

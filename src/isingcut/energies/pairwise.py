@@ -10,16 +10,15 @@ share their prefixes: about a third of the blocks of a naive measurement are run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, standard_error
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -48,7 +47,7 @@ class Pairwise:
         found = measure(
             replay,
             tokens,
-            indicator(n, [*singles, *pairs]),
+            states_of(n, [*singles, *pairs]),
             batch_tokens=work.batch_tokens,
             progress=work.progress,
             description=f"measuring {len(singles) + len(pairs)} removals",
@@ -82,11 +81,3 @@ class Pairwise:
             h_error=h_error,
             J_error=J_error,
         )
-
-
-def indicator(n: int, removed: Sequence[tuple[int, ...]]) -> npt.NDArray[np.bool_]:
-    """(S, n) bool states from lists of removed blocks."""
-    states = np.zeros((len(removed), n), dtype=bool)
-    for row, blocks in zip(states, removed, strict=True):
-        row[list(blocks)] = True
-    return states

@@ -21,6 +21,7 @@ from isingcut.energies.search import Found, Search, Target, greedy_price
 from isingcut.errors import InputError
 from isingcut.files import atomic_file
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import blocks_of
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 from isingcut.options.spellings import parse_effort
@@ -127,7 +128,7 @@ def summary(found: Found, budget: float) -> dict[str, Any]:
         targets[goal.target.label] = {
             "finalists": [
                 {
-                    "removed": np.flatnonzero(known.states[s]).tolist(),
+                    "removed": blocks_of(known.states[s]),
                     "kl": float(known.loss[s]),
                     "samples": found.refinement.rungs[int(known.rung[s])],
                 }

@@ -14,6 +14,7 @@ from isingcut.errors import InfeasibleError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
+from isingcut.ising.states import blocks_of, key_of
 from isingcut.measure.losses import Measurement, measure
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -90,12 +91,12 @@ def random_feasible(
     """
     rng = np.random.default_rng([seed, 0x5EED])
     low, high = problem.cardinality
-    seen = {s.tobytes() for s in besides}
+    seen = {key_of(s) for s in besides}
     states: list[npt.NDArray[np.bool_]] = []
 
     def add(state: npt.NDArray[np.bool_]) -> None:
-        if len(states) < count and state.tobytes() not in seen:
-            seen.add(state.tobytes())
+        if len(states) < count and key_of(state) not in seen:
+            seen.add(key_of(state))
             states.append(state)
 
     for _ in range(200):
@@ -171,7 +172,7 @@ def to_dict(
     energies = energy.energies(found.states)
 
     def row(s: int) -> dict[str, Any]:
-        removed = np.flatnonzero(found.states[s]).tolist()
+        removed = blocks_of(found.states[s])
         return {"removed": removed, "energy": float(energies[s]), **found.losses(s)}
 
     def judged(hamiltonian: Hamiltonian) -> dict[str, Any]:

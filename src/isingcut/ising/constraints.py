@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
+from isingcut.ising.states import Bools, Floats
 
 Sense = Literal["==", "<=", ">="]
 
@@ -33,7 +34,7 @@ class LinearConstraint:
     """
 
     name: str
-    coefficients: NDArray[np.float64]
+    coefficients: Floats
     sense: Sense
     rhs: float
     reason: str = ""
@@ -59,11 +60,11 @@ class LinearConstraint:
         high = np.inf if self.sense == ">=" else self.rhs + self.tolerance
         return low, high
 
-    def satisfied(self, states: ArrayLike) -> NDArray[np.bool_]:
+    def satisfied(self, states: ArrayLike) -> Bools:
         """(S,) whether each state of (S, N) obeys the row."""
         value = np.asarray(states, dtype=np.float64) @ self.coefficients
         low, high = self.interval()
-        result: NDArray[np.bool_] = (value >= low) & (value <= high)
+        result: Bools = (value >= low) & (value <= high)
         return result
 
     def describe(self) -> str:

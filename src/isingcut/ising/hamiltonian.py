@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from isingcut import documents
 from isingcut.errors import InputError
 from isingcut.files import atomic_file
+from isingcut.ising.states import Floats
 from isingcut.tensor_files import read_tensors, tensor_header
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 FORMAT = "isingcut-hamiltonian"
 VERSION = 1
-
-Floats = NDArray[np.float64]
 
 
 class Ising(NamedTuple):

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
 from isingcut.files import read_json, without_infinities, write_json
 from isingcut.ising.problem import Problem
+from isingcut.ising.states import Floats, States, blocks_of, states_of
 
 KIND = "spectrum"
 
@@ -43,8 +44,8 @@ class Spectrum:
         (3, 0.0)
     """
 
-    states: NDArray[np.bool_]
-    energies: NDArray[np.float64]
+    states: States
+    energies: Floats
     proven: bool
     lower_bound: float | None
     solver: str
@@ -98,9 +99,9 @@ class Spectrum:
         return int(self.states.shape[0])
 
     @property
-    def gaps(self) -> NDArray[np.float64]:
+    def gaps(self) -> Floats:
         """(K,) energies above the ground state."""
-        gaps: NDArray[np.float64] = self.energies - self.energies[0]
+        gaps: Floats = self.energies - self.energies[0]
         return gaps
 
     @property
@@ -116,7 +117,7 @@ class Spectrum:
 
     def removed(self, rank: int = 0) -> list[int]:
         """The removed blocks of the state at ``rank``, ascending."""
-        return [int(i) for i in np.flatnonzero(self.states[rank])]
+        return blocks_of(self.states[rank])
 
     def groups(self, tolerance: float = 1e-9) -> list[list[int]]:
         """Ranks grouped into levels: all within ``tolerance`` (absolute) of a level's first."""
@@ -172,11 +173,8 @@ class Spectrum:
             StageFileError: no such file, not one of ours, of a later version, or damaged.
         """
         data = read_json(Path(path), KIND)
-        states = np.zeros((len(data["states"]), data["n"]), dtype=np.bool_)
-        for row, entry in zip(states, data["states"], strict=True):
-            row[entry["removed"]] = True
         return cls(
-            states,
+            states_of(data["n"], (entry["removed"] for entry in data["states"])),
             np.array([entry["energy"] for entry in data["states"]], dtype=np.float64),
             data["proven"],
             data["lower_bound"],

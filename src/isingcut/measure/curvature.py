@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import fingerprint
+from isingcut.ising.states import Floats
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import of_batches
 from isingcut.measure.loss_gradient import loss_gradient
@@ -44,7 +45,6 @@ _ADVICE = (
     "or 'pairwise', which takes none"
 )
 KINDS = ("hessian", "gauss-newton")
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
 from isingcut.files import fingerprint, without_infinities
+from isingcut.ising.states import Floats, States
 from isingcut.measure.pieces import Piece, common_prefix, left
 from isingcut.measure.sharing import Rows
 from isingcut.models.compute.head import OutputHead, Reference, comparison
@@ -28,9 +29,6 @@ from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.progress import Bar, Progress, silent
 
 __all__ = ["Measurement", "Reference", "measure", "standard_error"]
-
-States = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

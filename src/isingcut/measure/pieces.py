@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-States = npt.NDArray[np.bool_]
+from isingcut.ising.states import States
 
 
 @dataclass(frozen=True)

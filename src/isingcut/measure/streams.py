@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
+from isingcut.ising.states import Floats
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-
-Floats = npt.NDArray[np.float64]
 
 
 def boundaries(

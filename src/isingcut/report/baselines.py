@@ -51,7 +51,7 @@ def rivals(files: RunFiles, states: Book) -> list[Rival]:
             f"{b['passes']:.3g}",
             str(b["tokens_searched"]),
             b.get("settings", ()),
-            [group[0] for group in b["merges"]],
+            [group[0] for group in b.get("merges", ())],
             b["violated"],
         )
         for state, b in zip(states.of("baseline"), files.baselines, strict=True)

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from isingcut.ising.hamiltonian import Floats, Hamiltonian
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Floats
 from isingcut.report.rows import plus_minus
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book, KnownState

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from isingcut.ising.hamiltonian import Floats, Hamiltonian
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Floats, states_of
 from isingcut.report.rows import Value
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import listed
@@ -59,10 +58,7 @@ def measured_kl(row: Mapping[str, Any]) -> Value:
 
 def energies_of(energy: Hamiltonian, states: Sequence[Sequence[int]]) -> Floats:
     """(K,) energies of states that are given by their removed blocks."""
-    x = np.zeros((len(states), energy.n), dtype=bool)
-    for row, removed in zip(x, states, strict=True):
-        row[list(removed)] = True
-    return energy.energies(x)
+    return energy.energies(states_of(energy.n, states))
 
 
 @dataclass

@@ -10,10 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from isingcut.errors import InputError
 from isingcut.files import read_json, write_json
+from isingcut.ising.states import states_of
 from isingcut.measure.sharing import forget
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import shown
@@ -24,13 +23,6 @@ from isingcut.runs.session import Session
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from isingcut.baselines.base import Outcome
-    from isingcut.data.tokens import TokenSet
-    from isingcut.measure.losses import Measurement
-    from isingcut.measure.work import Work
-    from isingcut.models.replay import Replay
-
 
 _LARGEST = 1_000_000
 
@@ -84,10 +76,8 @@ def compare(
 
     Returns:
         The file's content: ``removed``; ``kl`` and ``nll`` with standard errors on the ranking
-        split; ``merges``, groups of blocks that were added into their first one, where the
-        method does so, and the losses are then those of the merged model; ``passes`` and
-        ``heads``, the price (see `isingcut.baselines.base.Outcome`); ``violated``, constraints
-        of the run that the method does not know and breaks.
+        split; ``passes`` and ``heads``, the price (see `isingcut.baselines.base.Outcome`);
+        ``violated``, constraints of the run that the method does not know and breaks.
     """
     config = session.config
     part = baseline_part(name, settings)
@@ -106,6 +96,7 @@ def compare(
     }
 
     def make(path: Path) -> None:
+        from isingcut.measure.losses import measure
         from isingcut.measure.work import Work
 
         splits = splits_of(folder)
@@ -113,13 +104,19 @@ def compare(
         with session.computing(folder):
             work = Work(session.tuning.batch_tokens, session.progress, journal)
             outcome = part.choose(session.replay, searched, count, work, config.seed)
-            found = measure_outcome(session.replay, splits["rank"], outcome, work)
+            found = measure(
+                session.replay,
+                splits["rank"],
+                states_of(len(session.replay), [outcome.removed]),
+                batch_tokens=work.batch_tokens,
+                progress=work.progress,
+                description="measuring the choice",
+            )
         content = {
             "baseline": name,
             "options": dataclasses.asdict(part),
             "settings": list(settings),
             "removed": list(outcome.removed),
-            "merges": [list(group) for group in outcome.merges],
             **found.losses(0),
             "passes": outcome.passes,
             "heads": outcome.heads,
@@ -139,37 +136,6 @@ def compare(
     if not folder.processes.rank:
         forget(journal)
     return result
-
-
-def measure_outcome(replay: Replay, tokens: TokenSet, outcome: Outcome, work: Work) -> Measurement:
-    """Losses of what a baseline made of the model, merged where it merges: one state.
-
-    Args:
-        work: how to measure; its journal is left alone.
-    """
-    from isingcut.baselines._merging import measure_merged
-    from isingcut.measure.losses import measure
-
-    description = "measuring the choice"
-    if outcome.merges:
-        return measure_merged(
-            replay,
-            tokens,
-            outcome.merges,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            description=description,
-        )
-    state = np.zeros((1, len(replay)), dtype=bool)
-    state[0, list(outcome.removed)] = True
-    return measure(
-        replay,
-        tokens,
-        state,
-        batch_tokens=work.batch_tokens,
-        progress=work.progress,
-        description=description,
-    )
 
 
 def _count(folder: RunFolder, config: RunConfig) -> int:

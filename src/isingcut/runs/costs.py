@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from isingcut.ising.states import States, states_of
+
 if TYPE_CHECKING:
     from isingcut.runs.probe import Timings
-
-States = npt.NDArray[np.bool_]
 
 # Residual streams that a block holds beside its input: as `streamed.replay` reckons.
 _BLOCK_STREAMS = 64
@@ -114,11 +114,7 @@ def visits(states: States) -> npt.NDArray[np.int64]:
 
 def pairs(n: int) -> States:
     """The single and pair removals of n blocks."""
-    chosen = [(i,) for i in range(n)] + list(combinations(range(n), 2))
-    states = np.zeros((len(chosen), n), dtype=bool)
-    for state, removed in zip(states, chosen, strict=True):
-        state[list(removed)] = True
-    return states
+    return states_of(n, [*combinations(range(n), 1), *combinations(range(n), 2)])
 
 
 def random_states(n: int, remove: int, count: int) -> States:

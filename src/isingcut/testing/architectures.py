@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, VerificationError
+from isingcut.ising.states import blocks_of
 from isingcut.models.architectures import (
     BlockStack,
     cut_model,
@@ -143,7 +144,7 @@ def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int, seed: int)
     for mask in (first & last, last & ~first, first & ~last):
         picks = [*(int(i) for i in np.flatnonzero(mask)[:1]), *picks]
     unique = list(dict.fromkeys(picks))[:wanted]
-    return [[int(i) for i in np.flatnonzero(bits[p])] for p in unique]
+    return [blocks_of(bits[p]) for p in unique]
 
 
 def _same_on_meta(family: str, stack: BlockStack, changes: dict[str, Any]) -> None:

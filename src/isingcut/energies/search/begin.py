@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
-from isingcut.energies.pairwise import indicator
 from isingcut.energies.search import proposals
 from isingcut.energies.search.evaluator import Evaluator, Known
 from isingcut.energies.search.targets import Target
 from isingcut.ising.hamiltonian import Hamiltonian
-
-States = npt.NDArray[np.bool_]
-State = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
+from isingcut.ising.states import Bools, Floats, States, states_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +42,9 @@ def begin(evaluator: Evaluator, passes: float, most_samples: int) -> Begun:
     """
     n = evaluator.blocks
     influence = evaluator.influence(1)
-    singles = indicator(n, [(i,) for i in range(n)])
+    singles = states_of(n, [(i,) for i in range(n)])
     pairs = list(combinations(range(n), 2))
-    every = np.concatenate([singles, indicator(n, pairs)])
+    every = np.concatenate([singles, states_of(n, pairs)])
     affordable = [r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes]
     samples = max(affordable, default=1)
     if evaluator.price(singles, samples) > passes:
@@ -64,10 +59,10 @@ def begin(evaluator: Evaluator, passes: float, most_samples: int) -> Begun:
     h, J = losses(singles), np.zeros((n, n))
     pairs.sort(key=lambda p: h[p[0]] + h[p[1]])
     count = len(pairs)
-    while count and evaluator.price(indicator(n, pairs[:count]), samples) > passes:
+    while count and evaluator.price(states_of(n, pairs[:count]), samples) > passes:
         count = int(count * 0.9)
     if count:
-        states = indicator(n, pairs[:count])
+        states = states_of(n, pairs[:count])
         evaluator.measure(states, samples, f"{count} pair removals")
         for (i, j), loss in zip(pairs, losses(states), strict=False):
             J[i, j] = J[j, i] = loss - h[i] - h[j]
@@ -106,7 +101,7 @@ def beam_over_sizes(
 
 
 def _predicted(
-    evaluator: Evaluator, energy: Hamiltonian, children: States, beam: Sequence[State]
+    evaluator: Evaluator, energy: Hamiltonian, children: States, beam: Sequence[Bools]
 ) -> Floats:
     """Measured loss of the best parent plus the pair energy's cost of one more block."""
     tokens = np.cumsum(evaluator.counts)
@@ -122,7 +117,7 @@ def _predicted(
     return best
 
 
-def _known(evaluator: Evaluator, state: State) -> Known:
+def _known(evaluator: Evaluator, state: Bools) -> Known:
     found = evaluator.get(state)
     assert found is not None
     return found

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.energies.search.evaluator import Evaluator, Known
-
-Floats = npt.NDArray[np.float64]
+from isingcut.ising.states import Floats
 
 PRIOR_SPREAD = 0.06
 """Relative change between rungs before enough states were measured on both."""

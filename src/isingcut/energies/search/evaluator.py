@@ -11,20 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.search.slopes import PASSES, gate_slopes
 from isingcut.files import fingerprint
+from isingcut.ising.states import Bools, Floats, States
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.sharing import Rows
 from isingcut.measure.streams import block_means, influence
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-
-States = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -37,7 +34,7 @@ class Known:
         n: samples measured.
     """
 
-    state: npt.NDArray[np.bool_]
+    state: Bools
     sums: Floats
     n: int = 0
 
@@ -104,13 +101,13 @@ class Evaluator:
         """All states measured so far, in the order they came."""
         return list(self._known.values())
 
-    def get(self, state: npt.NDArray[np.bool_]) -> Known | None:
+    def get(self, state: Bools) -> Known | None:
         """What is known of a state, if anything."""
         return self._known.get(state.tobytes())
 
-    def measure(self, states: States | Sequence[States], n: int, description: str) -> None:
+    def measure(self, states: States | Sequence[Bools], n: int, description: str) -> None:
         """Bring states (S, N) to at least ``n`` samples each."""
-        groups: dict[int, dict[bytes, npt.NDArray[np.bool_]]] = {}
+        groups: dict[int, dict[bytes, Bools]] = {}
         for state in np.asarray(states, dtype=bool).reshape(-1, self.blocks):
             key = state.tobytes()
             have = self._known[key].n if key in self._known else 0
@@ -119,7 +116,7 @@ class Evaluator:
         for have, group in sorted(groups.items()):
             self._extend(list(group.values()), have, n, description)
 
-    def slopes(self, state: npt.NDArray[np.bool_], n: int) -> Floats:
+    def slopes(self, state: Bools, n: int) -> Floats:
         """(N,) slopes of the KL in every gate at ``state``, on the first ``n`` samples."""
         key = f"slopes:{_key(state, 0, n)}"
         row = self._kept.get(key)
@@ -159,9 +156,7 @@ class Evaluator:
         have, n = map(int, key.split(":")[1:])
         return 0 <= have < n <= self.m and row.shape == (n - have,)
 
-    def _extend(
-        self, states: list[npt.NDArray[np.bool_]], have: int, n: int, description: str
-    ) -> None:
+    def _extend(self, states: list[Bools], have: int, n: int, description: str) -> None:
         if self.budget is not None:
             description += f" [{100 * min(1.0, self.passes / self.budget):.0f} % of the effort]"
         part = self.share(have, n)
@@ -196,5 +191,5 @@ class Evaluator:
             entry.n = n
 
 
-def _key(state: npt.NDArray[np.bool_], have: int, n: int) -> str:
+def _key(state: Bools, have: int, n: int) -> str:
     return f"{np.packbits(state).tobytes().hex()}:{have}:{n}"

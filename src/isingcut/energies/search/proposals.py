@@ -7,16 +7,12 @@ import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.energies.search.surrogate import Surrogate
 from isingcut.energies.search.targets import Target
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.solvers import solve
-
-States = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
-State = npt.NDArray[np.bool_]
+from isingcut.ising.states import Bools, Floats, States
 
 EXACT_UP_TO = 40
 """Blocks up to which a proof costs less than tabu search; either finds the minimum."""
@@ -67,7 +63,7 @@ def thompson(
     )
 
 
-def exchanges(state: State, target: Target) -> States:
+def exchanges(state: Bools, target: Target) -> States:
     """Every feasible state one exchange, one removal or one re-insertion away."""
     gone, here = np.flatnonzero(state), np.flatnonzero(~state)
     rows = []
@@ -81,12 +77,12 @@ def exchanges(state: State, target: Target) -> States:
     return found[target.feasible(found)]
 
 
-def flips(state: State) -> States:
+def flips(state: Bools) -> States:
     """(N, N) all states that differ in one block."""
     return np.asarray(state[None] ^ np.eye(len(state), dtype=bool))
 
 
-def by_slope(state: State, surrogate: Surrogate, slopes: Floats, target: Target) -> States:
+def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target) -> States:
     """Exchanges around a state, the most promising first.
 
     What goes is priced by the surrogate, which measured removals inform; what comes back by the
@@ -112,7 +108,7 @@ def by_bound(surrogate: Surrogate, states: States, count: int, width: float = 1.
     return states[np.argsort(bound, kind="stable")[:count]]
 
 
-def grown(states: Iterable[State], target: Target) -> States:
+def grown(states: Iterable[Bools], target: Target) -> States:
     """All states with one more block removed that exceed no row of the target."""
     rows = []
     for state in states:
@@ -126,9 +122,9 @@ def grown(states: Iterable[State], target: Target) -> States:
     return found[target.extendable(found)]
 
 
-def unseen(states: States, seen: Callable[[State], bool], count: int) -> list[State]:
+def unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bools]:
     """The first ``count`` distinct states that were not measured yet."""
-    out: dict[bytes, State] = {}
+    out: dict[bytes, Bools] = {}
     for state in states:
         if len(out) == count:
             break

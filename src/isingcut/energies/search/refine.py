@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.search import proposals
@@ -28,12 +27,9 @@ from isingcut.energies.search.surrogate import Surrogate
 from isingcut.energies.search.targets import Target
 from isingcut.errors import InputError
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Bools, States
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-
-States = npt.NDArray[np.bool_]
-State = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -48,7 +44,7 @@ class Progressed:
     """
 
     target: Target
-    best: State | None = None
+    best: Bools | None = None
     stale: int = 0
     rounds: int = 0
     exhausted: bool = False
@@ -169,13 +165,13 @@ class Refinement:
         target, plan = goal.target, self.plan
         seed = int(self.rng.integers(2**31))
 
-        def seen(state: State) -> bool:
+        def seen(state: Bools) -> bool:
             known = self.evaluator.get(state)
             return known is not None and known.n >= self.rungs[0]
 
         surrogate = self.surrogate(target)
         own = self.estimates(target)
-        picked: list[State] = []
+        picked: list[Bools] = []
 
         def take(states: States, count: int, origin: str) -> None:
             got = {p.tobytes() for p in picked}
@@ -299,5 +295,5 @@ class Refinement:
         )
 
 
-def _stack(states: Sequence[State], n: int) -> States:
+def _stack(states: Sequence[Bools], n: int) -> States:
     return np.array(states, dtype=bool).reshape(-1, n)

@@ -9,23 +9,19 @@ it (docs/experiments.md), and is not used for that.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
+from isingcut.ising.states import Bools, Floats
 from isingcut.measure.gates import gated_block
 from isingcut.models.replay import Recording, Replay
-
-Floats = npt.NDArray[np.float64]
 
 PASSES = 4.0
 """Price in forward passes: the original, the gated model, and a backward pass of twice that."""
 
 
-def gate_slopes(
-    replay: Replay, tokens: TokenSet, state: npt.NDArray[np.bool_], batch_tokens: int
-) -> Floats:
+def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: int) -> Floats:
     """d KL(original || cut) / d alpha of each block's gate, in nats per token: (N,).
 
     Args:
@@ -42,7 +38,7 @@ def gate_slopes(
     return total / tokens.tokens
 
 
-def _batch(replay: Replay, batch: TokenSet, state: npt.NDArray[np.bool_]) -> Floats:
+def _batch(replay: Replay, batch: TokenSet, state: Bools) -> Floats:
     with torch.no_grad():
         recording = replay.record(batch.input_ids)
         original = recording.entered

@@ -17,13 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve
 
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Floats, States
 
-Floats = npt.NDArray[np.float64]
-States = npt.NDArray[np.bool_]
 Fit = tuple[float, "Spread", Floats, tuple[Floats, bool]]
 
 

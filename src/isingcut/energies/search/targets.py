@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.ising.constraints import LinearConstraint, count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
-
-States = npt.NDArray[np.bool_]
+from isingcut.ising.states import Bools, States
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +59,14 @@ class Target:
         """Minimise ``hamiltonian`` over this target's states."""
         return Problem(hamiltonian, self.rows)
 
-    def feasible(self, states: States) -> npt.NDArray[np.bool_]:
+    def feasible(self, states: States) -> Bools:
         """(S,) which of the states (S, N) obey every row."""
         result = np.ones(len(states), dtype=bool)
         for row in self.rows:
             result &= row.satisfied(states)
         return result
 
-    def extendable(self, states: States) -> npt.NDArray[np.bool_]:
+    def extendable(self, states: States) -> Bools:
         """(S,) which states exceed no row yet: those a greedy path may pass through."""
         result = np.ones(len(states), dtype=bool)
         for row in self.rows:
@@ -76,7 +74,7 @@ class Target:
                 result &= states @ row.coefficients <= row.rhs + row.tolerance
         return result
 
-    def near(self, states: States, distance: int) -> npt.NDArray[np.bool_]:
+    def near(self, states: States, distance: int) -> Bools:
         """(S,) which states have a number of removed blocks close to this target's good ones."""
         size = states.sum(1)
         most = min(self.high, self.size + 2)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from isingcut.errors import InputError, MissingExtraError
 from isingcut.inputs import load_json, regular_file
@@ -25,8 +24,7 @@ from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._sampling import drawn, sampler_class
-
-Bools = NDArray[np.bool_]
+from isingcut.ising.states import States
 
 GRACE_SECONDS = 1.0
 """Beyond the limit: for samplers that end at it by themselves, to hand over what they have."""
@@ -52,7 +50,7 @@ def draw_apart(
     *,
     seconds: float | None,
     memory_mb: float,
-) -> tuple[Bools, dict[str, Any]]:
+) -> tuple[States, dict[str, Any]]:
     """`_sampling.drawn` in a process of its own.
 
     Args:
@@ -155,7 +153,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _read_states(file: Path, sampler: str, k: int, n: int) -> Bools:
+def _read_states(file: Path, sampler: str, k: int, n: int) -> States:
     """The states (S, n), S at most 4 k; whatever else is in the file is an error."""
     what = f"the states of {sampler}"
     regular_file(file, what, limit=4 * k * n + 1000)

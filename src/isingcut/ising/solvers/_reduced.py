@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from isingcut.ising.constraints import LinearConstraint, count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem, is_count
-
-Floats = NDArray[np.float64]
+from isingcut.ising.states import Floats, States
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +38,12 @@ class Reduced:
         """Number of free variables V."""
         return int(self.h.shape[0])
 
-    def expand(self, y: NDArray[np.generic]) -> NDArray[np.bool_]:
+    def expand(self, y: NDArray[np.generic]) -> States:
         """States (S, N) of reduced states (S, V)."""
         x = self.base[None] + np.asarray(y, dtype=np.int8) @ self.lift
         return x.astype(np.bool_)
 
-    def shrink(self, states: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    def shrink(self, states: States) -> NDArray[np.uint8]:
         """Reduced states (S, V) of feasible states (S, N)."""
         first = np.argmax(self.lift, axis=1) if self.n else np.zeros(0, dtype=np.int64)
         return np.asarray(states)[:, first].astype(np.uint8)

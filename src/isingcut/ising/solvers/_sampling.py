@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from isingcut.errors import InputError, IsingcutError, MissingExtraError
 from isingcut.ising.problem import Problem
-
-Bools = NDArray[np.bool_]
+from isingcut.ising.states import Bools, Floats, States
 
 
 def sampler_class(name: str) -> Any:
@@ -65,7 +64,7 @@ def is_sampler(found: Any) -> bool:
 
 def drawn(
     small: Problem, k: int, sampler: Any, wanted: dict[str, Any], penalty: float, name: str
-) -> tuple[Bools, dict[str, Any]]:
+) -> tuple[States, dict[str, Any]]:
     """Feasible states (S, V) of one call of a sampler, the lowest first, and facts about it.
 
     A class with ``sample_cqm`` gets the rows, any other the penalty form.
@@ -107,7 +106,7 @@ def drawn(
 
 def _called(
     small: Problem, sampler: Any, wanted: dict[str, Any], penalty: float, name: str
-) -> tuple[dict[str, Any], Bools]:
+) -> tuple[dict[str, Any], States]:
     """What the sampler was not told and the distinct states it returned; all its own code runs
     here."""
     made = sampler() if isinstance(sampler, type) else sampler
@@ -123,7 +122,7 @@ def _called(
     return info, _states(call(bqm, **options), small.n, name)
 
 
-def _states(found: Any, n: int, name: str) -> Bools:
+def _states(found: Any, n: int, name: str) -> States:
     """The distinct states (S, n) of a sample set.
 
     Raises:
@@ -178,11 +177,9 @@ def repair(problem: Problem, state: Bools) -> Bools | None:
     pairs = np.triu_indices(n, 1)
     swaps = flips[pairs[0]] + flips[pairs[1]]
 
-    def violation(states: NDArray[np.int8]) -> NDArray[np.float64]:
+    def violation(states: NDArray[np.int8]) -> Floats:
         value = states @ matrix.T
-        total: NDArray[np.float64] = (np.maximum(low - value, 0) + np.maximum(value - high, 0)).sum(
-            axis=1
-        )
+        total: Floats = (np.maximum(low - value, 0) + np.maximum(value - high, 0)).sum(axis=1)
         return total
 
     left = float(violation(x[None])[0])

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from isingcut.ising.problem import Problem
+from isingcut.ising.states import States
 
 NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
 
@@ -25,7 +23,7 @@ class Solution:
         info: JSON-able facts about the run: nodes, restarts, dropped samples.
     """
 
-    states: NDArray[np.bool_]
+    states: States
     lower_bound: float | None = None
     proven: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._reduced import Reduced, reduce
 from isingcut.ising.solvers._swaps import walk
 from isingcut.ising.solvers.base import Solution
+from isingcut.ising.states import Floats
 
 __all__ = ["Tabu"]
 
@@ -64,7 +65,7 @@ def search(
     seed: int,
     seconds: float | None,
     problem: Problem,
-) -> tuple[NDArray[np.float64], NDArray[np.uint8], int]:
+) -> tuple[Floats, NDArray[np.uint8], int]:
     """The pool (energies without c, reduced states, restarts done) of a tabu search."""
     n = reduced.n
     pool_energies = np.full(k, np.inf)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
+from isingcut.ising.states import Floats, States
 from isingcut.measure.sharing import Rows
 from isingcut.measure.streamed.pace import Pace
 from isingcut.models.compute.head import OutputHead, comparison
@@ -26,8 +27,6 @@ from isingcut.models.streaming.plan import EMBED, HEAD
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.progress import Bar
 
-Floats = npt.NDArray[np.float64]
-Bits = npt.NDArray[np.bool_]
 # Streams of a batch beside those of the states: the original's, what entered the blocks (the
 # recording has it), and the one that a block is just making.
 _OTHERS = 3
@@ -43,7 +42,7 @@ class Task:
 
 
 def streamed_sums(
-    replay: Replay, batches: Sequence[TokenSet], states: Bits, kept: Rows, bar: Bar
+    replay: Replay, batches: Sequence[TokenSet], states: States, kept: Rows, bar: Bar
 ) -> Floats:
     """KL and NLL sums of states, each block read once per chunk of samples and states.
 
@@ -145,7 +144,7 @@ def _next_chunk(replay: StreamedReplay, todo: Sequence[Task], most: int) -> list
 
 
 def _sweep(
-    replay: StreamedReplay, batches: Sequence[TokenSet], states: Bits, bar: Bar
+    replay: StreamedReplay, batches: Sequence[TokenSet], states: States, bar: Bar
 ) -> list[Floats]:
     """For each micro-batch (2, K + 1, B): KL and NLL of K sorted states and of the original."""
     n = len(replay)

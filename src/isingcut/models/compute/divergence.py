@@ -17,13 +17,11 @@ exponential costs less than reading p from memory.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from isingcut.ising.states import Floats
 from isingcut.models.compute.kernels import accumulate, bits, compiled_for, in_threads
-
-Floats = npt.NDArray[np.float64]
 
 
 class RowSums:

@@ -13,15 +13,13 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from isingcut.data.calibration import TokenSet
+from isingcut.ising.states import Floats
 from isingcut.models.compute.divergence import RowSums
 from isingcut.models.replay import Recording, Replay
-
-Floats = npt.NDArray[np.float64]
 
 
 def piece_elements(device: torch.device) -> int:

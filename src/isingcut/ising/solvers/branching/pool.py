@@ -8,6 +8,8 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
+from isingcut.ising.states import Floats
+
 
 class Pool:
     """K best states with a falling threshold.
@@ -29,7 +31,7 @@ class Pool:
         self._known: set[bytes] = set()
         self._lock = threading.Lock()
 
-    def add(self, energies: NDArray[np.float64], states: NDArray[np.uint8]) -> None:
+    def add(self, energies: Floats, states: NDArray[np.uint8]) -> None:
         """Merge states (S, V) with their energies."""
         with self._lock:
             for energy, state in zip(energies.tolist(), states, strict=True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from isingcut.ising.solvers._reduced import Floats, Reduced
+from isingcut.ising.solvers._reduced import Reduced
 from isingcut.ising.solvers.branching.node import Dual, Subproblem, independent, spin_matrix
 from isingcut.ising.solvers.branching.sdp import sdp_bound, split_bounds
+from isingcut.ising.states import Floats
 
 # Tuned on the families of benchmarks/solvers.py.
 SIGMA = 0.01
@@ -21,9 +22,7 @@ GIVE_UP = 0.12
 class Relaxation:
     """Bounds subproblems of one reduced problem; threads share it, each with its own scratch."""
 
-    def __init__(
-        self, rows: Reduced, threshold: NDArray[np.float64], stop: NDArray[np.int64]
-    ) -> None:
+    def __init__(self, rows: Reduced, threshold: Floats, stop: NDArray[np.int64]) -> None:
         self.rows = rows
         self.threshold = threshold
         self.stop = stop

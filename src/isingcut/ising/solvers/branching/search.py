@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import tabu
-from isingcut.ising.solvers._reduced import Floats, Reduced, propagate
+from isingcut.ising.solvers._reduced import Reduced, propagate
 from isingcut.ising.solvers.branching.leaves import Leaves
 from isingcut.ising.solvers.branching.node import Node, Subproblem, spin_matrix
 from isingcut.ising.solvers.branching.pool import Pool
 from isingcut.ising.solvers.branching.relaxation import Relaxation
+from isingcut.ising.states import Floats
 
 
 class Search:

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from isingcut.baselines._merging import Merged, check_mergeable
+from _merging import Merged, check_mergeable
+from isingcut.baselines import registry
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
@@ -34,11 +35,22 @@ from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Replay
 from isingcut.progress import Bar
 
-__all__ = ["SlidingWindowMerging"]
-
+NAME = "sliding-window-merging"
 Groups = tuple[tuple[int, ...], ...]
 FIRST = 0.9
 """The threshold tried first, where the search starts."""
+
+
+@dataclass(frozen=True)
+class MergedOutcome(Outcome):
+    """What a merging baseline made of the model.
+
+    Attributes:
+        merges: groups of blocks whose parameter differences are added into the first of the
+            group; the others of a group are in ``removed``.
+    """
+
+    merges: Groups = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class SlidingWindowMerging:
 
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
-    ) -> Outcome:
+    ) -> MergedOutcome:
         """The merges that leave ``remove`` blocks fewer; ``seed`` has no effect.
 
         Raises:
@@ -106,7 +118,10 @@ class SlidingWindowMerging:
         }
         removed = sorted(i for group in groups for i in group[1:])
         passes = trials.runs / len(replay) * share
-        return Outcome(tuple(removed), passes, 0.0, info, groups)
+        return MergedOutcome(tuple(removed), passes, 0.0, info, groups)
+
+
+registry.register(NAME, SlidingWindowMerging)
 
 
 def _scan(

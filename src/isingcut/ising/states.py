@@ -1,0 +1,36 @@
+"""States, and the array types of the package.
+
+A state is a row (N,) of bools, True where a block is removed. In files, on the command line and
+in messages it is the list of the removed blocks; as a key, of a dictionary or a journal, it is that
+list as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+States = NDArray[np.bool_]
+
+
+def states_of(n: int, removed: Iterable[Iterable[int]]) -> States:
+    """States (S, N) from their removed blocks."""
+    rows = [list(blocks) for blocks in removed]
+    states = np.zeros((len(rows), n), dtype=np.bool_)
+    for state, blocks in zip(states, rows, strict=True):
+        state[blocks] = True
+    return states
+
+
+def blocks_of(state: Bools) -> list[int]:
+    """The removed blocks of one state, ascending."""
+    return [int(i) for i in np.flatnonzero(state)]
+
+
+def key_of(state: Bools) -> str:
+    """The removed blocks of one state as text, for example ``"3,7"``."""
+    return ",".join(map(str, blocks_of(state)))
