@@ -21,7 +21,7 @@ from isingcut.baselines import registry as baselines
 from isingcut.data.calibration import build
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.search import Search
+from isingcut.energies.search import Search, Target
 from isingcut.evaluation.quality import quality_of, sample_sums
 from isingcut.evaluation.scores import prepare_task, score
 from isingcut.files import read_json, write_json
@@ -187,7 +187,8 @@ class Bench:
                 for name in PEERS:
                     outcome = baselines.get(name)().choose(replay, tokens, m, work, o.seed)
                     rows[name] = list(outcome.removed)
-                searched = Search((m,)).run(replay, tokens, work, o.seed)
+                target = Target.count(len(replay), m)
+                searched = Search(replay, tokens, work, [target], seed=o.seed).run()
                 found[str(m)] = {OURS: list(searched.best(m)), **rows}
             return {"from": f"searched on {pool} tokens of wiki", "states": found}
 

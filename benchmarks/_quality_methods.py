@@ -18,12 +18,12 @@ from _quality_rows import choice, ground_states, plain
 from _quality_store import Part, Price
 from _sliding_windows import NAME as MERGING
 from isingcut.baselines import registry as baselines
-from isingcut.baselines._ledger import Ledger
-from isingcut.baselines.base import Outcome
+from isingcut.baselines.base import Outcome, opened
 from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry as energies
+from isingcut.energies.search import Search, Target
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import states_of
+from isingcut.ising.states import blocks_of, states_of
 
 CHEAP: dict[str, tuple[str, dict[str, Any]]] = {
     "block-influence": ("block-influence", {}),
@@ -195,12 +195,12 @@ class Choosing:
             energy = Hamiltonian.load(self.energy_file)
             states = states_of(self.bench.n, ground_states(energy, remove, TOP))
             work = self.bench.work(journal)
-            ledger = Ledger(self.bench.replay, self.tokens, work, "kl")
+            ledger = opened(self.bench.replay, self.tokens, work, "kl")
             best = states[int(np.argmin(ledger.losses(states)))]
             before = self.bench.store.read(self.name("pairwise"))["choices"][0]
             # The original's pass and head were paid for with the energy.
             outcome = Outcome(
-                tuple(int(i) for i in np.flatnonzero(best)),
+                tuple(blocks_of(best)),
                 before["passes"] + ledger.passes - 1,
                 before["heads"] + ledger.heads - 1,
             )
@@ -248,13 +248,13 @@ class Choosing:
         tokens: TokenSet | None = None,
     ) -> dict[str, Any]:
         """A `refined` search of at most ``budget`` passes, as the content of a part."""
-        from isingcut.energies.search import Search
-
         pool = self.wide if tokens is None else tokens
         scale = self.scale if tokens is None else 1.0
-        part = Search(removals=tuple(removals), passes=budget / scale)
-        found = part.run(self.bench.replay, pool, self.bench.work(journal), seed)
-        passes, heads = found.passes * scale, found.heads * scale
+        targets = [Target.count(self.bench.n, m) for m in sorted(removals)]
+        work = self.bench.work(journal)
+        found = Search(self.bench.replay, pool, work, targets, budget / scale, seed).run()
+        paid = found.evaluator.ledger
+        passes, heads = paid.passes * scale, paid.heads * scale
         rows = [
             choice(method, m, seed, Outcome(tuple(found.best(m)), passes, heads)) for m in removals
         ]
@@ -262,10 +262,11 @@ class Choosing:
         more = {
             "budget": budget,
             "samples": pool.samples,
-            "evaluations": found.evaluations,
+            "evaluations": len(found.evaluator.known),
             "trace": plain(trace),
         }
-        return self._content(method, part, rows, more)
+        asked = {"removals": sorted(removals), "passes": budget / scale}
+        return self._content(method, asked, rows, more)
 
     # prices -------------------------------------------------------------------------------
 
@@ -304,7 +305,7 @@ class Choosing:
         return {
             "method": method,
             "text": self.text,
-            "options": plain(dataclasses.asdict(part)),
+            "options": plain(part if isinstance(part, dict) else dataclasses.asdict(part)),
             "pool_tokens": int(self.tokens.mask.sum()),
             "choices": rows,
             "more": plain(more or {}),

@@ -28,8 +28,7 @@ from isingcut.baselines import registry
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.files import fingerprint
-from isingcut.measure.sharing import Rows
+from isingcut.measure.ledger import Ledger
 from isingcut.measure.work import Work
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Replay
@@ -117,7 +116,7 @@ class SlidingWindowMerging:
             "passes_if_threshold_known": alone,
         }
         removed = sorted(i for group in groups for i in group[1:])
-        passes = trials.runs / len(replay) * share
+        passes = trials.ledger.passes * share
         return MergedOutcome(tuple(removed), passes, 0.0, info, groups)
 
 
@@ -171,30 +170,18 @@ class _Trials:
 
     Attributes:
         known: mean cosine of the final hidden states with the original's, by groups.
-        runs: block evaluations per token so far: the original's, then of each merged model those
-            from its first merged block on.
+        ledger: what was paid: the original's blocks, then of each merged model those from its
+            first merged block on.
         asked: the same of all that was asked for, known or not; for the caller to reset.
     """
 
     def __init__(self, replay: Replay, tokens: TokenSet, work: Work) -> None:
         self._replay, self._tokens, self._work = replay, tokens, work
-        identity = {
-            **replay.identity(),
-            "measured": "cosine of final hidden states, merged windows",
-            "tokens": tokens.input_ids.tolist(),
-            "mask": tokens.mask.tolist(),
-            "batch_tokens": work.batch_tokens,
-        }
-        self._kept = Rows(
-            work.journal,
-            fingerprint(identity),
-            lambda key, row: row.shape == (1,),
-            replay.processes,
-        )
+        self.ledger = Ledger(replay, tokens, work)
+        self.ledger.pay("original", len(replay), 0.0)
         self._head = OutputHead(replay)
         self._originals: list[_Original] = []
         self.known: dict[Groups, float] = {}
-        self.runs = float(len(replay))
         self.asked = 0
 
     def similarity(self, groups: Groups) -> float:
@@ -202,11 +189,8 @@ class _Trials:
         kept = len(self._replay) - groups[-1][0] - sum(len(group) - 1 for group in groups)
         self.asked += kept
         if groups not in self.known:
-            self.runs += kept
-            row = self._kept.get(str(groups))
-            if row is None:
-                row = np.array([self._measure(groups)])
-                self._kept.put(str(groups), row)
+            key = f"merged:{groups}"
+            row = self.ledger.once(key, 1, kept, 0.0, lambda: np.array([self._measure(groups)]))
             self.known[groups] = float(row[0])
         return self.known[groups]
 

@@ -108,7 +108,7 @@ def second(place, kind, family="llama"):
 def searched(place):
     evaluator = Evaluator(place.replay(), samples(), Work(32), seed=0)
     evaluator.measure(states(), 3, "measuring")
-    known = [k.sums[:3] for k in evaluator.known()]
+    known = [k.sums[:3] for k in evaluator.known.values()]
     return np.concatenate([*known, evaluator.slopes(states()[0], 3), evaluator.influence(2)])
 
 

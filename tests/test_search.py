@@ -9,15 +9,15 @@ import torch
 
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import Refined
-from isingcut.energies.search import Plan, Search, Target, greedy_price, proposals
+from isingcut.energies.search import Search, Target, greedy_price, plan, proposals
 from isingcut.energies.search.estimates import Estimates
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.slopes import gate_slopes
-from isingcut.energies.search.surrogate import Surrogate
+from isingcut.energies.search.surrogate import SLOPE, Surrogate
 from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import states_of
+from isingcut.ising.states import key_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.work import Work
@@ -46,6 +46,10 @@ def all_states(n: int, m: int) -> np.ndarray:
     return states_of(n, list(combinations(range(n), m)))
 
 
+def counts(*removals: int) -> list[Target]:
+    return [Target.count(N, m) for m in removals]
+
+
 def random_energy(n: int, seed: int) -> Hamiltonian:
     rng = np.random.default_rng(seed)
     return Hamiltonian.from_quadratic(rng.random((n, n)))
@@ -61,9 +65,9 @@ def test_evaluator_equals_measuring_at_once(replay: Replay, tokens: TokenSet) ->
     evaluator.measure(states, 5, "more")
     evaluator.measure(states, tokens.samples, "all")
     direct = measure(replay, tokens, states).kl_sums[:, evaluator.order]
-    found = np.array([evaluator.get(s).sums for s in states])  # type: ignore[union-attr]
+    found = np.array([evaluator.known[key_of(s)].sums for s in states])
     np.testing.assert_allclose(found, direct, atol=1e-5)
-    assert evaluator.evaluations == len(states)
+    assert len(evaluator.known) == len(states)
 
 
 def test_evaluator_pays_for_each_sample_once(replay: Replay, tokens: TokenSet) -> None:
@@ -71,12 +75,12 @@ def test_evaluator_pays_for_each_sample_once(replay: Replay, tokens: TokenSet) -
     states = all_states(N, 2)[:5]
     evaluator.measure(states, 3, "few")
     evaluator.measure(states, 3, "again")
-    part = evaluator.share(0, 3)
-    assert Evaluator(replay, tokens, WORK, seed=0).price(states, 3) == evaluator.passes
-    assert evaluator.passes == pytest.approx((N + tree_nodes(states)) * part / N)
-    assert evaluator.heads == pytest.approx((1 + len(states)) * part)
+    part, paid = evaluator.ledger.share(range(3)), evaluator.ledger
+    assert Evaluator(replay, tokens, WORK, seed=0).price(states, 3) == paid.passes
+    assert paid.passes == pytest.approx((N + tree_nodes(states)) * part / N)
+    assert paid.heads == pytest.approx((1 + len(states)) * part)
     evaluator.measure(states, tokens.samples, "all")
-    assert evaluator.passes == pytest.approx((N + tree_nodes(states)) / N)
+    assert paid.passes == pytest.approx((N + tree_nodes(states)) / N)
 
 
 def test_evaluator_resumes_from_its_journal(
@@ -86,11 +90,11 @@ def test_evaluator_resumes_from_its_journal(
     first = Evaluator(replay, tokens, work, seed=0)
     first.measure(all_states(N, 2), 4, "pairs")
     again = Evaluator(replay, tokens, work, seed=0)
-    monkeypatch.setattr("isingcut.energies.search.evaluator.measure", None)
+    monkeypatch.setattr("isingcut.measure.ledger.measure", None)
     again.measure(all_states(N, 2), 4, "pairs")
-    for a, b in zip(first.known(), again.known(), strict=True):
+    for a, b in zip(first.known.values(), again.known.values(), strict=True):
         np.testing.assert_array_equal(a.sums, b.sums)
-    assert first.passes == again.passes
+    assert first.ledger.passes == again.ledger.passes
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_evaluator_resumes_from_its_journal(
 def test_rungs_begin_with_few_tokens_whatever_the_text_holds(
     samples: int, tokens: int, rungs: list[int]
 ) -> None:
-    assert Plan().rungs(samples, tokens) == rungs
+    assert plan.rungs(samples, tokens) == rungs
 
 
 def test_a_budget_target_is_searched_where_it_is_met(replay: Replay, tokens: TokenSet) -> None:
@@ -117,13 +121,11 @@ def test_a_budget_target_is_searched_where_it_is_met(replay: Replay, tokens: Tok
     assert (target.low, target.size, target.high) == (2, 3, N)
     assert target.near(all_states(N, 5)[:1], 0)[0]
     assert not target.near(all_states(N, 6)[:1], 0)[0]
-    found = Search((), passes=30.0).run(replay, tokens, WORK, targets=[target])
-    measured = np.array([k.state for k in found.refinement.evaluator.known()])
+    found = Search(replay, tokens, WORK, [target], 30.0).run()
+    measured = np.array([k.state for k in found.evaluator.known.values()])
     assert row.satisfied(measured).any()
     # No path goes on once the budget is met, so nothing without a last needed block was grown.
-    climbed = [
-        k for k in measured if k.sum() > 2 and found.refinement.origins.get(k.tobytes()) is None
-    ]
+    climbed = [k for k in measured if k.sum() > 2 and key_of(k) not in found._origins]
     assert climbed
     assert all(((weights[s].sum() - weights[s]) < 4.0).any() for s in climbed)
     best = np.zeros(N, dtype=bool)
@@ -180,7 +182,7 @@ def test_surrogate_mean_is_the_gaussian_posterior() -> None:
         return np.hstack([np.ones((len(x), 1)), energy, x, pair]).astype(float)
 
     spread, scale = found.spread, found._scale
-    sd = [scale, spread.slope * found._b]
+    sd = [scale, SLOPE * found._b]
     sd += [scale * spread.own] * n + [scale * spread.pair] * len(pairs)
     phi = features(states)
     precision = np.diag(1 / np.square(sd)) + phi.T @ (phi / found._sd[:, None] ** 2)
@@ -201,7 +203,7 @@ def test_surrogate_samples_have_the_posterior_moments() -> None:
     found = Surrogate(prior, states, losses, np.full(7, 0.02))
     rng = np.random.default_rng(0)
     every = all_states(n, 2)
-    draws = np.array([found.sample(rng).energies(every) for _ in range(3000)])
+    draws = np.array([found.sample(rng, 1.0).energies(every) for _ in range(3000)])
     sd = found.deviation(every)
     assert np.abs((draws.mean(0) - found.mean.energies(every)) / sd).max() < 0.1
     np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
@@ -236,7 +238,7 @@ def test_estimates_carry_few_samples_over_to_all(replay: Replay, tokens: TokenSe
     states = all_states(N, 3)[:12]
     evaluator.measure(states, 2, "few")
     evaluator.measure(states[:6], tokens.samples, "all")
-    found = Estimates(evaluator, evaluator.known(), [2, tokens.samples])
+    found = Estimates(evaluator, list(evaluator.known.values()), [2, tokens.samples])
     full = measure(replay, tokens, states).kl
     np.testing.assert_allclose(found.loss[:6], full[:6], rtol=1e-5)
     assert (found.sd[:6] == 0).all()
@@ -249,20 +251,23 @@ def test_estimates_carry_few_samples_over_to_all(replay: Replay, tokens: TokenSe
 # the search ---------------------------------------------------------------------------------
 
 
-def test_search_finds_the_best_state_of_all(replay: Replay, tokens: TokenSet) -> None:
-    found = Search((2, 3, 4), passes=25.0, plan=Plan(patience=4)).run(replay, tokens, WORK)
+def test_search_finds_the_best_state_of_all(
+    replay: Replay, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "PATIENCE", 4)
+    found = Search(replay, tokens, WORK, counts(2, 3, 4), 25.0).run()
     for m in (2, 3, 4):
         states = all_states(N, m)
         kl = measure(replay, tokens, states).kl
         state = states_of(N, [found.best(m)])[0]
         mine = kl[(states == state).all(1).argmax()]
         assert (kl < mine - 1e-6).sum() == 0, m
-    assert found.passes <= 25.0
+    assert found.evaluator.ledger.passes <= 25.0
 
 
 def test_search_with_enough_budget_measures_every_state(replay: Replay, tokens: TokenSet) -> None:
-    found = Search((2,), passes=100.0).run(replay, tokens, WORK)
-    assert found.refinement.goals[0].exhausted
+    found = Search(replay, tokens, WORK, counts(2), 100.0).run()
+    assert found.goals[0].exhausted
     kl = measure(replay, tokens, all_states(N, 2)).kl
     assert found.best(2) == tuple(np.flatnonzero(all_states(N, 2)[np.argmin(kl)]))
 
@@ -272,35 +277,37 @@ def test_search_with_enough_budget_measures_every_state(replay: Replay, tokens: 
 def test_search_keeps_to_a_small_budget(
     replay: Replay, tokens: TokenSet, passes: float, removals: tuple[int, ...]
 ) -> None:
-    found = Search(removals, passes=passes).run(replay, tokens, WORK)
+    found = Search(replay, tokens, WORK, counts(*removals), passes).run()
     assert [len(found.best(m)) for m in removals] == list(removals)
-    assert 0.5 * passes <= found.passes <= passes
+    assert 0.5 * passes <= found.evaluator.ledger.passes <= passes
 
 
 def test_a_budget_below_any_search_still_gives_a_state(replay: Replay, tokens: TokenSet) -> None:
-    search = Search((4,), passes=0.01).run(replay, tokens, WORK)
-    first = search.refinement.rungs[0]
+    search = Search(replay, tokens, WORK, counts(4), 0.01).run()
     assert len(search.best(4)) == 4
-    assert [k.n for k in search.refinement.evaluator.known()] == [first]
+    assert [k.n for k in search.evaluator.known.values()] == [search.rungs[0]]
 
 
 def test_search_is_deterministic_and_resumes(
     replay: Replay, tokens: TokenSet, tmp_path: Path
 ) -> None:
-    search = Search((3, 4), passes=10.0)
-    plain = search.run(replay, tokens, WORK, seed=1)
     journal = tmp_path / "journal"
-    search.run(replay, tokens, Work(64, journal=journal), seed=1)
+
+    def search(work: Work) -> Search:
+        return Search(replay, tokens, work, counts(3, 4), 10.0, seed=1).run()
+
+    plain = search(WORK)
+    search(Work(64, journal=journal))
     lines = journal.read_bytes().split(b"\n")
     journal.write_bytes(b"\n".join(lines[: len(lines) // 2]) + b"\n")
-    resumed = search.run(replay, tokens, Work(64, journal=journal), seed=1)
+    resumed = search(Work(64, journal=journal))
     assert resumed.trace == plain.trace
-    assert resumed.passes == plain.passes
+    assert resumed.evaluator.ledger.passes == plain.evaluator.ledger.passes
 
 
 def test_search_obeys_constraints(replay: Replay, tokens: TokenSet) -> None:
     target = Target.of("3 but 0", [count(N, 3), *keep(N, [0, 7])], N)
-    found = Search((), passes=8.0).run(replay, tokens, WORK, targets=[target])
+    found = Search(replay, tokens, WORK, [target], 8.0).run()
     assert not {0, 7} & set(found.best("3 but 0"))
     with pytest.raises(InputError, match="not for"):
         found.best(5)
@@ -308,11 +315,11 @@ def test_search_obeys_constraints(replay: Replay, tokens: TokenSet) -> None:
 
 def test_search_refuses_impossible_removals(replay: Replay, tokens: TokenSet) -> None:
     with pytest.raises(InputError, match="expected 1 to 7"):
-        Search((8,)).run(replay, tokens, WORK)
+        counts(8)
     with pytest.raises(InputError, match="at least one"):
-        Search(()).run(replay, tokens, WORK)
+        Search(replay, tokens, WORK, [])
     with pytest.raises(InputError, match="at least 2 calibration samples"):
-        Search((3,)).run(replay, tokens.select([0]), WORK)
+        Search(replay, tokens.select([0]), WORK, counts(3))
 
 
 def test_greedy_price_counts_a_greedy_path() -> None:

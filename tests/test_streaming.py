@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isingcut.energies.search import Plan, Search
+from isingcut.energies.search import Search, Target
 from isingcut.energies.search.slopes import gate_slopes
 from isingcut.errors import ArchitectureError
 from isingcut.measure.curvature import gate_curvature
@@ -92,14 +92,15 @@ def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path, mo
     np.testing.assert_allclose(gate_slopes(parts, tokens, state, 16), expected, atol=1e-6)
 
 
-def test_a_streamed_search_finds_what_one_in_memory_finds(llama):
-    plan = Plan(first_share=0.4)
+def test_a_streamed_search_finds_what_one_in_memory_finds(llama, monkeypatch):
+    monkeypatch.setattr("isingcut.energies.search.plan.FIRST_SHARE", 0.4)
     found = [
-        Search((2,), passes=30.0, plan=plan).run(replay, samples(), Work(batch_tokens=16))
+        Search(replay, samples(), Work(16), [Target.count(len(replay), 2)], 30.0).run()
         for replay in (in_memory(llama), streamed(llama))
     ]
     assert found[0].best(2) == found[1].best(2)
-    assert found[0].passes == pytest.approx(found[1].passes)
+    passes = [search.evaluator.ledger.passes for search in found]
+    assert passes[0] == pytest.approx(passes[1])
     assert [t["removed"] for t in found[0].trace] == [t["removed"] for t in found[1].trace]
 
 

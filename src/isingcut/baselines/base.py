@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
+from isingcut.measure.ledger import Ledger
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -40,6 +41,19 @@ class Baseline(Protocol):
     ) -> Outcome:
         """``remove`` blocks of the replayed model, deterministic for a seed."""
         ...
+
+
+def opened(replay: Replay, tokens: TokenSet, work: Work, loss: str) -> Ledger:
+    """A ledger on which the original's own pass is paid for.
+
+    The KL needs its distribution, and every state its hidden states up to the first removed block.
+
+    Raises:
+        InputError: a loss that is neither ``"kl"`` nor ``"nll"``.
+    """
+    ledger = Ledger(replay, tokens, work, loss)
+    ledger.pay("original", len(replay), 1.0 if loss == "kl" else 0.0)
+    return ledger
 
 
 def check_count(replay: Replay, remove: int, *, kept: int = 0) -> None:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isingcut.baselines._ledger import Ledger
-from isingcut.baselines.base import Outcome, check_count
+from isingcut.baselines.base import Outcome, check_count, opened
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
-from isingcut.ising.states import Bools, States
+from isingcut.ising.states import Bools, States, blocks_of, key_of
+from isingcut.measure.ledger import Ledger
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -63,7 +63,7 @@ class Evopress:
         self._check()
         n = len(replay)
         rng = np.random.default_rng([seed, 0xE0])
-        ledger = Ledger(replay, tokens, work, self.loss)
+        ledger = opened(replay, tokens, work, self.loss)
         generations = self.generations
         if generations is None:
             generations = max(1, int(remove * (n - remove) / 1.5))
@@ -91,7 +91,7 @@ class Evopress:
             "evaluations": ledger.evaluations,
             "loss": self.loss,
         }
-        removed = tuple(int(i) for i in np.flatnonzero(parent))
+        removed = tuple(blocks_of(parent))
         return Outcome(removed, ledger.passes, ledger.heads, info)
 
     def _check(self) -> None:
@@ -130,7 +130,7 @@ def _random_states(rng: np.random.Generator, n: int, remove: int, count: int) ->
 def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
     """Up to ``count`` distinct children, each one to three exchanges away from the parent."""
     gone, here = np.flatnonzero(parent), np.flatnonzero(~parent)
-    found: dict[bytes, Bools] = {}
+    found: dict[str, Bools] = {}
     # Small stacks have fewer children than asked for: stop drawing then.
     for _ in range(10 * count):
         if len(found) == count:
@@ -139,5 +139,5 @@ def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
         child = parent.copy()
         child[rng.choice(gone, swaps, replace=False)] = False
         child[rng.choice(here, swaps, replace=False)] = True
-        found[child.tobytes()] = child
+        found[key_of(child)] = child
     return np.array(list(found.values()))

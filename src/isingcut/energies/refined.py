@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from isingcut.data.calibration import TokenSet
-from isingcut.energies.search import Found, Search, Target, greedy_price
+from isingcut.energies.search import Search, Target, greedy_price
 from isingcut.errors import InputError
 from isingcut.files import atomic_file
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -61,8 +61,8 @@ class Refined:
                 "--budget, or use --energy pairwise, which answers every removal"
             )
         passes = self.passes(replay, tokens, work)
-        found = Search((), passes).run(replay, tokens, work, self.seed, self.targets)
-        energy = found.refinement.energy()
+        search = Search(replay, tokens, work, self.targets, passes, self.seed).run()
+        energy = search.energy()
         return Hamiltonian(
             energy.h,
             energy.J,
@@ -73,7 +73,7 @@ class Refined:
                 "loss": "KL(original || cut)",
                 "samples": tokens.samples,
                 "tokens": tokens.tokens,
-                "search": summary(found, passes),
+                "search": summary(search),
             },
         )
 
@@ -117,11 +117,11 @@ def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:
     return min(taken) * int(tokens.mask.sum()) / int(batch.mask.sum())
 
 
-def summary(found: Found, budget: float) -> dict[str, Any]:
+def summary(search: Search) -> dict[str, Any]:
     """What a search found, JSON-able: the price, and each target's finalists and trace."""
     targets: dict[str, Any] = {}
-    for goal in found.refinement.goals:
-        known = found.refinement.estimates(goal.target)
+    for goal in search.goals:
+        known = search.estimates(goal.target)
         assert known is not None
         # The states measured on most samples first: they are the ones to trust.
         order = np.lexsort((known.loss, -known.rung))[:KEPT]
@@ -130,18 +130,19 @@ def summary(found: Found, budget: float) -> dict[str, Any]:
                 {
                     "removed": blocks_of(known.states[s]),
                     "kl": float(known.loss[s]),
-                    "samples": found.refinement.rungs[int(known.rung[s])],
+                    "samples": search.rungs[int(known.rung[s])],
                 }
                 for s in order
             ],
             "states": len(known.states),
             "all_states": goal.exhausted,
-            "trace": [t for t in found.trace if t["remove"] == goal.target.label],
+            "trace": [t for t in search.trace if t["remove"] == goal.target.label],
         }
+    paid = search.evaluator.ledger
     return {
-        "budget_passes": budget,
-        "passes": found.passes,
-        "heads": found.heads,
-        "evaluations": found.evaluations,
+        "budget_passes": search.budget,
+        "passes": paid.passes,
+        "heads": paid.heads,
+        "evaluations": len(search.evaluator.known),
         "targets": targets,
     }

@@ -34,7 +34,7 @@ class Estimates:
     """
 
     def __init__(self, evaluator: Evaluator, known: Sequence[Known], rungs: Sequence[int]) -> None:
-        cumulative = np.cumsum(evaluator.counts)
+        cumulative = np.cumsum(evaluator.ledger.counts)
         n = np.array([k.n for k in known])
         sums = np.array([np.nancumsum(k.sums) for k in known]).reshape(len(known), evaluator.m)
         self.states = np.array([k.state for k in known], dtype=bool)

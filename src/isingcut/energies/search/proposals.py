@@ -12,7 +12,7 @@ from isingcut.energies.search.surrogate import Surrogate
 from isingcut.energies.search.targets import Target
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.solvers import solve
-from isingcut.ising.states import Bools, Floats, States
+from isingcut.ising.states import Bools, Floats, States, key_of, states_of
 
 EXACT_UP_TO = 40
 """Blocks up to which a proof costs less than tabu search; either finds the minimum."""
@@ -33,28 +33,20 @@ def every(target: Target, n: int) -> States | None:
     """All states of a target, or None where there are more than `FEW`."""
     if target.low != target.high or math.comb(n, target.low) > FEW:
         return None
-    chosen = list(itertools.combinations(range(n), target.low))
-    states = np.zeros((len(chosen), n), dtype=bool)
-    states[np.arange(len(chosen))[:, None], np.array(chosen)] = True
+    states = states_of(n, itertools.combinations(range(n), target.low))
     return states[target.feasible(states)]
 
 
 def windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
     """The ``count`` runs of neighbouring blocks that a Hamiltonian likes best."""
     n, size = hamiltonian.n, target.low
-    states = np.zeros((n - size + 1, n), dtype=bool)
-    for start, state in enumerate(states):
-        state[start : start + size] = True
+    states = states_of(n, (range(start, start + size) for start in range(n - size + 1)))
     states = states[target.feasible(states)]
     return states[np.argsort(hamiltonian.energies(states), kind="stable")[:count]]
 
 
 def thompson(
-    surrogate: Surrogate,
-    target: Target,
-    count: int,
-    rng: np.random.Generator,
-    heat: float = 1.0,
+    surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator, heat: float
 ) -> States:
     """Ground states of ``count`` Hamiltonians drawn from the posterior."""
     seeds = rng.integers(2**31, size=count)
@@ -65,15 +57,10 @@ def thompson(
 
 def exchanges(state: Bools, target: Target) -> States:
     """Every feasible state one exchange, one removal or one re-insertion away."""
+    single = np.eye(len(state), dtype=bool)
     gone, here = np.flatnonzero(state), np.flatnonzero(~state)
-    rows = []
-    for r in gone:
-        for k in here:
-            swapped = state.copy()
-            swapped[r], swapped[k] = False, True
-            rows.append(swapped)
-    rows += list(flips(state))
-    found = np.array(rows, dtype=bool).reshape(-1, len(state))
+    pairs = (single[gone][:, None] | single[here][None]).reshape(-1, len(state))
+    found = np.concatenate([state ^ pairs, flips(state)])
     return found[target.feasible(found)]
 
 
@@ -92,42 +79,32 @@ def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target)
         slopes: (N,) slopes of the loss in the gates at ``state``.
     """
     moves = exchanges(state, target)
-    if not len(moves):
-        return moves
-    gone = moves & ~state
-    removal = surrogate.mean.energies(state | gone)
+    removal = surrogate.mean.energies(state | moves)
     gain = ((state & ~moves) * slopes).sum(1)
     return moves[np.argsort(removal + gain, kind="stable")]
 
 
-def by_bound(surrogate: Surrogate, states: States, count: int, width: float = 1.0) -> States:
-    """The ``count`` states of lowest posterior mean minus ``width`` standard deviations."""
-    if not len(states):
-        return states
-    bound = surrogate.mean.energies(states) - width * surrogate.deviation(states)
-    return states[np.argsort(bound, kind="stable")[:count]]
+def by_bound(surrogate: Surrogate, states: States) -> States:
+    """States by their posterior mean minus one standard deviation, the lowest first."""
+    bound = surrogate.mean.energies(states) - surrogate.deviation(states)
+    return states[np.argsort(bound, kind="stable")]
 
 
 def grown(states: Iterable[Bools], target: Target) -> States:
     """All states with one more block removed that exceed no row of the target."""
-    rows = []
-    for state in states:
-        for k in np.flatnonzero(~state):
-            child = state.copy()
-            child[k] = True
-            rows.append(child)
-    if not rows:
+    found = [flips(state)[~state] for state in states]
+    if not found:
         return np.zeros((0, 0), dtype=bool)
-    found = np.unique(np.array(rows, dtype=bool), axis=0)
-    return found[target.extendable(found)]
+    children = np.unique(np.concatenate(found), axis=0)
+    return children[target.extendable(children)]
 
 
 def unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bools]:
     """The first ``count`` distinct states that were not measured yet."""
-    out: dict[bytes, Bools] = {}
+    out: dict[str, Bools] = {}
     for state in states:
         if len(out) == count:
             break
         if not seen(state):
-            out.setdefault(state.tobytes(), state)
+            out.setdefault(key_of(state), state)
     return list(out.values())

@@ -14,7 +14,7 @@ arXiv 1806.08838; the informed prior and the noise that grows with the loss are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -22,25 +22,24 @@ from scipy.linalg import cho_factor, cho_solve
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats, States
 
-Fit = tuple[float, "Spread", Floats, tuple[Floats, bool]]
 
-
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Prior standard deviations, in units of the measured losses' own spread.
 
     Attributes:
         own: of a correction to an own term.
         pair: of a correction to a coupling.
-        slope: of the factor b of the pair energy, around the fitted one.
     """
 
     own: float
     pair: float
-    slope: float = 0.3
 
 
 GRID = tuple(Spread(own, pair) for own in (0.1, 0.3, 1.0) for pair in (0.06, 0.2, 0.6))
+SLOPE = 0.3
+"""Prior standard deviation of the factor b, as a share of the fitted one."""
+FLOOR = 0.1
+"""Model error of the quadratic form, as a share of a loss's height over the best of its size."""
 
 
 class Surrogate:
@@ -51,52 +50,44 @@ class Surrogate:
         states: (T, N) measured states.
         losses: (T,) their losses, nats per token.
         noise: (T,) standard deviations of the measurements, nats per token.
-        floor: model error of the quadratic form, as a share of a loss's height over the best of
-            its size.
+
+    Attributes:
+        spread: the prior of most evidence among `GRID`.
+        mean: the posterior mean.
     """
 
-    def __init__(
-        self,
-        prior: Hamiltonian,
-        states: States,
-        losses: Floats,
-        noise: Floats,
-        floor: float = 0.1,
-    ) -> None:
+    def __init__(self, prior: Hamiltonian, states: States, losses: Floats, noise: Floats) -> None:
         self._prior = prior
         self._x = np.asarray(states, dtype=np.float64)
-        energy = prior.energies(states)
+        self._energy = prior.energies(states)
         size = np.asarray(states).sum(1)
         best = np.array([losses[size == k].min() for k in size])
         # A quadratic form cannot follow losses over two decades; where they are high, it need
         # not. The error allowed grows with the height over the best state.
-        sd = np.sqrt(noise**2 + (floor * (losses - best)) ** 2 + (0.01 * best) ** 2)
-        weight = 1 / sd**2
-        self._a, self._b = _line(energy, losses, weight)
-        self._y = losses - self._a - self._b * energy
-        self._energy, self._sd = energy, sd
+        self._sd = np.sqrt(noise**2 + (FLOOR * (losses - best)) ** 2 + (0.01 * best) ** 2)
+        self._a, self._b = _line(self._energy, losses, 1 / self._sd**2)
+        self._y = losses - self._a - self._b * self._energy
         order = np.argsort(losses - best, kind="stable")[: max(8, len(losses) // 4)]
-        scale = float(np.std(losses[order] - best[order])) + 0.01 * float(losses.min())
-        fits = [self._fit(s, scale) for s in GRID]
-        self.evidence, self.spread, self._kernel, self._factor = max(fits, key=lambda f: f[0])
-        self._scale = scale
+        self._scale = float(np.std(losses[order] - best[order])) + 0.01 * float(losses.min())
+        fits = [(spread, *self._fit(spread)) for spread in GRID]
+        self.spread, _, self._factor = max(fits, key=lambda fit: fit[1])
         self.mean = self._hamiltonian(self._y)
 
-    def _fit(
-        self, spread: Spread, scale: float
-    ) -> tuple[float, Spread, Floats, tuple[Floats, bool]]:
-        kernel = self._gram(spread, scale)
+    def _fit(self, spread: Spread) -> tuple[float, tuple[Floats, bool]]:
+        """Log evidence of the measurements, and the Cholesky factor of their covariance."""
+        e = self._energy - self._energy.mean()
+        kernel = self._covariance(self._x @ self._x.T, spread)
+        kernel = kernel + (SLOPE * self._b) ** 2 * np.outer(e, e)
         factor = cho_factor(kernel + np.diag(self._sd**2), lower=True)
         fit = self._y @ cho_solve(factor, self._y)
         logdet = 2 * np.log(np.diagonal(factor[0])).sum()
-        return float(-(fit + logdet) / 2), spread, kernel, factor
+        return float(-(fit + logdet) / 2), factor
 
-    def _gram(self, spread: Spread, scale: float) -> Floats:
-        inner = self._x @ self._x.T
-        e = self._energy - self._energy.mean()
-        return scale**2 * (
-            1.0 + spread.own**2 * inner + spread.pair**2 * (inner**2 - inner) / 2
-        ) + (spread.slope * self._b) ** 2 * np.outer(e, e)
+    def _covariance(self, inner: Floats, spread: Spread) -> Floats:
+        """Prior covariance of two states' losses, but for b, by the blocks they share."""
+        pairs = (inner**2 - inner) / 2
+        result: Floats = self._scale**2 * (1.0 + spread.own**2 * inner + spread.pair**2 * pairs)
+        return result
 
     def _hamiltonian(
         self, y: Floats, extra: tuple[float, Floats, Floats, float] | None = None
@@ -105,7 +96,7 @@ class Surrogate:
         alpha = cho_solve(self._factor, y)
         s, scale = self.spread, self._scale
         e = self._energy - self._energy.mean()
-        slope = (s.slope * self._b) ** 2 * float(e @ alpha)
+        slope = (SLOPE * self._b) ** 2 * float(e @ alpha)
         u = (scale * s.own) ** 2 * (self._x.T @ alpha)
         v = (scale * s.pair) ** 2 * (self._x.T * alpha) @ self._x
         a = scale**2 * float(alpha.sum())
@@ -121,7 +112,7 @@ class Surrogate:
             unit="nats/token",
         )
 
-    def sample(self, rng: np.random.Generator, heat: float = 1.0) -> Hamiltonian:
+    def sample(self, rng: np.random.Generator, heat: float) -> Hamiltonian:
         """One Hamiltonian drawn from the posterior (Matheron's rule).
 
         Args:
@@ -133,7 +124,7 @@ class Surrogate:
         u: Floats = scale * s.own * rng.standard_normal((n,))
         upper: Floats = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
         v: Floats = upper + upper.T
-        slope = s.slope * self._b * float(rng.standard_normal())
+        slope = SLOPE * self._b * float(rng.standard_normal())
         e = self._energy - self._energy.mean()
         at = a + self._x @ u + 0.5 * ((self._x @ v) * self._x).sum(1) + slope * e
         noise = self._sd * rng.standard_normal(len(at))
@@ -150,15 +141,11 @@ class Surrogate:
     def deviation(self, states: States) -> Floats:
         """(S,) posterior standard deviations of the energies of ``states``."""
         x = np.asarray(states, dtype=np.float64)
-        s, scale = self.spread, self._scale
-        inner = x @ self._x.T
-        own = x.sum(1)
         e = self._prior.energies(states) - self._energy.mean()
         here = self._energy - self._energy.mean()
-        k = scale**2 * (1.0 + s.own**2 * inner + s.pair**2 * (inner**2 - inner) / 2)
-        k = k + (s.slope * self._b) ** 2 * np.outer(e, here)
-        prior = scale**2 * (1.0 + s.own**2 * own + s.pair**2 * (own**2 - own) / 2)
-        prior = prior + (s.slope * self._b * e) ** 2
+        k = self._covariance(x @ self._x.T, self.spread)
+        k = k + (SLOPE * self._b) ** 2 * np.outer(e, here)
+        prior = self._covariance(x.sum(1), self.spread) + (SLOPE * self._b * e) ** 2
         var = prior - (k * cho_solve(self._factor, k.T).T).sum(1)
         return np.asarray(np.sqrt(np.maximum(var, 0.0)))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -52,7 +53,13 @@ class Target:
 
     @classmethod
     def count(cls, n: int, remove: int) -> Target:
-        """Exactly ``remove`` of ``n`` blocks."""
+        """Exactly ``remove`` of ``n`` blocks.
+
+        Raises:
+            InputError: none or all of them.
+        """
+        if not 1 <= remove < n:
+            raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
         return cls.of(str(remove), [count(n, remove)], n)
 
     def problem(self, hamiltonian: Hamiltonian) -> Problem:
@@ -61,10 +68,7 @@ class Target:
 
     def feasible(self, states: States) -> Bools:
         """(S,) which of the states (S, N) obey every row."""
-        result = np.ones(len(states), dtype=bool)
-        for row in self.rows:
-            result &= row.satisfied(states)
-        return result
+        return _blank(states.shape[1], self.rows).feasible(states)
 
     def extendable(self, states: States) -> Bools:
         """(S,) which states exceed no row yet: those a greedy path may pass through."""

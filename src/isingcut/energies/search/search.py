@@ -1,0 +1,300 @@
+"""The search: seeds, surrogate, proposals, racing - until the budget is spent.
+
+    singles and pairs on few samples  ->  pair energy E0
+    beam over sizes                   ->  the first states of every target
+    rounds, the targets in turn:
+        measured states -> posterior over Hamiltonians -> its minima and near moves
+        -> measured on few samples -> the best of them on more -> on all
+
+Every state measured for one target stays known to all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from isingcut.data.calibration import TokenSet
+from isingcut.energies.search import plan, proposals
+from isingcut.energies.search.begin import beam_over_sizes, pair_energy
+from isingcut.energies.search.estimates import Estimates
+from isingcut.energies.search.evaluator import Evaluator
+from isingcut.energies.search.surrogate import Surrogate
+from isingcut.energies.search.targets import Target
+from isingcut.errors import InputError
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Bools, States, blocks_of, key_of
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
+
+
+@dataclass
+class Goal:
+    """One target's progress.
+
+    Attributes:
+        best: the best state so far, or None.
+        stale: rounds since it last changed.
+        rounds: rounds done.
+        exhausted: every state of the target was measured on all samples.
+    """
+
+    target: Target
+    best: Bools | None = None
+    stale: int = 0
+    rounds: int = 0
+    exhausted: bool = False
+
+
+class Search:
+    """A budgeted search for the best states of some targets.
+
+    It is deterministic for its seed, and with a journal in ``work`` one that was killed resumes
+    where it was.
+
+    Args:
+        targets: what to look for.
+        passes: budget in full forward passes over ``tokens``; None takes what a greedy path to
+            the largest target would cost.
+        seed: of every random choice.
+
+    Attributes:
+        goals: the targets' progress.
+        rungs: numbers of samples that a state is measured on, ascending.
+        evaluator: what was measured, and what that cost.
+        trace: the best state of a target after each of its rounds, with the price so far.
+
+    Raises:
+        InputError: no target, or fewer than two samples.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        tokens: TokenSet,
+        work: Work,
+        targets: Sequence[Target],
+        passes: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not targets:
+            raise InputError("a search needs at least one number of blocks to remove")
+        if tokens.samples < 2:
+            raise InputError("a search needs at least 2 calibration samples; raise --samples")
+        self.budget = passes or plan.greedy_price(len(replay), max(t.size for t in targets))
+        self.evaluator = Evaluator(replay, tokens, work, seed, self.budget)
+        self.goals = [Goal(target) for target in targets]
+        self.rungs = plan.rungs(tokens.samples, int(tokens.mask.sum()))
+        self.trace: list[dict[str, Any]] = []
+        self._rng = np.random.default_rng([seed, 0x5EA2C4])
+        self._origins: dict[str, str] = {}
+        self._prior = pair_energy(self.evaluator, plan.PRIOR_SHARE * self.budget, self.rungs[0])
+
+    def run(self) -> Search:
+        """Search until the budget is spent; returns itself."""
+        self._exhaust()
+        self._climb()
+        active = [g for g in self.goals if not g.exhausted]
+        while active:
+            active = [g for g in active if self._turn(g)]
+        for goal in self.goals:
+            self._finish(goal)
+        return self
+
+    def best(self, label: int | str) -> tuple[int, ...]:
+        """The blocks of the best state of one target, ascending.
+
+        Raises:
+            InputError: the search has no such target.
+        """
+        for goal in self.goals:
+            if goal.target.label == str(label):
+                assert goal.best is not None
+                return tuple(blocks_of(goal.best))
+        known = ", ".join(g.target.label for g in self.goals)
+        raise InputError(f"the search was not for {label!r}; it had: {known}")
+
+    def estimates(self, target: Target) -> Estimates | None:
+        """Estimates of the measured states of a target; None where there are none."""
+        return self._estimates(target.feasible)
+
+    def energy(self) -> Hamiltonian:
+        """The posterior energy over all targets; the pair energy while nothing was measured."""
+        surrogate = self._surrogate([g.target for g in self.goals])
+        return self._prior if surrogate is None else surrogate.mean
+
+    def _estimates(self, fits: Callable[[States], Bools]) -> Estimates | None:
+        known = [k for k in self.evaluator.known.values() if k.n >= self.rungs[0]]
+        states = np.array([k.state for k in known], dtype=bool)
+        chosen = fits(states.reshape(-1, self.evaluator.blocks))
+        found = [k for k, ok in zip(known, chosen, strict=True) if ok]
+        return Estimates(self.evaluator, found, self.rungs) if found else None
+
+    def _surrogate(self, targets: Sequence[Target]) -> Surrogate | None:
+        """The posterior energy near some targets; None while little was measured there."""
+        found = self._estimates(lambda states: np.any([t.near(states, 1) for t in targets], axis=0))
+        if found is None or len(found.states) < 4:
+            return None
+        return Surrogate(self._prior, found.states, found.loss, found.sd)
+
+    # first states -------------------------------------------------------------------------
+
+    def _exhaust(self) -> None:
+        """Measure every state of the targets for which the budget allows it."""
+        for goal in self.goals:
+            states = proposals.every(goal.target, self.evaluator.blocks)
+            if states is None or not self._afford(states, self.rungs[-1], final=True):
+                continue
+            label = f"remove {goal.target.label}: all {len(states)} states"
+            self.evaluator.measure(states, self.rungs[-1], label)
+            goal.exhausted = True
+            self._note(goal)
+
+    def _climb(self) -> None:
+        """A beam over sizes to the largest target; targets that differ in the count share it."""
+        groups: dict[tuple[bytes, ...], list[Target]] = {}
+        for goal in self.goals:
+            counted = [row.coefficients for row in goal.target.rows]
+            key = tuple(row.tobytes() for row in counted if row.min() >= 0)
+            groups.setdefault(key, []).append(goal.target)
+        for group in groups.values():
+            beam_over_sizes(
+                self.evaluator,
+                self._prior,
+                max(group, key=lambda t: t.size),
+                samples=self.rungs[0],
+                afford=lambda states: self._afford(states, self.rungs[0]),
+            )
+
+    # rounds -------------------------------------------------------------------------------
+
+    def _turn(self, goal: Goal) -> bool:
+        """One round of one target; False when it is done."""
+        if self._left() <= 0:
+            return False
+        goal.rounds += 1
+        states = self._propose(goal)
+        if states and not self._afford(states, self.rungs[0]):
+            return False
+        if states:
+            label = f"remove {goal.target.label}, round {goal.rounds}"
+            self.evaluator.measure(states, self.rungs[0], f"{label}: {len(states)} new states")
+        self._promote(goal)
+        self._note(goal)
+        return goal.stale < plan.PATIENCE and (bool(states) or goal.stale == 0)
+
+    def _propose(self, goal: Goal) -> list[Bools]:
+        target = goal.target
+        seed = int(self._rng.integers(2**31))
+        picked: dict[str, Bools] = {}
+
+        def take(states: States, count: int, origin: str) -> None:
+            fresh = proposals.unseen(
+                states,
+                lambda s: self.evaluator.samples(s) >= self.rungs[0] or key_of(s) in picked,
+                count,
+            )
+            picked.update({key_of(s): s for s in fresh})
+            self._origins.update({key_of(s): origin for s in fresh})
+
+        if goal.rounds == 1:
+            wanted = plan.DRAWS + plan.MINIMA + plan.MOVES
+            take(proposals.windows(self._prior, target, 2), 2, "window")
+            influence = Hamiltonian(self.evaluator.influence(1), np.zeros_like(self._prior.J))
+            take(proposals.lowest(influence, target, 1, seed), 1, "block influence")
+            states = proposals.lowest(self._prior, target, 2 * wanted, seed)
+            take(states, wanted - len(picked), "pair energy")
+            return list(picked.values())
+        own, surrogate = self.estimates(target), self._surrogate([target])
+        if own is None or surrogate is None:
+            return []
+        around = own.states[np.argsort(own.loss, kind="stable")[:2]]
+        lowest = proposals.lowest(surrogate.mean, target, 4 * plan.MINIMA + len(own.states), seed)
+        take(lowest, plan.MINIMA, "minimum of the mean")
+        # The longer nothing better is found, the farther the draws go.
+        heat = 1.0 + 0.25 * goal.stale
+        drawn = proposals.thompson(surrogate, target, plan.DRAWS, self._rng, heat)
+        take(drawn, plan.DRAWS, "minimum of a draw")
+        moves = np.concatenate([proposals.exchanges(s, target) for s in around])
+        if len(moves):
+            take(proposals.by_bound(surrogate, moves), plan.MOVES, "exchange")
+        if goal.best is not None:
+            slopes = self.evaluator.slopes(goal.best, self.rungs[0])
+            moves = proposals.by_slope(goal.best, surrogate, slopes, target)
+            take(moves, plan.SLOPES, "exchange by slope")
+        return list(picked.values())
+
+    def _promote(self, goal: Goal) -> None:
+        """Take the states that may be the best one rung up each, the lowest rung first."""
+        for level, rung in enumerate(self.rungs[1:]):
+            found = self.estimates(goal.target)
+            if found is None:
+                return
+            best = found.loss[found.best()]
+            here = np.flatnonzero((found.rung == level) & (found.loss - found.sd < best))
+            order = here[np.argsort(found.loss[here], kind="stable")]
+            states = found.states[order[: max(1, plan.PROMOTED - level)]]
+            if len(states) and self._afford(states, rung):
+                self.evaluator.measure(states, rung, f"remove {goal.target.label}: a closer look")
+
+    def _finish(self, goal: Goal) -> None:
+        """Measure a target's finalists on as many samples as the budget still allows.
+
+        Those are all but for very small budgets. A target of which nothing was measured gets one
+        state on the first rung, whatever it costs.
+        """
+        found = self.estimates(goal.target)
+        if found is None:
+            states = proposals.lowest(self._prior, goal.target, 1, 0)
+            self.evaluator.measure(states, self.rungs[0], "the pair energy's ground state")
+            found = self.estimates(goal.target)
+            assert found is not None
+        states = found.states[np.argsort(found.loss, kind="stable")[: plan.FINALISTS]]
+        # One of several would be compared with none.
+        counts = range(len(states), min(2, len(states)) - 1, -1)
+        for rung, count in product(reversed(self.rungs), counts):
+            if self._afford(states[:count], rung, final=True):
+                label = f"remove {goal.target.label}: finalists"
+                self.evaluator.measure(states[:count], rung, label)
+                break
+        self._note(goal)
+
+    # budget -------------------------------------------------------------------------------
+
+    def _reserve(self) -> float:
+        """What the finalists of every target may still cost."""
+        n = self.evaluator.blocks
+        each = sum((n - g.target.low) / n for g in self.goals)
+        return min(plan.FINALISTS * each * 0.8, plan.RESERVED * self.budget)
+
+    def _left(self) -> float:
+        return self.budget - self._reserve() - self.evaluator.ledger.passes
+
+    def _afford(self, states: States | Sequence[Bools], n: int, *, final: bool = False) -> bool:
+        left = self._left() + (self._reserve() if final else 0.0)
+        return self.evaluator.price(states, n) <= left
+
+    def _note(self, goal: Goal) -> None:
+        found = self.estimates(goal.target)
+        if found is None:
+            return
+        best = found.best()
+        state = found.states[best]
+        changed = goal.best is None or bool((state != goal.best).any())
+        goal.stale = 0 if changed else goal.stale + 1
+        goal.best = state
+        self.trace.append(
+            {
+                "passes": self.evaluator.ledger.passes,
+                "heads": self.evaluator.ledger.heads,
+                "remove": goal.target.label,
+                "removed": blocks_of(state),
+                "kl": float(found.loss[best]),
+                "samples": self.rungs[int(found.rung[best])],
+                "origin": self._origins.get(key_of(state), "beam"),
+            }
+        )

@@ -1,0 +1,128 @@
+"""What was measured for a search and what it cost: all of it is made once and paid for once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from isingcut.data.calibration import TokenSet
+from isingcut.errors import InputError
+from isingcut.files import fingerprint
+from isingcut.ising.states import Floats, States, key_of
+from isingcut.measure.losses import measure
+from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.sharing import Rows
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
+
+LOSSES = ("kl", "nll")
+
+
+class Ledger:
+    """Measurements on one text and their price.
+
+    A state shares its hidden states with the original model up to its first removed block, and
+    further ones with the states of the same call. What a call repeats of the original only because
+    hidden states are not kept between calls is not charged. Finished calls are kept in the
+    journal; what is read back from it costs the same as if measured.
+
+    Args:
+        tokens: m samples.
+        work: how to measure; its journal keeps every finished call.
+        loss: ``"kl"`` (to the original model) or ``"nll"``.
+
+    Attributes:
+        counts: (m,) predicted tokens of each sample.
+        runs: block evaluations per token of the whole set, so far.
+        heads: output heads, in the same unit.
+        evaluations: states measured, once for every choice of samples.
+
+    Raises:
+        InputError: another loss.
+    """
+
+    def __init__(self, replay: Replay, tokens: TokenSet, work: Work, loss: str = "kl") -> None:
+        if loss not in LOSSES:
+            raise InputError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
+        self._replay, self._tokens, self._work, self._loss = replay, tokens, work, loss
+        self.counts = tokens.predicted.sum(1).numpy().astype(np.int64)
+        self._real = tokens.mask.sum(1).numpy().astype(np.int64)
+        identity = {
+            **replay.identity(),
+            "tokens": tokens.input_ids.tolist(),
+            "mask": tokens.mask.tolist(),
+            "loss": loss,
+            "batch_tokens": work.batch_tokens,
+        }
+        self._kept = Rows(work.journal, fingerprint(identity), processes=replay.processes)
+        self._paid: set[str] = set()
+        self.runs = self.heads = 0.0
+        self.evaluations = 0
+
+    @property
+    def passes(self) -> float:
+        """Full forward passes over the whole set, so far."""
+        return self.runs / len(self._replay)
+
+    def share(self, rows: Sequence[int]) -> float:
+        """Share of the text's tokens that some samples hold."""
+        return int(self._real[list(rows)].sum()) / int(self._real.sum())
+
+    def pay(self, key: str, runs: float, heads: float) -> None:
+        """Charge for what ``key`` names, unless that was done before."""
+        if key not in self._paid:
+            self._paid.add(key)
+            self.runs += runs
+            self.heads += heads
+
+    def once(
+        self, key: str, length: int, runs: float, heads: float, make: Callable[[], Floats]
+    ) -> Floats:
+        """A measurement (length,) of another kind than losses, made and paid for once."""
+        self.pay(key, runs, heads)
+        row = self._row(key, length)
+        if row is None:
+            row = make()
+            self._kept.put(key, row)
+        return row
+
+    def sums(self, states: States, rows: Sequence[int], description: str) -> Floats:
+        """Losses (S, R) of states (S, N) on samples, each summed over the sample's tokens."""
+        named = hashlib.sha256(np.array(rows, dtype=np.int64).tobytes()).hexdigest()[:16]
+        keys = [f"{key_of(state)}:{named}" for state in states]
+        unpaid = {k: s for k, s in zip(keys, states, strict=True) if k not in self._paid}
+        if unpaid:
+            share = self.share(rows)
+            self._paid |= set(unpaid)
+            self.runs += tree_nodes(np.array(list(unpaid.values()))) * share
+            self.heads += len(unpaid) * share
+            self.evaluations += len(unpaid)
+        missing = {k: s for k, s in unpaid.items() if self._row(k, len(rows)) is None}
+        if missing:
+            found = measure(
+                self._replay,
+                self._tokens.select(rows),
+                np.array(list(missing.values())),
+                batch_tokens=self._work.batch_tokens,
+                progress=self._work.progress,
+                description=description,
+            )
+            measured = found.kl_sums if self._loss == "kl" else found.nll_sums
+            for key, row in zip(missing, measured, strict=True):
+                self._kept.put(key, row)
+        return np.array([self._kept.get(key) for key in keys]).reshape(len(keys), len(rows))
+
+    def losses(
+        self, states: States, rows: Sequence[int] | None = None, description: str = "searching"
+    ) -> Floats:
+        """Mean loss per token (S,) of states (S, N), on all samples or on the given ones."""
+        chosen = range(len(self.counts)) if rows is None else sorted(rows)
+        sums = self.sums(states, chosen, f"{description}: {len(states)} states")
+        return np.asarray(sums.sum(1) / self.counts[list(chosen)].sum())
+
+    def _row(self, key: str, length: int) -> Floats | None:
+        """What the journal has under a key, if it can be that."""
+        row = self._kept.get(key)
+        return row if row is not None and row.shape == (length,) else None
