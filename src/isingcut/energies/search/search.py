@@ -53,8 +53,7 @@ class Goal:
 class Search:
     """A budgeted search for the best states of some targets.
 
-    It is deterministic for its seed, and with a journal in ``work`` one that was killed resumes
-    where it was.
+    Deterministic for its seed; with a journal in ``work`` a killed one resumes where it was.
 
     Args:
         targets: what to look for.
