@@ -94,11 +94,7 @@ class Problem:
                 self.check()
                 m = round(row.rhs / row.coefficients[0])
                 return m, m
-        least = _extreme(self, np.ones(self.n))
-        most = _extreme(self, -np.ones(self.n))
-        if least is None or most is None:
-            self.check()
-            raise InfeasibleError("no state satisfies all constraints")
+        least, most = self._lowest(np.ones(self.n)), self._lowest(-np.ones(self.n))
         return int(least.sum()), int(most.sum())
 
     def a_state(self) -> Bools:
@@ -107,7 +103,10 @@ class Problem:
         Raises:
             InfeasibleError: there is none.
         """
-        state = _extreme(self, self.hamiltonian.h)
+        return self._lowest(self.hamiltonian.h)
+
+    def _lowest(self, objective: Floats) -> Bools:
+        state = _extreme(self, objective)
         if state is None:
             self.check()
             raise InfeasibleError("no state satisfies all constraints")

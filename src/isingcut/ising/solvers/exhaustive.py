@@ -11,6 +11,7 @@ from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._reduced import reduce
 from isingcut.ising.solvers.base import Solution
+from isingcut.ising.solvers.branching.dfs import reach, sift_down
 
 __all__ = ["Exhaustive"]
 
@@ -52,35 +53,11 @@ class Exhaustive:
 
 
 @njit(cache=True)
-def _sift_down(energies, best):  # type: ignore[no-untyped-def]
-    k = energies.shape[0]
-    i = 0
-    while True:
-        child = 2 * i + 1
-        if child >= k:
-            return
-        if child + 1 < k and energies[child + 1] > energies[child]:
-            child += 1
-        if energies[child] <= energies[i]:
-            return
-        energies[i], energies[child] = energies[child], energies[i]
-        for j in range(best.shape[1]):
-            best[i, j], best[child, j] = best[child, j], best[i, j]
-        i = child
-
-
-@njit(cache=True)
 def _enumerate(h, J, A, low, high, m, energies, best):  # type: ignore[no-untyped-def]
     """Visit all states of m ones; (energies, best) is a max-heap of the k lowest so far."""
     n = h.shape[0]
     rows = A.shape[0]
-    # What the columns from i on can still add to a row.
-    least = np.zeros((rows, n + 1))
-    most = np.zeros((rows, n + 1))
-    for r in range(rows):
-        for i in range(n - 1, -1, -1):
-            least[r, i] = least[r, i + 1] + min(A[r, i], 0.0)
-            most[r, i] = most[r, i + 1] + max(A[r, i], 0.0)
+    least, most = reach(A)
     if m == 0:
         for r in range(rows):
             if not low[r] <= 0.0 <= high[r]:
@@ -88,7 +65,7 @@ def _enumerate(h, J, A, low, high, m, energies, best):  # type: ignore[no-untype
         if energies[0] > 0.0:
             energies[0] = 0.0
             best[0, :] = 0
-            _sift_down(energies, best)
+            sift_down(energies, best)
         return 1
     visited = 0
     chosen = np.zeros(m, dtype=np.int64)
@@ -122,7 +99,7 @@ def _enumerate(h, J, A, low, high, m, energies, best):  # type: ignore[no-untype
                 best[0, :] = 0
                 for d in range(m):
                     best[0, chosen[d]] = 1
-                _sift_down(energies, best)
+                sift_down(energies, best)
             continue
         partial[depth + 1] = energy
         for j in range(i + 1, n):

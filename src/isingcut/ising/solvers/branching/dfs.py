@@ -73,7 +73,8 @@ def _smallest(values, count, r):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _sift_down(energies, best):  # type: ignore[no-untyped-def]
+def sift_down(energies, best):  # type: ignore[no-untyped-def]
+    """Restore the max-heap (energies, best) after its first entry was replaced."""
     k = energies.shape[0]
     i = 0
     while True:
@@ -88,6 +89,19 @@ def _sift_down(energies, best):  # type: ignore[no-untyped-def]
         for j in range(best.shape[1]):
             best[i, j], best[child, j] = best[child, j], best[i, j]
         i = child
+
+
+@njit(cache=True, nogil=True)
+def reach(A):  # type: ignore[no-untyped-def]
+    """Least and most, (R, N + 1) each, that the columns from i on can still add to a row."""
+    rows, n = A.shape
+    least = np.zeros((rows, n + 1))
+    most = np.zeros((rows, n + 1))
+    for q in range(rows):
+        for i in range(n - 1, -1, -1):
+            least[q, i] = least[q, i + 1] + min(A[q, i], 0.0)
+            most[q, i] = most[q, i + 1] + max(A[q, i], 0.0)
+    return least, most
 
 
 @njit(cache=True, nogil=True)
@@ -109,12 +123,7 @@ def enumerate_below(  # type: ignore[no-untyped-def]
     n = h.shape[0]
     rows = A.shape[0]
     table = half_sums(J, m)
-    least = np.zeros((rows, n + 1))
-    most = np.zeros((rows, n + 1))
-    for q in range(rows):
-        for i in range(n - 1, -1, -1):
-            least[q, i] = least[q, i + 1] + min(A[q, i], 0.0)
-            most[q, i] = most[q, i + 1] + max(A[q, i], 0.0)
+    least, most = reach(A)
     chosen = np.zeros(m, dtype=np.int64)
     partial = np.zeros(m + 1)
     partial[0] = base
@@ -154,7 +163,7 @@ def enumerate_below(  # type: ignore[no-untyped-def]
                         for d in range(depth):
                             best[0, chosen[d]] = 1
                         best[0, i] = 1
-                        _sift_down(energies, best)
+                        sift_down(energies, best)
                         limit = min(threshold[0], energies[0])
                         room = limit - partial[depth]
             depth -= 1

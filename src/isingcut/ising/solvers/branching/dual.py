@@ -85,6 +85,15 @@ def reflect(Z, vectors):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def triangle(X, i, j, k, kind):  # type: ignore[no-untyped-def]
+    """The signed sum of three entries that a triangle inequality keeps at -1 or above."""
+    value = X[i, j] if kind <= 1 else -X[i, j]
+    value += X[i, k] if kind == 0 or kind == 2 else -X[i, k]
+    value += X[j, k] if kind == 0 or kind == 3 else -X[j, k]
+    return value
+
+
+@njit(cache=True, nogil=True)
 def evaluate(  # type: ignore[no-untyped-def]
     C, vectors, ineq, x, cuts, kinds, ncuts, sigma, centre, X, g
 ):
@@ -122,12 +131,7 @@ def evaluate(  # type: ignore[no-untyped-def]
         g[i] = X[i, i] - 1.0
     for t in range(ncuts):
         total -= x[size + t]
-        i, j, k = cuts[t, 0], cuts[t, 1], cuts[t, 2]
-        kind = kinds[t]
-        value = X[i, j] if kind <= 1 else -X[i, j]
-        value += X[i, k] if kind == 0 or kind == 2 else -X[i, k]
-        value += X[j, k] if kind == 0 or kind == 3 else -X[j, k]
-        g[size + t] = 1.0 + value
+        g[size + t] = 1.0 + triangle(X, cuts[t, 0], cuts[t, 1], cuts[t, 2], kinds[t])
     for q in range(ineq.shape[0]):
         value = 0.0
         for j in range(size):

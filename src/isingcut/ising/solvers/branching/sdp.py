@@ -29,9 +29,19 @@ from isingcut.ising.solvers.branching.dual import (
     reflect,
     reflections,
     slack_matrix,
+    triangle,
 )
 
 MEMORY = 12
+
+
+@njit(cache=True, nogil=True)
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    """a.b, summed in order."""
+    total = 0.0
+    for i in range(a.shape[0]):
+        total += a[i] * b[i]
+    return total
 
 
 @njit(cache=True, nogil=True)
@@ -61,41 +71,21 @@ def _ascend(  # type: ignore[no-untyped-def]
         used = min(stored, MEMORY)
         for q in range(used):
             p = (stored - 1 - q) % MEMORY
-            dot = 0.0
-            for i in range(d):
-                dot += S[p, i] * step[i]
-            a[p] = rho[p] * dot
-            for i in range(d):
-                step[i] -= a[p] * Y[p, i]
+            a[p] = rho[p] * _dot(S[p], step)
+            step -= a[p] * Y[p]
         if used:
             p = (stored - 1) % MEMORY
-            yy = 0.0
-            for i in range(d):
-                yy += Y[p, i] * Y[p, i]
-            gamma = 1.0 / (rho[p] * yy)
-            for i in range(d):
-                step[i] *= gamma
+            step *= 1.0 / (rho[p] * _dot(Y[p], Y[p]))
         else:
-            norm = 0.0
-            for i in range(d):
-                norm += step[i] * step[i]
-            gamma = min(1.0, 0.1 * size * sigma / np.sqrt(norm + 1e-300))
-            for i in range(d):
-                step[i] *= gamma
+            step *= min(1.0, 0.1 * size * sigma / np.sqrt(_dot(step, step) + 1e-300))
         for q in range(used - 1, -1, -1):
             p = (stored - 1 - q) % MEMORY
-            dot = 0.0
-            for i in range(d):
-                dot += Y[p, i] * step[i]
-            beta = a[p] - rho[p] * dot
-            for i in range(d):
-                step[i] += beta * S[p, i]
-        slope = 0.0
-        for i in range(d):
-            if i >= size and x[i] <= 0.0 and g[i] > 0.0:
+            beta = a[p] - rho[p] * _dot(Y[p], step)
+            step += beta * S[p]
+        for i in range(size, d):
+            if x[i] <= 0.0 and g[i] > 0.0:
                 step[i] = 0.0
-            slope += g[i] * step[i]
-        if slope >= 0.0:
+        if _dot(g, step) >= 0.0:
             if stored == 0:
                 break
             stored = 0
@@ -103,16 +93,11 @@ def _ascend(  # type: ignore[no-untyped-def]
         t = 1.0
         accepted = False
         for _trial in range(8):
-            for i in range(d):
-                xn[i] = x[i] + t * step[i]
-                if i >= size and xn[i] < 0.0:
-                    xn[i] = 0.0
+            xn[:] = x + t * step
+            xn[size:] = np.maximum(xn[size:], 0.0)
             fn = evaluate(C, vectors, ineq, xn, cuts, kinds, ncuts, sigma, centre, X, gn)
             evaluations += 1
-            decrease = 0.0
-            for i in range(d):
-                decrease += g[i] * (xn[i] - x[i])
-            if fn <= f + 1e-4 * decrease:
+            if fn <= f + 1e-4 * _dot(g, xn - x):
                 accepted = True
                 break
             t *= 0.4
@@ -121,29 +106,17 @@ def _ascend(  # type: ignore[no-untyped-def]
                 break
             stored = 0
             continue
-        sy = 0.0
-        yy = 0.0
         p = stored % MEMORY
-        for i in range(d):
-            S[p, i] = xn[i] - x[i]
-            Y[p, i] = gn[i] - g[i]
-            sy += S[p, i] * Y[p, i]
-            yy += Y[p, i] * Y[p, i]
-        if sy > 1e-12 * yy:
+        S[p] = xn - x
+        Y[p] = gn - g
+        sy = _dot(S[p], Y[p])
+        if sy > 1e-12 * _dot(Y[p], Y[p]):
             rho[p] = 1.0 / sy
             stored += 1
         x[:] = xn
         g[:] = gn
         f = fn
     return evaluations
-
-
-@njit(cache=True, nogil=True)
-def _violation(X, i, j, k, kind):  # type: ignore[no-untyped-def]
-    value = X[i, j] if kind <= 1 else -X[i, j]
-    value += X[i, k] if kind == 0 or kind == 2 else -X[i, k]
-    value += X[j, k] if kind == 0 or kind == 3 else -X[j, k]
-    return -1.0 - value
 
 
 @njit(cache=True, nogil=True)
@@ -155,7 +128,7 @@ def _separate(X, seen, cuts, kinds, ncuts, room):  # type: ignore[no-untyped-def
         for j in range(i + 1, size):
             for k in range(j + 1, size):
                 for kind in range(4):
-                    v = _violation(X, i, j, k, kind)
+                    v = -1.0 - triangle(X, i, j, k, kind)
                     if v > 0.01 and not (seen[i, j, k] >> kind) & 1:
                         bins[min(int(v * 40.0), 63)] += 1
     cut_off = 63
@@ -168,7 +141,7 @@ def _separate(X, seen, cuts, kinds, ncuts, room):  # type: ignore[no-untyped-def
         for j in range(i + 1, size):
             for k in range(j + 1, size):
                 for kind in range(4):
-                    v = _violation(X, i, j, k, kind)
+                    v = -1.0 - triangle(X, i, j, k, kind)
                     if v > least and not (seen[i, j, k] >> kind) & 1:
                         if ncuts >= cuts.shape[0] or room == 0:
                             return ncuts
