@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isingcut.ising.hamiltonian import Floats
+from isingcut.ising.states import Floats
 from isingcut.report.blocks import block_ticks, strip
 from isingcut.report.figures import scatter_figure
 from isingcut.report.render import render_page
