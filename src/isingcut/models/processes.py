@@ -82,8 +82,8 @@ class Processes:
             return [data]
         import torch
 
-        lengths = [int(n) for n in self._gathered(torch.tensor([len(data)]))]
-        own = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        lengths = [int(n) for n in self._gathered(torch.tensor([len(data)], device="cpu"))]
+        own = torch.zeros(max(1, *lengths), dtype=torch.uint8, device="cpu")
         own.numpy()[: len(data)] = np.frombuffer(data, dtype=np.uint8)
         parts = self._gathered(own)
         return [p[:n].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]

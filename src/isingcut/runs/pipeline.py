@@ -194,6 +194,8 @@ def session_of(
         ModelError: it is not there any more.
         StageFileError: the model found under that name is another one now.
     """
+    folder.processes = processes
+    folder.manifest = processes.decide(lambda: folder.manifest)
     made_with = folder.manifest["provenance"]["model"]
     for place in folder.model_places(config.model):
         session = Session(config.replace(model=place), progress, folder.dtype)
@@ -204,7 +206,6 @@ def session_of(
             f"{folder.path} was made with another version of {made_with['name']!r} than is at "
             f"{place}; name the one it was made with with --model, or start a new run folder"
         )
-    folder.processes = processes
     if not processes.rank:
         _clear(folder, config)
     take_up(session, processes)
