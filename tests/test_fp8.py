@@ -106,14 +106,6 @@ def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):
         dict(dequantised(source, {}, torch.float32))
 
 
-def test_one_block_is_read_alone(tmp_path):
-    source = tiny_checkpoint("llama", tmp_path / "source")
-    quantise(source, "modelopt")
-    block = dict(dequantised(source, {}, torch.bfloat16, prefix="model.layers.3."))
-    assert len(block) == 9
-    assert {t.dtype for n, t in block.items() if n.endswith("proj.weight")} == {torch.bfloat16}
-
-
 def test_dequantise_spreads_every_kind_of_scale():
     weight = torch.arange(-12.0, 12.0).reshape(4, 6).to(torch.float8_e4m3fn)
     exact = weight.float()

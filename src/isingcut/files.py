@@ -20,6 +20,7 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.inputs import load_json
 from isingcut.outputs import check_output, mark, seal_of, sealed
 
+_VERSION = 1
 _TEMPORARY = re.compile(
     r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.[^.]+\.(?P<kind>part|old)"
 )
@@ -191,15 +192,13 @@ def _umask() -> int:
     return current
 
 
-def write_json(
-    path: Path, kind: str, content: dict[str, Any], *, version: int = 1, seal: bool = False
-) -> None:
+def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = False) -> None:
     """Write ``content`` as an isingcut results file of the given kind.
 
     Args:
         seal: say in the file itself that isingcut wrote it, where no `run.json` does.
     """
-    document = {"format": f"isingcut-{kind}", "version": version, **content}
+    document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
     if seal:
         document["seal"] = seal_of(document)
     with atomic_file(path) as temporary:
@@ -218,7 +217,7 @@ def write_sealed(path: Path, content: str, suffix: str) -> None:
         temporary.write_text(sealed(content, suffix), encoding="utf-8")
 
 
-def read_json(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
+def read_json(path: Path, kind: str) -> dict[str, Any]:
     """Read an isingcut results file, whose content is then what `documents` says of its kind.
 
     Raises:
@@ -229,13 +228,13 @@ def read_json(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
             f"expected the file {path}, which is not there; run the stage before it"
         )
     document = load_json(path, "the results file", StageFileError)
-    check_document(path, document, kind, version)
+    check_document(path, document, kind)
     assert isinstance(document, dict)
     return document
 
 
-def check_document(path: Path, document: Any, kind: str, version: int = 1) -> None:
-    """Refuse what is not an isingcut document of this kind and version.
+def check_document(path: Path, document: Any, kind: str) -> None:
+    """Refuse what is not an isingcut document of this kind.
 
     Raises:
         StageFileError: another format, a newer version, or a damaged content.
@@ -252,10 +251,10 @@ def check_document(path: Path, document: Any, kind: str, version: int = 1) -> No
     written = document.get("version")
     if type(written) is not int or written < 1:
         raise documents.damaged(path, f"version: expected a number from 1, got {written!r:.60}")
-    if written > version:
+    if written > _VERSION:
         raise StageFileError(
             f"{path} was written by a newer isingcut (file version {written}, "
-            f"this one reads up to {version}); upgrade isingcut"
+            f"this one reads up to {_VERSION}); upgrade isingcut"
         )
     documents.check_content(path, kind, document)
 

@@ -78,23 +78,20 @@ def read_bytes(
     return content
 
 
-def read_text(
-    path: Path, what: str, error: type[IsingcutError] = InputError, *, limit: int = SMALL
-) -> str:
-    """The text of a plain UTF-8 file; errors as `regular_file`, and one where it is not UTF-8."""
+def read_text(path: Path, what: str, *, limit: int = SMALL) -> str:
+    """The text of a plain UTF-8 file.
+
+    Raises:
+        InputError: as `regular_file`, or it is not UTF-8.
+    """
     try:
-        return read_bytes(path, what, error, limit=limit).decode("utf-8-sig")
+        return read_bytes(path, what, limit=limit).decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise error(f"{what} {path} is not UTF-8 text (byte {e.start}); convert it") from e
+        raise InputError(f"{what} {path} is not UTF-8 text (byte {e.start}); convert it") from e
 
 
 def load_json(
-    path: Path,
-    what: str,
-    error: type[IsingcutError] = InputError,
-    *,
-    limit: int = SMALL,
-    infinite: bool = False,
+    path: Path, what: str, error: type[IsingcutError] = InputError, *, infinite: bool = False
 ) -> Any:
     """The JSON value in a plain UTF-8 file.
 
@@ -104,7 +101,7 @@ def load_json(
     Raises:
         error: as `regular_file`; not JSON, a name twice in one object, or nested deeper than 200.
     """
-    content = read_bytes(path, what, error, limit=limit)
+    content = read_bytes(path, what, error)
     try:
         return parse_json(content, infinite=infinite)
     except ValueError as e:

@@ -120,7 +120,7 @@ def dequantise(
 
 
 def dequantised(
-    folder: Path, config: Mapping[str, Any], dtype: torch.dtype, prefix: str = ""
+    folder: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of an FP8 checkpoint's tensors as plain numbers, one at a time.
 
@@ -128,7 +128,6 @@ def dequantised(
         folder: the checkpoint.
         config: its ``config.json``.
         dtype: of the dequantised weights and of the other floating-point weights.
-        prefix: only tensors whose name begins so, for example ``"model.layers.3."``.
 
     Raises:
         CheckpointError: a float8 weight without its scale, or a scale that does not fit.
@@ -136,8 +135,6 @@ def dequantised(
     stored = read_checkpoint(folder)
     block = tile_of(config)
     for name, tensor in weights_of(stored).items():
-        if not name.startswith(prefix):
-            continue
         value = read_tensor(tensor)
         if not tensor.dtype.startswith("F8_"):
             yield name, value.to(dtype) if tensor.dtype in ("BF16", "F16") else value

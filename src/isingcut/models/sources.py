@@ -33,14 +33,13 @@ _READ_BY_TRANSFORMERS = (
 )
 
 
-def resolve(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Path:
+def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
     """The local folder (config.json, safetensors, tokenizer) of any kind of model name.
 
     Args:
         name: a folder, a hub id, a `.gguf` file or ``"smollm2"``; a local path wins over a hub
             id of the same spelling.
         trust_remote_code: also download the repository's Python files.
-        revision: branch, tag or commit of a hub id.
 
     Raises:
         ModelError: no such model, or it has no safetensors or config.
@@ -65,7 +64,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, revision: str | None 
         return converted(path)
     if _looks_like_a_path(name):
         raise ModelError(f"there is no model at {name}; {_EXPECTED}")
-    return _download(name, trust_remote_code, revision)
+    return _download(name, trust_remote_code)
 
 
 def hub_id(name: str) -> str | None:
@@ -108,7 +107,7 @@ def _resolve_packaged(trust_remote_code: bool) -> Path:
             if located.suffix == ".gguf" and located.is_file():
                 return converted(located)
     try:
-        return _download(PACKAGED_HUB_ID, trust_remote_code, None)
+        return _download(PACKAGED_HUB_ID, trust_remote_code)
     except ModelError as e:
         raise ModelError(
             f"{PACKAGED!r} needs its weights, which are neither in an installed package nor on a "
@@ -116,7 +115,7 @@ def _resolve_packaged(trust_remote_code: bool) -> Path:
         ) from e
 
 
-def _download(name: str, trust_remote_code: bool, revision: str | None) -> Path:
+def _download(name: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -125,7 +124,6 @@ def _download(name: str, trust_remote_code: bool, revision: str | None) -> Path:
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
-        RevisionNotFoundError,
     )
 
     # The HTTP library's own base class: hub versions are built on different ones.
@@ -134,7 +132,6 @@ def _download(name: str, trust_remote_code: bool, revision: str | None) -> Path:
     try:
         folder = snapshot_download(
             name,
-            revision=revision,
             allow_patterns=[*_HUB_FILES, *code],
             ignore_patterns=list(_HUB_IGNORE),
         )
@@ -145,8 +142,6 @@ def _download(name: str, trust_remote_code: bool, revision: str | None) -> Path:
             f"the hub model {name} asks for its licence to be accepted; accept it on "
             f"https://huggingface.co/{name} and type: hf auth login"
         ) from e
-    except RevisionNotFoundError as e:
-        raise ModelError(f"the hub model {name} has no revision {revision!r}") from e
     except RepositoryNotFoundError as e:
         raise ModelError(
             f"no model {name!r}: there is no such local folder, and the hub has no public model "

@@ -90,7 +90,7 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
     # Into a model that transformers loaded in that dtype: it keeps some tensors in float32.
     model = reload(job.start, dtype=dtype, trust_remote_code=trust)
     model.load_state_dict(trained_weights)
-    tokens = random_tokens(model, 2, 24, seed=0)
+    tokens = random_tokens(model, 2, 24)
     with atomic_folder(out) as temporary, quiet_transformers():
         model.save_pretrained(temporary)
         for path in sorted(job.start.iterdir()):

@@ -50,11 +50,9 @@ class LinearPatch:
 
     Attributes:
         reads: map what the layer reads, (D, F) unknowns, rather than what it writes, (D, D).
-        weighted: weigh tokens by 1 / |y|^2.
     """
 
     reads: bool = True
-    weighted: bool = True
 
     def fit(
         self,
@@ -112,7 +110,7 @@ class LinearPatch:
         model = job.teacher.model
         stack = find_stack(model)
         replay = Replay(model, stack_modules(model, stack))
-        fit = LinearPatch(reads=job.config.patch_maps == "reads", weighted=self.weighted)
+        fit = LinearPatch(reads=job.config.patch_maps == "reads")
         tokens = _first(job.tokens, job.config.patch_tokens)
         work = Work(job.config.batch_tokens, job.progress)
         patches = fit.fit(replay, stack.kinds, tokens, job.removed, work)
@@ -146,9 +144,7 @@ class LinearPatch:
             output, read, written = observe(recording, p, patched[b], write)
             x = self._features(read, written, write)
             target = original[b].double() - output.double()
-            weights = torch.ones(target.shape[:2], dtype=torch.float64, device=device)
-            if self.weighted:
-                weights /= original[b].double().square().mean(-1).clamp_min(1e-12)
+            weights = 1 / original[b].double().square().mean(-1).clamp_min(1e-12)
             mask = batch.mask.to(device)
             held = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
             if _few(batches):

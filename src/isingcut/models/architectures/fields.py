@@ -159,9 +159,6 @@ DEPTH_DEPENDENT_TYPES = {
     "minimax": "its linear attention decays at a rate that depends on the block number",
 }
 
-# Model types whose blocks share more than the residual stream, beyond what legality can say.
-REFUSED_TYPES: dict[str, str] = {}
-
 
 _WORDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 _PERIODS = ("attn_layer_period", "expert_layer_period")
@@ -245,15 +242,3 @@ PREFIX_ATTRIBUTES = ("first_kv_shared_layer_idx",)
 
 # Attributes of modules that map block numbers to something.
 LAYER_MAP_ATTRIBUTES = ("layer_dic",)
-
-# Fields of a quantisation configuration that name modules.
-QUANTISATION_NAME_LISTS = (
-    "modules_to_not_convert",
-    "llm_int8_skip_modules",
-    "ignore",
-    "ignored_layers",
-    "exclude_modules",
-    "targets",
-    "modules",
-    "skip_modules",
-)

@@ -244,10 +244,9 @@ def _refuse_depth_dependent(text: dict[str, Any]) -> None:
         if text.get(key, harmless) != harmless:
             raise ArchitectureError(f"{key}={text[key]!r}: {reason}; it cannot be cut exactly")
     model_type = text.get("model_type", "")
-    for table in (fields.DEPTH_DEPENDENT_TYPES, fields.REFUSED_TYPES):
-        for name, reason in table.items():
-            if model_type in (name, f"{name}_text"):
-                raise ArchitectureError(f"{model_type} cannot be cut exactly: {reason}")
+    for name, reason in fields.DEPTH_DEPENDENT_TYPES.items():
+        if model_type in (name, f"{name}_text"):
+            raise ArchitectureError(f"{model_type} cannot be cut exactly: {reason}")
 
 
 def _cut_fields(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:

@@ -24,10 +24,8 @@ def verify(
     removed: Sequence[int],
     out: Path,
     *,
-    batch: int = 2,
     length: int = 24,
     new_tokens: int = 16,
-    seed: int = 0,
     trust_remote_code: bool = False,
 ) -> float:
     """Reload ``out`` with plain transformers and compare it with the original, blocks skipped.
@@ -40,10 +38,8 @@ def verify(
         source_model: the original, in memory.
         removed: the blocks that ``out`` lacks.
         out: the checkpoint to prove.
-        batch: sequences compared.
-        length: tokens per sequence.
+        length: tokens of each of the two sequences compared.
         new_tokens: generated tokens compared.
-        seed: of the random tokens.
         trust_remote_code: as in ``from_pretrained``.
 
     Returns:
@@ -55,7 +51,7 @@ def verify(
     source_model.eval()
     cut = reload(out, dtype=source_model.dtype, trust_remote_code=trust_remote_code)
     cut.to(source_model.device)
-    tokens = random_tokens(source_model, batch, length, seed)
+    tokens = random_tokens(source_model, 2, length)
     for model in (source_model, cut):
         stop_rescaling(model)
     with torch.no_grad():
@@ -171,7 +167,7 @@ def check_generation(
         )
 
 
-def random_tokens(model: Any, batch: int, length: int, seed: int) -> torch.Tensor:
+def random_tokens(model: Any, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """(batch, length) random token ids of the model's vocabulary, on its device."""
     generator = torch.Generator().manual_seed(seed)
     size = int(text_config(model).vocab_size)
