@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,40 +234,31 @@ def bounded_structure(most: int, what: str) -> Iterator[None]:
     Raises:
         ModelError: it has more, or buffers that no checkpoint holds grow beyond any family's.
     """
-    from torch import Tensor, nn
+    from torch.nn.modules import module as torch_module
 
-    place, keep = nn.Module.register_parameter, nn.Module.register_buffer
-    built = {"parameters": 0, "buffers": 0}
-    allowed = {"parameters": most, "buffers": max(most, _MOST_IN_BUFFERS)}
+    def counted(sort: str, allowed: int) -> Callable[..., None]:
+        built = 0
 
-    def count(sort: str, tensor: Tensor | None) -> None:
-        if tensor is None or not tensor.is_meta:
-            return
-        built[sort] += tensor.numel()
-        if built[sort] > allowed[sort]:
-            raise ModelError(
-                f"the config of {what} describes a model with more than {allowed[sort]:,} numbers "
-                f"in its {sort}, which its weights cannot fill; the config and the weights do not "
-                "belong together"
-            )
+        def count(owner: object, name: str, tensor: torch.Tensor | None) -> None:
+            nonlocal built
+            if tensor is None or not tensor.is_meta:
+                return
+            built += tensor.numel()
+            if built > allowed:
+                raise ModelError(
+                    f"the config of {what} describes a model with more than {allowed:,} numbers in "
+                    f"its {sort}, which its weights cannot fill; the config and the weights do not "
+                    "belong together"
+                )
 
-    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        count("parameters", param)
-        place(self, name, param)
+        return count
 
-    def register_buffer(
-        self: nn.Module, name: str, tensor: Tensor | None, *more: Any, **named: Any
-    ) -> None:
-        count("buffers", tensor)
-        keep(self, name, tensor, *more, **named)
-
-    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
-    nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
-    try:
+    buffers = counted("buffers", max(most, _MOST_IN_BUFFERS))
+    with (
+        torch_module.register_module_parameter_registration_hook(counted("parameters", most)),
+        torch_module.register_module_buffer_registration_hook(buffers),
+    ):
         yield
-    finally:
-        nn.Module.register_parameter = place  # type: ignore[method-assign]
-        nn.Module.register_buffer = keep  # type: ignore[method-assign]
 
 
 def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from isingcut.errors import ModelError, first_line
 from isingcut.models.architectures.auto import auto_class
@@ -28,20 +29,16 @@ def without_weights() -> Iterator[None]:
 
     Rotary frequencies and masks are buffers that no checkpoint holds: they have to be computed.
     """
-    register = nn.Module.register_parameter
 
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            kept = dict(vars(param))
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            vars(param).update(kept)
-        register(self, name, param)
+    def on_meta(owner: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.is_meta:
+            return parameter
+        moved = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        vars(moved).update(vars(parameter))
+        return moved
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
+    with register_module_parameter_registration_hook(on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
