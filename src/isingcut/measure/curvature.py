@@ -30,12 +30,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.files import fingerprint
 from isingcut.ising.states import Floats
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import of_batches
 from isingcut.measure.loss_gradient import loss_gradient
 from isingcut.measure.sharing import Rows
+from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.progress import Progress, silent
@@ -110,8 +110,8 @@ def gate_curvature(
     reuse_freed_memory()
     n, head = len(replay), OutputHead(replay)
     batches = tokens.batches(batch_tokens)
-    identity = _identity(replay, tokens, kind, gate, batch_tokens)
-    kept = Rows(journal, identity, of_batches(batches, n + 1, n), replay.processes)
+    measured = identity(replay, tokens, curvature=kind, gate=gate, batch_tokens=batch_tokens)
+    kept = Rows(journal, measured, of_batches(batches, n + 1, n), replay.processes)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     rows = np.zeros((tokens.samples, n + 1, n))
     with progress(f"{kind} of {tokens.samples} samples", len(batches)) as bar:
@@ -127,19 +127,6 @@ def gate_curvature(
         rows[batch.index.numpy()] = kept.get(str(b))
     rows *= counts[:, None, None]
     return Curvature(rows[:, 0], rows[:, 1:], counts)
-
-
-def _identity(replay: Replay, tokens: TokenSet, kind: str, gate: str, batch_tokens: int) -> str:
-    return fingerprint(
-        {
-            **replay.identity(),
-            "tokens": tokens.input_ids.tolist(),
-            "mask": tokens.mask.tolist(),
-            "curvature": kind,
-            "gate": gate,
-            "batch_tokens": batch_tokens,
-        }
-    )
 
 
 def _batch_curvature(

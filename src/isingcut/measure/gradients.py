@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
-from isingcut.files import fingerprint
 from isingcut.measure.gates import gated_block
 from isingcut.measure.loss_gradient import loss_gradient
 from isingcut.measure.sharing import Rows
+from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.compute.tuning import chosen_attention
 from isingcut.models.replay import Replay, reuse_freed_memory
@@ -61,8 +61,8 @@ def gate_gradients(
     reuse_freed_memory()
     rows = np.zeros((tokens.samples, len(replay)))
     batches = tokens.batches(batch_tokens)
-    identity = _identity(replay, tokens, gate, label_seed, batch_tokens)
-    kept = Rows(journal, identity, of_batches(batches, len(replay)), replay.processes)
+    measured = identity(replay, tokens, gate=gate, label_seed=label_seed, batch_tokens=batch_tokens)
+    kept = Rows(journal, measured, of_batches(batches, len(replay)), replay.processes)
     with (
         progress(f"gradients of {tokens.samples} samples", len(batches)) as bar,
         chosen_attention(replay),
@@ -96,21 +96,6 @@ def of_batches(
         return key.isdecimal() and row.shape == (batches[int(key)].samples, *shape)
 
     return fits
-
-
-def _identity(
-    replay: Replay, tokens: TokenSet, gate: str, label_seed: int | None, batch_tokens: int
-) -> str:
-    return fingerprint(
-        {
-            **replay.identity(),
-            "tokens": tokens.input_ids.tolist(),
-            "mask": tokens.mask.tolist(),
-            "gate": gate,
-            "label_seed": label_seed,
-            "batch_tokens": batch_tokens,
-        }
-    )
 
 
 def _batch_rows(

@@ -9,12 +9,11 @@ import numpy as np
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
-from isingcut.files import fingerprint
 from isingcut.ising.states import Floats, States, key_of
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.sharing import Rows
-from isingcut.measure.work import Work
+from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay
 
 LOSSES = ("kl", "nll")
@@ -49,14 +48,8 @@ class Ledger:
         self._replay, self._tokens, self._work, self._loss = replay, tokens, work, loss
         self.counts = tokens.predicted.sum(1).numpy().astype(np.int64)
         self._real = tokens.mask.sum(1).numpy().astype(np.int64)
-        identity = {
-            **replay.identity(),
-            "tokens": tokens.input_ids.tolist(),
-            "mask": tokens.mask.tolist(),
-            "loss": loss,
-            "batch_tokens": work.batch_tokens,
-        }
-        self._kept = Rows(work.journal, fingerprint(identity), processes=replay.processes)
+        measured = identity(replay, tokens, loss=loss, batch_tokens=work.batch_tokens)
+        self._kept = Rows(work.journal, measured, processes=replay.processes)
         self._paid: set[str] = set()
         self.runs = self.heads = 0.0
         self.evaluations = 0

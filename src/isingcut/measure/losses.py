@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
-from isingcut.files import fingerprint, without_infinities
+from isingcut.files import without_infinities
 from isingcut.ising.states import Floats, States
 from isingcut.measure.pieces import Piece, common_prefix, left
 from isingcut.measure.sharing import Rows
+from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead, Reference, comparison
 from isingcut.models.compute.tuning import chosen_attention
 from isingcut.models.replay import Replay, reuse_freed_memory
@@ -152,8 +153,14 @@ def measure(
         shape = (2, piece.last - piece.first + 1, batches[piece.batch].samples)
         return inside and piece.batch >= 0 and row.shape == shape
 
-    identity = _identity(replay, tokens, wanted, batch_tokens)
-    kept = Rows(journal, identity, fits, replay.processes)
+    measured = identity(
+        replay,
+        tokens,
+        states=np.packbits(wanted).tolist(),
+        shape=list(wanted.shape),
+        batch_tokens=batch_tokens,
+    )
+    kept = Rows(journal, measured, fits, replay.processes)
     m = tokens.samples
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     sums = np.zeros((2, len(wanted) + 1, m))
@@ -232,19 +239,6 @@ def _blocks_run(walk: Sequence[_Step], piece: Piece, n: int) -> int:
     """Blocks of one piece, as they count in all that a measurement runs."""
     own = walk[piece.first : piece.last]
     return sum(int((~s.removed[s.shared :]).sum()) for s in own) + (0 if piece.first else n)
-
-
-def _identity(replay: Replay, tokens: TokenSet, states: States, batch_tokens: int) -> str:
-    return fingerprint(
-        {
-            **replay.identity(),
-            "tokens": tokens.input_ids.tolist(),
-            "mask": tokens.mask.tolist(),
-            "states": np.packbits(states).tolist(),
-            "shape": list(states.shape),
-            "batch_tokens": batch_tokens,
-        }
-    )
 
 
 def _measure_batch(

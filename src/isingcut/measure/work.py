@@ -1,11 +1,17 @@
-"""How a measurement is carried out, whatever it measures."""
+"""How a measurement is carried out, whatever it measures, and what its journal is known by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from isingcut.files import fingerprint
 from isingcut.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from isingcut.data.tokens import TokenSet
+    from isingcut.models.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -21,3 +27,13 @@ class Work:
     batch_tokens: int = 1024
     progress: Progress = silent
     journal: Path | None = None
+
+
+def identity(replay: Replay, tokens: TokenSet, **depends: Any) -> str:
+    """The fingerprint of what is measured, for its journal.
+
+    Args:
+        depends: what the numbers depend on besides the model and its text, JSON-able.
+    """
+    told = {"tokens": tokens.input_ids.tolist(), "mask": tokens.mask.tolist()}
+    return fingerprint({**replay.identity(), **told, **depends})
