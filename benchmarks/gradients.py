@@ -27,7 +27,8 @@ from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.compute.tuning import chosen_attention, tune
+from isingcut.models.compute.attention import chosen_attention
+from isingcut.models.compute.tuning import tune
 from isingcut.models.replay import Replay, reuse_freed_memory
 
 

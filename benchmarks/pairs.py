@@ -23,8 +23,8 @@ from gradients import attention_of, prepare
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
+from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead, comparison
-from isingcut.models.compute.tuning import chosen_attention
 from isingcut.models.replay import Replay
 
 

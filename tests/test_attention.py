@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute import attention
-from isingcut.models.compute.attention import NAME, causal_attention, register
-from isingcut.models.compute.tuning import chosen_attention
+from isingcut.models.compute.attention import NAME, causal_attention, chosen_attention, register
 from isingcut.models.replay import Replay
 from tiny import tiny_model
 

@@ -14,7 +14,8 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute import tuning
-from isingcut.models.compute.tuning import Tuning, chosen_attention, tune
+from isingcut.models.compute.attention import chosen_attention
+from isingcut.models.compute.tuning import Tuning, tune
 from isingcut.models.replay import Replay
 from tiny import tiny_model
 

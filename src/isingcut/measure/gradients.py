@@ -21,8 +21,8 @@ from isingcut.measure.gates import gated_block
 from isingcut.measure.loss_gradient import loss_gradient
 from isingcut.measure.sharing import Rows
 from isingcut.measure.work import identity
+from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead
-from isingcut.models.compute.tuning import chosen_attention
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.progress import Progress, silent
 

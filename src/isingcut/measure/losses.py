@@ -24,8 +24,8 @@ from isingcut.ising.states import Floats, States
 from isingcut.measure.pieces import Piece, common_prefix, left
 from isingcut.measure.sharing import Rows
 from isingcut.measure.work import identity
+from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead, Reference, comparison
-from isingcut.models.compute.tuning import chosen_attention
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.progress import Bar, Progress, silent
 

@@ -18,6 +18,7 @@ from isingcut.errors import CheckpointError, ModelError
 from isingcut.inputs import load_json
 from isingcut.models.architectures.auto import auto_class
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
+from isingcut.models.transformers_private import model_classes
 
 DTYPES = {
     "F64": torch.float64,
@@ -167,7 +168,7 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> Any:
         del config.quantization_config
     weights = dict(dequantised(folder, raw, dtype))
     try:
-        kind = auto_class(config)._model_mapping[type(config)]
+        kind = model_classes(auto_class(config))[type(config)]
         model, report = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )

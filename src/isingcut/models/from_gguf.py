@@ -14,7 +14,15 @@ from isingcut.errors import InputError, MissingExtraError, ModelError
 from isingcut.files import atomic_folder, clear_stale
 from isingcut.inputs import regular_file
 from isingcut.models.cache import gguf_cache
+from isingcut.models.checkpoint.gguf_header import read_gguf
+from isingcut.models.fit import (
+    bounded_structure,
+    most_numbers,
+    refuse_incomplete,
+    refuse_infinite,
+)
 from isingcut.models.loading import loading, quiet_transformers
+from isingcut.models.transformers_private import unpacked
 from isingcut.outputs import foreign_in
 
 
@@ -69,8 +77,6 @@ def _words(error: InputError) -> str:
 
 def _numbers(path: Path) -> int:
     """How many numbers the file's tensors hold, once its header and its blocks are whole."""
-    from isingcut.models.checkpoint.gguf_header import read_gguf
-
     header = read_gguf(path)
     header.blocks()
     return sum(math.prod(t.shape) for t in header.tensors.values())
@@ -78,21 +84,10 @@ def _numbers(path: Path) -> int:
 
 def _convert(path: Path, folder: Path, held: int) -> None:
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from isingcut.models.fit import (
-        bounded_structure,
-        most_numbers,
-        refuse_incomplete,
-        refuse_infinite,
-    )
 
     loader: Any = AutoModelForCausalLM
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    # Newer transformers can keep GGUF weights packed, and then refuse to save them.
-    packing = getattr(transformers, "GgufConfig", None)
-    unpack = {} if packing is None else {"quantization_config": packing(dequantize=True)}
     with (
         loading(f"{path.name} with transformers"),
         # One of its progress bars has no switch.
@@ -102,7 +97,7 @@ def _convert(path: Path, folder: Path, held: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model, found = loader.from_pretrained(
             **source,
-            **unpack,
+            **unpacked(),
             dtype=torch.bfloat16,
             ignore_mismatched_sizes=True,
             output_loading_info=True,

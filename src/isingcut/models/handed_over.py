@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.data.held import holding
 from isingcut.errors import InputError, ModelError, first_line
 from isingcut.models.load import model_identity, quiet_transformers
+from isingcut.models.transformers_private import has_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +54,7 @@ def _check_model(given: Any) -> None:
             f"{type(given).__name__} (merge the adapters of a PEFT model first: "
             "merge_and_unload)"
         )
-    if getattr(given, "_hf_peft_config_loaded", False):
+    if has_adapters(given):
         raise InputError(
             f"this {type(given).__name__} has adapters loaded, which are no part of its blocks; "
             "merge them with PEFT (merge_and_unload) and give the merged model"

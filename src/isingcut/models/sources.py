@@ -11,6 +11,7 @@ from isingcut.data import held
 from isingcut.errors import ModelError, first_line
 from isingcut.inputs import load_json, regular_file, user_path
 from isingcut.models.checkpoint.read import INDEX, SINGLE, contained, read_config, read_index
+from isingcut.models.from_gguf import converted
 
 PACKAGED = "smollm2"
 PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -59,8 +60,6 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
         regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is not a model; {_EXPECTED}")
-        from isingcut.models.from_gguf import converted
-
         return converted(path)
     if _looks_like_a_path(name):
         raise ModelError(f"there is no model at {name}; {_EXPECTED}")
@@ -97,8 +96,6 @@ def _looks_like_a_path(name: str) -> bool:
 
 def _resolve_packaged(trust_remote_code: bool) -> Path:
     """SmolLM2-135M-Instruct out of its data package, else from the hub."""
-    from isingcut.models.from_gguf import converted
-
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         # The package is only ever read as data: importing it would need llama.cpp bindings.
         distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)

@@ -23,6 +23,7 @@ from isingcut.measure import curvature, gradients
 from isingcut.measure.loss_gradient import loss_gradient
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.compute import tuning
+from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.models.streaming.plan import EMBED, HEAD
@@ -108,7 +109,7 @@ def probe(
     replay.attention = how.attention
     watch = Stopwatch(replay.device, clock)
     with tuning.few_threads(how.threads):
-        with tuning.chosen_attention(replay):
+        with chosen_attention(replay):
             found = _timed(replay, length, batch_tokens, reading, watch)
         # Double backward passes take PyTorch's plain attention, whatever was chosen.
         return _with_curvature(found, replay, length, watch) if twice else found

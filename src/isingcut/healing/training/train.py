@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -26,6 +25,7 @@ from isingcut.healing.training.trainer_file import read_trainer_file
 from isingcut.healing.work_folder import complete_states
 from isingcut.inputs import user_path
 from isingcut.models.load import quiet_transformers
+from isingcut.models.transformers_private import checkpointing
 from isingcut.outputs import mark
 from isingcut.progress import Bar
 
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
     from isingcut.healing.training.targets import Kept
 
 _CURVE = "healing-curve.json"
-# Newer versions of transformers call gradient checkpointing by another name.
-_NAMES = {f.name for f in dataclasses.fields(TrainingArguments)}
-_CHECKPOINTING = next(
-    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in _NAMES
-)
 
 
 class _Trainer(Trainer):
@@ -259,7 +254,7 @@ def _arguments(job: Job, processes: Processes) -> TrainingArguments:
         "seed": config.seed,
         "data_seed": config.seed,
         "bf16": job.teacher.dtype == torch.bfloat16,
-        **({_CHECKPOINTING: True} if config.gradient_checkpointing else {}),
+        **(checkpointing() if config.gradient_checkpointing else {}),
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
         "report_to": [],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import ArchitectureError
+from isingcut.models.transformers_private import model_classes
 
 
 def auto_class(config: Any) -> Any:
@@ -26,7 +27,7 @@ def auto_class(config: Any) -> Any:
     multimodal: Any = AutoModelForImageTextToText
     remote = getattr(config, "auto_map", None) or {}
     for factory in (causal, multimodal):
-        if factory.__name__ in remote or type(config) in factory._model_mapping:
+        if factory.__name__ in remote or type(config) in model_classes(factory):
             return factory
     raise ArchitectureError(
         f"transformers has no text-generating decoder of the model type {config.model_type!r}; "

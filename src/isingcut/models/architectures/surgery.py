@@ -194,7 +194,7 @@ def with_depth(config: dict[str, Any], count: int) -> Any | None:
 
 
 def _class_config(config: dict[str, Any]) -> Any | None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:

@@ -7,10 +7,13 @@ Heads that share keys are rows of one product, so that keys are never repeated.
 
 `register` adds it to transformers under the name `NAME`, for models that compute attention as
 `sdpa`; where a call has more to it than causality (a window, a bias, padding), `sdpa` computes it.
+`chosen_attention` lets a model use it, or any other that transformers knows.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -22,6 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from isingcut.errors import ArchitectureError
 from isingcut.models.compute.kernels import bits, exp_of, in_order, in_threads, stored_as, value_of
+from isingcut.models.loading import quiet_transformers
+from isingcut.models.replay import Replay
+from isingcut.models.transformers_private import attention_of
 
 NAME = "causal"
 
@@ -156,9 +162,10 @@ def _attention(
         or query.shape[2] != key.shape[2]
         or query.shape[1] % key.shape[1]
     ):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers import AttentionInterface
 
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+        fused: Any = AttentionInterface()["sdpa"]
+        found: tuple[Tensor, None] = fused(
             module,
             query,
             key,
@@ -178,7 +185,38 @@ def _attention(
 def register() -> None:
     """Make `NAME` known to transformers; masks are made as for `sdpa`."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+
+
+@contextlib.contextmanager
+def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
+    """Let the model compute attention as ``name``, or as its replay was tuned to, for a while.
+
+    Raises:
+        ArchitectureError: the model has no such implementation.
+    """
+    before, wanted = attention_of(replay.model), name or replay.attention
+    if wanted is None or wanted == before:
+        yield
+        return
+    model: Any = replay.model
+    reason = f"it computes it as {before!r}"
+    try:
+        # In the place of sdpa alone: models without that have something it cannot do.
+        if wanted != NAME or before == "sdpa":
+            register()
+            with quiet_transformers():
+                model.set_attn_implementation(wanted)
+    except (ValueError, ImportError, AttributeError) as e:
+        reason = " ".join(str(e).split())
+    if attention_of(replay.model) != wanted:
+        raise ArchitectureError(
+            f"{type(model).__name__} cannot compute attention as {wanted!r} ({reason}); "
+            "leave --attention out"
+        )
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures import text_config
-from isingcut.models.compute.attention import NAME, register
-from isingcut.models.load import quiet_transformers
+from isingcut.models.compute.attention import NAME, chosen_attention
 from isingcut.models.replay import Recording, Replay
+from isingcut.models.transformers_private import attention_of
 
 BATCH_TOKENS = 1024
 
@@ -88,15 +88,18 @@ def tune(
     Complexity: `_ROUNDS` forward passes of `_BLOCKS` blocks per possibility.
     """
     seconds = seconds or _stopwatch(replay)
-    loaded = _loaded(replay)
-    probe = _probe_backward if backward else _probe
+    loaded = attention_of(replay.model)
+
+    def probe(name: str | None, tokens: int) -> Callable[[], None]:
+        return _probe(replay, name, tokens, length, backward)
+
     pass_tokens = min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
     threads = None
     if _threads_possible(replay, pass_tokens):
-        threads = _threads(probe(replay, attention or loaded, pass_tokens, length), seconds)
+        threads = _threads(probe(attention or loaded, pass_tokens), seconds)
     with few_threads(threads):
         if attention is None and _causal_possible(replay, length, batch_tokens or BATCH_TOKENS):
-            probes = {name: probe(replay, name, BATCH_TOKENS, length) for name in (loaded, NAME)}
+            probes = {name: probe(name, BATCH_TOKENS) for name in (loaded, NAME)}
             took = _fastest(probes, seconds)
             if took[loaded] > _WORTH_SECONDS and took[loaded] > _GAIN * took[NAME]:
                 attention = NAME
@@ -119,46 +122,9 @@ def few_threads(most: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
-    """Let the model compute attention as ``name``, or as its replay was tuned to, for a while.
-
-    Raises:
-        ArchitectureError: the model has no such implementation.
-    """
-    before, wanted = _loaded(replay), name or replay.attention
-    if wanted is None or wanted == before:
-        yield
-        return
-    model: Any = replay.model
-    reason = f"it computes it as {before!r}"
-    try:
-        # In the place of sdpa alone: models without that have something it cannot do.
-        if wanted != NAME or before == "sdpa":
-            register()
-            with quiet_transformers():
-                model.set_attn_implementation(wanted)
-    except (ValueError, ImportError, AttributeError) as e:
-        reason = " ".join(str(e).split())
-    if _loaded(replay) != wanted:
-        raise ArchitectureError(
-            f"{type(model).__name__} cannot compute attention as {wanted!r} ({reason}); "
-            "leave --attention out"
-        )
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _loaded(replay: Replay) -> str | None:
-    found = getattr(getattr(replay.model, "config", None), "_attn_implementation", None)
-    return found if isinstance(found, str) else None
-
-
 def _causal_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
     """Whether `attention.py` is worth a try: on a CPU, and its weights are few."""
-    if replay.device.type != "cpu" or _loaded(replay) != "sdpa":
+    if replay.device.type != "cpu" or attention_of(replay.model) != "sdpa":
         return False
     heads = getattr(text_config(replay.model), "num_attention_heads", None)
     if not isinstance(heads, int):
@@ -184,8 +150,7 @@ def _threads_possible(replay: Replay, tokens: int) -> bool:
 
 
 def _threads(run: Callable[[], None], seconds: Callable[[Callable[[], None]], float]) -> int | None:
-    """Fewer threads than there are, where a pass is clearly faster with them."""
-    most = torch.get_num_threads()
+    """Half the threads as long as that is no slower; None where it does not clearly win."""
 
     def limited(count: int) -> Callable[[], None]:
         def work() -> None:
@@ -194,39 +159,30 @@ def _threads(run: Callable[[], None], seconds: Callable[[Callable[[], None]], fl
 
         return work
 
-    run()
-    probes = {n: limited(n) for n in [2**k for k in range(most.bit_length()) if 2**k < most]}
-    once = {n: seconds(probe) for n, probe in probes.items()}
-    near = [n for n in probes if once[n] < 2 * min(once.values())]
-    took = _fastest({n: probes[n] for n in near} | {most: limited(most)}, seconds)
-    best = min(took, key=lambda count: (took[count], count))
-    return best if took[most] > _GAIN * took[best] else None
+    most = count = torch.get_num_threads()
+    slow = quick = 0.0
+    while count > 1:
+        took = _fastest({n: limited(n) for n in (count, count // 2)}, seconds)
+        slow = slow or took[most]
+        if took[count // 2] > took[count]:
+            break
+        count //= 2
+        quick = took[count]
+    return count if count < most and slow > _GAIN * quick else None
 
 
-def _probe(replay: Replay, name: str | None, tokens: int, length: int) -> Callable[[], None]:
-    """A forward pass of some blocks, spread over the model."""
-    recording, some = _recorded(replay, name, tokens, length), _some_blocks(replay)
-
-    def run() -> None:
-        with torch.inference_mode(), chosen_attention(replay, name):
-            stream = recording.entered
-            for i in some:
-                stream = recording.block(i, stream)
-
-    return run
-
-
-def _probe_backward(
-    replay: Replay, name: str | None, tokens: int, length: int
+def _probe(
+    replay: Replay, name: str | None, tokens: int, length: int, backward: bool = False
 ) -> Callable[[], None]:
-    """The same blocks forward and backward."""
+    """A pass through some blocks, spread over the model, and back through them."""
     recording, some = _recorded(replay, name, tokens, length), _some_blocks(replay)
 
     def run() -> None:
-        with chosen_attention(replay, name):
-            entered = recording.entered.detach().requires_grad_(True)
+        with torch.inference_mode(not backward), chosen_attention(replay, name):
+            entered = recording.entered.detach().requires_grad_(backward)
             left = _through(recording, some, entered)
-            torch.autograd.grad(left, entered, torch.ones_like(left))
+            if backward:
+                torch.autograd.grad(left, entered, torch.ones_like(left))
 
     return run
 
@@ -262,7 +218,9 @@ def _batch(
 ) -> int:
     """Double the micro-batch as long as that pays and its gradients fit the memory."""
     # Measured losses keep the original's logits; gradients keep what they go back through.
-    each = max(_saved_bytes(replay, attention, length), _logit_bytes(replay))
+    words = getattr(text_config(replay.model), "vocab_size", None)
+    logits = (words if isinstance(words, int) else 0) * _element(replay)
+    each = max(_saved_bytes(replay, attention, length), logits)
     most = memory // max(1, each)
     tokens = BATCH_TOKENS
     while 2 * tokens <= min(most, _MOST_TOKENS):
@@ -296,13 +254,6 @@ def _saved_bytes(replay: Replay, attention: str | None, length: int) -> int:
         alive = _through(recording, some, recording.entered.detach().requires_grad_(True))
     del alive
     return sum(kept.values()) * len(replay) // (len(some) * length)
-
-
-def _logit_bytes(replay: Replay) -> int:
-    """Bytes of one position's logits."""
-    config = text_config(replay.model)
-    words = getattr(config, "vocab_size", None)
-    return (words if isinstance(words, int) else 0) * _element(replay)
 
 
 def _element(replay: Replay) -> int:

@@ -1,4 +1,8 @@
-"""Which stored tensors fill which part of a model, and where in a buffer each one goes."""
+"""Which stored tensors fill which part of a model, and where in a buffer each one goes.
+
+The names and conversions (a list of experts that becomes one tensor, say) are transformers'
+own, so that a streamed block has the numbers that `from_pretrained` gives it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from isingcut.errors import ModelError
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint
 from isingcut.models.fit import wrong_shape
 from isingcut.models.fp8 import weights_of
-from isingcut.models.streaming.skeleton import Names
+from isingcut.models.transformers_private import Names
 
 Part = int | str
 EMBED, HEAD, REST = "embed", "head", "rest"

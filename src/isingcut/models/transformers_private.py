@@ -1,0 +1,164 @@
+"""All that is used of transformers and is not public.
+
+What changed there in the versions that are known to work, 5.10 to 5.24:
+
+    5.10   renames tensors below a nested model's `base_model_prefix`, an argument that 5.9 lacks
+    5.14   has the conversion `Interleave`, which is more than stacking and joining
+    5.15   `rename_source_key` can go backwards
+    5.16   `Concatenate` may know how many tensors to make of its target again; it joins as before
+    5.17   `GgufConfig`: weights of a GGUF file stay packed unless it says otherwise
+    5.23   `TrainingArguments.activation_checkpointing` is what `gradient_checkpointing` was
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pkgutil
+import re
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from isingcut.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+OLDEST, NEWEST = (5, 10), (5, 24)
+
+_MAPPING = "transformers.conversion_mapping:get_model_conversion_mapping"
+_CONVERTER = "transformers.core_model_loading:WeightConverter"
+_RENAMING = "transformers.core_model_loading:WeightRenaming"
+_ORDER = "transformers.core_model_loading:dot_natural_key"
+_RENAME = "transformers.core_model_loading:rename_source_key"
+NAMES = (
+    _MAPPING,
+    _CONVERTER,
+    f"{_CONVERTER}.add_tensor",
+    f"{_CONVERTER}.convert",
+    _RENAMING,
+    _ORDER,
+    _RENAME,
+    "transformers:PreTrainedModel._get_dtype_plan",
+    "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
+    "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
+    "transformers:PreTrainedModel._hf_peft_config_loaded",
+    "transformers:AutoModelForCausalLM._model_mapping",
+    "transformers:PreTrainedConfig._attn_implementation",
+    "transformers:Trainer._save_checkpoint",
+    "transformers:TrainingArguments.n_gpu",
+)
+"""Everything of it that must be there, for the test that says what a new version took away."""
+
+
+def private(name: str) -> Any:
+    """What transformers has under a name (``module:path``) that it may move in any version.
+
+    Raises:
+        ModelError: this version has it no more.
+    """
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as e:
+        oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+        raise ModelError(
+            f"transformers {version('transformers')} has no {name.replace(':', '.')}, with which "
+            f"weights are read one block at a time; install one of {oldest} to {newest}, or pass "
+            "--stream off"
+        ) from e
+
+
+def model_classes(factory: Any) -> Any:
+    """The model classes of an auto class, by those of their configurations."""
+    return factory._model_mapping
+
+
+def attention_of(model: Any) -> str | None:
+    """The name of the attention that a model computes with; None where it does not say."""
+    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return found if isinstance(found, str) else None
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether adapters of PEFT were loaded into a model."""
+    return bool(model._hf_peft_config_loaded)
+
+
+def unpacked() -> dict[str, Any]:
+    """Options of `from_pretrained` that unpack the weights of a GGUF file, as older ones do."""
+    import transformers
+
+    packing: Any = getattr(transformers, "GgufConfig", None)
+    return {} if packing is None else {"quantization_config": packing(dequantize=True)}
+
+
+def checkpointing() -> dict[str, bool]:
+    """Options of `TrainingArguments` that compute activations again in the backward pass."""
+    from transformers import TrainingArguments
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    return {next(name for name in names if name in known): True}
+
+
+class Names:
+    """What each stored tensor is called in a model, and how it gets there.
+
+    Args:
+        model: without its weights is enough.
+        dtype: the model's.
+
+    Raises:
+        ModelError: this version of transformers has another loader.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._rename, self.order = private(_RENAME), private(_ORDER)
+        renaming, converter = private(_RENAMING), private(_CONVERTER)
+        mapping = private(_MAPPING)(model, None, None)
+        self._renamings = [m for m in mapping if isinstance(m, renaming)]
+        self._converters = [m for m in mapping if isinstance(m, converter)]
+        self._converter_of = {p: c for c in self._converters for p in c.source_patterns}
+        self._prefix = model.base_model_prefix
+        self.model = model
+        self.tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+        self._widened = [re.compile(p.replace("*", ".*")) for p in model._get_dtype_plan(dtype)]
+
+    def target(self, stored: str) -> tuple[str, str | None]:
+        """The model's name of a stored tensor, and the pattern of the converter it belongs to."""
+        name, pattern = self._rename(
+            stored, self._renamings, self._converters, self._prefix, self.tensors
+        )
+        if name not in self.tensors and stored in self.tensors:
+            name, pattern = self._rename(stored, [], [], self._prefix, self.tensors)
+        return str(name), pattern
+
+    def converter(self, pattern: str) -> Any:
+        """The conversion that a pattern belongs to."""
+        return self._converter_of[pattern]
+
+    def dtype_of(self, target: str) -> torch.dtype:
+        """The dtype that the model has a tensor in."""
+        import torch
+
+        if any(pattern.search(target) for pattern in self._widened):
+            return torch.float32
+        return self.tensors[target].dtype
+
+    def ties(self) -> dict[str, str]:
+        """Names of tensors that are another one: ``{this: that}``."""
+        return dict(self.model.all_tied_weights_keys)
+
+    def may_be_extra(self, target: str) -> bool:
+        """Whether a stored tensor without a place in the model is one transformers drops too."""
+        patterns = list(self.model._keys_to_ignore_on_load_unexpected or ())
+        # Older versions of many families stored these buffers.
+        patterns += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+        return any(re.search(p, target) for p in patterns)
+
+    def may_miss(self, target: str) -> bool:
+        """Whether a checkpoint need not hold a tensor: the model computes that buffer itself."""
+        import torch
+
+        patterns = self.model._keys_to_ignore_on_load_missing or ()
+        is_buffer = not isinstance(self.tensors[target], torch.nn.Parameter)
+        return is_buffer and any(re.search(p, target) for p in patterns)
