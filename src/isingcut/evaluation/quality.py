@@ -17,6 +17,7 @@ from isingcut.evaluation.speed import SPEED_KEYS, speed_and_memory
 from isingcut.files import without_header, without_infinities
 from isingcut.measure.losses import standard_error
 from isingcut.models.architectures import find_stack
+from isingcut.models.compute.divergence import row_kl
 from isingcut.models.sources import weight_files
 from isingcut.progress import Progress, silent
 
@@ -198,7 +199,7 @@ def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, floa
         label = labels[part, None]
         totals[0] -= p.gather(1, label).sum(dtype=torch.float64).cpu()
         totals[1] -= q.gather(1, label).sum(dtype=torch.float64).cpu()
-        totals[2] += (p.exp() * (p - q)).sum(-1).sum(dtype=torch.float64).cpu()
+        totals[2] += row_kl(p, q).sum(dtype=torch.float64).cpu()
     first, second, third = totals.tolist()
     return first, second, third
 

@@ -2,7 +2,7 @@
 
 The float32 copies of a batch of logits (tokens x vocabulary) never exist whole: rows are taken in
 chunks, each chunk's gradient is formed with its value and kept in the logits' own dtype. Where the
-head is separable (`_head`), the logits themselves exist only a chunk at a time, too.
+head is separable (`rounds.separable`), the logits themselves exist only a chunk at a time, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from isingcut.models.compute.divergence import row_kl
 
 CHUNK_ELEMENTS = 1 << 26
 """Elements of logits looked at together, at most."""
@@ -59,9 +61,8 @@ class _Divergence(torch.autograd.Function):
         for a in range(0, len(student), step):
             logp = torch.log_softmax(teacher[a : a + step].float() / temperature, dim=-1)
             logq = torch.log_softmax(student[a : a + step].float() / temperature, dim=-1)
-            p = logp.exp()
-            total += torch.linalg.vecdot(p, logp.sub_(logq)).sum(dtype=torch.float64)
-            gradient[a : a + step] = logq.exp_().sub_(p).div_(temperature)
+            total += row_kl(logp, logq).sum(dtype=torch.float64)
+            gradient[a : a + step] = logq.exp_().sub_(logp.exp_()).div_(temperature)
         ctx.save_for_backward(gradient)
         return total.float()
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isingcut.healing.training.head import separable, stream_of
 from isingcut.healing.training.kl import TopK, divergence, divergence_from_stream, top_k
+from isingcut.models.architectures import text_config
+from isingcut.models.compute.head import entering
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,38 @@ class Objective:
     temperature: float = 1.0
     pairs: Sequence[tuple[int, int]] = ()
     hidden_weight: float = 0.0
+
+
+def separable(model: Any) -> tuple[Any, Any] | None:
+    """The decoder and the output layer, where ``output(decoder(ids))`` are the model's logits.
+
+    Tried on a few tokens: a model that scales or caps its logits afterwards (Granite, Gemma 2)
+    gives None, and its logits are taken as its own forward pass gives them.
+    """
+    decoder, output = (
+        getattr(model, name, lambda: None)() for name in ("get_decoder", "get_output_embeddings")
+    )
+    if decoder is None or output is None or decoder is model:
+        return None
+    ids = torch.arange(5, device=model.device)[None] % int(text_config(model).vocab_size)
+    training = model.training
+    model.eval()
+    try:
+        inputs = entering(output, lambda: model(input_ids=ids, use_cache=False).logits)
+        with torch.no_grad():
+            stream = stream_of(decoder(input_ids=ids, use_cache=False))
+        same = inputs is not None and torch.equal(inputs, stream)
+    except (TypeError, RuntimeError, AttributeError):
+        return None
+    finally:
+        model.train(training)
+    return (decoder, output) if same else None
+
+
+def stream_of(output: Any) -> Tensor:
+    """What a decoder returns for the head."""
+    found: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return found
 
 
 def install(student: Any, plain: Any, objective: Objective) -> None:

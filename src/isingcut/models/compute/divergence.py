@@ -1,5 +1,6 @@
-"""KL and NLL of rows of logits against reference logits, read once, in pieces of the vocabulary.
+"""KL and NLL of rows of logits against reference logits.
 
+`RowSums` reads logits once, in pieces of the vocabulary; `row_kl` is for rows that are there whole.
 For one position with reference logits l and logits q, and p = softmax(l),
 
     NLL = log Z(q) - q[label]
@@ -22,6 +23,12 @@ from torch import Tensor
 
 from isingcut.ising.states import Floats
 from isingcut.models.compute.kernels import accumulate, bits, compiled_for, in_threads
+
+
+def row_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) of each row (R,), nats, from log-probabilities (R, V)."""
+    found: Tensor = torch.linalg.vecdot(logp.exp(), logp - logq)
+    return found
 
 
 class RowSums:

@@ -9,6 +9,7 @@ linear layer, the model computes its logits itself, one sample at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -35,6 +36,29 @@ class _HeadReached(Exception):
     """Raised in the place of the output map: its input is all that was wanted."""
 
 
+def entering(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
+    """What enters a model's output layer, where its logits are what the layer gives and no more.
+
+    Args:
+        logits: a forward pass of the model.
+
+    Returns:
+        None where something follows the layer, or it is called otherwise than once.
+    """
+    seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
+    handle = layer.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    try:
+        with torch.no_grad():
+            found = logits()
+    finally:
+        handle.remove()
+    if len(seen) != 1 or len(seen[0][0]) != 1:
+        return None
+    (inputs,), out = seen[0]
+    plain = out.device == found.device and out.dtype == found.dtype and torch.equal(out, found)
+    return inputs if plain else None
+
+
 class OutputHead:
     """The linear output map of a model, apart from what comes before it.
 
@@ -52,21 +76,13 @@ class OutputHead:
         self._linear = found
 
     def _is_last(self, linear: nn.Linear) -> bool:
-        replay, seen = self._replay, []
-        handle = linear.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+        replay = self._replay
         ids = torch.zeros((1, 4), dtype=torch.long, device=replay.device)
-        try:
-            with torch.no_grad():
-                logits = replay.tail(replay.record(ids).entered, ids)
-        finally:
-            handle.remove()
-        if len(seen) != 1 or len(seen[0][0]) != 1 or linear.weight.device != logits.device:
-            return False
-        (inputs,), outputs = seen[0]
-        return bool(
-            inputs.shape == (1, 4, linear.in_features)
-            and outputs.dtype == logits.dtype
-            and torch.equal(outputs, logits)
+        inputs = entering(linear, lambda: replay.tail(replay.record(ids).entered, ids))
+        return (
+            inputs is not None
+            and inputs.shape == (1, 4, linear.in_features)
+            and inputs.device == linear.weight.device
         )
 
     @property
