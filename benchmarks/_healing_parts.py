@@ -31,6 +31,7 @@ from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.sources import resolve
 from isingcut.options.healing import HealConfig
 from isingcut.progress import silent, terminal
 
@@ -117,7 +118,7 @@ class Bench:
 
     @cached_property
     def original(self) -> models.LoadedModel:
-        return models.load(models.resolve(self.options.model), dtype=self.options.dtype)
+        return models.load(resolve(self.options.model), dtype=self.options.dtype)
 
     @cached_property
     def remembered(self) -> Any:

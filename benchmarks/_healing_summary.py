@@ -13,7 +13,7 @@ from isingcut import documents
 from isingcut.evaluation.paired import compare_scores
 from isingcut.files import read_json, write_json
 from isingcut.measure.losses import standard_error
-from isingcut.models.load import model_identity
+from isingcut.models.sources import model_identity
 from isingcut.provenance import versions
 
 RESULTS = "healing-benchmark"

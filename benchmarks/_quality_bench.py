@@ -23,6 +23,7 @@ from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.sources import model_identity, resolve
 from isingcut.progress import silent, terminal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,8 +43,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.folder = models.resolve(options.model)
-        self.identity = models.model_identity(self.folder)
+        self.folder = resolve(options.model)
+        self.identity = model_identity(self.folder)
         self.data = Path(options.data)
         self.own_text = bool(options.judge)
         self.store = Store(Path(options.work), self.settings())

@@ -30,11 +30,12 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.tuning import tune
 from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.sources import resolve
 
 
 def prepare(arguments: argparse.Namespace, *, backward: bool = False) -> tuple[Replay, TokenSet]:
     """The model, tuned as a run would for this kind of work, and its text."""
-    loaded = models.load(models.resolve(arguments.model), dtype=arguments.dtype)
+    loaded = models.load(resolve(arguments.model), dtype=arguments.dtype)
     calibration = build(
         arguments.calibration,
         loaded.tokenizer,

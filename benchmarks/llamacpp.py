@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.gguf import cut_gguf
-from isingcut.models.load import quiet_transformers
+from isingcut.models.loading import quiet_transformers
 from isingcut.models.sources import resolve
 
 PROMPTS = (

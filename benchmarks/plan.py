@@ -24,6 +24,7 @@ from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute.tuning import tune
 from isingcut.models.replay import Replay
+from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
 from isingcut.runs.costs import pairs
 from isingcut.runs.plan import make_plan
@@ -32,7 +33,7 @@ from isingcut.runs.plan import make_plan
 def actual(name: str, a: argparse.Namespace, answer: Any = None) -> tuple[float, int]:
     """Seconds of one measurement on a few samples, and the peak memory of this process."""
     clock = time.process_time if a.cpu_time else time.perf_counter
-    loaded = models.load(models.resolve(a.model), dtype="float32", device="cpu")
+    loaded = models.load(resolve(a.model), dtype="float32", device="cpu")
     replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
     samples = a.gradient_samples if name == "empirical-fisher" else a.samples
     tokens = build(

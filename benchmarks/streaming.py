@@ -38,6 +38,7 @@ from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 
 CPU = torch.device("cpu")
@@ -141,7 +142,7 @@ def large(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def small(arguments: argparse.Namespace) -> tuple[float, float]:
     """SmolLM2 both ways, interleaved: the worse of the jobs' time ratios; largest difference."""
-    folder = models.resolve(arguments.model)
+    folder = resolve(arguments.model)
     loaded = models.load(folder, device="cpu")
     calibration = build(
         "wiki",

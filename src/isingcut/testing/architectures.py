@@ -34,7 +34,7 @@ from isingcut.models.architectures import (
 from isingcut.models.architectures.live import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
-from isingcut.models.load import quiet_transformers
+from isingcut.models.loading import quiet_transformers
 from isingcut.models.replay import Replay
 from isingcut.testing.configurations import FAMILIES
 from isingcut.testing.gates import check_gates, every_expert

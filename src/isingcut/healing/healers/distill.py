@@ -70,7 +70,7 @@ def need_packages(config: HealConfig) -> None:
 def _publish(job: Job, trained: Path, out: Path) -> None:
     """The trained weights as a plain checkpoint in the start's dtype, verified."""
     from isingcut.models.cutting.verify import check_generation, random_tokens, reload
-    from isingcut.models.load import quiet_transformers
+    from isingcut.models.loading import quiet_transformers
 
     dtype = stored_dtype(job.start)
     trust = job.config.trust_remote_code

@@ -24,7 +24,7 @@ from isingcut.healing.training.student import load_student, quiet_peft
 from isingcut.healing.training.trainer_file import read_trainer_file
 from isingcut.healing.work_folder import complete_states
 from isingcut.inputs import user_path
-from isingcut.models.load import quiet_transformers
+from isingcut.models.loading import quiet_transformers
 from isingcut.models.transformers_private import checkpointing
 from isingcut.outputs import mark
 from isingcut.progress import Bar

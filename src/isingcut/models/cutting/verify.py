@@ -13,7 +13,8 @@ from isingcut.models.architectures import find_stack, skipped, text_config
 from isingcut.models.architectures.auto import auto_class_of
 from isingcut.models.architectures.live import stop_rescaling
 from isingcut.models.checkpoint.read import read_config
-from isingcut.models.load import quiet_transformers
+from isingcut.models.fp8 import fp8_layout, load_dequantised
+from isingcut.models.loading import quiet_transformers
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _HALF_TOLERANCE = 2e-2
@@ -87,8 +88,6 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
     Raises:
         VerificationError: transformers cannot load it, or invents or ignores tensors.
     """
-    from isingcut.models.fp8 import fp8_layout, load_dequantised
-
     try:
         loader = auto_class_of(out, trust_remote_code=trust_remote_code)
         if fp8_layout(out, read_config(out)):

@@ -34,8 +34,6 @@ def load_streamed(
     """
     from transformers import AutoTokenizer
 
-    from isingcut.models.streaming.replay import StreamedReplay
-
     place = pick_device(device)
     number = pick_dtype(dtype, place)
     check_tokenizer(folder)

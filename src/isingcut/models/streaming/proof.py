@@ -13,7 +13,7 @@ from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.architectures.live import stop_rescaling
 from isingcut.models.cutting.verify import random_tokens, relative_difference, tolerance
-from isingcut.models.load import quiet_transformers
+from isingcut.models.loading import quiet_transformers
 from isingcut.models.streaming.plan import EMBED, HEAD
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 
