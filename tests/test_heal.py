@@ -183,7 +183,7 @@ _TWO_MINDS = """
 import os, sys, torch
 from isingcut.models import load as models
 from isingcut.options.healing import HealConfig
-from isingcut.healing.heal import heal
+from isingcut.healing import heal as home
 
 rank, load = os.environ["RANK"], models.load
 models._bfloat16_is_faster = lambda: rank == "0"
@@ -195,8 +195,8 @@ def noted(folder, **options):
         open(f"{sys.argv[1]}.{rank}", "w").write(str(loaded.dtype))
     return loaded
 
-models.load = noted
-heal(HealConfig(**eval(sys.argv[2])))
+home.load = noted
+home.heal(HealConfig(**eval(sys.argv[2])))
 """
 
 

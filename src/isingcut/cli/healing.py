@@ -169,8 +169,7 @@ def _of_checkpoint(
     loaded = session.loaded
     cut = load(
         folder,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=str(loaded.device),
+        **loaded.place,
         trust_remote_code=config.trust_remote_code,
     )
     content = bench(

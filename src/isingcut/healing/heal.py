@@ -11,48 +11,34 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from isingcut.data import corpora, healing_text
+from isingcut.data.healing_text import HealingText
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, ModelError
-from isingcut.files import atomic_folder, fingerprint, read_json, without_header, write_json
-from isingcut.healing.checks import check_pair, check_places, check_training, sources_of
-from isingcut.healing.healers import RECORD
-from isingcut.healing.work_folder import forget_training, held, work_of
+from isingcut.evaluation.quality import quality
+from isingcut.evaluation.streamed_scores import quality_streamed
+from isingcut.files import atomic_folder, read_json, write_json
+from isingcut.healing.checks import check_places, check_training, sources_of
+from isingcut.healing.healers import RECORD, registry
+from isingcut.healing.job import Job
+from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
+from isingcut.healing.training.processes import Processes
+from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
 from isingcut.inputs import user_path
+from isingcut.models.architectures import find_stack, text_config
+from isingcut.models.load import LoadedModel, dtype_name, load
+from isingcut.models.sources import model_identity, resolve
+from isingcut.models.streaming.opening import load_streamed
+from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
 from isingcut.progress import Progress, silent
 from isingcut.provenance import versions
 from isingcut.report.card import healed_card, kept_parts
-
-if TYPE_CHECKING:
-    from isingcut.data.healing_text import HealingText
-    from isingcut.data.tokens import TokenSet
-    from isingcut.healing.job import Job
-    from isingcut.healing.training.processes import Processes
-    from isingcut.models.load import LoadedModel
-    from isingcut.models.streaming.replay import StreamedReplay
-
-_TRAINING = (
-    "method",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "epochs",
-    "top_steps",
-    "steps",
-    "batch",
-    "micro_batch",
-    "temperature",
-    "hidden_weight",
-    "lora_rank",
-    "lora_alpha",
-    "gradient_checkpointing",
-    "trainer",
-)
-"""Options that change neither the patch nor the teacher's kept answers."""
 
 
 def heal(
@@ -76,13 +62,6 @@ def heal(
     Raises:
         IsingcutError: bad input, in one line.
     """
-    from isingcut.data import corpora, healing_text
-    from isingcut.healing.removed import Removal, recorded_removal, removal_by_weights
-    from isingcut.models.architectures import find_stack
-    from isingcut.models.load import dtype_name, load
-    from isingcut.models.sources import resolve
-    from isingcut.models.streaming.opening import load_streamed
-
     if config is not None and options:
         raise InputError("give either a HealConfig or options by name, not both")
     config = (config or options_from(HealConfig, options, "isingcut.healing.heal")).validate()
@@ -105,12 +84,9 @@ def heal(
     sources.append(source)
     check_places(config, out, sources)
     check_pair(config, student, known, source)
-    dtype = dtype_name(config.dtype, config.device)
-    if config.method != "none":
-        from isingcut.healing.training.processes import Processes
-
-        half = Processes(config.device).of_main(dtype == "bfloat16")
-        dtype = "bfloat16" if half else "float32"
+    processes = Processes(config)
+    half = processes.of_main(dtype_name(config.dtype, config.device) == "bfloat16")
+    dtype = "bfloat16" if half else "float32"
     replay = None
     if config.stream_teacher:
         teacher, replay = load_streamed(
@@ -133,15 +109,12 @@ def heal(
     heal_checkpoint(
         config, teacher, known.removed, student, text, out, progress, replay, sources=sources
     )
-    if config.method != "none":
-        Processes(config.device).part()
+    processes.part()
     return out
 
 
 def sample_length(config: HealConfig, model: Any) -> int:
     """Tokens of a sample: as many as were asked for, or as the model has positions."""
-    from isingcut.models.architectures import text_config
-
     longest = getattr(text_config(model), "max_position_embeddings", None)
     return min(config.length, int(longest or config.length))
 
@@ -169,11 +142,7 @@ def heal_checkpoint(
         OutputExistsError: ``out`` is there.
         StageFileError: the work in progress belongs to other options.
     """
-    from isingcut.healing.job import Job
-    from isingcut.healing.training.processes import Processes
-
-    processes = Processes(config.device) if config.method != "none" else None
-    main = processes is None or processes.main
+    processes = Processes(config)
     sources = [student, teacher.folder, *sources]
     check_places(config, out, sources)
     parts = kept_parts(student)
@@ -185,15 +154,14 @@ def heal_checkpoint(
         text.train,
         work,
         config,
-        progress if main else silent,
+        progress if processes.main else silent,
         replay,
     )
-    identities = _identities(config, teacher, removed, student, text)
-    with held(work, *identities) if main else contextlib.nullcontext():
-        if processes is not None:
-            processes.wait()
+    identity, training = identities(config, teacher, removed, student, text)
+    with held(work, identity, training) if processes.main else contextlib.nullcontext():
+        processes.wait()
         done, content = _healed(job, text, processes)
-        if main:
+        if processes.main:
             write_json(done / RECORD, "healing", content)
             card = done / "README.md"
             if card.is_file():
@@ -202,27 +170,20 @@ def heal_checkpoint(
             with atomic_folder(out, overwrite=config.overwrite, sources=sources) as temporary:
                 temporary.rmdir()
                 done.rename(temporary)
-    if processes is not None:
-        processes.wait()
+    processes.wait()
     return read_json(out / RECORD, "healing")
 
 
-def _healed(
-    job: Job, text: HealingText, processes: Processes | None
-) -> tuple[Path, dict[str, Any]]:
+def _healed(job: Job, text: HealingText, processes: Processes) -> tuple[Path, dict[str, Any]]:
     """Patch and distil into the work folder.
 
     Returns:
         the healed checkpoint, and what `healing.json` says; empty but in the main process.
     """
-    from isingcut.healing.healers import registry
-    from isingcut.models.architectures import find_stack
-
-    config, work, student = job.config, job.work, job.start
-    main = processes is None or processes.main
+    config, work, student, main = job.config, job.work, job.start, processes.main
     began = time.monotonic()
     record: dict[str, Any] = {}
-    before = _kept(work / "before.json", lambda: _scores(job, student, text.report)) if main else {}
+    before = kept(work / "before.json", lambda: _scores(job, student, text.report)) if main else {}
     if config.patch == "linear":
         patched = work / "patched"
 
@@ -232,9 +193,8 @@ def _healed(
             return {**found, "scores": _scores(job, patched, text.report)}
 
         if main:
-            record["patch"] = _kept(work / "patched.json", patch)
-        if processes is not None:
-            processes.wait()
+            record["patch"] = kept(work / "patched.json", patch)
+        processes.wait()
         job = dataclasses.replace(job, start=patched)
     done = work / "done"
     if main:
@@ -264,7 +224,7 @@ def _healed(
         "length": sample_length(config, job.teacher.model),
         "report_samples": text.report.samples,
         "report_tokens": text.report.tokens,
-        "options": _told(config),
+        "options": told(config),
         "seconds": round(time.monotonic() - began, 1),
         "provenance": {
             **versions(),
@@ -274,72 +234,19 @@ def _healed(
     }
 
 
-def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an interrupted healing has written to a file, or else is made now and written."""
-    kind = f"healing-{file.stem}"
-    if not file.exists():
-        write_json(file, kind, make())
-    found = read_json(file, kind)
-    return without_header(found)
-
-
-def _told(config: HealConfig) -> dict[str, Any]:
-    return {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k not in ("student", "teacher", "out", "overwrite", "trust_remote_code")
-    }
-
-
 def _named(folder: Path) -> dict[str, Any]:
-    from isingcut.models.load import model_identity
-
     return {"name": folder.name, **model_identity(folder)}
-
-
-def _identities(
-    config: HealConfig,
-    teacher: LoadedModel,
-    removed: Sequence[int],
-    student: Path,
-    text: HealingText,
-) -> tuple[str, str]:
-    """What the patch and the kept answers depend on, and what the training depends on besides."""
-    from isingcut.healing.training.trainer_file import read_trainer_file
-
-    told = {k: v for k, v in _told(config).items() if k not in ("device", "save_steps")}
-    training = {k: told.pop(k) for k in _TRAINING}
-    if config.trainer:
-        training["trainer"] = read_trainer_file(user_path(config.trainer))
-    depends = {
-        "options": told,
-        "teacher": _named(teacher.folder)["sha256"],
-        "student": _named(student)["sha256"],
-        "removed": list(removed),
-        "tokens": fingerprint([text.train.input_ids.tolist(), text.report.input_ids.tolist()]),
-        "dtype": str(teacher.dtype),
-    }
-    return fingerprint(depends), fingerprint(training)
 
 
 def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
     """Perplexity and KL to the original of a checkpoint on the held-out text."""
-    from isingcut.evaluation.quality import quality
-    from isingcut.models.load import load
-    from isingcut.models.streaming.opening import load_streamed
-
     size = job.config.batch_tokens
-    options: dict[str, Any] = {
-        "dtype": str(job.teacher.dtype).removeprefix("torch."),
-        "device": str(job.teacher.device),
-        "trust_remote_code": job.config.trust_remote_code,
-    }
+    trust = job.config.trust_remote_code
+    options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
     if job.replay is None:
         model = load(folder, **options).model
         found = quality(job.teacher.model, model, report, size, progress=job.progress)
     else:
-        from isingcut.evaluation.streamed_scores import quality_streamed
-
         _, cut = load_streamed(folder, buffers=job.replay.store.buffers, **options)
         found = quality_streamed(job.replay, cut, report, size, progress=job.progress)
     figures = (*found["after"].values(), *found["before"].values(), found["kl"])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from isingcut.data.tokens import TokenSet
+from isingcut.models.load import LoadedModel
+from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.healing import HealConfig
 from isingcut.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from isingcut.models.load import LoadedModel
-    from isingcut.models.streaming.replay import StreamedReplay
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,36 +1,37 @@
 """Which blocks a cut checkpoint lacks, and of which model: from its record, or from its weights.
 
-A record is checked: the original by its hash, the kept blocks by the edges of their tensors. The
+A record is checked: the original by its hash, the kept blocks by the edges of their tensors; and
+whatever says so, cut and original must have the same words, width and tokenizer. The
 weights alone are enough for checkpoints that other tools cut (mergekit's passthrough, PruneMe, a
 user's own loop): blocks that were kept are kept to the bit.
 """
 
 from __future__ import annotations
 
-import copy
+import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from isingcut.data.encoder import Encoder
 from isingcut.errors import InputError
 from isingcut.healing.healers import RECORD as HEALED
-from isingcut.healing.patch.files import PLAIN, RECORD
+from isingcut.healing.patch.files import RECORD
 from isingcut.inputs import load_json
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.architectures.surgery import depth, materialise
-from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
-from isingcut.models.fit import block_prefix, extra_heads
+from isingcut.models.architectures.surgery import depth, written_out
+from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
+from isingcut.models.fit import by_block, check_fit, extra_heads
+from isingcut.models.fp8 import DTYPES
+from isingcut.models.load import LoadedModel, load
+from isingcut.models.loading import loading
+from isingcut.models.sources import check_tokenizer, model_identity
+from isingcut.options.healing import HealConfig
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from isingcut.models.load import LoadedModel
-
-__all__ = ["Removal", "check_cut", "check_original", "recorded_removal", "removal_by_weights"]
-
+_PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
 _DEEPEST = 100_000
 _EDGE, _TENSORS = 512, 32
 """Elements at either end of a tensor, and tensors of a block, that tell blocks apart."""
@@ -81,7 +82,71 @@ def recorded_removal(folder: Path) -> Removal | None:
     return Removal(tuple(sorted(removed)), of, known)
 
 
-def check_original(student: Path, removal: Removal, name: str, teacher: Path) -> None:
+def check_pair(config: HealConfig, student: Path, removal: Removal | None, teacher: Path) -> None:
+    """Refuse a student and a teacher that do not belong together, from their small files.
+
+    Args:
+        student, teacher: folders.
+        removal: the student's own record, None without one.
+
+    Raises:
+        InputError: another model than the record's, another vocabulary or tokenizer, a record
+            that is not this checkpoint's, or options that do not fit the model.
+    """
+    for folder in (student, teacher):
+        check_fit(folder)
+    if removal is not None:
+        if not config.other_teacher:
+            _check_original(student, removal, config.teacher, teacher)
+        _check_cut(student, removal, config.teacher, teacher)
+        if config.hidden_weight and removal.removed == tuple(range(len(removal.removed))):
+            raise InputError(
+                "--hidden-weight matches hidden states behind each cut at the block before it, and "
+                f"{student} lacks its first blocks only; leave it out"
+            )
+    ours, theirs = (written_out(read_config(folder)) for folder in (student, teacher))
+    for name, words in {"vocab_size": "vocabulary", "hidden_size": "width"}.items():
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"{student} has a {words} of {ours.get(name)}, but the teacher {config.teacher} "
+                f"one of {theirs.get(name)}; give the model it was cut from"
+            )
+    size = theirs.get("vocab_size")
+    if isinstance(size, int) and config.top_k > size:
+        raise InputError(
+            f"--top-k {config.top_k} is more than the {size} tokens of the vocabulary; "
+            f"give at most {size}"
+        )
+    width = theirs.get("hidden_size")
+    if config.method == "lora" and isinstance(width, int) and config.lora_rank > width:
+        raise InputError(
+            f"--lora-rank {config.lora_rank} is more than the model's width of {width}, which is "
+            "the rank of all its matrices; give less, or --method full"
+        )
+    _check_tokenizers(config, student, teacher)
+
+
+def _check_tokenizers(config: HealConfig, student: Path, teacher: Path) -> None:
+    ours, theirs = (
+        _ids(folder, trust_remote_code=config.trust_remote_code) for folder in (student, teacher)
+    )
+    if ours != theirs:
+        raise InputError(
+            f"{student} and the teacher {config.teacher} have tokenizers that read the same text "
+            "differently; copy the original's tokenizer files into the cut model's folder"
+        )
+
+
+def _ids(folder: Path, *, trust_remote_code: bool) -> list[int]:
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder)
+    with loading(f"the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return Encoder(tokenizer)(_PROBE)
+
+
+def _check_original(student: Path, removal: Removal, name: str, teacher: Path) -> None:
     """Refuse a teacher that is not the model the record names; an old record names none.
 
     Args:
@@ -91,8 +156,6 @@ def check_original(student: Path, removal: Removal, name: str, teacher: Path) ->
     Raises:
         InputError: it is another model; the message names both.
     """
-    from isingcut.models.load import model_identity
-
     if removal.original is None:
         return
     wanted, found = removal.original, model_identity(teacher)
@@ -105,7 +168,7 @@ def check_original(student: Path, removal: Removal, name: str, teacher: Path) ->
     )
 
 
-def check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
+def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
     """Refuse a checkpoint that is not the cut that its record says, from the files alone.
 
     Its depth must fit, its kept blocks must have the shapes of the original's, and none may be
@@ -151,17 +214,8 @@ def check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None
 
 
 def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
-    """The stored tensors of every block, by their names inside it."""
-    text = materialise(copy.deepcopy(read_config(folder)))
-    count = depth(text)
-    stored = read_checkpoint(folder)
-    prefix = block_prefix(stored.values(), count, extra_heads(text))
-    found: list[dict[str, StoredTensor]] = [{} for _ in range(count)]
-    for name, tensor in stored.items():
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number.isdigit() and int(number) < count:
-            found[int(number)][rest] = tensor
-    return found
+    text = written_out(read_config(folder))
+    return by_block(read_checkpoint(folder), depth(text), extra_heads(text))
 
 
 def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
@@ -169,7 +223,7 @@ def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
     found = {}
     for rest in sorted(block)[:_TENSORS]:
         tensor = block[rest]
-        dtype = PLAIN.get(tensor.dtype, torch.uint8)
+        dtype = DTYPES[tensor.dtype] if tensor.dtype in PLAIN else torch.uint8
         size = min(tensor.size, _EDGE * dtype.itemsize)
         if size == 0:
             continue
@@ -203,14 +257,7 @@ def removal_by_weights(
     Raises:
         InputError: some block of it is none of the original's, in their order, or none is missing.
     """
-    from isingcut.models.load import load
-
-    student = load(
-        folder,
-        dtype=str(teacher.dtype).removeprefix("torch."),
-        device=str(teacher.device),
-        trust_remote_code=trust_remote_code,
-    )
+    student = load(folder, **teacher.place, trust_remote_code=trust_remote_code)
     ours, theirs = (stack_modules(m.model, find_stack(m.model)) for m in (student, teacher))
     kept: list[int] = []
     for place, block in enumerate(ours):

@@ -12,26 +12,86 @@ done/           the result, before it takes its name
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, IsingcutError, StageFileError
-from isingcut.files import clear_os_errors, disk_is_full, read_json, write_json
+from isingcut.files import clear_os_errors, disk_is_full, fingerprint, read_json, write_json
+from isingcut.healing.training.trainer_file import read_trainer_file
+from isingcut.inputs import user_path
+from isingcut.models.sources import model_identity
+from isingcut.options.healing import HealConfig
 from isingcut.outputs import MARKER, foreign_in
+
+if TYPE_CHECKING:
+    from isingcut.data.healing_text import HealingText
+    from isingcut.models.load import LoadedModel
 
 _IDENTITY, _KIND = "identity.json", "healing-work"
 _TRAINING = ("trainer", "trained", "trained.json", "done")
 _HEALING = ("before.json", "patched", "patched.json", "targets", *_TRAINING)
 _FINISHED = ("patched.json", "targets/done.json", "trained.json")
 _CANDIDATE = re.compile(r"\d+(-\d+)*")
+_OF_TRAINING = (
+    "method",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "epochs",
+    "top_steps",
+    "steps",
+    "batch",
+    "micro_batch",
+    "temperature",
+    "hidden_weight",
+    "lora_rank",
+    "lora_alpha",
+    "gradient_checkpointing",
+    "trainer",
+)
+"""Options that change neither the patch nor the teacher's kept answers."""
 
 
 def work_of(out: Path) -> Path:
     """The folder for what an interrupted healing into ``out`` goes on from."""
     return out.parent / f".{out.name}.healing"
+
+
+def told(config: HealConfig) -> dict[str, Any]:
+    """The options of a healing that say what it does, and not where."""
+    return {
+        k: v
+        for k, v in dataclasses.asdict(config).items()
+        if k not in ("student", "teacher", "out", "overwrite", "trust_remote_code")
+    }
+
+
+def identities(
+    config: HealConfig,
+    teacher: LoadedModel,
+    removed: Sequence[int],
+    student: Path,
+    text: HealingText,
+) -> tuple[str, str]:
+    """What the patch and the kept answers depend on, and what the training depends on besides."""
+    options = {k: v for k, v in told(config).items() if k not in ("device", "save_steps")}
+    training = {k: options.pop(k) for k in _OF_TRAINING}
+    if config.trainer:
+        training["trainer"] = read_trainer_file(user_path(config.trainer))
+    depends = {
+        "options": options,
+        "teacher": model_identity(teacher.folder)["sha256"],
+        "student": model_identity(student)["sha256"],
+        "removed": list(removed),
+        "tokens": fingerprint([text.train.input_ids.tolist(), text.report.input_ids.tolist()]),
+        "dtype": str(teacher.dtype),
+    }
+    return fingerprint(depends), fingerprint(training)
 
 
 def complete_states(trainer: Path) -> list[Path]:
@@ -65,19 +125,28 @@ def held(work: Path, identity: str, training: str = "") -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        kept = _worth_keeping(work)
-        if not kept:
+        stays = _worth_keeping(work)
+        if not stays:
             release(work)
         said = f"; what was finished is kept in {work}, and the next call goes on from it"
-        if isinstance(e, IsingcutError) and kept:
+        if isinstance(e, IsingcutError) and stays:
             e.args = (f"{e}{said}",)
         elif isinstance(e, Exception) and disk_is_full(e):
             raise InputError(
                 f"no space left on the disk while healing in {work}; free some space, then type "
-                f"the same command again{said if kept else ''}"
+                f"the same command again{said if stays else ''}"
             ) from e
         raise
     release(work)
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an interrupted healing has written to a file, or else is made now and written."""
+    kind = f"healing-{file.stem}"
+    if not file.exists():
+        write_json(file, kind, make())
+    found = read_json(file, kind)
+    return {k: v for k, v in found.items() if k not in ("format", "version")}
 
 
 def refuse_foreign(work: Path) -> None:

@@ -6,23 +6,21 @@ Asked before anything is built: a configuration's numbers allocate, its tensors 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures import fields
-from isingcut.models.architectures.surgery import depth, materialise
+from isingcut.models.architectures.surgery import depth, written_out
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
+from isingcut.models.loading import wrong_shape
 
 if TYPE_CHECKING:
     import torch
-
-_EDGE = 1 << 20
 
 # Fields for which configuration classes write a list or a table with one entry each.
 _COUNTS = re.compile(r"layer|depth|label|block|stage")
@@ -104,7 +102,7 @@ def examine(folder: Path, *, weights: bool = True) -> Checkpoint:
             )
     _refuse_huge(folder, config)
     stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
-    text = materialise(copy.deepcopy(config))
+    text = written_out(config)
     count = depth(text)
     numbers = _stack(stored.values())[1]
     if not numbers or config.get("is_encoder_decoder"):
@@ -152,14 +150,6 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
         raise ModelError(wrong_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
 
 
-def wrong_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """What is wrong with a tensor of another shape than the model's."""
-    return (
-        f"the tensor {name} in {folder} has the shape {list(found)}, its model wants "
-        f"{list(wanted)}; the config and the weights do not belong together"
-    )
-
-
 def extra_heads(text: Mapping[str, Any]) -> int:
     """Heads for further tokens that some checkpoints number on after the blocks."""
     found = [text.get(key) for key in fields.MTP]
@@ -188,6 +178,22 @@ def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) ->
             f"{len(found)}{detail}"
         )
     return prefix
+
+
+def by_block(
+    stored: Mapping[str, StoredTensor], count: int, heads: int = 0
+) -> list[dict[str, StoredTensor]]:
+    """A checkpoint's tensors of each block, by their names inside it.
+
+    Args and errors are those of `block_prefix`.
+    """
+    prefix = block_prefix(stored.values(), count, heads)
+    found: list[dict[str, StoredTensor]] = [{} for _ in range(count)]
+    for name, tensor in stored.items():
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdigit() and int(number) < count:
+            found[int(number)][rest] = tensor
+    return found
 
 
 def _stack(tensors: Iterable[StoredTensor]) -> tuple[str, set[int]]:
@@ -259,46 +265,3 @@ def bounded_structure(most: int, what: str) -> Iterator[None]:
         torch_module.register_module_buffer_registration_hook(buffers),
     ):
         yield
-
-
-def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
-    """Refuse a model that transformers completed with random numbers.
-
-    Args:
-        found: its ``output_loading_info``.
-        source: what it was loaded from.
-
-    Raises:
-        ModelError: a tensor is missing or has another shape; the message names it.
-    """
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{source} lacks {len(missing)} tensors of its architecture, first "
-            f"{missing[0]}; the config and the weights do not belong together"
-        )
-    for name, there, wanted in sorted(found["mismatched_keys"]):
-        raise ModelError(wrong_shape(name, source, there, wanted))
-
-
-def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:
-    """Refuse weights that are no numbers: every loss after them would be none either.
-
-    Raises:
-        CheckpointError: a tensor holds NaN or infinity; the message names it.
-    """
-    import torch
-
-    for name, tensor in tensors:
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            continue
-        # The sum of finite numbers may overflow; only then each is looked at.
-        numbers: Any = tensor.detach()
-        total = numbers.sum(dtype=torch.float32)
-        if not torch.isfinite(total) and not all(
-            bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
-        ):
-            raise CheckpointError(
-                f"the tensor {name} in {source} holds NaN or infinity; nothing can be measured "
-                "with it: get the weights again, or the checkpoint of an earlier training step"
-            )

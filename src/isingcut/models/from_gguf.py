@@ -15,13 +15,8 @@ from isingcut.files import atomic_folder, clear_stale
 from isingcut.inputs import regular_file
 from isingcut.models.cache import gguf_cache
 from isingcut.models.checkpoint.gguf_header import read_gguf
-from isingcut.models.fit import (
-    bounded_structure,
-    most_numbers,
-    refuse_incomplete,
-    refuse_infinite,
-)
-from isingcut.models.loading import loading, quiet_transformers
+from isingcut.models.fit import bounded_structure, most_numbers
+from isingcut.models.loading import loading, quiet_transformers, refuse_incomplete, refuse_infinite
 from isingcut.models.transformers_private import unpacked
 from isingcut.outputs import foreign_in
 

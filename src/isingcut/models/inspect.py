@@ -13,12 +13,13 @@ import torch
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.ising.constraints import LinearConstraint
+from isingcut.models.architectures import fields
 from isingcut.models.architectures.auto import auto_class
 from isingcut.models.architectures.base import Block, BlockStack
 from isingcut.models.architectures.discover import find_stack, text_config
-from isingcut.models.architectures.surgery import legality, materialise, with_depth
+from isingcut.models.architectures.surgery import config_object, legality, path_of, written_out
 from isingcut.models.checkpoint.read import StoredTensor
-from isingcut.models.fit import Checkpoint, block_prefix, bounded_structure, check_sizes, examine
+from isingcut.models.fit import Checkpoint, bounded_structure, by_block, check_sizes, examine
 from isingcut.models.loading import loading
 
 
@@ -125,7 +126,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         except ArchitectureError as error:
             refusal = str(error)
     stack, other = _stored_bytes(seen.stored, stack)
-    text = materialise(copy.deepcopy(seen.config))
+    text = written_out(seen.config)
     quantisation = seen.config.get("quantization_config") or {}
     return Inspection(
         model_type=str(text.get("model_type", "")),
@@ -142,7 +143,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
 def _config(seen: Checkpoint, trust_remote_code: bool) -> Any:
     """The model's configuration; where it has another depth than the tensors, they are right."""
     if seen.mismatch and seen.found is not None:
-        config = with_depth(seen.config, seen.found)
+        config = _with_depth(seen.config, seen.found)
         if config is None:
             raise ModelError(f"the model in {seen.folder} cannot be shown: {seen.mismatch}")
         return config
@@ -152,21 +153,35 @@ def _config(seen: Checkpoint, trust_remote_code: bool) -> Any:
     return configs.from_pretrained(seen.folder, trust_remote_code=trust_remote_code)
 
 
+def _with_depth(config: dict[str, Any], count: int) -> Any | None:
+    """The configuration object of the same model with ``count`` blocks; None if it cannot be.
+
+    Args:
+        config: a checkpoint's ``config.json``; not changed.
+    """
+    changed = copy.deepcopy(config)
+    try:
+        derived = config_object(changed)
+        if derived is None:
+            return None
+        text = changed
+        for key in path_of(derived, derived.get_text_config(decoder=True)):
+            text = text.setdefault(key, {})
+        named = [key for key in fields.COUNT if isinstance(text.get(key), int)]
+        text.update(dict.fromkeys(named or fields.COUNT[:1], count))
+        return config_object(changed)
+    except ArchitectureError:
+        return None
+
+
 def _stored_bytes(stored: Mapping[str, StoredTensor], stack: BlockStack) -> tuple[BlockStack, int]:
     """The stack with the bytes that the checkpoint really stores, and those outside it."""
     if not stored:
         return stack, 0
-    prefix = block_prefix(stored.values(), len(stack), heads=len(stack))
-    sizes = [0] * len(stack)
-    other = 0
-    for name, tensor in stored.items():
-        number = name.removeprefix(prefix).partition(".")[0]
-        if name.startswith(prefix) and number.isdigit() and int(number) < len(stack):
-            sizes[int(number)] += tensor.size
-        else:
-            other += tensor.size
+    found = by_block(stored, len(stack), heads=len(stack))
+    sizes = [sum(tensor.size for tensor in block.values()) for block in found]
     blocks = tuple(
         dataclasses.replace(block, bytes=size)
         for block, size in zip(stack.blocks, sizes, strict=True)
     )
-    return BlockStack(stack.path, blocks), other
+    return BlockStack(stack.path, blocks), sum(t.size for t in stored.values()) - sum(sizes)

@@ -13,14 +13,9 @@ import torch
 
 from isingcut.errors import InputError, ModelError
 from isingcut.models.architectures.auto import auto_class_of
-from isingcut.models.fit import (
-    bounded_structure,
-    check_fit,
-    refuse_incomplete,
-    refuse_infinite,
-)
+from isingcut.models.fit import bounded_structure, check_fit
 from isingcut.models.fp8 import fp8_layout, load_dequantised
-from isingcut.models.loading import loading
+from isingcut.models.loading import loading, refuse_incomplete, refuse_infinite
 from isingcut.models.sources import check_tokenizer
 from isingcut.options.spellings import parse_device
 
@@ -37,6 +32,11 @@ class LoadedModel:
     folder: Path
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def place(self) -> dict[str, str]:
+        """Options of `load` that put another model beside this one, in its dtype."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
 
 
 def load(

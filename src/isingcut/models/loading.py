@@ -1,14 +1,19 @@
-"""Third-party loaders, kept quiet; whatever they raise becomes one clear line."""
+"""Third-party loaders, kept quiet: what they raise, or give back unfit, becomes one clear line."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import IsingcutError, ModelError
+from isingcut.errors import CheckpointError, IsingcutError, ModelError
 
+if TYPE_CHECKING:
+    import torch
+
+_EDGE = 1 << 20
 _LONGEST = 300
 # What these say is a sentence; other errors are little without their name.
 _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
@@ -71,3 +76,54 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def wrong_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """What is wrong with a tensor of another shape than the model's."""
+    return (
+        f"the tensor {name} in {folder} has the shape {list(found)}, its model wants "
+        f"{list(wanted)}; the config and the weights do not belong together"
+    )
+
+
+def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
+    """Refuse a model that transformers completed with random numbers.
+
+    Args:
+        found: its ``output_loading_info``.
+        source: what it was loaded from.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape; the message names it.
+    """
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensors of its architecture, first "
+            f"{missing[0]}; the config and the weights do not belong together"
+        )
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(wrong_shape(name, source, there, wanted))
+
+
+def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:
+    """Refuse weights that are no numbers: every loss after them would be none either.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; the message names it.
+    """
+    import torch
+
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            continue
+        # The sum of finite numbers may overflow; only then each is looked at.
+        numbers: Any = tensor.detach()
+        total = numbers.sum(dtype=torch.float32)
+        if not torch.isfinite(total) and not all(
+            bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
+        ):
+            raise CheckpointError(
+                f"the tensor {name} in {source} holds NaN or infinity; nothing can be measured "
+                "with it: get the weights again, or the checkpoint of an earlier training step"
+            )

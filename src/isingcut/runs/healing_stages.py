@@ -186,8 +186,7 @@ def _tried(
             heal_checkpoint(few, loaded, removed, cut, text, out, session.progress)
         model = load(
             out,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=str(loaded.device),
+            **loaded.place,
             trust_remote_code=healing.trust_remote_code,
         ).model
         split = splits_of(folder)["rank"]
@@ -281,8 +280,7 @@ def benchmarks(
         loaded = session.loaded
         cut = load(
             checkpoint,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=str(loaded.device),
+            **loaded.place,
             trust_remote_code=config.trust_remote_code,
         )
         work = target / ".benchmarks"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures.surgery import cut_config, materialise
+from isingcut.models.architectures.surgery import cut_config, materialise, written_out
 from isingcut.models.checkpoint.read import read_config
 from isingcut.models.sources import hub_id, resolve
 
@@ -73,14 +73,14 @@ def mergekit_differs(config: dict[str, Any], removed: Sequence[int]) -> list[str
     """
     cut = cut_config(config, removed)
     theirs = copy.deepcopy(config)
-    original = materialise(copy.deepcopy(config))
+    original = written_out(config)
     text = _decoder(theirs, original)
     for key in _DEPTH_FIELDS:
         if isinstance(text.get(key), int):
             text[key] -= len(removed)
     ours = materialise(cut)
     try:
-        other = materialise(copy.deepcopy(theirs))
+        other = written_out(theirs)
     except ArchitectureError:
         # Transformers cannot even read it, because lists keep their old length: compare as stored.
         ours, other = {k: ours.get(k) for k in text}, text

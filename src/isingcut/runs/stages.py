@@ -307,8 +307,7 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
         loaded = session.loaded
         cut = load(
             checkpoint,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=str(loaded.device),
+            **loaded.place,
             trust_remote_code=config.trust_remote_code,
         )
         common: Any = {

@@ -33,10 +33,11 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.healing.job import Job
 from isingcut.healing.patch.absorb import Write, find_write, observe
-from isingcut.healing.patch.files import Patch, runs
+from isingcut.healing.patch.files import Patch, applied, runs, write_patched
 from isingcut.healing.patch.least_squares import Moments, solve
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.cutting.verify import verify
 from isingcut.models.replay import Recording, Replay
 
 __all__ = ["LinearPatch"]
@@ -104,9 +105,6 @@ class LinearPatch:
 
     def heal(self, job: Job, out: Path) -> dict[str, Any]:
         """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it."""
-        from isingcut.healing.patch.files import applied, write_patched
-        from isingcut.models.cutting.verify import verify
-
         model = job.teacher.model
         stack = find_stack(model)
         replay = Replay(model, stack_modules(model, stack))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.files import atomic_folder
 from isingcut.models.architectures.names import renumbering
-from isingcut.models.architectures.surgery import depth, materialise
-from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
+from isingcut.models.architectures.surgery import depth, written_out
+from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
 from isingcut.models.fit import block_prefix
+from isingcut.models.fp8 import DTYPES
 
 RECORD = "isingcut.json"
-PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes of plain floating-point weights, by their names in a file."""
 
 
 def stored_layers(folder: Path, removed: Sequence[int], patches: Sequence[Patch]) -> list[Any]:
@@ -32,7 +30,7 @@ def stored_layers(folder: Path, removed: Sequence[int], patches: Sequence[Patch]
         ArchitectureError: a layer is not there under its own name, or not as plain numbers.
     """
     stored = read_checkpoint(folder)
-    text = materialise(json.loads(json.dumps(read_config(folder))))
+    text = written_out(read_config(folder))
     kept = depth(text)
     mapping = renumbering(kept + len(removed), removed)
     prefix = block_prefix(stored.values(), kept)
@@ -59,10 +57,10 @@ def stored_layers(folder: Path, removed: Sequence[int], patches: Sequence[Patch]
 def as_stored(patch: Patch, layers: tuple[StoredTensor, StoredTensor | None]) -> Patch:
     """The patch rounded to the dtypes it is stored in."""
     weight, bias = layers
-    rounded = patch.weight.to(PLAIN[weight.dtype])
+    rounded = patch.weight.to(DTYPES[weight.dtype])
     offset = None
     if bias is not None and patch.bias is not None:
-        offset = patch.bias.to(PLAIN[bias.dtype])
+        offset = patch.bias.to(DTYPES[bias.dtype])
     return Patch(patch.block, patch.path, rounded, offset, patch.record)
 
 

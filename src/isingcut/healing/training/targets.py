@@ -9,20 +9,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from isingcut.data.tokens import TokenSet
 from isingcut.files import clear_os_errors, read_json, write_json
+from isingcut.healing.job import Job
 from isingcut.healing.training.kl import TopK, top_k
-
-if TYPE_CHECKING:
-    from isingcut.data.tokens import TokenSet
-    from isingcut.healing.job import Job
-    from isingcut.healing.training.processes import Processes
-    from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.healing.training.processes import Processes
+from isingcut.healing.training.rounds import targets
+from isingcut.models.streaming.replay import StreamedReplay
 
 _DONE, _KIND = "done.json", "healing-targets"
 
@@ -116,8 +115,6 @@ def _reserved(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
 
 def _in_memory(job: Job, part: slice, together: int, k: int) -> TopK:
     """The answers to some samples, from a teacher in memory."""
-    from isingcut.healing.training.rounds import targets
-
     teacher = job.teacher.model
     ids = job.tokens.input_ids[part].to(teacher.device)
     return targets(teacher, ids, job.tokens.mask[part].to(teacher.device).long(), k)

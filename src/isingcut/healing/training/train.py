@@ -6,7 +6,7 @@ import contextlib
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
 from isingcut.healing.training.processes import Processes
 from isingcut.healing.training.rounds import Objective, install
-from isingcut.healing.training.student import load_student, quiet_peft
+from isingcut.healing.training.student import load_student, trainable
+from isingcut.healing.training.targets import Kept, keep_targets
 from isingcut.healing.training.trainer_file import read_trainer_file
 from isingcut.healing.work_folder import complete_states
 from isingcut.inputs import user_path
@@ -28,9 +29,6 @@ from isingcut.models.loading import quiet_transformers
 from isingcut.models.transformers_private import checkpointing
 from isingcut.outputs import mark
 from isingcut.progress import Bar
-
-if TYPE_CHECKING:
-    from isingcut.healing.training.targets import Kept
 
 _CURVE = "healing-curve.json"
 
@@ -151,19 +149,11 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         ModelError: the loss is no number.
     """
     config = job.config
-    processes = Processes(config.device)
+    processes = Processes(config)
     arguments = _arguments(job, processes)
-    kept = None
-    if config.top_k:
-        from isingcut.healing.training.targets import keep_targets
-
-        kept = keep_targets(job, processes)
+    kept = keep_targets(job, processes) if config.top_k else None
     plain = load_student(job.start, config)
-    student = _with_lora(plain, config) if config.method == "lora" else plain
-    if config.method == "full":
-        plain.requires_grad_(True)
-    if config.gradient_checkpointing:
-        plain.config.use_cache = False
+    student = trainable(plain, config)
     plain.to(arguments.device)
     original: Any = job.teacher.model
     teacher = None if kept is not None else original.to(arguments.device)
@@ -278,20 +268,6 @@ def _arguments(job: Job, processes: Processes) -> TrainingArguments:
 def _refused(error: Exception) -> InputError:
     words = " ".join(str(error).split())
     return InputError(f"transformers refuses the training arguments: {words}")
-
-
-def _with_lora(plain: Any, config: Any) -> Any:
-    import peft
-
-    settings = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(config.seed)
-    with quiet_peft():
-        return peft.get_peft_model(plain, settings)
 
 
 def _pairs(job: Job) -> list[tuple[int, int]]:

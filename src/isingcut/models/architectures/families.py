@@ -17,16 +17,6 @@ from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures.base import BlockStack
 
-# Fields that only families read; their defaults are written out like those of the table.
-FIELDS = (
-    "attention_types",
-    "attn_layer_offset",
-    "attn_layer_period",
-    "decoder_sparse_step",
-    "expert_layer_offset",
-    "expert_layer_period",
-)
-
 # Their config class turns the last block into full attention, whatever it was.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
 _LAST_REASON = "the last block has to be full attention in this family"

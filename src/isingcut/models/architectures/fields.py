@@ -111,6 +111,29 @@ GENERATORS = {
 # they are dropped on purpose. Their own layer lists stay as they are.
 MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 
+# What only `families` reads; defaults are written out like those of the table.
+OF_FAMILIES = (
+    "attention_types",
+    "attn_layer_offset",
+    "attn_layer_period",
+    "decoder_sparse_step",
+    "expert_layer_offset",
+    "expert_layer_period",
+)
+
+# What a configuration class may derive, and a cut then has to change.
+WRITTEN_OUT = (
+    *COUNT,
+    *SLICE,
+    *INDICES,
+    *PREFIX,
+    *LAST,
+    *SUFFIX,
+    *CYCLE,
+    *MTP,
+    *OF_FAMILIES,
+)
+
 # Looks per-layer but is not.
 NOT_PER_LAYER = {
     "_name_or_path",
@@ -160,21 +183,29 @@ DEPTH_DEPENDENT_TYPES = {
 }
 
 
+_KNOWN = {*WRITTEN_OUT, *MAPS, *SLICE_OR_SCALAR, *GENERATORS, *NOT_PER_LAYER}
+_LAYERISH = re.compile(r"layer|block|_idx|_ids|indices|idxs")
+_PERIODISH = re.compile(
+    r"layer.*(period|offset|interval|freq|step|every|_index)|(period|interval|every).*layer"
+)
+
 _WORDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 _PERIODS = ("attn_layer_period", "expert_layer_period")
 _OFFSETS = ("attn_layer_offset", "expert_layer_offset", "decoder_sparse_step")
 
 
-def check(text: Mapping[str, Any]) -> None:
-    """Refuse a per-layer field of another form than the table above says.
+def check(text: Mapping[str, Any], count: int) -> None:
+    """Refuse a per-layer field of another form than the table above says, or that it lacks.
 
     Model classes check the fields that they know; others stand in a configuration unread.
 
     Args:
         text: the decoder's configuration, per-layer fields written out.
+        count: its number of blocks.
 
     Raises:
-        ArchitectureError: a list is none, an index is no number, a map has other keys.
+        ArchitectureError: a list is none, an index is no number, a map has other keys; or a
+            field that is not in the table looks per-layer.
     """
     forms: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
         (_WORDS, _is_words, "a list of words"),
@@ -196,6 +227,28 @@ def check(text: Mapping[str, Any]) -> None:
             f"the configuration has {SUFFIX[0]}={text[SUFFIX[0]]} and no list 'layer_types', which "
             "says whose keys and values are shared; write it out"
         )
+    _refuse_unknown(text, count)
+
+
+def _refuse_unknown(text: Mapping[str, Any], count: int) -> None:
+    for key, value in text.items():
+        if key in _KNOWN or key.startswith("_"):
+            continue
+        suspicious = False
+        if isinstance(value, list):
+            numbers = all(isinstance(i, int) and 0 <= i < count for i in value) and value
+            suspicious = len(value) == count or bool(numbers and _LAYERISH.search(key))
+        elif isinstance(value, dict):
+            suspicious = (
+                bool(value) and bool(_LAYERISH.search(key)) and all(str(k).isdigit() for k in value)
+            )
+        elif isinstance(value, int) and not isinstance(value, bool):
+            suspicious = value > 1 and bool(_PERIODISH.search(key))
+        if suspicious:
+            raise ArchitectureError(
+                f"the configuration field {key!r} looks per-layer (value {value!r:.60}) and "
+                "isingcut does not know what it means; add it to architectures/fields.py"
+            )
 
 
 def _is_whole(value: Any) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from isingcut.errors import ArchitectureError
@@ -13,11 +12,6 @@ from isingcut.models.architectures import families, fields
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.names import rename_pattern, renumbering
 from isingcut.models.loading import one_line, quiet_transformers
-
-_LAYERISH = re.compile(r"layer|block|_idx|_ids|indices|idxs")
-_PERIODISH = re.compile(
-    r"layer.*(period|offset|interval|freq|step|every|_index)|(period|interval|every).*layer"
-)
 
 
 def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]:
@@ -36,7 +30,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     count = depth(text)
     mapping = renumbering(count, removed)
     _refuse_depth_dependent(text)
-    fields.check(text)
+    fields.check(text, count)
     families.write_out(text, count)
     must_stay = families.kept_blocks(text, count)
     for old in set(must_stay) - set(mapping):
@@ -73,30 +67,26 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     Raises:
         ArchitectureError: the configuration cannot be cut at all, whichever the state.
     """
-    values = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
-    text = materialise(values)
+    text = written_out(config if isinstance(config, dict) else config.to_dict())
     _refuse_depth_dependent(text)
-    fields.check(text)
-    _refuse_unknown(text, len(stack))
+    fields.check(text, len(stack))
     return families.legality(text, stack)
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
     """A quantisation configuration with every module name renumbered, recursively."""
+
+    def renamed(item: Any) -> list[Any]:
+        if isinstance(item, str):
+            return list(rename_pattern(item, mapping, count))
+        return [cut_quantisation(item, mapping, count)]
+
     if isinstance(value, dict):
-        out = {}
-        for key, item in value.items():
-            for name in rename_pattern(key, mapping, count) if isinstance(key, str) else [key]:
-                out[name] = cut_quantisation(item, mapping, count)
-        return out
+        cut = ((key, cut_quantisation(item, mapping, count)) for key, item in value.items())
+        return {name: item for key, item in cut for name in renamed(key)}
     if isinstance(value, list):
-        cut: list[Any] = []
-        for item in value:
-            if isinstance(item, str):
-                cut.extend(rename_pattern(item, mapping, count))
-            else:
-                cut.append(cut_quantisation(item, mapping, count))
-        return list(dict.fromkeys(cut)) if all(isinstance(i, str) for i in cut) else cut
+        names = [name for item in value for name in renamed(item)]
+        return list(dict.fromkeys(names)) if all(isinstance(n, str) for n in names) else names
     return value
 
 
@@ -123,13 +113,18 @@ def depth(text: dict[str, Any]) -> int:
     )
 
 
+def written_out(config: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's part of a configuration, per-layer fields written out; a copy."""
+    return materialise(copy.deepcopy(config))
+
+
 def materialise(config: dict[str, Any]) -> dict[str, Any]:
     """Write out, in place, the per-layer fields that the config class would derive.
 
     Returns:
         the decoder's part of ``config`` (``config`` itself unless it is composite).
     """
-    derived = _class_config(config)
+    derived = config_object(config)
     if derived is None:
         for key in ("text_config", "llm_config", "language_config"):
             if isinstance(config.get(key), dict):
@@ -137,7 +132,7 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
         return config
     full = derived.get_text_config(decoder=True)
     text = config
-    for key in _path_of(derived, full):
+    for key in path_of(derived, full):
         text = text.setdefault(key, {})
     values = full.to_dict()
     has_types = any(
@@ -145,11 +140,10 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
         for k in ("layer_types", "layers_block_type", "hybrid_override_pattern")
     )
     aliases = dict(getattr(full, "attribute_map", {}))
-    for key in _TABLE_FIELDS:
+    for key in fields.WRITTEN_OUT:
         value = values.get(key)
-        if value is None or text.get(key) is not None:
-            continue
-        if any(text.get(alias) is not None for alias, real in aliases.items() if real == key):
+        names = (key, *(alias for alias, real in aliases.items() if real == key))
+        if value is None or any(text.get(name) is not None for name in names):
             continue
         if key in ("layer_types", "layers_block_type") and has_types:
             continue
@@ -159,41 +153,12 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
-_TABLE_FIELDS = (
-    *fields.COUNT,
-    *fields.SLICE,
-    *fields.INDICES,
-    *fields.PREFIX,
-    *fields.LAST,
-    *fields.SUFFIX,
-    *fields.CYCLE,
-    *fields.MTP,
-    *families.FIELDS,
-)
+def config_object(config: dict[str, Any]) -> Any | None:
+    """What transformers makes of a configuration; None for a type that it does not know.
 
-
-def with_depth(config: dict[str, Any], count: int) -> Any | None:
-    """The configuration object of the same model with ``count`` blocks; None if it cannot be.
-
-    Args:
-        config: a checkpoint's ``config.json``; not changed.
+    Raises:
+        ArchitectureError: it is no valid configuration of its type.
     """
-    changed = copy.deepcopy(config)
-    try:
-        derived = _class_config(changed)
-        if derived is None:
-            return None
-        text = changed
-        for key in _path_of(derived, derived.get_text_config(decoder=True)):
-            text = text.setdefault(key, {})
-        named = [key for key in fields.COUNT if isinstance(text.get(key), int)]
-        text.update(dict.fromkeys(named or fields.COUNT[:1], count))
-        return _class_config(changed)
-    except ArchitectureError:
-        return None
-
-
-def _class_config(config: dict[str, Any]) -> Any | None:
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -211,7 +176,7 @@ def _class_config(config: dict[str, Any]) -> Any | None:
 
 def _types(config: dict[str, Any]) -> list[str]:
     """What transformers calls each block of a configuration; empty where it does not say."""
-    derived = _class_config(config)
+    derived = config_object(config)
     text = None if derived is None else derived.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None)
     return list(types) if isinstance(types, (list, tuple)) else []
@@ -226,14 +191,15 @@ def _decoded(value: Any) -> Any:
     return [_decoded(v) for v in value] if isinstance(value, list) else value
 
 
-def _path_of(config: Any, wanted: Any) -> tuple[str, ...]:
+def path_of(config: Any, wanted: Any) -> tuple[str, ...]:
+    """The keys that lead from a configuration object to one inside it."""
     if config is wanted:
         return ()
     for key, value in vars(config).items():
         if value is wanted:
             return (key,)
         if hasattr(value, "get_text_config"):
-            deeper = _path_of(value, wanted)
+            deeper = path_of(value, wanted)
             if deeper:
                 return (key, *deeper)
     return ()
@@ -252,7 +218,6 @@ def _refuse_depth_dependent(text: dict[str, Any]) -> None:
 def _cut_fields(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
     kept = list(mapping)
     gone = [i for i in range(count) if i not in mapping]
-    _refuse_unknown(text, count)
     for key in list(text):
         value = text[key]
         if value is None:
@@ -297,36 +262,6 @@ def _sliced(key: str, value: Any, kept: list[int], count: int) -> Any:
             f"{key} has {len(value)} entries for {count} blocks; expected one per block"
         )
     return "".join(value[i] for i in kept) if isinstance(value, str) else [value[i] for i in kept]
-
-
-def _known_fields() -> Iterator[str]:
-    yield from _TABLE_FIELDS
-    yield from fields.MAPS
-    yield from fields.SLICE_OR_SCALAR
-    yield from fields.GENERATORS
-    yield from fields.NOT_PER_LAYER
-
-
-def _refuse_unknown(text: dict[str, Any], count: int) -> None:
-    known = set(_known_fields())
-    for key, value in text.items():
-        if key in known or key.startswith("_"):
-            continue
-        suspicious = False
-        if isinstance(value, list):
-            numbers = all(isinstance(i, int) and 0 <= i < count for i in value) and value
-            suspicious = len(value) == count or bool(numbers and _LAYERISH.search(key))
-        elif isinstance(value, dict):
-            suspicious = (
-                bool(value) and bool(_LAYERISH.search(key)) and all(str(k).isdigit() for k in value)
-            )
-        elif isinstance(value, int) and not isinstance(value, bool):
-            suspicious = value > 1 and bool(_PERIODISH.search(key))
-        if suspicious:
-            raise ArchitectureError(
-                f"the configuration field {key!r} looks per-layer (value {_short(value)}) and "
-                "isingcut does not know what it means; add it to architectures/fields.py"
-            )
 
 
 def _short(value: Any) -> str:

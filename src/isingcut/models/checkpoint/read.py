@@ -30,6 +30,8 @@ BITS = {
     "F4": 4,
 }
 """Bits of one element, by the name of its dtype."""
+PLAIN = ("F64", "F32", "F16", "BF16")
+"""The dtypes of plain floating-point weights."""
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,8 @@ def _attention(
     ):
         from transformers import AttentionInterface
 
-        fused: Any = AttentionInterface()["sdpa"]
-        found: tuple[Tensor, None] = fused(
+        known: Any = AttentionInterface
+        found: tuple[Tensor, None] = known()["sdpa"](
             module,
             query,
             key,
@@ -186,8 +186,9 @@ def register() -> None:
     """Make `NAME` known to transformers; masks are made as for `sdpa`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    masks: Any = AttentionMaskInterface
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+    masks.register(NAME, masks()["sdpa"])
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def excise(
     config = read_config(source)
     stored = read_checkpoint(source)
     new_config = surgery.cut_config(config, removed)
-    text = surgery.materialise(json.loads(json.dumps(config)))
+    text = surgery.written_out(config)
     count = surgery.depth(text)
     mapping = renumbering(count, removed)
     tensors = plan(stored, text, mapping)

@@ -6,7 +6,6 @@ plain numbers, whatever the rest is packed as.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from isingcut.errors import CheckpointError, InputError
-from isingcut.models.architectures.surgery import depth, materialise
+from isingcut.models.architectures.surgery import depth, written_out
 from isingcut.models.checkpoint.gguf_header import GgufHeader, GgufTensor
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 
@@ -38,7 +37,7 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
         CheckpointError: tensors that the checkpoint has are missing, or either is damaged.
     """
     blocks = header.blocks()
-    text = materialise(copy.deepcopy(read_config(model)))
+    text = written_out(read_config(model))
     _same(header, "blocks", len(blocks), depth(text))
     width = next((text[k] for k in _WIDTHS if isinstance(text.get(k), int)), None)
     if width is not None:

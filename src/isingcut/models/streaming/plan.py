@@ -17,8 +17,8 @@ import torch
 
 from isingcut.errors import ModelError
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint
-from isingcut.models.fit import wrong_shape
 from isingcut.models.fp8 import weights_of
+from isingcut.models.loading import wrong_shape
 from isingcut.models.transformers_private import Names
 
 Part = int | str

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from isingcut.errors import CheckpointError
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
-from isingcut.models.fit import refuse_infinite
 from isingcut.models.fp8 import DTYPES, dequantise, fp8_layout, read_tensor, scale_of, tile_of
+from isingcut.models.loading import refuse_infinite
 from isingcut.models.streaming.plan import Copied, Part, PartPlan, plan_parts
 
 # Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.

@@ -32,7 +32,8 @@ def without_weights() -> Iterator[None]:
         vars(moved).update(vars(parameter))
         return moved
 
-    with register_module_parameter_registration_hook(on_meta):
+    hook: Any = on_meta
+    with register_module_parameter_registration_hook(hook):
         yield
 
 
