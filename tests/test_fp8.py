@@ -75,7 +75,7 @@ def test_every_layout_is_read_and_cut(layout, tmp_path):
     quantise(source, layout)
     config = json.loads((source / "config.json").read_text())
     assert fp8_layout(source, config) == layout
-    model = load_dequantised(source, torch.float32)
+    model, _ = load_dequantised(source, torch.float32)
     plain = dict(tiny_model("qwen3").named_parameters())
     for name, value in model.named_parameters():
         # FP8 keeps 3 bits of mantissa, so half a step is 1/16 of a number.
@@ -137,7 +137,7 @@ def nemotron(folder: Path) -> Path:
 
 def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
     source = nemotron(tmp_path / "source")
-    model = load_dequantised(source, torch.float32)
+    model, _ = load_dequantised(source, torch.float32)
     stack = find_stack(model)
     assert [stack.kinds.count(k) for k in ("mamba2", "moe", "attention")] == [23, 23, 6]
     before = read_checkpoint(source)

@@ -103,7 +103,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="lacks 1 of the 1 shards"):
+    with pytest.raises(CheckpointError, match="lacks 1 of the 1 shards"):
         resolve(str(folder))
 
 

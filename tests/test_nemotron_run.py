@@ -49,7 +49,7 @@ def test_blocks_of_one_kind_leave_a_52_block_fp8_model(remove, letter, count, tm
         number, _, rest = tail.partition(".")
         old = f"{head}layers.{kept[int(number)]}.{rest}" if found else name
         assert bytes_of(tensor) == bytes_of(before[old])
-    model = load_dequantised(out, torch.float32)
+    model, _ = load_dequantised(out, torch.float32)
     tokens = torch.arange(10, 20)[None]
     mask = torch.ones_like(tokens)
     grown = model.generate(tokens, attention_mask=mask, max_new_tokens=4, min_new_tokens=4)

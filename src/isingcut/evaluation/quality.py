@@ -17,8 +17,8 @@ from isingcut.evaluation.speed import SPEED_KEYS, speed_and_memory
 from isingcut.files import without_header, without_infinities
 from isingcut.measure.losses import standard_error
 from isingcut.models.architectures import find_stack
+from isingcut.models.checkpoint.read import weight_files
 from isingcut.models.compute.divergence import row_kl
-from isingcut.models.sources import weight_files
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:

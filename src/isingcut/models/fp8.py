@@ -153,11 +153,11 @@ def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     }
 
 
-def load_dequantised(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of an FP8 checkpoint with plain weights, through plain transformers.
+def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model of an FP8 checkpoint with plain weights, and what transformers says of loading it.
 
     Raises:
-        ModelError: transformers cannot load it, or tensors are missing.
+        ModelError: transformers cannot load it.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -174,12 +174,9 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> Any:
         )
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"cannot load the FP8 model in {folder}: {error}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"the FP8 checkpoint {folder} lacks the tensor {missing[0]!r}")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    return model.eval(), report
 
 
 def _is_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from isingcut.errors import InputError, ModelError
 from isingcut.models.architectures.auto import auto_class_of
+from isingcut.models.checkpoint.read import read_config
 from isingcut.models.fit import bounded_structure, check_fit
 from isingcut.models.fp8 import fp8_layout, load_dequantised
 from isingcut.models.loading import loading, refuse_incomplete, refuse_infinite
@@ -68,25 +69,11 @@ def load(
     seen = check_fit(folder)
     with loading(f"the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model: Any
-    found: Any = {"missing_keys": (), "mismatched_keys": ()}
     with (
         loading(f"the model in {folder}"),
         bounded_structure(seen.most_numbers, str(folder)),
     ):
-        if fp8_layout(folder, seen.config):
-            model = load_dequantised(folder, number)
-        else:
-            loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
-            model, found = loader.from_pretrained(
-                folder,
-                dtype=number,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                # Refused below, with the tensor's name.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        model, found = as_transformers_does(folder, number, trust_remote_code=trust_remote_code)
     refuse_incomplete(found, folder)
     refuse_infinite(model.named_parameters(), folder)
     try:
@@ -95,9 +82,31 @@ def load(
         raise ModelError(
             f"the model in {folder} does not fit the memory of {place}; choose --device cpu"
         ) from e
-    model.eval()
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, Path(folder), number, place)
+
+
+def as_transformers_does(
+    folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint's model in evaluation mode, FP8 weights as plain numbers.
+
+    Returns:
+        the model, and transformers' account of it: tensors that are missing, unexpected or of
+        another shape are for the caller to refuse. Whatever transformers raises passes.
+    """
+    if fp8_layout(folder, read_config(folder)):
+        return load_dequantised(folder, dtype)
+    loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
+    model, found = loader.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return model.eval(), found
 
 
 def pick_device(device: str) -> torch.device:

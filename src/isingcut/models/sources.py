@@ -15,11 +15,9 @@ from isingcut.inputs import load_json, regular_file, user_path
 from isingcut.models.cache import gguf_cache
 from isingcut.models.checkpoint.read import (
     HEADER_LIMIT,
-    INDEX,
-    SINGLE,
-    contained,
+    no_weights,
     read_config,
-    read_index,
+    weight_files,
 )
 from isingcut.models.from_gguf import converted
 
@@ -32,7 +30,6 @@ _EDGE = 1 << 20
 _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'smollm2'"
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
 _LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
 # Parsed in Python, by a reader without bounds.
@@ -189,38 +186,8 @@ def _checked_folder(folder: Path) -> Path:
         if path.suffix in _LOADED and not path.is_dir():
             regular_file(path, "the model's", ModelError)
     if not weight_files(folder):
-        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-        there = (
-            f"only pickle weights ({pickles[0]}), which can run code" if pickles else "no weights"
-        )
-        raise ModelError(
-            f"{folder} has {there}; isingcut reads safetensors: save the model once with "
-            "save_pretrained and give that folder"
-        )
+        raise ModelError(no_weights(folder))
     return folder
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint, sorted; empty when there are none.
-
-    A single file wins over an index, as in transformers.
-
-    Raises:
-        ModelError: the index names a shard that is not there.
-        CheckpointError: the index is damaged, or a file lies elsewhere or is none.
-    """
-    if is_there(folder / SINGLE):
-        return [contained(folder, SINGLE)]
-    if not is_there(folder / INDEX):
-        return []
-    names = sorted(set(read_index(folder).values()))
-    missing = [n for n in names if not is_there(folder / n)]
-    if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of the {len(names)} shards its index names, first "
-            f"{missing[0]}; complete the download"
-        )
-    return [contained(folder, n) for n in names]
 
 
 def model_identity(folder: Path) -> dict[str, Any]:

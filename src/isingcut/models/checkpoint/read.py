@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import math
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
 """Bytes that the header of a safetensors file may have at most; the library's own bound."""
+_OTHERS = {".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors"}
 _MOST_AXES = 16
 _LONGEST_AXIS = 2**48
 BITS = {
@@ -82,44 +84,65 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         CheckpointError: no safetensors, or files that are damaged, missing, outside the folder,
             or that contradict the index.
     """
-    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
-        return {t.name: t for t in read_header(contained(folder, SINGLE))}
-    if not (folder / INDEX).exists():
-        raise CheckpointError(_no_weights(folder))
-    weight_map = read_index(folder)
+    files = weight_files(folder)
+    if not files:
+        raise CheckpointError(no_weights(folder))
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        for tensor in read_header(contained(folder, file)):
+    for file in files:
+        for tensor in read_header(file):
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"tensor {tensor.name!r} is in two shards, {tensors[tensor.name].file.name} "
-                    f"and {file}; which one is meant is not clear: repair the checkpoint"
+                    f"and {file.name}; which one is meant is not clear: repair the checkpoint"
                 )
             tensors[tensor.name] = tensor
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file.name != Path(file).name:
+    weight_map = {} if files[0].name == SINGLE else read_index(folder)
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
             where = f"it is in {tensors[name].file.name}" if name in tensors else "no shard has it"
             raise CheckpointError(
-                f"{INDEX} says that tensor {name!r} is in {file}, but {where}: "
+                f"{INDEX} says that tensor {name!r} is in {shard}, but {where}: "
                 "the checkpoint is incomplete, download it again"
             )
     return tensors
 
 
-def _no_weights(folder: Path) -> str:
-    others = sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
-    )
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint, sorted; empty when there are none.
+
+    A single file wins over an index, as in transformers.
+
+    Raises:
+        CheckpointError: the index is damaged or names a shard that is not there, or a file lies
+            elsewhere or is none.
+    """
+    if os.path.lexists(folder / SINGLE):
+        return [contained(folder, SINGLE)]
+    if not os.path.lexists(folder / INDEX):
+        return []
+    names = sorted(set(read_index(folder).values()))
+    missing = [n for n in names if "\0" not in n and not os.path.lexists(folder / n)]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(names)} shards its index names, first "
+            f"{missing[0]}; complete the download"
+        )
+    return [contained(folder, n) for n in names]
+
+
+def no_weights(folder: Path) -> str:
+    """What a folder holds in the place of safetensors, and what to do."""
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHERS)
     if "adapter_model.safetensors" in others:
         return f"{folder} holds an adapter, not a model; merge it into its base model first"
-    if others:
-        return (
-            f"{folder} has no {SINGLE} and no {INDEX}, only {', '.join(others[:3])}; convert it "
-            "with transformers: from_pretrained(...).save_pretrained(...)"
-        )
-    return f"{folder} has no weights: expected {SINGLE} or {INDEX}"
+    pickles = [name for name in others if not name.endswith((".gguf", ".safetensors"))]
+    there = f"only {', '.join(others[:3])}" if others else "no weights"
+    if pickles:
+        there = f"only pickle weights ({pickles[0]}), which can run code"
+    return (
+        f"{folder} has {there}; expected {SINGLE} or {INDEX}: convert it with transformers, "
+        "from_pretrained(...).save_pretrained(...)"
+    )
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -10,10 +10,8 @@ import torch
 
 from isingcut.errors import VerificationError
 from isingcut.models.architectures import find_stack, skipped, text_config
-from isingcut.models.architectures.auto import auto_class_of
 from isingcut.models.architectures.live import stop_rescaling
-from isingcut.models.checkpoint.read import read_config
-from isingcut.models.fp8 import fp8_layout, load_dequantised
+from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import quiet_transformers
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -89,13 +87,8 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
         VerificationError: transformers cannot load it, or invents or ignores tensors.
     """
     try:
-        loader = auto_class_of(out, trust_remote_code=trust_remote_code)
-        if fp8_layout(out, read_config(out)):
-            return load_dequantised(out, dtype)
         with quiet_transformers():
-            model, report = loader.from_pretrained(
-                out, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-            )
+            model, report = as_transformers_does(out, dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise VerificationError(
             f"the checkpoint {out} does not load: {type(error).__name__}: {error}"
@@ -106,7 +99,7 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
             raise VerificationError(
                 f"the checkpoint {out} reloads with {problem.replace('_', ' ')}: {', '.join(names)}"
             )
-    return model.eval()
+    return model
 
 
 def check_generation(
