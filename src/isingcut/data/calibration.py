@@ -21,7 +21,7 @@ import torch
 from isingcut import documents
 from isingcut.data.corpora import Corpus, read
 from isingcut.data.encoder import Encoder
-from isingcut.data.tokens import TokenSet
+from isingcut.data.tokens import TokenSet, distinct
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import atomic_file
 from isingcut.progress import Progress, silent
@@ -35,7 +35,6 @@ __all__ = ["SPLITS", "Calibration", "TokenSet", "build"]
 SPLITS = ("energy", "rank", "report")
 _ALLOCATION = ("report", "rank", "energy")
 _KIND = "calibration"
-_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,23 +177,14 @@ def _conversations(
     corpus: Corpus, encode: Encoder, counts: Mapping[str, int], length: int
 ) -> dict[str, list[list[int]]]:
     """One sample per conversation; those that agree in all their kept tokens count once."""
-    seen: set[tuple[int, ...]] = set()
-
-    def distinct() -> Iterator[list[int]]:
-        for text in corpus.documents:
-            ids = tuple(encode(text, length))
-            if len(ids) > 1 and ids not in seen:
-                seen.add(ids)
-                yield list(ids)
-
-    stream = distinct()
+    stream = distinct(encode(text, length) for text in corpus.documents)
     rows = {name: list(islice(stream, counts[name])) for name in _ALLOCATION}
-    needed = sum(counts.values())
-    if len(seen) < needed:
+    found, needed = [len(row) for split in rows.values() for row in split], sum(counts.values())
+    if len(found) < needed:
         raise CalibrationError(
             f"{corpus.name} is too short: {_words(counts)} samples need {needed} different "
-            f"conversations of up to {length} tokens, found {len(seen)} "
-            f"({sum(map(len, seen))} tokens); give more, or lower --samples, --rank-samples or "
+            f"conversations of up to {length} tokens, found {len(found)} "
+            f"({sum(found)} tokens); give more, or lower --samples, --rank-samples or "
             "--report-samples"
         )
     return rows
@@ -223,7 +213,7 @@ def _packed(
 
     streams = None
     if corpus.kind == "documents":
-        streams = _by_document(tokenised(), needs, encode(_SEPARATOR))
+        streams = _by_document(tokenised(), needs, encode.separator)
     # Running text, and one or two documents, which cannot fill three splits.
     if streams is None and len(documents) < len(needs):
         streams = _by_range(itertools.chain(list(documents), tokenised()), needs)

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 from isingcut.data.corpora import read
 from isingcut.data.encoder import Encoder
-from isingcut.data.tokens import TokenSet
+from isingcut.data.tokens import TokenSet, distinct
 from isingcut.errors import CalibrationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from isingcut.data.calibration import Calibration
-
-_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +77,7 @@ def build(
         else:
             skip = int(used.meta.get("documents", 0)) if used is not None else 0
             documents = itertools.islice(documents, skip, None)
-            separator = encode(_SEPARATOR)
+            separator = encode.separator
             # Only whole documents go to the report, so that none goes to both.
             report = []
             held: list[int] = []
@@ -108,17 +106,12 @@ def build(
 def _conversations(
     documents: Iterator[list[int]], length: int, used: Calibration | None
 ) -> Iterator[list[int]]:
-    seen: set[tuple[int, ...]] = set()
     taken: set[tuple[int, ...]] = set()
     cut = int(used.meta["length"]) if used is not None else 0
     for split in used.splits.values() if used is not None else ():
         pairs = zip(split.input_ids.tolist(), split.mask.sum(1).tolist(), strict=True)
         taken |= {tuple(row[:count]) for row, count in pairs}
-    for ids in documents:
-        row = tuple(ids[:length])
-        if len(row) > 1 and row not in seen and tuple(ids[:cut]) not in taken:
-            seen.add(row)
-            yield list(row)
+    return distinct(ids[:length] for ids in documents if tuple(ids[:cut]) not in taken)
 
 
 def _pieces(tokens: Iterator[int], size: int) -> Iterator[list[int]]:

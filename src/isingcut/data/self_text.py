@@ -10,6 +10,7 @@ import torch
 
 from isingcut.data.encoder import Encoder
 from isingcut.data.generation import only
+from isingcut.data.tokens import distinct
 from isingcut.errors import CalibrationError
 from isingcut.progress import Progress, silent
 
@@ -50,16 +51,12 @@ def generated(
     batches = -(-needed // _ROWS)
     with progress("sampling text from the model", batches) as bar:
 
-        def distinct() -> Iterator[list[int]]:
-            seen: set[tuple[int, ...]] = set()
+        def sampled() -> Iterator[list[int]]:
             for batch in range(_ATTEMPTS * batches):
-                for ids in _sampled(model, start, length, seed * 1_000_003 + batch):
-                    if tuple(ids) not in seen:
-                        seen.add(tuple(ids))
-                        yield ids
+                yield from _sampled(model, start, length, seed * 1_000_003 + batch)
                 bar.advance(1)
 
-        stream = distinct()
+        stream = distinct(sampled())
         rows = {name: list(islice(stream, count)) for name, count in counts.items()}
     found = sum(map(len, rows.values()))
     if found < needed:

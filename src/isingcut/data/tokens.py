@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,3 +86,12 @@ class TokenSet:
         mask = self.mask[rows]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
         return TokenSet(self.input_ids[rows, :width], mask[:, :width], rows)
+
+
+def distinct(rows: Iterable[Sequence[int]]) -> Iterator[list[int]]:
+    """Rows of two tokens or more, each once, as far as they are iterated."""
+    seen: set[tuple[int, ...]] = set()
+    for row in map(tuple, rows):
+        if len(row) > 1 and row not in seen:
+            seen.add(row)
+            yield list(row)

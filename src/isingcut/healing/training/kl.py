@@ -7,7 +7,7 @@ head is separable (`rounds.separable`), the logits themselves exist only a chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,15 @@ def top_k(logits: Tensor, k: int) -> TopK:
     # From the tail's own terms: 1 - sum would lose all digits of a small one.
     tail = logp.scatter(1, indices, float("-inf")).logsumexp(-1).exp()
     return TopK(indices, best, tail)
+
+
+def stacked(rows: Sequence[TopK]) -> TopK:
+    """Those of several samples (S, T, k) as one."""
+    return TopK(
+        torch.stack([row.indices for row in rows]),
+        torch.stack([row.logp for row in rows]),
+        torch.stack([row.tail for row in rows]),
+    )
 
 
 class _Divergence(torch.autograd.Function):

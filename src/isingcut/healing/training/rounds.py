@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isingcut.healing.training.kl import TopK, divergence, divergence_from_stream, top_k
+from isingcut.healing.training.kl import (
+    TopK,
+    divergence,
+    divergence_from_stream,
+    stacked,
+    top_k,
+)
 from isingcut.models.architectures import text_config
 from isingcut.models.compute.head import entering
 
@@ -82,18 +88,13 @@ def install(student: Any, plain: Any, objective: Objective) -> None:
     size = plain.get_output_embeddings().weight.shape[0] if parts else 1
     hidden = bool(objective.hidden_weight)
 
-    def student_rows(ids: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    def read(whole: Any, taken: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """What predicts the next tokens, (n, D) for a head or (n, V), and the hidden states."""
         options = {"attention_mask": mask, "use_cache": False, "output_hidden_states": hidden}
-        output = parts[0](ids, **options) if parts else forward(ids, **options)
-        read = stream_of(output) if parts else output.logits
-        return read[:, :-1][rows], output.hidden_states if hidden else ()
-
-    def teacher_rows(ids: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        options = {"attention_mask": mask, "use_cache": False, "output_hidden_states": hidden}
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            output = other[0](ids, **options) if other and parts else teacher(ids, **options)
-            read = stream_of(output) if other and parts else output.logits
-        return read[:, :-1][rows], output.hidden_states if hidden else ()
+        output = taken[0](ids, **options) if taken else whole(ids, **options)
+        stream = stream_of(output) if taken else output.logits
+        rows = mask[:, 1:].bool()
+        return stream[:, :-1][rows], output.hidden_states if hidden else ()
 
     def teacher_head(stream: Tensor) -> Tensor:
         if not other:
@@ -111,19 +112,20 @@ def install(student: Any, plain: Any, objective: Objective) -> None:
         **ignored: Any,
     ) -> dict[str, Tensor]:
         rows = attention_mask[:, 1:].bool()
-        read, states = student_rows(input_ids, attention_mask, rows)
+        given, states = read(forward, parts, input_ids, attention_mask)
         target: Tensor | TopK
         others: Sequence[Tensor] = ()
         if indices is not None and logp is not None and tail is not None:
             target = TopK(indices[:, :-1][rows], logp[:, :-1][rows], tail[:, :-1][rows])
         else:
-            target, others = teacher_rows(input_ids, attention_mask, rows)
+            with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+                target, others = read(teacher, parts and other, input_ids, attention_mask)
         if parts:
             loss = divergence_from_stream(
-                read, parts[1], target, teacher_head, objective.temperature, vocabulary=size
+                given, parts[1], target, teacher_head, objective.temperature, vocabulary=size
             )
         else:
-            loss = divergence(read, target, objective.temperature)
+            loss = divergence(given, target, objective.temperature)
         if hidden:
             real = attention_mask.bool()
             loss = loss + objective.hidden_weight * _mismatch(
@@ -154,9 +156,4 @@ def targets(teacher: Any, ids: Tensor, mask: Tensor, k: int) -> TopK:
     """The teacher's `TopK` (B, T, k) at every position of a batch, padded ones included."""
     with torch.no_grad():
         logits = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    found = [top_k(row, k) for row in logits]
-    return TopK(
-        torch.stack([f.indices for f in found]),
-        torch.stack([f.logp for f in found]),
-        torch.stack([f.tail for f in found]),
-    )
+    return stacked([top_k(row, k) for row in logits])

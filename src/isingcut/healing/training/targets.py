@@ -18,7 +18,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.files import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
-from isingcut.healing.training.kl import TopK, top_k
+from isingcut.healing.training.kl import TopK, stacked, top_k
 from isingcut.healing.training.processes import Processes
 from isingcut.healing.training.rounds import targets
 from isingcut.models.streaming.replay import StreamedReplay
@@ -138,13 +138,10 @@ def _streamed(job: Job, part: slice, together: int, k: int) -> TopK:
         for i in range(len(replay)):
             for b, recording in enumerate(recordings):
                 streams[b] = recording.block(i, streams[b])
-        found = [
-            top_k(recording.logits(stream[s], s), k)
-            for recording, stream in zip(recordings, streams, strict=True)
-            for s in range(len(stream))
-        ]
-    return TopK(
-        torch.stack([f.indices for f in found]),
-        torch.stack([f.logp for f in found]),
-        torch.stack([f.tail for f in found]),
-    )
+        return stacked(
+            [
+                top_k(recording.logits(stream[s], s), k)
+                for recording, stream in zip(recordings, streams, strict=True)
+                for s in range(len(stream))
+            ]
+        )

@@ -106,8 +106,8 @@ class GgufHeader:
         count = self.number("block_count")
         found: dict[int, dict[str, GgufTensor]] = {}
         for tensor in self.tensors.values():
-            if match := _BLOCK.match(tensor.name):
-                found.setdefault(int(match[1]), {})[match[2]] = tensor
+            if place := block_of(tensor.name):
+                found.setdefault(place[0], {})[place[1]] = tensor
         if len(found) != count or max(found) != count - 1:
             raise CheckpointError(
                 f"{self.path} says {count} blocks but has tensors of {len(found)}: damaged or split"
@@ -128,6 +128,12 @@ class GgufHeader:
                         f"{self.path} lacks the tensor {lacking}, which block {like} has; the "
                         "file is incomplete: get it again"
                     )
+
+
+def block_of(name: str) -> tuple[int, str] | None:
+    """The block that a tensor is in, and its name there; None for one outside all blocks."""
+    match = _BLOCK.match(name)
+    return None if match is None else (int(match[1]), match[2])
 
 
 def read_gguf(path: Path) -> GgufHeader:

@@ -7,7 +7,6 @@ tensor as it is, for llama.cpp.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from isingcut.errors import ArchitectureError, CheckpointError, OutputExistsError
 from isingcut.files import atomic_file
 from isingcut.models.architectures.names import renumbering
-from isingcut.models.checkpoint.gguf_header import GgufHeader, read_gguf
+from isingcut.models.checkpoint.gguf_header import GgufHeader, block_of, read_gguf
 from isingcut.models.loading import loading
 from isingcut.outputs import refuse_source
 
@@ -71,7 +70,6 @@ _SLICED = {
 }
 _PREFIX = {"leading_dense_block_count"}
 _NOT_PER_LAYER = {"rope.dimension_sections", "rope.scaling.attn_factors"}
-_BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
 def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool = False) -> None:
@@ -183,8 +181,8 @@ def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dic
 
 
 def _new_name(name: str, mapping: dict[int, int]) -> str | None:
-    match = _BLOCK.match(name)
-    if match is None:
+    place = block_of(name)
+    if place is None:
         return name
-    old = int(match.group(1))
-    return f"blk.{mapping[old]}.{name[match.end() :]}" if old in mapping else None
+    old, rest = place
+    return f"blk.{mapping[old]}.{rest}" if old in mapping else None

@@ -15,13 +15,13 @@ import numpy as np
 
 from isingcut.errors import CheckpointError, InputError
 from isingcut.models.architectures.surgery import depth, written_out
-from isingcut.models.checkpoint.gguf_header import GgufHeader, GgufTensor
-from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
+from isingcut.models.checkpoint.gguf_header import GgufHeader, GgufTensor, block_of
+from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
+from isingcut.models.fp8 import read_tensor
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 # What a checkpoint may hold and a GGUF need not: tables that llama.cpp computes itself.
 _COMPUTED = re.compile(r"\.(attn_rot_embd|rope_freqs)\b")
-_BLOCK = re.compile(r"^blk\.(\d+)\.")
 _PLAIN = {0: "<f4", 1: "<f2"}
 
 
@@ -57,7 +57,7 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
         tensor = header.tensors.get(name)
         if tensor is None:
             continue
-        if _BLOCK.match(name) and math.prod(tensor.shape) != math.prod(stored.shape):
+        if block_of(name) and math.prod(tensor.shape) != math.prod(stored.shape):
             raise InputError(
                 f"{header.path} is of another model: its tensor {name} has the shape "
                 f"{list(reversed(tensor.shape))}, the run's model has {list(stored.shape)}"
@@ -120,10 +120,4 @@ def _values(header: GgufHeader, tensor: GgufTensor) -> Any:
 
 
 def _stored_values(stored: StoredTensor) -> Any:
-    with stored.file.open("rb") as f:
-        f.seek(stored.start)
-        data = f.read(stored.size)
-    if stored.dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    plain = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}.get(stored.dtype)
-    return None if plain is None else np.frombuffer(data, plain).astype(np.float64)
+    return read_tensor(stored).double().flatten().numpy() if stored.dtype in PLAIN else None
