@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, MissingExtraError
-from isingcut.healing.training.trainer_file import read_trainer_file
+from isingcut.healing.trainer_file import read_trainer_file
 from isingcut.healing.work_folder import refuse_foreign, work_of
 from isingcut.inputs import user_path
 from isingcut.models.checkpoint.read import PLAIN, read_checkpoint

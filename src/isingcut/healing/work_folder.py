@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, IsingcutError, StageFileError
 from isingcut.files import clear_os_errors, disk_is_full, fingerprint, read_json, write_json
-from isingcut.healing.training.trainer_file import read_trainer_file
+from isingcut.healing.trainer_file import read_trainer_file
 from isingcut.inputs import user_path
 from isingcut.models.sources import model_identity
 from isingcut.options.healing import HealConfig

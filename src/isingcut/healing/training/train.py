@@ -18,11 +18,11 @@ from isingcut.errors import InputError, ModelError
 from isingcut.files import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
+from isingcut.healing.trainer_file import read_trainer_file
 from isingcut.healing.training.processes import Processes
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, trainable
 from isingcut.healing.training.targets import Kept, keep_targets
-from isingcut.healing.training.trainer_file import read_trainer_file
 from isingcut.healing.work_folder import complete_states
 from isingcut.inputs import user_path
 from isingcut.models.loading import quiet_transformers
