@@ -21,6 +21,7 @@ import torch
 from isingcut import documents
 from isingcut.data.corpora import Corpus, read
 from isingcut.data.encoder import Encoder
+from isingcut.data.self_text import generated
 from isingcut.data.tokens import TokenSet, distinct
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import atomic_file
@@ -156,8 +157,6 @@ def build(
     meta: dict[str, Any] = {"seed": seed, "length": length}
     encode = Encoder(tokenizer, model)
     if source == "self":
-        from isingcut.data.self_text import generated
-
         if model is None:
             raise InputError("the calibration source 'self' needs the model to sample from")
         rows = generated(model, tokenizer, counts, length, seed, progress)
