@@ -1,6 +1,6 @@
 """Models: found, read, run one block at a time, cut.
 
-`sources` a name -> a folder, `from_gguf` `cache` GGUF files converted; `checkpoint/` files by their
+`sources` a name -> a folder, `from_gguf` GGUF files converted; `checkpoint/` files by their
 headers; `architectures/` blocks, kinds, legality; `fit` do tensors and configuration belong
 together; `inspect` all that is known without weights; `load` `loading` `fp8` `handed_over` a frozen
 model; `transformers_private` what is used of transformers and not public; `replay` run block i on

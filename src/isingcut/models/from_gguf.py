@@ -7,18 +7,35 @@ import hashlib
 import importlib.util
 import io
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, MissingExtraError, ModelError
 from isingcut.files import atomic_folder, clear_stale
-from isingcut.inputs import regular_file
-from isingcut.models.cache import gguf_cache
+from isingcut.inputs import regular_file, user_path
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.fit import bounded_structure, most_numbers
 from isingcut.models.loading import loading, quiet_transformers, refuse_incomplete, refuse_infinite
 from isingcut.models.transformers_private import unpacked
 from isingcut.outputs import foreign_in
+
+
+def gguf_cache() -> Path:
+    """Where converted files are kept, by their hash: in `$ISINGCUT_CACHE`, else the platform's.
+
+    Folders of the name ``gguf`` are of versions that completed a file with random numbers.
+    """
+    home = Path.home()
+    if override := os.environ.get("ISINGCUT_CACHE"):
+        return user_path(override) / "gguf-2"
+    if os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif (home / "Library" / "Caches").is_dir():
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "isingcut" / "gguf-2"
 
 
 def converted(path: Path) -> Path:
