@@ -176,7 +176,7 @@ def test_a_text_comes_in_whole_lines_and_loses_nothing(
         path.write_text(text, encoding="utf-8", newline="")
         patch.setattr(text_files, "_PIECE", piece)
         patch.setattr(text_files, "LONGEST", longest)
-        found = list(text_files.text_file(path, "a.txt", "").pieces())
+        found = list(text_files.text_file(path, "a.txt").pieces())
         expected = []
         with path.open(encoding="utf-8", newline="") as file:
             while lines := file.readlines(piece):

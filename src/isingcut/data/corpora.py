@@ -69,7 +69,7 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     check(source)
     path, name = user_path(source), _name(source)
     if source == "-" or _is_file(path):
-        file = text_file(path, name, _SOURCES)
+        file = text_file(path, name)
         if file.format == ".txt":
             return Corpus(name, "text", file.pieces())
         return _records_corpus(name, file.records(), tokenizer, lambda r: _shuffled(r, seed))

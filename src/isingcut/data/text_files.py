@@ -183,18 +183,12 @@ def only_once(source: str) -> bool:
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
-def text_file(path: Path, name: str, advice: str) -> TextFile:
-    """Open a file or a pipe.
-
-    Args:
-        path: of what is there and no folder; ``-`` is standard input.
-        name: what messages call it.
-        advice: what else might have been given.
+def text_file(path: Path, name: str) -> TextFile:
+    """Open a file or a pipe that `check` has let pass.
 
     Raises:
-        CalibrationError: of no known kind, a device, a terminal, or not to be opened.
+        CalibrationError: it cannot be opened.
     """
-    check(path, name, advice)
     suffix, packed = _kind(path)
     known = suffix in FORMATS
     with clear_errors(name):
@@ -214,7 +208,16 @@ def text_file(path: Path, name: str, advice: str) -> TextFile:
 
 
 def check(path: Path, name: str, advice: str) -> None:
-    """Refuse what `text_file` would refuse before it reads; the arguments are the same."""
+    """Refuse what is no file or pipe of text, without reading of it.
+
+    Args:
+        path: of what is there and no folder; ``-`` is standard input.
+        name: what messages call it.
+        advice: what else might have been given.
+
+    Raises:
+        CalibrationError: of no known kind, a device or a terminal.
+    """
     typed = str(path)
     with clear_errors(name):
         mode = os.fstat(0).st_mode if typed == "-" else path.stat().st_mode
