@@ -227,11 +227,10 @@ def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
         size = min(tensor.size, _EDGE * dtype.itemsize)
         if size == 0:
             continue
-        with tensor.file.open("rb") as f:
-            ends = []
-            for at in (tensor.start, tensor.start + tensor.size - size):
-                f.seek(at)
-                ends.append(torch.frombuffer(bytearray(f.read(size)), dtype=dtype).double())
+        ends = [
+            torch.frombuffer(tensor.data(first, size), dtype=dtype).double()
+            for first in (0, tensor.size - size)
+        ]
         kind = "plain" if tensor.dtype in PLAIN else tensor.dtype
         found[f"{rest} {kind} {tensor.shape}"] = torch.cat(ends)
     return found

@@ -72,12 +72,7 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """
     if stored.dtype not in DTYPES:
         raise CheckpointError(f"tensor {stored.name!r} has the dtype {stored.dtype}, not readable")
-    data = bytearray(stored.size)
-    with stored.file.open("rb") as f:
-        f.seek(stored.start)
-        if f.readinto(data) != stored.size:
-            raise CheckpointError(f"{stored.file} ended early, inside {stored.name!r}")
-    dtype = DTYPES[stored.dtype]
+    data, dtype = stored.data(), DTYPES[stored.dtype]
     if not data:
         return torch.empty(stored.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)

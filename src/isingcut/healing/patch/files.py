@@ -94,17 +94,15 @@ def write_patched(
 
 
 def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
-    """Put new values in the place of a stored tensor's; whether any byte is another now."""
+    """Put new values into the copy of a stored tensor; whether any byte is another now."""
     data = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     assert len(data) == tensor.size
     path = folder / tensor.file.name
     path.chmod(path.stat().st_mode | 0o200)
     with path.open("r+b") as f:
         f.seek(tensor.start)
-        before = f.read(tensor.size)
-        f.seek(tensor.start)
         f.write(data)
-    return before != data
+    return tensor.data() != data
 
 
 @contextlib.contextmanager

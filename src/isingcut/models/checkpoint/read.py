@@ -57,6 +57,19 @@ class StoredTensor:
         """Weights that it can stand for: its own elements, or up to eight packed in a byte."""
         return 8 * self.size if self.packed else math.prod(self.shape)
 
+    def data(self, first: int = 0, size: int | None = None) -> bytearray:
+        """Its bytes, or ``size`` of them from ``first`` on.
+
+        Raises:
+            CheckpointError: the file became shorter.
+        """
+        found = bytearray(self.size if size is None else size)
+        with self.file.open("rb") as f:
+            f.seek(self.start + first)
+            if f.readinto(found) != len(found):
+                raise CheckpointError(f"{self.file} ended early, inside {self.name!r}")
+        return found
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint folder.
