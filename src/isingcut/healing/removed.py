@@ -26,9 +26,8 @@ from isingcut.models.architectures.surgery import depth, written_out
 from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
 from isingcut.models.fit import by_block, check_fit, extra_heads
 from isingcut.models.fp8 import DTYPES
-from isingcut.models.load import LoadedModel, load
-from isingcut.models.loading import loading
-from isingcut.models.sources import check_tokenizer, model_identity
+from isingcut.models.load import LoadedModel, load, load_tokenizer
+from isingcut.models.sources import model_identity
 from isingcut.options.healing import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
@@ -127,23 +126,16 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
 
 
 def _check_tokenizers(config: HealConfig, student: Path, teacher: Path) -> None:
+    trust = config.trust_remote_code
     ours, theirs = (
-        _ids(folder, trust_remote_code=config.trust_remote_code) for folder in (student, teacher)
+        Encoder(load_tokenizer(folder, trust_remote_code=trust))(_PROBE)
+        for folder in (student, teacher)
     )
     if ours != theirs:
         raise InputError(
             f"{student} and the teacher {config.teacher} have tokenizers that read the same text "
             "differently; copy the original's tokenizer files into the cut model's folder"
         )
-
-
-def _ids(folder: Path, *, trust_remote_code: bool) -> list[int]:
-    from transformers import AutoTokenizer
-
-    check_tokenizer(folder)
-    with loading(f"the tokenizer in {folder}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return Encoder(tokenizer)(_PROBE)
 
 
 def _check_original(student: Path, removal: Removal, name: str, teacher: Path) -> None:

@@ -17,11 +17,13 @@ from isingcut.models.checkpoint.read import read_config
 from isingcut.models.fit import bounded_structure, check_fit
 from isingcut.models.fp8 import fp8_layout, load_dequantised
 from isingcut.models.loading import loading, refuse_incomplete, refuse_infinite
-from isingcut.models.sources import check_tokenizer
 from isingcut.options.spellings import parse_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,10 @@ def load(
         CheckpointError: a file is damaged.
         InputError: unknown dtype or a device that is not there.
     """
-    from transformers import AutoTokenizer
-
     place = pick_device(device)
     number = pick_dtype(dtype, place)
-    check_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     seen = check_fit(folder)
-    with loading(f"the tokenizer in {folder}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with (
         loading(f"the model in {folder}"),
         bounded_structure(seen.most_numbers, str(folder)),
@@ -84,6 +82,26 @@ def load(
         ) from e
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, Path(folder), number, place)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: it has none, or transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder} has no tokenizer (tokenizer.json); copy the model's own into it"
+        )
+    factory: Any = AutoTokenizer
+    with loading(f"the tokenizer in {folder}"):
+        found: PreTrainedTokenizerBase = factory.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    return found
 
 
 def as_transformers_does(

@@ -29,7 +29,6 @@ _EDGE = 1 << 20
 _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'smollm2'"
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
 _LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
 # Parsed in Python, by a reader without bounds.
 _READ_BY_TRANSFORMERS = (
@@ -216,18 +215,6 @@ def model_identity(folder: Path) -> dict[str, Any]:
     if folder.parent == gguf_cache():
         found["gguf_sha256"] = folder.name
     return found
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Refuse a model folder without a tokenizer.
-
-    Raises:
-        ModelError: there is none.
-    """
-    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
-        raise ModelError(
-            f"{folder} has no tokenizer (tokenizer.json); copy the model's own into it"
-        )
 
 
 def _base_of(adapter: Path) -> str:

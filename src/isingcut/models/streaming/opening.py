@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from isingcut.models.load import LoadedModel, pick_device, pick_dtype
-from isingcut.models.loading import loading
-from isingcut.models.sources import check_tokenizer
+from isingcut.models.load import LoadedModel, load_tokenizer, pick_device, pick_dtype
 from isingcut.models.streaming.buffers import Buffers
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 
@@ -32,11 +30,9 @@ def load_streamed(
         ArchitectureError: its blocks cannot be run one at a time.
         InputError: unknown dtype, device or memory limit.
     """
-    from transformers import AutoTokenizer
-
     place = pick_device(device)
     number = pick_dtype(dtype, place)
-    check_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     model, store, memory = open_model(
         folder,
         dtype=number,
@@ -45,7 +41,5 @@ def load_streamed(
         trust_remote_code=trust_remote_code,
         buffers=buffers,
     )
-    with loading(f"the tokenizer in {folder}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     replay = StreamedReplay(model, store, memory)
     return LoadedModel(model, tokenizer, Path(folder), number, place), replay
