@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures import fields
+from isingcut.models.architectures.names import OTHER_STACKS
 from isingcut.models.architectures.surgery import depth, written_out
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 from isingcut.models.loading import wrong_shape
@@ -34,7 +35,6 @@ _FORMS = {
     "text_config": dict,
 }
 _NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
-_OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
 # A model may have more numbers than its file: tied weights, and tensors that a message names.
 _MORE, _SPARE = 4, 2**20
 _MOST_IN_BUFFERS = 2**28
@@ -213,7 +213,7 @@ def _stack(tensors: Iterable[StoredTensor]) -> tuple[str, set[int]]:
     if not numbers:
         return "", set()
     # Blocks of other modalities, unless the model is an encoder itself (BERT as a decoder).
-    elsewhere = {p for p in sizes if any(word in p for word in _OTHER_STACKS)}
+    elsewhere = {p for p in sizes if any(word in p for word in OTHER_STACKS)}
     prefix = max(sizes.keys() - elsewhere or sizes, key=lambda p: sizes[p])
     return prefix, numbers[prefix]
 

@@ -13,7 +13,8 @@ _LIST_NAMES = r"(?:layers|layer|h|blocks|block|blk)"
 _NUMBERED = re.compile(
     rf"(?:^|(?<=[.*:]))({_LIST_NAMES})(\\?\.)(\d+(?=$|[.\\*])|\\d\+|[0-9*?\[\]\-]+\+?)"
 )
-_OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder", "mtp")
+OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
+"""Words in the names of modules that are of another modality."""
 
 
 def renumbering(count: int, removed: Sequence[int]) -> dict[int, int]:
@@ -50,7 +51,7 @@ def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]
         ArchitectureError: a number pattern that cannot be renumbered exactly.
     """
     match = _NUMBERED.search(entry)
-    if match is None or any(word in entry[: match.start()] for word in _OTHER_STACKS):
+    if match is None or any(word in entry[: match.start()] for word in (*OTHER_STACKS, "mtp")):
         return [entry]
     number = match.group(3)
     if number.isdigit():
