@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
@@ -26,11 +28,11 @@ from isingcut.healing.checks import check_places, check_training, sources_of
 from isingcut.healing.healers import RECORD, registry
 from isingcut.healing.job import Job
 from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
-from isingcut.healing.training.processes import Processes
 from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
 from isingcut.inputs import user_path
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.load import LoadedModel, dtype_name, load
+from isingcut.models.processes import ALONE, Processes
 from isingcut.models.sources import model_identity, resolve
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
@@ -84,9 +86,8 @@ def heal(
     sources.append(source)
     check_places(config, out, sources)
     check_pair(config, student, known, source)
-    processes = Processes(config)
-    half = processes.of_main(dtype_name(config.dtype, config.device) == "bfloat16")
-    dtype = "bfloat16" if half else "float32"
+    processes = _processes(config)
+    dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
     replay = None
     if config.stream_teacher:
         teacher, replay = load_streamed(
@@ -106,11 +107,23 @@ def heal(
         seed=config.seed,
         model=teacher.model,
     )
-    heal_checkpoint(
-        config, teacher, known.removed, student, text, out, progress, replay, sources=sources
-    )
-    processes.part()
+    parts = (known.removed, student, text, out, progress, replay)
+    heal_checkpoint(config, teacher, *parts, processes=processes, sources=sources)
+    if processes.size > 1:
+        torch.distributed.destroy_process_group()
     return out
+
+
+def _processes(config: HealConfig) -> Processes:
+    """All that train together; only a training is distributed."""
+    if config.method == "none":
+        return ALONE
+    from accelerate import PartialState
+
+    # First, so that the Trainer finds the group of its choice and the state of the option.
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    PartialState(cpu=config.device == "cpu" or not gpu)
+    return Processes.join()
 
 
 def sample_length(config: HealConfig, model: Any) -> int:
@@ -129,6 +142,7 @@ def heal_checkpoint(
     progress: Progress = silent,
     replay: StreamedReplay | None = None,
     *,
+    processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
 ) -> dict[str, Any]:
     """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
@@ -136,13 +150,13 @@ def heal_checkpoint(
     Work in progress is kept in a folder beside ``out`` and continued by the same call.
 
     Args:
+        processes: that train together.
         sources: what ``out`` must not be, contain or lie in.
 
     Raises:
         OutputExistsError: ``out`` is there.
         StageFileError: the work in progress belongs to other options.
     """
-    processes = Processes(config)
     sources = [student, teacher.folder, *sources]
     check_places(config, out, sources)
     parts = kept_parts(student)
@@ -154,14 +168,15 @@ def heal_checkpoint(
         text.train,
         work,
         config,
-        progress if processes.main else silent,
+        silent if processes.rank else progress,
         replay,
+        processes,
     )
     identity, training = identities(config, teacher, removed, student, text)
-    with held(work, identity, training) if processes.main else contextlib.nullcontext():
+    with held(work, identity, training) if job.leads else contextlib.nullcontext():
         processes.wait()
-        done, content = _healed(job, text, processes)
-        if processes.main:
+        done, content = _healed(job, text)
+        if job.leads:
             write_json(done / RECORD, "healing", content)
             card = done / "README.md"
             if card.is_file():
@@ -174,13 +189,13 @@ def heal_checkpoint(
     return read_json(out / RECORD, "healing")
 
 
-def _healed(job: Job, text: HealingText, processes: Processes) -> tuple[Path, dict[str, Any]]:
+def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
     """Patch and distil into the work folder.
 
     Returns:
-        the healed checkpoint, and what `healing.json` says; empty but in the main process.
+        the healed checkpoint, and what `healing.json` says; empty but in the process of rank 0.
     """
-    config, work, student, main = job.config, job.work, job.start, processes.main
+    config, work, student, main = job.config, job.work, job.start, job.leads
     began = time.monotonic()
     record: dict[str, Any] = {}
     before = kept(work / "before.json", lambda: _scores(job, student, text.report)) if main else {}
@@ -194,7 +209,7 @@ def _healed(job: Job, text: HealingText, processes: Processes) -> tuple[Path, di
 
         if main:
             record["patch"] = kept(work / "patched.json", patch)
-        processes.wait()
+        job.processes.wait()
         job = dataclasses.replace(job, start=patched)
     done = work / "done"
     if main:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from isingcut.data.tokens import TokenSet
 from isingcut.models.load import LoadedModel
+from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.healing import HealConfig
 from isingcut.progress import Progress, silent
@@ -26,6 +27,7 @@ class Job:
         config: all options.
         progress: where progress is shown.
         replay: the original's blocks, each read when it is run, where it is streamed.
+        processes: that train together.
     """
 
     teacher: LoadedModel
@@ -36,6 +38,12 @@ class Job:
     config: HealConfig
     progress: Progress = silent
     replay: StreamedReplay | None = None
+    processes: Processes = ALONE
+
+    @property
+    def leads(self) -> bool:
+        """This process writes and shows progress."""
+        return self.processes.rank == 0
 
 
 class Healer(Protocol):
@@ -45,7 +53,7 @@ class Healer(Protocol):
         """Write a better checkpoint of the same shape to the folder ``out``, which is not there.
 
         The checkpoint is plain: same architecture, no parameter more, the start's dtype. In a
-        distributed run every process calls this, and the main one writes.
+        distributed run every process calls this, and the one of rank 0 writes.
 
         Returns:
             what was done, JSON-able, as `healing.json` keeps it.

@@ -22,7 +22,6 @@ from isingcut.errors import ModelError
 from isingcut.files import atomic_folder
 from isingcut.healing.checks import stored_dtype
 from isingcut.healing.job import Job
-from isingcut.healing.training.processes import Processes
 from isingcut.healing.training.student import trained_weights
 from isingcut.healing.work_folder import kept
 from isingcut.models.cutting.verify import check_generation, random_tokens, reload
@@ -44,12 +43,11 @@ class Distill:
         from isingcut.healing.training.train import train
 
         trained, record = job.work / "trained", job.work / "trained.json"
-        processes = Processes(job.config)
         found = {} if record.exists() else train(job, trained)
-        if processes.main:
+        if job.leads:
             kept(record, lambda: found)
             _publish(job, trained, out)
-        processes.wait()
+        job.processes.wait()
         return kept(record, lambda: found)
 
 

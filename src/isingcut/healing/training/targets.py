@@ -19,7 +19,6 @@ from isingcut.data.tokens import TokenSet
 from isingcut.files import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.training.kl import TopK, stacked, top_k
-from isingcut.healing.training.processes import Processes
 from isingcut.healing.training.rounds import targets
 from isingcut.models.streaming.replay import StreamedReplay
 
@@ -57,12 +56,12 @@ class Kept:
 _NAMES = ("indices", "logp", "tail")
 
 
-def keep_targets(job: Job, processes: Processes) -> Kept:
-    """The stored targets of the job's tokens, made by the main process where they are missing."""
+def keep_targets(job: Job) -> Kept:
+    """The stored targets of the job's tokens; rank 0 makes those that are missing."""
     folder = job.work / "targets"
-    if processes.main:
+    if job.leads:
         _make(job, folder)
-    processes.wait()
+    job.processes.wait()
     return Kept.open(folder)
 
 

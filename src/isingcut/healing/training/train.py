@@ -19,7 +19,6 @@ from isingcut.files import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
 from isingcut.healing.trainer_file import read_trainer_file
-from isingcut.healing.training.processes import Processes
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, trainable
 from isingcut.healing.training.targets import Kept, keep_targets
@@ -89,8 +88,8 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class _Watch(TrainerCallback):
     """Keeps the loss curve, shows progress and refuses a loss that is no number."""
 
-    def __init__(self, job: Job, processes: Processes, device: torch.device) -> None:
-        self.job, self.processes = job, processes
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job = job
         self.bar: Bar | None = None
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.curve: list[dict[str, Any]] = []
@@ -102,14 +101,14 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         words = f"healing, {state.max_steps} steps of {self.job.config.batch} sequences"
-        if self.processes.main:
+        if self.job.leads:
             self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
             if state.global_step:
                 self.bar.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         sums = self.sums.float() if self.sums.device.type == "mps" else self.sums.clone()
-        if self.processes.size > 1:
+        if self.job.processes.size > 1:
             torch.distributed.all_reduce(sums)
         self.sums.zero_()
         total, predictions = (float(v) for v in sums)
@@ -128,8 +127,8 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         # The other processes have written their random states, too.
-        self.processes.wait()
-        if self.processes.main:
+        self.job.processes.wait()
+        if self.job.leads:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / _CURVE, "healing-curve", {"steps": self.curve})
             mark(folder)
@@ -149,9 +148,8 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         ModelError: the loss is no number.
     """
     config = job.config
-    processes = Processes(config)
-    arguments = _arguments(job, processes)
-    kept = keep_targets(job, processes) if config.top_k else None
+    arguments = _arguments(job)
+    kept = keep_targets(job) if config.top_k else None
     plain = load_student(job.start, config)
     student = trainable(plain, config)
     plain.to(arguments.device)
@@ -159,7 +157,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
     teacher = None if kept is not None else original.to(arguments.device)
     objective = Objective(teacher, config.temperature, _pairs(job), config.hidden_weight)
     install(student, plain, objective)
-    watch = _Watch(job, processes, arguments.device)
+    watch = _Watch(job, arguments.device)
 
     def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
@@ -181,7 +179,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 trainer.remove_callback(callback)
-        last = _last_state(job.work / "trainer", processes)
+        last = _last_state(job)
         if last is not None:
             watch.curve = read_json(last / _CURVE, "healing-curve")["steps"]
         resumed: Any = None if last is None else str(last)
@@ -195,19 +193,20 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         "steps": watch.curve,
         "tokens_seen": watch.curve[-1]["tokens"] if watch.curve else 0,
         "samples": job.tokens.samples,
-        "processes": processes.size,
+        "processes": job.processes.size,
         "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
     }
 
 
-def _last_state(folder: Path, processes: Processes) -> Path | None:
+def _last_state(job: Job) -> Path | None:
     """The last complete state of a training; unfinished ones are deleted."""
-    if processes.main:
+    folder = job.work / "trainer"
+    if job.leads:
         complete = complete_states(folder)
         for path in folder.glob("checkpoint-*"):
             if path not in complete:
                 shutil.rmtree(path)
-    processes.wait()
+    job.processes.wait()
     return next(reversed(complete_states(folder)), None)
 
 
@@ -218,13 +217,13 @@ def steps_of(config: Any, samples: int) -> int:
     return max(1, math.ceil(math.ceil(samples / int(config.batch)) * float(config.epochs)))
 
 
-def _arguments(job: Job, processes: Processes) -> TrainingArguments:
-    config = job.config
-    together = config.micro_batch * processes.size
+def _arguments(job: Job) -> TrainingArguments:
+    config, size = job.config, job.processes.size
+    together = config.micro_batch * size
     if config.batch % together:
         raise InputError(
             f"--batch {config.batch} must be a multiple of --micro-batch times the number of "
-            f"processes, here {config.micro_batch} x {processes.size} = {together}"
+            f"processes, here {config.micro_batch} x {size} = {together}"
         )
     steps = steps_of(config, job.tokens.samples)
     device = job.teacher.device
@@ -251,7 +250,7 @@ def _arguments(job: Job, processes: Processes) -> TrainingArguments:
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    if processes.size > 1:
+    if size > 1:
         settings["ddp_find_unused_parameters"] = False
     if config.trainer:
         settings |= read_trainer_file(user_path(config.trainer))
