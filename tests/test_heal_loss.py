@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from isingcut.healing.training import kl as kl
-from isingcut.healing.training.rounds import separable
-from isingcut.healing.training.rounds import Objective, install
+from isingcut.healing.training.rounds import Objective, install, separable
 from isingcut.healing.training.train import collate
 from isingcut.testing.tiny import tiny_model
 
