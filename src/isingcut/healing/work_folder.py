@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, IsingcutError, StageFileError
-from isingcut.files import clear_os_errors, disk_is_full, fingerprint, read_json, write_json
+from isingcut.files import (
+    clear_os_errors,
+    disk_is_full,
+    fingerprint,
+    read_json,
+    without_header,
+    write_json,
+)
 from isingcut.healing.trainer_file import read_trainer_file
 from isingcut.inputs import user_path
 from isingcut.models.sources import model_identity
@@ -145,8 +152,7 @@ def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     kind = f"healing-{file.stem}"
     if not file.exists():
         write_json(file, kind, make())
-    found = read_json(file, kind)
-    return {k: v for k, v in found.items() if k not in ("format", "version")}
+    return without_header(read_json(file, kind))
 
 
 def refuse_foreign(work: Path) -> None:
