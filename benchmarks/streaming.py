@@ -37,6 +37,7 @@ from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.device import pick_dtype
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -56,7 +57,7 @@ def random_states(n: int, count: int, removed: int) -> np.ndarray:
 def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     """Both jobs on a streamed model; prints what they took as JSON."""
     reuse_freed_memory()
-    dtype = models.pick_dtype("auto", CPU)
+    dtype = pick_dtype("auto", CPU)
     model, store, memory = open_model(
         folder, dtype=dtype, device=CPU, memory_limit=arguments.memory_limit
     )

@@ -258,7 +258,7 @@ def test_a_step_that_leaves_a_tensor_behind_fails(
 
 @pytest.mark.slow
 def test_a_whole_run_on_the_device(folder, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.models.load.pick_device", lambda name: DEVICE)
+    monkeypatch.setattr("isingcut.models.device.pick_device", lambda name: DEVICE)
     # What these measure is no placement, and they have steps of their own.
     monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
     rates = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}

@@ -164,11 +164,12 @@ def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
 
 def _picks(place, out, said, found):
     """Of two processes only rank 0's trial finds bfloat16 faster; which dtype each loads."""
+    from isingcut.models import device
     from isingcut.models import load as models
 
     say_into(said)
     rank, load = os.environ["RANK"], models.load
-    models._bfloat16_is_faster = lambda: rank == "0"
+    device._bfloat16_is_faster = lambda: rank == "0"
     torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
 
     def noted(*arguments, **options):

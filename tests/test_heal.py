@@ -181,12 +181,13 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
 
 _TWO_MINDS = """
 import os, sys, torch
+from isingcut.models import device
 from isingcut.models import load as models
 from isingcut.options.healing import HealConfig
 from isingcut.healing import heal as home
 
 rank, load = os.environ["RANK"], models.load
-models._bfloat16_is_faster = lambda: rank == "0"
+device._bfloat16_is_faster = lambda: rank == "0"
 torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
 
 def noted(folder, **options):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_checkpoint
 
 from isingcut.errors import CheckpointError, InputError, MissingExtraError, ModelError
-from isingcut.models import from_gguf
+from isingcut.models import device, from_gguf
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
 from isingcut.models.sources import hub_id, model_identity, resolve
@@ -167,8 +167,8 @@ def test_auto_dtype_follows_the_cpu(
         return faster
 
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: features)
-    monkeypatch.setattr(models, "_bfloat16_is_faster", trial)
-    assert models.pick_dtype("auto", torch.device("cpu")) is expected
+    monkeypatch.setattr(device, "_bfloat16_is_faster", trial)
+    assert device.pick_dtype("auto", torch.device("cpu")) is expected
 
 
 @pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
@@ -182,8 +182,8 @@ def test_the_trial_takes_the_faster_dtype(
         clock[0] += 2.0 if a.dtype == slow else 1.0
 
     monkeypatch.setattr("torch.nn.functional.linear", linear)
-    monkeypatch.setattr(models.time, "perf_counter", lambda: clock[0])
-    assert models._bfloat16_is_faster.__wrapped__() is (slow is torch.float32)
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+    assert device._bfloat16_is_faster.__wrapped__() is (slow is torch.float32)
 
 
 def test_identity_follows_weights_and_config_but_not_the_writer(

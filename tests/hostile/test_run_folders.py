@@ -137,10 +137,10 @@ def test_trust_is_stored_nowhere(arena):
 
 def test_what_auto_once_chose_stays(arena, monkeypatch):
     words = f"energy model {OPTIONS} --out e".split()
-    monkeypatch.setattr("isingcut.models.load.dtype_name", lambda *a: "bfloat16")
+    monkeypatch.setattr("isingcut.models.device.dtype_name", lambda *a: "bfloat16")
     assert call(words, seconds=60)[0] == 0
     meta = isingcut.open_run("e").hamiltonian.meta
-    monkeypatch.setattr("isingcut.models.load.dtype_name", lambda *a: "float32")
+    monkeypatch.setattr("isingcut.models.device.dtype_name", lambda *a: "float32")
     code, _, err = call(words, seconds=60)
     assert code == 0, err
     assert isingcut.open_run("e").hamiltonian.meta == meta

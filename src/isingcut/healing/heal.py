@@ -31,7 +31,8 @@ from isingcut.healing.removed import Removal, check_pair, recorded_removal, remo
 from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
 from isingcut.inputs import user_path
 from isingcut.models.architectures import find_stack, text_config
-from isingcut.models.load import LoadedModel, dtype_name, load
+from isingcut.models.device import dtype_name
+from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.sources import model_identity, resolve
 from isingcut.models.streaming.opening import load_streamed

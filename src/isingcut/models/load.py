@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from isingcut.errors import InputError, ModelError
+from isingcut.errors import ModelError
 from isingcut.models.architectures.auto import auto_class_of
 from isingcut.models.checkpoint.read import read_config
+from isingcut.models.device import pick_device, pick_dtype
 from isingcut.models.fit import bounded_structure, check_fit
 from isingcut.models.fp8 import fp8_layout, load_dequantised
 from isingcut.models.loading import loading, refuse_incomplete, refuse_infinite
-from isingcut.options.spellings import parse_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,65 +122,3 @@ def as_transformers_does(
         output_loading_info=True,
     )
     return model.eval(), found
-
-
-def pick_device(device: str) -> torch.device:
-    """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(parse_device(device))
-    except InputError as e:
-        raise InputError(f"--device: {e}") from e
-    present = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if (chosen.index or 0) >= int(present.get(chosen.type, 0)):
-        raise InputError(f"--device {device} is not on this machine; choose auto or cpu")
-    return chosen
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The torch dtype behind ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype in named:
-        return named[dtype]
-    if dtype != "auto":
-        raise InputError(f"--dtype must be auto, float32 or bfloat16; got {dtype!r}")
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        features = torch.cpu.get_capabilities()
-        native = bool(features.get("amx_bf16"))
-        if features.get("avx512_bf16") and not native:
-            native = _bfloat16_is_faster()
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
-
-
-def dtype_name(dtype: str, device: str) -> str:
-    """``"float32"`` or ``"bfloat16"``, whatever the options of a model say."""
-    return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
-
-
-@cache
-def _bfloat16_is_faster() -> bool:
-    """Whether this CPU multiplies matrices faster in bfloat16 than in float32, by trying.
-
-    AVX512-BF16 does not say: an Intel Xeon whose AMX is hidden (a virtual machine) has it and takes
-    1.5 to 2 times as long in bfloat16. Takes about 0.1 s; the fastest of many rounds in turns
-    counts, as other work on the machine only ever slows one down.
-    """
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    operands = {d: [torch.ones(n, 1024, dtype=d) for n in (256, 1024)] for d in seconds}
-    for _ in range(20):
-        for dtype, (a, b) in operands.items():
-            began = time.perf_counter()
-            torch.nn.functional.linear(a, b)
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return seconds[torch.bfloat16] < seconds[torch.float32]

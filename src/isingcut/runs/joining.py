@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from isingcut.errors import InputError, ModelError
-from isingcut.models.load import pick_device
+from isingcut.models.device import pick_device
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.memory import allowance
 from isingcut.printing import say

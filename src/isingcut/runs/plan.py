@@ -124,7 +124,7 @@ def make_plan(config: RunConfig, *, clock: Callable[[], float] = time.perf_count
     import psutil
 
     from isingcut.models.architectures import find_stack
-    from isingcut.models.load import pick_device, pick_dtype
+    from isingcut.models.device import pick_device, pick_dtype
     from isingcut.models.sources import resolve
     from isingcut.models.streaming.replay import open_model
     from isingcut.runs.probe import probe

@@ -102,7 +102,7 @@ class Session:
     @cached_property
     def dtype(self) -> str:
         """``"float32"`` or ``"bfloat16"``: as asked for, as recorded, else chosen now."""
-        from isingcut.models.load import dtype_name
+        from isingcut.models.device import dtype_name
 
         if self.config.dtype == "auto" and self._recorded is not None:
             return self._recorded
@@ -129,7 +129,7 @@ class Session:
         Raises:
             InputError: the memory limit cannot be read.
         """
-        from isingcut.models.load import pick_device, pick_dtype
+        from isingcut.models.device import pick_device, pick_dtype
         from isingcut.models.streaming.memory import allowance, weight_bytes
 
         device = pick_device(self.config.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from isingcut.models.load import LoadedModel, load_tokenizer, pick_device, pick_dtype
+from isingcut.models.device import pick_device, pick_dtype
+from isingcut.models.load import LoadedModel, load_tokenizer
 from isingcut.models.streaming.buffers import Buffers
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 
