@@ -164,7 +164,7 @@ HOSTILE = [
     (lengthen, "longer than its header says"),
     (cut_inside_the_header, "truncated or no safetensors"),
     (missing_tensor, r"says that tensor 'model\.layers\.9.* but no shard has it"),
-    (missing_shard, "is missing or a broken link"),
+    (missing_shard, "lacks 1 of the 2 shards"),
     (duplicate_tensor, "is in two shards"),
     (duplicate_name_in_the_header, "appears twice"),
     (wrong_shard, "but it is in model-00002"),

@@ -134,7 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not os.path.lexists(folder / INDEX):
         return []
     names = sorted(set(read_index(folder).values()))
-    missing = [n for n in names if "\0" not in n and not os.path.lexists(folder / n)]
+    missing = [n for n in names if _is_plain(n) and not os.path.lexists(folder / n)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the {len(names)} shards its index names, first "
@@ -183,7 +183,7 @@ def contained(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: the name leaves the folder, or is no regular file.
     """
-    if not name or name in {".", ".."} or "/" in name or "\\" in name or "\0" in name:
+    if not _is_plain(name):
         raise CheckpointError(
             f"the file name {name!r} leaves the checkpoint folder {folder}; expected a plain name"
         )
@@ -206,6 +206,10 @@ def contained(folder: Path, name: str) -> Path:
             "put the file itself there"
         )
     return path
+
+
+def _is_plain(name: str) -> bool:
+    return name not in {"", ".", ".."} and not any(c in name for c in "/\\\0")
 
 
 def read_header(path: Path) -> list[StoredTensor]:
