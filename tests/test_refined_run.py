@@ -11,7 +11,7 @@ from isingcut.cli import main as cli
 from isingcut.errors import InputError
 from isingcut.files import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.report.run_files import read_run
+from isingcut.report.read_run import read_run
 
 OPTIONS = {
     "energy": "refined",
