@@ -13,10 +13,12 @@ of a chain that nobody killed. `--only identity,rank,kills` picks parts. Ends wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -114,8 +116,16 @@ def identity(a: argparse.Namespace, folder: Path) -> dict[str, float]:
     return figures
 
 
+def rows(journal: Path) -> int:
+    """How many rows a journal has so far."""
+    if not journal.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(journal)) as database:
+        return int(database.execute("SELECT count(*) FROM row").fetchone()[0])
+
+
 def rank_killed(a: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Rank 1 of two is killed once three rows are in rank 0's journal."""
+    """Rank 1 of two is killed once both have kept a row."""
     out = folder / "rank-killed"
     energy = verbs(a, out)[0]
     run_of_two = subprocess.Popen(
@@ -124,8 +134,8 @@ def rank_killed(a: argparse.Namespace, folder: Path) -> dict[str, float]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    journal = out / "hamiltonian.safetensors.journal"
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+    journals = [out / f"hamiltonian.safetensors.journal{end}" for end in ("", ".1")]
+    while not all(map(rows, journals)):
         if run_of_two.poll() is not None:
             sys.exit("the run of two ended before it could be killed")
         time.sleep(0.01)
@@ -138,7 +148,7 @@ def rank_killed(a: argparse.Namespace, folder: Path) -> dict[str, float]:
     seconds = time.perf_counter() - began
     lines = [x for x in said.splitlines() if x.startswith("isingcut: ")]
     left = [p.name for p in out.iterdir() if p.name.startswith(".")]
-    rows = journal.read_bytes().count(b"\n") - 1
+    kept = sum(map(rows, journals))
     run([*launcher(1), *energy])
     first = folder / "processes-1"
     if not first.exists():
@@ -146,10 +156,10 @@ def rank_killed(a: argparse.Namespace, folder: Path) -> dict[str, float]:
     same = difference(*(p / "hamiltonian.safetensors" for p in (first, out))) == 0.0
     print(f"\nrank 1 killed: all ended after {seconds:.1f} s, exit code {run_of_two.returncode}")
     print(f"said: {lines if len(lines) == 1 else said[-3000:]}")
-    print(f"rows kept: {rows}; half-written files: {left}; one process went on to: same={same}")
+    print(f"rows kept: {kept}; half-written files: {left}; one process went on to: same={same}")
     return {
         "distributed_kill_end_seconds": seconds,
-        "distributed_kill_clean": float(len(lines) == 1 and not left and rows > 0 and same),
+        "distributed_kill_clean": float(len(lines) == 1 and not left and kept > 1 and same),
     }
 
 

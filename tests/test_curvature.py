@@ -18,6 +18,7 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
+from journals import count_rows, keep_rows
 from tiny import tiny_model
 
 # For each family the modules whose output is added to the residual stream.
@@ -203,8 +204,7 @@ def test_micro_batches_do_not_change_the_curvature_and_a_journal_brings_it_back(
     journal = tmp_path / "j"
     parts = gate_curvature(replay, tokens, "hessian", batch_tokens=15, journal=journal)
     np.testing.assert_allclose(whole.curvature_sums, parts.curvature_sums, rtol=1e-6, atol=1e-5)
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:-2]) + lines[-2][:20])
+    keep_rows(journal, count_rows(journal) - 2, torn=1)
     again = gate_curvature(replay, tokens, "hessian", batch_tokens=15, journal=journal)
     np.testing.assert_array_equal(again.curvature_sums, parts.curvature_sums)
     other = gate_curvature(replay, tokens, "gauss-newton", batch_tokens=15, journal=journal)

@@ -1,15 +1,12 @@
 """Results files: all or nothing, and never somebody else's."""
 
 import errno
-import json
 import os
 
-import numpy as np
 import pytest
 
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files import atomic_file, atomic_folder, clear_os_errors, read_json, write_json
-from isingcut.journal import Journal
 from isingcut.outputs import MARKER
 
 
@@ -100,27 +97,3 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
 def test_a_full_or_read_only_disk_is_one_clear_line(tmp_path, code, words):
     with pytest.raises(InputError, match=words), clear_os_errors(tmp_path):
         raise OSError(code, os.strerror(code))
-
-
-def test_journal_rows_survive_and_a_torn_line_does_not(tmp_path):
-    path = tmp_path / "j"
-    journal = Journal(path, "one")
-    journal.put("0", np.array([[1.0, np.pi]]))
-    journal.put("1", np.array([[2.0, 3.0]]))
-    path.write_bytes(path.read_bytes()[:-3])
-    again = Journal(path, "one")
-    np.testing.assert_array_equal(again.get("0"), [[1.0, np.pi]])
-    assert again.get("1") is None
-    again.put("1", np.array([[5.0, 6.0]]))
-    np.testing.assert_array_equal(Journal(path, "one").get("1"), [[5.0, 6.0]])
-    assert Journal(path, "two").get("0") is None
-
-
-def test_a_flipped_bit_in_a_journal_is_noticed(tmp_path):
-    path = tmp_path / "j"
-    Journal(path, "one").put("0", np.array([1.0]))
-    header, line = path.read_bytes().splitlines()
-    record = json.loads(line)
-    record["crc"] ^= 1
-    path.write_bytes(header + b"\n" + json.dumps(record).encode() + b"\n")
-    assert Journal(path, "one").get("0") is None

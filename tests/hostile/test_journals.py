@@ -1,6 +1,5 @@
 """What a damaged journal lost is measured again, and what is no journal stays."""
 
-import base64
 import json
 import os
 import zlib
@@ -9,41 +8,44 @@ import numpy as np
 import pytest
 from arena import Row
 
+from journals import count_rows, database
 
-def of_no_shape(key, shape, data):
-    """A line as the journal writes it, with a right checksum."""
-    crc = zlib.crc32(data, zlib.crc32(f"{key}:{shape}".encode()))
-    line = {"key": key, "shape": shape, "crc": crc, "data": base64.b64encode(data).decode()}
-    return json.dumps(line).encode() + b"\n"
+
+def put(key, shape, data):
+    """A row as the journal writes it, with a right checksum."""
+    text = shape if isinstance(shape, str) else json.dumps(shape)
+    crc = zlib.crc32(data, zlib.crc32(f"{key}:{text}".encode()))
+    return "INSERT OR REPLACE INTO row VALUES (?, ?, ?, ?)", (key, text, crc, data)
 
 
 NAN, ONES = np.full((2, 2, 3), np.nan).tobytes(), np.ones(12).tobytes()
-LINES = {
-    "truncated": lambda c: c[: len(c) - 7],
-    "no rows": lambda c: c.splitlines(keepends=True)[0],
-    "empty": lambda c: b"",
-    "binary": lambda c: c + bytes(range(256)),
-    "deep": lambda c: c + b"[" * 100000 + b"\n",
-    "a list": lambda c: c + b"[1]\n",
-    "a text": lambda c: c + b'"x"\n',
-    "null": lambda c: c + b"null\n",
-    "no data": lambda c: c + b'{"key": "0:0-1", "shape": [1], "crc": 0}\n',
-    "a key of others": lambda c: c + of_no_shape("slopes", [12], ONES),
-    "a batch beyond": lambda c: c + of_no_shape("77:0-1", [2, 2, 3], ONES),
-    "states beyond": lambda c: c + of_no_shape("0:0-99", [2, 2, 3], ONES),
-    "another shape": lambda c: c + of_no_shape("0:0-3", [12], ONES),
-    "a shape that wraps": lambda c: c + of_no_shape("0:0-3", [-1, 3], ONES),
-    "a huge shape": lambda c: c + of_no_shape("0:0-3", [10**30], ONES),
-    "no number": lambda c: c + of_no_shape("0:0-1", [2, 2, 3], NAN),
-    "another measurement": lambda c: c.replace(b'"fingerprint": "', b'"fingerprint": "0', 1),
+ROWS = {
+    "no rows": ("DELETE FROM row", ()),
+    "torn": ("UPDATE row SET data = substr(data, 1, 7)", ()),
+    "no fingerprint": ("DELETE FROM measurement", ()),
+    "two fingerprints": ("INSERT INTO measurement VALUES ('b')", ()),
+    "another measurement": ("UPDATE measurement SET fingerprint = 'b'", ()),
+    "a text for bytes": ("UPDATE row SET data = 'text'", ()),
+    "bytes for a text": ("UPDATE row SET shape = x'ff'", ()),
+    "nothing for a key": put(None, [2, 2, 3], ONES),
+    "a deep shape": put("0:0-1", "[" * 100_000, ONES),
+    "a shape in words": put("0:0-1", '{"a": 1}', ONES),
+    "a key of others": put("slopes", [12], ONES),
+    "a batch beyond": put("77:0-1", [2, 2, 3], ONES),
+    "a huge batch": put("9" * 30 + ":0-1", [2, 2, 3], ONES),
+    "states beyond": put("0:0-99", [2, 2, 3], ONES),
+    "another shape": put("0:0-3", [12], ONES),
+    "a shape that wraps": put("0:0-3", [-1, 3], ONES),
+    "a huge shape": put("0:0-3", [10**30], ONES),
+    "no number": put("0:0-1", [2, 2, 3], NAN),
 }
 
 
-@pytest.mark.parametrize("change", LINES.values(), ids=LINES)
-def test_what_a_damaged_journal_lost_is_measured_again(interrupted, change):
+@pytest.mark.parametrize(("change", "values"), ROWS.values(), ids=ROWS)
+def test_what_a_damaged_journal_lost_is_measured_again(interrupted, change, values):
     arena, before = interrupted
-    journal = arena.run / "candidates.journal"
-    journal.write_bytes(change(journal.read_bytes()))
+    with database(arena.run / "candidates.journal") as found:
+        found.execute(change, values)
     makes = ("run/run.json", "run/candidates.json", "run/candidates.journal")
     arena.try_row(Row("rank", "rank {run}", code=0, makes=makes))
     after = json.loads((arena.run / "candidates.json").read_text(encoding="utf-8"))
@@ -69,7 +71,7 @@ def interrupted(arena, monkeypatch):
             makes = tuple(f"run/{name}" for name in names)
             arena.try_row(Row("rank", "rank {run}", code=130, makes=makes))
         left_behind.update({name: (arena.run / name).read_bytes() for name in names})
-        assert len(left_behind["candidates.journal"].splitlines()) > 1
+        assert count_rows(arena.run / "candidates.journal")
     for name, content in left_behind.items():
         (arena.run / name).write_bytes(content)
     return arena, before
@@ -77,6 +79,16 @@ def interrupted(arena, monkeypatch):
 
 PLACES = {
     "a user's own file": (lambda f: f.write_text("mine", encoding="utf-8"), "not a journal"),
+    "nothing": (lambda f: f.touch(), "is not a journal of isingcut"),
+    "half of one": (lambda f: f.write_bytes(left_behind[f.name][:5000]), "is damaged"),
+    "one of rubbish": (
+        lambda f: f.write_bytes(left_behind[f.name][:100] + bytes(range(256)) * 64),
+        "is damaged",
+    ),
+    "the earlier form": (
+        lambda f: f.write_text('{"format": "isingcut-journal", "fingerprint": "a"}\n'),
+        "of an earlier version of isingcut; finish with that version, or delete it",
+    ),
     "a folder": (lambda f: f.mkdir(), "is a folder; expected a plain file"),
     "a pipe": (os.mkfifo, "is a pipe; expected a plain file"),
     "a dangling link": (lambda f: f.symlink_to("nowhere"), "is a link to nothing"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.numpy import load, save
 
 from isingcut.errors import ModelError
-from isingcut.journal import Journal, Row
+from isingcut.journal import Journal, Row, discard
 from isingcut.models.processes import ALONE, Processes
 from isingcut.progress import Bar
 
@@ -100,7 +100,7 @@ def _of_rank(path: Path, rank: int) -> Path:
 
 def _others(path: Path) -> Iterator[tuple[int, Path]]:
     """The journals beside that of rank 0, by rank."""
-    for found in path.parent.glob("*"):
+    for found in sorted(path.parent.glob("*")):
         of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", found.name)
         if of:
             yield int(of[1]), found
@@ -109,4 +109,4 @@ def _others(path: Path) -> Iterator[tuple[int, Path]]:
 def forget(path: Path) -> None:
     """Delete the journals of all processes: their rows have become a results file."""
     for _, other in [(0, path), *_others(path)]:
-        other.unlink(missing_ok=True)
+        discard(other)
