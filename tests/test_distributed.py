@@ -236,20 +236,26 @@ def test_an_error_of_rank_0_is_its_own_line(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def _killed(place, out, said):
-    """Rank 1 is killed while it hands in its first row."""
+def _killed(place, out, said, which):
+    """One of two is killed while it hands in its first row."""
     say_into(said)
-    if os.environ["RANK"] == "1":
+    if os.environ["RANK"] == str(which):
         Journal.put = lambda journal, key, row: os.kill(os.getpid(), signal.SIGKILL)
     type_in(*_typed(place, out))
 
 
-def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(place, alone, tmp_path):
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
+    which, place, alone, tmp_path
+):
     said, out = tmp_path / "said", tmp_path / "run"
-    ranks, _store = launch(2, _killed, place, out, said)
-    assert _join(ranks) == [1, -signal.SIGKILL]
-    (line,) = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
-    assert line.startswith("isingcut: the 2 processes cannot reach each other any more (")
+    ranks, _store = launch(2, _killed, place, out, said, which)
+    codes = _join(ranks)
+    assert (codes[which], codes[1 - which]) == (-signal.SIGKILL, 1)
+    lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+    # Of rank 0, which alone speaks, the launcher says that it was killed.
+    assert len(lines) == which
+    assert all("the 2 processes cannot reach each other any more (" in line for line in lines)
     assert not list(out.glob(".*")), "no half-written files"
     _energy(place, out)
     for name in (*FILES, "hamiltonian.hessian.safetensors"):

@@ -9,6 +9,7 @@ import typer
 
 from isingcut.cli.verb import OF_RUN, STAGES, Answer, Folder, part_names, reopen, verb
 from isingcut.files import without_header
+from isingcut.models.processes import Processes
 from isingcut.options.config import RunConfig
 
 _SOLVE = (
@@ -63,7 +64,6 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     Example: isingcut rank my-run --remove 8
     """
     from isingcut.cli.show import show_ranking
-    from isingcut.models.processes import Processes
     from isingcut.report.words import ranking_warnings
     from isingcut.runs import pipeline, stages
 
@@ -102,7 +102,6 @@ def baseline(
     Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
     """
     from isingcut.cli.show import show_baseline
-    from isingcut.models.processes import Processes
     from isingcut.runs import comparison, pipeline
 
     # What was typed is looked at before the run folder is.

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
-
 from isingcut.errors import RankError
 
 T = TypeVar("T")
@@ -84,7 +82,8 @@ class Processes:
 
         lengths = [int(n) for n in self._gathered(torch.tensor([len(data)], device="cpu"))]
         own = torch.zeros(max(1, *lengths), dtype=torch.uint8, device="cpu")
-        own.numpy()[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+        if data:
+            own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         parts = self._gathered(own)
         return [p[:n].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
 

@@ -22,6 +22,7 @@ from isingcut.data import held
 from isingcut.errors import InputError
 from isingcut.inputs import user_path
 from isingcut.models import handed_over
+from isingcut.models.processes import Processes
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.progress import Progress, silent, terminal
@@ -125,7 +126,6 @@ def prune(
         >>> run.save("smaller-model").name
         'smaller-model'
     """
-    from isingcut.models.processes import Processes
     from isingcut.runs import stages
     from isingcut.runs.joining import part
     from isingcut.runs.measuring import concrete, measure_energy
