@@ -13,7 +13,7 @@ import torch
 import isingcut
 from isingcut.journal import Journal
 from isingcut.measure.pieces import Piece, left
-from isingcut.measure.sharing import Rows, forget
+from isingcut.measure.sharing import SharedJournal, forget
 from isingcut.models.processes import Processes
 from journals import count_rows
 from ranks import launch, say_into, type_in
@@ -345,7 +345,7 @@ def test_pieces_cover_every_state_once(count):
 def _shares(units, path, found):
     """One of several processes that share units out and bring their rows together."""
     processes = Processes.join()
-    kept = Rows(path, "x", processes=processes)
+    kept = SharedJournal(path, "x", processes=processes)
     todo = [str(u) for u in range(units) if kept.get(str(u)) is None]
     own, _bar = kept.share(todo, None)
     for key in own:
@@ -368,7 +368,7 @@ def test_every_unit_is_measured_once_and_every_process_has_all(tmp_path):
     # What is kept counts, whoever measured it; more processes than units are left.
     assert _shared(4, 9, tmp_path) == [["7"], ["8"], [], []]
     assert _shared(2, 9, tmp_path) == [[], []]
-    kept = Rows(tmp_path / "journal", "x")
+    kept = SharedJournal(tmp_path / "journal", "x")
     assert len(kept.keys()) == 9
     forget(tmp_path / "journal")
     assert not list(tmp_path.glob("journal*"))

@@ -34,7 +34,7 @@ from isingcut.ising.states import Floats
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import of_batches
 from isingcut.measure.loss_gradient import loss_gradient
-from isingcut.measure.sharing import Rows
+from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
@@ -111,7 +111,7 @@ def gate_curvature(
     n, head = len(replay), OutputHead(replay)
     batches = tokens.batches(batch_tokens)
     measured = identity(replay, tokens, curvature=kind, gate=gate, batch_tokens=batch_tokens)
-    kept = Rows(journal, measured, of_batches(batches, n + 1, n), replay.processes)
+    kept = SharedJournal(journal, measured, of_batches(batches, n + 1, n), replay.processes)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     rows = np.zeros((tokens.samples, n + 1, n))
     with progress(f"{kind} of {tokens.samples} samples", len(batches)) as bar:

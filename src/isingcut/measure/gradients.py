@@ -19,7 +19,7 @@ from torch import Tensor
 from isingcut.data.calibration import TokenSet
 from isingcut.measure.gates import gated_block
 from isingcut.measure.loss_gradient import loss_gradient
-from isingcut.measure.sharing import Rows
+from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead
@@ -62,7 +62,7 @@ def gate_gradients(
     rows = np.zeros((tokens.samples, len(replay)))
     batches = tokens.batches(batch_tokens)
     measured = identity(replay, tokens, gate=gate, label_seed=label_seed, batch_tokens=batch_tokens)
-    kept = Rows(journal, measured, of_batches(batches, len(replay)), replay.processes)
+    kept = SharedJournal(journal, measured, of_batches(batches, len(replay)), replay.processes)
     with (
         progress(f"gradients of {tokens.samples} samples", len(batches)) as bar,
         chosen_attention(replay),

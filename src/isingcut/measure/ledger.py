@@ -12,7 +12,7 @@ from isingcut.errors import InputError
 from isingcut.ising.states import Floats, States, key_of
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
-from isingcut.measure.sharing import Rows
+from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay
 
@@ -49,7 +49,7 @@ class Ledger:
         self.counts = tokens.predicted.sum(1).numpy().astype(np.int64)
         self._real = tokens.mask.sum(1).numpy().astype(np.int64)
         measured = identity(replay, tokens, loss=loss, batch_tokens=work.batch_tokens)
-        self._kept = Rows(work.journal, measured, processes=replay.processes)
+        self._kept = SharedJournal(work.journal, measured, processes=replay.processes)
         self._paid: set[str] = set()
         self.runs = self.heads = 0.0
         self.evaluations = 0

@@ -22,7 +22,7 @@ from isingcut.data.calibration import TokenSet
 from isingcut.files import without_infinities
 from isingcut.ising.states import Floats, States
 from isingcut.measure.pieces import Piece, common_prefix, left
-from isingcut.measure.sharing import Rows
+from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead, Reference, comparison
@@ -160,7 +160,7 @@ def measure(
         shape=list(wanted.shape),
         batch_tokens=batch_tokens,
     )
-    kept = Rows(journal, measured, fits, replay.processes)
+    kept = SharedJournal(journal, measured, fits, replay.processes)
     m = tokens.samples
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     sums = np.zeros((2, len(wanted) + 1, m))

@@ -20,7 +20,7 @@ from isingcut.models.processes import ALONE, Processes
 from isingcut.progress import Bar
 
 
-class Rows(Journal):
+class SharedJournal(Journal):
     """A journal that holds the same rows in every process.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.measure.gates import gated_block
 from isingcut.measure.loss_gradient import loss_gradient
-from isingcut.measure.sharing import Rows
+from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.streamed.boundary import Boundaries
 from isingcut.measure.streamed.graphs import Graphs, gated
 from isingcut.measure.streamed.pace import Pace
@@ -31,7 +31,7 @@ def streamed_gradients(
     batches: Sequence[TokenSet],
     gate: str,
     label_seed: int | None,
-    kept: Rows,
+    kept: SharedJournal,
     bar: Bar,
     journal: Path | None = None,
 ) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.ising.states import Floats, States
-from isingcut.measure.sharing import Rows
+from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.streamed.pace import Pace
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.replay import Recording, Replay
@@ -42,7 +42,7 @@ class Task:
 
 
 def streamed_sums(
-    replay: Replay, batches: Sequence[TokenSet], states: States, kept: Rows, bar: Bar
+    replay: Replay, batches: Sequence[TokenSet], states: States, kept: SharedJournal, bar: Bar
 ) -> Floats:
     """KL and NLL sums of states, each block read once per chunk of samples and states.
 
@@ -86,7 +86,7 @@ def streamed_sums(
     return sums
 
 
-def _keep(kept: Rows, number: int, positions: npt.NDArray[np.int64], rows: Floats) -> None:
+def _keep(kept: SharedJournal, number: int, positions: npt.NDArray[np.int64], rows: Floats) -> None:
     """Rows (2, K, B) with the states they belong to, so that other chunks can go on from them."""
     labels = np.broadcast_to(positions[None, :, None].astype(np.float64), (1, *rows.shape[1:]))
     first = int(positions[0])
@@ -104,7 +104,7 @@ def fits_states(key: str, row: Floats, batches: Sequence[TokenSet], states: int)
     return bool(known) and key == f"{int(number)}:{int(labels[0, 0])}" and int(number) >= 0
 
 
-def _finished(kept: Rows, number: int, batch: TokenSet, sums: Floats) -> set[int] | None:
+def _finished(kept: SharedJournal, number: int, batch: TokenSet, sums: Floats) -> set[int] | None:
     """Fill in what the journal has of a micro-batch; its states, or None if there is nothing."""
     done: set[int] | None = None
     for key in kept.keys():  # noqa: SIM118
