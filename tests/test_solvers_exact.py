@@ -9,7 +9,7 @@ from isingcut.errors import InfeasibleError, InputError
 from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers import solve
+from isingcut.ising.solvers import solve, tabu
 from isingcut.ising.solvers.branching import leaves as _leaves
 from isingcut.ising.solvers.branching.node import Dual, spin_matrix
 from isingcut.ising.solvers.branching.sdp import sdp_bound, split_bounds
@@ -93,6 +93,22 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
         patch.setattr(_leaves, "ROOT_BUDGET", 5)
         patch.setattr(_leaves, "NODE_BUDGET", 5)
         assert_the_k_best(problem, k, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["psd", "indefinite", "degenerate"])
+@pytest.mark.parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
+def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind, nodes):
+    # The pool starts empty: a state that a wrong bound drops is missing from the answer.
+    monkeypatch.setattr(
+        tabu, "search", lambda r, *rest: (np.zeros(0), np.zeros((0, r.n), dtype=np.uint8), 0)
+    )
+    monkeypatch.setattr(_leaves, "ROOT_BUDGET", nodes)
+    monkeypatch.setattr(_leaves, "NODE_BUDGET", nodes)
+    cap = con.LinearConstraint("cap", np.arange(13) % 4, "<=", 7.0)
+    for seed, m in enumerate((3, 5, 9)):
+        ham = hamiltonian(kind, 13, seed)
+        assert_the_k_best(Problem(ham, [con.count(13, m)]), 4, threads=1)
+        assert_the_k_best(Problem(ham, [con.count(13, m), cap]), 4, threads=1)
 
 
 @pytest.mark.slow
