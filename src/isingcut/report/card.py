@@ -18,7 +18,6 @@ from isingcut.report.render import render
 from isingcut.report.rows import healing_rows
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import measured_kl
-from isingcut.report.words import removal_summary
 
 PAPER_ENERGY = "empirical-fisher"
 
@@ -38,16 +37,13 @@ def card_parts(folder: Path, target: Path, removed: Sequence[int]) -> dict[str, 
     provenance = files.run["provenance"]
     base = hub_id(files.model)
     total = len(files.blocks)
-    how = removal_summary(
-        removed, total, files.energy, files.meta, files.candidates, files.healed_candidates
-    )
     return {
         "base_model": base,
         # A local path says nothing to others, and something about its owner.
         "name": base or Path(files.model).name,
         "removed": list(removed),
         "total": total,
-        "how": how,
+        "how": files.summary_of(removed),
         "measured": _measured(files.candidates, removed),
         "from_gguf": "gguf_sha256" in provenance["model"],
         "isingcut": provenance["isingcut"],

@@ -6,7 +6,7 @@ from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import Book, KnownState, energies_of
+from isingcut.report.states import Book, energies_of
 from isingcut.report.svg import Figure, Plot, x_span, y_span
 from isingcut.report.words import correlation_text, listed, proof_words, searched_words
 
@@ -22,8 +22,8 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
     unit = spectrum["unit"]
     levels = states.of("candidate")
     energies = [float(s["energy"]) for s in spectrum["states"]]
-    losses = [s for s in levels if s.kl is not None] if unit == "nats/token" else []
-    ends = [end for s in losses if s.kl is not None for end in (s.kl.low, s.kl.high)]
+    losses = [(s, s.kl) for s in levels if s.kl is not None] if unit == "nats/token" else []
+    ends = [end for _, kl in losses for end in (kl.low, kl.high)]
     plot = Plot(x_span([-0.5, len(levels) - 0.5]), y_span([*energies, *ends]))
     step = max(1, -(-len(levels) // 8))
     plot.axes(
@@ -31,20 +31,12 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
         f"{'energy and measured KL' if losses else 'energy'}, {unit}",
         x_ticks=range(0, len(levels), step),
     )
-    for rank, (level, energy) in enumerate(zip(levels, energies, strict=True)):
-        kind = "chosen" if level.chosen else "level"
-        plot.mark(rank, energy, level.tip(unit), kind, shape="level", state=level.number)
-    for level in losses:
-        assert level.kl is not None
-        kind = "chosen" if level.chosen else "measured"
-        plot.mark(
-            level.number,
-            level.kl.figure,
-            level.tip(unit),
-            kind,
-            error=level.kl.error,
-            state=level.number,
-        )
+    for rank, (s, energy) in enumerate(zip(levels, energies, strict=True)):
+        kind = "chosen" if s.chosen else "level"
+        plot.mark(rank, energy, s.tip(s.energy, unit), kind, shape="level", state=s.number)
+    for s, kl in losses:
+        kind, tip = "chosen" if s.chosen else "measured", s.tip(s.energy, unit)
+        plot.mark(s.number, kl.figure, tip, kind, error=kl.error, state=s.number)
     gap = f"; the first gap is {energies[1] - energies[0]:.3g}" if len(energies) > 1 else ""
     last = len(levels) - spectrum.get("searched", 0) - 1
     words = (
@@ -105,7 +97,7 @@ def scatter_figure(
     )
     for state, kl, value in sorted(shown, key=lambda t: t[0].chosen):
         kind = "chosen" if state.chosen else "random" if state.kind == "random" else "measured"
-        tip = state.tip(energy.unit) if main else _tip_of(state, name, value, energy.unit)
+        tip = state.tip(value, energy.unit, "energy" if main else name)
         plot.mark(
             value, kl.figure, tip, kind,
             shape="ring" if state.kind == "random" else "dot",
@@ -131,11 +123,6 @@ def scatter_figure(
             ("chosen", "chosen state"),
         ],
     )
-
-
-def _tip_of(state: KnownState, name: str, value: float, unit: str) -> str:
-    first, *lines = [line for line in state.tip(unit).split("\n") if not line.startswith("energy ")]
-    return "\n".join([first, f"{name} {value:.4g} {unit}", *lines])
 
 
 def healing_figure(healing: dict[str, Any]) -> Figure:

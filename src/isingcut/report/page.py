@@ -176,7 +176,7 @@ def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
                 "se": None if s.kl is None else s.kl.error,
                 "chosen": s.chosen,
             }
-            for s in states.states
+            for s in states
         ],
     }
 

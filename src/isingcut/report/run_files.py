@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.report.rows import Row, evaluation_rows
-from isingcut.report.words import ranking_warnings, removal_summary
+from isingcut.report.rows import Row, evaluation_rows, plus_minus
+from isingcut.report.words import numbers, ranking_warnings
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,45 @@ class RunFiles:
     @property
     def summary(self) -> str:
         """What was removed and why, in one paragraph; empty before a choice."""
-        return removal_summary(
-            self.removed,
-            len(self.blocks),
-            self.energy,
-            self.meta,
-            self.candidates,
-            self.healed_candidates,
+        return "" if self.removed is None else self.summary_of(self.removed)
+
+    def summary_of(self, removed: Sequence[int]) -> str:
+        """The same of any removal: only what the files say of it."""
+        noun, verb = ("Block", "is") if len(removed) == 1 else ("Blocks", "are")
+        said = f"{noun} {numbers(removed)} of {len(self.blocks)} (numbered from 0) {verb} removed."
+        return f"{said} {self._reason(sorted(removed))}"
+
+    def _reason(self, removed: list[int]) -> str:
+        candidates, healed, meta = self.candidates, self.healed_candidates, self.meta or {}
+        if candidates is None:
+            return "The run's files hold no measured ranking behind this choice."
+        if healed is not None and sorted(healed["chosen"]["removed"]) == removed:
+            best = healed["chosen"]
+            return (
+                f"The {len(healed['candidates'])} candidates of lowest measured KL were each "
+                "healed for a few steps and measured again; this one was then the best "
+                f"(KL {plus_minus(best['kl'], best['kl_se'])} nats per token, before "
+                f"{best['kl_before']:.4f})."
+            )
+        chosen, count = candidates["chosen"], len(candidates["candidates"])
+        if sorted(chosen["removed"]) != removed:
+            return "They were named by hand, not chosen from a spectrum."
+        text = f", measured on {meta['tokens']} tokens" if "tokens" in meta else ""
+        text += f" as {meta['loss']}" if text and "loss" in meta else ""
+        given = f"the {count} lowest states of an Ising model over the blocks"
+        if "search" in meta:
+            given = (
+                f"{count} candidates: the lowest states of an Ising model over the blocks, and "
+                "the best that its search had measured"
+            )
+        position = chosen["position"]
+        place = "the ground state" if position == 0 else f"state {position}"
+        energy = f"{chosen['energy']:.4g} {candidates['energy_unit']}".rstrip()
+        return (
+            f"An energy (`{self.energy}`{text}) gave {given}; each was then measured on "
+            f"{candidates['tokens']} other tokens. The choice is {place} of that spectrum (0 is "
+            f"the lowest), energy {energy}, for this reason: {chosen['why']} "
+            f"(KL {plus_minus(chosen['kl'], chosen['kl_se'])} nats per token)."
         )
 
     @property

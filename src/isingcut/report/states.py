@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -40,11 +40,11 @@ class KnownState:
         """Measured KL in nats per token, with its standard error over samples."""
         return None if self.measured is None else measured_kl(self.measured)
 
-    def tip(self, unit: str) -> str:
-        """What pointing at it says."""
+    def tip(self, energy: float | None, unit: str, label: str = "energy") -> str:
+        """What pointing at it says, where it has this energy, of that label."""
         lines = [self.name + (", the chosen one" if self.chosen else "")]
-        if self.energy is not None:
-            lines.append(f"energy {self.energy:.4g} {unit}")
+        if energy is not None:
+            lines.append(f"{label} {energy:.4g} {unit}")
         if self.kl is not None:
             lines.append(f"measured KL {self.kl.text()} nats/token")
         lines.append(f"without blocks {listed(self.removed)}")
@@ -61,37 +61,23 @@ def energies_of(energy: Hamiltonian, states: Sequence[Sequence[int]]) -> Floats:
     return energy.energies(states_of(energy.n, states))
 
 
-@dataclass
-class Book:
+class Book(list[KnownState]):
     """The states of one removal: candidates by energy, then random ones, then baselines'."""
-
-    states: list[KnownState] = field(default_factory=list)
 
     def of(self, kind: str) -> list[KnownState]:
         """All states of a kind, in order."""
-        return [s for s in self.states if s.kind == kind]
-
-    def find(self, removed: Sequence[int]) -> KnownState | None:
-        """The first state without these blocks."""
-        wanted = tuple(sorted(removed))
-        return next((s for s in self.states if s.removed == wanted), None)
+        return [s for s in self if s.kind == kind]
 
 
 def book(files: RunFiles) -> Book:
     """Number the states that the files hold."""
     chosen = None if files.removed is None else tuple(files.removed)
-    result = Book()
+    main, result = files.hamiltonian, Book()
 
     def add(name: str, kind: str, removed: Sequence[int], measured: dict[str, Any] | None) -> None:
         gone = tuple(sorted(removed))
-        result.states.append(
-            KnownState(len(result.states), name, kind, gone, energy(gone), measured, gone == chosen)
-        )
-
-    def energy(gone: tuple[int, ...]) -> float | None:
-        return (
-            None if files.hamiltonian is None else float(energies_of(files.hamiltonian, [gone])[0])
-        )
+        energy = None if main is None else float(energies_of(main, [gone])[0])
+        result.append(KnownState(len(result), name, kind, gone, energy, measured, gone == chosen))
 
     rows = [] if files.candidates is None else files.candidates["candidates"]
     found = {tuple(sorted(r["removed"])): r for r in rows}
@@ -106,6 +92,6 @@ def book(files: RunFiles) -> Book:
         add(f"random state {k}", "random", row["removed"], row)
     for baseline in files.baselines:
         add(f"choice of {baseline['baseline']}", "baseline", baseline["removed"], baseline)
-    if chosen is not None and result.find(chosen) is None:
+    if chosen is not None and not any(state.chosen for state in result):
         add("state named by hand", "named", chosen, None)
     return result

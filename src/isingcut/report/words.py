@@ -20,68 +20,6 @@ def numbers(blocks: Sequence[int]) -> str:
     return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
 
 
-def removal_summary(
-    removed: Sequence[int] | None,
-    total: int,
-    energy: str,
-    meta: Mapping[str, Any] | None,
-    candidates: Mapping[str, Any] | None,
-    healed: Mapping[str, Any] | None = None,
-) -> str:
-    """What was removed and why, in one paragraph; only what the files say.
-
-    Args:
-        removed: blocks that are gone, None before a choice.
-        total: N.
-        energy: the name of the energy.
-        meta: the provenance of its Hamiltonian.
-        candidates: content of `candidates.json`.
-        healed: content of `healed-candidates.json`, where healed candidates were compared.
-    """
-    if removed is None:
-        return ""
-    noun = "Block" if len(removed) == 1 else "Blocks"
-    verb = "is" if len(removed) == 1 else "are"
-    said = [f"{noun} {numbers(removed)} of {total} (numbered from 0) {verb} removed."]
-    if candidates is None:
-        return f"{said[0]} The run's files hold no measured ranking behind this choice."
-    if healed is not None and sorted(healed["chosen"]["removed"]) == sorted(removed):
-        count, best = len(healed["candidates"]), healed["chosen"]
-        loss = plus_minus(best["kl"], best["kl_se"])
-        said.append(
-            f"The {count} candidates of lowest measured KL were each healed for a few steps and "
-            f"measured again; this one was then the best (KL {loss} nats per token, before "
-            f"{best['kl_before']:.4f})."
-        )
-        return " ".join(said)
-    if sorted(candidates["chosen"]["removed"]) != sorted(removed):
-        said.append("They were named by hand, not chosen from a spectrum.")
-        return " ".join(said)
-    chosen = candidates["chosen"]
-    text = ""
-    if meta is not None and "tokens" in meta:
-        text = f", measured on {meta['tokens']} tokens"
-        if "loss" in meta:
-            text += f" as {meta['loss']}"
-    count = len(candidates["candidates"])
-    place = "the ground state" if chosen["position"] == 0 else f"state {chosen['position']}"
-    given = f"the {count} lowest states of an Ising model over the blocks"
-    if meta is not None and "search" in meta:
-        given = (
-            f"{count} candidates: the lowest states of an Ising model over the blocks, and the "
-            "best that its search had measured"
-        )
-    said.append(
-        f"An energy (`{energy}`{text}) gave {given}; each was then measured on "
-        f"{candidates['tokens']} other tokens. The choice is {place} of that "
-        f"spectrum (0 is the lowest), energy {chosen['energy']:.4g} "
-        f"{candidates.get('energy_unit', '')}".rstrip()
-        + f", for this reason: {chosen['why']} (KL {plus_minus(chosen['kl'], chosen['kl_se'])} "
-        "nats per token)."
-    )
-    return " ".join(said)
-
-
 def listed(removed: Sequence[int]) -> str:
     """Blocks as a row of numbers."""
     return " ".join(map(str, removed))
