@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy import stats
 
 from isingcut.data.calibration import TokenSet
@@ -14,7 +13,7 @@ from isingcut.errors import InfeasibleError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
-from isingcut.ising.states import blocks_of, key_of
+from isingcut.ising.states import Bools, Floats, States, blocks_of, key_of
 from isingcut.measure.losses import Measurement, measure
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -34,7 +33,7 @@ class Ranking:
     """
 
     spectrum: Spectrum
-    random: npt.NDArray[np.bool_]
+    random: States
     distribution: str
     measured: Measurement
     chosen: int
@@ -81,9 +80,7 @@ def rank(
     return Ranking(spectrum, random, distribution, measured, chosen, why)
 
 
-def random_feasible(
-    problem: Problem, count: int, seed: int, besides: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.bool_], str]:
+def random_feasible(problem: Problem, count: int, seed: int, besides: States) -> tuple[States, str]:
     """Distinct feasible states outside ``besides``, and what they were drawn from.
 
     Uniform over the feasible states by rejection. Where constraints reject nearly every draw,
@@ -92,9 +89,9 @@ def random_feasible(
     rng = np.random.default_rng([seed, 0x5EED])
     low, high = problem.cardinality
     seen = {key_of(s) for s in besides}
-    states: list[npt.NDArray[np.bool_]] = []
+    states: list[Bools] = []
 
-    def add(state: npt.NDArray[np.bool_]) -> None:
+    def add(state: Bools) -> None:
         if len(states) < count and key_of(state) not in seen:
             seen.add(key_of(state))
             states.append(state)
@@ -123,9 +120,7 @@ def random_feasible(
     return np.array(states, dtype=bool).reshape(-1, problem.n), distribution
 
 
-def fidelity(
-    energies: npt.NDArray[np.float64], losses: npt.NDArray[np.float64], *, seed: int = 0
-) -> dict[str, Any]:
+def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> dict[str, Any]:
     """How well energies rank measured losses: Spearman and Kendall with bootstrap intervals.
 
     Args:
@@ -151,14 +146,14 @@ def fidelity(
     return out
 
 
-def _spearman(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:
+def _spearman(a: Floats, b: Floats) -> float | None:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     ranks_a, ranks_b = stats.rankdata(a), stats.rankdata(b)
     return float(np.corrcoef(ranks_a, ranks_b)[0, 1])
 
 
-def _kendall(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:
+def _kendall(a: Floats, b: Floats) -> float | None:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(stats.kendalltau(a, b).statistic)

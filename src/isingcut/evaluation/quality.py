@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from isingcut.data.generation import generate_text
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed_and_memory
 from isingcut.files import without_header, without_infinities
+from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import weight_files
@@ -157,7 +157,7 @@ def sample_sums(
     batch_tokens: int = 1024,
     *,
     progress: Progress = silent,
-) -> npt.NDArray[np.float64]:
+) -> Floats:
     """(3, m): by sample, NLL of both models and KL(original || cut), summed over its tokens."""
     sums = np.zeros((3, tokens.samples))
     batches = tokens.batches(batch_tokens)
@@ -175,7 +175,7 @@ def sample_sums(
     return sums
 
 
-def quality_of(sums: npt.NDArray[np.float64], tokens: TokenSet) -> dict[str, Any]:
+def quality_of(sums: Floats, tokens: TokenSet) -> dict[str, Any]:
     """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL."""
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     nll_before, nll_after, kl = sums.sum(1) / counts.sum()

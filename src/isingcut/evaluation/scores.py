@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.errors import InputError, MissingExtraError, StageFileError
 from isingcut.evaluation import local_tasks
 from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.wikitext import articles
 from isingcut.files import fingerprint, read_json, write_json
+from isingcut.ising.states import Floats
 from isingcut.models.sources import model_identity
 from isingcut.progress import Bar, Progress, silent
 
@@ -46,7 +46,7 @@ class Scores:
 
     task: str
     metric: str
-    values: npt.NDArray[np.float64]
+    values: Floats
     questions: list[str]
     shots: int
 

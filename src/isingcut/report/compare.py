@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isingcut.ising.states import Floats
+from isingcut.ising.states import Floats, states_of
 from isingcut.report.blocks import block_ticks, strip
 from isingcut.report.figures import scatter_figure
 from isingcut.report.render import render_page
@@ -24,7 +24,7 @@ from isingcut.report.sides import (
     numbers_of,
     overview,
 )
-from isingcut.report.states import book, energies_of, measured_kl
+from isingcut.report.states import book, measured_kl
 from isingcut.report.svg import Figure, Scale, span, whisker
 from isingcut.report.tradeoff import AXES, Axis, points_of
 from isingcut.report.words import correlation_text
@@ -160,7 +160,7 @@ def _crossed(runs: Sequence[Side]) -> list[tuple[Side, list[str]]]:
             found = other.files.candidates
             assert found is not None
             states = [*found["candidates"], *found["random"]]
-            energies = energies_of(energy, [s["removed"] for s in states])
+            energies = energy.energies(states_of(energy.n, (s["removed"] for s in states)))
             cells.append(_spearman(energies, np.array([s["kl"] for s in states])))
         rows.append((run, cells))
     return rows

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import states_of
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import Book, energies_of
+from isingcut.report.states import Book
 from isingcut.report.svg import Figure, Plot, x_span, y_span
 from isingcut.report.words import correlation_text, listed, proof_words, searched_words
 
@@ -87,7 +88,7 @@ def scatter_figure(
     """
     both = [*states.of("random"), *states.of("candidate")]
     measured = [(s, s.kl) for s in both if s.kl is not None]
-    energies = energies_of(energy, [s.removed for s, _ in measured]).tolist()
+    energies = energy.energies(states_of(energy.n, (s.removed for s, _ in measured))).tolist()
     shown = [(s, kl, e) for (s, kl), e in zip(measured, energies, strict=True)]
     ends = [end for _, kl, _ in shown for end in (kl.low, kl.high)]
     plot = Plot(x_span(energies, log=True), y_span(ends, log=True))

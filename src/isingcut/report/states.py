@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import Floats, states_of
+from isingcut.ising.states import states_of
 from isingcut.report.rows import Value
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import listed
@@ -56,11 +55,6 @@ def measured_kl(row: Mapping[str, Any]) -> Value:
     return Value(float(row["kl"]), row["kl_se"])
 
 
-def energies_of(energy: Hamiltonian, states: Sequence[Sequence[int]]) -> Floats:
-    """(K,) energies of states that are given by their removed blocks."""
-    return energy.energies(states_of(energy.n, states))
-
-
 class Book(list[KnownState]):
     """The states of one removal: candidates by energy, then random ones, then baselines'."""
 
@@ -76,7 +70,7 @@ def book(files: RunFiles) -> Book:
 
     def add(name: str, kind: str, removed: Sequence[int], measured: dict[str, Any] | None) -> None:
         gone = tuple(sorted(removed))
-        energy = None if main is None else float(energies_of(main, [gone])[0])
+        energy = None if main is None else float(main.energies(states_of(main.n, [gone]))[0])
         result.append(KnownState(len(result), name, kind, gone, energy, measured, gone == chosen))
 
     rows = [] if files.candidates is None else files.candidates["candidates"]
