@@ -10,8 +10,6 @@ from isingcut.files import read_json
 from isingcut.outputs import MARKER
 
 _RECORD = "isingcut.json"
-# What says on this machine that the folder is ours is nothing to others.
-_KEPT = (MARKER,)
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token that may write)"
 
 
@@ -41,12 +39,10 @@ def push(
         StageFileError: ``checkpoint`` was not written by isingcut.
         InputError: the repository's name or the token is refused, or the hub not reached.
     """
-    record = cut_record(checkpoint)
-    _check_name(repository)
+    record = _checked(checkpoint, repository)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
-        HFValidationError,
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
     )
@@ -62,10 +58,8 @@ def push(
             folder_path=checkpoint,
             repo_id=made.repo_id,
             commit_message=words,
-            ignore_patterns=[*_KEPT],
+            ignore_patterns=[MARKER],
         )
-    except HFValidationError as e:
-        raise InputError(f"expected a repository like owner/name: {_first(e)}") from e
     except LocalTokenNotFoundError as e:
         raise InputError(f"the hub needs to know who you are; {_LOGIN}") from e
     except OfflineModeIsEnabled as e:
@@ -89,28 +83,32 @@ def listing(checkpoint: Path, repository: str) -> list[dict[str, Any]]:
         StageFileError: ``checkpoint`` was not written by isingcut.
         InputError: the repository's name is none.
     """
-    cut_record(checkpoint)
-    _check_name(repository)
-    from huggingface_hub.errors import HFValidationError
+    _checked(checkpoint, repository)
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         DEFAULT_IGNORE_PATTERNS,
         filter_repo_objects,
-        validate_repo_id,
     )
 
+    found = sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    names = [p.relative_to(checkpoint).as_posix() for p in found]
+    # The marker says on this machine that the folder is ours, and nothing to others.
+    sent = filter_repo_objects(names, ignore_patterns=[MARKER, *DEFAULT_IGNORE_PATTERNS])
+    return [{"name": name, "bytes": (checkpoint / name).stat().st_size} for name in sent]
+
+
+def _checked(checkpoint: Path, repository: str) -> dict[str, Any]:
+    """The record of a cut whose folder and repository are what they should be."""
+    record = cut_record(checkpoint)
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if repository.count("/") != 1:
+        raise InputError(f"expected a repository like owner/name, got {repository!r}")
     try:
         validate_repo_id(repository)
     except HFValidationError as e:
         raise InputError(f"expected a repository like owner/name: {_first(e)}") from e
-    found = sorted(p for p in checkpoint.rglob("*") if p.is_file())
-    names = [p.relative_to(checkpoint).as_posix() for p in found]
-    sent = filter_repo_objects(names, ignore_patterns=[*_KEPT, *DEFAULT_IGNORE_PATTERNS])
-    return [{"name": name, "bytes": (checkpoint / name).stat().st_size} for name in sent]
-
-
-def _check_name(repository: str) -> None:
-    if repository.count("/") != 1:
-        raise InputError(f"expected a repository like owner/name, got {repository!r}")
+    return record
 
 
 def cut_record(checkpoint: Path) -> dict[str, Any]:
