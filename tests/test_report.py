@@ -281,6 +281,8 @@ def test_another_removal_has_its_own_report_and_commands(folder: Path) -> None:
     page = page_of(folder, folder / "remove-5")
     assert "`isingcut rank r --remove 5`" in page
     assert "| solve | `remove-5/spectrum.json` | 77.0 |" in page
+    assert "| calibration | `calibration.safetensors` | 1.2 |" in page
+    assert "| solve | `spectrum.json` |" not in page
     assert not (folder / "report.md").exists()
 
 

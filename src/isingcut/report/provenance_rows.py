@@ -50,18 +50,11 @@ def _facts(meta: dict[str, Any]) -> str:
 def timing_rows(run: dict[str, Any], folder: Path, target: Path) -> list[tuple[str, str, str]]:
     """Stages this removal rests on, with file and seconds; those of other removals are left out."""
     own = "" if target == folder else f"{target.relative_to(folder).as_posix()}/"
-    shared = ("calibration.", "hamiltonian.")
     rows = []
     for file, record in run["stages"].items():
         key = Path(file).as_posix()
-        name = key.removeprefix(own)
-        if not key.startswith(shared) and (
-            "/" in name
-            or not name.startswith(
-                ("spectrum.", "candidates.", "model", "evaluation.", "baseline-", "heal", "bench")
-            )
-        ):
-            continue
-        seconds = f"{record['seconds']:.1f}" if record["done"] else "not finished"
-        rows.append((record["stage"], f"`{key}`", seconds))
+        shared = key.startswith(("calibration.", "hamiltonian."))
+        if shared or (key.startswith(own) and "/" not in key.removeprefix(own)):
+            seconds = f"{record['seconds']:.1f}" if record["done"] else "not finished"
+            rows.append((record["stage"], f"`{key}`", seconds))
     return rows
