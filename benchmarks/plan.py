@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from isingcut.data.calibration import build
+from isingcut.energies.pairwise import removals
 from isingcut.evaluation.measure_process import resident_peak
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
@@ -25,8 +26,8 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute.tuning import tune
 from isingcut.models.replay import Replay
 from isingcut.models.sources import resolve
+from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
-from isingcut.runs.costs import pairs
 from isingcut.runs.plan import make_plan
 
 
@@ -48,7 +49,7 @@ def actual(name: str, a: argparse.Namespace, answer: Any = None) -> tuple[float,
     replay.attention = tune(replay, a.length, batch_tokens=a.batch_tokens, memory=0).attention
     began = clock()
     if name == "pairwise":
-        measure(replay, tokens, pairs(len(replay)), batch_tokens=a.batch_tokens)
+        measure(replay, tokens, removals(len(replay)), batch_tokens=a.batch_tokens)
     elif name == "empirical-fisher":
         gate_gradients(replay, tokens, batch_tokens=a.batch_tokens)
     else:

@@ -1,17 +1,20 @@
-"""Plans: what is counted, what is timed, what is advised, and that nothing is written."""
+"""Plans: what is timed, how often it is counted, what is advised, and that nothing is written."""
 
-import dataclasses
-import itertools
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from isingcut.cli import main as cli
-from isingcut.data.tokens import TokenSet
+from isingcut.energies.pairwise import removals
+from isingcut.measure.curvature import KINDS, gate_curvature
+from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.load import load
@@ -19,121 +22,142 @@ from isingcut.models.replay import Replay
 from isingcut.models.streaming.plan import EMBED, HEAD
 from isingcut.models.streaming.replay import open_model
 from isingcut.options.config import RunConfig
-from isingcut.runs import advice, costs
-from isingcut.runs.plan import make_plan
-from isingcut.runs.probe import Stopwatch, Timings, probe
-from isingcut.runs.some_blocks import SomeBlocks
-from tiny import tiny_model
+from isingcut.runs.plan import advise, command, make_plan
+from isingcut.runs.prices import Prices
+from isingcut.runs.probe import Part, Timings, fastest, only, probe, random_text
 
-TIMINGS = Timings(
-    blocks=(1.0, 2.0, 3.0, 4.0), entering=0.5, comparing=0.25, gradients=20.0,
-    curvature={"hessian": 100.0, "gauss-newton": 50.0}, decoding=1.0, reading=0.1,
-    saved_gradients=1000, saved_curvature=5000, noise=1.0, tokens=64, probed=(0,), attention=None,
-)  # fmt: skip
-SHAPE = costs.Shape(
-    blocks=4, parts=(10, 10, 10, 10), outside=20, largest=10, stored=60, stored_blocks=(10,) * 4,
-    stream=8, word=4, vocabulary=100, process=1000, allowed=10**9, streamed=False, length=16,
-    batch_tokens=64,
-)  # fmt: skip
+CPU = torch.device("cpu")
+LENGTH = 16
 
 
-def test_blocks_are_counted_as_a_measurement_runs_them():
-    model = tiny_model("llama").requires_grad_(False)
-    replay = Replay(model, stack_modules(model, find_stack(model)))
-    n = len(replay)
-    ran = np.zeros(n, dtype=int)
+class Operations(TorchDispatchMode):
+    """Counts those of matrix products, forward and backward."""
 
-    def count(i):
-        return lambda module, args, output: ran.__setitem__(i, ran[i] + 1)
+    total = 0
 
-    handles = [b.self_attn.register_forward_hook(count(i)) for i, b in enumerate(replay.blocks)]
-    states = np.concatenate([costs.pairs(n), costs.random_states(n, 3, 9)])
-    found = measure(replay, TokenSet.from_rows([[1, 2, 3, 4]]), states)
-    for handle in handles:
-        handle.remove()
-    assert costs.visits(states).tolist() == ran.tolist()
-    assert costs.visits(states).sum() == found.blocks_run
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def whole(folder):
+    model = load(folder, dtype="float32", device="cpu").model.requires_grad_(False)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def prices(**given):
+    """Of four blocks that take one second each, and a head of two."""
+    parts = {"forward": Part(2.0, 4.0), "state": Part(2.0, 0.0), "gradients": Part(3.0, 9.0)}
+    parts |= {"hessian": Part(5.0, 6.0), "saved": Part(0, 0), "saved twice": Part(0, 0)}
+    found = object.__new__(Prices)
+    vars(found).update(
+        config=RunConfig(model="m", length=LENGTH, samples=5),
+        parts=parts,
+        timings=Timings((1.0,) * 4, 4.0, 0.1, parts),
+        n=4, remove=2, weights=60, batch=64, logits=400, stream=8, streamed=False, room=0,
+        memory=SimpleNamespace(used=1000, total=10**9),
+        store=SimpleNamespace(largest=10, size=lambda part: 10),
+    )  # fmt: skip
+    vars(found).update(given)
+    return found
+
+
+def test_parts_grow_to_what_the_whole_model_takes(llama, monkeypatch):
+    """With a clock that counts operations, the parts of three blocks foretell those of all six."""
+    monkeypatch.setattr("isingcut.runs.probe._BLOCKS", 3)
+    model, store, _ = open_model(llama, dtype=torch.float32, device=CPU)
+    with Operations() as ran:
+        found = probe(model, store, LENGTH, 64, attention="eager", clock=lambda: ran.total)
+    replay = whole(llama)
+    replay.attention = "eager"
+    text = random_text(replay.model, 4, LENGTH)
+
+    def takes(run):
+        with Operations() as own:
+            run()
+        return own.total / (4 * LENGTH)
+
+    n, part = len(replay), found.parts
+    none = np.zeros((0, n), dtype=bool)
+    forward = takes(lambda: measure(replay, text, none, batch_tokens=64))
+    states = takes(lambda: measure(replay, text, removals(n), batch_tokens=64))
+    slopes = takes(lambda: gate_gradients(replay, text, batch_tokens=64))
+    assert part["forward"].whole == pytest.approx(forward, rel=0.01)
+    assert min(part["forward"]) > 0
+    counted = prices(n=n, parts=part, config=RunConfig(model="m", length=LENGTH, samples=1))
+    assert counted.energy("pairwise").seconds == pytest.approx(LENGTH * states, rel=0.01)
+    assert counted.energy("fisher").seconds == pytest.approx(LENGTH * slopes, rel=0.01)
+    for kind in KINDS:
+        rows = takes(lambda kind=kind: gate_curvature(replay, text, kind, batch_tokens=64))
+        assert counted.energy(kind).seconds == pytest.approx(LENGTH * rows, rel=0.1), kind
 
 
 def test_a_measurement_costs_its_blocks_heads_and_texts():
+    counted = prices()
+    # The original runs all four blocks; the states run what they do not share.
     states = np.array([[1, 0, 0, 0], [1, 1, 0, 0]], dtype=bool)
-    # The original runs all four; the states run 1, 2, 3 and 2, 3.
-    each = (1 + 2 + 3 + 4) + (2 + 3 + 4) + (3 + 4) + 0.5 + 3 * 0.25
-    assert costs.measured(SHAPE, TIMINGS, states, 5).seconds == pytest.approx(5 * 16 * each)
-    assert costs.first_derivatives(SHAPE, TIMINGS, 5).seconds == pytest.approx(5 * 16 * 20.5)
-    assert costs.second_derivatives(SHAPE, TIMINGS, "hessian", 5).seconds == 5 * 16 * 100.5
+    each = (2 + 4) + (3 + 2) + 2 * 2
+    assert counted._states("rank", states, 5).seconds == 5 * LENGTH * each
+    assert counted.energy("fisher").seconds == 5 * LENGTH * 12
+    assert counted.energy("hessian").seconds == 5 * LENGTH * 11
+    assert "backward" in counted.energy("gauss-newton").impossible
 
 
-def test_a_search_with_the_price_of_all_pairs_costs_what_they_cost():
-    states = costs.pairs(4)
-    passes = costs.visits(states).sum() / 4
-    found = costs.searched(SHAPE, TIMINGS, passes, 5)
-    assert found.seconds == pytest.approx(costs.measured(SHAPE, TIMINGS, states, 5).seconds)
+def test_a_search_costs_the_share_of_all_pairs_that_its_passes_are():
+    counted = prices()
+    pairs = counted.energy("pairwise").seconds
+    counted.config = counted.config.replace(effort="3")
+    three = counted.energy("refined").seconds
+    counted.config = counted.config.replace(effort="6")
+    assert counted.energy("refined").seconds == pytest.approx(2 * three)
+    assert three < pairs
+    counted.config = counted.config.replace(effort="2min")
+    assert counted.energy("refined").seconds == 120
 
 
 def test_where_streams_do_not_fit_the_disk_sets_the_pace():
-    slow = dataclasses.replace(TIMINGS, reading=1e6)
-    little = dataclasses.replace(SHAPE, streamed=True, allowed=1)
-    states = costs.pairs(4)
-    streams = 5 * 16 * (len(states) + 3) * 8
-    sweeps = streams  # One byte of room each.
-    reading = 1e6 * SHAPE.weights
-    found = costs.measured(little, slow, states, 5)
-    assert found.seconds == pytest.approx(sweeps * reading + reading)
-    much = dataclasses.replace(SHAPE, streamed=True)
-    quick = costs.measured(much, dataclasses.replace(TIMINGS, reading=0.0), states, 5)
-    assert quick.seconds == costs.measured(SHAPE, TIMINGS, states, 5).seconds
-    assert quick.memory == much.allowed
+    states = removals(4)
+    timings = Timings((1.0,) * 4, 4.0, 1e6, prices().parts)
+    # One byte of room each.
+    sweeps = 5 * LENGTH * (len(states) + 1) * 8
+    slow = prices(streamed=True, room=1, timings=timings)
+    assert slow.energy("pairwise").seconds == (sweeps + 1) * 1e6 * slow.weights
+    quick = prices(streamed=True, room=10**9, timings=Timings((1.0,) * 4, 4.0, 0.0, timings.parts))
+    assert quick.energy("pairwise").seconds == prices().energy("pairwise").seconds
+    assert quick.energy("pairwise").memory == quick.memory.total
+    # Gradients read every block twice, and run it once more.
+    once = prices(streamed=True, room=10**9).energy("fisher").seconds
+    assert once == pytest.approx(5 * LENGTH * (12 + 4) + 0.1 * 60)
 
 
-def test_some_blocks_are_those_of_the_whole_model(llama):
-    model, store, _ = open_model(llama, dtype=torch.float32, device=torch.device("cpu"))
+def test_a_few_blocks_are_those_of_the_whole_model(llama):
+    model, store, _ = open_model(llama, dtype=torch.float32, device=CPU)
     for part in (EMBED, 0, 3, HEAD):
         store.keep(part)
-    some = SomeBlocks(model, store, [0, 3])
-    loaded = load(llama, dtype="float32", device="cpu").model
-    whole = Replay(loaded, stack_modules(loaded, find_stack(loaded)))
+    few, every = only(model, [0, 3], CPU), whole(llama)
     ids = torch.arange(10, 22).view(2, 6)
     with torch.inference_mode():
-        a, b = some.record(ids), whole.record(ids)
-        torch.testing.assert_close(a.entered, b.entered, rtol=0, atol=0)
+        a, b = few.record(ids), every.record(ids)
+        assert torch.equal(a.entered, b.entered)
         for mine, number in ((0, 0), (1, 3)):
-            torch.testing.assert_close(
-                a.block(mine, a.entered), b.block(number, b.entered), rtol=0, atol=0
-            )
-        torch.testing.assert_close(
-            a.logits(a.entered[1], 1), b.logits(b.entered[1], 1), rtol=0, atol=0
-        )
+            assert torch.equal(a.block(mine, a.entered), b.block(number, b.entered))
+        assert torch.equal(a.logits(a.entered[1], 1), b.logits(b.entered[1], 1))
     absent = stack_modules(model, find_stack(model))[1]
     assert all(p.is_meta for p in absent.parameters())
-    assert len(some.first(1)) == 1
+    assert len(only(model, [0], CPU)) == 1
 
 
-def test_timings_are_of_one_call_each(llama):
-    """With a clock that counts, every call takes one second."""
-    ticks = itertools.count()
-    model, store, _ = open_model(llama, dtype=torch.float32, device=torch.device("cpu"))
-    n = len(find_stack(model))
-    found = probe(model, store, 16, 64, attention="sdpa", clock=lambda: float(next(ticks)))
-    assert found.tokens == 64
-    assert found.blocks == (1 / 64,) * n
-    assert found.comparing == found.entering == 1 / 64
-    # A gradient and the head's part of it take as long: so the blocks take nothing.
-    assert found.gradients == 1 / 64
-    assert found.decoding == pytest.approx(n / len(found.probed) + 1)
-    assert set(found.curvature) == {"hessian", "gauss-newton"}
-    assert found.saved_curvature > found.saved_gradients > 0
-    assert found.noise == 1.0
+def test_the_fastest_round_counts():
+    def after(*ticks):
+        times = iter(ticks)
+        return fastest(lambda: None, lambda: next(times), CPU)
 
-
-def test_a_stopwatch_takes_the_fastest_round():
-    times = iter([0, 9, 0, 3, 0, 2, 0, 4])
     # A first call of nine seconds is long: one more round, and no more.
-    assert Stopwatch(torch.device("cpu"), lambda: next(times)).fastest(lambda: None) == 3
-    times = iter([0, 1, 0, 3, 0, 2, 0, 4])
-    watch = Stopwatch(torch.device("cpu"), lambda: next(times))
-    assert watch.fastest(lambda: None) == 2
-    assert watch.noise == 2
+    assert after(0, 9, 0, 3) == 3
+    assert after(0, 0.5, 0, 3, 0, 2) == 2
 
 
 def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, capsys):
@@ -171,25 +195,24 @@ def test_streamed_plans_say_what_needs_the_whole_model(llama):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "remove", "energy", "words"),
+    ("seconds", "remove", "energy", "effort"),
     [
-        ({"refined": 100, "pairwise": 200}, "6", "refined", []),
-        ({"refined": 100, "pairwise": 200}, "", "pairwise", []),
-        ({"refined": 200_000, "pairwise": 100}, "6", "pairwise", []),
-        ({"refined": 100_000, "pairwise": 200_000}, "6", "refined", ["--effort", "7h"]),
-        ({"refined": 1e7, "pairwise": 2e7}, "6", "fisher", []),
-        ({"refined": 1e7, "pairwise": 2e7}, "", "fisher", []),
+        ({"refined": 100, "pairwise": 200}, "6", "refined", ""),
+        ({"refined": 100, "pairwise": 200}, "", "pairwise", ""),
+        ({"refined": 200_000, "pairwise": 100}, "6", "pairwise", ""),
+        ({"refined": 100_000, "pairwise": 200_000}, "6", "refined", "7h"),
+        ({"refined": 1e7, "pairwise": 2e7}, "6", "fisher", ""),
+        ({"refined": 1e7, "pairwise": 2e7}, "", "fisher", ""),
     ],
 )
-def test_advice_is_the_best_that_ends_in_an_evening(seconds, remove, energy, words):
+def test_advice_is_the_best_that_ends_in_an_evening(seconds, remove, energy, effort):
     config = RunConfig(model="a model", remove=remove, length=128, stream="on")
-    found = advice.advise(config, seconds, 600)
-    assert found.energy == energy
+    assert advise(config, seconds, 600)[:2] == (energy, effort)
     start = ["isingcut", "run"] if remove else ["isingcut", "energy"]
     removal = ["--remove", remove] if remove else []
     typed = [*start, "'a model'", *removal, "--length", "128", "--stream", "on"]
-    typed += ["--energy", energy, *words, "--out", "'a model-run'"]
-    assert found.command == " ".join(typed)
+    typed += ["--energy", energy, *(["--effort", effort] if effort else [])]
+    assert command(config, energy, effort) == " ".join([*typed, "--out", "'a model-run'"])
 
 
 def test_impossible_removals_are_refused_in_one_line(llama, capsys, monkeypatch):

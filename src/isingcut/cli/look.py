@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from isingcut.cli.verb import LOOK, Answer, given, verb
@@ -43,7 +44,7 @@ def plan(**options: Any) -> Answer:
     from isingcut.runs.plan import make_plan
 
     found = make_plan(RunConfig(**given(options)).validate())
-    return Answer(found.as_dict(), lambda: show_plan(found), brief=found.command)
+    return Answer(dataclasses.asdict(found), lambda: show_plan(found), brief=found.command)
 
 
 @verb(name="ls", group=LOOK)

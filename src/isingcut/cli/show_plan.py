@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -10,7 +11,8 @@ from isingcut.console import console
 from isingcut.progress import duration
 
 if TYPE_CHECKING:
-    from isingcut.runs.plan import Estimate, Plan
+    from isingcut.runs.plan import Plan
+    from isingcut.runs.prices import Estimate
 
 
 def size(value: float) -> str:
@@ -36,16 +38,9 @@ def show_plan(plan: Plan) -> None:
         f"probed in {duration(plan.probe_seconds)}, one process",
         soft_wrap=True,
     )
-    table = Table(title="energies, each at its number of samples", title_justify="left")
-    _columns(table, "energy")
-    for estimate in plan.energies:
-        _row(table, estimate)
-    screen.print(table)
-    stages = Table(title=f"the other stages, {plan.remove} blocks removed", title_justify="left")
-    _columns(stages, "stage")
-    for estimate in plan.stages:
-        _row(stages, estimate)
-    screen.print(stages)
+    screen.print(_table("energy", "energies, each at its number of samples", plan.energies))
+    rest = f"the other stages, {plan.remove} blocks removed"
+    screen.print(_table("stage", rest, plan.stages))
     screen.print(
         f"recommended: {plan.recommended}, {duration(plan.total(plan.recommended))} in all: "
         f"{plan.why}\n{plan.command}",
@@ -53,16 +48,13 @@ def show_plan(plan: Plan) -> None:
     )
 
 
-def _columns(table: Table, first: str) -> None:
-    table.add_column(first)
+def _table(first: str, title: str, estimates: Sequence[Estimate]) -> Table:
+    table = Table(first, title=title, title_justify="left")
     for name in ("samples", "time", "between", "memory", "disk"):
         table.add_column(name, justify="right")
-
-
-def _row(table: Table, e: Estimate) -> None:
-    samples = str(e.samples) if e.samples else ""
-    if e.impossible:
-        table.add_row(e.name, samples, e.impossible, "", "", "")
-        return
-    between = f"{duration(e.low)} and {duration(e.high)}"
-    table.add_row(e.name, samples, duration(e.seconds), between, size(e.memory), size(e.disk))
+    for e in estimates:
+        between = f"{duration(e.low)} and {duration(e.high)}"
+        figures = (duration(e.seconds), between, size(e.memory), size(e.disk))
+        samples = str(e.samples) if e.samples else ""
+        table.add_row(e.name, samples, *([e.impossible] if e.impossible else figures))
+    return table

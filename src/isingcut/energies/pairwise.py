@@ -18,7 +18,7 @@ import numpy as np
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import states_of
+from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure, standard_error
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -42,19 +42,18 @@ class Pairwise:
         Complexity: about N^3 / 6 block evaluations per sample, plus N (N + 1) / 2 heads.
         """
         n = len(replay)
-        singles = [(i,) for i in range(n)]
-        pairs = list(combinations(range(n), 2))
+        states = removals(n)
         found = measure(
             replay,
             tokens,
-            states_of(n, [*singles, *pairs]),
+            states,
             batch_tokens=work.batch_tokens,
             progress=work.progress,
-            description=f"measuring {len(singles) + len(pairs)} removals",
+            description=f"measuring {len(states)} removals",
             journal=work.journal,
         )
         own = found.kl_sums[:n]  # (N, m)
-        i, j = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        i, j = np.triu_indices(n, 1)
         coupled = found.kl_sums[n:] - own[i] - own[j]  # (pairs, m)
         total = found.counts.sum()
         J = np.zeros((n, n))
@@ -81,3 +80,8 @@ class Pairwise:
             h_error=h_error,
             J_error=J_error,
         )
+
+
+def removals(n: int) -> States:
+    """(n (n + 1) / 2, n) every single removal of n blocks, then every pair, in ascending order."""
+    return states_of(n, [*combinations(range(n), 1), *combinations(range(n), 2)])

@@ -78,7 +78,7 @@ class Replay:
         return {
             "model": config.to_dict() if config is not None else None,
             # Of every parameter: a fine-tune may share its first ones with its base.
-            "starts": [p.flatten()[:8].float().tolist() for p in parameters],
+            "starts": [p.flatten()[:8].float().tolist() for p in parameters if not p.is_meta],
             "dtype": str(parameters[0].dtype),
             **({"attention": self.attention} if self.attention else {}),
         }

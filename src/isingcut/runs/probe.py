@@ -1,75 +1,75 @@
 """A few of a model's own blocks, timed: what every measurement of it is made of.
 
-Only these blocks, the input embedding and the output head are read from the checkpoint, so that
-a model that is far larger than memory can be probed in seconds.
+Only these blocks, the embedding and the output head are read from the checkpoint, so that a model
+far larger than memory is probed in seconds. Every measurement runs on a few blocks, on half of
+them and on one: what it grows by belongs to the blocks, the rest to the head and what is done once.
 """
 
 from __future__ import annotations
 
-import functools
+import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from scipy.optimize import nnls
+from torch import nn
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.measure import curvature, gradients
-from isingcut.measure.loss_gradient import loss_gradient
-from isingcut.models.architectures import find_stack, text_config
-from isingcut.models.compute import tuning
-from isingcut.models.compute.attention import chosen_attention
-from isingcut.models.compute.head import OutputHead, comparison
-from isingcut.models.replay import Recording, Replay, reuse_freed_memory
-from isingcut.models.streaming.plan import EMBED, HEAD
+from isingcut.ising.states import Floats
+from isingcut.measure.curvature import KINDS, gate_curvature
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
+from isingcut.models.architectures import find_stack, stack_modules, text_config
+from isingcut.models.compute.tuning import few_threads, kept_bytes, tune
+from isingcut.models.replay import Replay
+from isingcut.models.streaming.plan import EMBED, HEAD, Copied
 from isingcut.models.streaming.store import Store
-from isingcut.runs.some_blocks import SomeBlocks, choose, forget_cached
 
-ROUNDS = 3
-# Slower blocks are timed on no more tokens than one sample.
-_SLOW_SECONDS = 0.25
-_LONG_SECONDS = 2.0
+# At most so many blocks that weigh no more than that; but one of every kind.
+_BLOCKS, _ENOUGH_BYTES = 6, 1 << 30
+_ROUNDS = 2
+# A call that takes longer is timed once, and slower blocks on one sample only.
+_LONG_SECONDS, _SLOW_SECONDS = 1.0, 0.25
+_SEQUENCE = 128
+_STATES = 4
+
+
+class Part(NamedTuple):
+    """What a measurement takes of each token: in the head and once, and in all N blocks."""
+
+    once: float
+    blocks: float
+
+    @property
+    def whole(self) -> float:
+        """Both."""
+        return self.once + self.blocks
 
 
 @dataclass(frozen=True)
 class Timings:
-    """What the parts of one model cost on this machine.
+    """What the parts of a model of N blocks cost on this machine.
 
     Attributes:
-        blocks: seconds per token of a forward pass, of each of the N blocks.
-        entering: seconds per token of the embedding and of all that is done once per text.
-        comparing: seconds per token of one state's output head and KL.
-        gradients: seconds per token of the gradients of all N gates.
-        curvature: by kind, seconds per token of the whole matrix; absent where the model cannot
-            be differentiated twice.
-        decoding: seconds of one token with nothing beside it, through all blocks and the head.
+        latency: (N,) seconds of each block for one sequence of up to 128 tokens.
+        word: seconds of all blocks for a single token.
         reading: seconds per byte of weights in memory, read from disk and converted.
-        saved_gradients: bytes per token that the backward pass through all blocks keeps.
-        saved_curvature: the same of the double backward pass.
-        noise: the slowest over the fastest of the timed rounds, the median of all that was timed.
-        tokens: timed at a time.
-        probed: the blocks that were run.
-        attention: the implementation that was timed; None for the loaded one.
+        parts: seconds a token of a ``forward`` pass, of one more ``state`` after it, of all
+            ``gradients``, of a ``hessian`` and a ``gauss-newton`` matrix; bytes a token that the
+            graphs of the gradients keep, ``saved``, and those of a matrix, ``saved twice``.
+            Nothing of matrices where a model cannot be differentiated twice.
     """
 
-    blocks: tuple[float, ...]
-    entering: float
-    comparing: float
-    gradients: float
-    curvature: dict[str, float]
-    decoding: float
+    latency: tuple[float, ...]
+    word: float
     reading: float
-    saved_gradients: int
-    saved_curvature: int
-    noise: float
-    tokens: int
-    probed: tuple[int, ...]
-    attention: str | None
+    parts: dict[str, Part]
 
 
 def probe(
@@ -82,7 +82,7 @@ def probe(
     twice: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Time a few blocks, the head and the disk.
+    """Time a few blocks, the head and the disk; the model's other blocks do nothing afterwards.
 
     Args:
         model, store: as `isingcut.models.streaming.replay.open_model` gives them.
@@ -95,211 +95,149 @@ def probe(
     Raises:
         ArchitectureError: the blocks cannot be run one at a time.
     """
-    reuse_freed_memory()
-    n = len(find_stack(model))
-    chosen = choose(store, n)
-    forget_cached(store, chosen)
+    kinds = [store.like(i) for i in range(len(find_stack(model)))]
+    n, chosen = len(kinds), _choose(store, kinds, least=3 if twice else 2)
+    _forget_cached(store, chosen)
     reading = sum(store.keep(i) for i in chosen) / sum(store.size(i) for i in chosen)
     for part in (EMBED, HEAD):
         store.keep(part)
-    replay = SomeBlocks(model, store, chosen)
+    few = only(model, chosen, store.device)
     # What some kinds keep grows with the number of blocks: as many as the model has.
-    whole = n * batch_tokens // len(chosen)
-    how = tuning.tune(replay, length, attention=attention, batch_tokens=whole, memory=0)
-    replay.attention = how.attention
-    watch = Stopwatch(replay.device, clock)
-    with tuning.few_threads(how.threads):
-        with chosen_attention(replay):
-            found = _timed(replay, length, batch_tokens, reading, watch)
-        # Double backward passes take PyTorch's plain attention, whatever was chosen.
-        return _with_curvature(found, replay, length, watch) if twice else found
+    whole = n * batch_tokens // len(few)
+    how = tune(few, length, attention=attention, batch_tokens=whole, memory=0)
+
+    def by_kind(tokens: int) -> list[float]:
+        seconds = dict[Any, list[float]]()
+        for i, one in zip(chosen, few.latency(tokens), strict=True):
+            seconds.setdefault(kinds[i], []).append(one)
+        return [statistics.mean(seconds[kind]) for kind in kinds]
+
+    with few_threads(how.threads):
+        latency, word = by_kind(min(_SEQUENCE, length)), sum(by_kind(1))
+        rows = 1 if max(latency) > _SLOW_SECONDS else max(1, batch_tokens // length)
+        batch = random_text(model, rows, length)
+        found, sizes = [], []
+        for count in sorted({len(chosen), (len(chosen) + 1) // 2, 1}, reverse=True):
+            part = only(model, chosen[:count], store.device)
+            part.attention = how.attention
+            found.append(_costs(part, batch, twice, clock))
+            sizes.append((1.0, sum(latency[i] for i in chosen[:count]) / sum(latency), count))
+    return Timings(tuple(latency), word, reading, _grown(found, np.array(sizes), n))
 
 
-class Stopwatch:
-    """Times calls: once to warm up, then the fastest of a few rounds; and how much they differ."""
+def _grown(found: Sequence[dict[str, float]], sizes: Floats, n: int) -> dict[str, Part]:
+    """What the whole model takes, from what parts of it took.
 
-    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
-        self._device, self._clock = device, clock
-        self._ratios: list[float] = []
+    Args:
+        sizes: (S, 3): one, the share of the blocks' time that is in the part, and its blocks.
 
-    @property
-    def noise(self) -> float:
-        """The slowest over the fastest round, the median of all calls."""
-        return statistics.median(self._ratios) if self._ratios else 1.0
-
-    def fastest(self, run: Callable[[], object]) -> float:
-        """Seconds of one call."""
-        first = self._seconds(run)
-        rounds = [self._seconds(run) for _ in range(ROUNDS if first < _LONG_SECONDS else 1)]
-        if len(rounds) > 1:
-            self._ratios.append(max(rounds) / max(1e-9, min(rounds)))
-        return min(rounds)
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        self._wait()
-        began = self._clock()
-        run()
-        self._wait()
-        return self._clock() - began
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-def _timed(
-    replay: SomeBlocks,
-    length: int,
-    batch_tokens: int,
-    reading: float,
-    watch: Stopwatch,
-) -> Timings:
-    one = _text(replay, 1, length)
-    with torch.inference_mode():
-        recording = replay.record(one.input_ids)
-        slow = watch.fastest(lambda: _through(replay, recording)) > _SLOW_SECONDS * len(replay)
-        batch = one if slow else _text(replay, max(1, batch_tokens // length), length)
-        tokens = int(batch.input_ids.numel())
-        recording = replay.record(batch.input_ids)
-        blocks, scale = _blocks(replay, watch, recording, tokens)
-        entering = watch.fastest(lambda: replay.record(batch.input_ids))
-        head = OutputHead(replay)
-        original = comparison(head, recording, recording.entered, batch)
-        comparing = watch.fastest(lambda: original.compare(recording.entered))
-        word = replay.record(batch.input_ids[:1, :1])
-        decoding = scale * watch.fastest(lambda: _through(replay, word))
-        decoding += watch.fastest(lambda: word.logits(word.entered[0], 0))
-    once_through = functools.partial(gradients._batch_rows, replay, head, one, "sublayer", None)
-    saved_once = _kept_bytes(replay, once_through)
-    whole = watch.fastest(lambda: gradients._batch_rows(replay, head, batch, "sublayer", None))
-    with torch.no_grad():
-        recording = replay.record(batch.input_ids)
-    once = watch.fastest(lambda: loss_gradient(recording, recording.entered, batch, None, head))
-    return Timings(
-        blocks=blocks,
-        entering=entering / tokens,
-        comparing=comparing / tokens,
-        gradients=(once + max(0.0, whole - once) * scale) / tokens,
-        curvature={},
-        decoding=decoding,
-        reading=reading,
-        saved_gradients=int(saved_once * scale / length),
-        saved_curvature=0,
-        noise=watch.noise,
-        tokens=tokens,
-        probed=tuple(replay.chosen),
-        attention=replay.attention,
-    )
-
-
-def _blocks(
-    replay: SomeBlocks, watch: Stopwatch, recording: Recording, tokens: int
-) -> tuple[tuple[float, ...], float]:
-    """Seconds per token of each of the N blocks, and all of them in units of the timed ones."""
-    stream = recording.entered
-    of_kind: dict[Any, list[float]] = {}
-    for i, number in enumerate(replay.chosen):
-        seconds = watch.fastest(functools.partial(recording.block, i, stream))
-        of_kind.setdefault(replay.kinds[number], []).append(seconds / tokens)
-    blocks = tuple(statistics.mean(of_kind[kind]) for kind in replay.kinds)
-    return blocks, sum(blocks) / sum(map(sum, of_kind.values()))
-
-
-def _with_curvature(found: Timings, replay: SomeBlocks, length: int, watch: Stopwatch) -> Timings:
-    """The same, with what second derivatives take; without where the model has none."""
-    one, head = _text(replay, 1, length), OutputHead(replay)
-    scale = sum(found.blocks) / sum(found.blocks[i] for i in replay.chosen)
-    with torch.no_grad():
-        recording = replay.record(one.input_ids)
-    through = functools.partial(
-        curvature._through_blocks, replay, head, recording, one, "hessian", "sublayer"
-    )
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            saved = int(_kept_bytes(replay, through) * scale / length)
-        double = {
-            kind: _curvature(replay, head, watch, one, kind, scale) / length
-            for kind in curvature.KINDS
-        }
-    except (ArchitectureError, RuntimeError):
-        return found
-    return replace(found, curvature=double, saved_curvature=saved, noise=watch.noise)
-
-
-def _curvature(
-    replay: SomeBlocks,
-    head: OutputHead,
-    watch: Stopwatch,
-    one: TokenSet,
-    kind: str,
-    scale: float,
-) -> float:
-    """Seconds of one sample's matrix over all blocks.
-
-    A row costs one double backward pass through the blocks, whose number it grows with, and one
-    through the head: two numbers of blocks give both terms.
+    A matrix has a row for each block, and each row goes through the head and through all blocks.
     """
-    counts = sorted({max(1, len(replay) // 2), len(replay)})
-    blocks: list[float] = []
-    heads: list[float] = []
-    with torch.no_grad():
-        recording = replay.record(one.input_ids)
-    with sdpa_kernel(SDPBackend.MATH):
-        once = watch.fastest(lambda: loss_gradient(recording, recording.entered, one, None, head))
-        for count in counts:
-            part = replay.first(count)
-            with torch.no_grad():
-                recording = part.record(one.input_ids)
-            run = functools.partial(
-                curvature._through_blocks, part, head, recording, one, kind, "sublayer"
-            )
-            _, _, tangents, stream = run()
-            blocks.append(max(0.0, watch.fastest(run) - once))
-            heads.append(
-                watch.fastest(
-                    functools.partial(
-                        curvature._through_head,
-                        *(recording, one, 0, stream[0], tangents[:, 0], kind),
-                    )
-                )
-            )
-    n = scale * len(replay)
-    if len(counts) == 1:
-        return once + blocks[0] * n**2 + heads[0] * n
-    few, all_ = counts
-    bent = max(0.0, (blocks[1] / all_ - blocks[0] / few) / (all_ - few))
-    straight = max(0.0, blocks[1] / all_ - bent * all_)
-    row = max(0.0, (heads[1] - heads[0]) / (all_ - few))
-    first = max(0.0, heads[1] - row * all_)
-    return once + straight * n + bent * n**2 + first + row * n
+    parts = {}
+    one, share, count = sizes.T
+    for name in set.intersection(*map(set, found)):
+        values = np.array([costs[name] for costs in found])
+        if name in KINDS:
+            once, row, blocks = nnls(np.stack([one, count, count * share], 1), values)[0]
+            parts[name] = Part(once + n * row, n * blocks)
+        else:
+            parts[name] = Part(*nnls(np.stack([one, share], 1), values)[0])
+    return parts
 
 
-def _kept_bytes(replay: SomeBlocks, run: Callable[[], object]) -> int:
-    """Bytes that the graphs of a backward pass keep, beside the weights."""
-    kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in replay.model.parameters() if not p.is_meta}
+def only(model: Any, chosen: Sequence[int], device: torch.device) -> Replay:
+    """A few blocks of a model; from now on its other blocks hand on the stream they are given."""
+    every = stack_modules(model, find_stack(model))
+    rest: list[Any] = [None]
 
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
+    def learn(module: nn.Module, args: Any, output: Any) -> None:
+        rest[0] = output[1:] if isinstance(output, tuple) else None
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        found = run()
-    del found
-    return sum(kept.values())
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+        return stream if rest[0] is None else (stream, *rest[0])
+
+    for i, block in enumerate(every):
+        if i in chosen:
+            block.register_forward_hook(learn)
+        else:
+            block.__dict__["forward"] = hand_on
+    return Replay(model.requires_grad_(False), [every[i] for i in chosen], device)
 
 
-def _text(replay: Replay, rows: int, length: int) -> TokenSet:
+def random_text(model: Any, rows: int, length: int) -> TokenSet:
     """Words drawn at random, so that routers of experts spread them as a text's."""
-    words = int(text_config(replay.model).vocab_size)
+    words = int(text_config(model).vocab_size)
     ids = torch.randint(0, words, (rows, length), generator=torch.Generator().manual_seed(0))
     return TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(rows))
 
 
-def _through(replay: Replay, recording: Recording) -> Tensor:
-    stream = recording.entered
-    for i in range(len(replay)):
-        stream = recording.block(i, stream)
-    return stream
+def _costs(
+    replay: Replay, batch: TokenSet, twice: bool, clock: Callable[[], float]
+) -> dict[str, float]:
+    """What measuring a micro-batch takes on these blocks, as in `Timings.parts`."""
+    tokens, first = int(batch.input_ids.numel()), batch.select([0])
+    length = int(first.input_ids.numel())
+
+    def states(count: int) -> Callable[[], object]:
+        # All like the original: they take no more than their output heads.
+        same = np.zeros((count, len(replay)), dtype=bool)
+        return lambda: measure(replay, batch, same, batch_tokens=tokens)
+
+    def gradients(of: TokenSet) -> Callable[[], object]:
+        return lambda: gate_gradients(replay, of, batch_tokens=tokens)
+
+    def matrix(kind: str) -> Callable[[], object]:
+        return lambda: gate_curvature(replay, first, kind, batch_tokens=length)
+
+    def seconds(run: Callable[[], object]) -> float:
+        return fastest(run, clock, replay.device)
+
+    forward = seconds(states(0)) / tokens
+    found = {
+        "forward": forward,
+        "state": max(0.0, seconds(states(_STATES)) / tokens - forward) / _STATES,
+        "gradients": seconds(gradients(batch)) / tokens,
+        "saved": kept_bytes(replay.model, gradients(first)) / length,
+    }
+    if not twice:
+        return found
+    try:
+        for kind in KINDS:
+            found[kind] = seconds(matrix(kind)) / length
+        found["saved twice"] = kept_bytes(replay.model, matrix("hessian")) / length
+    except (ArchitectureError, RuntimeError):
+        return {name: value for name, value in found.items() if name not in KINDS}
+    return found
+
+
+def fastest(run: Callable[[], object], clock: Callable[[], float], device: torch.device) -> float:
+    """Seconds of a call: what else a machine does only ever adds."""
+
+    def seconds() -> float:
+        began = clock()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - began
+
+    # The first one warms up.
+    first = seconds()
+    return min(seconds() for _ in range(_ROUNDS if first < _LONG_SECONDS else 1))
+
+
+def _choose(store: Store, kinds: Sequence[object], least: int) -> list[int]:
+    """The first block, one of every kind, and a few more spread over the model."""
+    most = max(least, min(_BLOCKS, _ENOUGH_BYTES // store.largest))
+    spread = {round(k * (len(kinds) - 1) / (most - 1)) for k in range(most)}
+    return sorted({kinds.index(kind) for kind in kinds} | spread)
+
+
+def _forget_cached(store: Store, blocks: Sequence[int]) -> None:
+    """Take the blocks' bytes out of the system's cache: reading shall be timed from the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for step in (step for i in blocks for step in store.reader.plans[i].steps):
+        for source in [step.source] if isinstance(step, Copied) else [s for _, s in step.sources]:
+            with source.file.open("rb") as f:
+                os.posix_fadvise(f.fileno(), source.start, source.size, os.POSIX_FADV_DONTNEED)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures import text_config
@@ -236,8 +236,18 @@ def _batch(
 
 def _saved_bytes(replay: Replay, attention: str | None, length: int) -> int:
     """Bytes per token that a backward pass through all blocks keeps."""
+    # One sample.
+    recording, some = _recorded(replay, attention, length, length), _some_blocks(replay)
+    with chosen_attention(replay, attention):
+        entered = recording.entered.detach().requires_grad_(True)
+        saved = kept_bytes(replay.model, lambda: _through(recording, some, entered))
+    return saved * len(replay) // (len(some) * length)
+
+
+def kept_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    """Bytes that the graphs of a call's backward passes keep, beside the model's weights."""
     kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in replay.model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.is_meta}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -245,15 +255,10 @@ def _saved_bytes(replay: Replay, attention: str | None, length: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    # One sample.
-    recording, some = _recorded(replay, attention, length, length), _some_blocks(replay)
-    with (
-        chosen_attention(replay, attention),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-    ):
-        alive = _through(recording, some, recording.entered.detach().requires_grad_(True))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        alive = run()
     del alive
-    return sum(kept.values()) * len(replay) // (len(some) * length)
+    return sum(kept.values())
 
 
 def _element(replay: Replay) -> int:
