@@ -1,6 +1,5 @@
 """Baselines against direct computations on models whose blocks were really removed."""
 
-import copy
 import math
 from itertools import combinations
 
@@ -24,10 +23,10 @@ from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.work import Work
-from isingcut.models.architectures import cut_model, find_stack, stack_modules
+from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from journals import count_rows, keep_rows
-from tiny import tiny_model
+from tiny import tiny_model, without
 
 WORK = Work(batch_tokens=30)
 SMALL = {
@@ -53,7 +52,7 @@ def part(name: str):
 
 def streams(replay, tokens, removed=()):
     """The stream at each boundary, unpadded, sample by sample, by hooks on the whole model."""
-    model = cut_model(copy.deepcopy(replay.model), list(removed)) if removed else replay.model
+    model = without(replay.model, removed) if removed else replay.model
     found = []
     blocks = stack_modules(model, find_stack(model))
     for s in range(tokens.samples):

@@ -15,7 +15,6 @@ from isingcut.errors import (
     OutputExistsError,
     VerificationError,
 )
-from isingcut.models.architectures import cut_model
 from isingcut.models.cutting.checkpoint import excise, verify
 from tiny import tiny_checkpoint, tiny_model
 
@@ -171,10 +170,11 @@ def test_invented_tensors_are_noticed(source, tmp_path):
 
 def test_wrong_layer_numbers_break_cached_generation_and_are_noticed(source, tmp_path):
     """What peers get wrong: blocks deleted, their numbers left behind."""
-    from isingcut.models.cutting.verify import check_generation, random_tokens
+    from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 
     model = tiny_model("llama")
-    good = cut_model(tiny_model("llama"), [0, 2])
+    excise(source, [0, 2], tmp_path / "out")
+    good = reload(tmp_path / "out", dtype=model.dtype)
     tokens = random_tokens(model, 2, 12, 0)
     check_generation(good, tokens, 6, "good")
     del model.model.layers[2], model.model.layers[0]

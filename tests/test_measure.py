@@ -1,6 +1,5 @@
 """Measured losses against removing the blocks for real; the pair energy made of them."""
 
-import copy
 from itertools import combinations
 
 import numpy as np
@@ -13,10 +12,10 @@ from isingcut.energies.pairwise import Pairwise
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, standard_error
 from isingcut.measure.work import Work
-from isingcut.models.architectures import cut_model, find_stack, stack_modules
+from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from journals import count_rows, keep_rows
-from tiny import tiny_model
+from tiny import tiny_model, without
 
 
 def make(family: str) -> Replay:
@@ -31,7 +30,7 @@ def samples() -> TokenSet:
 
 def really_removed(replay: Replay, tokens: TokenSet, removed: list[int]) -> tuple[float, float]:
     """Mean KL and NLL per token of a deep copy of the model that lost the blocks."""
-    cut = cut_model(copy.deepcopy(replay.model), removed)
+    cut = without(replay.model, removed)
     kl = nll = 0.0
     count = 0
     for s in range(tokens.samples):

@@ -14,9 +14,9 @@ from isingcut.baselines import registry
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.work import Work
-from isingcut.models.architectures import cut_model, find_stack, stack_modules
+from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
-from tiny import tiny_model
+from tiny import tiny_model, without
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -47,7 +47,7 @@ def really_merged(replay, groups):
         for name, weight in weights.items():
             weights[name] = weight + sum(blocks[k].state_dict()[name] - weight for k in others)
         blocks[base].load_state_dict(weights)
-    return cut_model(model, sorted(k for _, *others in groups for k in others))
+    return without(model, sorted(k for _, *others in groups for k in others))
 
 
 def each(tokens):

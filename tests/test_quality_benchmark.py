@@ -1,6 +1,5 @@
 """The quality benchmark on a tiny model: every part against a direct computation."""
 
-import copy
 import json
 import random
 import sys
@@ -15,8 +14,8 @@ from isingcut.errors import InputError, IsingcutError
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.architectures import cut_model
 from isingcut.testing.tiny import tiny_tokenizer
+from tiny import without
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -267,8 +266,7 @@ def test_scores_are_those_of_the_cut_model_on_one_row_at_a_time(finished):
         bench.replay, rows, states_of(bench.n, states), Work(batch_tokens=64)
     )
     for s, removed in enumerate(states):
-        whole = copy.deepcopy(bench.loaded.model)
-        model = cut_model(whole, list(removed)) if removed else whole
+        model = without(bench.loaded.model, removed)
         for r, (ids, counted) in enumerate(rows):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
-__all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer"]
+__all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer", "without"]
+
+
+def without(model: Any, removed: Sequence[int]) -> Any:
+    """A copy of a model whose blocks are really gone; for forward passes without a cache."""
+    cut = copy.deepcopy(model)
+    stack = find_stack(cut)
+    blocks = stack_modules(cut, stack)
+    kept = [i for i in range(len(stack)) if i not in set(removed)]
+    parent, _, name = stack.path.rpartition(".")
+    setattr(cut.get_submodule(parent), name, nn.ModuleList(blocks[i] for i in kept))
+    for key, value in list(vars(cut.config).items()):
+        if isinstance(value, list) and len(value) == len(stack):
+            setattr(cut.config, key, [value[i] for i in kept])
+    cut.config.num_hidden_layers = len(kept)
+    return cut

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures.live import stop_rescaling
+from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.processes import ALONE, Processes
 
 

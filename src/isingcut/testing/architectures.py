@@ -2,14 +2,13 @@
 
 For one family: its blocks are found (also on the meta device), replayed blocks give a forward
 pass, gate gradients agree with autograd and with finite differences, and several random legal
-states, with the first and the last block among them, are cut in memory and at the checkpoint,
-reloaded with plain transformers and compared with the original with those blocks skipped.
+states, with the first and the last block among them, are cut at the checkpoint, reloaded with
+plain transformers and compared with the original with those blocks skipped.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +24,12 @@ from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.ising.states import blocks_of
 from isingcut.models.architectures import (
     BlockStack,
-    cut_model,
     find_stack,
     legality,
     skipped,
     stack_modules,
 )
-from isingcut.models.architectures.live import stop_rescaling
+from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
 from isingcut.models.loading import quiet_transformers
@@ -110,8 +108,6 @@ def _check(
         out = folder / f"cut{number}"
         excise(source, removed, out, max_shard_bytes=60_000)
         worst = max(worst, verify(model, removed, out))
-        saved = folder / f"memory{number}"
-        worst = max(worst, _in_memory(model, stack, removed, tokens, saved))
     return FamilyReport(
         family,
         "refused" if reason else "passed",
@@ -174,20 +170,6 @@ def _replay_is_forward(
         worst = max(worst, relative_difference(expected, torch.stack(rows)))
     assert worst <= _TOLERANCE, f"replay differs from a forward pass by {worst:.1e}"
     return worst
-
-
-def _in_memory(
-    model: Any, stack: BlockStack, removed: list[int], tokens: torch.Tensor, folder: Path
-) -> float:
-    """`cut_model` computes the same, and so does what it saves."""
-    cut: Any = cut_model(copy.deepcopy(model), removed)
-    with torch.no_grad():
-        with skipped(model, stack, removed):
-            expected = model(tokens, use_cache=False).logits
-        difference = relative_difference(expected, cut(tokens, use_cache=False).logits)
-    assert difference <= _TOLERANCE, f"cut in memory without {removed}: {difference:.1e}"
-    cut.save_pretrained(folder)
-    return max(difference, verify(model, removed, folder))
 
 
 def _counted(kinds: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Find the blocks of a decoder and cut them, in memory or in its configuration.
+"""Find the blocks of a decoder, and cut them out of its configuration.
 
 Names are loaded on first use, so that the data classes come without torch.
 """
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isingcut.models.architectures.base import Block, BlockStack
     from isingcut.models.architectures.discover import find_stack, stack_modules, text_config
-    from isingcut.models.architectures.live import cut_model
     from isingcut.models.architectures.skip import skipped
     from isingcut.models.architectures.surgery import cut_config, legality
 
@@ -19,7 +18,6 @@ __all__ = [
     "Block",
     "BlockStack",
     "cut_config",
-    "cut_model",
     "find_stack",
     "legality",
     "skipped",
@@ -31,7 +29,6 @@ _HOMES = {
     "Block": "base",
     "BlockStack": "base",
     "cut_config": "surgery",
-    "cut_model": "live",
     "find_stack": "discover",
     "legality": "surgery",
     "skipped": "skip",

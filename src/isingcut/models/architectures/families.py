@@ -1,8 +1,8 @@
 """The few families that need more than the table in `fields`.
 
 A family may write out what a period stands for before the table is applied, set what follows
-from the kept blocks afterwards, forbid states with linear rows for the solver, and finish a
-model in memory. Families are found by the fields they use, or by model type.
+from the kept blocks afterwards, forbid states with linear rows for the solver, and compute what
+happens between its blocks otherwise. Families are found by the fields they use, or by model type.
 """
 
 from __future__ import annotations
@@ -184,3 +184,22 @@ def _unit(n: int, indices: list[int]) -> NDArray[np.float64]:
     row = np.zeros(n)
     row[indices] = 1.0
     return row
+
+
+def stop_rescaling(model: Any) -> None:
+    """Let RWKV compute without halving the stream every few blocks, from now on.
+
+    The halving keeps half precision in range and is neutral but for the epsilon in the norms;
+    it happens between the blocks, so blocks that are run one at a time would miss it.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "rescale_every", None):
+        return
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            # Weights are halved by block number for inference; training takes that back.
+            training = module.training
+            module.train(True)
+            module._rescale_layers()
+            module.train(training)
+    config.rescale_every = 0

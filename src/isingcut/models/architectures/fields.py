@@ -286,12 +286,3 @@ DEPTH_SHAPED = {
         DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
     ),
 }
-
-# Attributes of modules that hold the block's own number.
-LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
-
-# Attributes of modules that hold the number of leading blocks of one sort.
-PREFIX_ATTRIBUTES = ("first_kv_shared_layer_idx",)
-
-# Attributes of modules that map block numbers to something.
-LAYER_MAP_ATTRIBUTES = ("layer_dic",)

@@ -10,7 +10,7 @@ import torch
 
 from isingcut.errors import VerificationError
 from isingcut.models.architectures import find_stack, skipped, text_config
-from isingcut.models.architectures.live import stop_rescaling
+from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import quiet_transformers
 

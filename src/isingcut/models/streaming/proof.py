@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.models.architectures import find_stack, skipped
-from isingcut.models.architectures.live import stop_rescaling
+from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.verify import random_tokens, relative_difference, tolerance
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.streaming.plan import EMBED, HEAD
