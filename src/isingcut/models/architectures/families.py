@@ -192,7 +192,7 @@ def stop_rescaling(model: Any) -> None:
     The halving keeps half precision in range and is neutral but for the epsilon in the norms;
     it happens between the blocks, so blocks that are run one at a time would miss it.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "rescale_every", None):
         return
     for module in model.modules():
