@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,29 +105,12 @@ def _write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str,
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         f.flush()
-        for run in _runs(ordered):
-            if isinstance(run, NewTensor):
-                _write_sliced(f.fileno(), run)
+        for tensor in ordered:
+            if tensor.axis is None:
+                source = tensor.source
+                copy_bytes(f.fileno(), source.file, source.start, source.size)
             else:
-                copy_bytes(f.fileno(), *run)
-
-
-def _runs(tensors: Sequence[NewTensor]) -> Iterator[NewTensor | tuple[Path, int, int]]:
-    """Neighbouring whole tensors joined to one extent (file, start, size); sliced ones alone."""
-    file, start, size = Path(), 0, 0
-    for tensor in tensors:
-        source = tensor.source
-        if tensor.axis is None and source.file == file and source.start == start + size:
-            size += source.size
-            continue
-        if size:
-            yield file, start, size
-        file, start, size = source.file, source.start, source.size
-        if tensor.axis is not None:
-            yield tensor
-            file, start, size = Path(), 0, 0
-    if size:
-        yield file, start, size
+                _write_sliced(f.fileno(), tensor)
 
 
 def copy_bytes(target: int, file: Path, start: int, size: int) -> None:
