@@ -26,7 +26,6 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute.tuning import tune
 from isingcut.models.replay import Replay
 from isingcut.models.sources import resolve
-from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
 from isingcut.runs.plan import make_plan
 
