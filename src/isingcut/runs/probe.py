@@ -118,9 +118,9 @@ def probe(
         batch = random_text(model, rows, length)
         found, sizes = [], []
         for count in sorted({len(chosen), (len(chosen) + 1) // 2, 1}, reverse=True):
-            part = only(model, chosen[:count], store.device)
-            part.attention = how.attention
-            found.append(_costs(part, batch, twice, clock))
+            fewer = only(model, chosen[:count], store.device)
+            fewer.attention = how.attention
+            found.append(_costs(fewer, batch, twice, clock))
             sizes.append((1.0, sum(latency[i] for i in chosen[:count]) / sum(latency), count))
     return Timings(tuple(latency), word, reading, _grown(found, np.array(sizes), n))
 
