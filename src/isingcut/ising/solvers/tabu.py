@@ -21,7 +21,6 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._reduced import Reduced, reduce
 from isingcut.ising.solvers._swaps import walk
 from isingcut.ising.solvers.base import Solution
-from isingcut.ising.states import Floats
 
 __all__ = ["Tabu"]
 
@@ -51,7 +50,7 @@ class Tabu:
         if self.restarts < 0 or self.steps < 0:
             raise InputError("tabu needs restarts >= 0 and steps >= 0")
         reduced = reduce(problem)
-        _, states, done = search(
+        states, done = search(
             reduced, k, self.restarts, self.steps, self.seed, self.seconds, problem
         )
         return Solution(reduced.expand(states), None, False, {"restarts": done})
@@ -65,8 +64,8 @@ def search(
     seed: int,
     seconds: float | None,
     problem: Problem,
-) -> tuple[Floats, NDArray[np.uint8], int]:
-    """The pool (energies without c, reduced states, restarts done) of a tabu search."""
+) -> tuple[NDArray[np.uint8], int]:
+    """The pool of a tabu search, reduced states (S, V), and the restarts done."""
     n = reduced.n
     pool_energies = np.full(k, np.inf)
     pool = np.zeros((k, n), dtype=np.uint8)
@@ -111,8 +110,7 @@ def search(
         done += 1
         if seconds is not None and time.perf_counter() - began > seconds:
             break
-    found = np.isfinite(pool_energies)
-    return pool_energies[found], pool[found], done
+    return pool[np.isfinite(pool_energies)], done
 
 
 def _perturb(x: NDArray[np.uint8], rng: np.random.Generator) -> None:

@@ -48,7 +48,7 @@ class Search:
         """Fill the pool by tabu search and open one root per number of ones."""
         r = self.reduced
         restarts = 20 if r.count_states() > 1_000_000 else 2
-        _, states, _ = tabu.search(r, self.k, restarts, 0, self.seed, None, problem)
+        states, _ = tabu.search(r, self.k, restarts, 0, self.seed, None, problem)
         self.pool.add(self.energies(states), states)
         for m in range(r.m_low, r.m_high + 1):
             self._push(Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m))
