@@ -99,9 +99,7 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
 @pytest.mark.parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
 def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind, nodes):
     # The pool starts empty: a state that a wrong bound drops is missing from the answer.
-    monkeypatch.setattr(
-        tabu, "search", lambda r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0)
-    )
+    monkeypatch.setattr(tabu, "search", lambda r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0))
     monkeypatch.setattr(_leaves, "ROOT_BUDGET", nodes)
     monkeypatch.setattr(_leaves, "NODE_BUDGET", nodes)
     cap = con.LinearConstraint("cap", np.arange(13) % 4, "<=", 7.0)

@@ -26,6 +26,7 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._sampling import drawn, sampler_class
 from isingcut.ising.states import States
 
+MEMORY_MB = 8000.0
 GRACE_SECONDS = 1.0
 """Beyond the limit: for samplers that end at it by themselves, to hand over what they have."""
 # Python, numpy and dimod are imported before the sampler's time begins.
@@ -69,10 +70,10 @@ def draw_apart(
         return _read_states(folder / STATES, sampler, k, small.n), answer
 
 
-def check_apart(sampler: str, seconds: float | None = None, memory_mb: float = 8000) -> None:
+def check_apart(sampler: str, seconds: float | None) -> None:
     """Raise `InputError` where the name is no sampler that can be imported; none is made."""
     with tempfile.TemporaryDirectory(prefix="isingcut-") as place:
-        _ask(Path(place), sampler, {}, seconds, memory_mb)
+        _ask(Path(place), sampler, {}, seconds, MEMORY_MB)
 
 
 def _ask(

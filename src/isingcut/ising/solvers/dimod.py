@@ -10,7 +10,7 @@ import numpy as np
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._apart import draw_apart
+from isingcut.ising.solvers._apart import MEMORY_MB, draw_apart
 from isingcut.ising.solvers._reduced import reduce
 from isingcut.ising.solvers._sampling import drawn
 from isingcut.ising.solvers.base import NO_CLASS, Solution
@@ -41,7 +41,7 @@ class Dimod:
     reads: int = 100
     seed: int = 0
     seconds: float | None = None
-    memory_mb: float = 8000.0
+    memory_mb: float = MEMORY_MB
     penalty: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,8 +55,15 @@ class Dimod:
         small, wanted = reduced.as_problem(), {"num_reads": self.reads, "seed": self.seed}
         wanted |= self.options
         if isinstance(self.sampler, str):
-            limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb}
-            states, info = draw_apart(small, k, self.sampler, wanted, self.penalty, **limits)
+            states, info = draw_apart(
+                small,
+                k,
+                self.sampler,
+                wanted,
+                self.penalty,
+                seconds=self.seconds,
+                memory_mb=self.memory_mb,
+            )
         else:
             shown = self.sampler if isinstance(self.sampler, type) else type(self.sampler)
             states, info = drawn(small, k, self.sampler, wanted, self.penalty, shown.__name__)
