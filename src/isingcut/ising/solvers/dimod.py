@@ -52,8 +52,8 @@ class Dimod:
         reduced = reduce(problem)
         if not reduced.n:
             return Solution(reduced.expand(np.zeros((1, 0))))
-        small, wanted = reduced.as_problem(), {"num_reads": self.reads, "seed": self.seed}
-        wanted |= self.options
+        small = reduced.as_problem()
+        wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
         if isinstance(self.sampler, str):
             states, info = draw_apart(
                 small,
