@@ -20,7 +20,7 @@ from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._reduced import reduce
 from isingcut.ising.solvers.base import Solution
-from isingcut.ising.solvers.branching.search import Search
+from isingcut.ising.solvers.branching.loop import BranchAndBound
 
 __all__ = ["Exact"]
 
@@ -53,7 +53,7 @@ class Exact:
             raise InputError("exact needs threads >= 0 and a time limit above 0")
         reduced = reduce(problem)
         threads = self.threads or os.cpu_count() or 1
-        search = Search(reduced, k, self.seed, self.memory_mb)
+        search = BranchAndBound(reduced, k, self.seed, self.memory_mb)
         search.warm_start(problem)
         # Our threads fill the cores; BLAS threads of their own would only wait for each other.
         with threadpool_limits(limits=1, user_api="blas"):

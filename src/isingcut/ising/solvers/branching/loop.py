@@ -19,7 +19,7 @@ from isingcut.ising.solvers.branching.relaxation import Relaxation
 from isingcut.ising.states import Floats
 
 
-class Search:
+class BranchAndBound:
     """State shared by the threads; all energies are divided by ``scale`` and lack ``reduced.c``."""
 
     def __init__(self, reduced: Reduced, k: int, seed: int, memory_mb: float) -> None:
