@@ -55,6 +55,7 @@ class Journal:
         fits: whether a row can be one of this measurement's, by its key and its shape.
 
     Raises:
+        InputError: the disk is full, or the file may not be read or written.
         StageFileError: something else than a whole journal is at ``path``.
     """
 
