@@ -1,6 +1,5 @@
 """The Python door: every public name's example runs, and a Run gives what its folder holds."""
 
-import dataclasses
 import doctest
 import functools
 import gc
@@ -81,18 +80,6 @@ def test_examples_run(name, place, tmp_path, monkeypatch):
     for test in examples(name):
         runner.run(test, out=said.append)
     assert runner.failures == 0, "".join(said)
-
-
-def test_the_options_are_those_of_a_run():
-    own = {"model", "remove", "out"}
-    expected = {f.name: f.type for f in dataclasses.fields(isingcut.RunConfig)}
-    # A command line cannot hand over a list of texts.
-    expected["calibration"] = "str | list[str]"
-    found = {k: v.__forward_arg__ for k, v in api.Options.__annotations__.items()}
-    assert found == {k: v for k, v in expected.items() if k not in own}, (
-        "api.Options repeats the names and types of RunConfig's fields for type checkers: "
-        "add the new option there too"
-    )
 
 
 def test_public_functions_are_typed():
@@ -193,7 +180,7 @@ def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     found = read_json(place / "my-run" / "candidates.json", "candidates")
     poor = {**found["fidelity"]["kl"], "spearman": 0.1, "spearman_low": -0.1}
     found["fidelity"]["kl"] = poor
-    monkeypatch.setattr("isingcut.runs.stages.rank", lambda *a: found)
+    monkeypatch.setattr("isingcut.runs.pipeline.rank", lambda *a: found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
         isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
     assert len(caught) == 1

@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from isingcut.ising.solvers import solve
     from isingcut.ising.spectrum import Spectrum
     from isingcut.options.config import RunConfig
-    from isingcut.runs.api import Options, PoorEnergyWarning, open_run, prune
+    from isingcut.runs.api import PoorEnergyWarning, open_run, prune
     from isingcut.runs.api_run import Run, State
     from isingcut.runs.pipeline import energy, run
 
 __all__ = [
     "Hamiltonian",
-    "Options",
     "PoorEnergyWarning",
     "Problem",
     "Run",
@@ -45,7 +44,6 @@ __all__ = [
 
 _HOMES = {
     "Hamiltonian": "ising.hamiltonian",
-    "Options": "runs.api",
     "PoorEnergyWarning": "runs.api",
     "Problem": "ising.problem",
     "Run": "runs.api_run",

@@ -1,5 +1,4 @@
-"""The Python door: `prune` gives a `Run`, from which the spectrum, the choice and the smaller
-model are one attribute or call away.
+"""The Python door: `prune` and `open_run` give a `Run`.
 
     run = isingcut.prune("my-model", remove=8)
     run.spectrum
@@ -16,70 +15,27 @@ import tempfile
 import warnings
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any
 
 from isingcut.data import held
 from isingcut.errors import InputError
 from isingcut.inputs import user_path
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
-from isingcut.options.config import RunConfig
-from isingcut.options.declaration import options_from
 from isingcut.progress import Progress, silent, terminal
-from isingcut.runs.api_run import Run, energy_warnings
+from isingcut.report.words import ranking_warnings
+from isingcut.runs import pipeline
+from isingcut.runs.api_run import Run
+from isingcut.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Options", "PoorEnergyWarning", "open_run", "prune"]
+__all__ = ["PoorEnergyWarning", "open_run", "prune"]
 
 
 class PoorEnergyWarning(UserWarning):
     """The energy ranked measured losses poorly; the message says how poorly and what to do."""
-
-
-class Options(TypedDict, total=False):
-    """The options of `prune` beside the model: those of `RunConfig`, which has their meaning
-    and their defaults; `calibration` may be a list of texts too.
-
-    Examples:
-        >>> options: isingcut.Options = {"samples": 4, "length": 16, "keep": "0,5"}
-        >>> isingcut.RunConfig(model="my-model", **options).keep
-        '0,5'
-    """
-
-    calibration: str | list[str]
-    samples: int | None
-    length: int
-    rank_samples: int
-    report_samples: int
-    seed: int
-    energy: str
-    also: str
-    effort: str
-    linear: bool
-    dtype: str
-    device: str
-    attention: str
-    batch_tokens: int | None
-    stream: str
-    memory_limit: str
-    trust_remote_code: bool
-    solver: str
-    states: int
-    budget: str
-    diverse: int
-    solve_seconds: float
-    keep: str
-    drop: str
-    random_states: int
-    choose: str
-    patch: str
-    heal: bool
-    heal_top: int
-    heal_options: str
-    skip_speed: bool
-    overwrite: bool
 
 
 def prune(
@@ -89,7 +45,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
     progress: Progress | bool = False,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Run:
     """Measure the energy of a model's blocks, solve for the best removals, measure those, choose.
 
@@ -104,7 +60,7 @@ def prune(
         out: the run folder; what is finished there is not measured again. Without one, a
             temporary folder that goes with the returned object.
         progress: True shows bars on stderr; or any `isingcut.progress.Progress`.
-        options: every other option of a run (`Options`).
+        options: every other field of `RunConfig`; ``calibration`` may be a list of texts too.
 
     Returns:
         the run; no checkpoint is written before `Run.save`.
@@ -126,53 +82,33 @@ def prune(
         >>> run.save("smaller-model").name
         'smaller-model'
     """
-    from isingcut.runs import stages
-    from isingcut.runs.joining import part
-    from isingcut.runs.measuring import concrete, measure_energy
-    from isingcut.runs.pipeline import open_session
-    from isingcut.runs.removal import each_removal
-
-    loaded = not isinstance(model, str | Path)
+    loaded = None if isinstance(model, str | Path) else model
     processes = Processes.join()
-    if processes.size > 1 and (loaded or out is None):
+    if processes.size > 1 and (loaded is not None or out is None):
         raise InputError("several processes need one model on disk and one run folder: name both")
-    if tokenizer is not None and not loaded:
+    if tokenizer is not None and loaded is None:
         raise InputError("tokenizer belongs to a loaded model; a folder or hub id has its own")
-    # What the run needs beside its folder; it goes with the returned object.
-    kept = contextlib.ExitStack()
-
-    def wanted() -> RunConfig:
-        text = options.get("calibration")
-        given: dict[str, Any] = {**options, "remove": "" if remove is None else remove}
-        given["model"] = str(model) if isinstance(model, str | Path) else type(model).__name__
-        given["out"] = str(out or Path(kept.enter_context(_temporary())) / "run")
-        if text is not None and not isinstance(text, str):
-            given["calibration"] = kept.enter_context(held.texts(text))
-        config = options_from(RunConfig, given, "isingcut.prune").validate()
-        if not isinstance(model, str | Path):
+    # What the run needs beside its folder goes with the returned object.
+    with contextlib.ExitStack() as kept:
+        if not isinstance(options.get("calibration", ""), str):
+            options["calibration"] = kept.enter_context(held.texts(options["calibration"]))
+        if out is None:
+            out = Path(kept.enter_context(_temporary())) / "run"
+        named = model if loaded is None else type(loaded).__name__
+        asked = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
+        config = pipeline.checked(None, asked, "isingcut.prune")
+        if loaded is not None:
             # Last, as saving a large one takes long.
-            config = config.replace(model=kept.enter_context(handed_over.model(model, tokenizer)))
-        return concrete(config)
-
-    def work() -> tuple[Run, list[str]]:
-        config = wanted()
-        session, folder = open_session(config, _progress(progress), processes, need_removal=True)
-        measure_energy(session, folder)
-        said: list[str] = []
-        for one in each_removal(config):
-            stages.solve(folder, one)
-            said += energy_warnings(one, stages.rank(session.at(one), folder))
-        part(session, folder)
-        return Run(folder, config, session), said
-
-    try:
-        run, said = work()
-    except BaseException:
-        kept.close()
-        raise
-    weakref.finalize(run, kept.close)
+            config = config.replace(model=kept.enter_context(handed_over.model(loaded, tokenizer)))
+        session, folder = pipeline.open_session(
+            config, _shown(progress), processes, need_removal=True
+        )
+        rankings = pipeline.measure_and_rank(session, folder)
+        run = Run(folder, config, lambda: session)
+        weakref.finalize(run, kept.pop_all().close)
     if processes.rank:
         return run
+    said = [text for found in rankings for text in ranking_warnings(config.energy, found)]
     for text in dict.fromkeys(said):
         warnings.warn(text, PoorEnergyWarning, stacklevel=2)
     return run
@@ -205,22 +141,21 @@ def open_run(
         >>> isingcut.open_run("my-run").blocks
         10
     """
-    from isingcut.runs.folder import RunFolder
-
-    opened = RunFolder.open(user_path(folder), overwrite=overwrite)
-    config = opened.config.replace(overwrite=overwrite, trust_remote_code=trust_remote_code)
+    found = RunFolder.open(user_path(folder), overwrite=overwrite)
+    changed: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
     if model is not None:
-        config = config.replace(model=str(model))
+        changed["model"] = model
     if remove is not None:
-        config = config.replace(remove=str(remove), budget="")
-    return Run(opened, config.validate(), progress=_progress(progress))
+        changed |= {"remove": remove, "budget": ""}
+    config = found.config.replace(**changed).validate()
+    return Run(found, config, lambda: pipeline.session_of(found, config, _shown(progress)))
 
 
 def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="isingcut-", ignore_cleanup_errors=True)
 
 
-def _progress(wanted: Progress | bool) -> Progress:
-    if isinstance(wanted, bool):
-        return terminal if wanted else silent
-    return wanted
+def _shown(progress: Progress | bool) -> Progress:
+    if isinstance(progress, bool):
+        return terminal if progress else silent
+    return progress

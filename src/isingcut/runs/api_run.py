@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from isingcut.files import read_json
+from isingcut.files import atomic_folder, read_json
 from isingcut.inputs import user_path
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
-from isingcut.progress import Progress, silent
+from isingcut.outputs import check_output
+from isingcut.report.words import ranking_warnings, search_warnings
+from isingcut.runs import healing_stages, pipeline, stages
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
 
-if TYPE_CHECKING:
-    from isingcut.ising.hamiltonian import Hamiltonian
-    from isingcut.ising.spectrum import Spectrum
-    from isingcut.runs.folder import RunFolder
-    from isingcut.runs.session import Session
-
-__all__ = ["Run", "State", "energy_warnings"]
+__all__ = ["Run", "State"]
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,22 @@ class Run:
     kept in the run folder.
 
     Examples:
-        >>> run = isingcut.open_run("my-run")
-        >>> run
+        >>> isingcut.open_run("my-run")
         <isingcut run of my-model: 3 of 10 blocks go>
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        config: RunConfig,
-        session: Session | None = None,
-        progress: Progress = silent,
+        self, folder: RunFolder, config: RunConfig, session: Callable[[], Session]
     ) -> None:
-        self._folder, self._given, self._progress = folder, session, progress
-        self.config = config
+        self._folder, self._open, self.config = folder, session, config
 
     @cached_property
     def _session(self) -> Session:
-        from isingcut.runs import pipeline
-
-        if self._given is not None:
-            return self._given
-        return pipeline.session_of(self._folder, self.config, self._progress)
+        return self._open()
 
     def __repr__(self) -> str:
-        total = self.blocks
-        went = self.config.removal
-        what = f"{went} of {total} blocks go" if went.isdecimal() else f"{went} of {total} blocks"
+        go = " go" if self.config.removal.isdecimal() else ""
+        what = f"{self.config.removal} of {self.blocks} blocks{go}"
         return f"<isingcut run of {self.config.model}: {what}>"
 
     @property
@@ -113,10 +102,7 @@ class Run:
             >>> isingcut.open_run("my-run").hamiltonian.unit
             'nats/token'
         """
-        from isingcut.ising.hamiltonian import Hamiltonian
-
-        file = self._folder.path / "hamiltonian.safetensors"
-        return self._folder.load(file, Hamiltonian.load)
+        return self._folder.load(self._folder.path / "hamiltonian.safetensors", Hamiltonian.load)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -126,8 +112,6 @@ class Run:
             >>> len(isingcut.open_run("my-run").spectrum)
             20
         """
-        from isingcut.runs import stages
-
         return stages.solve(self._folder, self.config)
 
     @cached_property
@@ -135,19 +119,18 @@ class Run:
         """The content of candidates.json: candidates and random states with their losses.
 
         Examples:
-            >>> ranking = isingcut.open_run("my-run").ranking
-            >>> len(ranking["candidates"]) == len(isingcut.open_run("my-run").spectrum)
+            >>> run = isingcut.open_run("my-run")
+            >>> len(run.ranking["candidates"]) == len(run.spectrum)
             True
         """
-        from isingcut.runs import stages
+        return self._ranked()
 
+    def _ranked(self) -> dict[str, Any]:
         file = self.path / "candidates.json"
-        record = self._folder.manifest["stages"].get(str(file.relative_to(self._folder.path)))
-        if file.exists() and record is not None and record["done"]:
+        if self._folder.finished(file) is not None:
             # Reading what is there needs no model.
             return self._folder.load(file, _candidates)
-        assert self.spectrum is not None
-        return stages.rank(self._session, self._folder)
+        return pipeline.solve_and_rank(self._session, self._folder)
 
     @property
     def candidates(self) -> list[State]:
@@ -171,8 +154,7 @@ class Run:
             >>> isingcut.open_run("my-run").chosen.kl > 0
             True
         """
-        found = self.ranking["chosen"]
-        return _state(found, int(found["position"]))
+        return _state(self.ranking["chosen"])
 
     @property
     def curve(self) -> list[State]:
@@ -185,8 +167,7 @@ class Run:
         home = self._folder.path
         files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
         chosen = [self._folder.load(f, _candidates)["chosen"] for f in files if f.exists()]
-        states = [_state(row, int(row["position"])) for row in chosen]
-        return sorted(states, key=lambda s: (len(s.removed), s.kl))
+        return sorted(map(_state, chosen), key=lambda s: (len(s.removed), s.kl))
 
     @property
     def fidelity(self) -> dict[str, Any]:
@@ -208,10 +189,8 @@ class Run:
             >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
             []
         """
-        from isingcut.report.words import search_warnings
-
         far = search_warnings(self.hamiltonian.meta, [self.config.removal])
-        return far + energy_warnings(self.config, self.ranking)
+        return far + ranking_warnings(self.config.energy, self.ranking)
 
     def at(self, remove: int | str) -> Run:
         """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.
@@ -220,18 +199,11 @@ class Run:
             >>> isingcut.open_run("my-run").at(4).spectrum.states.sum(axis=1).tolist()[:2]
             [4, 4]
         """
-        config = self.config.replace(remove=str(remove), budget="")
-        session = None
-        if "_session" in self.__dict__ or self._given is not None:
-            session = self._session.at(config)
-        return Run(self._folder, config, session, self._progress)
+        config = self.config.replace(remove=remove, budget="")
+        return Run(self._folder, config, lambda: self._session.at(config))
 
     def save(
-        self,
-        out: str | Path,
-        *,
-        blocks: Sequence[int] | None = None,
-        overwrite: bool = False,
+        self, out: str | Path, *, blocks: Sequence[int] | None = None, overwrite: bool = False
     ) -> Path:
         """Write the smaller model, a plain Hugging Face checkpoint with a model card.
 
@@ -253,15 +225,11 @@ class Run:
             >>> sorted(p.name for p in run.save("by-hand", blocks=[1, 4]).glob("*.safetensors"))
             ['model.safetensors']
         """
-        from isingcut.files import atomic_folder
-        from isingcut.outputs import check_output
-        from isingcut.runs import healing_stages, stages
-
         target = user_path(out)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
         check_output(target, overwrite=overwrite, sources=sources)
         if blocks is None and healing_stages.wanted(self.config):
-            healed = self._healed()
+            healed = self._product()
             with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
                 shutil.copytree(healed, temporary, dirs_exist_ok=True)
             return target
@@ -269,14 +237,10 @@ class Run:
         stages.write_checkpoint(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
-    def _healed(self) -> Path:
-        """The run's final checkpoint in its folder: cut, and healed where the options say so."""
-        from isingcut.runs import healing_stages, stages
-
-        assert self.chosen is not None
-        healing_stages.choose(self._session, self._folder)
-        stages.excise(self._session, self._folder)
-        return healing_stages.heal(self._session, self._folder) or self.path / "model"
+    def _product(self) -> Path:
+        """The final checkpoint in the run folder."""
+        self._ranked()
+        return pipeline.cut_and_heal(self._session, self._folder)
 
     def evaluate(self) -> dict[str, Any]:
         """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
@@ -291,9 +255,7 @@ class Run:
             >>> found["after"]["blocks"], found["before"]["blocks"]
             (7, 10)
         """
-        from isingcut.runs import stages
-
-        self._healed()
+        self._product()
         return stages.evaluate(self._session, self._folder)
 
     def report(self) -> Path:
@@ -303,8 +265,6 @@ class Run:
             >>> isingcut.open_run("my-run").report().name
             'report.md'
         """
-        from isingcut.runs import stages
-
         return stages.report(self._folder, self.config.removal)
 
 
@@ -312,19 +272,9 @@ def _candidates(path: Path) -> dict[str, Any]:
     return read_json(path, "candidates")
 
 
-def _state(row: dict[str, Any], position: int) -> State:
+def _state(row: dict[str, Any], position: int | None = None) -> State:
+    at = int(row["position"]) if position is None else position
+    removed = tuple(int(b) for b in row["removed"])
     return State(
-        tuple(int(b) for b in row["removed"]),
-        float(row["energy"]),
-        float(row["kl"]),
-        row["kl_se"],
-        float(row["nll"]),
-        position,
+        removed, float(row["energy"]), float(row["kl"]), row["kl_se"], float(row["nll"]), at
     )
-
-
-def energy_warnings(config: RunConfig, ranking: dict[str, Any]) -> list[str]:
-    """What to know before trusting a ranking's choice, and what to do."""
-    from isingcut.report.words import ranking_warnings
-
-    return ranking_warnings(config.energy, ranking)

@@ -303,14 +303,20 @@ class RunFolder:
         documents.fit(file, found, len(self.manifest["blocks"]["blocks"]))
         return found
 
+    def finished(self, file: Path) -> dict[str, Any] | None:
+        """The record of the stage that wrote a file or folder; None where that is not finished."""
+        found: dict[str, Any] | None = self.manifest["stages"].get(str(file.relative_to(self.path)))
+        there = found is not None and found["done"] and os.path.lexists(file)
+        return found if there else None
+
     def record(self, file: Path) -> dict[str, Any]:
         """The record of the finished stage that wrote a file or folder.
 
         Raises:
             StageFileError: there is none.
         """
-        found: dict[str, Any] | None = self.manifest["stages"].get(str(file.relative_to(self.path)))
-        if found is None or not found["done"] or not os.path.lexists(file):
+        found = self.finished(file)
+        if found is None:
             raise StageFileError(f"this run has not finished {file}; run its stage first")
         return found
 
@@ -320,10 +326,8 @@ class RunFolder:
         Raises:
             StageFileError: it is, but was changed since.
         """
-        record = self.manifest["stages"].get(str(file.relative_to(self.path)))
-        if record is None or not record["done"] or not file.exists():
-            return False
-        if record["fingerprint"] != self._fingerprint(options):
+        record = self.finished(file)
+        if record is None or record["fingerprint"] != self._fingerprint(options):
             return False
         self.check(file)
         return True

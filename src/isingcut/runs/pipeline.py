@@ -6,7 +6,7 @@ text -> token batches -> Hamiltonian -> spectrum -> measured candidates
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +57,45 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         >>> (folder / "model" / "config.json").is_file()
         True
     """
-    wanted = _config(config, options)
+    wanted = checked(config, options, "isingcut.run")
     processes = Processes.join()
     session, folder = open_session(wanted, progress, processes, need_removal=True)
     several = each_removal(wanted)
     target = folder.path if len(several) > 1 else folder.target(wanted.removal)
     if folder.manifest.get("complete") and target == folder.path:
         folder.manifest["complete"] = False
-    measure_energy(session, folder)
-    for one in several:
-        solve(folder, one)
-        rank(session.at(one), folder)
-    part(session, folder)
+    measure_and_rank(session, folder)
     if not processes.rank:
         _finish(session, folder, several)
     processes.wait()
     return target
 
 
+def measure_and_rank(session: Session, folder: RunFolder) -> list[dict[str, Any]]:
+    """The rankings of all removals that the options ask for, made by all processes."""
+    measure_energy(session, folder)
+    rankings = [solve_and_rank(session.at(one), folder) for one in each_removal(session.config)]
+    part(session, folder)
+    return rankings
+
+
+def solve_and_rank(session: Session, folder: RunFolder) -> dict[str, Any]:
+    """The content of `candidates.json` for the removal of the session's options."""
+    solve(folder, session.config)
+    return rank(session, folder)
+
+
+def cut_and_heal(session: Session, folder: RunFolder) -> Path:
+    """The final checkpoint in the run folder, healed where the options say so."""
+    healing_stages.choose(session, folder)
+    cut = excise(session, folder)
+    return healing_stages.heal(session, folder) or cut
+
+
 def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
     """Cut, heal, evaluate and report; of a range no checkpoint is cut, the user picks one."""
     if len(several) == 1:
-        healing_stages.choose(session, folder)
-        excise(session, folder)
-        healing_stages.heal(session, folder)
+        cut_and_heal(session, folder)
         evaluate(session, folder)
     for config in several:
         report(folder, config.removal)
@@ -104,16 +119,21 @@ def energy(
         >>> isingcut.open_run(folder, remove=2).spectrum.unit
         'nats/token'
     """
-    wanted = _config(config, options)
+    wanted = checked(config, options, "isingcut.energy")
     session, folder = open_session(wanted, progress, Processes.join(), need_removal=False)
     measure_energy(session, folder)
     return folder.path
 
 
-def _config(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
+def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -> RunConfig:
+    """The options of a whole job, given as a `RunConfig` or by name, with all that it needs.
+
+    Args:
+        source: the call that they were given in, for messages.
+    """
     if config is not None and options:
         raise InputError("give either a RunConfig or options by name, not both")
-    config = (config or options_from(RunConfig, options, "isingcut.run")).validate()
+    config = (config or options_from(RunConfig, options, source)).validate()
     if not config.out:
         raise InputError("--out was not given; name a folder for the run")
     return concrete(config)
