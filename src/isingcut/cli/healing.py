@@ -89,7 +89,7 @@ def evaluate(
     """
     from isingcut.cli.show_scores import show_benchmarks, show_evaluation
     from isingcut.runs import healing_stages, pipeline, stages
-    from isingcut.runs.folder import MANIFEST
+    from isingcut.runs.manifest import MANIFEST
 
     names = _names(tasks, data, questions)
     if original is not None:

@@ -148,7 +148,7 @@ def show_inspection(found: Inspection) -> None:
 
 def finished(target: Path) -> RunFiles:
     """The files of a run that is finished, read once for all that is said of it."""
-    from isingcut.runs.folder import MANIFEST
+    from isingcut.runs.manifest import MANIFEST
 
     return read_run(target if (target / MANIFEST).is_file() else target.parent, target)
 

@@ -20,8 +20,9 @@ from isingcut.outputs import refuse_source
 from isingcut.progress import Progress, silent
 from isingcut.report.write import check_report
 from isingcut.runs import healing_stages
-from isingcut.runs.folder import MANIFEST, RunFolder
+from isingcut.runs.folder import RunFolder
 from isingcut.runs.joining import part, take_up
+from isingcut.runs.manifest import MANIFEST
 from isingcut.runs.measuring import (
     build_calibration,
     calibrate,
