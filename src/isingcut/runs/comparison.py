@@ -19,10 +19,12 @@ from isingcut.options.declaration import shown
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import samples_of, splits_of, upstream
 from isingcut.runs.removal import removal_rows
-from isingcut.runs.session import Session
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from isingcut.runs.session import Session
+
 
 _LARGEST = 1_000_000
 

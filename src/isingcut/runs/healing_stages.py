@@ -25,10 +25,10 @@ from isingcut.options.healing import HealConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import splits_of, upstream
 from isingcut.runs.removal import each_removal
-from isingcut.runs.session import Session
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText
+    from isingcut.runs.session import Session
 
 CHOICE = "healed-candidates.json"
 HEALED = "healed"

@@ -17,13 +17,13 @@ from isingcut.measure.sharing import forget
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.removal import each_removal, removal_rows
-from isingcut.runs.session import Session
 
 if TYPE_CHECKING:
     from isingcut.data.calibration import Calibration
     from isingcut.data.tokens import TokenSet
     from isingcut.energies.search import Target
     from isingcut.measure.work import Work
+    from isingcut.runs.session import Session
 
 
 def names(text: str) -> list[str]:

@@ -8,19 +8,24 @@ import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from isingcut.energies import registry
+from isingcut.models import device as devices
+from isingcut.models import load as models
+from isingcut.models.architectures import find_stack, legality, stack_modules, text_config
+from isingcut.models.architectures.base import BlockStack
+from isingcut.models.compute.tuning import Tuning, few_threads, tune
 from isingcut.models.processes import ALONE
+from isingcut.models.replay import Replay
+from isingcut.models.sources import model_identity, resolve
+from isingcut.models.streaming.memory import allowance, weight_bytes
+from isingcut.models.streaming.opening import load_streamed
+from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from isingcut.models.architectures.base import BlockStack
-    from isingcut.models.compute.tuning import Tuning
-    from isingcut.models.load import LoadedModel
-    from isingcut.models.replay import Replay
-    from isingcut.models.streaming.replay import StreamedReplay
-    from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import RunFolder
 
 
 class Session:
@@ -53,17 +58,11 @@ class Session:
 
         A run chooses better for its machine and records that (`tuned`).
         """
-        from isingcut.models.compute.tuning import BATCH_TOKENS, Tuning
-
         asked = None if self.config.attention == "auto" else self.config.attention
         return Tuning(asked, self.config.batch_tokens or BATCH_TOKENS)
 
     def tuned(self, folder: RunFolder) -> None:
         """Take the choice that a run recorded; time one for this device where it has none."""
-        from isingcut.energies import registry
-        from isingcut.models.compute.tuning import Tuning, tune
-        from isingcut.models.streaming.memory import allowance
-
         if self.streaming:
             return
         asked = {"attention": self.config.attention, "batch_tokens": self.config.batch_tokens}
@@ -93,8 +92,6 @@ class Session:
     @contextlib.contextmanager
     def computing(self, folder: RunFolder) -> Iterator[None]:
         """Measure as `tuned` chose, its threads included, for a while."""
-        from isingcut.models.compute.tuning import few_threads
-
         self.tuned(folder)
         with few_threads(self.tuning.threads):
             yield
@@ -102,24 +99,18 @@ class Session:
     @cached_property
     def dtype(self) -> str:
         """``"float32"`` or ``"bfloat16"``: as asked for, as recorded, else chosen now."""
-        from isingcut.models.device import dtype_name
-
         if self.config.dtype == "auto" and self._recorded is not None:
             return self._recorded
-        return dtype_name(self.config.dtype, self.config.device)
+        return devices.dtype_name(self.config.dtype, self.config.device)
 
     @cached_property
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
-        from isingcut.models.sources import resolve
-
         return resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Name and hash of the model."""
-        from isingcut.models.sources import model_identity
-
         return {**model_identity(self.source), "name": self.config.model}
 
     @cached_property
@@ -129,23 +120,18 @@ class Session:
         Raises:
             InputError: the memory limit cannot be read.
         """
-        from isingcut.models.device import pick_device, pick_dtype
-        from isingcut.models.streaming.memory import allowance, weight_bytes
-
-        device = pick_device(self.config.device)
+        device = devices.pick_device(self.config.device)
         allowed = allowance(self.config.memory_limit, device)
         if self.config.stream != "auto":
             return self.config.stream == "on"
-        return weight_bytes(self.source, pick_dtype(self.dtype, device)) > allowed.left
+        return weight_bytes(self.source, devices.pick_dtype(self.dtype, device)) > allowed.left
 
     @cached_property
-    def loaded(self) -> LoadedModel:
+    def loaded(self) -> models.LoadedModel:
         """The model: in memory, or without its weights where it is streamed."""
-        from isingcut.models.load import load
-
         if self.streaming:
             return self._streamed[0]
-        return load(
+        return models.load(
             self.source,
             dtype=self.dtype,
             device=self.config.device,
@@ -153,19 +139,17 @@ class Session:
         )
 
     @cached_property
-    def _streamed(self) -> tuple[LoadedModel, StreamedReplay]:
+    def _streamed(self) -> tuple[models.LoadedModel, StreamedReplay]:
         return self.open_streamed(self.source)
 
     def open_streamed(
         self, folder: Path, beside: StreamedReplay | None = None
-    ) -> tuple[LoadedModel, StreamedReplay]:
+    ) -> tuple[models.LoadedModel, StreamedReplay]:
         """A checkpoint without its weights, and its blocks, each read when it is run.
 
         Args:
             beside: another model whose buffers are shared.
         """
-        from isingcut.models.streaming.opening import load_streamed
-
         return load_streamed(
             folder,
             dtype=self.dtype,
@@ -178,16 +162,11 @@ class Session:
     @cached_property
     def stack(self) -> BlockStack:
         """The model's blocks."""
-        from isingcut.models.architectures import find_stack
-
         return find_stack(self.loaded.model)
 
     @cached_property
     def replay(self) -> Replay:
         """The model's blocks, callable one at a time."""
-        from isingcut.models.architectures import stack_modules
-        from isingcut.models.replay import Replay
-
         if self.streaming:
             replay: Replay = self._streamed[1]
         else:
@@ -197,8 +176,6 @@ class Session:
 
     def describe_blocks(self) -> dict[str, Any]:
         """Blocks and legality rows as `run.json` keeps them, so that solving needs no model."""
-        from isingcut.models.architectures import legality, text_config
-
         model = self.loaded.model
         legal = legality(model.config, self.stack)
         longest = getattr(text_config(model), "max_position_embeddings", None) or 128

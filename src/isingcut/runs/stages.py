@@ -27,10 +27,10 @@ from isingcut.runs.folder import RunFolder
 from isingcut.runs.healing_stages import chosen_after_healing, product
 from isingcut.runs.measuring import names, other_path, splits_of, upstream, work_of
 from isingcut.runs.removal import make_problem
-from isingcut.runs.session import Session
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet
+    from isingcut.runs.session import Session
 
 
 def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
