@@ -139,6 +139,11 @@ def test_every_page_is_in_the_navigation():
     assert config["theme"]["font"] is False
 
 
+def test_the_tables_of_options_are_those_declared():
+    made = script(DOCS / "make_options.py").page()
+    assert (DOCS / "options.md").read_text(encoding="utf-8") == made, "run docs/make_options.py"
+
+
 def test_pictures_are_small_and_self_contained():
     make = script(DOCS / "pictures" / "make.py")
     shown = {
