@@ -22,9 +22,11 @@ from isingcut.cli.verb import (
 )
 from isingcut.errors import InputError
 from isingcut.files import read_json, without_header, write_json
+from isingcut.healing.healers import RECORD
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.options.healing import HealConfig
+from isingcut.outputs import check_output
 
 _ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
 
@@ -40,7 +42,6 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     """
     from isingcut.cli.show_scores import healing_warnings, show_healing
     from isingcut.healing.heal import heal as run_heal
-    from isingcut.healing.healers import RECORD
 
     values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
     folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
@@ -154,7 +155,6 @@ def _of_checkpoint(
 ) -> tuple[dict[str, Any], Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
     from isingcut.models.load import load
-    from isingcut.outputs import check_output
     from isingcut.runs.healing_stages import bench
     from isingcut.runs.session import Session
 

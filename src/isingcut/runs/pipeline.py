@@ -13,6 +13,7 @@ from typing import Any
 from isingcut.data import corpora
 from isingcut.errors import InputError, StageFileError
 from isingcut.files import clear_stale
+from isingcut.ising.solvers import registry as solvers
 from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
@@ -144,8 +145,6 @@ def open_session(
     config: RunConfig, progress: Progress, processes: Processes, *, need_removal: bool
 ) -> tuple[Session, RunFolder]:
     """Check everything that can be wrong before the first file is written."""
-    from isingcut.ising.solvers import registry as solvers
-
     if processes.rank:
         return _follow(config, progress, processes)
     out = Path(config.out)
