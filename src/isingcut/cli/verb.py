@@ -76,7 +76,7 @@ class Answer:
     """What a verb has to say.
 
     Args:
-        data: the keys of `--json` (documented in docs/json.md); ``verb`` and ``warnings`` come on
+        data: the keys of `--json` (documented in docs/cli.md); ``verb`` and ``warnings`` come on
             top.
         show: prints it for people.
         brief: what `--quiet` leaves: one line, or nothing.
