@@ -22,6 +22,7 @@ from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.losses import Measurement
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Progress, silent
 
 
@@ -121,7 +122,7 @@ def measure_merged(
     tokens: TokenSet,
     merges: Sequence[Sequence[int]],
     *,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress = silent,
     description: str = "measuring the merged model",
 ) -> Measurement:

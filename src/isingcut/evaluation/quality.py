@@ -19,6 +19,7 @@ from isingcut.measure.losses import standard_error
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import weight_files
 from isingcut.models.compute.divergence import row_kl
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def before_and_after(
     cut: LoadedModel,
     tokens: TokenSet,
     *,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     prompt: str = "Explain in two sentences why the sky is blue.",
     new_tokens: int = 48,
     skip_speed: bool = False,
@@ -136,7 +137,7 @@ def quality(
     original: PreTrainedModel,
     cut: PreTrainedModel,
     tokens: TokenSet,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     *,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def sample_sums(
     original: PreTrainedModel,
     cut: PreTrainedModel,
     tokens: TokenSet,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     *,
     progress: Progress = silent,
 ) -> Floats:

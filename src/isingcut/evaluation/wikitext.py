@@ -12,6 +12,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation.local_tasks import records
 from isingcut.evaluation.quality import quality
 from isingcut.models.architectures import text_config
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def text_scores(
     data: Path | None,
     samples: int | None,
     *,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     length: int = 1024,
     progress: Progress = silent,
 ) -> dict[str, Any]:

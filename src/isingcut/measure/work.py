@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.files import fingerprint
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Work:
         journal: file that keeps finished parts, so that a killed measurement resumes.
     """
 
-    batch_tokens: int = 1024
+    batch_tokens: int = BATCH_TOKENS
     progress: Progress = silent
     journal: Path | None = None
 

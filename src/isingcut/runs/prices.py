@@ -24,7 +24,6 @@ from isingcut.evaluation.speed import speed
 from isingcut.ising.states import States
 from isingcut.measure.pieces import tree_nodes
 from isingcut.models.architectures import text_config
-from isingcut.models.compute.tuning import BATCH_TOKENS
 from isingcut.models.cutting.verify import verify
 from isingcut.models.device import pick_device, pick_dtype
 from isingcut.models.inspect import Inspection, inspect_model
@@ -32,6 +31,7 @@ from isingcut.models.streaming.memory import weight_bytes
 from isingcut.models.streaming.replay import BLOCK_STREAMS, StreamedReplay, open_model
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import parse_effort
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.probe import probe, random_text
 from isingcut.runs.removal import check_by_config, each_removal, removal_rows

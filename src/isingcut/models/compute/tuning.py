@@ -24,8 +24,7 @@ from isingcut.models.architectures import text_config
 from isingcut.models.compute.attention import NAME, chosen_attention
 from isingcut.models.replay import Recording, Replay
 from isingcut.models.transformers_private import attention_of
-
-BATCH_TOKENS = 1024
+from isingcut.options.types import BATCH_TOKENS
 
 # Attention weights that are kept for a backward pass through all blocks.
 _ATTENTION_MEMORY = 512_000_000
