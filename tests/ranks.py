@@ -24,6 +24,8 @@ _context.set_forkserver_preload(
         "isingcut.models.cutting.checkpoint",
         "isingcut.models.cutting.verify",
         "isingcut.report.page",
+        "isingcut.healing.heal",
+        "isingcut.healing.training.train",
         "ranks",
     ]
 )
@@ -44,12 +46,19 @@ def launch(size: int, function: Callable[..., None], *arguments: object):
     return [start(_as_rank, r, size, store.port, function, arguments) for r in range(size)], store
 
 
+def join(ranks) -> list[int]:
+    """The exit codes of processes, when all have ended."""
+    for rank in ranks:
+        rank.join(120)
+    return [rank.exitcode for rank in ranks]
+
+
 def _as_rank(
     rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]
 ) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+        MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", LOCAL_WORLD_SIZE=str(size),
     )  # fmt: skip
     function(*arguments)
 

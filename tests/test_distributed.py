@@ -16,7 +16,7 @@ from isingcut.measure.pieces import Piece, left
 from isingcut.measure.sharing import SharedJournal, forget
 from isingcut.models.processes import Processes
 from journals import count_rows
-from ranks import launch, say_into, type_in
+from ranks import join, launch, say_into, type_in
 from tiny import tiny_checkpoint
 
 OPTIONS = {
@@ -95,16 +95,10 @@ def _all(place, out, notes):
     path.write_text(json.dumps(computed), encoding="utf-8")
 
 
-def _join(ranks):
-    for rank in ranks:
-        rank.join(120)
-    return [rank.exitcode for rank in ranks]
-
-
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     out, notes = tmp_path / "run", tmp_path / "notes"
     ranks, _store = launch(3, _all, place, out, notes)
-    assert _join(ranks) == [0, 0, 0], notes.with_suffix(".err").read_text()
+    assert join(ranks) == [0, 0, 0], notes.with_suffix(".err").read_text()
     for name in (
         *(f"pairwise/{name}" for name in FILES),
         "pairwise/hamiltonian.hessian.safetensors",
@@ -157,7 +151,7 @@ def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
     for name in ("pairwise", "fisher", "refined"):
         _energy(place, tmp_path / "alone" / name, name, also=False, stream="on")
     ranks, _store = launch(2, _streams, place, tmp_path / "two", tmp_path / "said")
-    assert _join(ranks) == [0, 0], (tmp_path / "said").read_text()
+    assert join(ranks) == [0, 0], (tmp_path / "said").read_text()
     for name in ("pairwise", "fisher", "refined"):
         one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
         assert one.read_bytes() == two.read_bytes(), name
@@ -185,7 +179,7 @@ def _picks(place, out, said, found):
 def test_all_processes_compute_in_the_dtype_that_rank_0_picks(place, tmp_path):
     said, found = tmp_path / "said", tmp_path / "dtype"
     ranks, _store = launch(2, _picks, place, tmp_path / "run", said, found)
-    assert _join(ranks) == [0, 0], said.read_text()
+    assert join(ranks) == [0, 0], said.read_text()
     picked = [(tmp_path / f"dtype.{r}").read_text() for r in (0, 1)]
     assert picked == ["torch.bfloat16", "torch.bfloat16"]
 
@@ -216,7 +210,7 @@ def test_an_error_anywhere_ends_all_with_one_line(place, tmp_path):
     said, meeting = tmp_path / "said", tmp_path / "meeting"
     os.mkfifo(meeting)
     ranks, _store = launch(2, _fails, place, tmp_path / "run", said, meeting)
-    assert _join(ranks) == [2, 2]
+    assert join(ranks) == [2, 2]
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
     assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
     assert "Traceback" not in said.read_text()
@@ -230,7 +224,7 @@ def _refused(place, out, said):
 
 def test_an_error_of_rank_0_is_its_own_line(place, tmp_path):
     ranks, _store = launch(2, _refused, place, tmp_path / "run", tmp_path / "said")
-    assert _join(ranks) == [2, 2]
+    assert join(ranks) == [2, 2]
     (line,) = (tmp_path / "said").read_text().splitlines()
     assert line.startswith("isingcut: there is no model at")
     assert not (tmp_path / "run").exists()
@@ -250,7 +244,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
 ):
     said, out = tmp_path / "said", tmp_path / "run"
     ranks, _store = launch(2, _killed, place, out, said, which)
-    codes = _join(ranks)
+    codes = join(ranks)
     assert (codes[which], codes[1 - which]) == (-signal.SIGKILL, 1)
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
     # Of rank 0, which alone speaks, the launcher says that it was killed.
@@ -357,7 +351,7 @@ def _shares(units, path, found):
 
 def _shared(size, units, folder):
     ranks, _store = launch(size, _shares, units, folder / "journal", folder / "found")
-    assert _join(ranks) == [0] * size
+    assert join(ranks) == [0] * size
     read = [json.loads((folder / f"found.{r}").read_text()) for r in range(size)]
     assert all(rows == {str(u): [u, u] for u in range(units)} for _, rows in read)
     return [own for own, _ in read]

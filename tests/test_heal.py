@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
 from isingcut.progress import Bar
 from isingcut.testing.tiny import tiny_checkpoint
+from ranks import join, launch, say_into, type_in
 from test_heal_text import write_text
 
 REMOVED = (2, 3)
@@ -157,18 +156,22 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
         assert pair[0] == pair[1], name
 
 
-@pytest.mark.slow
+def _types(said: Path, *arguments: object) -> None:
+    """The command line, in one of the processes of a launcher."""
+    say_into(said)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    type_in(*arguments)
+
+
 def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: Path) -> None:
     """Same global batch, half of it in each of two gloo processes."""
     config = options(models, tmp_path / "out", micro_batch=1)
     told = {k: v for k, v in vars(config).items() if v not in (None, False, "")}
     told.pop("student")
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in told.items() if k != "top_steps"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "isingcut.cli.main", "--debug", "heal", config.student, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = tmp_path / "said"
+    ranks, _store = launch(2, _types, said, "--debug", "heal", config.student, *flags)
+    assert join(ranks) == [0, 0], said.read_text()[-2000:]
     found = read_json(tmp_path / "out" / "healing.json", "healing")
     assert found["processes"] == 2
     for mine, theirs in zip(found["steps"], curve(healed), strict=True):
@@ -179,36 +182,32 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
 
 
-_TWO_MINDS = """
-import os, sys, torch
-from isingcut.models import device
-from isingcut.models import load as models
-from isingcut.options.healing import HealConfig
-from isingcut.healing import heal as home
+def _two_minds(config: HealConfig, dtypes: Path, said: Path) -> None:
+    """Heal, where only rank 0's trial finds bfloat16 faster; which dtype the teacher has."""
+    from isingcut.healing import heal as home
+    from isingcut.models import device
 
-rank, load = os.environ["RANK"], models.load
-device._bfloat16_is_faster = lambda: rank == "0"
-torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
+    say_into(said)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    rank = os.environ["RANK"]
+    device._bfloat16_is_faster = lambda: rank == "0"  # type: ignore[assignment]
+    torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
 
-def noted(folder, **options):
-    loaded = load(folder, **options)
-    if str(folder).endswith("teacher"):
-        open(f"{sys.argv[1]}.{rank}", "w").write(str(loaded.dtype))
-    return loaded
+    def noted(folder: Path, **options: Any) -> Any:
+        loaded = load(folder, **options)
+        if str(folder).endswith("teacher"):
+            dtypes.with_suffix(f".{rank}").write_text(str(loaded.dtype))
+        return loaded
 
-home.load = noted
-home.heal(HealConfig(**eval(sys.argv[2])))
-"""
+    home.load = noted  # type: ignore[assignment]
+    home.heal(config)
 
 
 def test_processes_heal_in_the_dtype_that_the_main_one_picks(models: Path, tmp_path: Path) -> None:
-    (tmp_path / "two_minds.py").write_text(_TWO_MINDS, encoding="utf-8")
     config = options(models, tmp_path / "out", micro_batch=1, steps=1, dtype="auto")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "two_minds.py"), str(tmp_path / "dtype"), repr(vars(config))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = tmp_path / "said"
+    ranks, _store = launch(2, _two_minds, config, tmp_path / "dtype", said)
+    assert join(ranks) == [0, 0], said.read_text()[-2000:]
     picked = {(tmp_path / f"dtype.{rank}").read_text() for rank in (0, 1)}
     assert picked == {"torch.bfloat16"}
 
