@@ -174,6 +174,8 @@ def heal_checkpoint(
         processes,
     )
     identity, training = identities(config, teacher, removed, student, text)
+    # Every process has looked at the places before rank 0 writes there.
+    processes.wait()
     with held(work, identity, training) if job.leads else contextlib.nullcontext():
         processes.wait()
         done, content = _healed(job, text)
