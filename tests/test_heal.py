@@ -171,7 +171,7 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in told.items() if k != "top_steps"]
     said = tmp_path / "said"
     ranks, _store = launch(2, _types, said, "--debug", "heal", config.student, *flags)
-    assert join(ranks) == [0, 0], said.read_text()[-2000:]
+    assert join(ranks) == [0, 0], said.read_text()
     found = read_json(tmp_path / "out" / "healing.json", "healing")
     assert found["processes"] == 2
     for mine, theirs in zip(found["steps"], curve(healed), strict=True):
@@ -207,7 +207,7 @@ def test_processes_heal_in_the_dtype_that_the_main_one_picks(models: Path, tmp_p
     config = options(models, tmp_path / "out", micro_batch=1, steps=1, dtype="auto")
     said = tmp_path / "said"
     ranks, _store = launch(2, _two_minds, config, tmp_path / "dtype", said)
-    assert join(ranks) == [0, 0], said.read_text()[-2000:]
+    assert join(ranks) == [0, 0], said.read_text()
     picked = {(tmp_path / f"dtype.{rank}").read_text() for rank in (0, 1)}
     assert picked == {"torch.bfloat16"}
 
