@@ -1,8 +1,8 @@
 """Exact branch and bound: the K best states with a proof.
 
 Two engines share the tree. A node that is small enough is enumerated depth first with a cheap
-combinatorial bound (`_dfs`); any other gets a semidefinite bound with triangle inequalities
-(`_sdp`) that starts from its parent's multipliers, is left as soon as it proves the node hopeless,
+combinatorial bound (`dfs`); any other gets a semidefinite bound with triangle inequalities
+(`sdp`) that starts from its parent's multipliers, is left as soon as it proves the node hopeless,
 and fixes variables whose other value it proves hopeless. Nodes are taken best bound first by all
 threads. The search starts from the K states of a tabu search, so that the first bound already
 competes with a good threshold.

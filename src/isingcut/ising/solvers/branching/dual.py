@@ -1,6 +1,6 @@
 """The Lagrangian dual of the semidefinite relaxation: its value, gradient and true bound.
 
-Compiled pieces of `_sdp`, whose docstring gives the mathematics.
+Compiled pieces of `sdp`, whose docstring gives the mathematics.
 """
 
 from __future__ import annotations
