@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
+from isingcut.energies.pairwise import removals
 from isingcut.energies.search import plan, proposals
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.targets import Target
@@ -24,9 +25,8 @@ def pair_energy(evaluator: Evaluator, passes: float, most_samples: int) -> Hamil
     """
     n = evaluator.blocks
     influence = evaluator.influence(1)
-    singles = states_of(n, [(i,) for i in range(n)])
-    pairs = list(combinations(range(n), 2))
-    every = np.concatenate([singles, states_of(n, pairs)])
+    every, pairs = removals(n), list(combinations(range(n), 2))
+    singles = every[:n]
     affordable = [r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes]
     samples = max(affordable, default=1)
     if evaluator.price(singles, samples) > passes:
