@@ -283,7 +283,7 @@ def _place(kept: Path, task: Prepared, loaded: LoadedModel, questions: int | Non
     return kept / f"{task.name}-{identity}.json"
 
 
-def forget(kept: Path, tasks: Sequence[str]) -> None:
+def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
     """Delete the finished tasks in a folder, and the folder where nothing else is in it."""
     for name in tasks:
         for path in kept.glob(f"{glob.escape(name)}-*.json"):

@@ -125,11 +125,10 @@ def _origin_rows(files: RunFiles) -> list[list[str]]:
         ["energy", files.energy],
         ["seed", str(config["seed"])],
     ]
-    calibration = provenance.get("calibration")
-    if calibration is not None:
-        source = calibration["source"]
+    if files.calibration:
+        source = files.calibration["source"]
         rows.append(["calibration", Path(source).name if Path(source).exists() else source])
-        rows.append(["calibration tokens, SHA-256", calibration["sha256"]])
+        rows.append(["calibration tokens, SHA-256", files.calibration["sha256"]])
     versions = f"{provenance['torch']}, {provenance['transformers']}"
     return [*rows, ["torch, transformers", versions]]
 

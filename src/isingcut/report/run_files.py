@@ -101,6 +101,12 @@ class RunFiles:
         return str(self.run["provenance"]["model"]["name"])
 
     @property
+    def calibration(self) -> dict[str, Any]:
+        """The text that it was measured on; empty before there is one."""
+        found: dict[str, Any] | None = self.run["provenance"].get("calibration")
+        return found or {}
+
+    @property
     def meta(self) -> dict[str, Any] | None:
         """The energy's provenance."""
         return None if self.hamiltonian is None else dict(self.hamiltonian.meta)

@@ -28,8 +28,7 @@ class Side:
     @property
     def text(self) -> str | None:
         """SHA-256 of its calibration tokens; equal where losses were measured on the same text."""
-        found = self.files.run["provenance"].get("calibration")
-        return None if found is None else str(found["sha256"])
+        return self.files.calibration.get("sha256")
 
     @property
     def sha(self) -> str:
@@ -63,7 +62,10 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
         ("model", [r.files.model for r in runs], [r.sha for r in runs]),
         (
             "calibration text",
-            [f"{source(r)} (SHA-256 {(r.text or 'not there')[:8]})" for r in runs],
+            [
+                f"{r.files.calibration.get('source', '')} (SHA-256 {(r.text or 'not there')[:8]})"
+                for r in runs
+            ],
             [str(r.text) for r in runs],
         ),
     ]
@@ -73,11 +75,6 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
         if key not in ("model", "calibration"):
             rows.append((key.replace("_", " "), values, values))
     return [(name, shown) for name, shown, told in rows if len(set(told)) > 1]
-
-
-def source(run: Side) -> str:
-    found = run.files.run["provenance"].get("calibration")
-    return "" if found is None else str(found["source"])
 
 
 def comparison_warnings(runs: Sequence[Side]) -> list[str]:
@@ -130,7 +127,7 @@ def _column(run: Side) -> dict[str, str]:
     return {
         "model": files.model,
         "energy": f"`{files.energy}`",
-        "calibration": source(run),
+        "calibration": files.calibration.get("source", ""),
         "blocks": str(len(files.blocks)),
         "removed": "" if files.removed is None else listed(files.removed),
         "chosen": "" if chosen is None else f"state {chosen['position']}, {chosen['why']}",

@@ -273,7 +273,7 @@ def benchmarks(
     }
 
     def make(path: Path) -> None:
-        from isingcut.evaluation.scores import forget
+        from isingcut.evaluation.scores import forget_scores
         from isingcut.models.load import load
 
         session.tuned(folder)
@@ -294,7 +294,7 @@ def benchmarks(
             session=session,
         )
         write_json(path, "benchmarks", content)
-        forget(work, tasks)
+        forget_scores(work, tasks)
 
     return folder.stage(
         "benchmarks",
