@@ -12,12 +12,14 @@ from rich.table import Table
 from isingcut.cli.show_scores import show_evaluation
 from isingcut.console import console
 from isingcut.files import read_json, without_header
+from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.printing import printable
 from isingcut.report.read_run import read_run
 from isingcut.report.rows import plus_minus
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import correlation_text, listed, state_map
+from isingcut.runs.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from isingcut.models.inspect import Inspection
@@ -31,8 +33,6 @@ def show_lines(lines: list[str]) -> None:
 
 def energy_data(folder: Path) -> dict[str, Any]:
     """What `energy --json` prints of a measured Hamiltonian."""
-    from isingcut.ising.hamiltonian import Hamiltonian
-
     file = folder / "hamiltonian.safetensors"
     hamiltonian = Hamiltonian.load(file)
     return {
@@ -148,8 +148,6 @@ def show_inspection(found: Inspection) -> None:
 
 def finished(target: Path) -> RunFiles:
     """The files of a run that is finished, read once for all that is said of it."""
-    from isingcut.runs.manifest import MANIFEST
-
     return read_run(target if (target / MANIFEST).is_file() else target.parent, target)
 
 

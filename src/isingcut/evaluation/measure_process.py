@@ -10,14 +10,14 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
+from isingcut.data.generation import decode_tokens
+from isingcut.models.load import load
+
 
 def main(arguments: list[str]) -> None:
     """Measure and print ``{"peak_memory_bytes": ...}``."""
-    import torch
-
-    from isingcut.data.generation import decode_tokens
-    from isingcut.models.load import load
-
     folder, dtype, device, tokens, trust = arguments
     loaded = load(Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1")
     prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
