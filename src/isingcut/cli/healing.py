@@ -89,10 +89,11 @@ def evaluate(
     Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
     """
     from isingcut.cli.show_scores import show_benchmarks, show_evaluation
+    from isingcut.evaluation.scores import check_tasks
     from isingcut.runs import healing_stages, pipeline, stages
     from isingcut.runs.manifest import MANIFEST
 
-    names = _names(tasks, data, questions)
+    names = _named(tasks, data, questions)
     if original is not None:
         if not names:
             raise InputError("--original compares benchmarks; name some with --tasks")
@@ -102,6 +103,7 @@ def evaluate(
             lambda: show_benchmarks(scores, file),
             brief=str(file),
         )
+    names = check_tasks(names, data, questions) if names else []
     if out is not None:
         raise InputError("--out goes with --original; a run folder keeps its benchmarks.json")
     if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
@@ -128,20 +130,16 @@ def evaluate(
     return Answer(answer, show, brief=f"{found['kl']:.4f}")
 
 
-def _names(tasks: str, data: Path | None, questions: int | None) -> list[str]:
-    """The tasks that were typed, once it is known that they can be scored."""
+def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:
+    """The tasks that were typed, not yet known to be any."""
     from isingcut.evaluation import local_tasks
 
     named = [t.strip() for t in tasks.split(",") if t.strip()]
     if tasks == "all":
         named = [*local_tasks.task_names(), "wikitext2"]
-    if not named:
-        if tasks or data is not None or questions is not None:
-            raise InputError("--tasks names no benchmark, which --data and --questions are for")
-        return []
-    from isingcut.evaluation.scores import check_tasks
-
-    return check_tasks(named, data, questions)
+    if not named and (tasks or data is not None or questions is not None):
+        raise InputError("--tasks names no benchmark, which --data and --questions are for")
+    return named
 
 
 def _of_checkpoint(
@@ -154,6 +152,7 @@ def _of_checkpoint(
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
+    from isingcut.evaluation.scores import check_tasks
     from isingcut.models.load import load
     from isingcut.runs.healing_stages import bench
     from isingcut.runs.session import Session
@@ -165,6 +164,8 @@ def _of_checkpoint(
     config = RunConfig(**{**typed, "model": original}).validate()
     sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
+    # The harness takes seconds to say which tasks it knows.
+    names = check_tasks(names, data, questions)
     session = Session(config)
     loaded = session.loaded
     cut = load(
