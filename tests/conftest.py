@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from shared import OPTIONS, Shared, write_words
+from shared import OPTIONS, Shared, leave_speed_out, write_words
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +63,12 @@ def tokenizer():
     from isingcut.testing.tiny import tiny_tokenizer
 
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def no_speed(monkeypatch):
+    """Speed and memory take longer than the rest of a tiny run; tests of their own measure them."""
+    leave_speed_out(monkeypatch.setattr)
 
 
 @pytest.fixture

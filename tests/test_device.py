@@ -257,14 +257,9 @@ def test_a_step_that_leaves_a_tensor_behind_fails(
 
 
 @pytest.mark.slow
-def test_a_whole_run_on_the_device(folder, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.models.device.pick_device", lambda name: DEVICE)
-    # What these measure is no placement, and they have steps of their own.
-    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
-    rates = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
-    monkeypatch.setattr(
-        "isingcut.evaluation.speed.speed", lambda models, *a: dict.fromkeys(models, rates)
-    )
+def test_a_whole_run_on_the_device(folder, text, no_speed, tmp_path, monkeypatch):
+    for place in ("models.load", "runs.joining", "runs.prices"):
+        monkeypatch.setattr(f"isingcut.{place}.pick_device", lambda name: DEVICE)
     with fake_device():
         isingcut.run(
             model=str(folder),
@@ -272,6 +267,7 @@ def test_a_whole_run_on_the_device(folder, text, tmp_path, monkeypatch):
             out=str(tmp_path / "run"),
             remove=2,
             energy="fisher",
+            states=3,
             random_states=30,
             samples=3,
             length=16,

@@ -18,7 +18,8 @@ from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
-from test_heal import write_text
+from shared import leave_speed_out
+from test_heal_text import write_text
 from test_tasks import arc, lines
 
 
@@ -55,13 +56,8 @@ def config(folder: Path, name: str, **changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Iterator[Path]:
-    speeds = {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
     with pytest.MonkeyPatch.context() as patched:
-        # Measured in tests of their own; memory takes a process for each model.
-        patched.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
-        patched.setattr(
-            "isingcut.evaluation.speed.speed", lambda models, *a: dict.fromkeys(models, speeds)
-        )
+        leave_speed_out(patched.setattr)
         yield pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
 
 

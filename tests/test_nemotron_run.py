@@ -23,6 +23,7 @@ OPTIONS = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_speed")
 @pytest.mark.parametrize(
     ("remove", "letter", "count"), [("attention=2", "*", 2), ("moe=3", "E", 3)]
 )

@@ -32,17 +32,14 @@ from isingcut.testing.tiny import tiny_checkpoint, tiny_tokenizer
 from journals import count_rows
 from shared import OPTIONS
 
+# `finished` measures them once.
+pytestmark = pytest.mark.usefixtures("no_speed")
+
 
 def job(model, text, out, **more):
     """A whole run on a tiny model."""
     options = {"model": str(model), "calibration": str(text), "out": str(out)}
     return isingcut.run(**{**OPTIONS, **options, **more})
-
-
-@pytest.fixture(autouse=True)
-def _memory_is_measured_once(monkeypatch):
-    """Two more processes per run would be most of the time here; `finished` pays for them."""
-    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3", "gpt2"])

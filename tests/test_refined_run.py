@@ -13,6 +13,7 @@ from isingcut.files import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.read_run import read_run
 
+pytestmark = pytest.mark.usefixtures("no_speed")
 OPTIONS = {
     "energy": "refined",
     "effort": "6",
@@ -30,11 +31,6 @@ OPTIONS = {
 def inputs(shared, text):
     model = shared.checkpoint(num_hidden_layers=8)
     return {"model": str(model), "calibration": str(text), **OPTIONS}
-
-
-@pytest.fixture(autouse=True)
-def _no_memory_processes(monkeypatch):
-    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
 
 
 def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):

@@ -14,7 +14,7 @@ from isingcut.journal import Journal
 from isingcut.outputs import MARKER
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import say_into, start
-from shared import write_words
+from shared import leave_speed_out, write_words
 
 OPTIONS = {
     "remove": 2, "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "states": 4,
@@ -39,12 +39,11 @@ def _run(place, out, moment, said):
     """The whole job, in a process that is killed before its operation number ``moment``."""
     say_into(said)
     _die_at(moment, said.with_suffix(".moments"))
-    from isingcut.evaluation import speed
-
-    speed.peak_memory = lambda *a, **k: 1
-    isingcut.run(
-        model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), **OPTIONS
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        leave_speed_out(patch.setattr)
+        isingcut.run(
+            model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), **OPTIONS
+        )
 
 
 def _die_at(moment, notes):
