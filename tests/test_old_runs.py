@@ -175,3 +175,17 @@ def test_its_choice_is_handed_on(old, monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip() == str(old / "spectrum.json")
+
+
+def test_a_solver_that_is_gone_is_said_where_it_is_asked_for(old, monkeypatch, capsys):
+    run = json.loads((old / "run.json").read_text(encoding="utf-8"))
+    run["config"]["solver"] = "anneal"
+    (old / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    write_report(old)
+    monkeypatch.setattr("sys.argv", ["isingcut", "solve", str(old), "--remove", "3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "there is no solver 'anneal' any more; use dimod:dwave.samplers" in said
+    assert len(said.splitlines()) == 1
