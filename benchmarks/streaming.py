@@ -33,7 +33,7 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.evaluation.measure_process import resident_peak
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules

@@ -21,7 +21,7 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import InputError
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay

@@ -22,7 +22,6 @@ import torch
 import isingcut
 from isingcut.data import generation, self_text
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.search import slopes
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
@@ -31,17 +30,17 @@ from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.patch import absorb as _absorb
 from isingcut.healing.training.rounds import Objective, install, targets
 from isingcut.healing.training.train import Rows, collate
-from isingcut.measure import curvature, gradients
-from isingcut.measure import loss_gradient as loss
+from isingcut.measure import boundaries as boundary
+from isingcut.measure import curvature, graphs
+from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.measure.streamed import boundary
-from isingcut.measure.streamed.boundary import Boundaries
 from isingcut.measure.work import Work
 from isingcut.models import replay as blocks
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute import head
+from isingcut.models.compute import loss_gradient as loss
 from isingcut.models.replay import Replay
 from isingcut.models.streaming import store
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -228,9 +227,9 @@ DROPPED = [
     (head._Fused, "__init__", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "losses"),
     (head.Reference, "__init__", "1:].to(logits.device)", "1:]", "losses, head in one"),
     (curvature, "_through_blocks", "device=replay.device, ", "", "hessian"),
-    (gradients, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
+    (loss, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
     (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
-    (slopes, "_batch", ", device=replay.device", "", "search"),
+    (graphs, "gated", ", device=before.device", "", "search"),
     (evaluate, "sample_sums", "1].to(before.device)", "1]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
     (LinearPatch, "_fit_one", "mask.to(device)", "mask", "patch of what is written"),

@@ -190,7 +190,7 @@ def _fails(place, out, said, meeting):
     from isingcut.errors import ArchitectureError
 
     say_into(said)
-    measured = module._measure_batch
+    measured = module._measure
 
     def broken(*arguments):
         # Each waits for the other here: else rank 0 may have done all before rank 1 begins.
@@ -199,10 +199,10 @@ def _fails(place, out, said, meeting):
 
     def waiting(*arguments):
         meeting.open().close()
-        module._measure_batch = measured
+        module._measure = measured
         return measured(*arguments)
 
-    module._measure_batch = broken if os.environ["RANK"] == "1" else waiting
+    module._measure = broken if os.environ["RANK"] == "1" else waiting
     type_in(*_typed(place, out))
 
 
@@ -265,7 +265,7 @@ def broken(*arguments):
     if os.environ["RANK"] == "1":
         raise ArchitectureError("this block cannot be run")
     signal.pause()
-module._measure_batch = broken
+module._measure = broken
 sys.argv[1:] = {arguments!r}
 main()
 """

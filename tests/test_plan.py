@@ -18,8 +18,8 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.load import load
+from isingcut.models.parts import EMBED, HEAD
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.plan import EMBED, HEAD
 from isingcut.models.streaming.replay import open_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.plan import advise, command, make_plan

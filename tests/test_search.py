@@ -19,7 +19,7 @@ from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import key_of, states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay

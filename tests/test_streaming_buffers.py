@@ -5,7 +5,8 @@ import concurrent.futures
 import pytest
 import torch
 
-from isingcut.measure.streamed.pace import Pace
+from isingcut.measure.pace import Pace
+from isingcut.models.parts import Resident, Seconds
 from isingcut.models.streaming.buffers import Buffers
 
 CPU = torch.device("cpu")
@@ -13,19 +14,24 @@ CPU = torch.device("cpu")
 
 def test_pace_makes_chunks_large_enough_to_hide_the_reading(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("isingcut.measure.streamed.pace.time.perf_counter", lambda: now[0])
-    buffers = Buffers(8, CPU)
-    pace = Pace(buffers)
+    monkeypatch.setattr("isingcut.measure.pace.time.perf_counter", lambda: now[0])
+
+    class Disk(Resident):
+        spent = Seconds()
+
+        def seconds(self):
+            return self.spent
+
+    disk = Disk()
+    pace = Pace(disk)
     with pace.timed(2):
         now[0] += 12.0
-        buffers.stalled += 2.0
-        buffers.reading += 40.0
+        disk.spent = Seconds(stalled=2.0, reading=40.0)
     # Ten seconds of computing on two batches: five each; reading takes forty.
     assert pace.batches == 11
     with pace.timed(11):
         now[0] += 55.0
-        buffers.reading += 1.0
-        buffers.reading_cpu += 1.0
+        disk.spent = Seconds(stalled=2.0, reading=41.0, shared=1.0)
     assert pace.batches == 5
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError
+from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.measure.streamed.boundary import Boundaries
-from isingcut.measure.streamed.pace import Pace
+from isingcut.measure.pace import Pace
+from isingcut.models.compute.head import OutputHead
 from isingcut.models.streaming.reader import Reader
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.testing.tiny import tiny_checkpoint
@@ -52,10 +53,10 @@ def test_too_little_memory_for_one_state_is_an_error(narrow):
 
 
 def test_hidden_states_that_do_not_fit_go_to_a_file(llama, narrow, monkeypatch, tmp_path):
+    expected = gate_gradients(in_memory(llama), samples(), batch_tokens=24)
     used = []
     close = Boundaries.close
     monkeypatch.setattr(Boundaries, "close", lambda self: (used.append(self.spilled), close(self)))
-    expected = gate_gradients(in_memory(llama), samples(), batch_tokens=24)
     narrow.allowed = 3
     found = gate_gradients(narrow, samples(), batch_tokens=24, journal=tmp_path / "journal")
     np.testing.assert_array_equal(found, expected)
@@ -68,7 +69,7 @@ def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
     folder = tiny_checkpoint(family, tmp_path)
     expected = gate_gradients(in_memory(folder), samples(), batch_tokens=24)
     replay = streamed(folder)
-    replay.head  # noqa: B018 - looking at the head calls the blocks
+    OutputHead(replay)  # looking at the head calls the blocks
     ran = []
     for block in replay.blocks:
         block.register_forward_hook(lambda m, a, o: ran.append(1))
@@ -90,8 +91,8 @@ def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
 def test_each_block_is_read_once_per_chunk(llama, monkeypatch):
     replay = streamed(llama)
     monkeypatch.setattr(Pace, "timed", lambda self, n: nullcontext())
-    monkeypatch.setattr(Pace, "__init__", lambda self, b: setattr(self, "batches", 100))
-    replay.head  # noqa: B018 - looking at the head reads it
+    monkeypatch.setattr(Pace, "__init__", lambda self, store: setattr(self, "batches", 100))
+    OutputHead(replay)  # looking at the head reads it
     read = []
     fill = Reader.fill
     monkeypatch.setattr(Reader, "fill", lambda self, p, b: (read.append(p), fill(self, p, b))[1])

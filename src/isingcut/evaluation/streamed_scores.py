@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from isingcut.evaluation.quality import compared, disk_bytes, evaluation_document, quality_of
-from isingcut.measure.streamed.pace import Pace
+from isingcut.measure.pace import Pace
+from isingcut.models.parts import HEAD
 from isingcut.models.replay import Recording
-from isingcut.models.streaming.plan import EMBED, HEAD
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.progress import Progress, silent
 
@@ -66,37 +66,26 @@ def quality_streamed(
     Complexity: each model is read once per chunk of samples; both heads are in memory together.
     """
     sums = np.zeros((3, tokens.samples))
-    todo = tokens.batches(batch_tokens)
-    pace = Pace(original.store.buffers)
-    with progress("perplexity and KL on unseen text", len(todo)) as bar, torch.inference_mode():
-        while todo:
-            room = original.room(todo[0])
-            costs = np.cumsum([_STREAMS * original.stream_bytes(batch) for batch in todo])
-            count = max(1, min(pace.batches, int((costs <= room).sum())))
-            chunk, todo = todo[:count], todo[count:]
-            with pace.timed(count):
-                ends = [_through(replay, chunk) for replay in (original, cut)]
-                for replay in (original, cut):
-                    replay.store.hold(HEAD)
-                for batch, before, after in zip(chunk, *ends, strict=True):
-                    for row, position in enumerate(batch.index.tolist()):
-                        sums[:, position] = _losses(batch, row, before, after)
-                    bar.advance(1)
+    batches, pace = tokens.batches(batch_tokens), Pace(original.store)
+    with progress("perplexity and KL on unseen text", len(batches)) as bar, torch.inference_mode():
+        for chunk, _ in pace.chunks(original, batches, _STREAMS):
+            ends = [_through(replay, batches[chunk]) for replay in (original, cut)]
+            for replay in (original, cut):
+                replay.store.hold(HEAD)
+            for batch, before, after in zip(batches[chunk], *ends, strict=True):
+                for row, position in enumerate(batch.index.tolist()):
+                    sums[:, position] = _losses(batch, row, before, after)
+                bar.advance(1)
     return quality_of(sums, tokens)
 
 
 def _through(replay: StreamedReplay, batches: Sequence[TokenSet]) -> list[tuple[Recording, Tensor]]:
     """The recording of each batch, and the stream that leaves the blocks."""
-    recordings: list[Recording] = []
-    streams: list[Tensor] = []
-    for part in replay.store.sweep([EMBED, *range(len(replay))]):
-        if part == EMBED:
-            recordings = [replay.record(batch.input_ids) for batch in batches]
-            streams = [recording.entered for recording in recordings]
-        else:
-            assert isinstance(part, int)
-            for b, recording in enumerate(recordings):
-                streams[b] = recording.block(part, streams[b])
+    recordings = [replay.record(batch.input_ids) for batch in batches]
+    streams = [recording.entered for recording in recordings]
+    for i in range(len(replay)):
+        for b, recording in enumerate(recordings):
+            streams[b] = recording.block(i, streams[b])
     return list(zip(recordings, streams, strict=True))
 
 

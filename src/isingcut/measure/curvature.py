@@ -33,10 +33,10 @@ from isingcut.errors import ArchitectureError, InputError
 from isingcut.ising.states import Floats
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import of_batches
-from isingcut.measure.loss_gradient import loss_gradient
 from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead
+from isingcut.models.compute.loss_gradient import loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.progress import Progress, silent
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.models.compute.kernels import bits, compiled_for, row_dots
+from isingcut.models.compute import kernels
 from isingcut.models.replay import Recording
 
 GATES = ("sublayer", "block")
@@ -61,17 +61,18 @@ class _Scale(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         added, alpha = ctx.saved_tensors
-        rows = _row_dots(grad.flatten(1), added.flatten(1))
+        rows = row_dots(grad, added)
         through = grad if ctx.ones else (grad.float() * _column(alpha, grad)).to(grad.dtype)
         return through, rows, None
 
 
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) float32: the scalar products of the rows of ``a`` and ``b`` (B, K)."""
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) float32: the scalar products of the samples of ``a`` and ``b`` (B, ...)."""
+    a, b = a.flatten(1), b.flatten(1)
     # A backward pass that is itself differentiated needs operations that can be.
-    if compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
+    if kernels.compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
         out = torch.empty(len(a))
-        row_dots(bits(a), bits(b), out.numpy())
+        kernels.row_dots(kernels.bits(a), kernels.bits(b), out.numpy())
         return out
     return (a.float() * b.float()).sum(1)
 
@@ -157,6 +158,7 @@ def gated_block(
         seen = "only some additions" if mode.additions else "no addition"
         raise ArchitectureError(
             f"{seen} to the residual stream can be scaled inside block {i}, so that its sublayer "
-            "gate at 0 would not be its removal; use the block gate for this architecture"
+            "gate at 0 would not be its removal; use the energy 'pairwise', which removes blocks "
+            'for real (in Python also gate="block")'
         )
     return out

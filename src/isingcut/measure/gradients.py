@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
-from isingcut.measure.gates import gated_block
-from isingcut.measure.loss_gradient import loss_gradient
+from isingcut.measure.pace import Pace
 from isingcut.measure.sharing import SharedJournal
+from isingcut.measure.sweep import gate_rows, streams_kept
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead
-from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.compute.loss_gradient import loss_gradient
+from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.progress import Progress, silent
 
 
@@ -52,36 +52,46 @@ def gate_gradients(
     Returns:
         (m, N) float64, computed in float32, nats per token.
 
-    Complexity: about 2 to 2.5 forward passes; activations of one micro-batch.
+    Complexity: about 2 to 2.5 forward passes, 3 where activations do not fit; activations of one
+    micro-batch. A streamed model is read twice for each chunk of them.
 
     Source: arXiv 2602.00161 (its gate gradients; the sign is that of d loss / d alpha).
     """
     for name, parameter in replay.model.named_parameters():
         assert not parameter.requires_grad, f"{name} requires a gradient"
     reuse_freed_memory()
-    rows = np.zeros((tokens.samples, len(replay)))
     batches = tokens.batches(batch_tokens)
-    measured = identity(replay, tokens, gate=gate, label_seed=label_seed, batch_tokens=batch_tokens)
+    how = {"gate": gate, "label_seed": label_seed, "batch_tokens": batch_tokens}
+    measured = identity(replay, tokens, **how)
     kept = SharedJournal(journal, measured, of_batches(batches, len(replay)), replay.processes)
     with (
         progress(f"gradients of {tokens.samples} samples", len(batches)) as bar,
         chosen_attention(replay),
     ):
-        if replay.streamed:
-            from isingcut.measure.streamed.gradients import streamed_gradients
+        head = OutputHead(replay)
 
-            streamed_gradients(replay, batches, gate, label_seed, kept, bar, journal)
-        else:
-            head = OutputHead(replay)
-            keys = [str(b) for b in range(len(batches))]
-            todo = [key for key in keys if kept.get(key) is None]
-            bar.advance(len(keys) - len(todo))
-            own, bar = kept.share(todo, bar)
-            for key in own:
-                row = _batch_rows(replay, head, batches[int(key)], gate, label_seed)
+        def toward(recording: Recording, batch: TokenSet, stream: Tensor, _: Tensor) -> Tensor:
+            return loss_gradient(recording, stream, batch, label_seed, head)
+
+        keys = [str(b) for b in range(len(batches))]
+        todo = [key for key in keys if kept.get(key) is None]
+        bar.advance(len(keys) - len(todo))
+        own, bar = kept.share(todo, bar)
+        mine = [batches[int(key)] for key in own]
+        for chunk, room in Pace(replay.store).chunks(replay, mine, streams_kept(replay)):
+            found = gate_rows(
+                replay,
+                mine[chunk],
+                gate,
+                toward,
+                room=room,
+                folder=journal.parent if journal else None,
+                advance=bar.advance,
+            )
+            for key, row in zip(own[chunk], found, strict=True):
                 kept.put(key, row.double().cpu().numpy())
-                bar.advance(1)
-            kept.gather()
+        kept.gather()
+    rows = np.zeros((tokens.samples, len(replay)))
     for b, batch in enumerate(batches):
         rows[batch.index.numpy()] = kept.get(str(b))
     return rows
@@ -96,21 +106,3 @@ def of_batches(
         return key.isdecimal() and row.shape == (batches[int(key)].samples, *shape)
 
     return fits
-
-
-def _batch_rows(
-    replay: Replay, head: OutputHead, batch: TokenSet, gate: str, label_seed: int | None
-) -> Tensor:
-    """(B, N) float32 gate gradients of one micro-batch."""
-    with torch.no_grad():
-        recording = replay.record(batch.input_ids)
-    alphas = [
-        torch.ones(batch.samples, device=replay.device, requires_grad=True)
-        for _ in range(len(replay))
-    ]
-    hidden = recording.entered  # (B, T, D)
-    for i, alpha in enumerate(alphas):
-        hidden = gated_block(recording, i, hidden, alpha, gate, ones=True)
-    toward_stream = loss_gradient(recording, hidden.detach(), batch, label_seed, head)
-    gradients = torch.autograd.grad(hidden, alphas, toward_stream)
-    return torch.stack(gradients, dim=1)

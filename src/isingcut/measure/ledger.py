@@ -11,8 +11,8 @@ from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
 from isingcut.ising.states import Floats, States, key_of
 from isingcut.measure.losses import measure
-from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.sharing import SharedJournal
+from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay
 

@@ -1,15 +1,18 @@
 """Measured loss of states: KL to the original model and NLL, in nats per token.
 
-States are visited in the order of their bits, so that two states that agree on the first
-blocks share the hidden states up to where they part: each node of the tree of decisions is
-computed once. The original model is the empty state, so that every measurement brings its own
-reference. Work goes by micro-batches, and a finished micro-batch is written to a journal.
+Two states that agree on the first blocks share the hidden states up to where they part (`tree`).
+The original model is the empty state, so that every measurement brings its own reference. Work
+goes by pieces, a micro-batch and some of the states, and a finished piece is written to a journal.
+In memory the tree is walked branch by branch, which keeps few streams; where blocks are read from
+disk, block by block, for as many micro-batches and states at a time as fit the memory allowed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError
 from isingcut.files import without_infinities
 from isingcut.ising.states import Floats, States
-from isingcut.measure.pieces import Piece, common_prefix, left
+from isingcut.measure.pace import Pace
+from isingcut.measure.pieces import Piece, cut, left
 from isingcut.measure.sharing import SharedJournal
+from isingcut.measure.tree import in_order, own_blocks, walk
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
-from isingcut.models.compute.head import OutputHead, Reference, comparison
+from isingcut.models.compute.head import Comparison, OutputHead, Reference, comparison
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.progress import Bar, Progress, silent
 
 __all__ = ["Measurement", "Reference", "measure", "standard_error"]
+
+# Streams of a batch beside those of the states: the original's, what entered the blocks (the
+# recording has it), and the one that a block is just making.
+_OTHERS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,34 +135,23 @@ def measure(
 
     Complexity: one block evaluation per node of the prefix tree of the states and of the
     empty state, plus one output head per state.
+
+    Raises:
+        InputError: not even one state of one micro-batch fits the memory allowed.
     """
     wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
     n = len(replay)
-    # Lexicographic by bits: neighbours share the longest prefixes. lexsort's last key is first.
-    order = np.lexsort(wanted.T[::-1]) if len(wanted) else np.zeros(0, dtype=np.int64)
-    walk = [_Step(wanted[s], int(s)) for s in order]
-    empty = np.zeros(n, dtype=bool)
-    previous = empty
-    for step in walk:
-        step.shared = common_prefix(previous, step.removed) if share_prefixes else 0
-        previous = step.removed
-    per_batch = n + sum(int((~s.removed[s.shared :]).sum()) for s in walk)
-    unshared = n + int((~wanted).sum())
+    order = in_order(wanted)
+    ordered = wanted[order]
+    nodes = (own_blocks(ordered) if share_prefixes else ~ordered).sum(1)
+    per_batch = n + int(nodes.sum())
+
+    def blocks_run(piece: Piece) -> int:
+        """Blocks of a piece, as they count in all that a measurement runs."""
+        return int(nodes[piece.first : piece.last].sum()) + (0 if piece.first else n)
 
     reuse_freed_memory()
     batches = tokens.batches(batch_tokens)
-
-    def fits(key: str, row: npt.NDArray[np.float64]) -> bool:
-        if replay.streamed:
-            from isingcut.measure.streamed.states import fits_states
-
-            return fits_states(key, row, batches, len(wanted))
-        piece = Piece.read(key)
-        states = range(len(wanted) + 1)
-        inside = piece.key == key and piece.first in states and piece.last in states
-        shape = (2, piece.last - piece.first + 1, batches[piece.batch].samples)
-        return inside and piece.batch >= 0 and row.shape == shape
-
     measured = identity(
         replay,
         tokens,
@@ -160,117 +159,135 @@ def measure(
         shape=list(wanted.shape),
         batch_tokens=batch_tokens,
     )
-    kept = SharedJournal(journal, measured, fits, replay.processes)
-    m = tokens.samples
+    kept = SharedJournal(journal, measured, _of_pieces(batches, len(wanted)), replay.processes)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-    sums = np.zeros((2, len(wanted) + 1, m))
-    seen = np.zeros((len(wanted), m), dtype=bool)
+    sums = np.zeros((2, len(wanted) + 1, tokens.samples))
+    seen = np.zeros((len(wanted), tokens.samples), dtype=bool)
+
+    def fill(key: str) -> str:
+        """Take in what the journal has of a piece; the lowest KL so far, in words."""
+        piece, row = Piece.read(key), kept.get(key)
+        assert row is not None
+        places, found = batches[piece.batch].index.numpy(), order[piece.first : piece.last]
+        sums[:, np.append(found, len(wanted))[:, None], places] = row
+        if not len(found):
+            return ""
+        seen[found[:, None], places] = True
+        # Samples that a state was not measured on yet count nothing on either side.
+        mean = sums[0, :-1].sum(1) / np.maximum(1, seen @ counts)
+        return f"lowest KL so far {mean[seen.any(1)].min():.4f}"
+
     with (
         progress(description, per_batch * len(batches)) as bar,
         torch.inference_mode(),
         chosen_attention(replay),
     ):
-        if replay.streamed:
-            from isingcut.measure.streamed.states import streamed_sums
-
-            sums = streamed_sums(replay, batches, wanted, kept, bar)
-        else:
-            head = OutputHead(replay)
-
-            def fill(key: str) -> None:
-                piece = Piece.read(key)
-                places = batches[piece.batch].index.numpy()
-                row = kept.get(key)
-                assert row is not None
-                states = [s.position for s in walk[piece.first : piece.last]]
-                sums[:, np.array([*states, len(wanted)])[:, None], places] = row
-                if states:
-                    seen[np.array(states)[:, None], places] = True
-                    # Samples that a state was not measured on yet count nothing on either side.
-                    mean = sums[0, :-1].sum(1) / np.maximum(1, seen @ counts)
-                    bar.advance(0, f"lowest KL so far {mean[seen.any(1)].min():.4f}")
-
-            for key in kept.keys():  # noqa: SIM118
-                bar.advance(_blocks_run(walk, Piece.read(key), n))
-                fill(key)
-            size = replay.processes.size
-            todo = left(kept.keys(), len(batches), len(walk), size, 2 * n / per_batch)
-            own, bar = kept.share([piece.key for piece in todo], bar)
-            for key in own:
-                piece = Piece.read(key)
-                steps = _apart(walk[piece.first : piece.last], share_prefixes)
-                # What a parted micro-batch runs again is no progress.
-                whole = len(steps) == len(walk)
-                with silent("", 0) as quiet:
-                    row = _measure_batch(
-                        replay,
-                        head,
-                        batches[piece.batch],
-                        steps,
-                        len(wanted),
-                        bar if whole else quiet,
-                    )
-                bar.advance(0 if whole else _blocks_run(walk, piece, n))
-                kept.put(key, row[:, [*(s.position for s in steps), len(wanted)]])
-                fill(key)
-            kept.gather()
-            for key in kept.keys():  # noqa: SIM118
-                fill(key)
+        head = OutputHead(replay)
+        for key in kept.keys():  # noqa: SIM118
+            bar.advance(blocks_run(Piece.read(key)), fill(key))
+        size = replay.processes.size
+        todo = left(kept.keys(), len(batches), len(order), size, 2 * n / per_batch)
+        own, bar = kept.share([piece.key for piece in todo], bar)
+        for chunk in _chunks(replay, batches, [Piece.read(key) for key in own]):
+            found = _measure(
+                replay,
+                head,
+                [batches[piece.batch] for piece in chunk],
+                ordered[chunk[0].first : chunk[0].last],
+                share_prefixes,
+                bar,
+                sum(map(blocks_run, chunk)),
+            )
+            for piece, rows in zip(chunk, found, strict=True):
+                kept.put(piece.key, rows)
+                bar.advance(0, fill(piece.key))
+        kept.gather()
+        for key in kept.keys():  # noqa: SIM118
+            fill(key)
+    unshared = n + int((~wanted).sum())
     return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
 
 
-class _Step:
-    """One state on the walk through the prefix tree."""
+def _of_pieces(batches: Sequence[TokenSet], states: int) -> Callable[[str, Floats], bool]:
+    """Whether a journal's row can be a piece's."""
 
-    def __init__(self, removed: npt.NDArray[np.bool_], position: int) -> None:
-        self.removed, self.position, self.shared = removed, position, 0
+    def fits(key: str, row: Floats) -> bool:
+        piece = Piece.read(key)
+        inside = piece.key == key and 0 <= piece.first <= piece.last <= states
+        shape = (2, piece.last - piece.first + 1, batches[piece.batch].samples)
+        return inside and piece.batch >= 0 and row.shape == shape
 
-
-def _apart(steps: Sequence[_Step], share_prefixes: bool) -> list[_Step]:
-    """A stretch of the walk as a walk of its own: its first state shares with the original."""
-    if not steps or not share_prefixes:
-        return list(steps)
-    first = _Step(steps[0].removed, steps[0].position)
-    first.shared = common_prefix(np.zeros_like(first.removed), first.removed)
-    return [first, *steps[1:]]
+    return fits
 
 
-def _blocks_run(walk: Sequence[_Step], piece: Piece, n: int) -> int:
-    """Blocks of one piece, as they count in all that a measurement runs."""
-    own = walk[piece.first : piece.last]
-    return sum(int((~s.removed[s.shared :]).sum()) for s in own) + (0 if piece.first else n)
+def _chunks(
+    replay: Replay, batches: Sequence[TokenSet], pieces: Sequence[Piece]
+) -> Iterator[list[Piece]]:
+    """Pieces of the same states that go through each block together, as many as fit."""
+    fitting = [part for piece in pieces for part in _fitting(replay, batches[piece.batch], piece)]
+    states, pace = operator.attrgetter("first", "last"), Pace(replay.store)
+    for (first, last), group in groupby(sorted(fitting, key=states), states):
+        alike = list(group)
+        mine = [batches[piece.batch] for piece in alike]
+        for chunk, _ in pace.chunks(replay, mine, last - first + _OTHERS):
+            yield alike[chunk]
 
 
-def _measure_batch(
+def _fitting(replay: Replay, batch: TokenSet, piece: Piece) -> list[Piece]:
+    """A piece, in parts whose streams fit the memory allowed.
+
+    Raises:
+        InputError: one state does not fit.
+    """
+    each, room = replay.stream_bytes(batch), replay.room(batch)
+    fit = room // each - _OTHERS
+    if fit < 1:
+        raise InputError(
+            f"hidden states may take {room / 1e6:.0f} MB, and one state of "
+            f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
+            "MB; raise --memory-limit or lower --batch-tokens"
+        )
+    return cut(piece, -(-(piece.last - piece.first) // fit))
+
+
+def _measure(
     replay: Replay,
     head: OutputHead,
-    batch: TokenSet,
-    walk: Sequence[_Step],
-    count: int,
+    batches: Sequence[TokenSet],
+    states: States,
+    share_prefixes: bool,
     bar: Bar,
-) -> Floats:
-    """(2, count + 1, B): KL and NLL sums of each state and, last, of the original."""
-    n = len(replay)
-    recording = replay.record(batch.input_ids)
-    # stream[i] enters block i on the current path through the tree.
-    stream: list[Tensor] = [recording.entered] * (n + 1)
+    worth: int,
+) -> list[Floats]:
+    """For each micro-batch (2, K + 1, B): KL and NLL sums of K sorted states and of the original.
 
-    def run(removed: npt.NDArray[np.bool_], start: int) -> int:
-        ran = 0
-        for i in range(start, n):
-            if removed[i]:
-                stream[i + 1] = stream[i]
-            else:
-                stream[i + 1] = recording.block(i, stream[i])
-                ran += 1
-        return ran
+    Args:
+        worth: block evaluations that all of it counts on the bar; those that a parted micro-batch
+            runs again are no progress.
+    """
+    recordings = [replay.record(batch.input_ids) for batch in batches]
+    originals: list[Comparison] = []
+    # Of the sorted states the one that removes nothing comes first: the original.
+    tree = np.concatenate([np.zeros((1, len(replay)), dtype=bool), states])
+    step = worth / (len(replay) + int((own_blocks(tree) if share_prefixes else ~states).sum()))
+    found = [np.zeros((2, len(tree), batch.samples)) for batch in batches]
 
-    out = np.zeros((2, count + 1, batch.samples))
-    bar.advance(run(np.zeros(n, dtype=bool), 0))
-    original = comparison(head, recording, stream[n], batch)
-    out[1, count] = original.nll
-    for step in walk:
-        ran = run(step.removed, step.shared)
-        out[:, step.position] = original.compare(stream[n])
-        bar.advance(ran)
-    return out
+    def run(block: int, streams: list[Tensor]) -> list[Tensor]:
+        bar.advance(step)
+        return [r.block(block, s) for r, s in zip(recordings, streams, strict=True)]
+
+    entered = [recording.entered for recording in recordings]
+    leaves = walk(tree, entered, run, by_block=replay.streamed, shared=share_prefixes)
+    for first, last, ends in leaves:
+        if not originals:
+            originals = [
+                comparison(head, recording, end, batch)
+                for recording, end, batch in zip(recordings, ends, batches, strict=True)
+            ]
+        if last > 1:
+            for rows, original, end in zip(found, originals, ends, strict=True):
+                rows[:, first:last] = np.array(original.compare(end))[:, None]
+    for rows, original in zip(found, originals, strict=True):
+        rows[0, 0], rows[1, 0] = 0.0, original.nll
+    # The original came first; it is wanted last.
+    return [np.roll(rows, -1, axis=1) for rows in found]

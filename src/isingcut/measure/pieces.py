@@ -11,11 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-import numpy.typing as npt
-
-from isingcut.ising.states import States
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -64,7 +59,7 @@ def left(
         if end < states or not had:
             gaps.append(Piece(batch, end, states))
     parts = _parts(len(gaps), processes, repeated)
-    return [part for gap in gaps for part in _cut(gap, parts)]
+    return [part for gap in gaps for part in cut(gap, parts)]
 
 
 def _parts(gaps: int, processes: int, repeated: float) -> int:
@@ -76,29 +71,9 @@ def _parts(gaps: int, processes: int, repeated: float) -> int:
     return min(range(1, 2 * processes + 1), key=rounds)
 
 
-def _cut(gap: Piece, parts: int) -> list[Piece]:
+def cut(gap: Piece, parts: int) -> list[Piece]:
+    """A piece in at most so many parts of like size."""
     count = gap.last - gap.first
     parts = max(1, min(parts, count))
     ends = [gap.first + count * i // parts for i in range(parts + 1)]
     return [Piece(gap.batch, a, b) for a, b in pairwise(ends)]
-
-
-def tree_nodes(states: States) -> int:
-    """Block evaluations per sample that measuring the states (S, N) takes beside the original.
-
-    The original's own N are not in it: a state shares the hidden states of the original up to
-    its first removed block, and those of the other states up to where they part. It is the unit
-    in which every search pays for its states.
-    """
-    total = 0
-    previous = np.zeros(states.shape[-1], dtype=bool)
-    for state in states[np.lexsort(states.T[::-1])]:
-        total += int((~state[common_prefix(previous, state) :]).sum())
-        previous = state
-    return total
-
-
-def common_prefix(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> int:
-    """On how many first blocks two states (N,) agree."""
-    differ = np.flatnonzero(a != b)
-    return int(differ[0]) if len(differ) else len(a)

@@ -20,8 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.parts import Resident, Store
 from isingcut.models.processes import ALONE, Processes
 
 
@@ -36,12 +38,14 @@ class Replay:
         model: a causal language model; it is put in evaluation mode.
         blocks: its removable blocks, in order.
         device: where it computes; None takes that of its parameters.
+        store: its weights; None: they are in memory.
 
     Attributes:
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention (`tuning.py`); None keeps what was loaded.
         threads: with how many threads at most; None: with those that torch takes.
         processes: that hold the same model and share its measurements.
+        plain_head: what `compute.head` found of the output map, once it has looked.
 
     Raises:
         ArchitectureError: a block does not take and return one residual stream.
@@ -55,15 +59,18 @@ class Replay:
         model: nn.Module,
         blocks: Sequence[nn.Module],
         device: torch.device | None = None,
+        store: Store | None = None,
     ) -> None:
         self.model = model.eval()
         stop_rescaling(model)
         self.blocks = list(blocks)
         self.device = device or next(model.parameters()).device
+        self.store = store or Resident()
         self.bytes_per_token = 0
         self.attention: str | None = None
         self.threads: int | None = None
         self.processes: Processes = ALONE
+        self.plain_head: bool | None = None
         # The rest of each block's output tuple (None for a bare tensor), for the stubs to return.
         self._rest: list[tuple[Any, ...] | None] = []
         self._learn_outputs()
@@ -82,6 +89,17 @@ class Replay:
             "dtype": str(parameters[0].dtype),
             **({"attention": self.attention} if self.attention else {}),
         }
+
+    def stream_bytes(self, batch: TokenSet) -> int:
+        """Bytes of the residual stream of a batch at one place."""
+        return int(batch.input_ids.numel()) * self.bytes_per_token
+
+    def room(self, batch: TokenSet) -> int:
+        """Bytes that hidden states kept between blocks may take, beside the work on one batch.
+
+        In memory nobody watches: a measurement keeps what one micro-batch needs.
+        """
+        return sys.maxsize
 
     def _learn_outputs(self) -> None:
         shared: list[tuple[MutableMapping[Any, Any], int]] = []

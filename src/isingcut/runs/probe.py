@@ -27,8 +27,9 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.architectures import find_stack, stack_modules, text_config
 from isingcut.models.compute.tuning import few_threads, kept_bytes, tune
+from isingcut.models.parts import EMBED, HEAD
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.plan import EMBED, HEAD, Copied
+from isingcut.models.streaming.plan import Copied
 from isingcut.models.streaming.store import Store
 
 # At most so many blocks that weigh no more than that; but one of every kind.

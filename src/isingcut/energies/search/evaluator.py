@@ -16,8 +16,8 @@ from isingcut.data.calibration import TokenSet
 from isingcut.energies.search.slopes import PASSES, gate_slopes
 from isingcut.ising.states import Bools, Floats, States, key_of
 from isingcut.measure.ledger import Ledger
-from isingcut.measure.pieces import tree_nodes
 from isingcut.measure.streams import block_means, influence
+from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 

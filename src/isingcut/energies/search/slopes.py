@@ -9,12 +9,13 @@ it (docs/experiments.md), and is not used for that.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Bools, Floats
-from isingcut.measure.gates import gated_block
+from isingcut.measure.pace import Pace
+from isingcut.measure.sweep import gate_rows, streams_kept
+from isingcut.models.compute.loss_gradient import divergence_gradient
 from isingcut.models.replay import Recording, Replay
 
 PASSES = 4.0
@@ -27,46 +28,13 @@ def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: in
     Args:
         state: (N,) bool; its blocks' gates stand at 0, all others at 1.
     """
-    batches = tokens.batches(batch_tokens)
-    if replay.streamed:
-        from isingcut.measure.streamed.slopes import streamed_slopes
 
-        return streamed_slopes(replay, batches, state, _toward) / tokens.tokens
+    def toward(recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor) -> Tensor:
+        return divergence_gradient(recording, original, cut, batch)
+
     total = np.zeros(len(replay))
-    for batch in batches:
-        total += _batch(replay, batch, state)
+    batches = tokens.batches(batch_tokens)
+    for chunk, room in Pace(replay.store).chunks(replay, batches, streams_kept(replay)):
+        for rows in gate_rows(replay, batches[chunk], "block", toward, removed=state, room=room):
+            total += rows.T.contiguous().sum(1).double().cpu().numpy()
     return total / tokens.tokens
-
-
-def _batch(replay: Replay, batch: TokenSet, state: Bools) -> Floats:
-    with torch.no_grad():
-        recording = replay.record(batch.input_ids)
-        original = recording.entered
-        for i in range(len(replay)):
-            original = recording.block(i, original)
-    alphas = [
-        torch.full((batch.samples,), 0.0 if gone else 1.0, device=replay.device).requires_grad_()
-        for gone in state
-    ]
-    hidden = recording.entered
-    for i, alpha in enumerate(alphas):
-        hidden = gated_block(recording, i, hidden, alpha, "block", ones=not state[i])
-    toward = _toward(recording, original, hidden.detach(), batch)
-    gradients = torch.autograd.grad(hidden, alphas, toward)
-    return np.asarray(torch.stack(gradients).sum(1).double().cpu().numpy())
-
-
-def _toward(recording: Recording, original: Tensor, hidden: Tensor, batch: TokenSet) -> Tensor:
-    """Gradient (B, T, D) of the summed KL in the stream that leaves the cut blocks."""
-    out = torch.empty_like(hidden)
-    for s in range(batch.samples):
-        with torch.no_grad():
-            p = torch.softmax(recording.logits(original[s], s).float(), dim=-1)
-        leaf = hidden[s].requires_grad_(True)
-        logits = recording.logits(leaf, s)  # (T, V)
-        difference = torch.softmax(logits.detach().float(), dim=-1) - p
-        predicted = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        predicted[: batch.predicted.shape[1]] = batch.predicted[s].to(logits.device)
-        difference[~predicted] = 0.0
-        (out[s],) = torch.autograd.grad(logits, leaf, difference.to(logits.dtype))
-    return out

@@ -72,7 +72,10 @@ class OutputHead:
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
         found: Any = getattr(replay.model, "get_output_embeddings", lambda: None)()
-        self.plain = type(found) is nn.Linear and self._is_last(found)
+        if replay.plain_head is None:
+            # Looked at once for each model: of a streamed one that reads embedding and head.
+            replay.plain_head = type(found) is nn.Linear and self._is_last(found)
+        self.plain = replay.plain_head
         self._linear = found
 
     def _is_last(self, linear: nn.Linear) -> bool:

@@ -19,10 +19,11 @@ from isingcut.errors import ModelError
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint
 from isingcut.models.fp8 import weights_of
 from isingcut.models.loading import wrong_shape
+from isingcut.models.parts import EMBED, HEAD, Part
 from isingcut.models.transformers_private import Names
 
-Part = int | str
-EMBED, HEAD, REST = "embed", "head", "rest"
+REST = "rest"
+"""What is neither a block, the embedding nor the head: norms, position embeddings, buffers."""
 # Where a tensor starts in a buffer: what vector instructions and matrix kernels want.
 _ALIGN = 64
 

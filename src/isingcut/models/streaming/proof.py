@@ -14,7 +14,7 @@ from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.verify import random_tokens, relative_difference, tolerance
 from isingcut.models.loading import quiet_transformers
-from isingcut.models.streaming.plan import EMBED, HEAD
+from isingcut.models.parts import EMBED, HEAD
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 
 # Of the largest logit: two tokens so close to each other may change places by rounding.

@@ -22,7 +22,8 @@ from isingcut.errors import CheckpointError
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 from isingcut.models.fp8 import DTYPES, dequantise, fp8_layout, read_tensor, scale_of, tile_of
 from isingcut.models.loading import refuse_infinite
-from isingcut.models.streaming.plan import Copied, Part, PartPlan, plan_parts
+from isingcut.models.parts import Part
+from isingcut.models.streaming.plan import Copied, PartPlan, plan_parts
 
 # Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.
 _STAGE = 4 * 2**20

@@ -6,7 +6,6 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +14,16 @@ from torch import Tensor, nn
 
 from isingcut.errors import InputError
 from isingcut.models.architectures import find_stack, stack_modules, text_config
-from isingcut.models.compute.head import OutputHead
+from isingcut.models.parts import BLOCK_STREAMS
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.buffers import Buffers
 from isingcut.models.streaming.memory import Allowance, allowance
-from isingcut.models.streaming.plan import EMBED
 from isingcut.models.streaming.skeleton import build_skeleton
 from isingcut.models.streaming.store import Store
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet
 
-# What a block holds beside its input while it computes, in residual streams: queries, keys and
-# values, an MLP four times as wide three times over, float32 norms, and all of it for backward.
-BLOCK_STREAMS = 64
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
 _LOGITS_COPIES = 4
 # What is imported and compiled on the way, and what allocators keep for themselves.
@@ -45,24 +40,20 @@ class StreamedReplay(Replay):
     """
 
     streamed = True
+    store: Store
 
     def __init__(self, model: nn.Module, store: Store, memory: Allowance) -> None:
-        self.store, self.memory = store, memory
+        self.memory = memory
         decoder: Any = model
         self._embedding: Any = decoder.get_input_embeddings()
         stack = find_stack(model)
         self.dtype = store.dtype
-        super().__init__(model, stack_modules(model, stack), device=store.device)
+        super().__init__(model, stack_modules(model, stack), store.device, store)
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, cheaply, for the fingerprint of a journal."""
         config: Any = self.model.config
         return {"model": config.to_dict(), "starts": self.store.reader.starts, "streamed": True}
-
-    @cached_property
-    def head(self) -> OutputHead:
-        """The output head, looked at once: that reads the embedding and the head."""
-        return OutputHead(self)
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
@@ -94,10 +85,6 @@ class StreamedReplay(Replay):
                 # The first one warms up.
                 seconds[kinds[i]] = statistics.median(times[1:])
         return [seconds[kind] for kind in kinds]
-
-    def stream_bytes(self, batch: TokenSet) -> int:
-        """Bytes of the residual stream of a batch at one place."""
-        return int(batch.input_ids.numel()) * self.bytes_per_token
 
     def room(self, batch: TokenSet) -> int:
         """Bytes that hidden states kept between blocks may take.
@@ -161,6 +148,3 @@ def open_model(
     paths = [block.path for block in find_stack(model).blocks]
     store = Store(folder, model, paths, dtype, device, buffers)
     return model, store, memory
-
-
-__all__ = ["EMBED", "StreamedReplay", "open_model"]

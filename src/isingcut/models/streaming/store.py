@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from isingcut.errors import ArchitectureError
+from isingcut.models.parts import EMBED, HEAD, Held, Part, Seconds
 from isingcut.models.streaming.buffers import Buffers
-from isingcut.models.streaming.plan import EMBED, HEAD, REST, Part, PartPlan
+from isingcut.models.streaming.plan import REST, PartPlan
 from isingcut.models.streaming.reader import Reader, plan_views
 
 
@@ -64,6 +68,14 @@ class Store:
         modules[EMBED] = model.get_input_embeddings()
         for part, module in modules.items():
             module.__dict__["forward"] = self._on_demand(part, module.forward)
+        embedding, opening = modules[EMBED], modules[EMBED].__dict__["forward"]
+
+        def enter(module: Any, args: Any) -> None:
+            # Llama 4 asks for the device of the embedding's weight before it calls it.
+            if embedding.__dict__.get("forward") is opening:
+                self.need(EMBED)
+
+        model.register_forward_pre_hook(enter)
         head = model.get_output_embeddings()
         if head is not None and self._parts[HEAD].size:
             # A hook, because others put their own ``forward`` into the head and take it out.
@@ -110,11 +122,43 @@ class Store:
         after = self.order[(self.order.index(part) + 1) % len(self.order)]
         self.buffers.expect(self._parts[after])
 
-    def in_buffer(self, storage: UntypedStorage, part: Part) -> bool:
-        """Whether a tensor's storage is the buffer that holds a part."""
-        return storage.data_ptr() == self.buffer_of(part).data_ptr()
+    @contextlib.contextmanager
+    def lasting_graph(self, block: int) -> Iterator[Held]:
+        """Meanwhile, record a graph of an open block that goes back when it is open again.
 
-    def buffer_of(self, part: Part) -> UntypedStorage:
+        A graph holds what backward needs, and with it the weights, which are gone by then: in the
+        buffer is another part. So a weight is not held but its place in the buffer, and looked up
+        there when the block has come back.
+        """
+        held, seen, own = Held(), set[int](), self._memory(block).data_ptr()
+
+        def pack(value: Tensor) -> Any:
+            storage = value.untyped_storage()
+            if storage.data_ptr() == own:
+                shape, offset = tuple(value.shape), int(value.storage_offset())
+                return _Weight(value.dtype, shape, value.stride(), offset)
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                held.size += storage.nbytes()
+            return value
+
+        def unpack(packed: Any) -> Tensor:
+            if not isinstance(packed, _Weight):
+                value: Tensor = packed
+                return value
+            empty = torch.empty(0, dtype=packed.dtype, device=self.device)
+            with torch.no_grad():
+                return empty.set_(self._memory(block), packed.offset, packed.size, packed.stride)
+
+        with saved_tensors_hooks(pack, unpack):
+            yield held
+
+    def seconds(self) -> Seconds:
+        """Time spent on reading so far, with that of other stores on the same buffers."""
+        b = self.buffers
+        return Seconds(b.stalled, b.reading, b.reading_cpu if b.device.type == "cpu" else 0.0)
+
+    def _memory(self, part: Part) -> UntypedStorage:
         """The memory of the buffer that holds a part."""
         return self.buffers.memory_of(self._parts[part]).untyped_storage()
 
@@ -148,6 +192,16 @@ class Store:
         host = torch.empty(rest.size, dtype=torch.uint8)
         rest.fill(host)
         rest.install(host.to(self.device))
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor in a part's buffer, by its place there."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
 
 
 class StoredPart:

@@ -1,8 +1,9 @@
-"""Gradient of the loss in the stream that leaves the blocks: the output head, forward and back.
+"""Gradients of losses in the stream that leaves the blocks: the output head, forward and back.
 
-The loss is each sample's mean token NLL. Its gradient in the logits, (softmax - one-hot) / count,
-takes the place of the logits in one buffer of a few hundred rows, and goes back through the map
-by one matrix product; autograd's own cross-entropy would hold several float32 copies of them.
+A loss of the logits has a gradient there that needs no graph: softmax less one-hot for the NLL,
+softmax less the original's softmax for the KL to it. It takes the place of the logits in a buffer
+of a few hundred rows, or in those of one sample, and goes back through the map by one matrix
+product; autograd's own cross-entropy would hold several float32 copies of them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def loss_gradient(
     label_seed: int | None = None,
     head: OutputHead | None = None,
 ) -> Tensor:
-    """Gradient of the summed sample losses in the stream that leaves the blocks.
+    """Gradient of the samples' mean token NLLs, summed, in the stream that leaves the blocks.
 
     Args:
         recording: of the batch.
@@ -69,6 +70,34 @@ def loss_gradient(
     toward.index_copy_(0, rows, back)
     (gradient,) = torch.autograd.grad(inputs, leaf, toward.view_as(inputs))
     return gradient
+
+
+def divergence_gradient(
+    recording: Recording, original: Tensor, stream: Tensor, batch: TokenSet
+) -> Tensor:
+    """Gradient of KL(original || cut), summed over all tokens, in the cut blocks' stream.
+
+    Args:
+        recording: of the batch.
+        original: (B, T, D), the stream that leaves the original blocks.
+        stream: (B, T, D), that of the cut ones.
+        batch: the samples; padding does not count.
+
+    Returns:
+        (B, T, D), zero where nothing is predicted.
+    """
+    out = torch.empty_like(stream)
+    for s in range(batch.samples):
+        with torch.no_grad():
+            p = torch.softmax(recording.logits(original[s], s).float(), dim=-1)
+        leaf = stream[s].detach().requires_grad_(True)
+        logits = recording.logits(leaf, s)  # (T, V)
+        difference = torch.softmax(logits.detach().float(), dim=-1) - p
+        predicted = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        predicted[: batch.predicted.shape[1]] = batch.predicted[s].to(logits.device)
+        difference[~predicted] = 0.0
+        (out[s],) = torch.autograd.grad(logits, leaf, difference.to(logits.dtype))
+    return out
 
 
 def _by_sample(

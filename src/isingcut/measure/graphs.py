@@ -1,0 +1,80 @@
+"""Blocks with their gates, and their graphs: kept between the way there and the way back where
+there is room, so that what was computed is not computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isingcut.measure.gates import gated_block
+from isingcut.models.parts import Store
+from isingcut.models.replay import Recording
+
+
+@dataclass(frozen=True)
+class GatedBlock:
+    """A block with its gates, ready for backward.
+
+    Attributes:
+        held: bytes of its graph, beside weights.
+    """
+
+    alpha: Tensor
+    before: Tensor
+    after: Tensor
+    held: int = 0
+
+    def backward(self, toward: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients in the gates (B,) and in the stream before the block, from that after it."""
+        wanted = [self.alpha, *([self.before] if self.before.requires_grad else [])]
+        gradients = torch.autograd.grad(self.after, wanted, toward)
+        return gradients[0], gradients[-1]
+
+
+def gated(recording: Recording, block: int, before: Tensor, gate: str) -> GatedBlock:
+    """Run a block that is open, for a backward pass while it still is."""
+    alpha = torch.ones(len(before), device=before.device, requires_grad=True)
+    # Nothing that enters the first block requires a gradient.
+    before = before.detach().requires_grad_(block > 0)
+    return GatedBlock(alpha, before, gated_block(recording, block, before, alpha, gate, ones=True))
+
+
+class Graphs:
+    """Keeps graphs of the last blocks on the way there, as many as there is room for.
+
+    Args:
+        store: the weights.
+        room: bytes they may take.
+        guess: bytes of one graph, until one was made.
+    """
+
+    def __init__(self, store: Store, room: int, guess: int) -> None:
+        self._store, self._room, self._each = store, room, guess
+        self._measured = False
+        self._kept: dict[tuple[int, int], GatedBlock] = {}
+
+    def has_room(self, left: int) -> bool:
+        """Whether all of ``left`` graphs, this one and those to come, may be kept."""
+        return left * self._each <= self._room
+
+    def run(
+        self, recording: Recording, block: int, batch: int, before: Tensor, gate: str
+    ) -> Tensor:
+        """Run a block and keep its graph; the stream (B, T, D) after it."""
+        with self._store.lasting_graph(block) as held:
+            done = gated(recording, block, before, gate)
+        self._kept[block, batch] = GatedBlock(done.alpha, done.before, done.after, held.size)
+        self._each = max(self._each, held.size) if self._measured else held.size
+        self._measured = True
+        self._room -= held.size
+        return done.after.detach()
+
+    def take(self, block: int, batch: int) -> GatedBlock | None:
+        """The graph of a block, which is open again; None if it was not kept."""
+        kept = self._kept.pop((block, batch), None)
+        if kept is not None:
+            self._room += kept.held
+        return kept
