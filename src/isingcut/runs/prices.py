@@ -22,13 +22,14 @@ from isingcut.energies.search import Target, greedy_price
 from isingcut.evaluation.quality import before_and_after
 from isingcut.evaluation.speed import speed
 from isingcut.ising.states import States
-from isingcut.measure.pieces import tree_nodes
+from isingcut.measure.tree import tree_nodes
 from isingcut.models.architectures import text_config
 from isingcut.models.cutting.verify import verify
 from isingcut.models.device import pick_device, pick_dtype
 from isingcut.models.inspect import Inspection, inspect_model
+from isingcut.models.parts import BLOCK_STREAMS
 from isingcut.models.streaming.memory import weight_bytes
-from isingcut.models.streaming.replay import BLOCK_STREAMS, StreamedReplay, open_model
+from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import parse_effort
 from isingcut.options.types import BATCH_TOKENS

@@ -130,7 +130,7 @@ class Session:
     def loaded(self) -> models.LoadedModel:
         """The model: in memory, or without its weights where it is streamed."""
         if self.streaming:
-            return self._streamed[0]
+            return self.streamed[0]
         return models.load(
             self.source,
             dtype=self.dtype,
@@ -139,7 +139,8 @@ class Session:
         )
 
     @cached_property
-    def _streamed(self) -> tuple[models.LoadedModel, StreamedReplay]:
+    def streamed(self) -> tuple[models.LoadedModel, StreamedReplay]:
+        """The model without its weights, and its blocks, each read when it is run."""
         return self.open_streamed(self.source)
 
     def open_streamed(
@@ -168,7 +169,7 @@ class Session:
     def replay(self) -> Replay:
         """The model's blocks, callable one at a time."""
         if self.streaming:
-            replay: Replay = self._streamed[1]
+            replay: Replay = self.streamed[1]
         else:
             replay = Replay(self.loaded.model, stack_modules(self.loaded.model, self.stack))
         replay.processes = self.processes

@@ -235,10 +235,8 @@ def write_checkpoint(
         trust = session.config.trust_remote_code
         if session.streaming:
             from isingcut.models.streaming.proof import verify_streamed
-            from isingcut.models.streaming.replay import StreamedReplay
 
-            assert isinstance(session.replay, StreamedReplay)
-            verify_streamed(session.replay, blocks, temporary, trust_remote_code=trust)
+            verify_streamed(session.streamed[1], blocks, temporary, trust_remote_code=trust)
         else:
             verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
 
@@ -339,10 +337,8 @@ def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
 
 def _evaluate_streamed(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, Any]:
     from isingcut.evaluation.streamed_scores import evaluate_streamed
-    from isingcut.models.streaming.replay import StreamedReplay
 
-    original = session.replay
-    assert isinstance(original, StreamedReplay)
+    _, original = session.streamed
     _, cut = session.open_streamed(checkpoint, beside=original)
     return evaluate_streamed(
         original,

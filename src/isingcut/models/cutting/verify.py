@@ -23,7 +23,9 @@ def verify(
     removed: Sequence[int],
     out: Path,
     *,
+    cut: Any = None,
     length: int = 24,
+    prompts: int = 2,
     new_tokens: int = 16,
     trust_remote_code: bool = False,
 ) -> float:
@@ -34,10 +36,12 @@ def verify(
     generation with a cache gives the tokens that it gives without one.
 
     Args:
-        source_model: the original, in memory.
+        source_model: the original.
         removed: the blocks that ``out`` lacks.
         out: the checkpoint to prove.
+        cut: it, where it is not to be loaded whole.
         length: tokens of each of the two sequences compared.
+        prompts: of these, how many are gone on with.
         new_tokens: generated tokens compared.
         trust_remote_code: as in ``from_pretrained``.
 
@@ -48,8 +52,9 @@ def verify(
         VerificationError: it does not load, or it computes something else.
     """
     source_model.eval()
-    cut = reload(out, dtype=source_model.dtype, trust_remote_code=trust_remote_code)
-    cut.to(source_model.device)
+    if cut is None:
+        cut = reload(out, dtype=source_model.dtype, trust_remote_code=trust_remote_code)
+        cut.to(source_model.device)
     tokens = random_tokens(source_model, 2, length)
     for model in (source_model, cut):
         stop_rescaling(model)
@@ -71,7 +76,7 @@ def verify(
             result: torch.Tensor = source_model.generate(row, use_cache=True, **options)
         return result
 
-    check_generation(cut, tokens, new_tokens, str(out), skipped_original)
+    check_generation(cut, tokens[:prompts], new_tokens, str(out), skipped_original)
     return difference
 
 

@@ -4,9 +4,9 @@
     reader     the stored bytes of one part, converted, into a buffer
     store      two such buffers: one part in use while a thread fills the other
     replay     the blocks as `isingcut.models.replay.Replay` has them, on such a store
-    states, gradients, scores, proof     what is measured, with blocks in the outer loop
+    opening    a checkpoint opened in this way; proof     of a cut, a block of each model at a time
 
-A *part* is a block, the input embedding or the output head. What is left (final norm, position
+What is neither a block nor the embedding nor the head (final norm, position
 embeddings, rotary buffers) is small and stays. So the peak is two parts and the hidden states
 that `memory` allows, whatever the model's size.
 """
