@@ -181,9 +181,9 @@ def _costs(
     length = int(first.input_ids.numel())
 
     def states(count: int) -> Callable[[], object]:
-        # All like the original: they take no more than their output heads.
-        same = np.zeros((count, len(replay)), dtype=bool)
-        return lambda: measure(replay, batch, same, batch_tokens=tokens)
+        # Each lacks all blocks from one on: they take no more than their output heads.
+        ends = np.triu(np.ones((count, len(replay)), dtype=bool))
+        return lambda: measure(replay, batch, ends, batch_tokens=tokens)
 
     def gradients(of: TokenSet) -> Callable[[], object]:
         return lambda: gate_gradients(replay, of, batch_tokens=tokens)
@@ -194,10 +194,10 @@ def _costs(
     def seconds(run: Callable[[], object]) -> float:
         return fastest(run, clock, replay.device)
 
-    forward = seconds(states(0)) / tokens
+    forward, count = seconds(states(0)) / tokens, min(_STATES, len(replay))
     found = {
         "forward": forward,
-        "state": max(0.0, seconds(states(_STATES)) / tokens - forward) / _STATES,
+        "state": max(0.0, seconds(states(count)) / tokens - forward) / count,
         "gradients": seconds(gradients(batch)) / tokens,
         "saved": kept_bytes(replay.model, gradients(first)) / length,
     }
