@@ -31,7 +31,7 @@ from isingcut.healing.patch import absorb as _absorb
 from isingcut.healing.training.rounds import Objective, install, targets
 from isingcut.healing.training.train import Rows, collate
 from isingcut.measure import boundaries as boundary
-from isingcut.measure import curvature, graphs
+from isingcut.measure import curvature, gradients
 from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
@@ -227,9 +227,8 @@ DROPPED = [
     (head._Fused, "__init__", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "losses"),
     (head.Reference, "__init__", "1:].to(logits.device)", "1:]", "losses, head in one"),
     (curvature, "_through_blocks", "device=replay.device, ", "", "hessian"),
-    (loss, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
+    (gradients, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
     (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
-    (graphs, "gated", ", device=before.device", "", "search"),
     (evaluate, "sample_sums", "1].to(before.device)", "1]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
     (LinearPatch, "_fit_one", "mask.to(device)", "mask", "patch of what is written"),
