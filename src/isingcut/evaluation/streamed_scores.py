@@ -14,6 +14,7 @@ from isingcut.measure.pace import Pace
 from isingcut.models.parts import HEAD
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def evaluate_streamed(
     cut: StreamedReplay,
     tokens: TokenSet,
     *,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Quality and size of both models, as `evaluation.json` keeps them.
@@ -57,7 +58,7 @@ def quality_streamed(
     original: StreamedReplay,
     cut: StreamedReplay,
     tokens: TokenSet,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     *,
     progress: Progress = silent,
 ) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.compute.loss_gradient import loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Progress, silent
 
 _ADVICE = (
@@ -69,7 +70,7 @@ def gate_curvature(
     kind: str,
     *,
     gate: str = "sublayer",
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress = silent,
     journal: Path | None = None,
 ) -> Curvature:

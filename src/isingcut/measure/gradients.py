@@ -24,6 +24,7 @@ from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.compute.loss_gradient import loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Progress, silent
 
 
@@ -33,7 +34,7 @@ def gate_gradients(
     *,
     gate: str = "sublayer",
     label_seed: int | None = None,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress = silent,
     journal: Path | None = None,
 ) -> npt.NDArray[np.float64]:

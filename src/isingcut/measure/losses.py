@@ -33,6 +33,7 @@ from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import Comparison, OutputHead, Reference, comparison
 from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.options.types import BATCH_TOKENS
 from isingcut.progress import Bar, Progress, silent
 
 __all__ = ["Measurement", "Reference", "measure", "standard_error"]
@@ -117,7 +118,7 @@ def measure(
     tokens: TokenSet,
     states: States | Sequence[Sequence[int]],
     *,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress = silent,
     description: str = "measuring states",
     journal: Path | None = None,
