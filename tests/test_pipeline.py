@@ -29,7 +29,6 @@ from isingcut.models.architectures import find_stack, skipped
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_checkpoint, tiny_tokenizer
-from journals import count_rows
 from shared import OPTIONS
 
 # `finished` measures them once.
@@ -373,82 +372,3 @@ def test_solving_far_from_where_an_energy_was_corrected_is_said(llama, text, tmp
     assert "corrected near" not in capsys.readouterr().err
     assert call("solve", out, "--remove", 3) == 0
     assert "corrected near 2; for 3 it is less sure" in capsys.readouterr().err
-
-
-KILLED_SEARCH = """
-import os, signal
-from isingcut.journal import Journal
-import isingcut
-put, puts = Journal.put, []
-def put_and_die(self, key, row):
-    put(self, key, row)
-    puts.append(key)
-    if len(puts) == {count}:
-        os.kill(os.getpid(), signal.SIGKILL)
-Journal.put = put_and_die
-isingcut.energy(**{options!r})
-"""
-
-
-@pytest.mark.parametrize("count", [2, 25])
-def test_a_killed_search_goes_on_to_the_same_bits(llama, text, tmp_path, count):
-    def options(out):
-        return {
-            **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
-            "batch_tokens": 16, "attention": "sdpa",
-        }  # fmt: skip
-
-    whole = isingcut.energy(**options(tmp_path / "whole"))
-    out = tmp_path / "killed"
-    code = KILLED_SEARCH.format(count=count, options=options(out))
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert ended.returncode == -9, ended.stderr.decode()
-    assert not (out / "hamiltonian.safetensors").exists()
-    assert list(out.glob("*.journal"))
-    isingcut.energy(**options(out))
-    name = "hamiltonian.safetensors"
-    assert (out / name).read_bytes() == (whole / name).read_bytes()
-    assert not list(out.glob("*.journal*"))
-
-
-KILLED = """
-import os, signal, sys
-from isingcut.journal import Journal
-import isingcut
-put = Journal.put
-def put_and_die(self, key, row):
-    put(self, key, row)
-    if key.partition(":")[0] == {key!r} and self._path.name.startswith({name!r}):
-        os.kill(os.getpid(), signal.SIGKILL)
-Journal.put = put_and_die
-isingcut.run(**{options!r})
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "missing"), [("hamiltonian", "hamiltonian.safetensors"), ("candidates", "model")]
-)
-def test_kill_9_leaves_nothing_finished_and_a_second_call_the_same_bits(
-    llama, text, tmp_path, name, missing
-):
-    def options(out):
-        return {
-            **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
-            "batch_tokens": 16, "energy": "pairwise",
-        }  # fmt: skip
-
-    whole = isingcut.run(**options(tmp_path / "whole"))
-    out = tmp_path / "killed"
-    code = KILLED.format(key="1", name=name, options=options(out))
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert ended.returncode == -9, ended.stderr.decode()
-    assert read_json(out / "run.json", "run")["complete"] is False
-    assert not (out / missing).exists()
-    assert not (out / "model").exists()
-    journal = next(out.glob("*.journal"))
-    assert count_rows(journal) == 2, "two finished micro-batches"
-    isingcut.run(**options(out))
-    for file in ("hamiltonian.safetensors", "model/model.safetensors", "candidates.json"):
-        assert (out / file).read_bytes() == (whole / file).read_bytes()
-    assert not list(out.glob("*.journal*"))
-    assert read_json(out / "run.json", "run")["complete"] is True

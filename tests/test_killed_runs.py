@@ -1,0 +1,79 @@
+"""A run that is killed while it measures has finished nothing, and goes on to the same bits."""
+
+import os
+import signal
+
+import pytest
+
+import isingcut
+from isingcut.files import read_json
+from isingcut.journal import Journal
+from journals import count_rows
+from ranks import join, say_into, start
+from shared import OPTIONS
+
+pytestmark = pytest.mark.usefixtures("no_speed")
+
+
+def _killed(verb, options, said, name, key, count):
+    """In a process of its own: killed behind the row of that number, of a name and a key or any."""
+    say_into(said)
+    put, rows = Journal.put, []
+
+    def put_and_die(self, row_key, row):
+        put(self, row_key, row)
+        if row_key.startswith(key) and (not name or self._path.name.startswith(name)):
+            rows.append(row_key)
+            if len(rows) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.put = put_and_die
+    getattr(isingcut, verb)(**options)
+
+
+@pytest.mark.parametrize("count", [2, 25])
+def test_a_killed_search_goes_on_to_the_same_bits(llama, text, tmp_path, count):
+    def options(out):
+        return {
+            **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
+            "batch_tokens": 16, "attention": "sdpa",
+        }  # fmt: skip
+
+    whole = isingcut.energy(**options(tmp_path / "whole"))
+    out, said = tmp_path / "killed", tmp_path / "said"
+    process = start(_killed, "energy", options(out), said, "", "", count)
+    assert join([process]) == [-signal.SIGKILL], said.read_text()
+    assert not (out / "hamiltonian.safetensors").exists()
+    assert list(out.glob("*.journal"))
+    isingcut.energy(**options(out))
+    name = "hamiltonian.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(out.glob("*.journal*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("hamiltonian", "hamiltonian.safetensors"), ("candidates", "model")]
+)
+def test_kill_9_leaves_nothing_finished_and_a_second_call_the_same_bits(
+    llama, text, tmp_path, name, missing
+):
+    def options(out):
+        return {
+            **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
+            "batch_tokens": 16, "energy": "pairwise",
+        }  # fmt: skip
+
+    whole = isingcut.run(**options(tmp_path / "whole"))
+    out, said = tmp_path / "killed", tmp_path / "said"
+    process = start(_killed, "run", options(out), said, name, "1:", 1)
+    assert join([process]) == [-signal.SIGKILL], said.read_text()
+    assert read_json(out / "run.json", "run")["complete"] is False
+    assert not (out / missing).exists()
+    assert not (out / "model").exists()
+    journal = next(out.glob("*.journal"))
+    assert count_rows(journal) == 2, "two finished micro-batches"
+    isingcut.run(**options(out))
+    for file in ("hamiltonian.safetensors", "model/model.safetensors", "candidates.json"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+    assert not list(out.glob("*.journal*"))
+    assert read_json(out / "run.json", "run")["complete"] is True
