@@ -171,6 +171,34 @@ def test_blocks_from_a_file_counted_from_one(run, capsys):
     assert "numbered 0 to 5, got 6, 7" in capsys.readouterr().err
 
 
+def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
+    def removed(place):
+        return read_json(place / "model" / "isingcut.json", "removal")["removed"]
+
+    own, chosen = isingcut.outputs.folder_hash(run / "model"), removed(run)
+    named = [[0, 1], [2, 3]] if chosen not in ([0, 1], [2, 3]) else [[0, 4], [1, 5]]
+    for blocks in named:
+        typed = ",".join(map(str, blocks))
+        place = run / f"remove-2-blocks-{typed.replace(',', '-')}"
+        assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(
+            place / "model"
+        )
+        assert removed(place) == blocks
+    assert isingcut.outputs.folder_hash(run / "model") == own
+    # The chosen state by its blocks is the chosen state.
+    typed = ",".join(map(str, chosen))
+    assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(run / "model")
+    # Of a size that nothing was chosen for, the first one has the size's folder, and keeps it.
+    for typed in ("0,1,2", "1,2,3", "0,1,2", "1,2,3"):
+        assert call("excise", run, "--blocks", typed) == 0
+    assert removed(run / "remove-3") == [0, 1, 2]
+    assert removed(run / "remove-3-blocks-1-2-3") == [1, 2, 3]
+    capsys.readouterr()
+    found = answer(capsys, "evaluate", run, "--remove", "3", "--skip-speed")
+    assert found["file"] == str(run / "remove-3" / "evaluation.json")
+    assert not (run / "remove-3-blocks-1-2-3" / "evaluation.json").exists()
+
+
 def test_a_number_takes_the_place_of_a_budget_alone(run, tmp_path, capsys):
     out = tmp_path / "budget"
     shutil.copytree(run, out)

@@ -117,7 +117,6 @@ STAGES = [
         STAYS,
         link("run/model/link", "home"),
     ),
-    Row("other blocks without leave", "excise {run} --blocks 0,1", "made with other options"),
     Row(
         "a spectrum of another hand",
         "solve {run} --remove 3 --overwrite",
@@ -264,6 +263,11 @@ ROWS = [*RUNS, *STAGES, *CHANGED]
 @pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
 def test_nothing_of_the_users_is_replaced(arena, row):
     arena.try_row(row)
+
+
+def test_other_blocks_without_leave_leave_the_model_alone(arena):
+    made = ("run/run.json", "run/remove-2-blocks-0-1/*")
+    arena.try_row(Row("", "excise {run} --blocks 0,1", code=0, makes=made))
 
 
 def test_what_isingcut_wrote_is_replaced(arena):

@@ -233,5 +233,6 @@ def session_of(
 
 
 def _clear(folder: RunFolder, config: RunConfig) -> None:
-    for place in (folder.path, folder.target(config.removal)):
+    named = folder.path.glob("remove-*-blocks-*")
+    for place in (folder.path, folder.target(config.removal), *named):
         clear_stale(place)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files import atomic_folder, read_json, write_json
+from isingcut.files import atomic_folder, fingerprint, read_json, write_json
 from isingcut.inputs import regular_file
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -23,7 +23,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.measure.sharing import forget
 from isingcut.options.config import RunConfig
 from isingcut.outputs import file_sha256, refuse_source
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.healing_stages import chosen_after_healing, product
 from isingcut.runs.measuring import names, other_path, splits_of, upstream, work_of
 from isingcut.runs.removal import make_problem
@@ -31,6 +31,11 @@ from isingcut.runs.removal import make_problem
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet
     from isingcut.runs.session import Session
+
+# What is made of one state.
+_CUT = ("model", "model.gguf")
+# Of a list of blocks in the name of a folder; a hash stands for more.
+_LONGEST_NAME = 100
 
 
 def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
@@ -175,21 +180,46 @@ def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
     return [int(i) for i in found["chosen"]["removed"]]
 
 
+def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None) -> Path:
+    """Where the model of a state is written: with the other files of its removal.
+
+    A state that is named by its blocks shares that folder with no other: where another one was
+    chosen or cut there, and may not be replaced, it has a folder of its own.
+
+    Args:
+        removed: the blocks that were named; None is the chosen state.
+    """
+    target = folder.target(config.removal)
+    if removed is None or folder.overwrite:
+        return target
+    stages = folder.manifest["stages"]
+    cut = (stages.get(str((target / name).relative_to(folder.path))) for name in _CUT)
+    there = [record["options"]["removed"] for record in cut if record is not None]
+    ranked = target / "candidates.json"
+    if ranked.exists():
+        there.append(folder.load(ranked, _load_candidates)["chosen"]["removed"])
+    if all(sorted(blocks) == sorted(removed) for blocks in there):
+        return target
+    named = "-".join(map(str, removed))
+    if len(named) > _LONGEST_NAME:
+        named = fingerprint({"removed": list(removed)})[:16]
+    return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
+
+
 def excise(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
     """Stage `excise`: `model/`, verified against the original with the same blocks skipped.
 
     Args:
-        removed: these blocks instead of the chosen ones.
+        removed: these blocks instead of the chosen ones; see `place_of` for where they go.
     """
-    config = session.config
-    target = folder.target(config.removal)
-    blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
+    blocks = list(removed) if removed is not None else chosen_blocks(folder, session.config)
     options = {"removed": blocks}
 
     def make(path: Path) -> None:
         write_checkpoint(session, folder, blocks, path, overwrite=True)
 
-    return folder.stage("excise", target / "model", options, make, lambda path: path)
+    file = place_of(folder, session.config, removed) / "model"
+    return folder.stage("excise", file, options, make, lambda path: path)
 
 
 def write_checkpoint(
@@ -271,7 +301,7 @@ def excise_gguf(
     def make(path: Path) -> None:
         cut_gguf(source, blocks, path, overwrite=True)
 
-    file = folder.target(config.removal) / "model.gguf"
+    file = place_of(folder, config, removed) / "model.gguf"
     refuse_source(file, [source])
     return folder.stage("excise", file, options, make, lambda path: path)
 
