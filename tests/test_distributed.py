@@ -40,13 +40,13 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(place):
     """What one process measures, by the Python door."""
-    from isingcut.runs import pipeline, stages
+    from isingcut.runs import pipeline, solving, stages
 
     for name in ("pairwise", "fisher", "refined"):
         _energy(place, place / name, name)
     run = isingcut.runs.folder.RunFolder.open(place / "pairwise")
     config = run.config.replace(remove="2", random_states=30, states=5)
-    stages.solve(run, config)
+    solving.solve(run, config)
     stages.rank(pipeline.session_of(run, config), run)
     return place
 

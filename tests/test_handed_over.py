@@ -90,7 +90,7 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
 
     first = energies(prune(TEXTS))
     with monkeypatch.context() as patch:
-        patch.setattr("isingcut.data.calibration.build", None)
+        patch.setattr("isingcut.runs.measuring.build", None)
         assert energies(prune(tuple(TEXTS))) == first
         assert energies(isingcut.open_run(tmp_path / "run")) == first
     with pytest.raises(OutputExistsError, match=r"made with other options .calibration: '40 texts"):

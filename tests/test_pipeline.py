@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
 import isingcut.runs.folder
-import isingcut.runs.stages
+import isingcut.runs.solving
 from isingcut.cli import main as cli
 from isingcut.errors import (
     InputError,
@@ -291,7 +291,7 @@ def test_a_foreign_hamiltonian_is_refused(finished, tmp_path):
     Hamiltonian(np.zeros(3), np.zeros((3, 3))).save(out / "hamiltonian.safetensors")
     folder = isingcut.runs.folder.RunFolder.open(out)
     with pytest.raises(IsingcutError, match=r"3 blocks|changed"):
-        isingcut.runs.stages.solve(folder, folder.config.replace(remove="1"))
+        isingcut.runs.solving.solve(folder, folder.config.replace(remove="1"))
 
 
 def test_a_folder_that_is_no_run(capsys, tmp_path):
@@ -305,7 +305,7 @@ def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path,
     def wrong(*arguments, **options):
         raise VerificationError("logits differ")
 
-    monkeypatch.setattr("isingcut.models.cutting.verify.verify", wrong)
+    monkeypatch.setattr("isingcut.runs.cutting.verify", wrong)
     out = tmp_path / "run"
     with pytest.raises(VerificationError):
         job(llama, text, out, remove=1)
@@ -337,7 +337,7 @@ def test_a_budget_decides_how_many_blocks_go(finished, tmp_path):
     shutil.copytree(finished, out)
     folder = isingcut.runs.folder.RunFolder.open(out)
     config = folder.config.replace(remove="", budget="params=30%")
-    spectrum = isingcut.runs.stages.solve(folder, config)
+    spectrum = isingcut.runs.solving.solve(folder, config)
     blocks = folder.manifest["blocks"]
     costs = np.array([b["parameters"] for b in blocks["blocks"]])
     assert (spectrum.states @ costs >= 0.3 * blocks["total_parameters"]).all()

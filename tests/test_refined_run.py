@@ -73,9 +73,9 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys, monk
     assert set(search["targets"]) == {"2", "3", "4"}
     assert search["passes"] <= 6 + 1
     # A number of the range can be cut afterwards, without measuring again.
+    from isingcut.runs.cutting import excise
     from isingcut.runs.folder import RunFolder
     from isingcut.runs.pipeline import session_of
-    from isingcut.runs.stages import excise
 
     folder = RunFolder.open(out)
     config = folder.config.replace(remove="3")

@@ -131,6 +131,7 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("isingcut.models.load.load", never)
+    monkeypatch.setattr("isingcut.runs.stages.load", never)
     monkeypatch.setattr("isingcut.models.cutting.verify.reload", never)
     options = {
         "model": str(llama),

@@ -90,7 +90,7 @@ def evaluate(
     """
     from isingcut.cli.show_scores import show_benchmarks, show_evaluation
     from isingcut.evaluation.scores import check_tasks
-    from isingcut.runs import healing_stages, pipeline, stages
+    from isingcut.runs import benchmarking, pipeline, stages
     from isingcut.runs.manifest import MANIFEST
 
     names = _named(tasks, data, questions)
@@ -118,7 +118,7 @@ def evaluate(
     answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **without_header(found)}
     rows: dict[str, Any] = {}
     if names:
-        rows = healing_stages.benchmarks(session, folder, names, data=data, questions=questions)
+        rows = benchmarking.benchmarks(session, folder, names, data=data, questions=questions)
         answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **without_header(rows)}
 
     def show() -> None:
@@ -154,7 +154,7 @@ def _of_checkpoint(
     """Compare a checkpoint that lies anywhere with the model it was made from."""
     from isingcut.evaluation.scores import check_tasks
     from isingcut.models.load import load
-    from isingcut.runs.healing_stages import bench
+    from isingcut.runs.benchmarking import bench
     from isingcut.runs.session import Session
 
     if not (folder / "config.json").is_file():

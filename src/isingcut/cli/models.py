@@ -40,18 +40,18 @@ def excise(
     isingcut excise my-run --blocks @from-a-paper.txt --one-based
     """
     from isingcut.cli.show import show_lines
-    from isingcut.runs import pipeline, stages
+    from isingcut.runs import cutting, pipeline, solving
 
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     session = pipeline.session_of(folder, config, progress)
     if gguf is not None:
         gguf = user_path(gguf)
-        stages.check_gguf(session, folder, gguf)
-    written = [stages.excise(session, folder, removed)]
+        cutting.check_gguf(session, folder, gguf)
+    written = [cutting.excise(session, folder, removed)]
     if gguf is not None:
-        written.append(stages.excise_gguf(folder, config, gguf, removed))
+        written.append(cutting.excise_gguf(folder, config, gguf, removed))
     data = {
-        "removed": removed if removed is not None else stages.chosen_blocks(folder, config),
+        "removed": removed if removed is not None else solving.chosen_blocks(folder, config),
         "checkpoint": str(written[0]),
         "gguf": str(written[1]) if gguf is not None else None,
     }
@@ -81,10 +81,10 @@ def report(
     if out is not None:
         raise InputError("--out names the page that compares several runs; give two DIRs or more")
     from isingcut.cli.show import report_kb, show_lines
-    from isingcut.runs import stages
+    from isingcut.runs import solving
 
     folder, config = reopen(directories[0], options)
-    file = stages.report(folder, config.removal)
+    file = solving.report(folder, config.removal)
     page = file.with_suffix(".html")
     data = {"report": str(file), "html": str(page), "report_kb": report_kb(page)}
     lines = [str(page), str(file), f"report_kb: {data['report_kb']}"]

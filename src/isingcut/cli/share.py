@@ -31,12 +31,12 @@ def export(
     """
     from isingcut.cli.show import show_lines
     from isingcut.runs import mergekit as recipes
-    from isingcut.runs import stages
+    from isingcut.runs import solving
 
     if mergekit is None:
         raise InputError("say what to write: --mergekit FILE.yaml")
     folder, config, named = reopen_at(directory, options, blocks, one_based=one_based)
-    removed = named if named is not None else stages.chosen_blocks(folder, config)
+    removed = named if named is not None else solving.chosen_blocks(folder, config)
     total = len(folder.manifest["blocks"]["blocks"])
     config = config.replace(model=folder.model_places(config.model)[0])
     model, dtype, differing = recipes.mergekit_source(config, removed)
@@ -78,7 +78,7 @@ def push(
     from isingcut.cli.show import show_lines
     from isingcut.cli.show_plan import size
     from isingcut.runs import interop_hub
-    from isingcut.runs.healing_stages import product
+    from isingcut.runs.healing_options import product
 
     checkpoint = directory
     if not (directory / "isingcut.json").is_file():

@@ -27,7 +27,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
     from isingcut.cli.show import show_spectrum
     from isingcut.ising.hamiltonian import Hamiltonian
     from isingcut.report.words import search_warnings
-    from isingcut.runs import stages
+    from isingcut.runs import solving
     from isingcut.runs.removal import each_removal
 
     found = []
@@ -35,7 +35,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
         folder, asked = reopen(directory, {**options, "remove": remove})
         for config in each_removal(asked):
             with progress(f"solving for {config.removal}", 0) as bar:
-                spectrum = stages.solve(folder, config)
+                spectrum = solving.solve(folder, config)
                 bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
             file = folder.target(config.removal) / "spectrum.json"
             found.append((config.removal, spectrum, file))

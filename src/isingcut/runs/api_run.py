@@ -16,7 +16,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
 from isingcut.outputs import check_output
 from isingcut.report.words import ranking_warnings, search_warnings
-from isingcut.runs import healing_stages, pipeline, stages
+from isingcut.runs import cutting, healing_options, pipeline, solving, stages
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
@@ -112,7 +112,7 @@ class Run:
             >>> len(isingcut.open_run("my-run").spectrum)
             20
         """
-        return stages.solve(self._folder, self.config)
+        return solving.solve(self._folder, self.config)
 
     @cached_property
     def ranking(self) -> dict[str, Any]:
@@ -228,13 +228,13 @@ class Run:
         target = user_path(out)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
         check_output(target, overwrite=overwrite, sources=sources)
-        if blocks is None and healing_stages.wanted(self.config):
+        if blocks is None and healing_options.wanted(self.config):
             healed = self._product()
             with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
                 shutil.copytree(healed, temporary, dirs_exist_ok=True)
             return target
         removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
-        stages.write_checkpoint(self._session, self._folder, removed, target, overwrite=overwrite)
+        cutting.write_checkpoint(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
     def _product(self) -> Path:
@@ -265,7 +265,7 @@ class Run:
             >>> isingcut.open_run("my-run").report().name
             'report.md'
         """
-        return stages.report(self._folder, self.config.removal)
+        return solving.report(self._folder, self.config.removal)
 
 
 def _candidates(path: Path) -> dict[str, Any]:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from isingcut.baselines import registry
 from isingcut.errors import InputError
 from isingcut.files import read_json, write_json
 from isingcut.ising.states import states_of
+from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
+from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import shown
+from isingcut.options.yaml_file import parse_yaml
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import samples_of, splits_of, upstream
 from isingcut.runs.removal import removal_rows
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from isingcut.runs.session import Session
-
+from isingcut.runs.session import Session
 
 _LARGEST = 1_000_000
 
@@ -36,9 +36,6 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
         InputError: no such option, a value of another type than its default's, or a number
             above a million.
     """
-    from isingcut.baselines import registry
-    from isingcut.options.yaml_file import parse_yaml
-
     part = registry.get(name)
     known = {f.name: f.default for f in dataclasses.fields(part)}
     chosen: dict[str, Any] = {}
@@ -98,9 +95,6 @@ def compare(
     }
 
     def make(path: Path) -> None:
-        from isingcut.measure.losses import measure
-        from isingcut.measure.work import Work
-
         splits = splits_of(folder)
         searched = splits["energy"].select(range(samples))
         with session.computing(folder):

@@ -1,4 +1,4 @@
-"""The stages after the cut that make it better: choose among healed candidates, heal, benchmarks.
+"""The stages that make a cut better: choose among healed candidates, heal.
 
 Each writes its file of the run folder and does nothing when that file is there, made with the
 same options (`RunFolder.stage`).
@@ -10,103 +10,27 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from isingcut.data.text_files import only_once
-from isingcut.errors import InputError
+from isingcut.data import healing_text
+from isingcut.data.calibration import Calibration
+from isingcut.data.healing_text import HealingText
+from isingcut.evaluation.quality import quality
 from isingcut.files import fingerprint, read_json, without_header, write_json
-from isingcut.healing.checks import check_training
+from isingcut.healing.heal import heal_checkpoint, sample_length
+from isingcut.healing.healers import RECORD
 from isingcut.healing.work_folder import held
-from isingcut.inputs import user_path
-from isingcut.models.processes import launched
-from isingcut.options.config import RunConfig
-from isingcut.options.declaration import from_yaml, options_from
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.load import load
 from isingcut.options.healing import HealConfig
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.healing_options import CHOICE, HEALED, heal_config, wanted
 from isingcut.runs.measuring import splits_of, upstream
-from isingcut.runs.removal import each_removal
-
-if TYPE_CHECKING:
-    from isingcut.data.healing_text import HealingText
-    from isingcut.runs.session import Session
-
-CHOICE = "healed-candidates.json"
-HEALED = "healed"
-
-
-def wanted(config: RunConfig) -> bool:
-    """Whether a run heals at all."""
-    return config.heal or config.patch != "none"
-
-
-def heal_config(config: RunConfig) -> HealConfig:
-    """Healing options of a run: those of `heal_options`, and what the run itself says.
-
-    Raises:
-        InputError: an option that the run sets, or one that does not exist.
-    """
-    values = from_yaml(HealConfig, user_path(config.heal_options)) if config.heal_options else {}
-    set_by_run = {"student", "teacher", "out", "patch", "device", "trust_remote_code", "overwrite"}
-    set_by_run |= {"other_teacher"}
-    taken = sorted(set_by_run & values.keys())
-    if taken:
-        raise InputError(
-            f"{config.heal_options}: {', '.join(taken)} is set by the run itself; leave it out"
-        )
-    base = {
-        "text": config.calibration,
-        "seed": config.seed,
-        "dtype": config.dtype,
-        **({"batch_tokens": config.batch_tokens} if config.batch_tokens else {}),
-    }
-    found = options_from(HealConfig, {**base, **values}, config.heal_options or "healing")
-    if found.text == "self":
-        raise InputError(
-            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
-        )
-    if found.text == config.calibration and only_once(found.text):
-        raise InputError(
-            f"healing needs more of the text than was measured on, but {found.text} is a pipe, "
-            "which can be read once; write it into a file, or name another text in a file given "
-            "as --heal-options (text: FILE)"
-        )
-    return found.replace(
-        patch=config.patch,
-        method=found.method if config.heal else "none",
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    ).validate()
-
-
-def check(session: Session) -> None:
-    """Refuse before anything is written what healing would refuse at the end."""
-    config = session.config
-    if not wanted(config):
-        return
-    check_training(heal_config(config))
-    if len(each_removal(config)) > 1:
-        raise InputError(
-            "a run over a range of removals cuts no checkpoint, so there is none to heal; "
-            "give one number with --remove"
-        )
-    if launched():
-        raise InputError(
-            "healing inside a run is done by one process; heal the cut model afterwards with: "
-            "torchrun ... -m isingcut heal"
-        )
-    if session.streaming:
-        raise InputError(
-            "a model that is streamed from disk cannot be healed in the run: training needs the "
-            "weights in memory; heal the cut model with `isingcut heal` on a larger machine"
-        )
+from isingcut.runs.session import Session
 
 
 def text_of(session: Session, folder: RunFolder, config: HealConfig) -> HealingText:
     """Text to heal with that no split of the run holds."""
-    from isingcut.data import healing_text
-    from isingcut.data.calibration import Calibration
-    from isingcut.healing.heal import sample_length
-
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
     same = config.text == own.source and config.seed == own.meta.get("seed")
     return healing_text.build(
@@ -170,11 +94,6 @@ def _tried(
     work: Path,
 ) -> dict[str, Any]:
     """One candidate, healed for a few steps and measured; kept, so that a kill loses one."""
-    from isingcut.evaluation.quality import quality
-    from isingcut.healing.heal import heal_checkpoint
-    from isingcut.models.cutting.checkpoint import excise
-    from isingcut.models.load import load
-
     kept = work / "result.json"
     if not kept.exists():
         cut, out = work / "cut", work / "healed"
@@ -202,20 +121,8 @@ def _tried(
     return without_header(row)
 
 
-def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | None:
-    """The blocks that the healed candidates chose, None where none were compared."""
-    if not config.heal_top:
-        return None
-    file = folder.target(config.removal) / CHOICE
-    found = folder.load(file, lambda p: read_json(p, "healed-candidates"))
-    return [int(i) for i in found["chosen"]["removed"]]
-
-
 def heal(session: Session, folder: RunFolder) -> Path | None:
     """Stage `heal`: `healed/`, a plain checkpoint, and `healing.json`. None without healing."""
-    from isingcut.healing.heal import heal_checkpoint
-    from isingcut.healing.healers import RECORD
-
     config = session.config
     if not wanted(config):
         return None
@@ -236,104 +143,3 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
         shutil.copyfile(path / RECORD, target / RECORD)
 
     return folder.stage("heal", target / HEALED, options, make, lambda path: path)
-
-
-def product(folder: RunFolder, config: RunConfig) -> Path:
-    """The run's final checkpoint: the healed one where the run heals, else the cut one."""
-    target = folder.target(config.removal)
-    return target / HEALED if wanted(config) else target / "model"
-
-
-def benchmarks(
-    session: Session,
-    folder: RunFolder,
-    tasks: Sequence[str],
-    *,
-    data: Path | None = None,
-    questions: int | None = None,
-) -> dict[str, Any]:
-    """Stage `benchmarks`: `benchmarks.json`, both models on the same questions.
-
-    Args:
-        tasks: task names, see `scores.benchmark`; ``wikitext2`` is its perplexity.
-        data: folder of the questions; None uses the hub.
-        questions: at most so many a task.
-    """
-    config = session.config
-    target = folder.target(config.removal)
-    checkpoint = product(folder, config)
-    made = folder.manifest["stages"].get(str(checkpoint.relative_to(folder.path)))
-    if made is None or not checkpoint.exists():
-        raise InputError(f"there is no {checkpoint}; excise (and heal) first")
-    options = {
-        "model": made["fingerprint"],
-        "tasks": list(tasks),
-        "questions": questions,
-        "data": data is not None,
-    }
-
-    def make(path: Path) -> None:
-        from isingcut.evaluation.scores import forget_scores
-        from isingcut.models.load import load
-
-        session.tuned(folder)
-        loaded = session.loaded
-        cut = load(
-            checkpoint,
-            **loaded.place,
-            trust_remote_code=config.trust_remote_code,
-        )
-        work = target / ".benchmarks"
-        content = bench(
-            {"original": loaded, "cut": cut},
-            tasks,
-            data=data,
-            questions=questions,
-            batch_tokens=session.tuning.batch_tokens,
-            kept=work,
-            session=session,
-        )
-        write_json(path, "benchmarks", content)
-        forget_scores(work, tasks)
-
-    return folder.stage(
-        "benchmarks",
-        target / "benchmarks.json",
-        options,
-        make,
-        lambda path: read_json(path, "benchmarks"),
-    )
-
-
-def bench(
-    models: dict[str, Any],
-    tasks: Sequence[str],
-    *,
-    data: Path | None,
-    questions: int | None,
-    batch_tokens: int,
-    kept: Path | None,
-    session: Session,
-) -> dict[str, Any]:
-    """The content of `benchmarks.json` for two models."""
-    from importlib.metadata import version
-
-    from isingcut.evaluation.scores import benchmark
-    from isingcut.evaluation.wikitext import text_scores
-
-    named = [t for t in tasks if t != "wikitext2"]
-    rows = benchmark(
-        models,
-        named,
-        data=data,
-        questions=questions,
-        batch=max(1, batch_tokens // 128),
-        kept=kept,
-        progress=session.progress,
-    )
-    content: dict[str, Any] = {"rows": rows, "engine": f"lm_eval {version('lm_eval')}"}
-    if "wikitext2" in tasks:
-        content["wikitext2"] = text_scores(
-            models, data, questions, batch_tokens=batch_tokens, progress=session.progress
-        )
-    return content

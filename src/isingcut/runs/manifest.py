@@ -96,7 +96,7 @@ class Manifest:
         """The folder for the files of one removal: the run's own, or one of its own name."""
         if remove == self.config.removal:
             return self.path
-        return self.path / f"remove-{_slug(remove)}"
+        return self.path / f"remove-{slug(remove)}"
 
     def check(self, file: Path) -> None:
         """Refuse a file or folder of a stage that is not as the run wrote it.
@@ -155,7 +155,7 @@ def read_by(config: RunConfig) -> list[Path]:
     return sources_of(config.model, config.calibration, config.heal_options)
 
 
-def _slug(remove: str) -> str:
+def slug(remove: str) -> str:
     """A removal as part of a folder name: ``attention=2,moe=3`` -> ``attention-2_moe-3``."""
     return re.sub(r"[^\w.-]", "_", remove.replace("=", "-"))
 

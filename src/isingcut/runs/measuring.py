@@ -9,21 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from isingcut.data.calibration import Calibration, build
+from isingcut.data.tokens import TokenSet
+from isingcut.energies import registry
+from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.sharing import forget
+from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.removal import each_removal, removal_rows
-
-if TYPE_CHECKING:
-    from isingcut.data.calibration import Calibration
-    from isingcut.data.tokens import TokenSet
-    from isingcut.energies.search import Target
-    from isingcut.measure.work import Work
-    from isingcut.runs.session import Session
+from isingcut.runs.session import Session
 
 
 def names(text: str) -> list[str]:
@@ -43,8 +42,6 @@ def concrete(config: RunConfig) -> RunConfig:
 
 def energy_part(config: RunConfig, name: str) -> Any:
     """The energy called ``name``, with the options it has."""
-    from isingcut.energies import registry
-
     part = registry.get(name)
     own = {f.name for f in dataclasses.fields(part)}
     if config.linear and "linear" not in own and name == config.energy:
@@ -88,8 +85,6 @@ def _check_streaming(session: Session) -> None:
 
 def build_calibration(session: Session) -> Calibration:
     """The token splits of a run, not yet written."""
-    from isingcut.data.calibration import build
-
     config = session.config
     _check_streaming(session)
     return build(
@@ -107,8 +102,6 @@ def build_calibration(session: Session) -> Calibration:
 
 def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> Calibration:
     """Stage `calibration`: `calibration.safetensors`, the three token splits."""
-    from isingcut.data.calibration import Calibration
-
     config = session.config
 
     def make(path: Path) -> None:
@@ -133,15 +126,11 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
 
 def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
     """The token splits of a run, from its file."""
-    from isingcut.data.calibration import Calibration
-
     return folder.load(folder.path / "calibration.safetensors", Calibration.load).splits
 
 
 def work_of(session: Session, journal: Path) -> Work:
     """How this session carries a measurement out, with a journal beside its result."""
-    from isingcut.measure.work import Work
-
     return Work(session.tuning.batch_tokens, session.progress, journal)
 
 
@@ -190,8 +179,6 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
 
 def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
     """What a search looks for: every removal that the options ask for."""
-    from isingcut.energies.search import Target
-
     if not config.removal:
         return ()
     blocks = folder.manifest["blocks"]

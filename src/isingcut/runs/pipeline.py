@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.data import corpora
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.files import clear_stale
 from isingcut.ising.solvers import registry as solvers
+from isingcut.models.inspect import inspect_model
 from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.outputs import refuse_source
 from isingcut.progress import Progress, silent
 from isingcut.report.write import check_report
-from isingcut.runs import healing_stages
+from isingcut.runs import healing_options, healing_stages
+from isingcut.runs.cutting import excise
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.joining import part, take_up
 from isingcut.runs.manifest import MANIFEST
@@ -32,9 +34,10 @@ from isingcut.runs.measuring import (
     measure_energy,
     names,
 )
-from isingcut.runs.removal import check_by_config, each_removal, removal_rows
+from isingcut.runs.removal import each_removal, kept_and_dropped, removal_rows
 from isingcut.runs.session import Session
-from isingcut.runs.stages import evaluate, excise, rank, report, solve
+from isingcut.runs.solving import report, solve
+from isingcut.runs.stages import evaluate, rank
 
 
 def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any) -> Path:
@@ -152,8 +155,8 @@ def open_session(
     for name in names(config.also):
         energy_part(config, name)
     solvers.check(config.solver, config.solve_seconds)
-    if healing_stages.wanted(config):
-        healing_stages.heal_config(config)
+    if healing_options.wanted(config):
+        healing_options.heal_config(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
@@ -171,7 +174,7 @@ def open_session(
         for one in each_removal(config):
             removal_rows(blocks, one)
     if need_removal:
-        healing_stages.check(session)
+        healing_options.check(session)
     calibration = None if out.exists() else build_calibration(session)
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
     if config.dtype == "auto" and folder.dtype is None:
@@ -200,6 +203,40 @@ def _follow(
     folder.processes = processes
     calibrate(session, folder, None)
     return session, folder
+
+
+def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
+    """Refuse what a model's configuration already rules out, before its weights are read.
+
+    Args:
+        folder: the model's, as `resolve` gives it.
+        needed: a removal has to be given.
+
+    Raises:
+        ArchitectureError: no state of this model can be cut.
+        InputError: an impossible removal, a block that the model does not have, or samples that
+            are longer than its positions.
+        InfeasibleError: the constraints clash, as far as they are known without the weights.
+    """
+    found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
+    if found.refusal:
+        raise ArchitectureError(found.refusal)
+    if needed or config.removal:
+        blocks = {
+            "blocks": [vars(b) for b in found.stack.blocks],
+            "legality": [vars(row) for row in found.rows],
+            "total_parameters": found.parameters,
+        }
+        several = each_removal(config)
+        # A range that is too long is refused by its end, not after solving for all before it.
+        for one in several[-1:] + several[:-1]:
+            removal_rows(blocks, one, early=True)
+    else:
+        kept_and_dropped(len(found.stack), config)
+    if found.positions is not None and config.length > found.positions:
+        raise InputError(
+            f"--length {config.length} is more than the {found.positions} positions this model has"
+        )
 
 
 def session_of(

@@ -34,8 +34,9 @@ from isingcut.options.config import RunConfig
 from isingcut.options.spellings import parse_effort
 from isingcut.options.types import BATCH_TOKENS
 from isingcut.runs.measuring import energy_part, samples_of
+from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.probe import probe, random_text
-from isingcut.runs.removal import check_by_config, each_removal, removal_rows
+from isingcut.runs.removal import each_removal, removal_rows
 from isingcut.runs.session import Session
 
 # How far off an estimate may be, of what is measured on samples and of the rest: from comparisons

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from isingcut.errors import ArchitectureError, InfeasibleError, InputError
+from isingcut.errors import InfeasibleError, InputError
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -34,42 +33,6 @@ def each_removal(config: RunConfig) -> list[RunConfig]:
     if isinstance(wanted, dict) or len(wanted) == 1:
         return [config]
     return [config.replace(remove=str(m)) for m in wanted]
-
-
-def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
-    """Refuse what a model's configuration already rules out, before its weights are read.
-
-    Args:
-        folder: the model's, as `resolve` gives it.
-        needed: a removal has to be given.
-
-    Raises:
-        ArchitectureError: no state of this model can be cut.
-        InputError: an impossible removal, a block that the model does not have, or samples that
-            are longer than its positions.
-        InfeasibleError: the constraints clash, as far as they are known without the weights.
-    """
-    from isingcut.models.inspect import inspect_model
-
-    found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
-    if found.refusal:
-        raise ArchitectureError(found.refusal)
-    if needed or config.removal:
-        blocks = {
-            "blocks": [vars(b) for b in found.stack.blocks],
-            "legality": [vars(row) for row in found.rows],
-            "total_parameters": found.parameters,
-        }
-        several = each_removal(config)
-        # A range that is too long is refused by its end, not after solving for all before it.
-        for one in several[-1:] + several[:-1]:
-            removal_rows(blocks, one, early=True)
-    else:
-        kept_and_dropped(len(found.stack), config)
-    if found.positions is not None and config.length > found.positions:
-        raise InputError(
-            f"--length {config.length} is more than the {found.positions} positions this model has"
-        )
 
 
 def removal_rows(

@@ -1,0 +1,105 @@
+"""Stage `benchmarks`: both models of a run on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isingcut.errors import InputError
+from isingcut.evaluation.scores import benchmark, forget_scores
+from isingcut.evaluation.wikitext import text_scores
+from isingcut.files import read_json, write_json
+from isingcut.models.load import load
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.healing_options import product
+from isingcut.runs.session import Session
+
+
+def benchmarks(
+    session: Session,
+    folder: RunFolder,
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    questions: int | None = None,
+) -> dict[str, Any]:
+    """Stage `benchmarks`: `benchmarks.json`, both models on the same questions.
+
+    Args:
+        tasks: task names, see `scores.benchmark`; ``wikitext2`` is its perplexity.
+        data: folder of the questions; None uses the hub.
+        questions: at most so many a task.
+    """
+    config = session.config
+    target = folder.target(config.removal)
+    checkpoint = product(folder, config)
+    made = folder.manifest["stages"].get(str(checkpoint.relative_to(folder.path)))
+    if made is None or not checkpoint.exists():
+        raise InputError(f"there is no {checkpoint}; excise (and heal) first")
+    options = {
+        "model": made["fingerprint"],
+        "tasks": list(tasks),
+        "questions": questions,
+        "data": data is not None,
+    }
+
+    def make(path: Path) -> None:
+        session.tuned(folder)
+        loaded = session.loaded
+        cut = load(
+            checkpoint,
+            **loaded.place,
+            trust_remote_code=config.trust_remote_code,
+        )
+        work = target / ".benchmarks"
+        content = bench(
+            {"original": loaded, "cut": cut},
+            tasks,
+            data=data,
+            questions=questions,
+            batch_tokens=session.tuning.batch_tokens,
+            kept=work,
+            session=session,
+        )
+        write_json(path, "benchmarks", content)
+        forget_scores(work, tasks)
+
+    return folder.stage(
+        "benchmarks",
+        target / "benchmarks.json",
+        options,
+        make,
+        lambda path: read_json(path, "benchmarks"),
+    )
+
+
+def bench(
+    models: dict[str, Any],
+    tasks: Sequence[str],
+    *,
+    data: Path | None,
+    questions: int | None,
+    batch_tokens: int,
+    kept: Path | None,
+    session: Session,
+) -> dict[str, Any]:
+    """The content of `benchmarks.json` for two models."""
+    from importlib.metadata import version
+
+    named = [t for t in tasks if t != "wikitext2"]
+    rows = benchmark(
+        models,
+        named,
+        data=data,
+        questions=questions,
+        batch=max(1, batch_tokens // 128),
+        kept=kept,
+        progress=session.progress,
+    )
+    content: dict[str, Any] = {"rows": rows, "engine": f"lm_eval {version('lm_eval')}"}
+    if "wikitext2" in tasks:
+        content["wikitext2"] = text_scores(
+            models, data, questions, batch_tokens=batch_tokens, progress=session.progress
+        )
+    return content

@@ -1,0 +1,143 @@
+"""Stage `excise`: the checkpoint, or the GGUF file, of one state, proven before it is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from isingcut.files import atomic_folder, fingerprint
+from isingcut.inputs import regular_file
+from isingcut.models.checkpoint.gguf_header import read_gguf
+from isingcut.models.cutting.checkpoint import excise as write_cut
+from isingcut.models.cutting.gguf import cut_gguf
+from isingcut.models.cutting.gguf_match import check_same_model
+from isingcut.models.cutting.verify import verify
+from isingcut.models.streaming.proof import verify_streamed
+from isingcut.options.config import RunConfig
+from isingcut.outputs import file_sha256, refuse_source
+from isingcut.report.card import card_parts, model_card
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.manifest import slug
+from isingcut.runs.session import Session
+from isingcut.runs.solving import chosen_blocks, load_candidates
+
+# What is made of one state.
+_CUT = ("model", "model.gguf")
+# Of a list of blocks in the name of a folder; a hash stands for more.
+_LONGEST_NAME = 100
+
+
+def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None) -> Path:
+    """Where the model of a state is written: with the other files of its removal.
+
+    A state that is named by its blocks shares that folder with no other: where another one was
+    cut, or chosen to be, and may not be replaced, it has a folder of its own.
+
+    Args:
+        removed: the blocks that were named; None is the chosen state.
+    """
+    target = folder.target(config.removal)
+    if removed is None or folder.overwrite:
+        return target
+    stages = folder.manifest["stages"]
+    cut = (stages.get(str((target / name).relative_to(folder.path))) for name in _CUT)
+    there = [record["options"]["removed"] for record in cut if record is not None]
+    ranked = target / "candidates.json"
+    if not there and ranked.exists():
+        there = [folder.load(ranked, load_candidates)["chosen"]["removed"]]
+    if all(sorted(blocks) == sorted(removed) for blocks in there):
+        return target
+    named = "-".join(map(str, sorted(removed)))
+    if len(named) > _LONGEST_NAME:
+        named = fingerprint({"removed": sorted(removed)})[:16]
+    return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
+
+
+def excise(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
+    """Stage `excise`: `model/`, verified against the original with the same blocks skipped.
+
+    Args:
+        removed: these blocks instead of the chosen ones; see `place_of` for where they go.
+    """
+    blocks = list(removed) if removed is not None else chosen_blocks(folder, session.config)
+    options = {"removed": blocks}
+
+    def make(path: Path) -> None:
+        write_checkpoint(session, folder, blocks, path, overwrite=True)
+
+    file = place_of(folder, session.config, removed) / "model"
+    return folder.stage("excise", file, options, make, lambda path: path)
+
+
+def write_checkpoint(
+    session: Session,
+    folder: RunFolder,
+    removed: Sequence[int],
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """The checkpoint without the blocks ``removed``, with its model card, verified, at ``out``.
+
+    Raises:
+        OutputExistsError: ``out`` is there and ``overwrite`` is false.
+        VerificationError: it does not compute what it should; nothing is left at ``out``.
+    """
+    blocks = list(removed)
+    parts = card_parts(folder.path, folder.target(session.config.removal), blocks)
+    record = {
+        "format": "isingcut-removal",
+        "version": 1,
+        "removed": blocks,
+        "of": len(session.stack),
+        "model": folder.manifest["provenance"]["model"],
+        "card": parts,
+    }
+    sources = [session.source, *folder.sources]
+    with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
+        temporary.rmdir()
+        write_cut(
+            session.source,
+            blocks,
+            temporary,
+            extra_files={
+                "README.md": model_card(parts),
+                "isingcut.json": json.dumps(record, indent=1) + "\n",
+            },
+        )
+        trust = session.config.trust_remote_code
+        if session.streaming:
+            verify_streamed(session.streamed[1], blocks, temporary, trust_remote_code=trust)
+        else:
+            verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
+
+
+def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
+    """Refuse a GGUF file that is damaged, lacks tensors, or is of another model than the run.
+
+    Raises:
+        CheckpointError: damaged or incomplete.
+        InputError: of another model, or not there.
+    """
+    header = read_gguf(source)
+    header.blocks()
+    # The file that the run was made from needs no comparison; another packing of it does.
+    if folder.manifest["provenance"]["model"].get("gguf_sha256") != file_sha256(source):
+        check_same_model(header, session.source)
+
+
+def excise_gguf(
+    folder: RunFolder, config: RunConfig, source: Path, removed: Sequence[int] | None = None
+) -> Path:
+    """`model.gguf`: the same blocks cut out of a GGUF file, its tensors' bytes untouched."""
+    regular_file(source, "the GGUF file")
+    blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
+    options = {"removed": blocks, "source": file_sha256(source)}
+
+    def make(path: Path) -> None:
+        cut_gguf(source, blocks, path, overwrite=True)
+
+    file = place_of(folder, config, removed) / "model.gguf"
+    refuse_source(file, [source])
+    return folder.stage("excise", file, options, make, lambda path: path)
