@@ -24,6 +24,7 @@ USAGE = [
         ("no such verb", "zorp", "No such command 'zorp'; see isingcut --help"),
         ("no such option", "solve {run} --zorp", "No such option.*--zorp.*see isingcut solve --h"),
         ("no such option of all", "--zorp ls", "No such option.*--zorp.*; see isingcut --help"),
+        ("a value for a flag", "--debug=1 ls", "'--debug' does not take a value; see isingcut --h"),
         ("nothing to work on", "solve", "Missing argument 'DIR'; see isingcut solve --help"),
         ("no value", "solve {run} --remove", "requires an argument; see isingcut"),
         ("a text for a number", "solve {run} --states x", "'--states'.*; see isingcut solve --hel"),

@@ -64,7 +64,10 @@ _TOGETHER = ("run", "demo", "energy", "rank", "baseline", "heal")
 def _typed() -> tuple[str, bool]:
     """The verb, and whether `--debug` stands before it; what else was typed is not judged here."""
     context = _program.context_class(_program, **_program.context_settings)
-    options, words, _ = _program.make_parser(context).parse_args(sys.argv[1:])
+    try:
+        options, words, _ = _program.make_parser(context).parse_args(sys.argv[1:])
+    except _CommandLineError:
+        return "", False
     return "".join(words[:1]), "debug" in options
 
 
