@@ -16,15 +16,16 @@ import numpy as np
 import torch
 
 from _healing_texts import Remembered, judged_texts, training_text
-from isingcut import documents
 from isingcut.baselines import registry as baselines
+from isingcut.console.progress import silent, terminal
 from isingcut.data.calibration import build
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import Search, Target
 from isingcut.evaluation.quality import quality_of, sample_sums
 from isingcut.evaluation.scores import prepare_task, score
-from isingcut.files import read_json, write_json
+from isingcut.files import documents
+from isingcut.files.writing import read_json, write_json
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.measure.work import Work
 from isingcut.models import load as models
@@ -33,7 +34,6 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import resolve
 from isingcut.options.healing import HealConfig
-from isingcut.progress import silent, terminal
 
 KIND = "healing-part"
 # The benchmark's own files, which no run has: their keys are checked where they are used.

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from _healing_parts import OURS, PEERS, STAGES, Bench, key
-from isingcut import documents
 from isingcut.evaluation.paired import compare_scores
-from isingcut.files import read_json, write_json
+from isingcut.files import documents
+from isingcut.files.provenance import versions
+from isingcut.files.writing import read_json, write_json
 from isingcut.measure.losses import standard_error
 from isingcut.models.sources import model_identity
-from isingcut.provenance import versions
 
 RESULTS = "healing-benchmark"
 documents.KINDS[RESULTS] = documents.Part

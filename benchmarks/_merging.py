@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.losses import Measurement
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Progress, silent
 
 
 def check_mergeable(replay: Replay) -> None:

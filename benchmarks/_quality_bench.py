@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from _quality_store import Speed, Store
+from isingcut.console.progress import silent, terminal
 from isingcut.data.calibration import TokenSet, build
 from isingcut.data.corpora import read
 from isingcut.errors import CalibrationError
-from isingcut.files import fingerprint
+from isingcut.files.writing import fingerprint
 from isingcut.measure.losses import Reference
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import model_identity, resolve
-from isingcut.progress import silent, terminal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 INSTRUCT = "calib_instruct"

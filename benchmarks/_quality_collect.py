@@ -11,11 +11,11 @@ from _quality_bench import Bench
 from _quality_judge import Chosen, Judged, load_judged, rows_chosen, thinned
 from _quality_summary import OURS
 from _quality_tasks import METRIC
-from isingcut import documents
-from isingcut.files import write_json
+from isingcut.files import documents
+from isingcut.files.provenance import versions
+from isingcut.files.writing import write_json
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
-from isingcut.provenance import versions
 
 KIND = "quality"
 documents.KINDS[KIND] = documents.Part

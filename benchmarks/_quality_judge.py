@@ -17,7 +17,7 @@ import numpy.typing as npt
 from _merging import measure_merged
 from _quality_bench import Bench
 from _quality_store import Part, Price
-from isingcut.files import fingerprint
+from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isingcut import documents
 from isingcut.errors import InputError, IsingcutError
-from isingcut.files import read_json, write_json
+from isingcut.files import documents
+from isingcut.files.writing import read_json, write_json
 
 KIND = "quality-part"
 # The benchmark's own files, which no run has: their keys are checked where they are used.

@@ -27,9 +27,9 @@ from _quality_judge import Chosen
 from _quality_store import Part, Price
 from isingcut.data.encoder import Encoder
 from isingcut.data.tokens import TokenSet
-from isingcut.files import fingerprint
+from isingcut.files.journal import Journal
+from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Floats, states_of
-from isingcut.journal import Journal
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay, reuse_freed_memory
 

@@ -26,13 +26,13 @@ from torch import nn
 from _merging import Merged, check_mergeable
 from isingcut.baselines import registry
 from isingcut.baselines.base import Outcome, check_count
+from isingcut.console.progress import Bar
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.work import Work
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Replay
-from isingcut.progress import Bar
 
 NAME = "sliding-window-merging"
 Groups = tuple[tuple[int, ...], ...]

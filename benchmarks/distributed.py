@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 
 

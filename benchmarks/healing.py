@@ -36,7 +36,7 @@ import torch
 from _healing_parts import TASKS, Bench, Part
 from _healing_summary import RESULTS, collect, show
 from isingcut.errors import IsingcutError
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

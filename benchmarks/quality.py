@@ -66,7 +66,7 @@ from _quality_store import Part, Price, Stage, drive, show_plan
 from _quality_summary import show
 from _quality_tasks import FILES, accuracy_expected, accuracy_parts
 from isingcut.errors import IsingcutError
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "quality.json"
 

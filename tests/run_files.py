@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.files import read_json, write_json
+from isingcut.files.outputs import file_sha256
+from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
-from isingcut.outputs import file_sha256
 from isingcut.report import card
 from isingcut.report import write as report
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import isingcut
 from isingcut.errors import InputError, OutputExistsError, StageFileError
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.runs import api, interop_hub
 from isingcut.testing.tiny import tiny_checkpoint
@@ -193,7 +193,7 @@ def test_progress_may_be_a_flag_or_a_function(place, monkeypatch, capsys):
 
     def progress(description, total):
         said.append(description)
-        return isingcut.progress.silent(description, total)
+        return isingcut.console.progress.silent(description, total)
 
     assert isingcut.open_run("my-run", remove=5, progress=progress).ranking
     assert any("candidates" in d for d in said)

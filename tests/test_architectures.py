@@ -19,13 +19,7 @@ from transformers import (
 )
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.models.architectures import (
-    cut_config,
-    find_stack,
-    legality,
-    skipped,
-    text_config,
-)
+from isingcut.models.architectures import cut_config, find_stack, legality, skipped, text_config
 from isingcut.models.architectures.names import rename_pattern, renumbering
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model

@@ -11,11 +11,8 @@ import torch
 from calibrating import COUNTS, SIZES, refused, sentences, write_jsonl
 from isingcut.data import calibration
 from isingcut.data.calibration import Calibration, build
-from isingcut.errors import (
-    InputError,
-    StageFileError,
-)
-from isingcut.tensor_files import tensor_header
+from isingcut.errors import InputError, StageFileError
+from isingcut.files.tensors import tensor_header
 from isingcut.testing.tiny import tiny_tokenizer
 
 # plain text ---------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 import isingcut
-from isingcut import progress
 from isingcut.cli import main as cli
+from isingcut.console import progress
 from isingcut.data.calibration import Calibration
-from isingcut.files import read_json
+from isingcut.files.outputs import MARKER
+from isingcut.files.writing import read_json
 from isingcut.measure.losses import measure
-from isingcut.outputs import MARKER
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
@@ -175,7 +175,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     def removed(place):
         return read_json(place / "model" / "isingcut.json", "removal")["removed"]
 
-    own, chosen = isingcut.outputs.folder_hash(run / "model"), removed(run)
+    own, chosen = isingcut.files.outputs.folder_hash(run / "model"), removed(run)
     named = [[0, 1], [2, 3]] if chosen not in ([0, 1], [2, 3]) else [[0, 4], [1, 5]]
     for blocks in named:
         typed = ",".join(map(str, blocks))
@@ -184,7 +184,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
             place / "model"
         )
         assert removed(place) == blocks
-    assert isingcut.outputs.folder_hash(run / "model") == own
+    assert isingcut.files.outputs.folder_hash(run / "model") == own
     # The chosen state by its blocks is the chosen state.
     typed = ",".join(map(str, chosen))
     assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(run / "model")

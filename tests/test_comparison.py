@@ -10,7 +10,7 @@ from isingcut.baselines import registry
 from isingcut.cli import main as cli
 from isingcut.data.calibration import Calibration
 from isingcut.errors import InputError, UnknownNameError
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.measure.losses import measure
 from isingcut.runs import pipeline
 from isingcut.runs.comparison import baseline_part

@@ -13,11 +13,7 @@ import torch
 from calibrating import SIZES, refused, sentences, write_jsonl
 from isingcut.data import corpora
 from isingcut.data.calibration import build
-from isingcut.errors import (
-    CalibrationError,
-    InputError,
-    MissingExtraError,
-)
+from isingcut.errors import CalibrationError, InputError, MissingExtraError
 from isingcut.testing.tiny import tiny_model
 
 

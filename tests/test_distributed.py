@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import isingcut
-from isingcut.journal import Journal
+from isingcut.files.journal import Journal
 from isingcut.measure.pieces import Piece, left
 from isingcut.measure.sharing import SharedJournal, forget
 from isingcut.models.processes import Processes
@@ -271,7 +271,7 @@ main()
 """
 DIES = """
 import os, signal, sys
-from isingcut.journal import Journal
+from isingcut.files.journal import Journal
 from isingcut.cli.main import main
 put, meeting = Journal.put, {meeting!r}
 def watched(journal, key, row):

@@ -21,10 +21,7 @@ from isingcut.data import encoder, text_files
 from isingcut.data.calibration import build
 from isingcut.data.chat_templates import Renderer
 from isingcut.data.encoder import Encoder
-from isingcut.errors import (
-    CalibrationError,
-    ModelError,
-)
+from isingcut.errors import CalibrationError, ModelError
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 # chats --------------------------------------------------------------------------------

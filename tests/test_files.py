@@ -6,8 +6,14 @@ import os
 import pytest
 
 from isingcut.errors import InputError, OutputExistsError, StageFileError
-from isingcut.files import atomic_file, atomic_folder, clear_os_errors, read_json, write_json
-from isingcut.outputs import MARKER
+from isingcut.files.outputs import MARKER
+from isingcut.files.writing import (
+    atomic_file,
+    atomic_folder,
+    clear_os_errors,
+    read_json,
+    write_json,
+)
 
 
 def test_json_round_trip(tmp_path):

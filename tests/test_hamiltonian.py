@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError, StageFileError
+from isingcut.files.tensors import tensor_header
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.tensor_files import tensor_header
 
 
 def random_hamiltonian(n, seed=0, **rest):

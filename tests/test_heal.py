@@ -13,15 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from isingcut.console.progress import Bar
 from isingcut.data.healing_text import build
-from isingcut.errors import (
-    InputError,
-    ModelError,
-    OutputExistsError,
-    StageFileError,
-)
+from isingcut.errors import InputError, ModelError, OutputExistsError, StageFileError
 from isingcut.evaluation.quality import quality
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.healing.training import kl as kl
 from isingcut.models.architectures import find_stack
@@ -30,7 +26,6 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
-from isingcut.progress import Bar
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, launch, say_into, type_in
 from test_heal_text import write_text

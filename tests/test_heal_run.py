@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from isingcut.cli.main import app
 from isingcut.errors import InputError
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline

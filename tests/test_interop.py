@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, InputError, StageFileError
-from isingcut.outputs import MARKER, mark
+from isingcut.files.outputs import MARKER, mark
 from isingcut.runs import block_lists, interop_hub, mergekit
 from isingcut.testing.tiny import tiny_config
 from tiny import tiny_checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.journal import Journal, discard
+from isingcut.files.journal import Journal, discard
 from journals import count_rows, database, keep_rows
 
 

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 import isingcut
-from isingcut.files import read_json
-from isingcut.journal import Journal
+from isingcut.files.journal import Journal
+from isingcut.files.writing import read_json
 from journals import count_rows
 from ranks import join, say_into, start
 from shared import OPTIONS

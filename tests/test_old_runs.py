@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from isingcut.cli import main as cli
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report.write import write_report

@@ -23,7 +23,7 @@ from isingcut.errors import (
     StageFileError,
     UnknownNameError,
 )
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.options.config import RunConfig

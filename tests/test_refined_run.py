@@ -9,7 +9,7 @@ import pytest
 import isingcut
 from isingcut.cli import main as cli
 from isingcut.errors import InputError
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.read_run import read_run
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from isingcut.errors import StageFileError
-from isingcut.files import read_json, write_json
+from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card

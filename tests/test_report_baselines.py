@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.files import read_json, write_json
+from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.baselines import rival_row, rivals
 from isingcut.report.run_files import RunFiles

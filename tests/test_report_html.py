@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError, OutputExistsError, StageFileError
-from isingcut.files import read_json, write_json
+from isingcut.files.writing import read_json, write_json
 from isingcut.report.render import code
 from isingcut.report.svg import span, tick_text
 from isingcut.report.tradeoff import front

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import isingcut
-from isingcut.files import atomic_file, atomic_folder, clear_stale, is_temporary
-from isingcut.journal import Journal
-from isingcut.outputs import MARKER
+from isingcut.files.journal import Journal
+from isingcut.files.outputs import MARKER
+from isingcut.files.writing import atomic_file, atomic_folder, clear_stale, is_temporary
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import say_into, start
 from shared import leave_speed_out, write_words

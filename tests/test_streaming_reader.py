@@ -7,10 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isingcut.errors import (
-    CheckpointError,
-    ModelError,
-)
+from isingcut.errors import CheckpointError, ModelError
 from isingcut.measure.losses import measure
 from isingcut.models.architectures import find_stack
 from isingcut.models.load import load

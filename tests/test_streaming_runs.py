@@ -8,10 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import isingcut
-from isingcut.errors import (
-    InputError,
-    VerificationError,
-)
+from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation.streamed_scores import evaluate_streamed
 from isingcut.measure.losses import measure

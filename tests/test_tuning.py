@@ -8,7 +8,7 @@ import torch
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.journal import Journal
+from isingcut.files.journal import Journal
 from isingcut.measure import losses as measure_module
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
@@ -234,7 +234,7 @@ def test_threads_are_limited_for_a_while_and_never_raised(cores, most, during):
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 def test_a_run_records_its_threads_and_goes_on_with_them(cores, llama, text, tmp_path, monkeypatch):
     import isingcut
-    from isingcut.files import read_json
+    from isingcut.files.writing import read_json
 
     monkeypatch.setattr(tuning, "_threads", lambda run, seconds: 2)
     used = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from isingcut.provenance import __version__ as __version__
+from isingcut.files.provenance import __version__ as __version__
 
 if TYPE_CHECKING:
     from isingcut.ising import constraints as constraints

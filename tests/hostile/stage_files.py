@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 
-from isingcut.files import write_json
+from isingcut.files.writing import write_json
 from run_files import baseline, healing
 
 SOLVE = "solve {run} --remove 2 --overwrite"

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from isingcut.outputs import file_sha256
+from isingcut.files.outputs import file_sha256
 from shared import snapshot
 
 MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))

@@ -197,7 +197,7 @@ def test_a_whole_file_is_cut_beside_the_run(arena):
 
 
 def test_a_conversion_clears_what_killed_ones_left(arena):
-    from isingcut.files import _machine
+    from isingcut.files.writing import _machine
 
     left = arena.home / "cache" / "gguf-2" / f".{'a' * 64}.{_machine()}-4194303.x.part"
     left.mkdir(parents=True)

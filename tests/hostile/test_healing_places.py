@@ -7,7 +7,7 @@ import shutil
 from arena import Row
 from heal_rows import WITH_FILE, heal, linked, parametrised, rows, trainer, written
 
-from isingcut.files import write_json
+from isingcut.files.writing import write_json
 
 
 def hard_link(arena):

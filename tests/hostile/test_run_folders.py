@@ -8,7 +8,7 @@ import pytest
 from arena import Row, call
 
 import isingcut
-from isingcut.files import read_json, write_json
+from isingcut.files.writing import read_json, write_json
 from isingcut.models.sources import model_identity
 
 OPTIONS = (

@@ -14,7 +14,7 @@ import pytest
 from arena import Arena, Row, call
 
 from isingcut.cli import main as cli
-from isingcut.printing import one_line, printable
+from isingcut.console.printing import one_line, printable
 
 # Words of the command line ------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def test_a_model_is_shown_as_it_is_called(arena, name):
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_bar_shows_its_words_as_they_are(monkeypatch, name):
-    from isingcut.progress import terminal
+    from isingcut.console.progress import terminal
 
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)

@@ -21,12 +21,12 @@ from isingcut.cli.verb import (
     verb,
 )
 from isingcut.errors import InputError
-from isingcut.files import read_json, without_header, write_json
+from isingcut.files.outputs import check_output
+from isingcut.files.writing import read_json, without_header, write_json
 from isingcut.healing.healers import RECORD
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.options.healing import HealConfig
-from isingcut.outputs import check_output
 
 _ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
 

@@ -20,11 +20,11 @@ from typing import Annotated, Any
 import typer
 
 from isingcut.cli.verb import app
+from isingcut.console.printing import prepare, say, unwritable
 from isingcut.errors import InputError, IsingcutError, RankError
-from isingcut.files import os_error_words
+from isingcut.files.provenance import __version__
+from isingcut.files.writing import os_error_words
 from isingcut.models.processes import last_word, launched, launched_rank, leave_word
-from isingcut.printing import prepare, say, unwritable
-from isingcut.provenance import __version__
 
 __all__ = ["app", "main"]
 

@@ -19,7 +19,7 @@ from isingcut.cli.verb import (
     verb,
 )
 from isingcut.errors import InputError
-from isingcut.inputs import user_path
+from isingcut.files.inputs import user_path
 
 
 @verb(*OF_RUN, group=STAGES)

@@ -9,9 +9,9 @@ import typer
 
 from isingcut.cli.verb import RESULT, Answer, Blocks, Folder, OneBased, reopen, reopen_at, verb
 from isingcut.errors import InputError
-from isingcut.files import write_sealed
-from isingcut.inputs import user_path
-from isingcut.outputs import check_output
+from isingcut.files.inputs import user_path
+from isingcut.files.outputs import check_output
+from isingcut.files.writing import write_sealed
 
 
 @verb("remove", "budget", "overwrite", group=RESULT)

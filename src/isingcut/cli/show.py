@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from isingcut.cli.show_scores import show_evaluation
-from isingcut.console import console
-from isingcut.files import read_json, without_header
+from isingcut.console.printing import printable
+from isingcut.console.rich_console import console
+from isingcut.files.writing import read_json, without_header
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
-from isingcut.printing import printable
 from isingcut.report.read_run import read_run
 from isingcut.report.rows import plus_minus
 from isingcut.report.run_files import RunFiles

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from isingcut.console import console
-from isingcut.progress import duration
+from isingcut.console.progress import duration
+from isingcut.console.rich_console import console
 
 if TYPE_CHECKING:
     from isingcut.runs.plan import Plan

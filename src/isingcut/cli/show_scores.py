@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from isingcut.console import console
+from isingcut.console.rich_console import console
 from isingcut.report.rows import Row, benchmark_rows, evaluation_rows, healing_rows
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from isingcut.cli.verb import OF_RUN, STAGES, Answer, Folder, part_names, reopen, verb
-from isingcut.files import without_header
+from isingcut.files.writing import without_header
 from isingcut.models.processes import Processes
 from isingcut.options.config import RunConfig
 

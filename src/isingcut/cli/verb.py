@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isingcut.console.printing import printable, printing, say
+from isingcut.console.progress import silent, terminal
 from isingcut.errors import InputError
-from isingcut.files import without_infinities
-from isingcut.inputs import user_path
+from isingcut.files.inputs import user_path
+from isingcut.files.writing import without_infinities
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import Options, flag, from_yaml, given_options, plain_type
-from isingcut.printing import printable, printing, say
-from isingcut.progress import silent, terminal
 
 if TYPE_CHECKING:
     from isingcut.runs.folder import RunFolder

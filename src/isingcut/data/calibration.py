@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from isingcut import documents
+from isingcut.console.progress import Progress, silent
 from isingcut.data.corpora import Corpus, read
 from isingcut.data.encoder import Encoder
 from isingcut.data.self_text import generated
 from isingcut.data.tokens import TokenSet, distinct
 from isingcut.errors import CalibrationError, InputError
-from isingcut.files import atomic_file
-from isingcut.progress import Progress, silent
-from isingcut.tensor_files import read_tensors, tensor_header
+from isingcut.files import documents
+from isingcut.files.tensors import read_tensors, tensor_header
+from isingcut.files.writing import atomic_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from isingcut.data import held, text_files
 from isingcut.data.chat_templates import Renderer
 from isingcut.data.text_files import FORMATS, Record, text_file
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
-from isingcut.inputs import user_path
+from isingcut.files.inputs import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.encoder import Encoder
 from isingcut.data.generation import only
 from isingcut.data.tokens import distinct
 from isingcut.errors import CalibrationError
-from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from isingcut.data.encoder import LONGEST, cut
 from isingcut.data.text_streams import clear_errors, limited, looked_at, opened, unpacked
 from isingcut.errors import CalibrationError, first_line
-from isingcut.inputs import SMALL, parse_json, user_path
+from isingcut.files.inputs import SMALL, parse_json, user_path
 
 Record = tuple[str, dict[str, Any]]
 """Where a record stands (words for messages), and its fields."""

@@ -19,7 +19,7 @@ import torch
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.search import Search, Target, greedy_price
 from isingcut.errors import InputError
-from isingcut.files import atomic_file
+from isingcut.files.writing import atomic_file
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import blocks_of
 from isingcut.measure.work import Work

@@ -14,8 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from isingcut.console.progress import Bar
     from isingcut.models.load import LoadedModel
-    from isingcut.progress import Bar
 
 
 class Harness(HFLM):  # type: ignore[misc]

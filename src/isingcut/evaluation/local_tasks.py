@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from isingcut.errors import InputError, UnknownNameError
-from isingcut.inputs import parse_json, read_text
+from isingcut.files.inputs import parse_json, read_text
 
 _FOLDER = Path(__file__).parent / "tasks"
 _LARGEST = 2**28

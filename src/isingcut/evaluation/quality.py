@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import generate_text
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed_and_memory
-from isingcut.files import without_header, without_infinities
+from isingcut.files.writing import without_header, without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import weight_files
 from isingcut.models.compute.divergence import row_kl
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isingcut.console.progress import Bar, Progress, silent
 from isingcut.errors import InputError, MissingExtraError, StageFileError
 from isingcut.evaluation import local_tasks
 from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.wikitext import articles
-from isingcut.files import fingerprint, read_json, write_json
+from isingcut.files.writing import fingerprint, read_json, write_json
 from isingcut.ising.states import Floats
 from isingcut.models.sources import model_identity
-from isingcut.progress import Bar, Progress, silent
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel

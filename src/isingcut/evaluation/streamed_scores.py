@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isingcut.console.progress import Progress, silent
 from isingcut.evaluation.quality import compared, disk_bytes, evaluation_document, quality_of
 from isingcut.measure.pace import Pace
 from isingcut.models.parts import HEAD
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.encoder import Encoder
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
@@ -13,7 +14,6 @@ from isingcut.evaluation.local_tasks import records
 from isingcut.evaluation.quality import quality
 from isingcut.models.architectures import text_config
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, MissingExtraError
+from isingcut.files.inputs import user_path
+from isingcut.files.outputs import check_output, refuse_source
 from isingcut.healing.trainer_file import read_trainer_file
 from isingcut.healing.work_folder import refuse_foreign, work_of
-from isingcut.inputs import user_path
 from isingcut.models.checkpoint.read import PLAIN, read_checkpoint
 from isingcut.options.healing import HealConfig
-from isingcut.outputs import check_output, refuse_source
 
 _NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
 

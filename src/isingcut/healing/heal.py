@@ -17,19 +17,21 @@ from typing import Any
 
 import torch
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.streamed_scores import quality_streamed
-from isingcut.files import atomic_folder, read_json, write_json
+from isingcut.files.inputs import user_path
+from isingcut.files.provenance import versions
+from isingcut.files.writing import atomic_folder, read_json, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
 from isingcut.healing.healers import RECORD, registry
 from isingcut.healing.job import Job
 from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
-from isingcut.inputs import user_path
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
@@ -39,8 +41,6 @@ from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
-from isingcut.progress import Progress, silent
-from isingcut.provenance import versions
 from isingcut.report.card import healed_card, kept_parts
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.models.load import LoadedModel
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.healing import HealConfig
-from isingcut.progress import Progress, silent
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from isingcut.data.encoder import Encoder
 from isingcut.errors import InputError
+from isingcut.files.inputs import load_json
 from isingcut.healing.healers import RECORD as HEALED
 from isingcut.healing.patch.files import RECORD
-from isingcut.inputs import load_json
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.architectures.surgery import depth, written_out
 from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config

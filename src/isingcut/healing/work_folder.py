@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, IsingcutError, StageFileError
-from isingcut.files import (
+from isingcut.files.inputs import user_path
+from isingcut.files.outputs import MARKER, foreign_in
+from isingcut.files.writing import (
     clear_os_errors,
     disk_is_full,
     fingerprint,
@@ -30,10 +32,8 @@ from isingcut.files import (
     write_json,
 )
 from isingcut.healing.trainer_file import read_trainer_file
-from isingcut.inputs import user_path
 from isingcut.models.sources import model_identity
 from isingcut.options.healing import HealConfig
-from isingcut.outputs import MARKER, foreign_in
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from isingcut import documents
 from isingcut.errors import InputError
-from isingcut.files import atomic_file
+from isingcut.files import documents
+from isingcut.files.tensors import read_tensors, tensor_header
+from isingcut.files.writing import atomic_file
 from isingcut.ising.states import Floats
-from isingcut.tensor_files import read_tensors, tensor_header
 
 if TYPE_CHECKING:
     import dimod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import CheckpointError
-from isingcut.files import clear_os_errors
+from isingcut.files.writing import clear_os_errors
 
 
 class Boundaries:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.ising.states import Floats
@@ -39,7 +40,6 @@ from isingcut.models.compute.head import OutputHead
 from isingcut.models.compute.loss_gradient import loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Progress, silent
 
 _ADVICE = (
     "expected plain PyTorch operations: use the energy 'fisher', which takes first derivatives, "

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.calibration import TokenSet
 from isingcut.measure.pace import Pace
 from isingcut.measure.sharing import SharedJournal
@@ -25,7 +26,6 @@ from isingcut.models.compute.head import OutputHead
 from isingcut.models.compute.loss_gradient import loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Progress, silent
 
 
 def gate_gradients(

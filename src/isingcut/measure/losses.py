@@ -21,9 +21,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from isingcut.console.progress import Bar, Progress, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.files import without_infinities
+from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats, States
 from isingcut.measure.pace import Pace
 from isingcut.measure.pieces import Piece, cut, left
@@ -34,7 +35,6 @@ from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import Comparison, OutputHead, Reference, comparison
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Bar, Progress, silent
 
 __all__ = ["Measurement", "Reference", "measure", "standard_error"]
 

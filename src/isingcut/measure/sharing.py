@@ -14,10 +14,10 @@ from pathlib import Path
 
 from safetensors.numpy import load, save
 
+from isingcut.console.progress import Bar
 from isingcut.errors import ModelError
-from isingcut.journal import Journal, Row, discard
+from isingcut.files.journal import Journal, Row, discard
 from isingcut.models.processes import ALONE, Processes
-from isingcut.progress import Bar
 
 
 class SharedJournal(Journal):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isingcut.files import fingerprint
+from isingcut.console.progress import Progress, silent
+from isingcut.files.writing import fingerprint
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Progress, silent
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet

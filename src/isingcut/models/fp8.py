@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.inputs import load_json
+from isingcut.files.inputs import load_json
 from isingcut.models.architectures.auto import auto_class
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 from isingcut.models.transformers_private import model_classes

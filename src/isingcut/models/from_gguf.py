@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, MissingExtraError, ModelError
-from isingcut.files import atomic_folder, clear_stale
-from isingcut.inputs import regular_file, user_path
+from isingcut.files.inputs import regular_file, user_path
+from isingcut.files.outputs import foreign_in
+from isingcut.files.writing import atomic_folder, clear_stale
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.fit import bounded_structure, most_numbers
 from isingcut.models.loading import loading, quiet_transformers, refuse_incomplete, refuse_infinite
 from isingcut.models.transformers_private import unpacked
-from isingcut.outputs import foreign_in
 
 
 def gguf_cache() -> Path:

@@ -11,13 +11,8 @@ from typing import Any, cast
 
 from isingcut.data import held
 from isingcut.errors import ModelError, first_line
-from isingcut.inputs import load_json, regular_file, user_path
-from isingcut.models.checkpoint.read import (
-    HEADER_LIMIT,
-    no_weights,
-    read_config,
-    weight_files,
-)
+from isingcut.files.inputs import load_json, regular_file, user_path
+from isingcut.models.checkpoint.read import HEADER_LIMIT, no_weights, read_config, weight_files
 from isingcut.models.from_gguf import converted, gguf_cache
 
 PACKAGED = "smollm2"

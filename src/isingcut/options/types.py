@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from isingcut.errors import InputError
-from isingcut.inputs import user_path
+from isingcut.files.inputs import user_path
 from isingcut.options.spellings import parse_device, parse_indices
 
 

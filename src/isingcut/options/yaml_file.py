@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError
-from isingcut.inputs import read_text
+from isingcut.files.inputs import read_text
 
 _LARGEST = 64 * 1024
 _DEEPEST = 20

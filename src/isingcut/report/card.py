@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import StageFileError
-from isingcut.files import check_document
-from isingcut.inputs import load_json
+from isingcut.files.inputs import load_json
+from isingcut.files.writing import check_document
 from isingcut.models.sources import hub_id
 from isingcut.report.read_run import read_run
 from isingcut.report.render import render

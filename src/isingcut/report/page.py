@@ -22,23 +22,12 @@ from isingcut.report.blocks import (
 from isingcut.report.figures import healing_figure, scatter_figure, spectrum_figure
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
 from isingcut.report.render import render_page
-from isingcut.report.rows import (
-    Difference,
-    Row,
-    benchmark_rows,
-    healing_rows,
-    plus_minus,
-)
+from isingcut.report.rows import Difference, Row, benchmark_rows, healing_rows, plus_minus
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book, book, measured_kl
 from isingcut.report.svg import Scale, whisker
 from isingcut.report.tradeoff import AXES, trade_off_figure
-from isingcut.report.words import (
-    fidelity_rows,
-    healing_words,
-    listed,
-    spectrum_words,
-)
+from isingcut.report.words import fidelity_rows, healing_words, listed, spectrum_words
 
 
 def report_page(files: RunFiles) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from isingcut import documents
 from isingcut.errors import StageFileError
-from isingcut.files import read_json
+from isingcut.files import documents
+from isingcut.files.outputs import check_recorded
+from isingcut.files.writing import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.outputs import check_recorded
 from isingcut.report.run_files import RemovalFiles, RunFiles
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from isingcut.printing import printable
-from isingcut.provenance import __version__
+from isingcut.console.printing import printable
+from isingcut.files.provenance import __version__
 from isingcut.report.blocks import strip
 from isingcut.report.words import listed, numbers
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut.files import without_header, write_json, write_sealed
-from isingcut.outputs import check_output
+from isingcut.files.outputs import check_output
+from isingcut.files.writing import without_header, write_json, write_sealed
 from isingcut.report.baselines import rival_row, rivals
 from isingcut.report.compare import comparison_page
 from isingcut.report.page import report_page

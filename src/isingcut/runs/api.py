@@ -17,12 +17,12 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isingcut.console.progress import Progress, silent, terminal
 from isingcut.data import held
 from isingcut.errors import InputError
-from isingcut.inputs import user_path
+from isingcut.files.inputs import user_path
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
-from isingcut.progress import Progress, silent, terminal
 from isingcut.report.words import ranking_warnings
 from isingcut.runs import pipeline
 from isingcut.runs.api_run import Run
@@ -59,7 +59,7 @@ def prune(
         tokenizer: the one of a loaded model.
         out: the run folder; what is finished there is not measured again. Without one, a
             temporary folder that goes with the returned object.
-        progress: True shows bars on stderr; or any `isingcut.progress.Progress`.
+        progress: True shows bars on stderr; or any `isingcut.console.progress.Progress`.
         options: every other field of `RunConfig`; ``calibration`` may be a list of texts too.
 
     Returns:

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from isingcut.files import atomic_folder, read_json
-from isingcut.inputs import user_path
+from isingcut.files.inputs import user_path
+from isingcut.files.outputs import check_output
+from isingcut.files.writing import atomic_folder, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
-from isingcut.outputs import check_output
 from isingcut.report.words import ranking_warnings, search_warnings
 from isingcut.runs import cutting, healing_options, pipeline, solving, stages
 from isingcut.runs.folder import RunFolder

@@ -9,7 +9,7 @@ from typing import Any
 from isingcut.errors import InputError
 from isingcut.evaluation.scores import benchmark, forget_scores
 from isingcut.evaluation.wikitext import text_scores
-from isingcut.files import read_json, write_json
+from isingcut.files.writing import read_json, write_json
 from isingcut.models.load import load
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.healing_options import product

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isingcut.errors import InputError
-from isingcut.inputs import parse_json, read_text, user_path
+from isingcut.files.inputs import parse_json, read_text, user_path
 from isingcut.options.spellings import block_span, expanded
 
 _STDIN = "-"

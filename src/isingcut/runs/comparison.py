@@ -13,7 +13,7 @@ from typing import Any
 
 from isingcut.baselines import registry
 from isingcut.errors import InputError
-from isingcut.files import read_json, write_json
+from isingcut.files.writing import read_json, write_json
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget

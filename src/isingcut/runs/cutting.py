@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from isingcut.files import atomic_folder, fingerprint
-from isingcut.inputs import regular_file
+from isingcut.files.inputs import regular_file
+from isingcut.files.outputs import file_sha256, refuse_source
+from isingcut.files.writing import atomic_folder, fingerprint
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import cut_gguf
@@ -15,7 +16,6 @@ from isingcut.models.cutting.gguf_match import check_same_model
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming.proof import verify_streamed
 from isingcut.options.config import RunConfig
-from isingcut.outputs import file_sha256, refuse_source
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.manifest import slug

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from isingcut.console.progress import Progress, silent
 from isingcut.options.config import RunConfig
-from isingcut.progress import Progress, silent
 from isingcut.runs import pipeline
 
 CONFIG = RunConfig(

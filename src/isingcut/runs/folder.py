@@ -20,10 +20,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from isingcut.errors import IsingcutError, OutputExistsError, StageFileError
-from isingcut.files import is_temporary, read_json
+from isingcut.files.outputs import (
+    changed_since,
+    check_output,
+    file_sha256,
+    folder_hash,
+    refuse_source,
+)
+from isingcut.files.provenance import model_path, versions
+from isingcut.files.writing import is_temporary, read_json
 from isingcut.options.config import RunConfig
-from isingcut.outputs import changed_since, check_output, file_sha256, folder_hash, refuse_source
-from isingcut.provenance import model_path, versions
 from isingcut.runs.manifest import MANIFEST, Manifest, kept, read_by
 
 T = TypeVar("T")

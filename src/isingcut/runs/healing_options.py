@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
+from isingcut.files.inputs import user_path
 from isingcut.healing.checks import check_training
-from isingcut.inputs import user_path
 from isingcut.models.processes import launched
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml, options_from

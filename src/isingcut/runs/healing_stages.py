@@ -16,7 +16,7 @@ from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.evaluation.quality import quality
-from isingcut.files import fingerprint, read_json, without_header, write_json
+from isingcut.files.writing import fingerprint, read_json, without_header, write_json
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.healers import RECORD
 from isingcut.healing.work_folder import held

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files import read_json
-from isingcut.outputs import MARKER
+from isingcut.files.outputs import MARKER
+from isingcut.files.writing import read_json
 
 _RECORD = "isingcut.json"
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token that may write)"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from isingcut.console.printing import say
+from isingcut.console.progress import silent
 from isingcut.errors import InputError, ModelError
 from isingcut.models.device import pick_device
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.memory import allowance
-from isingcut.printing import say
-from isingcut.progress import silent
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 

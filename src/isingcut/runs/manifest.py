@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from isingcut import documents
 from isingcut.errors import ModelError, StageFileError
-from isingcut.files import fingerprint, without_header, write_json
-from isingcut.inputs import user_path
+from isingcut.files import documents
+from isingcut.files.inputs import user_path
+from isingcut.files.outputs import check_recorded
+from isingcut.files.provenance import sources_of
+from isingcut.files.writing import fingerprint, without_header, write_json
 from isingcut.models.processes import ALONE
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
-from isingcut.outputs import check_recorded
-from isingcut.provenance import sources_of
 
 T = TypeVar("T")
 

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, StageFileError
-from isingcut.files import clear_stale
+from isingcut.files.outputs import refuse_source
+from isingcut.files.writing import clear_stale
 from isingcut.ising.solvers import registry as solvers
 from isingcut.models.inspect import inspect_model
 from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
-from isingcut.outputs import refuse_source
-from isingcut.progress import Progress, silent
 from isingcut.report.write import check_report
 from isingcut.runs import healing_options, healing_stages
 from isingcut.runs.cutting import excise
@@ -45,7 +45,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
 
     Args:
         config: all options; or give them by name (`model`, `remove` and `out` at least).
-        progress: where progress is shown, for example `isingcut.progress.terminal`.
+        progress: where progress is shown, for example `isingcut.console.progress.terminal`.
 
     Returns:
         The run folder. Its `model/` is a plain Hugging Face checkpoint; for a range of

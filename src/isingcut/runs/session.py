@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from isingcut.console.progress import Progress, silent
 from isingcut.energies import registry
 from isingcut.models import device as devices
 from isingcut.models import load as models
@@ -24,7 +25,6 @@ from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
 from isingcut.options.types import BATCH_TOKENS
-from isingcut.progress import Progress, silent
 from isingcut.runs.folder import RunFolder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files import read_json
+from isingcut.files.writing import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import imports, registry

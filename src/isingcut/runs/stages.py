@@ -15,7 +15,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.evaluation import candidates
 from isingcut.evaluation.quality import before_and_after, with_speed
 from isingcut.evaluation.streamed_scores import evaluate_streamed
-from isingcut.files import read_json, write_json
+from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum

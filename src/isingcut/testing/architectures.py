@@ -22,13 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.ising.states import blocks_of
-from isingcut.models.architectures import (
-    BlockStack,
-    find_stack,
-    legality,
-    skipped,
-    stack_modules,
-)
+from isingcut.models.architectures import BlockStack, find_stack, legality, skipped, stack_modules
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, relative_difference, verify

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from isingcut.errors import ModelError
-from isingcut.files import atomic_folder
+from isingcut.files.writing import atomic_folder
 from isingcut.healing.checks import stored_dtype
 from isingcut.healing.job import Job
 from isingcut.healing.training.student import trained_weights

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.files import atomic_folder
+from isingcut.files.writing import atomic_folder
 from isingcut.models.architectures.names import renumbering
 from isingcut.models.architectures.surgery import depth, written_out
 from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config

@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isingcut.healing.training.kl import (
-    TopK,
-    divergence,
-    divergence_from_stream,
-    stacked,
-    top_k,
-)
+from isingcut.healing.training.kl import TopK, divergence, divergence_from_stream, stacked, top_k
 from isingcut.models.architectures import text_config
 from isingcut.models.compute.head import entering
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
-from isingcut.files import clear_os_errors, read_json, write_json
+from isingcut.files.writing import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.training.kl import TopK, stacked, top_k
 from isingcut.healing.training.rounds import targets

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, ModelError
-from isingcut.files import clear_os_errors, read_json, write_json
+from isingcut.files.inputs import user_path
+from isingcut.files.outputs import mark
+from isingcut.files.writing import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
 from isingcut.healing.trainer_file import read_trainer_file
@@ -23,11 +26,8 @@ from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, trainable
 from isingcut.healing.training.targets import Kept, keep_targets
 from isingcut.healing.work_folder import complete_states
-from isingcut.inputs import user_path
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.transformers_private import checkpointing
-from isingcut.outputs import mark
-from isingcut.progress import Bar
 
 _CURVE = "healing-curve.json"
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from isingcut.errors import InputError, MissingExtraError
-from isingcut.inputs import load_json, regular_file
+from isingcut.files.inputs import load_json, regular_file
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem

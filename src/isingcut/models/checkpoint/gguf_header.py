@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import CheckpointError, MissingExtraError
-from isingcut.inputs import regular_file
+from isingcut.files.inputs import regular_file
 
 _BLOCK = re.compile(r"^blk\.(\d{1,6})\.(.+)$")
 _SCALARS = {

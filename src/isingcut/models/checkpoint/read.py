@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import CheckpointError
-from isingcut.inputs import load_json, parse_json, regular_file
+from isingcut.files.inputs import load_json, parse_json, regular_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
-from isingcut.files import atomic_folder, clear_os_errors
-from isingcut.inputs import load_json
+from isingcut.files.inputs import load_json
+from isingcut.files.outputs import check_output
+from isingcut.files.writing import atomic_folder, clear_os_errors
 from isingcut.models.architectures import fields, surgery
 from isingcut.models.architectures.names import renumbering
 from isingcut.models.checkpoint.read import StoredTensor, contained, read_checkpoint, read_config
 from isingcut.models.checkpoint.write import NewTensor, write_checkpoint
 from isingcut.models.cutting.verify import verify
 from isingcut.models.fit import block_prefix, extra_heads
-from isingcut.outputs import check_output
 
 __all__ = ["excise", "plan", "verify"]
 

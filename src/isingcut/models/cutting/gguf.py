@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import ArchitectureError, CheckpointError, OutputExistsError
-from isingcut.files import atomic_file
+from isingcut.files.outputs import refuse_source
+from isingcut.files.writing import atomic_file
 from isingcut.models.architectures.names import renumbering
 from isingcut.models.checkpoint.gguf_header import GgufHeader, block_of, read_gguf
 from isingcut.models.loading import loading
-from isingcut.outputs import refuse_source
 
 # Architectures whose blocks llama.cpp configures from metadata alone. It derives the kind of a
 # block from its number in the others (gemma2, gemma3, cohere2, llama4, smollm3, gpt-oss, ...),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from isingcut.documents.parts import (
+from isingcut.files.documents.parts import (
     Blocks,
     Count,
     Index,

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from isingcut import documents
 from isingcut.errors import StageFileError
-from isingcut.files import check_document
-from isingcut.inputs import parse_json, regular_file
+from isingcut.files import documents
+from isingcut.files.inputs import parse_json, regular_file
+from isingcut.files.writing import check_document
 
 LARGEST = 4 * 2**30
 """Bytes of the largest file that is read: the couplings of 20,000 blocks."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from isingcut.printing import printable, say
+from isingcut.console.printing import printable, say
 
 
 class Bar(Protocol):
@@ -92,7 +92,7 @@ def duration(seconds: float) -> str:
 @contextlib.contextmanager
 def terminal(description: str, total: float) -> Iterator[Bar]:
     """A rich bar with the time left when stderr is a terminal, plain lines otherwise."""
-    from isingcut.console import console
+    from isingcut.console.rich_console import console
 
     screen = console(stderr=True)
     if not screen.is_terminal:

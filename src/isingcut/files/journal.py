@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files import atomic_file, clear_os_errors
-from isingcut.inputs import SMALL, regular_file
+from isingcut.files.inputs import SMALL, regular_file
+from isingcut.files.writing import atomic_file, clear_os_errors
 
 Row = npt.NDArray[np.float64]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.inputs import load_json
-from isingcut.outputs import check_output, mark, seal_of, sealed
+from isingcut.files.inputs import load_json
+from isingcut.files.outputs import check_output, mark, seal_of, sealed
 
 _VERSION = 1
 _TEMPORARY = re.compile(
@@ -240,7 +240,7 @@ def check_document(path: Path, document: Any, kind: str) -> None:
         StageFileError: another format, a newer version, or a damaged content.
     """
     # Making its models takes 50 ms, which only who reads a file pays.
-    from isingcut import documents
+    from isingcut.files import documents
 
     found = document.get("format") if isinstance(document, dict) else None
     if found != f"isingcut-{kind}":

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from isingcut.inputs import user_path
+from isingcut.files.inputs import user_path
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from isingcut.printing import ASCII, printable
+from isingcut.console.printing import ASCII, printable
 
 _NARROWEST, _UNLIMITED = 40, 160
 

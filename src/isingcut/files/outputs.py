@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, IsingcutError, OutputExistsError, StageFileError
-from isingcut.inputs import load_json, read_text
+from isingcut.files.inputs import load_json, read_text
 
 MARKER = ".isingcut-output.json"
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from isingcut.documents.parts import (
+from isingcut.files.documents.parts import (
     Blocks,
     Count,
     Index,
