@@ -64,7 +64,8 @@ class Relaxation:
         high = np.where(np.isfinite(r.high), r.high, shift + np.maximum(A, 0).sum(axis=1))
         ineq = np.vstack([spin(A, low - shift), -spin(A, high - shift)])
         ineq /= np.maximum(np.abs(ineq).max(axis=1, initial=0.0), 1e-300)[:, None]
-        return independent(equal), ineq
+        # In one memory order: each other one is compiled anew, for ten seconds.
+        return np.ascontiguousarray(independent(equal)), np.ascontiguousarray(ineq)
 
     def bound(
         self, part: Subproblem, m: int, dual: Dual, scratch: NDArray[np.uint8]
