@@ -115,16 +115,15 @@ def test_measurements_use_the_chosen_attention_and_agree(family, attention):
     rng = np.random.default_rng(0)
     tokens = TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
     states = np.eye(len(replay), dtype=bool)
-    used = []
+    used: dict[str | None, set[str]] = {None: set(), attention: set()}
     replay.blocks[0].register_forward_pre_hook(
-        lambda module, args: used.append(replay.model.config._attn_implementation)
+        lambda module, args: used[replay.attention].add(replay.model.config._attn_implementation)
     )
     found = {}
-    for name in (None, attention):
+    for name in used:
         replay.attention = name
         found[name] = measure(replay, tokens, states).kl_sums, gate_gradients(replay, tokens)
-    assert set(used[: len(used) // 2]) == {"sdpa"}
-    assert set(used[len(used) // 2 :]) == {attention}
+    assert used == {None: {"sdpa"}, attention: {attention}}
     for plain, other in zip(found[None], found[attention], strict=True):
         np.testing.assert_allclose(plain, other, rtol=1e-4, atol=1e-6)
     assert replay.model.config._attn_implementation == "sdpa"
