@@ -2,8 +2,8 @@
 
 A model names what version 1 always has, with types, sizes and ranges, so that whoever reads a
 document may rely on it. What else a file has is let through: older and newer files of the same
-version still open. `files.writing.read_json` checks every document here; the headers of the safetensors
-files (`files.tensors`) are documents too.
+version still open. `writing.read_json` checks every document here; the headers of safetensors
+files (`tensors`) are documents too.
 
 `run` is `run.json`; `states` spectra, rankings and cuts; `scores` evaluations, healings and
 benchmarks; `parts` what they share.
