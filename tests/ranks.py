@@ -12,6 +12,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "torch",
+        "torch.distributed.run",
         "transformers",
         "transformers.models.llama.modeling_llama",
         "isingcut.cli.main",

@@ -1,9 +1,9 @@
 """Several processes: the same bits as one, one report of a failure, and no process left behind."""
 
+import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +16,7 @@ from isingcut.measure.pieces import Piece, left
 from isingcut.measure.sharing import SharedJournal, forget
 from isingcut.models.processes import Processes
 from journals import count_rows
-from ranks import join, launch, say_into, type_in
+from ranks import join, launch, say_into, start, type_in
 from tiny import tiny_checkpoint
 
 OPTIONS = {
@@ -113,6 +113,15 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"
 
 
+def _launcher(said, module, *words):
+    """A launcher's own process, which has torch already: it starts an interpreter per rank."""
+    say_into(said)
+    # As here, for the same sums.
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    sys.argv = [module, *words]
+    importlib.import_module(module).main()
+
+
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -122,19 +131,10 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     ],
 )  # fmt: skip
 def test_both_launchers_start_all_processes(place, alone, tmp_path, launcher):
-    out = tmp_path / "run"
-    # As ranks.py has it, for the same sums.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", *launcher, "-m", "isingcut", *_typed(place, out)]
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("2 processes share the measuring") == 1
+    out, said = tmp_path / "run", tmp_path / "said"
+    command = [*launcher, "-m", "isingcut", *_typed(place, out)]
+    assert join([start(_launcher, said, *map(str, command))]) == [0], said.read_text()
+    assert said.read_text().count("2 processes share the measuring") == 1
     for name in FILES:
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
@@ -256,60 +256,67 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
 
-RAISES = """
-import os, signal, sys
-import isingcut.measure.losses as module
-from isingcut.cli.main import main
-from isingcut.errors import ArchitectureError
-def broken(*arguments):
-    if os.environ["RANK"] == "1":
-        raise ArchitectureError("this block cannot be run")
-    signal.pause()
-module._measure = broken
-sys.argv[1:] = {arguments!r}
-main()
-"""
-DIES = """
-import os, signal, sys
-from isingcut.files.journal import Journal
-from isingcut.cli.main import main
-put, meeting = Journal.put, {meeting!r}
-def watched(journal, key, row):
-    put(journal, key, row)
-    if os.environ["RANK"] == "1":
-        open(meeting, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    open(meeting).close()
-    signal.pause()  # a computation that takes as long as it takes
-Journal.put = watched
-sys.argv[1:] = {arguments!r}
-main()
-"""
+def _agent(said, function, arguments):
+    """torchrun's agent, over ranks that are forks of this process."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    say_into(said)
+    words = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    config, _command, _words = config_from_args(parse_args([*words, "none"]))
+    config.start_method = "fork"
+    elastic_launch(config, function)(*arguments)
 
 
-def _torchrun(script, text):
-    """Run a script that fails in two processes; its lines."""
-    script.write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    return [x for x in done.stderr.splitlines() if x.startswith("isingcut: ")]
+def _torchrun(said, function, *arguments):
+    """Let two processes fail under torchrun's agent; their lines."""
+    assert join([start(_agent, said, function, arguments)]) == [1]
+    return [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+
+
+def _raises(arguments):
+    """Rank 1 fails with an error of ours while rank 0 computes."""
+    import isingcut.measure.losses as module
+    from isingcut.errors import ArchitectureError
+
+    def broken(*arguments):
+        if os.environ["RANK"] == "1":
+            raise ArchitectureError("this block cannot be run")
+        signal.pause()
+
+    module._measure = broken
+    type_in(*arguments)
 
 
 def test_the_reason_of_another_process_is_said_while_rank_0_computes(place, tmp_path):
-    arguments = [str(x) for x in _typed(place, tmp_path / "run", also=False)]
-    lines = _torchrun(tmp_path / "script.py", RAISES.format(arguments=arguments))
+    arguments = _typed(place, tmp_path / "run", also=False)
+    lines = _torchrun(tmp_path / "said", _raises, arguments)
     assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
+
+
+def _dies(meeting, arguments):
+    """Rank 1 is killed while rank 0 computes; each has kept a row."""
+    put = Journal.put
+
+    def watched(journal, key, row):
+        put(journal, key, row)
+        if os.environ["RANK"] == "1":
+            meeting.open("w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        meeting.open().close()
+        signal.pause()  # a computation that takes as long as it takes
+
+    Journal.put = watched
+    type_in(*arguments)
 
 
 def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     place, alone, tmp_path, monkeypatch
 ):
-    """Rank 1 is killed while rank 0 computes; each has kept a row."""
-    out, script, meeting = tmp_path / "run", tmp_path / "script.py", tmp_path / "meeting"
+    out, meeting = tmp_path / "run", tmp_path / "meeting"
     os.mkfifo(meeting)
-    arguments = [str(x) for x in _typed(place, out, also=False)]
-    (line,) = _torchrun(script, DIES.format(meeting=str(meeting), arguments=arguments))
+    arguments = _typed(place, out, also=False)
+    (line,) = _torchrun(tmp_path / "said", _dies, meeting, arguments)
     assert "ended by a signal" in line
     journals = [out / f"hamiltonian.safetensors.journal{end}" for end in ("", ".1")]
     assert list(map(count_rows, journals)) == [1, 1]

@@ -92,11 +92,13 @@ def work(tmp_path_factory):
     return base
 
 
-def isingcut_in(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The installed command, in ``folder``."""
+def isingcut_in(
+    python: Path, folder: Path, *arguments: str, command: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    """The installed command, or another of that environment, in ``folder``."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     return subprocess.run(
-        [python.parent / "isingcut", *arguments],
+        [*(command or [python.parent / "isingcut"]), *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -140,43 +142,60 @@ def test_nothing_optional_is_there(clean):
     assert ended.stdout.strip().endswith(isingcut.__version__)
 
 
+ENERGY = (
+    "energy", "model", "--calibration", "text.txt", "--out", "run", "--samples", "3",
+    "--length", "16", "--rank-samples", "3", "--report-samples", "3", "--json",
+)  # fmt: skip
+INSPECT = ("inspect", "model", "--json")
+SOLVE = ("solve", "run", "--remove", "3", "--solver", "exhaustive", "--json")
+LACKING = {
+    "demo": ("inspect", "model.gguf"),
+    "eval": ("energy", "model", "--calibration", "owner/dataset", "--length", "16", "--out", "o"),
+}
+ONE_BY_ONE = """
+import contextlib, io, json, sys
+from isingcut.cli.main import main
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    answers.append([arguments, code or 0, out.getvalue(), err.getvalue()])
+print(json.dumps(answers))
+"""
+
+
 @pytest.fixture(scope="module")
-def measured(clean, work):
-    """An energy measured in the clean environment: what `energy --json` answered."""
-    return isingcut_in(
-        clean, work, "energy", "model", "--calibration", "text.txt", "--out", "run",
-        "--samples", "3", "--length", "16", "--rank-samples", "3", "--report-samples", "3",
-        "--json",
-    )  # fmt: skip
+def answers(clean, work):
+    """What commands answer in the clean environment: one process, for torch is long to import."""
+    (work / "model.gguf").write_bytes(b"GGUF")
+    typed = json.dumps([ENERGY, INSPECT, SOLVE, *LACKING.values()])
+    ended = isingcut_in(clean, work, typed, command=(str(clean), "-c", ONE_BY_ONE))
+    assert ended.returncode == 0, ended.stderr
+    return {tuple(words): subprocess.CompletedProcess(words, *rest)
+            for words, *rest in json.loads(ended.stdout)}  # fmt: skip
 
 
-def test_energy_inspect_and_solve_need_no_extra(clean, work, measured):
+def test_energy_inspect_and_solve_need_no_extra(answers):
+    measured, found, solved = answers[ENERGY], answers[INSPECT], answers[SOLVE]
     assert measured.returncode == 0, measured.stderr
     assert json.loads(measured.stdout)["blocks"] == 6
-    found = isingcut_in(clean, work, "inspect", "model", "--json")
     assert found.returncode == 0, found.stderr
     assert len(json.loads(found.stdout)["blocks"]) == 6
-    solved = isingcut_in(
-        clean, work, "solve", "run", "--remove", "3", "--solver", "exhaustive", "--json"
-    )
     assert solved.returncode == 0, solved.stderr
     assert json.loads(solved.stdout)["removals"][0]["proven"] is True
 
 
-@pytest.mark.parametrize(
-    ("extra", "arguments"),
-    [
-        ("solvers", ("solve", "run", "--remove", "1", "--solver", DWAVE)),
-        ("demo", ("inspect", "model.gguf")),
-        (
-            "eval",
-            ("energy", "model", "--calibration", "owner/dataset", "--length", "16", "--out", "o"),
-        ),
-    ],
-)
-def test_a_missing_extra_is_named(clean, work, measured, extra, arguments):
-    (work / "model.gguf").write_bytes(b"GGUF")
-    ended = isingcut_in(clean, work, *arguments)
+@pytest.mark.parametrize("extra", ["solvers", *LACKING])
+def test_a_missing_extra_is_named(clean, work, answers, extra):
+    if extra == "solvers":
+        ended = isingcut_in(clean, work, "solve", "run", "--remove", "1", "--solver", DWAVE)
+    else:
+        ended = answers[LACKING[extra]]
     assert ended.returncode == 2, ended.stderr
     assert f"pip install 'isingcut[{extra}]'" in ended.stderr
     assert "Traceback" not in ended.stderr

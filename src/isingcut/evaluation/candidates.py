@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InfeasibleError
@@ -154,8 +153,10 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> dict[str, An
 
 def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     """(P,) Spearman's rho of the resamples ``picks`` (P, S); NaN where all values are tied."""
+    from scipy.stats import rankdata
+
     middle, scale = (len(a) + 1) / 2, 1 / (len(a) - 1)
-    ranks_a, ranks_b = (stats.rankdata(x[picks], axis=1) - middle for x in (a, b))
+    ranks_a, ranks_b = (rankdata(x[picks], axis=1) - middle for x in (a, b))
     covariance = (ranks_a * ranks_b).sum(1) * scale
     deviations = [np.sqrt((r * r).sum(1) * scale) for r in (ranks_a, ranks_b)]
     with np.errstate(invalid="ignore"):
@@ -165,8 +166,10 @@ def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
 
 def _kendall(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     """(P,) Kendall's tau-b of the resamples ``picks`` (P, S); NaN where all values are tied."""
+    from scipy.stats import rankdata
+
     n = len(a)
-    ranks_a, ranks_b = stats.rankdata(a), stats.rankdata(b)
+    ranks_a, ranks_b = rankdata(a), rankdata(b)
     # How often each state is in each resample; a pair counts as often as both are.
     often = np.array([np.bincount(p, minlength=n) for p in picks], dtype=np.float64)
     score, untied_a, untied_b = np.zeros((3, len(picks)))
