@@ -31,21 +31,27 @@ def _killed(verb, options, said, name, key, count):
     getattr(isingcut, verb)(**options)
 
 
-@pytest.mark.parametrize("count", [2, 25])
-def test_a_killed_search_goes_on_to_the_same_bits(llama, text, tmp_path, count):
-    def options(out):
-        return {
-            **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
-            "batch_tokens": 16, "attention": "sdpa",
-        }  # fmt: skip
+def options(llama, text, out, **more):
+    """Of a run that measures many micro-batches."""
+    return {
+        **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
+        "batch_tokens": 16, **more,
+    }  # fmt: skip
 
-    whole = isingcut.energy(**options(tmp_path / "whole"))
+
+@pytest.mark.parametrize("count", [2, 25])
+def test_a_killed_search_goes_on_to_the_same_bits(llama, text, shared, tmp_path, count):
+    def make(out):
+        return isingcut.energy(**options(llama, text, out, attention="sdpa"))
+
+    whole = shared.folder("searched", make)
     out, said = tmp_path / "killed", tmp_path / "said"
-    process = start(_killed, "energy", options(out), said, "", "", count)
+    typed = options(llama, text, out, attention="sdpa")
+    process = start(_killed, "energy", typed, said, "", "", count)
     assert join([process]) == [-signal.SIGKILL], said.read_text()
     assert not (out / "hamiltonian.safetensors").exists()
     assert list(out.glob("*.journal"))
-    isingcut.energy(**options(out))
+    make(out)
     name = "hamiltonian.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not list(out.glob("*.journal*"))
@@ -55,24 +61,22 @@ def test_a_killed_search_goes_on_to_the_same_bits(llama, text, tmp_path, count):
     ("name", "missing"), [("hamiltonian", "hamiltonian.safetensors"), ("candidates", "model")]
 )
 def test_kill_9_leaves_nothing_finished_and_a_second_call_the_same_bits(
-    llama, text, tmp_path, name, missing
+    llama, text, shared, tmp_path, name, missing
 ):
-    def options(out):
-        return {
-            **OPTIONS, "model": str(llama), "remove": 2, "calibration": str(text), "out": str(out),
-            "batch_tokens": 16, "energy": "pairwise",
-        }  # fmt: skip
+    def make(out):
+        return isingcut.run(**options(llama, text, out, energy="pairwise"))
 
-    whole = isingcut.run(**options(tmp_path / "whole"))
+    whole = shared.folder("never-killed", make)
     out, said = tmp_path / "killed", tmp_path / "said"
-    process = start(_killed, "run", options(out), said, name, "1:", 1)
+    typed = options(llama, text, out, energy="pairwise")
+    process = start(_killed, "run", typed, said, name, "1:", 1)
     assert join([process]) == [-signal.SIGKILL], said.read_text()
     assert read_json(out / "run.json", "run")["complete"] is False
     assert not (out / missing).exists()
     assert not (out / "model").exists()
     journal = next(out.glob("*.journal"))
     assert count_rows(journal) == 2, "two finished micro-batches"
-    isingcut.run(**options(out))
+    make(out)
     for file in ("hamiltonian.safetensors", "model/model.safetensors", "candidates.json"):
         assert (out / file).read_bytes() == (whole / file).read_bytes()
     assert not list(out.glob("*.journal*"))
