@@ -42,9 +42,12 @@ def write(path: Path, records: list[dict]) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(shared) -> Path:
     """The data folder in small: the same files, random words."""
-    folder = tmp_path_factory.mktemp("data")
+    return shared.folder("quality-data", write_data)
+
+
+def write_data(folder: Path) -> None:
     chats = [
         {
             "messages": [
@@ -73,7 +76,6 @@ def data(tmp_path_factory) -> Path:
     write(folder / tasks.FILES["lambada"], [{"text": text(k, 8)} for k in range(3)])
     (folder / "own.txt").write_text(text(100, 600), encoding="utf-8")
     (folder / "judge.txt").write_text(text(101, 600), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +102,25 @@ def arguments(model: Path, data: Path, work: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(model, data, tmp_path_factory) -> tuple[Bench, dict]:
+def finished(model, data, shared) -> tuple[Bench, dict]:
     """One whole run at the standard texts, all stages, and what was collected."""
-    work = tmp_path_factory.mktemp("work") / "parts"
+
+    def make(work: Path) -> None:
+        quality.main(whole(model, data, work))
+        quality.main([*whole(model, data, work), "--collect"])
+
+    work = shared.folder("quality-work", make)
+    content = json.loads((work / "result.json").read_text(encoding="utf-8"))
+    return Bench(quality.parser().parse_args(whole(model, data, work))), content
+
+
+def whole(model: Path, data: Path, work: Path) -> list[str]:
     typed = arguments(
         model, data, work, "--second-remove", "2", "--accuracy-remove", "2", "--seeds", "2"
     )
     typed += ["--estimator-remove", "2,3", "--estimator-sizes", "3,6", "--estimator-tokens", "60"]
     typed += ["--lowest", "3", "--random-states", "5", "--results", str(work / "result.json")]
-    typed += ["--large-pool", "5", "--large-remove", "2", "--large-minutes", "0.02"]
-    quality.main(typed)
-    quality.main([*typed, "--collect"])
-    content = json.loads((work / "result.json").read_text(encoding="utf-8"))
-    return Bench(quality.parser().parse_args(typed)), content
+    return [*typed, "--large-pool", "5", "--large-remove", "2", "--large-minutes", "0.02"]
 
 
 def test_losses_of_the_tables_are_those_of_the_states(finished):
