@@ -45,14 +45,16 @@ def finished(shared, llama, text):
     def make(place):
         import isingcut
 
-        isingcut.run(
-            model=str(llama),
-            calibration=str(text),
-            out=str(place),
-            remove=2,
-            also="empirical-fisher",
-            **OPTIONS,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            leave_speed_out(patch.setattr)
+            isingcut.run(
+                model=str(llama),
+                calibration=str(text),
+                out=str(place),
+                remove=2,
+                also="empirical-fisher",
+                **OPTIONS,
+            )
 
     return shared.folder("finished", make)
 

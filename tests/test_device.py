@@ -39,8 +39,9 @@ from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models import replay as blocks
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.compute import head
+from isingcut.models.compute import head, tuning
 from isingcut.models.compute import loss_gradient as loss
+from isingcut.models.cutting.verify import verify
 from isingcut.models.replay import Replay
 from isingcut.models.streaming import store
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -255,12 +256,17 @@ def test_a_step_that_leaves_a_tensor_behind_fails(
 
 
 @pytest.mark.slow
-def test_a_whole_run_on_the_device(folder, text, no_speed, tmp_path, monkeypatch):
+def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch):
     for place in ("models.load", "runs.joining", "runs.prices"):
         monkeypatch.setattr(f"isingcut.{place}.pick_device", lambda name: DEVICE)
+    # An operation there takes a thousand times that of a CPU: few tokens, and one doubling.
+    monkeypatch.setattr(tuning, "_MOST_TOKENS", 2 * tuning.BATCH_TOKENS)
+    monkeypatch.setattr(tuning, "_ROUNDS", 1)
+    monkeypatch.setitem(verify.__kwdefaults__, "new_tokens", 3)
+    monkeypatch.setitem(evaluate.before_and_after.__kwdefaults__, "new_tokens", 3)
     with fake_device():
         isingcut.run(
-            model=str(folder),
+            model=str(shared.checkpoint(num_hidden_layers=4)),
             calibration=str(text),
             out=str(tmp_path / "run"),
             remove=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -179,13 +180,20 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair: An
     assert "<|user|>" not in seen[2]
 
 
-def test_peak_memory_is_that_of_a_fresh_process(tmp_path: Path) -> None:
-    small = tiny_checkpoint("llama", tmp_path / "small")
+@pytest.fixture(scope="module")
+def small_peak(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Of a process that was started where a trap lies."""
+    place = tmp_path_factory.mktemp("trap")
+    (place / "torch.py").write_text("raise SystemExit('a trap')", encoding="utf-8")
+    with contextlib.chdir(place):
+        return timing.peak_memory(llama, "float32", "cpu", tokens=16)
+
+
+def test_peak_memory_is_that_of_a_fresh_process(small_peak: int, tmp_path: Path) -> None:
     large = tiny_checkpoint("llama", tmp_path / "large", vocab_size=1_000_000)
-    found = [timing.peak_memory(f, "float32", "cpu", tokens=16) for f in (small, large)]
     # The larger one holds 2 x 1e6 x 32 floats more; half of that leaves room for noise.
-    assert found[1] - found[0] > 128e6
-    assert found[0] > 30e6
+    assert timing.peak_memory(large, "float32", "cpu", tokens=16) - small_peak > 128e6
+    assert small_peak > 30e6
 
 
 def test_a_failing_memory_process_is_one_line(tmp_path: Path) -> None:
@@ -214,6 +222,8 @@ def test_what_left_out_speed_says_so_and_is_completed_later(
     tmp_path: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "peak_memory", lambda *a, **k: 123)
+    for name in ("new_tokens", "repeats"):
+        monkeypatch.setitem(timing.speed.__wrapped__.__kwdefaults__, name, 2)
     folder = tiny_checkpoint("llama", tmp_path / "m")
     loaded = models.load(folder, dtype="float32", device="cpu")
     whole = evaluation.before_and_after(loaded, loaded, tokens, new_tokens=4)
@@ -233,13 +243,8 @@ def test_what_left_out_speed_says_so_and_is_completed_later(
     assert completed["after"]["peak_memory_bytes"] == 123
 
 
-def test_no_module_of_the_working_folder_is_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tiny_checkpoint("llama", tmp_path / "m")
-    (tmp_path / "torch.py").write_text("raise SystemExit('a trap')", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    assert timing.peak_memory(folder, "float32", "cpu", tokens=8) > 30e6
+def test_no_module_of_the_working_folder_is_imported(small_peak: int) -> None:
+    assert small_peak > 30e6
 
 
 def test_evaluate_fills_the_whole_document(

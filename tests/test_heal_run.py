@@ -40,6 +40,7 @@ def config(folder: Path, name: str, **changes: Any) -> RunConfig:
     return RunConfig(
         model=str(folder / "model"),
         remove="2",
+        energy="fisher",
         out=str(folder / name),
         calibration=str(folder / "text.jsonl"),
         samples=3,
@@ -47,6 +48,7 @@ def config(folder: Path, name: str, **changes: Any) -> RunConfig:
         rank_samples=2,
         report_samples=2,
         states=4,
+        random_states=30,
         keep="0",
         dtype="float32",
         device="cpu",

@@ -17,7 +17,7 @@ from ranks import say_into, start
 from shared import leave_speed_out, write_words
 
 OPTIONS = {
-    "remove": 2, "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "states": 4,
+    "remove": 2, "samples": 4, "length": 16, "rank_samples": 3, "report_samples": 3, "states": 4,
     "random_states": 30, "dtype": "float32", "batch_tokens": 32, "also": "hessian",
     "attention": "sdpa",
 }  # fmt: skip
@@ -27,7 +27,7 @@ OPTIONS = {
 def place(tmp_path_factory):
     """A folder with a tiny model, a text, and the run of a process that nobody killed."""
     folder = tmp_path_factory.mktemp("resume")
-    tiny_checkpoint("llama", folder / "model")
+    tiny_checkpoint("llama", folder / "model", num_hidden_layers=4)
     write_words(folder / "text.txt")
     whole = start(_run, folder, folder / "run", 10_000, folder / "said")
     whole.join(240)

@@ -103,7 +103,6 @@ def evaluate(
             lambda: show_benchmarks(scores, file),
             brief=str(file),
         )
-    names = check_tasks(names, data, questions) if names else []
     if out is not None:
         raise InputError("--out goes with --original; a run folder keeps its benchmarks.json")
     if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
@@ -111,6 +110,7 @@ def evaluate(
             f"{directory} is a checkpoint, not a run folder; to compare it with the model it was "
             "made from, add --original MODEL and --tasks"
         )
+    names = check_tasks(names, data, questions) if names else []
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder)
