@@ -102,8 +102,11 @@ def random_feasible(problem: Problem, count: int, seed: int, besides: States) ->
         sizes = rng.integers(low, high + 1, 512)
         keys = rng.random((512, problem.n)).argsort(1).argsort(1)
         draws = keys < sizes[:, None]
-        for state in draws[problem.feasible(draws)]:
-            add(state)
+        fit = draws[problem.feasible(draws)]
+        # Of few states nearly every draw is a second one.
+        _, first = np.unique(np.packbits(fit, axis=1), axis=0, return_index=True)
+        for i in np.sort(first):
+            add(fit[i])
     distribution = "uniform over the feasible states"
     if len(states) < count:
         before = len(states)
