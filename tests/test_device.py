@@ -2,7 +2,7 @@
 
 The values must be the CPU's own, to rounding: what is compiled for the CPU (the losses over the
 vocabulary) is computed another way on a device. What this cannot see is said in
-`isingcut.testing.device`.
+`fake_device`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import isingcut
+from fake_device import DEVICE, MixedDevicesError, fake_device
 from isingcut.data import generation, self_text
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.evaluator import Evaluator
@@ -45,7 +46,6 @@ from isingcut.models.cutting.verify import verify
 from isingcut.models.replay import Replay
 from isingcut.models.streaming import store
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.device import DEVICE, MixedDevicesError, fake_device
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from test_baselines import part
 

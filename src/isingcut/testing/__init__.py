@@ -1,1 +1,1 @@
-"""Conformance kits for parts (solvers, architectures), tiny models, and a fake device."""
+"""Conformance kits for parts (solvers, architectures), and tiny models."""
