@@ -14,6 +14,11 @@ import pytest
 from shared import OPTIONS, Shared, leave_speed_out, write_words
 
 
+def pytest_collection_modifyitems(items):
+    """The many short tests last, so that the processes of the suite end together."""
+    items.sort(key=lambda item: "hostile" in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """Folders that all processes of the session share and none may change."""
