@@ -11,7 +11,9 @@ from isingcut.cli import main as cli
 from isingcut.errors import InputError
 from isingcut.files.writing import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.options.config import RunConfig
 from isingcut.report.read_run import read_run
+from isingcut.runs.measuring import concrete
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 OPTIONS = {
@@ -31,6 +33,19 @@ OPTIONS = {
 def inputs(shared, text):
     model = shared.checkpoint(num_hidden_layers=8)
     return {"model": str(model), "calibration": str(text), **OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("asked", "energy"),
+    [
+        ({}, "pairwise"),
+        ({"remove": "3"}, "refined"),
+        ({"budget": "params=20%"}, "refined"),
+        ({"energy": "fisher", "remove": "3"}, "fisher"),
+    ],
+)
+def test_auto_is_the_search_where_a_removal_is_given(asked, energy):
+    assert concrete(RunConfig(model="m", calibration="c", out="o", **asked)).energy == energy
 
 
 def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
