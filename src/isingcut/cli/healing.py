@@ -31,7 +31,7 @@ from isingcut.options.healing import HealConfig
 _ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
 
 
-@verb(*(n for n in _ALL if n != "top_steps"), group=RESULT, of=HealConfig)
+@verb(*(n for n in _ALL if n != "top_steps"), group=RESULT, of=HealConfig, together=True)
 def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     """Win back quality of a cut checkpoint: closed-form patch, distillation, or both.
 

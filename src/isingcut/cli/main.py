@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isingcut.cli.verb import app
+from isingcut.cli.verb import TOGETHER, app
 from isingcut.console.printing import prepare, say, unwritable
 from isingcut.errors import InputError, IsingcutError, RankError
 from isingcut.files.provenance import __version__
@@ -57,9 +57,6 @@ for _group in ("runs", "states", "models", "healing", "share", "look"):
 
 _program: Any = typer.main.get_command(app)
 
-# Verbs that all processes of a launcher carry out; any other one is rank 0's.
-_TOGETHER = ("run", "demo", "energy", "rank", "baseline", "heal")
-
 
 def _typed() -> tuple[str, bool]:
     """The verb, and whether `--debug` stands before it; what else was typed is not judged here."""
@@ -90,7 +87,7 @@ def _run() -> None:
 def _outcome() -> tuple[int, str]:
     """The exit code of the command, and what to say of its failure."""
     verb, debug = _typed()
-    if launched_rank() and verb not in _TOGETHER:
+    if launched_rank() and verb not in TOGETHER:
         return 0, ""
     try:
         _run()

@@ -23,7 +23,7 @@ _MEASURE = tuple(
 )
 
 
-@verb(*_ALL, group=WHOLE)
+@verb(*_ALL, group=WHOLE, together=True)
 def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     """Measure, solve, rank, cut, evaluate and report.
 
@@ -43,7 +43,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     return Answer(data, lambda: show_curve(target), brief=str(target))
 
 
-@verb("out", "overwrite", group=WHOLE)
+@verb("out", "overwrite", group=WHOLE, together=True)
 def demo(progress: Any, **options: Any) -> Answer:
     """SmolLM2-135M loses 6 of its 30 blocks, with the evidence, in a few minutes.
 
@@ -68,7 +68,7 @@ def _finished(target: Path, *, generation: bool = False) -> Answer:
     )
 
 
-@verb(*_MEASURE, group=STAGES)
+@verb(*_MEASURE, group=STAGES, together=True)
 def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     """Measure the Hamiltonian once; `solve` then answers every removal in seconds.
 

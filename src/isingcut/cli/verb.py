@@ -58,6 +58,9 @@ OneBased = Annotated[bool, typer.Option("--one-based", help="The list of --block
 WHOLE, STAGES, RESULT, LOOK = "Whole runs", "Single stages", "Use the result", "Look things up"
 """The groups of verbs in `isingcut --help`."""
 
+TOGETHER: set[str] = set()
+"""The verbs that all processes of a launcher carry out."""
+
 OF_RUN = (
     "--model",
     "remove",
@@ -105,6 +108,7 @@ def verb(
     repeat: tuple[str, ...] = (),
     name: str | None = None,
     of: type[Options] = RunConfig,
+    together: bool = False,
 ) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
     """Make a handler a verb of the command line, with the named options of a configuration class.
 
@@ -116,6 +120,7 @@ def verb(
         repeat: options among ``names`` that may be given several times; they arrive as lists.
         name: the verb, where it is not the function's name.
         of: the class whose fields the options are.
+        together: whether all processes of a launcher carry the verb out; else it is rank 0's.
 
     The handler gets its options by keyword, and where it has a parameter ``progress`` the
     terminal's, or a silent one under `--quiet`.
@@ -123,6 +128,8 @@ def verb(
 
     def decorate(handler: Callable[..., Answer]) -> Callable[..., Answer]:
         called = name or handler.__name__
+        if together:
+            TOGETHER.add(called)
         own = inspect.signature(handler, eval_str=True).parameters
         parameters = [
             p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
