@@ -153,8 +153,7 @@ def _of_checkpoint(
 ) -> tuple[dict[str, Any], Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
     from isingcut.evaluation.scores import check_tasks
-    from isingcut.models.load import load
-    from isingcut.runs.benchmarking import bench
+    from isingcut.runs.benchmarking import score_both
     from isingcut.runs.session import Session
 
     if not (folder / "config.json").is_file():
@@ -166,21 +165,6 @@ def _of_checkpoint(
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to say which tasks it knows.
     names = check_tasks(names, data, questions)
-    session = Session(config)
-    loaded = session.loaded
-    cut = load(
-        folder,
-        **loaded.place,
-        trust_remote_code=config.trust_remote_code,
-    )
-    content = bench(
-        {"original": loaded, "cut": cut},
-        names,
-        data=data,
-        questions=questions,
-        batch_tokens=session.tuning.batch_tokens,
-        kept=None,
-        session=session,
-    )
+    content = score_both(Session(config), folder, names, data=data, questions=questions)
     write_json(file, "benchmarks", content, seal=True)
     return content, file

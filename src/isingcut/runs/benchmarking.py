@@ -46,22 +46,8 @@ def benchmarks(
 
     def make(path: Path) -> None:
         session.tuned(folder)
-        loaded = session.loaded
-        cut = load(
-            checkpoint,
-            **loaded.place,
-            trust_remote_code=config.trust_remote_code,
-        )
         work = target / ".benchmarks"
-        content = bench(
-            {"original": loaded, "cut": cut},
-            tasks,
-            data=data,
-            questions=questions,
-            batch_tokens=session.tuning.batch_tokens,
-            kept=work,
-            session=session,
-        )
+        content = score_both(session, checkpoint, tasks, data=data, questions=questions, kept=work)
         write_json(path, "benchmarks", content)
         forget_scores(work, tasks)
 
@@ -74,23 +60,30 @@ def benchmarks(
     )
 
 
-def bench(
-    models: dict[str, Any],
+def score_both(
+    session: Session,
+    checkpoint: Path,
     tasks: Sequence[str],
     *,
-    data: Path | None,
-    questions: int | None,
-    batch_tokens: int,
-    kept: Path | None,
-    session: Session,
+    data: Path | None = None,
+    questions: int | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
-    """The content of `benchmarks.json` for two models."""
+    """The content of `benchmarks.json`: the session's model and a checkpoint cut from it.
+
+    Args:
+        tasks: as in `benchmarks`, known to the harness.
+        kept: folder of what is scored already; None keeps nothing.
+    """
     from importlib.metadata import version
 
-    named = [t for t in tasks if t != "wikitext2"]
+    loaded, batch_tokens = session.loaded, session.tuning.batch_tokens
+    trusted = session.config.trust_remote_code
+    cut = load(checkpoint, **loaded.place, trust_remote_code=trusted)
+    models = {"original": loaded, "cut": cut}
     rows = benchmark(
         models,
-        named,
+        [t for t in tasks if t != "wikitext2"],
         data=data,
         questions=questions,
         batch=max(1, batch_tokens // 128),
