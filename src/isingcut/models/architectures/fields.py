@@ -1,16 +1,13 @@
-"""What every per-layer configuration field means, as data; `surgery` applies it.
+"""What every per-layer configuration field means, as data.
 
-A field that is not listed here and looks per-layer is an error that names it, never a guess.
+`surgery` applies it. `field_checks` refuses a field of another form, and one that looks per-layer
+and is not listed here: it is an error that names it, never a guess.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from isingcut.errors import ArchitectureError
 
 # The number of blocks. Only changed where the value is that number.
 COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
@@ -181,86 +178,6 @@ DEPTH_DEPENDENT_TYPES = {
     "diffllama": "its differential attention starts from a weight that depends on the block number",
     "minimax": "its linear attention decays at a rate that depends on the block number",
 }
-
-
-_KNOWN = {*WRITTEN_OUT, *MAPS, *SLICE_OR_SCALAR, *GENERATORS, *NOT_PER_LAYER}
-_LAYERISH = re.compile(r"layer|block|_idx|_ids|indices|idxs")
-_PERIODISH = re.compile(
-    r"layer.*(period|offset|interval|freq|step|every|_index)|(period|interval|every).*layer"
-)
-
-_WORDS = ("layer_types", "layers_block_type", "mlp_layer_types")
-_PERIODS = ("attn_layer_period", "expert_layer_period")
-_OFFSETS = ("attn_layer_offset", "expert_layer_offset", "decoder_sparse_step")
-
-
-def check(text: Mapping[str, Any], count: int) -> None:
-    """Refuse a per-layer field of another form than the table above says, or that it lacks.
-
-    Model classes check the fields that they know; others stand in a configuration unread.
-
-    Args:
-        text: the decoder's configuration, per-layer fields written out.
-        count: its number of blocks.
-
-    Raises:
-        ArchitectureError: a list is none, an index is no number, a map has other keys; or a
-            field that is not in the table looks per-layer.
-    """
-    forms: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
-        (_WORDS, _is_words, "a list of words"),
-        (SLICE, lambda v: isinstance(v, (list, str, int, float)), "a list with an entry per block"),
-        (INDICES, lambda v: isinstance(v, list) and all(map(_is_whole, v)), "a list of numbers"),
-        (MAPS, _is_numbered, "a map by block number"),
-        ((*PREFIX, *LAST, *SUFFIX, *MTP, *_OFFSETS), _is_whole, "a whole number"),
-        (_PERIODS, lambda v: _is_whole(v) and v > 0, "a whole number above 0"),
-        (CYCLE, lambda v: isinstance(v, list) and bool(v), "a list with an entry or more"),
-    ]
-    for names, fits, wanted in forms:
-        for name in names:
-            if text.get(name) is not None and not fits(text[name]):
-                raise ArchitectureError(
-                    f"the configuration field {name!r} must be {wanted}; got {text[name]!r:.60}"
-                )
-    if text.get(SUFFIX[0]) and not isinstance(text.get("layer_types"), list):
-        raise ArchitectureError(
-            f"the configuration has {SUFFIX[0]}={text[SUFFIX[0]]} and no list 'layer_types', which "
-            "says whose keys and values are shared; write it out"
-        )
-    _refuse_unknown(text, count)
-
-
-def _refuse_unknown(text: Mapping[str, Any], count: int) -> None:
-    for key, value in text.items():
-        if key in _KNOWN or key.startswith("_"):
-            continue
-        suspicious = False
-        if isinstance(value, list):
-            numbers = all(isinstance(i, int) and 0 <= i < count for i in value) and value
-            suspicious = len(value) == count or bool(numbers and _LAYERISH.search(key))
-        elif isinstance(value, dict):
-            suspicious = (
-                bool(value) and bool(_LAYERISH.search(key)) and all(str(k).isdigit() for k in value)
-            )
-        elif isinstance(value, int) and not isinstance(value, bool):
-            suspicious = value > 1 and bool(_PERIODISH.search(key))
-        if suspicious:
-            raise ArchitectureError(
-                f"the configuration field {key!r} looks per-layer (value {value!r:.60}) and "
-                "isingcut does not know what it means; add it to architectures/fields.py"
-            )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_words(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _is_numbered(value: Any) -> bool:
-    return isinstance(value, dict) and all(str(key).isdecimal() for key in value)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import families, fields
 from isingcut.models.architectures.base import BlockStack
+from isingcut.models.architectures.field_checks import check_fields
 from isingcut.models.architectures.names import rename_pattern, renumbering
 from isingcut.models.loading import one_line, quiet_transformers
 
@@ -30,7 +31,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     count = depth(text)
     mapping = renumbering(count, removed)
     _refuse_depth_dependent(text)
-    fields.check(text, count)
+    check_fields(text, count)
     families.write_out(text, count)
     must_stay = families.kept_blocks(text, count)
     for old in set(must_stay) - set(mapping):
@@ -69,7 +70,7 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     """
     text = written_out(config if isinstance(config, dict) else config.to_dict())
     _refuse_depth_dependent(text)
-    fields.check(text, len(stack))
+    check_fields(text, len(stack))
     return families.legality(text, stack)
 
 
