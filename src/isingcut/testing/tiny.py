@@ -36,13 +36,24 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel
         seed: of the weights; the global random state is left alone.
         changes: configuration fields to set.
     """
-    config = tiny_config(family, **changes)
+    return random_model(AutoModelForCausalLM, tiny_config(family, **changes), seed)
+
+
+def random_model(factory: Any, config: Any, seed: int = 0) -> PreTrainedModel:
+    """A float32 model in evaluation mode, every parameter drawn anew as `tiny_model` does.
+
+    Args:
+        factory: the auto class that builds it.
+        config: its configuration.
+        seed: of the weights; the global random state is left alone.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        factory: Any = AutoModelForCausalLM
         model: PreTrainedModel = factory.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
+                if not parameter.is_floating_point():
+                    continue
                 if parameter.ndim >= 2 and parameter.shape[-1] > 1:
                     parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
                 else:

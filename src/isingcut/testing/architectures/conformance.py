@@ -1,58 +1,58 @@
-"""Conformance of architectures: every family cut, reloaded and compared, on tiny random models.
-
-For one family: its blocks are found (also on the meta device), replayed blocks give a forward
-pass, gate gradients agree with autograd and with finite differences, and several random legal
-states, with the first and the last block among them, are cut at the checkpoint, reloaded with
-plain transformers and compared with the original with those blocks skipped.
-"""
+"""What every architecture is checked for, on a tiny random model of it."""
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
-from isingcut.errors import ArchitectureError, VerificationError
+from isingcut.errors import ArchitectureError, IsingcutError, VerificationError
 from isingcut.ising.states import blocks_of
-from isingcut.models.architectures import BlockStack, find_stack, legality, skipped, stack_modules
+from isingcut.models.architectures import (
+    BlockStack,
+    find_stack,
+    legality,
+    skipped,
+    stack_modules,
+)
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
-from isingcut.models.loading import quiet_transformers
+from isingcut.models.inspect import inspect_model
+from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import Replay
-from isingcut.testing.configurations import FAMILIES
+from isingcut.testing.architectures.entries import Entry
+from isingcut.testing.architectures.hands import tiny_configuration
 from isingcut.testing.gates import check_gates, every_expert
-from isingcut.testing.tiny import tiny_checkpoint, tiny_config, tiny_model
+from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
 
 _TOLERANCE = 1e-5
 # As many as the sliding windows of the tiny models are wide.
 _NEW_TOKENS = 8
+_MOST_PARAMETERS = 4_000_000
 
 
 @dataclass(frozen=True)
-class FamilyReport:
-    """What became of one family.
+class Report:
+    """What became of one architecture.
 
     Args:
-        family: a key of `FAMILIES`.
-        outcome: ``"passed"``, ``"refused"`` or ``"failed"``.
+        name: a family, or a model type with its auto class.
+        outcome: ``"passed"``, ``"refused"``, ``"failed"`` or ``"not built"``.
         kinds: block kinds, with their counts.
         rows: legality rows, in words.
         states: states cut and compared.
         difference: largest relative logit difference seen.
         sublayer: whether the sublayer gate works (else only the block gate does).
-        reason: why it was refused or failed.
+        reason: why it was refused, failed or was not built.
     """
 
-    family: str
+    name: str
     outcome: str
     kinds: str = ""
     rows: str = ""
@@ -62,9 +62,13 @@ class FamilyReport:
     reason: str = ""
 
 
+class NotBuilt(Exception):
+    """No tiny model could be made: nothing is known of the architecture."""
+
+
 def check_family(
     family: str, folder: Path, *, states: int = 6, seed: int = 0, **changes: Any
-) -> FamilyReport:
+) -> Report:
     """Run all checks of one family.
 
     Args:
@@ -74,38 +78,104 @@ def check_family(
         seed: of the weights, tokens and states.
         changes: configuration fields to set.
     """
+
+    def build() -> tuple[Any, Callable[[dict[str, Any]], Any]]:
+        tiny_checkpoint(family, folder / "source", seed=seed, **changes)
+        model = tiny_model(family, seed=seed, **changes)
+        return model, lambda more: tiny_model(family, seed=seed, **{**changes, **more})
+
+    return _report(family, build, folder, states, seed)
+
+
+def check_entry(entry: Entry, folder: Path, *, states: int = 2, seed: int = 0) -> Report:
+    """Run all checks of one entry of transformers' mappings; arguments as of `check_family`."""
+
+    def build() -> tuple[Any, Callable[[dict[str, Any]], Any]]:
+        try:
+            config = tiny_configuration(entry.model_type)
+            _refuse_large(entry.factory, config)
+            model = random_model(entry.factory, config, seed)
+        except Exception as error:
+            raise NotBuilt(one_line(error)) from error
+        model.save_pretrained(folder / "source")
+
+        def changed(more: dict[str, Any]) -> Any:
+            config = tiny_configuration(entry.model_type)
+            text = config.get_text_config(decoder=True)
+            for name, value in more.items():
+                setattr(text, name, value)
+            return random_model(entry.factory, config, seed)
+
+        return model, changed
+
+    return _report(entry.name, build, folder, states, seed)
+
+
+def _refuse_large(factory: Any, config: Any) -> None:
+    with torch.device("meta"):
+        shape = factory.from_config(config, dtype=torch.float32)
+    count = sum(p.numel() for p in shape.parameters())
+    if count > _MOST_PARAMETERS:
+        name, largest = max(shape.named_parameters(), key=lambda item: item[1].numel())
+        raise NotBuilt(
+            f"{count:,} parameters are too many for a tiny model; the largest, {name}, has the "
+            f"shape {list(largest.shape)}"
+        )
+
+
+def _report(
+    name: str,
+    build: Callable[[], tuple[Any, Callable[[dict[str, Any]], Any]]],
+    folder: Path,
+    states: int,
+    seed: int,
+) -> Report:
     try:
-        return _check(family, folder, states, seed, changes)
-    except ArchitectureError as error:
-        return FamilyReport(family, "refused", reason=str(error))
-    except (AssertionError, RuntimeError, VerificationError) as error:
-        return FamilyReport(family, "failed", reason=f"{type(error).__name__}: {error}")
+        with quiet_transformers():
+            model, changed = build()
+            return replace(_check(model, changed, folder, states, seed), name=name)
+    except NotBuilt as error:
+        return Report(name, "not built", reason=str(error))
+    except IsingcutError as error:
+        outcome = "failed" if isinstance(error, VerificationError) else "refused"
+        return Report(name, outcome, reason=str(error).replace(f"{folder}/", ""))
+    except Exception as error:
+        # A library's error that the product lets through is a failure of the product.
+        words = one_line(error).removeprefix(f"{type(error).__name__}: ")
+        reason = f"{type(error).__name__}: {words}".replace(f"{folder}/", "")
+        return Report(name, "failed", reason=reason)
 
 
 def _check(
-    family: str, folder: Path, states: int, seed: int, changes: dict[str, Any]
-) -> FamilyReport:
-    source = tiny_checkpoint(family, folder / "source", seed=seed, **changes)
-    model = tiny_model(family, seed=seed, **changes)
+    model: Any, changed: Callable[[dict[str, Any]], Any], folder: Path, states: int, seed: int
+) -> Report:
+    source = folder / "source"
     stop_rescaling(model)
+    shown = inspect_model(source)
+    if shown.refusal:
+        raise ArchitectureError(shown.refusal)
     stack = find_stack(model)
+    # Discovery needs no weights.
+    assert shown.stack.kinds == stack.kinds, "inspection shows other blocks than the model has"
     rows = legality(model.config, stack)
-    _same_on_meta(family, stack, changes)
     tokens = random_tokens(model, 2, 20, seed)
     chosen = legal_states(stack, rows, states, seed)
     worst, sublayer, reason = 0.0, True, ""
     try:
         worst = _replay_is_forward(model, stack, tokens, chosen)
-        smooth = tiny_model(family, seed=seed, **{**changes, **every_expert(model)})
-        sublayer = check_gates(smooth.requires_grad_(False), stack, tokens)
+        smooth = changed(every_expert(model)).requires_grad_(False)
+        sublayer = check_gates(smooth, stack, tokens)
     except ArchitectureError as error:
         reason = f"cuts exactly at given blocks, but is not measured: {error}"
     for number, removed in enumerate(chosen):
         out = folder / f"cut{number}"
-        excise(source, removed, out, max_shard_bytes=60_000)
+        try:
+            excise(source, removed, out, max_shard_bytes=60_000)
+        except ArchitectureError as error:
+            raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
         worst = max(worst, verify(model, removed, out, new_tokens=_NEW_TOKENS))
-    return FamilyReport(
-        family,
+    return Report(
+        "",
         "refused" if reason else "passed",
         kinds=_counted(stack.kinds),
         rows=_rows_in_words(rows),
@@ -139,14 +209,6 @@ def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int, seed: int)
     return [blocks_of(bits[p]) for p in unique]
 
 
-def _same_on_meta(family: str, stack: BlockStack, changes: dict[str, Any]) -> None:
-    """Discovery needs no weights."""
-    factory: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        empty = factory.from_config(tiny_config(family, **changes), dtype=torch.float32)
-    assert find_stack(empty) == stack, "the meta device shows other blocks than the real model"
-
-
 def _replay_is_forward(
     model: Any, stack: BlockStack, tokens: torch.Tensor, states: Sequence[Sequence[int]]
 ) -> float:
@@ -158,7 +220,7 @@ def _replay_is_forward(
     for removed in [*states, []]:
         with torch.no_grad():
             with skipped(model, stack, removed):
-                expected = model(tokens, use_cache=False).logits
+                expected = model(input_ids=tokens, use_cache=False).logits
             stream = recording.entered
             for i in range(len(stack)):
                 stream = stream if i in removed else recording.block(i, stream)
@@ -180,48 +242,3 @@ def _rows_in_words(rows: Sequence[Any]) -> str:
         reason if len(names) == 1 else f"{reason} ({len(names)} rows)"
         for reason, names in groups.items()
     )
-
-
-def table(reports: Sequence[FamilyReport]) -> str:
-    """The reports as a Markdown table."""
-    lines = [
-        "| family | outcome | blocks | states cut | largest difference | sublayer gate | remarks |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in reports:
-        gate = ("yes" if r.sublayer else "no: block gate only") if r.outcome == "passed" else ""
-        size = f"{r.difference:.1e}" if r.states else ""
-        remark = (r.reason or r.rows).replace("|", "/").replace("\n", " ")
-        lines.append(
-            f"| {r.family} | {r.outcome} | {r.kinds} | {r.states or ''} | {size} | {gate} "
-            f"| {remark} |"
-        )
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Check the named families (all, when none is named); 1 when one failed."""
-    parser = argparse.ArgumentParser(prog="python -m isingcut.testing architectures")
-    parser.add_argument("families", nargs="*", choices=[*FAMILIES, []], help="default: all")
-    parser.add_argument("--states", type=int, default=6, help="states cut per family")
-    parser.add_argument("--docs", type=Path, help="also write the table to this Markdown file")
-    options = parser.parse_args(list(arguments))
-    reports = []
-    for family in options.families or FAMILIES:
-        with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-            reports.append(check_family(family, Path(folder), states=options.states))
-        latest = reports[-1]
-        print(f"{family}: {latest.outcome} {latest.reason or latest.kinds}", flush=True)
-    print(table(reports))
-    if options.docs:
-        _replace_table(options.docs, table(reports))
-    for outcome in ("passed", "refused", "failed"):
-        print(f"architectures_{outcome}: {sum(r.outcome == outcome for r in reports)}")
-    return int(any(r.outcome == "failed" for r in reports))
-
-
-def _replace_table(path: Path, text: str) -> None:
-    start, end = "<!-- table -->", "<!-- end of table -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(start)
-    _, _, after = rest.partition(end)
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
