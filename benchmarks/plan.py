@@ -80,7 +80,7 @@ def main() -> None:
         device="cpu",
     )
     plan = make_plan(config, clock=clock)
-    print(f"probe: {plan.probe_seconds:.1f} s")
+    print(f"probe: {plan['probe_seconds']:.1f} s")
     print(f"{'energy':<18}{'estimated, s':>14}{'actual, s':>12}{'ratio':>8}{'memory ratio':>14}")
     context = multiprocessing.get_context("spawn")
     figures = {}
@@ -90,14 +90,14 @@ def main() -> None:
         process.start()
         each, peak = answer.get()
         process.join()
-        estimate = next(e for e in plan.energies if e.name == name)
-        whole = each * estimate.samples
-        ratio, memory = estimate.seconds / whole, estimate.memory / peak
-        print(f"{name:<18}{estimate.seconds:>14.1f}{whole:>12.1f}{ratio:>8.2f}{memory:>14.2f}")
+        estimate = next(e for e in plan["energies"] if e["name"] == name)
+        whole = each * estimate["samples"]
+        ratio, memory = estimate["seconds"] / whole, estimate["memory"] / peak
+        print(f"{name:<18}{estimate['seconds']:>14.1f}{whole:>12.1f}{ratio:>8.2f}{memory:>14.2f}")
         key = name.replace("-", "_")
         figures |= {f"plan_{key}_ratio": ratio, f"plan_{key}_memory_ratio": memory}
     print()
-    print(f"plan_probe_seconds: {plan.probe_seconds:.1f}")
+    print(f"plan_probe_seconds: {plan['probe_seconds']:.1f}")
     for name, value in figures.items():
         print(f"{name}: {value:.3f}")
 

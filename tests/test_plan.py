@@ -24,7 +24,7 @@ from isingcut.models.streaming.replay import open_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.plan import advise, command, make_plan
 from isingcut.runs.prices import Prices
-from isingcut.runs.probe import Part, Timings, fastest, only, probe, random_text
+from isingcut.runs.probe import Timings, only, probe, random_text
 
 CPU = torch.device("cpu")
 LENGTH = 16
@@ -36,6 +36,11 @@ class Operations(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Without gradients to take, a linear map comes here whole.
+        with self:
+            found = func.decompose(*args, **(kwargs or {}))
+        if found is not NotImplemented:
+            return found
         found = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
@@ -48,15 +53,21 @@ def whole(folder):
     return Replay(model, stack_modules(model, find_stack(model)))
 
 
+def timings(**given):
+    return Timings(
+        **(
+            {"latency": (1.0,) * 4, "reading": 0.1, "blocks": 4.0, "once": 2.0, "saved": 0.0}
+            | given
+        )
+    )
+
+
 def prices(**given):
     """Of four blocks that take one second each, and a head of two."""
-    parts = {"forward": Part(2.0, 4.0), "state": Part(2.0, 0.0), "gradients": Part(3.0, 9.0)}
-    parts |= {"hessian": Part(5.0, 6.0), "saved": Part(0, 0), "saved twice": Part(0, 0)}
     found = object.__new__(Prices)
     vars(found).update(
         config=RunConfig(model="m", length=LENGTH, samples=5),
-        parts=parts,
-        timings=Timings((1.0,) * 4, 4.0, 0.1, parts),
+        timings=timings(),
         n=4, remove=2, weights=60, batch=64, logits=400, stream=8, streamed=False, room=0,
         memory=SimpleNamespace(used=1000, total=10**9),
         store=SimpleNamespace(largest=10, size=lambda part: 10),
@@ -80,19 +91,20 @@ def test_parts_grow_to_what_the_whole_model_takes(llama, monkeypatch):
             run()
         return own.total / (4 * LENGTH)
 
-    n, part = len(replay), found.parts
+    n = len(replay)
     none = np.zeros((0, n), dtype=bool)
     forward = takes(lambda: measure(replay, text, none, batch_tokens=64))
     states = takes(lambda: measure(replay, text, removals(n), batch_tokens=64))
     slopes = takes(lambda: gate_gradients(replay, text, batch_tokens=64))
-    assert part["forward"].whole == pytest.approx(forward, rel=0.01)
-    assert min(part["forward"]) > 0
-    counted = prices(n=n, parts=part, config=RunConfig(model="m", length=LENGTH, samples=1))
+    assert found.blocks + found.once == pytest.approx(forward, rel=0.01)
+    assert min(found.blocks, found.once) > 0
+    counted = prices(n=n, timings=found, config=RunConfig(model="m", length=LENGTH, samples=1))
     assert counted.energy("pairwise").seconds == pytest.approx(LENGTH * states, rel=0.01)
-    assert counted.energy("fisher").seconds == pytest.approx(LENGTH * slopes, rel=0.01)
+    assert counted.energy("fisher").low < LENGTH * slopes < counted.energy("fisher").high
     for kind in KINDS:
         rows = takes(lambda kind=kind: gate_curvature(replay, text, kind, batch_tokens=64))
-        assert counted.energy(kind).seconds == pytest.approx(LENGTH * rows, rel=0.1), kind
+        estimate = counted.energy(kind)
+        assert estimate.low < LENGTH * rows < estimate.high, kind
 
 
 def test_a_measurement_costs_its_blocks_heads_and_texts():
@@ -101,9 +113,9 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
     states = np.array([[1, 0, 0, 0], [1, 1, 0, 0]], dtype=bool)
     each = (2 + 4) + (3 + 2) + 2 * 2
     assert counted._states("rank", states, 5).seconds == 5 * LENGTH * each
-    assert counted.energy("fisher").seconds == 5 * LENGTH * 12
-    assert counted.energy("hessian").seconds == 5 * LENGTH * 11
-    assert "backward" in counted.energy("gauss-newton").impossible
+    assert counted.energy("fisher").seconds == pytest.approx(5 * LENGTH * 2.3 * 6)
+    # A row for each block.
+    assert counted.energy("hessian").seconds == pytest.approx(5 * LENGTH * 4 * (1.7 * 4 + 2.5 * 2))
 
 
 def test_a_search_costs_the_share_of_all_pairs_that_its_passes_are():
@@ -120,17 +132,16 @@ def test_a_search_costs_the_share_of_all_pairs_that_its_passes_are():
 
 def test_where_streams_do_not_fit_the_disk_sets_the_pace():
     states = removals(4)
-    timings = Timings((1.0,) * 4, 4.0, 1e6, prices().parts)
     # One byte of room each.
     sweeps = 5 * LENGTH * (len(states) + 1) * 8
-    slow = prices(streamed=True, room=1, timings=timings)
+    slow = prices(streamed=True, room=1, timings=timings(reading=1e6))
     assert slow.energy("pairwise").seconds == (sweeps + 1) * 1e6 * slow.weights
-    quick = prices(streamed=True, room=10**9, timings=Timings((1.0,) * 4, 4.0, 0.0, timings.parts))
+    quick = prices(streamed=True, room=10**9, timings=timings(reading=0.0))
     assert quick.energy("pairwise").seconds == prices().energy("pairwise").seconds
     assert quick.energy("pairwise").memory == quick.memory.total
     # Gradients read every block twice, and run it once more.
     once = prices(streamed=True, room=10**9).energy("fisher").seconds
-    assert once == pytest.approx(5 * LENGTH * (12 + 4) + 0.1 * 60)
+    assert once == pytest.approx(5 * LENGTH * (2.3 * 6 + 4) + 0.1 * 60)
 
 
 def test_a_few_blocks_are_those_of_the_whole_model(llama):
@@ -148,16 +159,6 @@ def test_a_few_blocks_are_those_of_the_whole_model(llama):
     absent = stack_modules(model, find_stack(model))[1]
     assert all(p.is_meta for p in absent.parameters())
     assert len(only(model, [0], CPU)) == 1
-
-
-def test_the_fastest_round_counts():
-    def after(*ticks):
-        times = iter(ticks)
-        return fastest(lambda: None, lambda: next(times), CPU)
-
-    # A first call of nine seconds is long: one more round, and no more.
-    assert after(0, 9, 0, 3) == 3
-    assert after(0, 0.5, 0, 3, 0, 2) == 2
 
 
 def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, capsys):
@@ -188,10 +189,10 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, ca
 
 def test_streamed_plans_say_what_needs_the_whole_model(llama):
     plan = make_plan(RunConfig(model=str(llama), remove="2", length=16, stream="on"))
-    by_name = {e.name: e for e in plan.energies}
-    assert plan.streamed
-    assert "memory" in by_name["hessian"].impossible
-    assert by_name["pairwise"].seconds > 0
+    by_name = {e["name"]: e for e in plan["energies"]}
+    assert plan["streamed"]
+    assert "memory" in by_name["hessian"]["impossible"]
+    assert by_name["pairwise"]["seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from isingcut.cli.verb import LOOK, Answer, given, verb
@@ -40,11 +39,11 @@ def plan(**options: Any) -> Answer:
 
     Example: isingcut plan smollm2 --remove 6
     """
-    from isingcut.cli.show_plan import show_plan
+    from isingcut.cli.show import show_plan
     from isingcut.runs.plan import make_plan
 
     found = make_plan(RunConfig(**given(options)).validate())
-    return Answer(dataclasses.asdict(found), lambda: show_plan(found), brief=found.command)
+    return Answer(found, lambda: show_plan(found), brief=found["command"])
 
 
 @verb(name="ls", group=LOOK)

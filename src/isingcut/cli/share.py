@@ -75,8 +75,9 @@ def push(
 
     Example: isingcut push my-run me/my-model-cut --private
     """
+    from rich.filesize import decimal
+
     from isingcut.cli.show import show_lines
-    from isingcut.cli.show_plan import size
     from isingcut.runs import interop_hub
     from isingcut.runs.healing_options import product
 
@@ -96,8 +97,8 @@ def push(
     if dry_run:
         whole = sum(f["bytes"] for f in data["files"])
         shown = [
-            *(f"{f['name']}: {size(f['bytes'])}" for f in data["files"]),
-            f"{size(whole)} of {checkpoint} would go to {repository}; nothing was uploaded",
+            *(f"{f['name']}: {decimal(f['bytes'])}" for f in data["files"]),
+            f"{decimal(whole)} of {checkpoint} would go to {repository}; nothing was uploaded",
         ]
         return Answer(data, lambda: show_lines(shown), brief=shown[-1])
     url = interop_hub.push(checkpoint, repository, private=private, message=message)

@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from isingcut.cli.show_scores import show_evaluation
 from isingcut.console.printing import printable
+from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
 from isingcut.files.writing import read_json, without_header
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -185,6 +187,39 @@ def curve_data(folder: Path) -> list[dict[str, Any]]:
         for file, r in found
     ]
     return sorted(rows, key=lambda row: (len(row["removed"]), row["kl"]))
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """The table of energies, the stages after them, and what to type."""
+    screen = console()
+    where = "read from disk block by block" if plan["streamed"] else "in memory"
+    screen.print(
+        f"{plan['model']}: {plan['blocks']} blocks, {decimal(plan['weights'])} as {plan['dtype']}, "
+        f"{where} (allowed: {decimal(plan['allowed'])}) on {plan['device']}\n"
+        f"forward {plan['forward']:.0f} tokens/s, weights from disk {decimal(int(plan['reading']))}"
+        f"/s; probed in {duration(plan['probe_seconds'])}, one process",
+        soft_wrap=True,
+    )
+    for key, name, title in (
+        ("energies", "energy", "energies, each at its number of samples"),
+        ("stages", "stage", f"the other stages, {plan['remove']} blocks removed"),
+    ):
+        table = Table(name, title=title, title_justify="left")
+        for column in ("samples", "time", "between", "memory", "disk"):
+            table.add_column(column, justify="right")
+        for e in plan[key]:
+            between = f"{duration(e['low'])} and {duration(e['high'])}"
+            sizes = decimal(e["memory"]), decimal(e["disk"])
+            figures = (
+                [e["impossible"]] if e["impossible"] else [duration(e["seconds"]), between, *sizes]
+            )
+            table.add_row(e["name"], str(e["samples"] or ""), *figures)
+        screen.print(table)
+    screen.print(
+        f"recommended: {plan['recommended']}, {duration(plan['seconds'])} in all: {plan['why']}\n"
+        f"{plan['command']}",
+        soft_wrap=True,
+    )
 
 
 def show_curve(folder: Path) -> None:

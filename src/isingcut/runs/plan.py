@@ -1,6 +1,6 @@
 """`isingcut plan`: what each energy would take on this machine, before anything runs.
 
-Nothing is loaded but a few blocks, the embedding and the head (`prices.py`), nothing is written.
+Nothing is loaded but a few blocks, the embedding and the head (`probe.py`), nothing is written.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from isingcut.options.config import RunConfig
-from isingcut.runs.prices import Estimate, Prices
+from isingcut.runs.prices import Prices
 
 ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
 EVENING = 8.0
@@ -22,83 +22,47 @@ EVENING = 8.0
 _LEAST = 0.125
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Estimates for one model on this machine.
-
-    Attributes:
-        model: as it was called.
-        blocks: N.
-        remove: blocks that go, for the stages after the energy.
-        device, dtype: of the run.
-        weights: bytes of the model in memory.
-        allowed: bytes the process may take.
-        streamed: whether blocks would be read from disk one after the other.
-        forward: tokens per second of the model's blocks and head.
-        reading: bytes per second of weights, from disk into memory.
-        energies, stages: estimates.
-        recommended: an energy, and ``why``.
-        command: what to type.
-        probe_seconds: what this took.
-    """
-
-    model: str
-    blocks: int
-    remove: int
-    device: str
-    dtype: str
-    weights: int
-    allowed: int
-    streamed: bool
-    forward: float
-    reading: float
-    energies: tuple[Estimate, ...]
-    stages: tuple[Estimate, ...]
-    recommended: str
-    why: str
-    command: str
-    probe_seconds: float
-
-    def total(self, energy: str) -> float:
-        """Seconds of a whole run with an energy."""
-        own = next(e for e in self.energies if e.name == energy)
-        return own.seconds + sum(s.seconds for s in self.stages)
-
-
-def make_plan(config: RunConfig, *, clock: Callable[[], float] = time.perf_counter) -> Plan:
+def make_plan(
+    config: RunConfig, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """Probe a model and estimate every energy at its default samples.
 
     Args:
         config: `model`; `remove` or `budget` where the stages after the energy are of interest.
         clock: seconds, for the probe.
 
+    Returns:
+        what `plan --json` prints: ``weights`` and ``allowed`` in bytes of memory, ``forward`` in
+        tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages`` as
+        `Estimate`, and ``seconds`` of the whole run that ``command`` starts.
+
     Raises:
         IsingcutError: no such model, it cannot be measured, or an impossible removal.
     """
     began = time.perf_counter()
     prices = Prices(config, clock)
-    energies = tuple(prices.energy(name) for name in ENERGIES)
-    stages = prices.stages()
-    seconds = {e.name: e.seconds for e in energies}
-    recommended, effort, why = advise(config, seconds, sum(s.seconds for s in stages))
-    return Plan(
-        model=config.model,
-        blocks=prices.n,
-        remove=prices.remove,
-        device=str(prices.store.device),
-        dtype=str(prices.store.dtype).removeprefix("torch."),
-        weights=prices.weights,
-        allowed=prices.memory.total,
-        streamed=prices.streamed,
-        forward=1 / prices.parts["forward"].whole,
-        reading=1 / max(1e-15, prices.timings.reading),
-        energies=energies,
-        stages=stages,
-        recommended=recommended,
-        why=why,
-        command=command(config, recommended, effort),
-        probe_seconds=time.perf_counter() - began,
-    )
+    energies, stages = [prices.energy(name) for name in ENERGIES], prices.stages()
+    seconds, rest = {e.name: e.seconds for e in energies}, sum(s.seconds for s in stages)
+    recommended, effort, why = advise(config, seconds, rest)
+    return {
+        "model": config.model,
+        "blocks": prices.n,
+        "remove": prices.remove,
+        "device": str(prices.store.device),
+        "dtype": str(prices.store.dtype).removeprefix("torch."),
+        "weights": prices.weights,
+        "allowed": prices.memory.total,
+        "streamed": prices.streamed,
+        "forward": 1 / (prices.timings.blocks + prices.timings.once),
+        "reading": 1 / max(1e-15, prices.timings.reading),
+        "energies": [vars(e) for e in energies],
+        "stages": [vars(s) for s in stages],
+        "recommended": recommended,
+        "seconds": seconds[recommended] + rest,
+        "why": why,
+        "command": command(config, recommended, effort),
+        "probe_seconds": time.perf_counter() - began,
+    }
 
 
 def advise(config: RunConfig, seconds: Mapping[str, float], rest: float) -> tuple[str, str, str]:
