@@ -37,6 +37,8 @@ _FORMS = {
 _NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
 # A model may have more numbers than its file: tied weights, and tensors that a message names.
 _MORE, _SPARE = 4, 2**20
+# How much smaller than something else in its file (an image tokeniser) a stack of blocks may be.
+_SMALLER = 10
 _MOST_IN_BUFFERS = 2**28
 _MOST_WITHOUT_WEIGHTS = 2**44
 
@@ -104,10 +106,10 @@ def examine(folder: Path, *, weights: bool = True) -> Checkpoint:
     stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
     text = written_out(config)
     count = depth(text)
-    numbers = _stack(stored.values())[1]
+    heads = extra_heads(text)
+    numbers = _stack(stored.values(), count, heads)[1]
     if not numbers or config.get("is_encoder_decoder"):
         return Checkpoint(folder, config, stored, count, None)
-    heads = extra_heads(text)
     found = max(numbers) + 1
     if count <= found <= count + heads:
         found = count
@@ -167,10 +169,10 @@ def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) ->
     Raises:
         CheckpointError: no such names, or another number of blocks.
     """
-    prefix, found = _stack(tensors)
+    prefix, found = _stack(tensors, count, heads)
     if not found:
         raise CheckpointError("the checkpoint has no tensors of numbered blocks")
-    if not set(range(count)) <= found <= set(range(count + heads)):
+    if not _fits(found, count, heads):
         missing = sorted(set(range(count)) - found)
         detail = f"; block {missing[0]} is missing" if missing else ""
         raise CheckpointError(
@@ -196,8 +198,15 @@ def by_block(
     return found
 
 
-def _stack(tensors: Iterable[StoredTensor]) -> tuple[str, set[int]]:
-    """The prefix of the largest stack of numbered tensors, and its numbers."""
+def _fits(numbers: set[int], count: int, heads: int) -> bool:
+    return set(range(count)) <= numbers <= set(range(count + heads))
+
+
+def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str, set[int]]:
+    """The prefix of the numbered tensors that are the blocks, and their numbers.
+
+    Those with the right numbers win over others, unless they are far too small; then the largest.
+    """
     numbers: dict[str, set[int]] = {}
     sizes: dict[str, int] = {}
     for tensor in tensors:
@@ -213,8 +222,10 @@ def _stack(tensors: Iterable[StoredTensor]) -> tuple[str, set[int]]:
     if not numbers:
         return "", set()
     # Blocks of other modalities, unless the model is an encoder itself (BERT as a decoder).
-    elsewhere = {p for p in sizes if any(word in p for word in OTHER_STACKS)}
-    prefix = max(sizes.keys() - elsewhere or sizes, key=lambda p: sizes[p])
+    ours = {p: n for p, n in sizes.items() if not any(word in p for word in OTHER_STACKS)} or sizes
+    least = max(ours.values()) / _SMALLER
+    fitting = [p for p in ours if ours[p] >= least and _fits(numbers[p], count, heads)]
+    prefix = max(fitting or ours, key=lambda p: ours[p])
     return prefix, numbers[prefix]
 
 

@@ -17,7 +17,8 @@ from isingcut.models.architectures import fields
 from isingcut.models.architectures.auto import auto_class
 from isingcut.models.architectures.base import Block, BlockStack
 from isingcut.models.architectures.discover import find_stack, text_config
-from isingcut.models.architectures.surgery import config_object, legality, path_of, written_out
+from isingcut.models.architectures.surgery import legality
+from isingcut.models.architectures.text_part import config_object, text_part
 from isingcut.models.checkpoint.read import StoredTensor
 from isingcut.models.fit import Checkpoint, bounded_structure, by_block, check_sizes, examine
 from isingcut.models.loading import loading
@@ -126,10 +127,9 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         except ArchitectureError as error:
             refusal = str(error)
     stack, other = _stored_bytes(seen.stored, stack)
-    text = written_out(seen.config)
     quantisation = seen.config.get("quantization_config") or {}
     return Inspection(
-        model_type=str(text.get("model_type", "")),
+        model_type=str(text_config(model).model_type),
         stack=stack,
         rows=tuple(rows),
         refusal=refusal,
@@ -164,9 +164,7 @@ def _with_depth(config: dict[str, Any], count: int) -> Any | None:
         derived = config_object(changed)
         if derived is None:
             return None
-        text = changed
-        for key in path_of(derived, derived.get_text_config(decoder=True)):
-            text = text.setdefault(key, {})
+        text = text_part(changed, derived)
         named = [key for key in fields.COUNT if isinstance(text.get(key), int)]
         text.update(dict.fromkeys(named or fields.COUNT[:1], count))
         return config_object(changed)

@@ -14,7 +14,7 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.first_pass import learn_outputs
 from isingcut.models.parts import Resident, Store
 from isingcut.models.processes import ALONE, Processes
 
@@ -66,14 +67,12 @@ class Replay:
         self.blocks = list(blocks)
         self.device = device or next(model.parameters()).device
         self.store = store or Resident()
-        self.bytes_per_token = 0
         self.attention: str | None = None
         self.threads: int | None = None
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
-        # The rest of each block's output tuple (None for a bare tensor), for the stubs to return.
-        self._rest: list[tuple[Any, ...] | None] = []
-        self._learn_outputs()
+        outputs = learn_outputs(model, self.blocks, self.device, _stream)
+        self.bytes_per_token, self._rest = outputs.bytes_per_token, outputs.rest
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -100,61 +99,6 @@ class Replay:
         In memory nobody watches: a measurement keeps what one micro-batch needs.
         """
         return sys.maxsize
-
-    def _learn_outputs(self) -> None:
-        shared: list[tuple[MutableMapping[Any, Any], int]] = []
-        passed_on: list[Tensor] = []
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            stream = _Call.split(args, kwargs, len(self._rest)).hidden
-            assert stream is not None
-            if not passed_on:
-                shared.extend((v, len(v)) for v in kwargs.values() if isinstance(v, MutableMapping))
-            elif stream is not passed_on[-1] and not torch.equal(stream, passed_on[-1]):
-                raise ArchitectureError(
-                    f"the model changes the residual stream before block {len(self._rest)} "
-                    f"({type(module).__name__}): such blocks can be cut, but not measured one at "
-                    "a time"
-                )
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            stream = output[0] if isinstance(output, tuple) and output else output
-            if not isinstance(stream, Tensor):
-                raise ArchitectureError(
-                    f"block {len(self._rest)} ({type(module).__name__}) returns "
-                    f"{type(output).__name__}; expected hidden states, or a tuple that starts "
-                    "with them"
-                )
-            if stream.shape[:2] != ids.shape:
-                raise ArchitectureError(
-                    f"block {len(self._rest)} ({type(module).__name__}) passes on a stream of "
-                    f"shape {list(stream.shape)}, expected (batch, tokens, width): such blocks can "
-                    "be cut, but not measured one at a time"
-                )
-            passed_on.append(stream)
-            width = stream[0, 0].numel() * stream.element_size()
-            self.bytes_per_token = max(self.bytes_per_token, width)
-            self._rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
-
-        handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in self.blocks]
-        handles += [b.register_forward_hook(after) for b in self.blocks]
-        ids = torch.zeros((1, 4), dtype=torch.long, device=self.device)
-        try:
-            with torch.no_grad():
-                self.model(input_ids=ids, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(self._rest) != len(self.blocks):
-            raise ArchitectureError(
-                f"{len(self.blocks)} blocks were found, but a forward pass called "
-                f"{len(self._rest)}; each must be called exactly once"
-            )
-        if any(len(value) > size for value, size in shared):
-            raise ArchitectureError(
-                "blocks hand keys and values to later blocks beside the residual stream: such "
-                "blocks can be cut, but not measured one at a time"
-            )
 
     def record(self, input_ids: Tensor) -> Recording:
         """Record how each block is called for ``input_ids`` (B, T); no block is run."""
@@ -249,6 +193,12 @@ class _Call:
             f"block {i} was called without hidden states as its first argument or as "
             "'hidden_states'; such a block cannot be replayed"
         )
+
+
+def _stream(args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> Tensor:
+    stream = _Call.split(args, kwargs, i).hidden
+    assert stream is not None
+    return stream
 
 
 class Recording:

@@ -10,25 +10,31 @@ from isingcut.models.transformers_private import model_classes
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class that knows ``config``; the causal one where both do.
+    """The auto class that builds the model that a configuration's ``architectures`` names.
 
-    A multimodal model that only the image-text-to-text class knows still has a text decoder,
-    and is called with text alone.
+    Where that says nothing, the causal one if both know ``config``. A multimodal model that the
+    image-text-to-text class builds has a text decoder, and is called with text alone.
 
     Args:
         config: a loaded configuration.
 
     Raises:
-        ArchitectureError: neither does.
+        ArchitectureError: neither knows it.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    causal: Any = AutoModelForCausalLM
-    multimodal: Any = AutoModelForImageTextToText
+    factories: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText]
     remote = getattr(config, "auto_map", None) or {}
-    for factory in (causal, multimodal):
-        if factory.__name__ in remote or type(config) in model_classes(factory):
+    if named := [f for f in factories if f.__name__ in remote]:
+        return named[0]
+    known = [f for f in factories if type(config) in model_classes(f)]
+    # Of a multimodal checkpoint the causal class may be one that only its text part fits.
+    saved = getattr(config, "architectures", None) or []
+    for factory in known:
+        if model_classes(factory)[type(config)].__name__ in saved:
             return factory
+    if known:
+        return known[0]
     raise ArchitectureError(
         f"transformers has no text-generating decoder of the model type {config.model_type!r}; "
         "isingcut cuts decoders with one stack of residual blocks"

@@ -12,7 +12,7 @@ from isingcut.models.architectures import families, fields
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.field_checks import check_fields
 from isingcut.models.architectures.names import rename_pattern, renumbering
-from isingcut.models.loading import one_line, quiet_transformers
+from isingcut.models.architectures.text_part import config_object, text_part
 
 
 def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]:
@@ -36,15 +36,21 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     must_stay = families.kept_blocks(text, count)
     for old in set(must_stay) - set(mapping):
         raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
-    types = _types(config)
+    read, types = _as_read(config)
     _cut_fields(text, count, mapping)
     families.follow(text, count, mapping)
     kept_types = [types[i] for i in mapping] if types else []
     families.check_last(text, kept_types)
-    if _types(result) != kept_types:
+    new_read, new_types = _as_read(result)
+    if new_types != kept_types:
         raise ArchitectureError(
-            f"transformers would read the kept blocks as {_short(_types(result))}, but they are "
+            f"transformers would read the kept blocks as {_short(new_types)}, but they are "
             f"{_short(kept_types)}"
+        )
+    if read == count and new_read != len(mapping):
+        raise ArchitectureError(
+            f"transformers would read {new_read} blocks from the cut configuration, and "
+            f"{len(mapping)} stay"
         )
     if families.keeps_attention(types) and not families.keeps_attention(kept_types):
         raise ArchitectureError(
@@ -123,18 +129,13 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
     """Write out, in place, the per-layer fields that the config class would derive.
 
     Returns:
-        the decoder's part of ``config`` (``config`` itself unless it is composite).
+        the decoder's part of ``config``, as from `text_part`.
     """
     derived = config_object(config)
+    text = text_part(config, derived)
     if derived is None:
-        for key in ("text_config", "llm_config", "language_config"):
-            if isinstance(config.get(key), dict):
-                return config[key]  # type: ignore[no-any-return]
-        return config
+        return text
     full = derived.get_text_config(decoder=True)
-    text = config
-    for key in path_of(derived, full):
-        text = text.setdefault(key, {})
     values = full.to_dict()
     has_types = any(
         text.get(k) is not None
@@ -154,56 +155,16 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
-def config_object(config: dict[str, Any]) -> Any | None:
-    """What transformers makes of a configuration; None for a type that it does not know.
+def _as_read(config: dict[str, Any]) -> tuple[int | None, list[str]]:
+    """How many blocks transformers reads from a configuration, and what it calls each of them.
 
-    Raises:
-        ArchitectureError: it is no valid configuration of its type.
+    Where it does not say: None, and no types.
     """
-    from transformers import CONFIG_MAPPING
-
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return None
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    try:
-        with quiet_transformers():
-            return CONFIG_MAPPING[model_type].from_dict(_decoded(plain))
-    except Exception as error:
-        raise ArchitectureError(
-            f"the configuration is not a valid {model_type} configuration: {one_line(error)}"
-        ) from error
-
-
-def _types(config: dict[str, Any]) -> list[str]:
-    """What transformers calls each block of a configuration; empty where it does not say."""
     derived = config_object(config)
     text = None if derived is None else derived.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None)
-    return list(types) if isinstance(types, (list, tuple)) else []
-
-
-def _decoded(value: Any) -> Any:
-    """A copy with the tags resolved that transformers writes for infinite numbers."""
-    if isinstance(value, dict):
-        if set(value) == {"__float__"}:
-            return float(value["__float__"])
-        return {k: _decoded(v) for k, v in value.items()}
-    return [_decoded(v) for v in value] if isinstance(value, list) else value
-
-
-def path_of(config: Any, wanted: Any) -> tuple[str, ...]:
-    """The keys that lead from a configuration object to one inside it."""
-    if config is wanted:
-        return ()
-    for key, value in vars(config).items():
-        if value is wanted:
-            return (key,)
-        if hasattr(value, "get_text_config"):
-            deeper = path_of(value, wanted)
-            if deeper:
-                return (key, *deeper)
-    return ()
+    listed = list(types) if isinstance(types, (list, tuple)) else []
+    return getattr(text, "num_hidden_layers", None), listed
 
 
 def _refuse_depth_dependent(text: dict[str, Any]) -> None:

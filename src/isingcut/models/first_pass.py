@@ -1,0 +1,146 @@
+"""One forward pass that looks at how a model calls its blocks, and what they hand on."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isingcut.errors import ArchitectureError
+from isingcut.models.loading import one_line
+
+_NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
+_HANDED_ON = (
+    f"blocks hand something on to later blocks beside the residual stream: {_NOT_ONE_AT_A_TIME}"
+)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the blocks of a model return.
+
+    Attributes:
+        rest: for each block, what stands behind the stream in the tuple it returns; None where it
+            returns the stream alone.
+        bytes_per_token: of the residual stream, at its widest.
+    """
+
+    rest: tuple[tuple[Any, ...] | None, ...]
+    bytes_per_token: int
+
+
+def learn_outputs(
+    model: Any,
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    stream_of: Callable[[tuple[Any, ...], dict[str, Any], int], Tensor],
+) -> Outputs:
+    """Run four tokens through a model and look at its blocks.
+
+    Args:
+        stream_of: the hidden states among the arguments that block i was called with.
+
+    Raises:
+        ArchitectureError: the blocks do not pass one residual stream on, and nothing else; or the
+            model does not run on text alone.
+    """
+    ids = torch.zeros((1, 4), dtype=torch.long, device=device)
+    streams: list[Tensor] = []
+    rest: list[tuple[Any, ...] | None] = []
+    called: list[nn.Module] = []
+    shared: dict[int, _Shared] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        stream = stream_of(args, kwargs, len(rest))
+        if streams and stream is not streams[-1] and not torch.equal(stream, streams[-1]):
+            raise ArchitectureError(
+                f"the model changes the residual stream before block {len(rest)} "
+                f"({type(module).__name__}): {_NOT_ONE_AT_A_TIME}"
+            )
+        called.append(module)
+        beside = [t for outputs in rest for t in outputs or () if isinstance(t, Tensor)]
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not stream]
+        if any(value is tensor for value in given for tensor in beside):
+            raise ArchitectureError(_HANDED_ON)
+        for name, value in kwargs.items():
+            if isinstance(value, MutableMapping):
+                watched = shared.setdefault(id(value), _Shared(value))
+                watched.block = len(called)
+                kwargs = {**kwargs, name: watched}
+        return args, kwargs
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(stream, Tensor):
+            raise ArchitectureError(
+                f"block {len(rest)} ({type(module).__name__}) returns {type(output).__name__}; "
+                "expected hidden states, or a tuple that starts with them"
+            )
+        if stream.shape[:2] != ids.shape:
+            raise ArchitectureError(
+                f"block {len(rest)} ({type(module).__name__}) passes on a stream of shape "
+                f"{list(stream.shape)}, expected (batch, tokens, width): {_NOT_ONE_AT_A_TIME}"
+            )
+        streams.append(stream)
+        rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
+
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
+    handles += [b.register_forward_hook(after) for b in blocks]
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except (torch.OutOfMemoryError, ArchitectureError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ArchitectureError(
+            f"{type(model).__name__} does not run on text alone, so it cannot be measured: "
+            f"{one_line(error)}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    _refuse_uncalled(blocks, called)
+    if any(watched.handed_on for watched in shared.values()):
+        raise ArchitectureError(_HANDED_ON)
+    width = max(s[0, 0].numel() * s.element_size() for s in streams)
+    return Outputs(tuple(rest), width)
+
+
+def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -> None:
+    silent = [i for i, block in enumerate(blocks) if not any(block is c for c in called)]
+    if silent:
+        raise ArchitectureError(
+            f"text alone does not run the blocks {', '.join(map(str, silent))}, so what they are "
+            "worth cannot be measured (they may read images): such blocks can be cut, but not "
+            "measured"
+        )
+    if len(called) != len(blocks):
+        raise ArchitectureError(
+            f"{len(blocks)} blocks were found, but a forward pass made {len(called)} calls of "
+            "them; each must be called exactly once"
+        )
+
+
+class _Shared(UserDict[Any, Any]):
+    """A mapping that all blocks are given, and whether one reads what another wrote there.
+
+    Gemma 4 lets the last block of each type write, whether or not a later one reads.
+    """
+
+    def __init__(self, value: MutableMapping[Any, Any]) -> None:
+        self.data: Any = value
+        self.block = 0
+        self.handed_on = False
+        self._writer: dict[Any, int] = {}
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self._writer[key] = self.block
+        self.data[key] = item
+
+    def __getitem__(self, key: Any) -> Any:
+        self.handed_on |= self._writer.get(key, self.block) != self.block
+        return self.data[key]

@@ -1,0 +1,100 @@
+"""Checkpoints as hubs hold them: flat configurations, classes by name, stacks beside the blocks."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from composites import composite_checkpoint
+from isingcut.errors import ArchitectureError, CheckpointError
+from isingcut.models.architectures import cut_config, find_stack, stack_modules
+from isingcut.models.architectures.auto import auto_class, auto_class_of
+from isingcut.models.checkpoint.read import StoredTensor
+from isingcut.models.cutting.checkpoint import excise, verify
+from isingcut.models.fit import block_prefix
+from isingcut.models.inspect import inspect_model
+from isingcut.models.replay import Replay
+from isingcut.testing.architectures import check_family
+from tiny import tiny_model
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "hunyuan_vl"])
+def test_a_flat_configuration_stays_flat(family, tmp_path):
+    model = composite_checkpoint(family, tmp_path / "source", flat=True)
+    excise(tmp_path / "source", [0, 2], tmp_path / "out")
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "out")
+    )
+    assert "text_config" not in after
+    assert (before["num_hidden_layers"], after["num_hidden_layers"]) == (4, 2)
+    assert after["vision_config"] == before["vision_config"]
+    assert verify(model, [0, 2], tmp_path / "out") == 0.0
+    assert len(inspect_model(tmp_path / "out").stack) == 2
+
+
+def test_the_decoders_fields_are_cut_where_they_are_read():
+    text = {"vocab_size": 300, "num_hidden_layers": 4}
+    named = {"model_type": "unlimited_ocr", "language_config": text, "vision_config": {}}
+    assert cut_config(named, [1])["language_config"]["num_hidden_layers"] == 3
+    partly = {"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 6}, **text}
+    assert cut_config(partly, [1])["text_config"]["num_hidden_layers"] == 5
+    nothing = cut_config({"model_type": "qwen2_vl"}, [1])
+    assert nothing["text_config"]["num_hidden_layers"] == 79
+
+
+@pytest.mark.parametrize("family", ["llama4", "mllama", "emu3", "dots3_note"])
+def test_the_class_that_was_saved_is_the_one_that_loads(family):
+    config = AutoConfig.for_model(family)
+    names = AutoModelForImageTextToText._model_mapping[type(config)].__name__
+    config.architectures = [names]
+    assert auto_class(config) is AutoModelForImageTextToText
+
+
+def test_a_stack_larger_than_the_blocks_is_left_alone(tmp_path):
+    model = composite_checkpoint("emu3", tmp_path / "source")
+    assert auto_class_of(tmp_path / "source") is AutoModelForImageTextToText
+    excise(tmp_path / "source", [0, 3], tmp_path / "out")
+    assert verify(model, [0, 3], tmp_path / "out") == 0.0
+
+
+def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
+    def stored(prefix, count, size):
+        return [
+            StoredTensor(f"{prefix}.{i}.w", tmp_path, "F32", (1,), 0, size) for i in range(count)
+        ]
+
+    blocks, images = stored("model.layers", 6, 100), stored("vq.up", 3, 300)
+    assert block_prefix([*images, *blocks], 6) == "model.layers."
+    # A configuration that says too few blocks: not those of something small beside them.
+    with pytest.raises(CheckpointError, match=r"says 3 blocks but the tensors model\.layers"):
+        block_prefix([*stored("projector", 3, 10), *blocks], 3)
+
+
+def test_blocks_that_text_does_not_run_are_named(tmp_path):
+    model = composite_checkpoint("mllama", tmp_path / "source")
+    with pytest.raises(ArchitectureError, match="does not run the blocks 1, "):
+        Replay(model, stack_modules(model, find_stack(model)))
+    excise(tmp_path / "source", [0], tmp_path / "out")
+    assert verify(model, [0], tmp_path / "out") == 0.0
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])
+def test_gemma_4_is_measured_where_nothing_is_shared(model_type, tmp_path):
+    report = check_family(
+        "gemma4", tmp_path, states=2, model_type=model_type, num_kv_shared_layers=0
+    )
+    assert (report.outcome, report.states) == ("passed", 2), report.reason
+
+
+def test_keys_and_values_that_later_blocks_read_are_noticed():
+    model = tiny_model("gemma4")
+    with pytest.raises(ArchitectureError, match="beside the residual stream"):
+        Replay(model, stack_modules(model, find_stack(model)))
+
+
+def test_a_model_that_fails_on_text_alone_is_one_line():
+    model = tiny_model("llama")
+    model.lm_head.forward = lambda hidden: SimpleNamespace().image_outputs
+    with pytest.raises(ArchitectureError, match="does not run on text alone"):
+        Replay(model, stack_modules(model, find_stack(model)))
