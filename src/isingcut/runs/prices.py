@@ -151,7 +151,7 @@ class Prices:
             self._states("rank", order.argsort(1) < self.remove, c.rank_samples),
             # Read, written, and read again.
             self._estimate(
-                "excise", 0, (3 * self.left + 2 * self.streamed) * reading, memory, self.stored
+                "excise", 0, (3 * self.left + 3 * self.streamed) * reading, memory, self.stored
             ),
             self._estimate("evaluate", c.report_samples, seconds, memory + logits),
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isingcut.errors import CheckpointError, ModelError, VerificationError
-from isingcut.models.cutting.verify import verify
+from isingcut.models.cutting.verify import Proof, verify
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 
@@ -18,7 +18,7 @@ def verify_streamed(
     *,
     new_tokens: int = 3,
     trust_remote_code: bool = False,
-) -> float:
+) -> Proof:
     """What `models.cutting.verify` proves, with a block of each model in memory at a time.
 
     Generation reads the model for every token, so that it is short here, and of one prompt.
@@ -29,13 +29,10 @@ def verify_streamed(
         out: the checkpoint to prove.
         new_tokens: generated tokens compared.
 
-    Returns:
-        the largest logit difference, relative to the largest logit.
-
     Raises:
         VerificationError: it does not load, or it computes something else.
 
-    Complexity: the original is read once, the cut model once and twice per new token.
+    Complexity: the original is read twice, the cut model once and twice per new token.
     """
     try:
         with quiet_transformers():

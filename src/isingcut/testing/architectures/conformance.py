@@ -173,7 +173,9 @@ def _check(
             excise(source, removed, out, max_shard_bytes=60_000)
         except ArchitectureError as error:
             raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
-        worst = max(worst, verify(model, removed, out, new_tokens=_NEW_TOKENS))
+        proof = verify(model, removed, out, new_tokens=_NEW_TOKENS)
+        assert proof.told, proof.remarks[0]
+        worst = max(worst, proof.difference)
     return Report(
         "",
         "refused" if reason else "passed",
