@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_terms
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.sweep import gate_rows
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.replay import Replay
+from isingcut.models.replay import Recording, Replay
 from journals import count_rows, keep_rows
 from tiny import tiny_model
 
@@ -71,6 +73,27 @@ def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
     got = gate_gradients(replay, tokens, batch_tokens=30)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypatch):
+    # In bfloat16, because a norm keeps its float32 copy of the stream; a float32 one keeps itself.
+    model = tiny_model("llama").requires_grad_(False).to(torch.bfloat16)
+    replay = Replay(model, stack_modules(model, find_stack(model)))
+    streams, alive, run = [], [], Recording.block
+
+    def block(self, i, hidden):
+        out = run(self, i, hidden)
+        streams.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    def toward(recording, batch, stream, original):
+        alive.append(sum(not stream.expired() for stream in streams))
+        return torch.ones_like(stream)
+
+    monkeypatch.setattr(Recording, "block", block)
+    (rows,) = gate_rows(replay, [samples()], "sublayer", toward, room=1 << 40)
+    assert (len(streams), alive) == (len(replay), [1])
+    assert rows.abs().min() > 0
 
 
 def test_block_gate_gradients_equal_finite_differences():

@@ -4,10 +4,11 @@ there is room, so that what was computed is not computed again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from isingcut.measure.gates import gated_block
 from isingcut.models.parts import Store
@@ -19,27 +20,34 @@ class GatedBlock:
     """A block with its gates, ready for backward.
 
     Attributes:
+        alpha: place of the gates (B,) in its graph.
+        before: place of the stream before the block; None: it takes no gradient.
+        after: place of the stream after it.
         held: bytes of its graph, beside weights.
     """
 
-    alpha: Tensor
-    before: Tensor
-    after: Tensor
+    alpha: GradientEdge
+    before: GradientEdge | None
+    after: GradientEdge
     held: int = 0
 
     def backward(self, toward: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients in the gates (B,) and in the stream before the block, from that after it."""
-        wanted = [self.alpha, *([self.before] if self.before.requires_grad else [])]
+        wanted = [self.alpha, *([self.before] if self.before else [])]
         gradients = torch.autograd.grad(self.after, wanted, toward)
         return gradients[0], gradients[-1]
 
 
-def gated(recording: Recording, block: int, before: Tensor, gate: str) -> GatedBlock:
-    """Run a block that is open, for a backward pass while it still is."""
+def gated(recording: Recording, block: int, before: Tensor, gate: str) -> tuple[GatedBlock, Tensor]:
+    """Run a block that is open, for a backward pass while it still is; and the stream after it."""
     alpha = torch.ones(len(before), device=before.device, requires_grad=True)
-    # Nothing that enters the first block requires a gradient.
-    before = before.detach().requires_grad_(block > 0)
-    return GatedBlock(alpha, before, gated_block(recording, block, before, alpha, gate, ones=True))
+    # A stream out of another block's graph is not cut off from it: a leaf would hold its values
+    # until its gradient is there. Nothing that enters the first block requires a gradient.
+    if not before.requires_grad:
+        before = before.detach().requires_grad_(block > 0)
+    into = get_gradient_edge(before) if before.requires_grad else None
+    after = gated_block(recording, block, before, alpha, gate, ones=True)
+    return GatedBlock(get_gradient_edge(alpha), into, get_gradient_edge(after)), after
 
 
 class Graphs:
@@ -63,14 +71,14 @@ class Graphs:
     def run(
         self, recording: Recording, block: int, batch: int, before: Tensor, gate: str
     ) -> Tensor:
-        """Run a block and keep its graph; the stream (B, T, D) after it."""
+        """Run a block and keep its graph; the stream (B, T, D) that comes out of it."""
         with self._store.lasting_graph(block) as held:
-            done = gated(recording, block, before, gate)
-        self._kept[block, batch] = GatedBlock(done.alpha, done.before, done.after, held.size)
+            done, after = gated(recording, block, before, gate)
+        self._kept[block, batch] = replace(done, held=held.size)
         self._each = max(self._each, held.size) if self._measured else held.size
         self._measured = True
         self._room -= held.size
-        return done.after.detach()
+        return after
 
     def take(self, block: int, batch: int) -> GatedBlock | None:
         """The graph of a block, which is open again; None if it was not kept."""

@@ -32,7 +32,7 @@ def streams_kept(replay: Replay) -> int:
     """Residual streams that `gate_rows` keeps of each micro-batch, graphs aside.
 
     Before and after every block, what entered (the recording has it), the original model's before
-    and after one block, and two gradients.
+    and after one block, and two gradients. Less where graphs are kept, which need no stream.
     """
     return len(replay) + 6
 
@@ -110,38 +110,41 @@ class _Way:
 
     def there(self, block: int) -> None:
         """Through a block, whose graph is kept if those of all that come after it can be too."""
-        before = self._boundaries.get((block, self._number), self._replay.device)
+        place, device = (block, self._number), self._replay.device
         if self._removed is not None:
             with torch.no_grad():
                 self._original = self._recording.block(block, self._original)
         if self._is_removed(block):
-            after = before
+            after = self._boundaries.get(place, device)
         elif self._graphs.has_room((len(self._replay) - block) * self._count - self._number):
+            before = self._boundaries.take(place, device)
             after = self._graphs.run(self._recording, block, self._number, before, self._gate)
         else:
-            ones = torch.ones(len(before), device=before.device)
+            before = self._boundaries.get(place, device)
+            ones = torch.ones(len(before), device=device)
             with torch.no_grad():
                 after = gated_block(self._recording, block, before, ones, self._gate, ones=True)
         self._boundaries.put((block + 1, self._number), after)
 
     def turn(self, toward: Toward) -> None:
         """Through the head, to the gradient that goes back."""
-        stream = self._boundaries.take((len(self._replay), self._number), self._replay.device)
+        place, device = (len(self._replay), self._number), self._replay.device
+        stream = self._boundaries.take(place, device).detach()
         original = stream if self._removed is None else self._original
         self._toward = toward(self._recording, self._batch, stream, original)
 
     def back(self, block: int) -> None:
         """The gradient through a block."""
-        before = self._boundaries.take((block, self._number), self._replay.device)
-        if self._is_removed(block):
-            # A gate at 0 lets the gradient pass unchanged.
-            with torch.no_grad():
-                change = self._recording.block(block, before) - before
-                self.rows[:, block] = row_dots(self._toward, change)
-            return
-        gate = self._graphs.take(block, self._number) or gated(
-            self._recording, block, before, self._gate
-        )
+        gate = self._graphs.take(block, self._number)
+        if gate is None:
+            before = self._boundaries.take((block, self._number), self._replay.device)
+            if self._is_removed(block):
+                # A gate at 0 lets the gradient pass unchanged.
+                with torch.no_grad():
+                    change = self._recording.block(block, before) - before
+                    self.rows[:, block] = row_dots(self._toward, change)
+                return
+            gate, _ = gated(self._recording, block, before, self._gate)
         self.rows[:, block], self._toward = gate.backward(self._toward)
 
     def _is_removed(self, block: int) -> bool:
