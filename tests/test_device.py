@@ -26,7 +26,6 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
-from isingcut.evaluation.streamed_scores import quality_streamed
 from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.patch import absorb as _absorb
 from isingcut.healing.training.rounds import Objective, install, targets
@@ -118,7 +117,7 @@ def streamed_slopes(place):
 
 def figures(place, streamed=False):
     if streamed:
-        found = quality_streamed(place.streamed(), place.streamed(), samples())
+        found = evaluate.quality(place.streamed(), place.streamed(), samples())
     else:
         found = evaluate.quality(place.model(), place.model(seed=1), samples())
     return [found["kl"], found["before"]["nll"], found["after"]["nll"]]
@@ -230,7 +229,7 @@ DROPPED = [
     (curvature, "_through_blocks", "device=replay.device, ", "", "hessian"),
     (gradients, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
     (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
-    (evaluate, "sample_sums", "1].to(before.device)", "1]", "quality"),
+    (evaluate, "sample_sums", "1].to(first.device)", "1]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
     (LinearPatch, "_fit_one", "mask.to(device)", "mask", "patch of what is written"),
     (store.Store, "_settle_rest", "host.to(self.device)", "host", "losses, streamed"),

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 import isingcut
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation import quality as evaluate
-from isingcut.evaluation.streamed_scores import evaluate_streamed
 from isingcut.measure.losses import measure
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
@@ -113,7 +112,7 @@ def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
     smaller = StreamedReplay(
         *open_model(cut, dtype=torch.float32, device=CPU, buffers=original.store.buffers)
     )
-    found = evaluate_streamed(original, smaller, samples(), batch_tokens=24)
+    found = evaluate.evaluate_streamed(original, smaller, samples(), batch_tokens=24)
     for key in ("kl", "kl_se"):
         assert found[key] == pytest.approx(expected[key], rel=1e-6)
     for side, model in zip(("before", "after"), pair, strict=True):
@@ -127,6 +126,8 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
+    # All that takes the name is imported before: it would keep what stands there now.
+    run = isingcut.run
     monkeypatch.setattr("isingcut.models.load.load", never)
     monkeypatch.setattr("isingcut.runs.stages.load", never)
     monkeypatch.setattr("isingcut.models.cutting.verify.reload", never)
@@ -142,7 +143,7 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         "dtype": "float32",
         "stream": "on",
     }
-    folder = isingcut.run(remove=2, out=str(tmp_path / "run"), also="fisher", **options)
+    folder = run(remove=2, out=str(tmp_path / "run"), also="fisher", **options)
     evaluation = json.loads((folder / "evaluation.json").read_text())
     chosen = json.loads((folder / "candidates.json").read_text())["chosen"]
     assert evaluation["streamed"]

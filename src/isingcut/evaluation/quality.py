@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +17,24 @@ from isingcut.evaluation.speed import SPEED_KEYS, speed_and_memory
 from isingcut.files.writing import without_header, without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
+from isingcut.measure.pace import Pace
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import weight_files
 from isingcut.models.compute.divergence import row_kl
+from isingcut.models.parts import HEAD
+from isingcut.models.replay import Recording
+from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.types import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from isingcut.models.load import LoadedModel
-    from isingcut.models.streaming.replay import StreamedReplay
 
 # Float32 elements of logits looked at together: a few copies of this bound the extra memory.
 _CHUNK_ELEMENTS = 1 << 23
+# The stream that leaves the blocks, what entered them, and the one that is being made; of both.
+_STREAMS = 6
 
 
 def before_and_after(
@@ -67,16 +72,44 @@ def before_and_after(
     with progress("one generation", len(both)) as bar:
         for name, loaded in both.items():
             texts[name] = generate_text(loaded.model, loaded.tokenizer, prompt, new_tokens)
-            figures[name] |= {
-                "parameters": sum(p.numel() for p in loaded.model.parameters()),
-                "bytes": disk_bytes(loaded.folder),
-                "blocks": len(find_stack(loaded.model)),
-            }
+            figures[name] |= _size(loaded.model, loaded.folder)
             bar.advance(1)
     rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
     return evaluation_document(
         found, figures, tokens, original, generation={"prompt": prompt, **texts}, **rest
     )
+
+
+def evaluate_streamed(
+    original: StreamedReplay,
+    cut: StreamedReplay,
+    tokens: TokenSet,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Quality and size of both models, as `evaluation.json` keeps them.
+
+    Speed, memory and a generation are left out: a model that is read from disk for every token
+    has no speed that says anything about the model.
+
+    Args:
+        original, cut: on the same buffers.
+        tokens: the report split.
+        batch_tokens: tokens computed at a time.
+    """
+    found = quality(original, cut, tokens, batch_tokens, progress=progress)
+    both = {"before": original, "after": cut}
+    figures = {name: _size(replay.model, replay.store.folder) for name, replay in both.items()}
+    return evaluation_document(found, figures, tokens, original, generation=None, streamed=True)
+
+
+def _size(model: Any, folder: Path) -> dict[str, Any]:
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": disk_bytes(folder),
+        "blocks": len(find_stack(model)),
+    }
 
 
 def evaluation_document(
@@ -134,8 +167,8 @@ def with_speed(
 
 
 def quality(
-    original: PreTrainedModel,
-    cut: PreTrainedModel,
+    original: PreTrainedModel | StreamedReplay,
+    cut: PreTrainedModel | StreamedReplay,
     tokens: TokenSet,
     batch_tokens: int = BATCH_TOKENS,
     *,
@@ -145,15 +178,16 @@ def quality(
 
     Means are over tokens, standard errors over samples (a ratio estimator, linearised; for the
     perplexity by the delta method) and None for a single sample. Logits become float32 a few
-    tokens at a time.
+    tokens at a time. Streamed models are on the same buffers, and each is read once per chunk of
+    samples; both heads are in memory together.
     """
     sums = sample_sums(original, cut, tokens, batch_tokens, progress=progress)
     return quality_of(sums, tokens)
 
 
 def sample_sums(
-    original: PreTrainedModel,
-    cut: PreTrainedModel,
+    original: PreTrainedModel | StreamedReplay,
+    cut: PreTrainedModel | StreamedReplay,
     tokens: TokenSet,
     batch_tokens: int = BATCH_TOKENS,
     *,
@@ -163,17 +197,47 @@ def sample_sums(
     sums = np.zeros((3, tokens.samples))
     batches = tokens.batches(batch_tokens)
     with progress("perplexity and KL on unseen text", len(batches)) as bar, torch.inference_mode():
-        for batch in batches:
-            before = original(input_ids=batch.input_ids.to(original.device), use_cache=False).logits
-            after = cut(input_ids=batch.input_ids.to(cut.device), use_cache=False).logits
-            for row, position in enumerate(batch.index.tolist()):
-                end = int(batch.predicted[row].sum())
-                labels = batch.input_ids[row, 1 : end + 1].to(before.device)
-                sums[:, position] = compared(
-                    before[row, :end], after[row, :end].to(before.device), labels
-                )
-            bar.advance(1)
+        for chunk in _chunks(original, batches):
+            both = [_logits(model, batches[chunk]) for model in (original, cut)]
+            for model in (original, cut):
+                if isinstance(model, StreamedReplay):
+                    model.store.hold(HEAD)
+            for batch, before, after in zip(batches[chunk], *both, strict=True):
+                for row, position in enumerate(batch.index.tolist()):
+                    end = int(batch.predicted[row].sum())
+                    first, second = before(row)[:end], after(row)[:end]
+                    labels = batch.input_ids[row, 1 : end + 1].to(first.device)
+                    sums[:, position] = compared(first, second.to(first.device), labels)
+                bar.advance(1)
     return sums
+
+
+def _chunks(
+    model: PreTrainedModel | StreamedReplay, batches: Sequence[TokenSet]
+) -> Iterator[slice]:
+    """Micro-batches that go through a model together: of one in memory, one at a time."""
+    if isinstance(model, StreamedReplay):
+        return (chunk for chunk, _ in Pace(model.store).chunks(model, batches, _STREAMS))
+    return (slice(b, b + 1) for b in range(len(batches)))
+
+
+def _logits(
+    model: PreTrainedModel | StreamedReplay, batches: Sequence[TokenSet]
+) -> list[Callable[[int], Tensor]]:
+    """Of each micro-batch, the logits (T, V) of a row; a streamed model's are made by its head."""
+    if not isinstance(model, StreamedReplay):
+        places = [batch.input_ids.to(model.device) for batch in batches]
+        return [model(input_ids=ids, use_cache=False).logits.__getitem__ for ids in places]
+    recordings = [model.record(batch.input_ids) for batch in batches]
+    streams = [recording.entered for recording in recordings]
+    for i in range(len(model)):
+        for b, recording in enumerate(recordings):
+            streams[b] = recording.block(i, streams[b])
+
+    def rows(recording: Recording, stream: Tensor) -> Callable[[int], Tensor]:
+        return lambda row: recording.logits(stream[row], row)
+
+    return [rows(*pair) for pair in zip(recordings, streams, strict=True)]
 
 
 def quality_of(sums: Floats, tokens: TokenSet) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.quality import quality
-from isingcut.evaluation.streamed_scores import quality_streamed
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_json, write_json
@@ -266,7 +265,7 @@ def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
         found = quality(job.teacher.model, model, report, size, progress=job.progress)
     else:
         _, cut = load_streamed(folder, buffers=job.replay.store.buffers, **options)
-        found = quality_streamed(job.replay, cut, report, size, progress=job.progress)
+        found = quality(job.replay, cut, report, size, progress=job.progress)
     figures = (*found["after"].values(), *found["before"].values(), found["kl"])
     if not all(math.isfinite(v) for v in figures if isinstance(v, float)):
         before, after = (found[side]["perplexity"] for side in ("before", "after"))

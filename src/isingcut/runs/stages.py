@@ -13,8 +13,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation import candidates
-from isingcut.evaluation.quality import before_and_after, with_speed
-from isingcut.evaluation.streamed_scores import evaluate_streamed
+from isingcut.evaluation.quality import before_and_after, evaluate_streamed, with_speed
 from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
