@@ -27,14 +27,14 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import Replay
 from isingcut.testing.architectures.entries import Entry
-from isingcut.testing.architectures.hands import tiny_configuration
+from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.gates import check_gates, every_expert
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
 
 _TOLERANCE = 1e-5
 # As many as the sliding windows of the tiny models are wide.
 _NEW_TOKENS = 8
-_MOST_PARAMETERS = 4_000_000
+_MOST_PARAMETERS = 8_000_000
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,79 @@
-"""Model types whose tiny configuration needs a hand beside the rules of `shrink`."""
+"""Configurations for which the rules of `shrink` are not enough."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_DIGITS = "ABCDEFGHIJ"
+_IMAGE_CODES = {f"IMGIMG{''.join(_DIGITS[int(d)] for d in str(i))}Z": 8 + i for i in range(64)}
+_VISUAL_TOKENS = {f"<|visual token {i:06d}|>": 8 + i for i in range(64)}
 
-from isingcut.testing.architectures.shrink import tiny_values
-
-# Model type -> arguments that replace or join those derived; dictionaries join recursively,
-# and None takes an argument away.
-HANDS: dict[str, dict[str, Any]] = {}
-
-
-def tiny_configuration(model_type: str) -> Any:
-    """The configuration of a tiny model of any model type of transformers.
-
-    Raises:
-        Exception: whatever its class raises where the derived arguments are none for it.
-    """
-    cls = CONFIG_MAPPING[model_type]
-    values = tiny_values(cls)
-    _join(values, HANDS.get(model_type, {}))
-    return cls(**values)
-
-
-def _join(values: dict[str, Any], hand: dict[str, Any]) -> None:
-    for name, value in hand.items():
-        if value is None:
-            values.pop(name, None)
-        elif isinstance(value, dict) and isinstance(values.get(name), dict):
-            _join(values[name], value)
-        else:
-            values[name] = value
+# Model type of a configuration, whole or part -> arguments that join or replace those derived;
+# dictionaries join recursively.
+HANDS: dict[str, dict[str, Any]] = {
+    # No block of the default is attention, and transformers cannot generate with such a model.
+    "bamba": {"attn_layer_indices": [1, 4]},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
+    # The default leaves open what the model needs.
+    "apertus1p5": {"image_token_offset": 8, "audio_token_offset": 72},
+    "chameleon": {"vocabulary_map": {"<image>": 3, **_IMAGE_CODES}},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": _ROPE,
+            "full_attention": {**_ROPE, "mrope_section": [3, 3, 2]},
+        },
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *["sparse"] * 5]},
+    "diffusion_gemma_text": {"moe_intermediate_size": 32},
+    "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 7, **_VISUAL_TOKENS}},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [(0, 1), (1, 3)],
+        "spatial_target_layers": [2, 4],
+    },
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "hunyuan_vl_text": {
+        "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
+    },
+    "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [16, 16],
+        "axial_pos_embds_dim": [16, 48],
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
+    "step3p5": {"sliding_window": 8},
+    "xmod": {"default_language": "en_XX"},
+    # Sizes under names of their own.
+    "dory": {"n_input_layers": 2, "n_output_layers": 2},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 32]},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 6}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    "zamba": {
+        "layers_block_type": [*["linear_attention"] * 2, "hybrid"] * 2,
+    },
+    "inkling_vision": {"patch_size": 8},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
+    "mamba2": {"num_heads": 8},
+}

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from isingcut.testing.architectures.hands import HANDS
 
 WIDTH, HEADS, HEAD_DIM, INNER = 64, 4, 16, 96
 # Ids of an image and the like come first, where random tokens are not drawn from.
@@ -38,7 +41,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (7, r"\w*(token|start|end|newline|bos|eos|pad)_(id|index) (unk|mask)_index \w*_token"),
     # Tables.
     (2, "(type|task_type|additional)_vocab_size"),
-    (64, r"(codebook|audio_vocab|mel_vocab|num_embeddings|num_embeds)\w*"),
+    (64, r"(codebook|audio_vocab|mel_vocab|num_embeddings|num_embeds)\w* num_position_embeddings"),
     (VOCABULARY, r"\w*vocab_size\w* encoder_hash_byte_group_vocab"),
     (256, "max_position_embeddings n_positions n_ctx max_seq_len max_(source|target)_positions"),
     (128, "original_max_position_embeddings context_length model_max_length"),
@@ -54,71 +57,98 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (16, r"\w+_rank"),
     # Experts.
     (2, "num_experts_per_tok(en)? moe_top_?k moe_k top_k_experts"),
-    (4, r"\w*num_(local_)?experts n_routed_experts"),
+    (4, r"\w*num_(local_)?experts n_routed_experts zero_expert_num"),
     (1, r"\w*n(um)?_shared_experts? topk_group"),
     (2, "n_group num_expert_group"),
     (2, "first_k_dense_replace num_dense_layers moe_layer_start_index"),
     (4, "moe_layer_end_index"),
     (3, "max_window_layers"),
+    (2, "num_kv_shared_layers"),
+    (4, "index_kpool"),
     (8, "index_topk indexer_budget"),
     # Recurrent states.
     (16, r"\w*state_size \w*d_state"),
     (1, "(mamba_)?n_?groups"),
     (8, "(mamba_)?chunk_size"),
     (2 * WIDTH, "mamba_d_ssm lru_width"),
+    # Towers of convolutions.
+    (32, "base_channels"),
+    (1, "num_res_blocks"),
+    (2, "channel_multiplier depths"),
     # Widths.
     (INNER, r"\w*(intermediate|ffn_dim|ffn_hidden|feed_forward)\w* d_ff dff dim_ff n_inner"),
     (INNER, "mlp_dim d_inner share_expert_dim"),
     (WIDTH, r"\w*hidden_(size|dim)\w* d_model n_embd \w*embed_dim embedding_(size|dim)"),
     (WIDTH, r"dim width emb_dim"),
+    (WIDTH, r"\w*channels?"),
     (WIDTH, r"(vision_)?(out|output|projector|projection|adapter)_\w*(dim|size|channels)"),
 )
 _NAMED = [(re.compile("|".join(names.split())), size) for size, names in _SIZES]
 _BLOCK_LISTS = re.compile(r".*(index|idx|_layers?|_ids|layer_ids|block).*")
+# Left open by default, though no model can be built without.
+_NEEDED = re.compile(
+    r"(attention_)?head_dim|num_key_value_heads|num_experts|n_routed_experts|n_shared_experts"
+    r"|num_experts_per_tok|top_k_experts"
+)
+# The first is as the second where a class has them so.
+_ALIKE = (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim"))
+_TOWER = re.compile(r"vision|audio|image|speech|protein|encoder|vq|perceiver|qformer")
 
 
-def tiny_values(cls: type[Any], depth: int = DEPTH) -> dict[str, Any]:
-    """Arguments that make a configuration class describe a tiny model.
+def tiny_configuration(model_type: str) -> Any:
+    """The configuration of a tiny model of any model type of transformers.
 
-    Args:
-        cls: a configuration class of transformers.
-        depth: blocks of the decoder; other towers get `TOWER_DEPTH`.
-
-    Returns:
-        arguments of the class, nested configurations as dictionaries.
+    Raises:
+        Exception: whatever its class raises where the derived arguments are none for it.
     """
-    return _shrunk(cls(), depth)
+    cls = CONFIG_MAPPING[model_type]
+    return cls(**_tiny_values(cls(), DEPTH))
 
 
-def _shrunk(default: Any, depth: int) -> dict[str, Any]:
+def _tiny_values(default: Any, depth: int) -> dict[str, Any]:
+    """Arguments that make the class of a default configuration describe a tiny model."""
+    cls = type(default)
+    plain = cls()
+    old = _depth_of(default)
+    declared = _declared(cls)
     values: dict[str, Any] = {}
-    given = _declared(type(default))
-    old_depth = _old_depth(default)
-    for name, part in vars(default).items():
-        if hasattr(part, "to_dict") and hasattr(part, "model_type"):
-            inner = depth if _is_text(name) else TOWER_DEPTH
-            values[name] = {"model_type": part.model_type, **_shrunk(part, inner)}
-    for name, value in given.items():
-        if name not in values and value is not None:
-            small = _small(name, value, old_depth, depth, given)
-            if small is not _KEEP:
-                values[name] = small
-    return values
+    for name, actual in vars(default).items():
+        if hasattr(actual, "to_dict") and hasattr(actual, "model_type"):
+            inner = TOWER_DEPTH if _TOWER.search(name) else depth
+            values[name] = {"model_type": actual.model_type, **_tiny_values(actual, inner)}
+    for name, value in declared.items():
+        if name in values:
+            continue
+        # Not by attribute: where a field differs by layer, that is an error.
+        actual = vars(default).get(name)
+        # What the configuration around it has set is none of the class's own defaults.
+        found = value if actual == vars(plain).get(name) else actual
+        if found is None and actual is None and _NEEDED.fullmatch(name):
+            found = _named(name)
+        small = _KEEP if found is None else _small(name, found, old, depth)
+        if small is not _KEEP or found is not value:
+            values[name] = found if small is _KEEP else small
+    for one, other in _ALIKE:
+        if declared.get(one) is not None and declared[one] == declared.get(other):
+            values[one] = values[other]
+    sections = "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ())
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = vars(default).get(name)
+        if name in declared and rope and (sections or "mrope_section" in rope):
+            values[name] = {**rope, "mrope_section": _sections(rope, values)}
+    _join(values, HANDS.get(cls.model_type, {}))
+    return _all_kinds(default, values, old, depth)
 
 
 _KEEP: Any = object()
 
 
-def _is_text(name: str) -> bool:
-    return not re.search(r"vision|audio|image|speech|protein|encoder|vq|perceiver|qformer", name)
-
-
 def _declared(cls: type[Any]) -> dict[str, Any]:
     """What a class declares: field -> its default, before anything is derived from others."""
-    base = {f.name for f in dataclasses.fields(cls.__mro__[_base_at(cls)])}
+    common = {f.name for f in dataclasses.fields(cast(Any, PreTrainedConfig))}
     found = {}
     for field in dataclasses.fields(cls):
-        if field.name in base and field.name not in ("is_decoder",):
+        if field.name in common:
             continue
         if field.default is not dataclasses.MISSING:
             found[field.name] = field.default
@@ -127,62 +157,85 @@ def _declared(cls: type[Any]) -> dict[str, Any]:
     return found
 
 
-def _base_at(cls: type[Any]) -> int:
-    return cls.__mro__.index(PreTrainedConfig)
+def _depth_of(config: Any) -> int:
+    names = [name for name in vars(config) if _DEPTH.fullmatch(name)]
+    found = [vars(config).get(name) for name in ("num_hidden_layers", *names)]
+    return next((n for n in found if isinstance(n, int) and n > 0), 0)
 
 
-def _old_depth(default: Any) -> int:
-    for name, value in vars(default).items():
-        if _DEPTH.fullmatch(name) and isinstance(value, int) and value > 0:
-            return value
-    value = getattr(default, "num_hidden_layers", 0)
-    return value if isinstance(value, int) else 0
-
-
-def _small(name: str, value: Any, old: int, depth: int, given: dict[str, Any]) -> Any:
+def _small(name: str, value: Any, old: int, depth: int) -> Any:
+    """The size of a field in a tiny model; `_KEEP` where it may stay as it is."""
     if isinstance(value, (bool, str, float)):
         return _KEEP
+    size = depth if _DEPTH.fullmatch(name) else _named(name)
     if isinstance(value, int):
-        if _DEPTH.fullmatch(name):
-            return min(value, depth)
-        size = _named(name)
-        if size is None:
-            return _KEEP
-        if name.endswith(("key_value_heads", "kv_heads")) and value == given.get(
-            "num_attention_heads"
-        ):
-            return HEADS
-        return min(value, size) if value >= 0 else _KEEP
-    if isinstance(value, (list, tuple)) and value and old:
-        return _list(name, list(value), old, depth)
-    return _KEEP
-
-
-def _list(name: str, value: list[Any], old: int, depth: int) -> Any:
-    if len(value) == old and old > depth:
-        return spread(value, depth)
+        return _KEEP if size is None or value < 0 else min(value, size)
+    if not isinstance(value, (list, tuple)) or not value:
+        return _KEEP
     numbers = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    if numbers and _BLOCK_LISTS.fullmatch(name) and max(value) >= depth and max(value) < old + 1:
+    if numbers and _BLOCK_LISTS.fullmatch(name) and _differ(value) and depth <= max(value) <= old:
         return sorted({v * depth // (old + 1) for v in value})
-    return _KEEP
+    if len(value) == old > depth:
+        return spread(list(value), depth)
+    return [min(v, size) for v in value] if numbers and size is not None else _KEEP
+
+
+def _named(name: str) -> int | None:
+    return next((size for pattern, size in _NAMED if pattern.fullmatch(name)), None)
+
+
+def _sections(rope: dict[str, Any], values: dict[str, Any]) -> list[int]:
+    """Shares of time, height and width that fill half of the tiny model's rotary dimensions."""
+    width = values.get("qk_rope_head_dim") or HEAD_DIM
+    wanted = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+    old = rope.get("mrope_section", (1, 1, 1))
+    found = [wanted * part // sum(old) for part in old]
+    for i in range(wanted - sum(found)):
+        found[i] += 1
+    return found
+
+
+def _join(values: dict[str, Any], hand: dict[str, Any]) -> None:
+    for name, value in hand.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            _join(values[name], value)
+        else:
+            values[name] = value
+
+
+def _all_kinds(default: Any, values: dict[str, Any], old: int, depth: int) -> dict[str, Any]:
+    """The arguments, with per-layer lists written out where a short model lacks a kind of block."""
+    lists = {
+        name: value
+        for name, value in vars(default).items()
+        if isinstance(value, list) and len(value) == old > depth
+        if name not in values and not _differ(value)
+    }
+    try:
+        tiny = type(default)(**values)
+    except Exception:
+        lost = list(lists)
+    else:
+        lost = [n for n, v in lists.items() if {*map(repr, v)} - {*map(repr, getattr(tiny, n, ()))}]
+    return {**values, **{name: spread(lists[name], depth) for name in lost}}
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return len({*map(repr, values)}) == len(values)
 
 
 def spread(values: list[Any], count: int) -> list[Any]:
     """``count`` of a longer list's entries, in order, with as many different ones as can be."""
     kept = [round(i * (len(values) - 1) / (count - 1)) for i in range(count)]
-    first: dict[Any, int] = {}
+    first: dict[str, int] = {}
     for i, entry in enumerate(values):
         first.setdefault(repr(entry), i)
-    for i in list(first.values())[:count]:
-        if repr(values[i]) not in {repr(values[k]) for k in kept}:
-            # The neighbour of a like entry makes room.
-            seen = [repr(values[k]) for k in kept]
-            twice = next((n for n, s in enumerate(seen) if seen.count(s) > 1), None)
-            if twice is not None:
-                kept[twice] = i
-                kept.sort()
-    return [values[k] for k in kept]
-
-
-def _named(name: str) -> int | None:
-    return next((size for pattern, size in _NAMED if pattern.fullmatch(name)), None)
+    for name, i in list(first.items())[:count]:
+        there = [repr(values[k]) for k in kept]
+        if name not in there and not _differ(there):
+            # One of two alike makes room.
+            kept.remove(
+                next(k for k, seen in zip(kept, there, strict=True) if there.count(seen) > 1)
+            )
+            kept.append(i)
+    return [values[k] for k in sorted(kept)]
