@@ -14,9 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from isingcut.files.provenance import __version__ as __version__
-
 if TYPE_CHECKING:
+    from isingcut.files.provenance import __version__ as __version__
     from isingcut.ising import constraints as constraints
     from isingcut.ising.hamiltonian import Hamiltonian
     from isingcut.ising.problem import Problem
@@ -50,6 +49,7 @@ _HOMES = {
     "RunConfig": "options.config",
     "Spectrum": "ising.spectrum",
     "State": "runs.api_run",
+    "__version__": "files.provenance",
     "energy": "runs.pipeline",
     "open_run": "runs.api",
     "prune": "runs.api",

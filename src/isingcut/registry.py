@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.metadata
 import pkgutil
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _NOT_PARTS = {"base"}
 
@@ -54,8 +56,11 @@ class Registry:
             if not (info.ispkg or info.name in _NOT_PARTS or info.name.startswith("_"))
         }
 
-    def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
-        return {e.name: e for e in importlib.metadata.entry_points(group=f"isingcut.{self.room}")}
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        # Not at the top: `--help` needs none of it.
+        from importlib.metadata import entry_points
+
+        return {e.name: e for e in entry_points(group=f"isingcut.{self.room}")}
 
     def names(self) -> list[str]:
         """All names, sorted; imports no part."""

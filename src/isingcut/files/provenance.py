@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,9 @@ def model_path(folder: Path, name: str) -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """Versions, platform and command line, for the provenance of results."""
+    # Not at the top: `--help` needs none of it.
+    from importlib.metadata import PackageNotFoundError, version
+
     packages = ("torch", "transformers", "numpy", "safetensors", "numba", "dimod")
     found = {}
     for package in packages:

@@ -6,13 +6,11 @@ option has no other default.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from isingcut.errors import InputError
-from isingcut.options.declaration import STRICT, Options, option
+from isingcut.options.declaration import Options, option
 from isingcut.options.spellings import (
     LAST_BLOCK,
     parse_budgets,
@@ -24,6 +22,7 @@ from isingcut.options.spellings import (
 from isingcut.options.types import (
     PATCH_HELP,
     Blocks,
+    Bounds,
     Count,
     Device,
     Dtype,
@@ -43,7 +42,7 @@ STAGES = (
 """The stages of a run, in order. An option belongs to the first stage it can change."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class RunConfig(Options):
     """Options of one run; every field is also a CLI option and a key of `run.yaml`.
 
@@ -133,7 +132,7 @@ class RunConfig(Options):
     )
 
     solver: str = option("auto", "How low-energy states are found.", "solve", room="ising.solvers")
-    states: Annotated[int, Field(ge=1, le=100_000)] = option(
+    states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
         20, "States kept in the spectrum.", "solve"
     )
     budget: Annotated[str, reads(parse_budgets)] = option(
@@ -141,16 +140,16 @@ class RunConfig(Options):
         "Remove at least this much: params=25%, bytes=1GB, kv=30%, latency=20% (comma-separated).",
         "solve",
     )
-    diverse: Annotated[int, Field(ge=0, le=LAST_BLOCK)] = option(
+    diverse: Annotated[int, Bounds(ge=0, le=LAST_BLOCK)] = option(
         0, "Candidates at least this many swaps apart (0: any).", "solve"
     )
-    solve_seconds: Annotated[float, Field(ge=0, le=3600 * 24 * 365)] = option(
+    solve_seconds: Annotated[float, Bounds(ge=0, le=3600 * 24 * 365)] = option(
         60.0, "Time allowed for the solver.", "solve", volatile=True
     )
     keep: Blocks = option("", "Blocks that must stay, for example 0,1,29.", "solve")
     drop: Blocks = option("", "Blocks that must go.", "solve")
 
-    random_states: Annotated[int, Field(ge=30, le=100_000)] = option(
+    random_states: Annotated[int, Bounds(ge=30, le=100_000)] = option(
         40, "Random states measured too, to judge the energy (at least 30).", "rank"
     )
     choose: Literal["measured", "ground"] = option(
@@ -159,7 +158,7 @@ class RunConfig(Options):
 
     patch: Patch = option("none", PATCH_HELP)
     heal: bool = option(False, "Distil the original into the cut model afterwards.")
-    heal_top: Annotated[int, Field(ge=0, le=1000)] = option(
+    heal_top: Annotated[int, Bounds(ge=0, le=1000)] = option(
         0, "Heal so many of the best candidates for a few steps first, and choose after it."
     )
     heal_options: Place = option(
@@ -189,14 +188,13 @@ class RunConfig(Options):
             if STAGES.index(f.metadata["stage"]) <= reach and not f.metadata["volatile"]
         }
 
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         kept, dropped = (parse_indices(text) if text else [] for text in (self.keep, self.drop))
         if both := {*kept} & {*dropped}:
             raise InputError(
                 f"--keep and --drop both name block {min(both)}; name it in one of them"
             )
-        return self
 
     def validate(self) -> RunConfig:
         """These options, if they go together as a whole.

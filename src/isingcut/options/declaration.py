@@ -9,28 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
-
-from pydantic import (
-    ConfigDict,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from isingcut.errors import InputError
 from isingcut.options.yaml_file import load_yaml
-
-# Built when an option is first given: `--help` only reads the fields.
-STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", defer_build=True)
 
 _AS_TEXT = (str, Path, numbers.Real, list, tuple)
 _WRONG = {
@@ -88,7 +77,7 @@ class OptionError(InputError):
         super().__init__(flag(f) + self.wrong)
 
 
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class Options:
     """Options that are checked when they are given, in whatever way.
 
@@ -98,56 +87,72 @@ class Options:
 
     if TYPE_CHECKING:
         __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
-        __pydantic_fields__: ClassVar[dict[str, Any]]
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some options changed."""
         return dataclasses.replace(self, **changes)
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """Numbers of any library as Python's; for a text also numbers, paths and lists."""
-        assert info.field_name is not None
-        kind = plain_type(cls, info.field_name)
-        if kind is str:
-            return _text(value, cls.__dataclass_fields__[info.field_name].default)
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if kind is int and number and isinstance(value, numbers.Integral):
-            return int(value)
-        if kind is float and number:
-            try:
-                return float(value)
-            except OverflowError:
-                return math.inf
-        return value
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _told(cls, values: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return check(values)
-        except ValidationError as e:
-            first = e.errors(include_url=False)[0]
-            name = str(first["loc"][0])
-            if name not in cls.__dataclass_fields__:
-                raise TypeError(f"{cls.__name__} has no option {name!r}") from None
-            words = ", ".join(map(str, get_args(cls.__pydantic_fields__[name].annotation)))
-            context = {**first.get("ctx", {}), "words": words, "shown": shown(first["input"])}
-            wrong = _WRONG[first["type"]].format(**context)
-            raise OptionError(cls.__dataclass_fields__[name], wrong) from None
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is not f.default:
+                object.__setattr__(self, f.name, _checked(type(self), f, value))
 
 
 Kind = TypeVar("Kind", bound=Options)
 
 
-def plain_type(kind: type[Options], name: str) -> type:
+# Any is a class of options: mypy takes a dataclass itself for unhashable.
+@functools.cache
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def plain_type(kind: Any, name: str) -> type:
     """The plain type of an option: str, int, float or bool."""
-    annotation = kind.__pydantic_fields__[name].annotation
+    annotation = _types(kind)[name]
     while inner := get_args(annotation):
         annotation = inner[0]
     # What is left of Literal[...] is a word.
     return annotation if isinstance(annotation, type) else str
+
+
+@functools.cache
+def _validator(kind: Any, name: str) -> Callable[[Any], Any]:
+    # Not at the top: `--help` only reads the declarations.
+    from pydantic import ConfigDict, TypeAdapter
+
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    return TypeAdapter(_types(kind)[name], config=strict).validate_python
+
+
+def _checked(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return _validator(kind, f.name)(_plain(value, plain_type(kind, f.name), f.default))
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        words = ", ".join(map(str, get_args(_types(kind)[f.name])))
+        context = {**first.get("ctx", {}), "words": words, "shown": shown(first["input"])}
+        raise OptionError(f, _WRONG[first["type"]].format(**context)) from None
+    except ValueError as e:
+        raise OptionError(f, str(e)) from None
+
+
+def _plain(value: Any, kind: type, default: Any) -> Any:
+    """Numbers of any library as Python's; for a text also numbers, paths and lists."""
+    if kind is str:
+        return _text(value, default)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if kind is int and number and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is float and number:
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    return value
 
 
 def _text(value: Any, default: str) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic.dataclasses import dataclass
-
 from isingcut.errors import InputError
-from isingcut.options.declaration import STRICT, Options, option
+from isingcut.options.declaration import Options, option
 from isingcut.options.types import (
     BATCH_TOKENS,
     PATCH_HELP,
+    Bounds,
     Count,
     Device,
     Dtype,
@@ -22,6 +21,7 @@ from isingcut.options.types import (
     Place,
     Seed,
     Size,
+    Then,
     Tokens,
 )
 from isingcut.options.yaml_file import load_yaml
@@ -36,7 +36,7 @@ def _schedule(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class HealConfig(Options):
     """Options of healing a cut model; every field is also an option of `isingcut heal`.
 
@@ -57,7 +57,7 @@ class HealConfig(Options):
     seed: Seed = option(0, "Seed of every random choice.")
 
     patch: Patch = option("none", PATCH_HELP)
-    patch_tokens: Annotated[int, Field(ge=64, le=2**30)] = option(
+    patch_tokens: Annotated[int, Bounds(ge=64, le=2**30)] = option(
         65536, "Tokens of the text that the patch is fitted on."
     )
     patch_maps: Literal["reads", "writes"] = option(
@@ -67,27 +67,27 @@ class HealConfig(Options):
     method: Literal["full", "lora", "none"] = option(
         "full", "full (all weights), lora, or none (patch only)."
     )
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = option(
+    learning_rate: Annotated[float, Bounds(gt=0, le=10)] | None = option(
         None, "Highest learning rate (default: 2e-5, with lora 2e-4)."
     )
-    schedule: Annotated[str, AfterValidator(_schedule)] = option(
+    schedule: Annotated[str, Then(_schedule)] = option(
         "cosine", "How it falls, by transformers' name."
     )
-    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = option(
+    warmup_steps: Annotated[int, Bounds(ge=0, le=1_000_000)] = option(
         100, "Steps in which it rises; at most a tenth of all steps."
     )
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = option(1.0, "How often the text is read.")
+    epochs: Annotated[float, Bounds(gt=0, le=10_000)] = option(1.0, "How often the text is read.")
     top_steps: Count = option(20, "Steps for each candidate of `run --heal-top`.")
     steps: Count | None = option(None, "Stop after so many steps; the schedule ends there.")
     batch: Size = option(16, "Sequences per optimiser step, over all processes.")
     micro_batch: Size = option(1, "Sequences computed at a time by one process.")
-    temperature: Annotated[float, Field(gt=0, le=1000)] = option(
+    temperature: Annotated[float, Bounds(gt=0, le=1000)] = option(
         1.0, "Both distributions are softened by it."
     )
-    hidden_weight: Annotated[float, Field(ge=0, le=1_000_000)] = option(
+    hidden_weight: Annotated[float, Bounds(ge=0, le=1_000_000)] = option(
         0.0, "Weight of matching the hidden states behind each cut (0: none)."
     )
-    top_k: Annotated[int, Field(ge=0, le=2**20)] = option(
+    top_k: Annotated[int, Bounds(ge=0, le=2**20)] = option(
         0, "Keep the teacher's K likeliest tokens and their rest on disk first (0: no)."
     )
     stream_teacher: bool = option(

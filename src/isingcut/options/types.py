@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
-
-from pydantic import AfterValidator, Field
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.options.spellings import parse_device, parse_indices
 
 
-def reads(read: Callable[[str], Any]) -> AfterValidator:
+# Pydantic is imported when the first value is checked, so none of its own annotations stand here.
+@dataclass(frozen=True)
+class Bounds:
+    """The ends of a number."""
+
+    le: float
+    ge: float | None = None
+    gt: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        ends = {name: end for name, end in vars(self).items() if end is not None}
+        return {**handler(source), **ends}
+
+
+@dataclass(frozen=True)
+class Then:
+    """What a function makes of a value of the right type; it raises ValueError to refuse it."""
+
+    function: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic import AfterValidator
+
+        return AfterValidator(self.function).__get_pydantic_core_schema__(source, handler)
+
+
+def reads(read: Callable[[str], Any]) -> Then:
     """Text that ``read`` understands, or none."""
 
     def check(text: str) -> str:
@@ -23,20 +48,20 @@ def reads(read: Callable[[str], Any]) -> AfterValidator:
             raise ValueError(f": {e}") from e
         return text
 
-    return AfterValidator(check)
+    return Then(check)
 
 
 def _at_home(text: str) -> str:
     return str(user_path(text)) if text.startswith("~") else text
 
 
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Few = Annotated[int, Field(ge=2, le=1_000_000)]
-Size = Annotated[int, Field(ge=1, le=2**16)]
-Tokens = Annotated[int, Field(ge=1, le=2**20)]
-Length = Annotated[int, Field(ge=8, le=2**20)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Place = Annotated[str, AfterValidator(_at_home)]
+Count = Annotated[int, Bounds(ge=1, le=1_000_000)]
+Few = Annotated[int, Bounds(ge=2, le=1_000_000)]
+Size = Annotated[int, Bounds(ge=1, le=2**16)]
+Tokens = Annotated[int, Bounds(ge=1, le=2**20)]
+Length = Annotated[int, Bounds(ge=8, le=2**20)]
+Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
+Place = Annotated[str, Then(_at_home)]
 """A path, or something else that never begins with ``~``."""
 Blocks = Annotated[str, reads(parse_indices)]
 Device = Annotated[str, reads(parse_device)]
