@@ -14,10 +14,12 @@ from isingcut.cli.verb import (
     RESULT,
     STAGES,
     Answer,
+    Blocks,
     ConfigFile,
     Folder,
+    OneBased,
     given,
-    reopen,
+    reopen_at,
     verb,
 )
 from isingcut.errors import InputError
@@ -82,6 +84,8 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --original: file for the benchmarks.")
     ] = None,
+    blocks: Blocks = None,
+    one_based: OneBased = False,
     **options: Any,
 ) -> Answer:
     """Compare the original and the final model: unseen text, speed, memory, benchmarks.
@@ -91,10 +95,13 @@ def evaluate(
     from isingcut.cli.show_scores import show_benchmarks, show_evaluation
     from isingcut.evaluation.scores import check_tasks
     from isingcut.runs import benchmarking, pipeline, stages
+    from isingcut.runs.cutting import product
     from isingcut.runs.manifest import MANIFEST
 
     names = _named(tasks, data, questions)
     if original is not None:
+        if blocks is not None:
+            raise InputError("--blocks names a state of a run; --original compares a checkpoint")
         if not names:
             raise InputError("--original compares benchmarks; name some with --tasks")
         scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
@@ -111,14 +118,16 @@ def evaluate(
             "made from, add --original MODEL and --tasks"
         )
     names = check_tasks(names, data, questions) if names else []
-    folder, config = reopen(directory, options)
+    folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     session = pipeline.session_of(folder, config, progress)
-    found = stages.evaluate(session, folder)
-    target = folder.target(config.removal)
+    found = stages.evaluate(session, folder, removed)
+    target = product(folder, config, removed).parent
     answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **without_header(found)}
     rows: dict[str, Any] = {}
     if names:
-        rows = benchmarking.benchmarks(session, folder, names, data=data, questions=questions)
+        rows = benchmarking.benchmarks(
+            session, folder, names, removed, data=data, questions=questions
+        )
         answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **without_header(rows)}
 
     def show() -> None:

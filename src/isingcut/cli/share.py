@@ -79,7 +79,7 @@ def push(
 
     from isingcut.cli.show import show_lines
     from isingcut.runs import interop_hub
-    from isingcut.runs.healing_options import product
+    from isingcut.runs.cutting import product
 
     checkpoint = directory
     if not (directory / "isingcut.json").is_file():

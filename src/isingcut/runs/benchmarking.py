@@ -11,8 +11,8 @@ from isingcut.evaluation.scores import benchmark, forget_scores
 from isingcut.evaluation.wikitext import text_scores
 from isingcut.files.writing import read_json, write_json
 from isingcut.models.load import load
+from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.healing_options import product
 from isingcut.runs.session import Session
 
 
@@ -20,6 +20,7 @@ def benchmarks(
     session: Session,
     folder: RunFolder,
     tasks: Sequence[str],
+    removed: Sequence[int] | None = None,
     *,
     data: Path | None = None,
     questions: int | None = None,
@@ -28,12 +29,12 @@ def benchmarks(
 
     Args:
         tasks: task names, see `scores.benchmark`; ``wikitext2`` is its perplexity.
+        removed: the cut model is the one without these blocks, instead of the chosen one.
         data: folder of the questions; None uses the hub.
         questions: at most so many a task.
     """
     config = session.config
-    target = folder.target(config.removal)
-    checkpoint = product(folder, config)
+    checkpoint = product(folder, config, removed)
     made = folder.manifest["stages"].get(str(checkpoint.relative_to(folder.path)))
     if made is None or not checkpoint.exists():
         raise InputError(f"there is no {checkpoint}; excise (and heal) first")
@@ -46,14 +47,14 @@ def benchmarks(
 
     def make(path: Path) -> None:
         session.tuned(folder)
-        work = target / ".benchmarks"
+        work = checkpoint.with_name(".benchmarks")
         content = score_both(session, checkpoint, tasks, data=data, questions=questions, kept=work)
         write_json(path, "benchmarks", content)
         forget_scores(work, tasks)
 
     return folder.stage(
         "benchmarks",
-        target / "benchmarks.json",
+        checkpoint.with_name("benchmarks.json"),
         options,
         make,
         lambda path: read_json(path, "benchmarks"),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from isingcut.errors import InputError
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
 from isingcut.files.writing import atomic_folder, fingerprint
@@ -18,6 +19,7 @@ from isingcut.models.streaming.proof import verify_streamed
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.healing_options import HEALED, wanted
 from isingcut.runs.manifest import slug
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates
@@ -48,10 +50,41 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
         there = [folder.load(ranked, load_candidates)["chosen"]["removed"]]
     if all(sorted(blocks) == sorted(removed) for blocks in there):
         return target
+    return _own_place(folder, config, removed)
+
+
+def _own_place(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
     named = "-".join(map(str, sorted(removed)))
     if len(named) > _LONGEST_NAME:
         named = fingerprint({"removed": sorted(removed)})[:16]
     return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
+
+
+def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None = None) -> Path:
+    """The run's final checkpoint: the healed one where the run heals, else the cut one.
+
+    Args:
+        removed: of the state without these blocks, instead of the chosen one.
+
+    Raises:
+        InputError: no checkpoint without these blocks was cut.
+    """
+    target = folder.target(config.removal)
+    place = target if removed is None else _place_without(folder, config, removed)
+    return place / (HEALED if wanted(config) and place == target else "model")
+
+
+def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
+    """Where the checkpoint without these blocks is, of the folders that it can have."""
+    for place in (folder.target(config.removal), _own_place(folder, config, removed)):
+        made = folder.manifest["stages"].get(str((place / "model").relative_to(folder.path)))
+        if made and made["done"] and sorted(made["options"]["removed"]) == sorted(removed):
+            return place
+    named = ",".join(map(str, sorted(removed)))
+    raise InputError(
+        f"{folder.path} has no checkpoint without the blocks {named}; "
+        f"type: isingcut excise {folder.path} --blocks {named}"
+    )
 
 
 def excise(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isingcut.data.text_files import only_once
@@ -13,7 +12,6 @@ from isingcut.models.processes import launched
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml, options_from
 from isingcut.options.healing import HealConfig
-from isingcut.runs.folder import RunFolder
 from isingcut.runs.removal import each_removal
 
 if TYPE_CHECKING:
@@ -88,9 +86,3 @@ def check(session: Session) -> None:
             "a model that is streamed from disk cannot be healed in the run: training needs the "
             "weights in memory; heal the cut model with `isingcut heal` on a larger machine"
         )
-
-
-def product(folder: RunFolder, config: RunConfig) -> Path:
-    """The run's final checkpoint: the healed one where the run heals, else the cut one."""
-    target = folder.target(config.removal)
-    return target / HEALED if wanted(config) else target / "model"

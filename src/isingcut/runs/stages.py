@@ -6,6 +6,7 @@ same options (`RunFolder.stage`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.measure.sharing import forget
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
+from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.healing_options import product
 from isingcut.runs.measuring import names, other_path, splits_of, upstream, work_of
 from isingcut.runs.session import Session
 from isingcut.runs.solving import load_candidates, needs, problem_of, solve_options
@@ -89,14 +90,20 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
     )
 
 
-def evaluate(session: Session, folder: RunFolder) -> dict[str, Any]:
-    """Stage `evaluate`: `evaluation.json`, the original and the cut model on unseen text."""
+def evaluate(
+    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Stage `evaluate`: `evaluation.json`, the original and the cut model on unseen text.
+
+    Args:
+        removed: the cut model is the one without these blocks, instead of the chosen one.
+    """
     config = session.config
-    target = folder.target(config.removal)
-    needs(folder, config, "model", "excise")
-    checkpoint = product(folder, config)
+    if removed is None:
+        needs(folder, config, "model", "excise")
+    checkpoint = product(folder, config, removed)
     excised = folder.record(checkpoint)
-    file = target / "evaluation.json"
+    file = checkpoint.with_name("evaluation.json")
     whole = {"model": excised["fingerprint"], **upstream(folder)}
     without_speed = {**whole, "skip_speed": True}
     # What lacks speed only is completed; what has it already holds all that was asked for.
