@@ -37,7 +37,7 @@ from isingcut.options.healing import HealConfig
 
 KIND = "healing-part"
 # The benchmark's own files, which no run has: their keys are checked where they are used.
-documents.KINDS.update({KIND: documents.Part, "healing-settings": documents.Part})
+documents.KINDS.update({KIND: documents.Strict, "healing-settings": documents.Strict})
 OURS = "isingcut"
 PEERS = ("block-influence", "angular-window", "sleb")
 STAGES = ("cut", "patched", "healed")

@@ -17,7 +17,7 @@ from isingcut.measure.losses import standard_error
 from isingcut.models.sources import model_identity
 
 RESULTS = "healing-benchmark"
-documents.KINDS[RESULTS] = documents.Part
+documents.KINDS[RESULTS] = documents.Strict
 
 
 def collect(bench: Bench, path: Path) -> dict[str, Any]:

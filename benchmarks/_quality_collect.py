@@ -18,7 +18,7 @@ from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 
 KIND = "quality"
-documents.KINDS[KIND] = documents.Part
+documents.KINDS[KIND] = documents.Strict
 RESAMPLES = 2000
 
 

@@ -18,7 +18,7 @@ from _quality_rows import choice, ground_states, plain
 from _quality_store import Part, Price
 from _sliding_windows import NAME as MERGING
 from isingcut.baselines import registry as baselines
-from isingcut.baselines.base import Outcome, opened
+from isingcut.baselines.base import Outcome, open_ledger
 from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry as energies
 from isingcut.energies.search import Search, Target
@@ -195,7 +195,7 @@ class Choosing:
             energy = Hamiltonian.load(self.energy_file)
             states = states_of(self.bench.n, ground_states(energy, remove, TOP))
             work = self.bench.work(journal)
-            ledger = opened(self.bench.replay, self.tokens, work, "kl")
+            ledger = open_ledger(self.bench.replay, self.tokens, work, "kl")
             best = states[int(np.argmin(ledger.losses(states)))]
             before = self.bench.store.read(self.name("pairwise"))["choices"][0]
             # The original's pass and head were paid for with the energy.

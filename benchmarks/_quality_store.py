@@ -20,7 +20,7 @@ from isingcut.files.writing import read_json, write_json
 
 KIND = "quality-part"
 # The benchmark's own files, which no run has: their keys are checked where they are used.
-documents.KINDS.update({KIND: documents.Part, "quality-settings": documents.Part})
+documents.KINDS.update({KIND: documents.Strict, "quality-settings": documents.Strict})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from isingcut.baselines import registry
 from isingcut.baselines.angular_window import AngularWindow
-from isingcut.baselines.base import opened
+from isingcut.baselines.base import open_ledger
 from isingcut.baselines.block_influence import BlockInfluence
 from isingcut.baselines.cbo import Cbo
 from isingcut.baselines.evopress import Evopress
@@ -188,7 +188,7 @@ def test_the_price_is_the_blocks_that_are_run():
     prefixes = {(i, tuple(s[:i])) for s in states for i in range(6) if s[:i].any() and not s[i]}
     assert tree_nodes(states) == len(prefixes)
     assert tree_nodes(np.zeros((0, 6), dtype=bool)) == 0
-    ledger = opened(replay, tokens, WORK, "nll")
+    ledger = open_ledger(replay, tokens, WORK, "nll")
     assert (ledger.passes, ledger.heads) == (1, 0)
     ledger.losses(states)
     assert ledger.passes * 6 == pytest.approx(6 + len(prefixes))
@@ -207,11 +207,11 @@ def test_ledger_losses_are_the_measured_ones():
     replay, tokens = make(), samples()
     states = states_of(6, [(1, 2), (4,)])
     for loss in ("kl", "nll"):
-        got = opened(replay, tokens, WORK, loss).losses(states, rows=[3, 1])
+        got = open_ledger(replay, tokens, WORK, loss).losses(states, rows=[3, 1])
         found = measure(replay, tokens.select([1, 3]), states)
         np.testing.assert_allclose(got, found.kl if loss == "kl" else found.nll, rtol=1e-5)
     with pytest.raises(InputError, match="kl, nll"):
-        opened(replay, tokens, WORK, "ppl")
+        open_ledger(replay, tokens, WORK, "ppl")
 
 
 def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest():

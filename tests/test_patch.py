@@ -18,7 +18,7 @@ from isingcut.healing.healers.linear_patch import LinearPatch, Patch
 from isingcut.healing.job import Job
 from isingcut.healing.patch.absorb import find_write
 from isingcut.healing.patch.files import applied, runs
-from isingcut.healing.patch.least_squares import Moments, solve
+from isingcut.healing.patch.least_squares import Moments, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
@@ -86,7 +86,7 @@ def test_ridge_solution_is_that_of_the_augmented_least_squares_problem() -> None
     sides = [Moments(5, 3, torch.device("cpu")) for _ in range(2)]
     for side, rows in zip(sides, (slice(0, 40), slice(40, 60)), strict=True):
         side.add(x[rows], t[rows], weights[rows])
-    found = solve(*sides)
+    found = fit_ridge(*sides)
     assert found.strength is not None
     ridge = found.strength * torch.diagonal((x * weights[:, None]).T @ x).mean()
     rows = torch.cat([x * weights.sqrt()[:, None], ridge.sqrt() * torch.eye(5).double()])
@@ -106,7 +106,7 @@ def test_useless_features_give_no_map() -> None:
         sides.append(side)
     # Opposite targets on the two halves: whatever fits one misleads on the other.
     sides[1].xx, sides[1].tx = sides[0].xx, -sides[0].tx
-    found = solve(*sides)
+    found = fit_ridge(*sides)
     assert found.strength is None
     assert not found.map.any()
 

@@ -199,12 +199,12 @@ def test_overwrite_replaces_what_healing_wrote(arena):
 
 def test_a_patch_that_changed_nothing_says_so(arena, monkeypatch):
     from isingcut.healing.healers import linear_patch
-    from isingcut.healing.patch.least_squares import Solution
+    from isingcut.healing.patch.least_squares import RidgeFit
 
     def none_is_better(fit, held_out):
-        return Solution(torch.zeros_like(fit.tx), None, 1.0)
+        return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
 
-    monkeypatch.setattr(linear_patch, "solve", none_is_better)
+    monkeypatch.setattr(linear_patch, "fit_ridge", none_is_better)
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     types(arena, heal("--patch linear --method none"), line=line)
     found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))

@@ -43,7 +43,7 @@ class Baseline(Protocol):
         ...
 
 
-def opened(replay: Replay, tokens: TokenSet, work: Work, loss: str) -> Ledger:
+def open_ledger(replay: Replay, tokens: TokenSet, work: Work, loss: str) -> Ledger:
     """A ledger on which the original's own pass is paid for.
 
     The KL needs its distribution, and every state its hidden states up to the first removed block.

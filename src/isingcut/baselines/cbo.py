@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isingcut.baselines.base import Outcome, check_count, opened
+from isingcut.baselines.base import Outcome, check_count, open_ledger
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import InputError
@@ -67,7 +67,7 @@ class Cbo:
         energy = EmpiricalFisher().measure(replay, tokens, replace(work, journal=rows))
         spectrum = solve(Problem(energy, [count(n, remove)]), k=self.top, seed=seed)
         # The gradient's forward pass is the original's, which the ledger has.
-        ledger = opened(replay, tokens, work, "kl")
+        ledger = open_ledger(replay, tokens, work, "kl")
         info = {
             "energies": spectrum.energies.tolist(),
             "states": [spectrum.removed(k) for k in range(len(spectrum))],

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isingcut.baselines.base import Outcome, check_count, opened
+from isingcut.baselines.base import Outcome, check_count, open_ledger
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
 from isingcut.ising.states import Bools, States, blocks_of, key_of
@@ -63,7 +63,7 @@ class Evopress:
         self._check()
         n = len(replay)
         rng = np.random.default_rng([seed, 0xE0])
-        ledger = opened(replay, tokens, work, self.loss)
+        ledger = open_ledger(replay, tokens, work, self.loss)
         generations = self.generations
         if generations is None:
             generations = max(1, int(remove * (n - remove) / 1.5))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isingcut.baselines.base import Outcome, check_count, opened
+from isingcut.baselines.base import Outcome, check_count, open_ledger
 from isingcut.data.calibration import TokenSet
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -44,7 +44,7 @@ class Sleb:
         """
         check_count(replay, remove, kept=2 if self.keep_ends else 0)
         n = len(replay)
-        ledger = opened(replay, tokens, work, self.loss)
+        ledger = open_ledger(replay, tokens, work, self.loss)
         ends = {0, n - 1} if self.keep_ends else set()
         state = np.zeros(n, dtype=bool)
         order: list[int] = []

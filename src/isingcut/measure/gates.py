@@ -72,7 +72,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     # A backward pass that is itself differentiated needs operations that can be.
     if kernels.compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
         out = torch.empty(len(a))
-        kernels.row_dots(kernels.bits(a), kernels.bits(b), out.numpy())
+        kernels.fill_row_dots(kernels.bits(a), kernels.bits(b), out.numpy())
         return out
     return (a.float() * b.float()).sum(1)
 

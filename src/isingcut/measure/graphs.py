@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from isingcut.measure.gates import gated_block
-from isingcut.models.parts import Store
+from isingcut.models.parts import Weights
 from isingcut.models.replay import Recording
 
 
@@ -59,7 +59,7 @@ class Graphs:
         guess: bytes of one graph, until one was made.
     """
 
-    def __init__(self, store: Store, room: int, guess: int) -> None:
+    def __init__(self, store: Weights, room: int, guess: int) -> None:
         self._store, self._room, self._each = store, room, guess
         self._measured = False
         self._kept: dict[tuple[int, int], GatedBlock] = {}

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from isingcut.data.tokens import TokenSet
-from isingcut.models.parts import Store
+from isingcut.models.parts import Weights
 from isingcut.models.replay import Replay
 
 # Computing on a chunk shall take this many times the reading: in wall time, so that it hides
@@ -29,7 +29,7 @@ class Pace:
         store: the weights that are read.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Weights) -> None:
         self._store = store
         self.batches = 1
 

@@ -42,7 +42,7 @@ class Seconds:
     shared: float = 0.0
 
 
-class Store(Protocol):
+class Weights(Protocol):
     """The weights of a model."""
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:

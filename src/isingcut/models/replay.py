@@ -24,7 +24,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.first_pass import learn_outputs
-from isingcut.models.parts import Resident, Store
+from isingcut.models.parts import Resident, Weights
 from isingcut.models.processes import ALONE, Processes
 
 
@@ -60,7 +60,7 @@ class Replay:
         model: nn.Module,
         blocks: Sequence[nn.Module],
         device: torch.device | None = None,
-        store: Store | None = None,
+        store: Weights | None = None,
     ) -> None:
         self.model = model.eval()
         stop_rescaling(model)

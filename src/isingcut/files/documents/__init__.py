@@ -19,11 +19,11 @@ from pydantic import ValidationError
 
 from isingcut.errors import StageFileError
 from isingcut.files.documents import run, scores, states
-from isingcut.files.documents.parts import Part, Scalar
+from isingcut.files.documents.parts import Scalar, Strict
 
-__all__ = ["KINDS", "Part", "check_content", "damaged", "fit"]
+__all__ = ["KINDS", "Strict", "check_content", "damaged", "fit"]
 
-KINDS: dict[str, type[Part]] = {
+KINDS: dict[str, type[Strict]] = {
     "run": run.RunFile,
     "spectrum": states.SpectrumFile,
     "candidates": states.CandidatesFile,
@@ -40,7 +40,7 @@ KINDS: dict[str, type[Part]] = {
     "healed-candidates": scores.HealedCandidates,
     "benchmarks": scores.BenchmarksFile,
     "scores": scores.KeptScores,
-    "report": Part,
+    "report": Strict,
     "removal": states.CutRecord,
     "hamiltonian": states.HamiltonianHeader,
     "calibration": states.CalibrationHeader,

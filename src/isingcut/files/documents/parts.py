@@ -24,13 +24,13 @@ Index = Annotated[int, Field(ge=0, le=2**31)]
 Blocks = Annotated[list[Index], Field(max_length=2**20), AfterValidator(_distinct)]
 
 
-class Part(BaseModel):
+class Strict(BaseModel):
     """An object inside a document: strict types, finite numbers, unknown keys let through."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class MeasuredLoss(Part):
+class MeasuredLoss(Strict):
     """KL and NLL in nats per token, with standard errors over samples."""
 
     kl: Number
@@ -39,7 +39,7 @@ class MeasuredLoss(Part):
     nll_se: Positive | None
 
 
-class Perplexity(Part):
+class Perplexity(Strict):
     """A model on some text."""
 
     perplexity: Positive

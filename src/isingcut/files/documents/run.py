@@ -11,31 +11,31 @@ from isingcut.files.documents.parts import (
     Count,
     Index,
     Number,
-    Part,
     Positive,
     Scalar,
     Some,
+    Strict,
 )
 
 _MOST_BLOCKS = 4096
 """More blocks than any model has; what is drawn of a run grows with their square."""
 
 
-class ModelIdentity(Part):
+class ModelIdentity(Strict):
     """The identity of the model that a run is of."""
 
     name: str
     sha256: str
 
 
-class SplitSize(Part):
+class SplitSize(Strict):
     """The size of one token split."""
 
     samples: Count
     tokens: Count
 
 
-class CalibrationText(Part):
+class CalibrationText(Strict):
     """The text of a run."""
 
     source: str
@@ -43,14 +43,14 @@ class CalibrationText(Part):
     splits: dict[str, SplitSize]
 
 
-class Asked(Part):
+class Asked(Strict):
     """How measurements were asked to be computed."""
 
     attention: str
     batch_tokens: Some | None
 
 
-class Computed(Part):
+class Computed(Strict):
     """How measurements were computed on one device."""
 
     asked: Asked
@@ -60,14 +60,14 @@ class Computed(Part):
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
-class Places(Part):
+class Places(Strict):
     """Where a local model lay when it was read."""
 
     absolute: str
     relative: str
 
 
-class Provenance(Part):
+class Provenance(Strict):
     """Where the figures of a run come from."""
 
     isingcut: str
@@ -85,7 +85,7 @@ class Provenance(Part):
     dtype: str | None = None
 
 
-class Config(Part):
+class Config(Strict):
     """The options of a run; `RunConfig` knows the rest."""
 
     __pydantic_extra__: dict[str, Scalar]
@@ -96,14 +96,14 @@ class Config(Part):
     budget: str = ""
 
 
-class StageOptions(Part):
+class StageOptions(Strict):
     """What a stage was made with, as far as it is read."""
 
     remove: str | int | None = None
     removed: Blocks | None = None
 
 
-class StageRecord(Part):
+class StageRecord(Strict):
     """The record of one stage."""
 
     stage: str
@@ -122,7 +122,7 @@ class StageRecord(Part):
         return self
 
 
-class BlockCosts(Part):
+class BlockCosts(Strict):
     """One block and its costs."""
 
     index: Index
@@ -135,7 +135,7 @@ class BlockCosts(Part):
     latency_seconds: Positive | None = None
 
 
-class LegalityRow(Part):
+class LegalityRow(Strict):
     """A constraint that the architecture asks for; what `constraints.LinearConstraint` takes."""
 
     model_config = ConfigDict(extra="forbid")
@@ -147,7 +147,7 @@ class LegalityRow(Part):
     reason: str = ""
 
 
-class BlockList(Part):
+class BlockList(Strict):
     """The blocks of the model."""
 
     path: str
@@ -165,7 +165,7 @@ class BlockList(Part):
         return self
 
 
-class RunFile(Part):
+class RunFile(Strict):
     """`run.json`."""
 
     config: Config

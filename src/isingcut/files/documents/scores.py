@@ -11,11 +11,11 @@ from isingcut.files.documents.parts import (
     Count,
     Index,
     Number,
-    Part,
     Perplexity,
     Positive,
     Scalar,
     Some,
+    Strict,
 )
 
 
@@ -32,7 +32,7 @@ class ModelScores(Perplexity):
     peak_memory_bytes: Count | None = None
 
 
-class Generation(Part):
+class Generation(Strict):
     """One text by both models."""
 
     prompt: str
@@ -40,7 +40,7 @@ class Generation(Part):
     after: str
 
 
-class EvaluationFile(Part):
+class EvaluationFile(Strict):
     """`evaluation.json`."""
 
     samples: Some
@@ -62,7 +62,7 @@ class HealedScores(Perplexity):
     original_perplexity: Positive
 
 
-class PatchedCut(Part):
+class PatchedCut(Strict):
     """What was folded into the block before one cut; older files do not say whether it changed."""
 
     block: Index
@@ -70,7 +70,7 @@ class PatchedCut(Part):
     changed: bool = True
 
 
-class PatchScores(Part):
+class PatchScores(Strict):
     """What the linear patch alone came to."""
 
     scores: HealedScores
@@ -78,7 +78,7 @@ class PatchScores(Part):
     cuts: list[PatchedCut] = Field(default_factory=list)
 
 
-class Step(Part):
+class Step(Strict):
     """A point of the training curve."""
 
     step: Count
@@ -86,7 +86,7 @@ class Step(Part):
     loss: Number
 
 
-class HealOptions(Part):
+class HealOptions(Strict):
     """The options of a healing."""
 
     __pydantic_extra__: dict[str, Scalar]
@@ -94,7 +94,7 @@ class HealOptions(Part):
     method: str
 
 
-class HealingFile(Part):
+class HealingFile(Strict):
     """`healing.json`."""
 
     steps: list[Step]
@@ -108,20 +108,20 @@ class HealingFile(Part):
     options: HealOptions
 
 
-class HealingWork(Part):
+class HealingWork(Strict):
     """`identity.json` of an unfinished healing: what it depends on."""
 
     work: str
     training: str
 
 
-class HealingCurve(Part):
+class HealingCurve(Strict):
     """The training curve up to a saved state."""
 
     steps: list[Step]
 
 
-class HealingTargets(Part):
+class HealingTargets(Strict):
     """How many samples the teacher has answered."""
 
     samples: Count
@@ -136,7 +136,7 @@ class HealingTrained(HealingCurve):
     trained_parameters: Count
 
 
-class HealedCandidate(Part):
+class HealedCandidate(Strict):
     """A candidate after a little healing."""
 
     removed: Blocks
@@ -151,14 +151,14 @@ class ComparedCandidate(HealedCandidate):
     kl_before: Number
 
 
-class HealedCandidates(Part):
+class HealedCandidates(Strict):
     """`healed-candidates.json`."""
 
     candidates: Annotated[list[ComparedCandidate], Field(min_length=1)]
     chosen: ComparedCandidate
 
 
-class TaskRow(Part):
+class TaskRow(Strict):
     """The scores of both models on one benchmark task."""
 
     task: str
@@ -176,7 +176,7 @@ class TaskRow(Part):
     more_than_noise: bool
 
 
-class TextScores(Part):
+class TextScores(Strict):
     """Both models on WikiText-2."""
 
     tokens: Count
@@ -185,7 +185,7 @@ class TextScores(Part):
     kl: Number
 
 
-class BenchmarksFile(Part):
+class BenchmarksFile(Strict):
     """`benchmarks.json`."""
 
     rows: list[TaskRow]
@@ -193,7 +193,7 @@ class BenchmarksFile(Part):
     wikitext2: TextScores | None = None
 
 
-class KeptScores(Part):
+class KeptScores(Strict):
     """The scores of one model on one task, kept while the other is asked."""
 
     task: str

@@ -12,15 +12,15 @@ from isingcut.files.documents.parts import (
     Index,
     MeasuredLoss,
     Number,
-    Part,
     Positive,
     Some,
+    Strict,
 )
 
 _MOST_CELLS = 2**28
 
 
-class Level(Part):
+class Level(Strict):
     """A state with its energy."""
 
     removed: Blocks
@@ -33,7 +33,7 @@ class Ranked(Level):
     rank: Count
 
 
-class SpectrumFile(Part):
+class SpectrumFile(Strict):
     """`spectrum.json`."""
 
     n: Annotated[int, Field(ge=1, le=2**20)]
@@ -65,7 +65,7 @@ class ChosenState(MeasuredState):
     why: str
 
 
-class Correlations(Part):
+class Correlations(Strict):
     """How well an energy ranks losses."""
 
     n: Count
@@ -77,7 +77,7 @@ class Correlations(Part):
     kendall_high: Number | None
 
 
-class Judged(Part):
+class Judged(Strict):
     """The correlations of one energy with each loss."""
 
     kl: Correlations
@@ -85,7 +85,7 @@ class Judged(Part):
     kl_random_only: Correlations | None = None
 
 
-class CandidatesFile(Part):
+class CandidatesFile(Strict):
     """`candidates.json`."""
 
     remove: str
@@ -113,7 +113,7 @@ class BaselineFile(MeasuredLoss):
     violated: list[str]
 
 
-class CardParts(Part):
+class CardParts(Strict):
     """The parts of a cut checkpoint's model card."""
 
     base_model: str | None
@@ -128,7 +128,7 @@ class CardParts(Part):
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
 
 
-class CutRecord(Part):
+class CutRecord(Strict):
     """`isingcut.json` beside the weights of a cut checkpoint."""
 
     removed: Blocks
@@ -142,25 +142,25 @@ class CutRecord(Part):
         return self
 
 
-class Finalist(Part):
+class Finalist(Strict):
     """A state that a search measured last."""
 
     removed: Blocks
 
 
-class SearchTarget(Part):
+class SearchTarget(Strict):
     """What a search found for one removal."""
 
     finalists: list[Finalist]
 
 
-class SearchRecord(Part):
+class SearchRecord(Strict):
     """What a search for low states paid and found."""
 
     targets: dict[str, SearchTarget]
 
 
-class EnergyMeta(Part):
+class EnergyMeta(Strict):
     """The provenance of an energy, as far as it is read."""
 
     search: SearchRecord | None = None
@@ -170,14 +170,14 @@ class EnergyMeta(Part):
     blocks_run: Count | None = None
 
 
-class HamiltonianHeader(Part):
+class HamiltonianHeader(Strict):
     """The header of `hamiltonian.safetensors`."""
 
     unit: str
     meta: EnergyMeta
 
 
-class CalibrationHeader(Part):
+class CalibrationHeader(Strict):
     """The header of `calibration.safetensors`."""
 
     source: str

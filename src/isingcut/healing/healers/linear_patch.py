@@ -34,7 +34,7 @@ from isingcut.errors import ArchitectureError, InputError
 from isingcut.healing.job import Job
 from isingcut.healing.patch.absorb import Write, find_write, observe
 from isingcut.healing.patch.files import Patch, applied, runs, write_patched
-from isingcut.healing.patch.least_squares import Moments, solve
+from isingcut.healing.patch.least_squares import Moments, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.verify import verify
@@ -152,7 +152,7 @@ class LinearPatch:
             ):
                 side.add(x[rows], target[rows], weights[rows])
             kept.append((output, x))
-        solution = solve(*moments)
+        solution = fit_ridge(*moments)
         for b, (output, x) in enumerate(kept):
             patched[b] = (output.double() + x.double() @ solution.map.T).to(output.dtype)
         weight, bias = self._folded(solution.map, write)

@@ -42,7 +42,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Solution:
+class RidgeFit:
     """A fitted map and how it was chosen.
 
     Attributes:
@@ -56,7 +56,7 @@ class Solution:
     held_out: float
 
 
-def solve(fit: Moments, held_out: Moments) -> Solution:
+def fit_ridge(fit: Moments, held_out: Moments) -> RidgeFit:
     """Minimise sum |t - map x|^2 + ridge |map|^2 on the fit, the ridge chosen on held-out rows.
 
     The map of the chosen strength is then fitted to both sets of rows together. No map at all
@@ -76,9 +76,9 @@ def solve(fit: Moments, held_out: Moments) -> Solution:
         if error < left:
             best, left = strength, error
     if best is None:
-        return Solution(torch.zeros_like(fit.tx), None, 1.0)
+        return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
     both = fit + held_out
     unit = torch.diagonal(both.xx).mean()
     eye = torch.eye(len(both.xx), dtype=torch.float64, device=both.xx.device)
     factor = torch.linalg.cholesky(both.xx + best * unit * eye)
-    return Solution(torch.cholesky_solve(both.tx.T, factor).T, best, left)
+    return RidgeFit(torch.cholesky_solve(both.tx.T, factor).T, best, left)

@@ -55,7 +55,7 @@ def _violation(sums, low, high):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def walk(  # type: ignore[no-untyped-def]
+def tabu_walk(  # type: ignore[no-untyped-def]
     h, J, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
 ):
     """One tabu search from ``x`` (changed in place); what it meets goes into the pool."""

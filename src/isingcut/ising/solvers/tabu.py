@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._reduced import Reduced, reduce
-from isingcut.ising.solvers._swaps import walk
+from isingcut.ising.solvers._swaps import tabu_walk
 from isingcut.ising.solvers.base import Solution
 
 __all__ = ["Tabu"]
@@ -91,7 +91,7 @@ def search(
         else:
             m = int(rng.integers(reduced.m_low, reduced.m_high + 1))
             x[rng.permutation(n)[:m]] = 1
-        walk(
+        tabu_walk(
             reduced.h,
             reduced.J,
             A,

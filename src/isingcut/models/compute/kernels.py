@@ -159,7 +159,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def row_dots(a, b, out):  # type: ignore[no-untyped-def]
+def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
     """The scalar product of each row of ``a`` with that of ``b``, summed in float64."""
     for t in range(a.shape[0]):
         total = 0.0

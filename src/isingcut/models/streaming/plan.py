@@ -29,7 +29,7 @@ _ALIGN = 64
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelTensor:
     """One parameter or buffer of the model."""
 
     name: str
@@ -90,7 +90,7 @@ class Converted:
 class Group:
     """Targets that are filled together, and how."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[ModelTensor, ...]
     steps: tuple[Copied | Converted, ...]
 
 
@@ -106,7 +106,7 @@ class PartPlan:
     """
 
     steps: tuple[Copied | Converted, ...]
-    targets: Mapping[str, tuple[Target, int]]
+    targets: Mapping[str, tuple[ModelTensor, int]]
     names: Mapping[str, str]
     size: int
 
@@ -157,7 +157,7 @@ def _paths(model: Any, blocks: Sequence[str]) -> dict[str, Part]:
 def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan:
     """Give every target of a part its place; one that has two names is there once."""
     groups = {id(group_of[t]): group_of[t] for t in names.values()}.values()
-    targets: dict[str, tuple[Target, int]] = {}
+    targets: dict[str, tuple[ModelTensor, int]] = {}
     size = 0
     for target in (t for group in groups for t in group.targets):
         start = -(-size // _ALIGN) * _ALIGN
@@ -211,7 +211,7 @@ def _groups(folder: Path, names: Names, fp8: bool) -> tuple[list[Group], list[st
             continue
         wanted = tuple(names.tensors[target].shape)
         _same_shape(folder, name, tensor.shape, wanted)
-        made = Target(target, names.dtype_of(target), wanted)
+        made = ModelTensor(target, names.dtype_of(target), wanted)
         alone.append(Group((made,), (Copied(tensor, target),)))
     joined = [_joined(folder, first, members, names) for first, members in together.items()]
     return alone + joined, unexpected
@@ -228,7 +228,7 @@ def _joined(
         [torch.empty(source.shape, dtype=dtype, device="meta") for _, source in members]
     )
     targets = tuple(
-        Target(name, dtype, tuple(value.shape))
+        ModelTensor(name, dtype, tuple(value.shape))
         for name, value in made.items()
         if name in names.tensors
     )
