@@ -4,6 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from composites import composite_checkpoint
@@ -98,3 +100,39 @@ def test_a_model_that_fails_on_text_alone_is_one_line():
     model.lm_head.forward = lambda hidden: SimpleNamespace().image_outputs
     with pytest.raises(ArchitectureError, match="does not run on text alone"):
         Replay(model, stack_modules(model, find_stack(model)))
+
+
+class Handing(nn.Module):
+    """A block that returns a tensor beside the stream, and may add what it was handed."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.map, self.reads = nn.Linear(8, 8), reads
+
+    def forward(self, hidden_states, beside=None):
+        stream = hidden_states + self.map(hidden_states)
+        if self.reads and beside is not None:
+            stream = stream + beside
+        return stream, self.map(stream)
+
+
+class Handed(nn.Module):
+    def __init__(self, reads):
+        super().__init__()
+        self.layers = nn.ModuleList(Handing(reads) for _ in range(3))
+
+    def forward(self, input_ids, use_cache):
+        stream, beside = torch.ones(*input_ids.shape, 8), None
+        for layer in self.layers:
+            stream, beside = layer(stream, beside=beside)
+        return stream
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_blocks_hand_on_matters_where_it_is_read(reads):
+    model = Handed(reads)
+    if not reads:
+        assert len(Replay(model, list(model.layers))) == 3
+        return
+    with pytest.raises(ArchitectureError, match="beside the residual stream"):
+        Replay(model, list(model.layers))

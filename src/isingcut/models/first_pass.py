@@ -33,16 +33,44 @@ class Outputs:
     bytes_per_token: int
 
 
-def learn_outputs(
-    model: Any,
-    blocks: Sequence[nn.Module],
-    device: torch.device,
-    stream_of: Callable[[tuple[Any, ...], dict[str, Any], int], Tensor],
-) -> Outputs:
-    """Run four tokens through a model and look at its blocks.
+class BlockCall:
+    """The arguments that a block was called with, its hidden states apart.
 
-    Args:
-        stream_of: the hidden states among the arguments that block i was called with.
+    Attributes:
+        hidden: the residual stream; None once it is not needed any more.
+    """
+
+    def __init__(
+        self, hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool
+    ) -> None:
+        self.hidden, self.args, self.kwargs, self.keyword = hidden, args, kwargs, keyword
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> BlockCall:
+        """The call of block ``i``.
+
+        Raises:
+            ArchitectureError: there are no hidden states where they are expected.
+        """
+        if args and isinstance(args[0], Tensor):
+            return cls(args[0], args[1:], kwargs, keyword=False)
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            return cls(kwargs["hidden_states"], args, rest, keyword=True)
+        raise ArchitectureError(
+            f"block {i} was called without hidden states as its first argument or as "
+            "'hidden_states'; such a block cannot be replayed"
+        )
+
+    def repeat(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """What the block returns for other hidden states."""
+        if self.keyword:
+            return block(*self.args, hidden_states=hidden, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
+
+
+def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device) -> Outputs:
+    """Run four tokens through a model and look at its blocks.
 
     Raises:
         ArchitectureError: the blocks do not pass one residual stream on, and nothing else; or the
@@ -51,26 +79,24 @@ def learn_outputs(
     ids = torch.zeros((1, 4), dtype=torch.long, device=device)
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
-    called: list[nn.Module] = []
+    calls: list[tuple[nn.Module, BlockCall]] = []
     shared: dict[int, _Shared] = {}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        stream = stream_of(args, kwargs, len(rest))
+        for name, value in kwargs.items():
+            if isinstance(value, MutableMapping):
+                watched = shared.setdefault(id(value), _Shared(value))
+                watched.block = len(calls)
+                kwargs = {**kwargs, name: watched}
+        call = BlockCall.split(args, kwargs, len(rest))
+        stream = call.hidden
+        assert stream is not None
         if streams and stream is not streams[-1] and not torch.equal(stream, streams[-1]):
             raise ArchitectureError(
                 f"the model changes the residual stream before block {len(rest)} "
                 f"({type(module).__name__}): {_NOT_ONE_AT_A_TIME}"
             )
-        called.append(module)
-        beside = [t for outputs in rest for t in outputs or () if isinstance(t, Tensor)]
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not stream]
-        if any(value is tensor for value in given for tensor in beside):
-            raise ArchitectureError(_HANDED_ON)
-        for name, value in kwargs.items():
-            if isinstance(value, MutableMapping):
-                watched = shared.setdefault(id(value), _Shared(value))
-                watched.block = len(called)
-                kwargs = {**kwargs, name: watched}
+        calls.append((module, call))
         return args, kwargs
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -85,6 +111,8 @@ def learn_outputs(
                 f"block {len(rest)} ({type(module).__name__}) passes on a stream of shape "
                 f"{list(stream.shape)}, expected (batch, tokens, width): {_NOT_ONE_AT_A_TIME}"
             )
+        if _reads_another(calls[-1][1], module, stream, rest):
+            raise ArchitectureError(_HANDED_ON)
         streams.append(stream)
         rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
 
@@ -103,7 +131,7 @@ def learn_outputs(
     finally:
         for handle in handles:
             handle.remove()
-    _refuse_uncalled(blocks, called)
+    _refuse_uncalled(blocks, [module for module, _ in calls])
     if any(watched.handed_on for watched in shared.values()):
         raise ArchitectureError(_HANDED_ON)
     width = max(s[0, 0].numel() * s.element_size() for s in streams)
@@ -123,6 +151,27 @@ def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -
             f"{len(blocks)} blocks were found, but a forward pass made {len(called)} calls of "
             "them; each must be called exactly once"
         )
+
+
+def _reads_another(
+    call: BlockCall, block: nn.Module, stream: Tensor, rest: Sequence[tuple[Any, ...] | None]
+) -> bool:
+    """Whether a block needs a tensor that an earlier one returned beside the stream.
+
+    Some are handed one that they leave alone, so the block runs again without.
+    """
+    beside = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
+    if not any(id(v) in beside for v in (*call.args, *call.kwargs.values())):
+        return False
+    assert call.hidden is not None
+    args = tuple(None if id(v) in beside else v for v in call.args)
+    kwargs = {k: None if id(v) in beside else v for k, v in call.kwargs.items()}
+    without = BlockCall(call.hidden, args, kwargs, call.keyword)
+    try:
+        output = without.repeat(block.forward, call.hidden)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return True
+    return not torch.equal(output[0] if isinstance(output, tuple) else output, stream)
 
 
 class _Shared(UserDict[Any, Any]):

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.families import stop_rescaling
-from isingcut.models.first_pass import learn_outputs
+from isingcut.models.first_pass import BlockCall, learn_outputs
 from isingcut.models.parts import Resident, Weights
 from isingcut.models.processes import ALONE, Processes
 
@@ -71,7 +70,7 @@ class Replay:
         self.threads: int | None = None
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
-        outputs = learn_outputs(model, self.blocks, self.device, _stream)
+        outputs = learn_outputs(model, self.blocks, self.device)
         self.bytes_per_token, self._rest = outputs.bytes_per_token, outputs.rest
 
     def __len__(self) -> int:
@@ -102,12 +101,12 @@ class Replay:
 
     def record(self, input_ids: Tensor) -> Recording:
         """Record how each block is called for ``input_ids`` (B, T); no block is run."""
-        calls: list[_Call] = []
+        calls: list[BlockCall] = []
         last = len(self.blocks) - 1
 
         def stub(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                call = _Call.split(args, kwargs, i)
+                call = BlockCall.split(args, kwargs, i)
                 calls.append(call)
                 if i == last:
                     raise _StackReached
@@ -174,33 +173,6 @@ class Replay:
                     block.__dict__["forward"] = old
 
 
-class _Call:
-    """The arguments one block was called with, without its hidden states."""
-
-    def __init__(
-        self, hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool
-    ) -> None:
-        self.hidden, self.args, self.kwargs, self.keyword = hidden, args, kwargs, keyword
-
-    @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> _Call:
-        if args and isinstance(args[0], Tensor):
-            return cls(args[0], args[1:], kwargs, keyword=False)
-        if isinstance(kwargs.get("hidden_states"), Tensor):
-            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            return cls(kwargs["hidden_states"], args, rest, keyword=True)
-        raise ArchitectureError(
-            f"block {i} was called without hidden states as its first argument or as "
-            "'hidden_states'; such a block cannot be replayed"
-        )
-
-
-def _stream(args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> Tensor:
-    stream = _Call.split(args, kwargs, i).hidden
-    assert stream is not None
-    return stream
-
-
 class Recording:
     """The calls of all blocks for one micro-batch.
 
@@ -210,18 +182,14 @@ class Recording:
     """
 
     def __init__(
-        self, replay: Replay, input_ids: Tensor, entered: Tensor, calls: list[_Call]
+        self, replay: Replay, input_ids: Tensor, entered: Tensor, calls: list[BlockCall]
     ) -> None:
         self._replay, self._calls = replay, calls
         self.input_ids, self.entered = input_ids, entered
 
     def block(self, i: int, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D) after block ``i``, from those before it."""
-        call, module = self._calls[i], self._replay.blocks[i]
-        if call.keyword:
-            output = module(*call.args, hidden_states=hidden, **call.kwargs)
-        else:
-            output = module(hidden, *call.args, **call.kwargs)
+        output = self._calls[i].repeat(self._replay.blocks[i], hidden)
         out: Tensor = output if isinstance(output, Tensor) else output[0]
         return out
 
