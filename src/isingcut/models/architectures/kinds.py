@@ -33,8 +33,8 @@ def describe(module: nn.Module, index: int, path: str, config: Any) -> Block:
     """
     parameters = {id(p): p for p in module.parameters()}.values()
     total = sum(p.numel() for p in parameters)
-    mixers = [m for m in (_mixer(child, index, config) for child in module.modules()) if m]
-    names = list(dict.fromkeys(name for name, _, _ in mixers))
+    mixers = _mixers(module, index, config)
+    names = list(dict.fromkeys(name for name, _, _ in mixers if name))
     feed_forward = _feed_forward(module)
     kind = "+".join([*names, *([feed_forward] if feed_forward else [])]) or "other"
     return Block(
@@ -60,33 +60,49 @@ def _itemsize(module: nn.Module) -> int:
     return 2
 
 
-def _mixer(module: nn.Module, index: int, config: Any) -> tuple[str, int, int] | None:
-    """(kind, KV bytes per token, state bytes) when ``module`` mixes tokens, else None."""
-    own = _own(module)
+def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, int]]:
+    """(kind, KV bytes per token, state bytes) of all that mixes tokens, outermost first.
+
+    What a module does decides, and not its name alone: one that is called attention and holds a
+    recurrence is that recurrence, and one that holds other mixers only wraps them.
+    """
+    recurrence = _recurrence(module)
+    if recurrence is not None:
+        return [recurrence]
+    inside = [m for child in module.children() for m in _mixers(child, index, config)]
     name = type(module).__name__.lower()
-    size = _itemsize(module)
-    if "A_log" in own or ("time_decay" in own and "time_first" in own):
-        return _recurrent(module, own, size)
-    if "recurrent_param" in own:
-        return "recurrent", 0, own["recurrent_param"].numel() * size
+    keys = getattr(module, "wk", None)
+    if "indexer" in name and isinstance(keys, nn.Linear):
+        inside.append(("", keys.out_features * _itemsize(module), 0))
+    if any(kind for kind, _, _ in inside) or "mask" in name:
+        return inside
     children = dict(module.named_children())
     if "shortconv" in name and "conv" in children:
-        return "conv", 0, _conv_state(children["conv"]) * size
-    if "mask" in name or not _is_attention(name, children):
-        return None
-    return f"{_span(module, index, config)}attention", _kv_elements(module, config) * size, 0
+        return [("conv", 0, _conv_state(children["conv"]) * _itemsize(module)), *inside]
+    if _is_attention(name, children):
+        kind = f"{_span(module, index, config)}attention"
+        return [(kind, _kv_elements(module, config) * _itemsize(module), 0), *inside]
+    return inside
+
+
+def _recurrence(module: nn.Module) -> tuple[str, int, int] | None:
+    own = _own(module)
+    if "A_log" in own or ("time_decay" in own and "time_first" in own):
+        return _recurrent(module, own, _itemsize(module))
+    if "recurrent_param" in own:
+        return "recurrent", 0, own["recurrent_param"].numel() * _itemsize(module)
+    # Its decay may be a module of its own (Kimi Delta Attention), beside the convolution.
+    gate = next((g for c in module.children() if "A_log" in (g := _own(c))), None)
+    if gate is not None and any(name.startswith("conv") for name, _ in module.named_children()):
+        return _recurrent(module, gate, _itemsize(module))
+    return None
 
 
 def _is_attention(name: str, children: dict[str, nn.Module]) -> bool:
-    if "attention" not in name and "attn" not in name:
+    if "attention" not in name and "attn" not in name and not name.endswith("mla"):
         return False
     linears = [c for c in children.values() if hasattr(c, "weight") or list(c.parameters())]
-    # A wrapper that only holds the real attention (GPT-Neo, RecurrentGemma) is not counted.
-    wraps = any(
-        ("attention" in type(c).__name__.lower()) and list(c.parameters())
-        for c in children.values()
-    )
-    return bool(linears) and not wraps
+    return bool(linears)
 
 
 def _span(module: nn.Module, index: int, config: Any) -> str:
@@ -109,11 +125,10 @@ def _recurrent(module: nn.Module, own: dict[str, torch.Tensor], size: int) -> tu
         return "rwkv", 0, 5 * own["time_decay"].numel() * size
     if "D" not in own:  # gated delta rule: a key x value matrix per head
         heads = own["A_log"].numel()
-        state = (
-            heads * int(getattr(module, "head_k_dim", 0)) * int(getattr(module, "head_v_dim", 0))
-        )
-        return "linear-attention", 0, (conv + state) * size
-    if own["A_log"].ndim == 2:
+        width = getattr(module, "head_dim", 0)
+        key, value = (int(getattr(module, f"head_{s}_dim", width)) for s in "kv")
+        return "linear-attention", 0, (conv + heads * key * value) * size
+    if own["A_log"].ndim > 1:
         return "mamba", 0, (conv + own["A_log"].numel()) * size
     heads = own["A_log"].numel()
     state = heads * int(getattr(module, "head_dim", 0)) * int(getattr(module, "ssm_state_size", 0))
