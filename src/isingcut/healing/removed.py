@@ -22,9 +22,9 @@ from isingcut.files.inputs import load_json
 from isingcut.healing.healers import RECORD as HEALED
 from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.architectures.surgery import depth, written_out
+from isingcut.models.architectures.surgery import depth, extra_heads, written_out
 from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
-from isingcut.models.fit import by_block, check_fit, extra_heads
+from isingcut.models.fit import by_block, check_fit
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
 from isingcut.models.sources import model_identity

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.models.architectures import fields
 from isingcut.models.architectures.names import OTHER_STACKS
-from isingcut.models.architectures.surgery import depth, written_out
+from isingcut.models.architectures.surgery import depth, extra_heads, written_out
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 from isingcut.models.loading import wrong_shape
 
@@ -150,12 +149,6 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
         if stored is None or stored.packed or math.prod(stored.shape) == parameter.numel():
             continue
         raise ModelError(wrong_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
-
-
-def extra_heads(text: Mapping[str, Any]) -> int:
-    """Heads for further tokens that some checkpoints number on after the blocks."""
-    found = [text.get(key) for key in fields.MTP]
-    return max((n for n in found if isinstance(n, int)), default=0)
 
 
 def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.kinds import describe
+from isingcut.models.architectures.model_types import COUNTED_BY
 
 
 def text_config(model: nn.Module) -> Any:
@@ -44,7 +45,8 @@ def find_stack(model: nn.Module) -> BlockStack:
             "stack of residual blocks"
         )
     config = text_config(model)
-    count = getattr(config, "num_hidden_layers", None)
+    counted, _ = COUNTED_BY.get(config.model_type, ("num_hidden_layers", 1))
+    count = getattr(config, counted, None)
     path = _stack_path(model, count)
     if path is None:
         raise ArchitectureError(

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
+from isingcut.models.architectures import fields
 from isingcut.models.architectures.base import BlockStack
+from isingcut.models.architectures.model_types import STAY
 
 # Their config class turns the last block into full attention, whatever it was.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
@@ -81,10 +83,9 @@ def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
         count: its number of blocks.
     """
     model_type = str(text.get("model_type", ""))
-    if model_type == "rwkv":
-        return {0: "the first block of RWKV normalises the embeddings for all others"}
-    if model_type == "gpt_neox_japanese":
-        return {count - 1: "only the last block of this family has a bias after its attention"}
+    if model_type in STAY:
+        at, reason = STAY[model_type]
+        return {at % count: reason}
     if model_type in {"zamba", "zamba2"}:
         types = text.get("layers_block_type") or text.get("layer_types") or []
         reason = "hybrid blocks take turns with shared weights, so their number and order are fixed"
@@ -93,6 +94,27 @@ def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
     if isinstance(shared, int) and 0 < shared < count:
         return _key_value_producers(text["layer_types"], count - shared)
     return {}
+
+
+def sources(text: dict[str, Any], count: int) -> dict[int, tuple[int, str]]:
+    """Blocks that read what one earlier block computed: its number, and what is read.
+
+    Args:
+        text: the decoder's configuration with its per-layer fields written out.
+        count: its number of blocks.
+    """
+    found: dict[int, tuple[int, str]] = {}
+    full = None
+    for i, kind in enumerate((text.get("indexer_types") or ())[:count]):
+        if kind != "shared":
+            full = i
+        elif full is not None:
+            found[i] = (full, f"block {i} attends to the tokens that the indexer of {full} picks")
+    for name in fields.SOURCES:
+        for i, source in enumerate((text.get(name) or ())[:count]):
+            if source != i:
+                found[i] = (source, f"block {i} reads the keys and values of {source}")
+    return found
 
 
 def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
@@ -145,6 +167,10 @@ def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
         LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
         for i, reason in kept_blocks(text, n).items()
     ]
+    for i, (source, reason) in sources(text, n).items():
+        row = _unit(n, [source])
+        row[i] = -1.0
+        rows.append(LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason))
     attention = [i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))]
     if 0 < len(attention) < n:
         rows.append(

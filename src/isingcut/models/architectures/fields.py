@@ -6,13 +6,20 @@ and is not listed here: it is an error that names it, never a guess.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-
 # The number of blocks. Only changed where the value is that number.
-COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+COUNT = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+    "layers",
+)
 
-# Lists (or strings) with one entry per block: sliced.
+# Lists (or strings) with one entry per block: sliced. So are those that go on with an entry for
+# each prediction head; these heads are dropped.
 SLICE = (
     "activation_sparsity_pattern",
     "attention_layers",
@@ -21,8 +28,10 @@ SLICE = (
     "full_attention_layers_mask",
     "hybrid_layer_pattern",
     "hybrid_override_pattern",
+    "index_topk_pattern",
     "indexer_types",
     "intermediate_sizes",
+    "is_moe_layer",
     "layer_rope_theta",
     "layer_types",
     "layers_block_type",
@@ -33,8 +42,12 @@ SLICE = (
     "moe_layers_pattern",
     "no_rope_layers",
     "num_attention_heads_per_layer",
+    "partial_rotary_factors",
     "qk_norm_layers",
     "sliding_window_layers",
+    "sparse_attention_freq",
+    "swiglu_limits",
+    "swiglu_limits_shared",
     "window_sizes",
 )
 
@@ -50,36 +63,54 @@ SLICE_OR_SCALAR = (
     "num_experts_per_tok",
     "num_shared_expert",
     "head_dim",
+    "rope_theta",
     "sliding_window",
 )
 
-# Lists of block numbers: removed ones dropped, the others renumbered.
+# Lists of block numbers (or text: "3,4,5"): removed ones dropped, the others renumbered.
 INDICES = (
     "attn_layer_indices",
     "attn_layers",
     "cross_attention_layers",
     "dense_layers",
+    "fla_hybrid_attention_indices",
     "full_attn_idxs",
     "full_attention_layers",
     "full_attention_layer_ids",
     "global_attention_layers",
     "hybrid_layer_ids",
+    "local_layer_ids",
     "mlp_only_layers",
     "moe_layers",
+    "moe_layers_enum",
     "nope_layers",
+    "rope_scaling_layers",
     "sliding_attention_layers",
     "slstm_at",
 )
+
+# The same, with the first block numbered 1.
+INDICES_FROM_1 = ("full_attn_layers", "kda_layers", "ple_layer_ids")
+
+# One entry per block: the number of the block that it reads, itself or an earlier one.
+SOURCES = ("kv_source_layers",)
 
 # Maps keyed by block number: as INDICES.
 MAPS = ("per_layer_config", "block_configs_by_layer", "layer_overrides")
 
 # The first (value) blocks differ from the rest: lowered by the removed ones among them.
 PREFIX = (
+    "core_end",
+    "core_start",
+    "dense_mlp_idx",
     "first_k_dense_replace",
+    "loop_layer_index_end",
+    "loop_layer_index_start",
     "max_window_layers",
+    "moe_layer_num_skipped",
     "moe_layer_start_index",
     "num_dense_layers",
+    "num_hash_layers",
 )
 
 # The number of the last block that differs: lowered by the removed ones up to it.
@@ -87,6 +118,10 @@ LAST = ("moe_layer_end_index",)
 
 # The last (value) blocks differ from the rest.
 SUFFIX = ("num_kv_shared_layers",)
+
+# Numbers that a model multiplies by a power of the number of blocks: rescaled, so that it stays
+# what it was. Value: the power.
+DEPTH_POWERS = {"scale_depth": -0.5}
 
 # A short list repeated to the depth of the model: written out in full, then sliced.
 CYCLE = ("block_types",)
@@ -96,6 +131,8 @@ CYCLE = ("block_types",)
 GENERATORS = {
     "full_attention_interval": "layer_types",
     "global_attn_every_n_layers": "layer_types",
+    "index_skip_topk_offset": "indexer_types",
+    "index_topk_freq": "indexer_types",
     "interleave_moe_layer_step": "moe_layers",
     "layer_group_size": "layer_types",
     "moe_layer_interval": "mlp_layer_types",
@@ -123,9 +160,12 @@ WRITTEN_OUT = (
     *COUNT,
     *SLICE,
     *INDICES,
+    *INDICES_FROM_1,
+    *SOURCES,
     *PREFIX,
     *LAST,
     *SUFFIX,
+    *DEPTH_POWERS,
     *CYCLE,
     *MTP,
     *OF_FAMILIES,
@@ -134,34 +174,50 @@ WRITTEN_OUT = (
 # Looks per-layer but is not.
 NOT_PER_LAYER = {
     "_name_or_path",
+    "altup_active_idx",
     "architectures",
     "attention_types",  # GPT-Neo: `families` writes it out
     "attribute_map",
+    "auto_map",
     "bad_words_ids",
+    "begin_suppress_tokens",
+    "block_ffn_dim_multiplier",
+    "block_multiple_of",
+    "block_size",
     "bos_token_id",
+    "encoder_layers",
     "eos_token_id",
+    "hidden_size_per_layer_input",
     "id2label",
+    "index_block_size",
+    "index_local_blocks",
+    "index_topk_blocks",
+    "insert_layer_id",  # of the vision tower
     "keys_to_ignore_at_inference",
     "label2id",
     "long_factor",
     "mamba_dt_limit",
+    "mlp_multipliers",
     "mrope_section",
     "mtp_layer_types",
     "mtp_layers_block_type",
+    "mtp_local_layer_ids",
     "mtp_mlp_layer_types",
+    "num_encoder_layers",
+    "num_mem_blocks",  # Zamba: `families` keeps what they stand for
+    "num_random_blocks",
     "pad_token_id",
     "partial_rotary_factor",
-    "rope_scaling",
-    "rope_parameters",
-    "short_factor",
-    "ssm_multipliers",
-    "mlp_multipliers",
-    "suppress_tokens",
-    "time_step_limit",
-    "begin_suppress_tokens",
     "problem_type",
     "pruned_heads",
+    "rope_parameters",
+    "rope_scaling",
     "sep_token_id",
+    "short_factor",
+    "ssm_multipliers",
+    "suppress_tokens",
+    "time_step_limit",
+    "vocab_size_per_layer_input",
 }
 
 # Configurations under which a block computes with its own number: renumbering would change it.
@@ -174,32 +230,3 @@ DEPTH_DEPENDENT_FIELDS = (
         "else",
     ),
 )
-DEPTH_DEPENDENT_TYPES = {
-    "diffllama": "its differential attention starts from a weight that depends on the block number",
-    "minimax": "its linear attention decays at a rate that depends on the block number",
-}
-
-
-@dataclass(frozen=True)
-class DepthShaped:
-    """A weight with one slice per block outside the blocks.
-
-    Args:
-        pattern: matches the end of the tensor's name.
-        axis: the axis that holds N slices of equal width.
-    """
-
-    pattern: re.Pattern[str]
-    axis: int
-
-
-DEPTH_SHAPED = {
-    "gemma3n_text": (
-        DepthShaped(re.compile(r"(^|\.)embed_tokens_per_layer\.weight$"), 1),
-        DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
-    ),
-    "gemma4_text": (
-        DepthShaped(re.compile(r"(^|\.)embed_tokens_per_layer\.weight$"), 1),
-        DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
-    ),
-}

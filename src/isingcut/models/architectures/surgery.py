@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import families, fields
 from isingcut.models.architectures.base import BlockStack
-from isingcut.models.architectures.field_checks import check_fields
+from isingcut.models.architectures.field_checks import check_fields, refuse_unknown
+from isingcut.models.architectures.field_cuts import cut_fields, speaking_parts
+from isingcut.models.architectures.model_types import COUNTED_BY, DEPTH_DEPENDENT_TYPES
 from isingcut.models.architectures.names import rename_pattern, renumbering
 from isingcut.models.architectures.text_part import config_object, text_part
 
@@ -30,14 +32,19 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     text = materialise(result)
     count = depth(text)
     mapping = renumbering(count, removed)
-    _refuse_depth_dependent(text)
-    check_fields(text, count)
+    _refuse_unclear(result, text, count)
     families.write_out(text, count)
     must_stay = families.kept_blocks(text, count)
     for old in set(must_stay) - set(mapping):
         raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
+    for block, (source, reason) in families.sources(text, count).items():
+        if block in mapping and source not in mapping:
+            raise ArchitectureError(
+                f"block {source} cannot be removed while block {block} stays: {reason}"
+            )
     read, types = _as_read(config)
-    _cut_fields(text, count, mapping)
+    for part, _ in speaking_parts(result, text):
+        cut_fields(part, count, mapping)
     families.follow(text, count, mapping)
     kept_types = [types[i] for i in mapping] if types else []
     families.check_last(text, kept_types)
@@ -74,9 +81,9 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     Raises:
         ArchitectureError: the configuration cannot be cut at all, whichever the state.
     """
-    text = written_out(config if isinstance(config, dict) else config.to_dict())
-    _refuse_depth_dependent(text)
-    check_fields(text, len(stack))
+    whole = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
+    text = materialise(whole)
+    _refuse_unclear(whole, text, len(stack))
     return families.legality(text, stack)
 
 
@@ -106,7 +113,7 @@ def depth(text: dict[str, Any]) -> int:
     for key in ("layers_block_type", "hybrid_override_pattern"):
         if text.get("model_type") == "nemotron_h" and isinstance(text.get(key), (list, str)):
             return len(text[key])
-    for key in fields.COUNT:
+    for key in (*COUNTED_BY.get(text.get("model_type", ""), ())[:1], *fields.COUNT):
         value = text.get(key)
         if isinstance(value, int) and not isinstance(value, bool):
             if value < 1:
@@ -167,63 +174,30 @@ def _as_read(config: dict[str, Any]) -> tuple[int | None, list[str]]:
     return getattr(text, "num_hidden_layers", None), listed
 
 
-def _refuse_depth_dependent(text: dict[str, Any]) -> None:
+def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
+    """Refuse a configuration that cannot be cut exactly, or that says what is not understood."""
     for key, harmless, reason in fields.DEPTH_DEPENDENT_FIELDS:
         if text.get(key, harmless) != harmless:
             raise ArchitectureError(f"{key}={text[key]!r}: {reason}; it cannot be cut exactly")
     model_type = text.get("model_type", "")
-    for name, reason in fields.DEPTH_DEPENDENT_TYPES.items():
+    for name, reason in DEPTH_DEPENDENT_TYPES.items():
         if model_type in (name, f"{name}_text"):
             raise ArchitectureError(f"{model_type} cannot be cut exactly: {reason}")
+    heads = extra_heads(text)
+    for part, decoder in speaking_parts(config, text):
+        check_fields(part)
+        refuse_unknown(part, count, heads, decoder=decoder)
+    derived = config_object(config)
+    if derived is not None:
+        values = derived.get_text_config(decoder=True).to_dict()
+        more = {key: value for key, value in values.items() if key not in text}
+        refuse_unknown(more, count, heads, decoder=True)
 
 
-def _cut_fields(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
-    kept = list(mapping)
-    gone = [i for i in range(count) if i not in mapping]
-    for key in list(text):
-        value = text[key]
-        if value is None:
-            continue
-        if key in fields.COUNT and value == count:
-            text[key] = len(kept)
-        elif key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
-            text[key] = _sliced(key, value, kept, count)
-        elif key in fields.INDICES:
-            text[key] = [mapping[i] for i in value if i in mapping]
-        elif key in fields.MAPS:
-            text[key] = {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
-        elif key in fields.PREFIX:
-            text[key] = value - sum(i < value for i in gone)
-        elif key in fields.LAST:
-            text[key] = value - sum(i <= value for i in gone)
-        elif key in fields.SUFFIX:
-            text[key] = value - sum(i >= count - value for i in gone)
-        elif key in fields.CYCLE:
-            text[key] = [value[i % len(value)] for i in kept]
-        elif key in fields.MTP:
-            text[key] = 0
-    for key, replacement in fields.GENERATORS.items():
-        if text.get(key) is None:
-            text.pop(key, None)
-        elif text.get(replacement) is not None:
-            del text[key]
-        elif isinstance(text[key], int) and text[key] in (0, 1):
-            continue  # every block the same
-        else:
-            raise ArchitectureError(
-                f"{key}={text[key]!r} repeats with the block number and {replacement} is not "
-                f"given; write {replacement} out in the configuration"
-            )
-
-
-def _sliced(key: str, value: Any, kept: list[int], count: int) -> Any:
-    if isinstance(value, (int, float, bool)):
-        return value  # e.g. moe_layer_freq = 1: every block the same
-    if len(value) < count:
-        raise ArchitectureError(
-            f"{key} has {len(value)} entries for {count} blocks; expected one per block"
-        )
-    return "".join(value[i] for i in kept) if isinstance(value, str) else [value[i] for i in kept]
+def extra_heads(text: Mapping[str, Any]) -> int:
+    """Heads for further tokens that some checkpoints number on after the blocks."""
+    found = [text.get(key) for key in fields.MTP]
+    return max((n for n in found if isinstance(n, int)), default=0)
 
 
 def _short(value: Any) -> str:

@@ -18,12 +18,13 @@ from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.inputs import load_json
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import atomic_folder, clear_os_errors
-from isingcut.models.architectures import fields, surgery
+from isingcut.models.architectures import surgery
+from isingcut.models.architectures.model_types import DEPTH_SHAPED
 from isingcut.models.architectures.names import renumbering
 from isingcut.models.checkpoint.read import StoredTensor, contained, read_checkpoint, read_config
 from isingcut.models.checkpoint.write import NewTensor, write_checkpoint
 from isingcut.models.cutting.verify import verify
-from isingcut.models.fit import block_prefix, extra_heads
+from isingcut.models.fit import block_prefix
 
 __all__ = ["excise", "plan", "verify"]
 
@@ -101,8 +102,8 @@ def plan(
         CheckpointError: the tensors have another number of blocks than the configuration.
     """
     count = surgery.depth(dict(text))
-    prefix = block_prefix(stored.values(), count, extra_heads(text))
-    rules = fields.DEPTH_SHAPED.get(str(text.get("model_type")), ())
+    prefix = block_prefix(stored.values(), count, surgery.extra_heads(text))
+    rules = DEPTH_SHAPED.get(str(text.get("model_type")), ())
     tensors = []
     for name, tensor in stored.items():
         if name.startswith(prefix):

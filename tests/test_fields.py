@@ -1,0 +1,156 @@
+"""Fields that count or index blocks: cut with them, a legality row, or an error that names them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from isingcut.errors import ArchitectureError
+from isingcut.models.architectures import cut_config, find_stack, legality, skipped, stack_modules
+from isingcut.models.architectures.surgery import config_object
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.verify import relative_difference, verify
+from isingcut.models.inspect import inspect_model
+from isingcut.models.replay import Replay
+from odd_models import HUB, odd_checkpoint, odd_config, odd_model
+
+LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
+COMPOSITE = {
+    "model_type": "llava",
+    "text_config": LLAMA,
+    "vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": 6},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "removed"),
+    [
+        ("minicpm3", [1, 4]),
+        ("ernie4_5_vl_moe", [0, 3]),
+        ("longcat_flash", [1]),
+        ("glm5_next", [0, 5]),
+        ("mistral_large4", [0, 2]),
+        ("modernbert-decoder", [1, 4]),
+    ],
+)
+def test_a_family_with_something_of_its_own_is_cut_exactly(family, removed, tmp_path):
+    model = odd_checkpoint(family, tmp_path / "source")
+    excise(tmp_path / "source", removed, tmp_path / "out")
+    assert verify(model, removed, tmp_path / "out", new_tokens=4) <= 1e-6
+
+
+@pytest.mark.parametrize(("family", "removed"), [(f, [0, 3]) for f in HUB])
+def test_the_form_that_hubs_hold_is_cut_exactly(family, removed, tmp_path):
+    model = odd_checkpoint(family, tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    hub = {"architectures": written["architectures"], **HUB[family]}
+    file.write_text(json.dumps(hub), encoding="utf-8")
+    assert inspect_model(tmp_path / "source").refusal == ""
+    excise(tmp_path / "source", removed, tmp_path / "out")
+    assert verify(model, removed, tmp_path / "out", new_tokens=4) <= 1e-6
+
+
+def test_lists_padded_by_prediction_heads_are_cut_to_the_kept_blocks():
+    config = HUB["step3p7"]
+    cut = cut_config(config, [0, 3])
+    text, whole = cut["text_config"], config["text_config"]
+    for name in ("rope_theta", "swiglu_limits", "swiglu_limits_shared", "layer_types"):
+        assert text[name] == [whole[name][i] for i in (1, 2, 4, 5)], name
+    assert text["moe_layers_enum"] == "1,2,3"
+    assert text["num_nextn_predict_layers"] == 0
+    before = config_object(config).get_text_config(decoder=True)
+    after = config_object(cut).get_text_config(decoder=True)
+    assert after.mlp_layer_types == [before.mlp_layer_types[i] for i in (1, 2, 4, 5)]
+
+
+def test_block_numbers_that_start_at_1_are_renumbered():
+    cut = cut_config(HUB["kimi_linear"], [0, 2])
+    assert cut["linear_attn_config"]["full_attn_layers"] == [4]
+    assert cut["linear_attn_config"]["kda_layers"] == [1, 2, 3]
+    assert cut["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
+
+
+def test_a_scale_that_holds_the_depth_stays_what_it_was():
+    whole = {**LLAMA, "model_type": "minicpm3", "num_hidden_layers": 9, "scale_depth": 1.5}
+    assert cut_config(whole, [1, 2, 3, 5, 7])["scale_depth"] == pytest.approx(1.5 * (4 / 9) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "source", "reader"),
+    [("hy_v4", 1, 4), ("glm_moe_dsa", 4, 5), ("glm5_next", 1, 2), ("mistral_large4", 1, 2)],
+)
+def test_a_block_that_reads_an_earlier_one_goes_before_it_does(family, source, reader):
+    model = odd_model(family)
+    stack = find_stack(model)
+    readers = list(range(source + 1, reader + 1))
+    states = np.zeros((3, len(stack)), dtype=bool)
+    states[0, [source, *readers[:-1]]] = True
+    states[1, [source, *readers]] = True
+    states[2, readers] = True
+    rows = legality(model.config, stack)
+    legal = [all(row.satisfied(states[k : k + 1])[0] for row in rows) for k in range(3)]
+    assert legal == [False, True, True]
+    with pytest.raises(ArchitectureError, match=f"block {source} cannot be removed while block"):
+        cut_config(model.config.to_dict(), [source, *readers[:-1]])
+    with pytest.raises(ArchitectureError, match="beside the residual stream"):
+        Replay(model, stack_modules(model, stack))
+
+
+def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
+    model = odd_model("glm_moe_dsa", indexer_types=["full"] * 6).requires_grad_(False)
+    tokens = torch.arange(10, 26)[None]
+    recording = Replay(model, stack_modules(model, find_stack(model))).record(tokens)
+    stream = recording.entered
+    for i in (0, 2, 3, 5):
+        stream = recording.block(i, stream)
+    with torch.no_grad(), skipped(model, find_stack(model), [1, 4]):
+        expected = model(tokens, use_cache=False).logits[0]
+    assert relative_difference(expected, recording.logits(stream[0], 0)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "bailing_hybrid", "glm5_next", "olmo_hybrid"])
+def test_linear_attention_is_told_by_what_it_does(family):
+    model = odd_model(family)
+    stack = find_stack(model)
+    text = model.config.get_text_config(decoder=True)
+    for block, kind in zip(stack.blocks, text.layer_types, strict=True):
+        linear = kind == "linear_attention"
+        assert block.kind.split("+")[0] == ("linear-attention" if linear else "attention")
+        assert (block.kv_bytes_per_token == 0) == linear
+        assert (block.state_bytes > 0) == linear
+    rows = {row.name for row in legality(model.config, stack)}
+    assert "keep attention" in rows
+
+
+def test_the_first_block_of_modernbert_stays():
+    with pytest.raises(ArchitectureError, match="without a norm before its attention"):
+        cut_config(odd_config("modernbert-decoder").to_dict(), [0])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**LLAMA, "num_nextn_predict_layers": 2, "clamps": [0.0] * 8}, "'clamps' looks per-layer"),
+        ({**LLAMA, "num_dense_blocks": 2}, "'num_dense_blocks' looks per-layer"),
+        ({**LLAMA, "sparse": {"block_ids": [2, 5]}}, "'block_ids' looks per-layer"),
+        ({**LLAMA, "moe_block_enum": "2,3,5"}, "'moe_block_enum' looks per-layer"),
+        ({**COMPOSITE, "injected_layers": [[0, 2], [1, 4]]}, "'injected_layers' looks per-layer"),
+        ({**COMPOSITE, "bridge": {"target_block_ids": [0, 2]}}, "'target_block_ids' looks per"),
+        ({**LLAMA, "model_type": "beam"}, "beam cannot be cut exactly"),
+    ],
+)
+def test_a_field_that_counts_or_indexes_blocks_is_named_wherever_it_stands(config, message):
+    with pytest.raises(ArchitectureError, match=message):
+        cut_config(config, [1])
+
+
+def test_what_counts_blocks_of_another_stack_is_left_alone():
+    vision = {**COMPOSITE["vision_config"], "tower_layers": [0, 2], "injected_layers": [1, 3]}
+    more = {"vision_feature_layer": [-2, 3], "image_token_ids": [1, 2], "projector_layers": 2}
+    config = {**COMPOSITE, **more, "vision_config": vision}
+    cut = cut_config(config, [1])
+    assert cut["vision_config"] == vision
+    assert {key: cut[key] for key in more} == more
+    assert cut["text_config"]["num_hidden_layers"] == 5
