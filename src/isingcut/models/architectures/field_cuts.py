@@ -9,8 +9,8 @@ from isingcut.errors import ArchitectureError
 from isingcut.models.architectures import fields
 from isingcut.models.architectures.model_types import COUNTED_BY, PER_MODALITY
 
-# A part of a configuration that has one of these counts blocks of its own.
-_DEPTHS = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers"}
+# A part of a configuration that has one of these is another model, and counts blocks of its own.
+_OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_type"}
 # Their own code renumbers what these hold, or it is about something else.
 _CLOSED = {"quantization_config", *fields.MAPS, *fields.NOT_PER_LAYER}
 
@@ -18,8 +18,8 @@ _CLOSED = {"quantization_config", *fields.MAPS, *fields.NOT_PER_LAYER}
 def speaking_parts(
     config: dict[str, Any], text: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The decoder's part of a configuration, the root, and what lies in these without a depth of
-    its own: where fields speak of the decoder's blocks; each with whether it is the decoder's.
+    """The decoder's part of a configuration, the root, and what lies in these and is no model
+    of its own: where fields speak of the decoder's blocks; each with whether it is the decoder's.
 
     Args:
         config: the whole configuration.
@@ -36,7 +36,7 @@ def _within(part: dict[str, Any], text: dict[str, Any]) -> Iterator[dict[str, An
     for key, value in part.items():
         if not isinstance(value, dict) or value is text or key in _CLOSED:
             continue
-        if not _DEPTHS & value.keys():
+        if not _OWN & value.keys():
             yield value
             yield from _within(value, text)
 
