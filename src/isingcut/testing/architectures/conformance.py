@@ -28,7 +28,7 @@ from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import Replay
 from isingcut.testing.architectures.entries import Entry
 from isingcut.testing.architectures.shrink import tiny_configuration
-from isingcut.testing.gates import check_gates, every_expert
+from isingcut.testing.gates import check_gates
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
 
 _TOLERANCE = 1e-5
@@ -79,10 +79,9 @@ def check_family(
         changes: configuration fields to set.
     """
 
-    def build() -> tuple[Any, Callable[[dict[str, Any]], Any]]:
+    def build() -> Any:
         tiny_checkpoint(family, folder / "source", seed=seed, **changes)
-        model = tiny_model(family, seed=seed, **changes)
-        return model, lambda more: tiny_model(family, seed=seed, **{**changes, **more})
+        return tiny_model(family, seed=seed, **changes)
 
     return _report(family, build, folder, states, seed)
 
@@ -90,7 +89,7 @@ def check_family(
 def check_entry(entry: Entry, folder: Path, *, states: int = 2, seed: int = 0) -> Report:
     """Run all checks of one entry of transformers' mappings; arguments as of `check_family`."""
 
-    def build() -> tuple[Any, Callable[[dict[str, Any]], Any]]:
+    def build() -> Any:
         try:
             config = tiny_configuration(entry.model_type)
             _refuse_large(entry.factory, config)
@@ -98,15 +97,7 @@ def check_entry(entry: Entry, folder: Path, *, states: int = 2, seed: int = 0) -
         except Exception as error:
             raise NotBuilt(one_line(error)) from error
         model.save_pretrained(folder / "source")
-
-        def changed(more: dict[str, Any]) -> Any:
-            config = tiny_configuration(entry.model_type)
-            text = config.get_text_config(decoder=True)
-            for name, value in more.items():
-                setattr(text, name, value)
-            return random_model(entry.factory, config, seed)
-
-        return model, changed
+        return model
 
     return _report(entry.name, build, folder, states, seed)
 
@@ -123,17 +114,10 @@ def _refuse_large(factory: Any, config: Any) -> None:
         )
 
 
-def _report(
-    name: str,
-    build: Callable[[], tuple[Any, Callable[[dict[str, Any]], Any]]],
-    folder: Path,
-    states: int,
-    seed: int,
-) -> Report:
+def _report(name: str, build: Callable[[], Any], folder: Path, states: int, seed: int) -> Report:
     try:
         with quiet_transformers():
-            model, changed = build()
-            return replace(_check(model, changed, folder, states, seed), name=name)
+            return replace(_check(build(), folder, states, seed), name=name)
     except NotBuilt as error:
         return Report(name, "not built", reason=str(error))
     except IsingcutError as error:
@@ -146,9 +130,7 @@ def _report(
         return Report(name, "failed", reason=reason)
 
 
-def _check(
-    model: Any, changed: Callable[[dict[str, Any]], Any], folder: Path, states: int, seed: int
-) -> Report:
+def _check(model: Any, folder: Path, states: int, seed: int) -> Report:
     source = folder / "source"
     stop_rescaling(model)
     shown = inspect_model(source)
@@ -163,8 +145,7 @@ def _check(
     worst, sublayer, reason = 0.0, True, ""
     try:
         worst = _replay_is_forward(model, stack, tokens, chosen)
-        smooth = changed(every_expert(model)).requires_grad_(False)
-        sublayer = check_gates(smooth, stack, tokens)
+        sublayer = check_gates(model, stack, tokens)
     except ArchitectureError as error:
         reason = f"cuts exactly at given blocks, but is not measured: {error}"
     for number, removed in enumerate(chosen):
