@@ -58,7 +58,7 @@ def random_model(factory: Any, config: Any, seed: int = 0) -> PreTrainedModel:
                     parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = 0
     model.train(False)
     return model

@@ -6,7 +6,9 @@ import argparse
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +19,27 @@ from isingcut.testing.architectures.tables import OUTCOMES, outcomes, replace_pa
 from isingcut.testing.architectures.workers import Died, run_apart
 from isingcut.testing.configurations import FAMILIES
 
+_TURNS = 7
+
+
+def states_of(name: str, turn: int) -> int:
+    """How many states of an architecture are cut: 8 where it is its turn, as each has it once
+    in `_TURNS` numbers, else 2."""
+    return 8 if (zlib.crc32(name.encode()) - turn) % _TURNS == 0 else 2
+
 
 def main(arguments: Sequence[str]) -> int:
     """Check families, or everything that transformers has; 1 when one failed, 2 for a bad name."""
     parser = argparse.ArgumentParser(prog="python -m isingcut.testing architectures")
     parser.add_argument("names", nargs="*", help="families; with --all model types")
     parser.add_argument("--all", action="store_true", help="every decoder of transformers")
-    parser.add_argument("--states", type=int, help="states cut: 6 of a family, 2 of others")
+    parser.add_argument("--states", type=int, help="states cut: 6 of a family, else 2 or 8")
+    parser.add_argument(
+        "--turn",
+        type=int,
+        default=date.today().toordinal(),
+        help=f"whose turn it is for 8 states, of {_TURNS} parts (default: by the day)",
+    )
     parser.add_argument("--docs", type=Path, help="also write the outcomes to this Markdown file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="memory of a process")
@@ -31,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     with tempfile.TemporaryDirectory() as room:
         try:
-            tasks = _tasks(options.names, options.all, options.states, Path(room))
+            tasks = _tasks(options, Path(room))
         except InputError as error:
             print(error)
             return 2
@@ -64,14 +80,15 @@ def _run(tasks: Mapping[str, Callable[[], Report]], options: argparse.Namespace)
     return sorted(reports, key=lambda r: order.index(r.name))
 
 
-def _tasks(
-    names: Sequence[str], everything: bool, states: int | None, room: Path
-) -> dict[str, Callable[[], Report]]:
+def _tasks(options: argparse.Namespace, room: Path) -> dict[str, Callable[[], Report]]:
     """What to check, by name; checkpoints go to folders of their own in ``room``."""
-    if everything:
+    names, states = options.names, options.states
+    if options.all:
         found = entries(names)
         return {
-            e.name: partial(check_entry, e, room / str(i), states=states or 2)
+            e.name: partial(
+                check_entry, e, room / str(i), states=states or states_of(e.name, options.turn)
+            )
             for i, e in enumerate(found)
         }
     unknown = sorted(set(names) - set(FAMILIES))

@@ -46,6 +46,8 @@ HANDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
     },
     "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 6},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 6},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [16, 16],
@@ -68,6 +70,9 @@ HANDS: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 32]},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 6}
+    },
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 6}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "zamba": {

@@ -102,13 +102,22 @@ def tiny_configuration(model_type: str) -> Any:
         Exception: whatever its class raises where the derived arguments are none for it.
     """
     cls = CONFIG_MAPPING[model_type]
-    return cls(**_tiny_values(cls(), DEPTH))
+    return cls(**_tiny_values(_default(cls), DEPTH))
+
+
+def _default(cls: Any) -> Any:
+    try:
+        return cls()
+    except Exception:
+        if cls.model_type not in HANDS:
+            raise
+    return cls(**HANDS[cls.model_type])
 
 
 def _tiny_values(default: Any, depth: int) -> dict[str, Any]:
     """Arguments that make the class of a default configuration describe a tiny model."""
     cls = type(default)
-    plain = cls()
+    plain = _default(cls)
     old = _depth_of(default)
     declared = _declared(cls)
     values: dict[str, Any] = {}

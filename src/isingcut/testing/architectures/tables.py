@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,10 +29,13 @@ def table(reports: Sequence[Report]) -> str:
 
 def outcomes(reports: Sequence[Report]) -> str:
     """Every architecture once: those that passed as a list, the others with their reasons."""
+    version = importlib.metadata.version("transformers")
     by_outcome = {o: [r for r in reports if r.outcome == o] for o in OUTCOMES}
     passed = by_outcome["passed"]
     lines = [
-        ", ".join(f"{len(found)} {outcome}" for outcome, found in by_outcome.items()) + ".",
+        f"transformers {version}: {len(reports)} decoders, "
+        + ", ".join(f"{len(found)} {outcome}" for outcome, found in by_outcome.items())
+        + ".",
         "",
         "Passed: " + ", ".join(sorted(r.name for r in passed)) + ".",
         "",

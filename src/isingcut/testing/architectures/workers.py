@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -44,7 +46,7 @@ def run_apart(
     Args:
         tasks: what to call, by name; results are sent through a pipe.
         workers: how many processes run at a time.
-        gigabytes: address space a task may take beyond what the process already has.
+        gigabytes: address space a task may take beyond what the process already has (on Linux).
         seconds: wall clock it may take.
     """
     context = multiprocessing.get_context("fork")
@@ -56,7 +58,10 @@ def run_apart(
                 name, task = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_child, args=(task, theirs, gigabytes))
-                process.start()
+                with warnings.catch_warnings():
+                    # The threads that others hold stay behind; a check waits for none of them.
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process.start()
                 theirs.close()
                 running.append(_Running(name, process, ours, time.monotonic() + seconds))
             soonest = min(one.ends for one in running) - time.monotonic()
@@ -95,8 +100,9 @@ def _result(one: _Running) -> Any:
 
 
 def _child(task: Callable[[], Any], result: Connection, gigabytes: float) -> None:
-    limit = _address_space() + int(gigabytes * 1e9)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if sys.platform.startswith("linux"):
+        limit = _address_space() + int(gigabytes * 1e9)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
     quiet = os.open(os.devnull, os.O_WRONLY)

@@ -1,0 +1,156 @@
+"""The sweep over all decoders of transformers: what it covers, and that it sees what is wrong."""
+
+import os
+import signal
+
+import pytest
+import torch
+from transformers.models.auto import modeling_auto
+
+from isingcut.testing.architectures import check_entry, command, conformance
+from isingcut.testing.architectures.entries import Entry, entries
+from isingcut.testing.architectures.shrink import spread, tiny_configuration
+from isingcut.testing.architectures.workers import Died, run_apart
+
+LLAMA = Entry("llama", "AutoModelForCausalLM")
+
+
+def test_every_decoder_of_transformers_is_there():
+    found = entries()
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    assert len({entry.name for entry in found}) == len(found) == len(causal) + len(images)
+    assert [e.name for e in entries(["gemma3"])] == ["gemma3", "gemma3 (image-text)"]
+
+
+def test_each_decoder_has_its_turn_once():
+    for entry in entries():
+        counts = [command.states_of(entry.name, turn) for turn in range(7)]
+        assert sorted(counts) == [2] * 6 + [8]
+
+
+def test_an_unknown_model_type_is_named(capsys):
+    assert command.main(["--all", "llama", "none-such"]) == 2
+    assert "no causal or image-text model type 'none-such'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "kinds"),
+    [
+        ("gemma3_text", "layer_types", {"sliding_attention", "full_attention"}),
+        ("deepseek_v3", "mlp_layer_types", {"dense", "sparse"}),
+        ("zamba2", "layers_block_type", {"linear_attention", "hybrid"}),
+        ("nemotron_h", "layers_block_type", {"linear_attention", "full_attention", "moe"}),
+    ],
+)
+def test_a_tiny_configuration_keeps_every_kind_of_block(model_type, field, kinds):
+    config = tiny_configuration(model_type)
+    assert set(getattr(config, field, kinds)) >= kinds
+    assert config.num_hidden_layers <= 8
+    assert config.hidden_size == 64
+
+
+def test_parts_of_a_configuration_fit_each_other():
+    config = tiny_configuration("qwen3_vl")
+    assert config.vision_config.out_hidden_size == config.text_config.hidden_size
+    depth = config.vision_config.depth
+    assert len(set(config.vision_config.deepstack_visual_indexes)) == 3
+    assert max(config.vision_config.deepstack_visual_indexes) < depth
+    assert sum(config.text_config.rope_parameters["mrope_section"]) == 8
+
+
+def test_a_shorter_list_keeps_its_order_and_its_rare_entries():
+    assert spread(["a"] * 20 + ["b"] + ["c"] * 20, 4) == ["a", "b", "c", "c"]
+    assert spread([0, 0, 0, 1] * 10, 6).count(1) > 0
+    assert spread(list(range(40)), 3) == [0, 20, 39]
+
+
+def cut_another(source, removed, out, **options):
+    """A wrong cut: blocks beside those that are to go."""
+    return excise(source, [(i + 1) % 6 for i in removed], out, **options)
+
+
+excise = conformance.excise
+
+
+def test_a_wrong_cut_is_reported_as_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(conformance, "excise", cut_another)
+    report = check_entry(LLAMA, tmp_path, states=1)
+    assert report.outcome == "failed"
+    assert "does not compute what the original does" in report.reason
+
+
+def test_what_a_library_raises_is_a_failure_and_what_we_refuse_is_none(tmp_path, monkeypatch):
+    def broken(model):
+        raise KeyError("expert_layer_period")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conformance, "find_stack", broken)
+        report = check_entry(LLAMA, tmp_path / "a", states=1)
+    assert (report.outcome, report.reason) == ("failed", "KeyError: 'expert_layer_period'")
+    report = check_entry(Entry("diffllama", "AutoModelForCausalLM"), tmp_path / "b")
+    assert report.outcome == "refused"
+    assert "depends on the block number" in report.reason
+
+
+def test_a_model_that_is_not_tiny_is_not_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(conformance, "_MOST_PARAMETERS", 1000)
+    report = check_entry(LLAMA, tmp_path)
+    assert report.outcome == "not built"
+    assert "too many for a tiny model" in report.reason
+
+
+def test_processes_that_die_do_so_alone():
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def greedy():
+        return bytearray(8 * 10**9)
+
+    def wrong():
+        raise ValueError("no such thing")
+
+    tasks = {"fine": lambda: 7, "killed": killed, "greedy": greedy, "wrong": wrong}
+    found = dict(run_apart(tasks, workers=2, gigabytes=2.0, seconds=60))
+    assert found == {
+        "fine": 7,
+        "killed": Died("its process was ended by SIGKILL"),
+        "greedy": Died("needs more than 2 GB"),
+        "wrong": Died("ValueError: no such thing"),
+    }
+
+
+def test_a_process_that_hangs_is_ended():
+    assert dict(run_apart({"hangs": signal.pause}, workers=1, gigabytes=2.0, seconds=0.2)) == {
+        "hangs": Died("took longer than 0 s")
+    }
+
+
+def test_the_command_line_counts_outcomes_and_writes_them_to_a_page(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- outcomes -->\nold\n<!-- end of outcomes -->\nafter\n")
+    monkeypatch.setattr(conformance, "excise", cut_another)
+    arguments = ["--all", "llama", "diffllama", "--docs", str(page), "--states", "1"]
+    assert command.main(arguments) == 1
+    shown = capsys.readouterr().out
+    assert "architectures_failed: 1" in shown
+    assert "architectures_refused: 1" in shown
+    text = page.read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| diffllama | refused |" in text
+
+
+def test_a_page_without_the_marks_is_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(AssertionError, match="has no part between"):
+        command.replace_part(page, "outcomes", "text")
+    assert page.read_text() == "nothing"
+
+
+def test_checks_leave_the_default_dtype(tmp_path):
+    before = torch.get_default_dtype()
+    assert check_entry(LLAMA, tmp_path, states=1).outcome == "passed"
+    assert torch.get_default_dtype() == before
