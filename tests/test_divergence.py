@@ -8,7 +8,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
-from isingcut.models.compute.head import OutputHead, comparison
+from isingcut.models.compute.head import OutputHead, comparison, entering
 from isingcut.models.replay import Replay
 from tiny import tiny_model
 
@@ -116,3 +116,15 @@ def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(family, p
             assert kl[s] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4, abs=1e-6)
             assert nll[s] == pytest.approx(-float(q.gather(1, label).sum()), rel=1e-6)
             assert original.nll[s] == pytest.approx(-float(p.gather(1, label).sum()), rel=1e-6)
+
+
+def test_a_mask_written_into_the_logits_counts_as_more_than_the_layer():
+    layer, hidden = torch.nn.Linear(4, 6), torch.ones(1, 3, 4)
+
+    def masked():
+        logits = layer(hidden)
+        logits[..., :2] = torch.finfo(logits.dtype).min
+        return logits
+
+    assert entering(layer, lambda: layer(hidden)) is hidden
+    assert entering(layer, masked) is None

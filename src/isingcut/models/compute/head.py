@@ -46,7 +46,8 @@ def entering(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
         None where something follows the layer, or it is called otherwise than once.
     """
     seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
-    handle = layer.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    # A copy: a model may mask in place what the layer gives (Chameleon does).
+    handle = layer.register_forward_hook(lambda m, args, out: seen.append((args, out.clone())))
     try:
         with torch.no_grad():
             found = logits()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
-_DIGITS = "ABCDEFGHIJ"
-_IMAGE_CODES = {f"IMGIMG{''.join(_DIGITS[int(d)] for d in str(i))}Z": 8 + i for i in range(64)}
 _VISUAL_TOKENS = {f"<|visual token {i:06d}|>": 8 + i for i in range(64)}
 
 # Model type of a configuration, whole or part -> arguments that join or replace those derived;
@@ -17,7 +15,11 @@ HANDS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     # The default leaves open what the model needs.
     "apertus1p5": {"image_token_offset": 8, "audio_token_offset": 72},
-    "chameleon": {"vocabulary_map": {"<image>": 3, **_IMAGE_CODES}},
+    "chameleon": {
+        # Few codes, with ids that random tokens do not have: their logits are masked.
+        "vq_config": {"num_embeddings": 4},
+        "vocabulary_map": {"<image>": 3, **{f"IMGIMG{c}Z": 4 + i for i, c in enumerate("ABCD")}},
+    },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "rope_parameters": {
@@ -71,7 +73,12 @@ HANDS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 32]},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
     "gemma4_assistant": {
-        "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 6}
+        "text_config": {
+            "num_hidden_layers": 6,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 6,
+        }
     },
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 6}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
