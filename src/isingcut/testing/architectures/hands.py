@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _VISUAL_TOKENS = {f"<|visual token {i:06d}|>": 8 + i for i in range(64)}
 
 # Model type of a configuration, whole or part -> arguments that join or replace those derived;
@@ -48,6 +57,9 @@ HANDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
     },
     "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    # Their own towers need the package timm.
+    "fast_vlm": {"vision_config": _TOWER},
+    "perception_lm": {"vision_config": {**_TOWER, "model_args": {"embed_dim": 64}}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 6},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 6},
     "reformer": {

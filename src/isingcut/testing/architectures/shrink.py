@@ -8,6 +8,7 @@ from other fields (``layer_types`` from the depth, ``head_dim`` from the width) 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def _default(cls: Any) -> Any:
     except Exception:
         if cls.model_type not in HANDS:
             raise
-    return cls(**HANDS[cls.model_type])
+    return cls(**copy.deepcopy(HANDS[cls.model_type]))
 
 
 def _tiny_values(default: Any, depth: int) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def _tiny_values(default: Any, depth: int) -> dict[str, Any]:
         rope = vars(default).get(name)
         if name in declared and rope and (sections or "mrope_section" in rope):
             values[name] = {**rope, "mrope_section": _sections(rope, values)}
-    _join(values, HANDS.get(cls.model_type, {}))
+    _join(values, copy.deepcopy(HANDS.get(cls.model_type, {})))
     return _all_kinds(default, values, old, depth)
 
 
