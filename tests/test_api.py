@@ -18,17 +18,13 @@ from isingcut.files.writing import read_json
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.runs import api, interop_hub
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import write_words
+from shared import leave_speed_out, write_words
+
+pytestmark = pytest.mark.usefixtures("no_speed")
 
 MEMBERS = (types.FunctionType, property, functools.cached_property, classmethod, staticmethod)
 _LAZY = ("Session", "RunFolder", "PreTrainedModel", "PreTrainedTokenizerBase")
 OPTIONS = {"samples": 4, "length": 16, "rank_samples": 4, "report_samples": 4, "dtype": "float32"}
-
-
-@pytest.fixture(autouse=True)
-def _memory_is_not_measured(monkeypatch):
-    """Two more processes per evaluation, which test_evaluate pays for."""
-    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +35,7 @@ def place(tmp_path_factory):
     write_words(folder / "my-text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        leave_speed_out(patch.setattr)
         isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
     return folder
 

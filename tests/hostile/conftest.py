@@ -8,12 +8,12 @@ from arena import Arena
 
 import isingcut
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import write_words
+from shared import leave_speed_out, write_words
 
 
 @pytest.fixture(scope="session")
-def world(shared):
-    """What every arena is a copy of."""
+def world(shared, finished):
+    """What every arena is a copy of; made after the first run, which compiles what both need."""
     return shared.folder("world", _make_world)
 
 
@@ -23,8 +23,7 @@ def _make_world(base):
     write_words(base / "text.txt")
     tiny_checkpoint("llama", base / "model")
     with pytest.MonkeyPatch.context() as patch:
-        # A subprocess that loads torch once more, for a figure that no row looks at.
-        patch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
+        leave_speed_out(patch.setattr)
         patch.chdir(base)
         isingcut.run(
             model="model",
@@ -52,7 +51,7 @@ def arena(world, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     monkeypatch.setenv("ISINGCUT_CACHE", str(here / "home" / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
+    leave_speed_out(monkeypatch.setattr)
     return Arena(here)
 
 

@@ -47,11 +47,11 @@ TEMPLATES = [
 ]
 
 
-@pytest.mark.parametrize(("what", "text", "line"), TEMPLATES, ids=[t[0] for t in TEMPLATES])
-def test_chat_templates(arena, monkeypatch, what, text, line):
+@pytest.mark.parametrize(("what", "program", "line"), TEMPLATES, ids=[t[0] for t in TEMPLATES])
+def test_chat_templates(arena, monkeypatch, what, program, line):
     if line is TIME:
         monkeypatch.setattr(chat_templates, "SECONDS", 0.5)
-    arena.try_row(Row(what, MEASURE + "a.jsonl", line, template(text)))
+    arena.try_row(Row(what, MEASURE + "a.jsonl", line, template(program)))
 
 
 # Tokenizers ------------------------------------------------------------------------------
