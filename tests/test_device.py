@@ -125,7 +125,8 @@ def figures(place, streamed=False):
 
 def written(place):
     model, tokenizer = place.model(), tiny_tokenizer()
-    text = generation.generate_text(model, tokenizer, "hello", 8)
+    prompt = generation.prompt_ids(tokenizer, "hello")
+    text = generation.generate_text(model, tokenizer, prompt, 8)
     sampled = self_text.generated(model, tokenizer, {"energy": 3}, 8, 0)["energy"]
     return [*text.encode(), *np.ravel(sampled)]
 

@@ -14,7 +14,7 @@ import torch
 from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from isingcut.data.calibration import TokenSet
-from isingcut.data.generation import decode_tokens, generate_text
+from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
 from isingcut.errors import ModelError
 from isingcut.evaluation import measure_process
 from isingcut.evaluation import quality as evaluation
@@ -169,10 +169,11 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair: An
 
     pair[0].generate = generate
     try:
-        chat = generate_text(pair[0], tokenizer, "hello", 5)
-        assert generate_text(pair[0], tokenizer, "hello", 5) == chat
+        prompt = prompt_ids(tokenizer, "hello")
+        chat = generate_text(pair[0], tokenizer, prompt, 5)
+        assert generate_text(pair[0], tokenizer, prompt, 5) == chat
         tokenizer.chat_template = None
-        generate_text(pair[0], tokenizer, "hello", 5)
+        generate_text(pair[0], tokenizer, prompt_ids(tokenizer, "hello"), 5)
     finally:
         del pair[0].generate
     assert seen[0].replace(" ", "") == "<|user|>hello</s><|assistant|>"

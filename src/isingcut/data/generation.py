@@ -33,19 +33,29 @@ def only(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
         generative.generation_config = own
 
 
-@torch.no_grad()
-def generate_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
-) -> str:
-    """The greedy continuation of ``prompt``, as a chat answer where there is a chat template."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """The tokens (1, P) of ``prompt``, as a turn of a chat where there is a chat template."""
     text, special = prompt, True
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
         with Renderer(tokenizer) as render:
             text = render(turn, add_generation_prompt=True)
         special = False
-    ids = tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"]
-    ids = ids.to(model.device)
+    ids: torch.Tensor = tokenizer(text, add_special_tokens=special, return_tensors="pt")[
+        "input_ids"
+    ]
+    return ids
+
+
+@torch.no_grad()
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: torch.Tensor,
+    max_new_tokens: int,
+) -> str:
+    """The greedy continuation of a prompt (1, P), up to an end token."""
+    ids = prompt.to(model.device)
     own: Any = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     pad = end[0] if isinstance(end, list) else end

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.generation import generate_text
+from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed_and_memory
 from isingcut.files.writing import without_header, without_infinities
@@ -69,9 +69,11 @@ def before_and_after(
             both, tokens, trust_remote_code=trust_remote_code, progress=progress
         )
     texts = {}
+    # Once for both: a chat template is rendered by a process of its own.
+    ids = prompt_ids(original.tokenizer, prompt)
     with progress("one generation", len(both)) as bar:
         for name, loaded in both.items():
-            texts[name] = generate_text(loaded.model, loaded.tokenizer, prompt, new_tokens)
+            texts[name] = generate_text(loaded.model, loaded.tokenizer, ids, new_tokens)
             figures[name] |= _size(loaded.model, loaded.folder)
             bar.advance(1)
     rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
