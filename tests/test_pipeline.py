@@ -143,18 +143,6 @@ def test_solving_loads_no_torch(finished, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_help_and_the_core_load_no_torch():
-    for code in (
-        "import isingcut.cli.main as c\ntry: c.app(['--help'])\nexcept SystemExit: pass",
-        "import isingcut\nimport isingcut.ising.hamiltonian\n"
-        "import isingcut.ising.constraints\n"
-        "import isingcut.ising.problem\nimport isingcut.ising.spectrum\n"
-        "import isingcut.ising.solvers",
-    ):
-        check = "\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
-        subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)
-
-
 def test_config_file_and_command_line_agree(llama, text, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     options = {**OPTIONS, "model": str(llama), "remove": 1, "calibration": str(text)}
