@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 from isingcut.data import held
 from isingcut.errors import CalibrationError, InputError, OutputExistsError
+from shared import leave_speed_out
 from tiny import tiny_checkpoint
 
 # Fifteen states of six blocks: too few to judge an energy, which no test here does.
@@ -21,8 +22,8 @@ TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
-    """Memory is not measured, and temporary folders are made where they can be counted."""
-    monkeypatch.setattr("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
+    """Speed is not measured, and temporary folders are made where they can be counted."""
+    leave_speed_out(monkeypatch.setattr)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 
