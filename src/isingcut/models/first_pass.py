@@ -121,8 +121,8 @@ def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device)
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
-    except (torch.OutOfMemoryError, ArchitectureError):
-        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError, ArchitectureError):
+        raise  # the machine's fault, or said already
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ArchitectureError(
             f"{type(model).__name__} does not run on text alone, so it cannot be measured: "
