@@ -67,13 +67,55 @@ def test_what_is_unknown_or_numbered_is_refused(tmp_path):
     out = tmp_path / "out.gguf"
     with pytest.raises(ArchitectureError, match=r"llama\.mystery' looks per-layer"):
         cut_gguf(make(tmp_path / "a.gguf", mystery=[1, 2, 3, 4]), [0], out)
-    with pytest.raises(ArchitectureError, match="may derive what a block of 'gemma3'"):
-        cut_gguf(make(tmp_path / "b.gguf", "gemma3"), [0], out)
+    with pytest.raises(ArchitectureError, match="may derive what a block of 'cohere2'"):
+        cut_gguf(make(tmp_path / "b.gguf", "cohere2"), [0], out)
     with pytest.raises(ArchitectureError, match="extra prediction heads"):
         cut_gguf(make(tmp_path / "c.gguf", nextn_predict_layers=1), [0], out)
     with pytest.raises(ArchitectureError, match="must be 0 to 3"):
         cut_gguf(make(tmp_path / "d.gguf"), [4], out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "expected"),
+    [
+        # Blocks 5 and 11 are the full ones of 12; without 1 and 7 they are blocks 4 and 9.
+        ("gemma3", {"attention.sliding_window": 8}, [True] * 4 + [False] + [True] * 4 + [False]),
+        ("gemma3", {}, None),
+        (
+            "gemma3",
+            {"attention.sliding_window": 8, "attention.sliding_window_pattern": 4},
+            [True, True, False] + [True] * 6 + [False],
+        ),
+        # Blocks 0, 2, ... have windows.
+        ("gemma2", {}, [True, True, False, True, False, True, True, False, True, False]),
+        (
+            "gemma2",
+            {"attention.sliding_window_pattern": [True] * 2 + [False] * 10},
+            [True] + [False] * 9,
+        ),
+    ],
+)
+def test_blocks_keep_their_windows(tmp_path, architecture, extra, expected):
+    source = make(tmp_path / "in.gguf", architecture, 12, **extra)
+    cut_gguf(source, [1, 7], tmp_path / "out.gguf")
+    after = gguf.GGUFReader(tmp_path / "out.gguf")
+    field = after.get_field(f"{architecture}.attention.sliding_window_pattern")
+    assert (field and field.contents()) == expected
+
+
+def test_windows_that_are_neither_period_nor_list_are_refused(tmp_path):
+    key = {"attention.sliding_window_pattern": [True] * 11}
+    source = make(tmp_path / "in.gguf", "gemma2", 12, **key)
+    with pytest.raises(CheckpointError, match="a period or one entry for each of 12 blocks"):
+        cut_gguf(source, [1], tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(("architecture", "blocks"), [("deepseek2", 27), ("gemma3", 63)])
+def test_a_depth_that_llama_cpp_knows_a_model_by_is_refused(tmp_path, architecture, blocks):
+    source = make(tmp_path / "in.gguf", architecture, blocks)
+    with pytest.raises(ArchitectureError, match=r"computes a '\w+' of (26|62) blocks otherwise"):
+        cut_gguf(source, [0], tmp_path / "out.gguf")
 
 
 def test_damaged_files_are_refused(tmp_path):

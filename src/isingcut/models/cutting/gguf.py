@@ -19,11 +19,10 @@ from isingcut.models.checkpoint.gguf_header import GgufHeader, block_of, read_gg
 from isingcut.models.loading import loading
 
 # Architectures whose blocks llama.cpp configures from metadata alone. It derives the kind of a
-# block from its number in the others (gemma2, gemma3, cohere2, llama4, smollm3, gpt-oss, ...),
-# so that a renumbered block would compute something else there.
+# block from its number in the others (cohere2, llama4, smollm3, gpt-oss, ...), or from how many
+# there are (baichuan), so that a renumbered block would compute something else there.
 _CUTTABLE = {
     "arcee",
-    "baichuan",
     "bloom",
     "command-r",
     "deepseek",
@@ -33,6 +32,8 @@ _CUTTABLE = {
     "falcon_h1",
     "glm4",
     "gpt2",
+    "gemma2",
+    "gemma3",
     "gptneox",
     "granite",
     "granitehybrid",
@@ -59,11 +60,17 @@ _CUTTABLE = {
     "stablelm",
     "starcoder2",
 }
+# Every so many blocks one has full attention there, the others windows, unless a list says which.
+_WINDOWS = "attention.sliding_window_pattern"
+_WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}
+# Numbers of blocks by which llama.cpp knows a model that it computes otherwise: DeepSeek-V2-Lite
+# and GLM-4.7-Flash (other tensors, another router), Gemma 27B (another scale of attention).
+_KNOWN_BY_DEPTH = {"deepseek2": {26, 27, 47, 48}, "gemma2": {46}, "gemma3": {62}}
 # Keys below the architecture's name that hold one entry per block when they are arrays.
 _SLICED = {
     "attention.head_count",
     "attention.head_count_kv",
-    "attention.sliding_window_pattern",
+    _WINDOWS,
     "expert_count",
     "expert_used_count",
     "feed_forward_length",
@@ -93,9 +100,10 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
     if os.path.lexists(out) and not overwrite:
         raise OutputExistsError(f"{out} already exists; nothing was written")
     header = read_gguf(source)
-    _refuse(header)
     count = header.number("block_count")
+    _refuse(header)
     mapping = renumbering(count, removed)
+    _refuse_depth(header.architecture, count, len(mapping))
     header.blocks()
     import gguf
 
@@ -104,6 +112,9 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
         fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
     architecture = header.architecture
     _refuse_unwritable(source, architecture, fields)
+    windows = _windows(source, architecture, fields, count)
+    if windows is not None:
+        fields.pop(f"{architecture}.{_WINDOWS}", None)
     values = {k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()}
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture, endianess=reader.endianess)
@@ -115,6 +126,8 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
             kinds = reader.fields[key].types
             inner = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, value, kinds[0], sub_type=inner)
+        if windows is not None:
+            writer.add_sliding_window_pattern([windows[i] for i in mapping])
         kept = []
         for tensor in reader.tensors:
             name = _new_name(tensor.name, mapping)
@@ -136,8 +149,9 @@ def _refuse(header: GgufHeader) -> None:
     architecture = header.architecture
     if architecture not in _CUTTABLE:
         raise ArchitectureError(
-            f"llama.cpp may derive what a block of {architecture!r} is from its number, which "
-            "GGUF cannot change; cut the Hugging Face checkpoint and convert it instead"
+            f"llama.cpp may derive what a block of {architecture!r} is from its number, which a "
+            "cut changes, in a GGUF as in a converted checkpoint; run the cut checkpoint in "
+            "transformers or vLLM"
         )
     if header.metadata.get(f"{architecture}.nextn_predict_layers"):
         raise ArchitectureError(
@@ -147,6 +161,36 @@ def _refuse(header: GgufHeader) -> None:
     parts = header.metadata.get("split.count")
     if isinstance(parts, int) and parts > 1:
         raise CheckpointError(f"{header.path} is one part of a split file; merge the parts first")
+
+
+def _refuse_depth(architecture: str, before: int, after: int) -> None:
+    known = _KNOWN_BY_DEPTH.get(architecture, set()) & {before, after}
+    if known:
+        raise ArchitectureError(
+            f"llama.cpp computes a {architecture!r} of {min(known)} blocks otherwise than one of "
+            f"another depth, and this cut goes from {before} to {after}; run the cut checkpoint in "
+            "transformers or vLLM"
+        )
+
+
+def _windows(
+    source: Path, architecture: str, fields: dict[str, Any], count: int
+) -> list[bool] | None:
+    """Which blocks have a sliding window, where llama.cpp counts that and no list says it."""
+    period = _WINDOW_PERIODS.get(architecture)
+    if period is None:
+        return None
+    if architecture == "gemma3" and not fields.get("gemma3.attention.sliding_window"):
+        return None  # llama.cpp then gives no block a window; gemma2's have one by default
+    stored = fields.get(f"{architecture}.{_WINDOWS}", period)
+    if isinstance(stored, list) and len(stored) == count:
+        return None
+    if not isinstance(stored, int) or stored < 0:
+        raise CheckpointError(
+            f"{source}: expected a period or one entry for each of {count} blocks as its metadata "
+            f"'{architecture}.{_WINDOWS}', got {stored!r:.60}"
+        )
+    return [stored == 0 or i % stored < stored - 1 for i in range(count)]
 
 
 def _refuse_unwritable(source: Path, architecture: str, fields: dict[str, Any]) -> None:
