@@ -97,9 +97,23 @@ def check_entry(entry: Entry, folder: Path, *, states: int = 2, seed: int = 0) -
         except Exception as error:
             raise NotBuilt(one_line(error)) from error
         model.save_pretrained(folder / "source")
+        _refuse_unreadable(entry.factory, folder / "source")
         return model
 
     return _report(entry.name, build, folder, states, seed)
+
+
+def _refuse_unreadable(factory: Any, source: Path) -> None:
+    """Nothing can be said of an architecture whose checkpoints transformers itself gets wrong."""
+    try:
+        _, found = factory.from_pretrained(source, output_loading_info=True)
+    except Exception:
+        return  # Of another auto class, maybe: the checks will tell.
+    if found["missing_keys"]:
+        raise NotBuilt(
+            f"transformers saves it and reads it back without {len(found['missing_keys'])} of its "
+            "tensors"
+        )
 
 
 def _refuse_large(factory: Any, config: Any) -> None:

@@ -94,6 +94,8 @@ HANDS: dict[str, dict[str, Any]] = {
     },
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 6}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    # Half the width has to be whole 64s, or the cache has other shapes than the states.
+    "xlstm": {"hidden_size": 128},
     "zamba": {
         "layers_block_type": [*["linear_attention"] * 2, "hybrid"] * 2,
     },
