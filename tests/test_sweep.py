@@ -93,6 +93,11 @@ def test_what_a_library_raises_is_a_failure_and_what_we_refuse_is_none(tmp_path,
     assert "depends on the block number" in report.reason
 
 
+def test_blocks_that_return_lists_are_measured(tmp_path):
+    report = check_entry(Entry("openai-gpt", "AutoModelForCausalLM"), tmp_path, states=1)
+    assert report.outcome == "passed", report.reason
+
+
 def test_a_model_that_is_not_tiny_is_not_built(tmp_path, monkeypatch):
     monkeypatch.setattr(conformance, "_MOST_PARAMETERS", 1000)
     report = check_entry(LLAMA, tmp_path)

@@ -100,7 +100,7 @@ def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device)
         return args, kwargs
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        stream = output[0] if isinstance(output, tuple) and output else output
+        stream = output[0] if isinstance(output, (list, tuple)) and output else output
         if not isinstance(stream, Tensor):
             raise ArchitectureError(
                 f"block {len(rest)} ({type(module).__name__}) returns {type(output).__name__}; "
@@ -114,7 +114,7 @@ def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device)
         if _reads_another(calls[-1][1], module, stream, rest):
             raise ArchitectureError(_HANDED_ON)
         streams.append(stream)
-        rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
+        rest.append(tuple(output[1:]) if isinstance(output, (list, tuple)) else None)
 
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
     handles += [b.register_forward_hook(after) for b in blocks]
@@ -171,7 +171,7 @@ def _reads_another(
         output = without.repeat(block.forward, call.hidden)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return True
-    return not torch.equal(output[0] if isinstance(output, tuple) else output, stream)
+    return not torch.equal(output[0] if isinstance(output, (list, tuple)) else output, stream)
 
 
 class _Shared(UserDict[Any, Any]):

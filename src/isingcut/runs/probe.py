@@ -110,7 +110,7 @@ def only(model: Any, chosen: Sequence[int], device: torch.device) -> Replay:
     rest: list[Any] = [None]
 
     def learn(module: nn.Module, args: Any, output: Any) -> None:
-        rest[0] = output[1:] if isinstance(output, tuple) else None
+        rest[0] = output[1:] if isinstance(output, (list, tuple)) else None
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:
         stream = args[0] if args else kwargs["hidden_states"]
