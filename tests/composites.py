@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from isingcut.testing.tiny import tiny_tokenizer
+from isingcut.testing.tiny import random_model, tiny_tokenizer
 
 TEXT: dict[str, Any] = {
     "vocab_size": 262,
@@ -131,6 +130,28 @@ COMPOSITES: dict[str, dict[str, Any]] = {
         },
         **_IMAGES,
     },
+    "qwen3_5_moe": {
+        "text_config": {
+            **TEXT,
+            **_HEADS,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        "vision_config": {
+            **_QWEN_VISION,
+            "intermediate_size": 32,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+        },
+        **_IMAGES,
+    },
     "qwen2_vl": {
         "text_config": {**TEXT, "rope_parameters": _MROPE},
         "vision_config": {**_QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2},
@@ -139,17 +160,9 @@ COMPOSITES: dict[str, dict[str, Any]] = {
 }
 
 
-def composite(family: str) -> Any:
-    """A tiny random float32 model of a multimodal family, every weight drawn anew."""
-    config = AutoConfig.for_model(family, **COMPOSITES[family])
-    factory: Any = AutoModelForImageTextToText
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = factory.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
-    model.generation_config.pad_token_id = 0
+def composite(family: str, factory: Any = AutoModelForImageTextToText) -> Any:
+    """A tiny random float32 model of a multimodal family, or of the part another class builds."""
+    model = random_model(factory, AutoConfig.for_model(family, **COMPOSITES[family]), 0)
     return model.requires_grad_(False)
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from composites import composite_checkpoint
+from composites import composite, composite_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.models.architectures import cut_config, find_stack, stack_modules
 from isingcut.models.architectures.auto import auto_class, auto_class_of
@@ -51,6 +51,16 @@ def test_the_class_that_was_saved_is_the_one_that_loads(family):
     names = AutoModelForImageTextToText._model_mapping[type(config)].__name__
     config.architectures = [names]
     assert auto_class(config) is AutoModelForImageTextToText
+
+
+@pytest.mark.parametrize("family", ["emu3", "mllama"])
+def test_a_decoder_saved_without_the_rest_is_cut(family, tmp_path):
+    model = composite(family, AutoModelForCausalLM)
+    assert model.config.model_type == f"{family}_text_model"
+    model.save_pretrained(tmp_path / "source")
+    assert inspect_model(tmp_path / "source").refusal == ""
+    excise(tmp_path / "source", [0, 3], tmp_path / "out")
+    assert verify(model, [0, 3], tmp_path / "out") == 0.0
 
 
 def test_a_stack_larger_than_the_blocks_is_left_alone(tmp_path):
