@@ -28,6 +28,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
         ArchitectureError: a number out of range, an illegal state, a block that computes with
             its own number, or a per-layer field that is not in the table.
     """
+    refuse_packing(config)
     result = copy.deepcopy(config)
     text = materialise(result)
     count = depth(text)
@@ -83,6 +84,7 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     """
     whole = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
     text = materialise(whole)
+    refuse_packing(whole)
     _refuse_unclear(whole, text, len(stack))
     return families.legality(text, stack)
 
@@ -102,6 +104,20 @@ def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
         names = [name for item in value for name in renamed(item)]
         return list(dict.fromkeys(names)) if all(isinstance(n, str) for n in names) else names
     return value
+
+
+def refuse_packing(config: Mapping[str, Any]) -> None:
+    """Refuse weights that can neither be measured nor proven where their packer is not.
+
+    Raises:
+        ArchitectureError: bitsandbytes packed them; the message has the way out.
+    """
+    quantisation = config.get("quantization_config")
+    if isinstance(quantisation, dict) and quantisation.get("quant_method") == "bitsandbytes":
+        raise ArchitectureError(
+            "the weights are packed by bitsandbytes; cut the checkpoint it was made from and "
+            "quantise the result"
+        )
 
 
 def depth(text: dict[str, Any]) -> int:
