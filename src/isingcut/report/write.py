@@ -103,6 +103,7 @@ def _markdown(files: RunFiles) -> str:
         and any(s["removed"] == removed for s in spectrum["states"]),
         map=[] if spectrum is None else spectrum_map(spectrum, candidates, removed),
         checkpoint=files.checkpoint,
+        loads_with=files.loads_with,
         provenance=[(key, value.replace("|", "\\|")) for key, value in rows],
         timings=timing_rows(files.run, files.folder, files.target),
         run=files.arguments,

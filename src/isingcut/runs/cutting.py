@@ -10,6 +10,7 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
 from isingcut.files.writing import atomic_folder, fingerprint
+from isingcut.models.architectures.auto import auto_class_of
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import cut_gguf
@@ -118,7 +119,10 @@ def write_checkpoint(
         VerificationError: it does not compute what it should; nothing is left at ``out``.
     """
     blocks = list(removed)
-    parts = card_parts(folder.path, folder.target(session.config.removal), blocks)
+    trust = session.config.trust_remote_code
+    loads_with = auto_class_of(session.source, trust_remote_code=trust).__name__
+    target = folder.target(session.config.removal)
+    parts = card_parts(folder.path, target, blocks, loads_with)
     record = {
         "format": "isingcut-removal",
         "version": 1,
@@ -139,7 +143,6 @@ def write_checkpoint(
                 "isingcut.json": json.dumps(record, indent=1) + "\n",
             },
         )
-        trust = session.config.trust_remote_code
         if session.streaming:
             verify_streamed(session.streamed[1], blocks, temporary, trust_remote_code=trust)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -123,6 +123,10 @@ class CardParts(Strict):
     how: str
     measured: str
     from_gguf: bool
+    # Records that an earlier version wrote lack it.
+    loads_with: Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"] = (
+        "AutoModelForCausalLM"
+    )
     isingcut: str
     energy: str
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
