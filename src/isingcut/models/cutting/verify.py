@@ -13,6 +13,7 @@ import torch
 from isingcut.errors import VerificationError
 from isingcut.models.architectures import find_stack, skipped, text_config
 from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.first_pass import on_text_alone
 from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import quiet_transformers
 
@@ -84,6 +85,7 @@ def verify(
 
     Raises:
         VerificationError: it does not load, or it computes something else.
+        ArchitectureError: the original does not run on text alone.
     """
     source_model.eval()
     if cut is None:
@@ -93,14 +95,16 @@ def verify(
     for model in (source_model, cut):
         stop_rescaling(model)
     stack = find_stack(source_model)
+
+    def original(blocks: Sequence[int]) -> torch.Tensor:
+        with torch.no_grad(), on_text_alone(source_model), skipped(source_model, stack, blocks):
+            logits: torch.Tensor = source_model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    expected = original(removed)
     with torch.no_grad():
         got = cut(input_ids=tokens, use_cache=False).logits
-
-    def from_original(blocks: Sequence[int]) -> float:
-        with torch.no_grad(), skipped(source_model, stack, blocks):
-            return relative_difference(source_model(input_ids=tokens, use_cache=False).logits, got)
-
-    difference = from_original(removed)
+    difference = relative_difference(expected, got)
     allowed = tolerance(source_model.dtype)
     if not difference <= allowed:
         raise VerificationError(
@@ -116,7 +120,7 @@ def verify(
 
     check_generation(cut, tokens[:prompts], new_tokens, str(out), skipped_original)
     for instead in islice(_other_states(len(stack), removed), _WRONG):
-        wrong = from_original(instead)
+        wrong = relative_difference(original(instead), got)
         if wrong > allowed:
             break
     return Proof(difference, wrong, tuple(instead), wrong > allowed)
