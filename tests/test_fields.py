@@ -10,7 +10,8 @@ from isingcut.errors import ArchitectureError
 from isingcut.models.architectures import cut_config, find_stack, legality, skipped, stack_modules
 from isingcut.models.architectures.surgery import config_object
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import relative_difference, verify
+from isingcut.models.cutting.difference import relative_difference
+from isingcut.models.cutting.verify import verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model

@@ -187,10 +187,16 @@ class RunFiles:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader must know before trusting the energy."""
+        """What a reader must know before trusting the energy, or the cut."""
+        said = [] if self.proof is None else list(self.proof["remarks"])
         if self.candidates is None:
-            return []
-        return ranking_warnings(self.energy, self.candidates)
+            return said
+        return ranking_warnings(self.energy, self.candidates) + said
+
+    @property
+    def proof(self) -> dict[str, Any] | None:
+        """How the checkpoint was proven; None where none is there, or an older one."""
+        return None if self.removal is None else self.removal.get("proof")
 
     @property
     def won(self) -> list[str]:

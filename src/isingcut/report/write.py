@@ -82,7 +82,7 @@ def write_comparison(
 def _markdown(files: RunFiles) -> str:
     spectrum, candidates, evaluation = files.spectrum, files.candidates, files.evaluation
     removed = files.removed
-    rows = provenance_rows(files.run, files.meta)
+    rows = provenance_rows(files)
     return render(
         "report.md.j2",
         title=files.title,

@@ -130,6 +130,15 @@ class CardParts(Strict):
     isingcut: str
     energy: str
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    proof: str = "text"
+
+
+class CutProof(Strict):
+    """What the comparison of a cut checkpoint with its original showed."""
+
+    inputs: str
+    difference: Positive
+    remarks: list[str]
 
 
 class CutRecord(Strict):
@@ -138,6 +147,7 @@ class CutRecord(Strict):
     removed: Blocks
     of: Annotated[int, Field(ge=1, le=2**20)]
     card: CardParts | None = None
+    proof: CutProof | None = None
 
     @model_validator(mode="after")
     def _below(self) -> Self:

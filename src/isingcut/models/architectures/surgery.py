@@ -8,7 +8,7 @@ from typing import Any
 
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
-from isingcut.models.architectures import families, fields
+from isingcut.models.architectures import families, fields, outside
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.field_checks import check_fields, refuse_unknown
 from isingcut.models.architectures.field_cuts import cut_fields, speaking_parts
@@ -35,14 +35,15 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     mapping = renumbering(count, removed)
     _refuse_unclear(result, text, count)
     families.write_out(text, count)
-    must_stay = families.kept_blocks(text, count)
-    for old in set(must_stay) - set(mapping):
+    must_stay = families.kept_blocks(text, count) | outside.kept_blocks(result, count)
+    for old in sorted(set(must_stay) - set(mapping)):
         raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
     for block, (source, reason) in families.sources(text, count).items():
         if block in mapping and source not in mapping:
             raise ArchitectureError(
                 f"block {source} cannot be removed while block {block} stays: {reason}"
             )
+    outside.renumber(result, count, mapping)
     read, types = _as_read(config)
     for part, _ in speaking_parts(result, text):
         cut_fields(part, count, mapping)
@@ -86,7 +87,7 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     text = materialise(whole)
     refuse_packing(whole)
     _refuse_unclear(whole, text, len(stack))
-    return families.legality(text, stack)
+    return [*families.legality(text, stack), *outside.legality(whole, len(stack))]
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
