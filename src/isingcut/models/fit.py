@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures.names import OTHER_STACKS
-from isingcut.models.architectures.surgery import (
-    depth,
-    extra_heads,
-    refuse_packing,
-    written_out,
-)
+from isingcut.models.architectures.surgery import depth, extra_heads, uncuttable, written_out
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 from isingcut.models.loading import wrong_shape
 
@@ -56,6 +51,7 @@ class Checkpoint:
         stored: its tensors; empty without weights.
         count: blocks that its configuration says.
         found: blocks that it has tensors of; None where none are numbered.
+        uncuttable: why a model of its type cannot be cut; else empty.
     """
 
     folder: Path
@@ -63,12 +59,15 @@ class Checkpoint:
     stored: Mapping[str, StoredTensor]
     count: int
     found: int | None
+    uncuttable: str
 
     @property
     def mismatch(self) -> str:
         """What is wrong where the two numbers of blocks differ; else empty."""
         if self.found is None or self.found == self.count:
             return ""
+        if self.uncuttable:
+            return self.uncuttable
         return (
             f"config.json says {self.count} blocks and the checkpoint has tensors of {self.found}; "
             f"say {self.found} in {self.folder / 'config.json'}, or get the weights that belong to "
@@ -113,7 +112,7 @@ def examine(folder: Path, *, weights: bool = True) -> Checkpoint:
     heads = extra_heads(text)
     numbers = _stack(stored.values(), count, heads)[1]
     if not numbers or config.get("is_encoder_decoder"):
-        return Checkpoint(folder, config, stored, count, None)
+        return Checkpoint(folder, config, stored, count, None, uncuttable(text))
     found = max(numbers) + 1
     if count <= found <= count + heads:
         found = count
@@ -123,18 +122,16 @@ def examine(folder: Path, *, weights: bool = True) -> Checkpoint:
             f"the checkpoint in {folder} has tensors of blocks up to {max(numbers)}, but none of "
             f"block {gap}; complete the download"
         )
-    return Checkpoint(folder, config, stored, count, found)
+    return Checkpoint(folder, config, stored, count, found, uncuttable(text))
 
 
 def check_fit(folder: Path) -> Checkpoint:
     """`examine`, and refuse another number of blocks than the configuration says.
 
     Raises:
-        ArchitectureError: the weights are packed in a way that is not read.
         ModelError: the numbers differ; the message has both.
     """
     seen = examine(folder)
-    refuse_packing(seen.config)
     if seen.mismatch:
         raise ModelError(f"nothing was measured: {seen.mismatch}")
     return seen

@@ -12,7 +12,7 @@ from torch import nn
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.kinds import describe
-from isingcut.models.architectures.model_types import COUNTED_BY
+from isingcut.models.architectures.text_part import count_of
 
 
 def text_config(model: nn.Module) -> Any:
@@ -45,8 +45,7 @@ def find_stack(model: nn.Module) -> BlockStack:
             "stack of residual blocks"
         )
     config = text_config(model)
-    counted, _ = COUNTED_BY.get(config.model_type, ("num_hidden_layers", 1))
-    count = getattr(config, counted, None)
+    count = count_of(config)
     path = _stack_path(model, count)
     if path is None:
         raise ArchitectureError(

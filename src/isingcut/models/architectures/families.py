@@ -7,6 +7,7 @@ happens between its blocks otherwise. Families are found by the fields they use,
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import lcm
 from typing import Any
 
@@ -17,7 +18,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
 from isingcut.models.architectures.base import BlockStack
-from isingcut.models.architectures.model_types import STAY
+from isingcut.models.architectures.model_types import STAY, of_type
 
 # Their config class turns the last block into full attention, whatever it was.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
@@ -49,8 +50,8 @@ def follow(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
     """
     if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
         text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
-    if _has_periods(text):
-        for period_name, offset_name in _JAMBA_PERIODS:
+    for period_name, offset_name in _JAMBA_PERIODS:
+        if isinstance(text.get(period_name), int) and isinstance(text.get(offset_name), int):
             pattern = [i % text[period_name] == text[offset_name] for i in range(count)]
             fitted = _fit_period([pattern[i] for i in mapping], text[period_name])
             if fitted is None:
@@ -71,12 +72,6 @@ def _fit_period(pattern: list[bool], preferred: int) -> tuple[int, int] | None:
     return None
 
 
-def _has_periods(text: dict[str, Any]) -> bool:
-    """Whether periods say what blocks are; Zamba has one beside the list that it stands for."""
-    listed = isinstance(text.get("layers_block_type"), list)
-    return not listed and all(isinstance(text.get(p), int) for pair in _JAMBA_PERIODS for p in pair)
-
-
 def _jamba_period(text: dict[str, Any]) -> int:
     return lcm(*(int(text[p]) for p, _ in _JAMBA_PERIODS))
 
@@ -89,8 +84,8 @@ def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
         count: its number of blocks.
     """
     model_type = str(text.get("model_type", ""))
-    if model_type in STAY:
-        at, reason = STAY[model_type]
+    if found := of_type(STAY, model_type):
+        at, reason = found
         return {at % count: reason}
     if model_type in {"zamba", "zamba2"}:
         types = text.get("layers_block_type") or text.get("layer_types") or []
@@ -102,24 +97,29 @@ def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
     return {}
 
 
-def sources(text: dict[str, Any], count: int) -> dict[int, tuple[int, str]]:
-    """Blocks that read what one earlier block computed: its number, and what is read.
+def sources(text: dict[str, Any], count: int) -> list[tuple[int, int, str]]:
+    """Blocks that stay only where an earlier one does: both numbers, and why.
 
     Args:
         text: the decoder's configuration with its per-layer fields written out.
         count: its number of blocks.
     """
-    found: dict[int, tuple[int, str]] = {}
+    found: list[tuple[int, int, str]] = []
     full = None
     for i, kind in enumerate((text.get("indexer_types") or ())[:count]):
         if kind != "shared":
             full = i
         elif full is not None:
-            found[i] = (full, f"block {i} attends to the tokens that the indexer of {full} picks")
+            reason = f"block {i} attends to the tokens that the indexer of {full} picks"
+            found.append((i, full, reason))
     for name in fields.SOURCES:
         for i, source in enumerate((text.get(name) or ())[:count]):
             if source != i:
-                found[i] = (source, f"block {i} reads the keys and values of {source}")
+                found.append((i, source, f"block {i} reads the keys and values of {source}"))
+    for name in fields.RANKED:
+        for before, after in pairwise(sorted(i - 1 for i in text.get(name) or ())):
+            reason = f"what block {after} computes depends on how many of {name} come before it"
+            found.append((after, before, reason))
     return found
 
 
@@ -158,7 +158,7 @@ def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
 
 def keeps_attention(types: list[str]) -> bool:
     """Whether blocks of these transformers layer types fill an attention cache."""
-    return any(("attention" in t and "linear" not in t) or t == "hybrid" for t in types)
+    return any(("attention" in t and "linear" not in t) or "hybrid" in t for t in types)
 
 
 def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
@@ -173,7 +173,7 @@ def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
         LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
         for i, reason in kept_blocks(text, n).items()
     ]
-    for i, (source, reason) in sources(text, n).items():
+    for i, source, reason in sources(text, n):
         row = _unit(n, [source])
         row[i] = -1.0
         rows.append(LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason))
@@ -191,7 +191,7 @@ def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
         )
     if text.get("model_type") in _LAST_IS_FULL:
         rows.extend(_full_attention_last(list(text["layer_types"])))
-    if _has_periods(text):
+    if isinstance(text.get("attn_layer_period"), int):
         rows.extend(_whole_periods(n, _jamba_period(text)))
     return rows
 

@@ -14,8 +14,6 @@ _KNOWN = {
     *fields.MAPS,
     *fields.SLICE_OR_SCALAR,
     *fields.GENERATORS,
-    *fields.DEEPSTACK,
-    *fields.IMAGE_ENTRIES,
     *fields.NOT_PER_LAYER,
 }
 # Names of what may count or index blocks; layer norms, layer drop and layer scales do not.
@@ -74,7 +72,7 @@ def check_fields(text: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_unknown(part: Mapping[str, Any], count: int, heads: int, *, decoder: bool) -> None:
+def refuse_unknown(part: Mapping[Any, Any], count: int, heads: int, *, decoder: bool) -> None:
     """Refuse a field that is not in the table and looks as if it counted or indexed blocks.
 
     Args:
@@ -87,6 +85,8 @@ def refuse_unknown(part: Mapping[str, Any], count: int, heads: int, *, decoder: 
         ArchitectureError: there is one; the message names it.
     """
     for key, value in part.items():
+        if not isinstance(key, str):
+            continue  # a table of numbers, which a configuration object may hold
         if key in _KNOWN or key.startswith("_") or "token_id" in key:
             continue
         if not decoder and _ELSEWHERE.search(key):

@@ -7,7 +7,7 @@ from typing import Any
 
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures import fields
-from isingcut.models.architectures.model_types import COUNTED_BY, PER_MODALITY
+from isingcut.models.architectures.model_types import COUNTED_BY, PER_MODALITY, of_type
 
 # A part of a configuration that has one of these is another model, and counts blocks of its own.
 _OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_type"}
@@ -55,10 +55,11 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
     kept = list(mapping)
     gone = [i for i in range(count) if i not in mapping]
     model_type = part.get("model_type", "")
-    _, often = COUNTED_BY.get(model_type, ("", 1))
+    _, often = of_type(COUNTED_BY, model_type) or ("", 1)
+    per_modality = of_type(PER_MODALITY, model_type) or ()
     for key in list(part):
         value = part[key]
-        if value is None or key in PER_MODALITY.get(model_type, ()):
+        if value is None or key in per_modality:
             continue
         if key in fields.COUNT and value == count:
             part[key] = len(kept)

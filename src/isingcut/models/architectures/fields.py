@@ -6,14 +6,15 @@ and is not listed here: it is an error that names it, never a guess.
 
 from __future__ import annotations
 
-# The number of blocks. Only changed where the value is that number.
+# The number of blocks: what the first of these says. Only changed where the value is that number.
+# Decoders of encoder-decoders, used alone (BART), say the encoder's depth as num_hidden_layers.
 COUNT = (
+    "decoder_layers",
+    "num_decoder_layers",
     "num_hidden_layers",
     "n_layer",
     "n_layers",
     "num_layers",
-    "decoder_layers",
-    "num_decoder_layers",
     "num_blocks",
     "layers",
 )
@@ -92,6 +93,10 @@ INDICES = (
 # The same, with the first block numbered 1.
 INDICES_FROM_1 = ("full_attn_layers", "kda_layers", "ple_layer_ids")
 
+# Of these, where a block computes with its place in the list (the hashes of Qwen4's n-grams):
+# one goes only with those behind it.
+RANKED = ("ple_layer_ids",)
+
 # One entry per block: the number of the block that it reads, itself or an earlier one.
 SOURCES = ("kv_source_layers",)
 
@@ -144,12 +149,6 @@ GENERATORS = {
 # Extra next-token-prediction heads read the last block's output, which an excision changes;
 # they are dropped on purpose. Their own layer lists stay as they are.
 MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
-
-# Where image features join the stream between text blocks; `outside` applies these two.
-# Layers of the vision tower, in its part: one feature joins behind text block 0, one behind 1, ...
-DEEPSTACK = ("deepstack_visual_indexes",)
-# Numbers of the text blocks in front of which features join, or pairs that end in such a number.
-IMAGE_ENTRIES = ("deepstack_layer_map", "spatial_target_layers")
 
 # What only `families` reads; defaults are written out like those of the table.
 OF_FAMILIES = (

@@ -74,7 +74,8 @@ def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, 
     keys = getattr(module, "wk", None)
     if "indexer" in name and isinstance(keys, nn.Linear):
         inside.append(("", keys.out_features * _itemsize(module), 0))
-    if any(kind for kind, _, _ in inside) or "mask" in name:
+    # Short convolutions stand inside some attentions (Inkling); what holds more only wraps it.
+    if any(kind not in ("", "conv") for kind, _, _ in inside) or "mask" in name:
         return inside
     children = dict(module.named_children())
     if "shortconv" in name and "conv" in children:

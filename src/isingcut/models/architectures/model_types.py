@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-# Model types in which another of these fields is that number, and how often it is in each of
-# the others (a LongCat block holds two attentions, which have a cache each).
+from isingcut.models.architectures import fields
+
+Entry = TypeVar("Entry")
+
+# Model types in which another of `fields.COUNT` is the number of blocks than the first they have,
+# and how often it is in each of the others (a LongCat block holds two attentions, a cache each).
 COUNTED_BY = {"longcat_flash": ("num_layers", 2)}
 
 # Model types whose fields of those names have an entry for each modality instead.
 PER_MODALITY = {
-    "ernie4_5_vl_moe_text": ("moe_intermediate_size", "moe_num_experts"),
+    "ernie4_5_vl_moe": ("moe_intermediate_size", "moe_num_experts"),
 }
 
 # Model types that cannot be cut exactly, with the reason.
-DEPTH_DEPENDENT_TYPES = {
+UNCUTTABLE = {
     "beam": "in which proportion a block adds to its input depends on the block number",
+    "blt": "its blocks stand in three stacks that hand patches of bytes to one another",
     "diffllama": "its differential attention starts from a weight that depends on the block number",
+    "dory": "some of its blocks run several times in one pass",
     "evolla": "which blocks have an adapter depends on the number of all blocks",
+    "hrm_text": "its two stacks of blocks run several times in one pass",
     "idefics": "a cross-attention block of its own stands before every n-th block",
     "inkling2": "every n-th block adds up the outputs of those before it",
     "inkling2_loop": "every n-th block adds up the outputs of those before it",
     "minimax": "its linear attention decays at a rate that depends on the block number",
-    "reformer": "its blocks pass on two streams, so that none of them can be skipped",
-    "xlm": "its attentions, its feed-forwards and its norms stand in lists of their own",
+    "reformer": "its blocks pass two streams on, and the first fills the cache of all",
     "zaya": "the router of each block reads what the router of the block before it computed",
 }
 
@@ -40,6 +48,17 @@ STAY = {
     ),
     "rwkv": (0, "the first block of RWKV normalises the embeddings for all others"),
 }
+
+
+def of_type(table: Mapping[str, Entry], model_type: Any) -> Entry | None:
+    """The entry of a model type; where a model is multimodal, also that of its decoder's type."""
+    name = str(model_type)
+    return table.get(name) or table.get(name.removesuffix("_text"))
+
+
+def counted_by(model_type: Any) -> tuple[str, ...]:
+    """The fields that say how many blocks a model of this type has: the first that is there."""
+    return (*(of_type(COUNTED_BY, model_type) or ())[:1], *fields.COUNT)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
-from isingcut.models.architectures import families, fields, outside
+from isingcut.models.architectures import families, fields
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.field_checks import check_fields, refuse_unknown
 from isingcut.models.architectures.field_cuts import cut_fields, speaking_parts
-from isingcut.models.architectures.model_types import COUNTED_BY, DEPTH_DEPENDENT_TYPES
+from isingcut.models.architectures.model_types import UNCUTTABLE, counted_by, of_type
 from isingcut.models.architectures.names import rename_pattern, renumbering
-from isingcut.models.architectures.text_part import config_object, text_part
+from isingcut.models.architectures.text_part import config_object, count_of, text_part
 
 
 def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]:
@@ -28,22 +28,20 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
         ArchitectureError: a number out of range, an illegal state, a block that computes with
             its own number, or a per-layer field that is not in the table.
     """
-    refuse_packing(config)
     result = copy.deepcopy(config)
     text = materialise(result)
     count = depth(text)
     mapping = renumbering(count, removed)
     _refuse_unclear(result, text, count)
     families.write_out(text, count)
-    must_stay = families.kept_blocks(text, count) | outside.kept_blocks(result, count)
-    for old in sorted(set(must_stay) - set(mapping)):
+    must_stay = families.kept_blocks(text, count)
+    for old in set(must_stay) - set(mapping):
         raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
-    for block, (source, reason) in families.sources(text, count).items():
+    for block, source, reason in families.sources(text, count):
         if block in mapping and source not in mapping:
             raise ArchitectureError(
                 f"block {source} cannot be removed while block {block} stays: {reason}"
             )
-    outside.renumber(result, count, mapping)
     read, types = _as_read(config)
     for part, _ in speaking_parts(result, text):
         cut_fields(part, count, mapping)
@@ -85,9 +83,8 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     """
     whole = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
     text = materialise(whole)
-    refuse_packing(whole)
     _refuse_unclear(whole, text, len(stack))
-    return [*families.legality(text, stack), *outside.legality(whole, len(stack))]
+    return families.legality(text, stack)
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
@@ -107,20 +104,6 @@ def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
     return value
 
 
-def refuse_packing(config: Mapping[str, Any]) -> None:
-    """Refuse weights that can neither be measured nor proven where their packer is not.
-
-    Raises:
-        ArchitectureError: bitsandbytes packed them; the message has the way out.
-    """
-    quantisation = config.get("quantization_config")
-    if isinstance(quantisation, dict) and quantisation.get("quant_method") == "bitsandbytes":
-        raise ArchitectureError(
-            "the weights are packed by bitsandbytes; cut the checkpoint it was made from and "
-            "quantise the result"
-        )
-
-
 def depth(text: dict[str, Any]) -> int:
     """Number of blocks in a decoder's configuration dictionary.
 
@@ -130,7 +113,7 @@ def depth(text: dict[str, Any]) -> int:
     for key in ("layers_block_type", "hybrid_override_pattern"):
         if text.get("model_type") == "nemotron_h" and isinstance(text.get(key), (list, str)):
             return len(text[key])
-    for key in (*COUNTED_BY.get(text.get("model_type", ""), ())[:1], *fields.COUNT):
+    for key in counted_by(text.get("model_type", "")):
         value = text.get(key)
         if isinstance(value, int) and not isinstance(value, bool):
             if value < 1:
@@ -138,6 +121,8 @@ def depth(text: dict[str, Any]) -> int:
                     f"the configuration says {key}={value}; expected at least 1"
                 )
             return value
+    if reason := uncuttable(text):
+        raise ArchitectureError(reason)
     raise ArchitectureError(
         f"the configuration does not say how many blocks the model has: expected one of "
         f"{', '.join(fields.COUNT)}"
@@ -188,7 +173,7 @@ def _as_read(config: dict[str, Any]) -> tuple[int | None, list[str]]:
     text = None if derived is None else derived.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None)
     listed = list(types) if isinstance(types, (list, tuple)) else []
-    return getattr(text, "num_hidden_layers", None), listed
+    return None if text is None else count_of(text), listed
 
 
 def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
@@ -196,10 +181,8 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
     for key, harmless, reason in fields.DEPTH_DEPENDENT_FIELDS:
         if text.get(key, harmless) != harmless:
             raise ArchitectureError(f"{key}={text[key]!r}: {reason}; it cannot be cut exactly")
-    model_type = text.get("model_type", "")
-    for name, reason in DEPTH_DEPENDENT_TYPES.items():
-        if model_type in (name, f"{name}_text"):
-            raise ArchitectureError(f"{model_type} cannot be cut exactly: {reason}")
+    if reason := uncuttable(text):
+        raise ArchitectureError(reason)
     heads = extra_heads(text)
     for part, decoder in speaking_parts(config, text):
         check_fields(part)
@@ -209,6 +192,13 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
         values = derived.get_text_config(decoder=True).to_dict()
         more = {key: value for key, value in values.items() if key not in text}
         refuse_unknown(more, count, heads, decoder=True)
+
+
+def uncuttable(text: Mapping[str, Any]) -> str:
+    """Why a model of this type cannot be cut, whichever the state; empty where it can."""
+    model_type = str(text.get("model_type", ""))
+    reason = of_type(UNCUTTABLE, model_type)
+    return f"{model_type} cannot be cut exactly: {reason}" if reason else ""
 
 
 def extra_heads(text: Mapping[str, Any]) -> int:

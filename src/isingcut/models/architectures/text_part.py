@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from isingcut.errors import ArchitectureError
+from isingcut.models.architectures.model_types import counted_by
 from isingcut.models.loading import one_line, quiet_transformers
 
 # What the decoder's part is called where transformers does not know the model type.
@@ -42,6 +43,12 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
             text[key] = {}
         text = text[key]
     return text  # type: ignore[no-any-return]
+
+
+def count_of(config: Any) -> int | None:
+    """How many blocks a decoder's configuration object says there are."""
+    said = (getattr(config, name, None) for name in counted_by(config.model_type))
+    return next((number for number in said if isinstance(number, int)), None)
 
 
 def config_object(config: dict[str, Any]) -> Any | None:
