@@ -17,6 +17,7 @@ from isingcut.models.architectures import fields
 from isingcut.models.architectures.auto import auto_class
 from isingcut.models.architectures.base import Block, BlockStack
 from isingcut.models.architectures.discover import find_stack, text_config
+from isingcut.models.architectures.same_blocks import check_same_blocks
 from isingcut.models.architectures.surgery import legality
 from isingcut.models.architectures.text_part import config_object, text_part
 from isingcut.models.checkpoint.read import StoredTensor
@@ -124,6 +125,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
     if not refusal:
         try:
             rows = legality(seen.config, stack)
+            check_same_blocks(seen.config, stack, rows)
         except ArchitectureError as error:
             refusal = str(error)
     stack, other = _stored_bytes(seen.stored, stack)

@@ -16,6 +16,7 @@ from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, legality, stack_modules, text_config
 from isingcut.models.architectures.base import BlockStack
+from isingcut.models.architectures.same_blocks import check_same_blocks
 from isingcut.models.compute.tuning import Tuning, few_threads, tune
 from isingcut.models.processes import ALONE
 from isingcut.models.replay import Replay
@@ -179,6 +180,7 @@ class Session:
         """Blocks and legality rows as `run.json` keeps them, so that solving needs no model."""
         model = self.loaded.model
         legal = legality(model.config, self.stack)
+        check_same_blocks(model.config.to_dict(), self.stack, legal)
         longest = getattr(text_config(model), "max_position_embeddings", None) or 128
         seconds = self.replay.latency(min(128, int(longest)))
         parameters = list(model.parameters())
