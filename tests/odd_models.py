@@ -40,6 +40,7 @@ ODD: dict[str, dict[str, Any]] = {
         "indexer_types": ["full", "full", "shared", "shared", "full", "shared"],
     },
     "hy_v4": {**INDEXED, "hc_mult": 2},
+    "beam": {**MOE_ODD, "sliding_window": 8},
     "minicpm3": {**_DEEPSEEK, "scale_depth": 1.4, "dim_model_base": 32},
     "modernbert-decoder": {"local_attention": 8, "head_dim": None, "num_key_value_heads": None},
     "kimi_linear": {
@@ -76,6 +77,25 @@ ODD: dict[str, dict[str, Any]] = {
         "moe_topk": 2,
         "zero_expert_num": 2,
     },
+    "qwen4_exp_text": {
+        **GATED,
+        **MOE_ODD,
+        "shared_expert_intermediate_size": 16,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "layer_types": [LINEAR_TYPE, LINEAR_TYPE, "indexed_attention"] * 2,
+        "ple_layer_ids": [1, 2, 5],
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 50,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "hrm_text": {"H_cycles": 1, "L_cycles": 2},
     "xlstm": {"num_heads": 2, "head_dim": None},
     "step3p7": {
         "text_config": {

@@ -5,16 +5,27 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures import cut_config, find_stack, legality, skipped, stack_modules
-from isingcut.models.architectures.surgery import config_object
+from isingcut.models.architectures import (
+    cut_config,
+    families,
+    fields,
+    find_stack,
+    legality,
+    skipped,
+    stack_modules,
+    surgery,
+)
+from isingcut.models.architectures.same_blocks import check_same_blocks
+from isingcut.models.architectures.text_part import config_object
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.difference import relative_difference
-from isingcut.models.cutting.verify import verify
+from isingcut.models.cutting.verify import relative_difference, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
-from odd_models import HUB, odd_checkpoint, odd_config, odd_model
+from isingcut.testing.tiny import random_model
+from odd_models import HUB, ODD, odd_checkpoint, odd_config, odd_model
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
 COMPOSITE = {
@@ -33,6 +44,7 @@ COMPOSITE = {
         ("glm5_next", [0, 5]),
         ("mistral_large4", [0, 2]),
         ("modernbert-decoder", [1, 4]),
+        ("qwen4_exp_text", [2, 3, 4]),
     ],
 )
 def test_a_family_with_something_of_its_own_is_cut_exactly(family, removed, tmp_path):
@@ -101,6 +113,16 @@ def test_a_block_that_reads_an_earlier_one_goes_before_it_does(family, source, r
         Replay(model, stack_modules(model, stack))
 
 
+def test_a_block_that_computes_with_its_place_in_a_list_keeps_it():
+    config = odd_config("qwen4_exp_text").to_dict()
+    assert cut_config(config, [2, 4])["ple_layer_ids"] == [1, 2]
+    with pytest.raises(ArchitectureError, match="depends on how many of ple_layer_ids come before"):
+        cut_config(config, [1])
+    rows = legality(config, find_stack(odd_model("qwen4_exp_text")))
+    names = {row.name for row in rows}
+    assert {"keep 0 for 1", "keep 1 for 4"} <= names
+
+
 def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
     model = odd_model("glm_moe_dsa", indexer_types=["full"] * 6).requires_grad_(False)
     tokens = torch.arange(10, 26)[None]
@@ -130,6 +152,44 @@ def test_linear_attention_is_told_by_what_it_does(family):
 def test_the_first_block_of_modernbert_stays():
     with pytest.raises(ArchitectureError, match="without a norm before its attention"):
         cut_config(odd_config("modernbert-decoder").to_dict(), [0])
+
+
+def test_the_decoder_of_an_encoder_decoder_has_its_own_number_of_blocks(tmp_path):
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 4, "decoder_ffn_dim": 48}
+    config = AutoConfig.for_model(
+        "blenderbot", **sizes, vocab_size=262, encoder_attention_heads=4, decoder_attention_heads=4
+    )
+    model = random_model(AutoModelForCausalLM, config)
+    assert len(find_stack(model)) == 4
+    model.save_pretrained(tmp_path / "source")
+    excise(tmp_path / "source", [1, 2], tmp_path / "out")
+    cut = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert (cut["decoder_layers"], cut["encoder_layers"]) == (2, 2)
+    assert verify(model, [1, 2], tmp_path / "out", new_tokens=4).difference <= 1e-6
+
+
+def test_a_type_that_cannot_be_cut_says_so_before_its_numbers_are_compared(tmp_path):
+    odd_checkpoint("hrm_text", tmp_path)
+    assert "its two stacks of blocks run several times" in inspect_model(tmp_path).refusal
+
+
+@pytest.mark.parametrize("family", ["beam", "minicpm3", "modernbert-decoder"])
+def test_what_no_table_says_shows_in_a_smaller_model_without_weights(family, monkeypatch):
+    model = odd_model(family)
+    config, stack = model.config.to_dict(), find_stack(model)
+    monkeypatch.setattr(fields, "DEPTH_POWERS", {})
+    monkeypatch.setattr(families, "STAY", {})
+    monkeypatch.setattr(surgery, "UNCUTTABLE", {})
+    with pytest.raises(ArchitectureError, match="block 1 would be another one as block 0"):
+        check_same_blocks(config, stack, [])
+
+
+@pytest.mark.parametrize("family", sorted(ODD.keys() - {"beam", "hrm_text"}))
+def test_the_blocks_of_a_smaller_model_are_those_that_stay(family):
+    model = odd_model(family)
+    stack = find_stack(model)
+    config = model.config.to_dict()
+    check_same_blocks(config, stack, legality(config, stack))
 
 
 @pytest.mark.parametrize(
