@@ -46,7 +46,10 @@ _SQUARE: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
 }
-_CODES = {f"IMGIMG{'ABCDEFGHIJKLMNOP'[i]}Z": 200 + i for i in range(16)}
+# Digits as letters, as Chameleon spells its codes.
+_CODES = {
+    f"IMGIMG{str(i).translate(str.maketrans('01234567', 'ABCDEFGH'))}Z": 200 + i for i in range(8)
+}
 
 IMAGE_MODELS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"text_config": _QWEN, "vision_config": _GRID, **_TOKENS},
@@ -64,7 +67,9 @@ IMAGE_MODELS: dict[str, dict[str, Any]] = {
         },
         "image_token_id": 290,
         "video_token_id": 291,
+        "vision_start_token_id": 292,
         "audio_token_id": 294,
+        "audio_start_token_id": 295,
     },
     "cohere_compass": {
         "text_config": {**_TEXT, "rope_parameters": {"full_attention": _MROPE}},
@@ -86,17 +91,27 @@ IMAGE_MODELS: dict[str, dict[str, Any]] = {
     "granite4_vision": {
         "text_config": _TEXT,
         "vision_config": {"model_type": "clip_vision_model", **_SQUARE, "hidden_size": 64},
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            "num_hidden_layers": 1,
+            "intermediate_size": 32,
+        },
         "image_token_index": 290,
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[0, 0], [1, 1]],
         "spatial_target_layers": [2, 4, 4, 9],
         "image_grid_pinpoints": [[16, 16], [16, 32]],
     },
+    "llava": {
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": {"model_type": "clip_vision_model", **_SQUARE, "hidden_size": 16},
+        "image_token_index": 290,
+    },
     "chameleon": {
         **_TEXT,
         "vq_config": {
             "embed_dim": 8,
-            "num_embeddings": 16,
+            "num_embeddings": 8,
             "latent_channels": 8,
             "resolution": 16,
             "base_channels": 32,

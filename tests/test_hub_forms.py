@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from composites import composite_checkpoint
+from composites import composite, composite_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.models.architectures import cut_config, find_stack, stack_modules
 from isingcut.models.architectures.auto import auto_class, auto_class_of
@@ -18,7 +18,9 @@ from isingcut.models.fit import block_prefix
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from isingcut.testing.architectures import check_family
-from tiny import tiny_model
+from isingcut.testing.architectures.shrink import tiny_configuration
+from isingcut.testing.tiny import random_model
+from tiny import tiny_checkpoint, tiny_model
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "hunyuan_vl"])
@@ -29,10 +31,10 @@ def test_a_flat_configuration_stays_flat(family, tmp_path):
         json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "out")
     )
     assert "text_config" not in after
-    assert (before["num_hidden_layers"], after["num_hidden_layers"]) == (4, 2)
+    assert (before["num_hidden_layers"], after["num_hidden_layers"]) == (6, 4)
     assert after["vision_config"] == before["vision_config"]
     assert verify(model, [0, 2], tmp_path / "out").difference == 0.0
-    assert len(inspect_model(tmp_path / "out").stack) == 2
+    assert len(inspect_model(tmp_path / "out").stack) == 4
 
 
 def test_the_decoders_fields_are_cut_where_they_are_read():
@@ -51,6 +53,16 @@ def test_the_class_that_was_saved_is_the_one_that_loads(family):
     names = AutoModelForImageTextToText._model_mapping[type(config)].__name__
     config.architectures = [names]
     assert auto_class(config) is AutoModelForImageTextToText
+
+
+@pytest.mark.parametrize("family", ["emu3", "mllama"])
+def test_a_decoder_saved_without_the_rest_is_cut(family, tmp_path):
+    model = composite(family, AutoModelForCausalLM)
+    assert model.config.model_type == f"{family}_text_model"
+    model.save_pretrained(tmp_path / "source")
+    assert inspect_model(tmp_path / "source").refusal == ""
+    excise(tmp_path / "source", [0, 3], tmp_path / "out")
+    assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
 
 
 def test_a_stack_larger_than_the_blocks_is_left_alone(tmp_path):
@@ -75,7 +87,7 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
 
 def test_blocks_that_text_does_not_run_are_named(tmp_path):
     model = composite_checkpoint("mllama", tmp_path / "source")
-    with pytest.raises(ArchitectureError, match="does not run the blocks 1, "):
+    with pytest.raises(ArchitectureError, match="does not run the blocks 3, "):
         Replay(model, stack_modules(model, find_stack(model)))
     excise(tmp_path / "source", [0], tmp_path / "out")
     assert verify(model, [0], tmp_path / "out").difference == 0.0
@@ -136,3 +148,33 @@ def test_what_blocks_hand_on_matters_where_it_is_read(reads):
         return
     with pytest.raises(ArchitectureError, match="beside the residual stream"):
         Replay(model, list(model.layers))
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "xlm", "n_layers": 4}, "stand in lists of their own"),
+        ({"model_type": "reformer", "attn_layers": ["local", "lsh"]}, "two streams"),
+    ],
+)
+def test_families_without_a_residual_stream_are_refused_with_the_reason(config, why):
+    with pytest.raises(ArchitectureError, match=f"cannot be cut exactly: .*{why}"):
+        cut_config({**config, "is_decoder": True}, [1])
+
+
+def test_a_period_beside_the_list_it_stands_for_says_nothing(tmp_path):
+    # Zamba 1: its configuration class has the period of Jamba's attention, and no other.
+    model = random_model(AutoModelForCausalLM, tiny_configuration("zamba"))
+    model.save_pretrained(tmp_path / "source")
+    assert "take turns with shared weights" in inspect_model(tmp_path / "source").rules()[0]
+    excise(tmp_path / "source", [0, 3], tmp_path / "out")
+    assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
+
+
+def test_what_does_not_run_on_text_is_not_proven_either(tmp_path):
+    source = tiny_checkpoint("llama", tmp_path / "source")
+    excise(source, [1], tmp_path / "out")
+    model = tiny_model("llama")
+    model.lm_head.forward = lambda hidden: SimpleNamespace().image_outputs
+    with pytest.raises(ArchitectureError, match="neither measured nor proven: AttributeError"):
+        verify(model, [1], tmp_path / "out")

@@ -17,6 +17,7 @@ from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card
+from isingcut.report.read_run import read_run
 from isingcut.report.render import fenced
 from isingcut.report.words import fidelity_warnings, ranking_warnings, spectrum_map
 from run_files import healing, model_card, record, write_report
@@ -433,6 +434,16 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder: Path) -> N
     assert "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00" in found
     assert found.index("## How") < found.index("## Healed") < found.index("## Source")
     assert "## Healed" not in cut
+
+
+def test_card_and_report_name_the_class_that_loads_the_cut(folder: Path) -> None:
+    loads_with = "AutoModelForImageTextToText"
+    record(folder)
+    parts = card.card_parts(folder, folder, [10, 11], loads_with)
+    assert f"from transformers import {loads_with}\n" in card.model_card(parts)
+    assert read_run(folder).loads_with == "AutoModelForCausalLM"
+    change(folder / "model" / "isingcut.json", "removal", card=parts)
+    assert read_run(folder).loads_with == loads_with
 
 
 def test_a_card_of_another_tool_keeps_its_text(folder: Path) -> None:

@@ -40,6 +40,7 @@ def excise(
     isingcut excise my-run --blocks @from-a-paper.txt --one-based
     """
     from isingcut.cli.show import show_lines
+    from isingcut.files.writing import read_json
     from isingcut.runs import cutting, pipeline, solving
 
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
@@ -56,7 +57,10 @@ def excise(
         "gguf": str(written[1]) if gguf is not None else None,
     }
     lines = [str(path) for path in written]
-    return Answer(data, lambda: show_lines(lines), brief=lines[0])
+    proof = read_json(written[0] / "isingcut.json", "removal").get("proof") or {}
+    return Answer(
+        data, lambda: show_lines(lines), brief=lines[0], warnings=proof.get("remarks", [])
+    )
 
 
 @verb("remove", "budget", "overwrite", group=STAGES)

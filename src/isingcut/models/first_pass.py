@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import UserDict
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isingcut.errors import ArchitectureError
+from isingcut.errors import ArchitectureError, IsingcutError
 from isingcut.models.loading import one_line
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
@@ -119,15 +120,8 @@ def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device)
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
     handles += [b.register_forward_hook(after) for b in blocks]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), on_text_alone(model):
             model(input_ids=ids, use_cache=False)
-    except (torch.OutOfMemoryError, torch.AcceleratorError, ArchitectureError):
-        raise  # the machine's fault, or said already
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ArchitectureError(
-            f"{type(model).__name__} does not run on text alone, so it cannot be measured: "
-            f"{one_line(error)}"
-        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -136,6 +130,24 @@ def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device)
         raise ArchitectureError(_HANDED_ON)
     width = max(s[0, 0].numel() * s.element_size() for s in streams)
     return Outputs(tuple(rest), width)
+
+
+@contextlib.contextmanager
+def on_text_alone(model: Any) -> Iterator[None]:
+    """Turn what a model raises meanwhile, being given text only, into one line.
+
+    Raises:
+        ArchitectureError: it raised something.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError, IsingcutError):
+        raise  # the machine's fault, or said already
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ArchitectureError(
+            f"{type(model).__name__} does not run on text alone, so that it can be neither "
+            f"measured nor proven: {one_line(error)}"
+        ) from error
 
 
 def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -> None:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures.names import OTHER_STACKS
-from isingcut.models.architectures.surgery import depth, extra_heads, uncuttable, written_out
+from isingcut.models.architectures.surgery import (
+    depth,
+    extra_heads,
+    refuse_packing,
+    uncuttable,
+    written_out,
+)
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 from isingcut.models.loading import wrong_shape
 
@@ -129,9 +135,11 @@ def check_fit(folder: Path) -> Checkpoint:
     """`examine`, and refuse another number of blocks than the configuration says.
 
     Raises:
+        ArchitectureError: the weights are packed in a way that is not read.
         ModelError: the numbers differ; the message has both.
     """
     seen = examine(folder)
+    refuse_packing(seen.config)
     if seen.mismatch:
         raise ModelError(f"nothing was measured: {seen.mismatch}")
     return seen

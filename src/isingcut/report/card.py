@@ -16,19 +16,22 @@ from isingcut.models.sources import hub_id
 from isingcut.report.read_run import read_run
 from isingcut.report.render import render
 from isingcut.report.rows import healing_rows
-from isingcut.report.run_files import RunFiles
+from isingcut.report.run_files import PLAIN_CLASS, RunFiles
 from isingcut.report.states import measured_kl
 
 PAPER_ENERGY = "empirical-fisher"
 
 
-def card_parts(folder: Path, target: Path, removed: Sequence[int]) -> dict[str, Any]:
+def card_parts(
+    folder: Path, target: Path, removed: Sequence[int], loads_with: str = PLAIN_CLASS
+) -> dict[str, Any]:
     """What the card of a cut says, as plain data.
 
     Args:
         folder: the run folder, with its `run.json`.
         target: where the files of this removal are.
         removed: blocks that are removed, as the original numbers them.
+        loads_with: the auto class of transformers that loads the checkpoint.
 
     Raises:
         StageFileError: `run.json` is missing, or a file that is there is damaged.
@@ -46,6 +49,7 @@ def card_parts(folder: Path, target: Path, removed: Sequence[int]) -> dict[str, 
         "how": files.summary_of(removed),
         "measured": _measured(files.candidates, removed),
         "from_gguf": "gguf_sha256" in provenance["model"],
+        "loads_with": loads_with,
         "isingcut": provenance["isingcut"],
         "energy": _energy_words(files),
         "rows": _origin_rows(files),
@@ -63,8 +67,7 @@ def kept_parts(checkpoint: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or "card" not in found:
         return None
     check_document(record, found, "removal")
-    parts: dict[str, Any] = found["card"]
-    return parts
+    return {"loads_with": PLAIN_CLASS, **found["card"]}
 
 
 def model_card(parts: Mapping[str, Any], healing: Mapping[str, Any] | None = None) -> str:

@@ -72,7 +72,7 @@ def report_page(files: RunFiles) -> str:
         benchmarks=[]
         if files.benchmarks is None
         else benchmark_rows(files.benchmarks, last=files.last),
-        provenance=provenance_rows(files.run, files.meta),
+        provenance=provenance_rows(files),
         timings=timing_rows(files.run, files.folder, files.target),
         config=files.run["config"],
         data=_page_data(files, states),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from isingcut.report.run_files import RunFiles
 
-def provenance_rows(run: dict[str, Any], meta: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Model, text, energy, options, versions and machine, with backticks around code."""
+
+def provenance_rows(files: RunFiles) -> list[tuple[str, str]]:
+    """Model, text, energy, cut, options, versions and machine, with backticks around code."""
+    run, meta = files.run, files.meta
     config, origin = run["config"], run["provenance"]
     rows = [
         ("model", f"`{origin['model']['name']}`"),
@@ -29,6 +32,7 @@ def provenance_rows(run: dict[str, Any], meta: dict[str, Any] | None) -> list[tu
         ]
     rows += [
         ("energy", f"`{config['energy']}`" + ("" if meta is None else f", {_facts(meta)}")),
+        *([] if files.proof is None else [("proof of the cut", _proof(files.proof))]),
         ("options", ", ".join(f"{k}={v}" for k, v in config.items() if v not in ("", None))),
         ("command line", f"`{origin['command_line']}`"),
         ("created", origin["created"]),
@@ -40,6 +44,13 @@ def provenance_rows(run: dict[str, Any], meta: dict[str, Any] | None) -> list[tu
         ("machine", f"{origin['platform']}, {origin['cpu']}"),
     ]
     return [(key, str(value)) for key, value in rows]
+
+
+def _proof(found: dict[str, Any]) -> str:
+    return (
+        f"{found['inputs']}: logits of the reloaded checkpoint and of the original with the blocks "
+        f"skipped differ by {found['difference']:.1e} of their size"
+    )
 
 
 def _facts(meta: dict[str, Any]) -> str:

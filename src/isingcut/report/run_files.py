@@ -11,6 +11,9 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.rows import Row, evaluation_rows, plus_minus
 from isingcut.report.words import numbers, ranking_warnings
 
+PLAIN_CLASS = "AutoModelForCausalLM"
+"""What loads a checkpoint of which nothing else is known."""
+
 
 @dataclass(frozen=True)
 class RemovalFiles:
@@ -184,10 +187,16 @@ class RunFiles:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader must know before trusting the energy."""
+        """What a reader must know before trusting the energy, or the cut."""
+        said = [] if self.proof is None else list(self.proof["remarks"])
         if self.candidates is None:
-            return []
-        return ranking_warnings(self.energy, self.candidates)
+            return said
+        return ranking_warnings(self.energy, self.candidates) + said
+
+    @property
+    def proof(self) -> dict[str, Any] | None:
+        """How the checkpoint was proven; None where none is there, or an older one."""
+        return None if self.removal is None else self.removal.get("proof")
 
     @property
     def won(self) -> list[str]:
@@ -228,6 +237,12 @@ class RunFiles:
         key = (self.target / "spectrum.json").relative_to(self.folder).as_posix()
         record = self.run["stages"].get(key)
         return name if record is None else f"{name} --remove {record['options'].get('remove')}"
+
+    @property
+    def loads_with(self) -> str:
+        """The auto class of transformers that loads the checkpoint."""
+        card = (self.removal or {}).get("card") or {}
+        return str(card.get("loads_with", PLAIN_CLASS))
 
     @property
     def checkpoint(self) -> str | None:

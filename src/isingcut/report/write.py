@@ -82,7 +82,7 @@ def write_comparison(
 def _markdown(files: RunFiles) -> str:
     spectrum, candidates, evaluation = files.spectrum, files.candidates, files.evaluation
     removed = files.removed
-    rows = provenance_rows(files.run, files.meta)
+    rows = provenance_rows(files)
     return render(
         "report.md.j2",
         title=files.title,
@@ -103,6 +103,7 @@ def _markdown(files: RunFiles) -> str:
         and any(s["removed"] == removed for s in spectrum["states"]),
         map=[] if spectrum is None else spectrum_map(spectrum, candidates, removed),
         checkpoint=files.checkpoint,
+        loads_with=files.loads_with,
         provenance=[(key, value.replace("|", "\\|")) for key, value in rows],
         timings=timing_rows(files.run, files.folder, files.target),
         run=files.arguments,

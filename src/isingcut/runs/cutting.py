@@ -9,7 +9,8 @@ from pathlib import Path
 from isingcut.errors import InputError
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
-from isingcut.files.writing import atomic_folder, fingerprint
+from isingcut.files.writing import atomic_folder, clear_os_errors, fingerprint
+from isingcut.models.architectures.auto import auto_class_of
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import cut_gguf
@@ -118,32 +119,36 @@ def write_checkpoint(
         VerificationError: it does not compute what it should; nothing is left at ``out``.
     """
     blocks = list(removed)
-    parts = card_parts(folder.path, folder.target(session.config.removal), blocks)
-    record = {
-        "format": "isingcut-removal",
-        "version": 1,
-        "removed": blocks,
-        "of": len(session.stack),
-        "model": folder.manifest["provenance"]["model"],
-        "card": parts,
-    }
+    trust = session.config.trust_remote_code
+    loads_with = auto_class_of(session.source, trust_remote_code=trust).__name__
+    target = folder.target(session.config.removal)
+    parts = card_parts(folder.path, target, blocks, loads_with)
     sources = [session.source, *folder.sources]
     with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
-        write_cut(
-            session.source,
-            blocks,
-            temporary,
-            extra_files={
-                "README.md": model_card(parts),
-                "isingcut.json": json.dumps(record, indent=1) + "\n",
-            },
-        )
-        trust = session.config.trust_remote_code
+        write_cut(session.source, blocks, temporary)
         if session.streaming:
-            verify_streamed(session.streamed[1], blocks, temporary, trust_remote_code=trust)
+            proof = verify_streamed(session.streamed[1], blocks, temporary, trust_remote_code=trust)
         else:
-            verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
+            proof = verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
+        parts["proof"] = proof.inputs
+        record = {
+            "format": "isingcut-removal",
+            "version": 1,
+            "removed": blocks,
+            "of": len(session.stack),
+            "model": folder.manifest["provenance"]["model"],
+            "card": parts,
+            "proof": {
+                "inputs": proof.inputs,
+                "difference": proof.difference,
+                "remarks": list(proof.remarks),
+            },
+        }
+        with clear_os_errors(out):
+            (temporary / "README.md").write_text(model_card(parts), encoding="utf-8")
+            text = json.dumps(record, indent=1) + "\n"
+            (temporary / "isingcut.json").write_text(text, encoding="utf-8")
 
 
 def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:

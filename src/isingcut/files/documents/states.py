@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -123,9 +123,22 @@ class CardParts(Strict):
     how: str
     measured: str
     from_gguf: bool
+    # Records that an earlier version wrote lack it.
+    loads_with: Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"] = (
+        "AutoModelForCausalLM"
+    )
     isingcut: str
     energy: str
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    proof: str = "text"
+
+
+class CutProof(Strict):
+    """What the comparison of a cut checkpoint with its original showed."""
+
+    inputs: str
+    difference: Positive
+    remarks: list[str]
 
 
 class CutRecord(Strict):
@@ -134,6 +147,7 @@ class CutRecord(Strict):
     removed: Blocks
     of: Annotated[int, Field(ge=1, le=2**20)]
     card: CardParts | None = None
+    proof: CutProof | None = None
 
     @model_validator(mode="after")
     def _below(self) -> Self:

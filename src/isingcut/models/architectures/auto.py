@@ -21,9 +21,12 @@ def auto_class(config: Any) -> Any:
     Raises:
         ArchitectureError: neither knows it.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
-    factories: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    factories: list[Any] = [
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+    ]
     remote = getattr(config, "auto_map", None) or {}
     if named := [f for f in factories if f.__name__ in remote]:
         return named[0]
@@ -35,9 +38,26 @@ def auto_class(config: Any) -> Any:
             return factory
     if known:
         return known[0]
+    for name in saved:
+        if _loads_alone(own := getattr(transformers, name, None), config):
+            factories[0].register(type(config), own, exist_ok=True)
+            return factories[0]
     raise ArchitectureError(
         f"transformers has no text-generating decoder of the model type {config.model_type!r}; "
         "isingcut cuts decoders with one stack of residual blocks"
+    )
+
+
+def _loads_alone(own: Any, config: Any) -> bool:
+    """Whether a class builds a text-generating model that no auto class lists.
+
+    Such is the decoder of a multimodal model, saved without the rest.
+    """
+    return (
+        getattr(own, "config_class", None) is type(config)
+        and own.can_generate()
+        and own.main_input_name == "input_ids"
+        and not getattr(config, "is_encoder_decoder", False)
     )
 
 

@@ -50,8 +50,8 @@ def follow(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
     """
     if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
         text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
-    for period_name, offset_name in _JAMBA_PERIODS:
-        if isinstance(text.get(period_name), int) and isinstance(text.get(offset_name), int):
+    if _has_periods(text):
+        for period_name, offset_name in _JAMBA_PERIODS:
             pattern = [i % text[period_name] == text[offset_name] for i in range(count)]
             fitted = _fit_period([pattern[i] for i in mapping], text[period_name])
             if fitted is None:
@@ -70,6 +70,12 @@ def _fit_period(pattern: list[bool], preferred: int) -> tuple[int, int] | None:
             if all(pattern[i] == (i % period == offset) for i in range(n)):
                 return period, offset
     return None
+
+
+def _has_periods(text: dict[str, Any]) -> bool:
+    """Whether periods say what blocks are; Zamba has one beside the list that it stands for."""
+    listed = isinstance(text.get("layers_block_type"), list)
+    return not listed and all(isinstance(text.get(p), int) for pair in _JAMBA_PERIODS for p in pair)
 
 
 def _jamba_period(text: dict[str, Any]) -> int:
@@ -191,7 +197,7 @@ def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
         )
     if text.get("model_type") in _LAST_IS_FULL:
         rows.extend(_full_attention_last(list(text["layer_types"])))
-    if isinstance(text.get("attn_layer_period"), int):
+    if _has_periods(text):
         rows.extend(_whole_periods(n, _jamba_period(text)))
     return rows
 

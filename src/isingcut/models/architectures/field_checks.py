@@ -14,6 +14,8 @@ _KNOWN = {
     *fields.MAPS,
     *fields.SLICE_OR_SCALAR,
     *fields.GENERATORS,
+    *fields.DEEPSTACK,
+    *fields.IMAGE_ENTRIES,
     *fields.NOT_PER_LAYER,
 }
 # Names of what may count or index blocks; layer norms, layer drop and layer scales do not.

@@ -150,6 +150,12 @@ GENERATORS = {
 # they are dropped on purpose. Their own layer lists stay as they are.
 MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 
+# Where image features join the stream between text blocks; `outside` applies these two.
+# Layers of the vision tower, in its part: one feature joins behind text block 0, one behind 1, ...
+DEEPSTACK = ("deepstack_visual_indexes",)
+# Numbers of the text blocks in front of which features join, or pairs that end in such a number.
+IMAGE_ENTRIES = ("deepstack_layer_map", "spatial_target_layers")
+
 # What only `families` reads; defaults are written out like those of the table.
 OF_FAMILIES = (
     "attention_types",

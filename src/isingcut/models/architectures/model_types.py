@@ -32,7 +32,8 @@ UNCUTTABLE = {
     "inkling2": "every n-th block adds up the outputs of those before it",
     "inkling2_loop": "every n-th block adds up the outputs of those before it",
     "minimax": "its linear attention decays at a rate that depends on the block number",
-    "reformer": "its blocks pass two streams on, and the first fills the cache of all",
+    "reformer": "its blocks pass on two streams, so that none of them can be skipped",
+    "xlm": "its attentions, its feed-forwards and its norms stand in lists of their own",
     "zaya": "the router of each block reads what the router of the block before it computed",
 }
 

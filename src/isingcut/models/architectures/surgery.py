@@ -8,7 +8,7 @@ from typing import Any
 
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
-from isingcut.models.architectures import families, fields
+from isingcut.models.architectures import families, fields, outside
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.field_checks import check_fields, refuse_unknown
 from isingcut.models.architectures.field_cuts import cut_fields, speaking_parts
@@ -28,20 +28,22 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
         ArchitectureError: a number out of range, an illegal state, a block that computes with
             its own number, or a per-layer field that is not in the table.
     """
+    refuse_packing(config)
     result = copy.deepcopy(config)
     text = materialise(result)
     count = depth(text)
     mapping = renumbering(count, removed)
     _refuse_unclear(result, text, count)
     families.write_out(text, count)
-    must_stay = families.kept_blocks(text, count)
-    for old in set(must_stay) - set(mapping):
+    must_stay = families.kept_blocks(text, count) | outside.kept_blocks(result, count)
+    for old in sorted(set(must_stay) - set(mapping)):
         raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
     for block, source, reason in families.sources(text, count):
         if block in mapping and source not in mapping:
             raise ArchitectureError(
                 f"block {source} cannot be removed while block {block} stays: {reason}"
             )
+    outside.renumber(result, count, mapping)
     read, types = _as_read(config)
     for part, _ in speaking_parts(result, text):
         cut_fields(part, count, mapping)
@@ -83,8 +85,9 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     """
     whole = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
     text = materialise(whole)
+    refuse_packing(whole)
     _refuse_unclear(whole, text, len(stack))
-    return families.legality(text, stack)
+    return [*families.legality(text, stack), *outside.legality(whole, len(stack))]
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
@@ -102,6 +105,20 @@ def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
         names = [name for item in value for name in renamed(item)]
         return list(dict.fromkeys(names)) if all(isinstance(n, str) for n in names) else names
     return value
+
+
+def refuse_packing(config: Mapping[str, Any]) -> None:
+    """Refuse weights that can neither be measured nor proven where their packer is not.
+
+    Raises:
+        ArchitectureError: bitsandbytes packed them; the message has the way out.
+    """
+    quantisation = config.get("quantization_config")
+    if isinstance(quantisation, dict) and quantisation.get("quant_method") == "bitsandbytes":
+        raise ArchitectureError(
+            "the weights are packed by bitsandbytes; cut the checkpoint it was made from and "
+            "quantise the result"
+        )
 
 
 def depth(text: dict[str, Any]) -> int:

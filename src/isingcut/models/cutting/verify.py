@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 
 import torch
 
-from isingcut.errors import VerificationError
+from isingcut.errors import ModelError, VerificationError
 from isingcut.models.architectures import find_stack, skipped, text_config
 from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.cutting.difference import relative_difference, tolerance, usual_size
+from isingcut.models.cutting.images import logits_of, reserved_tokens, takes_images, with_images
+from isingcut.models.first_pass import on_text_alone
 from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import quiet_transformers
 
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
-_HALF_TOLERANCE = 2e-2
 # Between two logits that a cache may turn around, of their usual size.
 _TIE = 1e-3
 # Wrong states that a proof is tried on at most.
@@ -25,32 +27,68 @@ _WRONG = 4
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What the comparison of a cut with its original showed.
+class Compared:
+    """A cut and its original, compared on prompts of one kind.
 
     Args:
+        inputs: ``"text"``, or ``"text and an image"``.
         difference: the largest logit difference, as `relative_difference` has it.
         wrong: the same of the cut and the original without the blocks ``instead``.
         instead: blocks that it does not lack: the first other state that was told from it, or
             the last that was tried.
-        told: whether the proof would have noticed that state.
+        told: whether the comparison would have noticed that state.
     """
 
+    inputs: str
     difference: float
     wrong: float
     instead: tuple[int, ...]
     told: bool
 
+
+@dataclass(frozen=True)
+class Proof:
+    """What the comparisons of a cut with its original showed.
+
+    Args:
+        comparisons: of text, and of text and an image where the model takes one.
+        unseen: why the model takes images and was given none; empty else.
+    """
+
+    comparisons: tuple[Compared, ...]
+    unseen: str = ""
+
+    @property
+    def difference(self) -> float:
+        """The largest logit difference of all comparisons."""
+        return max(c.difference for c in self.comparisons)
+
+    @property
+    def told(self) -> bool:
+        """Whether each comparison would have noticed another state."""
+        return all(c.told for c in self.comparisons)
+
+    @property
+    def inputs(self) -> str:
+        """What the model was given: ``"text"``, ``"text and an image"`` or ``"text only"``."""
+        return "text only" if self.unseen else self.comparisons[-1].inputs
+
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the proof does not show, a line each."""
-        if self.told:
-            return ()
-        blocks = " ".join(map(str, self.instead))
-        return (
-            f"the proof cannot tell this cut from others: without blocks {blocks} instead, logits "
-            f"differ by {self.wrong:.1e} of their size; those blocks do the same, or nothing",
-        )
+        said = [
+            f"the proof on {c.inputs} cannot tell this cut from others: without blocks "
+            f"{' '.join(map(str, c.instead))} instead, logits differ by {c.wrong:.1e} of their "
+            "size; those blocks do the same, or nothing"
+            for c in self.comparisons
+            if not c.told
+        ]
+        if self.unseen:
+            said.append(
+                "the cut is proven on text only: the model takes images, and no image input could "
+                f"be made ({self.unseen}); try it on an image"
+            )
+        return tuple(said)
 
 
 def verify(
@@ -84,6 +122,7 @@ def verify(
 
     Raises:
         VerificationError: it does not load, or it computes something else.
+        ArchitectureError: the original does not run on text alone.
     """
     source_model.eval()
     if cut is None:
@@ -93,33 +132,49 @@ def verify(
     for model in (source_model, cut):
         stop_rescaling(model)
     stack = find_stack(source_model)
-    with torch.no_grad():
-        got = cut(input_ids=tokens, use_cache=False).logits
-
-    def from_original(blocks: Sequence[int]) -> float:
-        with torch.no_grad(), skipped(source_model, stack, blocks):
-            return relative_difference(source_model(input_ids=tokens, use_cache=False).logits, got)
-
-    difference = from_original(removed)
     allowed = tolerance(source_model.dtype)
-    if not difference <= allowed:
-        raise VerificationError(
-            f"the checkpoint {out} does not compute what the original does without blocks "
-            f"{sorted(removed)}: logits differ by {difference:.2e} of their size "
-            f"(at most {allowed:.0e} is expected)"
-        )
+
+    def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> Compared:
+        def original(blocks: Sequence[int]) -> torch.Tensor:
+            with torch.no_grad(), skipped(source_model, stack, blocks):
+                return logits(source_model)
+
+        expected = original(removed)
+        with torch.no_grad():
+            got = logits(cut)
+        difference = relative_difference(expected, got)
+        if not difference <= allowed:
+            raise VerificationError(
+                f"the checkpoint {out} does not compute what the original does without blocks "
+                f"{sorted(removed)} on {kind}: logits differ by {difference:.2e} of their size "
+                f"(at most {allowed:.0e} is expected)"
+            )
+        for instead in islice(_other_states(len(stack), removed), _WRONG):
+            wrong = relative_difference(original(instead), got)
+            if wrong > allowed:
+                break
+        return Compared(kind, difference, wrong, tuple(instead), wrong > allowed)
 
     def skipped_original(row: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         with skipped(source_model, stack, removed):
             result: torch.Tensor = source_model.generate(row, use_cache=True, **options)
         return result
 
+    def on_text(model: Any) -> torch.Tensor:
+        # A model that cannot be called so is refused; a cut of one that can is wrong.
+        with on_text_alone(model) if model is source_model else nullcontext():
+            logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    found = [compare("text", on_text)]
     check_generation(cut, tokens[:prompts], new_tokens, str(out), skipped_original)
-    for instead in islice(_other_states(len(stack), removed), _WRONG):
-        wrong = from_original(instead)
-        if wrong > allowed:
-            break
-    return Proof(difference, wrong, tuple(instead), wrong > allowed)
+    if not takes_images(source_model):
+        return Proof(tuple(found))
+    try:
+        pictures = with_images(source_model, out, tokens, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        return Proof(tuple(found), unseen=str(error))
+    return Proof((*found, compare("text and an image", lambda model: logits_of(model, pictures))))
 
 
 def _other_states(count: int, removed: Sequence[int]) -> Iterator[list[int]]:
@@ -135,11 +190,6 @@ def _other_states(count: int, removed: Sequence[int]) -> Iterator[list[int]]:
             for j in (i - distance, i + distance):
                 if 0 <= j < count and j not in gone:
                     yield sorted(gone - {i} | {j})
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest `relative_difference` of logits that a dtype's rounding explains."""
-    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
 
 
 def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -223,43 +273,14 @@ def check_generation(
 
 
 def random_tokens(model: Any, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """(batch, length) random token ids of the model's vocabulary, on its device."""
+    """(batch, length) random token ids of the model's vocabulary, on its device, none of an image.
+
+    Where a model takes images, the ids that stand for them are no text.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = int(text_config(model).vocab_size)
     low = min(8, size // 2)  # special ids come first in most vocabularies
-    return torch.randint(low, size, (batch, length), generator=generator).to(model.device)
-
-
-def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """Largest difference of two tensors, each entry's relative to its own size or the usual one.
-
-    Relative to the larger of the two, because rounding grows with an entry, and an entry near 0
-    is a sum of usual ones. The usual size is taken at each position alone, as `usual_size` says.
-    The largest entry is no scale: masked logits hold the smallest float, and beside them no
-    difference is large.
-
-    Args:
-        expected, got: (..., V); positions first, logits or channels last.
-
-    Returns:
-        0 where all is equal, masked entries and infinities included; infinite for other shapes,
-        where either holds NaN, and where only one is infinite.
-    """
-    if expected.shape != got.shape:
-        return float("inf")
-    this, that = (x.detach().cpu().double().flatten(0, -2) for x in (expected, got))
-    size = torch.maximum(this.abs(), usual_size(this))
-    ratio = ((this - that).abs() / size).nan_to_num(nan=float("inf"), posinf=float("inf"))
-    return float(ratio.masked_fill(this == that, 0.0).max())
-
-
-def usual_size(logits: torch.Tensor) -> torch.Tensor:
-    """(P, 1) median size of the entries at each of P positions, (P, V) in.
-
-    Entries that are the same at every position are not computed from the text (masks, padding of
-    the vocabulary) and do not count, where any differ; nor do infinite ones. Further entries may
-    be as large as they like, as long as they are fewer than half.
-    """
-    differ = (logits != logits[:1]).any(0)
-    counted = logits.isfinite() & (differ | ~differ.any())
-    return logits.abs().masked_fill(~counted, float("nan")).nanmedian(-1, keepdim=True).values
+    tokens = torch.randint(low, size, (batch, length), generator=generator)
+    special = torch.tensor(sorted(reserved_tokens(model.config)), dtype=torch.long)
+    ordinary = next(i for i in range(low, size) if i not in special)
+    return tokens.masked_fill(torch.isin(tokens, special), ordinary).to(model.device)

@@ -22,7 +22,8 @@ from isingcut.models.architectures import (
 )
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
+from isingcut.models.cutting.difference import relative_difference
+from isingcut.models.cutting.verify import random_tokens, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import Replay
@@ -45,7 +46,7 @@ class Report:
         name: a family, or a model type with its auto class.
         outcome: ``"passed"``, ``"refused"``, ``"failed"`` or ``"not built"``.
         kinds: block kinds, with their counts.
-        rows: legality rows, in words.
+        rows: legality rows, in words, and what a proof was not given.
         states: states cut and compared.
         difference: largest relative logit difference seen.
         sublayer: whether the sublayer gate works (else only the block gate does).
@@ -156,7 +157,7 @@ def _check(model: Any, folder: Path, states: int, seed: int) -> Report:
     rows = legality(model.config, stack)
     tokens = random_tokens(model, 2, 20, seed)
     chosen = legal_states(stack, rows, states, seed)
-    worst, sublayer, reason = 0.0, True, ""
+    worst, sublayer, reason, unseen = 0.0, True, "", ""
     try:
         worst = _replay_is_forward(model, stack, tokens, chosen)
         sublayer = check_gates(model, stack, tokens)
@@ -171,11 +172,15 @@ def _check(model: Any, folder: Path, states: int, seed: int) -> Report:
         proof = verify(model, removed, out, new_tokens=_NEW_TOKENS)
         assert proof.told, proof.remarks[0]
         worst = max(worst, proof.difference)
+        unseen = proof.unseen
+    said = [_rows_in_words(rows)] if rows else []
+    if unseen:
+        said.append(f"proven on text only, no image input could be made: {unseen}")
     return Report(
         "",
         "refused" if reason else "passed",
         kinds=_counted(stack.kinds),
-        rows=_rows_in_words(rows),
+        rows="; ".join(said),
         states=len(chosen),
         difference=worst,
         sublayer=sublayer,

@@ -1,0 +1,104 @@
+"""Two images in the forms that models of transformers take, as large as a configuration says."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ImageInputs = dict[str, Tensor]
+
+_CHANNELS = ("num_channels", "in_channels", "in_chans", "num_image_channels")
+_SIDES = ("image_size", "resolution", "force_image_size")
+_MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size")
+# Tiles of one image, where a model takes more than one.
+_TILES = (1, 2, 3, 5)
+# Words before and behind an image.
+WORDS = 6
+
+
+def parameters(function: Any) -> set[str]:
+    """Names of a function's parameters, whatever decorates it."""
+    return set(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+def first_number(config: Any, names: tuple[str, ...]) -> int | None:
+    """The first of these fields that a configuration has; of a height and a width, the height."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+        if isinstance(value, dict):
+            value = value.get("height")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _vision(config: Any) -> Any:
+    """The configuration of the part that sees: the first one inside with the size of a patch."""
+    parts = [part for part in vars(config).values() if hasattr(part, "to_dict")]
+    named = [p for p in parts if first_number(p, ("patch_size", *_SIDES)) is not None]
+    deeper = (found for part in parts if (found := _vision(part)) is not part)
+    return named[0] if named else next(deeper, config)
+
+
+def image_forms(model: Any) -> Iterator[ImageInputs]:
+    """Two images in the forms that models of transformers take."""
+    names, vision = parameters(model.forward), _vision(model.config)
+    patch = first_number(vision, ("patch_size",)) or 14
+    channels = first_number(vision, _CHANNELS) or 3
+    merge = first_number(vision, _MERGES) or first_number(model.config, _MERGES) or 2
+    whole = first_number(vision, _SIDES)
+    flat = channels * patch * patch
+    side = 2 * merge  # In patches; so each image has 2 x 2 features where patches are merged.
+    n = side * side
+    for grid in ("image_grid_thw", "image_grid_hw"):
+        if grid in names:
+            row = [1, side, side] if grid.endswith("thw") else [side, side]
+            frames = first_number(vision, ("temporal_patch_size",)) or 1
+            for shape in (
+                (2 * n, frames * flat),
+                (2 * n, flat),
+                (2 * n, channels, patch, patch),
+                (1, 2 * n, channels, patch, patch),
+            ):
+                yield {"pixel_values": _noise(*shape), grid: torch.tensor([row, row])}
+    if "image_position_ids" in names:
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(2, n, 2)
+        yield {"pixel_values": _noise(2, n, flat), "image_position_ids": places.flip(-1)}
+    if "spatial_shapes" in names:
+        yield {
+            "pixel_values": _noise(2, n, flat),
+            "spatial_shapes": torch.tensor([[side, side]] * 2),
+            "pixel_attention_mask": torch.ones((2, n), dtype=torch.long),
+        }
+    for size in dict.fromkeys([whole or side * patch, side * patch]):
+        sizes = {"image_sizes": torch.tensor([[size, size]] * 2)} if "image_sizes" in names else {}
+        for extra in ({}, sizes) if sizes else ({},):
+            yield {"pixel_values": _noise(2, channels, size, size), **extra}
+            for tiles in _TILES:
+                pixels = {"pixel_values": _noise(2, tiles, channels, size, size), **extra}
+                yield pixels
+                if "pixel_attention_mask" in names:
+                    yield {
+                        **pixels,
+                        "pixel_attention_mask": torch.ones((2, tiles), dtype=torch.bool),
+                    }
+        if "aspect_ratio_ids" in names:
+            tiles = first_number(vision, ("max_num_tiles",)) or 4
+            mask = torch.zeros((2, 1, tiles), dtype=torch.long)
+            mask[..., 0] = 1
+            yield {
+                "pixel_values": _noise(2, 1, tiles, channels, size, size),
+                "aspect_ratio_ids": torch.ones((2, 1), dtype=torch.long),
+                "aspect_ratio_mask": mask,
+                "cross_attention_mask": mask[:, None].expand(2, 2 * WORDS + 1, 1, tiles),
+            }
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))

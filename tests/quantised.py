@@ -1,0 +1,176 @@
+"""Tiny checkpoints quantised as hubs hold them: FP8 in tiles, int4, MXFP4, bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_FP8_MAX = 448.0
+_TILE = 16
+_GROUP = 16
+# The values of the four bits of FP4 (E2M1), without the sign.
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def fp8_in_tiles(folder: Path) -> None:
+    """Experts apart, each weight in float8 with a scale a tile, as Qwen publishes its MoE models.
+
+    Embeddings, norms, routers and small projections stay as they are, and are listed.
+    """
+    kept: list[str] = []
+
+    def pack(name: str, value: Tensor) -> dict[str, Tensor]:
+        module = name.removesuffix(".weight")
+        if not name.endswith("proj.weight") or "visual" in name:
+            if value.ndim == 2 and "layers." in name:
+                kept.append(module)
+            return {name: value}
+        rows, columns = (-(-n // _TILE) for n in value.shape)
+        padded = torch.zeros(rows * _TILE, columns * _TILE)
+        padded[: value.shape[0], : value.shape[1]] = value
+        tiles = padded.view(rows, _TILE, columns, _TILE)
+        scale = tiles.abs().amax((1, 3)) / _FP8_MAX
+        spread = scale.repeat_interleave(_TILE, 0).repeat_interleave(_TILE, 1)
+        whole = (padded / spread)[: value.shape[0], : value.shape[1]]
+        return {
+            name: whole.to(torch.float8_e4m3fn).contiguous(),
+            f"{module}.weight_scale_inv": scale.contiguous(),
+        }
+
+    tensors = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        head, dot, last = name.rpartition(".experts.")
+        if dot and value.ndim == 3:
+            tensors.update(_one_by_one(f"{head}.experts", last, value))
+        else:
+            tensors[name] = value
+    _rewrite(
+        folder,
+        tensors,
+        pack,
+        lambda: {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [_TILE, _TILE],
+            "modules_to_not_convert": ["lm_head", "model.visual.blocks.1.mlp", *sorted(kept)],
+        },
+    )
+
+
+def _one_by_one(head: str, last: str, value: Tensor) -> dict[str, Tensor]:
+    names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+    return {
+        f"{head}.{expert}.{name}.weight": part.contiguous()
+        for expert, matrix in enumerate(value)
+        for name, part in zip(names, matrix.chunk(len(names)), strict=True)
+    }
+
+
+def int4(folder: Path) -> None:
+    """MLPs in compressed-tensors' ``pack-quantized``: eight signed 4-bit numbers an int32."""
+
+    def pack(name: str, value: Tensor) -> dict[str, Tensor]:
+        if ".mlp." not in name or value.ndim != 2:
+            return {name: value}
+        module = name.removesuffix(".weight")
+        groups = value.view(len(value), -1, _GROUP)
+        scale = groups.abs().amax(-1) / 7
+        whole = (groups / scale[..., None]).round().clamp(-8, 7).to(torch.int32) + 8
+        whole = whole.view(len(value), -1, 8) << torch.arange(0, 32, 4)
+        return {
+            f"{module}.weight_packed": whole.sum(-1, dtype=torch.int64).to(torch.int32),
+            f"{module}.weight_scale": scale.to(torch.bfloat16),
+            f"{module}.weight_shape": torch.tensor(value.shape),
+        }
+
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": _GROUP,
+        "symmetric": True,
+    }
+    _rewrite(
+        folder,
+        load_file(folder / "model.safetensors"),
+        pack,
+        lambda: {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"weights": weights, "targets": ["re:.*mlp.*"]}},
+            "ignore": ["lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(6))],
+        },
+    )
+
+
+def mxfp4(folder: Path) -> dict[str, Tensor]:
+    """Experts as gpt-oss is published: two FP4 numbers a byte, a power of two for each 32 numbers.
+
+    Returns:
+        what these stand for, in the model's own names.
+    """
+    values: dict[str, Tensor] = {}
+
+    def pack(name: str, value: Tensor) -> dict[str, Tensor]:
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            return {name: value}
+        groups = value.transpose(1, 2).reshape(value.shape[0], value.shape[2], -1, 32)
+        exponent = (groups.abs().amax(-1) / 6).log2().ceil()
+        scaled = groups / exponent.exp2()[..., None]
+        code = (scaled.abs()[..., None] - _FP4).abs().argmin(-1)
+        values[name] = (
+            (_FP4[code] * scaled.sign() * exponent.exp2()[..., None])
+            .view(value.shape[0], value.shape[2], -1)
+            .transpose(1, 2)
+        )
+        code = (code + 8 * (scaled < 0)).to(torch.uint8)
+        return {
+            f"{name}_blocks": code[..., ::2] + 16 * code[..., 1::2],
+            f"{name}_scales": (exponent + 127).to(torch.uint8),
+        }
+
+    _rewrite(
+        folder,
+        load_file(folder / "model.safetensors"),
+        pack,
+        lambda: {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    )
+    return values
+
+
+def bitsandbytes(folder: Path) -> None:
+    """Only the configuration of such a checkpoint: nothing of its weights is read."""
+    _rewrite(
+        folder,
+        load_file(folder / "model.safetensors"),
+        lambda name, value: {name: value},
+        lambda: {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    )
+
+
+def _rewrite(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    pack: Callable[[str, Tensor], dict[str, Tensor]],
+    told: Callable[[], dict[str, Any]],
+) -> None:
+    packed = {new: v for name, value in tensors.items() for new, v in pack(name, value).items()}
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = told()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
