@@ -25,6 +25,7 @@ UNCUTTABLE = {
     "beam": "in which proportion a block adds to its input depends on the block number",
     "blt": "its blocks stand in three stacks that hand patches of bytes to one another",
     "diffllama": "its differential attention starts from a weight that depends on the block number",
+    "diffusion_gemma": "each block of its decoder is shared with an encoder, which has as many",
     "dory": "some of its blocks run several times in one pass",
     "evolla": "which blocks have an adapter depends on the number of all blocks",
     "hrm_text": "its two stacks of blocks run several times in one pass",
