@@ -36,6 +36,8 @@ HANDS: dict[str, dict[str, Any]] = {
             "full_attention": {**_ROPE, "mrope_section": [3, 3, 2]},
         },
     },
+    # Its cache has as many layers as the encoder, so that the default (2, 24) cannot generate.
+    "blenderbot": {"encoder_layers": 6},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *["sparse"] * 5]},
     "diffusion_gemma_text": {"moe_intermediate_size": 32},
