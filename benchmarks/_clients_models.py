@@ -50,6 +50,17 @@ ENERGY = ("--energy", "empirical-fisher", "--samples", "4", "--length", "32")
 SPLITS = ("--rank-samples", "2", "--report-samples", "2", "--dtype", "float32")
 
 
+# Families that the converter takes with a SentencePiece file only. Clients are given token ids, so
+# any will do.
+SENTENCEPIECE = ("gemma2",)
+TRAIN = """
+import sys, sentencepiece
+sentencepiece.SentencePieceTrainer.train(
+    input=sys.argv[1], model_prefix=sys.argv[2], vocab_size=300, hard_vocab_limit=False
+)
+"""
+
+
 @dataclass(frozen=True)
 class Subject:
     """One model and what is cut out of it.
@@ -200,6 +211,10 @@ def prepare(subject: Subject, work: Path, converter: Path | str) -> dict[str, Ma
         work.mkdir(parents=True)
         if subject.family:
             _write_source(subject, work / "source")
+        if subject.family in SENTENCEPIECE and isinstance(converter, Path):
+            needs = {"PYTHONPATH": str(converter.parent / "needs")}
+            words = [str(REPOSITORY / "README.md"), str(work / "source" / "tokenizer")]
+            _run([sys.executable, "-c", TRAIN, *words], needs)
         record.write_text(recipe, encoding="utf-8")
     run, text = work / "run", work / "text.txt"
     source = work / "source" if subject.family else resolve(PACKAGED)
