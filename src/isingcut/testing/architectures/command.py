@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--docs", type=Path, help="also write the outcomes to this Markdown file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="memory of a process")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time for one architecture")
+    parser.add_argument("--seconds", type=float, default=600.0, help="time for one architecture")
     options = parser.parse_args(list(arguments))
     with tempfile.TemporaryDirectory() as room:
         try:
