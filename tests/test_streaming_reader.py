@@ -111,9 +111,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
 def test_weights_that_can_only_be_loaded_whole_are_refused(tmp_path):
     folder = tiny_checkpoint("llama", tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": "hqq", "quant_config": {}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="packed by 'bitsandbytes'"):
+    with pytest.raises(ModelError, match="packed by 'hqq'"):
         build_skeleton(folder, torch.float32)
 
 

@@ -152,7 +152,7 @@ class Place:
     def survives(self, command: str, codes: tuple[int, ...] = (0, 2)) -> None:
         """The command ends with 0, or with 2 and one line, and nothing of the user's is changed."""
         before = snapshot(self.here)
-        code, out, err = call(command.format(here=self.here).split(), 30, 2500)
+        code, out, err = call(command.format(here=self.here).split(), 120, 2500)
         told = f"isingcut {command}\nexit {code}\n{out[-1500:]}\n{err[-6000:]}"
         assert code in codes, told
         assert "Traceback" not in out + err, told

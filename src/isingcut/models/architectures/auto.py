@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import ArchitectureError
+from isingcut.models.loading import loading
 from isingcut.models.transformers_private import model_classes
 
 
@@ -66,4 +67,6 @@ def auto_class_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     configs: Any = AutoConfig
-    return auto_class(configs.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    with loading(f"the configuration in {folder}"):
+        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return auto_class(config)
