@@ -76,7 +76,10 @@ def image_forms(model: Any) -> Iterator[ImageInputs]:
             "spatial_shapes": torch.tensor([[side, side]] * 2),
             "pixel_attention_mask": torch.ones((2, n), dtype=torch.long),
         }
-    for size in dict.fromkeys([whole or side * patch, side * patch]):
+    small = side * patch
+    # A model that is told the sizes takes small images, and attention is square in them.
+    order = [small, whole or small] if "image_sizes" in names else [whole or small, small]
+    for size in dict.fromkeys(order):
         sizes = {"image_sizes": torch.tensor([[size, size]] * 2)} if "image_sizes" in names else {}
         for extra in ({}, sizes) if sizes else ({},):
             yield {"pixel_values": _noise(2, channels, size, size), **extra}
