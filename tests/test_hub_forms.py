@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from composites import composite, composite_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.models.architectures import cut_config, find_stack, stack_modules
-from isingcut.models.architectures.auto import auto_class, auto_class_of
+from isingcut.models.architectures.auto import auto_class, auto_class_of, loading_class_of
 from isingcut.models.checkpoint.read import StoredTensor
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fit import block_prefix
@@ -63,6 +64,13 @@ def test_a_decoder_saved_without_the_rest_is_cut(family, tmp_path):
     assert inspect_model(tmp_path / "source").refusal == ""
     excise(tmp_path / "source", [0, 3], tmp_path / "out")
     assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
+    # No auto class of a plain transformers knows it.
+    name = loading_class_of(tmp_path / "out")
+    assert name == type(model).__name__
+    _, found = getattr(transformers, name).from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not found["missing_keys"]
 
 
 def test_a_stack_larger_than_the_blocks_is_left_alone(tmp_path):

@@ -31,7 +31,7 @@ def card_parts(
         folder: the run folder, with its `run.json`.
         target: where the files of this removal are.
         removed: blocks that are removed, as the original numbers them.
-        loads_with: the auto class of transformers that loads the checkpoint.
+        loads_with: the class of transformers that loads the checkpoint.
 
     Raises:
         StageFileError: `run.json` is missing, or a file that is there is damaged.

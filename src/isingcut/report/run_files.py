@@ -240,7 +240,7 @@ class RunFiles:
 
     @property
     def loads_with(self) -> str:
-        """The auto class of transformers that loads the checkpoint."""
+        """The class of transformers that loads the checkpoint."""
         card = (self.removal or {}).get("card") or {}
         return str(card.get("loads_with", PLAIN_CLASS))
 

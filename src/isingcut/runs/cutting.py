@@ -10,7 +10,7 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
 from isingcut.files.writing import atomic_folder, clear_os_errors, fingerprint
-from isingcut.models.architectures.auto import auto_class_of
+from isingcut.models.architectures.auto import loading_class_of
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import cut_gguf
@@ -120,7 +120,7 @@ def write_checkpoint(
     """
     blocks = list(removed)
     trust = session.config.trust_remote_code
-    loads_with = auto_class_of(session.source, trust_remote_code=trust).__name__
+    loads_with = loading_class_of(session.source, trust_remote_code=trust)
     target = folder.target(session.config.removal)
     parts = card_parts(folder.path, target, blocks, loads_with)
     sources = [session.source, *folder.sources]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -124,9 +124,7 @@ class CardParts(Strict):
     measured: str
     from_gguf: bool
     # Records that an earlier version wrote lack it.
-    loads_with: Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"] = (
-        "AutoModelForCausalLM"
-    )
+    loads_with: Annotated[str, Field(pattern=r"^[A-Za-z]\w{0,99}$")] = "AutoModelForCausalLM"
     isingcut: str
     energy: str
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]

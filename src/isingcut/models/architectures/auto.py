@@ -9,6 +9,10 @@ from isingcut.errors import ArchitectureError
 from isingcut.models.loading import loading
 from isingcut.models.transformers_private import model_classes
 
+# Configuration classes that no auto class of transformers lists, and what builds their models;
+# registered in this process alone.
+_ALONE: dict[type, str] = {}
+
 
 def auto_class(config: Any) -> Any:
     """The auto class that builds the model that a configuration's ``architectures`` names.
@@ -40,8 +44,10 @@ def auto_class(config: Any) -> Any:
     if known:
         return known[0]
     for name in saved:
-        if _loads_alone(own := getattr(transformers, name, None), config):
+        own: Any = getattr(transformers, name, None)
+        if _loads_alone(own, config):
             factories[0].register(type(config), own, exist_ok=True)
+            _ALONE[type(config)] = own.__name__
             return factories[0]
     raise ArchitectureError(
         f"transformers has no text-generating decoder of the model type {config.model_type!r}; "
@@ -64,9 +70,19 @@ def _loads_alone(own: Any, config: Any) -> bool:
 
 def auto_class_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """`auto_class` of the configuration in a checkpoint folder."""
+    return auto_class(_config_of(folder, trust_remote_code))
+
+
+def loading_class_of(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """The name of the class that loads a checkpoint in transformers where isingcut is not."""
+    config = _config_of(folder, trust_remote_code)
+    name: str = auto_class(config).__name__
+    return _ALONE.get(type(config), name)
+
+
+def _config_of(folder: Path, trust: bool) -> Any:
     from transformers import AutoConfig
 
     configs: Any = AutoConfig
     with loading(f"the configuration in {folder}"):
-        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return auto_class(config)
+        return configs.from_pretrained(folder, trust_remote_code=trust)
