@@ -83,6 +83,14 @@ def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
         verify(model, [2], cut)
 
 
+def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path):
+    model = tiny_model("llama")
+    cut = tiny_model("llama", num_hidden_layers=5)
+    cut.lm_head = torch.nn.Linear(3, 3)
+    with pytest.raises(VerificationError, match="fails on text, which the original without"):
+        verify(model, [1], tmp_path, cut=cut)
+
+
 def test_generation_is_compared_beside_masked_logits(tmp_path):
     model = image_model("chameleon")
     model.model.layers[2].self_attn.layer_idx = 0
@@ -124,13 +132,6 @@ def test_idle_blocks_are_told_of_and_fail_the_conformance_kit(tmp_path, monkeypa
     (remark,) = proof.remarks
     assert "cannot tell this cut from others: without blocks 4 instead" in remark
 
-    monkeypatch.setattr(
-        "isingcut.testing.architectures.conformance.tiny_model", lambda *a, **k: model
-    )
-    monkeypatch.setattr(
-        "isingcut.testing.architectures.conformance.tiny_checkpoint",
-        lambda family, folder, **k: model.save_pretrained(folder) or folder,
-    )
     for name, stand_in in {
         "tiny_model": lambda *a, **k: model,
         "tiny_checkpoint": lambda family, folder, **k: model.save_pretrained(folder),

@@ -18,7 +18,7 @@ from isingcut.models.cutting.difference import relative_difference, tolerance, u
 from isingcut.models.cutting.images import logits_of, reserved_tokens, takes_images, with_images
 from isingcut.models.first_pass import on_text_alone
 from isingcut.models.load import as_transformers_does
-from isingcut.models.loading import quiet_transformers
+from isingcut.models.loading import one_line, quiet_transformers
 
 # Between two logits that a cache may turn around, of their usual size.
 _TIE = 1e-3
@@ -140,8 +140,14 @@ def verify(
                 return logits(source_model)
 
         expected = original(removed)
-        with torch.no_grad():
-            got = logits(cut)
+        try:
+            with torch.no_grad():
+                got = logits(cut)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise VerificationError(
+                f"the checkpoint {out} fails on {kind}, which the original without blocks "
+                f"{sorted(removed)} computes: {one_line(error)}"
+            ) from error
         difference = relative_difference(expected, got)
         if not difference <= allowed:
             raise VerificationError(
