@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
-from isingcut.testing.architectures import check_entry, command, conformance
+from isingcut.testing.architectures import Report, check_entry, command, conformance
 from isingcut.testing.architectures.entries import Entry, entries
 from isingcut.testing.architectures.shrink import spread, tiny_configuration
+from isingcut.testing.architectures.tables import outcomes, table
 from isingcut.testing.architectures.workers import Died, run_apart
 
 LLAMA = Entry("llama", "AutoModelForCausalLM")
@@ -145,6 +146,18 @@ def test_the_command_line_counts_outcomes_and_writes_them_to_a_page(tmp_path, mo
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| diffllama | refused |" in text
+
+
+def test_what_was_proven_on_text_only_is_listed_with_the_reason():
+    reports = [
+        Report("sees (image-text)", "passed"),
+        Report("blind (image-text)", "passed", rows="keep block 0", unseen="no <image> token"),
+    ]
+    shown = outcomes(reports)
+    assert "Of these, 1 take images and were proven on text only:" in shown
+    assert "- blind (image-text): no &lt;image> token" in shown
+    assert "keep block 0; proven on text only: no &lt;image> token" in table(reports)
+    assert "text only" not in outcomes(reports[:1]) + table(reports[:1])
 
 
 def test_a_page_without_the_marks_is_left_alone(tmp_path):

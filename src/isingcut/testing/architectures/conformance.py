@@ -46,11 +46,12 @@ class Report:
         name: a family, or a model type with its auto class.
         outcome: ``"passed"``, ``"refused"``, ``"failed"`` or ``"not built"``.
         kinds: block kinds, with their counts.
-        rows: legality rows, in words, and what a proof was not given.
+        rows: legality rows, in words.
         states: states cut and compared.
         difference: largest relative logit difference seen.
         sublayer: whether the sublayer gate works (else only the block gate does).
         reason: why it was refused, failed or was not built.
+        unseen: why it takes images and was proven on text only; empty else.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Report:
     difference: float = 0.0
     sublayer: bool = True
     reason: str = ""
+    unseen: str = ""
 
 
 class NotBuilt(Exception):
@@ -173,18 +175,16 @@ def _check(model: Any, folder: Path, states: int, seed: int) -> Report:
         assert proof.told, proof.remarks[0]
         worst = max(worst, proof.difference)
         unseen = proof.unseen
-    said = [_rows_in_words(rows)] if rows else []
-    if unseen:
-        said.append(f"proven on text only, no image input could be made: {unseen}")
     return Report(
         "",
         "refused" if reason else "passed",
         kinds=_counted(stack.kinds),
-        rows="; ".join(said),
+        rows=_rows_in_words(rows),
         states=len(chosen),
         difference=worst,
         sublayer=sublayer,
         reason=reason,
+        unseen=unseen,
     )
 
 

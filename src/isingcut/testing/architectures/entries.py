@@ -23,7 +23,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The model type, with an asterisk where images enter beside text."""
+        """The model type, said to be image-text where images enter beside text."""
         causal = self.auto_class == "AutoModelForCausalLM"
         return self.model_type if causal else f"{self.model_type} (image-text)"
 

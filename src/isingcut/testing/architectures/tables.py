@@ -22,7 +22,7 @@ def table(reports: Sequence[Report]) -> str:
         size = f"{r.difference:.1e}" if r.states else ""
         lines.append(
             f"| {r.name} | {r.outcome} | {r.kinds} | {r.states or ''} | {size} | {gate} "
-            f"| {_cell(r.reason or r.rows)} |"
+            f"| {_cell(r.reason or '; '.join(filter(None, (r.rows, _text_only(r)))))} |"
         )
     return "\n".join(lines)
 
@@ -39,6 +39,7 @@ def outcomes(reports: Sequence[Report]) -> str:
         "",
         "Passed: " + ", ".join(sorted(r.name for r in passed)) + ".",
         "",
+        *_on_text_only(passed),
         "| architecture | outcome | reason |",
         "|---|---|---|",
     ]
@@ -46,6 +47,18 @@ def outcomes(reports: Sequence[Report]) -> str:
         found = sorted(by_outcome[outcome], key=lambda r: r.name)
         lines += [f"| {r.name} | {outcome} | {_cell(r.reason)} |" for r in found]
     return "\n".join(lines)
+
+
+def _on_text_only(passed: Sequence[Report]) -> list[str]:
+    found = sorted(f"{r.name}: {_cell(r.unseen)}" for r in passed if r.unseen)
+    if not found:
+        return []
+    head = f"Of these, {len(found)} take images and were proven on text only:"
+    return [head, "", *(f"- {line}" for line in found), ""]
+
+
+def _text_only(report: Report) -> str:
+    return f"proven on text only: {report.unseen}" if report.unseen else ""
 
 
 def _cell(words: str) -> str:
