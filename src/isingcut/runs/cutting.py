@@ -139,11 +139,7 @@ def write_checkpoint(
             "of": len(session.stack),
             "model": folder.manifest["provenance"]["model"],
             "card": parts,
-            "proof": {
-                "inputs": proof.inputs,
-                "difference": proof.difference,
-                "remarks": list(proof.remarks),
-            },
+            "proof": proof.record,
         }
         with clear_os_errors(out):
             (temporary / "README.md").write_text(model_card(parts), encoding="utf-8")

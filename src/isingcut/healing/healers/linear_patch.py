@@ -114,12 +114,14 @@ class LinearPatch:
         patches = fit.fit(replay, stack.kinds, tokens, job.removed, work)
         stored = write_patched(job.start, job.removed, patches, out)
         with applied(replay.blocks, stored):
-            verify(model, job.removed, out, trust_remote_code=job.config.trust_remote_code)
+            trust = job.config.trust_remote_code
+            proof = verify(model, job.removed, out, trust_remote_code=trust)
         records = [p.record for p in stored]
         return {
             "maps": job.config.patch_maps,
             "changed": any(r["changed"] for r in records),
             "cuts": records,
+            "proof": proof.record,
         }
 
     def _fit_one(

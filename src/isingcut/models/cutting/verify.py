@@ -74,6 +74,12 @@ class Proof:
         return "text only" if self.unseen else self.comparisons[-1].inputs
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What the record of a checkpoint keeps of it."""
+        remarks = list(self.remarks)
+        return {"inputs": self.inputs, "difference": self.difference, "remarks": remarks}
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """What the proof does not show, a line each."""
         said = [
