@@ -29,6 +29,7 @@ from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
 from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.patch import absorb as _absorb
+from isingcut.healing.patch import exact
 from isingcut.healing.training.rounds import Objective, install, targets
 from isingcut.healing.training.train import Rows, collate
 from isingcut.measure import boundaries as boundary
@@ -144,7 +145,7 @@ def timed(place):
 def patched(place, reads):
     fit = LinearPatch(reads=reads)
     found = fit.fit(place.replay(), ["attention+mlp"] * 6, samples(), [2, 3, 5], Work(32))
-    return np.concatenate([p.weight.cpu().numpy().ravel() for p in found])
+    return np.concatenate([p.weight.cpu().numpy().ravel() for p in found.patches])
 
 
 def distilled(place, family="llama"):
@@ -233,7 +234,7 @@ DROPPED = [
     (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
     (evaluate, "sample_sums", "1].to(first.device)", "1]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
-    (LinearPatch, "_fit_one", "mask.to(device)", "mask", "patch of what is written"),
+    (exact.ExactCut, "fitted", "mask.to(device)", "mask", "patch of what is written"),
     (store.Store, "_settle_rest", "host.to(self.device)", "host", "losses, streamed"),
     (boundary.Boundaries, "get", "value.to(device)", "value", "hidden states in a file"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,17 @@ from isingcut.errors import ArchitectureError, InputError
 from isingcut.healing.healers import registry
 from isingcut.healing.healers.linear_patch import LinearPatch, Patch
 from isingcut.healing.job import Job
+from isingcut.healing.patch import exact
 from isingcut.healing.patch.absorb import find_write
 from isingcut.healing.patch.files import applied, runs
-from isingcut.healing.patch.least_squares import Moments, fit_ridge
+from isingcut.healing.patch.least_squares import Moments, RidgeFit, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.replay import Replay
+from isingcut.models.streaming.opening import load_streamed
+from isingcut.models.streaming.store import StoredPart
 from isingcut.options.healing import HealConfig
 from isingcut.testing.configurations import FAMILIES
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
@@ -38,7 +42,7 @@ def tokens(samples: int = 12, length: int = 24, seed: int = 0) -> TokenSet:
 def fitted(model: Any, removed: Sequence[int], text: TokenSet, **options: Any) -> list[Patch]:
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
-    return LinearPatch(**options).fit(replay, stack.kinds, text, removed, Work(96))
+    return LinearPatch(**options).fit(replay, stack.kinds, text, removed, Work(96)).patches
 
 
 @contextmanager
@@ -262,7 +266,8 @@ def test_half_precision_does_not_hide_who_absorbs() -> None:
         ("gemma2", [2], "passes a norm or a gate"),
         ("mixtral", [2], "experts write its output"),
         ("qwen2_moe", [2], "experts write its output"),
-        ("llama", [0, 3], "block 0 is removed"),
+        ("llama", [0, 1], "block 0 is removed"),
+        ("mixtral", [0, 3], r"^no cut .*; block 0: block 0 is .*; block 3: block 2 .* experts"),
     ],
 )
 def test_families_that_do_not_are_refused_with_the_reason(
@@ -288,6 +293,80 @@ def job_of(folder: Path, family: str, removed: tuple[int, ...], **options: Any) 
         folder / "work",
         HealConfig(patch="linear", patch_tokens=4096),
     )
+
+
+def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "llama", (0, 1, 4))
+    record = registry.get("linear-patch")().heal(job, tmp_path / "patched")
+    assert [c["removed"] for c in record["cuts"]] == [[4, 4]]
+    (left,) = record["unpatched"]
+    assert left["removed"] == [0, 1]
+    assert left["reason"].startswith("block 0 is removed, so that nothing stands before")
+
+
+def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, calls = tiny_model("llama"), []
+
+    def first_fails(fit: Moments, held_out: Moments) -> RidgeFit:
+        calls.append(fit)
+        if len(calls) == 1:
+            return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
+        return fit_ridge(fit, held_out)
+
+    monkeypatch.setattr(exact, "fit_ridge", first_fails)
+    stack = find_stack(model)
+    replay = Replay(model, stack_modules(model, stack))
+    found = LinearPatch().fit(replay, stack.kinds, tokens(), [2, 4], Work(96))
+    assert [(c["removed"], c["reason"][:39]) for c in found.unpatched] == [
+        ([2, 2], "no map of block 1's mlp.down_proj is be")
+    ]
+    (alone,) = found.patches
+    # As if the first cut could not be patched: fitted on the cut model as it is.
+    target = streams(model, tokens(), 4)
+    with skipped(model, stack, [2]), watched(model, 3, alone.path) as seen, torch.no_grad():
+        model(tokens().input_ids, use_cache=False)
+    mask = tokens().mask
+    x, out = seen["read"][mask], seen["stream"][mask]
+    weights = 1 / target.square().mean(-1)
+    change = alone.weight - model.model.layers[3].mlp.down_proj.weight.double()
+    ridge = alone.record["ridge"] * torch.diagonal((x * weights[:, None]).T @ x).mean()
+    left = (target - out - x @ change.T) * weights[:, None]
+    torch.testing.assert_close(left.T @ x, ridge * change, rtol=1e-3, atol=1e-3)
+
+
+def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = (0, 2, 4)
+    job = job_of(tmp_path, "llama", removed)
+    expected = registry.get("linear-patch")().heal(job, tmp_path / "in-memory")
+    teacher, replay = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
+    read: list[Any] = []
+    fill = StoredPart.fill
+    monkeypatch.setattr(StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b)))
+    stack = find_stack(teacher.model)
+    text = tokens(32)
+    LinearPatch().fit(replay, stack.kinds, text, removed, Work(96))
+    # Block 0 may have been read ahead; blocks behind the last cut are not needed.
+    assert [read.count(i) for i in range(1, 6)] == [1, 1, 1, 1, 0]
+    job = dataclasses.replace(job, teacher=teacher, replay=replay)
+    record = registry.get("linear-patch")().heal(job, tmp_path / "streamed")
+    assert record == expected
+    a, b = (tmp_path / n / "model.safetensors" for n in ("in-memory", "streamed"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_checkpoint("llama", tmp_path / "source")
+    teacher, replay = load_streamed(source, dtype="float32", device="cpu")
+    monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
+    kinds = find_stack(teacher.model).kinds
+    with pytest.raises(InputError, match=r"on 252 tokens needs .* left; give fewer --patch-tokens"):
+        LinearPatch().fit(replay, kinds, tokens(), [3], Work(96))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "nemotron_h"])

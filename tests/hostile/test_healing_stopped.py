@@ -197,14 +197,26 @@ def test_overwrite_replaces_what_healing_wrote(arena):
     assert found["options"]["seed"] == 1
 
 
-def test_a_patch_that_changed_nothing_says_so(arena, monkeypatch):
-    from isingcut.healing.healers import linear_patch
+def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
+    from isingcut.healing.patch import exact
     from isingcut.healing.patch.least_squares import RidgeFit
 
     def none_is_better(fit, held_out):
         return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
 
-    monkeypatch.setattr(linear_patch, "fit_ridge", none_is_better)
+    monkeypatch.setattr(exact, "fit_ridge", none_is_better)
+    line = r"no map of block \d's mlp.down_proj is better than none on tokens held out"
+    assert types(arena, heal("--patch linear --method none"), code=2, line=line, makes=()) == []
+
+
+def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
+    from isingcut.healing.patch import exact
+    from isingcut.healing.patch.least_squares import RidgeFit
+
+    def too_small(fit, held_out):
+        return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)
+
+    monkeypatch.setattr(exact, "fit_ridge", too_small)
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     types(arena, heal("--patch linear --method none"), line=line)
     found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))

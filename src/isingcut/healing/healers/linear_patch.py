@@ -21,7 +21,7 @@ ridge and in treating several cuts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,38 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.healing.job import Job
-from isingcut.healing.patch.absorb import Write, find_write, observe
-from isingcut.healing.patch.files import Patch, applied, runs, write_patched
-from isingcut.healing.patch.least_squares import Moments, fit_ridge
+from isingcut.healing.patch.absorb import Write, find_write
+from isingcut.healing.patch.exact import observed
+from isingcut.healing.patch.files import Patch, StoredLayers, applied, runs, write_patched
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.verify import verify
 from isingcut.models.replay import Recording, Replay
+from isingcut.models.streaming.proof import verify_streamed
 
 __all__ = ["LinearPatch"]
 
-_HELD_OUT_EVERY = 4
+_NOTHING_BEFORE = (
+    "block 0 is removed, so that nothing stands before the first cut to absorb a patch; heal by "
+    "distillation instead, or keep block 0 (--keep 0)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What was fitted at the cuts of one state.
+
+    Attributes:
+        patches: one for each cut that has one, in their order.
+        unpatched: the other cuts, ``{"removed": [first, last], "reason": why}`` each.
+    """
+
+    patches: list[Patch]
+    unpatched: list[dict[str, Any]]
+
+    def refuse(self, first: int, last: int, reason: str) -> None:
+        """Leave a cut without a patch."""
+        self.unpatched.append({"removed": [first, last], "reason": reason})
 
 
 @dataclass(frozen=True)
@@ -62,133 +83,121 @@ class LinearPatch:
         tokens: TokenSet,
         removed: Sequence[int],
         work: Work,
-    ) -> list[Patch]:
-        """Patches for all cuts of a state; two forward passes over the tokens, without heads.
+        stored: StoredLayers | None = None,
+    ) -> Fitted:
+        """Patches for the cuts of a state; two forward passes over the tokens, without heads.
+
+        A model that is streamed from disk is read once, up to the last cut.
 
         Args:
             replay: the original model.
             kinds: what each block does, for messages.
             tokens: every fourth sample is held out to choose the ridge.
             removed: the blocks that go.
+            stored: the checkpoint that patches must be written to; None: any layer will do.
 
         Raises:
-            ArchitectureError: a cut whose neighbour cannot absorb a map, with the reason.
-            InputError: fewer than two samples.
+            ArchitectureError: no cut has a neighbour that can absorb a map, with the reasons.
+            InputError: fewer than two samples, or a streamed model leaves no memory for them.
         """
         if tokens.samples < 2:
             raise InputError("a patch needs at least two samples: one is held out to choose it")
         cuts = runs(removed)
-        gone = set(removed)
         batches = tokens.batches(work.batch_tokens)
+        found = Fitted([], [])
         with torch.inference_mode():
             recordings = [replay.record(b.input_ids) for b in batches]
-            writes = _writes(replay, kinds, recordings[0], cuts)
             # The original's and the patched model's streams, at the block reached so far.
             original = [r.entered for r in recordings]
-            patched = list(original)
-            found, at = [], 0
-            total = len(batches) * (2 * cuts[-1][1] + 2 - len(gone))
+            patched, at = list(original), 0
+            total = len(batches) * (2 * cuts[-1][1] + 2 - len(removed))
             with work.progress(f"fitting a patch, cuts: {len(cuts)}", total) as bar:
-                for (first, last), write in zip(cuts, writes, strict=True):
-                    p = first - 1
-                    for b, recording in enumerate(recordings):
-                        for i in range(at, last + 1):
-                            original[b] = recording.block(i, original[b])
-                        for i in (i for i in range(at, p) if i not in gone):
-                            patched[b] = recording.block(i, patched[b])
-                        bar.advance(last + 1 - at + sum(i not in gone for i in range(at, p)))
-                    patch = self._fit_one(batches, recordings, original, patched, p, last, write)
-                    found.append(patch)
-                    bar.advance(len(batches))
+                for first, last in cuts:
+                    p, cut = first - 1, None
+                    for i in _sweep(replay, at, last):
+                        if i == p:
+                            write = _write(replay, kinds, recordings[0], p, original[0], stored)
+                            if isinstance(write, Write):
+                                _check_room(replay, batches, write)
+                                parts = (recordings, patched, p, last, write)
+                                cut = observed(*parts, reads=self.reads)
+                            else:
+                                found.refuse(first, last, write)
+                        if i < p or (i == p and cut is None):
+                            patched = _advanced(recordings, i, patched)
+                        original = _advanced(recordings, i, original)
+                        bar.advance(len(batches) * (1 + (i <= p)))
+                    if p < 0:
+                        found.refuse(first, last, _NOTHING_BEFORE)
+                    elif cut is not None:
+                        patch = cut.fitted(batches, original, patched)
+                        if patch is None:
+                            found.refuse(first, last, _no_better(cut.write, p))
+                        else:
+                            found.patches.append(patch)
                     at = last + 1
+        if not found.patches:
+            raise ArchitectureError(_reasons(found.unpatched))
         return found
 
     def heal(self, job: Job, out: Path) -> dict[str, Any]:
-        """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it."""
+        """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it.
+
+        Raises:
+            ArchitectureError: as `fit`; nothing was written.
+        """
         model = job.teacher.model
         stack = find_stack(model)
-        replay = Replay(model, stack_modules(model, stack))
+        replay = job.replay or Replay(model, stack_modules(model, stack))
         fit = LinearPatch(reads=job.config.patch_maps == "reads")
         tokens = _first(job.tokens, job.config.patch_tokens)
         work = Work(job.config.batch_tokens, job.progress)
-        patches = fit.fit(replay, stack.kinds, tokens, job.removed, work)
-        stored = write_patched(job.start, job.removed, patches, out)
+        layers = StoredLayers(job.start, job.removed)
+        fitted = fit.fit(replay, stack.kinds, tokens, job.removed, work, layers)
+        stored = write_patched(layers, fitted.patches, out)
+        trust = job.config.trust_remote_code
         with applied(replay.blocks, stored):
-            trust = job.config.trust_remote_code
-            proof = verify(model, job.removed, out, trust_remote_code=trust)
+            if job.replay is None:
+                proof = verify(model, job.removed, out, trust_remote_code=trust)
+            else:
+                proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
         records = [p.record for p in stored]
         return {
             "maps": job.config.patch_maps,
             "changed": any(r["changed"] for r in records),
             "cuts": records,
+            "unpatched": fitted.unpatched,
             "proof": proof.record,
         }
 
-    def _fit_one(
-        self,
-        batches: Sequence[TokenSet],
-        recordings: Sequence[Recording],
-        original: list[Tensor],
-        patched: list[Tensor],
-        p: int,
-        last: int,
-        write: Write,
-    ) -> Patch:
-        """Fit one cut; ``patched`` moves on past block p, the patch applied."""
-        width, features = write.weight.shape
-        size = features + (write.bias is not None) if self.reads else width
-        device = original[0].device
-        moments = [Moments(size, width, device) for _ in range(2)]
-        kept = []
-        for b, (batch, recording) in enumerate(zip(batches, recordings, strict=True)):
-            output, read, written = observe(recording, p, patched[b], write)
-            x = self._features(read, written, write)
-            target = original[b].double() - output.double()
-            weights = 1 / original[b].double().square().mean(-1).clamp_min(1e-12)
-            mask = batch.mask.to(device)
-            held = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
-            if _few(batches):
-                held = (batch.index == 0).to(device)
-            for side, rows in zip(
-                moments, (mask & ~held[:, None], mask & held[:, None]), strict=True
-            ):
-                side.add(x[rows], target[rows], weights[rows])
-            kept.append((output, x))
-        solution = fit_ridge(*moments)
-        for b, (output, x) in enumerate(kept):
-            patched[b] = (output.double() + x.double() @ solution.map.T).to(output.dtype)
-        weight, bias = self._folded(solution.map, write)
-        record = {
-            "removed": [p + 1, last],
-            "block": p,
-            "layer": write.path,
-            "ridge": solution.strength,
-            "held_out_error_left": solution.held_out,
-            "tokens": moments[0].rows + moments[1].rows,
-        }
-        return Patch(p, write.path, weight, bias, record)
 
-    def _features(self, read: Tensor, written: Tensor, write: Write) -> Tensor:
-        """Features (B, T, F') of which the change of the block's output is linear."""
-        if not self.reads:
-            return written
-        if write.bias is None:
-            return read
-        return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
+def _sweep(replay: Replay, first: int, last: int) -> Iterator[int]:
+    for i in replay.store.sweep(range(first, last + 1)):
+        assert isinstance(i, int)
+        yield i
 
-    def _folded(self, change: Tensor, write: Write) -> tuple[Tensor, Tensor | None]:
-        """The layer's new weight and bias: the change of the stream, undone by the scale."""
-        weight, bias = write.weight, write.bias
-        if not self.reads:
-            # The layer's output v becomes v + map v / s.
-            weight = weight + change @ weight / write.scale
-            bias = None if bias is None else bias + change @ bias / write.scale
-        elif bias is None:
-            weight = weight + change / write.scale
-        else:
-            weight = weight + change[:, :-1] / write.scale
-            bias = bias + change[:, -1] / write.scale
-        return (weight.T if write.transposed else weight).contiguous(), bias
+
+def _advanced(recordings: Sequence[Recording], i: int, streams: Sequence[Tensor]) -> list[Tensor]:
+    """The streams after block ``i``."""
+    return [r.block(i, stream) for r, stream in zip(recordings, streams, strict=True)]
+
+
+def _no_better(write: Write, p: int) -> str:
+    return (
+        f"no map of block {p}'s {write.path} is better than none on tokens held out; give "
+        "more --patch-tokens, or heal by distillation"
+    )
+
+
+def _reasons(unpatched: Sequence[dict[str, Any]]) -> str:
+    if len(unpatched) == 1:
+        return str(unpatched[0]["reason"])
+    each = (f"{_blocks(*cut['removed'])}: {cut['reason']}" for cut in unpatched)
+    return f"no cut can absorb a patch; {'; '.join(each)}"
+
+
+def _blocks(first: int, last: int) -> str:
+    return f"block {first}" if first == last else f"blocks {first} to {last}"
 
 
 def _first(tokens: TokenSet, most: int) -> TokenSet:
@@ -198,35 +207,52 @@ def _first(tokens: TokenSet, most: int) -> TokenSet:
     return tokens.select(range(min(rows, tokens.samples)))
 
 
-def _few(batches: Sequence[TokenSet]) -> bool:
-    """Too few samples for one in four."""
-    return sum(b.samples for b in batches) < _HELD_OUT_EVERY
+def _write(
+    replay: Replay,
+    kinds: Sequence[str],
+    recording: Recording,
+    p: int,
+    stream: Tensor,
+    stored: StoredLayers | None,
+) -> Write | str:
+    """The layer of block ``p`` that absorbs a cut's map; or why there is none."""
+    try:
+        write = find_write(recording, replay.blocks[p], p, stream, kinds[p])
+        _refuse_shared(replay, p, write)
+        if stored is not None:
+            shape = write.module.weight.shape
+            stored.layer(p, write.path, shape, bias=write.bias is not None)
+    except ArchitectureError as refusal:
+        return str(refusal)
+    return write
 
 
-def _writes(
-    replay: Replay, kinds: Sequence[str], recording: Recording, cuts: Sequence[tuple[int, int]]
-) -> list[Write]:
-    """The layer that absorbs each cut's map; refused before anything is fitted."""
-    if cuts[0][0] == 0:
-        raise ArchitectureError(
-            "block 0 is removed, so that nothing stands before the first cut to absorb a patch; "
-            "heal by distillation instead, or keep block 0 (--keep 0)"
+def _check_room(replay: Replay, batches: Sequence[TokenSet], write: Write) -> None:
+    """Refuse more tokens than a streamed model leaves memory for.
+
+    Raises:
+        InputError: with what to lower.
+    """
+    width, features = write.weight.shape
+    stream = sum(replay.stream_bytes(batch) for batch in batches)
+    # Both models' streams, the block's output and what the layer reads; second moments, doubled.
+    needed = stream * (3 + features / width) + 4 * 8 * features * features
+    room = replay.room(batches[0])
+    if needed > room:
+        raise InputError(
+            f"fitting a patch on {sum(int(b.mask.sum()) for b in batches)} tokens needs "
+            f"{needed / 1e9:.2f} GB beside the streamed model, and {room / 1e9:.2f} GB are left; "
+            "give fewer --patch-tokens"
         )
-    stream, found, needed = recording.entered, [], [first - 1 for first, _ in cuts]
-    for i in range(max(needed) + 1):
-        if i in needed:
-            write = find_write(recording, replay.blocks[i], i, stream, kinds[i])
-            _refuse_shared(replay, i, write)
-            found.append(write)
-        stream = recording.block(i, stream)
-    return found
 
 
 def _refuse_shared(replay: Replay, i: int, write: Write) -> None:
+    weight = write.module.weight
     owners = [
         name
         for name, p in replay.model.named_parameters(remove_duplicate=False)
-        if p is write.module.weight
+        # Parts of a streamed model are views of one buffer; the others' have no memory.
+        if p is weight or (p.shape == weight.shape and 0 != p.data_ptr() == weight.data_ptr())
     ]
     if len(owners) > 1:
         raise ArchitectureError(

@@ -1,3 +1,3 @@
-"""The linear patch: `absorb` which layer takes a map, `least_squares` the map, `files` the
-patched checkpoint.
+"""The linear patch: `absorb` which layer takes a map, `exact` the map of one cut, `least_squares`
+how it is solved, `files` the patched checkpoint.
 """

@@ -23,33 +23,41 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 5e-2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Write:
     """The last linear layer of a block that writes straight to the residual stream.
 
+    The weights are copies, because those of a streamed block are gone when they are needed.
+
     Attributes:
         path: its name inside the block, for example ``"mlp.down_proj"``.
-        module: the layer; its weight is (D, F), or (F, D) where ``transposed``.
+        module: the layer.
         scale: what its output is multiplied by before it is added (Granite's multiplier).
-        transposed: the layer is GPT-2's `Conv1D`.
+        transposed: the layer is GPT-2's `Conv1D`, which holds its weight as (F, D).
+        weight: the weight as (D, F), float64.
+        bias: the bias (D,), float64; None for a layer without one.
     """
 
     path: str
     module: Any
     scale: float
     transposed: bool
+    weight: Tensor
+    bias: Tensor | None
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as (D, F), float64."""
-        found: Tensor = self.module.weight.detach().double()
-        return found.T if self.transposed else found
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias (D,), float64."""
-        found: Tensor | None = self.module.bias
-        return None if found is None else found.detach().double()
+    @classmethod
+    def of(cls, path: str, module: Any, scale: float) -> Write:
+        """The layer as it is now."""
+        transposed = not isinstance(module, nn.Linear)
+        weight, bias = module.weight.detach().double(), module.bias
+        return cls(
+            path,
+            module,
+            scale,
+            transposed,
+            weight.T if transposed else weight,
+            None if bias is None else bias.detach().double(),
+        )
 
 
 @dataclass
@@ -94,7 +102,7 @@ def find_write(recording: Recording, block: nn.Module, i: int, hidden: Tensor, k
                 f"block {i} cannot absorb a patch: the weights of its {path} are quantised; "
                 "patch the unquantised model"
             )
-        return Write(path, module, scale, transposed=not isinstance(module, nn.Linear))
+        return Write.of(path, module, scale)
     raise ArchitectureError(f"block {i} ({kind}) cannot absorb a patch: {_why(kind, usable)}")
 
 

@@ -23,40 +23,54 @@ from isingcut.models.fp8 import DTYPES
 RECORD = "isingcut.json"
 
 
-def stored_layers(folder: Path, removed: Sequence[int], patches: Sequence[Patch]) -> list[Any]:
-    """Where a cut checkpoint keeps the layers of the patches: (weight, bias or None) each.
+class StoredLayers:
+    """Where a cut checkpoint keeps the layers that may be patched.
 
-    Raises:
-        ArchitectureError: a layer is not there under its own name, or not as plain numbers.
+    Args:
+        folder: the cut checkpoint.
+        removed: what it lacks.
     """
-    stored = read_checkpoint(folder)
-    text = written_out(read_config(folder))
-    kept = depth(text)
-    mapping = renumbering(kept + len(removed), removed)
-    prefix = block_prefix(stored.values(), kept)
-    found = []
-    for patch in patches:
-        name = f"{prefix}{mapping[patch.block]}.{patch.path}"
-        weight, bias = stored.get(f"{name}.weight"), stored.get(f"{name}.bias")
-        shape = tuple(patch.weight.shape)
-        if weight is None or weight.shape != shape or (bias is None) != (patch.bias is None):
+
+    def __init__(self, folder: Path, removed: Sequence[int]) -> None:
+        self.folder = folder
+        self._stored = read_checkpoint(folder)
+        kept = depth(written_out(read_config(folder)))
+        self._places = renumbering(kept + len(removed), removed)
+        self._prefix = block_prefix(self._stored.values(), kept)
+
+    def layer(
+        self, block: int, path: str, shape: Sequence[int], *, bias: bool
+    ) -> tuple[StoredTensor, StoredTensor | None]:
+        """The stored weight and bias of one layer.
+
+        Args:
+            block: by its number in the original.
+            path: the layer inside the block.
+            shape: of the weight, as the layer in memory holds it.
+            bias: whether that layer has one.
+
+        Raises:
+            ArchitectureError: it is not there under its own name, or not as plain numbers.
+        """
+        name = f"{self._prefix}{self._places[block]}.{path}"
+        weight, offset = self._stored.get(f"{name}.weight"), self._stored.get(f"{name}.bias")
+        if weight is None or weight.shape != tuple(shape) or (offset is not None) != bias:
             raise ArchitectureError(
-                f"the checkpoint {folder} does not hold {name}.weight of shape {list(shape)}: it "
-                "names or packs its tensors differently from the model in memory, so that a patch "
-                "cannot be written; heal by distillation instead"
+                f"the checkpoint {self.folder} does not hold {name}.weight of shape "
+                f"{list(shape)}: it names or packs its tensors differently from the model in "
+                "memory, so that a patch cannot be written; heal by distillation instead"
             )
         if weight.dtype not in PLAIN:
             raise ArchitectureError(
                 f"{name}.weight is stored as {weight.dtype}; a patch needs plain floating-point "
                 "weights: use the unquantised model"
             )
-        found.append((weight, bias))
-    return found
+        return weight, offset
 
 
-def as_stored(patch: Patch, layers: tuple[StoredTensor, StoredTensor | None]) -> Patch:
+def as_stored(patch: Patch, layer: tuple[StoredTensor, StoredTensor | None]) -> Patch:
     """The patch rounded to the dtypes it is stored in."""
-    weight, bias = layers
+    weight, bias = layer
     rounded = patch.weight.to(DTYPES[weight.dtype])
     offset = None
     if bias is not None and patch.bias is not None:
@@ -64,27 +78,26 @@ def as_stored(patch: Patch, layers: tuple[StoredTensor, StoredTensor | None]) ->
     return Patch(patch.block, patch.path, rounded, offset, patch.record)
 
 
-def write_patched(
-    folder: Path, removed: Sequence[int], patches: Sequence[Patch], out: Path
-) -> list[Patch]:
+def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> list[Patch]:
     """A copy of a cut checkpoint with the patched layers; the others keep their bytes.
 
     Args:
-        folder: the cut checkpoint.
-        removed: what it lacks.
+        stored: the cut checkpoint's layers.
         out: the new folder.
 
     Returns:
         the patches as they are stored; their records say whether anything changed.
 
     Raises:
-        ArchitectureError: as `stored_layers`; nothing was written.
+        ArchitectureError: as `StoredLayers.layer`; nothing was written.
         OutputExistsError: ``out`` is there.
     """
-    layers = stored_layers(folder, removed, patches)
+    layers = [
+        stored.layer(p.block, p.path, p.weight.shape, bias=p.bias is not None) for p in patches
+    ]
     rounded = [as_stored(p, pair) for p, pair in zip(patches, layers, strict=True)]
     with atomic_folder(out) as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        shutil.copytree(stored.folder, temporary, dirs_exist_ok=True)
         for patch, (weight, bias) in zip(rounded, layers, strict=True):
             changed = _overwrite(temporary, weight, patch.weight)
             if bias is not None and patch.bias is not None:
@@ -107,22 +120,41 @@ def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
 
 @contextlib.contextmanager
 def applied(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
-    """The original's blocks with the patched layers in place while the context lasts."""
-    before: list[tuple[Any, Tensor, Tensor | None]] = []
+    """The original's blocks with the patched layers in place while the context lasts.
+
+    A layer has its new weights only while it is called, so that a streamed block, whose weights
+    come and go, has them too.
+    """
+    handles: list[Any] = []
     try:
         for patch in patches:
-            layer: Any = blocks[patch.block].get_submodule(patch.path)
-            bias = None if layer.bias is None else layer.bias.data
-            before.append((layer, layer.weight.data, bias))
-            layer.weight.data = patch.weight.to(layer.weight)
-            if patch.bias is not None:
-                layer.bias.data = patch.bias.to(layer.bias)
+            layer = blocks[patch.block].get_submodule(patch.path)
+            swap = _Swap(patch)
+            handles.append(layer.register_forward_pre_hook(swap.enter))
+            handles.append(layer.register_forward_hook(swap.leave, always_call=True))
         yield
     finally:
-        for layer, weight, bias in before:
-            layer.weight.data = weight
-            if bias is not None:
-                layer.bias.data = bias
+        for handle in handles:
+            handle.remove()
+
+
+class _Swap:
+    """The weights of one patch, put into its layer for the time of a call."""
+
+    def __init__(self, patch: Patch) -> None:
+        self._patch = patch
+        self._before: dict[str, Any] = {}
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        own: dict[str, Any] = module._parameters
+        for name, value in (("weight", self._patch.weight), ("bias", self._patch.bias)):
+            if value is not None:
+                self._before[name] = own[name]
+                own[name] = nn.Parameter(value.to(own[name]), requires_grad=False)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(self._before)
+        self._before = {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,129 @@
+"""A cut behind a block whose last layer writes straight to the stream: least squares, solved once.
+
+The block's output is linear in the layer's weights, so that it need not be run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isingcut.data.tokens import TokenSet
+from isingcut.healing.patch.absorb import Write, observe
+from isingcut.healing.patch.files import Patch
+from isingcut.healing.patch.least_squares import Moments, fit_ridge
+from isingcut.models.replay import Recording
+
+_HELD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True, eq=False)
+class ExactCut:
+    """One cut on the way to its patch.
+
+    Attributes:
+        p: the block before it.
+        last: the last block that goes.
+        write: the layer of block p that absorbs the map.
+        reads: as `LinearPatch.reads`.
+        seen: of each batch the output (B, T, D) of block p in the patched model, and the features
+            (B, T, F') of which a change of it is linear.
+    """
+
+    p: int
+    last: int
+    write: Write
+    reads: bool
+    seen: list[tuple[Tensor, Tensor]]
+
+    def fitted(
+        self, batches: Sequence[TokenSet], original: Sequence[Tensor], patched: list[Tensor]
+    ) -> Patch | None:
+        """Fit the cut; ``patched`` moves on past block p, the patch applied.
+
+        Args:
+            original: of each batch the original's stream after the cut.
+
+        Returns:
+            None where no map is better than none on the rows held out.
+        """
+        write = self.write
+        width, features = write.weight.shape
+        size = features + (write.bias is not None) if self.reads else width
+        device = original[0].device
+        moments = [Moments(size, width, device) for _ in range(2)]
+        for b, (batch, (output, x)) in enumerate(zip(batches, self.seen, strict=True)):
+            target = original[b].double() - output.double()
+            weights = 1 / original[b].double().square().mean(-1).clamp_min(1e-12)
+            mask = batch.mask.to(device)
+            held = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
+            if _few(batches):
+                held = (batch.index == 0).to(device)
+            for side, rows in zip(
+                moments, (mask & ~held[:, None], mask & held[:, None]), strict=True
+            ):
+                side.add(x[rows], target[rows], weights[rows])
+        solution = fit_ridge(*moments)
+        for b, (output, x) in enumerate(self.seen):
+            patched[b] = (output.double() + x.double() @ solution.map.T).to(output.dtype)
+        if solution.strength is None:
+            return None
+        weight, bias = folded(solution.map, write, reads=self.reads)
+        record = {
+            "removed": [self.p + 1, self.last],
+            "block": self.p,
+            "layer": write.path,
+            "ridge": solution.strength,
+            "held_out_error_left": solution.held_out,
+            "tokens": moments[0].rows + moments[1].rows,
+        }
+        return Patch(self.p, write.path, weight, bias, record)
+
+
+def observed(
+    recordings: Sequence[Recording],
+    patched: Sequence[Tensor],
+    p: int,
+    last: int,
+    write: Write,
+    *,
+    reads: bool,
+) -> ExactCut:
+    """Run block ``p`` of the patched model and keep what the fit needs of it."""
+    seen = []
+    for recording, stream in zip(recordings, patched, strict=True):
+        output, read, written = observe(recording, p, stream, write)
+        seen.append((output, features(read, written, write, reads=reads)))
+    return ExactCut(p, last, write, reads, seen)
+
+
+def features(read: Tensor, written: Tensor, write: Write, *, reads: bool) -> Tensor:
+    """Features (B, T, F') of which the change of the layer's output is linear."""
+    if not reads:
+        return written
+    if write.bias is None:
+        return read
+    return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
+
+
+def folded(change: Tensor, write: Write, *, reads: bool) -> tuple[Tensor, Tensor | None]:
+    """The layer's new weight and bias: the change of the stream, undone by the scale."""
+    weight, bias = write.weight, write.bias
+    if not reads:
+        # The layer's output v becomes v + map v / s.
+        weight = weight + change @ weight / write.scale
+        bias = None if bias is None else bias + change @ bias / write.scale
+    elif bias is None:
+        weight = weight + change / write.scale
+    else:
+        weight = weight + change[:, :-1] / write.scale
+        bias = bias + change[:, -1] / write.scale
+    return (weight.T if write.transposed else weight).contiguous(), bias
+
+
+def _few(batches: Sequence[TokenSet]) -> bool:
+    """Too few samples for one in four."""
+    return sum(b.samples for b in batches) < _HELD_OUT_EVERY
