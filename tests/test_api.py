@@ -87,9 +87,12 @@ def test_public_functions_are_typed():
         )
 
 
-def test_save_gives_the_skipped_original(place, tmp_path, monkeypatch):
+def test_save_without_a_patch_gives_the_skipped_original(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
-    run = isingcut.open_run("my-run")
+    run = isingcut.prune(
+        "my-model", remove=3, calibration="my-text.txt", out=tmp_path / "run", patch="none",
+        **OPTIONS,
+    )  # fmt: skip
     saved = run.save(tmp_path / "smaller")
     with pytest.raises(OutputExistsError):
         run.save(saved)
@@ -102,27 +105,34 @@ def test_save_gives_the_skipped_original(place, tmp_path, monkeypatch):
         torch.testing.assert_close(cut(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_save_heals_where_the_options_say_so(place, monkeypatch, tmp_path):
+def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
+    run = isingcut.open_run("my-run")
+    patched = run.save(tmp_path / "patched")
+    card = (patched / "README.md").read_text(encoding="utf-8")
+    assert "no weight was trained" not in card
+    assert card.index("## Patched") < card.index("## Source")
+    assert not (patched / "healing.json").exists()
+    record = interop_hub.cut_record(patched)
+    assert record["removed"] == list(run.chosen.removed)
+    assert record["patch"]["changed"]
+    weights = (patched / "model.safetensors").read_bytes()
+    # Named by hand they are patched too, and the run folder learns nothing of it.
+    named = run.save(tmp_path / "named", blocks=run.chosen.removed)
+    assert (named / "model.safetensors").read_bytes() == weights
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     options = tmp_path / "heal.yaml"
-    options.write_text("samples: 6\nlength: 16\nreport_samples: 4\n")
-    run = isingcut.prune(
-        "my-model", remove=3, calibration="my-text.txt", out=tmp_path / "run", patch="linear",
+    options.write_text("samples: 6\nlength: 16\nreport_samples: 4\nsteps: 1\n")
+    further = isingcut.prune(
+        "my-model", remove=3, calibration="my-text.txt", out=tmp_path / "run", heal=True,
         heal_options=str(options), **OPTIONS,
     )  # fmt: skip
-    healed, cut = run.save(tmp_path / "healed"), tmp_path / "run" / "model"
+    healed = further.save(tmp_path / "healed")
     assert (healed / "healing.json").is_file()
-    card = (healed / "README.md").read_text(encoding="utf-8")
-    assert "no weight was trained" not in card
-    assert card.index("## Healed") < card.index("## Source")
-    assert "a linear map was folded" in card
-    assert interop_hub.cut_record(healed)["removed"] == list(run.chosen.removed)
-    weights = [p / "model.safetensors" for p in (healed, cut)]
-    assert weights[0].read_bytes() != weights[1].read_bytes()
-    plain = run.save(tmp_path / "plain", blocks=run.chosen.removed)
-    assert (plain / "model.safetensors").read_bytes() == weights[1].read_bytes()
+    assert (healed / "model.safetensors").read_bytes() != weights
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == weights
     with pytest.raises(OutputExistsError):
-        run.save(healed)
+        further.save(healed)
 
 
 def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):

@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from isingcut.cli.show_scores import healing_warnings
 from isingcut.console.progress import Bar
 from isingcut.data.healing_text import build
-from isingcut.errors import InputError, ModelError, OutputExistsError, StageFileError
+from isingcut.errors import (
+    ArchitectureError,
+    InputError,
+    ModelError,
+    OutputExistsError,
+    StageFileError,
+)
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
@@ -57,6 +64,7 @@ def options(models: Path, out: Path, **changes: Any) -> HealConfig:
         "steps": 4,
         "save_steps": 2,
         "learning_rate": 3e-3,
+        "patch": "none",
         "dtype": "float32",
         "device": "cpu",
     }
@@ -237,6 +245,11 @@ def test_a_streamed_teacher_gives_the_same_answers(models: Path, tmp_path: Path)
         assert found[side]["kl"] == pytest.approx(whole[side]["kl"], rel=1e-4)
     with pytest.raises(InputError, match="needs --top-k"):
         config.replace(top_k=0).validate()
+    with pytest.raises(InputError, match="needs the teacher in memory"):
+        config.replace(patch="linear").validate()
+    config = config.replace(patch=None, out=str(tmp_path / "default"), steps=1)
+    (reason,) = healing_warnings(read_json(heal(config) / "healing.json", "healing"))
+    assert "not patched: --stream-teacher" in reason
 
 
 def test_gradient_checkpointing_changes_nothing(models: Path, healed: Path, tmp_path: Path) -> None:
@@ -254,6 +267,50 @@ def test_patch_and_distillation_together(models: Path, tmp_path: Path) -> None:
     other = read_json(alone / "healing.json", "healing")
     assert other["after"]["kl"] == pytest.approx(found["patch"]["scores"]["kl"], rel=1e-6)
     assert other["steps"] == []
+
+
+def test_the_patch_is_the_default_once(models: Path, tmp_path: Path) -> None:
+    default: dict[str, Any] = {"patch": None, "method": "none"}
+    out = heal(options(models, tmp_path / "out", **default))
+    found = read_json(out / "healing.json", "healing")
+    assert found["options"]["patch"] == "linear"
+    assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
+    # What is healed already is not the exact cut, which a patch is fitted for.
+    again = heal(options(models, tmp_path / "again", student=str(out), steps=1, patch=None))
+    further = read_json(again / "healing.json", "healing")
+    assert (further["start"], further["options"]["patch"]) == ("healed", "none")
+    assert "patch" not in further
+
+
+def test_where_nothing_can_be_patched_healing_goes_on(models: Path, tmp_path: Path) -> None:
+    headless = tmp_path / "headless"
+    record = json.dumps({"removed": [0], "of": 6})
+    excise(models / "teacher", [0], headless, extra_files={"isingcut.json": record})
+    given: dict[str, Any] = {"student": str(headless), "steps": 1}
+    out = heal(options(models, tmp_path / "out", **given, patch=None))
+    found = read_json(out / "healing.json", "healing")
+    (warning,) = healing_warnings(found)
+    assert warning.startswith("not patched: block 0 is removed")
+    assert (len(found["steps"]), found["options"]["patch"]) == (1, "none")
+    for asked in ({"patch": "linear"}, {"patch": None, "method": "none"}):
+        with pytest.raises(ArchitectureError, match="block 0 is removed"):
+            heal(options(models, tmp_path / "no", **given, **asked))
+
+
+def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(
+    models: Path, tmp_path: Path
+) -> None:
+    student = tmp_path / "trained"
+    trained = load(models / "student", dtype="float32", device="cpu")
+    with torch.no_grad():
+        trained.model.lm_head.weight.mul_(1.01)
+    trained.model.save_pretrained(student)
+    for name in ("isingcut.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(models / "student" / name, student / name)
+    out = heal(options(models, tmp_path / "out", student=str(student), steps=1, patch=None))
+    found = read_json(out / "healing.json", "healing")
+    assert "patch" not in found
+    assert "logits" in found["unpatched"][0]["reason"]
 
 
 def test_training_in_half_precision(models: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_checkpoint("llama", place / "model")
     write_text(place / "text.jsonl", 200)
     options = "length: 32\nbatch: 4\nmicro-batch: 4\nsteps: 3\ntop-steps: 1\nreport-samples: 2\n"
-    (place / "heal.yaml").write_text(options + "learning-rate: 0.003\n", encoding="utf-8")
+    (place / "heal.yaml").write_text(options + "learning-rate: 0.0005\n", encoding="utf-8")
     lines(place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)])
     articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
     lines(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
@@ -60,7 +60,7 @@ def config(folder: Path, name: str, **changes: Any) -> RunConfig:
 def run(folder: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
         leave_speed_out(patched.setattr)
-        yield pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
+        yield pipeline.run(config(folder, "run", heal=True, heal_top=2))
 
 
 def test_a_run_chooses_among_healed_candidates_and_heals(run: Path) -> None:
@@ -70,9 +70,11 @@ def test_a_run_chooses_among_healed_candidates_and_heals(run: Path) -> None:
     assert chosen["chosen"] == min(rows, key=lambda r: r["kl"])
     cut = json.loads((run / "model" / "isingcut.json").read_text(encoding="utf-8"))
     assert cut["removed"] == chosen["chosen"]["removed"]
+    assert cut["patch"]["cuts"]
     found = read_json(run / "healing.json", "healing")
     assert found["removed"] == cut["removed"]
-    assert found["patch"]["cuts"]
+    # It was patched before.
+    assert (found["start"], found["options"]["patch"]) == ("patched", "none")
     assert len(found["steps"]) == 3
     assert found["after"]["kl"] < found["before"]["kl"]
     # The final model is the healed one.
@@ -80,6 +82,14 @@ def test_a_run_chooses_among_healed_candidates_and_heals(run: Path) -> None:
     count = sum(p.numel() for p in healed.model.parameters())
     evaluation = read_json(run / "evaluation.json", "evaluation")
     assert evaluation["after"]["parameters"] == count
+    assert evaluation["last"] == "healed"
+    kls = [evaluation["cut"]["kl"], evaluation["patched"]["kl"], evaluation["kl"]]
+    assert kls == sorted(kls, reverse=True)
+    assert not (run / "cut").exists()
+    card = (run / "healed" / "README.md").read_text(encoding="utf-8")
+    assert card.index("## Patched") < card.index("After the patch, it was distilled")
+    report = (run / "report.md").read_text(encoding="utf-8")
+    assert "| | original | cut | patched | healed | change |" in report
     assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
 
 
@@ -90,7 +100,7 @@ def test_the_same_command_does_nothing_again(
         raise AssertionError("healed again")
 
     monkeypatch.setattr("isingcut.runs.healing_stages.heal_checkpoint", refused)
-    pipeline.run(config(folder, "run", heal=True, patch="linear", heal_top=2))
+    pipeline.run(config(folder, "run", heal=True, heal_top=2))
 
 
 def test_benchmarks_of_a_run_from_the_command_line(folder: Path, run: Path) -> None:
@@ -131,7 +141,7 @@ def test_heal_from_the_command_line(folder: Path, run: Path, tmp_path: Path) -> 
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     heads = done.stdout.splitlines()[2].replace("┃", " ").split()
-    assert heads == ["original", "cut", "healed"]
+    assert heads == ["original", "patched", "healed"]
     assert (tmp_path / "healed" / "healing.json").exists()
 
 
@@ -144,7 +154,7 @@ def test_what_a_run_refuses_before_it_measures(folder: Path, tmp_path: Path) -> 
 
     (tmp_path / "bad.yaml").write_text("teacher: x\n", encoding="utf-8")
     assert "set by the run itself" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
-    assert "give --heal or --patch too" in refused(heal_top=2)
+    assert "give --heal or --patch too" in refused(heal_top=2, patch="none")
     assert "--patch must be one of" in refused(patch="cubic")
     assert "range of removals" in refused(heal=True, remove="1..2")
 

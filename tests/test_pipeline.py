@@ -44,7 +44,7 @@ def job(model, text, out, **more):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3", "gpt2"])
 def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, tmp_path, text):
     source = tiny_checkpoint(family, tmp_path / "model")
-    target = job(source, text, tmp_path / "run", remove=2)
+    target = job(source, text, tmp_path / "run", remove=2, patch="none")
     removed = read_json(target / "model" / "isingcut.json", "removal")["removed"]
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     cut = AutoModelForCausalLM.from_pretrained(target / "model", dtype=torch.float32).eval()

@@ -70,7 +70,8 @@ def prices(**given):
         timings=timings(),
         n=4, remove=2, weights=60, batch=64, logits=400, stream=8, streamed=False, room=0,
         memory=SimpleNamespace(used=1000, total=10**9),
-        store=SimpleNamespace(largest=10, size=lambda part: 10),
+        store=SimpleNamespace(largest=10, size=lambda part: 10, dtype=torch.float32),
+        startup=1.0, left=0.5, stored=30, inner=6,
     )  # fmt: skip
     vars(found).update(given)
     return found
@@ -116,6 +117,19 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
     assert counted.energy("fisher").seconds == pytest.approx(5 * LENGTH * 2.3 * 6)
     # A row for each block.
     assert counted.energy("hessian").seconds == pytest.approx(5 * LENGTH * 4 * (1.7 * 4 + 2.5 * 2))
+
+
+def test_a_patch_costs_two_passes_and_its_maps():
+    counted = prices()
+    counted.config = counted.config.replace(patch_tokens=100)
+    found = {stage.name: stage for stage in counted.stages()}
+    # Four blocks of the original and two that are kept; read, written and read again.
+    assert found["patch"].seconds == pytest.approx(100 * 1.5 * (4 + 2) + 3 * 0.5 * 0.1 * 60)
+    evaluated = found["evaluate"].seconds
+    counted.config = counted.config.replace(patch="none")
+    without = {stage.name: stage for stage in counted.stages()}
+    assert "patch" not in without
+    assert evaluated - without["evaluate"].seconds == 32 * LENGTH * ((4 + 2) + 2 * 2)
 
 
 def test_a_search_costs_the_share_of_all_pairs_that_its_passes_are():
@@ -180,7 +194,7 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, ca
     for line in found["energies"] + found["stages"]:
         assert 0 < line["low"] <= line["seconds"] <= line["high"], line["name"]
         assert line["memory"] > 0
-    assert [s["name"] for s in found["stages"]] == ["load", "rank", "excise", "evaluate"]
+    assert [s["name"] for s in found["stages"]] == ["load", "rank", "excise", "patch", "evaluate"]
     # As given for one energy, as each energy's own otherwise: here for all, as a run would.
     assert {e["samples"] for e in found["energies"]} == {8}
     assert found["command"].startswith(f"isingcut run {llama} --remove 2 --samples 8 --length 16")

@@ -35,12 +35,12 @@ _ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
 
 @verb(*(n for n in _ALL if n != "top_steps"), group=RESULT, of=HealConfig, together=True)
 def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
-    """Win back quality of a cut checkpoint: closed-form patch, distillation, or both.
+    """Win back quality of a cut checkpoint: closed-form patch, then distillation.
 
     Interrupted? Type the same command again. Several processes:
     torchrun --nproc-per-node 2 -m isingcut heal ...
 
-    Example: isingcut heal my-run/model --teacher smollm2 --patch linear --out healed
+    Example: isingcut heal my-run/model --teacher smollm2 --out healed
     """
     from isingcut.cli.show_scores import healing_warnings, show_healing
     from isingcut.healing.heal import heal as run_heal
@@ -94,6 +94,7 @@ def evaluate(
     """
     from isingcut.cli.show_scores import show_benchmarks, show_evaluation
     from isingcut.evaluation.scores import check_tasks
+    from isingcut.report.words import patch_warnings
     from isingcut.runs import benchmarking, pipeline, stages
     from isingcut.runs.cutting import product
     from isingcut.runs.manifest import MANIFEST
@@ -131,12 +132,13 @@ def evaluate(
         answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **without_header(rows)}
 
     def show() -> None:
-        last = "healed" if (target / "healed").is_dir() else "cut"
+        last = found.get("last") or ("healed" if (target / "healed").is_dir() else "cut")
         show_evaluation(found, last=last)
         if rows:
             show_benchmarks(rows, target / "benchmarks.json", last=last)
 
-    return Answer(answer, show, brief=f"{found['kl']:.4f}")
+    warnings = patch_warnings(found)
+    return Answer(answer, show, brief=f"{found['kl']:.4f}", warnings=warnings)
 
 
 def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:

@@ -22,7 +22,7 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 
 
-@verb(*OF_RUN, group=STAGES)
+@verb("patch", "patch_tokens", "keep_cut", *OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,
@@ -34,21 +34,22 @@ def excise(
     ] = None,
     **options: Any,
 ) -> Answer:
-    """Write the chosen state as a plain Hugging Face checkpoint, and verify it.
+    """Write the chosen state as a plain Hugging Face checkpoint, verified and patched.
 
     Examples: isingcut excise my-run --remove 8;
     isingcut excise my-run --blocks @from-a-paper.txt --one-based
     """
     from isingcut.cli.show import show_lines
     from isingcut.files.writing import read_json
-    from isingcut.runs import cutting, pipeline, solving
+    from isingcut.report.words import patch_warnings
+    from isingcut.runs import cutting, patching, pipeline, solving
 
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     session = pipeline.session_of(folder, config, progress)
     if gguf is not None:
         gguf = user_path(gguf)
         cutting.check_gguf(session, folder, gguf)
-    written = [cutting.excise(session, folder, removed)]
+    written = [patching.make_model(session, folder, removed)]
     if gguf is not None:
         written.append(cutting.excise_gguf(folder, config, gguf, removed))
     data = {
@@ -57,10 +58,11 @@ def excise(
         "gguf": str(written[1]) if gguf is not None else None,
     }
     lines = [str(path) for path in written]
-    proof = read_json(written[0] / "isingcut.json", "removal").get("proof") or {}
-    return Answer(
-        data, lambda: show_lines(lines), brief=lines[0], warnings=proof.get("remarks", [])
-    )
+    record = read_json(written[0] / "isingcut.json", "removal")
+    warnings = [*(record.get("proof") or {}).get("remarks", []), *patch_warnings(record)]
+    if gguf is not None and (record.get("patch") or {}).get("cuts"):
+        warnings.append(f"{written[1].name} is the exact cut; only {written[0].name} is patched")
+    return Answer(data, lambda: show_lines(lines), brief=lines[0], warnings=warnings)
 
 
 @verb("remove", "budget", "overwrite", group=STAGES)

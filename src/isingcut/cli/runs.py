@@ -25,7 +25,7 @@ _MEASURE = tuple(
 
 @verb(*_ALL, group=WHOLE, together=True)
 def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
-    """Measure, solve, rank, cut, evaluate and report.
+    """Measure, solve, rank, cut, patch, evaluate and report.
 
     Example: isingcut run smollm2 --remove 6 --out my-run
     """
@@ -63,7 +63,7 @@ def _finished(target: Path, *, generation: bool = False) -> Answer:
     return Answer(
         run_data(files),
         lambda: show_run(files, generation=generation),
-        brief=str(target / "model"),
+        brief=str(files.product),
         warnings=[*files.warnings, *healing],
     )
 

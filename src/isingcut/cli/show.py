@@ -160,7 +160,7 @@ def run_data(files: RunFiles) -> dict[str, Any]:
     assert evaluation is not None
     return {
         "folder": str(target),
-        "checkpoint": str(target / "model"),
+        "checkpoint": str(files.product),
         "report": str(target / "report.md"),
         "html": str(target / "report.html"),
         "report_kb": report_kb(target / "report.html"),
@@ -264,17 +264,17 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     assert files.evaluation is not None
     show_ranking(files.candidates)
     show_evaluation(files.evaluation, last=files.last)
-    screen.print(f"checkpoint: {files.target / 'model'}", soft_wrap=True)
+    screen.print(f"checkpoint: {files.product}", soft_wrap=True)
     page = files.target / "report.html"
     screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
     screen.print(f"report_kb: {report_kb(page)}", soft_wrap=True)
     if generation:
-        show_generation(files.evaluation["generation"])
+        show_generation(files.evaluation["generation"], files.last)
 
 
-def show_generation(generation: dict[str, str]) -> None:
+def show_generation(generation: dict[str, str], last: str) -> None:
     """One generation before and after."""
     screen = console()
     screen.print(f"prompt:   {generation['prompt']}", soft_wrap=True)
     screen.print(f"original: {generation['before']}", soft_wrap=True)
-    screen.print(f"cut:      {generation['after']}", soft_wrap=True)
+    screen.print(f"{last + ':':9} {generation['after']}", soft_wrap=True)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from isingcut.console.rich_console import console
 from isingcut.report.rows import Row, benchmark_rows, evaluation_rows, healing_rows
+from isingcut.report.words import patch_warnings
 
 
 def healing_warnings(found: dict[str, Any]) -> list[str]:
@@ -22,6 +23,7 @@ def healing_warnings(found: dict[str, Any]) -> list[str]:
             f"samples have {had} tokens instead of --length {asked}: the model has as many "
             "positions"
         )
+    warnings += patch_warnings(found)
     patch = found.get("patch")
     # A record of an older isingcut does not say.
     if patch is not None and not patch.get("changed", True):

@@ -1,4 +1,8 @@
-"""Text to heal with: everything of a source but what is reported on, in samples of one length."""
+"""Text to heal with: everything of a source but what is reported on, in samples of one length.
+
+A run's patch is fitted on the text that its energy was measured on, and on more of the source
+where that is too little (`to_fit`).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from isingcut.data.corpora import read
+from isingcut.data.corpora import Corpus, read
 from isingcut.data.encoder import Encoder
+from isingcut.data.text_files import only_once
 from isingcut.data.tokens import TokenSet, distinct
-from isingcut.errors import CalibrationError
+from isingcut.errors import CalibrationError, IsingcutError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,14 +74,11 @@ def build(
         train = list(itertools.islice(rows, samples))
     else:
         body = length - len(prefix)
+        documents = _unused(corpus, documents, used)
         if corpus.kind == "text":
-            running = itertools.chain.from_iterable(documents)
-            skip = sum(int(t.mask.sum()) for t in used.splits.values()) if used is not None else 0
-            pieces: Iterator[list[int]] = _pieces(itertools.islice(running, skip, None), body)
+            pieces = _pieces(itertools.chain.from_iterable(documents), body)
             report = list(itertools.islice(pieces, report_samples))
         else:
-            skip = int(used.meta.get("documents", 0)) if used is not None else 0
-            documents = itertools.islice(documents, skip, None)
             separator = encode.separator
             # Only whole documents go to the report, so that none goes to both.
             report = []
@@ -86,10 +88,7 @@ def build(
                 while len(held) >= body and len(report) < report_samples:
                     report.append(held[:body])
                     held = held[body:]
-            joined = itertools.chain.from_iterable(
-                (separator if i else []) + ids for i, ids in enumerate(documents)
-            )
-            pieces = _pieces(joined, body)
+            pieces = _pieces(_joined(documents, separator), body)
         train = list(itertools.islice(pieces, samples))
         report, train = ([prefix + row for row in rows] for rows in (report, train))
     if len(report) < report_samples or not train or (samples and len(train) < samples):
@@ -101,6 +100,91 @@ def build(
         )
     kept, reported = (TokenSet.from_rows(rows, encode.pad) for rows in (train, report))
     return HealingText(kept, reported, corpus.kind)
+
+
+@dataclass(frozen=True, eq=False)
+class FittingText:
+    """What a patch is fitted on.
+
+    Attributes:
+        tokens: samples of the calibration's length.
+        searched: how many of them the energy was measured on; they come first.
+        short: why there are fewer tokens than were asked for; empty where there are as many.
+    """
+
+    tokens: TokenSet
+    searched: int
+    short: str
+
+
+def to_fit(
+    used: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    most: int,
+    model: PreTrainedModel | None = None,
+) -> FittingText:
+    """About ``most`` tokens that neither rank nor report: of the energy's split, then unused ones.
+
+    Args:
+        used: a run's calibration; its source is read on where its energy split is too short.
+        most: tokens, those without a prediction among them.
+        model: its embedding bounds the token ids.
+    """
+    split, encode = used.splits["energy"], Encoder(tokenizer, model)
+    counts = split.mask.sum(1)
+    own = split.select(range(min(split.samples, int((counts.cumsum(0) < most).sum()) + 1)))
+    pairs = zip(own.input_ids.tolist(), own.mask.sum(1).tolist(), strict=True)
+    rows = [ids[:count] for ids, count in pairs]
+    missing, short = most - int(own.mask.sum()), ""
+    if missing > 0 and used.source == "self":
+        short = "the model wrote no more"
+    elif missing > 0 and only_once(used.source):
+        short = "a pipe is read once"
+    elif missing > 0:
+        try:
+            for row in _further(used, encode):
+                rows.append(row)
+                missing -= len(row)
+                if missing <= 0:
+                    break
+            else:
+                short = "the source has no more"
+        except IsingcutError as e:
+            # It may be gone since: a file that was moved, texts that were handed over in Python.
+            short = f"the source cannot be read on: {e}"
+    return FittingText(TokenSet.from_rows(rows, encode.pad), own.samples, short)
+
+
+def _further(used: Calibration, encode: Encoder) -> Iterator[list[int]]:
+    """Samples of a calibration's source that none of its splits holds."""
+    corpus, length = read(used.source, encode.tokenizer, used.meta["seed"]), used.meta["length"]
+    documents: Iterator[list[int]] = (ids for ids in map(encode, corpus.documents) if ids)
+    if corpus.kind == "chat":
+        yield from _conversations(documents, length, used)
+        return
+    prefix, unused = encode.start, _unused(corpus, documents, used)
+    separator = encode.separator if corpus.kind == "documents" else []
+    for piece in _pieces(_joined(unused, separator), length - len(prefix)):
+        yield prefix + piece
+
+
+def _unused(
+    corpus: Corpus, documents: Iterator[list[int]], used: Calibration | None
+) -> Iterator[list[int]]:
+    """The documents that a calibration has not taken; of running text, what comes after it."""
+    if used is None:
+        return documents
+    if corpus.kind == "documents":
+        return itertools.islice(documents, int(used.meta.get("documents", 0)), None)
+    skip = sum(int(t.mask.sum()) for t in used.splits.values())
+    running = itertools.islice(itertools.chain.from_iterable(documents), skip, None)
+    return ([token] for token in running)
+
+
+def _joined(documents: Iterator[list[int]], separator: list[int]) -> Iterator[int]:
+    return itertools.chain.from_iterable(
+        (separator if i else []) + ids for i, ids in enumerate(documents)
+    )
 
 
 def _conversations(

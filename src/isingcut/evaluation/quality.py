@@ -248,8 +248,8 @@ def quality_of(sums: Floats, tokens: TokenSet) -> dict[str, Any]:
     nll_before, nll_after, kl = sums.sum(1) / counts.sum()
     errors = standard_error(sums, counts)
     return {
-        "before": _perplexity(nll_before, errors[0]),
-        "after": _perplexity(nll_after, errors[1]),
+        "before": perplexity(float(nll_before), float(errors[0])),
+        "after": perplexity(float(nll_after), float(errors[1])),
         "kl": float(kl),
         "kl_se": without_infinities(float(errors[2])),
     }
@@ -271,13 +271,14 @@ def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, floa
     return first, second, third
 
 
-def _perplexity(nll: float, error: float) -> dict[str, Any]:
+def perplexity(nll: float, error: float | None) -> dict[str, Any]:
+    """A loss in nats per token and its perplexity, each with its standard error."""
     value = float(np.exp(nll))
     return {
         "perplexity": value,
-        "perplexity_se": without_infinities(float(value * error)),
-        "nll": float(nll),
-        "nll_se": without_infinities(float(error)),
+        "perplexity_se": None if error is None else without_infinities(value * error),
+        "nll": nll,
+        "nll_se": None if error is None else without_infinities(error),
     }
 
 

@@ -141,6 +141,13 @@ def atomic_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def discard_folder(path: Path) -> None:
+    """Delete a folder; a kill leaves it whole, or gone from its place."""
+    aside = Path(tempfile.mkdtemp(prefix=_mark(path), suffix=".old", dir=path.parent))
+    os.replace(path, aside / path.name)
+    shutil.rmtree(aside)
+
+
 def _mark(path: Path) -> str:
     """How a temporary sibling's name starts: with the machine and the process it belongs to."""
     return f".{path.name}.{_machine()}-{os.getpid()}."

@@ -29,6 +29,7 @@ from isingcut.files.writing import atomic_folder, read_json, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
 from isingcut.healing.healers import RECORD, registry
 from isingcut.healing.job import Job
+from isingcut.healing.patching import patch, start_of
 from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
 from isingcut.models.architectures import find_stack, text_config
@@ -80,6 +81,9 @@ def heal(
             f"{student} has no record of its cut; its blocks are found by comparing weights, which "
             "needs the teacher in memory: leave --stream-teacher out"
         )
+    if config.method == "none" and config.patch is None:
+        # It is all there is to do, so that it must be possible.
+        config = config.replace(patch="linear")
     check_training(config, student)
     trust = config.trust_remote_code
     source = resolve(config.teacher, trust_remote_code=trust)
@@ -201,18 +205,21 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
     began = time.monotonic()
     record: dict[str, Any] = {}
     before = kept(work / "before.json", lambda: _scores(job, student, text.report)) if main else {}
-    if config.patch == "linear":
+    start = start_of(student)
+    if config.patch == "linear" or (config.patch is None and start == "cut"):
         patched = work / "patched"
 
-        def patch() -> dict[str, Any]:
-            shutil.rmtree(patched, ignore_errors=True)
-            found: dict[str, Any] = registry.get("linear-patch")().heal(job, patched)
-            return {**found, "scores": _scores(job, patched, text.report)}
+        def make() -> dict[str, Any]:
+            found = patch(job, patched)
+            scores = {"scores": _scores(job, patched, text.report)} if found["cuts"] else {}
+            return {**found, **scores}
 
         if main:
-            record["patch"] = kept(work / "patched.json", patch)
+            found = kept(work / "patched.json", make)
+            record = {"patch": found} if found["cuts"] else {"unpatched": found["unpatched"]}
         job.processes.wait()
-        job = dataclasses.replace(job, start=patched)
+        if patched.is_dir():
+            job = dataclasses.replace(job, start=patched)
     done = work / "done"
     if main:
         shutil.rmtree(done, ignore_errors=True)
@@ -236,12 +243,13 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
         "after": after,
         **record,
         **distilled,
+        "start": start,
         "removed": list(job.removed),
         "of": len(find_stack(job.teacher.model)),
         "length": sample_length(config, job.teacher.model),
         "report_samples": text.report.samples,
         "report_tokens": text.report.tokens,
-        "options": told(config),
+        "options": {**told(config), "patch": "linear" if "patch" in record else "none"},
         "seconds": round(time.monotonic() - began, 1),
         "provenance": {
             **versions(),

@@ -20,7 +20,6 @@ from isingcut.options.spellings import (
     parse_removal,
 )
 from isingcut.options.types import (
-    PATCH_HELP,
     Blocks,
     Bounds,
     Count,
@@ -29,6 +28,7 @@ from isingcut.options.types import (
     Few,
     Length,
     Patch,
+    PatchTokens,
     Place,
     Seed,
     Tokens,
@@ -156,7 +156,15 @@ class RunConfig(Options):
         "measured", "measured (lowest KL of the candidates) or ground.", "rank"
     )
 
-    patch: Patch = option("none", PATCH_HELP)
+    patch: Patch = option(
+        "linear",
+        "linear: fold a least-squares map into the block before each cut where it can take one; "
+        "or none.",
+    )
+    patch_tokens: PatchTokens = option(
+        16384, "Tokens that the patch is fitted on: those that built --energy, then further ones."
+    )
+    keep_cut: bool = option(False, "Keep the exact cut too, unpatched, in the folder cut.")
     heal: bool = option(False, "Distil the original into the cut model afterwards.")
     heal_top: Annotated[int, Bounds(ge=0, le=1000)] = option(
         0, "Heal so many of the best candidates for a few steps first, and choose after it."

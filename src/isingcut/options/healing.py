@@ -10,7 +10,6 @@ from isingcut.errors import InputError
 from isingcut.options.declaration import Options, option
 from isingcut.options.types import (
     BATCH_TOKENS,
-    PATCH_HELP,
     Bounds,
     Count,
     Device,
@@ -18,6 +17,7 @@ from isingcut.options.types import (
     Few,
     Length,
     Patch,
+    PatchTokens,
     Place,
     Seed,
     Size,
@@ -56,10 +56,12 @@ class HealConfig(Options):
     report_samples: Few = option(16, "Other samples, for the figures before and after.")
     seed: Seed = option(0, "Seed of every random choice.")
 
-    patch: Patch = option("none", PATCH_HELP)
-    patch_tokens: Annotated[int, Bounds(ge=64, le=2**30)] = option(
-        65536, "Tokens of the text that the patch is fitted on."
+    patch: Patch | None = option(
+        None,
+        "linear: fold a least-squares map into the block before each cut; or none (default: linear "
+        "where it can be, once).",
     )
+    patch_tokens: PatchTokens = option(65536, "Tokens of the text that the patch is fitted on.")
     patch_maps: Literal["reads", "writes"] = option(
         "reads", "What the patched layer's new map acts on: reads or writes."
     )
@@ -131,7 +133,7 @@ class HealConfig(Options):
             raise InputError("--method none without a --patch leaves nothing to do")
         if self.top_k and self.temperature != 1:
             raise InputError("--top-k keeps the teacher at temperature 1; give one of them only")
-        if self.stream_teacher and (not self.top_k or self.patch != "none"):
+        if self.stream_teacher and (not self.top_k or self.patch == "linear"):
             raise InputError(
                 "--stream-teacher needs --top-k, and a --patch needs the teacher in memory"
             )

@@ -68,6 +68,6 @@ Device = Annotated[str, reads(parse_device)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Patch = Literal["none", "linear"]
 
-PATCH_HELP = "linear: fold a least-squares map into the block before each cut; or none."
+PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
 BATCH_TOKENS = 1024
 """Tokens computed at a time where neither an option nor a timing says another number."""

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what was removed, how, from what, and how it was healed since.
+"""The model card of a checkpoint: what was removed, how, from what, how it was patched and healed.
 
 files of a run -> parts, kept in the checkpoint's own record -> README.md, again after a healing
 """
@@ -15,9 +15,10 @@ from isingcut.files.writing import check_document
 from isingcut.models.sources import hub_id
 from isingcut.report.read_run import read_run
 from isingcut.report.render import render
-from isingcut.report.rows import healing_rows
+from isingcut.report.rows import healing_rows, healing_start, patch_rows
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
 from isingcut.report.states import measured_kl
+from isingcut.report.words import patch_story, patch_warnings
 
 PAPER_ENERGY = "empirical-fisher"
 
@@ -77,8 +78,17 @@ def model_card(parts: Mapping[str, Any], healing: Mapping[str, Any] | None = Non
         parts: as `card_parts` gives them.
         healing: content of `healing.json`, once it is healed.
     """
-    healed = "" if healing is None else _healed_section(healing)
-    return render("model_card.md.j2", card=parts, healed=healed)
+    found = parts.get("patch")
+    patch = found if found and found["cuts"] else None
+    return render(
+        "model_card.md.j2",
+        card=parts,
+        healed="" if healing is None else _healed_section(healing),
+        patch=patch,
+        story="" if patch is None else patch_story(patch),
+        rows=patch_rows(patch),
+        unpatched=patch_warnings(parts),
+    )
 
 
 def healed_card(parts: Mapping[str, Any] | None, card: str, healing: Mapping[str, Any]) -> str:
@@ -102,7 +112,8 @@ def _measured(candidates: Mapping[str, Any] | None, removed: Sequence[int]) -> s
         return ""
     said = (
         f"On {candidates['tokens']} tokens of the text that ranked the candidates, the KL "
-        f"divergence from the original is {measured_kl(row).text()} nats per token."
+        f"divergence of the exact cut from the original is {measured_kl(row).text()} nats per "
+        "token."
     )
     if candidates["chosen"]["why"] == "lowest measured KL":
         said += " As the choice was made on it, this figure flatters the choice a little."
@@ -149,6 +160,7 @@ def _healed_section(healing: Mapping[str, Any]) -> str:
         "healed.md.j2",
         did=" and ".join(did),
         tokens=healing["report_tokens"],
+        start=healing_start(healing),
         kl=rows["kl"],
         perplexity=rows["perplexity"],
     )

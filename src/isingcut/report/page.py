@@ -22,12 +22,27 @@ from isingcut.report.blocks import (
 from isingcut.report.figures import healing_figure, scatter_figure, spectrum_figure
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
 from isingcut.report.render import render_page
-from isingcut.report.rows import Difference, Row, benchmark_rows, healing_rows, plus_minus
+from isingcut.report.rows import (
+    Difference,
+    Row,
+    benchmark_rows,
+    healing_rows,
+    healing_start,
+    patch_rows,
+    plus_minus,
+)
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book, book, measured_kl
 from isingcut.report.svg import Scale, whisker
 from isingcut.report.tradeoff import AXES, trade_off_figure
-from isingcut.report.words import fidelity_rows, healing_words, listed, spectrum_words
+from isingcut.report.words import (
+    fidelity_rows,
+    healing_words,
+    listed,
+    patch_story,
+    patch_words,
+    spectrum_words,
+)
 
 
 def report_page(files: RunFiles) -> str:
@@ -51,6 +66,11 @@ def report_page(files: RunFiles) -> str:
         removed=files.removed,
         tiles=_tiles(files),
         meter=_meter,
+        models=list(files.scores[0].values) if files.scores else [],
+        patch=files.patch,
+        patch_story=patch_story(files.patch) if files.patch else "",
+        patch_rows=patch_rows(files.patch),
+        patch_words="" if files.evaluation is None else patch_words(files.evaluation),
         rows=rows,
         scale=scale,
         ticks=block_ticks(n),
@@ -67,6 +87,7 @@ def report_page(files: RunFiles) -> str:
         rival_scale=rival_scale,
         healing=None if files.healing is None else healing_figure(files.healing),
         healing_rows=[] if files.healing is None else healing_rows(files.healing),
+        healing_start="" if files.healing is None else healing_start(files.healing),
         healing_words="" if files.healing is None else healing_words(files.healing),
         healed_rows=_healed_rows(files.healed_candidates),
         benchmarks=[]
@@ -106,8 +127,8 @@ def _tiles(files: RunFiles) -> list[tuple[str, str, str]]:
 
 def _meter(row: Row, model: str, models: Sequence[str]) -> str:
     """The bar under a figure, its length and whisker as properties for the CSS; empty for none."""
-    value = row.values[model]
-    whole = row.whole or max((v.high for m in models if (v := row.values[m])), default=0.0)
+    value = row.values.get(model)
+    whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
     if value is None or not whole or value.figure < 0:
         return ""
     scale = Scale(0.0, whole)

@@ -55,6 +55,7 @@ def read_run(folder: Path, target: Path | None = None) -> RunFiles:
         benchmarks=files.document(target / "benchmarks.json", "benchmarks"),
         removals=files.removals(target),
         healed=(target / "healed").is_dir(),
+        exact=files.finished(target / "cut"),
         gguf=(target / "model.gguf").is_file(),
     )
 
@@ -96,6 +97,10 @@ class _Folder:
         found = read(path)
         documents.fit(path, found, len(self.run["blocks"]["blocks"]))
         return found
+
+    def finished(self, path: Path) -> bool:
+        """Whether a stage has written it to its end."""
+        return bool((self._record(path) or {}).get("done")) and os.path.lexists(path)
 
     def removal(self, target: Path) -> dict[str, Any] | None:
         """The record inside the checkpoint, which must say what the run cut."""

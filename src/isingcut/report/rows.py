@@ -72,7 +72,8 @@ class Row:
         unit: of the figures; empty for none.
         form: how the figures are written.
         values: by model (``original``, ``cut``, ``patched``, ``healed``), in the order of the
-            columns; None where a model was not measured.
+            columns; None where a model was not measured. A model between the first and the last
+            that a quantity leaves out is the last one in it.
         difference: from the model before to the model after, where it says something.
         notes: how it was measured.
         whole: what a bar of full length stands for; 0 for the largest figure shown.
@@ -108,7 +109,9 @@ class Row:
         return list(self.values)[-1]
 
     def text(self, model: str) -> str:
-        """The figure of a model with its error."""
+        """The figure of a model with its error; empty for a model that is left out."""
+        if model not in self.values:
+            return ""
         value = self.values[model]
         return "not measured" if value is None else value.text(self.form)
 
@@ -135,32 +138,43 @@ _SIZE_AND_SPEED = (
 
 
 def evaluation_rows(evaluation: Mapping[str, Any], *, last: str = "cut") -> list[Row]:
-    """The before/after table.
+    """The table of the original, the exact cut and what was made of it.
+
+    Size and speed are the same of all that have the same blocks, and shown of the last one.
 
     Args:
         evaluation: content of `evaluation.json`.
-        last: what the model after is, ``cut`` or ``healed``.
+        last: what the last model is where that does not say so.
     """
     before = {**evaluation["before"], "kl": 0.0}
     after = {**evaluation["after"], "kl": evaluation["kl"], "kl_se": evaluation["kl_se"]}
-    models = {"original": before, last: after}
-    return [_row(*told, models) for told in (*_QUALITY, *_SIZE_AND_SPEED)]
+    first, final = {"original": before}, {evaluation.get("last") or last: after}
+    between = {name: evaluation[name] for name in ("cut", "patched") if evaluation.get(name)}
+    return [_row(*told, {**first, **between, **final}) for told in _QUALITY] + [
+        _row(*told, {**first, **final}) for told in _SIZE_AND_SPEED
+    ]
 
 
 def healing_rows(healing: Mapping[str, Any]) -> list[Row]:
     """Quality of the original and of the cut model before and after healing.
 
-    The models are ``original``, ``cut``, ``patched`` where a distillation followed the patch, and
-    ``healed``.
+    The models are ``original``, ``cut`` (``patched`` where it was that before), ``patched`` where
+    a distillation followed the patch, and ``healed``.
     """
-    perplexity = healing["before"]["original_perplexity"]
+    perplexity, start = healing["before"]["original_perplexity"], healing_start(healing)
     models = {
         "original": {"perplexity": perplexity, "nll": math.log(perplexity or 1.0), "kl": 0.0},
-        "cut": healing["before"],
+        start: healing["before"],
     }
-    if healing.get("patch") and healing.get("steps"):
-        models["patched"] = healing["patch"]["scores"]
-    return [_row(*told, {**models, "healed": healing["after"]}, first="cut") for told in _QUALITY]
+    patch = (healing.get("patch") or {}).get("scores")
+    if patch and healing.get("steps"):
+        models["patched"] = patch
+    return [_row(*told, {**models, "healed": healing["after"]}, first=start) for told in _QUALITY]
+
+
+def healing_start(healing: Mapping[str, Any]) -> str:
+    """What a healing was given: ``patched``, or ``cut``."""
+    return "patched" if healing.get("start") == "patched" else "cut"
 
 
 def _row(
@@ -191,6 +205,26 @@ def _value(found: Mapping[str, Any], key: str, scale: float) -> Value | None:
     if figure is None:
         return None
     return Value(float(figure) / scale, None if error is None else float(error) / scale)
+
+
+def patch_rows(patch: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    """What was patched: blocks that are gone, the layer before them, tokens, held-out error left.
+
+    Args:
+        patch: of the record of a checkpoint.
+    """
+    rows = []
+    for cut in (patch or {}).get("cuts", []):
+        gone, left = cut.get("removed") or [cut["block"] + 1], cut.get("held_out_error_left")
+        rows.append(
+            (
+                f"{gone[0]}" if gone[0] == gone[-1] else f"{gone[0]} to {gone[-1]}",
+                f"block {cut['block']}, `{cut['layer']}`",
+                str(cut.get("tokens", "")),
+                "" if left is None else f"{100 * left:.0f} %",
+            )
+        )
+    return rows
 
 
 def benchmark_rows(found: Mapping[str, Any], *, last: str = "cut") -> list[Row]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.rows import Row, evaluation_rows, plus_minus
-from isingcut.report.words import numbers, ranking_warnings
+from isingcut.report.words import numbers, patch_warnings, ranking_warnings
 
 PLAIN_CLASS = "AutoModelForCausalLM"
 """What loads a checkpoint of which nothing else is known."""
@@ -67,6 +67,7 @@ class RunFiles:
         benchmarks: `benchmarks.json`: under ``rows`` task, metric, scores of both models.
         removals: all removals solved in the folder, fewest blocks first.
         healed: a healed checkpoint is there; the evaluation is then of it.
+        exact: the exact cut is there beside the patched one.
         gguf: a cut GGUF file is there.
     """
 
@@ -85,6 +86,7 @@ class RunFiles:
     benchmarks: dict[str, Any] | None = None
     removals: list[RemovalFiles] = field(default_factory=list)
     healed: bool = False
+    exact: bool = False
     gguf: bool = False
 
     @property
@@ -168,7 +170,14 @@ class RunFiles:
     @property
     def last(self) -> str:
         """What the final model is."""
-        return "healed" if self.healed else "cut"
+        if self.healed:
+            return "healed"
+        return "patched" if (self.patch or {}).get("changed") else "cut"
+
+    @property
+    def patch(self) -> dict[str, Any] | None:
+        """What was patched of the checkpoint; None where nothing was to be."""
+        return None if self.removal is None else self.removal.get("patch")
 
     @property
     def scores(self) -> list[Row]:
@@ -187,15 +196,16 @@ class RunFiles:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader must know before trusting the energy, or the cut."""
+        """What a reader must know before trusting the energy, the cut or its patch."""
         said = [] if self.proof is None else list(self.proof["remarks"])
+        said += patch_warnings(self.removal or {})
         if self.candidates is None:
             return said
         return ranking_warnings(self.energy, self.candidates) + said
 
     @property
     def proof(self) -> dict[str, Any] | None:
-        """How the checkpoint was proven; None where none is there, or an older one."""
+        """How the exact cut was proven; None where none is there, or an older one."""
         return None if self.removal is None else self.removal.get("proof")
 
     @property
@@ -245,10 +255,14 @@ class RunFiles:
         return str(card.get("loads_with", PLAIN_CLASS))
 
     @property
+    def product(self) -> Path:
+        """The folder of the final checkpoint."""
+        return self.target / ("healed" if self.healed else "model")
+
+    @property
     def checkpoint(self) -> str | None:
         """How the checkpoint is reached from where the run folder is."""
         if self.removal is None:
             return None
-        name = "healed" if self.healed else "model"
-        below = (self.target / name).relative_to(self.folder)
+        below = self.product.relative_to(self.folder)
         return (Path(self.folder.resolve().name) / below).as_posix()

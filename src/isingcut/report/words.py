@@ -117,6 +117,71 @@ def fidelity_warnings(energy: str, found: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def patch_warnings(found: Mapping[str, Any]) -> list[str]:
+    """Which cuts were not patched, and why: one line where the reason is the same for all.
+
+    Args:
+        found: with ``unpatched``, or with a ``patch`` that has it: a record of a checkpoint, an
+            evaluation or a healing.
+    """
+    cuts = [*(found.get("unpatched") or []), *((found.get("patch") or {}).get("unpatched") or [])]
+    patched = (found.get("patch") or {}).get("cuts")
+    reasons = dict.fromkeys(cut["reason"] for cut in cuts)
+    if len(reasons) == 1 and not patched:
+        return [f"not patched: {next(iter(reasons))}"]
+    return [
+        f"not patched at blocks {cut['removed'][0]} to {cut['removed'][-1]}: {cut['reason']}"
+        for cut in cuts
+    ]
+
+
+def patch_story(patch: Mapping[str, Any]) -> str:
+    """Where maps were folded in, on which text they were fitted, and how that was proven.
+
+    Args:
+        patch: of the record of a checkpoint, with a cut that is patched.
+    """
+    which = "each cut that can take one" if patch["unpatched"] else "each cut"
+    said = f"A linear map was folded into the layer before {which}"
+    text, proof = patch.get("text"), patch.get("proof")
+    if text is not None:
+        own, further = text["searched"], text["samples"] - text["searched"]
+        samples = f"{own} samples that the energy was measured on"
+        samples += f" and {further} others" if further > 0 else ""
+        said += (
+            f", fitted on {text['tokens']:,} tokens of {text['source']} ({samples}), none of them "
+            "in the splits that rank and report"
+        )
+        if text["short"]:
+            said += f"; {text['asked']:,} were asked for, but {text['short']}"
+    said += "."
+    if proof is not None:
+        said += (
+            " The exact cut was proven before; then the patched checkpoint was reloaded and its "
+            "logits compared with those of the original with the same blocks skipped and the same "
+            f"layers replaced: on {proof['inputs']} they differ by {proof['difference']:.1e} of "
+            "their size."
+        )
+    return said
+
+
+def patch_words(evaluation: Mapping[str, Any]) -> str:
+    """What the patch won back of what the cut had lost; empty where there is no patch."""
+    cut = evaluation.get("cut")
+    patched = evaluation.get("patched") or evaluation["after"]
+    if not cut or (evaluation.get("last") == "healed" and not evaluation.get("patched")):
+        return ""
+    lost = cut["nll"] - evaluation["before"]["nll"]
+    if lost <= 0:
+        return ""
+    won = 100 * (cut["nll"] - patched["nll"]) / lost
+    said = f"The patch wins back {won:.0f} % of the log-perplexity that the cut lost"
+    if evaluation.get("last") == "healed":
+        won = 100 * (cut["nll"] - evaluation["after"]["nll"]) / lost
+        said += f", patch and distillation together {won:.0f} %"
+    return f"{said}."
+
+
 def healing_words(healing: Mapping[str, Any]) -> str:
     """How the model was healed and on what the figures are measured."""
     said = []

@@ -17,9 +17,16 @@ from isingcut.report.page import report_page
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
 from isingcut.report.read_run import read_run
 from isingcut.report.render import render
+from isingcut.report.rows import patch_rows
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import book
-from isingcut.report.words import fidelity_rows, spectrum_map, spectrum_words
+from isingcut.report.words import (
+    fidelity_rows,
+    patch_story,
+    patch_words,
+    spectrum_map,
+    spectrum_words,
+)
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -90,7 +97,12 @@ def _markdown(files: RunFiles) -> str:
         summary=files.summary,
         evaluation=evaluation,
         last=files.last,
-        scores=[(r.name, r.text("original"), r.text(r.last), r.change) for r in files.scores],
+        models=list(files.scores[0].values) if files.scores else [],
+        scores=files.scores,
+        patch_words="" if evaluation is None else patch_words(evaluation),
+        patch=files.patch,
+        patch_story=patch_story(files.patch) if files.patch else "",
+        patch_rows=patch_rows(files.patch),
         candidates=candidates,
         fidelity=fidelity_rows(files.judged),
         warnings=files.warnings,
@@ -125,6 +137,7 @@ def _data(files: RunFiles) -> dict[str, Any]:
         "candidates": _content(files.candidates),
         "evaluation": _content(files.evaluation),
         "baselines": [without_header(b) for b in files.baselines],
+        "patch": files.patch,
         "healing": _content(files.healing),
         "healed_candidates": _content(files.healed_candidates),
         "benchmarks": _content(files.benchmarks),

@@ -15,8 +15,8 @@ from isingcut.files.writing import atomic_folder, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
-from isingcut.report.words import ranking_warnings, search_warnings
-from isingcut.runs import cutting, healing_options, pipeline, solving, stages
+from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
+from isingcut.runs import patching, pipeline, solving, stages
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
@@ -190,7 +190,15 @@ class Run:
             []
         """
         far = search_warnings(self.hamiltonian.meta, [self.config.removal])
-        return far + ranking_warnings(self.config.energy, self.ranking)
+        return far + ranking_warnings(self.config.energy, self.ranking) + self._unpatched()
+
+    def _unpatched(self) -> list[str]:
+        """Why a checkpoint that is there could not be patched."""
+        model = self.path / "model"
+        if self._folder.finished(model) is None:
+            return []
+        record = self._folder.load(model, lambda path: read_json(path / "isingcut.json", "removal"))
+        return patch_warnings(record)
 
     def at(self, remove: int | str) -> Run:
         """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.
@@ -208,12 +216,12 @@ class Run:
         """Write the smaller model, a plain Hugging Face checkpoint with a model card.
 
         The cut is reloaded and proven to compute what the original does with the same blocks
-        skipped, before it appears under its name. With the options ``patch`` or ``heal`` the run
-        heals it then, and the healed checkpoint is written.
+        skipped; then it is patched (``patch="none"`` leaves that out), and the same is shown of
+        the patched one. With the option ``heal`` that is distilled, and the result is written.
 
         Args:
             out: the new folder.
-            blocks: cut these instead of the chosen ones; they are not healed.
+            blocks: cut these instead of the chosen ones; they are patched, not distilled.
             overwrite: ``out`` may be replaced.
 
         Raises:
@@ -228,13 +236,13 @@ class Run:
         target = user_path(out)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
         check_output(target, overwrite=overwrite, sources=sources)
-        if blocks is None and healing_options.wanted(self.config):
-            healed = self._product()
+        if blocks is None and (self.config.patch != "none" or self.config.heal):
+            product = self._product()
             with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
-                shutil.copytree(healed, temporary, dirs_exist_ok=True)
+                shutil.copytree(product, temporary, dirs_exist_ok=True)
             return target
         removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
-        cutting.write_checkpoint(self._session, self._folder, removed, target, overwrite=overwrite)
+        patching.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
     def _product(self) -> Path:
@@ -245,10 +253,11 @@ class Run:
     def evaluate(self) -> dict[str, Any]:
         """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
 
-        The smaller model is the healed one where the options ``patch`` or ``heal`` ask for it.
+        The smaller model is the patched one, or the one distilled from it.
 
         Returns:
-            the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``.
+            the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``; of a
+            patched model also the exact ``cut``, of a distilled one what was ``patched``.
 
         Examples:
             >>> found = isingcut.open_run("my-run").evaluate()

@@ -20,13 +20,16 @@ from isingcut.models.streaming.proof import verify_streamed
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.healing_options import HEALED, wanted
+from isingcut.runs.healing_options import HEALED
 from isingcut.runs.manifest import slug
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates
 
+CUT = "cut"
+"""The folder of the exact cut, where `model/` is the patched one."""
+
 # What is made of one state.
-_CUT = ("model", "model.gguf")
+_OF_STATE = ("model", CUT, "model.gguf")
 # Of a list of blocks in the name of a folder; a hash stands for more.
 _LONGEST_NAME = 100
 
@@ -44,7 +47,7 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
     if removed is None or folder.overwrite:
         return target
     stages = folder.manifest["stages"]
-    cut = (stages.get(str((target / name).relative_to(folder.path))) for name in _CUT)
+    cut = (stages.get(str((target / name).relative_to(folder.path))) for name in _OF_STATE)
     there = [record["options"]["removed"] for record in cut if record is not None]
     ranked = target / "candidates.json"
     if not there and ranked.exists():
@@ -62,7 +65,7 @@ def _own_place(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> 
 
 
 def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None = None) -> Path:
-    """The run's final checkpoint: the healed one where the run heals, else the cut one.
+    """The run's final checkpoint: the distilled one where the run heals, else `model/`.
 
     Args:
         removed: of the state without these blocks, instead of the chosen one.
@@ -72,7 +75,9 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
     """
     target = folder.target(config.removal)
     place = target if removed is None else _place_without(folder, config, removed)
-    return place / (HEALED if wanted(config) and place == target else "model")
+    # An older isingcut wrote the patched model there too.
+    healed = config.heal or folder.finished(target / HEALED) is not None
+    return place / (HEALED if healed and place == target else "model")
 
 
 def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
@@ -88,11 +93,18 @@ def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int])
     )
 
 
-def excise(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
-    """Stage `excise`: `model/`, verified against the original with the same blocks skipped.
+def excise(
+    session: Session,
+    folder: RunFolder,
+    removed: Sequence[int] | None = None,
+    *,
+    name: str = "model",
+) -> Path:
+    """Stage `excise`: the exact cut, verified against the original with the same blocks skipped.
 
     Args:
         removed: these blocks instead of the chosen ones; see `place_of` for where they go.
+        name: of its folder there.
     """
     blocks = list(removed) if removed is not None else chosen_blocks(folder, session.config)
     options = {"removed": blocks}
@@ -100,7 +112,7 @@ def excise(session: Session, folder: RunFolder, removed: Sequence[int] | None = 
     def make(path: Path) -> None:
         write_checkpoint(session, folder, blocks, path, overwrite=True)
 
-    file = place_of(folder, session.config, removed) / "model"
+    file = place_of(folder, session.config, removed) / name
     return folder.stage("excise", file, options, make, lambda path: path)
 
 

@@ -5,7 +5,7 @@
     hamiltonian.safetensors    the energy (others: hamiltonian.NAME.safetensors)
     spectrum.json              \\
     candidates.json             | of the run's own removal; another removal of the same
-    model/                      | Hamiltonian has them in a folder remove-SPEC/
+    model/, cut/, healed/       | Hamiltonian has them in a folder remove-SPEC/
     evaluation.json             |
     report.md, .json, .html    /
 """
@@ -25,10 +25,11 @@ from isingcut.files.outputs import (
     check_output,
     file_sha256,
     folder_hash,
+    foreign_in,
     refuse_source,
 )
 from isingcut.files.provenance import model_path, versions
-from isingcut.files.writing import is_temporary, read_json
+from isingcut.files.writing import discard_folder, is_temporary, read_json
 from isingcut.options.config import RunConfig
 from isingcut.runs.manifest import MANIFEST, Manifest, kept, read_by
 
@@ -185,6 +186,18 @@ class RunFolder(Manifest):
         self.processes.decide(lambda: self.manifest)
         return load(file)
 
+    def drop(self, file: Path) -> None:
+        """Delete a folder that a stage wrote, with its record; one that was changed since stays."""
+        record = self.manifest["stages"].get(str(file.relative_to(self.path)))
+        if record is None:
+            return
+        if file.is_dir():
+            if changed_since(file, record) is not None or foreign_in(file) is not None:
+                return
+            discard_folder(file)
+        del self.manifest["stages"][str(file.relative_to(self.path))]
+        self.save()
+
     def _follow(self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]) -> T:
         """The result of a stage that rank 0 writes, and this process may take part in making."""
         if self.processes.decide(bool):
@@ -216,6 +229,8 @@ def _begun(path: Path) -> bool:
 def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:
     before = record.get("options", {})
     changed = [
-        f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in options.items() if before.get(k) != v
+        f"{k}: {before.get(k)!r} there, {options.get(k)!r} now"
+        for k in dict.fromkeys([*options, *before])
+        if before.get(k) != options.get(k)
     ]
     return "; ".join(changed) or "the model differs"

@@ -1,4 +1,4 @@
-"""How a run heals, and whether it may: looked at before anything is measured."""
+"""How a run patches and heals, and whether it may: looked at before anything is measured."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ CHOICE = "healed-candidates.json"
 HEALED = "healed"
 
 
-def wanted(config: RunConfig) -> bool:
-    """Whether a run heals at all."""
-    return config.heal or config.patch != "none"
-
-
 def heal_config(config: RunConfig) -> HealConfig:
     """Healing options of a run: those of `heal_options`, and what the run itself says.
 
@@ -33,8 +28,8 @@ def heal_config(config: RunConfig) -> HealConfig:
         InputError: an option that the run sets, or one that does not exist.
     """
     values = from_yaml(HealConfig, user_path(config.heal_options)) if config.heal_options else {}
-    set_by_run = {"student", "teacher", "out", "patch", "device", "trust_remote_code", "overwrite"}
-    set_by_run |= {"other_teacher"}
+    set_by_run = {"student", "teacher", "out", "device", "trust_remote_code", "overwrite"}
+    set_by_run |= {"other_teacher", "patch", "patch_tokens"}
     taken = sorted(set_by_run & values.keys())
     if taken:
         raise InputError(
@@ -47,30 +42,48 @@ def heal_config(config: RunConfig) -> HealConfig:
         **({"batch_tokens": config.batch_tokens} if config.batch_tokens else {}),
     }
     found = options_from(HealConfig, {**base, **values}, config.heal_options or "healing")
-    if found.text == "self":
-        raise InputError(
-            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
-        )
-    if found.text == config.calibration and only_once(found.text):
-        raise InputError(
-            f"healing needs more of the text than was measured on, but {found.text} is a pipe, "
-            "which can be read once; write it into a file, or name another text in a file given "
-            "as --heal-options (text: FILE)"
-        )
     return found.replace(
-        patch=config.patch,
+        patch="none" if config.patch == "none" else None,
+        patch_tokens=config.patch_tokens,
         method=found.method if config.heal else "none",
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-    ).validate()
+    )
+
+
+def distil_config(config: RunConfig) -> HealConfig:
+    """The same for what follows the patch of the checkpoint that was cut.
+
+    Raises:
+        InputError: options that exclude each other.
+    """
+    return heal_config(config).replace(patch="none").validate()
+
+
+def check_options(config: RunConfig) -> None:
+    """Refuse healing options that cannot work, before any model is read.
+
+    Raises:
+        InputError: as `heal_config`, or a text that cannot be healed with.
+    """
+    if config.heal:
+        distil_config(config)
+    if config.heal or config.heal_top:
+        _check_text(config, heal_config(config))
+    elif config.patch != "none":
+        heal_config(config)
 
 
 def check(session: Session) -> None:
-    """Refuse before anything is written what healing would refuse at the end."""
+    """Refuse before anything is written what healing would refuse at the end.
+
+    The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
+    """
     config = session.config
-    if not wanted(config):
+    if not (config.heal or config.heal_top):
         return
-    check_training(heal_config(config))
+    healing = heal_config(config)
+    check_training(healing)
     if len(each_removal(config)) > 1:
         raise InputError(
             "a run over a range of removals cuts no checkpoint, so there is none to heal; "
@@ -85,4 +98,17 @@ def check(session: Session) -> None:
         raise InputError(
             "a model that is streamed from disk cannot be healed in the run: training needs the "
             "weights in memory; heal the cut model with `isingcut heal` on a larger machine"
+        )
+
+
+def _check_text(config: RunConfig, healing: HealConfig) -> None:
+    if healing.text == "self":
+        raise InputError(
+            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
+        )
+    if healing.text == config.calibration and only_once(healing.text):
+        raise InputError(
+            f"healing needs more of the text than was measured on, but {healing.text} is a pipe, "
+            "which can be read once; write it into a file, or name another text in a file given "
+            "as --heal-options (text: FILE)"
         )

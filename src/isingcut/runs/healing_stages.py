@@ -1,4 +1,4 @@
-"""The stages that make a cut better: choose among healed candidates, heal.
+"""The stages that train: choose among healed candidates, heal.
 
 Each writes its file of the run folder and does nothing when that file is there, made with the
 same options (`RunFolder.stage`).
@@ -24,7 +24,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
 from isingcut.options.healing import HealConfig
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.healing_options import CHOICE, HEALED, heal_config, wanted
+from isingcut.runs.healing_options import CHOICE, HEALED, distil_config, heal_config
 from isingcut.runs.measuring import splits_of, upstream
 from isingcut.runs.session import Session
 
@@ -122,16 +122,16 @@ def _tried(
 
 
 def heal(session: Session, folder: RunFolder) -> Path | None:
-    """Stage `heal`: `healed/`, a plain checkpoint, and `healing.json`. None without healing."""
+    """Stage `heal`: `healed/`, distilled from `model/`, and `healing.json`. None without it."""
     config = session.config
-    if not wanted(config):
+    if not config.heal:
         return None
-    healing = heal_config(config)
+    healing = distil_config(config)
     target = folder.target(config.removal)
-    cut = target / "model"
-    excised = folder.record(cut)
-    removed = list(map(int, excised["options"]["removed"]))
-    options = {**_options(folder, healing), "model": excised["fingerprint"]}
+    start = target / "model"
+    made = folder.record(start)
+    removed = list(map(int, made["options"]["removed"]))
+    options = {**_options(folder, healing), "model": made["fingerprint"]}
 
     def make(path: Path) -> None:
         if (target / RECORD).exists():
@@ -139,7 +139,7 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
             read_json(target / RECORD, "healing")
         text = text_of(session, folder, healing)
         ours = healing.replace(overwrite=True)
-        heal_checkpoint(ours, session.loaded, removed, cut, text, path, session.progress)
+        heal_checkpoint(ours, session.loaded, removed, start, text, path, session.progress)
         shutil.copyfile(path / RECORD, target / RECORD)
 
     return folder.stage("heal", target / HEALED, options, make, lambda path: path)

@@ -51,7 +51,8 @@ class Manifest:
     def config(self) -> RunConfig:
         """The options the folder was made with."""
         stored = {k: v for k, v in self.manifest["config"].items() if k != "trust_remote_code"}
-        found = options_from(RunConfig, stored, str(self.path / MANIFEST))
+        # A folder that was made before there was a patch has none.
+        found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
 
     @property

@@ -1,7 +1,7 @@
 """`run` does the whole job, `energy` its first half; both check everything before they write.
 
 text -> token batches -> Hamiltonian -> spectrum -> measured candidates
-     -> checkpoint -> scores -> report
+     -> exact cut -> patched checkpoint -> scores -> report
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
 from isingcut.runs import healing_options, healing_stages
-from isingcut.runs.cutting import excise
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.joining import part, take_up
 from isingcut.runs.manifest import MANIFEST
@@ -34,6 +33,7 @@ from isingcut.runs.measuring import (
     measure_energy,
     names,
 )
+from isingcut.runs.patching import make_model
 from isingcut.runs.removal import each_removal, kept_and_dropped, removal_rows
 from isingcut.runs.session import Session
 from isingcut.runs.solving import report, solve
@@ -41,15 +41,15 @@ from isingcut.runs.stages import evaluate, rank
 
 
 def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any) -> Path:
-    """Measure, solve, rank, cut, evaluate and report: the whole job.
+    """Measure, solve, rank, cut, patch, evaluate and report: the whole job.
 
     Args:
         config: all options; or give them by name (`model`, `remove` and `out` at least).
         progress: where progress is shown, for example `isingcut.console.progress.terminal`.
 
     Returns:
-        The run folder. Its `model/` is a plain Hugging Face checkpoint; for a range of
-        removals there is none, only `remove-M/` with the ranking of each.
+        The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch;
+        for a range of removals there is none, only `remove-M/` with the ranking of each.
 
     Raises:
         IsingcutError: bad input, in one line; nothing was written.
@@ -91,10 +91,10 @@ def solve_and_rank(session: Session, folder: RunFolder) -> dict[str, Any]:
 
 
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
-    """The final checkpoint in the run folder, healed where the options say so."""
+    """The final checkpoint in the run folder, patched and healed where the options say so."""
     healing_stages.choose(session, folder)
-    cut = excise(session, folder)
-    return healing_stages.heal(session, folder) or cut
+    model = make_model(session, folder)
+    return healing_stages.heal(session, folder) or model
 
 
 def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
@@ -155,8 +155,7 @@ def open_session(
     for name in names(config.also):
         energy_part(config, name)
     solvers.check(config.solver, config.solve_seconds)
-    if healing_options.wanted(config):
-        healing_options.heal_config(config)
+    healing_options.check_options(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     before = RunFolder.open(out) if (out / MANIFEST).is_file() else None

@@ -46,6 +46,10 @@ _PASSES = {
     "hessian": (1.7, 2.5),
     "gauss-newton": (0.6, 2.5),
 }
+# The fit of a patch, of the passes that it takes: its least squares are the rest.
+_FIT = 1.5
+# Second moments of a patch, in numbers of eight bytes: of both sides, their sum, its factors.
+_MOMENTS = 6
 # What graphs that are differentiated again keep, beside those of gradients.
 _TWICE = 5
 # A number in a journal.
@@ -108,6 +112,10 @@ class Prices:
         # Its other blocks do nothing now, so that this reads none of them.
         replay = StreamedReplay(model, self.store, self.memory)
         self.stream = replay.bytes_per_token
+        # What a patched layer reads, where the configuration says it.
+        inner = getattr(text_config(model), "intermediate_size", None)
+        width = self.stream // self.store.dtype.itemsize
+        self.inner = inner if isinstance(inner, int) else 4 * width
         self.room = replay.room(batch) if self.streamed else 0
 
     def energy(self, name: str) -> Estimate:
@@ -137,7 +145,9 @@ class Prices:
         share, reading = 1 - self.remove / self.n, t.reading * self.weights
         order = np.random.default_rng(0).random((c.states + c.random_states, self.n)).argsort(1)
         # Both models are read, and run over the text; what they write in words is left out.
-        seconds = c.report_samples * c.length * ((1 + share) * t.blocks + 2 * t.once)
+        both_pass = (1 + share) * t.blocks + 2 * t.once
+        # A patched model stands beside the exact cut, which is the original without blocks.
+        seconds = c.report_samples * c.length * both_pass * (1 if c.patch == "none" else 2)
         both, cut = (1 + self.left) * reading, int(self.left * self.weights)
         if self.streamed:
             seconds, cut = max(seconds, both), 0
@@ -153,8 +163,19 @@ class Prices:
             self._estimate(
                 "excise", 0, (3 * self.left + 3 * self.streamed) * reading, memory, self.stored
             ),
+            *([] if c.patch == "none" else [self._patch(share)]),
             self._estimate("evaluate", c.report_samples, seconds, memory + logits),
         )
+
+    def _patch(self, share: float) -> Estimate:
+        """A pass of the original and one of what is kept, the maps, and another proof."""
+        c, wide, width = self.config, self.inner, self.stream // self.store.dtype.itemsize
+        samples = -(-c.patch_tokens // c.length)
+        seconds = _FIT * c.patch_tokens * (1 + share) * self.timings.blocks
+        seconds += 3 * self.left * self.timings.reading * self.weights
+        kept = c.patch_tokens * (4 * self.stream + wide * self.store.dtype.itemsize)
+        memory = self._held() + kept + _MOMENTS * _NUMBER * wide * (wide + width)
+        return self._estimate("patch", samples, seconds, memory, self.stored, streams=4)
 
     def _states(self, name: str, states: States, samples: int, share: float = 1.0) -> Estimate:
         """A share of the losses of states, which pay for every block of their tree once."""

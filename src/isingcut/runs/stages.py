@@ -14,11 +14,18 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation import candidates
-from isingcut.evaluation.quality import before_and_after, evaluate_streamed, with_speed
+from isingcut.evaluation.quality import (
+    before_and_after,
+    evaluate_streamed,
+    perplexity,
+    quality,
+    with_speed,
+)
 from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
+from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
@@ -116,8 +123,10 @@ def evaluate(
         folder.check(checkpoint)
         tokens = splits_of(folder)["report"]
         session.tuned(folder)
+        beside = {} if begun is not None else _beside(session, checkpoint, tokens)
         if session.streaming:
-            write_json(path, "evaluation", _evaluate_streamed(session, checkpoint, tokens))
+            found = beside | _evaluate_streamed(session, checkpoint, tokens)
+            write_json(path, "evaluation", found)
             return
         loaded = session.loaded
         cut = load(
@@ -132,7 +141,7 @@ def evaluate(
         if begun is not None:
             found = with_speed(begun, loaded, cut, tokens, **common)
         else:
-            found = before_and_after(
+            found = beside | before_and_after(
                 loaded,
                 cut,
                 tokens,
@@ -150,6 +159,42 @@ def evaluate(
         lambda path: read_json(path, "evaluation"),
         completes=None if skip else without_speed,
     )
+
+
+def _beside(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, Any]:
+    """What an evaluation says besides: what the last model is, and the models on the way to it."""
+    model = checkpoint.with_name("model")
+    record = read_json(model / "isingcut.json", "removal")
+    patch = record.get("patch") or {"changed": False, "unpatched": []}
+    healed = checkpoint != model
+    last = "healed" if healed else "patched" if patch["changed"] else "cut"
+    found: dict[str, Any] = {"last": last}
+    if patch["unpatched"]:
+        found["unpatched"] = patch["unpatched"]
+    if last != "cut":
+        found["cut"] = _exact_cut(session, record["removed"], tokens)
+    if healed and patch["changed"]:
+        trust = session.config.trust_remote_code
+        patched = load(model, **session.loaded.place, trust_remote_code=trust).model
+        size = session.tuning.batch_tokens
+        scores = quality(session.loaded.model, patched, tokens, size, progress=session.progress)
+        found["patched"] = {**scores["after"], "kl": scores["kl"], "kl_se": scores["kl_se"]}
+    return found
+
+
+def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> dict[str, Any]:
+    """The scores of the exact cut: of the original with its blocks skipped."""
+    state = np.zeros((1, len(session.replay)), dtype=bool)
+    state[0, list(removed)] = True
+    losses = measure(
+        session.replay,
+        tokens,
+        state,
+        batch_tokens=session.tuning.batch_tokens,
+        progress=session.progress,
+        description="perplexity and KL of the exact cut",
+    ).losses(0)
+    return {**perplexity(losses["nll"], losses["nll_se"]), **losses}
 
 
 def _evaluate_streamed(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, Any]:

@@ -46,3 +46,29 @@ class Perplexity(Strict):
     perplexity_se: Positive | None
     nll: Number
     nll_se: Positive | None
+
+
+class PatchedCut(Strict):
+    """What was folded into the block before one cut; older files do not say whether it changed."""
+
+    removed: list[Index] | None = None
+    block: Index
+    layer: str
+    changed: bool = True
+    held_out_error_left: Number | None = None
+    tokens: Count | None = None
+
+
+class UnpatchedCut(Strict):
+    """A cut without a patch: its first and last block, and why."""
+
+    removed: list[Index]
+    reason: str
+
+
+class CutProof(Strict):
+    """What the comparison of a checkpoint with its original showed."""
+
+    inputs: str
+    difference: Positive
+    remarks: list[str]

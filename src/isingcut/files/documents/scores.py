@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from isingcut.files.documents.parts import (
     Blocks,
     Count,
-    Index,
     Number,
+    PatchedCut,
     Perplexity,
     Positive,
     Scalar,
     Some,
     Strict,
+    UnpatchedCut,
 )
 
 
@@ -40,8 +41,15 @@ class Generation(Strict):
     after: str
 
 
+class FurtherScores(Perplexity):
+    """A model between the original and the last one."""
+
+    kl: Number
+    kl_se: Positive | None
+
+
 class EvaluationFile(Strict):
-    """`evaluation.json`."""
+    """`evaluation.json`; older ones do not say what the last model is."""
 
     samples: Some
     tokens: Some
@@ -52,6 +60,10 @@ class EvaluationFile(Strict):
     generation: Generation | None
     device: str
     dtype: str
+    last: Literal["cut", "patched", "healed"] | None = None
+    cut: FurtherScores | None = None
+    patched: FurtherScores | None = None
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
 
 
 class HealedScores(Perplexity):
@@ -62,20 +74,13 @@ class HealedScores(Perplexity):
     original_perplexity: Positive
 
 
-class PatchedCut(Strict):
-    """What was folded into the block before one cut; older files do not say whether it changed."""
-
-    block: Index
-    layer: str
-    changed: bool = True
-
-
 class PatchScores(Strict):
-    """What the linear patch alone came to."""
+    """What the linear patch alone came to; no scores where nothing could be patched."""
 
-    scores: HealedScores
+    scores: HealedScores | None = None
     changed: bool = True
     cuts: list[PatchedCut] = Field(default_factory=list)
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
 
 
 class Step(Strict):
@@ -101,6 +106,8 @@ class HealingFile(Strict):
     before: HealedScores
     after: HealedScores
     patch: PatchScores | None = None
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    start: Literal["cut", "patched", "healed"] = "cut"
     tokens_seen: Count = 0
     removed: Blocks
     of: Some

@@ -9,12 +9,15 @@ from pydantic import Field, model_validator
 from isingcut.files.documents.parts import (
     Blocks,
     Count,
+    CutProof,
     Index,
     MeasuredLoss,
     Number,
+    PatchedCut,
     Positive,
     Some,
     Strict,
+    UnpatchedCut,
 )
 
 _MOST_CELLS = 2**28
@@ -113,6 +116,27 @@ class BaselineFile(MeasuredLoss):
     violated: list[str]
 
 
+class FittedText(Strict):
+    """The text that a patch was fitted on."""
+
+    source: str
+    samples: Count
+    searched: Count
+    tokens: Count
+    asked: Count
+    short: str
+
+
+class PatchRecord(Strict):
+    """What was patched of a cut, on which text, and how that was proven."""
+
+    cuts: list[PatchedCut]
+    changed: bool
+    unpatched: list[UnpatchedCut]
+    text: FittedText | None = None
+    proof: CutProof | None = None
+
+
 class CardParts(Strict):
     """The parts of a cut checkpoint's model card."""
 
@@ -129,14 +153,7 @@ class CardParts(Strict):
     energy: str
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     proof: str = "text"
-
-
-class CutProof(Strict):
-    """What the comparison of a cut checkpoint with its original showed."""
-
-    inputs: str
-    difference: Positive
-    remarks: list[str]
+    patch: PatchRecord | None = None
 
 
 class CutRecord(Strict):
@@ -146,6 +163,7 @@ class CutRecord(Strict):
     of: Annotated[int, Field(ge=1, le=2**20)]
     card: CardParts | None = None
     proof: CutProof | None = None
+    patch: PatchRecord | None = None
 
     @model_validator(mode="after")
     def _below(self) -> Self:

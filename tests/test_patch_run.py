@@ -1,0 +1,228 @@
+"""The patch as a part of every run: proven, shown beside the cut, left out in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import isingcut
+from isingcut.cli.main import app
+from isingcut.data.calibration import Calibration
+from isingcut.errors import OutputExistsError
+from isingcut.evaluation.quality import quality
+from isingcut.files.writing import read_json
+from isingcut.healing.healers.linear_patch import LinearPatch
+from isingcut.models.architectures import find_stack, skipped
+from isingcut.models.load import load
+from isingcut.report.words import patch_warnings
+from shared import OPTIONS, write_words
+
+pytestmark = pytest.mark.usefixtures("no_speed")
+
+REMOVED = [2, 3]
+
+
+def job(model: Path, text: Path, out: Path, **more: Any) -> Path:
+    given = {"model": str(model), "calibration": str(text), "out": str(out), "drop": "2,3"}
+    return isingcut.run(**{**OPTIONS, "energy": "fisher", "remove": 2, **given, **more})
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def patch_of(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(checkpoint / "isingcut.json", "removal")["patch"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(shared: Any, llama: Path, text: Path) -> Path:
+    found: Path = shared.folder("patched", lambda place: job(llama, text, place, keep_cut=True))
+    return found
+
+
+def test_the_model_is_the_cut_with_other_weights_in_one_layer(run: Path, llama: Path) -> None:
+    (cut,) = patch_of(run / "model")["cuts"]
+    assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
+    assert cut["held_out_error_left"] < 1
+    exact, patched = weights_of(run / "cut"), weights_of(run / "model")
+    assert exact.keys() == patched.keys()
+    changed = [name for name in exact if not torch.equal(exact[name], patched[name])]
+    assert changed == ["model.layers.1.mlp.down_proj.weight"]
+    original = load(llama, dtype="float32", device="cpu").model
+    kept = AutoModelForCausalLM.from_pretrained(run / "cut", dtype=torch.float32).eval()
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad(), skipped(original, find_stack(original), REMOVED):
+        torch.testing.assert_close(kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(
+    run: Path, llama: Path
+) -> None:
+    found = read_json(run / "evaluation.json", "evaluation")
+    assert found["last"] == "patched"
+    assert found["kl"] < found["cut"]["kl"]
+    # The exact cut's figures are those of its checkpoint.
+    calibration = Calibration.load(run / "calibration.safetensors")
+    models = (load(m, dtype="float32", device="cpu").model for m in (llama, run / "cut"))
+    scores = quality(*models, calibration.splits["report"])
+    assert found["cut"]["kl"] == pytest.approx(scores["kl"], rel=1e-4)
+    assert found["cut"]["perplexity"] == pytest.approx(scores["after"]["perplexity"], rel=1e-4)
+    assert found["cut"]["perplexity_se"] == pytest.approx(
+        scores["after"]["perplexity_se"], rel=1e-3
+    )
+    fitted = patch_of(run / "model")["text"]
+    assert fitted["searched"] == calibration.splits["energy"].samples
+    assert fitted["samples"] > fitted["searched"]
+    assert fitted["short"] == "the source has no more"
+
+
+def test_report_card_and_terminal_show_all_three(run: Path) -> None:
+    markdown = (run / "report.md").read_text(encoding="utf-8")
+    assert "| | original | cut | patched | change |" in markdown
+    assert "The patch wins back" in markdown
+    assert "| 2 to 3 | block 1, `mlp.down_proj` |" in markdown
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert 'id="patched"' in page
+    assert 'class="meter patched"' in page
+    assert "The exact cut, its weights untouched, is in <code>cut/</code>" in page
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert "The exact cut was proven before" in card
+    assert "none of them in the splits that rank and report" in card
+    shown = CliRunner().invoke(app, ["evaluate", str(run)])
+    assert shown.exit_code == 0, shown.output
+    heads = shown.stdout.splitlines()[2].replace("┃", " ").split()
+    assert heads == ["original", "cut", "patched", "change"]
+
+
+def test_without_it_the_run_gives_the_exact_cut(run: Path, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none"])
+    assert isinstance(done.exception, OutputExistsError)
+    assert "patch: None there" not in str(done.exception)
+    assert "patch: {" in str(done.exception)
+    done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none", "--overwrite"])
+    assert done.exit_code == 0, done.output
+    assert (out / "model/model.safetensors").read_bytes() == (
+        run / "cut/model.safetensors"
+    ).read_bytes()
+    assert "patch" not in read_json(out / "model" / "isingcut.json", "removal")
+
+
+def test_blocks_by_hand_are_patched_as_well(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    done = CliRunner().invoke(app, ["excise", str(out), "--blocks", "1,4", "--json"])
+    assert done.exit_code == 0, done.output
+    made = Path(json.loads(done.stdout)["checkpoint"])
+    assert made.parent.name == "remove-2-blocks-1-4"
+    assert [cut["removed"] for cut in patch_of(made)["cuts"]] == [[1, 1], [4, 4]]
+    # The folder was made with --keep-cut.
+    assert made.with_name("cut").exists()
+    plain = ["excise", str(out), "--blocks", "1,5", "--patch", "none", "--json"]
+    done = CliRunner().invoke(app, plain)
+    made = Path(json.loads(done.stdout)["checkpoint"])
+    assert "patch" not in read_json(made / "isingcut.json", "removal")
+
+
+def test_where_no_layer_can_take_a_map_one_line_says_why(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    command = ["run", str(llama), "--out", str(tmp_path / "run"), "--calibration", str(text)]
+    for name, value in {**OPTIONS, "energy": "fisher", "remove": 1, "drop": 0}.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    (warning,) = (w for w in answer["warnings"] if "patched" in w)
+    assert warning.startswith("not patched: block 0 is removed")
+    out = tmp_path / "run"
+    assert answer["evaluation"]["last"] == "cut"
+    assert patch_warnings(read_json(out / "evaluation.json", "evaluation")) == [warning]
+    assert warning[1:] in (out / "model" / "README.md").read_text(encoding="utf-8")
+    assert warning in (out / "report.md").read_text(encoding="utf-8")
+    assert isingcut.open_run(out).warnings[-1] == warning
+    assert not (out / "cut").exists()
+    assert "no weight was trained" in (out / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_fit_leaves_the_cut_and_goes_on(
+    run: Path, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LinearPatch, "heal", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            job(llama, text, out)
+    assert not (out / "model").exists()
+    stages = read_json(out / "run.json", "run")["stages"]
+    assert stages["cut"]["done"]
+    assert not stages["model"]["done"]
+
+    def again(*_: Any, **__: Any) -> Any:
+        raise AssertionError("cut again")
+
+    monkeypatch.setattr("isingcut.runs.cutting.write_checkpoint", again)
+    job(llama, text, out)
+    assert not (out / "cut").exists()
+    assert weights_of(out / "model").keys() == weights_of(run / "model").keys()
+    for name, tensor in weights_of(run / "model").items():
+        assert torch.equal(weights_of(out / "model")[name], tensor)
+
+
+def test_a_cut_that_was_changed_is_not_deleted(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = job(llama, text, tmp_path / "run", keep_cut=True)
+    (out / "cut" / "notes.txt").write_text("mine")
+    job(llama, text, out)
+    assert (out / "cut" / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_from_before_the_patch_stays_unpatched(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    manifest = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    for name in ("patch", "patch_tokens", "keep_cut"):
+        del manifest["config"][name]
+    (out / "run.json").write_text(json.dumps(manifest), encoding="utf-8")
+    found = isingcut.open_run(out)
+    assert found.config.patch == "none"
+    saved = found.save(tmp_path / "saved")
+    assert (saved / "model.safetensors").read_bytes() == (
+        run / "cut/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_streamed_model_is_not_patched_and_says_so(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    out = job(llama, text, tmp_path / "run", stream="on")
+    found = read_json(out / "evaluation.json", "evaluation")
+    (warning,) = patch_warnings(found)
+    assert warning.startswith("not patched: the model is streamed from disk")
+    assert found["last"] == "cut"
+
+
+@pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
+def test_texts_that_are_gone_leave_those_of_the_energy(llama: Path, tmp_path: Path) -> None:
+    words = write_words(tmp_path / "t.txt").read_text().split()
+    texts = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
+    made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}
+    isingcut.prune(str(llama), 2, calibration=texts, keep="0", **made)
+    saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
+    fitted = patch_of(saved)["text"]
+    assert fitted["samples"] == fitted["searched"] == 6
+    assert "was handed over in Python and is not kept" in fitted["short"]
