@@ -218,7 +218,9 @@ def prepare(subject: Subject, work: Path, converter: Path | str) -> dict[str, Ma
         record.write_text(recipe, encoding="utf-8")
     run, text = work / "run", work / "text.txt"
     source = work / "source" if subject.family else resolve(PACKAGED)
-    excise = ["excise", str(run), "--blocks", ",".join(map(str, subject.removed)), "--json"]
+    excise = ["excise", str(run), "--blocks", ",".join(map(str, subject.removed))]
+    # The exact cut, which a GGUF file can be too.
+    excise += ["--patch", "none", "--json"]
     if not list(run.glob("remove-*/model")):
         shutil.copyfile(REPOSITORY / "README.md", text)
         name = str(source) if subject.family else PACKAGED
