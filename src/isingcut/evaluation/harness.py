@@ -13,6 +13,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from isingcut.models.text_alone import text_model
+
 if TYPE_CHECKING:
     from isingcut.console.progress import Bar
     from isingcut.models.load import LoadedModel
@@ -27,10 +29,11 @@ class Harness(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, loaded: LoadedModel, batch: int, bar: Bar | None, note: str) -> None:
-        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+        model = text_model(loaded.model)
+        super().__init__(pretrained=model, tokenizer=loaded.tokenizer, batch_size=batch)
         self.bar, self.note, self.seen = bar, note, 0
         self.answers: dict[bytes, int] = {}
-        self.can_keep = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+        self.can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **rest: Any) -> Any:
         self.answers = {}

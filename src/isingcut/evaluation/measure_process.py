@@ -14,6 +14,7 @@ import torch
 
 from isingcut.data.generation import decode_tokens
 from isingcut.models.load import load
+from isingcut.models.text_alone import text_model
 
 
 def main(arguments: list[str]) -> None:
@@ -21,7 +22,7 @@ def main(arguments: list[str]) -> None:
     folder, dtype, device, tokens, trust = arguments
     loaded = load(Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1")
     prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
-    decode_tokens(loaded.model, prompt, 4)
+    decode_tokens(text_model(loaded.model), prompt, 4)
     if loaded.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(loaded.device)
     else:

@@ -24,6 +24,7 @@ from isingcut.models.compute.divergence import row_kl
 from isingcut.models.parts import HEAD
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.text_alone import text_model
 from isingcut.options.types import BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def before_and_after(
     ids = prompt_ids(original.tokenizer, prompt)
     with progress("one generation", len(both)) as bar:
         for name, loaded in both.items():
-            texts[name] = generate_text(loaded.model, loaded.tokenizer, ids, new_tokens)
+            texts[name] = generate_text(text_model(loaded.model), loaded.tokenizer, ids, new_tokens)
             figures[name] |= _size(loaded.model, loaded.folder)
             bar.advance(1)
     rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
@@ -229,7 +230,8 @@ def _logits(
     """Of each micro-batch, the logits (T, V) of a row; a streamed model's are made by its head."""
     if not isinstance(model, StreamedReplay):
         places = [batch.input_ids.to(model.device) for batch in batches]
-        return [model(input_ids=ids, use_cache=False).logits.__getitem__ for ids in places]
+        text = text_model(model)
+        return [text(input_ids=ids, use_cache=False).logits.__getitem__ for ids in places]
     recordings = [model.record(batch.input_ids) for batch in batches]
     streams = [recording.entered for recording in recordings]
     for i in range(len(model)):

@@ -18,6 +18,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
+from isingcut.models.text_alone import text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,7 @@ def speed_and_memory(
     """The figures of `SPEED_KEYS` for each model, those of `speed` with their errors."""
     with progress("speed and memory", 1 + len(both)) as bar:
         found: dict[str, dict[str, Any]] = {}
-        speeds = speed({k: m.model for k, m in both.items()}, tokens.select([0]))
+        speeds = speed({k: text_model(m.model) for k, m in both.items()}, tokens.select([0]))
         bar.advance(1)
         for name, loaded in both.items():
             memory = peak_memory(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import UserDict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isingcut.errors import ArchitectureError, IsingcutError
-from isingcut.models.loading import one_line
+from isingcut.errors import ArchitectureError
+from isingcut.models.text_alone import on_text_alone
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
 _HANDED_ON = (
@@ -130,24 +129,6 @@ def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device)
         raise ArchitectureError(_HANDED_ON)
     width = max(s[0, 0].numel() * s.element_size() for s in streams)
     return Outputs(tuple(rest), width)
-
-
-@contextlib.contextmanager
-def on_text_alone(model: Any) -> Iterator[None]:
-    """Turn what a model raises meanwhile, being given text only, into one line.
-
-    Raises:
-        ArchitectureError: it raised something.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError, IsingcutError):
-        raise  # the machine's fault, or said already
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ArchitectureError(
-            f"{type(model).__name__} does not run on text alone, so that it can be neither "
-            f"measured nor proven: {one_line(error)}"
-        ) from error
 
 
 def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -> None:

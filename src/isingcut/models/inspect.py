@@ -147,7 +147,7 @@ def _config(seen: Checkpoint, trust_remote_code: bool) -> Any:
     if seen.mismatch and seen.found is not None:
         config = _with_depth(seen.config, seen.found)
         if config is None:
-            raise ModelError(f"the model in {seen.folder} cannot be shown: {seen.mismatch}")
+            raise ModelError(seen.mismatch)
         return config
     from transformers import AutoConfig
 

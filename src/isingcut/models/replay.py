@@ -25,6 +25,7 @@ from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.first_pass import BlockCall, learn_outputs
 from isingcut.models.parts import Resident, Weights
 from isingcut.models.processes import ALONE, Processes
+from isingcut.models.text_alone import text_model
 
 
 class _StackReached(Exception):
@@ -41,6 +42,7 @@ class Replay:
         store: its weights; None: they are in memory.
 
     Attributes:
+        text: what of the model is given token ids (`text_alone.py`).
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention (`tuning.py`); None keeps what was loaded.
         threads: with how many threads at most; None: with those that torch takes.
@@ -70,7 +72,8 @@ class Replay:
         self.threads: int | None = None
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
-        outputs = learn_outputs(model, self.blocks, self.device)
+        self.text = text_model(model)
+        outputs = learn_outputs(self.text, self.blocks, self.device)
         self.bytes_per_token, self._rest = outputs.bytes_per_token, outputs.rest
 
     def __len__(self) -> int:
@@ -118,7 +121,7 @@ class Replay:
         ids = input_ids.to(self.device)
         stubs = [stub(i) for i in range(len(self.blocks))]
         with self._replaced(stubs), contextlib.suppress(_StackReached):
-            self.model(input_ids=ids, use_cache=False)
+            self.text(input_ids=ids, use_cache=False)
         entered = calls[0].hidden
         assert entered is not None
         for call in calls:
@@ -150,7 +153,7 @@ class Replay:
             return lambda *args, **kwargs: self._as_output(i, hidden)
 
         with self._replaced([stub(i) for i in range(len(self.blocks))]):
-            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+            logits: Tensor = self.text(input_ids=input_ids, use_cache=False).logits
         return logits
 
     def _as_output(self, i: int, hidden: Tensor) -> Any:

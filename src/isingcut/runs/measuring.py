@@ -19,6 +19,7 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.sharing import forget
 from isingcut.measure.work import Work
+from isingcut.models.text_alone import text_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.removal import each_removal, removal_rows
@@ -95,7 +96,7 @@ def build_calibration(session: Session) -> Calibration:
         report_samples=config.report_samples,
         length=config.length,
         seed=config.seed,
-        model=session.loaded.model,
+        model=text_model(session.loaded.model),
         progress=session.progress,
     )
 

@@ -47,7 +47,7 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
         replay = Replay(model, stack_modules(model, stack))
         rows = TokenSet.from_rows(tokens.tolist())
         block = gate_gradients(replay, rows, gate="block")
-        difference = np.abs(block - _autograd(model, stack, tokens)).max()
+        difference = np.abs(block - _autograd(replay, tokens)).max()
         error = difference / np.abs(block).max().clip(1e-9)
         assert error <= _ROUNDING, f"block gate gradients differ from autograd by {error:.1e}"
         try:
@@ -121,12 +121,12 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:-1], ids[1:])
 
 
-def _autograd(model: Any, stack: BlockStack, tokens: Tensor) -> Any:
+def _autograd(replay: Replay, tokens: Tensor) -> Any:
     """(B, N) from a gated forward pass of the whole model, one sample at a time, by hooks."""
     out = []
     for row in tokens:
         alphas = [
-            torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(len(stack))
+            torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(len(replay))
         ]
 
         def hook(alpha: Tensor) -> Any:
@@ -140,9 +140,9 @@ def _autograd(model: Any, stack: BlockStack, tokens: Tensor) -> Any:
 
         handles = [
             block.register_forward_hook(hook(alpha), with_kwargs=True)
-            for block, alpha in zip(stack_modules(model, stack), alphas, strict=True)
+            for block, alpha in zip(replay.blocks, alphas, strict=True)
         ]
-        loss = _nll(model(row[None], use_cache=False).logits[0], row)
+        loss = _nll(replay.text(row[None], use_cache=False).logits[0], row)
         for handle in handles:
             handle.remove()
         out.append(torch.stack(torch.autograd.grad(loss, alphas)))

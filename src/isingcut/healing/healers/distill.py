@@ -24,9 +24,11 @@ from isingcut.healing.checks import stored_dtype
 from isingcut.healing.job import Job
 from isingcut.healing.training.student import trained_weights
 from isingcut.healing.work_folder import kept
-from isingcut.models.cutting.verify import check_generation, random_tokens, reload
+from isingcut.models.cutting.generation import check_generation
+from isingcut.models.cutting.verify import random_tokens, reload
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import quiet_transformers
+from isingcut.models.text_alone import text_model
 
 __all__ = ["Distill"]
 
@@ -73,10 +75,10 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
                 shutil.copyfile(path, temporary / path.name)
         again = reload(temporary, dtype=dtype, trust_remote_code=trust)
         with torch.no_grad():
-            same = torch.equal(model(tokens).logits, again(tokens).logits)
+            same = torch.equal(text_model(model)(tokens).logits, text_model(again)(tokens).logits)
         if not same:
             raise ModelError(
                 f"the healed model was written to {out} but computes something else when loaded "
                 "again; nothing was kept there"
             )
-        check_generation(again, tokens[:1], 8, str(out))
+        check_generation(text_model(again), tokens[:1], 8, str(out))

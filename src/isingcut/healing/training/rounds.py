@@ -17,6 +17,7 @@ from torch import Tensor
 from isingcut.healing.training.kl import TopK, divergence, divergence_from_stream, stacked, top_k
 from isingcut.models.architectures import text_config
 from isingcut.models.compute.head import entering
+from isingcut.models.text_alone import text_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +76,12 @@ def install(student: Any, plain: Any, objective: Objective) -> None:
         student: the model that is trained, perhaps a peft wrapper.
         plain: the transformers model inside it.
     """
-    forward = plain.forward
-    teacher = objective.teacher
-    parts = separable(plain)
+    text = text_model(plain)
+    forward = text.forward
+    teacher = None if objective.teacher is None else text_model(objective.teacher)
+    parts = separable(text)
     other = None if teacher is None else separable(teacher)
-    size = plain.get_output_embeddings().weight.shape[0] if parts else 1
+    size = text.get_output_embeddings().weight.shape[0] if parts else 1
     hidden = bool(objective.hidden_weight)
 
     def read(whole: Any, taken: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
@@ -149,5 +151,5 @@ def _mismatch(
 def targets(teacher: Any, ids: Tensor, mask: Tensor, k: int) -> TopK:
     """The teacher's `TopK` (B, T, k) at every position of a batch, padded ones included."""
     with torch.no_grad():
-        logits = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = text_model(teacher)(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return stacked([top_k(row, k) for row in logits])

@@ -39,12 +39,13 @@ def find_stack(model: nn.Module) -> BlockStack:
     Raises:
         ArchitectureError: an encoder-decoder model, or no such list.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ArchitectureError(
-            f"{type(model).__name__} is an encoder-decoder: isingcut cuts decoders with one "
-            "stack of residual blocks"
-        )
     config = text_config(model)
+    for whose, said in (("is", model.config), ("holds", config)):
+        if getattr(said, "is_encoder_decoder", False):
+            raise ArchitectureError(
+                f"{type(model).__name__} {whose} an encoder-decoder: isingcut cuts decoders with "
+                "one stack of residual blocks"
+            )
     count = count_of(config)
     path = _stack_path(model, count)
     if path is None:

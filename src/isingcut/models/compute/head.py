@@ -72,7 +72,7 @@ class OutputHead:
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
-        found: Any = getattr(replay.model, "get_output_embeddings", lambda: None)()
+        found: Any = getattr(replay.text, "get_output_embeddings", lambda: None)()
         if replay.plain_head is None:
             # Looked at once for each model: of a streamed one that reads embedding and head.
             replay.plain_head = type(found) is nn.Linear and self._is_last(found)

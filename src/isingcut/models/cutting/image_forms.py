@@ -47,7 +47,16 @@ def _vision(config: Any) -> Any:
 
 
 def image_forms(model: Any) -> Iterator[ImageInputs]:
-    """Two images in the forms that models of transformers take."""
+    """Two images in the forms that models of transformers take, and what goes with them."""
+    beside = {}
+    if "qformer_input_ids" in parameters(model.forward):
+        # A question to the part between the image and the text.
+        beside["qformer_input_ids"] = torch.arange(2 * WORDS).view(2, WORDS)
+    for pixels in _pixels(model):
+        yield {**pixels, **beside}
+
+
+def _pixels(model: Any) -> Iterator[ImageInputs]:
     names, vision = parameters(model.forward), _vision(model.config)
     patch = first_number(vision, ("patch_size",)) or 14
     channels = first_number(vision, _CHANNELS) or 3
@@ -76,6 +85,10 @@ def image_forms(model: Any) -> Iterator[ImageInputs]:
             "spatial_shapes": torch.tensor([[side, side]] * 2),
             "pixel_attention_mask": torch.ones((2, n), dtype=torch.long),
         }
+    if "flattened_patches" in names:
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(2, n, 2)
+        width = first_number(vision, ("patch_embed_hidden_size",)) or flat
+        yield {"flattened_patches": torch.cat((places + 1.0, _noise(2, n, width)), dim=-1)}
     small = side * patch
     # A model that is told the sizes takes small images, and attention is square in them.
     order = [small, whole or small] if "image_sizes" in names else [whole or small, small]

@@ -29,7 +29,15 @@ from isingcut.models.cutting.image_forms import (
 from isingcut.models.loading import one_line, quiet_transformers
 
 _PIXELS = ("pixel_values", "image_patches", "flattened_patches", "aspect_ratio_ids")
-_TOKENS = ("image_token_id", "image_token_index", "image_token", "img_context_token_id")
+_TOKENS = (
+    "image_token_id",
+    "image_token_index",
+    "image_token",
+    "img_context_token_id",
+    "video_token_id",
+)
+# Where an image stands, told by a mask instead of a token (Kosmos-2).
+_PLACES = "image_embeds_position_mask"
 _RESERVED = re.compile(r"_token(_id|_index)?$")
 # Logits are compared at the end of a prompt, behind the image, where all of it is seen.
 _KEPT = 32
@@ -116,13 +124,14 @@ def _prompts(
     if any((folder / name).is_file() for name in _PROCESSOR_FILES):
         yield lambda: _processed(folder, trust)
     token = _image_token(model)
-    if token is not None:
-        for pixels in image_forms(model):
-            yield partial(_by_rule, model, words, token, pixels)
+    for pixels in image_forms(model):
+        yield partial(_by_rule, model, words, token, pixels)
 
 
-def _by_rule(model: Any, words: Tensor, token: int, pixels: ImageInputs) -> ImageInputs:
-    return {**_prompt(model, words, token, _features(model, pixels)), **pixels}
+def _by_rule(model: Any, words: Tensor, token: int | None, pixels: ImageInputs) -> ImageInputs:
+    placed = token is not None or _PLACES in parameters(model.forward)
+    count = _features(model, pixels) if placed else 0
+    return {**_prompt(model, words, token, count), **pixels}
 
 
 def _processed(folder: Path, trust: bool) -> ImageInputs:
@@ -177,9 +186,11 @@ def _features(model: Any, pixels: ImageInputs) -> int:
     """How many feature vectors the model makes of one image: so many tokens stand for it."""
     if "aspect_ratio_ids" in pixels:
         return 1  # The text attends to the image: mllama.
-    places = (model, getattr(model, "model", None))
-    holder: Any = next((place for place in places if hasattr(place, "get_image_features")), model)
-    return _rows(holder.get_image_features(**_placed(model, pixels), return_dict=True)) // 2
+    names = ("get_image_features", "get_video_features")
+    places = (model, getattr(model, "model", model))
+    found = (getattr(place, name, None) for name in names for place in places)
+    features: Any = next(filter(None, found), None) or model.get_image_features
+    return _rows(features(**_placed(model, pixels), return_dict=True)) // 2
 
 
 def _rows(found: Any) -> int:
@@ -196,8 +207,11 @@ def _rows(found: Any) -> int:
     return 0
 
 
-def _prompt(model: Any, words: Tensor, token: int, count: int) -> ImageInputs:
-    """Token ids of both rows: words, the image between its marks, words."""
+def _prompt(model: Any, words: Tensor, token: int | None, count: int) -> ImageInputs:
+    """Token ids of both rows: words, the image between its marks, words.
+
+    Where nothing stands for an image in the text, the words alone: the blocks look at it.
+    """
     words = words[:1, : 2 * WORDS].cpu()
     marks = [
         [] if mark is None else [mark]
@@ -208,11 +222,16 @@ def _prompt(model: Any, words: Tensor, token: int, count: int) -> ImageInputs:
             first_number(model.config, ("vision_end_token_id", "eoi_token_id", "eoi_token_index")),
         )
     ]
-    image = torch.tensor([[*marks[0], *[token] * count, *marks[1]]])
+    before, after = marks if count else ([], [])
+    stands = int(words[0, 0]) if token is None else token
+    image = torch.tensor([[*before, *[stands] * count, *after]], dtype=torch.long)
     ids = torch.cat((words[:, :WORDS], image, words[:, WORDS:]), dim=1).expand(2, -1).clone()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     accepted = parameters(model.forward)
-    for name in ("mm_token_type_ids", "token_type_ids"):
+    start = WORDS + len(before)
+    there = torch.zeros_like(ids)
+    there[:, start : start + count] = 1
+    for name in ("mm_token_type_ids", "token_type_ids", _PLACES):
         if name in accepted:
-            inputs[name] = (ids == token).long()
+            inputs[name] = there
     return inputs

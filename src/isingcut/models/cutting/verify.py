@@ -14,14 +14,13 @@ import torch
 from isingcut.errors import ModelError, VerificationError
 from isingcut.models.architectures import find_stack, skipped, text_config
 from isingcut.models.architectures.families import stop_rescaling
-from isingcut.models.cutting.difference import relative_difference, tolerance, usual_size
+from isingcut.models.cutting.difference import relative_difference, tolerance
+from isingcut.models.cutting.generation import check_generation
 from isingcut.models.cutting.images import logits_of, reserved_tokens, takes_images, with_images
-from isingcut.models.first_pass import on_text_alone
 from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import one_line, quiet_transformers
+from isingcut.models.text_alone import image_needed, language_model, on_text_alone, text_model
 
-# Between two logits that a cache may turn around, of their usual size.
-_TIE = 1e-3
 # Wrong states that a proof is tried on at most.
 _WRONG = 4
 
@@ -53,10 +52,12 @@ class Proof:
     Args:
         comparisons: of text, and of text and an image where the model takes one.
         unseen: why the model takes images and was given none; empty else.
+        inside: what was given the text where the whole model is not, and why; empty else.
     """
 
     comparisons: tuple[Compared, ...]
     unseen: str = ""
+    inside: str = ""
 
     @property
     def difference(self) -> float:
@@ -89,6 +90,8 @@ class Proof:
             for c in self.comparisons
             if not c.told
         ]
+        if self.inside:
+            said.append(self.inside)
         if self.unseen:
             said.append(
                 "the cut is proven on text only: the model takes images, and no image input could "
@@ -169,24 +172,38 @@ def verify(
 
     def skipped_original(row: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         with skipped(source_model, stack, removed):
-            result: torch.Tensor = source_model.generate(row, use_cache=True, **options)
+            result: torch.Tensor = text_model(source_model).generate(row, use_cache=True, **options)
         return result
 
     def on_text(model: Any) -> torch.Tensor:
         # A model that cannot be called so is refused; a cut of one that can is wrong.
         with on_text_alone(model) if model is source_model else nullcontext():
-            logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+            logits: torch.Tensor = text_part(model)(input_ids=tokens, use_cache=False).logits
         return logits
 
+    inside, text_part = _inside(source_model)
     found = [compare("text", on_text)]
-    check_generation(cut, tokens[:prompts], new_tokens, str(out), skipped_original)
+    check_generation(text_part(cut), tokens[:prompts], new_tokens, str(out), skipped_original)
     if not takes_images(source_model):
-        return Proof(tuple(found))
+        return Proof(tuple(found), inside=inside)
     try:
         pictures = with_images(source_model, out, tokens, trust_remote_code=trust_remote_code)
     except ModelError as error:
-        return Proof(tuple(found), unseen=str(error))
-    return Proof((*found, compare("text and an image", lambda model: logits_of(model, pictures))))
+        return Proof(tuple(found), str(error), inside)
+    found.append(compare("text and an image", lambda model: logits_of(model, pictures)))
+    return Proof(tuple(found), inside=inside)
+
+
+def _inside(model: Any) -> tuple[str, Callable[[Any], Any]]:
+    """What of a model and of its cut is given text, said where it is not the whole."""
+    reason = image_needed(model)
+    if not reason:
+        return "", lambda whole: whole
+    said = (
+        f"{type(model).__name__} does not run on text alone ({reason}): text was given to the "
+        f"{type(language_model(model)).__name__} inside it"
+    )
+    return said, language_model
 
 
 def _other_states(count: int, removed: Sequence[int]) -> Iterator[list[int]]:
@@ -224,64 +241,6 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
                 f"the checkpoint {out} reloads with {problem.replace('_', ' ')}: {', '.join(names)}"
             )
     return model
-
-
-def check_generation(
-    model: Any,
-    tokens: torch.Tensor,
-    new_tokens: int,
-    name: str,
-    reference: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor] | None = None,
-) -> None:
-    """Greedy tokens with a cache must be those without one, but for near-ties.
-
-    Where they are not, the original may not agree with itself either (a router between two
-    experts, a cache of another kind than the mask). So tokens of the cached original with the
-    same blocks skipped are accepted too: the same computation, done with every block's own cache.
-
-    Args:
-        model: the cut model.
-        tokens: (B, T) prompts; one is generated at a time, because RWKV's cached steps in
-            transformers mix the sequences of a batch.
-        new_tokens: tokens to generate.
-        name: what to call the model in messages.
-        reference: generates with the skipped original, given a prompt and options.
-
-    Raises:
-        VerificationError: they differ, or `generate` fails.
-    """
-    options = {
-        "max_new_tokens": new_tokens,
-        "min_new_tokens": new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-    }
-    for row in torch.split(tokens, 1):
-        with_mask = {**options, "attention_mask": torch.ones_like(row)}
-        try:
-            with torch.no_grad():
-                cached = model.generate(row, use_cache=True, **with_mask)[0]
-                plain = model.generate(row, use_cache=False, **with_mask)[0]
-        except Exception as error:
-            raise VerificationError(
-                f"{name} loads but does not generate: {type(error).__name__}: {error}"
-            ) from error
-        unequal = (cached != plain).nonzero()
-        if len(unequal) == 0:
-            continue
-        at = int(unequal[0])
-        with torch.no_grad():
-            logits = model(input_ids=plain[None, :at], use_cache=False).logits[0].float()
-            gap = float((logits[-1, plain[at]] - logits[-1, cached[at]]).abs())
-            gap /= float(usual_size(logits)[-1])
-            if gap <= max(_TIE, tolerance(model.dtype)):
-                continue
-            if reference is not None and torch.equal(reference(row, with_mask)[0], cached):
-                continue
-        raise VerificationError(
-            f"{name}: greedy generation with a cache gives another token than without at "
-            f"position {at} (their logits differ by {gap:.1e} of their usual size)"
-        )
 
 
 def random_tokens(model: Any, batch: int, length: int, seed: int = 0) -> torch.Tensor:

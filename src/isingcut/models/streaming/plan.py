@@ -20,6 +20,7 @@ from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint
 from isingcut.models.fp8 import weights_of
 from isingcut.models.loading import wrong_shape
 from isingcut.models.parts import EMBED, HEAD, Part
+from isingcut.models.text_alone import language_model
 from isingcut.models.transformers_private import Names
 
 REST = "rest"
@@ -144,9 +145,10 @@ def plan_parts(
 
 def _paths(model: Any, blocks: Sequence[str]) -> dict[str, Part]:
     paths: dict[str, Part] = {path: i for i, path in enumerate(blocks)}
+    decoder = language_model(model)
     outer = {
-        id(model.get_input_embeddings()): EMBED,
-        id(model.get_output_embeddings()): HEAD,
+        id(decoder.get_input_embeddings()): EMBED,
+        id(decoder.get_output_embeddings()): HEAD,
     }
     for name, module in model.named_modules():
         if id(module) in outer:

@@ -20,6 +20,7 @@ from isingcut.models.streaming.buffers import Buffers
 from isingcut.models.streaming.memory import Allowance, allowance
 from isingcut.models.streaming.skeleton import build_skeleton
 from isingcut.models.streaming.store import Store
+from isingcut.models.text_alone import language_model
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet
@@ -44,8 +45,7 @@ class StreamedReplay(Replay):
 
     def __init__(self, model: nn.Module, store: Store, memory: Allowance) -> None:
         self.memory = memory
-        decoder: Any = model
-        self._embedding: Any = decoder.get_input_embeddings()
+        self._embedding: Any = language_model(model).get_input_embeddings()
         stack = find_stack(model)
         self.dtype = store.dtype
         super().__init__(model, stack_modules(model, stack), store.device, store)

@@ -19,6 +19,7 @@ from isingcut.models.parts import EMBED, HEAD, Held, Part, Seconds
 from isingcut.models.streaming.buffers import Buffers
 from isingcut.models.streaming.plan import REST, PartPlan
 from isingcut.models.streaming.reader import Reader, plan_views
+from isingcut.models.text_alone import language_model
 
 
 class Store:
@@ -65,7 +66,8 @@ class Store:
         self._settle_rest(model)
         _compute_on(model, device)
         modules: dict[Part, Any] = {i: model.get_submodule(p) for i, p in enumerate(blocks)}
-        modules[EMBED] = model.get_input_embeddings()
+        decoder = language_model(model)
+        modules[EMBED] = decoder.get_input_embeddings()
         for part, module in modules.items():
             module.__dict__["forward"] = self._on_demand(part, module.forward)
         embedding, opening = modules[EMBED], modules[EMBED].__dict__["forward"]
@@ -75,8 +77,9 @@ class Store:
             if embedding.__dict__.get("forward") is opening:
                 self.need(EMBED)
 
-        model.register_forward_pre_hook(enter)
-        head = model.get_output_embeddings()
+        for entered in {model, decoder}:
+            entered.register_forward_pre_hook(enter)
+        head = decoder.get_output_embeddings()
         if head is not None and self._parts[HEAD].size:
             # A hook, because others put their own ``forward`` into the head and take it out.
             head.register_forward_pre_hook(lambda module, args: self.need(HEAD))

@@ -217,12 +217,13 @@ def _replay_is_forward(
     """Largest relative difference of replayed from real passes: each state, then the original
     again, so that nothing a state leaves behind in the recorded calls goes unseen."""
     model.requires_grad_(False)
-    recording = Replay(model, stack_modules(model, stack)).record(tokens)
+    replay = Replay(model, stack_modules(model, stack))
+    recording = replay.record(tokens)
     worst = 0.0
     for removed in [*states, []]:
         with torch.no_grad():
             with skipped(model, stack, removed):
-                expected = model(input_ids=tokens, use_cache=False).logits
+                expected = replay.text(input_ids=tokens, use_cache=False).logits
             stream = recording.entered
             for i in range(len(stack)):
                 stream = stream if i in removed else recording.block(i, stream)

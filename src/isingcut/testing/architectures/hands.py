@@ -24,6 +24,9 @@ HANDS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     # The default leaves open what the model needs.
     "apertus1p5": {"image_token_offset": 8, "audio_token_offset": 72},
+    "blip-2": {"image_token_index": 3},
+    "instructblip": {"image_token_index": 3},
+    "instructblipvideo": {"video_token_index": 3},
     "chameleon": {
         # Few codes, with ids that random tokens do not have: their logits are masked.
         "vq_config": {"num_embeddings": 4},
@@ -101,6 +104,8 @@ HANDS: dict[str, dict[str, Any]] = {
     "zamba": {
         "layers_block_type": [*["linear_attention"] * 2, "hybrid"] * 2,
     },
+    # As many features as pixels are shuffled into one.
+    "llama4_vision_model": {"intermediate_size": 256},
     "inkling_vision": {"patch_size": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "mamba2": {"num_heads": 8},
