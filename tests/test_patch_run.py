@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import isingcut
 from isingcut.cli.main import app
 from isingcut.data.calibration import Calibration
+from isingcut.data.healing_text import FittingText, to_fit
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
@@ -206,14 +207,29 @@ def test_a_folder_from_before_the_patch_stays_unpatched(run: Path, tmp_path: Pat
     ).read_bytes()
 
 
-def test_a_streamed_model_is_not_patched_and_says_so(
-    llama: Path, text: Path, tmp_path: Path
+def test_a_streamed_model_is_patched_block_by_block(
+    run: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     out = job(llama, text, tmp_path / "run", stream="on")
-    found = read_json(out / "evaluation.json", "evaluation")
-    (warning,) = patch_warnings(found)
-    assert warning.startswith("not patched: the model is streamed from disk")
-    assert found["last"] == "cut"
+    streamed, whole = (read_json(p / "evaluation.json", "evaluation") for p in (out, run))
+    assert streamed["last"] == "patched"
+    for name in ("kl", "kl_se"):
+        assert streamed[name] == pytest.approx(whole[name], rel=1e-2)
+        assert streamed["cut"][name] == pytest.approx(whole["cut"][name], rel=1e-3)
+
+
+def test_too_little_text_for_the_fit_is_said(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isingcut.runs.patching.to_fit", _one_sample)
+    out = job(llama, text, tmp_path / "run")
+    (warning,) = patch_warnings(read_json(out / "evaluation.json", "evaluation"))
+    assert "at least two samples" in warning
+
+
+def _one_sample(*given: Any) -> FittingText:
+    found = to_fit(*given)
+    return FittingText(found.tokens.select([0]), 1, "")
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")

@@ -2,7 +2,8 @@
 
 IsingcutError                 something the user can act on; the CLI prints it and exits 2
 ├── InputError                an argument, option or config value is wrong
-│   └── UnknownNameError      no part of that name in a registry
+│   ├── UnknownNameError      no part of that name in a registry
+│   └── FitError              too little text or memory to fit a patch
 ├── ModelError                the model cannot be found or loaded
 ├── ArchitectureError         the model cannot be cut (correctly), with the reason
 ├── CalibrationError          the calibration text cannot be used
@@ -28,6 +29,10 @@ class InputError(IsingcutError):
 
 class UnknownNameError(InputError):
     """A name that no registered part has."""
+
+
+class FitError(InputError):
+    """There is too little text or memory to fit a patch."""
 
 
 class ModelError(IsingcutError):

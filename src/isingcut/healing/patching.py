@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import ArchitectureError, VerificationError
+from isingcut.errors import ArchitectureError, FitError, VerificationError
 from isingcut.healing.healers import RECORD, registry
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
 from isingcut.report.card import kept_parts
 
-_STREAMED = "--stream-teacher reads the original from disk, and the fit needs it in memory"
+CANNOT = (ArchitectureError, FitError)
+"""Why a patch is left out where nobody asked for it: the model, or too little text or memory."""
 
 
 def start_of(student: Path) -> str:
@@ -31,15 +32,13 @@ def patch(job: Job, out: Path) -> dict[str, Any]:
         what the healer says, or `unpatched`.
 
     Raises:
-        ArchitectureError: `--patch linear` was given, and no cut can be patched.
+        ArchitectureError, FitError: `--patch linear` was given, and no cut can be patched.
         VerificationError: the same, and the checkpoint is not exactly the cut.
     """
     shutil.rmtree(out, ignore_errors=True)
     try:
-        if job.replay is not None:
-            raise ArchitectureError(_STREAMED)
         return registry.get("linear-patch")().heal(job, out)  # type: ignore[no-any-return]
-    except (ArchitectureError, VerificationError) as e:
+    except (*CANNOT, VerificationError) as e:
         shutil.rmtree(out, ignore_errors=True)
         if job.config.patch is not None:
             raise

@@ -133,10 +133,8 @@ class HealConfig(Options):
             raise InputError("--method none without a --patch leaves nothing to do")
         if self.top_k and self.temperature != 1:
             raise InputError("--top-k keeps the teacher at temperature 1; give one of them only")
-        if self.stream_teacher and (not self.top_k or self.patch == "linear"):
-            raise InputError(
-                "--stream-teacher needs --top-k, and a --patch needs the teacher in memory"
-            )
+        if self.stream_teacher and not self.top_k:
+            raise InputError("--stream-teacher needs --top-k, which keeps the teacher's answers")
         if self.top_k and self.hidden_weight:
             raise InputError("--top-k keeps no hidden states; give one of it and --hidden-weight")
         if self.trainer:

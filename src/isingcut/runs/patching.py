@@ -15,12 +15,11 @@ from typing import Any
 
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
-from isingcut.errors import ArchitectureError
 from isingcut.files.writing import atomic_folder, clear_os_errors, read_json, without_header
 from isingcut.healing.healers import registry
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import RECORD
-from isingcut.healing.patching import unpatched
+from isingcut.healing.patching import CANNOT, unpatched
 from isingcut.report.card import model_card
 from isingcut.runs.cutting import CUT, excise, place_of, write_checkpoint
 from isingcut.runs.folder import RunFolder
@@ -28,12 +27,6 @@ from isingcut.runs.healing_options import heal_config
 from isingcut.runs.measuring import upstream
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks
-
-_STREAMED = (
-    "the model is streamed from disk, and the fit needs its weights in memory; patch it on a "
-    "larger machine: isingcut heal --method none"
-)
-_TOO_SHORT = "the fit needs two samples of text, one of them held out, and there is one"
 
 
 def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
@@ -111,7 +104,7 @@ def _write(
         temporary.rmdir()
         try:
             found = _patched(session, folder, removed, cut, temporary)
-        except ArchitectureError as e:
+        except CANNOT as e:
             found = unpatched(removed, e)
             if keep:
                 shutil.copytree(cut, temporary)
@@ -132,15 +125,20 @@ def _patched(
     """What was fitted, on which text, and how it was proven.
 
     Raises:
-        ArchitectureError: nothing can be patched, with the reason.
+        ArchitectureError, FitError: nothing can be patched, with the reason.
     """
-    if session.streaming:
-        raise ArchitectureError(_STREAMED)
     loaded, used, text = session.loaded, session.config.calibration, _text(session, folder)
-    if text.tokens.samples < 2:
-        raise ArchitectureError(_TOO_SHORT)
     how = heal_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
-    job = Job(loaded, tuple(removed), cut, text.tokens, out.parent, how, session.progress)
+    job = Job(
+        loaded,
+        tuple(removed),
+        cut,
+        text.tokens,
+        out.parent,
+        how,
+        session.progress,
+        session.streamed[1] if session.streaming else None,
+    )
     found = registry.get("linear-patch")().heal(job, out)
     return {
         "unpatched": [],

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, InputError
+from isingcut.errors import ArchitectureError, FitError
 from isingcut.healing.job import Job
 from isingcut.healing.patch.absorb import Write, find_write
 from isingcut.healing.patch.exact import observed
@@ -98,10 +98,10 @@ class LinearPatch:
 
         Raises:
             ArchitectureError: no cut has a neighbour that can absorb a map, with the reasons.
-            InputError: fewer than two samples, or a streamed model leaves no memory for them.
+            FitError: fewer than two samples, or a streamed model leaves no memory for them.
         """
         if tokens.samples < 2:
-            raise InputError("a patch needs at least two samples: one is held out to choose it")
+            raise FitError("a patch needs at least two samples: one is held out to choose it")
         cuts = runs(removed)
         batches = tokens.batches(work.batch_tokens)
         found = Fitted([], [])
@@ -144,7 +144,7 @@ class LinearPatch:
         """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it.
 
         Raises:
-            ArchitectureError: as `fit`; nothing was written.
+            ArchitectureError, FitError: as `fit`; nothing was written.
         """
         model = job.teacher.model
         stack = find_stack(model)
@@ -153,7 +153,13 @@ class LinearPatch:
         tokens = _first(job.tokens, job.config.patch_tokens)
         work = Work(job.config.batch_tokens, job.progress)
         layers = StoredLayers(job.start, job.removed)
-        fitted = fit.fit(replay, stack.kinds, tokens, job.removed, work, layers)
+        try:
+            fitted = fit.fit(replay, stack.kinds, tokens, job.removed, work, layers)
+        except torch.OutOfMemoryError as e:
+            raise FitError(
+                f"{replay.device} has no memory left to fit a patch on {tokens.samples} samples; "
+                "give fewer --patch-tokens, or --device cpu"
+            ) from e
         stored = write_patched(layers, fitted.patches, out)
         trust = job.config.trust_remote_code
         with applied(replay.blocks, stored):
@@ -231,7 +237,7 @@ def _check_room(replay: Replay, batches: Sequence[TokenSet], write: Write) -> No
     """Refuse more tokens than a streamed model leaves memory for.
 
     Raises:
-        InputError: with what to lower.
+        FitError: with what to lower.
     """
     width, features = write.weight.shape
     stream = sum(replay.stream_bytes(batch) for batch in batches)
@@ -239,7 +245,7 @@ def _check_room(replay: Replay, batches: Sequence[TokenSet], write: Write) -> No
     needed = stream * (3 + features / width) + 4 * 8 * features * features
     room = replay.room(batches[0])
     if needed > room:
-        raise InputError(
+        raise FitError(
             f"fitting a patch on {sum(int(b.mask.sum()) for b in batches)} tokens needs "
             f"{needed / 1e9:.2f} GB beside the streamed model, and {room / 1e9:.2f} GB are left; "
             "give fewer --patch-tokens"
