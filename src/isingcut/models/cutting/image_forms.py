@@ -41,7 +41,8 @@ def first_number(config: Any, names: tuple[str, ...]) -> int | None:
 def _vision(config: Any) -> Any:
     """The configuration of the part that sees: the first one inside with the size of a patch."""
     parts = [part for part in vars(config).values() if hasattr(part, "to_dict")]
-    named = [p for p in parts if first_number(p, ("patch_size", *_SIDES)) is not None]
+    sizes = ("patch_size", "patch_embed_hidden_size", *_SIDES)
+    named = [p for p in parts if first_number(p, sizes) is not None]
     deeper = (found for part in parts if (found := _vision(part)) is not part)
     return named[0] if named else next(deeper, config)
 
@@ -52,6 +53,8 @@ def image_forms(model: Any) -> Iterator[ImageInputs]:
     if "qformer_input_ids" in parameters(model.forward):
         # A question to the part between the image and the text.
         beside["qformer_input_ids"] = torch.arange(2 * WORDS).view(2, WORDS)
+    if "image_merge_sizes" in parameters(model.forward):
+        beside["image_merge_sizes"] = torch.tensor([_merge(model)] * 2)
     for pixels in _pixels(model):
         yield {**pixels, **beside}
 
@@ -60,7 +63,7 @@ def _pixels(model: Any) -> Iterator[ImageInputs]:
     names, vision = parameters(model.forward), _vision(model.config)
     patch = first_number(vision, ("patch_size",)) or 14
     channels = first_number(vision, _CHANNELS) or 3
-    merge = first_number(vision, _MERGES) or first_number(model.config, _MERGES) or 2
+    merge = _merge(model)
     whole = first_number(vision, _SIDES)
     flat = channels * patch * patch
     side = 2 * merge  # In patches; so each image has 2 x 2 features where patches are merged.
@@ -68,7 +71,7 @@ def _pixels(model: Any) -> Iterator[ImageInputs]:
     for grid in ("image_grid_thw", "image_grid_hw"):
         if grid in names:
             row = [1, side, side] if grid.endswith("thw") else [side, side]
-            frames = first_number(vision, ("temporal_patch_size",)) or 1
+            frames = first_number(vision, ("temporal_patch_size", "patch_temporal")) or 1
             for shape in (
                 (2 * n, frames * flat),
                 (2 * n, flat),
@@ -114,6 +117,12 @@ def _pixels(model: Any) -> Iterator[ImageInputs]:
                 "aspect_ratio_mask": mask,
                 "cross_attention_mask": mask[:, None].expand(2, 2 * WORDS + 1, 1, tiles),
             }
+
+
+def _merge(model: Any) -> int:
+    """Patches along a side of what becomes one feature."""
+    vision = _vision(model.config)
+    return first_number(vision, _MERGES) or first_number(model.config, _MERGES) or 2
 
 
 def _noise(*shape: int) -> Tensor:

@@ -14,6 +14,8 @@ _TOWER = {
     "image_size": 28,
     "patch_size": 14,
 }
+# Two merged patches a side.
+_WINDOWS = {"window_size": 56}
 _VISUAL_TOKENS = {f"<|visual token {i:06d}|>": 8 + i for i in range(64)}
 
 # Model type of a configuration, whole or part -> arguments that join or replace those derived;
@@ -62,6 +64,27 @@ HANDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
     },
     "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    # Images of as many patches as what reads them takes.
+    "aria": {"projector_patch_to_query_dict": {49: 4}},
+    "aya_vision": {"vision_config": {"image_size": 56}},
+    "exaone4_5_vision": _WINDOWS,
+    "gemma3": {"mm_tokens_per_image": 49},
+    "gemma4": {
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+        },
+        "image_token_id": 3,
+    },
+    "nemotron_h_omni": {"image_token_id": 3},
+    "qwen2_5_omni_vision_encoder": _WINDOWS,
+    "qwen2_5_vl_vision": _WINDOWS,
+    "vipllava": {"vision_feature_layers": [-2, -4, 1]},
     # Their own towers need the package timm.
     "fast_vlm": {"vision_config": _TOWER},
     "perception_lm": {"vision_config": {**_TOWER, "model_args": {"embed_dim": 64}}},
@@ -106,6 +129,7 @@ HANDS: dict[str, dict[str, Any]] = {
     },
     # As many features as pixels are shuffled into one.
     "llama4_vision_model": {"intermediate_size": 256},
+    "kosmos-2.5": {"latent_query_num": 16},
     "inkling_vision": {"patch_size": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "mamba2": {"num_heads": 8},
