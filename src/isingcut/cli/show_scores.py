@@ -10,7 +10,13 @@ from typing import Any
 from rich.table import Table
 
 from isingcut.console.rich_console import console
-from isingcut.report.rows import Row, benchmark_rows, evaluation_rows, healing_rows
+from isingcut.report.rows import (
+    Row,
+    benchmark_rows,
+    evaluation_rows,
+    healing_rows,
+    plus_minus,
+)
 from isingcut.report.words import patch_warnings
 
 
@@ -32,6 +38,17 @@ def healing_warnings(found: dict[str, Any]) -> list[str]:
             f"the linear patch changed nothing ({layers}): on text held out no map was better than "
             "none, or it vanished in the weights' rounding; give more --patch-tokens, or distil"
         )
+    for name, after in found["after"].get("parts", {}).items():
+        before = found["before"]["parts"][name]
+        if after["kl"] > before["kl"]:
+            figures = [
+                f"{plus_minus(side['kl'], side['kl_se'])} (perplexity {side['perplexity']:.2f})"
+                for side in (before, after)
+            ]
+            warnings.append(
+                f"on {name} the model got worse: KL {figures[0]} before, {figures[1]} after; give "
+                "that text more weight, or heal less"
+            )
     return warnings
 
 

@@ -1,7 +1,8 @@
 """Text to token samples.
 
 `corpora` where text comes from: `text_files` `text_streams` `hub_datasets` `held` `self_text`;
-`chat_templates` `chat_child` conversations; `encoder` text -> tokens; `tokens` samples and batches;
-`calibration` the three splits of a run; `healing_text` text to heal with; `generation` settings of
-text that a model makes.
+`mixture` several of them by shares of tokens; `chat_templates` `chat_child` conversations;
+`encoder` text -> tokens; `tokens` samples and batches; `calibration` the three splits of a run, out
+of one text each by `allocation`; `healing_text` text to heal with; `generation` settings of text
+that a model makes.
 """

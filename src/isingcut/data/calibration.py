@@ -1,17 +1,14 @@
 """Text becomes token samples: three disjoint splits that build, rank and report.
 
 The split `energy` builds the Hamiltonian, `rank` orders the candidates and `report` gives the
-figures that are published. Tokens are given out in the order report, rank, energy, so the
-reported text stays the same when the energy is measured on more samples.
+figures that are published.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +16,21 @@ import numpy as np
 import torch
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.corpora import Corpus, read
+from isingcut.data.allocation import (
+    ALLOCATION,
+    SPLITS,
+    Conversations,
+    Generated,
+    Packed,
+    Rows,
+    Text,
+)
+from isingcut.data.corpora import read
 from isingcut.data.encoder import Encoder
+from isingcut.data.mixture import Part, Turns, naming, parts_of
 from isingcut.data.self_text import generated
-from isingcut.data.tokens import TokenSet, distinct
-from isingcut.errors import CalibrationError, InputError
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError
 from isingcut.files import documents
 from isingcut.files.tensors import read_tensors, tensor_header
 from isingcut.files.writing import atomic_file
@@ -33,8 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SPLITS", "Calibration", "TokenSet", "build"]
 
-SPLITS = ("energy", "rank", "report")
-_ALLOCATION = ("report", "rank", "energy")
 _KIND = "calibration"
 
 
@@ -100,12 +105,29 @@ class Calibration:
             if not (np.sort(mask, axis=1)[:, ::-1] == mask).all() or not mask[:, :1].all():
                 raise documents.damaged(path, f"{name}.mask is not a run of real tokens a row")
             splits[name] = TokenSet(
-                torch.from_numpy(ids), torch.from_numpy(mask), torch.arange(len(ids))
+                torch.from_numpy(ids),
+                torch.from_numpy(mask),
+                torch.arange(len(ids)),
+                _part_names(path, header["meta"], name, len(ids)),
             )
         loaded = cls(splits, header["source"], header["meta"])
         if loaded.sha256 != header["sha256"]:
             raise documents.damaged(path, "its tokens do not match its own hash")
         return loaded
+
+
+def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, ...]:
+    """The part that each sample of a split is from; nothing where the text is one."""
+    if "parts" not in meta:
+        return ()
+    try:
+        names = [str(part["name"]) for part in meta["parts"]]
+        found = meta["part_of_sample"][split]
+        if len(found) == samples and all(type(i) is int and i >= 0 for i in found):
+            return tuple(names[i] for i in found)
+    except (LookupError, TypeError):
+        pass
+    raise documents.damaged(path, f"its samples of {split} are not each of a part of the mixture")
 
 
 def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -129,16 +151,17 @@ def build(
     model: PreTrainedModel | None = None,
     progress: Progress = silent,
 ) -> Calibration:
-    """Token samples from a text source.
+    """Token samples from a text source, or from a mixture of several.
 
     Plain text is packed: samples of exactly ``length`` tokens, no padding, each starting with
     the tokenizer's beginning-of-sequence token where it sets one. Conversations are one sample
     each, cut at ``length``. No document (nor its duplicate) is in two splits; text that is one
-    document is divided into consecutive ranges instead.
+    document is divided into consecutive ranges instead. Every split, and every beginning of one,
+    holds the parts of a mixture by their shares of tokens, each at least once.
 
     Args:
         source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, a name of
-            `held`, ``"wiki"`` or ``"self"``.
+            `held`, ``"wiki"`` or ``"self"``; or a `mixture` of these.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         length: tokens per sample, at least 2.
         seed: order of the documents, and the sampling of ``"self"``.
@@ -151,116 +174,74 @@ def build(
         InputError: a sample count or length that is too small.
     """
     counts = {"report": report_samples, "rank": rank_samples, "energy": samples}
+    parts = parts_of(source)
     for name, value in {**counts, "length": length - 1}.items():
         if value < 1:
             raise InputError(f"calibration needs at least one {name} sample of two tokens")
-    meta: dict[str, Any] = {"seed": seed, "length": length}
+        if value < len(parts) and name in counts:
+            raise InputError(
+                f"a mixture of {len(parts)} texts needs as many {name} samples, got {value}; "
+                "raise --samples, --rank-samples or --report-samples"
+            )
     encode = Encoder(tokenizer, model)
-    if source == "self":
+    seen: set[int] = set()
+
+    def generate(wanted: Mapping[str, int]) -> Rows:
         if model is None:
             raise InputError("the calibration source 'self' needs the model to sample from")
-        rows = generated(model, tokenizer, counts, length, seed, progress)
-        meta["kind"] = "generated"
-    else:
-        corpus = read(source, tokenizer, seed)
-        meta["kind"] = corpus.kind
+        return generated(model, tokenizer, wanted, length, seed, progress)
+
+    def opened(part: Part) -> Text:
+        if part.source == "self":
+            return Generated(generate, length)
+        corpus = read(part.source, tokenizer, seed)
         if corpus.kind == "chat":
-            rows = _conversations(corpus, encode, counts, length)
-        else:
-            rows = _packed(corpus, encode, counts, length, meta)
-    splits = {name: TokenSet.from_rows(rows[name], encode.pad) for name in SPLITS}
+            return Conversations(corpus, encode, length, counts, part.share, seen)
+        return Packed(corpus, encode, length, seen)
+
+    texts: list[Text] = []
+    for part in parts:
+        with naming(part, parts):
+            texts.append(opened(part))
+    order = {
+        name: _order(parts, texts, name, counts[name], Turns(parts, length, f"{seed} {name}"))
+        for name in ALLOCATION
+    }
+    rows = []
+    for part, text in zip(parts, texts, strict=True):
+        with naming(part, parts):
+            rows.append(text.rows())
+    splits = {}
+    for name in SPLITS:
+        left_over = [iter(of_part[name]) for of_part in rows]
+        names = [parts[i].name for i in order[name]] if len(parts) > 1 else []
+        samples_of = [next(left_over[i]) for i in order[name]]
+        splits[name] = TokenSet.from_rows(samples_of, encode.pad, names)
+    meta: dict[str, Any] = {"seed": seed, "length": length}
+    if len(parts) == 1:
+        meta |= texts[0].facts
+    else:
+        meta["kind"] = "mixture"
+        meta["parts"] = [
+            {**vars(part), **text.facts, "tokens": _tokens(of_part)}
+            for part, text, of_part in zip(parts, texts, rows, strict=True)
+        ]
+        meta["part_of_sample"] = order
     return Calibration(splits, source, meta)
 
 
-def _conversations(
-    corpus: Corpus, encode: Encoder, counts: Mapping[str, int], length: int
-) -> dict[str, list[list[int]]]:
-    """One sample per conversation; those that agree in all their kept tokens count once."""
-    stream = distinct(encode(text, length) for text in corpus.documents)
-    rows = {name: list(islice(stream, counts[name])) for name in _ALLOCATION}
-    found, needed = [len(row) for split in rows.values() for row in split], sum(counts.values())
-    if len(found) < needed:
-        raise CalibrationError(
-            f"{corpus.name} is too short: {_words(counts)} samples need {needed} different "
-            f"conversations of up to {length} tokens, found {len(found)} "
-            f"({sum(found)} tokens); give more, or lower --samples, --rank-samples or "
-            "--report-samples"
-        )
-    return rows
+def _order(
+    parts: Sequence[Part], texts: Sequence[Text], split: str, samples: int, turns: Turns
+) -> list[int]:
+    """The part that each sample of a split is of; conversations, whose lengths decide, are read."""
+    found = []
+    for left in range(samples, 0, -1):
+        i = turns.next(left)
+        with naming(parts[i], parts):
+            turns.took(i, texts[i].take(split))
+        found.append(i)
+    return found
 
 
-def _packed(
-    corpus: Corpus,
-    encode: Encoder,
-    counts: Mapping[str, int],
-    length: int,
-    meta: dict[str, Any],
-) -> dict[str, list[list[int]]]:
-    """Full-length samples out of running text or of concatenated documents."""
-    prefix = encode.start
-    body = length - len(prefix)
-    needs = {name: counts[name] * body for name in _ALLOCATION}
-    # No sample uses more of one document than all samples together need.
-    most = sum(needs.values())
-    documents: list[list[int]] = []
-
-    def tokenised() -> Iterator[list[int]]:
-        for text in corpus.documents:
-            if ids := encode(text, most):
-                documents.append(ids)
-                yield ids
-
-    streams = None
-    if corpus.kind == "documents":
-        streams = _by_document(tokenised(), needs, encode.separator)
-    # Running text, and one or two documents, which cannot fill three splits.
-    if streams is None and len(documents) < len(needs):
-        streams = _by_range(itertools.chain(list(documents), tokenised()), needs)
-    if streams is None:
-        raise CalibrationError(_too_short(corpus, documents, counts, length, most))
-    if corpus.kind == "documents":
-        meta["documents"] = len(documents)
-    return {
-        name: [prefix + ids[i : i + body] for i in range(0, needs[name], body)]
-        for name, ids in streams.items()
-    }
-
-
-def _by_document(
-    documents: Iterator[list[int]], needs: Mapping[str, int], separator: list[int]
-) -> dict[str, list[int]] | None:
-    """Whole documents to one split after the other; None when they run out."""
-    streams: dict[str, list[int]] = {}
-    for name, need in needs.items():
-        taken: list[int] = []
-        while len(taken) < need:
-            ids = next(documents, None)
-            if ids is None:
-                return None
-            taken += (separator if taken else []) + ids
-        streams[name] = taken[:need]
-    return streams
-
-
-def _by_range(pieces: Iterable[list[int]], needs: Mapping[str, int]) -> dict[str, list[int]] | None:
-    """Consecutive token ranges to one split after the other; None when they run out."""
-    stream = itertools.chain.from_iterable(pieces)
-    streams = {name: list(islice(stream, need)) for name, need in needs.items()}
-    return streams if all(len(streams[name]) == need for name, need in needs.items()) else None
-
-
-def _too_short(
-    corpus: Corpus, documents: list[list[int]], counts: Mapping[str, int], length: int, needed: int
-) -> str:
-    found = sum(map(len, documents))
-    held = f"{found} in {len(documents)} documents" if corpus.kind == "documents" else str(found)
-    why = " (the three splits may not share a document)" if found >= needed else ""
-    return (
-        f"{corpus.name} is too short: {_words(counts)} samples of {length} tokens need {needed} "
-        f"tokens, found {held}{why}; give more text, or lower --length, --samples, "
-        "--rank-samples or --report-samples"
-    )
-
-
-def _words(counts: Mapping[str, int]) -> str:
-    return " + ".join(f"{counts[name]} {name}" for name in SPLITS)
+def _tokens(rows: Rows) -> int:
+    return sum(len(row) for split in rows.values() for row in split)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut.data import held, text_files
 from isingcut.data.chat_templates import Renderer
+from isingcut.data.mixture import naming, parts_of
 from isingcut.data.text_files import FORMATS, Record, text_file
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
 from isingcut.files.inputs import user_path
@@ -34,7 +35,7 @@ _SHUFFLE_BUFFER = 10_000
 _DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
 _SOURCES = (
     "expected a .txt, .jsonl, .json or .csv file (or one of these as .gz), - for standard input, a "
-    "datasets name, 'wiki' or 'self'"
+    "datasets name, 'wiki', 'self', or a mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
 )
 
 
@@ -56,7 +57,7 @@ class Corpus:
 
 
 def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
-    """The corpus behind a calibration source (all but ``"self"``).
+    """The corpus behind one source (all but ``"self"``; a mixture's parts one by one).
 
     Raises:
         CalibrationError: missing, unreadable or malformed.
@@ -66,7 +67,7 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         return Corpus(source, "documents", _distinct(_shuffled(_wiki(), seed)))
     if (texts := held.find(source)) is not None:
         return _records_corpus(source, _listed(texts), tokenizer, lambda r: _shuffled(r, seed))
-    check(source)
+    _check_one(source)
     path, name = user_path(source), _name(source)
     if source == "-" or _is_file(path):
         file = text_file(path, name)
@@ -78,11 +79,18 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
 
 
 def check(source: str) -> None:
-    """Refuse a source that cannot be one; reads no text.
+    """Refuse a source, or a mixture with a part, that cannot be one; reads no text.
 
     Raises:
         CalibrationError: nothing is there, a folder without data files, or no file of text.
     """
+    parts = parts_of(source)
+    for part in parts:
+        with naming(part, parts):
+            _check_one(part.source)
+
+
+def _check_one(source: str) -> None:
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
     if source in ("wiki", "self") or held.find(source) is not None:
@@ -191,14 +199,18 @@ def _rendered(where: str, messages: Any, render: Renderer) -> str:
     return _characters(where, text)
 
 
+def is_new(text: str, seen: set[int]) -> bool:
+    """Whether a text with words differs from all ``seen`` in more than white space; it is now."""
+    words = " ".join(text.split())
+    if not words or hash(words) in seen:
+        return False
+    seen.add(hash(words))
+    return True
+
+
 def _distinct(texts: Iterable[str]) -> Iterator[str]:
-    """Texts that differ in more than white space; empty ones are left out."""
-    seen = set()
-    for text in texts:
-        words = " ".join(text.split())
-        if words and hash(words) not in seen:
-            seen.add(hash(words))
-            yield text
+    seen: set[int] = set()
+    return (text for text in texts if is_new(text, seen))
 
 
 def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:

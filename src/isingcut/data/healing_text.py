@@ -1,21 +1,17 @@
-"""Text to heal with: everything of a source but what is reported on, in samples of one length.
-
-A run's patch is fitted on the text that its energy was measured on, and on more of the source
-where that is too little (`to_fit`).
-"""
+"""Text to heal with: everything of a source but what is reported on, in samples of one length."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from isingcut.data.corpora import Corpus, read
+from isingcut.data.corpora import Corpus, is_new, read
 from isingcut.data.encoder import Encoder
-from isingcut.data.text_files import only_once
+from isingcut.data.mixture import Part, Turns, naming, parts_of
 from isingcut.data.tokens import TokenSet, distinct
-from isingcut.errors import CalibrationError, IsingcutError
+from isingcut.errors import CalibrationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +26,7 @@ class HealingText:
     Attributes:
         train: packed samples of full length, or one conversation a sample.
         report: the same, other documents.
-        kind: of the source, as `corpora.Corpus` has it.
+        kind: of the source, as `corpora.Corpus` has it, or ``"mixture"``.
     """
 
     train: TokenSet
@@ -49,156 +45,165 @@ def build(
     used: Calibration | None = None,
     model: PreTrainedModel | None = None,
 ) -> HealingText:
-    """Read a source to its end, or as far as is asked for.
+    """Read a text, or a mixture of several, to its end or as far as is asked for.
+
+    A mixture keeps its shares of tokens: without ``samples`` it ends where one of its parts does.
 
     Args:
-        source: as for a calibration, but not ``"self"``.
+        source: as for a calibration, but without ``"self"``.
         samples: training samples; None takes all there are.
         report_samples: samples kept for reporting; they come first.
         length: tokens per sample; a conversation is cut there.
         seed: order of the documents.
-        used: a calibration of the same source and seed, whose text is left out.
+        used: a calibration whose text is left out; documents only where the seed is the same.
         model: its embedding bounds the token ids.
 
     Raises:
         CalibrationError: unreadable or too short.
     """
-    corpus = read(source, tokenizer, seed)
+    parts = parts_of(source)
     encode = Encoder(tokenizer, model)
-
-    documents: Iterator[list[int]] = (ids for ids in map(encode, corpus.documents) if ids)
-    prefix = encode.start
-    if corpus.kind == "chat":
-        rows = _conversations(documents, length, used)
-        report = list(itertools.islice(rows, report_samples))
-        train = list(itertools.islice(rows, samples))
-    else:
-        body = length - len(prefix)
-        documents = _unused(corpus, documents, used)
-        if corpus.kind == "text":
-            pieces = _pieces(itertools.chain.from_iterable(documents), body)
-            report = list(itertools.islice(pieces, report_samples))
-        else:
-            separator = encode.separator
-            # Only whole documents go to the report, so that none goes to both.
-            report = []
-            held: list[int] = []
-            while len(report) < report_samples and (ids := next(documents, None)) is not None:
-                held += (separator if held else []) + ids
-                while len(held) >= body and len(report) < report_samples:
-                    report.append(held[:body])
-                    held = held[body:]
-            pieces = _pieces(_joined(documents, separator), body)
-        train = list(itertools.islice(pieces, samples))
-        report, train = ([prefix + row for row in rows] for rows in (report, train))
+    kinds, texts = opened(parts, encode, length, seed, used)
+    report, reported, ended = _drawn(
+        parts, [first for first, _ in texts], report_samples, Turns(parts, length, f"{seed} report")
+    )
+    train, trained, last = _drawn(
+        parts, [second for _, second in texts], samples, Turns(parts, length, f"{seed} train")
+    )
     if len(report) < report_samples or not train or (samples and len(train) < samples):
         wanted = f"{samples} training samples" if samples else "at least one training sample"
+        asked = "" if len(parts) == 1 else f" of the mixture {source!r}"
         raise CalibrationError(
-            f"{source} is too short: {report_samples} report samples and {wanted} of "
+            f"{ended or last} is too short: {report_samples} report samples and {wanted}{asked} of "
             f"{length} tokens were asked for, found {len(report)} and {len(train)}; give more "
             "text, or lower --samples, --report-samples or --length"
         )
-    kept, reported = (TokenSet.from_rows(rows, encode.pad) for rows in (train, report))
-    return HealingText(kept, reported, corpus.kind)
-
-
-@dataclass(frozen=True, eq=False)
-class FittingText:
-    """What a patch is fitted on.
-
-    Attributes:
-        tokens: samples of the calibration's length.
-        searched: how many of them the energy was measured on; they come first.
-        short: why there are fewer tokens than were asked for; empty where there are as many.
-    """
-
-    tokens: TokenSet
-    searched: int
-    short: str
-
-
-def to_fit(
-    used: Calibration,
-    tokenizer: PreTrainedTokenizerBase,
-    most: int,
-    model: PreTrainedModel | None = None,
-) -> FittingText:
-    """About ``most`` tokens that neither rank nor report: of the energy's split, then unused ones.
-
-    Args:
-        used: a run's calibration; its source is read on where its energy split is too short.
-        most: tokens, those without a prediction among them.
-        model: its embedding bounds the token ids.
-    """
-    split, encode = used.splits["energy"], Encoder(tokenizer, model)
-    counts = split.mask.sum(1)
-    own = split.select(range(min(split.samples, int((counts.cumsum(0) < most).sum()) + 1)))
-    pairs = zip(own.input_ids.tolist(), own.mask.sum(1).tolist(), strict=True)
-    rows = [ids[:count] for ids, count in pairs]
-    missing, short = most - int(own.mask.sum()), ""
-    if missing > 0 and used.source == "self":
-        short = "the model wrote no more"
-    elif missing > 0 and only_once(used.source):
-        short = "a pipe is read once"
-    elif missing > 0:
-        try:
-            for row in _further(used, encode):
-                rows.append(row)
-                missing -= len(row)
-                if missing <= 0:
-                    break
-            else:
-                short = "the source has no more"
-        except IsingcutError as e:
-            # It may be gone since: a file that was moved, texts that were handed over in Python.
-            short = f"the source cannot be read on: {e}"
-    return FittingText(TokenSet.from_rows(rows, encode.pad), own.samples, short)
-
-
-def _further(used: Calibration, encode: Encoder) -> Iterator[list[int]]:
-    """Samples of a calibration's source that none of its splits holds."""
-    corpus, length = read(used.source, encode.tokenizer, used.meta["seed"]), used.meta["length"]
-    documents: Iterator[list[int]] = (ids for ids in map(encode, corpus.documents) if ids)
-    if corpus.kind == "chat":
-        yield from _conversations(documents, length, used)
-        return
-    prefix, unused = encode.start, _unused(corpus, documents, used)
-    separator = encode.separator if corpus.kind == "documents" else []
-    for piece in _pieces(_joined(unused, separator), length - len(prefix)):
-        yield prefix + piece
-
-
-def _unused(
-    corpus: Corpus, documents: Iterator[list[int]], used: Calibration | None
-) -> Iterator[list[int]]:
-    """The documents that a calibration has not taken; of running text, what comes after it."""
-    if used is None:
-        return documents
-    if corpus.kind == "documents":
-        return itertools.islice(documents, int(used.meta.get("documents", 0)), None)
-    skip = sum(int(t.mask.sum()) for t in used.splits.values())
-    running = itertools.islice(itertools.chain.from_iterable(documents), skip, None)
-    return ([token] for token in running)
-
-
-def _joined(documents: Iterator[list[int]], separator: list[int]) -> Iterator[int]:
-    return itertools.chain.from_iterable(
-        (separator if i else []) + ids for i, ids in enumerate(documents)
+    return HealingText(
+        TokenSet.from_rows(train, encode.pad, trained),
+        TokenSet.from_rows(report, encode.pad, reported),
+        kinds[0] if len(parts) == 1 else "mixture",
     )
 
 
+def opened(
+    parts: Sequence[Part], encode: Encoder, length: int, seed: int, used: Calibration | None
+) -> tuple[list[str], list[tuple[Iterator[list[int]], Iterator[list[int]]]]]:
+    """Each part's kind and two readers of its samples; the second begins with a new document.
+
+    Args:
+        used: a calibration whose text is left out; documents only where the seed is the same.
+
+    Raises:
+        CalibrationError: unreadable; or ``"self"``, of which none is left over.
+    """
+    seen: set[int] = set()
+    corpora = []
+    for part in parts:
+        with naming(part, parts):
+            if part.source == "self":
+                raise CalibrationError("healing needs real text, not 'self'")
+            corpora.append(read(part.source, encode.tokenizer, seed))
+            # In all parts before one is read on, which must not repeat what was measured on.
+            _skip_documents(corpora[-1], encode, used, part.source, seed, seen)
+    texts = []
+    for part, corpus in zip(parts, corpora, strict=True):
+        if corpus.kind == "documents":
+            # Two readers of the same documents: none that the first began goes to the second.
+            texts.append(
+                (_packed(corpus, encode, length, seen), _packed(corpus, encode, length, seen))
+            )
+        elif corpus.kind == "chat":
+            rows = _conversations(corpus, encode, length, used, seen)
+            texts.append((rows, rows))
+        else:
+            rows = _pieces(corpus, encode, length, _facts(used, part.source))
+            texts.append((rows, rows))
+    return [corpus.kind for corpus in corpora], texts
+
+
+def _drawn(
+    parts: Sequence[Part], texts: Sequence[Iterator[list[int]]], count: int | None, turns: Turns
+) -> tuple[list[list[int]], list[str], str]:
+    """Samples out of all parts in turn, their parts' names, and the part that ended too early."""
+    rows: list[list[int]] = []
+    names: list[str] = []
+    while count is None or len(rows) < count:
+        i = turns.next(None if count is None else count - len(rows))
+        with naming(parts[i], parts):
+            row = next(texts[i], None)
+        if row is None:
+            return rows, names, parts[i].name
+        turns.took(i, len(row))
+        rows.append(row)
+        names += [parts[i].name] * (len(parts) > 1)
+    return rows, names, ""
+
+
+def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
+    """What a calibration says of its text, or of the part of it, that is from a source."""
+    if used is None:
+        return {}
+    if used.source == source:
+        tokens = sum(int(split.mask.sum()) for split in used.splits.values())
+        return {**used.meta, "tokens": tokens}
+    parts: Sequence[Mapping[str, Any]] = used.meta.get("parts", ())
+    return next((part for part in parts if part["source"] == source), {})
+
+
+def _skip_documents(
+    corpus: Corpus,
+    encode: Encoder,
+    used: Calibration | None,
+    source: str,
+    seed: int,
+    seen: set[int],
+) -> None:
+    """Pass over the documents that a calibration read; another seed has them in another order."""
+    if used is None or corpus.kind != "documents" or used.meta.get("seed") != seed:
+        return
+    left = int(_facts(used, source).get("documents", 0))
+    while left and (text := next(corpus.documents, None)) is not None:
+        is_new(text, seen)
+        # Counted as the calibration counts them: those that have tokens.
+        left -= bool(encode(text, 1))
+
+
+def _packed(corpus: Corpus, encode: Encoder, length: int, seen: set[int]) -> Iterator[list[int]]:
+    """Full samples out of documents that follow one another; the first begins a document."""
+    prefix, separator = encode.start, encode.separator
+    body = length - len(prefix)
+    left: list[int] = []
+    between: list[int] = []
+    for text in corpus.documents:
+        if not is_new(text, seen) or not (ids := encode(text)):
+            continue
+        left += between + ids
+        between = separator
+        while len(left) >= body:
+            yield prefix + left[:body]
+            left = left[body:]
+
+
 def _conversations(
-    documents: Iterator[list[int]], length: int, used: Calibration | None
+    corpus: Corpus, encode: Encoder, length: int, used: Calibration | None, seen: set[int]
 ) -> Iterator[list[int]]:
+    """One sample a conversation, but none that a calibration holds."""
     taken: set[tuple[int, ...]] = set()
     cut = int(used.meta["length"]) if used is not None else 0
     for split in used.splits.values() if used is not None else ():
         pairs = zip(split.input_ids.tolist(), split.mask.sum(1).tolist(), strict=True)
         taken |= {tuple(row[:count]) for row, count in pairs}
+    documents = (encode(text) for text in corpus.documents if is_new(text, seen))
     return distinct(ids[:length] for ids in documents if tuple(ids[:cut]) not in taken)
 
 
-def _pieces(tokens: Iterator[int], size: int) -> Iterator[list[int]]:
-    """Full pieces only."""
-    while len(piece := list(itertools.islice(tokens, size))) == size:
-        yield piece
+def _pieces(
+    corpus: Corpus, encode: Encoder, length: int, facts: Mapping[str, Any]
+) -> Iterator[list[int]]:
+    """Full samples out of a running text, behind what a calibration holds of it."""
+    prefix = encode.start
+    body = length - len(prefix)
+    running = itertools.chain.from_iterable(map(encode, corpus.documents))
+    tokens = itertools.islice(running, int(facts.get("tokens", 0)), None)
+    while len(piece := list(itertools.islice(tokens, body))) == body:
+        yield prefix + piece

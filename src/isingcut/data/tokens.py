@@ -22,14 +22,18 @@ class TokenSet:
         input_ids: (S, T) int64.
         mask: (S, T) bool, true at real tokens, each row a run of true and then of false.
         index: (S,) int64, for a batch the rows it has in the set that `batches` was called on.
+        parts: S names, of a mixture's part that each sample is from; empty for one text.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     index: torch.Tensor
+    parts: tuple[str, ...] = ()
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Sequence[int]], pad: int = 0) -> TokenSet:
+    def from_rows(
+        cls, rows: Sequence[Sequence[int]], pad: int = 0, parts: Sequence[str] = ()
+    ) -> TokenSet:
         """Samples of unequal lengths as one set, padded with the token ``pad``."""
         width = max((len(r) for r in rows), default=0)
         ids = torch.full((len(rows), width), pad, dtype=torch.int64)
@@ -37,7 +41,7 @@ class TokenSet:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
             mask[i, : len(row)] = True
-        return cls(ids, mask, torch.arange(len(rows)))
+        return cls(ids, mask, torch.arange(len(rows)), tuple(parts))
 
     @property
     def samples(self) -> int:
@@ -54,11 +58,18 @@ class TokenSet:
         """Number of predictions that count, over all samples."""
         return int(self.predicted.sum())
 
+    @property
+    def rows_by_part(self) -> dict[str, list[int]]:
+        """The samples of each part of a mixture, parts in the order of names; none of one text."""
+        names = sorted(set(self.parts))
+        rows = {name: [i for i, part in enumerate(self.parts) if part == name] for name in names}
+        return rows if len(names) > 1 else {}
+
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenSet:
         """The given rows as a set of their own, trimmed to its longest sample."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         chosen = self._trimmed(rows)
-        return TokenSet(chosen.input_ids, chosen.mask, torch.arange(len(rows)))
+        return TokenSet(chosen.input_ids, chosen.mask, torch.arange(len(rows)), chosen.parts)
 
     def batches(self, max_tokens: int) -> list[TokenSet]:
         """All samples in batches of like length, longest first, in a deterministic order.
@@ -85,7 +96,8 @@ class TokenSet:
     def _trimmed(self, rows: torch.Tensor) -> TokenSet:
         mask = self.mask[rows]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
-        return TokenSet(self.input_ids[rows, :width], mask[:, :width], rows)
+        parts = tuple(self.parts[row] for row in rows.tolist()) if self.parts else ()
+        return TokenSet(self.input_ids[rows, :width], mask[:, :width], rows, parts)
 
 
 def distinct(rows: Iterable[Sequence[int]]) -> Iterator[list[int]]:

@@ -139,6 +139,7 @@ def evaluation_document(
         **{name: {**found[name], **figures[name]} for name in ("before", "after")},
         "kl": found["kl"],
         "kl_se": found["kl_se"],
+        **({"parts": found["parts"]} if "parts" in found else {}),
         "generation": generation,
         "device": str(original.device),
         "dtype": str(original.dtype).removeprefix("torch."),
@@ -245,15 +246,24 @@ def _logits(
 
 
 def quality_of(sums: Floats, tokens: TokenSet) -> dict[str, Any]:
-    """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL."""
+    """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL.
+
+    Of a mixture, ``parts`` has the same for each of its parts.
+    """
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     nll_before, nll_after, kl = sums.sum(1) / counts.sum()
     errors = standard_error(sums, counts)
+    parts = {}
+    for name, rows in tokens.rows_by_part.items():
+        own = tokens.select(rows)
+        size = {"samples": own.samples, "tokens": own.tokens}
+        parts[name] = {**size, **quality_of(sums[:, rows], own)}
     return {
         "before": perplexity(float(nll_before), float(errors[0])),
         "after": perplexity(float(nll_after), float(errors[1])),
         "kl": float(kl),
         "kl_se": without_infinities(float(errors[2])),
+        **({"parts": parts} if parts else {}),
     }
 
 

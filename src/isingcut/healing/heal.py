@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,11 @@ def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
             f"the figures of {folder} are no numbers (perplexity {after}; the teacher's {before}): "
             "the weights of one of the two are damaged, or --dtype bfloat16 is too coarse for them"
         )
+    parts = {name: _healed_scores(part) for name, part in found.get("parts", {}).items()}
+    return {**_healed_scores(found), **({"parts": parts} if parts else {})}
+
+
+def _healed_scores(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **found["after"],
         "kl": found["kl"],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ __all__ = ["Measurement", "Reference", "measure", "standard_error"]
 # Streams of a batch beside those of the states: the original's, what entered the blocks (the
 # recording has it), and the one that a block is just making.
 _OTHERS = 3
+_BY_SAMPLE = ("kl_sums", "nll_sums", "original_nll_sums", "counts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,11 @@ class Measurement:
     def nll_se(self) -> Floats:
         """(S,) standard error of `nll` over samples (ratio estimator)."""
         return standard_error(self.nll_sums, self.counts)
+
+    def of_samples(self, rows: Sequence[int]) -> Measurement:
+        """The same on some of the samples; what was computed is still that of all."""
+        sums = {name: getattr(self, name)[..., rows] for name in _BY_SAMPLE}
+        return replace(self, **sums)
 
     def losses(self, state: int) -> dict[str, Any]:
         """KL and NLL of one state, each with its error or None, as results files keep them."""

@@ -49,7 +49,9 @@ class HealConfig(Options):
     teacher: Place = option("", "The original: folder, hub id, .gguf file or 'smollm2'.")
     out: Place = option("", "Folder for the healed checkpoint.")
     text: Place = option(
-        "wiki", "Text to heal with: a file or - as for --calibration, a datasets name or 'wiki'."
+        "wiki",
+        "Text to heal with: a file or - as for --calibration, a datasets name or 'wiki', or a "
+        "mixture.",
     )
     samples: Count | None = option(None, "Samples of that text (default: all).")
     length: Length = option(1024, "Tokens per sample.")

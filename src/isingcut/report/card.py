@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isingcut.data.mixture import told
 from isingcut.errors import StageFileError
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import check_document
@@ -140,8 +141,7 @@ def _origin_rows(files: RunFiles) -> list[list[str]]:
         ["seed", str(config["seed"])],
     ]
     if files.calibration:
-        source = files.calibration["source"]
-        rows.append(["calibration", Path(source).name if Path(source).exists() else source])
+        rows.append(["calibration", told(files.calibration["source"])])
         rows.append(["calibration tokens, SHA-256", files.calibration["sha256"]])
     versions = f"{provenance['torch']}, {provenance['transformers']}"
     return [*rows, ["torch, transformers", versions]]

@@ -150,9 +150,13 @@ def evaluation_rows(evaluation: Mapping[str, Any], *, last: str = "cut") -> list
     after = {**evaluation["after"], "kl": evaluation["kl"], "kl_se": evaluation["kl_se"]}
     first, final = {"original": before}, {evaluation.get("last") or last: after}
     between = {name: evaluation[name] for name in ("cut", "patched") if evaluation.get(name)}
-    return [_row(*told, {**first, **between, **final}) for told in _QUALITY] + [
+    rows = [_row(*told, {**first, **between, **final}) for told in _QUALITY] + [
         _row(*told, {**first, **final}) for told in _SIZE_AND_SPEED
     ]
+    for name, part in evaluation.get("parts", {}).items():
+        ways = {way: found["parts"][name] for way, found in between.items() if "parts" in found}
+        rows += _of_part(name, evaluation_rows({**part, **ways}, last=next(iter(final))))
+    return rows
 
 
 def healing_rows(healing: Mapping[str, Any]) -> list[Row]:
@@ -169,12 +173,28 @@ def healing_rows(healing: Mapping[str, Any]) -> list[Row]:
     patch = (healing.get("patch") or {}).get("scores")
     if patch and healing.get("steps"):
         models["patched"] = patch
-    return [_row(*told, {**models, "healed": healing["after"]}, first=start) for told in _QUALITY]
+    models["healed"] = healing["after"]
+    rows = [_row(*told, models, first=start) for told in _QUALITY]
+    for name in healing["after"].get("parts", {}):
+        of_part = {key: found["parts"][name] for key, found in models.items() if "parts" in found}
+        perplexity = of_part[start]["original_perplexity"]
+        of_part = {"original": {"perplexity": perplexity, "kl": 0.0}, **of_part}
+        rows += _of_part(name, [_row(*told, of_part, first=start) for told in _QUALITY])
+    return rows
 
 
 def healing_start(healing: Mapping[str, Any]) -> str:
     """What a healing was given: ``patched``, or ``cut``."""
     return "patched" if healing.get("start") == "patched" else "cut"
+
+
+def _of_part(name: str, rows: Sequence[Row]) -> list[Row]:
+    """Quality on one part of a mixture; NLL says what perplexity says."""
+    return [
+        replace(row, key=f"{name}: {row.key}", label=f"{name}: {row.label}")
+        for row in rows
+        if row.key in ("perplexity", "kl")
+    ]
 
 
 def _row(

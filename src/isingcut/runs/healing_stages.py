@@ -32,7 +32,6 @@ from isingcut.runs.session import Session
 def text_of(session: Session, folder: RunFolder, config: HealConfig) -> HealingText:
     """Text to heal with that no split of the run holds."""
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    same = config.text == own.source and config.seed == own.meta.get("seed")
     return healing_text.build(
         config.text,
         session.loaded.tokenizer,
@@ -40,7 +39,7 @@ def text_of(session: Session, folder: RunFolder, config: HealConfig) -> HealingT
         report_samples=config.report_samples,
         length=sample_length(config, session.loaded.model),
         seed=config.seed,
-        used=own if same else None,
+        used=own,
         model=session.loaded.model,
     )
 

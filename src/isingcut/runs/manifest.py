@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from isingcut.data.mixture import sources_in
 from isingcut.errors import ModelError, StageFileError
 from isingcut.files import documents
 from isingcut.files.inputs import user_path
@@ -153,7 +154,7 @@ class Manifest:
 
 def read_by(config: RunConfig) -> list[Path]:
     """What a run with these options reads from disk."""
-    return sources_of(config.model, config.calibration, config.heal_options)
+    return sources_of(config.model, *sources_in(config.calibration), config.heal_options)
 
 
 def slug(remove: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.data.calibration import Calibration, build
+from isingcut.data.mixture import sources_in
 from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.search import Target
@@ -77,7 +78,7 @@ def _check_streaming(session: Session) -> None:
                 "streamed; use 'pairwise', 'fisher' or 'empirical-fisher', or pass --stream off "
                 "on a machine that can hold the model"
             )
-    if config.calibration == "self":
+    if "self" in sources_in(config.calibration):
         raise InputError(
             "--calibration self reads the whole model once for every token when it is streamed; "
             "choose a text, or pass --stream off on a machine that can hold the model"
@@ -119,10 +120,18 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
     folder.manifest["provenance"]["calibration"] = {
         "source": found.source,
         "sha256": found.sha256,
-        "splits": {k: {"samples": s.samples, "tokens": s.tokens} for k, s in found.splits.items()},
+        "splits": {k: _size(split) for k, split in found.splits.items()},
     }
     folder.save()
     return found
+
+
+def _size(split: TokenSet) -> dict[str, Any]:
+    """Samples and predictions of a split; of a mixture, those of each part too."""
+    size: dict[str, Any] = {"samples": split.samples, "tokens": split.tokens}
+    if rows := split.rows_by_part:
+        size["parts"] = {name: _size(split.select(own)) for name, own in rows.items()}
+    return size
 
 
 def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:

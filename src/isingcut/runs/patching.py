@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.data.calibration import Calibration
-from isingcut.data.healing_text import FittingText, to_fit
+from isingcut.data.fitting_text import FittingText, to_fit
+from isingcut.data.mixture import told
 from isingcut.files.writing import atomic_folder, clear_os_errors, read_json, without_header
 from isingcut.healing.healers import registry
 from isingcut.healing.job import Job
@@ -144,8 +145,7 @@ def _patched(
         "unpatched": [],
         **found,
         "text": {
-            # A local path says nothing to others, and something about its owner.
-            "source": Path(used).name if Path(used).exists() else used,
+            "source": told(used),
             "samples": text.tokens.samples,
             "searched": text.searched,
             "tokens": int(text.tokens.mask.sum()),

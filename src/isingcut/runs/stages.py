@@ -6,7 +6,7 @@ same options (`RunFolder.stage`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,22 +178,38 @@ def _beside(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, A
         patched = load(model, **session.loaded.place, trust_remote_code=trust).model
         size = session.tuning.batch_tokens
         scores = quality(session.loaded.model, patched, tokens, size, progress=session.progress)
-        found["patched"] = {**scores["after"], "kl": scores["kl"], "kl_se": scores["kl_se"]}
+        found["patched"] = _after(scores)
+        if "parts" in scores:
+            found["patched"]["parts"] = {k: _after(part) for k, part in scores["parts"].items()}
     return found
+
+
+def _after(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {**scores["after"], "kl": scores["kl"], "kl_se": scores["kl_se"]}
 
 
 def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> dict[str, Any]:
     """The scores of the exact cut: of the original with its blocks skipped."""
     state = np.zeros((1, len(session.replay)), dtype=bool)
     state[0, list(removed)] = True
-    losses = measure(
+    measured = measure(
         session.replay,
         tokens,
         state,
         batch_tokens=session.tuning.batch_tokens,
         progress=session.progress,
         description="perplexity and KL of the exact cut",
-    ).losses(0)
+    )
+    found = _with_perplexity(measured.losses(0))
+    if parts := tokens.rows_by_part:
+        found["parts"] = {
+            name: _with_perplexity(measured.of_samples(rows).losses(0))
+            for name, rows in parts.items()
+        }
+    return found
+
+
+def _with_perplexity(losses: dict[str, Any]) -> dict[str, Any]:
     return {**perplexity(losses["nll"], losses["nll_se"]), **losses}
 
 

@@ -41,11 +41,28 @@ class Generation(Strict):
     after: str
 
 
-class FurtherScores(Perplexity):
-    """A model between the original and the last one."""
+class PartScores(Strict):
+    """The original and the last model on one part of a mixture."""
+
+    samples: Some
+    tokens: Some
+    before: Perplexity
+    after: Perplexity
+    kl: Number
+    kl_se: Positive | None
+
+
+class FurtherPart(Perplexity):
+    """A model between the original and the last one, on one part of a mixture."""
 
     kl: Number
     kl_se: Positive | None
+
+
+class FurtherScores(FurtherPart):
+    """The same on all of the text, and by part where it is a mixture."""
+
+    parts: dict[str, FurtherPart] = Field(default_factory=dict)
 
 
 class EvaluationFile(Strict):
@@ -57,6 +74,7 @@ class EvaluationFile(Strict):
     after: ModelScores
     kl: Number
     kl_se: Positive | None
+    parts: dict[str, PartScores] = Field(default_factory=dict)
     generation: Generation | None
     device: str
     dtype: str
@@ -66,12 +84,18 @@ class EvaluationFile(Strict):
     unpatched: list[UnpatchedCut] = Field(default_factory=list)
 
 
-class HealedScores(Perplexity):
-    """The cut model on text held out, before or after healing."""
+class HealedPart(Perplexity):
+    """The cut model on text held out, or on one part of it, before or after healing."""
 
     kl: Number
     kl_se: Positive | None
     original_perplexity: Positive
+
+
+class HealedScores(HealedPart):
+    """The same on all of it, and by part where it is a mixture."""
+
+    parts: dict[str, HealedPart] = Field(default_factory=dict)
 
 
 class PatchScores(Strict):

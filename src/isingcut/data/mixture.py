@@ -1,0 +1,148 @@
+"""Mixtures of texts, ``SOURCE=WEIGHT,SOURCE=WEIGHT``: the parts, and whose sample is next."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isingcut.data import held
+from isingcut.errors import CalibrationError, IsingcutError
+from isingcut.files.inputs import user_path
+
+
+@dataclass(frozen=True)
+class Part:
+    """One text of a mixture.
+
+    Attributes:
+        source: a source of text, as it is given alone.
+        name: what tables call it: a file's name without its folder, else the source.
+        share: of all tokens; the shares of all parts add up to 1.
+    """
+
+    source: str
+    name: str
+    share: float
+
+
+def parts_of(source: str) -> tuple[Part, ...]:
+    """The parts of a mixture in the order given; any other source is one part.
+
+    What exists as a file or folder is no mixture, whatever characters its name has.
+
+    Raises:
+        CalibrationError: a part without a positive weight, without a name, or named twice.
+    """
+    if "=" not in source or held.is_name(source) or _exists(source):
+        return (Part(source, source, 1.0),)
+    named = _weighted(source)
+    sources = [name for name, _ in named]
+    for name in sources:
+        if sources.count(name) > 1:
+            raise CalibrationError(f"the mixture {source!r} names {name!r} twice")
+    files = [Path(name).name if _exists(name) else name for name in sources]
+    whole = sum(weight for _, weight in named)
+    return tuple(
+        Part(name, file if files.count(file) == 1 else name, weight / whole)
+        for (name, weight), file in zip(named, files, strict=True)
+    )
+
+
+def sources_in(source: str) -> list[str]:
+    """The sources of a mixture, or the one; also of a text that is not there any more."""
+    try:
+        return [part.source for part in parts_of(source)]
+    except CalibrationError:
+        return [source]
+
+
+def told(source: str) -> str:
+    """A text in words for others: no folders, which say something about their owner."""
+    try:
+        parts = parts_of(source)
+    except CalibrationError:
+        return source
+    if len(parts) == 1:
+        return Path(source).name if _exists(source) else source
+    return ", ".join(f"{part.share:.0%} {part.name}" for part in parts)
+
+
+def _weighted(source: str) -> list[tuple[str, float]]:
+    found, word = [], ""
+    for piece in source.split(","):
+        word += "," * bool(word) + piece
+        name, _, number = word.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            # The comma may be in a file's name, which goes on until a weight ends it.
+            continue
+        odd = ("=" in name or "," in name) and not _exists(name)
+        if not name.strip() or odd or not (math.isfinite(weight) and weight > 0):
+            break
+        found.append((name.strip(), weight))
+        word = ""
+    if word:
+        raise CalibrationError(
+            f"the text {source!r} is no file, and as a mixture its part {word!r} is not "
+            "SOURCE=WEIGHT with a positive number (two parts: wiki=0.7,my-code.jsonl=0.3)"
+        )
+    return found
+
+
+def _exists(source: str) -> bool:
+    return os.path.lexists(user_path(source))
+
+
+@contextlib.contextmanager
+def naming(part: Part, parts: Sequence[Part]) -> Iterator[None]:
+    """Say of which part of a mixture an error is."""
+    try:
+        yield
+    except IsingcutError as e:
+        if len(parts) > 1:
+            e.args = (f"part {part.name!r} of the mixture: {e}",)
+        raise
+
+
+class Turns:
+    """Whose sample is next, so that every beginning of a row of samples has the shares of tokens.
+
+    A part is due when it has had the fewest tokens for its share. A random fraction of a sample is
+    added to what each has had: the order has no period, which every n-th sample would meet.
+
+    Args:
+        parts: with their shares.
+        length: tokens of a full sample.
+        seed: of the random fractions.
+    """
+
+    def __init__(self, parts: Sequence[Part], length: int, seed: str) -> None:
+        self._shares = [part.share for part in parts]
+        self._length = length
+        self._random = random.Random(seed)
+        self._had = [0] * len(parts)
+        self._ahead = [self._random.random() for _ in parts]
+
+    def next(self, left: int | None = None) -> int:
+        """The part whose turn it is.
+
+        Args:
+            left: samples that are still to come; as long as there are enough, every part gets one.
+        """
+        new = [i for i, had in enumerate(self._had) if not had]
+        among = new if left is not None and 0 < left <= len(new) else range(len(self._had))
+        return min(among, key=self._due)
+
+    def took(self, part: int, tokens: int) -> None:
+        """Count a sample of ``part``."""
+        self._had[part] += tokens
+        self._ahead[part] = self._random.random()
+
+    def _due(self, part: int) -> float:
+        return (self._had[part] + self._ahead[part] * self._length) / self._shares[part]

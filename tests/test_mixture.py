@@ -1,0 +1,354 @@
+"""A mixture of texts holds its shares of tokens, and keeps what a single text promises."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import isingcut
+from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences, write_jsonl
+from isingcut.cli.show_scores import healing_warnings
+from isingcut.data import corpora, healing_text
+from isingcut.data.calibration import Calibration, build
+from isingcut.data.fitting_text import to_fit
+from isingcut.data.mixture import Part, Turns, parts_of
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import CalibrationError, InputError, StageFileError
+from isingcut.evaluation.quality import quality
+from isingcut.files.writing import read_json
+from isingcut.report.rows import evaluation_rows, healing_rows
+from isingcut.testing.tiny import tiny_model, tiny_tokenizer
+from shared import OPTIONS
+
+MANY: dict[str, Any] = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
+
+
+def numbered(path: Path, word: str, count: int = 200) -> str:
+    return write_jsonl(path, [{"text": f"{word}{i}. " * 4} for i in range(count)])
+
+
+def tokens_of(tokens: TokenSet, name: str) -> int:
+    return int(tokens.mask[[part == name for part in tokens.parts]].sum())
+
+
+# what is a mixture ----------------------------------------------------------------------
+
+
+def test_shares_add_up_and_files_are_called_by_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("a", encoding="utf-8")
+    assert parts_of(f"wiki=3,{file}=1") == (
+        Part("wiki", "wiki", 0.75),
+        Part(str(file), "a.txt", 0.25),
+    )
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.txt").write_text("a", encoding="utf-8")
+    names = [part.name for part in parts_of(f"{file}=1,{tmp_path / 'b' / 'a.txt'}=1")]
+    assert names == [str(file), str(tmp_path / "b" / "a.txt")]
+
+
+@pytest.mark.parametrize("name", ["wiki=1,self=1", "a=b.txt", "a,b.txt"])
+def test_a_file_of_that_name_is_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("a", encoding="utf-8")
+    assert [part.source for part in parts_of(name)] == [name]
+
+
+@pytest.mark.parametrize("name", ["a=b.txt", "a,b.txt"])
+def test_a_file_of_that_name_can_be_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("a", encoding="utf-8")
+    assert [part.source for part in parts_of(f"other=1,{name}=2")] == ["other", name]
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [
+        ("wiki=0.5,self", "self"),
+        ("wiki=half,self=1", "wiki=half,self=1"),
+        ("wiki=0,self=1", "wiki=0"),
+        ("wiki=-1", "wiki=-1"),
+        ("wiki=nan", "wiki=nan"),
+        ("=1", "=1"),
+        ("wiki=1,=1", "=1"),
+        ("no-such=file.txt", "no-such=file.txt"),
+    ],
+)
+def test_what_is_no_mixture_either_names_the_part(source: str, part: str) -> None:
+    with pytest.raises(CalibrationError, match=re.escape(f"its part {part!r} is not")):
+        corpora.check(source)
+
+
+def test_a_text_is_named_once() -> None:
+    with pytest.raises(CalibrationError, match="names 'wiki' twice"):
+        corpora.check("wiki=1,wiki=1")
+
+
+def test_every_beginning_has_the_shares_and_the_order_no_period() -> None:
+    parts = [Part("a", "a", 0.75), Part("b", "b", 0.25)]
+    turns, found = Turns(parts, 16, "0"), []
+    for _ in range(400):
+        found.append(turns.next())
+        turns.took(found[-1], 16)
+    for end in range(8, 400):
+        assert abs(sum(found[:end]) - end / 4) <= 1.5
+    for first in range(4):
+        every_fourth = found[first::4]
+        assert 0.1 < sum(every_fourth) / len(every_fourth) < 0.5
+
+
+# calibration ----------------------------------------------------------------------------
+
+
+def test_every_split_holds_the_shares_of_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    documents = numbered(tmp_path / "a.jsonl", "river")
+    talk = write_jsonl(tmp_path / "chat.jsonl", chats(200))
+    source = f"{documents}=0.6,{talk}=0.4"
+    found = build(source, tokenizer, **MANY)
+    sizes = {"energy": 40, "rank": 12, "report": 12}
+    assert {k: s.samples for k, s in found.splits.items()} == sizes
+    for tokens in found.splits.values():
+        assert set(tokens.parts) == {"a.jsonl", "chat.jsonl"}
+        share = tokens_of(tokens, "a.jsonl") / int(tokens.mask.sum())
+        assert abs(share - 0.6) <= 16 / int(tokens.mask.sum())
+        for text, part in zip(decoded(tokenizer, tokens), tokens.parts, strict=True):
+            assert ("river" in text or "." in text) == (part == "a.jsonl")
+    assert build(source, tokenizer, **MANY).sha256 == found.sha256
+    assert build(source, tokenizer, **{**MANY, "seed": 1}).sha256 != found.sha256
+    more = build(source, tokenizer, **{**MANY, "samples": 50})
+    for name in ("rank", "report"):
+        assert more.splits[name].input_ids.equal(found.splits[name].input_ids)
+
+
+def test_no_document_is_in_two_splits_whichever_part_it_is_from(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    names = [f"<{i}>{'abcdefgh'[i % 8] * 12}</{i}>" for i in range(120)]
+    # Half of the second text is a copy of the first, with other white space.
+    first = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in names[:80]])
+    second = write_jsonl(tmp_path / "b.jsonl", [{"text": f" {t}\n"} for t in names[40:]])
+    owners: dict[str, set[tuple[str, str]]] = {}
+    for seed in range(4):
+        found = build(f"{first}=1,{second}=1", tokenizer, **{**SIZES, "seed": seed})
+        owners.clear()
+        for name, tokens in found.splits.items():
+            for part in set(tokens.parts):
+                own = [i for i, p in enumerate(tokens.parts) if p == part]
+                for i in re.findall(r"<(\d+)>", "".join(decoded(tokenizer, tokens.select(own)))):
+                    owners.setdefault(i, set()).add((name, part))
+        assert len(owners) > 3
+        assert all(len(found) == 1 for found in owners.values())
+
+
+def test_text_of_the_model_can_be_a_part(tmp_path: Path, tokenizer: Any) -> None:
+    documents = numbered(tmp_path / "a.jsonl", "river")
+    found = build(f"{documents}=1,self=1", tokenizer, model=tiny_model("llama"), **SIZES)
+    assert {k: s.samples for k, s in found.splits.items()} == COUNTS
+    assert found.splits["rank"].parts.count("self") in (1, 2)
+    assert [part["kind"] for part in found.meta["parts"]] == ["documents", "generated"]
+
+
+def test_a_part_that_fails_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    documents = numbered(tmp_path / "a.jsonl", "river")
+    short = write_jsonl(tmp_path / "b.jsonl", [{"text": "a river"}])
+    talk = write_jsonl(tmp_path / "chat.jsonl", chats(3))
+    refused(f"{documents}=1,missing.txt=1", tokenizer, "part 'missing.txt' of the mixture: there")
+    refused(f"{documents}=1,{short}=1", tokenizer, "part 'b.jsonl' .*b.jsonl is too short")
+    refused(f"{documents}=1,{talk}=3", tokenizer, "part 'chat.jsonl' .* 75% of their tokens .*fou")
+    refused(f"{documents}=1,no-such-set-at-all/x:y=1", tokenizer, "part 'no-such-set-at-all/x:y'")
+    with pytest.raises(InputError, match="a mixture of 2 texts needs as many report samples"):
+        build(f"{documents}=1,{talk}=1", tokenizer, **{**SIZES, "report_samples": 1})
+
+
+def test_parts_are_kept_in_the_file_and_checked(tmp_path: Path, tokenizer: Any) -> None:
+    documents, others = numbered(tmp_path / "a.jsonl", "river"), numbered(tmp_path / "b.jsonl", "s")
+    built = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
+    path = tmp_path / "calibration.safetensors"
+    built.save(path)
+    found = Calibration.load(path)
+    assert found.sha256 == built.sha256
+    assert {k: s.parts for k, s in found.splits.items()} == {
+        k: s.parts for k, s in built.splits.items()
+    }
+    for bad in ([0] * 4, [0] * 4 + [2], [0] * 4 + [-1], [0] * 4 + ["a"], None):
+        meta = json.loads(json.dumps(built.meta))
+        meta["part_of_sample"]["energy"] = bad
+        Calibration(built.splits, built.source, meta).save(path)
+        with pytest.raises(StageFileError, match="samples of energy are not each of a part"):
+            Calibration.load(path)
+
+
+# figures by part ------------------------------------------------------------------------
+
+
+def test_quality_is_told_for_each_part_and_they_add_up(tmp_path: Path, tokenizer: Any) -> None:
+    documents, others = numbered(tmp_path / "a.jsonl", "river"), numbered(tmp_path / "b.jsonl", "s")
+    tokens = build(f"{documents}=3,{others}=1", tokenizer, **MANY).splits["report"]
+    first, second = (tiny_model("llama", seed=seed) for seed in (0, 1))
+    found = quality(first, second, tokens)
+    assert sum(part["tokens"] for part in found["parts"].values()) == tokens.tokens
+    kl = sum(part["kl"] * part["tokens"] for part in found["parts"].values())
+    assert kl / tokens.tokens == pytest.approx(found["kl"])
+    own = [i for i, name in enumerate(tokens.parts) if name == "a.jsonl"]
+    alone = quality(first, second, tokens.select(own))
+    assert "parts" not in alone
+    assert found["parts"]["a.jsonl"]["after"] == pytest.approx(alone["after"])
+    figures = {"parameters": 1, "bytes": 1, "blocks": 1}
+    rows = evaluation_rows(
+        {**found, **{side: {**found[side], **figures} for side in ("before", "after")}}
+    )
+    last = {row.key: row.plain("cut") for row in rows}
+    assert last["a.jsonl: kl"] == f"{alone['kl']:.4f}"
+
+
+def test_a_healing_that_makes_one_part_worse_is_warned_of() -> None:
+    def scores(kl: float) -> dict[str, Any]:
+        return {
+            "perplexity": 20 * kl,
+            "perplexity_se": 0.5,
+            "nll": 3.0,
+            "nll_se": 0.1,
+            "kl": kl,
+            "kl_se": 0.01,
+            "original_perplexity": 15.0,
+        }
+
+    found = {
+        "options": {},
+        "before": {**scores(0.9), "parts": {"wiki": scores(1.0), "code": scores(0.8)}},
+        "after": {**scores(0.6), "parts": {"wiki": scores(0.5), "code": scores(0.85)}},
+    }
+    assert healing_warnings(found) == [
+        "on code the model got worse: KL 0.8000 ± 0.0100 (perplexity 16.00) before, 0.8500 ± "
+        "0.0100 (perplexity 17.00) after; give that text more weight, or heal less"
+    ]
+    rows = {row.key: row for row in healing_rows(found)}
+    assert rows["code: kl"].way == "0.0000 → 0.8500"
+    assert rows["wiki: perplexity"].plain("healed") == "10.00"
+
+
+# healing --------------------------------------------------------------------------------
+
+
+def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    documents = numbered(tmp_path / "a.jsonl", "<", 400)
+    talk = write_jsonl(
+        tmp_path / "chat.jsonl",
+        [
+            {"messages": [{"role": "user", "content": f"({i}) the river " + "ran " * (i % 5)}]}
+            for i in range(300)
+        ],
+    )
+    (tmp_path / "c.txt").write_text("".join(sentences(300)), encoding="utf-8")
+    source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
+    used = build(source, tokenizer, **{**SIZES, "length": 32, "samples": 12, "report_samples": 3})
+    options: dict[str, Any] = {"report_samples": 12, "length": 48, "seed": 0, "used": used}
+    found = healing_text.build(source, tokenizer, samples=40, **options)
+    assert found.kind == "mixture"
+    for tokens in (found.train, found.report):
+        shares = {p: tokens_of(tokens, p) / int(tokens.mask.sum()) for p in set(tokens.parts)}
+        assert shares["a.jsonl"] == pytest.approx(0.5, abs=0.1)
+        assert shares["chat.jsonl"] == pytest.approx(0.25, abs=0.1)
+    held = [*used.splits.values(), found.report, found.train]
+    for pattern in (r"<(\d+)\. <\1", r"\((\d+)\) the", r"Document (\d+):"):
+        seen = [set(re.findall(pattern, " ".join(decoded(tokenizer, t)))) for t in held]
+        assert sum(map(len, seen)) > 10
+        # A document of the running text may end one range and begin the next.
+        for i, one in enumerate(seen):
+            for other in seen[:i]:
+                assert len(one & other) <= (pattern[0] == "D")
+
+
+def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    documents, others = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[")
+    used = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
+    measured = set().union(
+        *(re.findall(r"<(\d+)\.", " ".join(decoded(tokenizer, t))) for t in used.splits.values())
+    )
+    found = healing_text.build(
+        documents, tokenizer, samples=None, report_samples=2, length=48, seed=0, used=used
+    )
+    text = " ".join([*decoded(tokenizer, found.train), *decoded(tokenizer, found.report)])
+    assert len(measured) > 4
+    assert not measured & set(re.findall(r"<(\d+)\. <", text))
+
+
+def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path: Path) -> None:
+    tokenizer: Any = tiny_tokenizer()
+    documents, few = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[", 60)
+    used = build(f"{documents}=1,{few}=1", tokenizer, **SIZES)
+    own = used.splits["energy"].samples
+    found = to_fit(used, tokenizer, 100_000)
+    assert (found.searched, found.short) == (own, "the source has no more")
+    rows = found.tokens.input_ids[own:]
+    assert rows.shape[1] == 16
+    text = " ".join(map(tokenizer.decode, rows))
+    measured = " ".join(" ".join(decoded(tokenizer, t)) for t in used.splits.values())
+    for mark in ("<", r"\["):
+        numbers, held = (set(re.findall(rf"{mark}(\d+)\.", t)) for t in (text, measured))
+        assert len(numbers) > 10
+        assert not numbers & held
+    assert abs(text.count("<") - text.count("[")) < 0.2 * text.count("[")
+
+
+def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    documents = numbered(tmp_path / "a.jsonl", "river", 400)
+    few = numbered(tmp_path / "b.jsonl", "s", 60)
+    options: dict[str, Any] = {"report_samples": 4, "length": 48, "seed": 0}
+    found = healing_text.build(f"{documents}=1,{few}=1", tokenizer, samples=None, **options)
+    counts = [found.train.parts.count(name) for name in ("a.jsonl", "b.jsonl")]
+    assert min(counts) > 5
+    assert abs(counts[0] - counts[1]) <= 1
+    with pytest.raises(CalibrationError, match=r"b\.jsonl is too short: .*of the mixture"):
+        healing_text.build(f"{documents}=1,{few}=1", tokenizer, samples=200, **options)
+    with pytest.raises(CalibrationError, match="part 'self' of the mixture: healing needs real"):
+        healing_text.build(f"{documents}=1,self=1", tokenizer, samples=2, **options)
+
+
+# a run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_speed")
+def test_a_run_shows_every_model_on_each_part(llama: Path, text: Path, tmp_path: Path) -> None:
+    numbers = numbered(tmp_path / "numbers.jsonl", "n", 300)
+    (tmp_path / "heal.yaml").write_text(
+        "steps: 2\nbatch: 4\nlength: 32\nreport_samples: 8\nwarmup_steps: 1\n", encoding="utf-8"
+    )
+    run = isingcut.run(
+        **{**OPTIONS, "report_samples": 8},
+        model=str(llama),
+        energy="fisher",
+        remove="2",
+        drop="2,3",
+        calibration=f"{text}=1,{numbers}=1",
+        heal=True,
+        heal_options=str(tmp_path / "heal.yaml"),
+        out=str(tmp_path / "run"),
+    )
+    found = read_json(run / "evaluation.json", "evaluation")
+    parts = found["parts"]
+    assert set(parts) == {"text.txt", "numbers.jsonl"}
+    for models in (found["cut"], found["patched"]):
+        kl = sum(models["parts"][name]["kl"] * parts[name]["tokens"] for name in parts)
+        assert kl / found["tokens"] == pytest.approx(models["kl"], rel=1e-5)
+    splits = read_json(run / "run.json", "run")["provenance"]["calibration"]["splits"]
+    assert splits["report"]["parts"]["text.txt"]["tokens"] == parts["text.txt"]["tokens"]
+    record = read_json(run / "model" / "isingcut.json", "removal")["patch"]
+    assert record["text"]["source"] == "50% text.txt, 50% numbers.jsonl"
+    healing = read_json(run / "healing.json", "healing")
+    assert set(healing["before"]["parts"]) == set(healing["after"]["parts"]) == set(parts)
+    report = (run / "report.md").read_text(encoding="utf-8")
+    row = next(line for line in report.splitlines() if "| numbers.jsonl: KL" in line)
+    assert f"{found['patched']['parts']['numbers.jsonl']['kl']:.4f}" in row
+    assert "numbers.jsonl: perplexity" in (run / "report.html").read_text(encoding="utf-8")
