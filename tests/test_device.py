@@ -234,7 +234,7 @@ DROPPED = [
     (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
     (evaluate, "sample_sums", "1].to(first.device)", "1]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
-    (exact.ExactCut, "fitted", "mask.to(device)", "mask", "patch of what is written"),
+    (exact, "sides", "mask.to(device)", "mask", "patch of what is written"),
     (store.Store, "_settle_rest", "host.to(self.device)", "host", "losses, streamed"),
     (boundary.Boundaries, "get", "value.to(device)", "value", "hidden states in a file"),
 ]

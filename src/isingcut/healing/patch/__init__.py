@@ -1,3 +1,4 @@
-"""The linear patch: `absorb` which layer takes a map, `exact` the map of one cut, `least_squares`
-how it is solved, `files` the patched checkpoint.
+"""The linear patch: `absorb` and `gains` which layer takes a map, `exact` and `approximate` the map
+of one cut, `least_squares` how it is solved, `fitting` the cuts of a state, `files` the patched
+checkpoint.
 """

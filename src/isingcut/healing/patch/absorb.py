@@ -1,9 +1,10 @@
-"""Which linear layer of a block can absorb a linear map of what the block writes to the stream.
+"""Which linear layer of a block writes straight to the stream, so that it can absorb a linear map.
 
 Found by trying, not by family: a layer qualifies when adding d to its output adds s d to the
 block's output, with one number s for all tokens and directions. That holds for the
 down-projection of a pre-norm MLP and the output projection of a block that only attends or only
-scans; it fails behind a post-norm, for an expert that sees a part of the tokens, behind a gate.
+scans; it fails behind a post-norm or a gate (`gains`), and for an expert that sees a part of the
+tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isingcut.errors import ArchitectureError
 from isingcut.models.replay import Recording
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -67,18 +67,50 @@ class _Seen:
     outputs: Tensor | None = None
 
 
-def find_write(recording: Recording, block: nn.Module, i: int, hidden: Tensor, kind: str) -> Write:
-    """The layer of block ``i`` that can absorb a map.
+def find_write(
+    recording: Recording, block: nn.Module, i: int, hidden: Tensor, kind: str
+) -> Write | None:
+    """The layer of block ``i`` that writes straight to the stream, if there is one.
 
     Args:
         recording: of a few tokens.
         block: the module of block ``i``.
         hidden: the stream (B, T, D) that enters it.
-        kind: what the block does, for the message.
-
-    Raises:
-        ArchitectureError: no layer can, with the reason.
+        kind: what the block does.
     """
+    candidates, seen, plain, usable = _once(recording, block, i, hidden)
+    if "moe" in kind:
+        # What attention writes goes through the experts too, though barely where norms are huge.
+        usable = [path for path in usable if "attn" not in path and "attention" not in path]
+    for path in reversed(usable):
+        written = seen[path].outputs
+        assert written is not None
+        scale = _response(recording, i, hidden, candidates[path], plain, written)
+        if scale is not None:
+            return Write.of(path, candidates[path], scale)
+    return None
+
+
+def called_once(
+    recording: Recording, block: nn.Module, i: int, hidden: Tensor
+) -> list[tuple[str, Any, Tensor]]:
+    """Linear layers as wide as the stream that a block calls once, for all tokens.
+
+    Returns:
+        path, module and output (B, T, D) of each, in the order of the calls.
+    """
+    candidates, seen, _, usable = _once(recording, block, i, hidden)
+    found = []
+    for path in usable:
+        written = seen[path].outputs
+        assert written is not None
+        found.append((path, candidates[path], written.reshape(hidden.shape)))
+    return found
+
+
+def _once(
+    recording: Recording, block: nn.Module, i: int, hidden: Tensor
+) -> tuple[dict[str, nn.Module], dict[str, _Seen], Tensor, list[str]]:
     width = hidden.shape[-1]
     candidates = {path: m for path, m in block.named_modules() if path and _is_linear(m, width)}
     seen, plain = _run(recording, i, hidden, candidates)
@@ -87,37 +119,7 @@ def find_write(recording: Recording, block: nn.Module, i: int, hidden: Tensor, k
         for path, s in seen.items()
         if s.calls == 1 and s.outputs is not None and s.outputs.numel() == plain.numel()
     ]
-    if "moe" in kind:
-        # What attention writes goes through the experts too, though barely where norms are huge.
-        usable = [path for path in usable if "attn" not in path and "attention" not in path]
-    for path in reversed(usable):
-        written = seen[path].outputs
-        assert written is not None
-        scale = _response(recording, i, hidden, candidates[path], plain, written)
-        if scale is None:
-            continue
-        module = candidates[path]
-        if not module.weight.is_floating_point() or module.weight.element_size() < 2:
-            raise ArchitectureError(
-                f"block {i} cannot absorb a patch: the weights of its {path} are quantised; "
-                "patch the unquantised model"
-            )
-        return Write.of(path, module, scale)
-    raise ArchitectureError(f"block {i} ({kind}) cannot absorb a patch: {_why(kind, usable)}")
-
-
-def _why(kind: str, usable: list[str]) -> str:
-    if "moe" in kind:
-        return (
-            "experts write its output, each for its own tokens, so that every expert would have to "
-            "absorb the map; heal by distillation instead"
-        )
-    if usable:
-        return (
-            f"what its {usable[-1]} writes passes a norm or a gate before it reaches the residual "
-            "stream (Gemma's post-norms do that); heal by distillation instead"
-        )
-    return "it has no plain linear layer that writes to the residual stream"
+    return candidates, seen, plain, usable
 
 
 def _is_linear(module: nn.Module, width: int) -> bool:
@@ -172,6 +174,18 @@ def observe(
     return output, found.inputs.reshape(*tokens, -1), found.outputs.reshape(*tokens, -1)
 
 
+def pushed(
+    recording: Recording, i: int, hidden: Tensor, module: nn.Module, change: Tensor
+) -> Tensor:
+    """The output of block ``i`` where one of its layers writes ``change`` (B, T, D) more."""
+
+    def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + change.reshape(output.shape)
+
+    with _hooked([module.register_forward_hook(push)]):
+        return recording.block(i, hidden)
+
+
 def _response(
     recording: Recording,
     i: int,
@@ -187,11 +201,7 @@ def _response(
     typical = torch.maximum(plain.abs().median(), 4 * written.abs().median())
     change = change * typical.clamp_min(1e-3)
 
-    def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + change.reshape(output.shape)
-
-    with _hooked([module.register_forward_hook(push)]):
-        answer = (recording.block(i, hidden) - plain).double()
+    answer = (pushed(recording, i, hidden, module, change) - plain).double()
     wide = change.double()
     scale = float((answer * wide).sum() / (wide * wide).sum())
     exact = plain.dtype in _TOLERANCE

@@ -50,37 +50,29 @@ class ExactCut:
         Returns:
             None where no map is better than none on the rows held out.
         """
-        write = self.write
-        width, features = write.weight.shape
-        size = features + (write.bias is not None) if self.reads else width
         device = original[0].device
-        moments = [Moments(size, width, device) for _ in range(2)]
-        for b, (batch, (output, x)) in enumerate(zip(batches, self.seen, strict=True)):
+        moments = moments_for(self.write, self.reads, device)
+        for b, (output, x) in enumerate(self.seen):
             target = original[b].double() - output.double()
-            weights = 1 / original[b].double().square().mean(-1).clamp_min(1e-12)
-            mask = batch.mask.to(device)
-            held = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
-            if _few(batches):
-                held = (batch.index == 0).to(device)
-            for side, rows in zip(
-                moments, (mask & ~held[:, None], mask & held[:, None]), strict=True
-            ):
+            weights = weights_of(original[b])
+            for side, rows in zip(moments, sides(batches, b, device), strict=True):
                 side.add(x[rows], target[rows], weights[rows])
         solution = fit_ridge(*moments)
         for b, (output, x) in enumerate(self.seen):
             patched[b] = (output.double() + x.double() @ solution.map.T).to(output.dtype)
         if solution.strength is None:
             return None
-        weight, bias = folded(solution.map, write, reads=self.reads)
+        weight, bias = folded(solution.map, self.write, reads=self.reads)
         record = {
             "removed": [self.p + 1, self.last],
             "block": self.p,
-            "layer": write.path,
+            "layer": self.write.path,
             "ridge": solution.strength,
             "held_out_error_left": solution.held_out,
+            "exact": True,
             "tokens": moments[0].rows + moments[1].rows,
         }
-        return Patch(self.p, write.path, weight, bias, record)
+        return Patch(self.p, self.write.path, weight, bias, record)
 
 
 def observed(
@@ -124,6 +116,27 @@ def folded(change: Tensor, write: Write, *, reads: bool) -> tuple[Tensor, Tensor
     return (weight.T if write.transposed else weight).contiguous(), bias
 
 
-def _few(batches: Sequence[TokenSet]) -> bool:
-    """Too few samples for one in four."""
-    return sum(b.samples for b in batches) < _HELD_OUT_EVERY
+def moments_for(write: Write, reads: bool, device: torch.device) -> list[Moments]:
+    """Empty second moments of the rows to fit and of those held out."""
+    width, size = write.weight.shape
+    if not reads:
+        size = width
+    elif write.bias is not None:
+        size += 1
+    return [Moments(size, width, device) for _ in range(2)]
+
+
+def sides(batches: Sequence[TokenSet], b: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which real tokens (B, T) of batch ``b`` are to fit, and which are held out."""
+    batch = batches[b]
+    mask = batch.mask.to(device)
+    held = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
+    # Too few samples for one in four.
+    if sum(each.samples for each in batches) < _HELD_OUT_EVERY:
+        held = (batch.index == 0).to(device)
+    return mask & ~held[:, None], mask & held[:, None]
+
+
+def weights_of(original: Tensor) -> Tensor:
+    """The weight (B, T) of each token's error: one over its mean square, float64."""
+    return 1 / original.double().square().mean(-1).clamp_min(1e-12)

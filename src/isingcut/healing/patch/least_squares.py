@@ -56,6 +56,27 @@ class RidgeFit:
     held_out: float
 
 
+class RidgePath:
+    """The maps of all ridge strengths for one set of rows, from one decomposition."""
+
+    def __init__(self, fit: Moments) -> None:
+        self._fit = fit
+        values, self.basis = torch.linalg.eigh(fit.xx)
+        self._values = values.clamp_min(0)
+        self._unit = self._values.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        self._rotated = fit.tx @ self.basis
+
+    def rotated(self, strength: float) -> Tensor:
+        """The map (D, F) of one strength, its features in the `basis`."""
+        found: Tensor = self._rotated / (self._values + strength * self._unit)
+        return found
+
+    def map(self, strength: float) -> Tensor:
+        """The map (D, F) of one strength."""
+        found: Tensor = self.rotated(strength) @ self.basis.T
+        return found
+
+
 def fit_ridge(fit: Moments, held_out: Moments) -> RidgeFit:
     """Minimise sum |t - map x|^2 + ridge |map|^2 on the fit, the ridge chosen on held-out rows.
 
@@ -63,13 +84,11 @@ def fit_ridge(fit: Moments, held_out: Moments) -> RidgeFit:
     (an infinite ridge) competes too.
     """
     best, left = None, 1.0
-    values, basis = torch.linalg.eigh(fit.xx)
-    values = values.clamp_min(0)
-    unit = values.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    rotated = fit.tx @ basis
-    other_xx, other_tx = basis.T @ held_out.xx @ basis, held_out.tx @ basis
+    path = RidgePath(fit)
+    other_xx = path.basis.T @ held_out.xx @ path.basis
+    other_tx = held_out.tx @ path.basis
     for strength in STRENGTHS:
-        candidate = rotated / (values + strength * unit)
+        candidate = path.rotated(strength)
         cross = (candidate * other_tx).sum()
         squares = ((candidate @ other_xx) * candidate).sum()
         error = float((held_out.tt - 2 * cross + squares) / held_out.tt)
@@ -77,8 +96,12 @@ def fit_ridge(fit: Moments, held_out: Moments) -> RidgeFit:
             best, left = strength, error
     if best is None:
         return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
-    both = fit + held_out
-    unit = torch.diagonal(both.xx).mean()
-    eye = torch.eye(len(both.xx), dtype=torch.float64, device=both.xx.device)
-    factor = torch.linalg.cholesky(both.xx + best * unit * eye)
-    return RidgeFit(torch.cholesky_solve(both.tx.T, factor).T, best, left)
+    return RidgeFit(ridge_map(fit + held_out, best), best, left)
+
+
+def ridge_map(rows: Moments, strength: float) -> Tensor:
+    """The map (D, F) of one ridge strength."""
+    unit = torch.diagonal(rows.xx).mean()
+    eye = torch.eye(len(rows.xx), dtype=torch.float64, device=rows.xx.device)
+    factor = torch.linalg.cholesky(rows.xx + strength * unit * eye)
+    return torch.cholesky_solve(rows.tx.T, factor).T
