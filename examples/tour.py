@@ -101,8 +101,8 @@ print(f"3 blocks, {cheap[-1]} among them:", isingcut.solve(problem, k=1).removed
 # %% [markdown]
 # ## The smaller model
 #
-# Written as an ordinary checkpoint, proven against the original with the same blocks skipped, and
-# loaded with plain transformers.
+# Written as an ordinary checkpoint, proven against the original with the same blocks skipped,
+# patched, and loaded with plain transformers.
 
 # %%
 saved = run.save(place / "smaller")
