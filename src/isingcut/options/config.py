@@ -163,7 +163,7 @@ class RunConfig(Options):
         "or none.",
     )
     patch_tokens: PatchTokens = option(
-        16384, "Tokens that the patch is fitted on: those that built --energy, then further ones."
+        32768, "Tokens that the patch is fitted on: those that built --energy, then further ones."
     )
     keep_cut: bool = option(False, "Keep the exact cut too, unpatched, in the folder cut.")
     heal: bool = option(False, "Distil the original into the cut model afterwards.")

@@ -17,6 +17,7 @@ CONFIG = RunConfig(
     length=128,
     rank_samples=16,
     report_samples=32,
+    patch_tokens=16384,
     also="empirical-fisher",
 )
 """Small samples: this is a demonstration, not a benchmark. The paper's energy, measured beside the
