@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import isingcut
 from isingcut.cli.main import app
 from isingcut.data.calibration import Calibration
-from isingcut.data.healing_text import FittingText, to_fit
+from isingcut.data.fitting_text import FittingText, to_fit
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
