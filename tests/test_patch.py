@@ -30,6 +30,7 @@ from isingcut.models.replay import Replay
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.store import StoredPart
 from isingcut.options.healing import HealConfig
+from isingcut.testing import patches
 from isingcut.testing.configurations import FAMILIES
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 
@@ -502,3 +503,24 @@ def test_the_written_checkpoint_is_plain_and_computes_the_patch(
     assert sum(p.numel() for p in loaded.model.parameters()) == sum(
         p.numel() for p in load(tmp_path / "cut", dtype="float32").model.parameters()
     )
+
+
+def test_the_kit_shows_which_layer_absorbs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- patches -->\nold\n<!-- end of patches -->\nafter\n")
+    assert patches.main(["nemotron_h", "qwen3_moe", "gemma4", "--docs", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "patches_absorbed: 6\npatches_none: 0\npatches_not_measured: 1\n" in shown
+    rows = {line.split(" | ")[0]: line for line in page.read_text().splitlines()}
+    assert (
+        "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in rows["| nemotron_h"]
+    )
+    assert (
+        "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)"
+        in rows["| qwen3_moe"]
+    )
+    assert "blocks hand something on to later blocks" in rows["| gemma4"]
+    assert "old" not in rows
+    assert patches.main(["nobody"]) == 2
