@@ -7,11 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import CheckpointError
+from isingcut.healing.healers.linear_patch import LinearPatch
+from isingcut.healing.job import Job
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fp8 import dequantise, dequantised, fp8_layout, load_dequantised
+from isingcut.models.load import load
+from isingcut.options.healing import HealConfig
 from tiny import tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
@@ -82,6 +87,51 @@ def test_every_layout_is_read_and_cut(layout, tmp_path):
         torch.testing.assert_close(value.data, plain[name].data, rtol=1 / 15, atol=1e-3)
     excise(source, [0, 3], tmp_path / "out")
     assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
+
+
+@pytest.mark.parametrize("shards", [0, 20_000, 1])
+@pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
+def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
+    layout, shards, tmp_path
+):
+    source = tiny_checkpoint("qwen3", tmp_path / "source")
+    quantise(source, layout)
+    excise(source, [2], tmp_path / "cut", **({"max_shard_bytes": shards} if shards else {}))
+    teacher = load(source, dtype="float32", device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    text = TokenSet.from_rows(torch.randint(8, 262, (48, 24), generator=generator).tolist())
+    config = HealConfig(patch="linear", patch_tokens=4096)
+    job = Job(teacher, (2,), tmp_path / "cut", text, tmp_path / "work", config)
+    record = LinearPatch().heal(job, tmp_path / "patched")
+    assert record["proof"]["difference"] == 0.0
+    assert record["cuts"][0]["stored"] == "bfloat16, not quantised"
+    module = "model.layers.1.mlp.down_proj"
+    before, after = (read_checkpoint(tmp_path / n) for n in ("cut", "patched"))
+    assert before[f"{module}.weight"].dtype == "F8_E4M3"
+    assert after[f"{module}.weight"].dtype == "BF16"
+    own = {name for name in before if name.startswith(module)}
+    assert {name for name in after if name.startswith(module)} == {f"{module}.weight"}
+    assert before.keys() - own == after.keys() - own
+    for name in after.keys() - own:
+        assert (after[name].dtype, bytes_of(after[name])) == (
+            before[name].dtype,
+            bytes_of(before[name]),
+        )
+    if shards:
+        index = json.loads((tmp_path / "patched" / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {n: t.file.name for n, t in sorted(after.items())}
+        assert index["metadata"]["total_size"] == sum(t.size for t in after.values())
+    file, part, name = {
+        "fp8": ("config.json", "quantization_config", "modules_to_not_convert"),
+        "compressed-tensors": ("config.json", "quantization_config", "ignore"),
+        "modelopt": ("hf_quant_config.json", "quantization", "exclude_modules"),
+    }[layout]
+    told = [json.loads((tmp_path / n / file).read_text())[part][name] for n in ("cut", "patched")]
+    assert told[1] == [*told[0], module]
+    again, _ = load_dequantised(tmp_path / "patched", torch.float32)
+    weight = again.get_submodule(module).weight
+    assert torch.equal(weight, weight.bfloat16().float())
+    assert not torch.equal(weight, teacher.model.get_submodule(module).weight)
 
 
 def test_names_in_quantisation_lists_follow(tmp_path):

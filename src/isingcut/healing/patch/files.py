@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.files.writing import atomic_folder
+from isingcut.healing.patch.float8 import replace_float8
 from isingcut.models.architectures.names import renumbering
 from isingcut.models.architectures.surgery import depth, written_out
 from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
 from isingcut.models.fit import block_prefix
-from isingcut.models.fp8 import DTYPES
+from isingcut.models.fp8 import DTYPES, fp8_layout
 
 RECORD = "isingcut.json"
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 
 class StoredLayers:
@@ -34,7 +36,9 @@ class StoredLayers:
     def __init__(self, folder: Path, removed: Sequence[int]) -> None:
         self.folder = folder
         self._stored = read_checkpoint(folder)
-        kept = depth(written_out(read_config(folder)))
+        config = read_config(folder)
+        kept = depth(written_out(config))
+        self._dtypes = (*PLAIN, *_FLOAT8) if fp8_layout(folder, config) else PLAIN
         self._places = renumbering(kept + len(removed), removed)
         self._prefix = block_prefix(self._stored.values(), kept)
 
@@ -50,7 +54,8 @@ class StoredLayers:
             bias: whether that layer has one.
 
         Raises:
-            ArchitectureError: it is not there under its own name, or not as plain numbers.
+            ArchitectureError: it is not there under its own name, or neither as plain numbers nor
+                as float8.
         """
         name = f"{self._prefix}{self._places[block]}.{path}"
         weight, offset = self._stored.get(f"{name}.weight"), self._stored.get(f"{name}.bias")
@@ -60,18 +65,19 @@ class StoredLayers:
                 f"{list(shape)}: it names or packs its tensors differently from the model in "
                 "memory, so that a patch cannot be written; heal by distillation instead"
             )
-        if weight.dtype not in PLAIN:
+        if weight.dtype not in self._dtypes:
             raise ArchitectureError(
-                f"{name}.weight is stored as {weight.dtype}; a patch needs plain floating-point "
-                "weights: use the unquantised model"
+                f"{name}.weight is stored as {weight.dtype}; a patch needs floating-point weights: "
+                "use the unquantised model"
             )
         return weight, offset
 
 
 def as_stored(patch: Patch, layer: tuple[StoredTensor, StoredTensor | None]) -> Patch:
-    """The patch rounded to the dtypes it is stored in."""
+    """The patch rounded to the dtypes it is stored in: bfloat16 in the place of float8."""
     weight, bias = layer
-    rounded = patch.weight.to(DTYPES[weight.dtype])
+    dtype = torch.bfloat16 if weight.dtype in _FLOAT8 else DTYPES[weight.dtype]
+    rounded = patch.weight.to(dtype)
     offset = None
     if bias is not None and patch.bias is not None:
         offset = patch.bias.to(DTYPES[bias.dtype])
@@ -96,13 +102,21 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
         stored.layer(p.block, p.path, p.weight.shape, bias=p.bias is not None) for p in patches
     ]
     rounded = [as_stored(p, pair) for p, pair in zip(patches, layers, strict=True)]
+    float8: dict[str, Tensor] = {}
     with atomic_folder(out) as temporary:
         shutil.copytree(stored.folder, temporary, dirs_exist_ok=True)
         for patch, (weight, bias) in zip(rounded, layers, strict=True):
-            changed = _overwrite(temporary, weight, patch.weight)
+            if weight.dtype in _FLOAT8:
+                float8[weight.name] = patch.weight.detach().cpu()
+                patch.record["stored"] = "bfloat16, not quantised"
+                changed = True
+            else:
+                changed = _overwrite(temporary, weight, patch.weight)
             if bias is not None and patch.bias is not None:
                 changed = _overwrite(temporary, bias, patch.bias) or changed
             patch.record["changed"] = changed
+        if float8:
+            replace_float8(temporary, float8)
     return rounded
 
 

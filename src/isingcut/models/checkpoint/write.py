@@ -74,12 +74,12 @@ def write_checkpoint(
         shards[-1].append(tensor)
         room -= tensor.size
     if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0], metadata)
+        write_file(folder / SINGLE, shards[0], metadata)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard, metadata)
+        write_file(folder / file, shard, metadata)
         weight_map.update({tensor.name: file for tensor in shard})
     index = {
         "metadata": {"total_size": sum(tensor.size for tensor in tensors)},
@@ -88,7 +88,13 @@ def write_checkpoint(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
+def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as one safetensors file.
+
+    Args:
+        path: the new file, none of those that the tensors are read from.
+        metadata: the header's ``__metadata__``.
+    """
     # Wide dtypes first, so that every tensor starts at a multiple of its own element size.
     ordered = sorted(tensors, key=lambda t: -BITS[t.source.dtype])
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
