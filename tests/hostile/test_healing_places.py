@@ -183,7 +183,7 @@ WORDS = rows(
         ("batch", heal("--batch 3"), "--batch 3 must be a multiple of --micro-batch"),
         ("device", heal("--device tpu"), "--device: must be auto, cpu"),
         ("method", heal("--method qlora"), "--method must be one of"),
-        ("nothing to do", heal("--method none"), "leaves nothing to do"),
+        ("nothing to do", heal("--method none --patch none"), "leaves nothing to do"),
         ("many samples", heal("--samples 1000000"), "too short"),
         ("no file", WITH_FILE, "t.yaml"),
         ("a pipe", WITH_FILE, "t.yaml", lambda a: os.mkfifo(a.here / "t.yaml")),

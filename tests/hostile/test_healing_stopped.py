@@ -9,6 +9,8 @@ import torch
 from arena import Row
 from heal_rows import first_weight, heal, record, tensors, trainer
 
+from isingcut.models.cutting.checkpoint import excise
+
 
 class Stopped(Exception):
     """What a kill does, as far as the files are concerned."""
@@ -209,6 +211,14 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
     assert types(arena, heal("--patch linear --method none"), code=2, line=line, makes=()) == []
 
 
+def exact_cut(arena):
+    """A student whose weights are the original's, unlike the patched one of the run."""
+    removed = json.loads((arena.run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    record = json.dumps({key: removed[key] for key in ("removed", "of")})
+    files = {"isingcut.json": record}
+    excise(arena.model, removed["removed"], arena.here / "exact", extra_files=files)
+
+
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     from isingcut.healing.patch import exact
     from isingcut.healing.patch.least_squares import RidgeFit
@@ -218,7 +228,8 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
 
     monkeypatch.setattr(exact, "fit_ridge", too_small)
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
-    types(arena, heal("--patch linear --method none"), line=line)
+    command = heal("--patch linear --method none", student="{here}/exact")
+    types(arena, command, line=line, prepare=exact_cut)
     found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
     assert found["patch"]["changed"] is False
     assert {c["changed"] for c in found["patch"]["cuts"]} == {False}
