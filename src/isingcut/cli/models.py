@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,18 +51,22 @@ def excise(
         gguf = user_path(gguf)
         cutting.check_gguf(session, folder, gguf)
     written = [patching.make_model(session, folder, removed)]
+    packed: list[Any] = []
     if gguf is not None:
-        written.append(cutting.excise_gguf(folder, config, gguf, removed))
+        file, packed = cutting.excise_gguf(session, folder, gguf, removed)
+        written.append(file)
     data = {
         "removed": removed if removed is not None else solving.chosen_blocks(folder, config),
         "checkpoint": str(written[0]),
         "gguf": str(written[1]) if gguf is not None else None,
+        "repacked": [dataclasses.asdict(t) for t in packed],
     }
     lines = [str(path) for path in written]
+    lines += [
+        f"{t.name}, patched: {t.was} -> {t.kind}, relative error {t.error:.2%}" for t in packed
+    ]
     record = read_json(written[0] / "isingcut.json", "removal")
     warnings = [*(record.get("proof") or {}).get("remarks", []), *patch_warnings(record)]
-    if gguf is not None and (record.get("patch") or {}).get("cuts"):
-        warnings.append(f"{written[1].name} is the exact cut; only {written[0].name} is patched")
     return Answer(data, lambda: show_lines(lines), brief=lines[0], warnings=warnings)
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
-from isingcut.files.writing import atomic_folder, clear_os_errors, fingerprint
+from isingcut.files.writing import atomic_folder, clear_os_errors, fingerprint, read_json
+from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures.auto import loading_class_of
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import cut_gguf
 from isingcut.models.cutting.gguf_match import check_same_model
+from isingcut.models.cutting.gguf_patch import Changed, Repacked, changed_tensors, repacked
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming.proof import verify_streamed
 from isingcut.options.config import RunConfig
@@ -174,16 +177,33 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
 
 
 def excise_gguf(
-    folder: RunFolder, config: RunConfig, source: Path, removed: Sequence[int] | None = None
-) -> Path:
-    """`model.gguf`: the same blocks cut out of a GGUF file, its tensors' bytes untouched."""
+    session: Session, folder: RunFolder, source: Path, removed: Sequence[int] | None = None
+) -> tuple[Path, list[Repacked]]:
+    """`model.gguf`: the same blocks cut out of a GGUF file, its tensors' bytes untouched but those
+    of the layers that are patched in `model/`.
+
+    Returns:
+        the file, and how near the patched tensors are to those of `model/`.
+
+    Raises:
+        ArchitectureError: it cannot be cut, or the file has no tensor for a patched layer.
+    """
     regular_file(source, "the GGUF file")
+    config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
-    options = {"removed": blocks, "source": file_sha256(source)}
+    place = place_of(folder, config, removed)
+    cuts = (read_json(place / "model" / RECORD, "removal").get("patch") or {}).get("cuts", [])
+    options: dict[str, Any] = {"removed": blocks, "source": file_sha256(source)}
+    changed: dict[str, Changed] = {}
+    if cuts:
+        options["patch"] = fingerprint(cuts)
+        layers = [(cut["block"], cut["layer"]) for cut in cuts]
+        header = read_gguf(source)
+        changed = changed_tensors(header, session.source, place / "model", blocks, layers)
 
     def make(path: Path) -> None:
-        cut_gguf(source, blocks, path, overwrite=True)
+        cut_gguf(source, blocks, path, overwrite=True, changed=changed)
 
-    file = place_of(folder, config, removed) / "model.gguf"
-    refuse_source(file, [source])
-    return folder.stage("excise", file, options, make, lambda path: path)
+    refuse_source(place / "model.gguf", [source])
+    file = folder.stage("excise", place / "model.gguf", options, make, lambda path: path)
+    return file, repacked(source, file, changed, blocks) if changed else []

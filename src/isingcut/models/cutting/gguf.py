@@ -1,13 +1,13 @@
 """GGUF in, smaller GGUF out: blocks renumbered, per-layer metadata trimmed, bytes untouched.
 
 The checkpoint route (`excise`) unpacks a GGUF file to bfloat16; this one keeps every packed
-tensor as it is, for llama.cpp.
+tensor as it is, for llama.cpp, but those that a patch has changed (`gguf_patch`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from isingcut.files.outputs import refuse_source
 from isingcut.files.writing import atomic_file
 from isingcut.models.architectures.names import renumbering
 from isingcut.models.checkpoint.gguf_header import GgufHeader, block_of, read_gguf
+from isingcut.models.cutting.gguf_patch import Changed, laid_out, pack
 from isingcut.models.loading import loading
 
 # Architectures whose blocks llama.cpp configures from metadata alone. It derives the kind of a
@@ -79,7 +80,14 @@ _PREFIX = {"leading_dense_block_count"}
 _NOT_PER_LAYER = {"rope.dimension_sections", "rope.scaling.attn_factors"}
 
 
-def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool = False) -> None:
+def cut_gguf(
+    source: Path,
+    removed: Sequence[int],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    changed: Mapping[str, Changed] | None = None,
+) -> None:
     """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
 
     Args:
@@ -87,6 +95,7 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
         removed: block numbers, in any order.
         out: the new file; it appears only when it is whole.
         overwrite: allow ``out`` to be replaced.
+        changed: tensors that a patch has changed, by their names in ``source``.
 
     Raises:
         MissingExtraError: the package `gguf` is not installed.
@@ -105,6 +114,11 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
     mapping = renumbering(count, removed)
     _refuse_depth(header.architecture, count, len(mapping))
     header.blocks()
+    if changed and header.big_endian:
+        raise ArchitectureError(
+            f"{source} is big-endian, and a patch is only put into little-endian files; cut it "
+            "without a patch (--patch none)"
+        )
     import gguf
 
     with loading(f"the GGUF file {source}", CheckpointError):
@@ -133,15 +147,16 @@ def cut_gguf(source: Path, removed: Sequence[int], out: Path, *, overwrite: bool
             name = _new_name(tensor.name, mapping)
             if name is None:
                 continue
-            kept.append(tensor)
-            writer.add_tensor_info(
-                name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
-            )
+            data, kind = tensor.data, tensor.tensor_type
+            if changed and tensor.name in changed:
+                data, kind = pack(laid_out(source, tensor, changed[tensor.name]), kind)
+            kept.append(data)
+            writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in kept:  # memory-mapped: one tensor at a time
-            writer.write_tensor_data(tensor.data, tensor_endianess=reader.endianess)
+        for data in kept:  # memory-mapped: one tensor at a time
+            writer.write_tensor_data(data, tensor_endianess=reader.endianess)
         writer.close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
     width = next((text[k] for k in _WIDTHS if isinstance(text.get(k), int)), None)
     if width is not None:
         _same(header, "numbers in its stream", header.number("embedding_length"), width)
-    names = _names(header, len(blocks), read_checkpoint(model))
+    names = names_in_gguf(header, len(blocks), read_checkpoint(model))
     for i, block in enumerate(blocks):
         here = {f"blk.{i}.{name}" for name in block}
         wanted = {name for name in names if name.startswith(f"blk.{i}.")}
@@ -82,8 +83,8 @@ def _same(header: GgufHeader, what: str, found: int, wanted: int) -> None:
         )
 
 
-def _names(
-    header: GgufHeader, count: int, stored: dict[str, StoredTensor]
+def names_in_gguf(
+    header: GgufHeader, count: int, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """The checkpoint's tensors by the names that llama.cpp has for them, where it has one."""
     import gguf

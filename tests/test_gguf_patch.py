@@ -1,0 +1,156 @@
+"""A patched layer in a GGUF file: packed again, its error told, everything else untouched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import isingcut
+from isingcut.cli.main import app
+from isingcut.errors import ArchitectureError
+from isingcut.models.checkpoint.gguf_header import read_gguf
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.gguf import cut_gguf
+from isingcut.models.cutting.gguf_patch import changed_tensors, repacked
+from isingcut.testing.tiny import tiny_checkpoint
+from shared import OPTIONS
+
+gguf = pytest.importorskip("gguf")
+Kind = gguf.GGMLQuantizationType
+
+pytestmark = pytest.mark.usefixtures("no_speed")
+DOWN = "model.layers.1.mlp.down_proj.weight"
+THEIRS = "blk.1.ffn_down.weight"
+
+
+def six_bits(shape: tuple[int, int]) -> Any:
+    """Random Q6_K, which the package gguf unpacks only: per 256 numbers 208 bytes and a scale."""
+    generator = np.random.default_rng(0)
+    blocks = generator.integers(0, 256, (shape[0], shape[1] // 256, 210), dtype=np.uint8)
+    blocks[..., 208:] = np.full(blocks.shape[:-1], 1e-4, np.float16)[..., None].view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+def model_and_file(folder: Path, kind: Any, *, turned: bool = False) -> tuple[Path, Path]:
+    """A tiny llama and its GGUF file, the down-projections in one type."""
+    source = tiny_checkpoint("llama", folder / "model", intermediate_size=256)
+    tensors = load_file(source / "model.safetensors")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 6)
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
+    for key, value in {
+        "block_count": 6,
+        "context_length": 128,
+        "embedding_length": 32,
+        "feed_forward_length": 256,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+    }.items():
+        writer.add_uint32(f"llama.{key}", value)
+    for name, value in tensors.items():
+        theirs = names.get_name(name, try_suffixes=(".weight",))
+        if "down_proj" not in name:
+            writer.add_tensor(theirs, value.numpy())
+            continue
+        if kind == Kind.Q6_K:
+            packed = six_bits(tuple(value.shape))
+            tensors[name] = torch.from_numpy(gguf.dequantize(packed, kind))
+        else:
+            packed = gguf.quantize(value.numpy(), kind)
+        if turned:
+            packed = np.ascontiguousarray(packed[::-1])
+        writer.add_tensor(theirs, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source, folder / "m.gguf"
+
+
+def patched(source: Path, out: Path) -> torch.Tensor:
+    """The model without blocks 2 and 3, other numbers in the layer before them."""
+    excise(source, [2, 3], out)
+    tensors = load_file(out / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(tensors[DOWN].shape, generator=generator) * tensors[DOWN].std()
+    tensors[DOWN] = tensors[DOWN] + 0.3 * noise
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return tensors[DOWN]
+
+
+@pytest.mark.parametrize(
+    ("kind", "then", "most"),
+    [
+        (Kind.F32, Kind.F32, 0.0),
+        (Kind.F16, Kind.F16, 1e-3),
+        (Kind.BF16, Kind.BF16, 4e-3),
+        (Kind.Q8_0, Kind.Q8_0, 1e-2),
+        (Kind.Q4_0, Kind.Q4_0, 0.2),
+        (Kind.Q6_K, Kind.Q8_0, 1e-2),
+    ],
+)
+def test_the_patched_tensor_is_packed_again_and_the_others_are_untouched(
+    kind: Any, then: Any, most: float, tmp_path: Path
+) -> None:
+    source, file = model_and_file(tmp_path, kind)
+    wanted = patched(source, tmp_path / "patched").numpy()
+    layers = [(1, "mlp.down_proj")]
+    changed = changed_tensors(read_gguf(file), source, tmp_path / "patched", [2, 3], layers)
+    assert list(changed) == [THEIRS]
+    cut_gguf(file, [2, 3], tmp_path / "plain.gguf")
+    cut_gguf(file, [2, 3], tmp_path / "out.gguf", changed=changed)
+    plain, out = (
+        {t.name: t for t in gguf.GGUFReader(tmp_path / name).tensors}
+        for name in ("plain.gguf", "out.gguf")
+    )
+    assert plain.keys() == out.keys()
+    differ = [n for n in plain if plain[n].data.tobytes() != out[n].data.tobytes()]
+    assert differ == [THEIRS]
+    found = gguf.dequantize(out[THEIRS].data, out[THEIRS].tensor_type)
+    error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    assert error <= most
+    (told,) = repacked(file, tmp_path / "out.gguf", changed, [2, 3])
+    assert (told.name, told.was, told.kind) == (THEIRS, kind.name, then.name)
+    assert told.error == pytest.approx(error, rel=1e-4, abs=1e-9)
+    assert list(out[THEIRS].shape) == list(plain[THEIRS].shape)
+
+
+def test_a_tensor_that_is_laid_out_otherwise_is_refused(tmp_path: Path) -> None:
+    source, file = model_and_file(tmp_path, Kind.Q8_0, turned=True)
+    patched(source, tmp_path / "patched")
+    layers = [(1, "mlp.down_proj")]
+    changed = changed_tensors(read_gguf(file), source, tmp_path / "patched", [2, 3], layers)
+    with pytest.raises(ArchitectureError, match=rf"does not hold {DOWN} as the .*--patch none"):
+        cut_gguf(file, [2, 3], tmp_path / "out.gguf", changed=changed)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_command_says_how_near_the_patched_tensor_is(tmp_path: Path, text: Path) -> None:
+    source, file = model_and_file(tmp_path, Kind.Q8_0)
+    run = tmp_path / "run"
+    given = {"model": str(source), "calibration": str(text), "out": str(run), "drop": "2,3"}
+    isingcut.run(**{**OPTIONS, "energy": "fisher", "remove": 2, **given})
+    found = CliRunner().invoke(app, ["excise", str(run), "--gguf", str(file), "--json"])
+    assert found.exit_code == 0, found.output
+    (told,) = json.loads(found.stdout)["repacked"]
+    assert (told["name"], told["was"], told["kind"]) == (THEIRS, "Q8_0", "Q8_0")
+    assert 0 < told["error"] < 0.01
+    wanted = load_file(run / "model" / "model.safetensors")[DOWN].numpy()
+    tensors = {t.name: t for t in gguf.GGUFReader(run / "model.gguf").tensors}
+    values = gguf.dequantize(tensors[THEIRS].data, tensors[THEIRS].tensor_type)
+    assert np.linalg.norm(values - wanted) < 0.01 * np.linalg.norm(wanted)
+    again = CliRunner().invoke(app, ["excise", str(run), "--gguf", str(file)])
+    assert f"{THEIRS}, patched: Q8_0 -> Q8_0, relative error 0." in again.output
+    plain = ["excise", str(run), "--gguf", str(file), "--patch", "none", "--overwrite", "--json"]
+    found = CliRunner().invoke(app, plain)
+    assert json.loads(found.stdout)["repacked"] == []
+    before = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    after = {t.name: t for t in gguf.GGUFReader(run / "model.gguf").tensors}
+    assert after[THEIRS].data.tobytes() == before[THEIRS].data.tobytes()
