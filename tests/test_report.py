@@ -16,7 +16,7 @@ from isingcut.errors import StageFileError
 from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
-from isingcut.report import card
+from isingcut.report import card, words
 from isingcut.report.read_run import read_run
 from isingcut.report.render import fenced
 from isingcut.report.words import fidelity_warnings, ranking_warnings, spectrum_map
@@ -420,6 +420,39 @@ def test_the_card_without_a_ranking_claims_no_measurement(folder: Path) -> None:
 
 def healed() -> dict[str, Any]:
     return healing([{"step": 1, "tokens": 512, "loss": 1.0}], [10, 11], N)
+
+
+def patch(**more: Any) -> dict[str, Any]:
+    text = {"source": "-", "samples": 7, "searched": 4, "tokens": 700, "asked": 900, "short": ""}
+    cut = {"removed": [3, 4], "block": 2, "layer": "mlp.down_proj", "held_out_error_left": 0.4}
+    proof = {"inputs": "text", "difference": 1e-7, "remarks": []}
+    found = {"cuts": [cut], "changed": True, "unpatched": [], "text": text, "proof": proof}
+    return {**found, **more}
+
+
+def test_a_patch_is_told_with_its_text_and_its_proof() -> None:
+    said = words.patch_story(patch())
+    assert (
+        "700 tokens of standard input (4 samples that the energy was measured on and 3 oth" in said
+    )
+    assert "on text they differ by 1.0e-07" in said
+    assert "asked for" not in said
+    short = {**patch()["text"], "short": "the source has no more"}
+    refused = [{"removed": [0, 0], "reason": "nothing stands before it"}]
+    said = words.patch_story(patch(text=short, unpatched=refused))
+    assert "each cut that can take one" in said
+    assert "900 were asked for, but the source has no more" in said
+
+
+def test_what_is_not_patched_is_said_once_or_cut_by_cut() -> None:
+    refused = [{"removed": [i, i + 1], "reason": "a norm"} for i in (3, 7)]
+    assert words.patch_warnings({"unpatched": refused}) == ["not patched: a norm"]
+    some = words.patch_warnings({"patch": patch(unpatched=refused[:1])})
+    assert some == ["not patched at blocks 3 to 4: a norm"]
+    scores = {"last": "patched", "kl": 0.5, "cut": {"kl": 0.4}}
+    (worse,) = words.patch_warnings(scores)
+    assert "KL is 0.5000 with it and 0.4000 without" in worse
+    assert words.patch_warnings({**scores, "kl": 0.3}) == []
 
 
 def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder: Path) -> None:

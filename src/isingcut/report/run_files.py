@@ -198,7 +198,8 @@ class RunFiles:
     def warnings(self) -> list[str]:
         """What a reader must know before trusting the energy, the cut or its patch."""
         said = [] if self.proof is None else list(self.proof["remarks"])
-        said += patch_warnings(self.removal or {})
+        patch = [*patch_warnings(self.removal or {}), *patch_warnings(self.evaluation or {})]
+        said += dict.fromkeys(patch)
         if self.candidates is None:
             return said
         return ranking_warnings(self.energy, self.candidates) + said

@@ -13,6 +13,8 @@ FAR_TOO_LOW = 0.5
 """Below this share of its measured loss a state's energy is called far too low."""
 FEW_STATES = 30
 
+_SOURCES = {"-": "standard input", "self": "text that the model wrote"}
+
 
 def numbers(blocks: Sequence[int]) -> str:
     """Block numbers as a list in words."""
@@ -118,7 +120,9 @@ def fidelity_warnings(energy: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def patch_warnings(found: Mapping[str, Any]) -> list[str]:
-    """Which cuts were not patched, and why: one line where the reason is the same for all.
+    """Which cuts were not patched, and why, and that a patch did not help where it did not.
+
+    One line where the reason is the same for all cuts.
 
     Args:
         found: with ``unpatched``, or with a ``patch`` that has it: a record of a checkpoint, an
@@ -129,7 +133,14 @@ def patch_warnings(found: Mapping[str, Any]) -> list[str]:
     reasons = dict.fromkeys(cut["reason"] for cut in cuts)
     if len(reasons) == 1 and not patched:
         return [f"not patched: {next(iter(reasons))}"]
-    return [
+    said = []
+    if found.get("last") == "patched" and found["kl"] > found["cut"]["kl"]:
+        said.append(
+            f"the patch did not help: on unseen text the KL is {found['kl']:.4f} with it and "
+            f"{found['cut']['kl']:.4f} without; give it more --patch-tokens or other text, or take "
+            "the exact cut (--patch none)"
+        )
+    return said + [
         f"not patched at blocks {cut['removed'][0]} to {cut['removed'][-1]}: {cut['reason']}"
         for cut in cuts
     ]
@@ -146,10 +157,11 @@ def patch_story(patch: Mapping[str, Any]) -> str:
     text, proof = patch.get("text"), patch.get("proof")
     if text is not None:
         own, further = text["searched"], text["samples"] - text["searched"]
+        source = _SOURCES.get(text["source"], text["source"])
         samples = f"{own} samples that the energy was measured on"
         samples += f" and {further} others" if further > 0 else ""
         said += (
-            f", fitted on {text['tokens']:,} tokens of {text['source']} ({samples}), none of them "
+            f", fitted on {text['tokens']:,} tokens of {source} ({samples}), none of them "
             "in the splits that rank and report"
         )
         if text["short"]:
