@@ -44,8 +44,9 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
         return excise(session, folder, removed)
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     place = place_of(folder, config, removed)
-    how = {"tokens": config.patch_tokens, "maps": heal_config(config).patch_maps}
-    options = {"removed": blocks, "patch": how, **upstream(folder)}
+    maps = heal_config(config).patch_maps
+    how = {"tokens": config.patch_tokens, "maps": maps, **upstream(folder)}
+    options = {"removed": blocks, "patch": how}
 
     def make(path: Path) -> None:
         cut = excise(session, folder, removed, name=CUT)
