@@ -1,5 +1,6 @@
 """FP8 checkpoints: three layouts read as plain numbers; a 52-block Nemotron-H cut as it is."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fp8 import dequantise, dequantised, fp8_layout, load_dequantised
 from isingcut.models.load import load
+from isingcut.models.streaming.opening import load_streamed
 from isingcut.options.healing import HealConfig
 from tiny import tiny_checkpoint, tiny_model
 
@@ -132,6 +134,12 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     weight = again.get_submodule(module).weight
     assert torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, teacher.model.get_submodule(module).weight)
+    if shards == 20_000:
+        teacher, replay = load_streamed(source, dtype="float32", device="cpu")
+        job = dataclasses.replace(job, teacher=teacher, replay=replay)
+        assert LinearPatch().heal(job, tmp_path / "streamed") == record
+        for name, tensor in read_checkpoint(tmp_path / "streamed").items():
+            assert bytes_of(tensor) == bytes_of(after[name])
 
 
 def test_names_in_quantisation_lists_follow(tmp_path):

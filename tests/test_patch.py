@@ -267,6 +267,18 @@ def test_half_precision_does_not_hide_who_absorbs() -> None:
             assert find_write(recording, replay.blocks[0], 0, entered, stack.kinds[0]) is None
 
 
+@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+def test_half_precision_does_not_hide_gains(family: str) -> None:
+    left = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model: Any = tiny_model(family)
+        # A stream so large that what is written to it is rounded to a few steps.
+        model.get_input_embeddings().weight.data *= 40
+        (patch,) = fitted(model.to(dtype), [2], tokens(64))
+        left.append(patch.record["held_out_error_left"])
+    assert left[1] == pytest.approx(left[0], rel=0.03)
+
+
 def block_error(model: Any, patches: Sequence[Patch], p: int, last: int, text: TokenSet) -> float:
     """Weighted squares between the original's stream after a cut and that after block p."""
     found: dict[str, Tensor] = {}
