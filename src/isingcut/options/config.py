@@ -20,6 +20,7 @@ from isingcut.options.spellings import (
     parse_removal,
 )
 from isingcut.options.types import (
+    TEXT,
     Blocks,
     Bounds,
     Count,
@@ -64,10 +65,10 @@ class RunConfig(Options):
     out: Place = option("", "Folder for the run; every stage writes its file there.", "report")
 
     calibration: Place = option(
-        "wiki",
+        TEXT,
         "Text to measure on: a .txt, .jsonl, .json or .csv file (also as .gz), - for standard "
         "input, a datasets name, 'wiki', 'python' (its library's code) or 'self'; or a mixture by "
-        "shares of tokens: wiki=0.7,my.jsonl=0.3.",
+        "shares of tokens.",
         "calibration",
     )
     samples: Count | None = option(

@@ -10,6 +10,7 @@ from isingcut.errors import InputError
 from isingcut.options.declaration import Options, option
 from isingcut.options.types import (
     BATCH_TOKENS,
+    TEXT,
     Bounds,
     Count,
     Device,
@@ -49,7 +50,7 @@ class HealConfig(Options):
     teacher: Place = option("", "The original: folder, hub id, .gguf file or 'smollm2'.")
     out: Place = option("", "Folder for the healed checkpoint.")
     text: Place = option(
-        "wiki",
+        TEXT,
         "Text to heal with: a file or - as for --calibration, a datasets name, 'wiki', "
         "'python', or a mixture.",
     )

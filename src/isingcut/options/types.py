@@ -69,5 +69,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Patch = Literal["none", "linear"]
 
 PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
+TEXT = "wiki=0.75,python=0.25"
+"""Prose and code, without a network: a patch fitted on prose alone makes code worse."""
 BATCH_TOKENS = 1024
 """Tokens computed at a time where neither an option nor a timing says another number."""
