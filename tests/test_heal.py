@@ -16,6 +16,7 @@ import torch
 from isingcut.cli.show_scores import healing_warnings
 from isingcut.console.progress import Bar
 from isingcut.data.healing_text import build
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import (
     ArchitectureError,
     InputError,
@@ -26,11 +27,14 @@ from isingcut.errors import (
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
-from isingcut.healing.training import kl as kl
+from isingcut.healing.job import Job
+from isingcut.healing.training import room, train
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
+from isingcut.models.processes import Processes
+from isingcut.models.streaming.memory import Allowance
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_checkpoint
@@ -157,6 +161,48 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     for name, tensor in one.items():
         pair = [t.file.read_bytes()[t.start : t.start + t.size] for t in (tensor, two[name])]
         assert pair[0] == pair[1], name
+
+
+def test_conversations_learn_the_same_in_any_micro_batches(models: Path, tmp_path: Path) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": "cold river " * (1 + i % 5) + str(i)}]}
+        for i in range(40)
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    given = {"text": str(path), "length": 48}
+    one, more = (
+        curve(heal(options(models, tmp_path / f"m{micro}", micro_batch=micro, **given)))
+        for micro in (1, None)
+    )
+    for mine, theirs in zip(one, more, strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_activations_are_recomputed_where_one_sample_leaves_no_room(
+    models: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[room.Way] = []
+    real = room.way_of
+    monkeypatch.setattr(train, "way_of", lambda *given: (ways.append(real(*given)), ways[-1])[1])
+    heal(options(models, tmp_path / "a", micro_batch=None))
+    monkeypatch.setattr(room, "allowance", lambda limit, device: Allowance(0, 0))
+    out = heal(options(models, tmp_path / "b", micro_batch=None))
+    heal(options(models, tmp_path / "c", micro_batch=None, gradient_checkpointing=False, steps=1))
+    assert [(w.recompute, w.most) for w in ways] == [(False, 4 * 32), (True, 32), (False, 32)]
+    for mine, theirs in zip(curve(out), curve(healed), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_a_batch_is_shared_by_all_processes_alike(models: Path, tmp_path: Path) -> None:
+    teacher = load(models / "teacher", dtype="float32", device="cpu")
+    tokens = TokenSet.from_rows([[1, 2, 3]] * 4)
+    config = options(models, tmp_path / "out", batch=3)
+    two = Processes(0, 2)
+    job = Job(teacher, REMOVED, models / "student", tokens, tmp_path, config, processes=two)
+    with pytest.raises(InputError, match="a multiple of the number of processes, here 2"):
+        train.train(job, tmp_path / "out")
 
 
 def _types(said: Path, *arguments: object) -> None:
@@ -365,8 +411,6 @@ def test_other_weights_are_not_taken_for_a_cut(models: Path, tmp_path: Path) -> 
 
 
 def test_what_is_refused(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="multiple of --micro-batch"):
-        heal(options(models, tmp_path / "a", batch=3))
     with pytest.raises(InputError, match="lacks no block of teacher"):
         heal(options(models, tmp_path / "b", student=str(models / "teacher")))
     with pytest.raises(InputError, match="a model of 6 blocks, but the teacher"):

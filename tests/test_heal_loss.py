@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from isingcut.healing.training import kl as kl
+from isingcut.healing.training.batches import collate
 from isingcut.healing.training.rounds import Objective, install, separable
-from isingcut.healing.training.train import collate
 from isingcut.testing.tiny import tiny_model
 
 
@@ -23,9 +23,19 @@ def reference(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     return (logp.exp() * (logp - logq)).sum()
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both forms of the loss, over few rows at a time."""
+    for name in ("_BUFFER_ELEMENTS", "_CACHED_ELEMENTS"):
+        monkeypatch.setattr(kl, name, 3 * 17)
+    if request.param == "torch":
+        monkeypatch.setattr(kl, "_compiles", lambda logits: False)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_divergence_and_its_gradient(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kl, "_BUFFER_ELEMENTS", 3 * 17)
+def test_divergence_and_its_gradient(temperature: float) -> None:
     student, teacher = normal(7, 17), normal(7, 17, seed=1)
     exact, ours = student.clone().requires_grad_(), student.float().requires_grad_()
     expected = reference(exact, teacher, temperature)
@@ -48,6 +58,7 @@ def lumped(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     return (both[0] * (both[0].log() - both[1].log())).sum()
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("k", [1, 5, 16])
 def test_divergence_from_the_kept_answers(k: int) -> None:
     student, teacher = normal(6, 17), normal(6, 17, seed=1)
@@ -63,6 +74,22 @@ def test_divergence_from_the_kept_answers(k: int) -> None:
     assert ours.grad is not None
     assert exact.grad is not None
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_half_precision_gives_the_loss_of_its_own_logits(kept: bool) -> None:
+    student, teacher = normal(6, 4099).bfloat16(), normal(6, 4099, seed=1).bfloat16()
+    ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    whole = teacher.double()
+    found = kl.divergence(ours, kl.top_k(teacher, 8) if kept else teacher)
+    expected = lumped(exact, whole, 8) if kept else reference(exact, whole)
+    found.backward()
+    expected.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert ours.grad is not None
+    assert exact.grad is not None
+    # The gradient is stored in bfloat16: eight bits.
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2**-8, atol=1e-6)
 
 
 def test_all_answers_kept_is_the_whole_divergence() -> None:

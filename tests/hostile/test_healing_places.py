@@ -180,7 +180,7 @@ WORDS = rows(
         ("hidden weight", heal("--hidden-weight nan"), "hidden.weight"),
         ("seed", heal("--seed -1"), "seed"),
         ("no steps", heal("--steps 0"), "--steps must be at least 1"),
-        ("batch", heal("--batch 3"), "--batch 3 must be a multiple of --micro-batch"),
+        ("batch", heal("--batch 0"), "--batch must be at least 1"),
         ("device", heal("--device tpu"), "--device: must be auto, cpu"),
         ("method", heal("--method qlora"), "--method must be one of"),
         ("nothing to do", heal("--method none --patch none"), "leaves nothing to do"),

@@ -172,8 +172,11 @@ def _parameter(of: type[Options], asked: str, *, repeated: bool) -> inspect.Para
     else:
         default = "" if f.default in ("", None, False) else f" (default: {f.default})"
         room = f.metadata["room"]
+        called = asked if name != asked else flag(f)
+        if plain_type(of, name) is bool and f.default is None:
+            called += f"/--no-{called.removeprefix('--')}"
         info = typer.Option(
-            asked if name != asked else flag(f),
+            called,
             help=f.metadata["help"] + default,
             metavar=f.metadata["metavar"],
             autocompletion=part_names(room) if room else None,

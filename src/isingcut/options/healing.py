@@ -85,7 +85,9 @@ class HealConfig(Options):
     top_steps: Count = option(20, "Steps for each candidate of `run --heal-top`.")
     steps: Count | None = option(None, "Stop after so many steps; the schedule ends there.")
     batch: Size = option(16, "Sequences per optimiser step, over all processes.")
-    micro_batch: Size = option(1, "Sequences computed at a time by one process.")
+    micro_batch: Size | None = option(
+        None, "Sequences computed at a time by one process (default: as memory allows)."
+    )
     temperature: Annotated[float, Bounds(gt=0, le=1000)] = option(
         1.0, "Both distributions are softened by it."
     )
@@ -103,8 +105,10 @@ class HealConfig(Options):
     )
     lora_rank: Size = option(16, "Rank of the LoRA matrices.")
     lora_alpha: Count = option(32, "Their scale.")
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass: less memory, more time."
+    gradient_checkpointing: bool | None = option(
+        None,
+        "Recompute activations in the backward pass: less memory, more time (default: where one "
+        "sequence needs it).",
     )
     save_steps: Count = option(50, "Steps between states an interrupted healing resumes at.")
     trainer: Place = option(

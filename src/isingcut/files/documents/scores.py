@@ -158,6 +158,13 @@ class HealingTargets(Strict):
     samples: Count
 
 
+class HealingWay(Strict):
+    """How a training is computed on its machine."""
+
+    most: Some
+    recompute: bool
+
+
 class HealingTrained(HealingCurve):
     """What a finished training has to say."""
 

@@ -1,25 +1,38 @@
 """KL(teacher || student) of logits, a few rows of the vocabulary at a time.
 
 The float32 copies of a batch of logits (tokens x vocabulary) never exist whole: rows are taken in
-chunks, each chunk's gradient is formed with its value and kept in the logits' own dtype. Where the
-head is separable (`rounds.separable`), the logits themselves exist only a chunk at a time, too.
+chunks, each chunk's gradient is formed with its value and kept in the logits' own dtype; on a CPU
+compiled loops read a few rows from its cache (`compute.kernels`). Where the head is separable
+(`rounds.separable`), the logits themselves exist only a chunk at a time, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from isingcut.models.compute.divergence import row_kl
+from isingcut.models.compute.divergence import RowSums, row_kl
+from isingcut.models.compute.kernels import (
+    bits,
+    compiled_for,
+    in_threads,
+    softmax_difference,
+    softmax_gradient,
+)
 
 CHUNK_ELEMENTS = 1 << 26
 """Elements of logits looked at together, at most."""
 _BUFFER_ELEMENTS = 1 << 22
+# What stays in a CPU's cache while it is read three times.
+_CACHED_ELEMENTS = 1 << 19
+# A logit that counts nothing, and of which no infinity comes.
+_NEVER = -3.0e38
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,10 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        if temperature == 1 and _compiles(student):
+            found, gradient = _compiled(student, teacher)
+            ctx.save_for_backward(gradient)
+            return found
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.empty_like(student)
         step = max(1, _BUFFER_ELEMENTS // student.shape[-1])
@@ -78,7 +95,51 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient.mul_(grads[0]), None, None
+
+
+def _compiles(logits: Tensor) -> bool:
+    return compiled_for(logits) and logits.dtype in (torch.bfloat16, torch.float32)
+
+
+def _compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the rows' KL and its gradient, on a CPU."""
+    gradient = torch.empty(student.shape, dtype=student.dtype)
+    total, labels = 0.0, torch.zeros(len(student), dtype=torch.int64)
+    step = max(1, _CACHED_ELEMENTS // student.shape[-1])
+    for a in range(0, len(student), step):
+        rows = slice(a, a + step)
+        q, p, none = student[rows].detach(), teacher[rows], labels[rows]
+        theirs = RowSums(none)
+        theirs.add(p)
+        mine = RowSums(none, theirs.log_z)
+        mine.add(q, reference=p)
+        total += float(mine.kl.sum())
+        given = (bits(q), mine.log_z.numpy(), bits(p), theirs.log_z.numpy(), bits(gradient[rows]))
+        in_threads(partial(softmax_difference, *given), len(q), q.numel())
+    return torch.tensor(total, dtype=torch.float32), gradient
+
+
+def _log_sum(logits: Tensor) -> Tensor:
+    """(R,) float32: logarithm of each row's sum of exponentials."""
+    if not _compiles(logits):
+        return logits.float().logsumexp(-1)
+    sums = RowSums(torch.zeros(len(logits), dtype=torch.int64))
+    sums.add(logits)
+    return sums.log_z.float()
+
+
+def _softmax_times(logits: Tensor, log_z: Tensor, scale: Tensor, written_later: Tensor) -> None:
+    """Put each row's softmax times its scale in the place of its logits.
+
+    Args:
+        written_later: (R,), a column of each row whose value does not matter.
+    """
+    if not _compiles(logits):
+        logits.copy_((logits.float() - log_z[:, None]).exp_() * scale[:, None])
+        return
+    given = (bits(logits), log_z.numpy(), written_later.numpy(), scale.numpy())
+    in_threads(partial(softmax_gradient, *given), len(logits), logits.numel())
 
 
 class _TailedDivergence(torch.autograd.Function):
@@ -87,31 +148,32 @@ class _TailedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, indices: Tensor, logp: Tensor, tail: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.empty_like(student)
-        step = max(1, _BUFFER_ELEMENTS // student.shape[-1])
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        elements = _CACHED_ELEMENTS if _compiles(student) else _BUFFER_ELEMENTS
+        step = max(1, elements // student.shape[-1])
         for a in range(0, len(student), step):
-            top, target = indices[a : a + step], logp[a : a + step].float()
-            mass = tail[a : a + step].float()
-            logq = torch.log_softmax(student[a : a + step].float(), dim=-1)
-            chosen = logq.gather(1, top)
-            log_tail = logq.scatter(1, top, float("-inf")).logsumexp(-1)
+            rows = slice(a, a + step)
+            top, target, mass = indices[rows], logp[rows].float(), tail[rows].float()
+            part = gradient[rows].copy_(student[rows]).scatter_(1, top, _NEVER)
+            picked = student[rows].gather(1, top).float()
+            log_tail = _log_sum(part)
+            log_z = torch.logaddexp(log_tail, picked.logsumexp(-1))
+            chosen, log_tail = picked - log_z[:, None], log_tail - log_z
             p = target.exp()
             value = (p * (target - chosen)).sum(-1)
             value = value + torch.where(mass > 0, mass * (mass.log() - log_tail), 0.0)
             total += value.sum(dtype=torch.float64)
-            q = logq.exp_()
             # A tail token's target is its share of the student's own tail.
             share = torch.where(mass > 0, 1 - (mass.log() - log_tail).exp(), 1.0)
-            part = q * share[:, None]
-            part.scatter_(1, top, q.gather(1, top) - p)
-            gradient[a : a + step] = part
+            _softmax_times(part, log_z, share, top[:, 0])
+            part.scatter_(1, top, (chosen.exp() - p).to(part.dtype))
         ctx.save_for_backward(gradient)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        return gradient.mul_(grads[0]), None, None, None
 
 
 def divergence(student: Tensor, teacher: Tensor | TopK, temperature: float = 1.0) -> Tensor:

@@ -85,8 +85,11 @@ def install(student: Any, plain: Any, objective: Objective) -> None:
     hidden = bool(objective.hidden_weight)
 
     def read(whole: Any, taken: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """What predicts the next tokens, (n, D) for a head or (n, V), and the hidden states."""
-        options = {"attention_mask": mask, "use_cache": False, "output_hidden_states": hidden}
+        """What predicts the next tokens, (n, D) for a head or (n, V), and the hidden states.
+
+        Padding is on the right, where no real token sees it: the models need no mask.
+        """
+        options = {"use_cache": False, "output_hidden_states": hidden}
         output = taken[0](ids, **options) if taken else whole(ids, **options)
         stream = stream_of(output) if taken else output.logits
         rows = mask[:, 1:].bool()
@@ -148,8 +151,8 @@ def _mismatch(
     return total / len(pairs) * (rows.sum() / real.sum())
 
 
-def targets(teacher: Any, ids: Tensor, mask: Tensor, k: int) -> TopK:
+def targets(teacher: Any, ids: Tensor, k: int) -> TopK:
     """The teacher's `TopK` (B, T, k) at every position of a batch, padded ones included."""
     with torch.no_grad():
-        logits = text_model(teacher)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = text_model(teacher)(input_ids=ids, use_cache=False).logits
     return stacked([top_k(row, k) for row in logits])

@@ -29,8 +29,7 @@ def load_student(folder: Path, config: HealConfig) -> Any:
 
 def trainable(plain: Any, config: HealConfig) -> Any:
     """The model with what is trained of it: all weights, or small matrices beside them."""
-    if config.gradient_checkpointing:
-        plain.config.use_cache = False
+    plain.config.use_cache = False
     if config.method == "full":
         return plain.requires_grad_(True)
     import peft

@@ -116,7 +116,7 @@ def _in_memory(job: Job, part: slice, together: int, k: int) -> TopK:
     """The answers to some samples, from a teacher in memory."""
     teacher = job.teacher.model
     ids = job.tokens.input_ids[part].to(teacher.device)
-    return targets(teacher, ids, job.tokens.mask[part].to(teacher.device).long(), k)
+    return targets(teacher, ids, k)
 
 
 def _group(replay: StreamedReplay, tokens: TokenSet, together: int) -> int:

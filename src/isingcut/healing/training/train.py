@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from isingcut.console.progress import Bar
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, ModelError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import mark
@@ -22,18 +22,45 @@ from isingcut.files.writing import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
 from isingcut.healing.trainer_file import read_trainer_file
+from isingcut.healing.training.batches import Rows, Steps, collate
+from isingcut.healing.training.room import Way, way_of
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, trainable
-from isingcut.healing.training.targets import Kept, keep_targets
-from isingcut.healing.work_folder import complete_states
+from isingcut.healing.training.targets import keep_targets
+from isingcut.healing.work_folder import complete_states, kept
+from isingcut.models.compute.attention import NAME, attending, pays_in_training
 from isingcut.models.loading import quiet_transformers
+from isingcut.models.replay import reuse_freed_memory
+from isingcut.models.text_alone import text_model
 from isingcut.models.transformers_private import checkpointing
 
 _CURVE = "healing-curve.json"
 
 
 class _Trainer(Trainer):
-    """Saves states that a kill or a full disk leaves whole or recognisably unfinished."""
+    """Saves states that a kill or a full disk leaves whole or recognisably unfinished.
+
+    Args:
+        order: this process's micro-batches.
+    """
+
+    def __init__(self, order: Steps, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.order = order
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Micro-batches as they are: what is dealt to this process already is not dealt again."""
+        arguments: Any = self.args
+        workers = arguments.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.order,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=bool(workers and arguments.dataloader_persistent_workers),
+            prefetch_factor=arguments.dataloader_prefetch_factor if workers else None,
+        )
 
     def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
         # `_Watch.on_save` marks it complete; one left by an earlier call is no part of it.
@@ -45,44 +72,6 @@ class _Trainer(Trainer):
         except BaseException:
             shutil.rmtree(target, ignore_errors=True)
             raise
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Samples as the Trainer takes them, without padding.
-
-    Args:
-        tokens: the samples.
-        kept: the teacher's stored targets, None where the teacher itself is at hand.
-    """
-
-    def __init__(self, tokens: TokenSet, kept: Kept | None = None) -> None:
-        self.tokens, self.kept = tokens, kept
-
-    def __len__(self) -> int:
-        return self.tokens.samples
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        length = int(self.tokens.mask[i].sum())
-        row = {"input_ids": self.tokens.input_ids[i, :length]}
-        if self.kept is not None:
-            row |= {name: t[:length] for name, t in self.kept.sample(i).items()}
-        return row
-
-
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch, padded on the right; ``labels`` are -100 but where a prediction counts."""
-    width = max(len(r["input_ids"]) for r in rows)
-
-    def padded(values: Tensor) -> Tensor:
-        rest = values.new_zeros((width - len(values), *values.shape[1:]))
-        return torch.cat([values, rest])
-
-    batch = {name: torch.stack([padded(r[name]) for r in rows]) for name in rows[0]}
-    mask = torch.stack([padded(torch.ones_like(r["input_ids"])) for r in rows])
-    labels = batch["input_ids"].masked_fill(mask == 0, -100)
-    # The first token of a row is never predicted; the count of the others scales the loss.
-    labels[:, 0] = -100
-    return {**batch, "attention_mask": mask, "labels": labels}
 
 
 class _Watch(TrainerCallback):
@@ -147,17 +136,51 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         InputError: settings that do not fit each other, or the number of processes.
         ModelError: the loss is no number.
     """
-    config = job.config
-    arguments = _arguments(job)
-    kept = keep_targets(job) if config.top_k else None
+    config, device = job.config, job.teacher.device
+    if config.batch % job.processes.size:
+        raise InputError(
+            f"--batch {config.batch} must be a multiple of the number of processes, here "
+            f"{job.processes.size}"
+        )
+    reuse_freed_memory()
+    answers = keep_targets(job) if config.top_k else None
     plain = load_student(job.start, config)
     student = trainable(plain, config)
-    plain.to(arguments.device)
+    plain.to(device)
     original: Any = job.teacher.model
-    teacher = None if kept is not None else original.to(arguments.device)
+    teacher = None if answers is not None else original.to(device)
+    half = job.teacher.dtype == torch.bfloat16
+    pays = pays_in_training(text_model(plain), int(job.tokens.mask.sum(1).max()), half=half)
     objective = Objective(teacher, config.temperature, _pairs(job), config.hidden_weight)
     install(student, plain, objective)
-    watch = _Watch(job, arguments.device)
+    with (
+        quiet_transformers(),
+        attending(plain, NAME if pays else None),
+        attending(plain if teacher is None else teacher, NAME if pays else None),
+    ):
+        watch = _Watch(job, device)
+        _run(job, student, Rows(job.tokens, answers), watch, out)
+    return {
+        "steps": watch.curve,
+        "tokens_seen": watch.curve[-1]["tokens"] if watch.curve else 0,
+        "samples": job.tokens.samples,
+        "processes": job.processes.size,
+        "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
+    }
+
+
+def _run(job: Job, student: Any, rows: Rows, watch: _Watch, out: Path) -> None:
+    """Train from the last complete state on, and save the model."""
+    way = _way(job, student, rows)
+    order = Steps(
+        job.tokens.mask.sum(1).tolist(),
+        job.config.batch,
+        steps_of(job.config, job.tokens.samples),
+        job.processes.rank,
+        job.processes.size,
+        job.config.seed,
+        way.most,
+    ).parted()
 
     def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
@@ -167,35 +190,27 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         )
         return scaled
 
-    with quiet_transformers():
-        trainer = _Trainer(
-            model=student,
-            args=arguments,
-            train_dataset=Rows(job.tokens, kept),
-            data_collator=collate,
-            compute_loss_func=summed,
-            callbacks=[watch],
-        )
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-                trainer.remove_callback(callback)
-        last = _last_state(job)
-        if last is not None:
-            watch.curve = read_json(last / _CURVE, "healing-curve")["steps"]
-        resumed: Any = None if last is None else str(last)
-        try:
-            trainer.train(resume_from_checkpoint=resumed)
-        except ImportError as e:
-            raise _refused(e) from e
-        with clear_os_errors(out):
-            trainer.save_model(str(out))
-    return {
-        "steps": watch.curve,
-        "tokens_seen": watch.curve[-1]["tokens"] if watch.curve else 0,
-        "samples": job.tokens.samples,
-        "processes": job.processes.size,
-        "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
-    }
+    trainer = _Trainer(
+        order=order,
+        model=student,
+        args=_arguments(job, way, order),
+        train_dataset=rows,
+        data_collator=collate,
+        compute_loss_func=summed,
+        callbacks=[watch],
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    last = _last_state(job)
+    if last is not None:
+        watch.curve = read_json(last / _CURVE, "healing-curve")["steps"]
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except ImportError as e:
+        raise _refused(e) from e
+    with clear_os_errors(out):
+        trainer.save_model(str(out))
 
 
 def _last_state(job: Job) -> Path | None:
@@ -217,20 +232,22 @@ def steps_of(config: Any, samples: int) -> int:
     return max(1, math.ceil(math.ceil(samples / int(config.batch)) * float(config.epochs)))
 
 
-def _arguments(job: Job) -> TrainingArguments:
-    config, size = job.config, job.processes.size
-    together = config.micro_batch * size
-    if config.batch % together:
-        raise InputError(
-            f"--batch {config.batch} must be a multiple of --micro-batch times the number of "
-            f"processes, here {config.micro_batch} x {size} = {together}"
-        )
-    steps = steps_of(config, job.tokens.samples)
+def _way(job: Job, student: Any, rows: Rows) -> Way:
+    """How the training is computed: as it was when it was begun, and in every process alike."""
+
+    def made() -> dict[str, Any]:
+        return dataclasses.asdict(way_of(job, student, rows.longest()))
+
+    return Way(**job.processes.decide(lambda: kept(job.work / "way.json", made)))
+
+
+def _arguments(job: Job, way: Way, order: Steps) -> TrainingArguments:
+    config, size, steps = job.config, job.processes.size, order.steps
     device = job.teacher.device
     settings: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
-        "per_device_train_batch_size": config.micro_batch,
-        "gradient_accumulation_steps": config.batch // together,
+        "per_device_train_batch_size": -(-config.batch // (size * order.micro_batches)),
+        "gradient_accumulation_steps": order.micro_batches,
         "learning_rate": config.rate,
         "lr_scheduler_type": config.schedule,
         "warmup_steps": min(config.warmup_steps, steps // 10),
@@ -243,7 +260,7 @@ def _arguments(job: Job) -> TrainingArguments:
         "seed": config.seed,
         "data_seed": config.seed,
         "bf16": job.teacher.dtype == torch.bfloat16,
-        **(checkpointing() if config.gradient_checkpointing else {}),
+        **(checkpointing() if way.recompute else {}),
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
         "report_to": [],

@@ -144,6 +144,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The form in which transformers calls an attention; (B, T, H, E) out of it."""
+    if torch.is_autocast_enabled("cpu") and query.device.type == "cpu":
+        half = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(half), key.to(half), value.to(half)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
@@ -181,6 +184,28 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def pays_in_training(model: Any, length: int, *, half: bool) -> bool:
+    """Whether a model is trained faster with it than with sdpa, by rule and not by a timing.
+
+    On one core of an AMD EPYC 9005, forward and backward, sdpa took 2.7 to 4.3 times as long in
+    bfloat16 at up to 256 tokens and 1.2 to 1.7 times at 1,024; in float32 1.05 to 1.3 times at up
+    to 256, and less above.
+
+    Args:
+        length: of the longest sample.
+        half: computed in bfloat16.
+    """
+    if model.device.type != "cpu" or length > (1024 if half else 256):
+        return False
+    ids = torch.zeros((1, 4), dtype=torch.long)
+    try:
+        with attending(model, NAME), torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except ArchitectureError:
+        return False
+    return True
+
+
 @cache
 def register() -> None:
     """Make `NAME` known to transformers; masks are made as for `sdpa`."""
@@ -198,11 +223,21 @@ def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
     Raises:
         ArchitectureError: the model has no such implementation.
     """
-    before, wanted = attention_of(replay.model), name or replay.attention
+    with attending(replay.model, name or replay.attention):
+        yield
+
+
+@contextlib.contextmanager
+def attending(model: Any, wanted: str | None) -> Iterator[None]:
+    """Let a model compute attention so for a while; None changes nothing.
+
+    Raises:
+        ArchitectureError: the model has no such implementation.
+    """
+    before = attention_of(model)
     if wanted is None or wanted == before:
         yield
         return
-    model: Any = replay.model
     reason = f"it computes it as {before!r}"
     try:
         # In the place of sdpa alone: models without that have something it cannot do.
@@ -212,7 +247,7 @@ def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
                 model.set_attn_implementation(wanted)
     except (ValueError, ImportError, AttributeError) as e:
         reason = " ".join(str(e).split())
-    if attention_of(replay.model) != wanted:
+    if attention_of(model) != wanted:
         raise ArchitectureError(
             f"{type(model).__name__} cannot compute attention as {wanted!r} ({reason}); "
             "leave --attention out"

@@ -150,6 +150,16 @@ def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore
         row[labels[t]] = stored_as(at_label, row[labels[t]])
 
 
+@njit(cache=True, nogil=True)
+def softmax_difference(logits, log_z, reference, reference_log_z, out, first, last):  # type: ignore[no-untyped-def]
+    """softmax(logits) - softmax(reference) into ``out``, rows ``first`` to ``last``."""
+    for t in range(first, last):
+        q, p, row = logits[t], reference[t], out[t]
+        z, y = np.float32(log_z[t]), np.float32(reference_log_z[t])
+        for v in range(row.shape[0]):
+            row[v] = stored_as(exp_of(value_of(q[v]) - z) - exp_of(value_of(p[v]) - y), row[v])
+
+
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _dot(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0)
