@@ -29,6 +29,7 @@ from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Job
 from isingcut.healing.training import room, train
+from isingcut.healing.training.student import last_parameters
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise
@@ -37,7 +38,7 @@ from isingcut.models.processes import Processes
 from isingcut.models.streaming.memory import Allowance
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
-from isingcut.testing.tiny import tiny_checkpoint
+from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from ranks import join, launch, say_into, type_in
 from test_heal_text import write_text
 
@@ -144,7 +145,7 @@ def killing(after: int) -> Callable[..., Any]:
     return progress
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "last:2"])
 def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     models: Path, healed: Path, tmp_path: Path, method: str
 ) -> None:
@@ -161,6 +162,37 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     for name, tensor in one.items():
         pair = [t.file.read_bytes()[t.start : t.start + t.size] for t in (tensor, two[name])]
         assert pair[0] == pair[1], name
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    found = read_checkpoint(folder).items()
+    return {n: t.file.read_bytes()[t.start : t.start + t.size] for n, t in found}
+
+
+def test_the_last_blocks_and_the_head_alone_are_trained(models: Path, tmp_path: Path) -> None:
+    out = heal(options(models, tmp_path / "out", method="last:1"))
+    found = read_json(out / "healing.json", "healing")
+    assert found["after"]["kl"] < found["before"]["kl"]
+    assert shapes(out) == shapes(models / "student")
+    before, after = stored(models / "student"), stored(out)
+    changed = {name for name, content in before.items() if after[name] != content}
+    last = {name for name in before if name.startswith("model.layers.3.")}
+    assert changed == {*last, "model.norm.weight", "lm_head.weight"}
+    total = sum(t.size // 4 for n, t in read_checkpoint(out).items() if n in changed)
+    assert found["trained_parameters"] == total
+
+
+def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last() -> None:
+    model = tiny_model("gemma2")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model.requires_grad_(False)
+    trained = {id(p) for p in last_parameters(model, 2)}
+    names = {n for n, p in model.named_parameters() if id(p) in trained}
+    count = len(find_stack(model))
+    blocks = (f"model.layers.{count - 2}.", f"model.layers.{count - 1}.")
+    everything = {n for n, _ in model.named_parameters()}
+    assert names == {n for n in everything if n.startswith(blocks)} | {"model.norm.weight"}
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_conversations_learn_the_same_in_any_micro_batches(models: Path, tmp_path: Path) -> None:
@@ -411,6 +443,8 @@ def test_other_weights_are_not_taken_for_a_cut(models: Path, tmp_path: Path) -> 
 
 
 def test_what_is_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="last:5: the cut model has 4 blocks"):
+        heal(options(models, tmp_path / "a", method="last:5"))
     with pytest.raises(InputError, match="lacks no block of teacher"):
         heal(options(models, tmp_path / "b", student=str(models / "teacher")))
     with pytest.raises(InputError, match="a model of 6 blocks, but the teacher"):
@@ -426,6 +460,7 @@ def test_what_is_refused(models: Path, tmp_path: Path) -> None:
         heal(options(models, tmp_path / "d", **blown))
     for bad in (
         {"method": "qlora"},
+        {"method": "last:0"},
         {"steps": 0},
         {"method": "none"},
         {"top_k": 4, "temperature": 2.0},

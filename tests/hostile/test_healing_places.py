@@ -183,6 +183,7 @@ WORDS = rows(
         ("batch", heal("--batch 0"), "--batch must be at least 1"),
         ("device", heal("--device tpu"), "--device: must be auto, cpu"),
         ("method", heal("--method qlora"), "--method must be one of"),
+        ("last blocks", heal("--method last:99"), "--method last:99: the cut model has"),
         ("nothing to do", heal("--method none --patch none"), "leaves nothing to do"),
         ("many samples", heal("--samples 1000000"), "too short"),
         ("no file", WITH_FILE, "t.yaml"),

@@ -60,6 +60,16 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
         stored_dtype(student)
 
 
+def check_last(config: HealConfig, blocks: int) -> None:
+    """Refuse to train more blocks than a cut model has.
+
+    Raises:
+        InputError: with how many there are.
+    """
+    if config.last is not None and config.last > blocks:
+        raise InputError(f"--method {config.method}: the cut model has {blocks} blocks; give fewer")
+
+
 def stored_dtype(folder: Path) -> str:
     """The dtype that holds most of a checkpoint's weights, by its name in a file.
 

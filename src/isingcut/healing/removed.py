@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from isingcut.data.encoder import Encoder
 from isingcut.errors import InputError
 from isingcut.files.inputs import load_json
+from isingcut.healing.checks import check_last
 from isingcut.healing.healers import RECORD as HEALED
 from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures import find_stack, stack_modules
@@ -122,6 +123,7 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
             f"--lora-rank {config.lora_rank} is more than the model's width of {width}, which is "
             "the rank of all its matrices; give less, or --method full"
         )
+    check_last(config, depth(ours))
     _check_tokenizers(config, student, teacher)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +38,14 @@ def _schedule(name: str) -> str:
     return name
 
 
+def _method(name: str) -> str:
+    if name not in ("full", "lora", "none") and not re.fullmatch(r"last:[1-9]\d{0,4}", name):
+        raise ValueError(
+            f"must be one of full, last:N (the last N blocks, as last:3), lora, none; got {name!r}"
+        )
+    return name
+
+
 @dataclass(frozen=True)
 class HealConfig(Options):
     """Options of healing a cut model; every field is also an option of `isingcut heal`.
@@ -69,8 +78,9 @@ class HealConfig(Options):
         "reads", "What the patched layer's new map acts on: reads or writes."
     )
 
-    method: Literal["full", "lora", "none"] = option(
-        "full", "full (all weights), lora, or none (patch only)."
+    method: Annotated[str, Then(_method)] = option(
+        "full",
+        "full (all weights), last:N (the last N blocks and the head), lora, or none (patch only).",
     )
     learning_rate: Annotated[float, Bounds(gt=0, le=10)] | None = option(
         None, "Highest learning rate (default: 2e-5, with lora 2e-4)."
@@ -122,6 +132,11 @@ class HealConfig(Options):
         False, "Allow the models' own Python code to run.", volatile=True, typed=True
     )
     overwrite: bool = option(False, "Replace an existing output.", volatile=True)
+
+    @property
+    def last(self) -> int | None:
+        """How many blocks are trained, the last ones; None where all are."""
+        return int(self.method[5:]) if self.method.startswith("last:") else None
 
     @property
     def rate(self) -> float:

@@ -3,8 +3,9 @@
 The loss is KL(original || cut) per predicted token at temperature 1, over real tokens; optionally
 plus the relative squared distance of hidden states behind each cut. Training runs on transformers'
 Trainer, so `accelerate launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and
-resuming work as they do there. Full fine-tuning trains all weights in float32; LoRA trains small
-matrices beside all linear layers and is merged into the weights at the end.
+resuming work as they do there. Full fine-tuning trains all weights in float32; `last:N` those of
+the last N blocks, the final norm and the head; LoRA trains small matrices beside all linear layers
+and is merged into the weights at the end.
 
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
@@ -37,7 +38,7 @@ _REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.
 
 
 class Distill:
-    """Distillation, full or with LoRA (`HealConfig.method`)."""
+    """Distillation of all weights, of the last ones or with LoRA (`HealConfig.method`)."""
 
     def heal(self, job: Job, out: Path) -> dict[str, Any]:
         """Train from the job's start; an interrupted training goes on from its last save."""

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from isingcut.healing.checks import check_last
+from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.verify import reload
+from isingcut.models.text_alone import text_model
 from isingcut.options.healing import HealConfig
 
 
@@ -28,10 +31,20 @@ def load_student(folder: Path, config: HealConfig) -> Any:
 
 
 def trainable(plain: Any, config: HealConfig) -> Any:
-    """The model with what is trained of it: all weights, or small matrices beside them."""
+    """The model with what is trained of it: all weights, the last ones, or small matrices beside.
+
+    Raises:
+        InputError: fewer blocks than are to be trained.
+    """
     plain.config.use_cache = False
     if config.method == "full":
         return plain.requires_grad_(True)
+    if config.last is not None:
+        check_last(config, len(find_stack(plain)))
+        plain.requires_grad_(False)
+        for parameter in last_parameters(plain, config.last):
+            parameter.requires_grad_(True)
+        return plain
     import peft
 
     settings = peft.LoraConfig(
@@ -45,6 +58,43 @@ def trainable(plain: Any, config: HealConfig) -> Any:
         return peft.get_peft_model(plain, settings)
 
 
+def last_parameters(model: Any, blocks: int) -> list[torch.nn.Parameter]:
+    """The weights of the last blocks and of what comes behind them, the final norm and the head.
+
+    A head that is tied to the embeddings is not among them: the first block reads it, too. What
+    comes before needs no gradients, so that no backward pass goes there.
+    """
+    stack = stack_modules(model, find_stack(model))
+    read = text_model(model)
+    first = {id(p) for p in read.get_input_embeddings().parameters()}
+    within = [p for block in stack[-blocks:] for p in block.parameters()]
+    return within + [p for p in _behind(read, stack[-1]) if id(p) not in first]
+
+
+def _behind(model: Any, block: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The weights that what leaves a block meets: those which have a gradient from there on."""
+
+    def begin(_: Any, __: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        new = hidden.detach().requires_grad_()
+        return new if isinstance(output, torch.Tensor) else (new, *output[1:])
+
+    parameters = list(model.parameters())
+    needed = [p.requires_grad for p in parameters]
+    model.requires_grad_(True)
+    handle = block.register_forward_hook(begin)
+    ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
+    try:
+        with torch.enable_grad():
+            total = model(input_ids=ids, use_cache=False).logits.float().sum()
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
+    finally:
+        handle.remove()
+        for parameter, before in zip(parameters, needed, strict=True):
+            parameter.requires_grad_(before)
+    return [p for p, g in zip(parameters, found, strict=True) if g is not None]
+
+
 def trained_weights(start: Path, trained: Path, config: HealConfig) -> dict[str, torch.Tensor]:
     """The float32 weights that a training left, small matrices merged into their layers.
 
@@ -52,7 +102,7 @@ def trained_weights(start: Path, trained: Path, config: HealConfig) -> dict[str,
         start: the checkpoint that was trained.
         trained: what the Trainer saved of it.
     """
-    model = load_student(trained if config.method == "full" else start, config)
+    model = load_student(start if config.method == "lora" else trained, config)
     if config.method == "lora":
         import peft
 
