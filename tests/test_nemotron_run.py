@@ -18,6 +18,7 @@ OPTIONS = {
     "report_samples": 2,
     "states": 3,
     "random_states": 30,
+    "patch": "none",
     "dtype": "float32",
 }
 
