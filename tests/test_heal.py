@@ -352,7 +352,7 @@ def test_the_patch_is_the_default_once(models: Path, tmp_path: Path) -> None:
     default: dict[str, Any] = {"patch": None, "method": "none"}
     out = heal(options(models, tmp_path / "out", **default))
     found = read_json(out / "healing.json", "healing")
-    assert found["options"]["patch"] == "linear"
+    assert found["options"]["patch"] == "tuned"
     assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
     # What is healed already is not the exact cut, which a patch is fitted for.
     again = heal(options(models, tmp_path / "again", student=str(out), steps=1, patch=None))

@@ -51,14 +51,20 @@ def run(shared: Any, llama: Path, text: Path) -> Path:
     return found
 
 
-def test_the_model_is_the_cut_with_other_weights_in_one_layer(run: Path, llama: Path) -> None:
-    (cut,) = patch_of(run / "model")["cuts"]
+def test_the_model_is_the_cut_with_other_weights_beside_it(run: Path, llama: Path) -> None:
+    found = patch_of(run / "model")
+    (cut,), tuning = found["cuts"], found["tuning"]
     assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
     assert cut["held_out_error_left"] < 1
     exact, patched = weights_of(run / "cut"), weights_of(run / "model")
     assert exact.keys() == patched.keys()
     changed = [name for name in exact if not torch.equal(exact[name], patched[name])]
-    assert changed == ["model.layers.1.mlp.down_proj.weight"]
+    assert min(tuning["held_out_kl"]) < tuning["held_out_kl"][0]
+    # Of blocks 1 and 4, which are 1 and 2 now.
+    new = {1: 1, 4: 2}
+    tuned = {f"model.layers.{new[t['block']]}.{t['layer']}.weight" for t in tuning["layers"]}
+    assert set(changed) == tuned >= {"model.layers.1.mlp.down_proj.weight"}
+    assert len(tuned) == 2 * 7
     original = load(llama, dtype="float32", device="cpu").model
     kept = AutoModelForCausalLM.from_pretrained(run / "cut", dtype=torch.float32).eval()
     ids = torch.arange(5, 21)[None]
@@ -208,10 +214,13 @@ def test_a_folder_from_before_the_patch_stays_unpatched(run: Path, tmp_path: Pat
 
 
 def test_a_streamed_model_is_patched_block_by_block(
-    run: Path, llama: Path, text: Path, tmp_path: Path
+    llama: Path, text: Path, tmp_path: Path
 ) -> None:
     out = job(llama, text, tmp_path / "run", stream="on")
-    streamed, whole = (read_json(p / "evaluation.json", "evaluation") for p in (out, run))
+    assert "streamed from disk" in patch_of(out / "model")["tuning"]["left_out"]
+    fitted = job(llama, text, tmp_path / "fitted", patch="linear")
+    assert patch_of(fitted / "model")["tuning"] is None
+    streamed, whole = (read_json(p / "evaluation.json", "evaluation") for p in (out, fitted))
     assert streamed["last"] == "patched"
     for name in ("kl", "kl_se"):
         assert streamed[name] == pytest.approx(whole[name], rel=1e-2)

@@ -119,12 +119,17 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
     assert counted.energy("hessian").seconds == pytest.approx(5 * LENGTH * 4 * (1.7 * 4 + 2.5 * 2))
 
 
-def test_a_patch_costs_two_passes_and_its_maps():
+def test_a_patch_costs_two_passes_and_its_maps_and_tuning_more():
     counted = prices()
     counted.config = counted.config.replace(patch_tokens=100)
+    tuned = {stage.name: stage for stage in counted.stages()}["patch"].seconds
+    counted.config = counted.config.replace(patch="linear")
     found = {stage.name: stage for stage in counted.stages()}
     # Four blocks of the original and two that are kept; read, written and read again.
     assert found["patch"].seconds == pytest.approx(100 * 1.5 * (4 + 2) + 3 * 0.5 * 0.1 * 60)
+    # A pass of the original and its head, then those of the blocks behind the first cut.
+    more = 100 * ((4 + 2) + 5.25 * (0.5 * 0.6 * 4 + 2 * 2))
+    assert tuned - found["patch"].seconds == pytest.approx(more)
     evaluated = found["evaluate"].seconds
     counted.config = counted.config.replace(patch="none")
     without = {stage.name: stage for stage in counted.stages()}

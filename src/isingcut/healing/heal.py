@@ -83,7 +83,7 @@ def heal(
         )
     if config.method == "none" and config.patch is None:
         # It is all there is to do, so that it must be possible.
-        config = config.replace(patch="linear")
+        config = config.replace(patch="tuned")
     check_training(config, student)
     trust = config.trust_remote_code
     source = resolve(config.teacher, trust_remote_code=trust)
@@ -206,7 +206,7 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
     record: dict[str, Any] = {}
     before = kept(work / "before.json", lambda: _scores(job, student, text.report)) if main else {}
     start = start_of(student)
-    if config.patch == "linear" or (config.patch is None and start == "cut"):
+    if config.patch in ("linear", "tuned") or (config.patch is None and start == "cut"):
         patched = work / "patched"
 
         def make() -> dict[str, Any]:
@@ -249,7 +249,10 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
         "length": sample_length(config, job.teacher.model),
         "report_samples": text.report.samples,
         "report_tokens": text.report.tokens,
-        "options": {**told(config), "patch": "linear" if "patch" in record else "none"},
+        "options": {
+            **told(config),
+            "patch": (config.patch or "linear") if "patch" in record else "none",
+        },
         "seconds": round(time.monotonic() - began, 1),
         "provenance": {
             **versions(),

@@ -159,9 +159,10 @@ class RunConfig(Options):
     )
 
     patch: Patch = option(
-        "linear",
+        "tuned",
         "linear: fold a least-squares map into the block before each cut where it can take one; "
-        "or none.",
+        "tuned: then tune the layers beside the cuts for a few steps (not before --heal, which "
+        "trains all); or none.",
     )
     patch_tokens: PatchTokens = option(
         32768, "Tokens that the patch is fitted on: those that built --energy, then further ones."

@@ -70,8 +70,9 @@ class HealConfig(Options):
 
     patch: Patch | None = option(
         None,
-        "linear: fold a least-squares map into the block before each cut; or none (default: linear "
-        "where it can be, once).",
+        "linear: fold a least-squares map into the block before each cut; tuned: then tune the "
+        "layers beside the cuts; or none (default: linear where it can be, once; with --method "
+        "none tuned).",
     )
     patch_tokens: PatchTokens = option(65536, "Tokens of the text that the patch is fitted on.")
     patch_maps: Literal["reads", "writes"] = option(
@@ -144,6 +145,11 @@ class HealConfig(Options):
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-4 if self.method == "lora" else 2e-5
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a fitted patch is tuned; no use where all that it changes is trained next."""
+        return self.patch == "tuned" or (self.patch is None and self.method == "none")
 
     def validate(self) -> HealConfig:
         """These options, if they go together as a whole.

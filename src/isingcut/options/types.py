@@ -66,7 +66,7 @@ Place = Annotated[str, Then(_at_home)]
 Blocks = Annotated[str, reads(parse_indices)]
 Device = Annotated[str, reads(parse_device)]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Patch = Literal["none", "linear"]
+Patch = Literal["none", "linear", "tuned"]
 
 PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
 TEXT = "wiki=0.75,python=0.25"

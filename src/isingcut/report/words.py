@@ -167,6 +167,7 @@ def patch_story(patch: Mapping[str, Any]) -> str:
         if text["short"]:
             said += f"; {text['asked']:,} were asked for, but {text['short']}"
     said += "."
+    said += _tuning_words(patch.get("tuning") or {})
     if proof is not None:
         said += (
             " The exact cut was proven before; then the patched checkpoint was reloaded and its "
@@ -175,6 +176,23 @@ def patch_story(patch: Mapping[str, Any]) -> str:
             "their size."
         )
     return said
+
+
+def _tuning_words(tuning: Mapping[str, Any]) -> str:
+    """What tuning a patch won on its held-out samples, or why there was none."""
+    if tuning.get("left_out"):
+        return f" It was not tuned: {tuning['left_out']}."
+    if not tuning.get("held_out_kl"):
+        return ""
+    first, best = tuning["held_out_kl"][0], min(tuning["held_out_kl"])
+    blocks = ", ".join(map(str, dict.fromkeys(layer["block"] for layer in tuning["layers"])))
+    said = f" The linear layers of blocks {blocks} were tuned on the loss"
+    if best == first:
+        return f"{said}, which won nothing on samples held out, so that they stayed as they were."
+    return (
+        f"{said} for {tuning['steps']} steps: KL on {tuning['held_out_predictions']:,} predictions "
+        f"held out {first:.3f} -> {best:.3f}."
+    )
 
 
 def patch_words(evaluation: Mapping[str, Any]) -> str:

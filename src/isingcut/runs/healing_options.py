@@ -52,6 +52,11 @@ def heal_config(config: RunConfig) -> HealConfig:
     )
 
 
+def patch_config(config: RunConfig) -> HealConfig:
+    """The same for the patch of the checkpoint that is cut, which `--heal` trains on from."""
+    return heal_config(config).replace(patch="linear" if config.heal else config.patch)
+
+
 def distil_config(config: RunConfig) -> HealConfig:
     """The same for what follows the patch of the checkpoint that was cut.
 

@@ -24,7 +24,7 @@ from isingcut.healing.patching import CANNOT, unpatched
 from isingcut.report.card import model_card
 from isingcut.runs.cutting import CUT, excise, place_of, write_checkpoint
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.healing_options import heal_config
+from isingcut.runs.healing_options import patch_config
 from isingcut.runs.measuring import upstream
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks
@@ -44,9 +44,9 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
         return excise(session, folder, removed)
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     place = place_of(folder, config, removed)
-    maps = heal_config(config).patch_maps
-    how = {"tokens": config.patch_tokens, "maps": maps, **upstream(folder)}
-    options = {"removed": blocks, "patch": how}
+    healing = patch_config(config)
+    how = {"tokens": healing.patch_tokens, "maps": healing.patch_maps, "tuned": healing.tunes}
+    options = {"removed": blocks, "patch": {**how, **upstream(folder)}}
 
     def make(path: Path) -> None:
         cut = excise(session, folder, removed, name=CUT)
@@ -130,7 +130,7 @@ def _patched(
         ArchitectureError, FitError: nothing can be patched, with the reason.
     """
     loaded, used, text = session.loaded, session.config.calibration, _text(session, folder)
-    how = heal_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
+    how = patch_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
     job = Job(
         loaded,
         tuple(removed),

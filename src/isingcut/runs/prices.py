@@ -48,6 +48,8 @@ _PASSES = {
 }
 # The fit of a patch, of the passes that it takes: its least squares are the rest.
 _FIT = 1.5
+# Passes of tuning it, for each token of the text; and the part of the blocks behind the first cut.
+_TUNE, _BEHIND = 5.25, 0.6
 # Second moments of a patch, in numbers of eight bytes: of both sides, their sum, its factors.
 _MOMENTS = 6
 # What graphs that are differentiated again keep, beside those of gradients.
@@ -172,6 +174,11 @@ class Prices:
         c, wide, width = self.config, self.inner, self.stream // self.store.dtype.itemsize
         samples = -(-c.patch_tokens // c.length)
         seconds = _FIT * c.patch_tokens * (1 + share) * self.timings.blocks
+        if c.patch == "tuned" and not c.heal and not self.streamed:
+            # A pass of the original, then twice forward and backward from the first cut on.
+            t = self.timings
+            once = t.blocks + t.once + _TUNE * (share * _BEHIND * t.blocks + 2 * t.once)
+            seconds += c.patch_tokens * once
         seconds += 3 * self.left * self.timings.reading * self.weights
         kept = c.patch_tokens * (4 * self.stream + wide * self.store.dtype.itemsize)
         memory = self._held() + kept + _MOMENTS * _NUMBER * wide * (wide + width)

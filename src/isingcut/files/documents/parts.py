@@ -59,6 +59,24 @@ class PatchedCut(Strict):
     tokens: Count | None = None
 
 
+class TunedLayer(Strict):
+    """A layer beside a cut."""
+
+    block: Index
+    layer: str
+
+
+class PatchTuning(Strict):
+    """What tuning a patch came to, KL before and after each reading; or why there was none."""
+
+    left_out: str = ""
+    layers: list[TunedLayer] = Field(default_factory=list)
+    steps: Count = 0
+    predictions: Count = 0
+    held_out_predictions: Count = 0
+    held_out_kl: list[Number] = Field(default_factory=list)
+
+
 class UnpatchedCut(Strict):
     """A cut without a patch: its first and last block, and why."""
 

@@ -11,6 +11,7 @@ from isingcut.files.documents.parts import (
     Count,
     Number,
     PatchedCut,
+    PatchTuning,
     Perplexity,
     Positive,
     Scalar,
@@ -105,6 +106,7 @@ class PatchScores(Strict):
     changed: bool = True
     cuts: list[PatchedCut] = Field(default_factory=list)
     unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    tuning: PatchTuning | None = None
 
 
 class Step(Strict):

@@ -14,6 +14,7 @@ from isingcut.files.documents.parts import (
     MeasuredLoss,
     Number,
     PatchedCut,
+    PatchTuning,
     Positive,
     Some,
     Strict,
@@ -135,6 +136,7 @@ class PatchRecord(Strict):
     unpatched: list[UnpatchedCut]
     text: FittedText | None = None
     proof: CutProof | None = None
+    tuning: PatchTuning | None = None
 
 
 class CardParts(Strict):

@@ -38,6 +38,7 @@ from isingcut.errors import ArchitectureError, FitError
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import Patch, StoredLayers, applied, runs, write_patched
 from isingcut.healing.patch.fitting import Fitting
+from isingcut.healing.training.tune import tune
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.verify import verify
@@ -136,21 +137,44 @@ class LinearPatch:
                 f"{replay.device} has no memory left to fit a patch on {tokens.samples} samples; "
                 "give fewer --patch-tokens, or --device cpu"
             ) from e
-        stored = write_patched(layers, fitted.patches, out)
+        patches, tuning = fitted.patches, None
+        if job.config.tunes:
+            patches, tuning = _tuned(job, replay, tokens, patches, work, layers)
+        stored = write_patched(layers, patches, out)
         trust = job.config.trust_remote_code
         with applied(replay.blocks, stored):
             if job.replay is None:
                 proof = verify(model, job.removed, out, trust_remote_code=trust)
             else:
                 proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
-        records = [p.record for p in stored]
         return {
             "maps": job.config.patch_maps,
-            "changed": any(r["changed"] for r in records),
-            "cuts": records,
+            "changed": any(p.record["changed"] for p in stored),
+            "cuts": [p.record for p in fitted.patches],
+            "tuning": tuning,
             "unpatched": fitted.unpatched,
             "proof": proof.record,
         }
+
+
+def _tuned(
+    job: Job,
+    replay: Replay,
+    tokens: TokenSet,
+    patches: list[Patch],
+    work: Work,
+    layers: StoredLayers,
+) -> tuple[list[Patch], dict[str, Any]]:
+    """Patches that were tuned, and how; the given ones and why where that cannot be."""
+    if job.replay is not None:
+        return patches, {"left_out": "the model is streamed from disk, and tuning needs it whole"}
+    try:
+        found = tune(replay, tokens, job.removed, patches, work, layers)
+    except FitError as e:
+        return patches, {"left_out": str(e)}
+    except torch.OutOfMemoryError:
+        return patches, {"left_out": f"{replay.device} has no memory left to tune the patch"}
+    return found.patches, found.record
 
 
 def _reasons(unpatched: Sequence[dict[str, Any]]) -> str:

@@ -108,6 +108,21 @@ def called_once(
     return found
 
 
+def read_once(recording: Recording, block: nn.Module, i: int, hidden: Tensor) -> dict[str, Any]:
+    """Linear layers of any width that a block calls once, for all tokens; by their paths.
+
+    An expert is called for some tokens, and a layer whose weights a kernel reads is not called.
+    """
+    candidates = {path: m for path, m in block.named_modules() if path and _is_linear(m)}
+    seen, _ = _run(recording, i, hidden, candidates)
+    tokens = hidden.shape[:-1].numel()
+    return {
+        path: candidates[path]
+        for path, s in seen.items()
+        if s.calls == 1 and s.outputs is not None and s.outputs.shape[:-1].numel() == tokens
+    }
+
+
 def _once(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor
 ) -> tuple[dict[str, nn.Module], dict[str, _Seen], Tensor, list[str]]:
@@ -122,13 +137,15 @@ def _once(
     return candidates, seen, plain, usable
 
 
-def _is_linear(module: nn.Module, width: int) -> bool:
+def _is_linear(module: nn.Module, width: int | None = None) -> bool:
+    """Whether a module is a linear layer, with as many outputs where a number is given."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return False
-    if isinstance(module, nn.Linear):
-        return weight.shape[0] == width
-    return type(module).__name__ == "Conv1D" and weight.shape[1] == width
+    plain = isinstance(module, nn.Linear)
+    if not plain and type(module).__name__ != "Conv1D":
+        return False
+    return width is None or weight.shape[0 if plain else 1] == width
 
 
 @contextlib.contextmanager

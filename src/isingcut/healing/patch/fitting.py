@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -79,7 +80,7 @@ class Fitting:
         """A cut behind a layer that writes straight to the stream; None where there is none."""
         recording, block, kind = self._recordings[0], self._replay.blocks[p], self._kinds[p]
         write = find_write(recording, block, p, self._original[0], kind)
-        if write is None or self._unfit(p, write):
+        if write is None or unfit(self._replay, self._stored, p, write.path, write.module):
             return None
         self._check_room(write)
         return observed(self._recordings, self._patched, p, last, write, reads=self._reads)
@@ -90,7 +91,9 @@ class Fitting:
         block, reasons, usable = self._replay.blocks[p], [], []
         for _ in self._sweep(p, p):
             for gained in gained_writes(self._recordings[0], block, p, entered[0]):
-                reason = self._unfit(p, gained.write)
+                reason = unfit(
+                    self._replay, self._stored, p, gained.write.path, gained.write.module
+                )
                 if reason:
                     reasons.append(reason)
                 else:
@@ -127,25 +130,6 @@ class Fitting:
             assert isinstance(i, int)
             yield i
 
-    def _unfit(self, p: int, write: Write) -> str:
-        """Why a layer cannot take new weights; empty where it can."""
-        weight = write.module.weight
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            return f"the weights of its {write.path} are quantised; patch the unquantised model"
-        owners = [
-            name
-            for name, other in self._replay.model.named_parameters(remove_duplicate=False)
-            if other is weight or _same_memory(other, weight)
-        ]
-        if len(owners) > 1:
-            return f"its {write.path} is shared with another part of the model ({owners[-1]})"
-        if self._stored is not None:
-            try:
-                self._stored.layer(p, write.path, weight.shape, bias=write.bias is not None)
-            except ArchitectureError as refusal:
-                return str(refusal)
-        return ""
-
     def _check_room(self, write: Write) -> None:
         """Refuse more tokens than a streamed model leaves memory for.
 
@@ -163,6 +147,30 @@ class Fitting:
                 f"{needed / 1e9:.2f} GB beside the streamed model, and {room / 1e9:.2f} GB are "
                 "left; give fewer --patch-tokens"
             )
+
+
+def unfit(replay: Replay, stored: StoredLayers | None, block: int, path: str, module: Any) -> str:
+    """Why a layer cannot take new weights; empty where it can.
+
+    Args:
+        stored: the checkpoint that they must be written to; None: any layer will do.
+    """
+    weight = module.weight
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"the weights of its {path} are quantised; patch the unquantised model"
+    owners = [
+        name
+        for name, other in replay.model.named_parameters(remove_duplicate=False)
+        if other is weight or _same_memory(other, weight)
+    ]
+    if len(owners) > 1:
+        return f"its {path} is shared with another part of the model ({owners[-1]})"
+    if stored is not None:
+        try:
+            stored.layer(block, path, weight.shape, bias=module.bias is not None)
+        except ArchitectureError as refusal:
+            return str(refusal)
+    return ""
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,280 @@
+"""Tune a patch: a few steps on the loss itself, for the layers beside each cut.
+
+Least squares at a cut brings the residual stream as near to the original's as one layer can, and
+knows nothing of what the rest of the model makes of the error that is left. So the linear layers of
+the blocks before and behind each cut go on from there, for
+
+    the mean over predictions of KL(original || patched), nats,
+
+by AdamW with steps relative to each layer's own size. The blocks before the first of them are run
+once; gradients end there. One sample in four is held out: the weights of the lowest divergence on
+those are kept, which may be the ones that tuning began with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import FitError
+from isingcut.healing.patch.absorb import called_once, read_once
+from isingcut.healing.patch.files import Patch, StoredLayers, runs
+from isingcut.healing.patch.fitting import unfit
+from isingcut.healing.training.kl import divergence
+from isingcut.measure.work import Work
+from isingcut.models.loading import one_line
+from isingcut.models.replay import Recording, Replay
+from isingcut.models.streaming.memory import allowance
+
+HELD_OUT_EVERY = 4
+EPOCHS = 2
+STEP_TOKENS = 2048
+"""Predictions of an optimiser step, about."""
+BYTES = 20
+"""Memory for a number that is tuned: itself, its gradient, two moments, the best so far."""
+RATE = 0.004
+"""The highest change of a weight in one step, over the root mean square of its layer's weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What tuning made of the patches of one state.
+
+    Attributes:
+        patches: all layers that are not the original's now.
+        record: what was done and won, JSON-able.
+    """
+
+    patches: list[Patch]
+    record: dict[str, Any]
+
+
+def tune(
+    replay: Replay,
+    tokens: TokenSet,
+    removed: Sequence[int],
+    patches: Sequence[Patch],
+    work: Work,
+    stored: StoredLayers | None = None,
+) -> Tuned:
+    """Go on from fitted patches.
+
+    Cost: one pass of the original over the tokens, and `EPOCHS` forward and backward passes of the
+    patched model from the first cut on. Memory: `BYTES` for each number that is tuned, the streams
+    of all tokens twice, and the activations of one micro-batch. Where not all linear layers fit,
+    those that write to the stream are tuned alone.
+
+    Args:
+        replay: the original model, in memory.
+        tokens: one sample in `HELD_OUT_EVERY` is held out.
+        removed: the blocks that go.
+        patches: fitted to the cuts of this state.
+        stored: the checkpoint that they must be written to; None: any layer will do.
+
+    Raises:
+        FitError: too few samples or too little memory, or the model cannot be differentiated.
+    """
+    if tokens.samples < HELD_OUT_EVERY:
+        raise FitError(
+            f"tuning a patch needs {HELD_OUT_EVERY} samples or more, one of them held out; "
+            f"there are {tokens.samples}"
+        )
+    rows = torch.arange(tokens.samples) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    train, held = (
+        _Text(tokens.select(part.nonzero()[:, 0]).batches(min(work.batch_tokens, STEP_TOKENS)))
+        for part in (~rows, rows)
+    )
+    beside = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
+    beside = sorted(set(beside) - set(removed))
+    # Not inference mode: what is recorded takes part in the backward pass.
+    with torch.no_grad():
+        found = train.read(replay, beside, removed)
+        held.read(replay, beside, removed)
+    layers = _that_fit(replay, [one for one in found if not unfit(replay, stored, *one[:3])])
+    fitted = {(p.block, p.path): p for p in patches}
+    tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
+    suffix = [i for i in range(beside[0], len(replay)) if i not in set(removed)]
+    parts = min(len(train.batches), max(1, round(train.predictions / STEP_TOKENS)))
+    steps = EPOCHS * parts
+    rates = [{"params": [layer.weight], "size": layer.size} for layer in tuned.values()]
+    optimiser = torch.optim.AdamW(rates, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    kl: list[float] = []
+    best: dict[tuple[int, str], Tensor] = {}
+    with _in_place(tuned.values()), work.progress("tuning the patch", steps) as bar:
+        kl.append(held.divergence(suffix))
+        for taken in range(steps):
+            epoch, at = divmod(taken, parts)
+            for group in optimiser.param_groups:
+                group["lr"] = RATE * group["size"] * _share(taken, steps)
+            for batch in train.part(epoch, at, parts):
+                train.backward(batch, suffix)
+            optimiser.step()
+            optimiser.zero_grad()
+            bar.advance(1)
+            if at == parts - 1:
+                kl.append(held.divergence(suffix))
+                if kl[-1] == min(kl):
+                    best = {key: layer.weight.detach().clone() for key, layer in tuned.items()}
+    record = {
+        "layers": [{"block": block, "layer": path} for block, path in tuned],
+        "steps": steps,
+        "predictions": EPOCHS * train.predictions,
+        "held_out_predictions": held.predictions,
+        "held_out_kl": kl,
+    }
+    new = [tuned[key].patch(key, weight) for key, weight in best.items()]
+    return Tuned([p for p in patches if (p.block, p.path) not in best] + new, record)
+
+
+def _that_fit(
+    replay: Replay, layers: Sequence[tuple[int, str, Any, bool]]
+) -> list[tuple[int, str, Any]]:
+    """All layers, or those that write to the stream, as far as memory goes.
+
+    Args:
+        layers: block, path, module, and whether it is as wide as the stream.
+    """
+    room = allowance("", replay.device).left
+    for wanted in (layers, [one for one in layers if one[3]]):
+        needed = BYTES * sum(module.weight.numel() for _, _, module, _ in wanted)
+        if wanted and needed <= room:
+            return [(block, path, module) for block, path, module, _ in wanted]
+    if not layers:
+        raise FitError("the blocks beside the cuts have no linear layer that can be tuned")
+    raise FitError(
+        f"tuning a patch needs {needed / 1e9:.1f} GB beside the model, and {room / 1e9:.1f} GB "
+        "are left"
+    )
+
+
+class _Layer:
+    """A layer whose weights are tuned in float32."""
+
+    def __init__(self, module: Any, fitted: Patch | None) -> None:
+        self.module, self.fitted = module, fitted
+        start: Tensor = module.weight if fitted is None else fitted.weight
+        self.weight = nn.Parameter(start.detach().to(module.weight.device, torch.float32).clone())
+        bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
+        self.bias = None if bias is None else bias.detach().to(module.weight.device)
+        self.size = float(self.weight.detach().square().mean().sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        if not isinstance(self.module, nn.Linear):
+            weight = weight.T
+        return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
+        bias = None if self.bias is None else self.bias.double()
+        record = {} if self.fitted is None else self.fitted.record
+        return Patch(*key, weight.double(), bias, record)
+
+
+@dataclass(eq=False)
+class _Text:
+    """Batches, and what of them does not change while layers are tuned.
+
+    Attributes:
+        calls: how the blocks are called.
+        entered: the streams that enter the first tuned block.
+        left: the original's streams behind its last block.
+    """
+
+    batches: list[TokenSet]
+    calls: list[Recording] = field(default_factory=list)
+    entered: list[Tensor] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+
+    @property
+    def predictions(self) -> int:
+        return sum(batch.tokens for batch in self.batches)
+
+    def read(
+        self, replay: Replay, beside: Sequence[int], removed: Sequence[int]
+    ) -> list[tuple[int, str, Any, bool]]:
+        """Run the original.
+
+        Returns:
+            the linear layers of the blocks ``beside`` cuts, as `_that_fit` takes them.
+        """
+        found: list[tuple[int, str, Any, bool]] = []
+        for batch in self.batches:
+            call = replay.record(batch.input_ids)
+            stream = entered = call.entered
+            for i in range(len(replay)):
+                if i == beside[0] and not any(b < i for b in removed):
+                    entered = stream
+                if i in beside and batch is self.batches[0]:
+                    writes = {p for p, _, _ in called_once(call, replay.blocks[i], i, stream)}
+                    layers = read_once(call, replay.blocks[i], i, stream)
+                    found += [(i, path, m, path in writes) for path, m in layers.items()]
+                stream = call.block(i, stream)
+            self.calls.append(call)
+            self.entered.append(entered)
+            self.left.append(stream)
+        return found
+
+    def part(self, epoch: int, at: int, parts: int) -> list[int]:
+        """The batches of step ``at`` of an epoch, which takes them in an order of its own."""
+        order = torch.randperm(
+            len(self.batches), generator=torch.Generator().manual_seed(epoch)
+        ).tolist()
+        return order[at::parts]
+
+    def backward(self, batch: int, suffix: Sequence[int]) -> None:
+        """Add the gradient of one batch."""
+        try:
+            loss = self._summed(batch, suffix) / STEP_TOKENS
+            loss.backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as e:
+            raise FitError(f"the model cannot be differentiated: {one_line(e)}") from e
+
+    def divergence(self, suffix: Sequence[int]) -> float:
+        """KL(original || patched), nats a prediction."""
+        with torch.no_grad():
+            total = sum(float(self._summed(b, suffix)) for b in range(len(self.batches)))
+        return total / self.predictions
+
+    def _summed(self, batch: int, suffix: Sequence[int]) -> Tensor:
+        tokens, call, stream = self.batches[batch], self.calls[batch], self.entered[batch]
+        for i in suffix:
+            stream = call.block(i, stream)
+        total = torch.zeros((), device=stream.device)
+        for s, rows in enumerate(tokens.predicted.to(stream.device)):
+            with torch.no_grad():
+                target = call.logits(self.left[batch][s], s)[:-1][rows]
+            total = total + divergence(call.logits(stream[s], s)[:-1][rows], target)
+        return total
+
+
+def _share(taken: int, steps: int) -> float:
+    """Of the highest rate: rising over four steps, then falling as a cosine."""
+    return min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))
+
+
+@contextlib.contextmanager
+def _in_place(layers: Iterable[_Layer]) -> Iterator[None]:
+    """The tuned weights in the model while the context lasts."""
+    before: list[tuple[dict[str, Any], Callable[..., Any] | None]] = []
+    try:
+        for layer in layers:
+            own = layer.module.__dict__
+            before.append((own, own.get("forward")))
+            own["forward"] = layer.forward
+        yield
+    finally:
+        for own, forward in before:
+            if forward is None:
+                del own["forward"]
+            else:
+                own["forward"] = forward
