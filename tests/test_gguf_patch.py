@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.gguf import cut_gguf
-from isingcut.models.cutting.gguf_patch import changed_tensors, repacked
+from isingcut.models.cutting.gguf_patch import Changed, changed_tensors, laid_out, repacked
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS
 
@@ -132,10 +133,33 @@ def test_a_tensor_that_is_laid_out_otherwise_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_queries_of_llama_are_found_as_its_converter_lays_them_out() -> None:
+    values = np.random.default_rng(0).normal(size=(2, 32, 24)).astype(np.float32)
+    heads = 4
+    there, wanted = (v.reshape(heads, 2, 4, 24).swapaxes(1, 2).reshape(32, 24) for v in values)
+    tensor = SimpleNamespace(data=there, tensor_type=Kind.F32)
+    found = laid_out(Path("m.gguf"), tensor, Changed("q", values[0], values[1]))
+    assert np.array_equal(found, wanted)
+
+
+def test_all_tuned_layers_are_in_the_file(tmp_path: Path, text: Path) -> None:
+    source, file = model_and_file(tmp_path, Kind.Q8_0)
+    run = tmp_path / "run"
+    given = {"model": str(source), "calibration": str(text), "out": str(run), "drop": "2,3"}
+    isingcut.run(**{**OPTIONS, "energy": "fisher", "remove": 2, **given})
+    found = CliRunner().invoke(app, ["excise", str(run), "--gguf", str(file), "--json"])
+    assert found.exit_code == 0, found.output
+    patch = json.loads((run / "model" / "isingcut.json").read_text())["patch"]
+    told = json.loads(found.stdout)["repacked"]
+    assert len(told) == len(patch["tuning"]["layers"]) == 14
+    assert max(one["error"] for one in told) < 0.01
+
+
 def test_the_command_says_how_near_the_patched_tensor_is(tmp_path: Path, text: Path) -> None:
     source, file = model_and_file(tmp_path, Kind.Q8_0)
     run = tmp_path / "run"
     given = {"model": str(source), "calibration": str(text), "out": str(run), "drop": "2,3"}
+    given["patch"] = "linear"
     isingcut.run(**{**OPTIONS, "energy": "fisher", "remove": 2, **given})
     found = CliRunner().invoke(app, ["excise", str(run), "--gguf", str(file), "--json"])
     assert found.exit_code == 0, found.output

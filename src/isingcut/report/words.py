@@ -185,13 +185,13 @@ def _tuning_words(tuning: Mapping[str, Any]) -> str:
     if not tuning.get("held_out_kl"):
         return ""
     first, best = tuning["held_out_kl"][0], min(tuning["held_out_kl"])
+    if not tuning["layers"]:
+        return " Tuning the layers beside the cuts won nothing on samples held out."
     blocks = ", ".join(map(str, dict.fromkeys(layer["block"] for layer in tuning["layers"])))
-    said = f" The linear layers of blocks {blocks} were tuned on the loss"
-    if best == first:
-        return f"{said}, which won nothing on samples held out, so that they stayed as they were."
     return (
-        f"{said} for {tuning['steps']} steps: KL on {tuning['held_out_predictions']:,} predictions "
-        f"held out {first:.3f} -> {best:.3f}."
+        f" Then the linear layers of blocks {blocks} were tuned on the loss for {tuning['steps']} "
+        f"steps: KL on {tuning['held_out_predictions']:,} predictions held out {first:.3f} -> "
+        f"{best:.3f}."
     )
 
 

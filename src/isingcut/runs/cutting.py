@@ -192,12 +192,13 @@ def excise_gguf(
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     place = place_of(folder, config, removed)
-    cuts = (read_json(place / "model" / RECORD, "removal").get("patch") or {}).get("cuts", [])
+    patch = read_json(place / "model" / RECORD, "removal").get("patch") or {}
+    cuts = [*patch.get("cuts", []), *(patch.get("tuning") or {}).get("layers", [])]
     options: dict[str, Any] = {"removed": blocks, "source": file_sha256(source)}
     changed: dict[str, Changed] = {}
     if cuts:
         options["patch"] = fingerprint(cuts)
-        layers = [(cut["block"], cut["layer"]) for cut in cuts]
+        layers = list(dict.fromkeys((cut["block"], cut["layer"]) for cut in cuts))
         header = read_gguf(source)
         changed = changed_tensors(header, session.source, place / "model", blocks, layers)
 

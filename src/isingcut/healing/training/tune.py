@@ -124,7 +124,7 @@ def tune(
                 if kl[-1] == min(kl):
                     best = {key: layer.weight.detach().clone() for key, layer in tuned.items()}
     record = {
-        "layers": [{"block": block, "layer": path} for block, path in tuned],
+        "layers": [{"block": block, "layer": path} for block, path in best],
         "steps": steps,
         "predictions": EPOCHS * train.predictions,
         "held_out_predictions": held.predictions,

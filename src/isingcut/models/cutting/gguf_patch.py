@@ -6,8 +6,9 @@ and the I types) becomes Q8_0, which is finer than any of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from isingcut.models.cutting.gguf_match import names_in_gguf
 from isingcut.models.fit import block_prefix
 from isingcut.models.fp8 import dequantise, read_tensor, scale_of, tile_of
 
+_Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 _SAME = 0.35
 """Relative difference of a tensor and its packing, at most: of two bits a weight it is 0.3."""
 
@@ -113,7 +115,8 @@ class _Side:
 
 
 def laid_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
-    """The changed values as a GGUF file lays them out: as they are, or turned.
+    """The changed values as a GGUF file lays them out: as they are, turned, or, as llama.cpp has
+    queries and keys of Llama, with the two halves of each head's rows interleaved.
 
     Args:
         path: the file, for messages.
@@ -126,11 +129,25 @@ def laid_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
         there = _unpacked(tensor)
     except NotImplementedError as error:
         raise ArchitectureError(_cannot(path, changed.name)) from error
-    for turn in (lambda x: x, np.transpose):
+    turns: list[_Turn] = [lambda x: x, np.transpose, *_interleaved(changed.before)]
+    for turn in turns:
         before, after = turn(changed.before), turn(changed.after)
         if before.shape == there.shape and _difference(there, before) <= _SAME:
             return np.ascontiguousarray(after)
     raise ArchitectureError(_cannot(path, changed.name))
+
+
+def _interleaved(values: NDArray[np.float32]) -> Iterator[_Turn]:
+    """For every number of heads that the rows can be."""
+    rows = len(values)
+    for size in range(rows // 2, 0, -1):
+        if rows % (2 * size) == 0:
+            yield partial(_interleave, size=size)
+
+
+def _interleave(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    halves = values.reshape(-1, 2, size, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def pack(values: NDArray[np.float32], kind: Any) -> tuple[Any, Any]:
