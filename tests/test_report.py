@@ -444,6 +444,20 @@ def test_a_patch_is_told_with_its_text_and_its_proof() -> None:
     assert "900 were asked for, but the source has no more" in said
 
 
+def test_a_card_says_whether_a_patch_was_tuned(folder: Path) -> None:
+    record(folder)
+    parts = card.card_parts(folder, folder, [10, 11])
+    plain = card.model_card({**parts, "patch": patch()})
+    assert "Nothing was trained by gradients" in plain
+    layers = [{"block": 2, "layer": "mlp.up_proj"}]
+    tuning = {"layers": layers, "steps": 9, "held_out_predictions": 99, "held_out_kl": [0.5, 0.4]}
+    tuned = card.model_card({**parts, "patch": patch(tuning=tuning)})
+    assert "tuned on the loss for a few steps" in tuned
+    assert "trained by gradients" not in tuned
+    in_vain = patch(tuning={**tuning, "held_out_kl": [0.4, 0.5]})
+    assert card.model_card({**parts, "patch": in_vain}).count("Nothing was trained") == 1
+
+
 def test_what_is_not_patched_is_said_once_or_cut_by_cut() -> None:
     refused = [{"removed": [i, i + 1], "reason": "a norm"} for i in (3, 7)]
     assert words.patch_warnings({"unpatched": refused}) == ["not patched: a norm"]

@@ -19,7 +19,7 @@ from isingcut.report.render import render
 from isingcut.report.rows import healing_rows, healing_start, patch_rows
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
 from isingcut.report.states import measured_kl
-from isingcut.report.words import patch_story, patch_warnings
+from isingcut.report.words import patch_story, patch_warnings, was_tuned
 
 PAPER_ENERGY = "empirical-fisher"
 
@@ -86,6 +86,7 @@ def model_card(parts: Mapping[str, Any], healing: Mapping[str, Any] | None = Non
         card=parts,
         healed="" if healing is None else _healed_section(healing),
         patch=patch,
+        tuned=patch is not None and was_tuned(patch),
         story="" if patch is None else patch_story(patch),
         rows=patch_rows(patch),
         unpatched=patch_warnings(parts),

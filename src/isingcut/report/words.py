@@ -178,6 +178,12 @@ def patch_story(patch: Mapping[str, Any]) -> str:
     return said
 
 
+def was_tuned(patch: Mapping[str, Any]) -> bool:
+    """Whether layers beside the cuts have other weights than the fit gave."""
+    held_out = (patch.get("tuning") or {}).get("held_out_kl") or [0.0]
+    return bool(min(held_out) < held_out[0])
+
+
 def _tuning_words(tuning: Mapping[str, Any]) -> str:
     """What tuning a patch won on its held-out samples, or why there was none."""
     if tuning.get("left_out"):
