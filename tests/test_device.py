@@ -154,7 +154,7 @@ def distilled(place, family="llama"):
     rows = Rows(samples())
     batch = collate([rows[i] for i in range(len(rows))])
     batch = {name: value.to(place.device) for name, value in batch.items()}
-    kept = targets(teacher, batch["input_ids"], batch["attention_mask"], 5)
+    kept = targets(teacher, batch["input_ids"], 5)
     forward = student.forward
     install(student, student, Objective(teacher, 2.0, [(1, 2)], 0.5))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)

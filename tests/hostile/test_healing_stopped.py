@@ -62,7 +62,7 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
         stops(patch, 2, FULL)
         line = r"no space left on the disk .*checkpoint-2; .*what was finished is kept in .*healing"
         left = types(arena, SAVING, code=2, line=line)
-    assert left == ["before.json", "identity.json", "trainer"]
+    assert left == ["before.json", "identity.json", "trainer", "way.json"]
     states = sorted(p.name for p in (arena.here / ".healed.healing/trainer").iterdir())
     assert states == ["checkpoint-1"]
     half_written(arena, 3)
@@ -122,6 +122,7 @@ def test_a_last_step_without_numbers(arena):
 
 
 def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch):
+    arena.try_row(Row("cut", "excise {run} --patch none --overwrite", code=0, makes=("run/*",)))
     more = "--patch linear --steps 4 --warmup-steps 0 --trainer {here}/t.yaml --learning-rate"
     line = "loss of step . is nan; .*what was finished is kept in .*healing"
     left = types(arena, heal(f"{more} 10"), code=2, line=line, prepare=DECAY)
@@ -200,6 +201,7 @@ def test_overwrite_replaces_what_healing_wrote(arena):
 
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
+    arena.try_row(Row("cut", "excise {run} --patch none --overwrite", code=0, makes=("run/*",)))
     from isingcut.healing.patch import exact
     from isingcut.healing.patch.least_squares import RidgeFit
 

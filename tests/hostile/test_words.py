@@ -123,7 +123,7 @@ HEALING = [
       for name in ("learning-rate", "epochs", "temperature", "hidden-weight")
       for n in ("nan", "inf")),
     ("--schedule zorp", "--schedule must be one of .*cosine"),
-    ("--method magic", "--method must be one of full, lora, none"),
+    ("--method magic", r"--method must be one of full, last:N .*, lora, none"),
     ("--patch-maps both", "--patch-maps must be one of reads, writes"),
     ("--device gpu", "--device: must be auto"),
     ("--trainer /dev/zero", "/dev/zero is a device"),

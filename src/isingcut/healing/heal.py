@@ -81,6 +81,12 @@ def heal(
             f"{student} has no record of its cut; its blocks are found by comparing weights, which "
             "needs the teacher in memory: leave --stream-teacher out"
         )
+    start = start_of(student)
+    if start != "cut" and (config.method == "none" or config.patch in ("linear", "tuned")):
+        raise InputError(
+            f"{student} is {start} already, and a patch is fitted to the exact cut; leave --patch "
+            "out and name a --method, or give the exact cut (isingcut excise --patch none)"
+        )
     if config.method == "none" and config.patch is None:
         # It is all there is to do, so that it must be possible.
         config = config.replace(patch="tuned")

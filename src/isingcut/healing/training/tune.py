@@ -161,7 +161,7 @@ class _Layer:
     def __init__(self, module: Any, fitted: Patch | None) -> None:
         self.module, self.fitted = module, fitted
         start: Tensor = module.weight if fitted is None else fitted.weight
-        self.weight = nn.Parameter(start.detach().to(module.weight.device, torch.float32).clone())
+        self.weight = nn.Parameter(start.detach().float().to(module.weight.device).clone())
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().to(module.weight.device)
         self.size = float(self.weight.detach().square().mean().sqrt())
