@@ -355,6 +355,8 @@ def test_the_patch_is_the_default_once(models: Path, tmp_path: Path) -> None:
     assert found["options"]["patch"] == "tuned"
     assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
     # What is healed already is not the exact cut, which a patch is fitted for.
+    with pytest.raises(InputError, match="is healed already, and a patch is fitted to the exact"):
+        heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
     again = heal(options(models, tmp_path / "again", student=str(out), steps=1, patch=None))
     further = read_json(again / "healing.json", "healing")
     assert (further["start"], further["options"]["patch"]) == ("healed", "none")

@@ -136,7 +136,7 @@ def test_a_checkpoint_given_as_a_run_is_told_how_to_be_compared(run: Path) -> No
 def test_heal_from_the_command_line(folder: Path, run: Path, tmp_path: Path) -> None:
     command = ["heal", str(run / "model"), "--teacher", str(folder / "model")]
     command += ["--text", str(folder / "text.jsonl"), "--length", "32", "--report-samples", "2"]
-    command += ["--patch", "linear", "--method", "none", "--device", "cpu"]
+    command += ["--samples", "4", "--steps", "1", "--batch", "2", "--device", "cpu"]
     command += ["--dtype", "float32", "--out", str(tmp_path / "healed")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
