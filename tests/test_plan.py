@@ -137,6 +137,16 @@ def test_a_patch_costs_two_passes_and_its_maps_and_tuning_more():
     assert evaluated - without["evaluate"].seconds == 32 * LENGTH * ((4 + 2) + 2 * 2)
 
 
+def test_tuning_a_patch_takes_memory_for_two_blocks():
+    counted = prices(weights=60_000)
+    counted.config = counted.config.replace(patch_tokens=100)
+    found = {stage.name: stage for stage in counted.stages()}["patch"].memory
+    # 3,750 numbers a block, 20 bytes for each; both streams of the text.
+    assert found == 1000 + 60_000 + 2 * 100 * 8 + 20 * 2 * 3750
+    counted.config = counted.config.replace(patch="linear")
+    assert {stage.name: stage for stage in counted.stages()}["patch"].memory < found
+
+
 def test_a_search_costs_the_share_of_all_pairs_that_its_passes_are():
     counted = prices()
     pairs = counted.energy("pairwise").seconds

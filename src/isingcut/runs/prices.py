@@ -18,6 +18,7 @@ import psutil
 
 from isingcut.energies.pairwise import removals
 from isingcut.energies.search import Target, greedy_price
+from isingcut.healing.training.tune import BYTES
 from isingcut.ising.states import States
 from isingcut.measure.curvature import KINDS
 from isingcut.measure.tree import tree_nodes
@@ -174,14 +175,17 @@ class Prices:
         c, wide, width = self.config, self.inner, self.stream // self.store.dtype.itemsize
         samples = -(-c.patch_tokens // c.length)
         seconds = _FIT * c.patch_tokens * (1 + share) * self.timings.blocks
+        kept = c.patch_tokens * (4 * self.stream + wide * self.store.dtype.itemsize)
+        memory = self._held() + kept + _MOMENTS * _NUMBER * wide * (wide + width)
         if c.patch == "tuned" and not c.heal and not self.streamed:
+            # Two blocks beside a cut; each further cut takes as much again, or less is tuned.
+            tuned = BYTES * 2 * self.weights / self.n / self.store.dtype.itemsize
+            memory = max(memory, self._held() + 2 * c.patch_tokens * self.stream + int(tuned))
             # A pass of the original, then twice forward and backward from the first cut on.
             t = self.timings
             once = t.blocks + t.once + _TUNE * (share * _BEHIND * t.blocks + 2 * t.once)
             seconds += c.patch_tokens * once
         seconds += 3 * self.left * self.timings.reading * self.weights
-        kept = c.patch_tokens * (4 * self.stream + wide * self.store.dtype.itemsize)
-        memory = self._held() + kept + _MOMENTS * _NUMBER * wide * (wide + width)
         return self._estimate("patch", samples, seconds, memory, self.stored, streams=4)
 
     def _states(self, name: str, states: States, samples: int, share: float = 1.0) -> Estimate:
