@@ -72,6 +72,11 @@ class StoredLayers:
             )
         return weight, offset
 
+    def float8(self, block: int, path: str) -> bool:
+        """Whether a layer would be stored in more bytes with new weights than it is."""
+        found = self._stored.get(f"{self._prefix}{self._places[block]}.{path}.weight")
+        return found is not None and found.dtype in _FLOAT8
+
 
 def as_stored(patch: Patch, layer: tuple[StoredTensor, StoredTensor | None]) -> Patch:
     """The patch rounded to the dtypes it is stored in: bfloat16 in the place of float8."""

@@ -100,8 +100,14 @@ def tune(
     with torch.no_grad():
         found = train.read(replay, beside, removed)
         held.read(replay, beside, removed)
-    layers = _that_fit(replay, [one for one in found if not unfit(replay, stored, *one[:3])])
     fitted = {(p.block, p.path): p for p in patches}
+    # What is stored as float8 would become bfloat16: only where a map has made it so already.
+    found = [
+        one
+        for one in found
+        if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
+    ]
+    layers = _that_fit(replay, [one for one in found if not unfit(replay, stored, *one[:3])])
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(beside[0], len(replay)) if i not in set(removed)]
     parts = min(len(train.batches), max(1, round(train.predictions / STEP_TOKENS)))
