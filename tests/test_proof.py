@@ -1,8 +1,10 @@
 """The proof of a cut: what it notices, what it cannot be fooled by, and what it says."""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +99,28 @@ def test_generation_is_compared_beside_masked_logits(tmp_path):
     model.model.layers[2].self_attn.layer_idx = 0
     with pytest.raises(VerificationError, match="another token"):
         check_generation(model, torch.arange(12)[None] + 20, 8, "the model")
+
+
+@pytest.mark.parametrize(("above", "tie"), [(0.125, True), (1.0, False)])
+def test_a_tie_is_told_by_the_rounding_of_its_own_logits(above, tie):
+    class Rounded:
+        """The best two of its logits are 16 and a little more, the usual size is 4."""
+
+        dtype = torch.bfloat16
+
+        def generate(self, row, use_cache, **options):
+            return torch.cat([row, torch.tensor([[1 + use_cache]])], 1)
+
+        def __call__(self, input_ids, use_cache):
+            logits = torch.full((1, input_ids.shape[1], 40), -4.0)
+            logits[..., 10:] += torch.arange(input_ids.shape[1])[:, None] / 100
+            logits[..., 1], logits[..., 2] = 16.0, 16.0 + above
+            return SimpleNamespace(logits=logits.bfloat16())
+
+    # One step of bfloat16 at 16 is 0.125: 0.8 % of them, and 3 % of the usual size.
+    noticed = pytest.raises(VerificationError, match="another token")
+    with contextlib.nullcontext() if tie else noticed:
+        check_generation(Rounded(), torch.arange(6)[None], 1, "the model")
 
 
 def test_a_proof_names_the_wrong_state_it_would_have_noticed(tmp_path):
