@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from _healing_parts import OURS, PEERS, STAGES, Bench, key
+from _healing_parts import OURS, PEERS, STAGES, Bench
+from _healing_work import key
 from isingcut.evaluation.paired import compare_scores
 from isingcut.files import documents
 from isingcut.files.provenance import versions
@@ -29,6 +30,7 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
         "provenance": {
             **versions(),
             "model": {**model_identity(bench.original.folder), "name": bench.options.model},
+            "dtype": str(bench.original.dtype),
         },
         "original": {"accuracy": _accuracy(bench, "original")},
         "removals": {},
@@ -36,28 +38,37 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
     for m in bench.options.remove:
         rows = {}
         for method, removed in bench.chosen(m).items():
-            if not bench.done(f"patch/{key(removed)}"):
+            if not bench.done(f"patched/{key(removed)}"):
                 continue
-            distilled = f"distil/{key(removed)}"
+            after_trial = bench.after_trial(m) if method == OURS else method
+            kept = bench.chosen(m)[after_trial] if after_trial else []
+            distilled, tried = f"distil/{key(kept)}", f"try/{key(removed)}"
             training = bench.read(distilled) if bench.done(distilled) else {}
             rows[method] = {
                 "removed": removed,
+                "healed_state_of": after_trial,
+                "trial": _content(bench.read(tried)) if bench.done(tried) else None,
                 "tokens_seen": training.get("tokens_seen"),
                 "losses": [s["loss"] for s in training.get("steps", [])],
-                "patch": bench.read(f"patch/{key(removed)}")["patch"]["cuts"],
+                "patch": bench.read(f"patched/{key(removed)}")["patch"]["cuts"],
                 "stages": {
                     stage: {
                         "texts": bench.read(name)["texts"],
-                        "pooled": bench.pooled(removed, stage),
-                        "accuracy": _accuracy(bench, f"{key(removed)}/{stage}"),
+                        "pooled": bench.pooled(blocks, stage),
+                        "accuracy": _accuracy(bench, f"{key(blocks)}/{stage}"),
                     }
                     for stage in STAGES
-                    if bench.done(name := f"judge/{key(removed)}/{stage}")
+                    for blocks in [kept if stage == "healed" else removed]
+                    if bench.done(name := f"judge/{key(blocks)}/{stage}")
                 },
             }
         found["removals"][str(m)] = rows
     write_json(path, RESULTS, found)
     return read_json(path, RESULTS)
+
+
+def _content(part: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in part.items() if k not in ("format", "version", "seconds")}
 
 
 def _accuracy(bench: Bench, where: str) -> dict[str, Any]:
@@ -94,22 +105,35 @@ def difference(first: dict[str, Any], second: dict[str, Any], tasks: Sequence[st
     return float(np.mean([g.mean() for g in gaps])), float(error)
 
 
-def paired_ratio(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float, int] | None:
-    """Perplexity of the second over that of the first on the same samples.
+def paired(
+    first: dict[str, Any], second: dict[str, Any], what: str = "nll"
+) -> tuple[float, float, int] | None:
+    """Nats a token that the second has more than the first on the same samples.
+
+    Args:
+        what: ``nll`` or ``kl``.
 
     Returns:
-        the ratio, its standard error (of the paired difference of log-perplexity, by the delta
-        method) and the number of samples; None where the samples' losses were not kept.
+        the difference, its standard error and the number of samples; None where the samples'
+        figures were not kept.
     """
-    if not first or not all("sample_nll" in t for s in (first, second) for t in s.values()):
+    name = f"sample_{what}"
+    if not first or not all(name in t for s in (first, second) for t in s.values()):
         return None
-    gaps = np.concatenate(
-        [np.subtract(second[k]["sample_nll"], first[k]["sample_nll"]) for k in first]
-    )
+    gaps = np.concatenate([np.subtract(second[k][name], first[k][name]) for k in first])
     counts = np.concatenate([first[k]["sample_tokens"] for k in first])
-    ratio = float(np.exp(gaps.sum() / counts.sum()))
     error = float(standard_error(gaps[None], counts)[0])
-    return ratio, ratio * error, len(counts)
+    return float(gaps.sum() / counts.sum()), error, len(counts)
+
+
+def paired_ratio(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float, int] | None:
+    """Perplexity of the second over that of the first, its standard error (by the delta method)
+    and the number of samples, as `paired`."""
+    found = paired(first, second)
+    if found is None:
+        return None
+    gap, error, samples = found
+    return float(np.exp(gap)), float(np.exp(gap)) * error, samples
 
 
 def show(found: dict[str, Any]) -> None:
@@ -123,15 +147,18 @@ def show(found: dict[str, Any]) -> None:
         print(f"original: accuracy {_percent(whole)}, mean of {', '.join(tasks)}")
     for m, rows in found["removals"].items():
         _table(m, rows, tasks)
-        figures += _figures(m, rows, tasks)
+        _tuning(rows)
+        _trial(rows)
+        figures += _figures(m, rows, tasks, 1 if s.get("peers") == "best" else len(PEERS))
+    prefix = "coder_" if s.get("model") == "coder" else ""
     for name, value in figures:
-        print(f"{name}: {value:.4g}")
+        print(f"{prefix}{name}: {value:.4g}")
 
 
 def _table(m: str, rows: dict[str, Any], tasks: Sequence[str]) -> None:
     print(f"\n{m} blocks removed")
     header = f"{'':<17}{'stage':<9}{'perplexity':>11}{'KL':>8}{'+-':>7}{'recovered':>10}"
-    print(f"{header}  {'accuracy':<15}blocks; tokens seen")
+    print(f"{header}  {'accuracy':<15}perplexity/KL by text; blocks; tokens seen")
     for method in (OURS, *PEERS):
         row = rows.get(method)
         for stage in STAGES if row else ():
@@ -142,9 +169,12 @@ def _table(m: str, rows: dict[str, Any], tasks: Sequence[str]) -> None:
             won = recovered(row, stage)
             words = f"{won:9.1f}%" if won is not None else f"{'':>10}"
             accuracy = mean_accuracy(found["accuracy"], tasks)
-            tail = " ".join(map(str, row["removed"])) if stage == "cut" else ""
+            texts = found["texts"].items()
+            tail = ", ".join(f"{k} {np.exp(t['nll']):.2f}/{t['kl']:.3f}" for k, t in texts)
+            if stage == "cut":
+                tail += "; " + " ".join(map(str, row["removed"]))
             if stage == "healed":
-                tail = f"{row['tokens_seen']} tokens"
+                tail += f"; {row['tokens_seen']} tokens"
             print(
                 f"{method:<17}{stage:<9}{np.exp(pooled['nll']):>11.3f}{pooled['kl']:>8.4f}"
                 f"{pooled['kl_se']:>7.4f}{words}  {_percent(accuracy):<15}{tail}"
@@ -161,6 +191,39 @@ def _table(m: str, rows: dict[str, Any], tasks: Sequence[str]) -> None:
             print(f"  {task}: {', '.join(cells)}")
 
 
+def _tuning(rows: dict[str, Any]) -> None:
+    """The tuned patch against the one by least squares, with 95 % intervals."""
+    stages = (rows.get(OURS) or {"stages": {}})["stages"]
+    if not {"patched", "tuned"} <= set(stages):
+        return
+    before, after = (stages[stage]["texts"] for stage in ("patched", "tuned"))
+    for name in ("all texts", *before):
+        one, two = ((t if name == "all texts" else {name: t[name]}) for t in (before, after))
+        words = [
+            f"{what.upper()} {found[0]:+.4f} ± {1.96 * found[1]:.4f}"
+            for what in ("kl", "nll")
+            if (found := paired(one, two, what)) is not None
+        ]
+        print(f"  tuned minus least squares, {name}, nats, 95 %: {', '.join(words)}")
+
+
+def _trial(rows: dict[str, Any]) -> None:
+    """What a few steps of healing showed of the candidates, and whose state was chosen."""
+    ours = rows.get(OURS) or {}
+    if not (chosen := ours.get("healed_state_of")) or not ours.get("trial"):
+        return
+    for method, row in rows.items():
+        if trial := row.get("trial"):
+            gap, error, samples = paired({"": ours["trial"]}, {"": trial}, "kl") or (0.0, 0.0, 0)
+            print(
+                f"  trial of {method}'s state: KL {trial['kl']:.4f}, perplexity "
+                f"{np.exp(trial['nll']):.3f}; KL minus that of {OURS}'s {gap:+.4f} ± {error:.4f}, "
+                f"paired over {samples} samples"
+            )
+    whose = "its own state" if chosen == OURS else f"the state of {chosen}"
+    print(f"  {OURS} chose {whose} after trial; its healed stage is of that state")
+
+
 def recovered(row: dict[str, Any], stage: str) -> float | None:
     """Percent of the lost log-perplexity that is back at a stage."""
     stages = row["stages"]
@@ -170,20 +233,23 @@ def recovered(row: dict[str, Any], stage: str) -> float | None:
     return 100 * (cut["nll"] - now["nll"]) / (cut["nll"] - cut["original_nll"])
 
 
-def _figures(m: str, rows: dict[str, Any], tasks: Sequence[str]) -> list[tuple[str, float]]:
+def _figures(
+    m: str, rows: dict[str, Any], tasks: Sequence[str], needed: int
+) -> list[tuple[str, float]]:
     ours = rows.get(OURS)
     if ours is None:
         return []
     found: list[tuple[str, float]] = []
-    for name, stage in (("recovered_percent", "healed"), ("patch_percent", "patched")):
+    for name, stage in (("recovered_percent", "healed"), ("patch_percent", "tuned")):
         won = recovered(ours, stage)
         if won is not None:
             found.append((f"{name}_{m}", won))
     peers = {p: rows[p] for p in PEERS if p in rows and "healed" in rows[p]["stages"]}
-    if "healed" not in ours["stages"] or len(peers) < len(PEERS):
+    if "healed" not in ours["stages"] or len(peers) < needed:
         return found
     best = min(peers, key=lambda p: peers[p]["stages"]["healed"]["pooled"]["nll"])
     mine, theirs = (r["stages"] for r in (ours, peers[best]))
+    theirs_removed = peers[best]["removed"]
     ratio = np.exp(mine["healed"]["pooled"]["nll"] - theirs["healed"]["pooled"]["nll"])
     found.append((f"healed_ppl_over_best_peer_{m}", float(ratio)))
     paired = paired_ratio(theirs["healed"]["texts"], mine["healed"]["texts"])
@@ -192,8 +258,9 @@ def _figures(m: str, rows: dict[str, Any], tasks: Sequence[str]) -> list[tuple[s
         print(
             f"  healed: perplexity of {OURS} over that of the best peer ({best}): "
             f"{value:.3f} ± {error:.3f}, paired over {samples} samples"
+            + (" (the same state)" if _healed_state(rows, ours) == theirs_removed else "")
         )
-    before = min(r["stages"]["cut"]["pooled"]["nll"] for r in peers.values())
+    before = min(rows[p]["stages"]["cut"]["pooled"]["nll"] for p in PEERS if p in rows)
     found.append(
         (f"cut_ppl_over_best_peer_{m}", float(np.exp(mine["cut"]["pooled"]["nll"] - before)))
     )
@@ -211,6 +278,12 @@ def _figures(m: str, rows: dict[str, Any], tasks: Sequence[str]) -> list[tuple[s
                 f"    {task}: {100 * (c.second - c.first):+.1f} points, p {c.p_value:.2g}, {noise}"
             )
         found.append((f"healed_accuracy_minus_best_peer_{m}", 100 * gap))
+    return found
+
+
+def _healed_state(rows: dict[str, Any], ours: dict[str, Any]) -> list[int]:
+    """The blocks that our healed state is without."""
+    found: list[int] = rows[ours.get("healed_state_of") or OURS]["removed"]
     return found
 
 

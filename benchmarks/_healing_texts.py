@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from isingcut.data.tokens import TokenSet
 
 TRAINED_CONVERSATIONS = 700
 JUDGED_CONVERSATIONS = 300
+TRAINED_FILES = 400
+"""Files of Python's library, in the order of seed 0; later ones are judged."""
 
 
 class Remembered:
@@ -33,6 +37,39 @@ class Remembered:
         return self.kept[asked]
 
 
+def mixed_text(
+    data: Path,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    samples: int,
+    report_samples: int,
+    length: int,
+    seed: int,
+) -> healing_text.HealingText:
+    """Half Wikipedia leads, three tenths conversations through the chat template, the rest code.
+
+    Args:
+        data: folder with `calib_instruct/mix1000.jsonl`.
+        folder: the texts are kept there, so that a distillation that goes on has the same.
+        samples, length: of the samples trained on.
+        report_samples: of other documents.
+    """
+    paths = [folder / "conversations.jsonl", folder / "code.jsonl"]
+    if not paths[1].exists():
+        files = itertools.islice(corpora.read("python", tokenizer, 0).documents, TRAINED_FILES)
+        for path, texts in zip(paths, (_chats(data, tokenizer), files), strict=True):
+            _write(path, texts)
+    return healing_text.build(
+        f"wiki=0.5,{paths[0]}=0.3,{paths[1]}=0.2",
+        tokenizer,
+        samples=samples,
+        report_samples=report_samples,
+        length=length,
+        seed=seed,
+    )
+
+
 def training_text(
     data: Path, tokenizer: Any, path: Path, *, samples: int, length: int, seed: int
 ) -> healing_text.HealingText:
@@ -44,22 +81,21 @@ def training_text(
         samples, length: of the samples trained on.
     """
     if not path.exists():
-        found = [
-            str(tokenizer.apply_chat_template(r["messages"], tokenize=False))
-            for r in _conversations(data)[:TRAINED_CONVERSATIONS]
-        ]
-        leads = corpora.read("wiki", tokenizer, seed)
-        found += [text for text, _ in zip(leads.documents, range(4000), strict=False)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = "\n".join(json.dumps({"text": text}) for text in found) + "\n"
-        path.write_text(content, encoding="utf-8")
+        leads = itertools.islice(corpora.read("wiki", tokenizer, seed).documents, 4000)
+        _write(path, [*_chats(data, tokenizer), *leads])
     return healing_text.build(
         str(path), tokenizer, samples=samples, report_samples=4, length=length, seed=seed
     )
 
 
-def judged_texts(data: Path, tokenizer: Any, tokens: int) -> dict[str, TokenSet]:
-    """Text that nothing was chosen, fitted or trained on, about so many tokens of each."""
+def judged_texts(
+    data: Path, tokenizer: Any, tokens: int, *, code: bool = False
+) -> dict[str, TokenSet]:
+    """Text that nothing was chosen, fitted or trained on, about so many tokens of each.
+
+    Args:
+        code: 256 tokens from within each of the Python files that `mixed_text` leaves, too.
+    """
     found = {}
     files = {"wikitext2": "wikitext2/test_raw.jsonl", "c4": "calib_text/c4_300.jsonl"}
     for name, file in files.items():
@@ -79,7 +115,26 @@ def judged_texts(data: Path, tokenizer: Any, tokens: int) -> dict[str, TokenSet]
         if len(rows) > 1 and sum(map(len, rows)) >= tokens:
             break
     found["instruct"] = TokenSet.from_rows(rows)
+    if code:
+        files = itertools.islice(
+            corpora.read("python", tokenizer, 0).documents, TRAINED_FILES, None
+        )
+        ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in files)
+        long = (row[256:512] for row in ids if len(row) >= 512)
+        found["code"] = TokenSet.from_rows(list(itertools.islice(long, max(2, tokens // 256))))
     return found
+
+
+def _chats(data: Path, tokenizer: Any) -> list[str]:
+    """Conversations to train on, as the model reads them."""
+    rows = _conversations(data)[:TRAINED_CONVERSATIONS]
+    return [str(tokenizer.apply_chat_template(r["messages"], tokenize=False)) for r in rows]
+
+
+def _write(path: Path, texts: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    path.write_text(content, encoding="utf-8")
 
 
 def _conversations(data: Path) -> list[dict[str, Any]]:

