@@ -87,3 +87,30 @@ def test_what_is_no_memory(text):
 def test_what_is_no_device(text):
     with pytest.raises(InputError, match="must be auto, cpu, cuda, cuda:N or mps"):
         spellings.parse_device(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", (None, None)),
+        ("all", (None, None)),
+        ("10min", (None, 600.0)),
+        ("1.5 hours", (None, 5400.0)),
+        ("2h", (None, 7200.0)),
+        ("5Mtokens", (5e6, None)),
+        ("500 ktok", (5e5, None)),
+        ("1 token", (1.0, None)),
+    ],
+)
+def test_healings(text, wanted):
+    assert spellings.parse_healing(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["10", "5M", "0min", "0tokens", "0.5tokens", "10minutess", "-3h", "1e6tokens", "nan h", "h",
+     "9999999h", "2000Gtokens", "3 tokens tokens", "9" * 400 + "min"],
+)  # fmt: skip
+def test_what_is_no_healing(text):
+    with pytest.raises(InputError, match="expected a time"):
+        spellings.parse_healing(text)

@@ -80,7 +80,7 @@ def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
         stops(patch, 1, Stopped())
         # A kill leaves no chance to clean up.
         patch.setattr("isingcut.healing.work_folder._drop", lambda work, names: None)
-        patch.setattr("isingcut.healing.training.train.shutil.rmtree", lambda *a, **k: None)
+        patch.setattr("isingcut.healing.training.watch.shutil.rmtree", lambda *a, **k: None)
         left = types(arena, SAVING, code=1, line="internal error")
     assert "trainer" in left
     assert [p.name for p in (arena.here / ".healed.healing/trainer").iterdir()] == ["checkpoint-1"]
@@ -144,7 +144,7 @@ def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch
         ("isingcut.healing.healers.distill._publish", FULL),
         ("isingcut.healing.heal.healed_card", FULL),
         (
-            "isingcut.healing.training.train._Trainer.save_model",
+            "isingcut.healing.training.train.OurTrainer.save_model",
             RuntimeError("unexpected pos 5 vs 3"),
         ),
     ],

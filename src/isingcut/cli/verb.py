@@ -13,11 +13,13 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from isingcut.console.printing import printable, printing, say
 from isingcut.console.progress import silent, terminal
@@ -92,6 +94,16 @@ class Answer:
     warnings: Sequence[str] = field(default=())
 
 
+class _Command(TyperCommand):
+    """Reads an option that has nothing behind it as having its `bare` value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        bare = {flag(f): f.metadata["bare"] for f in fields(RunConfig) if f.metadata["bare"]}
+        alone = (w in bare and after.startswith("-") for w, after in pairwise([*args, "-"]))
+        words = [f"{w}={bare[w]}" if a else w for w, a in zip(args, alone, strict=True)]
+        return super().parse_args(ctx, words)
+
+
 def part_names(room: str) -> Callable[[str], list[str]]:
     """Shell completion of the names of one room's parts; imports none of them."""
 
@@ -156,7 +168,7 @@ def verb(
             _give(called, answer, as_json=as_json, quiet=quiet)
 
         setattr(command, "__signature__", inspect.Signature([*parameters, *_OUTPUT]))  # noqa: B010
-        app.command(called, rich_help_panel=group)(command)
+        app.command(called, cls=_Command, rich_help_panel=group)(command)
         return handler
 
     return decorate

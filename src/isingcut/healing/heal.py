@@ -40,7 +40,7 @@ from isingcut.models.sources import model_identity, resolve
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.declaration import options_from
-from isingcut.options.healing import HealConfig
+from isingcut.options.healing import LENGTH, HealConfig
 from isingcut.report.card import healed_card, kept_parts
 
 
@@ -139,7 +139,8 @@ def _processes(config: HealConfig) -> Processes:
 def sample_length(config: HealConfig, model: Any) -> int:
     """Tokens of a sample: as many as were asked for, or as the model has positions."""
     longest = getattr(text_config(model), "max_position_embeddings", None)
-    return min(config.length, int(longest or config.length))
+    length = config.length or LENGTH
+    return min(length, int(longest or length))
 
 
 def heal_checkpoint(

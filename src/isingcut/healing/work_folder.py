@@ -4,6 +4,8 @@ identity.json   what the work depends on, and what the training in it does
 before.json     figures of the cut model
 patched/ .json  the patched checkpoint, its record
 targets/        the teacher's kept answers
+recipe.json     what a budget bought: steps, their size, the learning rate
+trial/          what its speed is measured in
 way.json        how the training is computed
 trainer/        states that a training goes on from, each complete or left out
 trained/ .json  the trained weights, their record
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel
 
 _IDENTITY, _KIND = "identity.json", "healing-work"
-_TRAINING = ("way.json", "trainer", "trained", "trained.json", "done")
+_TRAINING = ("recipe.json", "trial", "way.json", "trainer", "trained", "trained.json", "done")
 _HEALING = ("before.json", "patched", "patched.json", "targets", *_TRAINING)
 _FINISHED = ("patched.json", "targets/done.json", "trained.json")
 _CANDIDATE = re.compile(r"\d+(-\d+)*")

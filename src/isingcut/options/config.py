@@ -15,6 +15,7 @@ from isingcut.options.spellings import (
     LAST_BLOCK,
     parse_budgets,
     parse_effort,
+    parse_healing,
     parse_indices,
     parse_memory,
     parse_removal,
@@ -168,7 +169,13 @@ class RunConfig(Options):
         32768, "Tokens that the patch is fitted on: those that built --energy, then further ones."
     )
     keep_cut: bool = option(False, "Keep the exact cut too, unpatched, in the folder cut.")
-    heal: bool = option(False, "Distil the original into the cut model afterwards.")
+    heal: Annotated[str, reads(parse_healing)] = option(
+        "",
+        "Then distil the original into the cut model, for a time (10min), for so many tokens "
+        "(5Mtokens), or over all of its text (all; --heal alone means that).",
+        metavar="BUDGET",
+        bare="all",
+    )
     heal_top: Annotated[int, Bounds(ge=0, le=1000)] = option(
         0, "Heal so many of the best candidates for a few steps first, and choose after it."
     )
@@ -200,6 +207,10 @@ class RunConfig(Options):
         }
 
     def __post_init__(self) -> None:
+        # Yes or no in Python and YAML, and in run folders from before there were budgets.
+        heal: Any = self.heal
+        if isinstance(heal, bool):
+            object.__setattr__(self, "heal", "all" if heal else "")
         super().__post_init__()
         kept, dropped = (parse_indices(text) if text else [] for text in (self.keep, self.drop))
         if both := {*kept} & {*dropped}:

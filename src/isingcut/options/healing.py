@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from isingcut.errors import InputError
 from isingcut.options.declaration import Options, option
+from isingcut.options.spellings import parse_healing
 from isingcut.options.types import (
     BATCH_TOKENS,
     TEXT,
@@ -25,8 +26,12 @@ from isingcut.options.types import (
     Size,
     Then,
     Tokens,
+    reads,
 )
 from isingcut.options.yaml_file import load_yaml
+
+LENGTH = 1024
+"""Tokens of a sample where no option says another number."""
 
 
 def _schedule(name: str) -> str:
@@ -64,7 +69,9 @@ class HealConfig(Options):
         "'python', or a mixture.",
     )
     samples: Count | None = option(None, "Samples of that text (default: all).")
-    length: Length = option(1024, "Tokens per sample.")
+    length: Length | None = option(
+        None, "Tokens per sample (default: 1024; a small --effort trains on pieces of that)."
+    )
     report_samples: Few = option(16, "Other samples, for the figures before and after.")
     seed: Seed = option(0, "Seed of every random choice.")
 
@@ -84,7 +91,7 @@ class HealConfig(Options):
         "full (all weights), last:N (the last N blocks and the head), lora, or none (patch only).",
     )
     learning_rate: Annotated[float, Bounds(gt=0, le=10)] | None = option(
-        None, "Highest learning rate (default: 2e-5, with lora 2e-4)."
+        None, "Highest learning rate (default: 2e-5, with lora 2e-4; more for a small --effort)."
     )
     schedule: Annotated[str, Then(_schedule)] = option(
         "cosine", "How it falls, by transformers' name."
@@ -92,10 +99,21 @@ class HealConfig(Options):
     warmup_steps: Annotated[int, Bounds(ge=0, le=1_000_000)] = option(
         100, "Steps in which it rises; at most a tenth of all steps."
     )
-    epochs: Annotated[float, Bounds(gt=0, le=10_000)] = option(1.0, "How often the text is read.")
+    effort: Annotated[str, reads(parse_healing)] = option(
+        "",
+        "What the training may take: a time (10min, 2h) or tokens (5Mtokens); default: what "
+        "--steps or --epochs say.",
+    )
+    epochs: Annotated[float, Bounds(gt=0, le=10_000)] | None = option(
+        None, "How often the text is read (default: once; with --effort at most four times)."
+    )
     top_steps: Count = option(20, "Steps for each candidate of `run --heal-top`.")
     steps: Count | None = option(None, "Stop after so many steps; the schedule ends there.")
-    batch: Size = option(16, "Sequences per optimiser step, over all processes.")
+    batch: Size | None = option(
+        None,
+        "Sequences per optimiser step, over all processes (default: 16; fewer for a small "
+        "--effort).",
+    )
     micro_batch: Size | None = option(
         None, "Sequences computed at a time by one process (default: as memory allows)."
     )
@@ -147,6 +165,11 @@ class HealConfig(Options):
         return 2e-4 if self.method == "lora" else 2e-5
 
     @property
+    def sequences(self) -> int:
+        """Of an optimiser step; 16 where neither an option nor a budget says another number."""
+        return self.batch or 16
+
+    @property
     def tunes(self) -> bool:
         """Whether a fitted patch is tuned; no use where all that it changes is trained next."""
         return self.patch == "tuned" or (self.patch is None and self.method == "none")
@@ -159,6 +182,14 @@ class HealConfig(Options):
         """
         if self.method == "none" and self.patch == "none":
             raise InputError("--method none without a --patch leaves nothing to do")
+        tokens, seconds = parse_healing(self.effort)
+        if self.steps is not None and (tokens or seconds):
+            raise InputError("--effort and --steps both say how long to train; give one of them")
+        if self.top_k and seconds:
+            raise InputError(
+                "--top-k keeps the teacher's answers before the training's speed is known; give "
+                "--effort in tokens"
+            )
         if self.top_k and self.temperature != 1:
             raise InputError("--top-k keeps the teacher at temperature 1; give one of them only")
         if self.stream_teacher and not self.top_k:

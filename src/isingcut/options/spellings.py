@@ -35,6 +35,7 @@ _BYTES = {
 }
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _LONGEST_EFFORT = 1e6
+_MOST_TOKENS = 1e12
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,33 @@ def parse_effort(text: str) -> tuple[float | None, bool]:
             f"of at most {_LONGEST_EFFORT:,.0f}"
         )
     return amount * (60.0 if match[2] in ("hours", "h") else 1.0), match[2] not in ("", "passes")
+
+
+def parse_healing(text: str) -> tuple[float | None, float | None]:
+    """``"5Mtokens"`` -> (5e6, None) tokens; ``"10min"`` -> (None, 600.0) seconds.
+
+    ``"all"`` and nothing, for all of a text, give (None, None).
+
+    Raises:
+        InputError: none of these, or an amount out of bounds.
+    """
+    words = text.strip().lower()
+    if words in ("", "all"):
+        return None, None
+    match = re.fullmatch(
+        r"(\d{1,15}(?:\.\d{0,12})?)\s*(?:([kmg]?)(?:tokens|token|tok)|(minutes|min|hours|h))", words
+    )
+    amount = float(match[1]) if match else 0.0
+    if match is not None and match[3]:
+        amount *= 60.0 if match[3] in ("hours", "h") else 1.0
+        if 0 < amount <= _LONGEST_EFFORT:
+            return None, 60 * amount
+    elif match is not None and 1 <= (amount := amount * _PLAIN[match[2]]) <= _MOST_TOKENS:
+        return amount, None
+    raise InputError(
+        f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, of at "
+        f"most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"
+    )
 
 
 def parse_device(text: str) -> str:

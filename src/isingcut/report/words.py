@@ -233,6 +233,11 @@ def healing_words(healing: Mapping[str, Any]) -> str:
         tokens = "" if seen is None else f" over {seen:,} tokens"
         method = f" (`{options['method']}`)" if options.get("method") else ""
         said.append(f"Distillation from the original{method}{tokens}.")
+    if r := healing.get("recipe"):
+        said.append(
+            f"The budget of {options.get('effort')} bought {r['steps']} steps of {r['batch']} x "
+            f"{r['length']} tokens, with a learning rate of up to {r['learning_rate']:g}."
+        )
     if healing.get("report_tokens"):
         said.append(f"Measured on {healing['report_tokens']} tokens that healing has not seen.")
     original = healing["before"].get("original_perplexity")

@@ -30,7 +30,7 @@ def heal_config(config: RunConfig) -> HealConfig:
     """
     values = from_yaml(HealConfig, user_path(config.heal_options)) if config.heal_options else {}
     set_by_run = {"student", "teacher", "out", "device", "trust_remote_code", "overwrite"}
-    set_by_run |= {"other_teacher", "patch", "patch_tokens"}
+    set_by_run |= {"other_teacher", "patch", "patch_tokens", "effort"}
     taken = sorted(set_by_run & values.keys())
     if taken:
         raise InputError(
@@ -47,6 +47,7 @@ def heal_config(config: RunConfig) -> HealConfig:
         patch="none" if config.patch == "none" else None,
         patch_tokens=config.patch_tokens,
         method=found.method if config.heal else "none",
+        effort="" if config.heal == "all" else config.heal,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )

@@ -35,6 +35,7 @@ KINDS: dict[str, type[Strict]] = {
     "healing-work": scores.HealingWork,
     "healing-curve": scores.HealingCurve,
     "healing-targets": scores.HealingTargets,
+    "healing-recipe": scores.HealingRecipe,
     "healing-way": scores.HealingWay,
     "healing-trained": scores.HealingTrained,
     "healed-candidate": scores.HealedCandidate,

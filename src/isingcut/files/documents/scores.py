@@ -117,6 +117,18 @@ class Step(Strict):
     loss: Number
 
 
+class HealingRecipe(Strict):
+    """What a healing's budget of tokens or of time bought."""
+
+    steps: Some
+    batch: Some
+    length: Some
+    learning_rate: Positive
+    tokens: Count
+    seconds: Positive | None
+    epochs: Positive
+
+
 class HealOptions(Strict):
     """The options of a healing."""
 
@@ -135,6 +147,7 @@ class HealingFile(Strict):
     unpatched: list[UnpatchedCut] = Field(default_factory=list)
     start: Literal["cut", "patched", "healed"] = "cut"
     tokens_seen: Count = 0
+    recipe: HealingRecipe | None = None
     removed: Blocks
     of: Some
     report_tokens: Count
@@ -174,6 +187,7 @@ class HealingTrained(HealingCurve):
     samples: Count
     processes: Some
     trained_parameters: Count
+    recipe: HealingRecipe | None = None
 
 
 class HealedCandidate(Strict):

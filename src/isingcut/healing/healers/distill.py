@@ -43,10 +43,12 @@ class Distill:
     def heal(self, job: Job, out: Path) -> dict[str, Any]:
         """Train from the job's start; an interrupted training goes on from its last save."""
         # Needs packages that are optional.
+        from isingcut.healing.training.recipe import planned
         from isingcut.healing.training.train import train
 
         trained, record = job.work / "trained", job.work / "trained.json"
-        found = {} if record.exists() else train(job, trained)
+        job, bought = planned(job)
+        found = {} if record.exists() else {**train(job, trained), **bought}
         if job.leads:
             kept(record, lambda: found)
             _publish(job, trained, out)

@@ -88,6 +88,33 @@ class Steps(Sampler[list[int]]):
         return replace(self, micro_batches=fewest + int(costs[fewest - 1 :].argmin()))
 
 
+@dataclass(frozen=True)
+class Trial(Sampler[list[int]]):
+    """Steps whose time is taken, each one micro-batch: three of one sample, three of several.
+
+    Args:
+        samples: that there are.
+        several: how many one process computes at a time.
+        rank, size: of this process, of how many.
+    """
+
+    samples: int
+    several: int
+    rank: int
+    size: int
+    steps: int = 6
+    micro_batches: int = 1
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.steps):
+            count = 1 if step < self.steps // 2 else self.several
+            first = (step * self.size + self.rank) * self.several
+            yield [i % self.samples for i in range(first, first + count)]
+
+
 def _needed(lengths: Sequence[int], most: int) -> int:
     """The fewest parts of at most so many tokens: each as long as can be."""
     found, start = 0, 0

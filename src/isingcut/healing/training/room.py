@@ -48,7 +48,7 @@ def way_of(job: Job, student: Any, row: dict[str, Tensor]) -> Way:
     """
     config, device = job.config, job.teacher.device
     longest = int(job.tokens.mask.sum(1).max())
-    wanted = min(_MOST.get(device.type, BATCH_TOKENS), longest * config.batch)
+    wanted = min(_MOST.get(device.type, BATCH_TOKENS), longest * config.sequences)
     half = job.teacher.dtype == torch.bfloat16
     each, fixed = _activations(student, row, half=half)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)

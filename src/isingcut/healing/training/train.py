@@ -6,124 +6,32 @@ import contextlib
 import dataclasses
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
-from isingcut.console.progress import Bar
-from isingcut.errors import InputError, ModelError
+from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.files.outputs import mark
-from isingcut.files.writing import clear_os_errors, read_json, write_json
+from isingcut.files.writing import clear_os_errors, read_json
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
 from isingcut.healing.trainer_file import read_trainer_file
-from isingcut.healing.training.batches import Rows, Steps, collate
+from isingcut.healing.training.batches import Rows, Steps, Trial, collate
 from isingcut.healing.training.room import Way, way_of
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, trainable
 from isingcut.healing.training.targets import keep_targets
+from isingcut.healing.training.watch import CURVE, OurTrainer, Watch
 from isingcut.healing.work_folder import complete_states, kept
 from isingcut.models.compute.attention import NAME, attending, pays_in_training
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.text_alone import text_model
 from isingcut.models.transformers_private import checkpointing
-
-_CURVE = "healing-curve.json"
-
-
-class _Trainer(Trainer):
-    """Saves states that a kill or a full disk leaves whole or recognisably unfinished.
-
-    Args:
-        order: this process's micro-batches.
-    """
-
-    def __init__(self, order: Steps, **rest: Any) -> None:
-        super().__init__(**rest)
-        self.order = order
-
-    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Micro-batches as they are: what is dealt to this process already is not dealt again."""
-        arguments: Any = self.args
-        workers = arguments.dataloader_num_workers
-        return DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=self.order,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=arguments.dataloader_pin_memory,
-            persistent_workers=bool(workers and arguments.dataloader_persistent_workers),
-            prefetch_factor=arguments.dataloader_prefetch_factor if workers else None,
-        )
-
-    def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
-        # `_Watch.on_save` marks it complete; one left by an earlier call is no part of it.
-        target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        save: Any = super()._save_checkpoint
-        try:
-            with clear_os_errors(target):
-                save(*arguments, **rest)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-
-
-class _Watch(TrainerCallback):
-    """Keeps the loss curve, shows progress and refuses a loss that is no number."""
-
-    def __init__(self, job: Job, device: torch.device) -> None:
-        self.job = job
-        self.bar: Bar | None = None
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.curve: list[dict[str, Any]] = []
-        self.shown: Any = contextlib.ExitStack()
-
-    def count(self, loss: Tensor, predictions: Tensor) -> None:
-        """Add a micro-batch's summed loss and its predictions."""
-        self.sums += torch.stack([loss.detach().double(), predictions.double()])
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        words = f"healing, {state.max_steps} steps of {self.job.config.batch} sequences"
-        if self.job.leads:
-            self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
-            if state.global_step:
-                self.bar.advance(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        sums = self.sums.float() if self.sums.device.type == "mps" else self.sums.clone()
-        if self.job.processes.size > 1:
-            torch.distributed.all_reduce(sums)
-        self.sums.zero_()
-        total, predictions = (float(v) for v in sums)
-        loss = total / max(1.0, predictions)
-        before = self.curve[-1]["tokens"] if self.curve else 0
-        self.curve.append(
-            {"step": state.global_step, "tokens": before + int(predictions), "loss": loss}
-        )
-        if not math.isfinite(loss):
-            raise ModelError(
-                f"the loss of step {state.global_step} is {loss}; lower --learning-rate, here "
-                f"{self.job.config.rate:g}"
-            )
-        if self.bar is not None:
-            self.bar.advance(1, f"loss {loss:.4f}")
-
-    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        # The other processes have written their random states, too.
-        self.job.processes.wait()
-        if self.job.leads:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / _CURVE, "healing-curve", {"steps": self.curve})
-            mark(folder)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.shown.close()
 
 
 def train(job: Job, out: Path) -> dict[str, Any]:
@@ -136,12 +44,52 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         InputError: settings that do not fit each other, or the number of processes.
         ModelError: the loss is no number.
     """
-    config, device = job.config, job.teacher.device
-    if config.batch % job.processes.size:
+    config, size = job.config, job.processes.size
+    if config.sequences % size:
         raise InputError(
-            f"--batch {config.batch} must be a multiple of the number of processes, here "
-            f"{job.processes.size}"
+            f"--batch {config.sequences} must be a multiple of the number of processes, here {size}"
         )
+    watch = Watch(job, "healing")
+    with _students(job) as (student, rows):
+        way = _way(job, student, rows)
+        order = Steps(
+            job.tokens.mask.sum(1).tolist(),
+            config.sequences,
+            steps_of(config, job.tokens.samples),
+            job.processes.rank,
+            size,
+            config.seed,
+            way.most,
+        ).parted()
+        _run(job, student, rows, way, order, watch, out)
+    return {
+        "steps": watch.curve,
+        "tokens_seen": watch.curve[-1]["tokens"] if watch.curve else 0,
+        "samples": job.tokens.samples,
+        "processes": size,
+        "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
+    }
+
+
+def step_times(job: Job) -> list[tuple[int, float]]:
+    """Tokens and seconds of steps that come to nothing: of one sample, then of many."""
+    size = job.processes.size
+    job = dataclasses.replace(job, config=job.config.replace(batch=64 * size))
+    watch = Watch(job, "timing steps")
+    with _students(job) as (student, rows):
+        way = _way(job, student, rows)
+        longest = int(job.tokens.mask.sum(1).max())
+        order = Trial(len(rows), max(1, way.most // longest), job.processes.rank, size)
+        _run(job, student, rows, way, order, watch, None)
+    counts = [0, *(step["tokens"] for step in watch.curve)]
+    found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
+    return job.processes.decide(lambda: found)
+
+
+@contextlib.contextmanager
+def _students(job: Job) -> Iterator[tuple[Any, Rows]]:
+    """The model to train, with its loss installed and its attention chosen, and its samples."""
+    config, device = job.config, job.teacher.device
     reuse_freed_memory()
     answers = keep_targets(job) if config.top_k else None
     plain = load_student(job.start, config)
@@ -158,29 +106,19 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         attending(plain, NAME if pays else None),
         attending(plain if teacher is None else teacher, NAME if pays else None),
     ):
-        watch = _Watch(job, device)
-        _run(job, student, Rows(job.tokens, answers), watch, out)
-    return {
-        "steps": watch.curve,
-        "tokens_seen": watch.curve[-1]["tokens"] if watch.curve else 0,
-        "samples": job.tokens.samples,
-        "processes": job.processes.size,
-        "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
-    }
+        yield student, Rows(job.tokens, answers)
 
 
-def _run(job: Job, student: Any, rows: Rows, watch: _Watch, out: Path) -> None:
-    """Train from the last complete state on, and save the model."""
-    way = _way(job, student, rows)
-    order = Steps(
-        job.tokens.mask.sum(1).tolist(),
-        job.config.batch,
-        steps_of(job.config, job.tokens.samples),
-        job.processes.rank,
-        job.processes.size,
-        job.config.seed,
-        way.most,
-    ).parted()
+def _run(
+    job: Job,
+    student: Any,
+    rows: Rows,
+    way: Way,
+    order: Steps | Trial,
+    watch: Watch,
+    out: Path | None,
+) -> None:
+    """Train from the last complete state on, and save the model; without ``out`` keep nothing."""
 
     def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
@@ -190,10 +128,10 @@ def _run(job: Job, student: Any, rows: Rows, watch: _Watch, out: Path) -> None:
         )
         return scaled
 
-    trainer = _Trainer(
+    trainer = OurTrainer(
         order=order,
         model=student,
-        args=_arguments(job, way, order),
+        args=_arguments(job, way, order, saved=out is not None),
         train_dataset=rows,
         data_collator=collate,
         compute_loss_func=summed,
@@ -204,13 +142,14 @@ def _run(job: Job, student: Any, rows: Rows, watch: _Watch, out: Path) -> None:
             trainer.remove_callback(callback)
     last = _last_state(job)
     if last is not None:
-        watch.curve = read_json(last / _CURVE, "healing-curve")["steps"]
+        watch.curve = read_json(last / CURVE, "healing-curve")["steps"]
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except ImportError as e:
         raise _refused(e) from e
-    with clear_os_errors(out):
-        trainer.save_model(str(out))
+    if out is not None:
+        with clear_os_errors(out):
+            trainer.save_model(str(out))
 
 
 def _last_state(job: Job) -> Path | None:
@@ -229,7 +168,8 @@ def steps_of(config: Any, samples: int) -> int:
     """Optimiser steps of a training."""
     if config.steps is not None:
         return int(config.steps)
-    return max(1, math.ceil(math.ceil(samples / int(config.batch)) * float(config.epochs)))
+    epochs = 1.0 if config.epochs is None else float(config.epochs)
+    return max(1, math.ceil(math.ceil(samples / int(config.sequences)) * epochs))
 
 
 def _way(job: Job, student: Any, rows: Rows) -> Way:
@@ -241,12 +181,12 @@ def _way(job: Job, student: Any, rows: Rows) -> Way:
     return Way(**job.processes.decide(lambda: kept(job.work / "way.json", made)))
 
 
-def _arguments(job: Job, way: Way, order: Steps) -> TrainingArguments:
+def _arguments(job: Job, way: Way, order: Steps | Trial, *, saved: bool) -> TrainingArguments:
     config, size, steps = job.config, job.processes.size, order.steps
     device = job.teacher.device
     settings: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
-        "per_device_train_batch_size": -(-config.batch // (size * order.micro_batches)),
+        "per_device_train_batch_size": -(-config.sequences // (size * order.micro_batches)),
         "gradient_accumulation_steps": order.micro_batches,
         "learning_rate": config.rate,
         "lr_scheduler_type": config.schedule,
@@ -254,7 +194,7 @@ def _arguments(job: Job, way: Way, order: Steps) -> TrainingArguments:
         "max_steps": steps,
         "weight_decay": 0.0,
         "logging_strategy": "no",
-        "save_strategy": "steps",
+        "save_strategy": "steps" if saved else "no",
         "save_steps": config.save_steps,
         "save_total_limit": 2,
         "seed": config.seed,

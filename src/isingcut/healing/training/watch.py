@@ -1,0 +1,121 @@
+"""What goes on around the steps of a training: batches, states, the loss curve, the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from isingcut.console.progress import Bar
+from isingcut.errors import ModelError
+from isingcut.files.outputs import mark
+from isingcut.files.writing import clear_os_errors, write_json
+from isingcut.healing.job import Job
+from isingcut.healing.training.batches import Steps, Trial, collate
+
+CURVE = "healing-curve.json"
+
+
+class OurTrainer(Trainer):
+    """Saves states that a kill or a full disk leaves whole or recognisably unfinished.
+
+    Args:
+        order: this process's micro-batches.
+    """
+
+    def __init__(self, order: Steps | Trial, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.order = order
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Micro-batches as they are: what is dealt to this process already is not dealt again."""
+        arguments: Any = self.args
+        workers = arguments.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.order,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=bool(workers and arguments.dataloader_persistent_workers),
+            prefetch_factor=arguments.dataloader_prefetch_factor if workers else None,
+        )
+
+    def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
+        # `Watch.on_save` marks it complete; one left by an earlier call is no part of it.
+        target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        save: Any = super()._save_checkpoint
+        try:
+            with clear_os_errors(target):
+                save(*arguments, **rest)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+
+
+class Watch(TrainerCallback):
+    """Keeps the loss curve, shows progress and refuses a loss that is no number."""
+
+    def __init__(self, job: Job, words: str) -> None:
+        self.job, self.words = job, words
+        device = job.teacher.device
+        self.bar: Bar | None = None
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.curve: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+        self.began = time.monotonic()
+        self.shown: Any = contextlib.ExitStack()
+
+    def count(self, loss: Tensor, predictions: Tensor) -> None:
+        """Add a micro-batch's summed loss and its predictions."""
+        self.sums += torch.stack([loss.detach().double(), predictions.double()])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.began = time.monotonic()
+        if self.job.leads:
+            size = self.job.config.sequences
+            words = f"{self.words}, {state.max_steps} steps of {size} sequences"
+            self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
+            if state.global_step:
+                self.bar.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        sums = self.sums.float() if self.sums.device.type == "mps" else self.sums.clone()
+        if self.job.processes.size > 1:
+            torch.distributed.all_reduce(sums)
+        self.sums.zero_()
+        total, predictions = (float(v) for v in sums)
+        now = time.monotonic()
+        self.seconds.append(now - self.began)
+        self.began = now
+        loss = total / max(1.0, predictions)
+        before = self.curve[-1]["tokens"] if self.curve else 0
+        self.curve.append(
+            {"step": state.global_step, "tokens": before + int(predictions), "loss": loss}
+        )
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"the loss of step {state.global_step} is {loss}; lower --learning-rate, here "
+                f"{self.job.config.rate:g}"
+            )
+        if self.bar is not None:
+            self.bar.advance(1, f"loss {loss:.4f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        # The other processes have written their random states, too.
+        self.job.processes.wait()
+        if self.job.leads:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / CURVE, "healing-curve", {"steps": self.curve})
+            mark(folder)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.shown.close()
