@@ -14,7 +14,8 @@ from _healing_states import search_states
 from _healing_work import Part, WorkFolder, key
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.quality import quality_of, sample_sums
-from isingcut.evaluation.scores import prepare_task, score
+from isingcut.evaluation.questions import prepare_task
+from isingcut.evaluation.scores import score
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack

@@ -19,7 +19,8 @@ import torch
 from isingcut.errors import InputError, UnknownNameError
 from isingcut.evaluation import local_tasks
 from isingcut.evaluation.paired import compare_scores, mcnemar
-from isingcut.evaluation.scores import benchmark, prepare_task, row, score
+from isingcut.evaluation.questions import prepare_task
+from isingcut.evaluation.scores import benchmark, row, score
 from isingcut.models.load import LoadedModel, load
 from shared import Shared
 

@@ -67,7 +67,7 @@ def evaluate(
         str,
         typer.Option(
             help="Also benchmarks, comma-separated: tasks of lm-evaluation-harness; with --data "
-            "our own (isingcut ls has them, and 'all')."
+            "our own (isingcut ls has them, and 'all'); or .jsonl files of questions."
         ),
     ] = "",
     data: Annotated[
@@ -93,7 +93,7 @@ def evaluate(
     Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
     """
     from isingcut.cli.show_scores import show_benchmarks, show_evaluation
-    from isingcut.evaluation.scores import check_tasks
+    from isingcut.evaluation.questions import check_tasks
     from isingcut.report.words import patch_warnings
     from isingcut.runs import benchmarking, pipeline, stages
     from isingcut.runs.cutting import product
@@ -143,14 +143,12 @@ def evaluate(
 
 def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:
     """The tasks that were typed, not yet known to be any."""
-    from isingcut.evaluation import local_tasks
+    from isingcut.evaluation.questions import named
 
-    named = [t.strip() for t in tasks.split(",") if t.strip()]
-    if tasks == "all":
-        named = [*local_tasks.task_names(), "wikitext2"]
-    if not named and (tasks or data is not None or questions is not None):
+    names = named(tasks)
+    if not names and (tasks or data is not None or questions is not None):
         raise InputError("--tasks names no benchmark, which --data and --questions are for")
-    return named
+    return names
 
 
 def _of_checkpoint(
@@ -163,7 +161,7 @@ def _of_checkpoint(
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
-    from isingcut.evaluation.scores import check_tasks
+    from isingcut.evaluation.questions import check_tasks
     from isingcut.runs.benchmarking import score_both
     from isingcut.runs.session import Session
 

@@ -17,6 +17,7 @@ from isingcut.console.rich_console import console
 from isingcut.files.writing import read_json, without_header
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
+from isingcut.report.choice import question_rows
 from isingcut.report.read_run import read_run
 from isingcut.report.rows import plus_minus
 from isingcut.report.run_files import RunFiles
@@ -77,6 +78,10 @@ def show_ranking(found: dict[str, Any]) -> None:
     screen.print(fidelity_line("energy", found["fidelity"]["kl"]), soft_wrap=True)
     for name, other in found["fidelity_of_others"].items():
         screen.print(fidelity_line(name, other["kl"]), soft_wrap=True)
+    if "by_tasks" in found:
+        for blocks, *figures in question_rows(found["by_tasks"]):
+            shown = "questions {}, right {}, difference {}, p {}".format(*figures)
+            screen.print(f"without {blocks}: {shown.removesuffix(', p ')}", soft_wrap=True)
     screen.print(
         f"chosen: blocks {listed(chosen['removed'])} (state {chosen['position']} by energy, "
         f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",

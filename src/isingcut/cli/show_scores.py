@@ -72,7 +72,10 @@ def show_healing(found: dict[str, Any], folder: Path) -> None:
 def show_benchmarks(found: dict[str, Any], file: Path, *, last: str = "cut") -> None:
     """Scores of both models, and whether each difference is more than noise."""
     rows = benchmark_rows(found, last=last)
-    _show_rows("benchmarks, the same questions for both", rows, "difference (95 %)")
+    title = "benchmarks, the same questions for both"
+    if found.get("left_out"):
+        title += f", without the {found['left_out']} that chose the blocks"
+    _show_rows(title, rows, "difference (95 %)")
     console().print(f"wrote {file}", soft_wrap=True)
 
 

@@ -57,7 +57,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
     )
 
 
-@verb("random_states", "choose", *OF_RUN, group=STAGES, together=True)
+@verb("random_states", "choose", "tasks", "data", "questions", *OF_RUN, group=STAGES, together=True)
 def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     """Measure the candidates beside random states: the choice, and how good the energy is.
 

@@ -61,7 +61,7 @@ def rank(
     Args:
         tokens: the ranking split; the energy has not seen it.
         random_states: how many random states to measure (fewer where fewer exist).
-        choose: ``"measured"`` takes the candidate of lowest KL, ``"ground"`` the ground state.
+        choose: ``"ground"`` takes the ground state, anything else the candidate of lowest KL.
     """
     random, distribution = random_feasible(problem, random_states, seed, spectrum.states)
     measured = measure(

@@ -1,4 +1,4 @@
-"""Our task files and a data folder become tasks of lm-evaluation-harness."""
+"""Our task files with a data folder, and files of questions, become tasks of the harness."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ from isingcut.files.inputs import parse_json, read_text
 _FOLDER = Path(__file__).parent / "tasks"
 _LARGEST = 2**28
 _MOST_CHOICES = 64
+# Of a user's file: the text as it stands, and each choice's log-likelihood by its length.
+_OF_FILE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{context}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True}
+        for name in ("acc", "acc_norm")
+    ],
+    "num_fewshot": 0,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +50,27 @@ class LocalTask:
 def task_names() -> list[str]:
     """All local tasks."""
     return sorted(p.stem for p in _FOLDER.glob("*.yaml"))
+
+
+def is_file(name: str) -> bool:
+    """Whether a task's name is that of a file of questions."""
+    return name.endswith(".jsonl")
+
+
+def read_file(path: Path, questions: int | None = None) -> LocalTask:
+    """A task over a user's own file: ``context``, ``choices`` and ``answer``, its number from 0.
+
+    Args:
+        questions: at most so many, evenly spaced.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    asked = _spaced(_asked(path, "multiple_choice", {}), questions)
+    config = {**copy.deepcopy(_OF_FILE), "task": path.stem, "test_split": "test"}
+    return LocalTask(
+        path.name, "acc_norm", [{**config, "custom_dataset": _dataset(asked, [])}], len(asked)
+    )
 
 
 def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
@@ -118,7 +151,11 @@ def _questions(
         if p.stem.rpartition("_sub")[2].isdigit()
     }
     large = [size for size in sorted(subsets) if most is not None and size >= most]
-    found = _asked(subsets[large[0]] if large else _only(data, stem), kind, own)
+    return _spaced(_asked(subsets[large[0]] if large else _only(data, stem), kind, own), most)
+
+
+def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+    """At most so many, evenly spaced."""
     if most is None or len(found) <= most:
         return found
     picks = np.linspace(0, len(found) - 1, most).round().astype(int)

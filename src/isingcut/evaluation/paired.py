@@ -51,12 +51,8 @@ def compare_scores(first: Floats, second: Floats, seed: int = 0) -> Paired:
     difference = second - first
     resampled = _resampled(difference, seed)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
-    if binary:
-        p = mcnemar(int((difference < 0).sum()), int((difference > 0).sum()))
-    else:
-        mean = difference.mean()
-        p = (1 + int((np.abs(resampled - mean) >= abs(mean)).sum())) / (1 + len(resampled))
+    binary = right_or_wrong(first, second)
+    p = p_value(first, second, resampled)
     errors = [float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None for x in (first, second)]
     return Paired(
         float(first.mean()),
@@ -65,10 +61,30 @@ def compare_scores(first: Floats, second: Floats, seed: int = 0) -> Paired:
         errors[1],
         float(low),
         float(high),
-        float(min(1.0, p)),
+        p,
         "mcnemar" if binary else "bootstrap",
         n,
     )
+
+
+def p_value(first: Floats, second: Floats, resampled: Floats | None = None, seed: int = 0) -> float:
+    """Of no difference between the scores (n,) of two models on the same questions, two-sided.
+
+    Args:
+        resampled: means of the difference, resampled, where they are there already.
+    """
+    difference = second - first
+    if right_or_wrong(first, second):
+        return mcnemar(int((difference < 0).sum()), int((difference > 0).sum()))
+    if resampled is None:
+        resampled = _resampled(difference, seed)
+    mean = difference.mean()
+    return float((1 + (np.abs(resampled - mean) >= abs(mean)).sum()) / (1 + len(resampled)))
+
+
+def right_or_wrong(*scores: Floats) -> bool:
+    """Whether all scores are 0 or 1."""
+    return bool(np.isin(np.concatenate(scores), (0.0, 1.0)).all())
 
 
 def mcnemar(lost: int, won: int) -> float:

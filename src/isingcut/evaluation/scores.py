@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import importlib.util
-import io
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.console.progress import Bar, Progress, silent
-from isingcut.errors import InputError, MissingExtraError, StageFileError
-from isingcut.evaluation import local_tasks
+from isingcut.errors import InputError, StageFileError
 from isingcut.evaluation.paired import compare_scores
-from isingcut.evaluation.wikitext import articles
+from isingcut.evaluation.questions import Prepared, called, prepare_task, quiet
 from isingcut.files.writing import fingerprint, read_json, write_json
 from isingcut.ising.states import Floats
 from isingcut.models.sources import model_identity
@@ -69,6 +65,7 @@ def benchmark(
     data: Path | None = None,
     questions: int | None = None,
     batch: int = 8,
+    but: Collection[str] = (),
     kept: Path | None = None,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
@@ -76,60 +73,39 @@ def benchmark(
 
     Args:
         models: two, by name; rows call them ``original`` and ``cut``.
-        tasks: local task names, or with no ``data`` any task of the harness.
+        tasks: local task names, or with no ``data`` any task of the harness, or files of questions.
         data: folder of the local tasks' questions; None uses the hub.
         questions: at most so many a task.
         batch: sequences computed at a time.
+        but: questions to leave out, by their `question_key`.
         kept: folder for finished tasks, so that an interrupted call goes on.
 
     Raises:
-        InputError: as `check_tasks`, or a task without a score by question.
+        InputError: as `questions.check_tasks`, or a task without a score by question.
     """
     assert len(models) == 2
     prepared = [prepare_task(name, data, questions) for name in tasks]
+    left_out = frozenset(but)
+    wanted = (lambda key: key not in left_out) if left_out else None
     rows = []
     with progress("benchmarks", 2 * len(prepared)) as bar:
         for task in prepared:
             pair = []
             for name, loaded in models.items():
-                place = None if kept is None else _place(kept, task, loaded, questions)
+                place = None
+                if kept is not None:
+                    place = place_of(kept, task, loaded, [questions, *sorted(left_out)])
                 if place is not None and place.exists():
                     found = Scores.load(place)
                 else:
-                    found = score(loaded, task, questions, batch, bar, f"{task.name}, {name}")
+                    note = f"{task.name}, {name}"
+                    found = score(loaded, task, batch, bar, note, wanted=wanted)
                     if place is not None:
                         found.save(place)
                 bar.advance(1, f"{task.name}, {name}: {found.values.mean():.3f}")
                 pair.append(found)
             rows.append(row(*pair))
     return rows
-
-
-def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) -> list[str]:
-    """Refuse tasks or questions that cannot be scored, before a model is loaded.
-
-    Returns:
-        the tasks' names, each once.
-
-    Raises:
-        InputError: an unknown task, no questions for it, or one that its task cannot read.
-        MissingExtraError: without the package lm_eval.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("lm_eval", "eval", "scoring benchmarks")
-    if data is not None and not data.is_dir():
-        raise InputError(f"--data {data} is no folder; give the one with the questions")
-    names = list(dict.fromkeys(tasks))
-    for name in names:
-        if name == "wikitext2":
-            if data is None:
-                raise InputError("wikitext2 is read from a folder of questions; give it as --data")
-            articles(data)
-        elif data is not None:
-            local_tasks.read_task(name, data, questions)
-        else:
-            _refuse_unknown(name)
-    return names
 
 
 def row(original: Scores, cut: Scores) -> dict[str, Any]:
@@ -159,65 +135,24 @@ def row(original: Scores, cut: Scores) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A task by name, and how to make the harness's objects of it (anew for each model)."""
-
-    name: str
-    metric: str | None
-    make: Callable[[], dict[str, Any]]
-    source: str
-
-
-def prepare_task(name: str, data: Path | None, questions: int | None = None) -> Prepared:
-    """A task by name: one of ours with ``data``, else one of the harness's from the hub."""
-    if data is None:
-        return Prepared(name, None, lambda: _hub(name), "hub")
-    local = local_tasks.read_task(name, data, questions)
-
-    def make() -> dict[str, Any]:
-        from lm_eval.api.task import ConfigurableTask
-
-        return {c["task"]: ConfigurableTask(config=dict(c)) for c in local.configurations}
-
-    return Prepared(name, local.metric, make, "local")
-
-
-def _refuse_unknown(name: str) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    if name not in manager.task_index:
-        raise InputError(
-            f"lm-evaluation-harness knows no task {name!r}; offline tasks need --data and are: "
-            f"{', '.join(local_tasks.task_names())}"
-        )
-    return manager
-
-
-def _hub(name: str) -> dict[str, Any]:
-    manager = _refuse_unknown(name)
-    try:
-        found: dict[str, Any] = manager.load([name])["tasks"]
-    except Exception as e:
-        words = " ".join(str(e).split())
-        raise InputError(
-            f"lm-evaluation-harness cannot load {name!r} from the hub ({words}); offline, give a "
-            "folder of questions as --data"
-        ) from e
-    return found
-
-
 def score(
     loaded: LoadedModel,
     task: Prepared,
-    questions: int | None = None,
     batch: int = 8,
     bar: Bar | None = None,
     note: str = "",
+    *,
+    wanted: Callable[[str], bool] | None = None,
 ) -> Scores:
-    """Score one model on one task."""
-    with _quiet():
+    """Score one model on one task.
+
+    Args:
+        wanted: whether to ask a question, by its key; None asks all.
+
+    Raises:
+        InputError: no question is wanted, or none has a score.
+    """
+    with quiet():
         from lm_eval.defaults import DEFAULT_OTHER_SEED
         from lm_eval.evaluator import evaluate
 
@@ -225,14 +160,24 @@ def score(
 
         model = Harness(loaded, batch, bar, note)
         made = task.make()
-        limit = questions if task.source == "hub" else None
+        picked = None
+        if wanted is not None:
+            keys = task.keys(made)
+            picked = {t: [i for i, key in enumerate(keys[t]) if wanted(key)] for t in made}
+            # To the harness an empty list means all of them.
+            made = {t: each for t, each in made.items() if picked[t]}
+            if not made:
+                raise InputError(f"no question of {task.name} is left that nothing was chosen by")
         for each in made.values():
             # As the harness's own front door does it.
             if each.get_config("num_fewshot") is None:
                 each.set_config(key="num_fewshot", value=0)
             each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         loaded_tasks = {"tasks": made, "groups": {}, "group_map": {}}
-        found: Any = evaluate(lm=model, task_dict=loaded_tasks, bootstrap_iters=0, limit=limit)
+        limit = task.limit if picked is None else None
+        found: Any = evaluate(
+            lm=model, task_dict=loaded_tasks, bootstrap_iters=0, limit=limit, samples=picked
+        )
     samples = [(name, s) for name in found["samples"] for s in found["samples"][name]]
     metric = task.metric or _metric(task.name, samples)
     name, _, which = metric.partition(",")
@@ -261,31 +206,20 @@ def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
     raise InputError(f"{task} has no score by question that could be compared")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness logs and draws bars of its own; ours is shown instead."""
-    import warnings
+def place_of(kept: Path, task: Prepared, loaded: LoadedModel, asked: Any) -> Path:
+    """Where the scores of one model on one task are kept.
 
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _place(kept: Path, task: Prepared, loaded: LoadedModel, questions: int | None) -> Path:
+    Args:
+        asked: what else they depend on, JSON-able.
+    """
     model = model_identity(loaded.folder)["sha256"]
-    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), questions])
+    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), asked])
     return kept / f"{task.name}-{identity}.json"
 
 
 def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
     """Delete the finished tasks in a folder, and the folder where nothing else is in it."""
-    for name in tasks:
+    for name in map(called, tasks):
         for path in kept.glob(f"{glob.escape(name)}-*.json"):
             with contextlib.suppress(StageFileError):
                 read_json(path, "scores")

@@ -155,9 +155,20 @@ class RunConfig(Options):
     random_states: Annotated[int, Bounds(ge=30, le=100_000)] = option(
         40, "Random states measured too, to judge the energy (at least 30).", "rank"
     )
-    choose: Literal["measured", "ground"] = option(
-        "measured", "measured (lowest KL of the candidates) or ground.", "rank"
+    choose: Literal["measured", "ground", "tasks"] = option(
+        "measured",
+        "measured (lowest KL of the candidates), ground, or tasks (of the few of lowest KL the "
+        "best on questions of --tasks).",
+        "rank",
     )
+    tasks: str = option(
+        "",
+        "Benchmarks to score both models on in the end, comma-separated: tasks of "
+        "lm-evaluation-harness, with --data our own, or your own .jsonl files of questions.",
+        "rank",
+    )
+    data: Place = option("", "Folder with the questions of --tasks; without it, the hub's.", "rank")
+    questions: Count | None = option(None, "At most so many questions of each task.", "rank")
 
     patch: Patch = option(
         "tuned",
@@ -230,4 +241,8 @@ class RunConfig(Options):
             )
         if self.heal_top and not (self.heal or self.patch != "none"):
             raise InputError("--heal-top compares healed candidates; give --heal or --patch too")
+        if self.choose == "tasks" and self.heal_top:
+            raise InputError("--choose tasks and --heal-top both choose; give one of them")
+        if not self.tasks and (self.choose == "tasks" or self.data or self.questions):
+            raise InputError("--tasks names no benchmark to ask questions of; name some")
         return self

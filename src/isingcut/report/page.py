@@ -19,6 +19,7 @@ from isingcut.report.blocks import (
     map_rows,
     margin_scale,
 )
+from isingcut.report.choice import question_rows, questions_words
 from isingcut.report.figures import healing_figure, scatter_figure, spectrum_figure
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
 from isingcut.report.render import render_page
@@ -58,6 +59,7 @@ def report_page(files: RunFiles) -> str:
     ]
     others = rivals(files, states)
     rival_scale = margin_scale(files, [rival.state for rival in others])
+    asked = (files.candidates or {}).get("by_tasks")
     return render_page(
         "report.html.j2",
         title=files.title,
@@ -82,6 +84,7 @@ def report_page(files: RunFiles) -> str:
         spectrum_words="" if files.spectrum is None else spectrum_words(files.spectrum),
         scatters=scatters,
         fidelity=fidelity_rows(files.judged),
+        asked=asked and (questions_words(asked), question_rows(asked)),
         trade_offs=[trade_off_figure(files, axis) for axis in AXES],
         rivals=[(rival, dots(rival.state, rival_scale, energies=False)) for rival in others],
         rival_scale=rival_scale,

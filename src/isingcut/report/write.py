@@ -12,6 +12,7 @@ from typing import Any
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import without_header, write_json, write_sealed
 from isingcut.report.baselines import rival_row, rivals
+from isingcut.report.choice import question_rows, questions_words
 from isingcut.report.compare import comparison_page
 from isingcut.report.page import report_page
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
@@ -88,7 +89,7 @@ def write_comparison(
 
 def _markdown(files: RunFiles) -> str:
     spectrum, candidates, evaluation = files.spectrum, files.candidates, files.evaluation
-    removed = files.removed
+    removed, asked = files.removed, (candidates or {}).get("by_tasks")
     rows = provenance_rows(files)
     return render(
         "report.md.j2",
@@ -105,6 +106,7 @@ def _markdown(files: RunFiles) -> str:
         patch_rows=patch_rows(files.patch),
         candidates=candidates,
         fidelity=fidelity_rows(files.judged),
+        asked=asked and (questions_words(asked), question_rows(asked)),
         warnings=files.warnings,
         rivals=[rival_row(rival) for rival in rivals(files, book(files))],
         won=files.won,

@@ -1,19 +1,134 @@
-"""Stage `benchmarks`: both models of a run on the same questions."""
+"""Benchmarks of a run: candidates to choose by them, then both models on other questions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError
-from isingcut.evaluation.scores import benchmark, forget_scores
+from isingcut.evaluation.choosing import CONTENDERS, choose_by_questions, half
+from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
+from isingcut.evaluation.scores import Scores, benchmark, forget_scores, place_of, score
 from isingcut.evaluation.wikitext import text_scores
-from isingcut.files.writing import read_json, write_json
+from isingcut.files.inputs import user_path
+from isingcut.files.writing import fingerprint, read_json, write_json
+from isingcut.models.architectures import skipped
 from isingcut.models.load import load
+from isingcut.options.config import RunConfig
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.removal import each_removal
 from isingcut.runs.session import Session
+
+
+def check_asked(config: RunConfig) -> list[str]:
+    """Refuse tasks of a run's options that cannot be asked, before a model is loaded.
+
+    Returns:
+        their names, each once.
+
+    Raises:
+        InputError, MissingExtraError: as `questions.check_tasks`, or there is nothing to choose by,
+            or to score.
+    """
+    if not config.tasks:
+        return []
+    if config.choose != "tasks" and len(each_removal(config)) > 1:
+        raise InputError("--tasks scores a checkpoint, and a range cuts none; leave it out")
+    names = check_tasks(named(config.tasks), _data(config), config.questions)
+    if config.choose == "tasks" and names == [WIKITEXT]:
+        raise InputError("wikitext2 is a text; to --choose by --tasks takes one with questions")
+    return names
+
+
+def check_whole(session: Session) -> None:
+    """Refuse to choose by questions where the model is streamed.
+
+    Raises:
+        InputError: it is.
+    """
+    if session.config.choose == "tasks" and session.streaming:
+        raise InputError(
+            "--choose tasks asks questions of the whole model, which does not fit the memory "
+            "allowed; raise --memory-limit, or choose by --choose measured"
+        )
+
+
+def asked_options(config: RunConfig) -> dict[str, Any]:
+    """What a choice by questions depends on; nothing where the choice is another."""
+    if config.choose != "tasks":
+        return {}
+    return {name: getattr(config, name) for name in ("tasks", "data", "questions", "seed")}
+
+
+def _data(config: RunConfig) -> Path | None:
+    return user_path(config.data) if config.data else None
+
+
+def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path) -> dict[str, Any]:
+    """The best of the candidates of lowest loss on half of the questions of the run's tasks.
+
+    Each is the original with its blocks skipped: no checkpoint is written.
+
+    Args:
+        rows: of `candidates.json`.
+        kept: folder of what is scored already.
+
+    Returns:
+        as `choosing.choose_by_questions`, with ``tasks``, and ``chosen`` a position in ``rows``.
+
+    Raises:
+        InputError: the model is streamed.
+    """
+    config = session.config
+    check_whole(session)
+    tasks = {
+        task.name: task
+        for name in check_asked(config)
+        if name != WIKITEXT
+        for task in [prepare_task(name, _data(config), config.questions)]
+    }
+    pool = {name: task.pool() for name, task in tasks.items()}
+    best = sorted(range(len(rows)), key=lambda i: float(rows[i]["kl"]))[:CONTENDERS]
+    batch = max(1, session.tuning.batch_tokens // 128)
+    with session.progress("asking the candidates questions", 0) as bar:
+
+        def ask(removed: Sequence[int], wanted: Mapping[str, Sequence[str]]) -> list[float]:
+            found: list[float] = []
+            for name, keys in wanted.items():
+                task, only = tasks[name], frozenset(keys)
+                place = place_of(kept, task, session.loaded, [*removed, *keys])
+                if place.exists():
+                    scores = Scores.load(place)
+                else:
+                    with skipped(session.loaded.model, session.stack, removed):
+                        scores = score(session.loaded, task, batch, wanted=only.__contains__)
+                    scores.save(place)
+                bar.advance(0, f"{name}, {len(keys)} questions: {scores.values.mean():.3f}")
+                found += scores.values.tolist()
+            return found
+
+        found = choose_by_questions(
+            [rows[i]["removed"] for i in best], half(pool, config.seed), ask
+        )
+    return {**found, "chosen": best[found["chosen"]], "tasks": list(tasks)}
+
+
+def left_out(folder: RunFolder, config: RunConfig) -> list[str]:
+    """The questions that chose a run's state, which may not judge it."""
+    ranked = folder.target(config.removal) / "candidates.json"
+    if folder.finished(ranked) is None:
+        return []
+    found = folder.load(ranked, lambda path: read_json(path, "candidates"))
+    return list((found.get("by_tasks") or {}).get("asked", []))
+
+
+def score_tasks(session: Session, folder: RunFolder) -> None:
+    """Stage `benchmarks` on the tasks of a run's options, where it has some."""
+    config = session.config
+    if names := list(dict.fromkeys(named(config.tasks))):
+        benchmarks(session, folder, names, data=_data(config), questions=config.questions)
 
 
 def benchmarks(
@@ -38,17 +153,21 @@ def benchmarks(
     made = folder.manifest["stages"].get(str(checkpoint.relative_to(folder.path)))
     if made is None or not checkpoint.exists():
         raise InputError(f"there is no {checkpoint}; excise (and heal) first")
+    but = left_out(folder, config)
     options = {
         "model": made["fingerprint"],
         "tasks": list(tasks),
         "questions": questions,
         "data": data is not None,
+        **({"left_out": fingerprint(but)} if but else {}),
     }
 
     def make(path: Path) -> None:
         session.tuned(folder)
         work = checkpoint.with_name(".benchmarks")
-        content = score_both(session, checkpoint, tasks, data=data, questions=questions, kept=work)
+        content = score_both(
+            session, checkpoint, tasks, data=data, questions=questions, but=but, kept=work
+        )
         write_json(path, "benchmarks", content)
         forget_scores(work, tasks)
 
@@ -68,12 +187,14 @@ def score_both(
     *,
     data: Path | None = None,
     questions: int | None = None,
+    but: Sequence[str] = (),
     kept: Path | None = None,
 ) -> dict[str, Any]:
     """The content of `benchmarks.json`: the session's model and a checkpoint cut from it.
 
     Args:
         tasks: as in `benchmarks`, known to the harness.
+        but: questions to leave out, by their keys.
         kept: folder of what is scored already; None keeps nothing.
     """
     from importlib.metadata import version
@@ -84,15 +205,18 @@ def score_both(
     models = {"original": loaded, "cut": cut}
     rows = benchmark(
         models,
-        [t for t in tasks if t != "wikitext2"],
+        [t for t in tasks if t != WIKITEXT],
         data=data,
         questions=questions,
+        but=but,
         batch=max(1, batch_tokens // 128),
         kept=kept,
         progress=session.progress,
     )
     content: dict[str, Any] = {"rows": rows, "engine": f"lm_eval {version('lm_eval')}"}
-    if "wikitext2" in tasks:
+    if but:
+        content["left_out"] = len(but)
+    if WIKITEXT in tasks:
         content["wikitext2"] = text_scores(
             models, data, questions, batch_tokens=batch_tokens, progress=session.progress
         )

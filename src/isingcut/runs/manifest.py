@@ -154,7 +154,10 @@ class Manifest:
 
 def read_by(config: RunConfig) -> list[Path]:
     """What a run with these options reads from disk."""
-    return sources_of(config.model, *sources_in(config.calibration), config.heal_options)
+    asked = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
+    return sources_of(
+        config.model, *sources_in(config.calibration), config.heal_options, config.data, *asked
+    )
 
 
 def slug(remove: str) -> str:

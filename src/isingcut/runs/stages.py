@@ -21,6 +21,8 @@ from isingcut.evaluation.quality import (
     quality,
     with_speed,
 )
+from isingcut.evaluation.questions import named
+from isingcut.evaluation.scores import forget_scores
 from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -29,6 +31,8 @@ from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
+from isingcut.report.choice import chosen_by_tasks
+from isingcut.runs.benchmarking import asked_options, check_asked, check_whole, choose_by_tasks
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import names, other_path, splits_of, upstream, work_of
@@ -48,8 +52,11 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         "random_states": config.random_states,
         "choose": config.choose,
         "also": sorted(others),
+        **asked_options(config),
     }
-    journal = target / "candidates.journal"
+    check_asked(config)
+    check_whole(session)
+    journal, scores = target / "candidates.journal", target / ".asked"
 
     def make(path: Path) -> None:
         split = splits_of(folder)["rank"]
@@ -67,6 +74,11 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
                 work=work_of(session, journal),
             )
         content = candidates.to_dict(ranking, problem.hamiltonian, others, config.removal)
+        if config.choose == "tasks" and not folder.processes.rank:
+            by_tasks = choose_by_tasks(session, content["candidates"], scores)
+            position = by_tasks.pop("chosen")
+            row, why = content["candidates"][position], chosen_by_tasks(by_tasks)
+            content |= {"by_tasks": by_tasks, "chosen": {**row, "position": position, "why": why}}
         write_json(path, "candidates", content)
 
     file = target / "candidates.json"
@@ -74,6 +86,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
     # Not before the stage is recorded as done: a kill in between would cost all of it.
     if not folder.processes.rank:
         forget(journal)
+        forget_scores(scores, named(config.tasks))
     return found
 
 

@@ -244,6 +244,7 @@ class BenchmarksFile(Strict):
 
     rows: list[TaskRow]
     engine: str
+    left_out: Count = 0
     wikitext2: TextScores | None = None
 
 

@@ -89,6 +89,31 @@ class Judged(Strict):
     kl_random_only: Correlations | None = None
 
 
+class AskedCandidate(Strict):
+    """A candidate that was asked questions, against the one that was chosen."""
+
+    removed: Blocks
+    questions: Count
+    accuracy: Number | None
+    dropped: bool
+    difference: Number | None
+    difference_se: Positive | None
+    p_value: Positive | None
+
+
+class ByTasks(Strict):
+    """A choice among candidates by questions."""
+
+    tasks: list[str]
+    by_task: dict[str, Count]
+    asked: list[str]
+    ahead: bool
+    alpha: Positive
+    looks: Count
+    looks_planned: Count
+    candidates: Annotated[list[AskedCandidate], Field(min_length=1)]
+
+
 class CandidatesFile(Strict):
     """`candidates.json`."""
 
@@ -102,6 +127,7 @@ class CandidatesFile(Strict):
     fidelity: Judged
     fidelity_of_others: dict[str, Judged]
     chosen: ChosenState
+    by_tasks: ByTasks | None = None
     proven: bool
 
 

@@ -1,0 +1,155 @@
+"""Choose among a few candidates by questions, asked until one of them is ahead.
+
+All that are still in answer the same questions, first `FIRST` of them and `GROWTH` times as many at
+each further look. At every look, whoever falls short of the leader with a paired p-value (McNemar's
+exact test where answers are right or wrong) below
+
+    alpha / (L K (K - 1) / 2)
+
+is out: L looks and K candidates at the start, Bonferroni's correction over all looks and all pairs.
+So, however often one looks and whoever leads, the chance is at most alpha that a candidate is
+dropped which is as good as the leader of that moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from isingcut.errors import InputError
+from isingcut.evaluation.paired import p_value
+from isingcut.ising.states import Floats
+
+FIRST, GROWTH = 50, 1.5
+"""Questions at the first look, and the factor from one look to the next."""
+ALPHA = 0.05
+"""Chance of dropping a candidate wrongly, over all looks and pairs."""
+CONTENDERS = 4
+"""Candidates that are asked: those of lowest measured loss."""
+
+Ask = Callable[[Sequence[int], Mapping[str, Sequence[str]]], Sequence[float]]
+"""The scores of one candidate (its removed blocks) on the questions of each task, in any order
+that is the same for all candidates."""
+
+
+@dataclass(eq=False)
+class _Contender:
+    removed: Sequence[int]
+    scores: list[float] = field(default_factory=list)
+    out: bool = False
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+
+def looks(total: int) -> list[int]:
+    """Numbers of questions asked at each look, ascending; the last is all of them."""
+    ends, size = [], float(FIRST)
+    while size < total:
+        ends.append(round(size))
+        size *= GROWTH
+    return [*ends, total]
+
+
+def half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
+    """Half of the questions of each task, drawn by ``seed``; the other half is for a report.
+
+    Raises:
+        InputError: a task has a single question.
+    """
+    found = {}
+    for number, (task, all_keys) in enumerate(keys.items()):
+        distinct = list(dict.fromkeys(all_keys))
+        if len(distinct) < 2:
+            raise InputError(f"{task} has one question; to choose by it takes two or more")
+        order = np.random.default_rng([seed, 0xA5, number]).permutation(len(distinct))
+        found[task] = [distinct[i] for i in order[: len(distinct) // 2]]
+    return found
+
+
+def choose_by_questions(
+    candidates: Sequence[Sequence[int]], questions: Mapping[str, Sequence[str]], ask: Ask
+) -> dict[str, Any]:
+    """The best of some candidates by their mean score; of equals the one of lower loss.
+
+    Tasks take turns, so that they count alike until the shortest is through.
+
+    Args:
+        candidates: removed blocks of each, lowest loss first.
+        questions: keys by task, in the order they are asked.
+        ask: scores a candidate.
+
+    Returns:
+        ``chosen``, its position in ``candidates``; ``ahead``, whether all others were dropped;
+        ``alpha``, ``looks`` done and ``looks_planned``, ``asked`` (keys), ``by_task``, how many of
+        each; and ``candidates``: ``removed``, ``questions`` answered, ``accuracy``, and against the
+        chosen one on the questions that both answered ``difference``, ``difference_se``,
+        ``p_value``; ``dropped``.
+    """
+    turns = [
+        (task, key)
+        for row in zip_longest(*([(t, k) for k in keys] for t, keys in questions.items()))
+        for task, key in filter(None, row)
+    ]
+    ends = looks(len(turns))
+    pairs = len(candidates) * (len(candidates) - 1) / 2
+    bound = ALPHA / (len(ends) * max(1.0, pairs))
+    all_of_them = [_Contender(removed) for removed in candidates]
+    left, done, looked = all_of_them, 0, 0
+    while len(left) > 1 and looked < len(ends):
+        batch: dict[str, list[str]] = {}
+        for task, key in turns[done : ends[looked]]:
+            batch.setdefault(task, []).append(key)
+        for contender in left:
+            contender.scores += ask(contender.removed, batch)
+        done, looked = ends[looked], looked + 1
+        leader = max(left, key=lambda c: c.mean)
+        for other in left:
+            other.out = other.mean < leader.mean and p_value(*_both(other, leader)) < bound
+        left = [c for c in left if not c.out]
+    best = max(left, key=lambda c: c.mean) if done else left[0]
+    asked = [key for _, key in turns[:done]]
+    tasks = [task for task, _ in turns[:done]]
+    return {
+        "chosen": all_of_them.index(best),
+        "ahead": len(left) == 1,
+        "alpha": ALPHA,
+        "looks": looked,
+        "looks_planned": len(ends),
+        "by_task": {task: tasks.count(task) for task in questions},
+        "asked": list(dict.fromkeys(asked)),
+        "candidates": [_row(c, best) for c in all_of_them],
+    }
+
+
+def _both(one: _Contender, other: _Contender) -> tuple[Floats, Floats]:
+    n = min(len(one.scores), len(other.scores))
+    return np.array(one.scores[:n]), np.array(other.scores[:n])
+
+
+def _row(contender: _Contender, best: _Contender) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "removed": list(contender.removed),
+        "questions": len(contender.scores),
+        "accuracy": contender.mean if contender.scores else None,
+        "dropped": contender.out,
+        "difference": None,
+        "difference_se": None,
+        "p_value": None,
+    }
+    if contender is best or not contender.scores:
+        return row
+    first, second = _both(best, contender)
+    difference = second - first
+    n = len(difference)
+    return row | {
+        "difference": float(difference.mean()),
+        "difference_se": float(difference.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
+        "p_value": p_value(first, second),
+    }

@@ -1,0 +1,255 @@
+"""The choice by questions: when a candidate is dropped, which questions are left for the report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import isingcut
+from isingcut.errors import InputError
+from isingcut.evaluation import choosing
+from isingcut.evaluation.choosing import choose_by_questions, half, looks
+from isingcut.evaluation.questions import prepare_task, question_key
+from isingcut.evaluation.scores import score
+from isingcut.files.writing import read_json
+from isingcut.models.load import load
+from isingcut.options.config import RunConfig
+from isingcut.runs.benchmarking import check_asked
+from shared import OPTIONS
+
+pytestmark = [
+    pytest.mark.usefixtures("no_speed"),
+    pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning"),
+]
+
+
+def answers(table):
+    """`ask` from a table: removed blocks -> key -> score."""
+
+    def ask(removed, wanted):
+        return [table[tuple(removed)][key] for keys in wanted.values() for key in keys]
+
+    return ask
+
+
+def drawn(rng, keys, *rates):
+    return {
+        (i,): dict(zip(keys, (rng.random(len(keys)) < rate).astype(float), strict=True))
+        for i, rate in enumerate(rates)
+    }
+
+
+def test_looks_grow_and_end_with_all():
+    assert looks(30) == [30]
+    assert looks(120) == [50, 75, 112, 120]
+    assert len(looks(10_000)) < 16
+
+
+def test_half_of_the_questions_by_a_seed():
+    keys = {"a": [f"a{i}" for i in range(11)], "b": ["b0", "b1", "b1"]}
+    found = half(keys, 0)
+    assert {t: len(ks) for t, ks in found.items()} == {"a": 5, "b": 1}
+    assert all(set(found[t]) < set(keys[t]) for t in keys)
+    assert half(keys, 0) == found
+    assert half(keys, 1)["a"] != found["a"]
+    with pytest.raises(InputError, match="c has one question"):
+        half({"c": ["c0", "c0"]}, 0)
+
+
+def test_a_clear_leader_ends_it_early():
+    keys = [f"q{i}" for i in range(1000)]
+    table = drawn(np.random.default_rng(0), keys, 0.3, 0.8, 0.35)
+    found = choose_by_questions([[0], [1], [2]], {"t": keys}, answers(table))
+    assert found["chosen"] == 1
+    assert found["ahead"]
+    assert len(found["asked"]) == found["by_task"]["t"] < 200
+    assert found["asked"] == keys[: len(found["asked"])]
+    loser, winner, _ = found["candidates"]
+    assert loser["dropped"]
+    assert not winner["dropped"]
+    assert winner["difference"] is None
+    seen = keys[: loser["questions"]]
+    difference = np.array([table[(0,)][k] - table[(1,)][k] for k in seen])
+    assert loser["difference"] == pytest.approx(difference.mean())
+    assert loser["difference_se"] == pytest.approx(difference.std(ddof=1) / len(seen) ** 0.5)
+
+
+def test_of_equals_the_one_of_lower_loss_after_all_questions():
+    keys = [f"q{i}" for i in range(90)]
+    table = {(i,): {k: float(int(k[1:]) % 2) for k in keys} for i in range(3)}
+    found = choose_by_questions([[0], [1], [2]], {"t": keys}, answers(table))
+    assert found["chosen"] == 0
+    assert not found["ahead"]
+    assert len(found["asked"]) == 90
+
+
+def test_tasks_take_turns_until_the_shortest_is_through():
+    keys = {"long": [f"l{i}" for i in range(100)], "short": [f"s{i}" for i in range(10)]}
+    both = keys["long"] + keys["short"]
+    table = {(i,): dict.fromkeys(both, 1.0) for i in range(2)}
+    found = choose_by_questions([[0], [1]], keys, answers(table))
+    assert found["by_task"] == {"long": 100, "short": 10}
+    assert found["asked"][:4] == ["l0", "s0", "l1", "s1"]
+
+
+def test_one_candidate_is_asked_nothing():
+    found = choose_by_questions([[3]], {"t": ["a", "b"]}, answers({}))
+    assert (found["chosen"], found["asked"], found["looks"]) == (0, [], 0)
+
+
+def test_equals_are_rarely_dropped_however_often_one_looks():
+    """Of four equally good candidates any is dropped in at most one of twenty choices."""
+    rng, keys = np.random.default_rng(1), [f"q{i}" for i in range(200)]
+    dropped = 0
+    for _ in range(60):
+        found = choose_by_questions(
+            [[i] for i in range(4)], {"t": keys}, answers(drawn(rng, keys, *[0.5] * 4))
+        )
+        dropped += any(row["dropped"] for row in found["candidates"])
+    assert dropped <= 60 * choosing.ALPHA
+
+
+# runs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """A file of 60 questions."""
+    rng = np.random.default_rng(0)
+    words = ["river", "bridge", "lantern", "orchard", "harbour", "mill"]
+    records = [
+        {
+            "context": f"Number {i} stands by the {words[i % 6]},",
+            "choices": [f"so it is a {w}" for w in rng.permutation(words)[:3]],
+            "answer": i % 3,
+        }
+        for i in range(60)
+    ]
+    path = tmp_path_factory.mktemp("questions") / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions, tmp_path):
+    options = {
+        "model": str(llama),
+        "calibration": str(text),
+        "out": str(tmp_path / "run"),
+        "remove": 2,
+        "patch": "none",
+        "choose": "tasks",
+        "tasks": str(questions),
+    }
+    target = isingcut.run(**OPTIONS, **options)
+    found = read_json(target / "candidates.json", "candidates")
+    asked, rows = found["by_tasks"], found["by_tasks"]["candidates"]
+    lowest = sorted(row["kl"] for row in found["candidates"])[:4]
+    kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
+    assert [kl[tuple(row["removed"])] for row in rows] == lowest
+    assert found["chosen"]["removed"] == max(rows, key=lambda r: r["accuracy"])["removed"]
+    assert "questions of mine.jsonl" in found["chosen"]["why"]
+    assert len(asked["asked"]) == 30
+    assert not (target / ".asked").exists()
+
+    # The checkpoint answers as the original with its blocks skipped did.
+    cut = load(target / "model", dtype="float32", device="cpu")
+    task = prepare_task(str(questions), None)
+    own = score(cut, task, wanted=set(asked["asked"]).__contains__)
+    best = next(r for r in rows if r["removed"] == found["chosen"]["removed"])
+    assert own.values.mean() == pytest.approx(best["accuracy"])
+    assert len(own.values) == 30
+
+    # The final model is judged by the other half.
+    judged = read_json(target / "benchmarks.json", "benchmarks")
+    assert judged["left_out"] == 30
+    assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
+    others = score(cut, task, wanted=lambda key: key not in asked["asked"])
+    assert judged["rows"][0]["cut"] == pytest.approx(others.values.mean())
+    assert not set(own.questions) & set(others.questions)
+
+    page = (target / "report.md").read_text(encoding="utf-8")
+    assert "## Choice by questions" in page
+    assert "30 of mine.jsonl" in page
+    assert 'id="asked"' in (target / "report.html").read_text(encoding="utf-8")
+    files = [target / name for name in ("candidates.json", "benchmarks.json", "evaluation.json")]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    isingcut.run(**OPTIONS, **options)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_killed_choice_goes_on_from_what_was_scored(
+    llama, text, questions, tmp_path, monkeypatch
+):
+    from isingcut.runs import benchmarking
+
+    options = {
+        "model": str(llama),
+        "calibration": str(text),
+        "out": str(tmp_path / "run"),
+        "remove": 2,
+        "patch": "none",
+        "choose": "tasks",
+        "tasks": str(questions),
+    }
+    whole, calls = benchmarking.score, []
+
+    def counted(*given, **rest):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*given, **rest)
+
+    monkeypatch.setattr(benchmarking, "score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        isingcut.prune(**OPTIONS, **options)
+    assert len(list((tmp_path / "run" / ".asked").glob("*.json"))) == 2
+    isingcut.prune(**OPTIONS, **options)
+    assert len(calls) == 3 + 2
+
+
+def test_a_question_has_one_key_in_every_task(questions):
+    task = prepare_task(str(questions), None, 7)
+    keys = task.pool()
+    assert len(set(keys)) == 7
+    first = json.loads(questions.read_text(encoding="utf-8").splitlines()[0])
+    assert question_key(first) == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"choose": "tasks"}, "--tasks names no benchmark"),
+        ({"questions": 5}, "--tasks names no benchmark"),
+        ({"choose": "tasks", "tasks": "a.jsonl", "heal_top": 2}, "both choose"),
+    ],
+)
+def test_options_that_do_not_go_together(options, said):
+    with pytest.raises(InputError, match=said):
+        RunConfig(model="m", remove="2", **options).validate()
+
+
+def test_what_cannot_be_asked(questions, tmp_path):
+    config = RunConfig(model="m", remove="2", choose="tasks", tasks="missing.jsonl")
+    with pytest.raises(InputError, match=r"missing\.jsonl"):
+        check_asked(config)
+    (tmp_path / "bad.jsonl").write_text('{"context": "a", "choices": ["b"], "answer": 0}')
+    with pytest.raises(InputError, match="2 to 64 'choices'"):
+        check_asked(config.replace(tasks=str(tmp_path / "bad.jsonl")))
+    with pytest.raises(InputError, match="a range cuts none"):
+        check_asked(config.replace(choose="measured", remove="2..3", tasks=str(questions)))
+
+
+def test_a_streamed_model_is_not_asked(llama, text, questions, tmp_path):
+    with pytest.raises(InputError, match="does not fit the memory"):
+        isingcut.prune(
+            **OPTIONS,
+            model=str(llama),
+            calibration=str(text),
+            out=str(tmp_path / "run"),
+            remove=2,
+            choose="tasks",
+            tasks=str(questions),
+            stream="on",
+        )
+    assert not (tmp_path / "run").exists()
