@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from isingcut.cli.main import app
-from isingcut.data.tokens import TokenSet
+from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError, IsingcutError
 from isingcut.files.writing import read_json
+from isingcut.healing import recipe
 from isingcut.healing.heal import heal
-from isingcut.healing.training import recipe
+from isingcut.healing.training import budget
 from isingcut.options.config import RunConfig
 from isingcut.options.healing import HealConfig
 from isingcut.runs.healing_options import heal_config
@@ -27,7 +28,7 @@ def bought(folder: Path) -> dict[str, Any]:
     return found
 
 
-def budget(models: Path, out: Path, effort: str, **changes: Any) -> HealConfig:
+def spending(models: Path, out: Path, effort: str, **changes: Any) -> HealConfig:
     free = {"steps": None, "batch": None, "learning_rate": None, "length": 64}
     return options(models, out, effort=effort, **{**free, **changes})
 
@@ -49,25 +50,25 @@ def test_small_budgets_make_many_small_steps() -> None:
 
 def test_samples_are_cut_into_pieces_that_begin_as_they_do() -> None:
     whole = TokenSet.from_rows([[7, *range(10, 19)], [7, 30, 31, 32, 33]], parts=["a", "b"])
-    found = recipe.pieces(whole, 5)
+    found = pieces(whole, 5)
     rows = [ids[m].tolist() for ids, m in zip(found.input_ids, found.mask, strict=True)]
     assert rows == [[7, 10, 11, 12, 13], [7, 14, 15, 16, 17], [7, 18], [7, 30, 31, 32, 33]]
     assert found.parts == ("a", "a", "a", "b")
-    assert recipe.pieces(whole, 10) is whole
+    assert pieces(whole, 10) is whole
     # Without a token that all begin with there is none to repeat.
-    other = recipe.pieces(TokenSet.from_rows([[1, 2, 3, 4], [5, 6]]), 2)
+    other = pieces(TokenSet.from_rows([[1, 2, 3, 4], [5, 6]]), 2)
     assert other.input_ids.tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
 def test_a_budget_in_tokens_is_spent(models: Path, tmp_path: Path) -> None:
-    out = heal(budget(models, tmp_path / "out", "1.5ktokens", batch=4))
+    out = heal(spending(models, tmp_path / "out", "1.5ktokens", batch=4))
     found = bought(out)
     assert (found["steps"], found["batch"], found["length"]) == (5, 4, 64)
     assert found["tokens"] == 5 * 4 * 64
     assert found["seconds"] is None
     assert len(curve(out)) == 5
     assert read_json(out / "healing.json", "healing")["tokens_seen"] == 5 * 4 * 63
-    once = heal(budget(models, tmp_path / "once", "1Gtokens", epochs=1, batch=16))
+    once = heal(spending(models, tmp_path / "once", "1Gtokens", epochs=1, batch=16))
     assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
 
 
@@ -76,19 +77,19 @@ def test_a_time_is_turned_into_steps_once(
 ) -> None:
     # A step takes 0.6 seconds, and each of its tokens 5 milliseconds.
     times = [(64, 9.0), (64, 0.92), (64, 0.95), (512, 9.0), (512, 3.2), (512, 3.16)]
-    monkeypatch.setattr(recipe, "step_times", lambda job: times)
+    monkeypatch.setattr(budget, "step_times", lambda job: times)
     # What passes before is no part of this budget: the clock stands.
-    monkeypatch.setattr(recipe.time, "monotonic", lambda: 1.0)
-    config = budget(models, tmp_path / "a", "0.25min", batch=4)
+    monkeypatch.setattr(budget.time, "monotonic", lambda: 1.0)
+    config = spending(models, tmp_path / "a", "0.25min", batch=4)
     whole = heal(config)
     found = bought(whole)
-    assert found["steps"] == int(0.9 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
+    assert found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
     assert found["seconds"] == pytest.approx(found["steps"] * (0.6 + 0.005 * 4 * 64))
     config = config.replace(out=str(tmp_path / "b"))
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     # Another speed would give another schedule.
-    monkeypatch.setattr(recipe, "step_times", lambda job: [(n, 3 * s) for n, s in times])
+    monkeypatch.setattr(budget, "step_times", lambda job: [(n, 3 * s) for n, s in times])
     heal(config)
     assert bought(tmp_path / "b") == found
     assert curve(tmp_path / "b") == curve(whole)
@@ -97,7 +98,7 @@ def test_a_time_is_turned_into_steps_once(
 
 def test_the_clock_is_read_on_real_steps(models: Path, tmp_path: Path) -> None:
     # The text ends long before this time does, on any machine.
-    out = heal(budget(models, tmp_path / "out", "2h"))
+    out = heal(spending(models, tmp_path / "out", "2h"))
     found = bought(out)
     assert found["seconds"] > 0
     assert found["epochs"] == pytest.approx(recipe.EPOCHS, rel=0.2)
@@ -107,10 +108,10 @@ def test_the_clock_is_read_on_real_steps(models: Path, tmp_path: Path) -> None:
 
 def test_what_a_budget_excludes(models: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give one of them"):
-        heal(budget(models, tmp_path / "a", "5Mtokens", steps=3))
+        heal(spending(models, tmp_path / "a", "5Mtokens", steps=3))
     with pytest.raises(InputError, match="give --effort in tokens"):
-        heal(budget(models, tmp_path / "b", "10min", top_k=4))
-    out = heal(budget(models, tmp_path / "c", "1ktokens", top_k=4, batch=4))
+        heal(spending(models, tmp_path / "b", "10min", top_k=4))
+    out = heal(spending(models, tmp_path / "c", "1ktokens", top_k=4, batch=4))
     assert bought(out)["steps"] == 3
 
 

@@ -30,6 +30,8 @@ def healing_warnings(found: dict[str, Any]) -> list[str]:
             "positions"
         )
     warnings += patch_warnings(found)
+    if stopped := found.get("stopped"):
+        warnings.append(stopped["why"])
     patch = found.get("patch")
     # A record of an older isingcut does not say.
     if patch is not None and not patch.get("changed", True):

@@ -100,6 +100,27 @@ class TokenSet:
         return TokenSet(self.input_ids[rows, :width], mask[:, :width], rows, parts)
 
 
+def pieces(tokens: TokenSet, length: int) -> TokenSet:
+    """Samples of at most so many tokens; what a longer one begins with begins each of its pieces.
+
+    A first token that all samples share is the tokenizer's start token, which a model wants first.
+    """
+    ids, counts = tokens.input_ids, tokens.mask.sum(1).tolist()
+    if max(counts) <= length:
+        return tokens
+    shared = len(counts) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
+    start = [int(ids[0, 0])] if shared else []
+    rows, names = [], []
+    for row, count in enumerate(counts):
+        body, size = ids[row, len(start) : count].tolist(), length - len(start)
+        found = [start + body[at : at + size] for at in range(0, len(body), size)]
+        # The rest of a sample teaches little where it is a few tokens.
+        found = [piece for piece in found if 8 * len(piece) >= length] or found[:1]
+        rows += found
+        names += [tokens.parts[row]] * len(found) if tokens.parts else []
+    return TokenSet.from_rows(rows, parts=names)
+
+
 def distinct(rows: Iterable[Sequence[int]]) -> Iterator[list[int]]:
     """Rows of two tokens or more, each once, as far as they are iterated."""
     seen: set[tuple[int, ...]] = set()

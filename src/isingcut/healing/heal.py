@@ -29,6 +29,7 @@ from isingcut.files.writing import atomic_folder, read_json, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
 from isingcut.healing.healers import RECORD, registry
 from isingcut.healing.job import Job
+from isingcut.healing.judging import Domains, Judge
 from isingcut.healing.patching import patch, start_of
 from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
@@ -153,6 +154,7 @@ def heal_checkpoint(
     progress: Progress = silent,
     replay: StreamedReplay | None = None,
     *,
+    judge: Judge | None = None,
     processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
 ) -> dict[str, Any]:
@@ -161,6 +163,7 @@ def heal_checkpoint(
     Work in progress is kept in a folder beside ``out`` and continued by the same call.
 
     Args:
+        judge: looks at the training; without one it ends where a domain of the text gets worse.
         processes: that train together.
         sources: what ``out`` must not be, contain or lie in.
 
@@ -182,6 +185,7 @@ def heal_checkpoint(
         silent if processes.rank else progress,
         replay,
         processes,
+        judge or Domains(text.report),
     )
     identity, training = identities(config, teacher, removed, student, text)
     # Every process has looked at the places before rank 0 writes there.

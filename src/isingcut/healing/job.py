@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
+from isingcut.healing.judging import Judge
 from isingcut.models.load import LoadedModel
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.replay import StreamedReplay
@@ -28,6 +29,7 @@ class Job:
         progress: where progress is shown.
         replay: the original's blocks, each read when it is run, where it is streamed.
         processes: that train together.
+        judge: looks at a training on text held out; None: it runs to its end.
     """
 
     teacher: LoadedModel
@@ -39,6 +41,7 @@ class Job:
     progress: Progress = silent
     replay: StreamedReplay | None = None
     processes: Processes = ALONE
+    judge: Judge | None = None
 
     @property
     def leads(self) -> bool:

@@ -139,7 +139,11 @@ class HealConfig(Options):
         "Recompute activations in the backward pass: less memory, more time (default: where one "
         "sequence needs it).",
     )
-    save_steps: Count = option(50, "Steps between states an interrupted healing resumes at.")
+    save_steps: Count | None = option(
+        None,
+        "Steps between states that an interrupted healing resumes at, and that are judged "
+        "(default: 50, or fewer in a short training).",
+    )
     trainer: Place = option(
         "", "YAML file of further transformers TrainingArguments (fsdp, deepspeed, optim)."
     )

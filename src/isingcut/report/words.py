@@ -238,6 +238,9 @@ def healing_words(healing: Mapping[str, Any]) -> str:
             f"The budget of {options.get('effort')} bought {r['steps']} steps of {r['batch']} x "
             f"{r['length']} tokens, with a learning rate of up to {r['learning_rate']:g}."
         )
+    if healing.get("stopped"):
+        why = healing["stopped"]["why"]
+        said.append(f"{why[:1].upper()}{why[1:]}.")
     if healing.get("report_tokens"):
         said.append(f"Measured on {healing['report_tokens']} tokens that healing has not seen.")
     original = healing["before"].get("original_perplexity")

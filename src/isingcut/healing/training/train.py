@@ -19,6 +19,7 @@ from isingcut.files.inputs import user_path
 from isingcut.files.writing import clear_os_errors, read_json
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
+from isingcut.healing.recipe import steps_of
 from isingcut.healing.trainer_file import read_trainer_file
 from isingcut.healing.training.batches import Rows, Steps, Trial, collate
 from isingcut.healing.training.room import Way, way_of
@@ -32,6 +33,11 @@ from isingcut.models.loading import quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.text_alone import text_model
 from isingcut.models.transformers_private import checkpointing
+
+# Trained tokens that a check is worth its time after.
+_EACH_CHECK = 100_000
+# Files of a state that are no part of the model in it.
+_OF_STATES = ("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "global_step*", CURVE)
 
 
 def train(job: Job, out: Path) -> dict[str, Any]:
@@ -68,6 +74,8 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         "samples": job.tokens.samples,
         "processes": size,
         "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
+        "checks": watch.checks,
+        **({"stopped": dataclasses.asdict(watch.verdict)} if watch.verdict else {}),
     }
 
 
@@ -75,7 +83,7 @@ def step_times(job: Job) -> list[tuple[int, float]]:
     """Tokens and seconds of steps that come to nothing: of one sample, then of many."""
     size = job.processes.size
     job = dataclasses.replace(job, config=job.config.replace(batch=64 * size))
-    watch = Watch(job, "timing steps")
+    watch = Watch(job, "timing steps", timing=True)
     with _students(job) as (student, rows):
         way = _way(job, student, rows)
         longest = int(job.tokens.mask.sum(1).max())
@@ -142,14 +150,25 @@ def _run(
             trainer.remove_callback(callback)
     last = _last_state(job)
     if last is not None:
-        watch.curve = read_json(last / CURVE, "healing-curve")["steps"]
-    try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except ImportError as e:
-        raise _refused(e) from e
-    if out is not None:
-        with clear_os_errors(out):
+        known = read_json(last / CURVE, "healing-curve")
+        watch.curve, watch.checks = known["steps"], known["checks"]
+    # A kill between a verdict and what follows from it leaves it to be read here.
+    if watch.judged() is None:
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except ImportError as e:
+            raise _refused(e) from e
+    if out is None:
+        return
+    with clear_os_errors(out):
+        if watch.verdict is None:
             trainer.save_model(str(out))
+        elif job.leads:
+            step = watch.verdict.kept or watch.curve[-1]["step"]
+            state = job.work / "trainer" / f"checkpoint-{step}"
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(state, out, ignore=shutil.ignore_patterns(*_OF_STATES))
+    job.processes.wait()
 
 
 def _last_state(job: Job) -> Path | None:
@@ -162,14 +181,6 @@ def _last_state(job: Job) -> Path | None:
                 shutil.rmtree(path)
     job.processes.wait()
     return next(reversed(complete_states(folder)), None)
-
-
-def steps_of(config: Any, samples: int) -> int:
-    """Optimiser steps of a training."""
-    if config.steps is not None:
-        return int(config.steps)
-    epochs = 1.0 if config.epochs is None else float(config.epochs)
-    return max(1, math.ceil(math.ceil(samples / int(config.sequences)) * epochs))
 
 
 def _way(job: Job, student: Any, rows: Rows) -> Way:
@@ -195,7 +206,7 @@ def _arguments(job: Job, way: Way, order: Steps | Trial, *, saved: bool) -> Trai
         "weight_decay": 0.0,
         "logging_strategy": "no",
         "save_strategy": "steps" if saved else "no",
-        "save_steps": config.save_steps,
+        "save_steps": config.save_steps or _between_saves(job, steps),
         "save_total_limit": 2,
         "seed": config.seed,
         "data_seed": config.seed,
@@ -219,6 +230,13 @@ def _arguments(job: Job, way: Way, order: Steps | Trial, *, saved: bool) -> Trai
         return arguments
     except (TypeError, ValueError, ImportError) as e:
         raise _refused(e) from e
+
+
+def _between_saves(job: Job, steps: int) -> int:
+    """Steps between two states, each of which is checked: two to ten, or one every 50 steps."""
+    mean = float(job.tokens.mask.sum()) / job.tokens.samples
+    wanted = steps * job.config.sequences * mean / _EACH_CHECK
+    return min(50, math.ceil(steps / min(10.0, max(2.0, wanted))))
 
 
 def _refused(error: Exception) -> InputError:

@@ -19,7 +19,8 @@ from isingcut.errors import ModelError
 from isingcut.files.outputs import mark
 from isingcut.files.writing import clear_os_errors, write_json
 from isingcut.healing.job import Job
-from isingcut.healing.training.batches import Steps, Trial, collate
+from isingcut.healing.judging import Verdict
+from isingcut.healing.training.batches import Rows, Steps, Trial, collate
 
 CURVE = "healing-curve.json"
 
@@ -62,16 +63,23 @@ class OurTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Keeps the loss curve, shows progress and refuses a loss that is no number."""
+    """Keeps the loss curve, shows progress, judges, and refuses a loss that is no number.
 
-    def __init__(self, job: Job, words: str) -> None:
-        self.job, self.words = job, words
+    Args:
+        words: what is shown.
+        timing: nothing is trained to be kept.
+    """
+
+    def __init__(self, job: Job, words: str, *, timing: bool = False) -> None:
+        self.job, self.words, self.timing = job, words, timing
         device = job.teacher.device
         self.bar: Bar | None = None
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.curve: list[dict[str, Any]] = []
         self.seconds: list[float] = []
         self.began = time.monotonic()
+        self.checks: list[dict[str, Any]] = []
+        self.verdict: Verdict | None = None
         self.shown: Any = contextlib.ExitStack()
 
     def count(self, loss: Tensor, predictions: Tensor) -> None:
@@ -82,10 +90,14 @@ class Watch(TrainerCallback):
         self.began = time.monotonic()
         if self.job.leads:
             size = self.job.config.sequences
-            words = f"{self.words}, {state.max_steps} steps of {size} sequences"
+            longest = int(self.job.tokens.mask.sum(1).max())
+            words = f"{self.words}, {state.max_steps} steps of {size} x {longest} tokens"
             self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
             if state.global_step:
                 self.bar.advance(state.global_step)
+        if not state.global_step:
+            self.check(rest["model"], 0)
+            self.began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         sums = self.sums.float() if self.sums.device.type == "mps" else self.sums.clone()
@@ -112,10 +124,37 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         # The other processes have written their random states, too.
         self.job.processes.wait()
+        self.check(rest["model"], state.global_step)
         if self.job.leads:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / CURVE, "healing-curve", {"steps": self.curve})
+            kept = {"steps": self.curve, "checks": self.checks}
+            write_json(folder / CURVE, "healing-curve", kept)
             mark(folder)
+        if self.judged() is not None:
+            control.should_training_stop = True
+
+    def check(self, model: Any, step: int) -> None:
+        """Measure the text held out, in every process alike, as a model may be shared by all."""
+        judge = self.job.judge
+        # Kept answers are those to the text that is trained on; none of the teacher's are at hand.
+        if judge is None or self.job.config.top_k or self.timing:
+            return
+        rows, device = Rows(judge.tokens), self.job.teacher.device
+        model.eval()
+        with torch.no_grad():
+            sums = [
+                float(model(**{k: v.to(device) for k, v in collate([rows[i]]).items()})["loss"])
+                for i in range(len(rows))
+            ]
+        model.train()
+        sums = self.job.processes.decide(lambda: sums)
+        self.checks.append({"step": step, "kl_sums": sums})
+
+    def judged(self) -> Verdict | None:
+        """What the checks so far say, kept as `verdict`."""
+        if self.checks and self.job.judge is not None:
+            self.verdict = self.job.judge.verdict(self.checks)
+        return self.verdict
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.shown.close()

@@ -1,0 +1,126 @@
+"""Looking at a training on text held out: where it goes wrong, or is behind a rival, it ends.
+
+A check is the KL to the original of each sample held out, as the training's own loss has it. Checks
+are made where states are saved, so that a healing which goes on from a state knows those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from isingcut.data.tokens import TokenSet
+from isingcut.ising.states import Floats
+from isingcut.measure.losses import standard_error
+
+# Tokens of each sample that are looked at.
+_LENGTH = 256
+_ERRORS = 2.0
+"""Standard errors of a paired difference that are more than noise here."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a training ends before its last step.
+
+    Attributes:
+        why: in words.
+        kept: the step whose weights are the result; None for those of the last one made.
+    """
+
+    why: str
+    kept: int | None = None
+
+
+class Judge(Protocol):
+    """Text held out, and the decision on it."""
+
+    tokens: TokenSet
+
+    def verdict(self, checks: Sequence[Mapping[str, Any]]) -> Verdict | None:
+        """Whether to end.
+
+        Args:
+            checks: ``step`` and ``kl_sums``, by sample in nats, from step 0 on.
+        """
+        ...
+
+
+def beginnings(tokens: TokenSet) -> TokenSet:
+    """The first tokens of each sample: enough to judge by, at little cost."""
+    ids, mask = tokens.input_ids[:, :_LENGTH], tokens.mask[:, :_LENGTH]
+    return TokenSet(ids, mask, tokens.index, tokens.parts)
+
+
+def difference(
+    first: npt.ArrayLike, second: npt.ArrayLike, counts: npt.NDArray[np.int64]
+) -> tuple[float, float]:
+    """second - first in nats per prediction, paired by sample, and its standard error.
+
+    Args:
+        first, second: sums over the predictions of each sample.
+        counts: predictions of each sample.
+    """
+    sums: Floats = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    return float(sums.sum() / counts.sum()), float(standard_error(sums, counts))
+
+
+class Domains:
+    """Ends a training where it makes one part of a mixture of texts worse.
+
+    Worse is: at a check, by more than two standard errors, than before the training and than at
+    the check before, whose weights are kept. The first check after the beginning ends nothing.
+    """
+
+    def __init__(self, report: TokenSet) -> None:
+        self.tokens = beginnings(report)
+        self._parts = self.tokens.rows_by_part or {"": list(range(report.samples))}
+
+    def verdict(self, checks: Sequence[Mapping[str, Any]]) -> Verdict | None:
+        if len(checks) < 3:
+            return None
+        begin, before, now = checks[0], checks[-2], checks[-1]
+        counts = self.tokens.predicted.sum(1).numpy()
+        for name, rows in self._parts.items():
+            if len(rows) < 2:
+                continue
+            start, last, here = (np.asarray(c["kl_sums"])[rows] for c in (begin, before, now))
+            worse = [difference(past, here, counts[rows]) for past in (start, last)]
+            if all(mean > _ERRORS * error for mean, error in worse):
+                kl = [float(sums.sum() / counts[rows].sum()) for sums in (start, last, here)]
+                where = f"on {name} the model" if name else "the model"
+                return Verdict(
+                    f"healing was stopped at step {now['step']}, and the weights of step "
+                    f"{before['step']} are kept: {where} got worse, KL {kl[0]:.4f} before, "
+                    f"{kl[1]:.4f} and then {kl[2]:.4f}",
+                    before["step"],
+                )
+        return None
+
+
+class Race:
+    """Ends the training of a candidate that is behind the best one so far, at the same step.
+
+    Args:
+        tokens: text that both are judged on.
+        leader: the checks of the best candidate; None for the first.
+    """
+
+    def __init__(self, tokens: TokenSet, leader: Sequence[Mapping[str, Any]] | None) -> None:
+        self.tokens = beginnings(tokens)
+        self._leader = {check["step"]: check for check in leader or ()}
+
+    def verdict(self, checks: Sequence[Mapping[str, Any]]) -> Verdict | None:
+        now = checks[-1]
+        theirs = self._leader.get(now["step"])
+        if theirs is None or not now["step"]:
+            return None
+        counts = self.tokens.predicted.sum(1).numpy()
+        mean, error = difference(theirs["kl_sums"], now["kl_sums"], counts)
+        if mean > _ERRORS * error:
+            return Verdict(f"behind by {mean:.4f} ± {error:.4f} nats at step {now['step']}")
+        return None

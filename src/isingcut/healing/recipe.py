@@ -1,0 +1,117 @@
+"""What a budget of tokens or of time buys: optimiser steps, their size, and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from isingcut.data.tokens import TokenSet, pieces
+from isingcut.options.healing import LENGTH, HealConfig
+
+EPOCHS = 4.0
+"""How often a budget may read its text: more repeats than it teaches."""
+SHORT = 256
+"""Tokens of a sample, the fewest."""
+# Of a step.
+_FEWEST, _MOST = 512, 16384
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a budget bought.
+
+    Attributes:
+        steps: optimiser steps; the schedule ends with them.
+        batch: sequences of a step, over all processes.
+        length: tokens of a sequence, the longest.
+        learning_rate: the highest.
+        tokens: of all steps, about.
+        seconds: that they take by the clock of the first steps; None of a budget in tokens.
+        epochs: how often the text is read.
+    """
+
+    steps: int
+    batch: int
+    length: int
+    learning_rate: float
+    tokens: int
+    seconds: float | None
+    epochs: float
+
+
+def sizes(
+    config: HealConfig, tokens: float, *, width: int, longest: int = LENGTH, processes: int = 1
+) -> tuple[int, int, float]:
+    """Batch, length and learning rate that suit a number of tokens.
+
+    A step grows with the root of the tokens: 512 for 20,000 (40 steps), 1,024 for 80,000, 4,096
+    for 1.3 million. The rate falls with it, from 3e-4 to the paper's 2e-5, and is lower for wider
+    models, as Adam's steps ask for. What the options say is taken as it is.
+
+    Args:
+        width: of the residual stream.
+        longest: sequence, in tokens.
+        processes: that a batch is shared by.
+    """
+    step = 2 ** round(math.log2(3.6 * math.sqrt(max(1.0, tokens))))
+    step = min(_MOST, max(_FEWEST, step))
+    length = longest if config.length else min(longest, max(SHORT, step // 4))
+    batch = config.batch or processes * math.ceil(step / (length * processes))
+    scale = 10.0 if config.method == "lora" else 1.0
+    rate = min(3e-4, 0.08 / math.sqrt(max(1.0, tokens))) * min(1.0, 576 / width)
+    rate = config.learning_rate or min(1e-3, scale * max(2e-5, rate))
+    return batch, length, float(f"{rate:.2g}")
+
+
+def steps_of(config: HealConfig, samples: int) -> int:
+    """Optimiser steps of a training."""
+    if config.steps is not None:
+        return int(config.steps)
+    epochs = 1.0 if config.epochs is None else float(config.epochs)
+    return max(1, math.ceil(math.ceil(samples / int(config.sequences)) * epochs))
+
+
+def bought(
+    config: HealConfig,
+    text: TokenSet,
+    tokens: float | None,
+    seconds: float | None,
+    pace: tuple[float, float],
+    *,
+    width: int,
+    processes: int = 1,
+) -> Recipe:
+    """What a budget is spent on.
+
+    Args:
+        text: that is trained on.
+        tokens, seconds: one of them.
+        pace: seconds of a step, and of each of its tokens besides.
+        width, processes: as for `sizes`.
+    """
+    mask = text.mask
+    shape = {"width": width, "longest": int(mask.sum(1).max()), "processes": processes}
+    each, token = pace
+    most = (config.epochs or EPOCHS) * int(mask.sum())
+    wanted = most if tokens is None else tokens
+    # The size of a step decides how many tokens there are time for, and they decide its size.
+    for _ in range(1 if seconds is None else 8):
+        wanted = min(most, wanted)
+        batch, length, rate = sizes(config, wanted, **shape)
+        cut = pieces(text, length)
+        step = batch * float(cut.mask.sum()) / cut.samples
+        if seconds is not None:
+            wanted = max(0.0, seconds) / (token + each / step)
+    steps = min(
+        max(1, int(min(most, wanted) / step)),
+        steps_of(config.replace(batch=batch, epochs=config.epochs or EPOCHS), cut.samples),
+    )
+    return Recipe(
+        steps,
+        batch,
+        length,
+        rate,
+        int(steps * step),
+        None if seconds is None else steps * (each + token * step),
+        steps * batch / cut.samples,
+    )
