@@ -268,14 +268,16 @@ def test_a_healed_run_shows_the_healed_model(tmp_path):
     page = page_of(run)
     assert 'from_pretrained("run/healed")' in page.text
     assert "quantity original healed change" in page.text
-    assert "The 2 candidates of lowest measured KL were each healed for a few steps" in page.text
+    assert (
+        "2 candidates were healed for a few steps on the same text and measured again" in page.text
+    )
     assert (
         "this one was then the best (KL 0.2500 ± 0.0100 nats per token, before 0.9000)" in page.text
     )
     assert "named by hand, not chosen" not in page.text
     assert "A linear patch was fitted at each cut (alone it brings the KL to 0.7500" in page.text
     assert "Distillation from the original ( lora ) over 15,360 tokens." in page.text
-    assert "0 1 2 0.9000 0.2500 ± 0.0100 chosen" in page.text
+    assert "0 1 2 spectrum 0.9000 0.2500 ± 0.0100 chosen" in page.text
 
 
 def test_names_and_texts_cannot_become_markup(tmp_path):

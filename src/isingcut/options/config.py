@@ -187,8 +187,10 @@ class RunConfig(Options):
         metavar="BUDGET",
         bare="all",
     )
-    heal_top: Annotated[int, Bounds(ge=0, le=1000)] = option(
-        0, "Heal so many of the best candidates for a few steps first, and choose after it."
+    heal_top: Annotated[int, Bounds(ge=0, le=1000)] | None = option(
+        None,
+        "Heal so many candidates for a few steps first, and choose after it (default: 3 with "
+        "--heal, unless --choose says another way; 0: none).",
     )
     heal_options: Place = option(
         "", "YAML file with options of `isingcut heal` (text, steps, method, ...)."
@@ -207,6 +209,14 @@ class RunConfig(Options):
     def removal(self) -> str:
         """What is removed, in one word: `remove`, or the budget where only that is given."""
         return self.remove or self.budget
+
+    @property
+    def tried(self) -> int:
+        """Candidates that are healed for a few steps; of one alone nothing can be chosen."""
+        asked = self.heal_top
+        if asked is None:
+            asked = 3 if self.heal and self.choose == "measured" else 0
+        return asked if asked > 1 else 0
 
     def stage_options(self, last: str) -> dict[str, Any]:
         """The options that can change the result of stage ``last`` or of one before it."""

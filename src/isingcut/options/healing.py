@@ -107,7 +107,11 @@ class HealConfig(Options):
     epochs: Annotated[float, Bounds(gt=0, le=10_000)] | None = option(
         None, "How often the text is read (default: once; with --effort at most four times)."
     )
-    top_steps: Count = option(20, "Steps for each candidate of `run --heal-top`.")
+    top_steps: Count | None = option(
+        None,
+        "Steps for each candidate of `run --heal-top` (default: all of them have a third of the "
+        "budget or of the text).",
+    )
     steps: Count | None = option(None, "Stop after so many steps; the schedule ends there.")
     batch: Size | None = option(
         None,

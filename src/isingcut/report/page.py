@@ -140,16 +140,28 @@ def _meter(row: Row, model: str, models: Sequence[str]) -> str:
     return whisker(scale, value.figure, value.low, value.high, "v")
 
 
-def _healed_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
-    """Candidates compared after a few steps of healing: blocks, KL before and after, chosen."""
+def _healed_rows(found: Mapping[str, Any] | None) -> list[tuple[str, ...]]:
+    """Candidates compared after some healing: blocks, where from, KL before and after, the rest.
+
+    The rest: steps made, paired difference to the chosen one, and what became of it.
+    """
     if found is None:
         return []
     return [
         (
             listed(row["removed"]),
+            row.get("source", "spectrum"),
             f"{row['kl_before']:.4f}",
             measured_kl(row).text(),
-            "chosen" if row["removed"] == found["chosen"]["removed"] else "",
+            str(row.get("steps") or ""),
+            ""
+            if row.get("difference") is None
+            else plus_minus(row["difference"], row["difference_se"]),
+            "chosen"
+            if row["removed"] == found["chosen"]["removed"]
+            else "dropped"
+            if row.get("dropped")
+            else "",
         )
         for row in sorted(found["candidates"], key=lambda r: float(r["kl"]))
     ]

@@ -139,12 +139,20 @@ class RunFiles:
         if candidates is None:
             return "The run's files hold no measured ranking behind this choice."
         if healed is not None and sorted(healed["chosen"]["removed"]) == removed:
-            best = healed["chosen"]
-            return (
-                f"The {len(healed['candidates'])} candidates of lowest measured KL were each "
-                "healed for a few steps and measured again; this one was then the best "
+            best, count = healed["chosen"], len(healed["candidates"])
+            steps = f"{best['steps']} steps" if best.get("steps") else "a few steps"
+            figures = (
                 f"(KL {plus_minus(best['kl'], best['kl_se'])} nats per token, before "
-                f"{best['kl_before']:.4f})."
+                f"{best['kl_before']:.4f})"
+            )
+            if count == 1:
+                return (
+                    f"Its measured KL was the lowest; the budget was too small to compare it with "
+                    f"others after {steps} of healing {figures}."
+                )
+            return (
+                f"{count} candidates were healed for {steps} on the same text and measured again; "
+                f"this one was then the best {figures}."
             )
         chosen, count = candidates["chosen"], len(candidates["candidates"])
         if sorted(chosen["removed"]) != removed:

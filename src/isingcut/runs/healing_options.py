@@ -75,7 +75,7 @@ def check_options(config: RunConfig) -> None:
     """
     if config.heal:
         distil_config(config)
-    if config.heal or config.heal_top:
+    if config.heal or config.tried:
         _check_text(config, heal_config(config))
     elif config.patch != "none":
         heal_config(config)
@@ -87,7 +87,7 @@ def check(session: Session) -> None:
     The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
     """
     config = session.config
-    if not (config.heal or config.heal_top):
+    if not (config.heal or config.tried):
         return
     healing = heal_config(config)
     check_training(healing)

@@ -21,7 +21,7 @@ from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
-from isingcut.runs import healing_options, healing_stages
+from isingcut.runs import healing_options, healing_stages, trials
 from isingcut.runs.benchmarking import check_asked, check_whole, score_tasks
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.joining import part, take_up
@@ -93,7 +93,7 @@ def solve_and_rank(session: Session, folder: RunFolder) -> dict[str, Any]:
 
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     """The final checkpoint in the run folder, patched and healed where the options say so."""
-    healing_stages.choose(session, folder)
+    trials.choose(session, folder)
     model = make_model(session, folder)
     return healing_stages.heal(session, folder) or model
 

@@ -100,7 +100,7 @@ def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
 
 def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | None:
     """The blocks that the healed candidates chose, None where none were compared."""
-    if not config.heal_top:
+    if not config.tried:
         return None
     file = folder.target(config.removal) / CHOICE
     found = folder.load(file, lambda p: read_json(p, "healed-candidates"))

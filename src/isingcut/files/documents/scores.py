@@ -218,9 +218,16 @@ class HealedCandidate(Strict):
 
 
 class ComparedCandidate(HealedCandidate):
-    """The same beside its KL before healing."""
+    """The same beside its KL before healing and beside the best; older files say less."""
 
     kl_before: Number
+    source: str = "spectrum"
+    steps: Count = 0
+    tokens: Count = 0
+    seconds: Positive = 0.0
+    dropped: str | None = None
+    difference: Number | None = None
+    difference_se: Positive | None = None
 
 
 class HealedCandidates(Strict):

@@ -1,0 +1,229 @@
+"""Candidates that are healed for a few steps: which, on what, and which of them wins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isingcut.data.healing_text import HealingText
+from isingcut.data.tokens import TokenSet
+from isingcut.files.writing import read_json, write_json
+from isingcut.healing.judging import Race, Verdict
+from isingcut.healing.recipe import Recipe
+from isingcut.options.config import RunConfig
+from isingcut.options.healing import HealConfig
+from isingcut.runs import healing_stages, pipeline, trials
+from isingcut.runs.api import open_run
+from shared import leave_speed_out
+from test_heal_run import config, folder
+
+__all__ = ["folder"]
+
+TEXT = HealingText(
+    TokenSet.from_rows([[1] * 1024] * 300), TokenSet.from_rows([[1] * 8] * 2), "documents"
+)
+
+
+@pytest.fixture(scope="module")
+def tried(folder: Path) -> Iterator[Path]:
+    """A run that healed in a budget of tokens and compared three candidates before."""
+    options = folder / "budget.yaml"
+    options.write_text("length: 32\nreport-samples: 2\nbatch: 4\nlearning-rate: 0.003\n")
+    with pytest.MonkeyPatch.context() as patched:
+        leave_speed_out(patched.setattr)
+        given = {
+            "heal": "9ktokens",
+            "heal_top": 3,
+            "heal_options": str(options),
+            "rank_samples": 4,
+            "keep": "",
+        }
+        yield pipeline.run(config(folder, "tried", **given))
+
+
+def test_three_candidates_are_tried_within_a_third(tried: Path) -> None:
+    found = read_json(tried / "healed-candidates.json", "healed-candidates")
+    rows = found["candidates"]
+    assert len(rows) == 3
+    assert rows[0]["source"] == "spectrum"
+    assert len({tuple(r["removed"]) for r in rows}) == 3
+    full = [r for r in rows if r["dropped"] is None]
+    assert {r["steps"] for r in full} == {int(1000 / 128)}
+    assert found["chosen"] == min(full, key=lambda r: r["kl"])
+    assert sum(r["tokens"] for r in rows) <= 3000
+    for row in rows:
+        assert (row["difference"] is None) == (row == found["chosen"])
+        if row["dropped"]:
+            assert row["difference"] > 2 * row["difference_se"]
+    healing = read_json(tried / "healing.json", "healing")
+    left = 9000 - sum(r["tokens"] for r in rows)
+    assert healing["options"]["effort"] == f"{left}tokens"
+    assert healing["recipe"]["steps"] == int(left / 128)
+    assert healing["removed"] == found["chosen"]["removed"]
+    one_pass = [read_json(p, "baseline") for p in tried.glob("baseline-*.json")]
+    assert {b["baseline"] for b in one_pass} == set(trials.ONE_PASS)
+    assert not list(tried.glob(".*"))
+    report = (tried / "report.md").read_text(encoding="utf-8")
+    assert "3 candidates were healed for 7 steps on the same text" in report
+
+
+def test_a_second_call_loads_no_model(folder: Path, tried: Path) -> None:
+    session, opened = reopened(folder, tried)
+    assert trials.choose(session, opened) == read_json(
+        tried / "healed-candidates.json", "healed-candidates"
+    )
+    assert "loaded" not in vars(session)
+
+
+def reopened(folder: Path, run: Path) -> Any:
+    from isingcut.runs.folder import RunFolder
+    from isingcut.runs.session import Session
+
+    opened = RunFolder.open(run)
+    return Session(opened.config), opened
+
+
+def candidate(removed: list[int], kl: float, **rest: Any) -> dict[str, Any]:
+    return {"removed": removed, "kl": kl, **rest}
+
+
+@pytest.mark.parametrize(
+    ("count", "influence", "wanted"),
+    [
+        (1, [2, 3], [[4, 5]]),
+        (2, [2, 3], [[4, 5], [2, 3]]),
+        # It is the best already: another of one pass comes in its place.
+        (2, [4, 5], [[4, 5], [6, 7]]),
+        # No near copy of those that are there, as long as there is another.
+        (4, [2, 3], [[4, 5], [2, 3], [8, 9], [6, 7]]),
+        (6, [2, 3], [[4, 5], [2, 3], [8, 9], [6, 7], [4, 6], [4, 8]]),
+    ],
+)
+def test_the_pool_is_diverse(
+    count: int,
+    influence: list[int],
+    wanted: list[list[int]],
+    folder: Path,
+    tried: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session, opened = reopened(folder, tried)
+    rows = [([4, 6], 1.1), ([4, 5], 1.0), ([8, 9], 1.3), ([4, 8], 1.2)]
+    content = {"candidates": [candidate(*row) for row in rows]}
+    monkeypatch.setattr(opened, "load", lambda path, read: content)
+    choices = {
+        "block-influence": candidate(influence, 1.5, violated=[]),
+        "angular-window": candidate([6, 7], 2.0, violated=[]),
+    }
+    monkeypatch.setattr(trials, "compare", lambda session, folder, name: choices[name])
+    assert [r["removed"] for r in trials._pool(session, opened, count)] == wanted
+    choices["angular-window"]["violated"] = ["keep"]
+    assert [6, 7] not in [r["removed"] for r in trials._pool(session, opened, count)]
+
+
+@pytest.mark.parametrize(
+    ("options", "effort", "steps"),
+    [
+        ({"effort": "90ktokens"}, "10000tokens", None),
+        ({"effort": "9min"}, "1.000000min", None),
+        # All of the text: once.
+        ({}, f"{300 * 1024 // 9}tokens", None),
+        ({"steps": 30}, f"{30 * 16 * 1024 // 9}tokens", None),
+        ({"steps": 30, "top_steps": 7}, "", 7),
+        ({"effort": "9min", "top_steps": 7}, "", 7),
+        ({"method": "none"}, "", None),
+    ],
+)
+def test_what_a_trial_may_take(options: dict[str, Any], effort: str, steps: int | None) -> None:
+    few = trials._few(HealConfig(**options), TEXT, 3)
+    assert (few.effort, few.steps) == (effort, steps)
+
+
+def test_the_rest_of_a_budget_is_the_healings() -> None:
+    rows = [{"tokens": 1000, "seconds": 30.0}, {"tokens": 500, "seconds": 15.0}]
+    assert healing_stages._left("10ktokens", rows) == "8500tokens"
+    assert healing_stages._left("2min", rows) == "1.250000min"
+    assert healing_stages._left("", rows) == ""
+
+
+def test_a_small_budget_compares_nothing(
+    folder: Path, tried: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where it does, the others train as the first did, whatever the clock says."""
+    session, opened = reopened(folder, tried)
+    session.config = session.config.replace(heal_top=None)
+    monkeypatch.setattr(trials, "text_of", lambda *given: TEXT)
+    recipe = dataclasses.asdict(Recipe(10, 4, 256, 3e-4, 10240, 8.0, 0.1))
+    asked: list[tuple[HealConfig, int]] = []
+
+    def train(session: Any, few: HealConfig, removed: Any, text: HealingText, *rest: Any) -> Any:
+        asked.append((few, int(text.train.mask.sum(1).max())))
+        row = candidate(list(removed), 1.0, steps=5, tokens=9, seconds=99.0, dropped=None)
+        return {**row, "checks": [], **({"recipe": recipe} if few.effort else {})}
+
+    monkeypatch.setattr(trials, "_tried", train)
+    pool = [candidate([k, k + 1], 1.0, source="spectrum") for k in range(3)]
+    healing = HealConfig(effort="1min")
+    rows = trials._trials(session, opened, healing, pool)
+    assert len(rows) == 1
+    # Half of its steps, half of its time.
+    assert rows[0]["seconds"] == 4.0
+    recipe["steps"] = 40
+    asked.clear()
+    rows = trials._trials(session, opened, healing, pool)
+    assert [row["seconds"] for row in rows] == [1.0] * 3
+    assert [few.effort for few, _ in asked] == ["0.111111min", "", ""]
+    assert [few.steps for few, _ in asked] == [None, 40, 40]
+    assert [(few.batch, few.learning_rate) for few, _ in asked[1:]] == [(4, 3e-4)] * 2
+    assert [longest for _, longest in asked] == [1024, 256, 256]
+
+
+def test_a_candidate_that_is_behind_is_dropped_on_the_way(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Race.verdict
+
+    def behind(self: Race, checks: Any) -> Verdict | None:
+        assert real(self, checks[:1]) is None
+        leads = not self._leader
+        return None if leads or checks[-1]["step"] != 2 else Verdict("behind")
+
+    monkeypatch.setattr(Race, "verdict", behind)
+    leave_speed_out(monkeypatch.setattr)
+    options = tmp_path / "o.yaml"
+    options.write_text("length: 32\nreport-samples: 2\nbatch: 4\ntop-steps: 4\nsteps: 2\n")
+    given = {"heal": True, "heal_top": 2, "heal_options": str(options), "out": str(tmp_path / "r")}
+    run = pipeline.run(config(folder, "dropped", **given))
+    rows = read_json(run / "healed-candidates.json", "healed-candidates")["candidates"]
+    assert [(r["steps"], r["dropped"]) for r in rows] == [(4, None), (2, "behind")]
+    assert read_json(run / "healing.json", "healing")["removed"] == rows[0]["removed"]
+    assert "dropped" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_old_files_of_healed_candidates_are_read(tmp_path: Path) -> None:
+    row = {"removed": [1], "kl": 1.0, "kl_se": None, "perplexity": 3.0, "kl_before": 2.0}
+    file = tmp_path / "healed-candidates.json"
+    write_json(file, "healed-candidates", {"candidates": [row], "chosen": row})
+    assert read_json(file, "healed-candidates")["chosen"] == row
+
+
+def test_how_many_are_tried() -> None:
+    plain = RunConfig(model="m", remove="2")
+    assert plain.tried == 0
+    assert plain.replace(heal="5min").tried == 3
+    assert plain.replace(heal=True, heal_top=1).tried == 0
+    assert plain.replace(heal=True, heal_top=0).tried == 0
+    assert plain.replace(heal_top=4).tried == 4
+    # Chosen in another way.
+    assert plain.replace(heal="5min", choose="ground").tried == 0
+    assert plain.replace(heal="5min", choose="ground", heal_top=2).tried == 2
+
+
+def test_the_python_api_takes_the_choice_after_healing(tried: Path) -> None:
+    found = read_json(tried / "healed-candidates.json", "healed-candidates")
+    assert open_run(tried).config.heal == "9ktokens"
+    assert found["chosen"]["removed"] == read_json(tried / "healing.json", "healing")["removed"]
