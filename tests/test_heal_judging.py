@@ -15,6 +15,7 @@ from isingcut.files.writing import read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
 from isingcut.healing.judging import Domains, Race, Verdict, difference
+from isingcut.healing.training.watch import at_the_end
 from isingcut.report.words import healing_words
 from ranks import join, launch, say_into, type_in
 from test_heal import Killed, curve, killing, models, options, stored
@@ -105,6 +106,15 @@ def test_the_weights_of_the_check_before_are_kept(
             heal(config, progress=killing(after))
         heal(config)
         assert stored(Path(config.out)) == stored(out)
+
+
+def test_the_last_loss_is_foretold_by_a_power_law() -> None:
+    losses = [9.0, *(2.0 * step**-0.25 for step in range(2, 41))]
+    assert at_the_end(losses[:7], 40) is None
+    assert at_the_end(losses[:15], 80) is None
+    # The first step, of the warm-up, has no say.
+    assert at_the_end(losses[:10], 40) == pytest.approx(losses[-1])
+    assert at_the_end([1.0, 1.0, *range(2, 12)], 20) is None
 
 
 def test_kept_answers_leave_nothing_to_judge_by(models: Path, tmp_path: Path) -> None:

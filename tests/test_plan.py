@@ -147,6 +147,33 @@ def test_tuning_a_patch_takes_memory_for_two_blocks():
     assert {stage.name: stage for stage in counted.stages()}["patch"].memory < found
 
 
+def test_a_budget_of_healing_buys_tokens_and_steps():
+    counted = prices()
+    assert counted.healing() is None
+    assert "heal" not in {stage.name for stage in counted.stages()}
+    counted.config = counted.config.replace(heal="30ktokens")
+    found = counted.healing()
+    # A third goes to candidates; two numbers wide, so that the rate is not lowered.
+    assert (found["tokens"], found["trial_tokens"]) == (20_000, 10_000)
+    assert (found["steps"], found["batch"], found["length"]) == (39, 2, 256)
+    assert found["learning_rate"] == 3e-4
+    # The original's four blocks and its head, then three times the half of them.
+    each = (4 + 2) + 3 * (2 + 2)
+    assert found["seconds"] == 30_000 * each
+    stage = {stage.name: stage for stage in counted.stages()}["heal"]
+    assert (stage.seconds, stage.samples) == (30_000 * each, 78)
+    assert stage.memory == 1000 + 60 + 16 * 0.5 * 15
+    counted.config = counted.config.replace(heal="2h", heal_top=0)
+    found = counted.healing()
+    assert (found["tokens"], found["trial_tokens"]) == (7200 // each, 0)
+    stage = {stage.name: stage for stage in counted.stages()}["heal"]
+    assert stage.low == stage.seconds == stage.high == pytest.approx(7200)
+    counted.config = counted.config.replace(heal=True)
+    stage = {stage.name: stage for stage in counted.stages()}["heal"]
+    assert "a budget (--heal 10min) says how long" in stage.impossible
+    assert counted.healing() is None
+
+
 def test_a_search_costs_the_share_of_all_pairs_that_its_passes_are():
     counted = prices()
     pairs = counted.energy("pairwise").seconds

@@ -34,7 +34,8 @@ def make_plan(
     Returns:
         what `plan --json` prints: ``weights`` and ``allowed`` in bytes of memory, ``forward`` in
         tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages`` as
-        `Estimate`, and ``seconds`` of the whole run that ``command`` starts.
+        `Estimate`, ``healing``, what its budget buys, or None, and ``seconds`` of the whole run
+        that ``command`` starts.
 
     Raises:
         IsingcutError: no such model, it cannot be measured, or an impossible removal.
@@ -57,6 +58,7 @@ def make_plan(
         "reading": 1 / max(1e-15, prices.timings.reading),
         "energies": [vars(e) for e in energies],
         "stages": [vars(s) for s in stages],
+        "healing": prices.healing(),
         "recommended": recommended,
         "seconds": seconds[recommended] + rest,
         "why": why,

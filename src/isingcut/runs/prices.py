@@ -12,12 +12,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
 
 from isingcut.energies.pairwise import removals
 from isingcut.energies.search import Target, greedy_price
+from isingcut.healing.recipe import sizes
 from isingcut.healing.training.tune import BYTES
 from isingcut.ising.states import States
 from isingcut.measure.curvature import KINDS
@@ -29,12 +31,14 @@ from isingcut.models.parts import BLOCK_STREAMS
 from isingcut.models.streaming.memory import weight_bytes
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
-from isingcut.options.spellings import parse_effort
+from isingcut.options.spellings import parse_effort, parse_healing
+from isingcut.runs.healing_options import heal_config
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.probe import probe, random_text
 from isingcut.runs.removal import each_removal, removal_rows
 from isingcut.runs.session import Session
+from isingcut.runs.trials import SHARE
 
 # How far off an estimate may be, of what is measured on samples and of the rest: from comparisons
 # with real runs (docs/big_models.md).
@@ -51,6 +55,9 @@ _PASSES = {
 _FIT = 1.5
 # Passes of tuning it, for each token of the text; and the part of the blocks behind the first cut.
 _TUNE, _BEHIND = 5.25, 0.6
+# Passes of a training, forward and back; bytes of a number that is trained (itself, its gradient,
+# two moments), and of it in a saved state.
+_TRAIN, _TRAINED, _STATE = 3, 16, 12
 # Second moments of a patch, in numbers of eight bytes: of both sides, their sum, its factors.
 _MOMENTS = 6
 # What graphs that are differentiated again keep, beside those of gradients.
@@ -167,6 +174,7 @@ class Prices:
                 "excise", 0, (3 * self.left + 3 * self.streamed) * reading, memory, self.stored
             ),
             *([] if c.patch == "none" else [self._patch(share)]),
+            *([self._heal()] if c.heal else []),
             self._estimate("evaluate", c.report_samples, seconds, memory + logits),
         )
 
@@ -187,6 +195,46 @@ class Prices:
             seconds += c.patch_tokens * once
         seconds += 3 * self.left * self.timings.reading * self.weights
         return self._estimate("patch", samples, seconds, memory, self.stored, streams=4)
+
+    def healing(self) -> dict[str, Any] | None:
+        """What a budget of healing buys, about; None without one, or where it is all of a text."""
+        c, t = self.config, self.timings
+        tokens, seconds = parse_healing(c.heal)
+        # A pass of the original, then forward and back through what is kept.
+        each = t.blocks + t.once + _TRAIN * ((1 - self.remove / self.n) * t.blocks + t.once)
+        tokens = seconds / each if seconds is not None else tokens
+        if tokens is None:
+            return None
+        trials = int(tokens * SHARE) if c.tried else 0
+        left, width = int(tokens) - trials, self.stream // self.store.dtype.itemsize
+        batch, length, rate = sizes(heal_config(c), left, width=width)
+        return {
+            "budget": c.heal,
+            "tokens": left,
+            "trial_tokens": trials,
+            "steps": max(1, left // (batch * length)),
+            "batch": batch,
+            "length": length,
+            "learning_rate": rate,
+            "seconds": tokens * each,
+        }
+
+    def _heal(self) -> Estimate:
+        """A training of all weights, and of the candidates that are tried before."""
+        found = self.healing()
+        if found is None or self.streamed:
+            why = "as long as its text is; a budget (--heal 10min) says how long"
+            return Estimate(
+                "heal", 0, impossible="needs the whole model in memory" if found else why
+            )
+        trained = self.left * self.weights / self.store.dtype.itemsize
+        kept = min(self.batch, found["batch"] * found["length"]) * self.timings.saved
+        memory = self._held() + _TRAINED * trained + kept
+        samples, disk = found["steps"] * found["batch"], 2 * _STATE * trained
+        one = self._estimate("heal", samples, found["seconds"], memory, disk)
+        if parse_healing(self.config.heal)[1] is not None:
+            one = dataclasses.replace(one, low=found["seconds"], high=found["seconds"])
+        return one
 
     def _states(self, name: str, states: States, samples: int, share: float = 1.0) -> Estimate:
         """A share of the losses of states, which pay for every block of their tree once."""

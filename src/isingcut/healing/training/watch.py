@@ -6,9 +6,11 @@ import contextlib
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,6 +25,20 @@ from isingcut.healing.judging import Verdict
 from isingcut.healing.training.batches import Rows, Steps, Trial, collate
 
 CURVE = "healing-curve.json"
+
+
+def at_the_end(losses: Sequence[float], steps: int) -> float | None:
+    """An estimate of the last steps' loss: a power law through those so far, without the warm-up.
+
+    None as long as they are fewer than eight or than a fifth of all, or where they do not fall.
+    """
+    made = len(losses)
+    if made < max(8, steps / 5):
+        return None
+    first = max(2, made // 10)
+    step = np.log(np.arange(first, made + 1))
+    slope, constant = np.polyfit(step, np.log(np.maximum(losses[first - 1 :], 1e-30)), 1)
+    return None if slope >= 0 else float(np.exp(constant + slope * math.log(steps)))
 
 
 class OurTrainer(Trainer):
@@ -119,7 +135,9 @@ class Watch(TrainerCallback):
                 f"{self.job.config.rate:g}"
             )
         if self.bar is not None:
-            self.bar.advance(1, f"loss {loss:.4f}")
+            end = at_the_end([c["loss"] for c in self.curve], state.max_steps)
+            about = "" if end is None else f", at the end about {end:.2f}"
+            self.bar.advance(1, f"loss {loss:.4f}{about}")
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         # The other processes have written their random states, too.
