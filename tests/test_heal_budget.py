@@ -131,11 +131,14 @@ def test_a_runs_budget_is_that_of_its_healing() -> None:
         (["--heal", "--patch", "cubic"], "--patch must be"),
         (["--patch=linear", "--heal"], "gone"),
         (["--heal", "2h"], "gone"),
+        (["--heal", "all"], "gone"),
+        (["--heal", "9"], "--heal: '9': expected a time"),
         (["--heal=9"], "--heal: '9': expected a time"),
     ],
 )
 def test_a_switch_may_have_a_budget_behind_it(words: list[str], line: str, tmp_path: Path) -> None:
-    command = ["run", str(tmp_path / "gone"), "--remove", "2", "--out", str(tmp_path / "o")]
-    done = CliRunner().invoke(app, [*command, *words])
-    assert isinstance(done.exception, IsingcutError), done.output
-    assert line in str(done.exception)
+    model, rest = str(tmp_path / "gone"), ["--remove", "2", "--out", str(tmp_path / "o")]
+    for command in (["run", model, *rest, *words], ["run", *rest, *words, model]):
+        done = CliRunner().invoke(app, command)
+        assert isinstance(done.exception, IsingcutError), done.output
+        assert line in str(done.exception)

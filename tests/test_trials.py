@@ -148,6 +148,9 @@ def test_the_rest_of_a_budget_is_the_healings() -> None:
     assert healing_stages._left("10ktokens", rows) == "8500tokens"
     assert healing_stages._left("2min", rows) == "1.250000min"
     assert healing_stages._left("", rows) == ""
+    # `top-steps` may ask for more than there is.
+    assert healing_stages._left("0.5min", rows) == "0.166667min"
+    assert healing_stages._left("1500tokens", rows) == "500tokens"
 
 
 def test_a_small_budget_compares_nothing(

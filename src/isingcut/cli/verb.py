@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,12 +94,15 @@ class Answer:
 
 
 class _Command(TyperCommand):
-    """Reads an option that has nothing behind it as having its `bare` value."""
+    """Reads an option without an amount behind it as having its `bare` value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         bare = {flag(f): f.metadata["bare"] for f in fields(RunConfig) if f.metadata["bare"]}
-        alone = (w in bare and after.startswith("-") for w, after in pairwise([*args, "-"]))
-        words = [f"{w}={bare[w]}" if a else w for w, a in zip(args, alone, strict=True)]
+        behind = (after[:1].isdigit() or after in bare.values() for after in [*args[1:], ""])
+        words = [
+            w if given or w not in bare else f"{w}={bare[w]}"
+            for w, given in zip(args, behind, strict=False)
+        ]
         return super().parse_args(ctx, words)
 
 

@@ -58,7 +58,7 @@ def option(
         typed: given anew on every command line or in every call; never read from a file.
         argument: the command line takes it by position.
         metavar: its value's name in the command line's help.
-        bare: its value where the command line has the option and nothing behind it.
+        bare: its value where the command line has the option, and no amount and not this behind it.
         volatile: changes no result, only how it is come by.
     """
     metadata = {k: v for k, v in locals().items() if k not in ("default", "help_")}

@@ -77,10 +77,12 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
 
 
 def _left(effort: str, tried: Sequence[Mapping[str, Any]]) -> str:
-    """What trials of candidates have left over of a budget."""
+    """What trials of candidates have left over of a budget; a third, however long they took."""
     tokens, seconds = parse_healing(effort)
     if seconds is not None:
-        return f"{(seconds - sum(row['seconds'] for row in tried)) / 60:.6f}min"
+        left = max(seconds / 3, seconds - sum(row["seconds"] for row in tried))
+        return f"{left / 60:.6f}min"
     if tokens is not None:
-        return f"{max(1, int(tokens) - sum(row['tokens'] for row in tried))}tokens"
+        left = max(tokens / 3, tokens - sum(row["tokens"] for row in tried))
+        return f"{max(1, int(left))}tokens"
     return effort

@@ -129,11 +129,7 @@ class Watch(TrainerCallback):
         self.curve.append(
             {"step": state.global_step, "tokens": before + int(predictions), "loss": loss}
         )
-        if not math.isfinite(loss):
-            raise ModelError(
-                f"the loss of step {state.global_step} is {loss}; lower --learning-rate, here "
-                f"{self.job.config.rate:g}"
-            )
+        self._refuse_no_number(loss, state.global_step)
         if self.bar is not None:
             end = at_the_end([c["loss"] for c in self.curve], state.max_steps)
             about = "" if end is None else f", at the end about {end:.2f}"
@@ -165,8 +161,17 @@ class Watch(TrainerCallback):
                 for i in range(len(rows))
             ]
         model.train()
+        for value in sums:
+            self._refuse_no_number(value, step)
         sums = self.job.processes.decide(lambda: sums)
         self.checks.append({"step": step, "kl_sums": sums})
+
+    def _refuse_no_number(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"the loss of step {step} is {loss}; lower --learning-rate, here "
+                f"{self.job.config.rate:g}"
+            )
 
     def judged(self) -> Verdict | None:
         """What the checks so far say, kept as `verdict`."""
