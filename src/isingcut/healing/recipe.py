@@ -12,8 +12,8 @@ EPOCHS = 4.0
 """How often a budget may read its text: more repeats than it teaches."""
 SHORT = 256
 """Tokens of a sample, the fewest."""
-# Of a step.
-_FEWEST, _MOST = 512, 16384
+# Tokens of the largest step, and about as many steps as few tokens are divided into.
+_MOST, _STEPS = 16384, 40
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,22 @@ def sizes(
 ) -> tuple[int, int, float]:
     """Batch, length and learning rate that suit a number of tokens.
 
-    A step grows with the root of the tokens: 512 for 20,000 (40 steps), 1,024 for 80,000, 4,096
-    for 1.3 million. The rate falls with it, from 3e-4 to the paper's 2e-5, and is lower for wider
-    models, as Adam's steps ask for. What the options say is taken as it is.
+    A step grows with the root of the tokens, 2,048 for 80,000 and 8,192 for 1.3 million, and there
+    are some 40 or more. The rate falls as the tokens grow, from 3e-4 to the paper's 2e-5, and is
+    lower for wider models, as Adam's steps ask for. What the options say is taken as it is.
 
     Args:
         width: of the residual stream.
         longest: sequence, in tokens.
         processes: that a batch is shared by.
     """
-    step = 2 ** round(math.log2(3.6 * math.sqrt(max(1.0, tokens))))
-    step = min(_MOST, max(_FEWEST, step))
-    length = longest if config.length else min(longest, max(SHORT, step // 4))
+    tokens = max(1.0, tokens)
+    step = 2 ** round(math.log2(min(7.2 * math.sqrt(tokens), tokens / _STEPS)))
+    step = min(_MOST, max(SHORT, step))
+    length = longest if config.length else min(longest, max(SHORT, step // 8))
     batch = config.batch or processes * math.ceil(step / (length * processes))
     scale = 10.0 if config.method == "lora" else 1.0
-    rate = min(3e-4, 0.08 / math.sqrt(max(1.0, tokens))) * min(1.0, 576 / width)
+    rate = min(3e-4, 0.086 / math.sqrt(tokens)) * min(1.0, 576 / width)
     rate = config.learning_rate or min(1e-3, scale * max(2e-5, rate))
     return batch, length, float(f"{rate:.2g}")
 

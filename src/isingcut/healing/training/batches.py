@@ -90,7 +90,7 @@ class Steps(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class Trial(Sampler[list[int]]):
-    """Steps whose time is taken, each one micro-batch: three of one sample, three of several.
+    """Steps whose time is taken, each one micro-batch: three of one sample, two of several.
 
     Args:
         samples: that there are.
@@ -102,15 +102,16 @@ class Trial(Sampler[list[int]]):
     several: int
     rank: int
     size: int
-    steps: int = 6
+    steps: int = 5
     micro_batches: int = 1
+    small: int = 3
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.steps):
-            count = 1 if step < self.steps // 2 else self.several
+            count = 1 if step < self.small else self.several
             first = (step * self.size + self.rank) * self.several
             yield [i % self.samples for i in range(first, first + count)]
 
