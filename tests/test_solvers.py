@@ -20,6 +20,7 @@ def brute_force(problem, k):
 
 N = 12
 KINDS = ["attention", "mlp", "moe"] * 4
+APART = [con.LinearConstraint(f"a{i}", np.eye(N)[i] + np.eye(N)[i + 1], "<=", 1) for i in range(11)]
 PROBLEMS = {
     "free": [],
     "count": [con.count(N, 5)],
@@ -31,6 +32,7 @@ PROBLEMS = {
     "keep and drop": [con.count(N, 4), *con.keep(N, [0, 1]), *con.drop(N, [3])],
     "legality": [con.count(N, 8), con.keep_at_least(KINDS, "attention", 2)],
     "periods": con.together(N, [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)]),
+    "apart": [con.count(N, 5), *APART],
     "count and periods": [con.count(N, 6), *con.together(N, [(0, 1), (2, 3), (4, 5), (6, 7)])],
 }
 

@@ -10,8 +10,11 @@ from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve, tabu
+from isingcut.ising.solvers._reduced import reduce
 from isingcut.ising.solvers.branching import leaves as _leaves
-from isingcut.ising.solvers.branching.node import Dual, spin_matrix
+from isingcut.ising.solvers.branching.loop import BranchAndBound
+from isingcut.ising.solvers.branching.node import Dual, Subproblem, spin_matrix
+from isingcut.ising.solvers.branching.relaxation import Relaxation
 from isingcut.ising.solvers.branching.sdp import sdp_bound, split_bounds
 
 
@@ -41,6 +44,11 @@ def hamiltonian(kind, n, seed):
     return Hamiltonian.from_quadratic(rng.normal(size=(n, n)), c=float(rng.normal()))
 
 
+def apart(n):
+    pairs = np.eye(n) + np.eye(n, k=1)
+    return [con.LinearConstraint(f"apart {k}", pairs[k], "<=", 1) for k in range(n - 1)]
+
+
 @st.composite
 def problems(draw, most):
     n = draw(st.integers(2, most))
@@ -50,7 +58,11 @@ def problems(draw, most):
     rows = []
     if draw(st.booleans()):
         rows.append(con.count(n, draw(st.integers(0, n))))
-    extra = draw(st.sampled_from(["none", "kinds", "budget", "at most", "keep", "together"]))
+    extra = draw(
+        st.sampled_from(
+            ["none", "kinds", "budget", "at most", "keep", "together", "apart", "groups"]
+        )
+    )
     if extra == "kinds":
         kinds = [str(v) for v in rng.integers(0, 2, size=n)]
         half = {k: kinds.count(k) // 2 for k in set(kinds)}
@@ -63,6 +75,11 @@ def problems(draw, most):
         rows += con.keep(n, [0])
     elif extra == "together":
         rows += con.together(n, [(0, n - 1)])
+    elif extra == "apart":
+        rows += apart(n)
+    elif extra == "groups":
+        group = rng.integers(0, 3, size=n)
+        rows += [con.LinearConstraint(f"one of {g}", group == g, "<=", 1.5) for g in range(3)]
     return Problem(hamiltonian(kind, n, seed), rows)
 
 
@@ -107,6 +124,8 @@ def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind
         ham = hamiltonian(kind, 13, seed)
         assert_the_k_best(Problem(ham, [con.count(13, m)]), 4, threads=1)
         assert_the_k_best(Problem(ham, [con.count(13, m), cap]), 4, threads=1)
+        assert_the_k_best(Problem(ham, [con.count(13, m - 2), *apart(13)]), 4, threads=1)
+        assert_the_k_best(Problem(ham, [con.count(13, 3), cap, *apart(13)]), 4, threads=1)
 
 
 @pytest.mark.slow
@@ -153,6 +172,7 @@ def test_bounds_are_bounds():
         cuts,
         kinds,
         0,
+        0,
         np.array([np.inf]),
         np.zeros(1, dtype=np.int64),
         seen,
@@ -173,7 +193,7 @@ def test_bounds_are_bounds():
             assert splits[value, i + 1] <= energies[x[:, i] == value].min() + 1e-9
     # Multipliers handed down to a child still give a bound of the child.
     dual = Dual(
-        np.arange(n), y, mu, z[:count], cuts[:count], kinds[:count], centre.astype(np.float32)
+        np.arange(n), 0, y, mu, z[:count], cuts[:count], kinds[:count], centre.astype(np.float32)
     )
     for i, value in ((0, 0), (5, 1), (11, 1)):
         fixed = np.full(n, -1, dtype=np.int8)
@@ -188,6 +208,53 @@ def test_bounds_are_bounds():
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
         assert child.y.sum() == pytest.approx(dual.y.sum())
         assert child.cuts.max() < N - 1
+
+
+def test_rows_that_only_keep_variables_apart_become_pairs():
+    n = 6
+    cap = con.LinearConstraint("cap", np.array([3.0, 2.0, 2.0, 0, 0, 0]), "<=", 4.0)
+    twice = con.LinearConstraint("least", -2.0 * np.eye(n)[3] - 2.0 * np.eye(n)[5], ">=", -3.0)
+    reduced = reduce(Problem(hamiltonian("psd", n, 0), [con.count(n, 2), cap, twice]))
+    # 3 + 2 > 4 keeps 0 apart from 1 and from 2, yet 1 and 2 may go together.
+    assert np.argwhere(np.triu(reduced.exclusive)).tolist() == [[0, 1], [0, 2], [3, 5]]
+    assert reduced.A.tolist() == [[3.0, 2.0, 2.0, 0, 0, 0]]
+    x = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    wanted = Problem(hamiltonian("psd", n, 0), [con.count(n, 2), cap, twice]).feasible(x)
+    np.testing.assert_array_equal(reduced.as_problem().feasible(x), wanted)
+    path = reduce(Problem(hamiltonian("psd", n, 0), [con.count(n, 2), *apart(n)]))
+    assert path.A.shape == (0, n)
+    assert not path.J[path.exclusive].any()
+
+
+def test_variables_apart_in_the_bound_and_in_what_a_child_inherits():
+    n = 14
+    ham = hamiltonian("psd", n, 4)
+    problem = Problem(ham, [con.count(n, 4), *apart(n)])
+    reduced = reduce(problem)
+    search = BranchAndBound(reduced, 1, 0, 10.0)
+    fixed = np.full(n, -1, dtype=np.int8)
+    part = Subproblem.of(search.h, search.J, reduced.exclusive, fixed, 4)
+    relaxation = Relaxation(reduced, np.array([np.inf]), np.zeros(1, dtype=np.int64))
+    scratch = np.zeros((n + 1,) * 3, dtype=np.uint8)
+    dual = relaxation.start(None, part, 4)
+    for _ in range(6):
+        bound, splits, dual = relaxation.bound(part, 4, dual, scratch)
+    assert dual.equal == n - 1
+    x = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    x = x[problem.feasible(x)]
+    energies = (ham.energies(x) - reduced.c) / search.scale
+    assert 0.9 * energies.min() < bound <= energies.min() + 1e-9
+    for i in range(n):
+        for value in (0, 1):
+            assert splits[value, i] <= energies[x[:, i] == value].min() + 1e-9
+    # A child keeps the equations between its free variables, and they come first.
+    fixed[[4, 5, 6]] = 0, 1, 0
+    child = dual.restrict(fixed)
+    assert child.equal == 9
+    first = child.free[child.cuts[:9, 1:].astype(int) - 1]
+    assert (child.cuts[:9, 0] == 0).all()
+    assert reduced.exclusive[first[:, 0], first[:, 1]].all()
+    assert (child.z[9:] >= 0).all()
 
 
 def test_limits_return_the_best_so_far_with_a_bound():

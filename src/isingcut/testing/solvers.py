@@ -39,8 +39,14 @@ def problems(seed: int = 0) -> dict[str, Problem]:
         "keep and drop": Problem(mixed, [con.count(N, 5), *con.keep(N, [0, 3]), *con.drop(N, [7])]),
         "legality": Problem(mixed, [con.count(N, 8), con.keep_at_least(_KINDS, "attention")]),
         "periods": Problem(mixed, con.together(N, [(0, 1, 2), (3, 4), (8, 9, 10)])),
+        "neighbours apart": Problem(mixed, [con.count(N, 4), *_neighbours_apart()]),
         "one state": Problem(mixed, [con.count(N, N)]),
     }
+
+
+def _neighbours_apart() -> list[con.LinearConstraint]:
+    pairs = np.eye(N) + np.eye(N, k=1)
+    return [con.LinearConstraint(f"apart {i}", pairs[i], "<=", 1) for i in range(N - 1)]
 
 
 def _all_feasible(problem: Problem) -> NDArray[np.bool_]:

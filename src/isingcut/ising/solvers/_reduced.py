@@ -11,13 +11,17 @@ from numpy.typing import NDArray
 from isingcut.ising.constraints import LinearConstraint, count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem, is_count
-from isingcut.ising.states import Floats, States
+from isingcut.ising.states import Bools, Floats, States
 
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
-    """Minimise c + h.y + sum_{i<j} J_ij y_i y_j over y in {0,1}^V with m_low <= sum y <= m_high
-    and low <= A y <= high; V <= N variables, each one block or a group that goes together.
+    """Minimise c + h.y + sum_{i<j} J_ij y_i y_j over y in {0,1}^V with m_low <= sum y <= m_high,
+    low <= A y <= high, and y_i y_j = 0 for ``exclusive`` (V, V) pairs; V <= N variables, each one
+    block or a group that goes together.
+
+    ``exclusive`` is what any row says of two variables; a row that says no more than that ("at
+    most one of these") is not in A. J is 0 there.
 
     ``lift`` (V, N) and ``base`` (N,) give the state back: x = base + y @ lift.
     """
@@ -28,6 +32,7 @@ class Reduced:
     A: Floats
     low: Floats
     high: Floats
+    exclusive: Bools
     m_low: int
     m_high: int
     lift: NDArray[np.int8]
@@ -62,6 +67,10 @@ class Reduced:
                 rows.append(LinearConstraint(f"row {r} low", row, ">=", low))
             if np.isfinite(high):
                 rows.append(LinearConstraint(f"row {r} high", row, "<=", high))
+        for i, j in zip(*np.nonzero(np.triu(self.exclusive)), strict=True):
+            pair = np.zeros(self.n)
+            pair[[i, j]] = 1.0
+            rows.append(LinearConstraint(f"exclusive {i} {j}", pair, "<=", 1))
         return Problem(Hamiltonian(self.h, self.J), rows)
 
     def count_states(self) -> int:
@@ -123,7 +132,7 @@ def reduce(problem: Problem) -> Reduced:
 
     v = int(free.sum())
     m_low, m_high = 0, v
-    rows = []
+    rows: list[int] = []
     for r in np.flatnonzero(useful):
         values = matrix[r]
         centre = (low[r] + high[r]) / 2
@@ -133,16 +142,19 @@ def reduce(problem: Problem) -> Reduced:
                 m = round(centre / values[0])
                 m_low, m_high = max(m_low, m), min(m_high, m)
                 continue
-        rows.append(r)
+        rows.append(int(r))
     if rows and m_low < m_high:
         m_low, m_high = _cardinality(matrix[rows], low[rows], high[rows])
+    exclusive, stay = _pairs(matrix, low, high, rows)
+    J[exclusive] = 0.0
     return Reduced(
         np.ascontiguousarray(h),
         np.ascontiguousarray(J),
         c,
-        np.ascontiguousarray(matrix[rows]),
-        np.ascontiguousarray(low[rows]),
-        np.ascontiguousarray(high[rows]),
+        np.ascontiguousarray(matrix[stay]),
+        np.ascontiguousarray(low[stay]),
+        np.ascontiguousarray(high[stay]),
+        exclusive,
         m_low,
         m_high,
         lift,
@@ -169,6 +181,29 @@ def _ties(problem: Problem) -> tuple[list[int], list[LinearConstraint]]:
                 parent[b] = a
                 tied.append(row)
     return [root(i) for i in range(problem.n)], tied
+
+
+def _pairs(matrix: Floats, low: Floats, high: Floats, rows: list[int]) -> tuple[Bools, list[int]]:
+    """The pairs (V, V) that a row forbids, and the rows that ask for more than their pairs."""
+    v = matrix.shape[1]
+    exclusive = np.zeros((v, v), dtype=np.bool_)
+    more = []
+    for r in rows:
+        said = np.zeros((v, v), dtype=np.bool_)
+        whole = False
+        for row, most, least in ((matrix[r], high[r], low[r]), (-matrix[r], -low[r], -high[r])):
+            plus = np.maximum(row, 0)
+            with_both = np.minimum(row, 0).sum() + plus[:, None] + plus
+            said |= with_both > most
+            support = row != 0
+            single = (row >= 0).all() and row.max(initial=0.0) <= most and least <= 0
+            others = said | ~support | ~support[:, None] | np.eye(v, dtype=np.bool_)
+            whole |= bool(single and others.all())
+        np.fill_diagonal(said, False)
+        exclusive |= said
+        if not whole:
+            more.append(r)
+    return exclusive, more
 
 
 def propagate(matrix: Floats, low: Floats, high: Floats, fixed: NDArray[np.int8]) -> bool:

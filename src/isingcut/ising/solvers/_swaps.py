@@ -56,9 +56,12 @@ def _violation(sums, low, high):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def tabu_walk(  # type: ignore[no-untyped-def]
-    h, J, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
+    h, J, exclusive, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
 ):
-    """One tabu search from ``x`` (changed in place); what it meets goes into the pool."""
+    """One tabu search from ``x`` (changed in place); what it meets goes into the pool.
+
+    States with two ``exclusive`` (V, V) variables do not; J must be a penalty there.
+    """
     n = h.shape[0]
     rows = A.shape[0]
     random = np.uint64(2 * seed + 1)
@@ -67,8 +70,13 @@ def tabu_walk(  # type: ignore[no-untyped-def]
     m = 0
     key = np.uint64(0)
     sums = np.zeros(rows)
+    # Pairs of ones that exclude each other, and for each variable the ones that exclude it.
+    clashes = 0
+    near = np.zeros(n, dtype=np.int64)
     for i in range(n):
         if x[i]:
+            clashes += near[i]
+            near += exclusive[i]
             energy += local[i]
             m += 1
             key ^= keys[i]
@@ -98,7 +106,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
     best_seen = np.inf
     for step in range(1, steps + 1):
         expand = False
-        if violation == 0.0:
+        if violation == 0.0 and clashes == 0:
             expand = _insert(x, energy, key, pool_energies, pool, hashes)
             best_seen = min(best_seen, energy)
         n1 = 0
@@ -141,7 +149,8 @@ def tabu_walk(  # type: ignore[no-untyped-def]
                         if b >= 0:
                             trial[r] += A[r, into]
                     change = _violation(trial, low, high)
-                if expand and change == 0.0 and energy + delta < pool_energies[0]:
+                alone = b < 0 or near[into] == (a >= 0 and exclusive[out, into])
+                if expand and alone and change == 0.0 and energy + delta < pool_energies[0]:
                     other = key
                     if a >= 0:
                         neighbour[out] = 0
@@ -182,6 +191,8 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             neighbour[best_out] = 0
             key ^= keys[best_out]
             m -= 1
+            near -= exclusive[best_out]
+            clashes -= near[best_out]
             for j in range(n):
                 local[j] -= J[best_out, j]
             for r in range(rows):
@@ -195,6 +206,8 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             neighbour[best_in] = 1
             key ^= keys[best_in]
             m += 1
+            clashes += near[best_in]
+            near += exclusive[best_in]
             for j in range(n):
                 local[j] += J[best_in, j]
             for r in range(rows):

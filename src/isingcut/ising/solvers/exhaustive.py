@@ -43,9 +43,10 @@ class Exhaustive:
         energies = np.full(k, np.inf)
         best = np.zeros((k, reduced.n), dtype=np.uint8)
         visited = 0
+        J = np.where(reduced.exclusive, np.inf, reduced.J)
         for m in range(reduced.m_low, reduced.m_high + 1):
             visited += _enumerate(
-                reduced.h, reduced.J, reduced.A, reduced.low, reduced.high, m, energies, best
+                reduced.h, J, reduced.A, reduced.low, reduced.high, m, energies, best
             )
         found = np.isfinite(energies)
         ground = float(energies.min()) + reduced.c
@@ -54,7 +55,10 @@ class Exhaustive:
 
 @njit(cache=True)
 def _enumerate(h, J, A, low, high, m, energies, best):  # type: ignore[no-untyped-def]
-    """Visit all states of m ones; (energies, best) is a max-heap of the k lowest so far."""
+    """Visit all states of m ones; (energies, best) is a max-heap of the k lowest so far.
+
+    J is infinite between variables of which only one may be 1.
+    """
     n = h.shape[0]
     rows = A.shape[0]
     least, most = reach(A)
@@ -82,6 +86,8 @@ def _enumerate(h, J, A, low, high, m, energies, best):  # type: ignore[no-untype
             depth -= 1
             continue
         energy = partial[depth] + marginal[depth, i]
+        if energy == np.inf:
+            continue
         fits = True
         for r in range(rows):
             value = sums[depth, r] + A[r, i]

@@ -72,10 +72,15 @@ def search(
     hashes = np.zeros(k, dtype=np.uint64)
     rng = np.random.default_rng(seed)
     keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
-    start = reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
+    rows = reduced.A.shape[0] or reduced.exclusive.any()
+    start = reduced.shrink(problem.a_state()[None])[0] if rows else None
     size = np.abs(reduced.A).max(axis=1, initial=0.0)
     A = reduced.A / size[:, None]
     low, high = reduced.low / size, reduced.high / size
+    # No swap can outbid two variables that exclude each other.
+    reach = float((np.abs(reduced.h) + np.abs(reduced.J).sum(axis=1)).max(initial=0.0)) or 1.0
+    J = reduced.J + reach * reduced.exclusive
+    exclusive = reduced.exclusive.astype(np.int64)
     steps = steps or 20 * n + 500
     restarts = restarts or 8 + 1600 // max(n, 1)
     began = time.perf_counter()
@@ -93,7 +98,8 @@ def search(
             x[rng.permutation(n)[:m]] = 1
         tabu_walk(
             reduced.h,
-            reduced.J,
+            J,
+            exclusive,
             A,
             low,
             high,

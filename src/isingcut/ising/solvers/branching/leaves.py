@@ -51,8 +51,8 @@ class Leaves:
         A = r.A[:, part.free[order]]
         shift = r.A @ (part.fixed == 1)
         low, high = r.low - shift, r.high - shift
-        h, J = h[order], J[np.ix_(order, order)]
-        flip = 2 * left > n
+        h, J = h[order], np.where(part.exclusive, np.inf, J)[np.ix_(order, order)]
+        flip = 2 * left > n and not part.exclusive.any()
         if flip:
             # The same problem in x -> 1 - x has fewer ones to place.
             base += float(h.sum() + J.sum() / 2)

@@ -18,6 +18,9 @@ from isingcut.ising.solvers.branching.pool import Pool
 from isingcut.ising.solvers.branching.relaxation import Relaxation
 from isingcut.ising.states import Floats
 
+# A root's bound is improved as long as a call closes this share of what is left, by the last five.
+ROOT_GAIN = 0.005
+
 
 class BranchAndBound:
     """State shared by the threads; all energies are divided by ``scale`` and lack ``reduced.c``."""
@@ -62,7 +65,8 @@ class BranchAndBound:
     def _simple_bound(self, m: int) -> float:
         if m == 0:
             return 0.0
-        rest = self.J + np.diag(np.full(self.reduced.n, np.inf))
+        rest = np.where(self.reduced.exclusive, np.inf, self.J)
+        np.fill_diagonal(rest, np.inf)
         half = 0.5 * np.sort(rest, axis=1)[:, : m - 1].sum(axis=1)
         return float(np.sort(self.h + half)[:m].sum())
 
@@ -156,21 +160,25 @@ class BranchAndBound:
         while True:
             if not self._tighten(fixed, node.m):
                 return []
-            part = Subproblem.of(self.h, self.J, fixed, node.m)
+            part = Subproblem.of(self.h, self.J, self.reduced.exclusive, fixed, node.m)
             free = part.free
             if not free.size:
                 states = fixed[None].astype(np.uint8)
                 self.pool.add(self.energies(states), states)
                 return []
-            if self.leaves.settle(part, root=free.size == self.reduced.n):
+            root = free.size == self.reduced.n
+            if self.leaves.settle(part, root):
                 return []
             if self.stop[0]:
                 return None
             dual = self.relaxation.start(dual, part, node.m)
-            lower, splits, dual = self.relaxation.bound(part, node.m, dual, scratch)
+            climb = [bound]
+            while len(climb) == 1 or (root and self._worth_another(climb)):
+                lower, splits, dual = self.relaxation.bound(part, node.m, dual, scratch)
+                climb.append(max(climb[-1], lower))
+            node.bound = bound = climb[-1]
             if self.stop[0]:
                 return None
-            bound = max(bound, lower)
             threshold = float(self.pool.threshold[0])
             if bound >= threshold:
                 return []
@@ -196,29 +204,29 @@ class BranchAndBound:
                 children.append(Node(lower, 0, child, node.m, dual.restrict(child)))
             return children
 
-    def _tighten(self, fixed: NDArray[np.int8], m: int) -> bool:
-        """Fix what count and rows force, in place; False if nothing is feasible."""
-        r = self.reduced
-        ones, free = int((fixed == 1).sum()), int((fixed < 0).sum())
-        if not ones <= m <= ones + free:
+    def _worth_another(self, climb: list[float]) -> bool:
+        """Whether to go on with a root: what it leaves, every node below it has to climb."""
+        left = float(self.pool.threshold[0]) - climb[-1]
+        if self.stop[0] or left <= 0:
             return False
-        if r.A.shape[0]:
-            matrix = np.vstack([np.ones(r.n), r.A])
-            low = np.concatenate([[m - 0.5], r.low])
-            high = np.concatenate([[m + 0.5], r.high])
+        return len(climb) < 6 or climb[-1] - climb[-6] > 5 * ROOT_GAIN * left
+
+    def _tighten(self, fixed: NDArray[np.int8], m: int) -> bool:
+        """Fix what count, rows and pairs force, in place; False if nothing is feasible."""
+        r = self.reduced
+        matrix = np.vstack([np.ones(r.n), r.A])
+        low = np.concatenate([[m - 0.5], r.low])
+        high = np.concatenate([[m + 0.5], r.high])
+        while True:
+            ones = fixed == 1
+            banned = r.exclusive[ones].any(axis=0)
+            if banned[ones].any():
+                return False
+            fixed[banned] = 0
             if not propagate(matrix, low, high, fixed):
                 return False
-            ones, free = int((fixed == 1).sum()), int((fixed < 0).sum())
-        if ones == m:
-            fixed[fixed < 0] = 0
-        elif ones + free == m:
-            fixed[fixed < 0] = 1
-        else:
-            return True
-        if r.A.shape[0]:
-            value = r.A @ (fixed == 1)
-            return bool(((value >= r.low) & (value <= r.high)).all())
-        return True
+            if np.array_equal(ones, fixed == 1):
+                return True
 
 
 def _grain(h: Floats, J: Floats) -> float:

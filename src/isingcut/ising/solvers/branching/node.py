@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from isingcut.ising.states import Floats
+from isingcut.ising.states import Bools, Floats
 
 
 @dataclass(eq=False)
 class Dual:
-    """Multipliers of a relaxation over the variables ``free`` (index 0 is the constant spin)."""
+    """Multipliers of a relaxation over the variables ``free`` (index 0 is the constant spin).
+
+    The first ``equal`` of the ``cuts`` hold with equality: their multipliers have any sign.
+    """
 
     free: NDArray[np.int64]
+    equal: int
     y: Floats
     mu: Floats
     z: Floats
@@ -41,7 +45,8 @@ class Dual:
         cuts = self.cuts.astype(np.int64)
         new = place[cuts]
         alive = (new[:, 0] != new[:, 1]) & (new[:, 0] != new[:, 2]) & (new[:, 1] != new[:, 2])
-        alive &= self.z > 0
+        equal = np.arange(self.z.size) < self.equal
+        alive &= equal | (self.z > 0)
         cuts, new, weights = cuts[alive], new[alive], self.z[alive]
         s = sign[cuts]
         table = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
@@ -61,6 +66,9 @@ class Dual:
         key = ((new[:, 0] * width + new[:, 1]) * width + new[:, 2]) * 4 + kinds
         key, first, inverse = np.unique(key, return_index=True, return_inverse=True)
         z: Floats = np.bincount(inverse, weights=weights, minlength=key.size).astype(np.float64)
+        equal = np.bincount(inverse, weights=equal[alive], minlength=key.size) > 0
+        order = np.argsort(~equal, kind="stable")
+        first, z = first[order], z[order]
 
         kept = np.flatnonzero(np.concatenate([[True], stays]))
         centre = self.centre[np.ix_(kept, kept)].copy()
@@ -77,6 +85,7 @@ class Dual:
                 centre[:, 0] = row
         return Dual(
             self.free[stays],
+            int(equal.sum()),
             y,
             self.mu.copy(),
             z,
@@ -99,17 +108,22 @@ class Node:
 
 @dataclass(eq=False)
 class Subproblem:
-    """What is left of a node: base + h.x + sum J x x over the ``free`` variables, ``left`` ones."""
+    """What is left of a node: base + h.x + sum J x x over the ``free`` variables, ``left`` ones,
+    of which no two are ``exclusive``.
+    """
 
     fixed: NDArray[np.int8]
     free: NDArray[np.int64]
     h: Floats
     J: Floats
+    exclusive: Bools
     base: float
     left: int
 
     @classmethod
-    def of(cls, h: Floats, J: Floats, fixed: NDArray[np.int8], m: int) -> Subproblem:
+    def of(
+        cls, h: Floats, J: Floats, exclusive: Bools, fixed: NDArray[np.int8], m: int
+    ) -> Subproblem:
         """The subproblem where the variables with 0 or 1 in ``fixed`` are fixed."""
         free, ones = np.flatnonzero(fixed < 0), fixed == 1
         return cls(
@@ -117,6 +131,7 @@ class Subproblem:
             free,
             h[free] + J[np.ix_(free, ones)].sum(axis=1),
             J[np.ix_(free, free)],
+            exclusive[np.ix_(free, free)],
             float(h[ones].sum() + J[np.ix_(ones, ones)].sum() / 2),
             m - int(ones.sum()),
         )

@@ -14,7 +14,7 @@ from isingcut.ising.states import Floats
 SIGMA = 0.01
 ROUNDS = 12
 ITERATIONS = 20
-CUTS_PER_ROUND = 400
+CUTS_PER_ROUND = 400, 5  # at least, and per variable
 CAPACITY = 6000
 GIVE_UP = 0.12
 
@@ -36,13 +36,15 @@ class Relaxation:
         dual = dual or self._roots.get(m)
         if dual is None:
             size = part.free.size + 1
+            pairs = np.argwhere(np.triu(part.exclusive)) + 1
             return Dual(
                 part.free,
+                pairs.shape[0],
                 np.zeros(size),
                 np.zeros(2 * self.rows.A.shape[0]),
-                np.zeros(0),
-                np.zeros((0, 3), dtype=np.int16),
-                np.zeros(0, dtype=np.int8),
+                np.zeros(pairs.shape[0]),
+                np.insert(pairs, 0, 0, axis=1).astype(np.int16),
+                np.zeros(pairs.shape[0], dtype=np.int8),
                 np.zeros((size, size), dtype=np.float32),
             )
         return dual if dual.free.size == part.free.size else dual.restrict(part.fixed)
@@ -70,7 +72,11 @@ class Relaxation:
     def bound(
         self, part: Subproblem, m: int, dual: Dual, scratch: NDArray[np.uint8]
     ) -> tuple[float, Floats, Dual]:
-        """Lower bound, lower bounds (2, V) for each value of each variable, multipliers."""
+        """Lower bound, lower bounds (2, V) for each value of each variable, multipliers.
+
+        The whole problem's, from which all others start, takes every round.
+        """
+        root = part.free.size == self.rows.n
         size = part.free.size + 1
         C = spin_matrix(part.h, part.J, part.base)
         rows, ineq = self.spin_rows(part)
@@ -92,23 +98,25 @@ class Relaxation:
             cuts,
             kinds,
             count,
+            dual.equal,
             self.threshold,
             self.stop,
             scratch,
             centre,
             ROUNDS,
             ITERATIONS,
-            CUTS_PER_ROUND,
+            max(CUTS_PER_ROUND[0], CUTS_PER_ROUND[1] * size),
             SIGMA / size,
-            GIVE_UP,
+            -np.inf if root else GIVE_UP,
         )
         self.evaluations += int(evaluations)
         splits = np.full((2, size), -np.inf)
         if lower < self.threshold[0] and not self.stop[0]:
             split_bounds(C, rows, ineq, y, z, mu, cuts, kinds, count, splits)
-        kept = z[:count] > 0
+        kept = (z[:count] > 0) | (np.arange(count) < dual.equal)
         new = Dual(
             part.free,
+            dual.equal,
             y,
             mu,
             z[:count][kept],
@@ -116,5 +124,6 @@ class Relaxation:
             kinds[:count][kept],
             centre.astype(np.float32),
         )
-        self._roots.setdefault(m, new)
+        if m not in self._roots or root:
+            self._roots[m] = new
         return float(lower), splits[:, 1:], new

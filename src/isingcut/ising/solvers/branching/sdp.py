@@ -2,7 +2,10 @@
 
 In spins, with s_0 = 1, the energy of a subproblem is <C, Y> for Y = s s^T. The relaxation keeps
 diag(Y) = 1, Y positive semidefinite, Y a = 0 for each equality row a.s = 0 (all products of the
-row with a variable), g.Y_0 >= 0 for inequality rows, and triangle inequalities. The rows
+row with a variable), g.Y_0 >= 0 for inequality rows, and triangle inequalities. Where only one
+of x_j and x_k may be 1, (1 + s_j) (1 + s_k) = 0: the triangle 1 + Y_0j + Y_0k + Y_jk >= 0 is an
+equation, its multiplier has any sign, and the other triangles through j and k become the products
+of x_j + x_k <= 1 with every variable and its complement. The rows
 Y a = 0 are eliminated: Y = V Y' V^T with V an orthonormal basis of the rows' complement, applied
 as Householder reflections. The Lagrangian dual in y (diagonal), z >= 0 (triangles) and mu >= 0
 (inequality rows) is
@@ -46,9 +49,10 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _ascend(  # type: ignore[no-untyped-def]
-    C, vectors, ineq, x, cuts, kinds, ncuts, sigma, centre, X, iterations, threshold, stop
+    C, vectors, ineq, x, cuts, kinds, ncuts, equal, sigma, centre, X, iterations, stop
 ):
     """Projected L-BFGS on the augmented dual; returns the number of evaluations."""
+    signed = C.shape[0] + equal
     size = C.shape[0]
     d = x.shape[0]
     g = np.zeros(d)
@@ -66,7 +70,7 @@ def _ascend(  # type: ignore[no-untyped-def]
         if stop[0]:
             break
         for i in range(d):
-            blocked = i >= size and x[i] <= 0.0 and g[i] > 0.0
+            blocked = i >= signed and x[i] <= 0.0 and g[i] > 0.0
             step[i] = 0.0 if blocked else -g[i]
         used = min(stored, MEMORY)
         for q in range(used):
@@ -82,7 +86,7 @@ def _ascend(  # type: ignore[no-untyped-def]
             p = (stored - 1 - q) % MEMORY
             beta = a[p] - rho[p] * _dot(Y[p], step)
             step += beta * S[p]
-        for i in range(size, d):
+        for i in range(signed, d):
             if x[i] <= 0.0 and g[i] > 0.0:
                 step[i] = 0.0
         if _dot(g, step) >= 0.0:
@@ -94,7 +98,7 @@ def _ascend(  # type: ignore[no-untyped-def]
         accepted = False
         for _trial in range(8):
             xn[:] = x + t * step
-            xn[size:] = np.maximum(xn[size:], 0.0)
+            xn[signed:] = np.maximum(xn[signed:], 0.0)
             fn = evaluate(C, vectors, ineq, xn, cuts, kinds, ncuts, sigma, centre, X, gn)
             evaluations += 1
             if fn <= f + 1e-4 * _dot(g, xn - x):
@@ -166,6 +170,7 @@ def sdp_bound(  # type: ignore[no-untyped-def]
     cuts,
     kinds,
     ncuts,
+    equal,
     threshold,
     stop,
     seen,
@@ -180,7 +185,8 @@ def sdp_bound(  # type: ignore[no-untyped-def]
 
     Args (arrays are updated in place):
         C: (N, N) with the energy <C, s s^T>; rows (R, N): a.s = 0; ineq (G, N): g.s >= 0.
-        y: (N,), z: (capacity,), mu: (G,): multipliers; cuts (capacity, 3), kinds (capacity,).
+        y: (N,), z: (capacity,), mu: (G,): multipliers; cuts (capacity, 3), kinds (capacity,),
+            the first ``equal`` of them equations.
         threshold: (1,) read at every step: the bound is not needed beyond it.
         seen: (N, N, N) uint8 scratch, zero on entry and on exit.
         centre: (N, N): the proximal centre; in the end the primal matrix of the last step.
@@ -205,7 +211,7 @@ def sdp_bound(  # type: ignore[no-untyped-def]
         x[size : size + ncuts] = z[:ncuts]
         x[size + ncuts :] = mu
         evaluations += _ascend(
-            C, vectors, ineq, x, cuts, kinds, ncuts, sigma, centre, X, iterations, threshold, stop
+            C, vectors, ineq, x, cuts, kinds, ncuts, equal, sigma, centre, X, iterations, stop
         )
         centre[:, :] = X
         bound = exact_bound(C, vectors, ineq, x, cuts, kinds, ncuts)
@@ -224,7 +230,7 @@ def sdp_bound(  # type: ignore[no-untyped-def]
             break
         kept = 0
         for t in range(ncuts):
-            if z[t] > 0.0:
+            if z[t] > 0.0 or t < equal:
                 cuts[kept] = cuts[t]
                 kinds[kept] = kinds[t]
                 z[kept] = z[t]
