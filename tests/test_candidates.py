@@ -6,14 +6,17 @@ from scipy import stats
 
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import Pairwise
-from isingcut.evaluation.candidates import fidelity, random_feasible, rank, to_dict
+from isingcut.errors import InputError
+from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank, to_dict
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
+from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
+from isingcut.options.config import RunConfig
 from tiny import tiny_model
 
 
@@ -70,6 +73,20 @@ def test_rare_feasible_states_are_found_and_their_origin_is_said():
     assert "random fields" in words
 
 
+@pytest.fixture
+def ranked():
+    """A replay, twenty samples to rank on, a problem, its spectrum and options of `rank`."""
+    model = tiny_model("llama").requires_grad_(False)
+    replay = Replay(model, stack_modules(model, find_stack(model)))
+    rng = np.random.default_rng(0)
+    tokens = TokenSet.from_rows(rng.integers(8, 200, (24, 16)).tolist())
+    energy = Pairwise().measure(replay, tokens.select(range(4)), Work())
+    problem = Problem(energy, [count(len(replay), 2)])
+    spectrum = solve(problem, k=6)
+    options = {"seed": 0, "work": Work(), "choose": "measured"}
+    return replay, tokens.select(range(4, 24)), problem, spectrum, options
+
+
 def test_the_lowest_measured_candidate_is_chosen():
     model = tiny_model("llama").requires_grad_(False)
     replay = Replay(model, stack_modules(model, find_stack(model)))
@@ -82,10 +99,46 @@ def test_the_lowest_measured_candidate_is_chosen():
     split = tokens.select(range(4, 8))
     found = rank(replay, split, problem, spectrum, choose="measured", **options)
     kl = found.measured.kl
-    assert kl[found.chosen] == kl[:6].min()
+    assert kl[found.chosen] == kl.min()
     ground = rank(replay, split, problem, spectrum, choose="ground", **options)
     assert ground.chosen == 0
     content = to_dict(found, energy, {}, "2")
     assert content["chosen"]["removed"] == found.removed
     assert len(content["candidates"]) == 6
-    assert content["fidelity"]["kl"]["n"] == len(kl)
+    assert content["fidelity"]["kl"]["n"] == 6 + len(content["random"])
+
+
+def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked):
+    replay, split, problem, spectrum, options = ranked
+    assert few_samples(16) == [0, 5, 10, 15]
+    assert few_samples(3) == [0, 1, 2]
+    assert len(few_samples(400)) == 100
+    found = rank(replay, split, problem, spectrum, random_states=30, **options)
+    assert found.samples == [0, 5, 10, 14, 19]
+    content = to_dict(found, problem.hamiltonian, {}, "2")
+    assert content["random_tokens"] == split.select(found.samples).tokens
+    # The same figures from a measurement of its own.
+    few = split.select(found.samples)
+    states = np.concatenate([spectrum.states, found.random.states])
+    kl = measure(replay, few, states).kl
+    expected = fidelity(problem.hamiltonian.energies(states), kl)
+    assert content["fidelity"]["kl"] == pytest.approx(expected)
+    assert [r["kl"] for r in content["random"]] == pytest.approx(kl[len(spectrum) :])
+    assert [r["kl"] for r in content["candidates"]] == pytest.approx(found.measured.kl)
+    whole = measure(replay, split, spectrum.states).kl
+    assert found.measured.kl == pytest.approx(whole)
+
+
+def test_without_random_states_the_energy_is_not_judged(ranked):
+    replay, split, problem, spectrum, options = ranked
+    found = rank(replay, split, problem, spectrum, random_states=0, **options)
+    content = to_dict(found, problem.hamiltonian, {"other": problem.hamiltonian}, "2")
+    assert content["random"] == []
+    for judged in (content["fidelity"], content["fidelity_of_others"]["other"]):
+        assert {(j["n"], j["spearman"], j["kendall"]) for j in judged.values()} == {(0, None, None)}
+    assert content["chosen"]["kl"] == min(row["kl"] for row in content["candidates"])
+
+
+def test_a_few_random_states_are_refused():
+    with pytest.raises(InputError, match="--random-states must be 0 or at least 30, got 29"):
+        RunConfig(random_states=29)

@@ -19,6 +19,7 @@ from isingcut.data.calibration import Calibration
 from isingcut.files.outputs import MARKER
 from isingcut.files.writing import read_json
 from isingcut.measure.losses import measure
+from isingcut.report.card import card_parts, model_card
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
@@ -160,6 +161,24 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
     assert "warning" not in captured.out
     document = answer(capsys, "rank", run)
     assert any("poorly" in w for w in document["warnings"])
+
+
+def test_without_random_states_it_is_said_that_nothing_judged_the_energy(run, capsys):
+    assert call("rank", run, "--random-states", 0, "--overwrite") == 0
+    captured = capsys.readouterr()
+    assert "energy: how well it ranks was not measured (--random-states 0)" in captured.out
+    assert "How well `refined` ranks was not measured" in captured.err
+    assert not list(run.glob("*.journal*"))
+    removed = read_json(run / "candidates.json", "candidates")["chosen"]["removed"]
+    card = model_card(card_parts(run, run, removed))
+    assert "How well the energy ranks states was not measured." in card
+    assert call("report", run, "--quiet") == 0
+    page = (run / "report.md").read_text(encoding="utf-8")
+    assert "How well the energy ranks was not measured." in page
+    assert "Spearman" not in page
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert "Rank correlation of energy and measured loss" not in html
+    assert "How well it ranks was not measured." in html
 
 
 def test_blocks_from_a_file_counted_from_one(run, capsys):

@@ -165,6 +165,6 @@ def test_what_is_no_model_or_lacks_its_tokenizer(folder, loaded, tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             isingcut.prune(given, 2, tokenizer=own, out=tmp_path / "r", **OPTIONS)
-    with pytest.raises(InputError, match=r"isingcut\.prune: random_states must be at least 30"):
+    with pytest.raises(InputError, match="prune: random_states must be 0 or at least 30"):
         isingcut.prune(model, 2, tokenizer=tokenizer, random_states=1, **OPTIONS)
     assert not list((tmp_path / "temporary").iterdir())

@@ -17,9 +17,10 @@ from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card, words
+from isingcut.report.fidelity import fidelity_warnings, ranking_warnings
 from isingcut.report.read_run import read_run
 from isingcut.report.render import fenced
-from isingcut.report.words import fidelity_warnings, ranking_warnings, spectrum_map
+from isingcut.report.words import spectrum_map
 from run_files import healing, model_card, record, write_report
 
 N = 12

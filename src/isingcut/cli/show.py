@@ -18,10 +18,11 @@ from isingcut.files.writing import read_json, without_header
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report.choice import question_rows
+from isingcut.report.fidelity import correlation_text
 from isingcut.report.read_run import read_run
 from isingcut.report.rows import plus_minus
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import correlation_text, listed, state_map
+from isingcut.report.words import listed, state_map
 from isingcut.runs.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def show_ranking(found: dict[str, Any]) -> None:
 
 def fidelity_line(name: str, figures: dict[str, Any]) -> str:
     """One line on how well an energy ranks measured losses."""
+    if not figures["n"]:
+        return f"{name}: how well it ranks was not measured (--random-states 0)"
     if figures["spearman"] is None:
         return f"{name}: rank correlation undefined (n = {figures['n']})"
     return (

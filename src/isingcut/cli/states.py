@@ -64,7 +64,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     Example: isingcut rank my-run --remove 8
     """
     from isingcut.cli.show import show_ranking
-    from isingcut.report.words import ranking_warnings
+    from isingcut.report.fidelity import ranking_warnings
     from isingcut.runs import pipeline, stages
 
     folder, config = reopen(directory, options)

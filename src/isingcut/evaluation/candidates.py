@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from isingcut.measure.losses import Measurement, measure
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
+LEAST = 4
+"""Samples that random states are measured on at least, where there are as many."""
+
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
@@ -25,17 +30,20 @@ class Ranking:
 
     Attributes:
         spectrum: the candidates, in the order of their energy.
-        random: (R, N) random feasible states, none of them a candidate.
+        measured: their losses.
+        random: the losses of random feasible states, none of them a candidate, on some of the
+            samples; None where there are none.
+        samples: those samples of the split, on which energies are judged; empty where they are not.
         distribution: what the random states were drawn from.
-        measured: the losses of the candidates, then of the random states.
         chosen: position of the chosen candidate in the spectrum.
         why: the reason for the choice, in words.
     """
 
     spectrum: Spectrum
-    random: States
-    distribution: str
     measured: Measurement
+    random: Measurement | None
+    samples: Sequence[int]
+    distribution: str
     chosen: int
     why: str
 
@@ -60,24 +68,49 @@ def rank(
 
     Args:
         tokens: the ranking split; the energy has not seen it.
-        random_states: how many random states to measure (fewer where fewer exist).
+        random_states: how many random states to measure (fewer where fewer exist), on
+            `few_samples` of the split: telling good states from bad ones takes less than telling
+            the best from the second. 0 leaves the energy unjudged.
         choose: ``"ground"`` takes the ground state, anything else the candidate of lowest KL.
     """
-    random, distribution = random_feasible(problem, random_states, seed, spectrum.states)
-    measured = measure(
-        replay,
-        tokens,
-        np.concatenate([spectrum.states, random]),
-        batch_tokens=work.batch_tokens,
-        progress=work.progress,
-        description=f"measuring {len(spectrum)} candidates and {len(random)} random states",
-        journal=work.journal,
-    )
+
+    def losses(split: TokenSet, states: States, kind: str, journal: Path | None) -> Measurement:
+        return measure(
+            replay,
+            split,
+            states,
+            batch_tokens=work.batch_tokens,
+            progress=work.progress,
+            description=f"measuring {len(states)} {kind}",
+            journal=journal,
+        )
+
+    measured = losses(tokens, spectrum.states, "candidates", work.journal)
+    drawn, distribution = random_feasible(problem, random_states, seed, spectrum.states)
+    # Where all states are candidates, they are judged on what they were measured on.
+    samples = list(range(tokens.samples)) if random_states else []
+    random = None
+    if len(drawn):
+        samples = few_samples(tokens.samples)
+        beside = None if work.journal is None else random_journal(work.journal)
+        random = losses(tokens.select(samples), drawn, "random states", beside)
     if choose == "ground":
         chosen, why = 0, "the ground state was asked for"
     else:
-        chosen, why = int(np.argmin(measured.kl[: len(spectrum)])), "lowest measured KL"
-    return Ranking(spectrum, random, distribution, measured, chosen, why)
+        chosen, why = int(np.argmin(measured.kl)), "lowest measured KL"
+    return Ranking(spectrum, measured, random, samples, distribution, chosen, why)
+
+
+def random_journal(journal: Path) -> Path:
+    """The journal of the random states, beside that of the candidates."""
+    return journal.with_name("random.journal")
+
+
+def few_samples(samples: int) -> list[int]:
+    """The samples that random states are measured on: a quarter of all, evenly spaced."""
+    few = max(samples // 4, min(samples, LEAST))
+    found: list[int] = np.linspace(0, samples - 1, few).round().astype(int).tolist()
+    return found
 
 
 def random_feasible(problem: Problem, count: int, seed: int, besides: States) -> tuple[States, str]:
@@ -195,19 +228,30 @@ def to_dict(
     ranking: Ranking, energy: Hamiltonian, others: dict[str, Hamiltonian], remove: str
 ) -> dict[str, Any]:
     """The content of `candidates.json`."""
-    found, k = ranking.measured, len(ranking.spectrum)
-    energies = energy.energies(found.states)
 
-    def row(s: int) -> dict[str, Any]:
-        removed = blocks_of(found.states[s])
-        return {"removed": removed, "energy": float(energies[s]), **found.losses(s)}
+    def row(found: Measurement, s: int) -> dict[str, Any]:
+        value = float(energy.energies(found.states[s : s + 1])[0])
+        return {"removed": blocks_of(found.states[s]), "energy": value, **found.losses(s)}
+
+    def rows(found: Measurement) -> list[dict[str, Any]]:
+        return [row(found, s) for s in range(len(found.states))]
+
+    found, random = ranking.measured, ranking.random
+    # Candidates and random states are compared on the same tokens.
+    parts = [found.of_samples(ranking.samples)] if ranking.samples else []
+    parts += [] if random is None else [random]
 
     def judged(hamiltonian: Hamiltonian) -> dict[str, Any]:
-        values = hamiltonian.energies(found.states)
+        def of(loss: str, of_them: Sequence[Measurement]) -> dict[str, Any]:
+            states, values = [p.states for p in of_them], [getattr(p, loss) for p in of_them]
+            if not of_them:
+                return fidelity(np.zeros(0), np.zeros(0))
+            return fidelity(hamiltonian.energies(np.concatenate(states)), np.concatenate(values))
+
         return {
-            "kl": fidelity(values, found.kl),
-            "nll": fidelity(values, found.nll),
-            "kl_random_only": fidelity(values[k:], found.kl[k:]),
+            "kl": of("kl", parts),
+            "nll": of("nll", parts),
+            "kl_random_only": of("kl", parts[1:]),
         }
 
     return {
@@ -216,12 +260,13 @@ def to_dict(
         "energy_unit": energy.unit,
         "samples": len(found.counts),
         "tokens": int(found.counts.sum()),
-        "candidates": [row(s) for s in range(k)],
-        "random": [row(s) for s in range(k, len(found.states))],
+        "candidates": rows(found),
+        "random": [] if random is None else rows(random),
+        "random_tokens": 0 if random is None else int(random.counts.sum()),
         "random_distribution": ranking.distribution,
         "fidelity": judged(energy),
         "fidelity_of_others": {name: judged(other) for name, other in others.items()},
-        "chosen": {**row(ranking.chosen), "position": ranking.chosen, "why": ranking.why},
+        "chosen": {**row(found, ranking.chosen), "position": ranking.chosen, "why": ranking.why},
         "original": {"nll": float(found.original_nll_sums.sum() / found.counts.sum())},
         "proven": ranking.spectrum.proven,
         "solver": ranking.spectrum.solver,

@@ -32,6 +32,7 @@ from isingcut.options.types import (
     Patch,
     PatchTokens,
     Place,
+    RandomStates,
     Seed,
     Tokens,
     reads,
@@ -152,8 +153,11 @@ class RunConfig(Options):
     keep: Blocks = option("", "Blocks that must stay, for example 0,1,29.", "solve")
     drop: Blocks = option("", "Blocks that must go.", "solve")
 
-    random_states: Annotated[int, Bounds(ge=30, le=100_000)] = option(
-        40, "Random states measured too, to judge the energy (at least 30).", "rank"
+    random_states: RandomStates = option(
+        40,
+        "Random states measured too, on a quarter of the text, to judge the energy (at least 30, "
+        "or 0: it is then not judged).",
+        "rank",
     )
     choose: Literal["measured", "ground", "tasks"] = option(
         "measured",

@@ -68,6 +68,16 @@ Device = Annotated[str, reads(parse_device)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Patch = Literal["none", "linear", "tuned"]
 
+
+def _enough(number: int) -> int:
+    if 0 < number < LEAST_STATES:
+        raise ValueError(f"must be 0 or at least {LEAST_STATES}, got {number}")
+    return number
+
+
+LEAST_STATES = 30
+"""Random states that judge an energy; of fewer a correlation says little."""
+RandomStates = Annotated[int, Bounds(ge=0, le=100_000), Then(_enough)]
 PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
 TEXT = "wiki=0.75,python=0.25"
 """Prose and code, without a network: a patch fitted on prose alone makes code worse."""

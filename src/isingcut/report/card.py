@@ -108,15 +108,21 @@ def healed_card(parts: Mapping[str, Any] | None, card: str, healing: Mapping[str
 
 def _measured(candidates: Mapping[str, Any] | None, removed: Sequence[int]) -> str:
     """The measured loss of the cut, where a ranking has it; else empty."""
-    rows = [] if candidates is None else [*candidates["candidates"], *candidates["random"]]
-    row = next((r for r in rows if sorted(r["removed"]) == sorted(removed)), None)
-    if candidates is None or row is None:
+    if candidates is None:
+        return ""
+    few = candidates.get("random_tokens") or candidates["tokens"]
+    sizes = {"candidates": candidates["tokens"], "random": few}
+    known = {tuple(sorted(r["removed"])): (r, n) for k, n in sizes.items() for r in candidates[k]}
+    row, tokens = known.get(tuple(sorted(removed)), (None, 0))
+    if row is None:
         return ""
     said = (
-        f"On {candidates['tokens']} tokens of the text that ranked the candidates, the KL "
+        f"On {tokens} tokens of the text that ranked the candidates, the KL "
         f"divergence of the exact cut from the original is {measured_kl(row).text()} nats per "
         "token."
     )
+    if not candidates["fidelity"]["kl"]["n"]:
+        said += " How well the energy ranks states was not measured."
     if candidates["chosen"]["why"] == "lowest measured KL":
         said += " As the choice was made on it, this figure flatters the choice a little."
     return said

@@ -13,6 +13,7 @@ import numpy as np
 
 from isingcut.ising.states import Floats, states_of
 from isingcut.report.blocks import block_ticks, strip
+from isingcut.report.fidelity import correlation_text
 from isingcut.report.figures import scatter_figure
 from isingcut.report.render import render_page
 from isingcut.report.run_files import RunFiles
@@ -27,7 +28,6 @@ from isingcut.report.sides import (
 from isingcut.report.states import book, measured_kl
 from isingcut.report.svg import Figure, Scale, span, whisker
 from isingcut.report.tradeoff import AXES, Axis, points_of
-from isingcut.report.words import correlation_text
 
 _CORRELATIONS = Scale(-1.0, 1.0, 0.0, 100.0)
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import states_of
+from isingcut.report.fidelity import correlation_text
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book
 from isingcut.report.svg import Figure, Plot, x_span, y_span
-from isingcut.report.words import correlation_text, listed, proof_words, searched_words
+from isingcut.report.words import listed, proof_words, searched_words
 
 MOST_MARKS = 200
 """Of a long training's losses so many are marked; the line goes through all."""
@@ -107,6 +108,8 @@ def scatter_figure(
     words = (
         f"Spearman {correlation_text(found, 'spearman')}, Kendall "
         f"{correlation_text(found, 'kendall')} over n = {found['n']} states (95 % intervals)."
+        if found["n"]
+        else "How well it ranks was not measured."
     )
     return Figure(
         f"scatter-{name}",

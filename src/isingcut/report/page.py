@@ -20,6 +20,7 @@ from isingcut.report.blocks import (
     margin_scale,
 )
 from isingcut.report.choice import question_rows, questions_words
+from isingcut.report.fidelity import fidelity_rows, measured_words
 from isingcut.report.figures import healing_figure, scatter_figure, spectrum_figure
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
 from isingcut.report.render import render_page
@@ -36,14 +37,7 @@ from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book, book, measured_kl
 from isingcut.report.svg import Scale, whisker
 from isingcut.report.tradeoff import AXES, trade_off_figure
-from isingcut.report.words import (
-    fidelity_rows,
-    healing_words,
-    listed,
-    patch_story,
-    patch_words,
-    spectrum_words,
-)
+from isingcut.report.words import healing_words, listed, patch_story, patch_words, spectrum_words
 
 
 def report_page(files: RunFiles) -> str:
@@ -83,6 +77,7 @@ def report_page(files: RunFiles) -> str:
         spectrum=spectrum_figure(files, states),
         spectrum_words="" if files.spectrum is None else spectrum_words(files.spectrum),
         scatters=scatters,
+        measured_words="" if files.candidates is None else measured_words(files.candidates),
         fidelity=fidelity_rows(files.judged),
         asked=asked and (questions_words(asked), question_rows(asked)),
         trade_offs=[trade_off_figure(files, axis) for axis in AXES],

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.report.fidelity import ranking_warnings
 from isingcut.report.rows import Row, evaluation_rows, plus_minus
-from isingcut.report.words import numbers, patch_warnings, ranking_warnings
+from isingcut.report.words import numbers, patch_warnings
 
 PLAIN_CLASS = "AutoModelForCausalLM"
 """What loads a checkpoint of which nothing else is known."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isingcut.report.fidelity import correlation_text
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import measured_kl
-from isingcut.report.words import correlation_text, listed, numbers
+from isingcut.report.words import listed, numbers
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,6 @@ from typing import Any
 
 from isingcut.report.rows import plus_minus
 
-POOR_SPEARMAN = 0.6
-"""Below this rank correlation the energy is called a poor guide."""
-FAR_TOO_LOW = 0.5
-"""Below this share of its measured loss a state's energy is called far too low."""
-FEW_STATES = 30
-
 _SOURCES = {"-": "standard input", "self": "text that the model wrote"}
 
 
@@ -25,32 +19,6 @@ def numbers(blocks: Sequence[int]) -> str:
 def listed(removed: Sequence[int]) -> str:
     """Blocks as a row of numbers."""
     return " ".join(map(str, removed))
-
-
-def fidelity_rows(judged: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Rows of the fidelity table: energy, loss, states, Spearman, Kendall, n."""
-    kinds = (
-        ("kl", "KL", "candidates and random"),
-        ("nll", "NLL", "candidates and random"),
-        ("kl_random_only", "KL", "random only"),
-    )
-    rows: list[tuple[str, ...]] = []
-    for energy, losses in judged.items():
-        for key, loss, states in kinds:
-            if key in losses:
-                found = losses[key]
-                figures = (correlation_text(found, "spearman"), correlation_text(found, "kendall"))
-                rows.append((f"`{energy}`", loss, states, *figures, str(found["n"])))
-    return rows
-
-
-def correlation_text(found: Mapping[str, Any], name: str) -> str:
-    """A rank correlation with its 95 % interval."""
-    if found.get(name) is None:
-        return "undefined"
-    low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
-    interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
-    return f"{found[name]:.2f}{interval}"
 
 
 def search_warnings(meta: Mapping[str, Any], removals: Sequence[str]) -> list[str]:
@@ -69,54 +37,6 @@ def search_warnings(meta: Mapping[str, Any], removals: Sequence[str]) -> list[st
         "sure: search there too (a new run, --remove 4..12 takes several at once), or use "
         "--energy pairwise, which favours no size"
     ]
-
-
-def ranking_warnings(energy: str, candidates: Mapping[str, Any]) -> list[str]:
-    """What to know before trusting a choice; empty where the energy ranked and priced it well.
-
-    Args:
-        energy: its name.
-        candidates: content of `candidates.json`.
-    """
-    said = fidelity_warnings(energy, candidates["fidelity"]["kl"])
-    chosen = candidates["chosen"]
-    if (
-        candidates.get("energy_unit") == "nats/token"
-        and chosen["energy"] < FAR_TOO_LOW * chosen["kl"]
-    ):
-        advice = "search longer (--effort)" if energy == "refined" else "use --energy auto"
-        said.append(
-            f"`{energy}` puts the chosen state at {chosen['energy']:.3g} nats per token, measured "
-            f"were {chosen['kl']:.3g}: three and more blocks interact here in ways that it does "
-            f"not know. Better states may lie where it did not look: {advice}, or remove fewer "
-            "blocks."
-        )
-    return said
-
-
-def fidelity_warnings(energy: str, found: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before trusting the energy; empty when it ranked well."""
-    said = []
-    value, low = found["spearman"], found.get("spearman_low")
-    if value is None:
-        said.append(
-            f"The rank correlation of `{energy}` with measured losses is undefined here (too few "
-            "states, or all alike): how well it ranks is not known."
-        )
-    elif value < POOR_SPEARMAN:
-        said.append(
-            f"`{energy}` ranked the measured states poorly (Spearman {value:.2f}, below "
-            f"{POOR_SPEARMAN}). Do not trust its spectrum beyond the states measured: use more "
-            "samples, another --energy, or more --states."
-        )
-    elif low is not None and low < POOR_SPEARMAN:
-        said.append(
-            f"The interval of the Spearman correlation of `{energy}` reaches down to {low:.2f}: "
-            "that it ranks well is not established; measure more --random-states."
-        )
-    if value is not None and found["n"] < FEW_STATES:
-        said.append(f"Only {found['n']} states were measured; the correlation is uncertain.")
-    return said
 
 
 def patch_warnings(found: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from isingcut.files.writing import without_header, write_json, write_sealed
 from isingcut.report.baselines import rival_row, rivals
 from isingcut.report.choice import question_rows, questions_words
 from isingcut.report.compare import comparison_page
+from isingcut.report.fidelity import fidelity_rows, measured_words
 from isingcut.report.page import report_page
 from isingcut.report.provenance_rows import provenance_rows, timing_rows
 from isingcut.report.read_run import read_run
@@ -21,13 +22,7 @@ from isingcut.report.render import render
 from isingcut.report.rows import patch_rows
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import book
-from isingcut.report.words import (
-    fidelity_rows,
-    patch_story,
-    patch_words,
-    spectrum_map,
-    spectrum_words,
-)
+from isingcut.report.words import patch_story, patch_words, spectrum_map, spectrum_words
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -105,6 +100,7 @@ def _markdown(files: RunFiles) -> str:
         patch_story=patch_story(files.patch) if files.patch else "",
         patch_rows=patch_rows(files.patch),
         candidates=candidates,
+        measured_words="" if files.candidates is None else measured_words(files.candidates),
         fidelity=fidelity_rows(files.judged),
         asked=asked and (questions_words(asked), question_rows(asked)),
         warnings=files.warnings,

@@ -23,7 +23,7 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
-from isingcut.report.words import ranking_warnings
+from isingcut.report.fidelity import ranking_warnings
 from isingcut.runs import pipeline
 from isingcut.runs.api_run import Run
 from isingcut.runs.folder import RunFolder

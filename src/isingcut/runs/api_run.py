@@ -15,7 +15,8 @@ from isingcut.files.writing import atomic_folder, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
-from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
+from isingcut.report.fidelity import ranking_warnings
+from isingcut.report.words import patch_warnings, search_warnings
 from isingcut.runs import patching, pipeline, solving, stages
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session

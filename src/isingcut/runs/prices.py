@@ -19,6 +19,7 @@ import psutil
 
 from isingcut.energies.pairwise import removals
 from isingcut.energies.search import Target, greedy_price
+from isingcut.evaluation.candidates import few_samples
 from isingcut.healing.recipe import sizes
 from isingcut.healing.training.tune import BYTES
 from isingcut.ising.states import States
@@ -153,7 +154,10 @@ class Prices:
         """What comes before and after the energy."""
         c, t = self.config, self.timings
         share, reading = 1 - self.remove / self.n, t.reading * self.weights
-        order = np.random.default_rng(0).random((c.states + c.random_states, self.n)).argsort(1)
+        # Random states are measured on a part of the text: as dear as a part of them on all of it.
+        few = len(few_samples(c.rank_samples)) / c.rank_samples
+        count = c.states + math.ceil(few * c.random_states)
+        order = np.random.default_rng(0).random((count, self.n)).argsort(1)
         # Both models are read, and run over the text; what they write in words is left out.
         both_pass = (1 + share) * t.blocks + 2 * t.once
         # A patched model stands beside the exact cut, which is the original without blocks.

@@ -86,6 +86,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
     # Not before the stage is recorded as done: a kill in between would cost all of it.
     if not folder.processes.rank:
         forget(journal)
+        forget(candidates.random_journal(journal))
         forget_scores(scores, named(config.tasks))
     return found
 

@@ -124,6 +124,8 @@ class CandidatesFile(Strict):
     tokens: Some
     candidates: Annotated[list[MeasuredState], Field(min_length=1)]
     random: list[MeasuredState]
+    # Older files measured them on all tokens, and do not say so.
+    random_tokens: Count | None = None
     fidelity: Judged
     fidelity_of_others: dict[str, Judged]
     chosen: ChosenState
