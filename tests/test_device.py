@@ -110,7 +110,7 @@ def searched(place):
     evaluator = Evaluator(place.replay(), samples(), Work(32), seed=0)
     evaluator.measure(states(), 3, "measuring")
     known = [k.sums[:3] for k in evaluator.known.values()]
-    return np.concatenate([*known, evaluator.slopes(states()[0], 3), evaluator.influence(2)])
+    return np.concatenate([*known, evaluator.slopes(states()[0], 3), evaluator.one_pass(2)[0]])
 
 
 def streamed_slopes(place):

@@ -12,6 +12,7 @@ from isingcut.errors import InputError
 from isingcut.files.writing import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
+from isingcut.report.choice import one_pass_words
 from isingcut.report.read_run import read_run
 from isingcut.runs.measuring import concrete
 
@@ -69,6 +70,34 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert f"gave {len(ranked)} candidates: the lowest states" in page
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 5
+    # What one pass gives is measured beside it, and the report says what the rest has won.
+    found = read_json(out / "candidates.json", "candidates")
+    quick = found["one_pass"]
+    assert {s["method"] for s in quick["states"]} == {"angular-window", "block-influence"}
+    for state in quick["states"]:
+        assert state["kl"] == found["candidates"][ranked.index(state["removed"])]["kl"]
+        assert state["kl"] >= found["chosen"]["kl"]
+    assert quick["passes"] == pytest.approx(1.0)
+    assert quick["search_passes"] == energy.meta["search"]["passes"]
+    said = one_pass_words(found)
+    assert said in (out / "report.md").read_text(encoding="utf-8")
+    assert said in (out / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_words_about_one_pass():
+    row = {"kl": 0.5, "kl_se": 0.01, "method": "angular-window", "removed": [4, 5]}
+    other = {**row, "kl": 0.8, "method": "block-influence", "removed": [1, 2]}
+    quick = {"states": [other, row], "passes": 1.0, "search_passes": 128.0, "searched_for": 1}
+    chosen = {"removed": [2, 5], "kl": 0.4, "kl_se": 0.01}
+    said = one_pass_words({"one_pass": quick, "chosen": chosen})
+    assert "(`angular-window`, without 4 5; 1 pass) has KL 0.5" in said
+    assert said.endswith("128 passes over its text have won 0.1, 20% of it.")
+    same = one_pass_words({"one_pass": {**quick, "searched_for": 3}, "chosen": row})
+    assert same.startswith("The search ended where one pass ends: 128 passes over its text for 3")
+    assert same.endswith("than the state that `angular-window` gives after 1 pass.")
+    worse = one_pass_words({"one_pass": quick, "chosen": {**chosen, "kl": 0.6}})
+    assert worse.endswith("the choice was not made by KL.")
+    assert one_pass_words({"chosen": chosen}) == ""
 
 
 def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys, monkeypatch):

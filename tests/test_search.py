@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from isingcut.baselines.angular_window import AngularWindow
+from isingcut.baselines.block_influence import BlockInfluence
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import Refined
 from isingcut.energies.search import Search, Target, greedy_price, plan, proposals
+from isingcut.energies.search.begin import one_pass_states
 from isingcut.energies.search.estimates import Estimates
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.slopes import gate_slopes
@@ -17,7 +20,7 @@ from isingcut.energies.search.surrogate import SLOPE, Surrogate
 from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import key_of, states_of
+from isingcut.ising.states import blocks_of, key_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
@@ -320,6 +323,31 @@ def test_search_refuses_impossible_removals(replay: Replay, tokens: TokenSet) ->
         Search(replay, tokens, WORK, [])
     with pytest.raises(InputError, match="at least 2 calibration samples"):
         Search(replay, tokens.select([0]), WORK, counts(3))
+
+
+def test_one_pass_gives_what_the_methods_of_one_pass_choose(
+    replay: Replay, tokens: TokenSet
+) -> None:
+    evaluator = Evaluator(replay, tokens, WORK, seed=0)
+    for m in (1, 3, 5):
+        found = one_pass_states(evaluator, Target.count(N, m), tokens.samples)
+        for method, part in (
+            ("angular-window", AngularWindow()),
+            ("block-influence", BlockInfluence()),
+        ):
+            outcome = part.choose(replay, tokens, m, WORK, 0)
+            assert blocks_of(found[method]) == list(outcome.removed), method
+    # However many targets look at it, it is paid for once.
+    assert evaluator.ledger.passes == pytest.approx(1.0)
+    # No run of four blocks is without both of these.
+    apart = Target.of("4", [count(N, 4), *keep(N, [2, 5])], N)
+    assert set(one_pass_states(evaluator, apart, tokens.samples)) == {"block-influence"}
+
+
+def test_the_one_pass_is_cut_short_for_a_small_budget() -> None:
+    assert plan.one_pass_samples(100.0, 16) == 16
+    assert plan.one_pass_samples(10.0, 16) == 8
+    assert plan.one_pass_samples(0.5, 16) == 1
 
 
 def test_greedy_price_counts_a_greedy_path() -> None:

@@ -11,7 +11,6 @@ Source: Gromov et al., arXiv 2403.17887, section 3.2 (without its healing).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
-from isingcut.measure.streams import boundaries
+from isingcut.measure.streams import angle, boundaries
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -75,9 +74,3 @@ class AngularWindow:
         start = int(np.argmin(distances))
         info = {"distance": distances.tolist(), "positions": self.positions}
         return Outcome(tuple(range(start, start + remove)), passes=1.0, heads=0.0, info=info)
-
-
-def angle(a: Tensor, b: Tensor) -> Tensor:
-    """Angle between streams (K, D) in units of pi: (K,) float64."""
-    cosine = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
-    return cosine.clamp(-1, 1).arccos() / math.pi

@@ -17,7 +17,7 @@ from isingcut.console.rich_console import console
 from isingcut.files.writing import read_json, without_header
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
-from isingcut.report.choice import question_rows
+from isingcut.report.choice import one_pass_words, question_rows
 from isingcut.report.fidelity import correlation_text
 from isingcut.report.read_run import read_run
 from isingcut.report.rows import plus_minus
@@ -79,6 +79,8 @@ def show_ranking(found: dict[str, Any]) -> None:
     screen.print(fidelity_line("energy", found["fidelity"]["kl"]), soft_wrap=True)
     for name, other in found["fidelity_of_others"].items():
         screen.print(fidelity_line(name, other["kl"]), soft_wrap=True)
+    if said := one_pass_words(found):
+        screen.print(said.replace("`", ""), soft_wrap=True)
     if "by_tasks" in found:
         for blocks, *figures in question_rows(found["by_tasks"]):
             shown = "questions {}, right {}, difference {}, p {}".format(*figures)

@@ -18,6 +18,7 @@ import torch
 
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.search import Search, Target, greedy_price
+from isingcut.energies.search.begin import one_pass_states
 from isingcut.errors import InputError
 from isingcut.files.writing import atomic_file
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -123,6 +124,7 @@ def summary(search: Search) -> dict[str, Any]:
     for goal in search.goals:
         known = search.estimates(goal.target)
         assert known is not None
+        quick = one_pass_states(search.evaluator, goal.target, search.one_pass)
         # The states measured on most samples first: they are the ones to trust.
         order = np.lexsort((known.loss, -known.rung))[:KEPT]
         targets[goal.target.label] = {
@@ -134,12 +136,15 @@ def summary(search: Search) -> dict[str, Any]:
                 }
                 for s in order
             ],
+            "one_pass": [{"method": m, "removed": blocks_of(x)} for m, x in quick.items()],
             "states": len(known.states),
             "all_states": goal.exhausted,
             "trace": [t for t in search.trace if t["remove"] == goal.target.label],
         }
     paid = search.evaluator.ledger
+    counts = paid.counts
     return {
+        "one_pass_passes": float(counts[: search.one_pass].sum() / counts.sum()),
         "budget_passes": search.budget,
         "passes": paid.passes,
         "heads": paid.heads,

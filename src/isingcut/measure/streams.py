@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -53,6 +55,32 @@ def block_means(
     return sums / int(tokens.mask.sum())
 
 
+def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
+    """What the original alone, run once, says of its blocks.
+
+    Returns:
+        (N,) block influence, the mean `influence` over all tokens; and (N + 1, N + 1) the mean
+        `angle` between the streams at any two boundaries, at the last token of each sample.
+    """
+    n = len(replay)
+    sums, angles = np.zeros(n), np.zeros((n + 1, n + 1))
+    batches = tokens.batches(work.batch_tokens)
+    with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
+        for batch in batches:
+            real = batch.mask.to(replay.device)
+            ends = torch.zeros_like(batch.mask)
+            ends[torch.arange(batch.samples), batch.mask.sum(1) - 1] = True
+            ends, streams = ends.to(replay.device), list[Tensor]()
+            for i, before, after in boundaries(replay, batch):
+                values = influence(before[real].float(), after[real].float())
+                sums[i] += float(values.sum(dtype=torch.float64))
+                streams += [before[ends].float()] * (not streams) + [after[ends].float()]
+            for i, j in itertools.combinations(range(n + 1), 2):
+                angles[i, j] += float(angle(streams[i], streams[j]).sum())
+            bar.advance(1)
+    return sums / int(tokens.mask.sum()), (angles + angles.T) / tokens.samples
+
+
 def lowest(scores: Floats, count: int) -> tuple[int, ...]:
     """The ``count`` blocks of lowest score, ascending; ties go to the earlier block."""
     return tuple(sorted(int(i) for i in np.argsort(scores, kind="stable")[:count]))
@@ -61,3 +89,9 @@ def lowest(scores: Floats, count: int) -> tuple[int, ...]:
 def influence(before: Tensor, after: Tensor) -> Tensor:
     """1 - cosine of streams (K, D): (K,)."""
     return 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)
+
+
+def angle(a: Tensor, b: Tensor) -> Tensor:
+    """Angle between streams (K, D) in units of pi: (K,) float64."""
+    cosine = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
+    return cosine.clamp(-1, 1).arccos() / math.pi

@@ -1,4 +1,4 @@
-"""What a run says of its choice: which questions decided."""
+"""What a run says of its choice: what it won over one pass, which questions decided."""
 
 from __future__ import annotations
 
@@ -7,6 +7,32 @@ from typing import Any
 
 from isingcut.report.rows import plus_minus
 from isingcut.report.words import listed
+
+
+def one_pass_words(candidates: Mapping[str, Any]) -> str:
+    """What the search has won over what one pass of the original gives; empty without a search."""
+    found, chosen = candidates.get("one_pass"), candidates["chosen"]
+    if not found:
+        return ""
+    best = min(found["states"], key=lambda row: float(row["kl"]))
+    name, blocks = best["method"], listed(best["removed"])
+    many = f" for {found['searched_for']} removals" if found["searched_for"] > 1 else ""
+    once = "1 pass" if round(found["passes"], 2) == 1 else f"{found['passes']:.2g} passes"
+    price = f"{found['search_passes']:.3g} passes over its text{many}"
+    if sorted(best["removed"]) == sorted(chosen["removed"]):
+        return (
+            f"The search ended where one pass ends: {price} found nothing better than the state "
+            f"that `{name}` gives after {once}."
+        )
+    said = (
+        f"The best state of one pass (`{name}`, without {blocks}; {once}) "
+        f"has KL {plus_minus(best['kl'], best['kl_se'])} nats per token, the chosen one "
+        f"{plus_minus(chosen['kl'], chosen['kl_se'])}"
+    )
+    won = best["kl"] - chosen["kl"]
+    if won > 0:
+        return f"{said}: {price} have won {won:.3g}, {won / best['kl']:.0%} of it."
+    return f"{said}: the choice was not made by KL."
 
 
 def chosen_by_tasks(found: Mapping[str, Any]) -> str:

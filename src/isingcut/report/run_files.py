@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.report.choice import one_pass_words
 from isingcut.report.fidelity import ranking_warnings
 from isingcut.report.rows import Row, evaluation_rows, plus_minus
 from isingcut.report.words import numbers, patch_warnings
@@ -164,7 +165,7 @@ class RunFiles:
         if "search" in meta:
             given = (
                 f"{count} candidates: the lowest states of an Ising model over the blocks, and "
-                "the best that its search had measured"
+                "what its search and one pass of the original had found"
             )
         position = chosen["position"]
         place = "the ground state" if position == 0 else f"state {position}"
@@ -173,7 +174,8 @@ class RunFiles:
             f"An energy (`{self.energy}`{text}) gave {given}; each was then measured on "
             f"{candidates['tokens']} other tokens. The choice is {place} of that spectrum (0 is "
             f"the lowest), energy {energy}, for this reason: {chosen['why']} "
-            f"(KL {plus_minus(chosen['kl'], chosen['kl_se'])} nats per token)."
+            f"(KL {plus_minus(chosen['kl'], chosen['kl_se'])} nats per token). "
+            f"{one_pass_words(candidates)}".rstrip()
         )
 
     @property

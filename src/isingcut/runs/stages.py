@@ -74,6 +74,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
                 work=work_of(session, journal),
             )
         content = candidates.to_dict(ranking, problem.hamiltonian, others, config.removal)
+        content |= one_pass(content, problem.hamiltonian.meta.get("search", {}))
         if config.choose == "tasks" and not folder.processes.rank:
             by_tasks = choose_by_tasks(session, content["candidates"], scores)
             position = by_tasks.pop("chosen")
@@ -93,8 +94,9 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
 
 def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
     """The candidates to measure: a spectrum, and what a search found for the same removal."""
-    search = problem.hamiltonian.meta.get("search", {})
-    found = search.get("targets", {}).get(config.removal, {}).get("finalists", [])
+    searched = problem.hamiltonian.meta.get("search", {}).get("targets", {})
+    mine = searched.get(config.removal, {})
+    found = [*mine.get("finalists", []), *mine.get("one_pass", [])]
     if not found:
         return spectrum
     states = np.zeros((len(found), problem.n), dtype=bool)
@@ -109,6 +111,28 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
         seconds=spectrum.seconds,
         info=spectrum.info,
     )
+
+
+def one_pass(ranking: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, Any]:
+    """What one pass chooses as the ranking measured it, with its price and the search's.
+
+    Args:
+        ranking: content of `candidates.json`.
+        search: of the energy's metadata; empty where it is not a search's.
+    """
+    found = search.get("targets", {}).get(ranking["remove"], {}).get("one_pass", [])
+    rows = {tuple(row["removed"]): row for row in ranking["candidates"]}
+    states = [{**rows[tuple(state["removed"])], **state} for state in found]
+    if not states:
+        return {}
+    return {
+        "one_pass": {
+            "states": states,
+            "passes": search["one_pass_passes"],
+            "search_passes": search["passes"],
+            "searched_for": len(search["targets"]),
+        }
+    }
 
 
 def evaluate(

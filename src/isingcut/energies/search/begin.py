@@ -1,4 +1,4 @@
-"""How a search begins: a pair energy for what the budget allows, and a beam over sizes."""
+"""How a search begins: what one pass gives, a pair energy, and a beam over sizes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Bools, Floats, States, key_of, states_of
 
 
-def pair_energy(evaluator: Evaluator, passes: float, most_samples: int) -> Hamiltonian:
+def pair_energy(
+    evaluator: Evaluator, passes: float, most_samples: int, influence: Floats
+) -> Hamiltonian:
     """The prior of all that follows: of all pairs or of those that a good state may contain.
 
     Singles come first. Pairs follow by rising sum of their own terms, as many as ``passes`` pay
     for; a pair that is left out has no coupling: both of its blocks are costly ones. If all
     fit, they are measured on up to ``most_samples`` samples. Where not even the singles fit,
-    block influence stands for them.
+    ``influence`` (N,) of the blocks stands for them.
     """
     n = evaluator.blocks
-    influence = evaluator.influence(1)
     every, pairs = removals(n), list(combinations(range(n), 2))
     singles = every[:n]
     affordable = [r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes]
@@ -49,6 +50,20 @@ def pair_energy(evaluator: Evaluator, passes: float, most_samples: int) -> Hamil
         for (i, j), loss in zip(pairs, losses(states), strict=False):
             J[i, j] = J[j, i] = loss - h[i] - h[j]
     return Hamiltonian(h, J, unit="nats/token")
+
+
+def one_pass_states(evaluator: Evaluator, target: Target, samples: int) -> dict[str, Bools]:
+    """What one pass of the original over some samples chooses, by the method's name.
+
+    The least angular window is missing where no run of blocks obeys the target.
+    """
+    influence, angles = evaluator.one_pass(samples)
+    fields = Hamiltonian(influence, np.zeros((evaluator.blocks, evaluator.blocks)))
+    found = {
+        "angular-window": proposals.angular_window(angles, target),
+        "block-influence": proposals.lowest(fields, target, 1, 0),
+    }
+    return {method: states[0] for method, states in found.items() if len(states)}
 
 
 def beam_over_sizes(

@@ -16,7 +16,7 @@ from isingcut.data.calibration import TokenSet
 from isingcut.energies.search.slopes import PASSES, gate_slopes
 from isingcut.ising.states import Bools, Floats, States, key_of
 from isingcut.measure.ledger import Ledger
-from isingcut.measure.streams import block_means, influence
+from isingcut.measure.streams import one_pass
 from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
@@ -117,15 +117,18 @@ class Evaluator:
         key = f"slopes:{key_of(state)}:{n}"
         return self.ledger.once(key, self.blocks, self.blocks * price, price, make)
 
-    def influence(self, n: int) -> Floats:
-        """(N,) block influence, 1 - mean cosine of the stream before and after each block."""
+    def one_pass(self, n: int) -> tuple[Floats, Floats]:
+        """(N,) block influence and (N + 1, N + 1) angles between boundaries, see `one_pass`."""
+        boundaries = self.blocks + 1
 
         def make() -> Floats:
             few = self._tokens.select(range(n))
-            return block_means(self._replay, few, Work(self._batch_tokens), influence)
+            found = one_pass(self._replay, few, Work(self._batch_tokens))
+            return np.concatenate([part.ravel() for part in found])
 
-        runs = self.blocks * self.ledger.share(range(n))
-        return self.ledger.once(f"influence:{n}", self.blocks, runs, 0.0, make)
+        runs, length = self.blocks * self.ledger.share(range(n)), self.blocks + boundaries**2
+        row = self.ledger.once(f"one-pass:{n}", length, runs, 0.0, make)
+        return row[: self.blocks], row[self.blocks :].reshape(boundaries, boundaries)
 
     def price(self, states: States | Sequence[Bools], n: int) -> float:
         """Passes that measuring the states on their first ``n`` samples would take, at most.

@@ -17,6 +17,8 @@ GROWTH = 3.0
 """Factor on the samples from one rung to the next; the last is all of them."""
 PRIOR_SHARE = 0.4
 """Most of the budget that the pair energy may take."""
+ONE_PASS_SHARE = 0.05
+"""Most of the budget for one pass of the original, which is cut short for less."""
 BEAM, CHILDREN = 3, 8
 """States kept, and states measured, per size on the way up."""
 DRAWS, MINIMA, MOVES, SLOPES = 6, 4, 6, 2
@@ -47,6 +49,11 @@ def rungs(samples: int, tokens: int) -> list[int]:
         steps.add(max(1, round(share * samples)))
         share *= GROWTH
     return sorted(steps)
+
+
+def one_pass_samples(budget: float, samples: int) -> int:
+    """Samples of a text that the original is run on once: all, where the budget is large enough."""
+    return max(1, min(samples, int(ONE_PASS_SHARE * budget * samples)))
 
 
 def greedy_price(n: int, remove: int) -> float:

@@ -45,6 +45,22 @@ def windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
     return states[np.argsort(hamiltonian.energies(states), kind="stable")[:count]]
 
 
+def angular_window(angles: Floats, target: Target) -> States:
+    """The target's run of neighbouring blocks that turns the stream least: (<= 1, N).
+
+    Args:
+        angles: (N + 1, N + 1) between the streams at the boundaries of blocks.
+    """
+    n = len(angles) - 1
+    spans = [
+        (i, i + m) for m in range(max(1, target.low), target.high + 1) for i in range(n + 1 - m)
+    ]
+    states = states_of(n, (range(*span) for span in spans))
+    turns = np.array([angles[span] for span in spans])
+    fits = np.flatnonzero(target.feasible(states))
+    return states[fits[np.argsort(turns[fits], kind="stable")[:1]]]
+
+
 def thompson(
     surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator, heat: float
 ) -> States:

@@ -20,7 +20,7 @@ import numpy as np
 
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.search import plan, proposals
-from isingcut.energies.search.begin import beam_over_sizes, pair_energy
+from isingcut.energies.search.begin import beam_over_sizes, one_pass_states, pair_energy
 from isingcut.energies.search.estimates import Estimates
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.surrogate import Surrogate
@@ -63,6 +63,7 @@ class Search:
 
     Attributes:
         goals: the targets' progress.
+        one_pass: samples that the original is run on once, for what its streams say.
         rungs: numbers of samples that a state is measured on, ascending.
         evaluator: what was measured, and what that cost.
         trace: the best state of a target after each of its rounds, with the price so far.
@@ -88,10 +89,13 @@ class Search:
         self.evaluator = Evaluator(replay, tokens, work, seed, self.budget)
         self.goals = [Goal(target) for target in targets]
         self.rungs = plan.rungs(tokens.samples, int(tokens.mask.sum()))
+        self.one_pass = plan.one_pass_samples(self.budget, tokens.samples)
         self.trace: list[dict[str, Any]] = []
         self._rng = np.random.default_rng([seed, 0x5EA2C4])
         self._origins: dict[str, str] = {}
-        self._prior = pair_energy(self.evaluator, plan.PRIOR_SHARE * self.budget, self.rungs[0])
+        influence, _ = self.evaluator.one_pass(self.one_pass)
+        share = plan.PRIOR_SHARE * self.budget
+        self._prior = pair_energy(self.evaluator, share, self.rungs[0], influence)
 
     def run(self) -> Search:
         """Search until the budget is spent; returns itself."""
@@ -202,9 +206,9 @@ class Search:
 
         if goal.rounds == 1:
             wanted = plan.DRAWS + plan.MINIMA + plan.MOVES
+            for origin, state in one_pass_states(self.evaluator, target, self.one_pass).items():
+                take(state[None], 1, origin)
             take(proposals.windows(self._prior, target, 2), 2, "window")
-            influence = Hamiltonian(self.evaluator.influence(1), np.zeros_like(self._prior.J))
-            take(proposals.lowest(influence, target, 1, seed), 1, "block influence")
             states = proposals.lowest(self._prior, target, 2 * wanted, seed)
             take(states, wanted - len(picked), "pair energy")
             return list(picked.values())

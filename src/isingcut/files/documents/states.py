@@ -114,6 +114,26 @@ class ByTasks(Strict):
     candidates: Annotated[list[AskedCandidate], Field(min_length=1)]
 
 
+class OnePassState(Strict):
+    """What a method that runs the original once would remove."""
+
+    method: str
+    removed: Blocks
+
+
+class OnePassLoss(OnePassState, MeasuredLoss):
+    """The same, measured."""
+
+
+class OnePass(Strict):
+    """What one pass chooses, and what was paid for it and for the search."""
+
+    states: list[OnePassLoss]
+    passes: Positive
+    search_passes: Positive
+    searched_for: Some
+
+
 class CandidatesFile(Strict):
     """`candidates.json`."""
 
@@ -130,6 +150,7 @@ class CandidatesFile(Strict):
     fidelity_of_others: dict[str, Judged]
     chosen: ChosenState
     by_tasks: ByTasks | None = None
+    one_pass: OnePass | None = None
     proven: bool
 
 
@@ -212,12 +233,15 @@ class SearchTarget(Strict):
     """What a search found for one removal."""
 
     finalists: list[Finalist]
+    one_pass: list[OnePassState] = Field(default_factory=list)
 
 
 class SearchRecord(Strict):
     """What a search for low states paid and found."""
 
     targets: dict[str, SearchTarget]
+    passes: Positive | None = None
+    one_pass_passes: Positive | None = None
 
 
 class EnergyMeta(Strict):
