@@ -46,6 +46,11 @@ def test_a_part_that_gets_worse_ends_a_healing() -> None:
     assert found is not None
     assert found.kept == 5
     assert "on b the model got worse, KL 1.0000 before, 0.9000 and then 1.2000" in found.why
+    # What was worse than in the beginning at the check before is not kept either.
+    none = judge.verdict([start, check(5, 0.5, 1.1), check(10, 0.2, 1.2)])
+    assert none is not None
+    assert none.kept == 0
+    assert "nothing of it is kept: on b the model got worse" in none.why
     # Not where it is better than in the beginning, not within the noise, and not at once.
     assert judge.verdict([start, better, check(10, 0.2, 0.95)]) is None
     assert judge.verdict([start, better, check(10, 0.2, 1.2, noise=3)]) is None
@@ -106,6 +111,20 @@ def test_the_weights_of_the_check_before_are_kept(
             heal(config, progress=killing(after))
         heal(config)
         assert stored(Path(config.out)) == stored(out)
+
+
+def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Stops, "verdict", lambda self, checks: Verdict("no", 0) if checks[2:] else None
+    )
+    monkeypatch.setattr(home, "Domains", Stops)
+    out = heal(options(models, tmp_path / "out", steps=8))
+    assert stored(out) == stored(models / "student")
+    found = read_json(out / "healing.json", "healing")
+    assert found["stopped"] == {"why": "no", "kept": 0}
+    assert found["after"]["kl"] == found["before"]["kl"]
 
 
 def test_the_last_loss_is_foretold_by_a_power_law() -> None:

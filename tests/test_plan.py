@@ -156,7 +156,7 @@ def test_a_budget_of_healing_buys_tokens_and_steps():
     # A third goes to candidates; two numbers wide, so that the rate is not lowered.
     assert (found["tokens"], found["trial_tokens"]) == (20_000, 10_000)
     assert (found["steps"], found["batch"], found["length"]) == (39, 2, 256)
-    assert found["learning_rate"] == 3e-4
+    assert found["learning_rate"] == 1.5e-4
     # The original's four blocks and its head, then three times the half of them.
     each = (4 + 2) + 3 * (2 + 2)
     assert found["seconds"] == 30_000 * each

@@ -29,7 +29,8 @@ class Verdict:
 
     Attributes:
         why: in words.
-        kept: the step whose weights are the result; None for those of the last one made.
+        kept: the step whose weights are the result, 0 for those that the training began with; None
+            for those of the last one made.
     """
 
     why: str
@@ -73,7 +74,8 @@ class Domains:
     """Ends a training where it makes one part of a mixture of texts worse.
 
     Worse is: at a check, by more than two standard errors, than before the training and than at
-    the check before, whose weights are kept. The first check after the beginning ends nothing.
+    the check before, whose weights are kept, or where these were worse than in the beginning, too,
+    the first ones. The first check after the beginning ends nothing.
     """
 
     def __init__(self, report: TokenSet) -> None:
@@ -93,11 +95,13 @@ class Domains:
             if all(mean > _ERRORS * error for mean, error in worse):
                 kl = [float(sums.sum() / counts[rows].sum()) for sums in (start, last, here)]
                 where = f"on {name} the model" if name else "the model"
+                mean, error = difference(start, last, counts[rows])
+                kept = 0 if mean > _ERRORS * error else before["step"]
+                what = f"the weights of step {kept} are" if kept else "nothing of it is"
                 return Verdict(
-                    f"healing was stopped at step {now['step']}, and the weights of step "
-                    f"{before['step']} are kept: {where} got worse, KL {kl[0]:.4f} before, "
-                    f"{kl[1]:.4f} and then {kl[2]:.4f}",
-                    before["step"],
+                    f"healing was stopped at step {now['step']}, and {what} kept: {where} got "
+                    f"worse, KL {kl[0]:.4f} before, {kl[1]:.4f} and then {kl[2]:.4f}",
+                    kept,
                 )
         return None
 

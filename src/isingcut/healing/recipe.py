@@ -14,6 +14,8 @@ SHORT = 256
 """Tokens of a sample, the fewest."""
 # Tokens of the largest step, and about as many steps as few tokens are divided into.
 _MOST, _STEPS = 16384, 40
+# Tokens of a step that bears the highest rate.
+_CALM = 2048
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def sizes(
 
     A step grows with the root of the tokens, 2,048 for 80,000 and 8,192 for 1.3 million, and there
     are some 40 or more. The rate falls as the tokens grow, from 3e-4 to the paper's 2e-5, and is
-    lower for wider models, as Adam's steps ask for. What the options say is taken as it is.
+    lower for wider models, as Adam's steps ask for, and for small steps. What the options say is
+    taken as it is.
 
     Args:
         width: of the residual stream.
@@ -60,6 +63,8 @@ def sizes(
     batch = config.batch or processes * math.ceil(step / (length * processes))
     scale = 10.0 if config.method == "lora" else 1.0
     rate = min(3e-4, 0.086 / math.sqrt(tokens)) * min(1.0, 576 / width)
+    # Gradients of few tokens are noise for the most part.
+    rate *= math.sqrt(min(1.0, batch * length / _CALM))
     rate = config.learning_rate or min(1e-3, scale * max(2e-5, rate))
     return batch, length, float(f"{rate:.2g}")
 

@@ -50,8 +50,11 @@ class Distill:
         job, bought = planned(job)
         found = {} if record.exists() else {**train(job, trained), **bought}
         if job.leads:
-            kept(record, lambda: found)
-            _publish(job, trained, out)
+            stopped = kept(record, lambda: found).get("stopped")
+            if stopped and stopped["kept"] == 0:
+                shutil.copytree(job.start, out)
+            else:
+                _publish(job, trained, out)
         job.processes.wait()
         return kept(record, lambda: found)
 

@@ -163,7 +163,7 @@ def _run(
     with clear_os_errors(out):
         if watch.verdict is None:
             trainer.save_model(str(out))
-        elif job.leads:
+        elif job.leads and watch.verdict.kept != 0:
             step = watch.verdict.kept or watch.curve[-1]["step"]
             state = job.work / "trainer" / f"checkpoint-{step}"
             shutil.rmtree(out, ignore_errors=True)
