@@ -114,11 +114,23 @@ def test_the_advice_after_no_number_works(arena, saved):
     assert types(arena, heal(f"{more} 1e-37")) == []
 
 
-def test_a_last_step_without_numbers(arena):
-    more = "--steps 1 --warmup-steps 0 --trainer {here}/t.yaml --learning-rate 10"
-    line = "last step left weights that are no numbers; lower --learning-rate, here 10"
+@pytest.mark.parametrize(
+    ("answers", "line"),
+    [
+        ("", "the loss of step 1 is nan; lower --learning-rate, here 10"),
+        # Kept answers leave nothing to judge by.
+        (
+            "--top-k 4 ",
+            "last step left weights that are no numbers; lower --learning-rate, here 10",
+        ),
+    ],
+)
+def test_a_last_step_without_numbers(arena, answers, line):
+    more = answers + "--steps 1 --warmup-steps 0 --trainer {here}/t.yaml --learning-rate 10"
     blown = trainer("weight_decay: 1e+38\n")
-    assert types(arena, heal(more), code=2, line=line, makes=(), prepare=blown) == []
+    made = {} if answers else {"makes": ()}
+    left = types(arena, heal(more), code=2, line=line, prepare=blown, **made)
+    assert ("targets" in left) == bool(answers)
 
 
 def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch):
