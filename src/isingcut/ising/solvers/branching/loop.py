@@ -15,10 +15,11 @@ from isingcut.ising.solvers._reduced import Reduced, propagate
 from isingcut.ising.solvers.branching.leaves import Leaves
 from isingcut.ising.solvers.branching.node import Node, Subproblem, spin_matrix
 from isingcut.ising.solvers.branching.pool import Pool
-from isingcut.ising.solvers.branching.relaxation import Relaxation
+from isingcut.ising.solvers.branching.relaxation import LARGE, Relaxation
 from isingcut.ising.states import Floats
 
-# A root's bound is improved as long as a call closes this share of what is left, by the last five.
+# A large root's bound is improved as long as a call closes this share of what is left (by the last
+# five calls).
 ROOT_GAIN = 0.005
 
 
@@ -172,8 +173,9 @@ class BranchAndBound:
             if self.stop[0]:
                 return None
             dual = self.relaxation.start(dual, part, node.m)
+            patient = root and free.size > LARGE
             climb = [bound]
-            while len(climb) == 1 or (root and self._worth_another(climb)):
+            while len(climb) == 1 or (patient and self._worth_another(climb)):
                 lower, splits, dual = self.relaxation.bound(part, node.m, dual, scratch)
                 climb.append(max(climb[-1], lower))
             node.bound = bound = climb[-1]
@@ -205,7 +207,7 @@ class BranchAndBound:
             return children
 
     def _worth_another(self, climb: list[float]) -> bool:
-        """Whether to go on with a root: what it leaves, every node below it has to climb."""
+        """Whether to go on with the root: what it leaves, every node below it has to climb."""
         left = float(self.pool.threshold[0]) - climb[-1]
         if self.stop[0] or left <= 0:
             return False

@@ -14,9 +14,12 @@ from isingcut.ising.states import Floats
 SIGMA = 0.01
 ROUNDS = 12
 ITERATIONS = 20
-CUTS_PER_ROUND = 400, 5  # at least, and per variable
+CUTS_PER_ROUND = 400
 CAPACITY = 6000
 GIVE_UP = 0.12
+# Beyond it the tree seldom ends, and the root's bound is what counts; below, a root that took
+# longer cost more nodes than it saved.
+LARGE = 130
 
 
 class Relaxation:
@@ -74,9 +77,9 @@ class Relaxation:
     ) -> tuple[float, Floats, Dual]:
         """Lower bound, lower bounds (2, V) for each value of each variable, multipliers.
 
-        The whole problem's, from which all others start, takes every round.
+        A large root's takes every round.
         """
-        root = part.free.size == self.rows.n
+        large = part.free.size == self.rows.n > LARGE
         size = part.free.size + 1
         C = spin_matrix(part.h, part.J, part.base)
         rows, ineq = self.spin_rows(part)
@@ -105,9 +108,9 @@ class Relaxation:
             centre,
             ROUNDS,
             ITERATIONS,
-            max(CUTS_PER_ROUND[0], CUTS_PER_ROUND[1] * size),
+            CUTS_PER_ROUND,
             SIGMA / size,
-            -np.inf if root else GIVE_UP,
+            -np.inf if large else GIVE_UP,
         )
         self.evaluations += int(evaluations)
         splits = np.full((2, size), -np.inf)
@@ -124,6 +127,6 @@ class Relaxation:
             kinds[:count][kept],
             centre.astype(np.float32),
         )
-        if m not in self._roots or root:
+        if m not in self._roots or large:
             self._roots[m] = new
         return float(lower), splits[:, 1:], new
