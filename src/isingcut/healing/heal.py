@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ import torch
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.quality import quality
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_json, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
+from isingcut.healing.figures import scores
 from isingcut.healing.healers import RECORD, registry
 from isingcut.healing.job import Job
 from isingcut.healing.judging import Domains, Judge
@@ -215,15 +213,15 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
     config, work, student, main = job.config, job.work, job.start, job.leads
     began = time.monotonic()
     record: dict[str, Any] = {}
-    before = kept(work / "before.json", lambda: _scores(job, student, text.report)) if main else {}
+    before = kept(work / "before.json", lambda: scores(job, student, text.report)) if main else {}
     start = start_of(student)
     if config.patch in ("linear", "tuned") or (config.patch is None and start == "cut"):
         patched = work / "patched"
 
         def make() -> dict[str, Any]:
             found = patch(job, patched)
-            scores = {"scores": _scores(job, patched, text.report)} if found["cuts"] else {}
-            return {**found, **scores}
+            figures = {"scores": scores(job, patched, text.report)} if found["cuts"] else {}
+            return {**found, **figures}
 
         if main:
             found = kept(work / "patched.json", make)
@@ -239,7 +237,7 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
             record["distillation"] = registry.get("distill")().heal(job, done)
         elif main:
             shutil.copytree(job.start, done)
-        after = _scores(job, done, text.report) if main else {}
+        after = scores(job, done, text.report) if main else {}
     except ModelError:
         # It would fail the same way from its last state; another learning rate may not.
         if main:
@@ -275,34 +273,3 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
 
 def _named(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, **model_identity(folder)}
-
-
-def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
-    """Perplexity and KL to the original of a checkpoint on the held-out text."""
-    size = job.config.batch_tokens
-    trust = job.config.trust_remote_code
-    options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
-    if job.replay is None:
-        model = load(folder, **options).model
-        found = quality(job.teacher.model, model, report, size, progress=job.progress)
-    else:
-        _, cut = load_streamed(folder, buffers=job.replay.store.buffers, **options)
-        found = quality(job.replay, cut, report, size, progress=job.progress)
-    figures = (*found["after"].values(), *found["before"].values(), found["kl"])
-    if not all(math.isfinite(v) for v in figures if isinstance(v, float)):
-        before, after = (found[side]["perplexity"] for side in ("before", "after"))
-        raise ModelError(
-            f"the figures of {folder} are no numbers (perplexity {after}; the teacher's {before}): "
-            "the weights of one of the two are damaged, or --dtype bfloat16 is too coarse for them"
-        )
-    parts = {name: _healed_scores(part) for name, part in found.get("parts", {}).items()}
-    return {**_healed_scores(found), **({"parts": parts} if parts else {})}
-
-
-def _healed_scores(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **found["after"],
-        "kl": found["kl"],
-        "kl_se": found["kl_se"],
-        "original_perplexity": found["before"]["perplexity"],
-    }

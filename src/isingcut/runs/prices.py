@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from isingcut.energies.pairwise import removals
-from isingcut.energies.search import Target, greedy_price
+from isingcut.energies.search import greedy_price
 from isingcut.evaluation.candidates import few_samples
 from isingcut.healing.recipe import sizes
 from isingcut.healing.training.tune import BYTES
@@ -27,7 +27,7 @@ from isingcut.measure.curvature import KINDS
 from isingcut.measure.tree import tree_nodes
 from isingcut.models.architectures import text_config
 from isingcut.models.device import pick_device, pick_dtype
-from isingcut.models.inspect import Inspection, inspect_model
+from isingcut.models.inspect import inspect_model
 from isingcut.models.parts import BLOCK_STREAMS
 from isingcut.models.streaming.memory import weight_bytes
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -37,7 +37,7 @@ from isingcut.runs.healing_options import heal_config
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.probe import probe, random_text
-from isingcut.runs.removal import each_removal, removal_rows
+from isingcut.runs.removal import removed_count
 from isingcut.runs.session import Session
 from isingcut.runs.trials import SHARE
 
@@ -113,7 +113,8 @@ class Prices:
         self.n = len(self.timings.latency)
         self.weights = weight_bytes(session.source, self.store.dtype)
         found = inspect_model(session.source, trust_remote_code=config.trust_remote_code)
-        self.remove = self._removed(found)
+        size = self.store.size
+        self.remove = removed_count(config, found, self.timings.latency, size, self.weights)
         stored = sum(b.bytes for b in found.stack.blocks)
         self.stored = stored * (1 - self.remove / self.n) + found.other_bytes
         self.left = self.stored / (stored + found.other_bytes)
@@ -292,20 +293,3 @@ class Prices:
         doubt = _DOUBT if samples else _DOUBT_REST
         low, high = seconds / doubt, seconds * doubt
         return Estimate(name, samples, seconds, low, high, int(memory), int(disk))
-
-    def _removed(self, found: Inspection) -> int:
-        """How many blocks go: of a budget as many as it takes; a fifth where nothing is said."""
-        if not self.config.removal:
-            return max(1, self.n // 5)
-        costs = zip(found.stack.blocks, self.timings.latency, strict=True)
-        described = {
-            "blocks": [
-                {**vars(b), "latency_seconds": seconds, "bytes": self.store.size(b.index)}
-                for b, seconds in costs
-            ],
-            "legality": [vars(row) for row in found.rows],
-            "total_parameters": found.parameters,
-            "total_bytes": self.weights,
-        }
-        last = each_removal(self.config)[-1]
-        return Target.of(last.removal, removal_rows(described, last), self.n).size

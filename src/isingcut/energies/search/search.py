@@ -57,8 +57,7 @@ class Search:
 
     Args:
         targets: what to look for.
-        passes: budget in full forward passes over ``tokens``; None takes what a greedy path to
-            the largest target would cost.
+        passes: budget in full forward passes over ``tokens``; None: a greedy path's to the largest.
         seed: of every random choice.
 
     Attributes:
@@ -94,8 +93,8 @@ class Search:
         self._rng = np.random.default_rng([seed, 0x5EA2C4])
         self._origins: dict[str, str] = {}
         influence, _ = self.evaluator.one_pass(self.one_pass)
-        share = plan.PRIOR_SHARE * self.budget
-        self._prior = pair_energy(self.evaluator, share, self.rungs[0], influence)
+        most = plan.PRIOR_SHARE * self.budget
+        self._prior = pair_energy(self.evaluator, most, self.rungs[0], influence)
 
     def run(self) -> Search:
         """Search until the budget is spent; returns itself."""
@@ -180,10 +179,9 @@ class Search:
         if self._left() <= 0:
             return False
         goal.rounds += 1
-        states = self._propose(goal)
-        if states and not self._afford(states, self.rungs[0]):
-            return False
-        if states:
+        if states := self._propose(goal):
+            if not self._afford(states, self.rungs[0]):
+                return False
             label = f"remove {goal.target.label}, round {goal.rounds}"
             self.evaluator.measure(states, self.rungs[0], f"{label}: {len(states)} new states")
         self._promote(goal)
@@ -261,8 +259,9 @@ class Search:
         counts = range(len(states), min(2, len(states)) - 1, -1)
         for rung, count in product(reversed(self.rungs), counts):
             if self._afford(states[:count], rung, final=True):
-                label = f"remove {goal.target.label}: finalists"
-                self.evaluator.measure(states[:count], rung, label)
+                self.evaluator.measure(
+                    states[:count], rung, f"remove {goal.target.label}: finalists"
+                )
                 break
         self._note(goal)
 
@@ -287,9 +286,8 @@ class Search:
             return
         best = found.best()
         state = found.states[best]
-        changed = goal.best is None or bool((state != goal.best).any())
-        goal.stale = 0 if changed else goal.stale + 1
-        goal.best = state
+        same = goal.best is not None and bool((state == goal.best).all())
+        goal.stale, goal.best = (goal.stale + 1 if same else 0), state
         self.trace.append(
             {
                 "passes": self.evaluator.ledger.passes,

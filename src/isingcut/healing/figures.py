@@ -1,0 +1,46 @@
+"""Perplexity and KL of a checkpoint on the text that a healing holds out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import ModelError
+from isingcut.evaluation.quality import quality
+from isingcut.healing.job import Job
+from isingcut.models.load import load
+from isingcut.models.streaming.opening import load_streamed
+
+
+def scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
+    """Perplexity and KL to the original of a checkpoint on the held-out text."""
+    size = job.config.batch_tokens
+    trust = job.config.trust_remote_code
+    options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
+    if job.replay is None:
+        model = load(folder, **options).model
+        found = quality(job.teacher.model, model, report, size, progress=job.progress)
+    else:
+        _, cut = load_streamed(folder, buffers=job.replay.store.buffers, **options)
+        found = quality(job.replay, cut, report, size, progress=job.progress)
+    figures = (*found["after"].values(), *found["before"].values(), found["kl"])
+    if not all(math.isfinite(v) for v in figures if isinstance(v, float)):
+        before, after = (found[side]["perplexity"] for side in ("before", "after"))
+        raise ModelError(
+            f"the figures of {folder} are no numbers (perplexity {after}; the teacher's {before}): "
+            "the weights of one of the two are damaged, or --dtype bfloat16 is too coarse for them"
+        )
+    parts = {name: _healed_scores(part) for name, part in found.get("parts", {}).items()}
+    return {**_healed_scores(found), **({"parts": parts} if parts else {})}
+
+
+def _healed_scores(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **found["after"],
+        "kl": found["kl"],
+        "kl_se": found["kl_se"],
+        "original_perplexity": found["before"]["perplexity"],
+    }
