@@ -217,13 +217,17 @@ def test_old_files_of_healed_candidates_are_read(tmp_path: Path) -> None:
 def test_how_many_are_tried() -> None:
     plain = RunConfig(model="m", remove="2")
     assert plain.tried == 0
-    assert plain.replace(heal="5min").tried == 3
+    assert plain.replace(heal="10min").tried == 3
+    assert plain.replace(heal="50ktokens").tried == 3
+    # A third of a short time, shared by three, says nothing.
+    assert plain.replace(heal="5min").tried == 0
+    assert plain.replace(heal="5min", heal_top=3).tried == 3
     assert plain.replace(heal=True, heal_top=1).tried == 0
     assert plain.replace(heal=True, heal_top=0).tried == 0
     assert plain.replace(heal_top=4).tried == 4
     # Chosen in another way.
-    assert plain.replace(heal="5min", choose="ground").tried == 0
-    assert plain.replace(heal="5min", choose="ground", heal_top=2).tried == 2
+    assert plain.replace(heal="10min", choose="ground").tried == 0
+    assert plain.replace(heal="10min", choose="ground", heal_top=2).tried == 2
 
 
 def test_the_python_api_takes_the_choice_after_healing(tried: Path) -> None:

@@ -38,6 +38,8 @@ from isingcut.options.types import (
     reads,
 )
 
+# A third of a shorter healing, shared by three candidates, ends before their speed is known.
+_SECONDS_FOR_TRIALS = 540.0
 STAGES = (
     *("model", "calibration", "energy", "solve", "rank"),
     *("excise", "heal", "evaluate", "report"),
@@ -194,7 +196,7 @@ class RunConfig(Options):
     heal_top: Annotated[int, Bounds(ge=0, le=1000)] | None = option(
         None,
         "Heal so many candidates for a few steps first, and choose after it (default: 3 with "
-        "--heal, unless --choose says another way; 0: none).",
+        "--heal of nine minutes or more, unless --choose says another way; 0: none).",
     )
     heal_options: Place = option(
         "", "YAML file with options of `isingcut heal` (text, steps, method, ...)."
@@ -219,7 +221,9 @@ class RunConfig(Options):
         """Candidates that are healed for a few steps; of one alone nothing can be chosen."""
         asked = self.heal_top
         if asked is None:
-            asked = 3 if self.heal and self.choose == "measured" else 0
+            seconds = parse_healing(self.heal)[1]
+            enough = seconds is None or seconds >= _SECONDS_FOR_TRIALS
+            asked = 3 if self.heal and self.choose == "measured" and enough else 0
         return asked if asked > 1 else 0
 
     def stage_options(self, last: str) -> dict[str, Any]:
