@@ -140,23 +140,24 @@ class RunFiles:
         candidates, healed, meta = self.candidates, self.healed_candidates, self.meta or {}
         if candidates is None:
             return "The run's files hold no measured ranking behind this choice."
+        chosen, count = candidates["chosen"], len(candidates["candidates"])
+        won = one_pass_words(candidates) if sorted(chosen["removed"]) == removed else ""
         if healed is not None and sorted(healed["chosen"]["removed"]) == removed:
-            best, count = healed["chosen"], len(healed["candidates"])
+            best, tried = healed["chosen"], len(healed["candidates"])
             steps = f"{best['steps']} steps" if best.get("steps") else "a few steps"
             figures = (
                 f"(KL {plus_minus(best['kl'], best['kl_se'])} nats per token, before "
                 f"{best['kl_before']:.4f})"
             )
-            if count == 1:
+            if tried == 1:
                 return (
                     f"Its measured KL was the lowest; the budget was too small to compare it with "
-                    f"others after {steps} of healing {figures}."
+                    f"others after {steps} of healing {figures}. {won}".rstrip()
                 )
             return (
-                f"{count} candidates were healed for {steps} on the same text and measured again; "
-                f"this one was then the best {figures}."
+                f"{tried} candidates were healed for {steps} on the same text and measured again; "
+                f"this one was then the best {figures}. {won}".rstrip()
             )
-        chosen, count = candidates["chosen"], len(candidates["candidates"])
         if sorted(chosen["removed"]) != removed:
             return "They were named by hand, not chosen from a spectrum."
         text = f", measured on {meta['tokens']} tokens" if "tokens" in meta else ""
@@ -175,7 +176,7 @@ class RunFiles:
             f"{candidates['tokens']} other tokens. The choice is {place} of that spectrum (0 is "
             f"the lowest), energy {energy}, for this reason: {chosen['why']} "
             f"(KL {plus_minus(chosen['kl'], chosen['kl_se'])} nats per token). "
-            f"{one_pass_words(candidates)}".rstrip()
+            f"{won}".rstrip()
         )
 
     @property
