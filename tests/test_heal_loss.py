@@ -153,5 +153,8 @@ def test_hidden_states_are_matched_behind_the_cuts() -> None:
         states = teacher(ids, output_hidden_states=True).hidden_states
     ratio = (states[2] - states[4]).square().sum(-1) / states[4].square().sum(-1)
     install(student, student, Objective(teacher, 1.0, [(1, 3)], 0.5))
+    # A check between steps looks at the divergence alone.
+    assert float(student(input_ids=ids, attention_mask=mask)["loss"].detach()) < 1e-4
+    student.train()
     found = student(input_ids=ids, attention_mask=mask)["loss"]
     assert float(found.detach()) == pytest.approx(0.5 * float(ratio.sum()) * 11 / 12, rel=1e-4)

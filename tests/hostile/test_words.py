@@ -140,7 +140,7 @@ OTHERS = [
     ("solve gone --keep 1 --drop 1", "both name block 1"),
     ("solve gone --states 1000000000", "--states must be at most 100000"),
     ("rank gone --remove two", "--remove: cannot read 'two'"),
-    ("rank gone --random-states 5", "--random-states must be at least 30"),
+    ("rank gone --random-states 5", "--random-states must be 0 or at least 30"),
     ("evaluate gone --memory-limit much", "--memory-limit: an amount like"),
     ("report gone --budget params=0", "'0' is nothing"),
     ("push gone me/it --remove two", "--remove: cannot read 'two'"),

@@ -99,7 +99,7 @@ class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         bare = {flag(f): f.metadata["bare"] for f in fields(RunConfig) if f.metadata["bare"]}
         amounts = (after[:1].isdigit() or after in bare.values() for after in [*args[1:], ""])
-        pairs = zip(args, amounts, strict=True)
+        pairs = zip(args, amounts, strict=False)
         words = [w if given or w not in bare else f"{w}={bare[w]}" for w, given in pairs]
         return super().parse_args(ctx, words)
 

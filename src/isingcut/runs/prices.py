@@ -36,8 +36,7 @@ from isingcut.options.spellings import parse_effort, parse_healing
 from isingcut.runs.healing_options import heal_config
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
-from isingcut.runs.probe import probe, random_text
-from isingcut.runs.removal import removed_count
+from isingcut.runs.probe import probe, random_text, removed_count
 from isingcut.runs.session import Session
 from isingcut.runs.trials import SHARE
 

@@ -19,14 +19,18 @@ import torch
 from torch import nn
 
 from isingcut.data.tokens import TokenSet
+from isingcut.energies.search import Target
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.architectures import find_stack, stack_modules, text_config
 from isingcut.models.compute.tuning import few_threads, kept_bytes, tune
+from isingcut.models.inspect import Inspection
 from isingcut.models.parts import EMBED, HEAD
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.plan import Copied
 from isingcut.models.streaming.store import Store
+from isingcut.options.config import RunConfig
+from isingcut.runs.removal import each_removal, removal_rows
 
 # At most so many blocks that weigh no more than that; but one of every kind.
 _BLOCKS, _ENOUGH_BYTES = 6, 1 << 30
@@ -158,3 +162,31 @@ def _forget_cached(store: Store, blocks: Sequence[int]) -> None:
         for source in [step.source] if isinstance(step, Copied) else [s for _, s in step.sources]:
             with source.file.open("rb") as f:
                 os.posix_fadvise(f.fileno(), source.start, source.size, os.POSIX_FADV_DONTNEED)
+
+
+def removed_count(
+    config: RunConfig,
+    found: Inspection,
+    latency: Sequence[float],
+    size: Callable[[int], int],
+    total: int,
+) -> int:
+    """How many blocks go: of a budget as many as it takes; a fifth where nothing is said.
+
+    Args:
+        latency: seconds of each block.
+        size: bytes of a block, ``total`` those of all weights.
+    """
+    if not config.removal:
+        return max(1, len(latency) // 5)
+    described = {
+        "blocks": [
+            {**vars(b), "latency_seconds": seconds, "bytes": size(b.index)}
+            for b, seconds in zip(found.stack.blocks, latency, strict=True)
+        ],
+        "legality": [vars(row) for row in found.rows],
+        "total_parameters": found.parameters,
+        "total_bytes": total,
+    }
+    last = each_removal(config)[-1]
+    return Target.of(last.removal, removal_rows(described, last), len(latency)).size

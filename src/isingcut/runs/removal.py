@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from isingcut.energies.search import Target
 from isingcut.errors import InfeasibleError, InputError
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
-from isingcut.models.inspect import Inspection
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import (
     QUANTITIES,
@@ -77,34 +75,6 @@ def removal_rows(
         alone = "each alone " if len(each) > 1 else ""
         raise InfeasibleError(f"{e}; the largest possible {alone}is {', '.join(each)}") from e
     return [*counts, *bounds, *others]
-
-
-def removed_count(
-    config: RunConfig,
-    found: Inspection,
-    latency: Sequence[float],
-    size: Callable[[int], int],
-    total: int,
-) -> int:
-    """How many blocks go: of a budget as many as it takes; a fifth where nothing is said.
-
-    Args:
-        latency: seconds of each block.
-        size: bytes of a block, ``total`` those of all weights.
-    """
-    if not config.removal:
-        return max(1, len(latency) // 5)
-    described = {
-        "blocks": [
-            {**vars(b), "latency_seconds": seconds, "bytes": size(b.index)}
-            for b, seconds in zip(found.stack.blocks, latency, strict=True)
-        ],
-        "legality": [vars(row) for row in found.rows],
-        "total_parameters": found.parameters,
-        "total_bytes": total,
-    }
-    last = each_removal(config)[-1]
-    return Target.of(last.removal, removal_rows(described, last), len(latency)).size
 
 
 def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
