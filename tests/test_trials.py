@@ -214,6 +214,29 @@ def test_old_files_of_healed_candidates_are_read(tmp_path: Path) -> None:
     assert read_json(file, "healed-candidates")["chosen"] == row
 
 
+def test_what_a_search_began_with_is_not_measured_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(*_: object) -> None:
+        raise AssertionError("one pass is in the ranking already")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trials, "compare", compare)
+    pools: list[list[dict[str, Any]]] = []
+    monkeypatch.setattr(trials, "_trials", lambda *given: pools.append(given[-1]) or stop())
+    given = {"heal": True, "heal_top": 3, "energy": "refined", "samples": 4, "rank_samples": 4}
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config(folder, "searched", keep="", **given))
+    states = [tuple(row["removed"]) for row in pools[0]]
+    assert len(set(states)) == 3
+    ranked = read_json(folder / "searched" / "candidates.json", "candidates")
+    quick = {tuple(row["removed"]) for row in ranked["one_pass"]["states"]}
+    # One of them is tried: the best of the spectrum, or the next.
+    assert quick & set(states[:2])
+
+
 def test_how_many_are_tried() -> None:
     plain = RunConfig(model="m", remove="2")
     assert plain.tried == 0

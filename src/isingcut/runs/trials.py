@@ -161,8 +161,10 @@ def _pool(session: Session, folder: RunFolder, count: int) -> list[dict[str, Any
     ranked = folder.load(target / "candidates.json", lambda p: read_json(p, "candidates"))
     rows = sorted(ranked["candidates"], key=lambda row: float(row["kl"]))
     known = [{**row, "source": "spectrum"} for row in rows]
-    others = []
-    for name in ONE_PASS if count > 1 else ():
+    # What a search began with is measured already.
+    quick = ranked.get("one_pass")
+    others = [{**row, "source": row["method"]} for row in quick["states"]] if quick else []
+    for name in ONE_PASS if count > 1 and not quick else ():
         found = compare(session, folder, name)
         if not found["violated"]:
             others.append({**found, "source": name})

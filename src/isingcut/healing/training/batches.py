@@ -89,7 +89,7 @@ class Steps(Sampler[list[int]]):
 
 
 @dataclass(frozen=True)
-class Trial(Sampler[list[int]]):
+class TimedSteps(Sampler[list[int]]):
     """Steps whose time is taken, each one micro-batch: three of one sample, two of several.
 
     Args:

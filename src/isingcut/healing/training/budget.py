@@ -15,7 +15,7 @@ from typing import Any
 from isingcut.data.tokens import pieces
 from isingcut.healing.job import Job
 from isingcut.healing.recipe import SHORT, Recipe, bought
-from isingcut.healing.training.batches import Trial
+from isingcut.healing.training.batches import TimedSteps
 from isingcut.healing.training.train import step_times
 from isingcut.healing.work_folder import kept
 from isingcut.models.architectures import text_config
@@ -71,7 +71,7 @@ def _pace(job: Job) -> tuple[float, float]:
     # The first step of a size compiles and allocates; of the others the fastest was not disturbed.
     (n, s), (m, t) = (
         min(part[1:], key=lambda step: step[1])
-        for part in (times[: Trial.small], times[Trial.small :])
+        for part in (times[: TimedSteps.small], times[TimedSteps.small :])
     )
     token = (t - s) / (m - n) if m > n and t > s else t / m
     return max(0.0, t - token * m), token

@@ -21,7 +21,7 @@ from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
 from isingcut.healing.recipe import steps_of
 from isingcut.healing.trainer_file import read_trainer_file
-from isingcut.healing.training.batches import Rows, Steps, Trial, collate
+from isingcut.healing.training.batches import Rows, Steps, TimedSteps, collate
 from isingcut.healing.training.room import Way, way_of
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, trainable
@@ -83,11 +83,11 @@ def step_times(job: Job) -> list[tuple[int, float]]:
     """Tokens and seconds of steps that come to nothing: of one sample, then of many."""
     size = job.processes.size
     job = dataclasses.replace(job, config=job.config.replace(batch=64 * size))
-    watch = Watch(job, "timing steps", timing=True)
+    watch = Watch(job, "timing", timing=True)
     with _students(job) as (student, rows):
         way = _way(job, student, rows)
         longest = int(job.tokens.mask.sum(1).max())
-        order = Trial(len(rows), max(1, way.most // longest), job.processes.rank, size)
+        order = TimedSteps(len(rows), max(1, way.most // longest), job.processes.rank, size)
         _run(job, student, rows, way, order, watch, None)
     counts = [0, *(step["tokens"] for step in watch.curve)]
     found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
@@ -122,7 +122,7 @@ def _run(
     student: Any,
     rows: Rows,
     way: Way,
-    order: Steps | Trial,
+    order: Steps | TimedSteps,
     watch: Watch,
     out: Path | None,
 ) -> None:
@@ -192,7 +192,7 @@ def _way(job: Job, student: Any, rows: Rows) -> Way:
     return Way(**job.processes.decide(lambda: kept(job.work / "way.json", made)))
 
 
-def _arguments(job: Job, way: Way, order: Steps | Trial, *, saved: bool) -> TrainingArguments:
+def _arguments(job: Job, way: Way, order: Steps | TimedSteps, *, saved: bool) -> TrainingArguments:
     config, size, steps = job.config, job.processes.size, order.steps
     device = job.teacher.device
     settings: dict[str, Any] = {

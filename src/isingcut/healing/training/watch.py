@@ -22,7 +22,7 @@ from isingcut.files.outputs import mark
 from isingcut.files.writing import clear_os_errors, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.judging import Verdict
-from isingcut.healing.training.batches import Rows, Steps, Trial, collate
+from isingcut.healing.training.batches import Rows, Steps, TimedSteps, collate
 
 CURVE = "healing-curve.json"
 
@@ -48,7 +48,7 @@ class OurTrainer(Trainer):
         order: this process's micro-batches.
     """
 
-    def __init__(self, order: Steps | Trial, **rest: Any) -> None:
+    def __init__(self, order: Steps | TimedSteps, **rest: Any) -> None:
         super().__init__(**rest)
         self.order = order
 
@@ -107,7 +107,9 @@ class Watch(TrainerCallback):
         if self.job.leads:
             size = self.job.config.sequences
             longest = int(self.job.tokens.mask.sum(1).max())
-            words = f"{self.words}, {state.max_steps} steps of {size} x {longest} tokens"
+            words = f"{self.words}, {state.max_steps} steps"
+            if not self.timing:
+                words += f" of {size} x {longest} tokens"
             self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
             if state.global_step:
                 self.bar.advance(state.global_step)
