@@ -89,25 +89,18 @@ def training_text(
 
 
 def judged_texts(
-    data: Path, tokenizer: Any, tokens: int, *, code: bool = False
+    data: Path, tokenizer: Any, tokens: int, *, code: bool = False, maths: bool = False
 ) -> dict[str, TokenSet]:
     """Text that nothing was chosen, fitted or trained on, about so many tokens of each.
 
     Args:
         code: 256 tokens from within each of the Python files that `mixed_text` leaves, too.
+        maths: word problems with their worked answers, as running text, too.
     """
     found = {}
     files = {"wikitext2": "wikitext2/test_raw.jsonl", "c4": "calib_text/c4_300.jsonl"}
     for name, file in files.items():
-        found[name] = build(
-            str(data / file),
-            tokenizer,
-            samples=max(2, tokens // 256),
-            rank_samples=1,
-            report_samples=1,
-            length=256,
-            seed=0,
-        ).splits["energy"]
+        found[name] = _running(str(data / file), tokenizer, tokens)
     rows: list[list[int]] = []
     for record in _conversations(data)[-JUDGED_CONVERSATIONS:]:
         text = str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
@@ -122,7 +115,38 @@ def judged_texts(
         ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in files)
         long = (row[256:512] for row in ids if len(row) >= 512)
         found["code"] = TokenSet.from_rows(list(itertools.islice(long, max(2, tokens // 256))))
+    if maths:
+        found["maths"] = _word_problems(data, tokenizer, tokens)
     return found
+
+
+def _running(source: str, tokenizer: Any, tokens: int) -> TokenSet:
+    """Samples of 256 tokens of plain text."""
+    found = build(
+        source,
+        tokenizer,
+        samples=max(2, tokens // 256),
+        rank_samples=1,
+        report_samples=1,
+        length=256,
+        seed=0,
+    )
+    return found.splits["energy"]
+
+
+def _word_problems(data: Path, tokenizer: Any, tokens: int) -> TokenSet:
+    """Problems with worked answers one after the other, in samples of 256 tokens."""
+    ids: list[int] = []
+    for line in (data / "gsm8k" / "train1000.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        text = f"Question: {record['context']}\nAnswer: {record['solution']}\n\n"
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    count = min(max(2, tokens // 256), len(ids) // 256)
+    return TokenSet(
+        torch.tensor(ids[: 256 * count]).view(count, 256),
+        torch.ones(count, 256, dtype=torch.bool),
+        torch.arange(count),
+    )
 
 
 def _chats(data: Path, tokenizer: Any) -> list[str]:

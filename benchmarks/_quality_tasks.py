@@ -18,20 +18,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from _merging import Merged
 from _quality_bench import Bench
 from _quality_judge import Chosen
 from _quality_store import Part, Price
+from _shared_answers import continuation_scores
 from isingcut.data.encoder import Encoder
-from isingcut.data.tokens import TokenSet
-from isingcut.files.journal import Journal
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Floats, states_of
-from isingcut.measure.work import Work
-from isingcut.models.replay import Replay, reuse_freed_memory
 
 FILES = {
     "arc_easy": "arc_easy/test_sub500.jsonl",
@@ -42,8 +37,6 @@ FILES = {
 }
 METRIC = {"hellaswag": "acc_norm"}
 """What is usually reported for a task, where that is not `acc`."""
-
-_HEAD_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -89,102 +82,6 @@ def encoded(tokenizer: Any, context: str, continuation: str) -> tuple[list[int],
     held = len(start) + len(ids(context))
     # A tokenizer may merge the last of the context with the first of the continuation.
     return whole, max(1, len(whole) - held)
-
-
-def continuation_scores(
-    replay: Replay,
-    rows: Sequence[tuple[list[int], int]],
-    states: npt.NDArray[np.bool_],
-    work: Work,
-    description: str = "scoring",
-) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Log-likelihood of each row's last tokens under each state, and whether they are greedy.
-
-    Args:
-        rows: R pairs of token ids and the number of them, at the end, that count.
-        states: (S, N) bool.
-
-    Returns:
-        (S, R) nats, and (S, R) bool: every counted token is the most likely one.
-    """
-    reuse_freed_memory()
-    tokens = TokenSet.from_rows([ids for ids, _ in rows])
-    order = np.lexsort(states.T[::-1])
-    sums = np.zeros((2, len(states), len(rows)))
-    identity = {
-        **replay.identity(),
-        "rows": [[ids, k] for ids, k in rows],
-        "states": np.packbits(states).tolist(),
-        "shape": list(states.shape),
-        "batch_tokens": work.batch_tokens,
-    }
-    kept = Journal(work.journal, fingerprint(identity))
-    batches = tokens.batches(work.batch_tokens)
-    with work.progress(description, len(batches)) as bar, torch.inference_mode():
-        for b, batch in enumerate(batches):
-            found = kept.get(str(b))
-            if found is None:
-                counted = [rows[int(r)][1] for r in batch.index]
-                found = _batch(replay, batch, counted, states, order)
-                kept.put(str(b), found)
-            sums[:, :, batch.index.numpy()] = found
-            bar.advance(1)
-    return sums[0], sums[1] == 1
-
-
-def _batch(
-    replay: Replay,
-    batch: TokenSet,
-    counted: Sequence[int],
-    states: npt.NDArray[np.bool_],
-    order: npt.NDArray[np.int64],
-) -> Floats:
-    """(2, S, B) log-likelihoods and greedy flags of one micro-batch, prefixes shared."""
-    n = len(replay)
-    recording = replay.record(batch.input_ids)
-    stream: list[Tensor] = [recording.entered] * (n + 1)
-    lengths = batch.mask.sum(1).tolist()
-    # Position t predicts token t + 1.
-    where = [
-        (s, t)
-        for s, (length, k) in enumerate(zip(lengths, counted, strict=True))
-        for t in range(length - 1 - k, length - 1)
-    ]
-    sample = torch.tensor([s for s, _ in where])
-    position = torch.tensor([t for _, t in where])
-    labels = batch.input_ids[sample, position + 1].to(replay.device)
-    out = np.zeros((2, len(states), batch.samples))
-    start, previous = 0, states[order[0]]
-    for place in order:
-        removed = states[place]
-        if place != order[0]:
-            differ = np.flatnonzero(removed != previous)
-            start = int(differ[0]) if len(differ) else n
-        for i in range(start, n):
-            stream[i + 1] = stream[i] if removed[i] else recording.block(i, stream[i])
-        previous = removed
-        chosen = stream[n][sample, position]
-        likely, best = _heads(replay, chosen, labels)
-        np.add.at(out[0, place], sample.numpy(), likely)
-        greedy = np.ones(batch.samples)
-        np.minimum.at(greedy, sample.numpy(), best)
-        out[1, place] = greedy
-    return out
-
-
-def _heads(replay: Replay, stream: Tensor, labels: Tensor) -> tuple[Floats, Floats]:
-    """Log-likelihood of each label (K,) at its stream (K, D), and whether it is the likeliest.
-
-    Only these rows pass through the head: the final norm and the head look at one position at
-    a time.
-    """
-    likely, best = [], []
-    for a in range(0, len(stream), _HEAD_ROWS):
-        part, label = stream[a : a + _HEAD_ROWS], labels[a : a + _HEAD_ROWS]
-        logits = replay.tail(part[None], label[None])[0].float()
-        likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
-        best.append((logits.argmax(-1) == label).double())
-    return torch.cat(likely).cpu().numpy(), torch.cat(best).cpu().numpy()
 
 
 def grade(

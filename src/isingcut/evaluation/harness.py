@@ -30,7 +30,13 @@ class Harness(HFLM):  # type: ignore[misc]
 
     def __init__(self, loaded: LoadedModel, batch: int, bar: Bar | None, note: str) -> None:
         model = text_model(loaded.model)
-        super().__init__(pretrained=model, tokenizer=loaded.tokenizer, batch_size=batch)
+        # In half precision the harness would round log-probabilities, to an eighth from 16 nats on.
+        super().__init__(
+            pretrained=model,
+            tokenizer=loaded.tokenizer,
+            batch_size=batch,
+            softmax_dtype="float32",
+        )
         self.bar, self.note, self.seen = bar, note, 0
         self.answers: dict[bytes, int] = {}
         self.can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -23,6 +23,7 @@ from isingcut.ising.states import Floats
 from isingcut.models.sources import model_identity
 
 if TYPE_CHECKING:
+    from isingcut.evaluation.harness import Harness
     from isingcut.models.load import LoadedModel
 
 _PREFERRED = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
@@ -153,12 +154,17 @@ def score(
         InputError: no question is wanted, or none has a score.
     """
     with quiet():
+        from isingcut.evaluation.harness import Harness
+
+        return asked(Harness(loaded, batch, bar, note), task, wanted)
+
+
+def asked(model: Harness, task: Prepared, wanted: Callable[[str], bool] | None = None) -> Scores:
+    """What the harness makes of a model's answers to a task; otherwise as `score`."""
+    with quiet():
         from lm_eval.defaults import DEFAULT_OTHER_SEED
         from lm_eval.evaluator import evaluate
 
-        from isingcut.evaluation.harness import Harness
-
-        model = Harness(loaded, batch, bar, note)
         made = task.make()
         picked = None
         if wanted is not None:

@@ -1,0 +1,280 @@
+"""Parts of the accuracy benchmark: choose, ask and measure the cut models, repair some, ask again.
+
+What is cut and not repaired is asked without being written: all states in one go, prefixes shared.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+import _healing_parts as healing
+from _accuracy_states import METHODS, OURS, PASSES, SCALED, choose, conversations, scales
+from _accuracy_states import stream_sizes as sizes_of
+from _healing_texts import judged_texts
+from _healing_work import Part, key
+from _shared_answers import all_at_once, continuation_scores
+from isingcut.data.calibration import build
+from isingcut.data.tokens import TokenSet
+from isingcut.evaluation.questions import prepare_task
+from isingcut.evaluation.scores import Scores, score
+from isingcut.files.writing import fingerprint
+from isingcut.ising.states import states_of
+from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.replay import Replay
+
+GENERATED = ("gsm8k",)
+TASK_TOKENS = {
+    **healing.TASK_TOKENS,
+    "arc_challenge": 130,
+    "boolq": 320,
+    "openbookqa": 70,
+    "gsm8k": 1200,
+}
+"""Tokens a question costs, all choices together; for the estimate only."""
+healing.TASK_TOKENS.update(TASK_TOKENS)
+
+
+class Bench(healing.Bench):
+    """What can be made, and in which order."""
+
+    @cached_property
+    def replay(self) -> Replay:
+        model = self.original.model
+        return Replay(model, stack_modules(model, find_stack(model)))
+
+    def measuring(self, name: str) -> Work:
+        """With a journal of its own, so that a part that is interrupted goes on."""
+        path = self.path(name).with_suffix(".journal")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Work(self.options.batch_tokens, self.progress, path)
+
+    @cached_property
+    def chosen_on(self) -> TokenSet:
+        o = self.options
+        return build(
+            o.calibration,
+            self.original.tokenizer,
+            samples=o.state_tokens // 256,
+            rank_samples=2,
+            report_samples=2,
+            length=256,
+            seed=0,
+        ).splits["energy"]
+
+    @cached_property
+    def judged(self) -> dict[str, TokenSet]:
+        tokens, tokenizer = self.options.judged_tokens, self.original.tokenizer
+        return judged_texts(self.data, tokenizer, tokens, code=True, maths=True)
+
+    # choosing -----------------------------------------------------------------------------
+
+    def choosing(self, method: str, m: int) -> Part:
+        """What a method removes."""
+        o, name = self.options, f"states/{method}/{m}"
+
+        def make() -> dict[str, Any]:
+            text = self.chosen_on
+            if method.startswith("cbo"):
+                tokenizer = self.original.tokenizer
+                text = conversations(self.data, tokenizer, o.conversations, 512)
+            return choose(method, self.replay, text, m, self.measuring(name), o.seed)
+
+        tokens = 250 * o.conversations if method.startswith("cbo") else o.state_tokens
+        return Part(name, make, PASSES.get(method, m) * tokens)
+
+    @property
+    def methods(self) -> list[str]:
+        return [m for m in METHODS if m in self.options.methods]
+
+    def chosen(self, m: int) -> dict[str, list[int]]:
+        return {
+            method: [int(b) for b in self.read(f"states/{method}/{m}")["removed"]]
+            for method in self.methods
+        }
+
+    def best_peers(self, m: int, count: int = 2) -> list[str]:
+        """The methods, other than ours, of the lowest KL over all judged texts; of equal states
+        the first."""
+        rows, found = self.chosen(m), dict[str, list[int]]()
+        by_state = self.cut_losses()
+        peers = [p for p in self.methods if p != OURS]
+        for p in sorted(peers, key=lambda p: by_state[key(rows[p])]["kl"]):
+            if rows[p] not in [rows[OURS], *found.values()] and len(found) < count:
+                found[p] = rows[p]
+        return list(found)
+
+    # all cut states at once ---------------------------------------------------------------
+
+    def variants(self) -> dict[str, tuple[list[int], str]]:
+        """Blocks removed and the scaling behind them, by the name of what is asked."""
+        found: dict[str, tuple[list[int], str]] = {"original": ([], "")}
+        for m in self.options.remove:
+            rows = self.chosen(m)
+            found |= {key(removed): (removed, "") for removed in rows.values()}
+            for kind in SCALED:
+                found[f"{key(rows[OURS])} {kind}"] = (rows[OURS], kind)
+        return found
+
+    def asking(self, task: str) -> list[Part]:
+        """A task for every cut state that it was not yet asked of."""
+        seen = self.gathered(f"shared/{task}")
+        fresh = {k: v for k, v in self.variants().items() if k not in seen}
+        name = f"shared/{task}/{fingerprint(sorted(fresh))[:12]}"
+
+        def make() -> dict[str, Any]:
+            prepared = prepare_task(task, self.data, self.options.questions)
+            states = states_of(len(self.replay), [tuple(r) for r, _ in fresh.values()])
+            factors = [scales(kind, r, self.sizes) if kind else {} for r, kind in fresh.values()]
+
+            def answers(rows: list[Any]) -> Any:
+                work, words = self.measuring(name), f"{task}: {len(fresh)} models"
+                return continuation_scores(self.replay, rows, states, work, words, factors)
+
+            found = all_at_once(self.original, prepared, answers, len(fresh))
+            return {"rows": {k: graded(s) for k, s in zip(fresh, found, strict=True)}}
+
+        cost = TASK_TOKENS[task] * self.options.questions * (0.2 + 0.45 * len(fresh))
+        return [Part(name, make, cost)] if fresh else []
+
+    def measuring_losses(self, text: str) -> list[Part]:
+        """KL and NLL of every cut state on a judged text."""
+        seen = self.gathered(f"losses/{text}")
+        fresh = {k: r for k, (r, kind) in self.variants().items() if not kind and k not in seen}
+        name = f"losses/{text}/{fingerprint(sorted(fresh))[:12]}"
+
+        def make() -> dict[str, Any]:
+            tokens, work = self.judged[text], self.measuring(name)
+            states = states_of(len(self.replay), [tuple(r) for r in fresh.values()])
+            found = measure(
+                self.replay,
+                tokens,
+                states,
+                batch_tokens=work.batch_tokens,
+                progress=work.progress,
+                journal=work.journal,
+            )
+            sums = zip(fresh, found.kl_sums, found.nll_sums, strict=True)
+            rows = {k: {"kl": _short(a), "nll": _short(b)} for k, a, b in sums}
+            return {"counts": found.counts.tolist(), "rows": rows}
+
+        cost = self.options.judged_tokens * (1 + 0.5 * len(fresh))
+        return [Part(name, make, cost)] if fresh else []
+
+    def gathered(self, folder: str) -> dict[str, Any]:
+        """Rows of all finished parts in a folder."""
+        found: dict[str, Any] = {}
+        for path in sorted((self.work / "parts" / folder).glob("*.json")):
+            part = self.read(f"{folder}/{path.stem}")
+            more = {"counts": part["counts"]} if "counts" in part else {}
+            found |= {k: {**row, **more} for k, row in part["rows"].items()}
+        return found
+
+    def cut_losses(self) -> dict[str, dict[str, float]]:
+        """KL and NLL in nats a token over all judged texts, by state."""
+        texts = [self.gathered(f"losses/{t}") for t in self.judged_names]
+        return {
+            k: {
+                what: sum(sum(t[k][what]) for t in texts) / sum(sum(t[k]["counts"]) for t in texts)
+                for what in ("kl", "nll")
+            }
+            for k in (texts[0] if texts else {})
+            if all(k in t for t in texts)
+        }
+
+    judged_names = ("wikitext2", "c4", "instruct", "code", "maths")
+
+    @cached_property
+    def sizes(self) -> Any:
+        return sizes_of(self.replay, self.chosen_on, Work(self.options.batch_tokens))
+
+    # repaired models ----------------------------------------------------------------------
+
+    def accuracy(self, removed: list[int], stage: str, task: str) -> Part:
+        o = self.options
+        if task not in GENERATED:
+            return super().accuracy(removed, stage, task)
+        where = f"{key(removed)}/{stage}" if removed else "original"
+
+        def make() -> dict[str, Any]:
+            folder = self.folder(removed, stage)
+            if stage == "cut" and not folder.exists():
+                excise(self.original.folder, removed, folder)
+            loaded = self.load(folder) if removed else self.original
+            prepared = prepare_task(task, self.data, o.generated)
+            found = score(loaded, prepared, batch=o.score_batch)
+            values = np.asarray(found.values).astype(int).tolist()
+            return {"task": task, "metric": found.metric, "values": values}
+
+        return Part(f"accuracy/{where}/{task}", make, TASK_TOKENS[task] * o.generated)
+
+    def repairs(self, m: int) -> list[Part]:
+        """Patch and heal our state, the two best peers', and the last blocks' as published."""
+        o, rows, found = self.options, self.chosen(m), list[Part]()
+        healed = [OURS, *self.best_peers(m)] if "patched" in o.stages else []
+        for method in healed:
+            found += [self.patch(rows[method], "tuned"), self.patch(rows[method])]
+            found.append(self.judge(rows[method], "tuned"))
+        if "healed" in o.stages:
+            for method in healed:
+                found += [self.distil(rows[method]), self.judge(rows[method], "healed")]
+            if "last" in rows:
+                found += [self.last_blocks(rows["last"]), self.judge(rows["last"], "last3")]
+        return found
+
+    def last_blocks(self, removed: list[int]) -> Part:
+        """The last blocks removed, and then the three last ones left and the head trained."""
+
+        def make() -> dict[str, Any]:
+            return self._heal(removed, "cut", "last3", patch="none", method="last:3")
+
+        return Part(f"distil/{key(removed)}/last3", make, self._cost(self.options.steps))
+
+    def scored(self, m: int) -> list[tuple[str, list[int], str]]:
+        """Method, blocks and stage of what was repaired and is to be asked."""
+        o, rows, found = self.options, self.chosen(m), list[tuple[str, list[int], str]]()
+        stages = {"patched": "tuned", "healed": "healed"}
+        for name in o.stages:
+            if name in stages:
+                found += [(p, rows[p], stages[name]) for p in (OURS, *self.best_peers(m))]
+        if "healed" in o.stages and "last" in rows:
+            found.append(("last", rows["last"], "last3"))
+        return found
+
+    def parts(self) -> list[Part]:
+        o = self.options
+        found = [self.choosing(method, m) for m in o.remove for method in self.methods]
+        if not all(self.done(part.name) for part in found):
+            return found
+        tasks = [t for t in o.tasks if t not in GENERATED]
+        shared = [p for t in self.judged_names for p in self.measuring_losses(t)]
+        shared += [p for t in tasks for p in self.asking(t)]
+        if shared:
+            return shared
+        for m in o.remove:
+            found += self.repairs(m)
+        for m in o.remove:
+            for _, removed, stage in self.scored(m):
+                found += [self.accuracy(removed, stage, t) for t in tasks]
+        if o.generated:
+            found.append(self.accuracy([], "original", "gsm8k"))
+            for m in o.remove:
+                rows = self.chosen(m)
+                cut = [(p, rows[p], "cut") for p in (OURS, *self.best_peers(m))]
+                found += [self.accuracy(r, s, "gsm8k") for _, r, s in [*cut, *self.scored(m)]]
+        return list({part.name: part for part in found}.values())
+
+
+def graded(scores: Scores) -> dict[str, Any]:
+    """Right or wrong by question."""
+    right = "".join(map(str, np.asarray(scores.values).astype(int)))
+    return {"metric": scores.metric.removesuffix(",none"), "right": right}
+
+
+def _short(values: Any) -> list[float]:
+    return [round(float(v), 5) for v in values]

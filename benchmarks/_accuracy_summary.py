@@ -1,0 +1,168 @@
+"""Results of the accuracy benchmark: finished parts into one file, and its tables and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from _accuracy_parts import GENERATED, Bench
+from _accuracy_states import OURS, SCALED
+from _healing_summary import difference, mean_accuracy, right
+from _healing_work import key
+from isingcut.files import documents
+from isingcut.files.provenance import versions
+from isingcut.files.writing import read_json, write_json
+from isingcut.models.sources import model_identity
+
+RESULTS = "accuracy-benchmark"
+documents.KINDS[RESULTS] = documents.Strict
+SETTINGS = (
+    *("model", "calibration", "state_tokens", "judged_tokens", "questions", "generated"),
+    *("conversations", "method", "steps", "batch", "length", "rate", "patch_tokens", "seed"),
+)
+AGAINST = {
+    "block_influence": "block-influence",
+    "sleb": "sleb",
+    "window": "angular-window",
+}
+
+
+def collect(bench: Bench, path: Path) -> dict[str, Any]:
+    """Write the results file from the finished parts."""
+    o = bench.options
+    tasks = [t for t in o.tasks if bench.gathered(f"shared/{t}")]
+    shared = {t: bench.gathered(f"shared/{t}") for t in tasks}
+    losses = {t: bench.gathered(f"losses/{t}") for t in bench.judged_names}
+
+    def answers(name: str) -> dict[str, Any]:
+        found = {t: rows[name] for t, rows in shared.items() if name in rows}
+        return {**found, **_generated(bench, f"{name or 'original'}/cut" if name else "original")}
+
+    found: dict[str, Any] = {
+        "settings": {k: getattr(o, k) for k in SETTINGS},
+        "provenance": {
+            **versions(),
+            "model": {**model_identity(bench.original.folder), "name": o.model},
+            "dtype": str(bench.original.dtype),
+        },
+        "tasks": tasks,
+        "original": {"accuracy": {t: r["original"] for t, r in shared.items()}},
+        "losses": {t: rows.get("original") for t, rows in losses.items()},
+        "removals": {},
+    }
+    for m in o.remove:
+        rows: dict[str, Any] = {}
+        for method, removed in bench.chosen(m).items():
+            name = key(removed)
+            texts = {t: r[name] for t, r in losses.items() if name in r}
+            stages = {"cut": {"accuracy": answers(name), "losses": texts}}
+            for _, blocks, stage in [x for x in _repaired(bench, m) if x[0] == method]:
+                stages[stage] = _stage(bench, blocks, stage, tasks)
+            for kind in SCALED if method == OURS else ():
+                stages[kind] = {"accuracy": answers(f"{name} {kind}"), "losses": {}}
+            part = bench.read(f"states/{method}/{m}")
+            rows[method] = {"removed": removed, "passes": part["passes"], "stages": stages}
+        found["removals"][str(m)] = rows
+    write_json(path, RESULTS, found)
+    return read_json(path, RESULTS)
+
+
+def _repaired(bench: Bench, m: int) -> list[tuple[str, list[int], str]]:
+    return bench.scored(m) if bench.cut_losses() else []
+
+
+def _stage(bench: Bench, removed: list[int], stage: str, tasks: list[str]) -> dict[str, Any]:
+    where, found = f"{key(removed)}/{stage}", {}
+    for task in tasks:
+        if bench.done(name := f"accuracy/{where}/{task}"):
+            part = bench.read(name)
+            metric = part["metric"].removesuffix(",none")
+            found[task] = {"metric": metric, "right": "".join(map(str, part["values"]))}
+    texts = {}
+    if bench.done(name := f"judge/{where}"):
+        for text, t in bench.read(name)["texts"].items():
+            texts[text] = {
+                "kl": t["sample_kl"],
+                "nll": t["sample_nll"],
+                "counts": t["sample_tokens"],
+            }
+    return {"accuracy": {**found, **_generated(bench, where)}, "losses": texts}
+
+
+def _generated(bench: Bench, where: str) -> dict[str, Any]:
+    found = {}
+    for task in GENERATED:
+        if bench.done(name := f"accuracy/{where}/{task}"):
+            part = bench.read(name)
+            right = "".join(map(str, part["values"]))
+            found[task] = {"metric": part["metric"], "right": right}
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """Tables, then one line a figure."""
+    tasks = found["tasks"]
+    print(f"settings: {found['settings']}")
+    _row("original", "", found["original"]["accuracy"], None, tasks, "")
+    figures: list[tuple[str, float]] = []
+    for m, rows in found["removals"].items():
+        print(f"\n{m} blocks removed")
+        print(f"{'':<27}{'stage':<9}{'mean':>13}{'ours minus it':>17}  tasks; KL by text; blocks")
+        for method, row in rows.items():
+            for stage, content in row["stages"].items():
+                ours = rows.get(OURS, {"stages": {}})["stages"].get(stage)
+                against = None if method == OURS or ours is None else ours["accuracy"]
+                texts = ", ".join(f"{t} {_mean(x):.3f}" for t, x in content["losses"].items())
+                blocks = " ".join(map(str, row["removed"])) if stage == "cut" else ""
+                tail = f"{texts}; {blocks}"
+                _row(method, stage, content["accuracy"], against, tasks, tail)
+        figures += _figures(m, rows, tasks)
+    for name, value in figures:
+        print(f"{name}: {value:.4g}")
+
+
+def _mean(text: dict[str, Any], what: str = "kl") -> float:
+    return float(sum(text[what]) / sum(text["counts"]))
+
+
+def _row(
+    method: str,
+    stage: str,
+    accuracy: dict[str, Any],
+    against: dict[str, Any] | None,
+    tasks: list[str],
+    tail: str,
+) -> None:
+    whole = mean_accuracy(accuracy, tasks)
+    mean = f"{100 * whole[0]:.1f} ± {100 * whole[1]:.1f}" if whole else ""
+    gap = ""
+    if whole and against and all(t in against for t in tasks):
+        value, error = difference(accuracy, against, tasks)
+        gap = f"{100 * value:+.1f} ± {196 * error:.1f}"
+    cells = ", ".join(f"{t} {100 * right(a).mean():.1f}" for t, a in accuracy.items())
+    print(f"{method:<27}{stage:<9}{mean:>13}{gap:>17}  {cells}; {tail}")
+
+
+def _figures(m: str, rows: dict[str, Any], tasks: list[str]) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+
+    def against(name: str, method: str, stage: str) -> None:
+        pair = [rows[r]["stages"].get(stage, {"accuracy": {}})["accuracy"] for r in (method, OURS)]
+        if tasks and all(t in a for a in pair for t in tasks):
+            gap, error = difference(*pair, tasks)
+            found.extend([(f"{name}_{m}", 100 * gap), (f"{name}_{m}_se", 100 * error)])
+
+    if OURS not in rows:
+        return found
+    for name, method in AGAINST.items():
+        if method in rows:
+            against(f"accuracy_minus_{name}", method, "cut")
+    healed = {
+        method: whole[0]
+        for method, row in rows.items()
+        if method != OURS and "healed" in row["stages"]
+        if (whole := mean_accuracy(row["stages"]["healed"]["accuracy"], tasks)) is not None
+    }
+    if healed:
+        against("healed_accuracy_minus_best_peer", max(healed, key=lambda p: healed[p]), "healed")
+    return found

