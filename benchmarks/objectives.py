@@ -1,0 +1,293 @@
+"""What should be minimised? Which loss on which text goes with the questions a cut model answers.
+
+    python benchmarks/objectives.py --plan            # what is left to do, in minutes
+    python benchmarks/objectives.py [--minutes 600]   # do it
+    python benchmarks/objectives.py --collect         # finished parts -> results/objectives.json
+    python benchmarks/objectives.py --summary         # its table and figures
+
+Many states of one model with the same number of blocks removed: by default those that all methods
+chose in `results/quality.json`, and exchanges of one or two blocks of three of them. Each is
+measured on each text (KL to the original and NLL, nats a token) and asked the questions of each
+task, as `quality.py` asks them. The work is cut into parts, one file each in `--work`.
+
+Figures, over the states:
+
+objective_spearman_NAME  Spearman's rank correlation of the mean accuracy over the tasks with the
+  negative of a loss: KL or NLL (`nll_`) on a text, or the KL on a mixture of texts. 1 orders the
+  states as the questions do. Intervals are of 2,000 bootstrap samples over states and questions
+reliability  the same between the accuracies on two halves of the questions (mean of 200 splits),
+  taken to all of them by Spearman's and Brown's formula: no objective can be expected beyond
+  about its square root
+default_objective  the mixture of the highest correlation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from _objectives_summary import KIND, TASKS, collect, show
+from _quality_store import Part, Price, Speed, Stage, Store, drive, show_plan
+from _quality_tasks import FILES, METRIC, encoded, grade, questions
+from _shared_answers import continuation_scores
+from isingcut.console.progress import silent, terminal
+from isingcut.data.calibration import build
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import IsingcutError
+from isingcut.files.writing import read_json
+from isingcut.ising.states import states_of
+from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
+from isingcut.models import load as models
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
+from isingcut.models.sources import model_identity, resolve
+
+HERE = Path(__file__).resolve().parent
+CONVERSATIONS = 300
+"""The last of the instruction mix."""
+
+
+def chosen_states(m: int, count: int, n: int, seed: int = 0) -> list[list[int]]:
+    """States that methods chose, as the quality benchmark has them, and exchanges in three."""
+    found: dict[tuple[int, ...], None] = {}
+
+    def walk(x: Any) -> None:
+        if isinstance(x, dict):
+            for k in ("removed", "blocks"):
+                value = x.get(k)
+                if isinstance(value, list) and len(value) == m:
+                    found[tuple(sorted(map(int, value)))] = None
+            for value in x.values():
+                walk(value)
+        elif isinstance(x, list):
+            for value in x:
+                walk(value)
+
+    walk(json.loads((HERE / "results" / "quality.json").read_text(encoding="utf-8"))["tables"])
+    states, draw = [list(s) for s in found], random.Random(seed)
+    starts = [list(range(13, 19)), [12, 13, 14, 17, 25, 26], [5, 12, 14, 16, 17, 18]]
+    while len(states) < count:
+        state, k = set(draw.choice(starts)), draw.choice((1, 2))
+        state -= set(draw.sample(sorted(state), k))
+        state |= set(draw.sample([i for i in range(1, n - 1) if i not in state], k))
+        if len(state) == m and sorted(state) not in states:
+            states.append(sorted(state))
+    return states
+
+
+class Study:
+    """The model, its states, the texts and the questions.
+
+    Args:
+        options: the command line's.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.data, self.work = options, Path(options.data), Path(options.work)
+        self.folder = resolve(options.model)
+        keys = ("remove", "states", "tokens", "questions", "dtype")
+        settings = {k: getattr(options, k) for k in keys}
+        self.store = Store(
+            self.work, {"model_sha256": model_identity(self.folder)["sha256"], **settings}
+        )
+
+    @cached_property
+    def loaded(self) -> models.LoadedModel:
+        return models.load(self.folder, dtype=self.options.dtype)
+
+    @cached_property
+    def replay(self) -> Replay:
+        return Replay(
+            self.loaded.model, stack_modules(self.loaded.model, find_stack(self.loaded.model))
+        )
+
+    @cached_property
+    def states(self) -> list[list[int]]:
+        o = self.options
+        return chosen_states(o.remove, o.states, len(self.replay))
+
+    def working(self, journal: Path) -> Work:
+        return Work(1024, silent if self.options.quiet else terminal, journal)
+
+    # texts --------------------------------------------------------------------------------
+
+    @cached_property
+    def texts(self) -> dict[str, Callable[[], TokenSet]]:
+        """Token sets by the name of the text."""
+        data, texts = self.data, self.data / "calib_text"
+
+        def mix() -> Path:
+            lines = (data / "calib_instruct/mix1000.jsonl").read_text(encoding="utf-8")
+            return self.written("instruct", lines.splitlines()[-CONVERSATIONS:])
+
+        def running(source: str) -> Callable[[], TokenSet]:
+            return lambda: self.built(source)
+
+        return {
+            "web": running(str(texts / "c4_300.jsonl")),
+            "wiki": running(str(texts / "wiki_demo.jsonl")),
+            "stories": running(str(texts / "tinystories.jsonl")),
+            "python": running("python"),
+            "instruct": lambda: self.built(str(mix())),
+            "answers": lambda: self.built(f"answers:{mix()}"),
+            "maths": lambda: self.built(str(self.problems("gsm8k/train1000", "solution", 1))),
+            "qa": lambda: self.built(str(self.problems("arc_challenge/dev", "choices", 8))),
+        }
+
+    def built(self, source: str) -> TokenSet:
+        found = build(
+            source,
+            self.loaded.tokenizer,
+            samples=self.options.tokens // 256,
+            rank_samples=1,
+            report_samples=1,
+            length=256,
+            seed=0,
+        )
+        return found.splits["energy"]
+
+    def problems(self, file: str, answer: str, together: int) -> Path:
+        """Questions with their right answers as running text, some to a document."""
+        rows = [
+            json.loads(line)
+            for line in (self.data / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        texts = [
+            f"Question: {r['context']}\nAnswer: "
+            + (r["choices"][r["answer"]] if answer == "choices" else r[answer])
+            for r in rows
+        ]
+        groups = ["\n".join(texts[i : i + together]) for i in range(0, len(texts), together)]
+        return self.written(file.replace("/", "-"), [json.dumps({"text": t}) for t in groups])
+
+    def written(self, name: str, lines: list[str]) -> Path:
+        path = self.work / "text" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    # parts --------------------------------------------------------------------------------
+
+    def losses(self, text: str) -> Part:
+        """Of every state on one text."""
+
+        def make(journal: Path) -> dict[str, Any]:
+            tokens, work = self.texts[text](), self.working(journal)
+            found = measure(
+                self.replay,
+                tokens,
+                states_of(len(self.replay), [tuple(s) for s in self.states]),
+                batch_tokens=work.batch_tokens,
+                progress=work.progress,
+                description=f"{len(self.states)} states on {text}",
+                journal=journal,
+            )
+            return {
+                "text": text,
+                "states": self.states,
+                "counts": found.counts.tolist(),
+                "kl_sums": found.kl_sums.round(4).tolist(),
+                "nll_sums": found.nll_sums.round(4).tolist(),
+            }
+
+        states = self.options.states
+        return Part(f"losses/{text}", make, (Price(self.options.tokens, 0.45 * states, states),))
+
+    def asking(self, task: str) -> Part:
+        """Right and wrong of the original and of every state."""
+
+        def make(journal: Path) -> dict[str, Any]:
+            lines = (self.data / FILES[task]).read_text(encoding="utf-8").splitlines()
+            items = questions(task, [json.loads(x) for x in lines[: self.options.questions]])
+            rows = [encoded(self.loaded.tokenizer, c, k) for q in items for c, k in q.pairs]
+            states = [[], *self.states]
+            removed = states_of(len(self.replay), [tuple(s) for s in states])
+            likely, greedy = continuation_scores(
+                self.replay, rows, removed, self.working(journal), task
+            )
+            pairs = zip(likely, greedy, strict=True)
+            graded = [grade(items, *pair)[METRIC.get(task, "acc")] for pair in pairs]
+            return {"task": task, "states": states, "right": [_bits(g) for g in graded]}
+
+        each = {"arc_easy": 114, "hellaswag": 312, "piqa": 71, "lambada": 82}[task]
+        price = Price(each * self.options.questions, 0.45 * self.options.states, 2)
+        return Part(f"tasks/{task}", make, (price,))
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage("losses", lambda: [self.losses(text) for text in self.texts]),
+            Stage("tasks", lambda: [self.asking(task) for task in TASKS]),
+        ]
+
+    def speed(self) -> Speed:
+        """A rough one: 0.5 ms a token and 135M parameters, the head a quarter of it."""
+        size = sum(p.numel() for p in self.loaded.model.parameters()) / 135e6
+        return Speed(0.0005 * size, 0.00012 * size)
+
+
+def _bits(right: Any) -> str:
+    return "".join("1" if r else "0" for r in right)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--model", default="smollm2")
+    add("--remove", type=int, default=6)
+    add("--states", type=int, default=44, help="of so many states")
+    add("--tokens", type=int, default=2560, help="of each text")
+    add("--questions", type=int, default=500, help="of each task")
+    add("--dtype", default="auto")
+    add("--data", default=str(HERE.parents[1] / "shared" / "data"))
+    add("--work", default="objectives-work")
+    add("--results", default=str(HERE / "results" / "objectives.json"))
+    add("--only", action="append", default=[], metavar="PREFIX", help="parts to run")
+    add("--minutes", type=float, default=600.0, help="start no part expected to end later")
+    add("--threads", type=int, default=0, help="0 leaves it to torch")
+    add("--quiet", action="store_true", help="no bars within a part")
+    add("--plan", action="store_true", help="show what is left and stop")
+    add("--collect", action="store_true", help="write the results file from finished parts")
+    add("--summary", action="store_true", help="print the results file")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    path = Path(options.results)
+    try:
+        if options.summary and not options.collect:
+            show(read_json(path, KIND))
+            return
+        study = Study(options)
+        if options.collect:
+            show(collect(study, path))
+            return
+        stages, speed = study.stages(), study.speed()
+        planned = show_plan(stages, study.store, speed, parts=options.plan)
+        if not options.plan:
+            drive(
+                stages,
+                study.store,
+                speed,
+                only=options.only,
+                minutes=options.minutes,
+                planned=planned,
+            )
+    except IsingcutError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The study of objectives: its states, correlations and figures, on made-up results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import _objectives_summary as summary
+import objectives
+
+
+def test_states_are_distinct_and_of_one_size() -> None:
+    found = objectives.chosen_states(6, 44, 30)
+    assert len({tuple(s) for s in found}) == 44
+    assert all(len(set(s)) == 6 and set(s) <= set(range(30)) and s == sorted(s) for s in found)
+    assert found == objectives.chosen_states(6, 44, 30)
+    assert found[:40] == objectives.chosen_states(6, 40, 30)[:40]
+
+
+def answers(states: int, questions: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A hidden quality (S,) of each state, and right answers (S, Q) with that chance."""
+    draw = np.random.default_rng(1)
+    quality = np.linspace(0.1, 0.9, states)
+    return quality, (draw.random((states, questions)) < quality[:, None]).astype(int)
+
+
+def test_correlations_tell_a_loss_that_orders_from_one_that_does_not() -> None:
+    quality, right = answers(30, 200)
+    noise = np.random.default_rng(2).random(30)
+    found = summary.correlations([right], {"good": -quality, "bad": noise, "worst": quality}, 200)
+    assert found["good"][0] > 0.95
+    assert found["worst"][0] == pytest.approx(-found["good"][0])
+    assert abs(found["bad"][0]) < 0.5
+    for rho, low, high in found.values():
+        assert low < rho <= high or low <= rho < high
+    assert found["bad"][2] - found["bad"][1] > found["good"][2] - found["good"][1]
+
+
+def test_reliability_grows_with_the_questions() -> None:
+    few, many = (summary.reliability([answers(30, q)[1]], 50) for q in (10, 200))
+    assert 0.3 < few < many < 1
+    coins = (np.random.default_rng(3).random((30, 100)) < 0.5).astype(int)
+    assert abs(summary.reliability([coins], 50)) < 0.5
+
+
+def test_the_default_is_the_mixture_of_the_highest_correlation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quality, right = answers(20, 100)
+    noise = np.random.default_rng(4).random(20)
+    texts = {"web": 1 - quality, "stories": 1 - quality, "wiki": noise, "python": noise}
+    summary.show(
+        {
+            "settings": {"model": "m", "remove": 6},
+            "states": [[0]] * 20,
+            "losses": {t: {"kl": list(v), "nll": list(noise)} for t, v in texts.items()},
+            "original": {"piqa": "1" * 100},
+            "right": {"piqa": ["".join(map(str, row)) for row in right]},
+        }
+    )
+    out = capsys.readouterr().out
+    said = dict(line.split(": ") for line in out.splitlines() if line.startswith("objective_"))
+    assert float(said["objective_spearman_web"]) > 0.9
+    assert float(said["objective_spearman_web"]) > float(said["objective_spearman_wiki_python"])
+    assert "objective_spearman_web_qa" not in said
+    assert out.splitlines()[-1] == "default_objective: web_stories"
