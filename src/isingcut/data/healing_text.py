@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from isingcut.data.answers import row_of
 from isingcut.data.corpora import Corpus, is_new, read
 from isingcut.data.encoder import Encoder
 from isingcut.data.mixture import Part, Turns, naming, parts_of
-from isingcut.data.tokens import TokenSet, distinct
+from isingcut.data.tokens import Row, TokenSet, counts, distinct, ids_of
 from isingcut.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def build(
 
 def opened(
     parts: Sequence[Part], encode: Encoder, length: int, seed: int, used: Calibration | None
-) -> tuple[list[str], list[tuple[Iterator[list[int]], Iterator[list[int]]]]]:
+) -> tuple[list[str], list[tuple[Iterator[Row], Iterator[Row]]]]:
     """Each part's kind and two readers of its samples; the second begins with a new document.
 
     Args:
@@ -122,10 +123,10 @@ def opened(
 
 
 def _drawn(
-    parts: Sequence[Part], texts: Sequence[Iterator[list[int]]], count: int | None, turns: Turns
-) -> tuple[list[list[int]], list[str], str]:
+    parts: Sequence[Part], texts: Sequence[Iterator[Row]], count: int | None, turns: Turns
+) -> tuple[list[Row], list[str], str]:
     """Samples out of all parts in turn, their parts' names, and the part that ended too early."""
-    rows: list[list[int]] = []
+    rows: list[Row] = []
     names: list[str] = []
     while count is None or len(rows) < count:
         i = turns.next(None if count is None else count - len(rows))
@@ -133,7 +134,7 @@ def _drawn(
             row = next(texts[i], None)
         if row is None:
             return rows, names, parts[i].name
-        turns.took(i, len(row))
+        turns.took(i, counts(row))
         rows.append(row)
         names += [parts[i].name] * (len(parts) > 1)
     return rows, names, ""
@@ -186,15 +187,15 @@ def _packed(corpus: Corpus, encode: Encoder, length: int, seen: set[int]) -> Ite
 
 def _conversations(
     corpus: Corpus, encode: Encoder, length: int, used: Calibration | None, seen: set[int]
-) -> Iterator[list[int]]:
-    """One sample a conversation, but none that a calibration holds."""
+) -> Iterator[Row]:
+    """One sample a conversation, but none that a calibration holds, whatever counts of it there."""
     taken: set[tuple[int, ...]] = set()
     cut = int(used.meta["length"]) if used is not None else 0
     for split in used.splits.values() if used is not None else ():
-        pairs = zip(split.input_ids.tolist(), split.mask.sum(1).tolist(), strict=True)
-        taken |= {tuple(row[:count]) for row, count in pairs}
-    documents = (encode(text) for text in corpus.documents if is_new(text, seen))
-    return distinct(ids[:length] for ids in documents if tuple(ids[:cut]) not in taken)
+        taken |= set(map(ids_of, split.rows))
+    most = max(cut, length)
+    rows = (row_of(encode, text, most) for text in corpus.documents if is_new(text, seen))
+    return distinct(row[:length] for row in rows if ids_of(row[:cut]) not in taken)
 
 
 def _pieces(

@@ -1,4 +1,7 @@
-"""Mixtures of texts, ``SOURCE=WEIGHT,SOURCE=WEIGHT``: the parts, and whose sample is next."""
+"""How texts are spelled: mixtures ``SOURCE=WEIGHT,SOURCE=WEIGHT``, and ``answers:SOURCE``.
+
+The parts, where each is read from, and whose sample is next.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from pathlib import Path
 from isingcut.data import held
 from isingcut.errors import CalibrationError, IsingcutError
 from isingcut.files.inputs import user_path
+
+ANSWERS = "answers:"
+"""Before a source of conversations: only the assistant's tokens count."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ def parts_of(source: str) -> tuple[Part, ...]:
     for name in sources:
         if sources.count(name) > 1:
             raise CalibrationError(f"the mixture {source!r} names {name!r} twice")
-    files = [Path(name).name if _exists(name) else name for name in sources]
+    files = [_without_folder(name) for name in sources]
     whole = sum(weight for _, weight in named)
     return tuple(
         Part(name, file if files.count(file) == 1 else name, weight / whole)
@@ -53,10 +59,15 @@ def parts_of(source: str) -> tuple[Part, ...]:
     )
 
 
-def sources_in(source: str) -> list[str]:
-    """The sources of a mixture, or the one; also of a text that is not there any more."""
+def place_of(source: str) -> str:
+    """What one source is read from, whether all of it counts or the answers alone."""
+    return source if _exists(source) else source.removeprefix(ANSWERS)
+
+
+def places_in(source: str) -> list[str]:
+    """Where the parts of a mixture, or the one text, are; also of a text that is gone by now."""
     try:
-        return [part.source for part in parts_of(source)]
+        return [place_of(part.source) for part in parts_of(source)]
     except CalibrationError:
         return [source]
 
@@ -68,7 +79,7 @@ def told(source: str) -> str:
     except CalibrationError:
         return source
     if len(parts) == 1:
-        return Path(source).name if _exists(source) else source
+        return _without_folder(source)
     return ", ".join(f"{part.share:.0%} {part.name}" for part in parts)
 
 
@@ -82,7 +93,7 @@ def _weighted(source: str) -> list[tuple[str, float]]:
         except ValueError:
             # The comma may be in a file's name, which goes on until a weight ends it.
             continue
-        odd = ("=" in name or "," in name) and not _exists(name)
+        odd = ("=" in name or "," in name) and not _exists(place_of(name))
         if not name.strip() or odd or not (math.isfinite(weight) and weight > 0):
             break
         found.append((name.strip(), weight))
@@ -93,6 +104,11 @@ def _weighted(source: str) -> list[tuple[str, float]]:
             "SOURCE=WEIGHT with a positive number (two parts: wiki=0.7,my-code.jsonl=0.3)"
         )
     return found
+
+
+def _without_folder(source: str) -> str:
+    place = place_of(source)
+    return source.removesuffix(place) + (Path(place).name if _exists(place) else place)
 
 
 def _exists(source: str) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+Row = list[int]
+"""Token ids of a sample; one that is context and does not count stands as its complement, ~id."""
 
 # Positions that keep a matrix product busy; a smaller batch would cost more than padding does.
 _FAST_TOKENS = 256
@@ -16,32 +19,47 @@ class TokenSet:
     """Samples of tokens, padded on the right.
 
     With padding on the right a causal model needs no attention mask: no real token ever sees a
-    padded one. What must be left out are losses at padded positions, see `predicted`.
+    padded one. What must be left out are losses at padded positions, see `predicted`. Of a
+    conversation only some tokens may count; the others are context, which the model reads alike.
 
     Args:
         input_ids: (S, T) int64.
         mask: (S, T) bool, true at real tokens, each row a run of true and then of false.
         index: (S,) int64, for a batch the rows it has in the set that `batches` was called on.
         parts: S names, of a mixture's part that each sample is from; empty for one text.
+        counted: (S, T) bool, true at real tokens whose prediction counts; None where all do.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     index: torch.Tensor
     parts: tuple[str, ...] = ()
+    counted: torch.Tensor | None = None
 
     @classmethod
     def from_rows(
         cls, rows: Sequence[Sequence[int]], pad: int = 0, parts: Sequence[str] = ()
     ) -> TokenSet:
-        """Samples of unequal lengths as one set, padded with the token ``pad``."""
+        """Samples (each a `Row`) of unequal lengths as one set, padded with the token ``pad``."""
         width = max((len(r) for r in rows), default=0)
         ids = torch.full((len(rows), width), pad, dtype=torch.int64)
         mask = torch.zeros((len(rows), width), dtype=torch.bool)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
             mask[i, : len(row)] = True
-        return cls(ids, mask, torch.arange(len(rows)), tuple(parts))
+        context = ids < 0
+        counted = mask & ~context if bool(context.any()) else None
+        ids = torch.where(context, ~ids, ids)
+        return cls(ids, mask, torch.arange(len(rows)), tuple(parts), counted)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The samples without padding, as `from_rows` takes them."""
+        ids = self.input_ids
+        if self.counted is not None:
+            ids = torch.where(self.counted, ids, ~ids)
+        lengths = self.mask.sum(1).tolist()
+        return [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
 
     @property
     def samples(self) -> int:
@@ -51,7 +69,23 @@ class TokenSet:
     @property
     def predicted(self) -> torch.Tensor:
         """(S, T-1) bool: position t holds a prediction (of token t+1) that counts in a loss."""
-        return self.mask[:, 1:]
+        return (self.mask if self.counted is None else self.counted)[:, 1:]
+
+    @property
+    def looked_at(self) -> torch.Tensor:
+        """(S, T) bool: positions that activations are compared at.
+
+        All real ones; where only some tokens count, those that predict them.
+        """
+        if self.counted is None:
+            return self.mask
+        return torch.nn.functional.pad(self.predicted, (0, 1))
+
+    @property
+    def last_looked_at(self) -> torch.Tensor:
+        """(S, T) bool: of `looked_at`, the last position of each sample."""
+        left = self.looked_at.flip(1).cumsum(1).flip(1)
+        return self.looked_at & (left == 1)
 
     @property
     def tokens(self) -> int:
@@ -69,7 +103,7 @@ class TokenSet:
         """The given rows as a set of their own, trimmed to its longest sample."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         chosen = self._trimmed(rows)
-        return TokenSet(chosen.input_ids, chosen.mask, torch.arange(len(rows)), chosen.parts)
+        return replace(chosen, index=torch.arange(len(rows)))
 
     def batches(self, max_tokens: int) -> list[TokenSet]:
         """All samples in batches of like length, longest first, in a deterministic order.
@@ -97,7 +131,8 @@ class TokenSet:
         mask = self.mask[rows]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
         parts = tuple(self.parts[row] for row in rows.tolist()) if self.parts else ()
-        return TokenSet(self.input_ids[rows, :width], mask[:, :width], rows, parts)
+        counted = None if self.counted is None else self.counted[rows, :width]
+        return TokenSet(self.input_ids[rows, :width], mask[:, :width], rows, parts, counted)
 
 
 def pieces(tokens: TokenSet, length: int) -> TokenSet:
@@ -105,26 +140,42 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
 
     A first token that all samples share is the tokenizer's start token, which a model wants first.
     """
-    ids, counts = tokens.input_ids, tokens.mask.sum(1).tolist()
-    if max(counts) <= length:
+    whole, ids = tokens.rows, tokens.input_ids
+    if max(map(len, whole)) <= length:
         return tokens
-    shared = len(counts) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
-    start = [int(ids[0, 0])] if shared else []
+    shared = len(whole) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
+    size = length - shared
     rows, names = [], []
-    for row, count in enumerate(counts):
-        body, size = ids[row, len(start) : count].tolist(), length - len(start)
+    for i, row in enumerate(whole):
+        start, body = row[:shared], row[shared:]
         found = [start + body[at : at + size] for at in range(0, len(body), size)]
+        found = [piece for piece in found if predicts(piece)]
         # The rest of a sample teaches little where it is a few tokens.
         found = [piece for piece in found if 8 * len(piece) >= length] or found[:1]
         rows += found
-        names += [tokens.parts[row]] * len(found) if tokens.parts else []
+        names += [tokens.parts[i]] * len(found) if tokens.parts else []
     return TokenSet.from_rows(rows, parts=names)
 
 
-def distinct(rows: Iterable[Sequence[int]]) -> Iterator[list[int]]:
-    """Rows of two tokens or more, each once, as far as they are iterated."""
+def counts(row: Row) -> int:
+    """Tokens of a sample that count, its first one among them."""
+    return sum(token >= 0 for token in row)
+
+
+def predicts(row: Sequence[int]) -> bool:
+    """Whether a sample has a prediction that counts."""
+    return any(token >= 0 for token in row[1:])
+
+
+def ids_of(row: Sequence[int]) -> tuple[int, ...]:
+    """The token ids of a sample, those that count and those that do not."""
+    return tuple(token if token >= 0 else ~token for token in row)
+
+
+def distinct(rows: Iterable[Sequence[int]]) -> Iterator[Row]:
+    """Rows that `predicts` says have a prediction, each once, as far as they are iterated."""
     seen: set[tuple[int, ...]] = set()
     for row in map(tuple, rows):
-        if len(row) > 1 and row not in seen:
+        if predicts(row) and row not in seen:
             seen.add(row)
             yield list(row)

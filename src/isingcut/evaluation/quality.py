@@ -208,9 +208,10 @@ def sample_sums(
                     model.store.hold(HEAD)
             for batch, before, after in zip(batches[chunk], *both, strict=True):
                 for row, position in enumerate(batch.index.tolist()):
-                    end = int(batch.predicted[row].sum())
-                    first, second = before(row)[:end], after(row)[:end]
-                    labels = batch.input_ids[row, 1 : end + 1].to(first.device)
+                    counts = batch.predicted[row]
+                    at = slice(int(counts.sum())) if batch.counted is None else batch.looked_at[row]
+                    first, second = before(row)[at], after(row)[at]
+                    labels = batch.input_ids[row, 1:][counts].to(first.device)
                     sums[:, position] = compared(first, second.to(first.device), labels)
                 bar.advance(1)
     return sums

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut.data.mixture import sources_in
+from isingcut.data.mixture import places_in
 from isingcut.errors import InputError, MissingExtraError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import check_output, refuse_source
@@ -22,7 +22,7 @@ _NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
 
 def sources_of(config: HealConfig) -> list[Path]:
     """What a healing reads, of what its options name on disk."""
-    names = (config.student, config.teacher, *sources_in(config.text), config.trainer)
+    names = (config.student, config.teacher, *places_in(config.text), config.trainer)
     return [user_path(name) for name in names if name]
 
 

@@ -53,8 +53,12 @@ class Judge(Protocol):
 
 def beginnings(tokens: TokenSet) -> TokenSet:
     """The first tokens of each sample: enough to judge by, at little cost."""
-    ids, mask = tokens.input_ids[:, :_LENGTH], tokens.mask[:, :_LENGTH]
-    return TokenSet(ids, mask, tokens.index, tokens.parts)
+    rows = []
+    for row in tokens.rows:
+        # What comes before the first answer of a conversation may be longer.
+        first = next((t for t in range(1, len(row)) if row[t] >= 0), 0)
+        rows.append(row[: max(_LENGTH, first + _LENGTH // 4)])
+    return TokenSet.from_rows(rows, parts=tokens.parts)
 
 
 def difference(

@@ -99,9 +99,18 @@ def identities(
         "student": model_identity(student)["sha256"],
         "removed": list(removed),
         "tokens": fingerprint([text.train.input_ids.tolist(), text.report.input_ids.tolist()]),
+        **_counted(text),
         "dtype": str(teacher.dtype),
     }
     return fingerprint(depends), fingerprint(training)
+
+
+def _counted(text: HealingText) -> dict[str, str]:
+    """Which tokens count, where not all do."""
+    found = [tokens.counted for tokens in (text.train, text.report)]
+    if all(counted is None for counted in found):
+        return {}
+    return {"counted": fingerprint([None if c is None else c.tolist() for c in found])}
 
 
 def complete_states(trainer: Path) -> list[Path]:

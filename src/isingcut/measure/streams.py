@@ -37,7 +37,7 @@ def block_means(
     *,
     removed: Sequence[int] = (),
 ) -> Floats:
-    """Mean over real tokens of a score (K,) of the streams (K, D) before and after each block.
+    """Mean over the tokens looked at of a score (K,) of each block's streams (K, D) before, after.
 
     Returns:
         (N,) float64; infinite at removed blocks.
@@ -47,30 +47,28 @@ def block_means(
     batches = tokens.batches(work.batch_tokens)
     with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
         for batch in batches:
-            real = batch.mask.to(replay.device)
+            real = batch.looked_at.to(replay.device)
             for i, before, after in boundaries(replay, batch, removed):
                 values = score(before[real].float(), after[real].float())
                 sums[i] += float(values.sum(dtype=torch.float64))
             bar.advance(1)
-    return sums / int(tokens.mask.sum())
+    return sums / int(tokens.looked_at.sum())
 
 
 def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
     """What the original alone, run once, says of its blocks.
 
     Returns:
-        (N,) block influence, the mean `influence` over all tokens; and (N + 1, N + 1) the mean
-        `angle` between the streams at any two boundaries, at the last token of each sample.
+        (N,) block influence, the mean `influence` over all tokens looked at; and (N + 1, N + 1)
+        the mean `angle` between the streams at any two boundaries, at each sample's last of them.
     """
     n = len(replay)
     sums, angles = np.zeros(n), np.zeros((n + 1, n + 1))
     batches = tokens.batches(work.batch_tokens)
     with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
         for batch in batches:
-            real = batch.mask.to(replay.device)
-            ends = torch.zeros_like(batch.mask)
-            ends[torch.arange(batch.samples), batch.mask.sum(1) - 1] = True
-            ends, streams = ends.to(replay.device), list[Tensor]()
+            real = batch.looked_at.to(replay.device)
+            ends, streams = batch.last_looked_at.to(replay.device), list[Tensor]()
             for i, before, after in boundaries(replay, batch):
                 values = influence(before[real].float(), after[real].float())
                 sums[i] += float(values.sum(dtype=torch.float64))
@@ -78,7 +76,7 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
             for i, j in itertools.combinations(range(n + 1), 2):
                 angles[i, j] += float(angle(streams[i], streams[j]).sum())
             bar.advance(1)
-    return sums / int(tokens.mask.sum()), (angles + angles.T) / tokens.samples
+    return sums / int(tokens.looked_at.sum()), (angles + angles.T) / tokens.samples
 
 
 def lowest(scores: Floats, count: int) -> tuple[int, ...]:

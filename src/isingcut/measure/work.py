@@ -37,4 +37,6 @@ def identity(replay: Replay, tokens: TokenSet, **depends: Any) -> str:
         depends: what the numbers depend on besides the model and its text, JSON-able.
     """
     told = {"tokens": tokens.input_ids.tolist(), "mask": tokens.mask.tolist()}
+    if tokens.counted is not None:
+        told["counted"] = tokens.counted.tolist()
     return fingerprint({**replay.identity(), **told, **depends})

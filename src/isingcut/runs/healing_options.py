@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isingcut.data.mixture import sources_in
+from isingcut.data.mixture import places_in
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
@@ -109,12 +109,12 @@ def check(session: Session) -> None:
 
 
 def _check_text(config: RunConfig, healing: HealConfig) -> None:
-    sources = sources_in(healing.text)
+    sources = places_in(healing.text)
     if "self" in sources:
         raise InputError(
             "healing needs real text; name some in a file given as --heal-options (text: FILE)"
         )
-    measured = sources_in(config.calibration)
+    measured = places_in(config.calibration)
     if pipes := [source for source in sources if source in measured and only_once(source)]:
         raise InputError(
             f"healing needs more of the text than was measured on, but {pipes[0]} is a pipe, "

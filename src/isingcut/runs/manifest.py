@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from isingcut.data.mixture import sources_in
+from isingcut.data.mixture import places_in
 from isingcut.errors import ModelError, StageFileError
 from isingcut.files import documents
 from isingcut.files.inputs import user_path
@@ -156,7 +156,7 @@ def read_by(config: RunConfig) -> list[Path]:
     """What a run with these options reads from disk."""
     asked = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
     return sources_of(
-        config.model, *sources_in(config.calibration), config.heal_options, config.data, *asked
+        config.model, *places_in(config.calibration), config.heal_options, config.data, *asked
     )
 
 

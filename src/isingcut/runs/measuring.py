@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.data.calibration import Calibration, build
-from isingcut.data.mixture import sources_in
+from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.search import Target
@@ -78,7 +78,7 @@ def _check_streaming(session: Session) -> None:
                 "streamed; use 'pairwise', 'fisher' or 'empirical-fisher', or pass --stream off "
                 "on a machine that can hold the model"
             )
-    if "self" in sources_in(config.calibration):
+    if "self" in places_in(config.calibration):
         raise InputError(
             "--calibration self reads the whole model once for every token when it is streamed; "
             "choose a text, or pass --stream off on a machine that can hold the model"

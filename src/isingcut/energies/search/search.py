@@ -87,7 +87,7 @@ class Search:
         self.budget = passes or plan.greedy_price(len(replay), max(t.size for t in targets))
         self.evaluator = Evaluator(replay, tokens, work, seed, self.budget)
         self.goals = [Goal(target) for target in targets]
-        self.rungs = plan.rungs(tokens.samples, int(tokens.mask.sum()))
+        self.rungs = plan.rungs(tokens.samples, int(tokens.looked_at.sum()))
         self.one_pass = plan.one_pass_samples(self.budget, tokens.samples)
         self.trace: list[dict[str, Any]] = []
         self._rng = np.random.default_rng([seed, 0x5EA2C4])

@@ -184,6 +184,8 @@ class Rows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         length = int(self.tokens.mask[i].sum())
         row = {"input_ids": self.tokens.input_ids[i, :length]}
+        if self.tokens.counted is not None:
+            row["counted"] = self.tokens.counted[i, :length]
         if self.kept is not None:
             row |= {name: t[:length] for name, t in self.kept.sample(i).items()}
         return row
@@ -199,7 +201,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     batch = {name: torch.stack([padded(r[name]) for r in rows]) for name in rows[0]}
     mask = torch.stack([padded(torch.ones_like(r["input_ids"])) for r in rows])
-    labels = batch["input_ids"].masked_fill(mask == 0, -100)
+    labels = batch["input_ids"].masked_fill(batch.get("counted", mask) == 0, -100)
     # The first token of a row is never predicted; the count of the others scales the loss.
     labels[:, 0] = -100
     return {**batch, "attention_mask": mask, "labels": labels}

@@ -84,7 +84,7 @@ def install(student: Any, plain: Any, objective: Objective) -> None:
     size = text.get_output_embeddings().weight.shape[0] if parts else 1
     hidden = bool(objective.hidden_weight)
 
-    def read(whole: Any, taken: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    def read(whole: Any, taken: Any, ids: Tensor, rows: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """What predicts the next tokens, (n, D) for a head or (n, V), and the hidden states.
 
         Padding is on the right, where no real token sees it: the models need no mask.
@@ -92,7 +92,6 @@ def install(student: Any, plain: Any, objective: Objective) -> None:
         options = {"use_cache": False, "output_hidden_states": hidden}
         output = taken[0](ids, **options) if taken else whole(ids, **options)
         stream = stream_of(output) if taken else output.logits
-        rows = mask[:, 1:].bool()
         return stream[:, :-1][rows], output.hidden_states if hidden else ()
 
     def teacher_head(stream: Tensor) -> Tensor:
@@ -105,20 +104,21 @@ def install(student: Any, plain: Any, objective: Objective) -> None:
     def distilled(
         input_ids: Tensor,
         attention_mask: Tensor,
+        counted: Tensor | None = None,
         indices: Tensor | None = None,
         logp: Tensor | None = None,
         tail: Tensor | None = None,
         **ignored: Any,
     ) -> dict[str, Tensor]:
-        rows = attention_mask[:, 1:].bool()
-        given, states = read(forward, parts, input_ids, attention_mask)
+        rows = (attention_mask if counted is None else counted)[:, 1:].bool()
+        given, states = read(forward, parts, input_ids, rows)
         target: Tensor | TopK
         others: Sequence[Tensor] = ()
         if indices is not None and logp is not None and tail is not None:
             target = TopK(indices[:, :-1][rows], logp[:, :-1][rows], tail[:, :-1][rows])
         else:
             with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
-                target, others = read(teacher, parts and other, input_ids, attention_mask)
+                target, others = read(teacher, parts and other, input_ids, rows)
         if parts:
             loss = divergence_from_stream(
                 given, parts[1], target, teacher_head, objective.temperature, vocabulary=size

@@ -1,0 +1,390 @@
+"""Conversations of which the assistant's tokens alone count, from the template to the losses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from calibrating import SIZES, decoded, refused, sentences, write_jsonl
+from isingcut.baselines.angular_window import AngularWindow
+from isingcut.data import corpora, healing_text
+from isingcut.data.answers import answered, row_of
+from isingcut.data.calibration import Calibration, build
+from isingcut.data.chat_templates import Renderer
+from isingcut.data.encoder import Encoder
+from isingcut.data.fitting_text import to_fit
+from isingcut.data.mixture import Part, parts_of, places_in, told
+from isingcut.data.tokens import TokenSet, pieces
+from isingcut.energies.empirical_fisher import EmpiricalFisher
+from isingcut.errors import CalibrationError, ModelError, OutputExistsError, StageFileError
+from isingcut.evaluation.quality import quality
+from isingcut.files.writing import read_json
+from isingcut.healing.judging import beginnings
+from isingcut.healing.training.batches import Rows, collate
+from isingcut.healing.training.rounds import Objective, install
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import states_of
+from isingcut.measure.losses import measure
+from isingcut.measure.streams import one_pass
+from isingcut.measure.work import Work, identity
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
+from isingcut.options.config import RunConfig
+from isingcut.runs import pipeline
+from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from shared import OPTIONS, leave_speed_out
+from streams import in_memory, streamed
+from tiny import without
+
+Message = dict[str, Any]
+
+
+def talk(*contents: str) -> list[Message]:
+    """A user and an assistant in turn."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def chat_file(path: Path, count: int = 60) -> str:
+    return write_jsonl(
+        path, [{"messages": talk(f"({i})?", f"yes{i}", "why?", f"no{i} ")} for i in range(count)]
+    )
+
+
+def counted_text(tokenizer: Any, tokens: TokenSet) -> list[str]:
+    assert tokens.counted is not None
+    pairs = zip(tokens.input_ids, tokens.counted, strict=True)
+    return [tokenizer.decode(ids[counts]) for ids, counts in pairs]
+
+
+# what counts ----------------------------------------------------------------------------
+
+# As Qwen3's: earlier turns lose their reasoning, the last one is shown with some.
+DROPS_REASONING = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "<think>{{ m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content }}"
+    "</think>{{ m.content.split('</think>')[-1].strip() }}"
+    "{% else %}{{ m.content.split('</think>')[-1] | trim }}{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+# As Phi's: the text as a whole ends with a token of its own.
+ENDS_ITSELF = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}<s>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (None, talk("hi", "yes", "why", "no "), "yes</s>no </s>"),
+        (None, talk("hi", "yes", "yes"), "yes</s>"),
+        (None, talk("yes</s>", "yes", "q", " "), "yes</s>"),
+        (None, [{"role": "assistant", "content": "hello"}, *talk("hi", "a")], "hello</s>a</s>"),
+        (None, talk("hi", "<think>so</think> yes"), "<think>so</think> yes</s>"),
+        (DROPS_REASONING, talk("hi", "yes\n", "why", "no"), "yes</s>no</s>"),
+        (
+            DROPS_REASONING,
+            talk("hi", "<think>a</think>\nyes", "why", "<think>b</think>no"),
+            "yes</s>no</s>",
+        ),
+        (ENDS_ITSELF, talk("hi", "yes", "why", " no"), "yes</s>no</s><s>"),
+        (ENDS_ITSELF, talk("hi", "yes", "why"), "yes</s>"),
+    ],
+)
+def test_the_assistants_words_and_the_end_of_its_turns_count(
+    template: str | None, messages: list[Message], expected: str
+) -> None:
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    with Renderer(tokenizer) as render:
+        found = answered(messages, render)
+    assert found == tokenizer.apply_chat_template(messages, tokenize=False)
+    tokens = TokenSet.from_rows([row_of(Encoder(tokenizer), found, 200)])
+    assert decoded(tokenizer, tokens) == [found]
+    assert counted_text(tokenizer, tokens) == [expected]
+    assert tokens.tokens == len(tokenizer(expected).input_ids)
+
+
+def test_a_token_over_the_edge_counts_where_an_answer_begins() -> None:
+    """A tokenizer that joins a word and the space before it, as those of many models do."""
+    words = ["user", "bot", " a", " b", ":", "\n", "\n\n"]
+
+    def encode(text: str, most: int | None = None) -> list[int]:
+        return [words.index(w) for w in re.findall(r" ?\w+|:|\n+", text)]
+
+    def render(messages: list[Message]) -> str:
+        names = {"user": "\nuser", "assistant": "bot"}
+        return "".join(f"{names[m['role']]}: {m['content']}\n" for m in messages)
+
+    found = answered(talk("a", "b", "a"), render)
+    assert found == "\nuser: a\nbot: b\n\nuser: a\n"
+    given: Any = encode
+    row = row_of(given, found, 100)
+    # The end of the line, too, is joined with what follows.
+    assert [words[i] for i in row if i >= 0] == [" b"]
+
+
+def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    tokenizer: Any = tiny_tokenizer()
+    source = f"answers:{chat_file(tmp_path / 'chat.jsonl')}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content | replace('yes', 'y') }}{% endfor %}"
+    )
+    refused(source, tokenizer, r"chat\.jsonl line \d+: .* shows an answer otherwise .*'answers:'")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    with pytest.raises(ModelError, match="not text alone"):
+        answered([*talk("hi"), call], lambda messages: "")
+    far: Any = lambda text, most=None: [len(text)] * len(text)  # noqa: E731
+    whole = answered(talk("hi, hi, hi", "yes", "no"), lambda ms: "".join(m["content"] for m in ms))
+    with pytest.raises(CalibrationError, match="takes a conversation apart otherwise"):
+        row_of(far, whole, 100)
+
+
+@pytest.mark.parametrize("place", ["wiki", "python", "self"])
+def test_text_has_no_answers(tmp_path: Path, tokenizer: Any, place: str) -> None:
+    for source in (f"answers:{place}", f"wiki=1,answers:{place}=1"):
+        with pytest.raises(CalibrationError, match=f"{place} holds text and no conversations"):
+            corpora.check(source)
+    text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(40)])
+    refused(f"answers:{text}", tokenizer, "holds text and no conversations")
+    running = tmp_path / "a.txt"
+    running.write_text("some text", encoding="utf-8")
+    refused(f"answers:{running}", tokenizer, "holds text and no conversations")
+
+
+def test_a_source_with_answers_is_named_without_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = chat_file(tmp_path / "chat.jsonl")
+    assert parts_of(f"wiki=1,answers:{file}=1")[1] == Part(
+        f"answers:{file}", "answers:chat.jsonl", 0.5
+    )
+    assert told(f"answers:{file}") == "answers:chat.jsonl"
+    assert places_in(f"wiki=1,answers:{file}=1") == ["wiki", file]
+    assert places_in("answers:-") == ["-"]
+    monkeypatch.chdir(tmp_path)
+    Path("answers:a.txt").write_text("a", encoding="utf-8")
+    assert places_in("answers:a.txt") == ["answers:a.txt"]
+
+
+# token sets -----------------------------------------------------------------------------
+
+
+def test_splits_keep_what_counts_on_disk_and_in_their_identity(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    file, size = chat_file(tmp_path / "chat.jsonl"), {**SIZES, "length": 40}
+    plain, found = (build(f"{word}{file}", tokenizer, **size) for word in ("", "answers:"))
+    for name, tokens in found.splits.items():
+        assert torch.equal(tokens.input_ids, plain.splits[name].input_ids)
+        for text in counted_text(tokenizer, tokens):
+            assert re.fullmatch(r"yes(\d+)</s>no\1 </s>", text)
+    assert found.sha256 != plain.sha256
+    replay: Any = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
+    one, other = (c.splits["energy"] for c in (plain, found))
+    assert identity(replay, one) != identity(replay, other)
+
+    found.save(tmp_path / "a.safetensors")
+    again = Calibration.load(tmp_path / "a.safetensors")
+    assert again.sha256 == found.sha256
+    assert [t.tokens for t in again.splits.values()] == [t.tokens for t in found.splits.values()]
+    nothing = again.splits["rank"].counted
+    assert nothing is not None
+    nothing[0] = False
+    again.save(tmp_path / "b.safetensors")
+    with pytest.raises(StageFileError, match=r"rank\.counted is not of real tokens in each row"):
+        Calibration.load(tmp_path / "b.safetensors")
+
+
+def test_conversations_whose_answers_are_cut_off_are_passed_over(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    long = [{"messages": talk("a long question " * 3 + str(i), "yes")} for i in range(30)]
+    file = write_jsonl(tmp_path / "chat.jsonl", long)
+    refused(f"answers:{file}", tokenizer, r"too short.*up to 16 tokens, found 0 \(0 tokens\)")
+    build(file, tokenizer, **{**SIZES, "length": 60})
+
+
+def test_shares_are_of_the_tokens_that_count(tmp_path: Path, tokenizer: Any) -> None:
+    file = chat_file(tmp_path / "chat.jsonl", 200)
+    text = write_jsonl(tmp_path / "a.jsonl", [{"text": f"river{i}. " * 4} for i in range(200)])
+    source, size = f"{text}=1,answers:{file}=1", {**SIZES, "samples": 60, "length": 40}
+    used = build(source, tokenizer, **size)
+    split = used.splits["energy"]
+    by_part = {name: split.select(rows).tokens for name, rows in split.rows_by_part.items()}
+    assert by_part["answers:chat.jsonl"] / split.tokens == pytest.approx(0.5, abs=0.05)
+    # Patched and healed on the same words, and on no conversation that was measured on.
+    fitted = to_fit(used, tokenizer, 4000)
+    assert set(counted_text(tokenizer, fitted.tokens)[:60]) == set(counted_text(tokenizer, split))
+    healed = healing_text.build(
+        source, tokenizer, samples=40, report_samples=10, length=40, seed=0, used=used
+    )
+    talks = [
+        {m for t in decoded(tokenizer, tokens) if (m := t[8:14]) and t.startswith("<|user|>")}
+        for tokens in (healed.train, healed.report, *used.splits.values())
+    ]
+    assert all(talks)
+    assert sum(map(len, talks)) == len(set().union(*talks))
+    assert healed.train.counted is not None
+
+
+def test_pieces_and_beginnings_hold_something_that_counts(tokenizer: Any) -> None:
+    encode = Encoder(tokenizer)
+    asked = [~i for i in encode("q" * 300)]
+    tokens = TokenSet.from_rows([asked + encode("a" * 50), encode("b" * 300)], parts=["x", "y"])
+    cut = pieces(tokens, 100)
+    assert [tokenizer.decode(ids) for ids in cut.input_ids[:1]] == ["a" * 50 + "<pad>" * 50]
+    assert cut.parts == ("x", "y", "y", "y")
+    few = beginnings(tokens)
+    assert few.predicted.sum(1).tolist() == [50, 255]
+    assert few.parts == tokens.parts
+
+
+# losses ---------------------------------------------------------------------------------
+
+
+def some_answers() -> TokenSet:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(8, 200, k).tolist() for k in (14, 9, 12)]
+    for row, spans in zip(rows, [[(3, 6), (10, 14)], [(5, 9)], [(0, 12)]], strict=True):
+        for t in range(len(row)):
+            if not any(a <= t < b for a, b in spans):
+                row[t] = ~row[t]
+    return TokenSet.from_rows(rows)
+
+
+def directly(original: Any, cut: Any, tokens: TokenSet) -> tuple[float, float]:
+    """KL and NLL of whole conversations, position by position, where the next token counts."""
+    kl, nll = [], []
+    assert tokens.counted is not None
+    for s in range(tokens.samples):
+        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+                for m in (original, cut)
+            )
+        for t in range(ids.shape[1] - 1):
+            if tokens.counted[s, t + 1]:
+                kl.append(float((p[t].exp() * (p[t] - q[t])).sum()))
+                nll.append(-float(q[t, ids[0, t + 1]]))
+    return float(np.mean(kl)), float(np.mean(nll))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_losses_are_those_of_the_answers_in_their_context(family: str, tmp_path: Path) -> None:
+    """Gemma 2's head is followed by a cap, so that its logits are made sample by sample."""
+    folder, tokens = tiny_checkpoint(family, tmp_path / "model"), some_answers()
+    replay, removed = in_memory(folder), [1, 3]
+    cut = without(replay.model, removed)
+    kl, nll = directly(replay.model, cut, tokens)
+    states = states_of(len(replay), [tuple(removed)])
+    for model in (replay, streamed(folder)):
+        found = measure(model, tokens, states, batch_tokens=30)
+        assert found.kl[0] == pytest.approx(kl, rel=1e-4)
+        assert found.nll[0] == pytest.approx(nll, rel=1e-4)
+        assert found.counts.tolist() == [7, 4, 11]
+    after: Any = quality(replay.model, cut, tokens, 30)
+    assert after["kl"] == pytest.approx(kl, rel=1e-4)
+    assert after["after"]["nll"] == pytest.approx(nll, rel=1e-4)
+
+
+def test_gradients_are_of_the_answers(tmp_path: Path) -> None:
+    """The paper's energy: x A^T A x / m, A the gradients of each sample's mean loss."""
+    tokens, rows = some_answers(), []
+    replay = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
+    found = EmpiricalFisher(gate="block").measure(replay, tokens, Work())
+    assert tokens.counted is not None
+    for s in range(tokens.samples):
+        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
+        gates = torch.ones(len(replay), requires_grad=True)
+        recording = replay.record(ids)
+        stream = recording.entered
+        for i in range(len(replay)):
+            stream = stream + gates[i] * (recording.block(i, stream) - stream)
+        logits = recording.logits(stream[0], 0)[:-1]
+        counts = tokens.counted[s, 1 : ids.shape[1]]
+        F.cross_entropy(logits[counts], ids[0, 1:][counts]).backward()
+        assert gates.grad is not None
+        rows.append(gates.grad.double().numpy())
+    a = np.array(rows)
+    states = states_of(len(replay), [(0,), (1, 3), (0, 2, 4)]).astype(float)
+    expected = ((states @ a.T) ** 2).sum(1) / len(a)
+    np.testing.assert_allclose(found.energies(states.astype(bool)), expected, rtol=1e-3)
+
+
+def test_activations_are_compared_where_answers_are_predicted() -> None:
+    model: Any = tiny_model("llama").requires_grad_(False)
+    replay = Replay(model, stack_modules(model, find_stack(model)))
+    rows = [~1, ~2, 9, ~3, ~4]
+    alone, whole = TokenSet.from_rows([rows]), TokenSet.from_rows([[1, 2]])
+    # Position 1 predicts the one that counts; nothing before it depends on what follows.
+    last = AngularWindow().choose(replay, whole, 2, Work(), 0).info["distance"]
+    assert AngularWindow().choose(replay, alone, 2, Work(), 0).info["distance"] == pytest.approx(
+        last, rel=1e-4
+    )
+    influence, angles = one_pass(replay, alone, Work())
+    np.testing.assert_allclose(angles, one_pass(replay, whole, Work())[1], rtol=1e-3, atol=1e-6)
+    both = one_pass(replay, TokenSet.from_rows([[1]]), Work())[0]
+    np.testing.assert_allclose((both + influence) / 2, one_pass(replay, whole, Work())[0], 1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_healing_learns_the_answers_in_their_context(family: str) -> None:
+    teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    tokens = some_answers()
+    kl, _ = directly(teacher, student, tokens)
+    install(student, student, Objective(teacher))
+    rows = Rows(tokens)
+    batch = collate([rows[i] for i in range(3)])
+    labels = batch.pop("labels")
+    assert int((labels != -100).sum()) == tokens.tokens == 22
+    with torch.no_grad():
+        found = student(**batch)["loss"]
+    assert float(found) == pytest.approx(22 * kl, rel=1e-4)
+
+
+# a run ----------------------------------------------------------------------------------
+
+
+def test_a_run_counts_answers_from_the_search_to_the_healing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_speed_out(monkeypatch.setattr)
+    chat = chat_file(tmp_path / "chat.jsonl")
+    text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(200)])
+    (tmp_path / "heal.yaml").write_text("length: 40\nbatch: 2\nsteps: 2\nreport-samples: 4\n")
+    config = RunConfig(
+        model=str(tiny_checkpoint("llama", tmp_path / "model")),
+        out=str(tmp_path / "run"),
+        calibration=f"{text}=1,answers:{chat}=1",
+        heal_options=str(tmp_path / "heal.yaml"),
+        remove="2",
+        effort="6",
+        heal=True,
+        heal_top=1,
+        keep="0",
+        **{**OPTIONS, "length": 40, "rank_samples": 4, "report_samples": 6},
+    )
+    run = pipeline.run(config)
+    used = Calibration.load(run / "calibration.safetensors")
+    report = used.splits["report"]
+    found = read_json(run / "evaluation.json", "evaluation")
+    assert found["tokens"] == report.tokens < int(report.mask[:, 1:].sum())
+    assert set(found["parts"]) == {"a.jsonl", "answers:chat.jsonl"}
+    for way in ("cut", "patched"):
+        assert set(found[way]["parts"]) == set(found["parts"])
+    energy = Hamiltonian.load(run / "hamiltonian.safetensors")
+    assert energy.meta["tokens"] == used.splits["energy"].tokens
+    healing = read_json(run / "healing.json", "healing")
+    assert set(healing["after"]["parts"]) == set(found["parts"])
+    with pytest.raises(OutputExistsError, match="made with other options"):
+        pipeline.run(config.replace(calibration=f"{text}=1,{chat}=1"))
