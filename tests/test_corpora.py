@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from calibrating import SIZES, refused, sentences, write_jsonl
+from calibrating import SIZES, chats, refused, sentences, write_jsonl
 from isingcut.data import corpora, packaged
 from isingcut.data.calibration import build
 from isingcut.errors import CalibrationError, InputError, MissingExtraError
@@ -104,6 +104,58 @@ def test_a_hub_that_never_answers_is_left_soon(
             monkeypatch.delenv(name, raising=False)
         message = refused("someone/a-set", tokenizer, "cannot read the data set 'someone/a-set'")
         assert "the hub cannot be reached" in message
+
+
+def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "HuggingFaceFW/fineweb-edu": [{"text": f"web {i}. " * 4} for i in range(200)],
+        "HuggingFaceTB/smol-smoltalk": chats(200),
+        "HuggingFaceTB/finemath": [{"text": f"maths {i}. " * 4} for i in range(200)],
+    }
+    read: list[tuple[str, str | None, bool]] = []
+
+    def load_dataset(path: str, config: str | None, *, streaming: bool) -> Any:
+        read.append((path, config, streaming))
+        return {"train": datasets.Dataset.from_list(rows[path]).to_iterable_dataset()}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("isingcut.data.hub_datasets._answers", lambda name: True)
+    corpora.check("web=0.5,instruct=0.3,maths=0.2")
+    found = build(
+        "web=0.5,instruct=0.3,maths=0.2", tokenizer, **{**SIZES, "samples": 60, "report_samples": 3}
+    )
+    assert read == [
+        ("HuggingFaceFW/fineweb-edu", "sample-10BT", True),
+        ("HuggingFaceTB/smol-smoltalk", None, True),
+        ("HuggingFaceTB/finemath", "finemath-4plus", True),
+    ]
+    split = found.splits["energy"]
+    by_part = {name: split.select(rows).mask.sum() for name, rows in split.rows_by_part.items()}
+    shares = {name: float(count / split.mask.sum()) for name, count in by_part.items()}
+    assert shares == pytest.approx({"web": 0.5, "instruct": 0.3, "maths": 0.2}, abs=0.05)
+    answers = build("answers:instruct", tokenizer, **SIZES)
+    assert all(tokens.counted is not None for tokens in answers.splits.values())
+
+
+def test_a_well_known_set_out_of_reach_says_what_to_do(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source in ("web", "wiki=1,web=1"):
+        refused(
+            source,
+            tokenizer,
+            "cannot read the data set 'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' stands for "
+            "it: let this machine reach the hub, or name a text that is here",
+        )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"source 'web'.*isingcut\[eval\]"):
+        build("web", tokenizer, **SIZES)
 
 
 def test_self_samples_are_full_distinct_and_reproducible(tokenizer: Any) -> None:

@@ -171,7 +171,8 @@ def build(
 
     Args:
         source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, a name of
-            `held`, ``"wiki"`` or ``"self"``; or a `mixture` of these.
+            `held` or `packaged`, or ``"self"``; ``"answers:"`` and a source of conversations; or a
+            `mixture` of these.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         length: tokens per sample, at least 2.
         seed: order of the documents, and the sampling of ``"self"``.

@@ -1,4 +1,4 @@
-"""Where text comes from: files, `datasets`, packaged Wikipedia leads, Python's own library."""
+"""Where text comes from: files, `datasets`, and texts that a name alone stands for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isingcut.data import held, text_files
 from isingcut.data.answers import answered
 from isingcut.data.chat_templates import Renderer
 from isingcut.data.mixture import naming, parts_of, place_of
-from isingcut.data.packaged import PACKAGED
+from isingcut.data.packaged import HUB, PACKAGED
 from isingcut.data.text_files import FORMATS, Record, text_file
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
 from isingcut.files.inputs import user_path
@@ -32,8 +32,8 @@ _SHUFFLE_BUFFER = 10_000
 _DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
 _SOURCES = (
     "expected a .txt, .jsonl, .json or .csv file (or one of these as .gz), - for standard input, a "
-    "datasets name, 'wiki', 'python', 'self', answers:SOURCE, or a mixture "
-    "SOURCE=WEIGHT,SOURCE=WEIGHT"
+    "datasets name, 'web', 'instruct', 'maths', 'wiki', 'python', 'self', answers:SOURCE, or a "
+    "mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
 )
 
 
@@ -84,6 +84,8 @@ def _read(
         return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
     if (texts := held.find(source)) is not None:
         return corpus(source, _listed(texts), shuffled)
+    if source in HUB:
+        return corpus(source, _dataset(source, seed), lambda rows: rows)
     _check_one(source)
     path, name = user_path(source), _name(source)
     if source == "-" or _is_file(path):
@@ -120,7 +122,7 @@ def check(source: str) -> None:
 def _check_one(source: str) -> None:
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
-    if source in (*PACKAGED, "self") or held.find(source) is not None:
+    if source in (*PACKAGED, *HUB, "self") or held.find(source) is not None:
         return
     path = user_path(source)
     if source == "-" or _is_file(path):
@@ -261,6 +263,12 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
         raise MissingExtraError("datasets", "eval", f"the calibration source {source!r}")
     from isingcut.data.hub_datasets import stream
 
-    rows = stream(source, seed=seed, buffer=_SHUFFLE_BUFFER)
+    options: dict[str, Any] = {"seed": seed, "buffer": _SHUFFLE_BUFFER}
+    if source in HUB:
+        options["advice"] = (
+            f"{source!r} stands for it: let this machine reach the hub, or name a text that is "
+            "here (a file, 'wiki' or 'python')"
+        )
+    rows = stream(HUB.get(source, source), **options)
     for number, row in enumerate(rows, start=1):
         yield f"{source} record {number}", row

@@ -23,7 +23,15 @@ _ERRORS = (
 _SECONDS = 10
 
 
-def stream(source: str, *, seed: int, buffer: int) -> Iterator[dict[str, Any]]:
+_EXPECTED = (
+    "expected NAME, NAME/CONFIG, OWNER/NAME/CONFIG or a local folder, each optionally followed by "
+    ":SPLIT"
+)
+
+
+def stream(
+    source: str, *, seed: int, buffer: int, advice: str = _EXPECTED
+) -> Iterator[dict[str, Any]]:
     """Rows in an order that depends on ``seed`` only.
 
     Args:
@@ -31,6 +39,7 @@ def stream(source: str, *, seed: int, buffer: int) -> Iterator[dict[str, Any]]:
             (data files, or what `save_to_disk` wrote); then optionally ``:SPLIT``. Without a
             split, ``train`` where there is one, else the first.
         buffer: rows kept in memory for shuffling.
+        advice: how a message ends that says why it cannot be read.
 
     Raises:
         CalibrationError: no such data set, configuration or split, or the hub is out of reach.
@@ -54,10 +63,7 @@ def stream(source: str, *, seed: int, buffer: int) -> Iterator[dict[str, Any]]:
             return
         except _ERRORS as e:
             problems.append(first_line(e))
-    raise CalibrationError(
-        f"cannot read the data set {name!r} ({problems[0]}); expected NAME, NAME/CONFIG, "
-        "OWNER/NAME/CONFIG or a local folder, each optionally followed by :SPLIT"
-    )
+    raise CalibrationError(f"cannot read the data set {name!r} ({problems[0]}); {advice}")
 
 
 def _readings(name: str) -> list[tuple[str, str | None]]:

@@ -1,4 +1,4 @@
-"""Texts that a name alone stands for, and that need no network."""
+"""Texts that a name alone stands for: two that need no network, and well-known ones of the hub."""
 
 from __future__ import annotations
 
@@ -50,3 +50,10 @@ def python() -> Iterator[str]:
 
 
 PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wiki": wiki, "python": python}
+
+HUB = {
+    "web": "HuggingFaceFW/fineweb-edu/sample-10BT",
+    "instruct": "HuggingFaceTB/smol-smoltalk",
+    "maths": "HuggingFaceTB/finemath/finemath-4plus",
+}
+"""Data sets of the hub, as `hub_datasets` takes them; `instruct` is of conversations."""

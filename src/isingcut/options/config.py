@@ -71,8 +71,9 @@ class RunConfig(Options):
     calibration: Place = option(
         TEXT,
         "Text to measure on: a .txt, .jsonl, .json or .csv file (also as .gz), - for standard "
-        "input, a datasets name, 'wiki', 'python' (its library's code) or 'self'; answers:SOURCE "
-        "counts only the assistant's part of a chat; or a mixture by shares of tokens.",
+        "input, a datasets name, 'web', 'instruct' or 'maths' (of the hub), 'wiki', 'python' (its "
+        "library's code) or 'self'; answers:SOURCE counts only the assistant's part of a chat; or "
+        "a mixture by shares of tokens.",
         "calibration",
     )
     samples: Count | None = option(

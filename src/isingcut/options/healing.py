@@ -65,8 +65,7 @@ class HealConfig(Options):
     out: Place = option("", "Folder for the healed checkpoint.")
     text: Place = option(
         TEXT,
-        "Text to heal with: a file or - as for --calibration, a datasets name, 'wiki', "
-        "'python', or a mixture.",
+        "Text to heal with: whatever --calibration takes, but 'self'.",
     )
     samples: Count | None = option(None, "Samples of that text (default: all).")
     length: Length | None = option(
