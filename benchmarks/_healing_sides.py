@@ -35,6 +35,8 @@ from isingcut.testing.tiny import tiny_checkpoint
 SIDES = ("teacher", "student", "ours", "kept", "last", "plain", "gkd", "sft")
 KEPT = 64
 """Likeliest tokens that `kept` keeps."""
+WARM_UP = 2
+"""Steps of a training that are not counted."""
 
 
 def now() -> float:
@@ -158,7 +160,8 @@ class Bench:
         found = train(job, work / "trained")["steps"]
         shutil.rmtree(work)
         counts = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(found)]
-        return [s / (n + o.batch) for s, n in zip(clock.steps(), counts, strict=True)]
+        predicted = counts[WARM_UP - 1 :]
+        return [s / (n + o.batch) for s, n in zip(clock.steps(), predicted, strict=True)]
 
     def batches(self) -> list[list[TokenSet]]:
         """The samples in order: steps of micro-batches, padded to their longest."""
@@ -235,7 +238,7 @@ class Bench:
         return self.per_token(clock)
 
     def per_token(self, clock: Clock) -> list[float]:
-        """Seconds per real token of the steps behind the first; all steps count alike."""
+        """Seconds per real token of the steps behind the warm-up; all steps count alike."""
         mean = int(self.tokens.mask.sum()) / self.options.steps
         return [s / mean for s in clock.steps()]
 
@@ -257,8 +260,8 @@ class Clock(TrainerCallback):
         self.ends.append(now())
 
     def steps(self) -> list[float]:
-        """Seconds of every step but the first."""
-        return [b - a for a, b in itertools.pairwise(self.ends)]
+        """Seconds of every step behind the warm-up."""
+        return [b - a for a, b in itertools.pairwise(self.ends[WARM_UP - 1 :])]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.tick()

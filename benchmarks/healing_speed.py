@@ -18,10 +18,11 @@ student's logits and the backward pass of a fixed gradient (`student`), both in 
 computed in and with the attention that our training takes. Where one thread computes on a CPU,
 seconds are of processor time, so that other work on the machine does not count.
 
-Sides take turns; each turn's first step is a warm-up; medians of all other steps count. trl is left
-out where it is not installed: `pip install trl` into an environment that sees isingcut. Samples of
-the text `packed` are full, those of `chat` conversations of unequal length. Ends with one line
-`name: value` per figure; those of `chat` say so:
+Sides take turns; medians count, without each turn's warm-up: the first bare pass, and two steps of
+a training, because AdamW's moments come at the end of the first and the second's activations take
+new memory, once. trl is left out where it is not installed: `pip install trl` into an environment
+that sees isingcut. Samples of the text `packed` are full, those of `chat` conversations of unequal
+length. Ends with one line `name: value` per figure; those of `chat` say so:
 
 healing_cost_over_ideal     our seconds per token over those of teacher and student bare
 healing_kept_over_ideal     with the answers kept, over those of the student alone
@@ -45,7 +46,7 @@ from pathlib import Path
 
 import torch
 
-from _healing_sides import SIDES, Bench
+from _healing_sides import SIDES, WARM_UP, Bench
 
 RATIOS = {
     "healing_cost_over_ideal": ("ours", "both"),
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--micro-batch", type=int, default=None, help="default: as healing chooses; trl gets it too"
     )
-    add("--steps", type=int, default=3, help="of a turn; the first is a warm-up")
+    add("--steps", type=int, default=4, help=f"of a turn; the first {WARM_UP} are a warm-up")
     add("--repeats", type=int, default=3)
     add("--dtype", default="auto")
     add("--threads", type=int, default=0, help="0 leaves it to torch")
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, list[float]]:
-    """Seconds per real token of every step but the turns' first, by side."""
+    """Seconds per real token of every step but the turns' warm-up, by side."""
     seconds: dict[str, list[float]] = {}
     for turn in range(repeats):
         for name, side in bench.sides().items():
@@ -126,6 +127,8 @@ def figures(text: str, seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    if options.steps <= WARM_UP:
+        parser().error(f"--steps must be {WARM_UP + 1} or more, the first {WARM_UP} are a warm-up")
     if options.threads:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:

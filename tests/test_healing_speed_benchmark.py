@@ -16,7 +16,7 @@ import healing_speed
 def test_every_side_of_ours_runs_to_its_figure(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     sides = ["teacher", "student", "ours", "kept", "last", "plain"]
-    given = ["--length", "16", "--batch", "2", "--steps", "2", "--repeats", "1"]
+    given = ["--length", "16", "--batch", "2", "--steps", "3", "--repeats", "1"]
     healing_speed.main(["--tiny", *given, "--sides", *sides])
     assert torch.get_num_threads() == threads
     lines = capsys.readouterr().out.splitlines()
@@ -28,6 +28,12 @@ def test_every_side_of_ours_runs_to_its_figure(capsys: pytest.CaptureFixture[str
         "healing_speedup_over_plain",
     }
     assert all(float(value) > 0 for value in figures.values())
+
+
+def test_steps_that_are_all_warm_up_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        healing_speed.main(["--tiny", "--steps", "2"])
+    assert "--steps must be 3 or more" in capsys.readouterr().err
 
 
 def test_the_figures_are_ratios_of_medians() -> None:

@@ -62,6 +62,8 @@ def way_of(job: Job, student: Any, row: dict[str, Tensor]) -> Way:
     if recompute:
         blocks = len(find_stack(job.teacher.model)) - len(job.removed)
         each = each / blocks + 4 * blocks * int(text_config(job.teacher.model).hidden_size)
+        # The gradient of the logits is formed with them and never computed again.
+        each += (2 if half else 4) * vocabulary
     most = max(longest, min(wanted, int(room / each)))
     if config.micro_batch is not None:
         most = config.micro_batch * longest
