@@ -386,5 +386,19 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(
     assert energy.meta["tokens"] == used.splits["energy"].tokens
     healing = read_json(run / "healing.json", "healing")
     assert set(healing["after"]["parts"]) == set(found["parts"])
+    ranked = read_json(run / "candidates.json", "candidates")
+    rank = used.splits["rank"]
+    for row in (*ranked["candidates"], ranked["chosen"]):
+        shares = {k: rank.select(own).tokens / rank.tokens for k, own in rank.rows_by_part.items()}
+        assert sum(shares[k] * part["kl"] for k, part in row["parts"].items()) == pytest.approx(
+            row["kl"]
+        )
+    card, healed = ((run / n / "README.md").read_text("utf-8") for n in ("model", "healed"))
+    assert re.search(r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat", card)
+    after = healing["after"]["parts"]["answers:chat.jsonl"]["kl"]
+    assert re.search(
+        rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* % \|\n", healed
+    )
+    assert str(tmp_path) not in card + healed
     with pytest.raises(OutputExistsError, match="made with other options"):
         pipeline.run(config.replace(calibration=f"{text}=1,{chat}=1"))

@@ -21,6 +21,7 @@ from isingcut.errors import CalibrationError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
 from isingcut.report.rows import evaluation_rows, healing_rows
+from isingcut.report.words import part_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from shared import OPTIONS
 
@@ -205,8 +206,28 @@ def test_quality_is_told_for_each_part_and_they_add_up(tmp_path: Path, tokenizer
     rows = evaluation_rows(
         {**found, **{side: {**found[side], **figures} for side in ("before", "after")}}
     )
+    # By part right after the whole, before what is no quality.
+    keys = [row.key for row in rows]
+    assert keys[2:6] == ["kl", "a.jsonl: perplexity", "a.jsonl: kl", "b.jsonl: perplexity"]
+    assert keys.index("b.jsonl: kl") < keys.index("blocks")
     last = {row.key: row.plain("cut") for row in rows}
     assert last["a.jsonl: kl"] == f"{alone['kl']:.4f}"
+
+
+def test_a_state_that_ruins_one_part_is_warned_of() -> None:
+    parts = {
+        "wiki": {"kl": 0.3, "kl_se": 0.01},
+        "maths": {"kl": 0.9, "kl_se": 0.2},
+        "code": {"kl": 0.9, "kl_se": 0.04},
+        "one sample": {"kl": 0.81, "kl_se": None},
+    }
+    found = part_warnings({"kl": 0.4, "last": "patched", "parts": parts})
+    assert [line.split(",")[0] for line in found] == [
+        "on code the patched model's KL is 0.9000 ± 0.0400",
+        "on one sample the patched model's KL is 0.8100",
+    ]
+    assert "more than 2 times the 0.4000 of all text" in found[0]
+    assert part_warnings({"kl": 0.4}) == []
 
 
 def test_a_healing_that_makes_one_part_worse_is_warned_of() -> None:

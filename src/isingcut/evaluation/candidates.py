@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Ranking:
         distribution: what the random states were drawn from.
         chosen: position of the chosen candidate in the spectrum.
         why: the reason for the choice, in words.
+        parts: the samples of each part of a mixture; empty for one text.
     """
 
     spectrum: Spectrum
@@ -46,6 +47,7 @@ class Ranking:
     distribution: str
     chosen: int
     why: str
+    parts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def removed(self) -> list[int]:
@@ -98,7 +100,8 @@ def rank(
         chosen, why = 0, "the ground state was asked for"
     else:
         chosen, why = int(np.argmin(measured.kl)), "lowest measured KL"
-    return Ranking(spectrum, measured, random, samples, distribution, chosen, why)
+    parts = tokens.rows_by_part
+    return Ranking(spectrum, measured, random, samples, distribution, chosen, why, parts)
 
 
 def random_journal(journal: Path) -> Path:
@@ -237,6 +240,12 @@ def to_dict(
         return [row(found, s) for s in range(len(found.states))]
 
     found, random = ranking.measured, ranking.random
+    of_part = {name: found.of_samples(own) for name, own in ranking.parts.items()}
+
+    def candidate(s: int) -> dict[str, Any]:
+        by_part = {name: own.losses(s) for name, own in of_part.items()}
+        return {**row(found, s), **({"parts": by_part} if by_part else {})}
+
     # Candidates and random states are compared on the same tokens.
     parts = [found.of_samples(ranking.samples)] if ranking.samples else []
     parts += [] if random is None else [random]
@@ -260,13 +269,13 @@ def to_dict(
         "energy_unit": energy.unit,
         "samples": len(found.counts),
         "tokens": int(found.counts.sum()),
-        "candidates": rows(found),
+        "candidates": [candidate(s) for s in range(len(found.states))],
         "random": [] if random is None else rows(random),
         "random_tokens": 0 if random is None else int(random.counts.sum()),
         "random_distribution": ranking.distribution,
         "fidelity": judged(energy),
         "fidelity_of_others": {name: judged(other) for name, other in others.items()},
-        "chosen": {**row(found, ranking.chosen), "position": ranking.chosen, "why": ranking.why},
+        "chosen": {**candidate(ranking.chosen), "position": ranking.chosen, "why": ranking.why},
         "original": {"nll": float(found.original_nll_sums.sum() / found.counts.sum())},
         "proven": ranking.spectrum.proven,
         "solver": ranking.spectrum.solver,

@@ -18,7 +18,7 @@ from isingcut.report.read_run import read_run
 from isingcut.report.render import render
 from isingcut.report.rows import healing_rows, healing_start, patch_rows
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
-from isingcut.report.states import measured_kl
+from isingcut.report.states import kl_by_part, measured_kl
 from isingcut.report.words import patch_story, patch_warnings, was_tuned
 
 PAPER_ENERGY = "empirical-fisher"
@@ -121,6 +121,8 @@ def _measured(candidates: Mapping[str, Any] | None, removed: Sequence[int]) -> s
         f"divergence of the exact cut from the original is {measured_kl(row).text()} nats per "
         "token."
     )
+    if by_part := [f"{kl.text()} on {name}" for name, kl in kl_by_part(row)]:
+        said += f" By part of that text: {', '.join(by_part)}."
     if not candidates["fidelity"]["kl"]["n"]:
         said += " How well the energy ranks states was not measured."
     if candidates["chosen"]["why"] == "lowest measured KL":
@@ -170,4 +172,5 @@ def _healed_section(healing: Mapping[str, Any]) -> str:
         start=healing_start(healing),
         kl=rows["kl"],
         perplexity=rows["perplexity"],
+        by_part=[row for row in rows.values() if row.part],
     )

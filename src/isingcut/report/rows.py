@@ -77,6 +77,7 @@ class Row:
         difference: from the model before to the model after, where it says something.
         notes: how it was measured.
         whole: what a bar of full length stands for; 0 for the largest figure shown.
+        part: of a mixture of texts that it is of; empty for all of the text.
     """
 
     key: str
@@ -87,6 +88,7 @@ class Row:
     difference: Difference | None = None
     notes: Sequence[str] = ()
     whole: float = 0.0
+    part: str = ""
 
     @property
     def name(self) -> str:
@@ -150,13 +152,11 @@ def evaluation_rows(evaluation: Mapping[str, Any], *, last: str = "cut") -> list
     after = {**evaluation["after"], "kl": evaluation["kl"], "kl_se": evaluation["kl_se"]}
     first, final = {"original": before}, {evaluation.get("last") or last: after}
     between = {name: evaluation[name] for name in ("cut", "patched") if evaluation.get(name)}
-    rows = [_row(*told, {**first, **between, **final}) for told in _QUALITY] + [
-        _row(*told, {**first, **final}) for told in _SIZE_AND_SPEED
-    ]
+    rows = [_row(*told, {**first, **between, **final}) for told in _QUALITY]
     for name, part in evaluation.get("parts", {}).items():
         ways = {way: found["parts"][name] for way, found in between.items() if "parts" in found}
         rows += _of_part(name, evaluation_rows({**part, **ways}, last=next(iter(final))))
-    return rows
+    return rows + [_row(*told, {**first, **final}) for told in _SIZE_AND_SPEED]
 
 
 def healing_rows(healing: Mapping[str, Any]) -> list[Row]:
@@ -191,7 +191,7 @@ def healing_start(healing: Mapping[str, Any]) -> str:
 def _of_part(name: str, rows: Sequence[Row]) -> list[Row]:
     """Quality on one part of a mixture; NLL says what perplexity says."""
     return [
-        replace(row, key=f"{name}: {row.key}", label=f"{name}: {row.label}")
+        replace(row, key=f"{name}: {row.key}", label=f"{name}: {row.label}", part=name)
         for row in rows
         if row.key in ("perplexity", "kl")
     ]

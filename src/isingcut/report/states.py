@@ -46,6 +46,7 @@ class KnownState:
             lines.append(f"{label} {energy:.4g} {unit}")
         if self.kl is not None:
             lines.append(f"measured KL {self.kl.text()} nats/token")
+            lines += [f"{name}: KL {kl.text()}" for name, kl in kl_by_part(self.measured or {})]
         lines.append(f"without blocks {listed(self.removed)}")
         return "\n".join(lines)
 
@@ -53,6 +54,11 @@ class KnownState:
 def measured_kl(row: Mapping[str, Any]) -> Value:
     """The KL in a row of `candidates.json` or of another file of measured states."""
     return Value(float(row["kl"]), row["kl_se"])
+
+
+def kl_by_part(row: Mapping[str, Any]) -> list[tuple[str, Value]]:
+    """The KL in such a row on each part of a mixture; empty for one text."""
+    return [(name, measured_kl(part)) for name, part in row.get("parts", {}).items()]
 
 
 class Book(list[KnownState]):

@@ -59,7 +59,9 @@ class SpectrumFile(Strict):
 
 
 class MeasuredState(Level, MeasuredLoss):
-    """A state with its energy and its measured losses."""
+    """A state with its energy and its measured losses, by part where the text is a mixture."""
+
+    parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
 
 
 class ChosenState(MeasuredState):
