@@ -117,7 +117,7 @@ class Bench(healing.Bench):
         for m in self.options.remove:
             rows = self.chosen(m)
             found |= {key(removed): (removed, "") for removed in rows.values()}
-            for kind in SCALED:
+            for kind in SCALED if "patched" in self.options.stages else ():
                 found[f"{key(rows[OURS])} {kind}"] = (rows[OURS], kind)
         return found
 

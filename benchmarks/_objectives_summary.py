@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from isingcut.files import documents
 from isingcut.files.provenance import versions
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 KIND = "objectives-benchmark"
 documents.KINDS[KIND] = documents.Strict
 TASKS = ("arc_easy", "piqa", "lambada", "hellaswag")
+DEFAULT = "wiki_python"
+"""The mixture that a run takes where no text is given."""
 MIXTURES: dict[str, dict[str, float]] = {
     "wiki_python": {"wiki": 0.75, "python": 0.25},
     "web_instruct_maths": {"web": 0.5, "instruct": 0.3, "maths": 0.2},
@@ -76,14 +79,35 @@ def objectives(losses: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman of mean accuracy with a negative loss.
+
+    Attributes:
+        rho, low, high: the value and its 95 % interval.
+        more, more_low, more_high: by how much it is above that of the objective compared with.
+    """
+
+    rho: float
+    low: float
+    high: float
+    more: float
+    more_low: float
+    more_high: float
+
+
 def correlations(
-    right: list[np.ndarray[Any, Any]], losses: dict[str, np.ndarray[Any, Any]], rounds: int = 2000
-) -> dict[str, tuple[float, float, float]]:
-    """Spearman of mean accuracy with each negative loss, and its 95 % interval.
+    right: list[np.ndarray[Any, Any]],
+    losses: dict[str, np.ndarray[Any, Any]],
+    against: str,
+    rounds: int = 2000,
+) -> dict[str, Correlation]:
+    """Of each objective, with intervals by the bootstrap over states and questions.
 
     Args:
         right: (S, Q) of each task, 1 where right.
         losses: (S,) of each objective.
+        against: the objective that the others are compared with.
     """
     draw = np.random.default_rng(0)
     mean = np.mean([r.mean(1) for r in right], 0)
@@ -94,15 +118,23 @@ def correlations(
         states = draw.integers(len(mean), size=len(mean))
         asked = [r[states][:, draw.integers(r.shape[1], size=r.shape[1])].mean(1) for r in right]
         resampled[i] = _spearman(np.mean(asked, 0), table[:, states])
+    found, one = _spearman(mean, table), names.index(against)
     low, high = np.nanpercentile(resampled, [2.5, 97.5], axis=0)
-    return {
-        k: (float(r), float(a), float(b))
-        for k, r, a, b in zip(names, _spearman(mean, table), low, high, strict=True)
-    }
+    least, most = np.nanpercentile(resampled - resampled[:, [one]], [2.5, 97.5], axis=0)
+    rows = zip(found, low, high, found - found[one], least, most, strict=True)
+    return {k: Correlation(*map(float, row)) for k, row in zip(names, rows, strict=True)}
+
+
+def lower_half(losses: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The half of the states of the lowest KL, mean over the texts."""
+    mean = np.mean([row["kl"] for row in losses.values()], 0)
+    return np.sort(np.argsort(mean)[: len(mean) // 2])
 
 
 def _spearman(one: Any, rows: Any) -> Any:
-    return np.array([spearmanr(one, row).statistic for row in rows])
+    """Of one sequence (S,) with each of some rows (R, S): Pearson's of the ranks."""
+    a, b = rankdata(one) - (len(one) + 1) / 2, rankdata(rows, axis=1) - (len(one) + 1) / 2
+    return b @ a / np.sqrt((a @ a) * (b * b).sum(1))
 
 
 def reliability(right: list[np.ndarray[Any, Any]], splits: int = 200) -> float:
@@ -114,7 +146,7 @@ def reliability(right: list[np.ndarray[Any, Any]], splits: int = 200) -> float:
             order = draw.permutation(r.shape[1])
             for half, part in zip(halves, np.array_split(order, 2), strict=True):
                 half += r[:, part].mean(1)
-        found.append(spearmanr(*halves).statistic)
+        found.append(_spearman(halves[0], halves[1:])[0])
     half = float(np.mean(found))
     return 2 * half / (1 + half)
 
@@ -133,16 +165,33 @@ def show(found: dict[str, Any]) -> None:
         whole = np.mean([int(b) for b in found["original"][task]])
         low, high = 100 * r.mean(1).min(), 100 * r.mean(1).max()
         print(f"  {task}: original {100 * whole:.1f}, states {low:.1f} to {high:.1f} %")
-    rows = correlations(right, losses)
+    _table("all states", right, losses, list(found["right"]))
+    half = lower_half(found["losses"])
+    part = {k: v[half] for k, v in losses.items()}
+    _table(f"the {len(half)} of lowest KL", [r[half] for r in right], part, list(found["right"]))
+    rows = correlations(right, losses, DEFAULT)
+    for name, row in rows.items():
+        print(f"objective_spearman_{name}: {row.rho:.4g}")
+    print(f"reliability: {reliability(right):.4g}")
+    print(
+        f"default_objective: {max((k for k in MIXTURES if k in rows), key=lambda k: rows[k].rho)}"
+    )
+
+
+def _table(
+    title: str,
+    right: list[np.ndarray[Any, Any]],
+    losses: dict[str, np.ndarray[Any, Any]],
+    tasks: list[str],
+) -> None:
+    rows = correlations(right, losses, DEFAULT)
     each = [_spearman(r.mean(1), -np.stack(list(losses.values()))) for r in right]
-    print(f"\n{'objective':<30}{'all tasks':>10}{'95 %':>16}  {'  '.join(found['right'])}")
-    for k, name in sorted(enumerate(losses), key=lambda pair: -rows[pair[1]][0]):
-        rho, low, high = rows[name]
-        cells = "  ".join(f"{e[k]:>{len(t)}.2f}" for t, e in zip(found["right"], each, strict=True))
-        print(f"{name:<30}{rho:>10.3f}{f'{low:.2f} to {high:.2f}':>16}  {cells}")
-    print(f"\nreliability: {reliability(right):.3f}")
-    for name, (rho, _, _) in rows.items():
-        print(f"objective_spearman_{name}: {rho:.4g}")
-    mixtures = [name for name in MIXTURES if name in rows]
-    if mixtures:
-        print(f"default_objective: {max(mixtures, key=lambda name: rows[name][0])}")
+    print(f"\n{title}; the accuracy's reliability is {reliability(right):.2f}")
+    print(f"{'':<30}{'all tasks':>10}{'95 %':>16}{'above ' + DEFAULT:>24}  {'  '.join(tasks)}")
+    for k, name in sorted(enumerate(losses), key=lambda pair: -rows[pair[1]].rho):
+        row = rows[name]
+        cells = "  ".join(f"{e[k]:>{len(t)}.2f}" for t, e in zip(tasks, each, strict=True))
+        more = f"{row.more:+.3f} ({row.more_low:+.2f} to {row.more_high:+.2f})"
+        print(
+            f"{name:<30}{row.rho:>10.3f}{f'{row.low:.2f} to {row.high:.2f}':>16}{more:>24}  {cells}"
+        )

@@ -33,13 +33,22 @@ def answers(states: int, questions: int) -> tuple[np.ndarray[Any, Any], np.ndarr
 def test_correlations_tell_a_loss_that_orders_from_one_that_does_not() -> None:
     quality, right = answers(30, 200)
     noise = np.random.default_rng(2).random(30)
-    found = summary.correlations([right], {"good": -quality, "bad": noise, "worst": quality}, 200)
-    assert found["good"][0] > 0.95
-    assert found["worst"][0] == pytest.approx(-found["good"][0])
-    assert abs(found["bad"][0]) < 0.5
-    for rho, low, high in found.values():
-        assert low < rho <= high or low <= rho < high
-    assert found["bad"][2] - found["bad"][1] > found["good"][2] - found["good"][1]
+    losses = {"good": -quality, "bad": noise, "worst": quality}
+    found = summary.correlations([right], losses, "bad", 200)
+    good, bad, worst = found.values()
+    assert good.rho > 0.95
+    assert worst.rho == pytest.approx(-good.rho)
+    assert abs(bad.rho) < 0.5
+    assert all(c.low < c.high and c.low <= c.rho <= c.high for c in (good, bad, worst))
+    assert bad.high - bad.low > good.high - good.low
+    assert (bad.more, bad.more_low, bad.more_high) == (0, 0, 0)
+    assert good.more == pytest.approx(good.rho - bad.rho)
+    assert good.more_low > 0 > worst.more_high
+
+
+def test_the_lower_half_is_that_of_the_lowest_mean() -> None:
+    losses = {"a": {"kl": [4.0, 1.0, 2.0, 3.0]}, "b": {"kl": [0.0, 1.0, 9.0, 0.0]}}
+    assert summary.lower_half(losses).tolist() == [1, 3]
 
 
 def test_reliability_grows_with_the_questions() -> None:
