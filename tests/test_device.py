@@ -232,7 +232,7 @@ DROPPED = [
     (curvature, "_through_blocks", "device=replay.device, ", "", "hessian"),
     (gradients, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
     (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
-    (evaluate, "sample_sums", "1].to(first.device)", "1]", "quality"),
+    (evaluate, "sample_sums", "[counts].to(first.device)", "[counts]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
     (exact, "sides", "mask.to(device)", "mask", "patch of what is written"),
     (store.Store, "_settle_rest", "host.to(self.device)", "host", "losses, streamed"),
