@@ -59,7 +59,8 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
             for _, blocks, stage in [x for x in _repaired(bench, m) if x[0] == method]:
                 stages[stage] = _stage(bench, blocks, stage, tasks)
             for kind in SCALED if method == OURS else ():
-                stages[kind] = {"accuracy": answers(f"{name} {kind}"), "losses": {}}
+                if asked := answers(f"{name} {kind}"):
+                    stages[kind] = {"accuracy": asked, "losses": {}}
             part = bench.read(f"states/{method}/{m}")
             rows[method] = {"removed": removed, "passes": part["passes"], "stages": stages}
         found["removals"][str(m)] = rows
