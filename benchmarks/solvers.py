@@ -127,6 +127,7 @@ def main() -> None:
     """Run the instances and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="sizes, for example 32x16,80x40; all without it")
+    parser.add_argument("--families", help="for example psd,pairwise; all of a size without it")
     parser.add_argument("--hamiltonian", type=Path, help="also M = 4, 8, 12, 15 of this file")
     parser.add_argument("--k", type=int, default=100, help="states to prove")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit of one exact search")
@@ -149,6 +150,8 @@ def main() -> None:
             *(i for i in extra if i.size == size),
         ]
         for instance in instances:
+            if args.families and instance.family not in args.families.split(","):
+                continue
             got = run(instance, args, heavy=size == "80x16")
             figures[f"{size}_{instance.family.replace('-', '_')}"] = got
             total = figures.setdefault(size, {})
