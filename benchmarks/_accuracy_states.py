@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from _quality_bench import instructions
 from _quality_evolution import within
 from isingcut.baselines import registry as baselines
 from isingcut.data.tokens import TokenSet
@@ -60,20 +61,10 @@ def choose(
 
 def conversations(data: Path, tokenizer: Any, count: int, length: int) -> TokenSet:
     """What the paper's energy is measured on: whole conversations, none of those judged on."""
-    folder = data / "calib_instruct"
-    files = [folder / "mix1000.jsonl", *sorted(folder.glob("*.jsonl"))]
-    rows, seen = [], set()
-    for path in dict.fromkeys(files):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if path == files[0]:
-            lines, judged = lines[:700], lines[700:]
-            seen |= set(judged)
-        for line in lines:
-            if line not in seen and len(rows) < count:
-                seen.add(line)
-                text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
-                ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
-                rows.append(list(ids)[:length])
+    rows = []
+    for line in instructions(data, "estimate")[:count]:
+        text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        rows.append(list(tokenizer(str(text), add_special_tokens=False)["input_ids"])[:length])
     return TokenSet.from_rows([r for r in rows if len(r) > 1])
 
 

@@ -204,31 +204,36 @@ class Bench:
         return TokenSet.from_rows(rows, pad)
 
     def instruction_file(self, use: str) -> Path:
-        """A file of the instruction records for one use; no record serves two of them.
-
-        ``"judge"`` holds the last records of the mix, ``"choose"`` the first, and
-        ``"estimate"`` all but the judged ones, followed by the other instruction files.
-        """
+        """A file of the instruction records for one use, see `instructions`."""
         path = Path(self.options.work) / "text" / f"instruct-{use}.jsonl"
         if path.exists():
             return path
-        mix = list(_lines(self.data / INSTRUCT / "mix1000.jsonl"))
-        judged = mix[-JUDGED_RECORDS:]
-        records = {"judge": judged, "choose": mix[:CHOSEN_RECORDS], "estimate": mix}[use]
-        if use == "estimate":
-            others = sorted((self.data / INSTRUCT).glob("*.jsonl"))
-            records = records + [x for o in others if o.name != "mix1000.jsonl" for x in _lines(o)]
-        seen = set() if use == "judge" else {_words(line) for line in judged}
-        kept = []
-        for line in records:
-            if _words(line) not in seen:
-                seen.add(_words(line))
-                kept.append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
-        temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(instructions(self.data, use)) + "\n", encoding="utf-8")
         temporary.replace(path)
         return path
+
+
+def instructions(data: Path, use: str) -> list[str]:
+    """The instruction records for one use, a line of JSON each; none that is judged has another.
+
+    ``"judge"`` is the last records of the mix, ``"choose"`` the first, and ``"estimate"`` all but
+    the judged ones, followed by the other instruction files.
+    """
+    mix = list(_lines(data / INSTRUCT / "mix1000.jsonl"))
+    judged = mix[-JUDGED_RECORDS:]
+    records = {"judge": judged, "choose": mix[:CHOSEN_RECORDS], "estimate": mix}[use]
+    if use == "estimate":
+        others = sorted((data / INSTRUCT).glob("*.jsonl"))
+        records = records + [x for o in others if o.name != "mix1000.jsonl" for x in _lines(o)]
+    seen = set() if use == "judge" else {_words(line) for line in judged}
+    kept = []
+    for line in records:
+        if _words(line) not in seen:
+            seen.add(_words(line))
+            kept.append(line)
+    return kept
 
 
 def _lines(path: Path) -> Iterator[str]:
