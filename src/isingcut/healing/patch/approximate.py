@@ -7,7 +7,7 @@ with the new weights on the rows held out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from isingcut.healing.patch.absorb import observe
 from isingcut.healing.patch.exact import features, folded, moments_for, sides, weights_of
 from isingcut.healing.patch.files import Patch, applied
 from isingcut.healing.patch.gains import Gained, token_gains
-from isingcut.healing.patch.least_squares import STRENGTHS, Moments, RidgePath, ridge_map
+from isingcut.healing.patch.least_squares import Moments, best_strength, ridge_map
 from isingcut.models.replay import Recording
 
 
@@ -98,12 +98,11 @@ class ApproximateCut:
     def _best(self, gained: Gained) -> Best | None:
         before = self._error(None)
         fit, held = self._moments(gained)
-        path = RidgePath(fit)
 
         def left(strength: float) -> float:
-            return self._error(self._patch(gained, path.map(strength), {})) / before
+            return self._error(self._patch(gained, ridge_map(fit, strength), {})) / before
 
-        strength, error = _lowest(left)
+        strength, error = best_strength(left)
         # Not a number is no gain either.
         return Best(ridge_map(fit + held, strength), strength, error) if error < 1 else None
 
@@ -140,20 +139,3 @@ class ApproximateCut:
     def _patch(self, gained: Gained, change: Tensor, record: dict[str, Any]) -> Patch:
         weight, bias = folded(change, gained.write, reads=self.reads)
         return Patch(self.p, gained.write.path, weight, bias, record)
-
-
-def _lowest(left: Callable[[float], float]) -> tuple[float, float]:
-    """The ridge strength with the least error, found by walking downhill from the middle."""
-    known: dict[int, float] = {}
-
-    def error(k: int) -> float:
-        if not 0 <= k < len(STRENGTHS):
-            return float("inf")
-        if k not in known:
-            known[k] = left(STRENGTHS[k])
-        return known[k]
-
-    at = len(STRENGTHS) // 2
-    while error(next_to := min((at - 1, at + 1), key=error)) < error(at):
-        at = next_to
-    return STRENGTHS[at], error(at)
