@@ -32,16 +32,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from _accuracy_parts import Bench
 from _accuracy_states import METHODS
 from _accuracy_summary import RESULTS, collect, show
+from _parts_command import add_working, obey, parser_of
 from healing import drive, minutes
-from isingcut.errors import IsingcutError
-from isingcut.files.writing import read_json
 
-HERE = Path(__file__).resolve().parent
 TASKS = (
     *("mmlu_0shot", "arc_easy", "arc_challenge", "hellaswag", "piqa"),
     *("winogrande", "boolq", "openbookqa"),
@@ -50,9 +46,7 @@ STAGES = ("cut", "patched", "healed")
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = parser_of(__doc__)
     add = found.add_argument
     add("--model", default="coder")
     add("--remove", type=lambda t: [int(m) for m in t.split(",")], default=[7, 4])
@@ -76,46 +70,26 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto")
     add("--batch-tokens", type=int, default=1024)
     add("--score-batch", type=int, default=16, help="sequences of a repaired model at a time")
-    add("--data", default=str(HERE.parents[1] / "shared" / "data"))
-    add("--work", default="accuracy-work")
-    add("--results", default=str(HERE / "results" / "accuracy.json"))
-    add("--only", action="append", default=[], metavar="PREFIX", help="parts to run")
-    add("--minutes", type=float, default=600.0, help="start no part expected to end later")
-    add("--threads", type=int, default=0, help="0 leaves it to torch")
-    add("--quiet", action="store_true", help="no bars within a part")
-    add("--plan", action="store_true", help="show what is left and stop")
-    add("--collect", action="store_true", help="write the results file from finished parts")
-    add("--summary", action="store_true", help="print the results file")
+    add_working(found, "accuracy")
     # What the parts of the healing benchmark ask for besides.
     found.set_defaults(top_steps=0, top_tokens=4096, peers="best", no_accuracy=False, states=None)
     return found
 
 
-def show_plan(bench: Bench) -> None:
+def work(bench: Bench) -> None:
+    """Show what is left, and do it."""
     left = [p for p in bench.parts() if not bench.done(p.name)]
     for part in left:
         print(f"{part.name:<60}{minutes(bench, [part]):>9.1f} min")
     print(f"{len(left)} parts that can be named now, {minutes(bench, left):.0f} min", flush=True)
+    if not bench.options.plan:
+        drive(bench)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     path = Path(options.results)
-    try:
-        if options.summary and not options.collect:
-            show(read_json(path, RESULTS))
-            return
-        bench = Bench(options)
-        if options.collect:
-            show(collect(bench, path))
-            return
-        show_plan(bench)
-        if not options.plan:
-            drive(bench)
-    except IsingcutError as error:
-        raise SystemExit(f"error: {error}") from None
+    obey(options, [path], RESULTS, show, lambda: Bench(options), collect, work)
 
 
 if __name__ == "__main__":

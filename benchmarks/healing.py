@@ -39,21 +39,14 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-
 from _healing_parts import TASKS, Bench
 from _healing_summary import RESULTS, collect, show
 from _healing_work import Part
-from isingcut.errors import IsingcutError
-from isingcut.files.writing import read_json
-
-HERE = Path(__file__).resolve().parent
+from _parts_command import HERE, add_working, obey, parser_of
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = parser_of(__doc__)
     add = found.add_argument
     add("--model", default="smollm2")
     add("--remove", type=lambda t: [int(m) for m in t.split(",")], default=[9, 6, 12])
@@ -78,16 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto")
     add("--batch-tokens", type=int, default=1024)
     add("--score-batch", type=int, default=16, help="sequences scored at a time")
-    add("--data", default=str(HERE.parents[1] / "shared" / "data"))
-    add("--work", default="healing-work")
-    add("--results", help="default: results/healing.json, of the second model healing_coder.json")
-    add("--only", action="append", default=[], metavar="PREFIX", help="parts to run")
-    add("--minutes", type=float, default=600.0, help="start no part expected to end later")
-    add("--threads", type=int, default=0, help="0 leaves it to torch")
-    add("--quiet", action="store_true", help="no bars within a part")
-    add("--plan", action="store_true", help="show what is left and stop")
-    add("--collect", action="store_true", help="write the results file from finished parts")
-    add("--summary", action="store_true", help="print the results file")
+    add_working(found, "healing", "default: results/healing.json; of the coder healing_coder.json")
     return found
 
 
@@ -143,26 +127,23 @@ def drive(bench: Bench) -> None:
         print(f"{'':13}took {bench.run(part) / 60:.1f} min", flush=True)
 
 
+def work(bench: Bench) -> None:
+    """Show what is left, and do it."""
+    show_plan(bench)
+    if not bench.options.plan:
+        drive(bench)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    results = {m: HERE / "results" / f"healing{m}.json" for m in ("", "_coder")}
-    path = Path(options.results or results["_coder" if options.model == "coder" else ""])
-    try:
-        if options.summary and not options.collect:
-            for found in [path] if options.results else filter(Path.exists, results.values()):
-                show(read_json(found, RESULTS))
-            return
-        bench = Bench(options)
-        if options.collect:
-            show(collect(bench, path))
-            return
-        show_plan(bench)
-        if not options.plan:
-            drive(bench)
-    except IsingcutError as error:
-        raise SystemExit(f"error: {error}") from None
+    both = [HERE / "results" / f"healing{m}.json" for m in ("", "_coder")]
+    if options.results:
+        paths = [Path(options.results)]
+    elif options.summary and not options.collect:
+        paths = [p for p in both if p.exists()]
+    else:
+        paths = [both[options.model == "coder"]]
+    obey(options, paths, RESULTS, show, lambda: Bench(options), collect, work)
 
 
 if __name__ == "__main__":

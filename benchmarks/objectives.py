@@ -35,17 +35,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from _objectives_summary import KIND, TASKS, collect, show
+from _parts_command import HERE, add_working, obey, parser_of
 from _quality_store import Part, Price, Speed, Stage, Store, drive, show_plan
 from _quality_tasks import FILES, METRIC, encoded, grade, questions
 from _shared_answers import continuation_scores
 from isingcut.console.progress import silent, terminal
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import IsingcutError
-from isingcut.files.writing import read_json
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
@@ -54,7 +51,6 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.models.sources import model_identity, resolve
 
-HERE = Path(__file__).resolve().parent
 CONVERSATIONS = 300
 """The last of the instruction mix."""
 
@@ -242,9 +238,7 @@ def _bits(right: Any) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = parser_of(__doc__)
     add = found.add_argument
     add("--model", default="smollm2")
     add("--remove", type=int, default=6)
@@ -252,45 +246,22 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=2560, help="of each text")
     add("--questions", type=int, default=500, help="of each task")
     add("--dtype", default="auto")
-    add("--data", default=str(HERE.parents[1] / "shared" / "data"))
-    add("--work", default="objectives-work")
-    add("--results", default=str(HERE / "results" / "objectives.json"))
-    add("--only", action="append", default=[], metavar="PREFIX", help="parts to run")
-    add("--minutes", type=float, default=600.0, help="start no part expected to end later")
-    add("--threads", type=int, default=0, help="0 leaves it to torch")
-    add("--quiet", action="store_true", help="no bars within a part")
-    add("--plan", action="store_true", help="show what is left and stop")
-    add("--collect", action="store_true", help="write the results file from finished parts")
-    add("--summary", action="store_true", help="print the results file")
+    add_working(found, "objectives")
     return found
+
+
+def work(study: Study) -> None:
+    """Show what is left, and do it."""
+    o, stages, speed = study.options, study.stages(), study.speed()
+    planned = show_plan(stages, study.store, speed, parts=o.plan)
+    if not o.plan:
+        drive(stages, study.store, speed, only=o.only, minutes=o.minutes, planned=planned)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     path = Path(options.results)
-    try:
-        if options.summary and not options.collect:
-            show(read_json(path, KIND))
-            return
-        study = Study(options)
-        if options.collect:
-            show(collect(study, path))
-            return
-        stages, speed = study.stages(), study.speed()
-        planned = show_plan(stages, study.store, speed, parts=options.plan)
-        if not options.plan:
-            drive(
-                stages,
-                study.store,
-                speed,
-                only=options.only,
-                minutes=options.minutes,
-                planned=planned,
-            )
-    except IsingcutError as error:
-        raise SystemExit(f"error: {error}") from None
+    obey(options, [path], KIND, show, lambda: Study(options), collect, work)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ from pathlib import Path
 
 import torch
 
+from _parts_command import add_working, parser_of
 from _quality_bench import REPOSITORY, Bench
 from _quality_collect import KIND, accuracy_states, collect
 from _quality_estimators import estimator_parts
@@ -77,9 +78,7 @@ def numbers(text: str) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = parser_of(__doc__)
     add = found.add_argument
     add("--model", default="smollm2")
     add("--calibration", default="wiki", help="text to choose on")
@@ -104,22 +103,11 @@ def parser() -> argparse.ArgumentParser:
     add("--large-remove", type=int, default=9)
     add("--large-minutes", type=float, default=0.0, help="length of the long evolution (0: none)")
     add("--large-share", type=float, default=0.1, help="its tokens that `refined` may spend there")
-    add("--data", default=str(REPOSITORY.parent / "shared" / "data"))
-    add("--work", default="quality-work", help="folder of the parts")
-    add(
-        "--results",
-        help="results file to write or read (default: the committed one, or with "
-        "--judge one in the work folder)",
-    )
-    add("--only", action="append", default=[], metavar="PREFIX", help="parts to run")
-    add("--minutes", type=float, default=100.0, help="time for this call")
-    add("--threads", type=int, default=0, help="0 leaves it to torch")
+    words = "default: the committed one, or with --judge one in the work folder"
+    add_working(found, "quality", words)
+    found.set_defaults(minutes=100.0)
     add("--batch-tokens", type=int, default=1024)
     add("--dtype", default="auto")
-    add("--quiet", action="store_true", help="no bars within a part")
-    add("--plan", action="store_true", help="show what is left and stop")
-    add("--collect", action="store_true", help="write the results file from finished parts")
-    add("--summary", action="store_true", help="print the results file")
     return found
 
 
