@@ -9,12 +9,13 @@ import pytest
 import isingcut
 from isingcut.errors import InputError
 from isingcut.evaluation import choosing
-from isingcut.evaluation.choosing import choose_by_questions, half, looks
+from isingcut.evaluation.choosing import choose_by_questions, contenders, half, looks
 from isingcut.evaluation.questions import prepare_task, question_key
 from isingcut.evaluation.scores import score
 from isingcut.files.writing import read_json
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
+from isingcut.report.choice import chosen_by_tasks
 from isingcut.runs.benchmarking import check_asked
 from shared import OPTIONS
 
@@ -55,6 +56,24 @@ def test_half_of_the_questions_by_a_seed():
     assert half(keys, 1)["a"] != found["a"]
     with pytest.raises(InputError, match="c has one question"):
         half({"c": ["c0", "c0"]}, 0)
+
+
+def test_who_is_asked_is_no_near_copy_as_long_as_there_are_others():
+    blocks = [[3, 4], [3, 5], [8, 9], [4, 5], [2, 4], [0, 1], [6, 7]]
+    rows = [{"removed": b, "kl": float(k)} for k, b in enumerate(blocks)]
+    # 3 5, 4 5 and 2 4 share a block with one of lower loss.
+    assert contenders(rows) == [0, 1, 2, 5, 6]
+    assert contenders(rows[:5]) == [0, 1, 2, 3, 4]
+    worst = {"removed": [10, 11], "kl": 99.0}
+    assert contenders([*rows, worst], [11, 10])[-1] == 7
+    assert contenders([*rows, worst]) == [0, 2, 5, 6, 7]
+    assert contenders(rows, [3, 4]) == contenders(rows)
+
+
+def test_a_choice_against_the_loss_is_told():
+    found = {"candidates": [{}, {}], "by_task": {"a": 9}, "ahead": True, "tasks": ["a"]}
+    assert chosen_by_tasks(found, 1.2) == "best of 2 on 9 questions of a; ahead of all others"
+    assert "its KL is 11.6 times the lowest" in chosen_by_tasks(found, 11.61)
 
 
 def test_a_clear_leader_ends_it_early():
@@ -144,9 +163,13 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     target = isingcut.run(**OPTIONS, **options)
     found = read_json(target / "candidates.json", "candidates")
     asked, rows = found["by_tasks"], found["by_tasks"]["candidates"]
-    lowest = sorted(row["kl"] for row in found["candidates"])[:4]
     kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
-    assert [kl[tuple(row["removed"])] for row in rows] == lowest
+    asked_kl = [kl[tuple(row["removed"])] for row in rows]
+    assert asked_kl == sorted(asked_kl)
+    assert asked_kl[0] == min(kl.values())
+    # What writes worst may answer best.
+    size = load(llama, dtype="float32", device="cpu").model.config.num_hidden_layers
+    assert [size - 2, size - 1] in [row["removed"] for row in rows]
     assert found["chosen"]["removed"] == max(rows, key=lambda r: r["accuracy"])["removed"]
     assert "questions of mine.jsonl" in found["chosen"]["why"]
     assert len(asked["asked"]) == 30
@@ -205,7 +228,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         isingcut.prune(**OPTIONS, **options)
     assert len(list((tmp_path / "run" / ".asked").glob("*.json"))) == 2
     isingcut.prune(**OPTIONS, **options)
-    assert len(calls) == 3 + 2
+    assert len(calls) == 3 + choosing.CONTENDERS - 2
 
 
 def test_a_question_has_one_key_in_every_task(questions):

@@ -23,14 +23,16 @@ import numpy as np
 
 from isingcut.errors import InputError
 from isingcut.evaluation.paired import p_value
-from isingcut.ising.states import Floats
+from isingcut.ising.states import Floats, swaps
 
 FIRST, GROWTH = 50, 1.5
 """Questions at the first look, and the factor from one look to the next."""
 ALPHA = 0.05
 """Chance of dropping a candidate wrongly, over all looks and pairs."""
-CONTENDERS = 4
-"""Candidates that are asked: those of lowest measured loss."""
+CONTENDERS = 5
+"""Candidates that are asked."""
+_APART = 2
+"""Blocks that two of them differ in, as long as there are such: near copies answer alike."""
 
 Ask = Callable[[Sequence[int], Mapping[str, Sequence[str]]], Sequence[float]]
 """The scores of one candidate (its removed blocks) on the questions of each task, in any order
@@ -71,6 +73,26 @@ def half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
         order = np.random.default_rng([seed, 0xA5, number]).permutation(len(distinct))
         found[task] = [distinct[i] for i in order[: len(distinct) // 2]]
     return found
+
+
+def contenders(rows: Sequence[Mapping[str, Any]], also: Sequence[int] = ()) -> list[int]:
+    """Positions of the candidates that are asked, lowest loss first.
+
+    The one of lowest loss, and by loss those that differ in two blocks or more from all of lower
+    loss that are asked; where these are too few, the next by loss.
+
+    Args:
+        rows: with ``removed`` and ``kl``.
+        also: the blocks of a candidate that is asked whatever its loss.
+    """
+    order = sorted(range(len(rows)), key=lambda i: float(rows[i]["kl"]))
+    found = [i for i in order if i == order[0] or sorted(rows[i]["removed"]) == sorted(also)]
+    for apart in (_APART, 1):
+        for i in order:
+            far = all(swaps(rows[i]["removed"], rows[j]["removed"]) >= apart for j in found)
+            if far and len(found) < CONTENDERS:
+                found.append(i)
+    return sorted(found, key=order.index)
 
 
 def choose_by_questions(

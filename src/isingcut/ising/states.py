@@ -31,6 +31,12 @@ def blocks_of(state: Bools) -> list[int]:
     return [int(i) for i in np.flatnonzero(state)]
 
 
+def swaps(one: Iterable[int], other: Iterable[int]) -> int:
+    """How many removed blocks of one state the other keeps, the larger of the two counts."""
+    a, b = set(one), set(other)
+    return max(len(a - b), len(b - a))
+
+
 def key_of(state: Bools) -> str:
     """The removed blocks of one state as text, for example ``"3,7"``."""
     return ",".join(map(str, blocks_of(state)))

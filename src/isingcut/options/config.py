@@ -164,8 +164,8 @@ class RunConfig(Options):
     )
     choose: Literal["measured", "ground", "tasks"] = option(
         "measured",
-        "measured (lowest KL of the candidates), ground, or tasks (of the few of lowest KL the "
-        "best on questions of --tasks).",
+        "measured (lowest KL of the candidates), ground, or tasks (of a few unlike ones of low "
+        "KL the best on questions of --tasks).",
         "rank",
     )
     tasks: str = option(

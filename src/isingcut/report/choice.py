@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isingcut.report.rows import plus_minus
-from isingcut.report.words import listed
+from isingcut.report.words import MUCH_WORSE, listed
 
 
 def one_pass_words(candidates: Mapping[str, Any]) -> str:
@@ -35,24 +35,29 @@ def one_pass_words(candidates: Mapping[str, Any]) -> str:
     return f"{said}: the choice was not made by KL."
 
 
-def chosen_by_tasks(found: Mapping[str, Any]) -> str:
-    """Why a candidate was chosen by questions.
+def chosen_by_tasks(found: Mapping[str, Any], times: float) -> str:
+    """Why a candidate was chosen by questions, and whether its loss says otherwise.
 
     Args:
         found: ``by_tasks`` of `candidates.json`.
+        times: its KL over the lowest of all candidates.
     """
     rows, asked = found["candidates"], sum(found["by_task"].values())
     if len(rows) == 1 or not asked:
         return "the only candidate, no question was asked"
     lead = "ahead of all others" if found["ahead"] else "its lead is within the noise"
-    return f"best of {len(rows)} on {asked} questions of {', '.join(found['tasks'])}; {lead}"
+    best = f"best of {len(rows)} on {asked} questions of {', '.join(found['tasks'])}; {lead}"
+    if times < MUCH_WORSE:
+        return best
+    return f"{best}; its KL is {times:.3g} times the lowest: heal what is to write"
 
 
 def questions_words(found: Mapping[str, Any]) -> str:
     """How a choice by questions was made, and that none of them judges the final model."""
     share = ", ".join(f"{n} of {task}" for task, n in found["by_task"].items())
     return (
-        f"The {len(found['candidates'])} candidates of lowest KL, as exact cuts, were asked the "
+        f"{len(found['candidates'])} candidates of low KL that are no near copies of each other, "
+        "and the one without the last blocks where it is allowed, as exact cuts, were asked the "
         f"same questions ({share}), in {found['looks']} of at most {found['looks_planned']} "
         "batches. Whoever fell short of the leader by McNemar's test was dropped, at a level of "
         f"{100 * found['alpha']:.0f} % over all batches and pairs. Benchmarks of the final model "

@@ -8,7 +8,7 @@ from typing import Any
 from isingcut.report.rows import plus_minus
 
 # How much larger than that of all text the KL on one part of it is where that is worth a warning.
-_MUCH_WORSE = 2.0
+MUCH_WORSE = 2.0
 _SOURCES = {"-": "standard input", "self": "text that the model wrote"}
 
 
@@ -73,10 +73,10 @@ def part_warnings(evaluation: Mapping[str, Any]) -> list[str]:
     whole, last = evaluation["kl"], evaluation.get("last", "cut")
     return [
         f"on {name} the {last} model's KL is {plus_minus(part['kl'], part['kl_se'])}, more than "
-        f"{_MUCH_WORSE:g} times the {whole:.4f} of all text: where that text matters, give it more "
+        f"{MUCH_WORSE:g} times the {whole:.4f} of all text: where that text matters, give it more "
         "weight in --calibration, or remove fewer blocks"
         for name, part in evaluation.get("parts", {}).items()
-        if part["kl"] - 2 * (part["kl_se"] or 0.0) > _MUCH_WORSE * whole
+        if part["kl"] - 2 * (part["kl_se"] or 0.0) > MUCH_WORSE * whole
     ]
 
 

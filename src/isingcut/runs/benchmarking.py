@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError
-from isingcut.evaluation.choosing import CONTENDERS, choose_by_questions, half
+from isingcut.evaluation.choosing import choose_by_questions, contenders, half
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
 from isingcut.evaluation.scores import Scores, benchmark, forget_scores, place_of, score
 from isingcut.evaluation.wikitext import text_scores
@@ -66,8 +66,13 @@ def _data(config: RunConfig) -> Path | None:
     return user_path(config.data) if config.data else None
 
 
+def last_blocks(size: int, count: int) -> list[int]:
+    """So many at the end of a stack of ``size``."""
+    return list(range(size - count, size))
+
+
 def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path) -> dict[str, Any]:
-    """The best of the candidates of lowest loss on half of the questions of the run's tasks.
+    """The best of a few candidates on half of the questions of the run's tasks.
 
     Each is the original with its blocks skipped: no checkpoint is written.
 
@@ -90,7 +95,8 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
         for task in [prepare_task(name, _data(config), config.questions)]
     }
     pool = {name: task.pool() for name, task in tasks.items()}
-    best = sorted(range(len(rows)), key=lambda i: float(rows[i]["kl"]))[:CONTENDERS]
+    last = last_blocks(len(session.stack), len(rows[0]["removed"]))
+    best = contenders(rows, last)
     batch = max(1, session.tuning.batch_tokens // 128)
     with session.progress("asking the candidates questions", 0) as bar:
 

@@ -27,12 +27,19 @@ from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
+from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.choice import chosen_by_tasks
-from isingcut.runs.benchmarking import asked_options, check_asked, check_whole, choose_by_tasks
+from isingcut.runs.benchmarking import (
+    asked_options,
+    check_asked,
+    check_whole,
+    choose_by_tasks,
+    last_blocks,
+)
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import names, other_path, splits_of, upstream, work_of
@@ -78,7 +85,9 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         if config.choose == "tasks" and not folder.processes.rank:
             by_tasks = choose_by_tasks(session, content["candidates"], scores)
             position = by_tasks.pop("chosen")
-            row, why = content["candidates"][position], chosen_by_tasks(by_tasks)
+            row = content["candidates"][position]
+            lowest = min(float(r["kl"]) for r in content["candidates"])
+            why = chosen_by_tasks(by_tasks, float(row["kl"]) / lowest)
             content |= {"by_tasks": by_tasks, "chosen": {**row, "position": position, "why": why}}
         write_json(path, "candidates", content)
 
@@ -93,21 +102,26 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
 
 
 def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
-    """The candidates to measure: a spectrum, and what a search found for the same removal."""
+    """The candidates to measure: a spectrum, and what a search found for the same removal.
+
+    To choose by questions, the state without the last blocks is one too where it is allowed: what
+    writes worst may answer best.
+    """
     searched = problem.hamiltonian.meta.get("search", {}).get("targets", {})
     mine = searched.get(config.removal, {})
-    found = [*mine.get("finalists", []), *mine.get("one_pass", [])]
+    found = [row["removed"] for row in (*mine.get("finalists", []), *mine.get("one_pass", []))]
+    solver = f"{spectrum.solver} and search" if found else spectrum.solver
+    if config.choose == "tasks":
+        last = states_of(problem.n, [last_blocks(problem.n, len(spectrum.removed(0)))])
+        found += [blocks_of(state) for state in last[problem.feasible(last)]]
     if not found:
         return spectrum
-    states = np.zeros((len(found), problem.n), dtype=bool)
-    for row, finalist in zip(states, found, strict=True):
-        row[finalist["removed"]] = True
     return Spectrum.from_states(
         problem,
-        np.concatenate([spectrum.states, states]),
+        np.concatenate([spectrum.states, states_of(problem.n, found)]),
         # The lowest stay the lowest, whatever else is measured beside them.
         proven=spectrum.proven,
-        solver=f"{spectrum.solver} and search",
+        solver=solver,
         seconds=spectrum.seconds,
         info=spectrum.info,
     )

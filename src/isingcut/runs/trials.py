@@ -28,6 +28,7 @@ from isingcut.healing.heal import heal_checkpoint
 from isingcut.healing.healers import RECORD
 from isingcut.healing.judging import Race, beginnings, difference
 from isingcut.healing.work_folder import held
+from isingcut.ising.states import swaps
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.healing import HealConfig
 from isingcut.options.spellings import parse_healing
@@ -173,7 +174,7 @@ def _pool(session: Session, folder: RunFolder, count: int) -> list[dict[str, Any
 
     def add(rows: Sequence[dict[str, Any]], apart: int, most: int) -> None:
         for row in rows:
-            far = all(_swaps(row["removed"], other["removed"]) >= apart for other in pool)
+            far = all(swaps(row["removed"], other["removed"]) >= apart for other in pool)
             if far and len(pool) < most:
                 pool.append(row)
 
@@ -182,10 +183,6 @@ def _pool(session: Session, folder: RunFolder, count: int) -> list[dict[str, Any
     for apart in (_APART, 1):
         add(sorted([*known, *others], key=lambda row: float(row["kl"])), apart, count)
     return pool
-
-
-def _swaps(one: Sequence[int], other: Sequence[int]) -> int:
-    return max(len({*one} - {*other}), len({*other} - {*one}))
 
 
 def _few(healing: HealConfig, text: HealingText, count: int) -> HealConfig:
