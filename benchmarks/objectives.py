@@ -6,7 +6,8 @@
     python benchmarks/objectives.py --summary         # its table and figures
 
 Many states of one model with the same number of blocks removed: by default those that all methods
-chose in `results/quality.json`, and exchanges of one or two blocks of three of them. Each is
+chose in `results/quality.json`, and exchanges of one or two blocks of three of them; of another
+model (`--model coder`: the one of `accuracy.py`) runs of blocks and exchanges in them. Each is
 measured on each text (KL to the original and NLL, nats a token) and asked the questions of each
 task, as `quality.py` asks them. The work is cut into parts, one file each in `--work`.
 
@@ -35,6 +36,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from _coder_model import coder_file
 from _objectives_summary import KIND, TASKS, collect, show
 from _parts_command import HERE, add_working, obey, parser_of
 from _quality_store import Part, Price, Speed, Stage, Store, drive, show_plan
@@ -72,8 +74,22 @@ def chosen_states(m: int, count: int, n: int, seed: int = 0) -> list[list[int]]:
                 walk(value)
 
     walk(json.loads((HERE / "results" / "quality.json").read_text(encoding="utf-8"))["tables"])
-    states, draw = [list(s) for s in found], random.Random(seed)
     starts = [list(range(13, 19)), [12, 13, 14, 17, 25, 26], [5, 12, 14, 16, 17, 18]]
+    return exchanged([list(s) for s in found], starts, m, count, n, seed)
+
+
+def windows(m: int, count: int, n: int, seed: int = 0) -> list[list[int]]:
+    """Runs of blocks that leave a sixth of them at both ends, and exchanges in the middle three."""
+    states = [list(range(a, a + m)) for a in range(n // 6, n - n // 6 - m + 1)]
+    middle = len(states) // 2
+    return exchanged(states[:count], states[middle - 1 : middle + 2], m, count, n, seed)
+
+
+def exchanged(
+    states: list[list[int]], starts: list[list[int]], m: int, count: int, n: int, seed: int
+) -> list[list[int]]:
+    """So many states: those given, and others with one or two blocks of a start exchanged."""
+    draw = random.Random(seed)
     while len(states) < count:
         state, k = set(draw.choice(starts)), draw.choice((1, 2))
         state -= set(draw.sample(sorted(state), k))
@@ -92,7 +108,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.data, self.work = options, Path(options.data), Path(options.work)
-        self.folder = resolve(options.model)
+        self.folder = resolve(str(coder_file()) if options.model == "coder" else options.model)
         keys = ("remove", "states", "tokens", "questions", "dtype")
         settings = {k: getattr(options, k) for k in keys}
         self.store = Store(
@@ -112,7 +128,8 @@ class Study:
     @cached_property
     def states(self) -> list[list[int]]:
         o = self.options
-        return chosen_states(o.remove, o.states, len(self.replay))
+        drawn = chosen_states if o.model == "smollm2" else windows
+        return drawn(o.remove, o.states, len(self.replay))
 
     def working(self, journal: Path) -> Work:
         return Work(1024, silent if self.options.quiet else terminal, journal)

@@ -23,6 +23,16 @@ def test_states_are_distinct_and_of_one_size() -> None:
     assert found[:40] == objectives.chosen_states(6, 40, 30)[:40]
 
 
+def test_states_of_other_models_are_runs_and_exchanges_in_the_middle() -> None:
+    found = objectives.windows(7, 16, 28)
+    runs = [s for s in found if s[-1] - s[0] == 6]
+    assert len({tuple(s) for s in found}) == 16
+    assert all(len(set(s)) == 7 and set(s) <= set(range(1, 27)) for s in found)
+    assert (runs[0][0], runs[-1][-1]) == (4, 23)
+    assert 0 < len(found) - len(runs) < 4
+    assert objectives.windows(7, 3, 28) == found[:3]
+
+
 def answers(states: int, questions: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """A hidden quality (S,) of each state, and right answers (S, Q) with that chance."""
     draw = np.random.default_rng(1)
