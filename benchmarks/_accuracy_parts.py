@@ -98,16 +98,16 @@ class Bench(healing.Bench):
             for method in self.methods
         }
 
-    def best_peers(self, m: int, count: int = 2) -> list[str]:
-        """The methods, other than ours, of the lowest KL over all judged texts; of equal states
-        the first."""
+    def best_peers(self, m: int) -> list[str]:
+        """The methods, other than ours, of the lowest KL over all judged texts, as many as are
+        repaired; of equal states the first."""
         rows, found = self.chosen(m), dict[str, list[int]]()
         by_state = self.cut_losses()
         peers = [p for p in self.methods if p != OURS]
         for p in sorted(peers, key=lambda p: by_state[key(rows[p])]["kl"]):
-            if rows[p] not in [rows[OURS], *found.values()] and len(found) < count:
+            if rows[p] not in [rows[OURS], *found.values()]:
                 found[p] = rows[p]
-        return list(found)
+        return list(found)[: self.options.repaired_peers]
 
     # all cut states at once ---------------------------------------------------------------
 

@@ -15,7 +15,7 @@ measured on `--conversations`. `isingcut` and `evopress` may pay the passes of a
 is what `sleb` pays. Questions are those of lm-evaluation-harness, zero-shot but for GSM8K (five
 examples, generated), on fixed subsets. Of the cut models every one is asked, in one go with shared
 prefixes, ours also with the stream rescaled behind each cut, by its length and by channels. Patched
-and healed are ours and the two peers of the lowest KL; and the last M blocks are removed with the
+and healed are ours and the peers of the lowest KL; and the last M blocks are removed with the
 three last ones left and the head trained on the same text. KL and perplexity are of text that
 nothing was chosen, fitted or trained on: WikiText-2 test, C4, conversations, Python, word problems.
 
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     add("--questions", type=int, default=1000, help="of each task")
     add("--generated", type=int, default=100, help="questions of GSM8K; 0: none")
+    add("--repaired-peers", type=int, default=2, help="how many, of the lowest KL")
     add("--method", default="full", help="healing: full, lora or last:N")
     add("--steps", type=int, default=40)
     add("--batch", type=int, default=8)

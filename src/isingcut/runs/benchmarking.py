@@ -16,6 +16,7 @@ from isingcut.files.writing import fingerprint, read_json, write_json
 from isingcut.models.architectures import skipped
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
+from isingcut.report.words import listed
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.removal import each_removal
@@ -97,8 +98,11 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
     pool = {name: task.pool() for name, task in tasks.items()}
     last = last_blocks(len(session.stack), len(rows[0]["removed"]))
     best = contenders(rows, last)
+    drawn = half(pool, config.seed)
     batch = max(1, session.tuning.batch_tokens // 128)
-    with session.progress("asking the candidates questions", 0) as bar:
+    # Fewer where one is ahead early.
+    most = len(best) * sum(map(len, drawn.values()))
+    with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
 
         def ask(removed: Sequence[int], wanted: Mapping[str, Sequence[str]]) -> list[float]:
             found: list[float] = []
@@ -111,13 +115,12 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
                     with skipped(session.loaded.model, session.stack, removed):
                         scores = score(session.loaded, task, batch, wanted=only.__contains__)
                     scores.save(place)
-                bar.advance(0, f"{name}, {len(keys)} questions: {scores.values.mean():.3f}")
+                said = f"without {listed(removed)} {scores.values.mean():.0%} of {name}"
+                bar.advance(len(keys), said)
                 found += scores.values.tolist()
             return found
 
-        found = choose_by_questions(
-            [rows[i]["removed"] for i in best], half(pool, config.seed), ask
-        )
+        found = choose_by_questions([rows[i]["removed"] for i in best], drawn, ask)
     return {**found, "chosen": best[found["chosen"]], "tasks": list(tasks)}
 
 
