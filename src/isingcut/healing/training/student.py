@@ -58,6 +58,21 @@ def trainable(plain: Any, config: HealConfig) -> Any:
         return peft.get_peft_model(plain, settings)
 
 
+def narrow(student: Any, dtype: torch.dtype) -> None:
+    """Keep what is not trained as training computes with it, where that changes no value.
+
+    A frozen float32 weight of a linear layer would be cast anew at every call, and the copy kept
+    for the backward pass. The head stays: embeddings may be tied to it, and they begin the stream.
+    """
+    head = student.get_output_embeddings()
+    for layer in student.modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
+            weight = layer.weight
+            narrowed = weight.detach().to(dtype)
+            if not weight.requires_grad and torch.equal(narrowed.to(weight.dtype), weight):
+                weight.data = narrowed
+
+
 def last_parameters(model: Any, blocks: int) -> list[torch.nn.Parameter]:
     """The weights of the last blocks and of what comes behind them, the final norm and the head.
 

@@ -24,7 +24,7 @@ from isingcut.healing.trainer_file import read_trainer_file
 from isingcut.healing.training.batches import Rows, Steps, TimedSteps, collate
 from isingcut.healing.training.room import Way, way_of
 from isingcut.healing.training.rounds import Objective, install
-from isingcut.healing.training.student import load_student, trainable
+from isingcut.healing.training.student import load_student, narrow, trainable
 from isingcut.healing.training.targets import keep_targets
 from isingcut.healing.training.watch import CURVE, OurTrainer, Watch
 from isingcut.healing.work_folder import complete_states, kept
@@ -107,6 +107,9 @@ def _students(job: Job) -> Iterator[tuple[Any, Rows]]:
     teacher = None if answers is not None else original.to(device)
     half = job.teacher.dtype == torch.bfloat16
     pays = pays_in_training(text_model(plain), int(job.tokens.mask.sum(1).max()), half=half)
+    # What shards weights wants them of one type.
+    if half and not config.trainer:
+        narrow(student, torch.bfloat16)
     objective = Objective(teacher, config.temperature, _pairs(job), config.hidden_weight)
     install(student, plain, objective)
     with (
