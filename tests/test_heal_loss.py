@@ -9,6 +9,8 @@ from torch import Tensor
 from isingcut.healing.training import kl as kl
 from isingcut.healing.training.batches import collate
 from isingcut.healing.training.rounds import Objective, install, separable
+from isingcut.healing.training.student import narrow, trainable
+from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_model
 
 
@@ -159,3 +161,32 @@ def test_hidden_states_are_matched_behind_the_cuts() -> None:
     student.train()
     found = student(input_ids=ids, attention_mask=mask)["loss"]
     assert float(found.detach()) == pytest.approx(0.5 * float(ratio.sum()) * 11 / 12, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "last:1"])
+def test_frozen_weights_are_narrowed_only_where_no_value_changes(method: str) -> None:
+    plain = tiny_model("llama").float()
+    for parameter in plain.parameters():
+        parameter.data = parameter.bfloat16().float()
+    # One weight that bfloat16 cannot hold stays as it is.
+    odd = plain.model.layers[0].mlp.down_proj
+    odd.weight.data += 1e-6
+    model = trainable(plain, HealConfig(method=method))
+    ids = torch.arange(12)[None]
+
+    def found() -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return logits, list(torch.autograd.grad(logits.float().square().sum(), trained))
+
+    before, gradients = found()
+    narrow(model, torch.bfloat16)
+    after, again = found()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    torch.testing.assert_close(again, gradients, rtol=0, atol=0)
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert kinds == {torch.float32}
+    assert plain.get_output_embeddings().weight.dtype == torch.float32
+    assert odd.weight.dtype == torch.float32
+    assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
