@@ -57,7 +57,9 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
             texts = {t: r[name] for t, r in losses.items() if name in r}
             stages = {"cut": {"accuracy": answers(name), "losses": texts}}
             for _, blocks, stage in [x for x in _repaired(bench, m) if x[0] == method]:
-                stages[stage] = _stage(bench, blocks, stage, tasks)
+                content = _stage(bench, blocks, stage, tasks)
+                if any(content.values()):
+                    stages[stage] = content
             for kind in SCALED if method == OURS else ():
                 if asked := answers(f"{name} {kind}"):
                     stages[kind] = {"accuracy": asked, "losses": {}}
