@@ -196,22 +196,34 @@ class Bench(healing.Bench):
     # repaired models ----------------------------------------------------------------------
 
     def accuracy(self, removed: list[int], stage: str, task: str) -> Part:
-        o = self.options
-        if task not in GENERATED:
-            return super().accuracy(removed, stage, task)
+        o, generated = self.options, task in GENERATED
         where = f"{key(removed)}/{stage}" if removed else "original"
+        questions = o.generated if generated else o.questions
 
         def make() -> dict[str, Any]:
             folder = self.folder(removed, stage)
             if stage == "cut" and not folder.exists():
                 excise(self.original.folder, removed, folder)
             loaded = self.load(folder) if removed else self.original
-            prepared = prepare_task(task, self.data, o.generated)
-            found = score(loaded, prepared, batch=o.score_batch)
+            prepared = prepare_task(task, self.data, questions)
+            if generated:
+                found = score(loaded, prepared, batch=o.score_batch)
+            else:
+                found = self._alone(loaded, prepared, f"accuracy/{where}/{task}")
             values = np.asarray(found.values).astype(int).tolist()
             return {"task": task, "metric": found.metric, "values": values}
 
-        return Part(f"accuracy/{where}/{task}", make, TASK_TOKENS[task] * o.generated)
+        return Part(f"accuracy/{where}/{task}", make, 0.6 * TASK_TOKENS[task] * questions)
+
+    def _alone(self, loaded: Any, prepared: Any, name: str) -> Scores:
+        """The scores of one model, asked as the cut ones are."""
+        replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
+        nothing = states_of(len(replay), [()])
+
+        def answers(rows: list[Any]) -> Any:
+            return continuation_scores(replay, rows, nothing, self.measuring(name), name)
+
+        return all_at_once(loaded, prepared, answers, 1)[0]
 
     def repairs(self, m: int) -> list[Part]:
         """Patch and heal our state, the two best peers', and the last blocks' as published."""
