@@ -56,9 +56,9 @@ def questions_words(found: Mapping[str, Any]) -> str:
     """How a choice by questions was made, and that none of them judges the final model."""
     share = ", ".join(f"{n} of {task}" for task, n in found["by_task"].items())
     return (
-        f"{len(found['candidates'])} candidates of low KL that are no near copies of each other, "
-        "and the one without the last blocks where it is allowed, as exact cuts, were asked the "
-        f"same questions ({share}), in {found['looks']} of at most {found['looks_planned']} "
+        f"{len(found['candidates'])} candidates (the lowest KL, the next ones that are no near "
+        "copies, the one without the last blocks where it is allowed), as exact cuts, were asked "
+        f"the same questions ({share}), in {found['looks']} of at most {found['looks_planned']} "
         "batches. Whoever fell short of the leader by McNemar's test was dropped, at a level of "
         f"{100 * found['alpha']:.0f} % over all batches and pairs. Benchmarks of the final model "
         "leave these questions out."
