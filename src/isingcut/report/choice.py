@@ -35,21 +35,21 @@ def one_pass_words(candidates: Mapping[str, Any]) -> str:
     return f"{said}: the choice was not made by KL."
 
 
-def chosen_by_tasks(found: Mapping[str, Any], times: float) -> str:
+def chosen_by_tasks(found: Mapping[str, Any], kl: float, lowest: float) -> str:
     """Why a candidate was chosen by questions, and whether its loss says otherwise.
 
     Args:
         found: ``by_tasks`` of `candidates.json`.
-        times: its KL over the lowest of all candidates.
+        kl, lowest: its KL, and the lowest of all candidates, nats per token.
     """
     rows, asked = found["candidates"], sum(found["by_task"].values())
     if len(rows) == 1 or not asked:
         return "the only candidate, no question was asked"
     lead = "ahead of all others" if found["ahead"] else "its lead is within the noise"
     best = f"best of {len(rows)} on {asked} questions of {', '.join(found['tasks'])}; {lead}"
-    if times < MUCH_WORSE:
+    if kl <= MUCH_WORSE * lowest:
         return best
-    return f"{best}; its KL is {times:.3g} times the lowest: heal what is to write"
+    return f"{best}; its KL is {kl:.3g}, the lowest {lowest:.3g}: heal what is to write"
 
 
 def questions_words(found: Mapping[str, Any]) -> str:

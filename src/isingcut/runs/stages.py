@@ -87,7 +87,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
             position = by_tasks.pop("chosen")
             row = content["candidates"][position]
             lowest = min(float(r["kl"]) for r in content["candidates"])
-            why = chosen_by_tasks(by_tasks, float(row["kl"]) / lowest)
+            why = chosen_by_tasks(by_tasks, float(row["kl"]), lowest)
             content |= {"by_tasks": by_tasks, "chosen": {**row, "position": position, "why": why}}
         write_json(path, "candidates", content)
 
