@@ -226,7 +226,7 @@ class Bench(healing.Bench):
         return all_at_once(loaded, prepared, answers, 1)[0]
 
     def repairs(self, m: int) -> list[Part]:
-        """Patch and heal our state, the two best peers', and the last blocks' as published."""
+        """Patch and heal our state, the best peers', and the last blocks' as published."""
         o, rows, found = self.options, self.chosen(m), list[Part]()
         healed = [OURS, *self.best_peers(m)] if "patched" in o.stages else []
         for method in healed:
