@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 
 import _healing_parts as healing
-from _accuracy_states import METHODS, OURS, PASSES, SCALED, choose, conversations, scales
+from _accuracy_states import METHODS, OURS, PASSES, SCALED, Scaled, choose, conversations, scales
 from _accuracy_states import stream_sizes as sizes_of
 from _healing_texts import judged_texts
 from _healing_work import Part, key
-from _shared_answers import all_at_once, continuation_scores
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Scores, score
+from isingcut.evaluation.scores import Asked, Scores, score, score_states
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
@@ -129,15 +128,17 @@ class Bench(healing.Bench):
 
         def make() -> dict[str, Any]:
             prepared = prepare_task(task, self.data, self.options.questions)
-            states = states_of(len(self.replay), [tuple(r) for r, _ in fresh.values()])
-            factors = [scales(kind, r, self.sizes) if kind else {} for r, kind in fresh.values()]
-
-            def answers(rows: list[Any]) -> Any:
-                work, words = self.measuring(name), f"{task}: {len(fresh)} models"
-                return continuation_scores(self.replay, rows, states, work, words, factors)
-
-            found = all_at_once(self.original, prepared, answers, len(fresh))
-            return {"rows": {k: graded(s) for k, s in zip(fresh, found, strict=True)}}
+            plain = [k for k, (_, kind) in fresh.items() if not kind]
+            model, removals = Asked(self.original, self.replay), [fresh[k][0] for k in plain]
+            found = score_states(model, prepared, removals, self.measuring(name))
+            rows = dict(zip(plain, map(graded, found), strict=True))
+            for k, (removed, kind) in fresh.items():
+                if kind:
+                    scaled = Scaled(self.replay, scales(kind, removed, self.sizes))
+                    asked = Asked(self.original, scaled)
+                    work = self.measuring(f"{name}-{kind}-{len(removed)}")
+                    rows[k] = graded(score_states(asked, prepared, [removed], work)[0])
+            return {"rows": rows}
 
         cost = TASK_TOKENS[task] * self.options.questions * (0.2 + 0.45 * len(fresh))
         return [Part(name, make, cost)] if fresh else []
@@ -206,24 +207,11 @@ class Bench(healing.Bench):
                 excise(self.original.folder, removed, folder)
             loaded = self.load(folder) if removed else self.original
             prepared = prepare_task(task, self.data, questions)
-            if generated:
-                found = score(loaded, prepared, batch=o.score_batch)
-            else:
-                found = self._alone(loaded, prepared, f"accuracy/{where}/{task}")
+            found = score(Asked.whole(loaded), prepared, self.measuring(f"accuracy/{where}/{task}"))
             values = np.asarray(found.values).astype(int).tolist()
             return {"task": task, "metric": found.metric, "values": values}
 
         return Part(f"accuracy/{where}/{task}", make, 0.6 * TASK_TOKENS[task] * questions)
-
-    def _alone(self, loaded: Any, prepared: Any, name: str) -> Scores:
-        """The scores of one model, asked as the cut ones are."""
-        replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
-        nothing = states_of(len(replay), [()])
-
-        def answers(rows: list[Any]) -> Any:
-            return continuation_scores(replay, rows, nothing, self.measuring(name), name)
-
-        return all_at_once(loaded, prepared, answers, 1)[0]
 
     def repairs(self, m: int) -> list[Part]:
         """Patch and heal our state, the best peers', and the last blocks' as published."""

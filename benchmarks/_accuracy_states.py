@@ -18,7 +18,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import Search, Target
 from isingcut.measure.streams import boundaries
 from isingcut.measure.work import Work
-from isingcut.models.replay import Replay
+from isingcut.models.replay import Recording, Replay
 
 OURS = "isingcut"
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -122,3 +122,29 @@ def scales(
 ) -> dict[int, torch.Tensor]:
     """By the last block of each run, what the stream behind it is multiplied by."""
     return {b: SCALED[kind](*sizes, a, b) for a, b in runs(removed)}
+
+
+class Scaled(Replay):
+    """The blocks of a model, the stream multiplied on its way to some of them.
+
+    Args:
+        factors: by a removed block, what the stream (D,) behind it is multiplied by.
+    """
+
+    def __init__(self, replay: Replay, factors: dict[int, torch.Tensor]) -> None:
+        super().__init__(replay.model, replay.blocks)
+        self.factors = factors
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "factors": {b: f.tolist() for b, f in self.factors.items()}}
+
+    def record(self, input_ids: torch.Tensor) -> Recording:
+        found = super().record(input_ids)
+        plain = found.block
+
+        def block(i: int, hidden: torch.Tensor) -> torch.Tensor:
+            factor = self.factors.get(i - 1)
+            return plain(i, hidden if factor is None else (hidden * factor).to(hidden.dtype))
+
+        found.block = block  # type: ignore[method-assign]
+        return found

@@ -15,7 +15,7 @@ from _healing_work import Part, WorkFolder, key
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.quality import quality_of, sample_sums
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import score
+from isingcut.evaluation.scores import Asked, score
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack
@@ -180,7 +180,8 @@ class Bench(WorkFolder):
 
         def make() -> dict[str, Any]:
             loaded = self.load(self.folder(removed, stage)) if removed else self.original
-            found = score(loaded, prepare_task(task, self.data, o.questions), batch=o.score_batch)
+            asked = prepare_task(task, self.data, o.questions)
+            found = score(Asked.whole(loaded), asked, Work(o.batch_tokens))
             return {
                 "task": task,
                 "metric": found.metric,

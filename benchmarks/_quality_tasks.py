@@ -23,8 +23,8 @@ from _merging import Merged
 from _quality_bench import Bench
 from _quality_judge import Chosen
 from _quality_store import Part, Price
-from _shared_answers import continuation_scores
 from isingcut.data.encoder import Encoder
+from isingcut.evaluation.likelihoods import Row, answer_scores
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Floats, states_of
 
@@ -69,7 +69,7 @@ def questions(task: str, records: Sequence[dict[str, Any]]) -> list[Question]:
     return found
 
 
-def encoded(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
+def encoded(tokenizer: Any, context: str, continuation: str) -> Row:
     """Token ids of both together, and how many of them are the continuation's."""
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
@@ -81,7 +81,7 @@ def encoded(tokenizer: Any, context: str, continuation: str) -> tuple[list[int],
     whole = start + ids(context + continuation)
     held = len(start) + len(ids(context))
     # A tokenizer may merge the last of the context with the first of the continuation.
-    return whole, max(1, len(whole) - held)
+    return tuple(whole), max(1, len(whole) - held)
 
 
 def grade(
@@ -133,7 +133,7 @@ def accuracy_expected(bench: Bench, known: int) -> list[Price]:
     return [Price(tokens, 0.45 * left, 0.1 * left)]
 
 
-def _rows(bench: Bench, task: str) -> tuple[list[Question], list[tuple[list[int], int]]]:
+def _rows(bench: Bench, task: str) -> tuple[list[Question], list[Row]]:
     """The questions of a task and the token rows of all their pairs."""
     path = bench.data / FILES[task]
     lines = path.read_text(encoding="utf-8").splitlines()[: bench.options.questions]
@@ -151,7 +151,7 @@ def _part(bench: Bench, task: str, chosen: list[Chosen]) -> Part:
         def score(group: list[Chosen], path: Path) -> list[dict[str, Any]]:
             removed = states_of(bench.n, [c.removed for c in group])
             words = f"{task}: {len(group)} models"
-            found = continuation_scores(bench.replay, rows, removed, bench.work(path), words)
+            found = answer_scores(bench.replay, rows, removed, bench.work(path), words)
             return [_graded(items, c.key, *one) for c, *one in zip(group, *found, strict=True)]
 
         graded = score(states, journal) if states else []

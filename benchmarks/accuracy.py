@@ -70,7 +70,6 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--dtype", default="auto")
     add("--batch-tokens", type=int, default=1024)
-    add("--score-batch", type=int, default=16, help="sequences of a repaired model at a time")
     add_working(found, "accuracy")
     # What the parts of the healing benchmark ask for besides.
     found.set_defaults(top_steps=0, top_tokens=4096, peers="best", no_accuracy=False, states=None)

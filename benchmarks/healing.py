@@ -70,7 +70,6 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--dtype", default="auto")
     add("--batch-tokens", type=int, default=1024)
-    add("--score-batch", type=int, default=16, help="sequences scored at a time")
     add_working(found, "healing", "default: results/healing.json; of the coder healing_coder.json")
     return found
 

@@ -40,11 +40,11 @@ from _coder_model import coder_file
 from _objectives_summary import KIND, TASKS, collect, show
 from _parts_command import HERE, add_working, obey, parser_of
 from _quality_store import Part, Price, Speed, Stage, Store, drive, show_plan
-from _quality_tasks import FILES, METRIC, encoded, grade, questions
-from _shared_answers import continuation_scores
 from isingcut.console.progress import silent, terminal
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
+from isingcut.evaluation.questions import prepare_task
+from isingcut.evaluation.scores import Asked, score_states
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
@@ -222,17 +222,11 @@ class Study:
         """Right and wrong of the original and of every state."""
 
         def make(journal: Path) -> dict[str, Any]:
-            lines = (self.data / FILES[task]).read_text(encoding="utf-8").splitlines()
-            items = questions(task, [json.loads(x) for x in lines[: self.options.questions]])
-            rows = [encoded(self.loaded.tokenizer, c, k) for q in items for c, k in q.pairs]
             states = [[], *self.states]
-            removed = states_of(len(self.replay), [tuple(s) for s in states])
-            likely, greedy = continuation_scores(
-                self.replay, rows, removed, self.working(journal), task
-            )
-            pairs = zip(likely, greedy, strict=True)
-            graded = [grade(items, *pair)[METRIC.get(task, "acc")] for pair in pairs]
-            return {"task": task, "states": states, "right": [_bits(g) for g in graded]}
+            prepared = prepare_task(task, self.data, self.options.questions)
+            model = Asked(self.loaded, self.replay)
+            found = score_states(model, prepared, states, self.working(journal))
+            return {"task": task, "states": states, "right": [_bits(s.values) for s in found]}
 
         each = {"arc_easy": 114, "hellaswag": 312, "piqa": 71, "lambada": 82}[task]
         price = Price(each * self.options.questions, 0.45 * self.options.states, 2)

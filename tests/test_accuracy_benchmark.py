@@ -1,8 +1,7 @@
-"""The accuracy benchmark: shared answers against models asked one by one, scales, figures."""
+"""The accuracy benchmark: what its methods remove, scales, figures."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import score
+from isingcut.evaluation.likelihoods import answer_scores
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import tiny_checkpoint
@@ -25,9 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import _accuracy_states as choosing
 import _accuracy_summary as summary
-from _shared_answers import all_at_once, continuation_scores
-
-WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
 
 
 @pytest.fixture(scope="module")
@@ -39,51 +33,13 @@ def replay_of(model: Any) -> Replay:
     return Replay(model, stack_modules(model, find_stack(model)))
 
 
-def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
-    folder: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "mine.jsonl"
-    questions = [
-        {
-            "context": f"{WORDS[k % 5]} {k}?",
-            "choices": [*WORDS[k % 3 : k % 3 + 3]],
-            "answer": k % 3,
-        }
-        for k in range(20)
-    ]
-    # Letters are one token each: their question runs once for all of them.
-    questions += [
-        {"context": f"{k} is", "choices": ["a", "b", "c"], "answer": k % 3} for k in range(10)
-    ]
-    path.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
-    task, loaded = prepare_task(str(path), None), load(folder, dtype="float32")
-    removed = [(), (1,), (1, 3), (0, 4)]
-    replay = replay_of(loaded.model)
-
-    def answers(rows: list[Any]) -> Any:
-        assert len(rows) > len({tuple(ids[:-1]) for ids, _ in rows})
-        return continuation_scores(replay, rows, states_of(len(replay), removed), Work(256))
-
-    found = all_at_once(loaded, task, answers, len(removed))
-    for scores, blocks in zip(found, removed, strict=True):
-        one = loaded
-        if blocks:
-            excise(folder, blocks, cut := tmp_path / "-".join(map(str, blocks)))
-            one = load(cut, dtype="float32")
-        alone = score(one, task)
-        assert scores.values.tolist() == alone.values.tolist()
-        assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
-    assert len({tuple(s.values) for s in found}) > 1
-
-
 def test_the_stream_is_scaled_behind_a_cut(folder: Path) -> None:
     model = load(folder, dtype="float32").model
-    replay, ids = replay_of(model), [5, 9, 20, 31, 7]
+    replay, ids = replay_of(model), (5, 9, 20, 31, 7)
     scale = torch.linspace(0.5, 2.0, model.config.hidden_size)
-    states = states_of(len(replay), [(1, 2), (1, 2), (1,)])
-    likely, _ = continuation_scores(
-        replay, [(ids, 2)], states, Work(64), scales=[{}, {2: scale}, {}]
-    )
+    row, both = [(ids, 2)], states_of(len(replay), [(1, 2)])
+    likely = answer_scores(choosing.Scaled(replay, {2: scale}), row, both, Work(64))[0]
+    plain = answer_scores(replay, row, both, Work(64))[0]
     recording = replay.record(torch.tensor([ids[:-1]]))
     with torch.no_grad():
         stream = recording.block(0, recording.entered) * scale
@@ -91,9 +47,8 @@ def test_the_stream_is_scaled_behind_a_cut(folder: Path) -> None:
             stream = recording.block(i, stream)
         logp = torch.log_softmax(replay.tail(stream, torch.tensor([ids[:-1]]))[0].double(), -1)
     direct = float(logp[2, ids[3]] + logp[3, ids[4]])
-    assert likely[1, 0] == pytest.approx(direct, abs=1e-5)
-    assert abs(likely[0, 0] - direct) > 1e-3
-    assert likely[2, 0] != likely[0, 0]
+    assert likely[0, 0] == pytest.approx(direct, abs=1e-5)
+    assert abs(plain[0, 0] - direct) > 1e-3
 
 
 def test_scales_are_the_ratios_of_the_streams_sizes() -> None:

@@ -11,7 +11,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation import choosing
 from isingcut.evaluation.choosing import choose_by_questions, contenders, half, looks
 from isingcut.evaluation.questions import prepare_task, question_key
-from isingcut.evaluation.scores import score
+from isingcut.evaluation.scores import Asked, score
 from isingcut.files.writing import read_json
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
@@ -28,8 +28,9 @@ pytestmark = [
 def answers(table):
     """`ask` from a table: removed blocks -> key -> score."""
 
-    def ask(removed, wanted):
-        return [table[tuple(removed)][key] for keys in wanted.values() for key in keys]
+    def ask(left, wanted):
+        keys = [key for keys in wanted.values() for key in keys]
+        return [[table[tuple(removed)][key] for key in keys] for removed in left]
 
     return ask
 
@@ -177,7 +178,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert not (target / ".asked").exists()
 
     # The checkpoint answers as the original with its blocks skipped did.
-    cut = load(target / "model", dtype="float32", device="cpu")
+    cut = Asked.whole(load(target / "model", dtype="float32", device="cpu"))
     task = prepare_task(str(questions), None)
     own = score(cut, task, wanted=set(asked["asked"]).__contains__)
     best = next(r for r in rows if r["removed"] == found["chosen"]["removed"])
@@ -207,6 +208,9 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 ):
     from isingcut.runs import benchmarking
 
+    more = questions.with_name("more.jsonl")
+    lines = questions.read_text(encoding="utf-8").splitlines()
+    more.write_text("\n".join(lines[:20]).replace("river", "brook"), encoding="utf-8")
     options = {
         "model": str(llama),
         "calibration": str(text),
@@ -214,22 +218,23 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         "remove": 2,
         "patch": "none",
         "choose": "tasks",
-        "tasks": str(questions),
+        "tasks": f"{questions},{more}",
     }
-    whole, calls = benchmarking.score, []
+    whole, calls = benchmarking.score_states, []
 
-    def counted(*given, **rest):
-        calls.append(given)
-        if len(calls) == 3:
+    def counted(model, task, *given, **rest):
+        calls.append(task.name)
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(*given, **rest)
+        return whole(model, task, *given, **rest)
 
-    monkeypatch.setattr(benchmarking, "score", counted)
+    monkeypatch.setattr(benchmarking, "score_states", counted)
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**OPTIONS, **options)
-    assert len(list((tmp_path / "run" / ".asked").glob("*.json"))) == 2
+    kept = list((tmp_path / "run" / ".asked").glob("*.json"))
+    assert len(kept) == choosing.CONTENDERS
     isingcut.prune(**OPTIONS, **options)
-    assert len(calls) == 3 + choosing.CONTENDERS - 2
+    assert calls == ["mine.jsonl", "more.jsonl", "more.jsonl"]
 
 
 def test_a_question_has_one_key_in_every_task(questions):
@@ -264,16 +269,45 @@ def test_what_cannot_be_asked(questions, tmp_path):
         check_asked(config.replace(choose="measured", remove="2..3", tasks=str(questions)))
 
 
-def test_a_streamed_model_is_not_asked(llama, text, questions, tmp_path):
-    with pytest.raises(InputError, match="does not fit the memory"):
-        isingcut.prune(
-            **OPTIONS,
-            model=str(llama),
-            calibration=str(text),
-            out=str(tmp_path / "run"),
-            remove=2,
-            choose="tasks",
-            tasks=str(questions),
-            stream="on",
-        )
-    assert not (tmp_path / "run").exists()
+def test_a_streamed_model_answers_alike(llama, text, questions, tmp_path):
+    options = {
+        "model": str(llama),
+        "calibration": str(text),
+        "remove": 2,
+        "patch": "none",
+        "choose": "tasks",
+        "tasks": str(questions),
+    }
+    streamed, whole = (
+        isingcut.run(**OPTIONS, **options, out=str(tmp_path / stream), stream=stream)
+        for stream in ("on", "off")
+    )
+    for name, kind in (("candidates.json", "candidates"), ("benchmarks.json", "benchmarks")):
+        one, other = (read_json(target / name, kind) for target in (streamed, whole))
+        if kind == "benchmarks":
+            assert one["rows"] == other["rows"]
+        else:
+            assert one["by_tasks"] == other["by_tasks"]
+
+
+def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
+    data = tmp_path / "data"
+    (data / "wikitext2").mkdir(parents=True)
+    (data / "wikitext2" / "test_raw.jsonl").write_text('{"text": "a b"}\n', encoding="utf-8")
+    (data / "gsm8k").mkdir()
+    record = json.dumps({"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"})
+    for name in ("test", "train"):
+        (data / "gsm8k" / f"{name}.jsonl").write_text(f"{record}\n" * 8, encoding="utf-8")
+    for name in ("gsm8k", "wikitext2"):
+        with pytest.raises(InputError, match=f"{name} takes the whole model, which does not fit"):
+            isingcut.run(
+                **OPTIONS,
+                model=str(llama),
+                calibration=str(text),
+                out=str(tmp_path / "run"),
+                remove=2,
+                tasks=name,
+                data=str(data),
+                stream="on",
+            )
+        assert not (tmp_path / "run").exists()

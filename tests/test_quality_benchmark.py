@@ -270,7 +270,7 @@ def test_scores_are_those_of_the_cut_model_on_one_row_at_a_time(finished):
         tasks.encoded(tokenizer, "the cat sat on a", " mat"),
     ]
     states = [(), (1, 4), (1, 2), (0,)]
-    scores, greedy = tasks.continuation_scores(
+    scores, greedy = tasks.answer_scores(
         bench.replay, rows, states_of(bench.n, states), Work(batch_tokens=64)
     )
     for s, removed in enumerate(states):

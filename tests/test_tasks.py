@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import itertools
 import json
 import math
@@ -14,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from isingcut.errors import InputError, UnknownNameError
 from isingcut.evaluation import local_tasks
 from isingcut.evaluation.paired import compare_scores, mcnemar
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import benchmark, row, score
-from isingcut.models.load import LoadedModel, load
+from isingcut.evaluation.scores import Asked, benchmark, row, score
+from isingcut.models.load import load
 from shared import Shared
 
 Record = dict[str, Any]
@@ -131,19 +129,21 @@ def lines(path: Path, records: list[Record]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(shared: Shared) -> dict[str, LoadedModel]:
+def models(shared: Shared) -> dict[str, Asked]:
     return {
-        name: load(
-            shared.checkpoint(seed=i, max_position_embeddings=2048), dtype="float32", device="cpu"
+        name: Asked.whole(
+            load(
+                shared.checkpoint(seed=i, max_position_embeddings=2048),
+                dtype="float32",
+                device="cpu",
+            )
         )
         for i, name in enumerate(("original", "cut"))
     }
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_our_task_is_the_harness_s_own(
-    name: str, models: dict[str, LoadedModel], tmp_path: Path
-) -> None:
+def test_our_task_is_the_harness_s_own(name: str, models: dict[str, Asked], tmp_path: Path) -> None:
     """Same questions through both: same requests, same scores by question, same error bars."""
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
@@ -187,7 +187,8 @@ def test_our_task_is_the_harness_s_own(
 
     model = models["original"]
     official.set_fewshot_seed(seed=1234)
-    engine = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=8)
+    plain = model.loaded
+    engine = HFLM(pretrained=plain.model, tokenizer=plain.tokenizer, batch_size=8)
     found: Any = evaluate(
         lm=engine,
         task_dict={"tasks": {"official": official}, "groups": {}, "group_map": {}},
@@ -251,7 +252,7 @@ def test_paired_bootstrap_of_graded_scores() -> None:
 
 
 def test_rows_resume_and_refuse_other_questions(
-    models: dict[str, LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = [arc(i)[1] for i in range(8)]
     lines(tmp_path / "arc_easy" / "test.jsonl", records)
@@ -317,54 +318,3 @@ def test_what_is_refused(tmp_path: Path) -> None:
     path.write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="line 1: it is no JSON"):
         local_tasks.read_task("piqa", tmp_path)
-
-
-def test_logits_only_where_answers_are_scored(
-    models: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The harness's own model object gives the same log-likelihoods from all logits."""
-    from lm_eval.models.huggingface import HFLM
-
-    from isingcut.evaluation.harness import Harness
-
-    rng = np.random.default_rng(0)
-    model = models["original"]
-    requests = []
-    for i, (before, after) in enumerate([(30, 2), (30, 1), (9, 4), (22, 6), (25, 1), (1, 3)]):
-        context = rng.integers(0, 40, before).tolist()
-        # Some end with token 0, the padding's.
-        answers = [rng.integers(0, 40, after).tolist(), [*rng.integers(0, 40, after).tolist(), 0]]
-        answers += [[7] * after, [0, 0, 0]]
-        requests += [((str(i), str(j)), context, answer) for j, answer in enumerate(answers)]
-    plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4)
-    ours = Harness(model, 4, None, "")
-    asked: list[int] = []
-    forward = type(model.model).forward
-
-    def watched(self: Any, *arguments: Any, **rest: Any) -> Any:
-        found = forward(self, *arguments, **rest)
-        asked.append(found.logits.shape[1] - arguments[0].shape[1])
-        return found
-
-    expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
-    watched.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    monkeypatch.setattr(type(model.model), "forward", watched)
-    found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert [e for _, e in found] == [e for _, e in expected]
-    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], rtol=1e-5)
-    assert min(asked) < -15
-    assert sum(asked) < -60
-
-
-def test_positions_asked() -> None:
-    from isingcut.evaluation.harness import positions_asked
-
-    def text(*tokens: int) -> bytes:
-        return np.array(tokens, dtype=np.int32).tobytes()
-
-    answers = {text(5, 6, 7, 8): 1, text(5, 6): 2, text(5, 0): 1, text(0): 1}
-    assert positions_asked(torch.tensor([[5, 6, 7, 8]]), answers) == 1
-    assert positions_asked(torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]), answers) == 4
-    assert positions_asked(torch.tensor([[5, 0, 0]]), answers) == 2
-    assert positions_asked(torch.tensor([[0, 0, 0]]), answers) == 3
-    assert positions_asked(torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]), answers) is None

@@ -33,6 +33,35 @@ def silent(description: str, total: float) -> Iterator[Bar]:
     yield _SilentBar()
 
 
+class Part:
+    """Some steps of a bar, for work that would show a bar of its own: called, it is a `Progress`.
+
+    Args:
+        bar: the whole.
+        worth: steps of it that all of the work counts.
+    """
+
+    def __init__(self, bar: Bar, worth: float) -> None:
+        self._bar, self._left, self._scale, self._words = bar, worth, 0.0, ""
+
+    @contextlib.contextmanager
+    def __call__(self, description: str, total: float) -> Iterator[Bar]:
+        """What is left is parted among ``total`` steps."""
+        self._scale, self._words = self._left / max(total, 1e-9), description
+        yield self
+
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        """Count a share of what is left."""
+        step = min(self._left, steps * self._scale)
+        self._left -= step
+        self._bar.advance(step, note or self._words)
+
+    def finish(self, note: str) -> None:
+        """Count all that is left."""
+        self._bar.advance(self._left, note)
+        self._left = 0.0
+
+
 QUIET_SECONDS = 5.0
 """A log gets no line about a task's progress sooner than this after the one before it."""
 

@@ -34,8 +34,8 @@ CONTENDERS = 5
 _APART = 2
 """Blocks that two of them differ in, as long as there are such: near copies answer alike."""
 
-Ask = Callable[[Sequence[int], Mapping[str, Sequence[str]]], Sequence[float]]
-"""The scores of one candidate (its removed blocks) on the questions of each task, in any order
+Ask = Callable[[Sequence[Sequence[int]], Mapping[str, Sequence[str]]], Sequence[Sequence[float]]]
+"""The scores of each candidate (its removed blocks) on the questions of each task, in any order
 that is the same for all candidates."""
 
 
@@ -105,7 +105,7 @@ def choose_by_questions(
     Args:
         candidates: removed blocks of each, lowest loss first.
         questions: keys by task, in the order they are asked.
-        ask: scores a candidate.
+        ask: scores candidates, all that are left at once.
 
     Returns:
         ``chosen``, its position in ``candidates``; ``ahead``, whether all others were dropped;
@@ -128,8 +128,8 @@ def choose_by_questions(
         batch: dict[str, list[str]] = {}
         for task, key in turns[done : ends[looked]]:
             batch.setdefault(task, []).append(key)
-        for contender in left:
-            contender.scores += ask(contender.removed, batch)
+        for contender, scores in zip(left, ask([c.removed for c in left], batch), strict=True):
+            contender.scores += scores
         done, looked = ends[looked], looked + 1
         leader = max(left, key=lambda c: c.mean)
         for other in left:

@@ -47,6 +47,13 @@ class Prepared:
         """The questions of what `make` gave, each by its key, in their order."""
         return {t: [*map(question_key, islice(m.eval_docs, self.limit))] for t, m in made.items()}
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes the answers, which no likelihood tells."""
+        with quiet():
+            kinds = [each.OUTPUT_TYPE for each in self.make().values()]
+        return "generate_until" in kinds
+
     def pool(self) -> list[str]:
         """The keys of all its questions."""
         with quiet():

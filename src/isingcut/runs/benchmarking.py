@@ -6,14 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from isingcut.console.progress import Part
 from isingcut.errors import InputError
 from isingcut.evaluation.choosing import choose_by_questions, contenders, half
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
-from isingcut.evaluation.scores import Scores, benchmark, forget_scores, place_of, score
+from isingcut.evaluation.scores import (
+    Asked,
+    Scores,
+    benchmark,
+    forget_scores,
+    place_of,
+    score_states,
+)
 from isingcut.evaluation.wikitext import text_scores
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import fingerprint, read_json, write_json
-from isingcut.models.architectures import skipped
+from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import listed
@@ -37,23 +47,31 @@ def check_asked(config: RunConfig) -> list[str]:
         return []
     if config.choose != "tasks" and len(each_removal(config)) > 1:
         raise InputError("--tasks scores a checkpoint, and a range cuts none; leave it out")
-    names = check_tasks(named(config.tasks), _data(config), config.questions)
+    names = check_tasks(named(config.tasks), data_of(config), config.questions)
     if config.choose == "tasks" and names == [WIKITEXT]:
         raise InputError("wikitext2 is a text; to --choose by --tasks takes one with questions")
     return names
 
 
-def check_whole(session: Session) -> None:
-    """Refuse to choose by questions where the model is streamed.
+def check_whole(
+    session: Session, tasks: Sequence[str], data: Path | None, questions: int | None
+) -> None:
+    """Refuse tasks that take the whole model where it is streamed.
+
+    Args:
+        tasks, data, questions: as in `benchmarks`.
 
     Raises:
-        InputError: it is.
+        InputError: a text to read, or a task whose answers are written.
     """
-    if session.config.choose == "tasks" and session.streaming:
-        raise InputError(
-            "--choose tasks asks questions of the whole model, which does not fit the memory "
-            "allowed; raise --memory-limit, or choose by --choose measured"
-        )
+    if not tasks or not session.streaming:
+        return
+    for name in tasks:
+        if name == WIKITEXT or prepare_task(name, data, questions).generates:
+            raise InputError(
+                f"{name} takes the whole model, which does not fit the memory allowed; raise "
+                "--memory-limit, or leave it out of --tasks"
+            )
 
 
 def asked_options(config: RunConfig) -> dict[str, Any]:
@@ -63,7 +81,8 @@ def asked_options(config: RunConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("tasks", "data", "questions", "seed")}
 
 
-def _data(config: RunConfig) -> Path | None:
+def data_of(config: RunConfig) -> Path | None:
+    """The folder of the questions that a run's options name."""
     return user_path(config.data) if config.data else None
 
 
@@ -84,40 +103,45 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
     Returns:
         as `choosing.choose_by_questions`, with ``tasks``, and ``chosen`` a position in ``rows``.
 
-    Raises:
-        InputError: the model is streamed.
     """
     config = session.config
-    check_whole(session)
     tasks = {
         task.name: task
         for name in check_asked(config)
         if name != WIKITEXT
-        for task in [prepare_task(name, _data(config), config.questions)]
+        for task in [prepare_task(name, data_of(config), config.questions)]
     }
     pool = {name: task.pool() for name, task in tasks.items()}
     last = last_blocks(len(session.stack), len(rows[0]["removed"]))
     best = contenders(rows, last)
     drawn = half(pool, config.seed)
-    batch = max(1, session.tuning.batch_tokens // 128)
+    model = Asked(session.loaded, session.replay)
     # Fewer where one is ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
 
-        def ask(removed: Sequence[int], wanted: Mapping[str, Sequence[str]]) -> list[float]:
-            found: list[float] = []
+        def ask(
+            left: Sequence[Sequence[int]], wanted: Mapping[str, Sequence[str]]
+        ) -> list[list[float]]:
+            found: list[list[float]] = [[] for _ in left]
             for name, keys in wanted.items():
-                task, only = tasks[name], frozenset(keys)
-                place = place_of(kept, task, session.loaded, [*removed, *keys])
-                if place.exists():
-                    scores = Scores.load(place)
-                else:
-                    with skipped(session.loaded.model, session.stack, removed):
-                        scores = score(session.loaded, task, batch, wanted=only.__contains__)
-                    scores.save(place)
-                said = f"without {listed(removed)} {scores.values.mean():.0%} of {name}"
-                bar.advance(len(keys), said)
-                found += scores.values.tolist()
+                places = [place_of(kept, tasks[name], model.loaded, [*r, *keys]) for r in left]
+                new = [i for i, place in enumerate(places) if not place.exists()]
+                part = Part(bar, len(keys) * len(left))
+                if new:
+                    work = Work(session.tuning.batch_tokens, part)
+                    only = frozenset(keys).__contains__
+                    scored = score_states(
+                        model, tasks[name], [left[i] for i in new], work, wanted=only
+                    )
+                    for i, scores in zip(new, scored, strict=True):
+                        scores.save(places[i])
+                values = [Scores.load(place).values.tolist() for place in places]
+                for mine, more in zip(found, values, strict=True):
+                    mine += more
+                best_now = max(range(len(left)), key=lambda i: sum(found[i]))
+                share = np.mean(found[best_now])
+                part.finish(f"ahead: without {listed(left[best_now])}, {share:.0%} right")
             return found
 
         found = choose_by_questions([rows[i]["removed"] for i in best], drawn, ask)
@@ -137,7 +161,7 @@ def score_tasks(session: Session, folder: RunFolder) -> None:
     """Stage `benchmarks` on the tasks of a run's options, where it has some."""
     config = session.config
     if names := list(dict.fromkeys(named(config.tasks))):
-        benchmarks(session, folder, names, data=_data(config), questions=config.questions)
+        benchmarks(session, folder, names, data=data_of(config), questions=config.questions)
 
 
 def benchmarks(
@@ -208,17 +232,24 @@ def score_both(
     """
     from importlib.metadata import version
 
-    loaded, batch_tokens = session.loaded, session.tuning.batch_tokens
-    trusted = session.config.trust_remote_code
-    cut = load(checkpoint, **loaded.place, trust_remote_code=trusted)
-    models = {"original": loaded, "cut": cut}
+    check_whole(session, tasks, data, questions)
+    batch_tokens = session.tuning.batch_tokens
+    original = Asked(session.loaded, session.replay)
+    if session.streaming:
+        cut = Asked(*session.open_streamed(checkpoint, beside=session.streamed[1]))
+    else:
+        trusted = session.config.trust_remote_code
+        place = original.loaded.place
+        cut = Asked.whole(load(checkpoint, **place, trust_remote_code=trusted))
+        cut.replay.attention = original.replay.attention
+    models = {"original": original, "cut": cut}
     rows = benchmark(
         models,
         [t for t in tasks if t != WIKITEXT],
         data=data,
         questions=questions,
         but=but,
-        batch=max(1, batch_tokens // 128),
+        batch_tokens=batch_tokens,
         kept=kept,
         progress=session.progress,
     )
@@ -227,6 +258,10 @@ def score_both(
         content["left_out"] = len(but)
     if WIKITEXT in tasks:
         content["wikitext2"] = text_scores(
-            models, data, questions, batch_tokens=batch_tokens, progress=session.progress
+            {name: model.loaded for name, model in models.items()},
+            data,
+            questions,
+            batch_tokens=batch_tokens,
+            progress=session.progress,
         )
     return content

@@ -22,7 +22,7 @@ from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
 from isingcut.runs import healing_options, healing_stages, trials
-from isingcut.runs.benchmarking import check_asked, check_whole, score_tasks
+from isingcut.runs.benchmarking import check_asked, check_whole, data_of, score_tasks
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.joining import part, take_up
 from isingcut.runs.manifest import MANIFEST
@@ -158,7 +158,7 @@ def open_session(
         energy_part(config, name)
     solvers.check(config.solver, config.solve_seconds)
     healing_options.check_options(config)
-    check_asked(config)
+    tasks = check_asked(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
@@ -169,7 +169,7 @@ def open_session(
         corpora.check(config.calibration)
     session = Session(config, progress, before.dtype if before else None)
     refuse_source(out, [session.source])
-    check_whole(session)
+    check_whole(session, tasks, data_of(config), config.questions)
     check_by_config(session.source, config, needed=need_removal)
     take_up(session, processes)
     blocks = session.describe_blocks()

@@ -38,6 +38,7 @@ from isingcut.runs.benchmarking import (
     check_asked,
     check_whole,
     choose_by_tasks,
+    data_of,
     last_blocks,
 )
 from isingcut.runs.cutting import product
@@ -61,8 +62,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         "also": sorted(others),
         **asked_options(config),
     }
-    check_asked(config)
-    check_whole(session)
+    check_whole(session, check_asked(config), data_of(config), config.questions)
     journal, scores = target / "candidates.journal", target / ".asked"
 
     def make(path: Path) -> None:

@@ -1,0 +1,190 @@
+"""Likelihoods of answers under many states at once: prefixes shared, equal beginnings run once.
+
+rows of tokens that end in answers -> blocks, each node of the states' tree once -> the head, at the
+positions that an answer is read from and nowhere else
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from isingcut.data.tokens import TokenSet
+from isingcut.files.journal import Journal
+from isingcut.ising.states import Bools, Floats, States
+from isingcut.measure.pace import Pace
+from isingcut.measure.tree import in_order, walk
+from isingcut.measure.work import Work, identity
+from isingcut.models.compute.attention import chosen_attention
+from isingcut.models.replay import Replay, reuse_freed_memory
+
+Row = tuple[tuple[int, ...], int]
+"""Token ids, two or more, and the number of them, at the end, that are the answer."""
+Answer = tuple[float, bool]
+"""Log-likelihood of an answer in nats, and whether each of its tokens is the likeliest."""
+
+# Positions that pass the head at a time: their logits are float32 over the whole vocabulary.
+_HEAD_ROWS = 128
+# Streams of a batch beside those of the states: what entered the blocks, and the one being made.
+_OTHERS = 2
+
+
+class Answers:
+    """The answers of several states of one model, computed together and remembered.
+
+    Args:
+        replay: the model's blocks.
+        states: (S, N) bool.
+        work: how they are computed; finished micro-batches are kept in its journal.
+        description: of the bar that is shown meanwhile.
+    """
+
+    def __init__(
+        self, replay: Replay, states: States, work: Work, description: str = "asking"
+    ) -> None:
+        self.replay, self.states, self.work, self.description = replay, states, work, description
+        self._known: dict[Row, list[Answer]] = {}
+
+    def of(self, state: int, rows: Sequence[Row]) -> list[Answer]:
+        """One state's answers; rows that are new are asked of all states."""
+        new = [row for row in dict.fromkeys(rows) if row not in self._known]
+        if new:
+            likely, greedy = answer_scores(
+                self.replay, new, self.states, self.work, self.description
+            )
+            for row, values, best in zip(new, likely.T.tolist(), greedy.T.tolist(), strict=True):
+                self._known[row] = list(zip(values, best, strict=True))
+        return [self._known[row][state] for row in rows]
+
+
+def answer_scores(
+    replay: Replay,
+    rows: Sequence[Row],
+    states: npt.ArrayLike,
+    work: Work,
+    description: str = "asking",
+) -> tuple[Floats, Bools]:
+    """Log-likelihood of each row's answer under each state, and whether it is the greedy one.
+
+    Rows that differ in their last token alone, as the letters of one question do, run once.
+
+    Args:
+        rows: R of them.
+        states: (S, N) bool, True where a block is removed.
+
+    Returns:
+        (S, R) nats, and (S, R) bool: every token of the answer is the most likely one.
+
+    Complexity: a block evaluation per token and node of the states' prefix tree, and a row of the
+    head per state and token of an answer.
+    """
+    reuse_freed_memory()
+    wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
+    order = in_order(wanted)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for r, (ids, _) in enumerate(rows):
+        alike.setdefault(tuple(ids[:-1]), []).append(r)
+    tokens, groups = TokenSet.from_rows([list(ids) for ids in alike]), list(alike.values())
+    batches = tokens.batches(work.batch_tokens)
+    # Of each micro-batch: (its sample, row).
+    asked = [
+        [(i, r) for i, row in enumerate(batch.index.tolist()) for r in groups[row]]
+        for batch in batches
+    ]
+    measured = identity(
+        replay,
+        tokens,
+        answers=[[list(ids), k] for ids, k in rows],
+        states=np.packbits(wanted).tolist(),
+        shape=list(wanted.shape),
+        batch_tokens=work.batch_tokens,
+    )
+    kept = Journal(work.journal, measured)
+    costs = [int(batch.mask.sum()) for batch in batches]
+    left = [b for b in range(len(batches)) if kept.get(str(b)) is None]
+    with (
+        work.progress(description, sum(costs)) as bar,
+        torch.inference_mode(),
+        chosen_attention(replay),
+    ):
+        bar.advance(sum(costs) - sum(costs[b] for b in left))
+        waiting = [batches[b] for b in left]
+        for chunk, _ in Pace(replay.store).chunks(replay, waiting, len(wanted) + _OTHERS):
+            mine = left[chunk]
+            read = [_Places([(i, rows[r]) for i, r in asked[b]]) for b in mine]
+            for b, found in zip(
+                mine, _scores(replay, waiting[chunk], wanted[order], read), strict=True
+            ):
+                kept.put(str(b), found)
+                bar.advance(costs[b])
+    sums = np.zeros((2, len(wanted), len(rows)))
+    for b, those in enumerate(asked):
+        sums[:, order[:, None], [r for _, r in those]] = kept.get(str(b))
+    return sums[0], sums[1] == 1
+
+
+class _Places:
+    """Where the answers of R rows are read: K positions of a micro-batch.
+
+    Args:
+        rows: with each its sample.
+
+    Attributes:
+        sample, position, label: (K,) int64; position t predicts token t + 1, the label.
+        owner: (K,) the row.
+    """
+
+    def __init__(self, rows: Sequence[tuple[int, Row]]) -> None:
+        where = [
+            (sample, t, ids[t + 1], r)
+            for r, (sample, (ids, k)) in enumerate(rows)
+            for t in range(len(ids) - 1 - k, len(ids) - 1)
+        ]
+        columns = [torch.tensor(column) for column in zip(*where, strict=True)]
+        self.sample, self.position, self.label, owner = columns
+        self.owner, self.rows = owner.numpy(), len(rows)
+
+    def read(self, replay: Replay, stream: Tensor) -> Floats:
+        """(2, R) log-likelihoods and greedy flags, from the stream (B, T, D) behind the blocks."""
+        likely, best = _heads(replay, stream[self.sample, self.position], self.label)
+        found = np.stack([np.zeros(self.rows), np.ones(self.rows)])
+        np.add.at(found[0], self.owner, likely)
+        np.minimum.at(found[1], self.owner, best)
+        return found
+
+
+def _scores(
+    replay: Replay, batches: Sequence[TokenSet], states: States, places: Sequence[_Places]
+) -> list[Floats]:
+    """(2, S, R) of each micro-batch: log-likelihoods and greedy flags under sorted states."""
+    recordings = [replay.record(batch.input_ids) for batch in batches]
+    found = [np.zeros((2, len(states), read.rows)) for read in places]
+
+    def run(block: int, streams: list[Tensor]) -> list[Tensor]:
+        return [r.block(block, s) for r, s in zip(recordings, streams, strict=True)]
+
+    entered = [recording.entered for recording in recordings]
+    for first, last, ends in walk(states, entered, run, by_block=replay.streamed):
+        for of_batch, read, end in zip(found, places, ends, strict=True):
+            of_batch[:, first:last] = read.read(replay, end)[:, None]
+    return found
+
+
+def _heads(replay: Replay, stream: Tensor, labels: Tensor) -> tuple[Floats, Floats]:
+    """Log-likelihood of each label (K,) at its stream (K, D), and whether it is the likeliest.
+
+    Only these rows pass through the head: the final norm and the head look at one position at
+    a time.
+    """
+    likely, best = [], []
+    for a in range(0, len(stream), _HEAD_ROWS):
+        part, label = stream[a : a + _HEAD_ROWS], labels[a : a + _HEAD_ROWS]
+        logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
+        label = label.to(logits.device)
+        likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
+        best.append((logits.argmax(-1) == label).double())
+    return torch.cat(likely).cpu().numpy(), torch.cat(best).cpu().numpy()
