@@ -51,7 +51,7 @@ def collect(study: Study, path: Path) -> dict[str, Any]:
                     for k in ("kl", "nll")
                 },
             }
-    tasks = {t: store.read(f"tasks/{t}")["right"] for t in TASKS if store.done(f"tasks/{t}")}
+    tasks = {t: store.read(f"tasks/{t}") for t in TASKS if store.done(f"tasks/{t}")}
     content = {
         "settings": {k: getattr(o, k) for k in ("model", "remove", "tokens", "questions")},
         "provenance": {
@@ -61,8 +61,9 @@ def collect(study: Study, path: Path) -> dict[str, Any]:
         },
         "states": study.states,
         "losses": losses,
-        "original": {t: rows[0] for t, rows in tasks.items()},
-        "right": {t: rows[1:] for t, rows in tasks.items()},
+        "original": {t: part["right"][0] for t, part in tasks.items()},
+        "right": {t: part["right"][1:] for t, part in tasks.items()},
+        "certainties": {t: part["certainties"][1:] for t, part in tasks.items()},
     }
     write_json(path, KIND, content)
     return read_json(path, KIND)
@@ -139,16 +140,33 @@ def _spearman(one: Any, rows: Any) -> Any:
 
 def reliability(right: list[np.ndarray[Any, Any]], splits: int = 200) -> float:
     """Expected rank correlation of the mean accuracy with that on as many other questions."""
+    half = half_spearman(right, right, splits)
+    return 2 * half / (1 + half)
+
+
+def half_spearman(
+    ordering: list[np.ndarray[Any, Any]], right: list[np.ndarray[Any, Any]], splits: int = 200
+) -> float:
+    """Rank correlation of means on half of the questions with the accuracy on the other half.
+
+    Args:
+        ordering: (S, Q) of each task, in units in which tasks can be added.
+    """
     draw, found = np.random.default_rng(0), []
     for _ in range(splits):
-        halves = np.zeros((2, len(right[0])))
-        for r in right:
-            order = draw.permutation(r.shape[1])
-            for half, part in zip(halves, np.array_split(order, 2), strict=True):
-                half += r[:, part].mean(1)
-        found.append(_spearman(halves[0], halves[1:])[0])
-    half = float(np.mean(found))
-    return 2 * half / (1 + half)
+        first, second = np.zeros((2, len(right[0])))
+        for o, r in zip(ordering, right, strict=True):
+            one, other = np.array_split(draw.permutation(r.shape[1]), 2)
+            first += o[:, one].mean(1)
+            second += r[:, other].mean(1)
+        found.append(_spearman(first, second[None])[0])
+    return float(np.mean(found))
+
+
+def in_spreads(values: Any) -> np.ndarray[Any, Any]:
+    """(S, Q) in units of their spread about each question's mean, as a choice adds tasks."""
+    rows = np.array(values)
+    return rows / (float((rows - rows.mean(0)).std()) or 1.0)
 
 
 def show(found: dict[str, Any]) -> None:
@@ -173,6 +191,9 @@ def show(found: dict[str, Any]) -> None:
     for name, row in rows.items():
         print(f"objective_spearman_{name}: {row.rho:.4g}")
     print(f"reliability: {reliability(right):.4g}")
+    if certain := [in_spreads(rows) for rows in found.get("certainties", {}).values()]:
+        print(f"half_spearman_scores: {half_spearman(right, right):.4g}")
+        print(f"half_spearman_certainties: {half_spearman(certain, right):.4g}")
     print(
         f"default_objective: {max((k for k in MIXTURES if k in rows), key=lambda k: rows[k].rho)}"
     )

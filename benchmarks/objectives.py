@@ -19,6 +19,8 @@ objective_spearman_NAME  Spearman's rank correlation of the mean accuracy over t
 reliability  the same between the accuracies on two halves of the questions (mean of 200 splits),
   taken to all of them by Spearman's and Brown's formula: no objective can be expected beyond
   about its square root
+half_spearman_scores, half_spearman_certainties  the rank correlation of the accuracy on half of the
+  questions with the accuracy, and with the log-probability of right answers, on the other half
 default_objective  the mixture of the highest correlation
 
 The tables say by how much each objective is above the mixture that a run takes by default, paired
@@ -226,7 +228,12 @@ class Study:
             prepared = prepare_task(task, self.data, self.options.questions)
             model = Asked(self.loaded, self.replay)
             found = score_states(model, prepared, states, self.working(journal))
-            return {"task": task, "states": states, "right": [_bits(s.values) for s in found]}
+            return {
+                "task": task,
+                "states": states,
+                "right": [_bits(s.values) for s in found],
+                "certainties": [s.certainties.round(3).tolist() for s in found],
+            }
 
         each = {"arc_easy": 114, "hellaswag": 312, "piqa": 71, "lambada": 82}[task]
         price = Price(each * self.options.questions, 0.45 * self.options.states, 2)

@@ -9,7 +9,7 @@ import pytest
 import isingcut
 from isingcut.errors import InputError
 from isingcut.evaluation import choosing
-from isingcut.evaluation.choosing import choose_by_questions, contenders, half, looks
+from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half, looks
 from isingcut.evaluation.questions import prepare_task, question_key
 from isingcut.evaluation.scores import Asked, score
 from isingcut.files.writing import read_json
@@ -28,9 +28,9 @@ pytestmark = [
 def answers(table):
     """`ask` from a table: removed blocks -> key -> score."""
 
-    def ask(left, wanted):
-        keys = [key for keys in wanted.values() for key in keys]
-        return [[table[tuple(removed)][key] for key in keys] for removed in left]
+    def ask(left, task, keys):
+        rows = [[table[tuple(removed)][key] for key in keys] for removed in left]
+        return [Answered(row, row) for row in rows]
 
     return ask
 
@@ -73,8 +73,9 @@ def test_who_is_asked_is_no_near_copy_as_long_as_there_are_others():
 
 def test_a_choice_against_the_loss_is_told():
     found = {"candidates": [{}, {}], "by_task": {"a": 9}, "ahead": True, "tasks": ["a"]}
-    assert chosen_by_tasks(found, 0.0, 0.0).endswith("ahead of all others")
-    assert chosen_by_tasks(found, 0.9, 0.8) == "best of 2 on 9 questions of a; ahead of all others"
+    assert chosen_by_tasks(found, 0.0, 0.0) == "ahead of 2 on 9 questions of a"
+    within = chosen_by_tasks({**found, "ahead": False}, 0.9, 0.8)
+    assert within == "lowest KL within a standard error of the best of 2 on 9 questions of a"
     assert "its KL is 2.67, the lowest 0.231" in chosen_by_tasks(found, 2.671, 0.231)
 
 
@@ -119,14 +120,18 @@ def test_one_candidate_is_asked_nothing():
     assert (found["chosen"], found["asked"], found["looks"]) == (0, [], 0)
 
 
-def test_equals_are_rarely_dropped_however_often_one_looks():
+@pytest.mark.parametrize("kind", ["right or wrong", "probabilities"])
+def test_equals_are_rarely_dropped_however_often_one_looks(kind):
     """Of four equally good candidates any is dropped in at most one of twenty choices."""
     rng, keys = np.random.default_rng(1), [f"q{i}" for i in range(200)]
     dropped = 0
     for _ in range(60):
-        found = choose_by_questions(
-            [[i] for i in range(4)], {"t": keys}, answers(drawn(rng, keys, *[0.5] * 4))
-        )
+        table = drawn(rng, keys, *[0.5] * 4)
+        if kind == "probabilities":
+            # Sure and mostly right, or sure and wrong: as skewed as they come.
+            values = rng.beta(0.3, 0.2, (4, len(keys)))
+            table = {(i,): dict(zip(keys, values[i].tolist(), strict=True)) for i in range(4)}
+        found = choose_by_questions([[i] for i in range(4)], {"t": keys}, answers(table))
         dropped += any(row["dropped"] for row in found["candidates"])
     assert dropped <= 60 * choosing.ALPHA
 
@@ -172,7 +177,9 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     # What writes worst may answer best.
     size = load(llama, dtype="float32", device="cpu").model.config.num_hidden_layers
     assert [size - 2, size - 1] in [row["removed"] for row in rows]
-    assert found["chosen"]["removed"] == max(rows, key=lambda r: r["accuracy"])["removed"]
+    chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
+    assert chosen["difference"] is None
+    assert not chosen["dropped"]
     assert "questions of mine.jsonl" in found["chosen"]["why"]
     assert len(asked["asked"]) == 30
     assert not (target / ".asked").exists()
@@ -181,8 +188,8 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     cut = Asked.whole(load(target / "model", dtype="float32", device="cpu"))
     task = prepare_task(str(questions), None)
     own = score(cut, task, wanted=set(asked["asked"]).__contains__)
-    best = next(r for r in rows if r["removed"] == found["chosen"]["removed"])
-    assert own.values.mean() == pytest.approx(best["accuracy"])
+    assert own.values.mean() == pytest.approx(chosen["accuracy"])
+    assert own.certainties.mean() == pytest.approx(chosen["certainty"])
     assert len(own.values) == 30
 
     # The final model is judged by the other half.
@@ -311,3 +318,61 @@ def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
                 stream="on",
             )
         assert not (tmp_path / "run").exists()
+
+
+def test_certainties_tell_apart_what_scores_do_not():
+    """Both have the same answers right, and one is surer of them."""
+    rng, keys = np.random.default_rng(2), [f"q{i}" for i in range(400)]
+    sure = rng.uniform(-2.0, 0.0, len(keys))
+
+    def ask(left, task, names):
+        at = [keys.index(name) for name in names]
+        more = {(0,): 0.0, (1,): 0.1}
+        return [
+            Answered(
+                [float(sure[i] > -0.7) for i in at],
+                [float(sure[i] + more[tuple(r)] * rng.random()) for i in at],
+            )
+            for r in left
+        ]
+
+    found = choose_by_questions([[0], [1]], {"t": keys}, ask)
+    assert (found["chosen"], found["ahead"]) == (1, True)
+    assert len(found["asked"]) == 50
+    first, second = found["candidates"]
+    assert first["accuracy"] == second["accuracy"]
+    assert first["difference"] == 0
+    assert second["certainty"] > first["certainty"]
+
+
+def test_the_lowest_loss_within_a_standard_error_is_chosen():
+    """The best by a few questions is mostly the luckiest of several."""
+    rng, keys = np.random.default_rng(3), [f"q{i}" for i in range(40)]
+    noise = rng.normal(size=40)
+    noise = (noise - noise.mean()) / noise.std()
+
+    def chosen(lead):
+        # The paired difference spreads by one about its mean.
+        table = {(i,): dict(zip(keys, i * (noise + lead), strict=True)) for i in range(2)}
+        return choose_by_questions([[0], [1]], {"t": keys}, answers(table))["chosen"]
+
+    error = 1 / np.sqrt(39)
+    assert chosen(0.9 * error) == 0
+    assert chosen(1.1 * error) == 1
+
+
+def test_a_task_of_many_nats_does_not_outvote_another():
+    rng, n = np.random.default_rng(4), 60
+    keys = {t: [f"{t}{i}" for i in range(n)] for t in ("letters", "words")}
+    scale = {"letters": 1.0, "words": 30.0}
+    # The one is better by letters, the other a little by words, in units of their spreads.
+    lead = {(0,): {"letters": 0.0, "words": 0.1}, (1,): {"letters": 0.5, "words": 0.0}}
+    table = {
+        removed: {
+            key: scale[t] * float(0.3 * rng.normal() + better[t])
+            for t, names in keys.items()
+            for key in names
+        }
+        for removed, better in lead.items()
+    }
+    assert choose_by_questions([[0], [1]], keys, answers(table))["chosen"] == 1

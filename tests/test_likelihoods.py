@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from isingcut.console.progress import Part
+from isingcut.evaluation.certainty import tempered
 from isingcut.evaluation.likelihoods import Answers, Row, answer_scores
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Asked, score, score_states
@@ -150,3 +151,65 @@ def test_a_part_counts_its_share_of_a_bar() -> None:
     assert bar.done == 4
     part.finish("done")
     assert (bar.done, bar.notes) == (4, ["first", "second", "second", "done"])
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "hellaswag", "winogrande", "lambada"])
+def test_the_certainty_of_a_right_answer(name: str, model: Asked, tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {
+            "context": f"the {word} sat on _ mat",
+            "choices": [f"stone {word}", "a"],
+            "answer": i % 2,
+            "text": f"the {word} sat on a mat",
+        }
+        for i, word in enumerate(("cat", "rain", "old stone"))
+    ]
+    if name != "winogrande":
+        for i, record in enumerate(records):
+            record |= {"choices": [*record["choices"], "old rain", "stone"], "answer": i}
+    file = {"arc_easy": "test", "hellaswag": "val", "winogrande": "dev", "lambada": "test"}[name]
+    path = tmp_path / name / f"{file}.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    found = score(model, prepare_task(name, tmp_path)).certainties
+
+    def likely(context: str, answer: str) -> float:
+        ids = model.loaded.tokenizer(context + answer, return_tensors="pt").input_ids
+        start = len(model.loaded.tokenizer(context).input_ids)
+        with torch.no_grad():
+            logp = model.loaded.model(input_ids=ids).logits[0].double().log_softmax(-1)
+        return sum(float(logp[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
+
+    if name == "lambada":
+        direct = [likely(r["text"].removesuffix(" mat"), " mat") for r in records]
+        assert found == pytest.approx(direct, rel=1e-4)
+        return
+    tables = []
+    for record in records:
+        choices, asked = record["choices"], record["context"]
+        if name == "winogrande":
+            values = [likely(asked.split(" _")[0] + f" {c}", " mat") for c in choices]
+        else:
+            asked = asked if name == "hellaswag" else f"Question: {asked}\nAnswer:"
+            values = [likely(asked, f" {c}") for c in choices]
+        if name == "hellaswag":
+            mean = np.mean([len(c) for c in choices])
+            values = [v / len(c) * mean for v, c in zip(values, choices, strict=True)]
+        tables.append((np.array(values), record["answer"]))
+
+    def at(t: float) -> list[float]:
+        return [float(v[a] / t - np.logaddexp.reduce(v / t)) for v, a in tables]
+
+    # No other temperature makes the right answers likelier.
+    best = max((at(float(t)) for t in np.exp(np.linspace(-2, 4, 61))), key=np.mean)
+    assert found == pytest.approx(best, rel=1e-3)
+
+
+def test_being_too_sure_costs_nothing() -> None:
+    rng = np.random.default_rng(0)
+    margins = [rng.normal(-0.5, 1.5, 3) for _ in range(200)]
+    plain, sharp = (np.mean(tempered([k * m for m in margins])) for k in (1, 8))
+    assert sharp == pytest.approx(plain, abs=2e-3)
+    # Of answers that say nothing a high temperature makes a guess among four.
+    nothing = tempered([rng.normal(0.0, 3.0, 3) for _ in range(2000)])
+    assert np.mean(nothing) == pytest.approx(-np.log(4), abs=0.05)

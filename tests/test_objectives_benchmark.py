@@ -68,6 +68,17 @@ def test_reliability_grows_with_the_questions() -> None:
     assert abs(summary.reliability([coins], 50)) < 0.5
 
 
+def test_certainties_order_better_than_scores_where_they_say_more() -> None:
+    quality, right = answers(30, 60)
+    draw = np.random.default_rng(5)
+    certain = quality[:, None] + 0.1 * draw.normal(size=right.shape)
+    scores, certainties = (summary.half_spearman([o], [right], 50) for o in (right, certain))
+    assert scores < certainties < 1
+    # Tasks in nats of any size count alike.
+    scaled = [summary.in_spreads(k * certain) for k in (1.0, 50.0)]
+    assert np.allclose(*scaled)
+
+
 def test_the_default_is_the_mixture_of_the_highest_correlation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

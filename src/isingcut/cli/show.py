@@ -83,8 +83,9 @@ def show_ranking(found: dict[str, Any]) -> None:
         screen.print(said.replace("`", ""), soft_wrap=True)
     if "by_tasks" in found:
         for blocks, *figures in question_rows(found["by_tasks"]):
-            shown = "questions {}, right {}, difference {}, p {}".format(*figures)
-            screen.print(f"without {blocks}: {shown.removesuffix(', p ')}", soft_wrap=True)
+            names = ("questions", "right", "difference", "log-probability", "p")
+            shown = [f"{name} {x}" for name, x in zip(names, figures, strict=True) if x]
+            screen.print(f"without {blocks}: {', '.join(shown)}", soft_wrap=True)
     screen.print(
         f"chosen: blocks {listed(chosen['removed'])} (state {chosen['position']} by energy, "
         f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",

@@ -1,14 +1,18 @@
 """Choose among a few candidates by questions, asked until one of them is ahead.
 
 All that are still in answer the same questions, first `FIRST` of them and `GROWTH` times as many at
-each further look. At every look, whoever falls short of the leader with a paired p-value (McNemar's
-exact test where answers are right or wrong) below
+each further look. What counts is the log-probability that a candidate gives the right answers,
+which says more than how many of them are its likeliest (docs/experiments.md). At every look,
+whoever falls short of the leader with a paired p-value (by the bootstrap; McNemar's exact test
+where answers are right or wrong and no more) below
 
     alpha / (L K (K - 1) / 2)
 
 is out: L looks and K candidates at the start, Bonferroni's correction over all looks and all pairs.
 So, however often one looks and whoever leads, the chance is at most alpha that a candidate is
-dropped which is as good as the leader of that moment.
+dropped which is as good as the leader of that moment. Of those that are left in the end the one of
+lowest loss is chosen that falls short of the leader by no more than a standard error: the best of
+several by a few questions is mostly the luckiest.
 """
 
 from __future__ import annotations
@@ -34,20 +38,43 @@ CONTENDERS = 5
 _APART = 2
 """Blocks that two of them differ in, as long as there are such: near copies answer alike."""
 
-Ask = Callable[[Sequence[Sequence[int]], Mapping[str, Sequence[str]]], Sequence[Sequence[float]]]
-"""The scores of each candidate (its removed blocks) on the questions of each task, in any order
-that is the same for all candidates."""
+
+@dataclass(frozen=True)
+class Answered:
+    """One candidate's answers to some questions of a task.
+
+    Attributes:
+        scores: by question, as the task has them.
+        certainties: by question, see `scores.Scores`.
+    """
+
+    scores: Sequence[float]
+    certainties: Sequence[float]
+
+
+Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Answered]]
+"""What each candidate (its removed blocks) makes of a task's questions, in any order that is the
+same for all candidates."""
 
 
 @dataclass(eq=False)
 class _Contender:
     removed: Sequence[int]
-    scores: list[float] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    certainties: dict[str, list[float]] = field(default_factory=dict)
     out: bool = False
 
+    def add(self, task: str, answered: Answered) -> None:
+        self.scores.setdefault(task, []).extend(answered.scores)
+        self.certainties.setdefault(task, []).extend(answered.certainties)
+
     @property
-    def mean(self) -> float:
-        return float(np.mean(self.scores))
+    def asked(self) -> int:
+        return sum(map(len, self.scores.values()))
+
+    def right(self) -> Floats:
+        """(n,) scores, task after task."""
+        return np.array([score for scores in self.scores.values() for score in scores])
 
 
 def looks(total: int) -> list[int]:
@@ -98,7 +125,7 @@ def contenders(rows: Sequence[Mapping[str, Any]], also: Sequence[int] = ()) -> l
 def choose_by_questions(
     candidates: Sequence[Sequence[int]], questions: Mapping[str, Sequence[str]], ask: Ask
 ) -> dict[str, Any]:
-    """The best of some candidates by their mean score; of equals the one of lower loss.
+    """The candidate of lowest loss among those that answer as well as the best.
 
     Tasks take turns, so that they count alike until the shortest is through.
 
@@ -110,9 +137,10 @@ def choose_by_questions(
     Returns:
         ``chosen``, its position in ``candidates``; ``ahead``, whether all others were dropped;
         ``alpha``, ``looks`` done and ``looks_planned``, ``asked`` (keys), ``by_task``, how many of
-        each; and ``candidates``: ``removed``, ``questions`` answered, ``accuracy``, and against the
-        chosen one on the questions that both answered ``difference``, ``difference_se``,
-        ``p_value``; ``dropped``.
+        each; and ``candidates``: ``removed``, ``questions`` answered, ``accuracy``, mean
+        ``certainty``, and against the chosen one on the questions that both answered
+        ``difference`` of the accuracies, ``difference_se``, and the ``p_value`` of the test;
+        ``dropped``.
     """
     turns = [
         (task, key)
@@ -128,14 +156,19 @@ def choose_by_questions(
         batch: dict[str, list[str]] = {}
         for task, key in turns[done : ends[looked]]:
             batch.setdefault(task, []).append(key)
-        for contender, scores in zip(left, ask([c.removed for c in left], batch), strict=True):
-            contender.scores += scores
+        for task, keys in batch.items():
+            for contender, answered in zip(
+                left, ask([c.removed for c in left], task, keys), strict=True
+            ):
+                contender.add(task, answered)
         done, looked = ends[looked], looked + 1
-        leader = max(left, key=lambda c: c.mean)
-        for other in left:
-            other.out = other.mean < leader.mean and p_value(*_both(other, leader)) < bound
+        merits = _merits(left)
+        leader = int(np.argmax(merits.mean(1)))
+        for other, own in zip(left, merits, strict=True):
+            behind = bool(own.mean() < merits[leader].mean())
+            other.out = behind and p_value(own, merits[leader]) < bound
         left = [c for c in left if not c.out]
-    best = max(left, key=lambda c: c.mean) if done else left[0]
+    best = _lowest_of_the_best(left) if done else left[0]
     asked = [key for _, key in turns[:done]]
     tasks = [task for task, _ in turns[:done]]
     return {
@@ -150,28 +183,52 @@ def choose_by_questions(
     }
 
 
-def _both(one: _Contender, other: _Contender) -> tuple[Floats, Floats]:
-    n = min(len(one.scores), len(other.scores))
-    return np.array(one.scores[:n]), np.array(other.scores[:n])
+def _merits(several: Sequence[_Contender]) -> Floats:
+    """(K, n) certainties on the questions that all have answered, task after task.
+
+    Each task's are divided by how much candidates and questions spread about what a question's mean
+    is: nats of a long answer would outvote those of a letter.
+    """
+    parts = []
+    for task in several[0].certainties:
+        shared = min(len(c.certainties[task]) for c in several)
+        values = np.array([c.certainties[task][:shared] for c in several])
+        spread = float((values - values.mean(0)).std())
+        parts.append(values / (spread or 1.0))
+    return np.concatenate(parts, axis=1)
+
+
+def _lowest_of_the_best(left: Sequence[_Contender]) -> _Contender:
+    """The first that falls short of the leader by at most a standard error, paired."""
+    merits = _merits(left)
+    behind = merits[int(np.argmax(merits.mean(1)))] - merits
+    n = merits.shape[1]
+    error = behind.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(left))
+    return left[int(np.argmax(behind.mean(1) <= error))]
 
 
 def _row(contender: _Contender, best: _Contender) -> dict[str, Any]:
+    asked = contender.asked
+    certain = [c for values in contender.certainties.values() for c in values]
     row: dict[str, Any] = {
         "removed": list(contender.removed),
-        "questions": len(contender.scores),
-        "accuracy": contender.mean if contender.scores else None,
+        "questions": asked,
+        "accuracy": float(contender.right().mean()) if asked else None,
+        "certainty": float(np.mean(certain)) if asked else None,
         "dropped": contender.out,
         "difference": None,
         "difference_se": None,
         "p_value": None,
     }
-    if contender is best or not contender.scores:
+    if contender is best or not asked:
         return row
-    first, second = _both(best, contender)
-    difference = second - first
-    n = len(difference)
+    own, others = (
+        np.concatenate([values[: len(contender.scores[t])] for t, values in c.scores.items()])
+        for c in (contender, best)
+    )
+    difference = own - others
     return row | {
         "difference": float(difference.mean()),
-        "difference_se": float(difference.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
-        "p_value": p_value(first, second),
+        "difference_se": float(difference.std(ddof=1) / math.sqrt(asked)) if asked > 1 else None,
+        "p_value": p_value(*_merits([best, contender])),
     }

@@ -17,6 +17,7 @@ import numpy as np
 
 from isingcut.console.progress import Part, Progress, silent
 from isingcut.errors import InputError, StageFileError
+from isingcut.evaluation.certainty import certainties
 from isingcut.evaluation.likelihoods import Answers
 from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.questions import Prepared, called, prepare_task, quiet
@@ -43,6 +44,10 @@ class Scores:
         task: its name.
         metric: what the values are, as the harness names it.
         values: (n,) by question, in the order of ``questions``.
+        certainties: (n,) log-probability of the right answer, nats: among the choices, at the
+            temperature that suits the model's answers to these questions best, for being too sure
+            of oneself costs no score; of a continuation as it is; ``values`` where the model
+            writes its answers.
         questions: what tells the questions apart (task and hash of the record).
         shots: examples in each prompt.
     """
@@ -50,6 +55,7 @@ class Scores:
     task: str
     metric: str
     values: Floats
+    certainties: Floats
     questions: list[str]
     shots: int
 
@@ -58,11 +64,14 @@ class Scores:
         """What `save` kept."""
         content = read_json(path, "scores")
         rest = {name: content[name] for name in ("task", "metric", "questions", "shots")}
-        return cls(values=np.array(content["values"], dtype=np.float64), **rest)
+        arrays = (np.array(content[k], dtype=np.float64) for k in ("values", "certainties"))
+        values, certainties = arrays
+        return cls(values=values, certainties=certainties, **rest)
 
     def save(self, path: Path) -> None:
         """Keep them while the other model is asked."""
-        write_json(path, "scores", {**vars(self), "values": self.values.tolist()})
+        lists = {name: getattr(self, name).tolist() for name in ("values", "certainties")}
+        write_json(path, "scores", {**vars(self), **lists})
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,10 +247,12 @@ def _asked(model: Harness, task: Prepared, wanted: Callable[[str], bool] | None)
     if not chosen:
         raise InputError(f"{task.name} gives no {metric} by question; choose another task")
     chosen.sort(key=lambda pair: (pair[0], pair[1]["doc_id"]))
+    values = np.array([float(s[name]) for _, s in chosen])
     return Scores(
         task.name,
         metric,
-        np.array([float(s[name]) for _, s in chosen]),
+        values,
+        certainties([(made[t], s) for t, s in chosen], values, by_length=name == "acc_norm"),
         [f"{t}:{s['doc_hash'][:16]}" for t, s in chosen],
         int(next(iter(found["n-shot"].values()))),
     )

@@ -45,8 +45,8 @@ def chosen_by_tasks(found: Mapping[str, Any], kl: float, lowest: float) -> str:
     rows, asked = found["candidates"], sum(found["by_task"].values())
     if len(rows) == 1 or not asked:
         return "the only candidate, no question was asked"
-    lead = "ahead of all others" if found["ahead"] else "its lead is within the noise"
-    best = f"best of {len(rows)} on {asked} questions of {', '.join(found['tasks'])}; {lead}"
+    place = "ahead" if found["ahead"] else "lowest KL within a standard error of the best"
+    best = f"{place} of {len(rows)} on {asked} questions of {', '.join(found['tasks'])}"
     if kl <= MUCH_WORSE * lowest:
         return best
     return f"{best}; its KL is {kl:.3g}, the lowest {lowest:.3g}: heal what is to write"
@@ -59,14 +59,17 @@ def questions_words(found: Mapping[str, Any]) -> str:
         f"{len(found['candidates'])} candidates (the lowest KL, the next ones that are no near "
         "copies, the one without the last blocks where it is allowed), as exact cuts, were asked "
         f"the same questions ({share}), in {found['looks']} of at most {found['looks_planned']} "
-        "batches. Whoever fell short of the leader by McNemar's test was dropped, at a level of "
-        f"{100 * found['alpha']:.0f} % over all batches and pairs. Benchmarks of the final model "
-        "leave these questions out."
+        "batches. What counts is the log-probability of the right answers, which tells more than "
+        "how many are right. Whoever fell short of the leader by a paired test was dropped, at a "
+        f"level of {100 * found['alpha']:.0f} % over all batches and pairs; of the others the one "
+        "of lowest KL is chosen that is within a standard error of the leader. Benchmarks of the "
+        "final model leave these questions out."
     )
 
 
 def question_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Of each candidate: blocks removed, questions, share right, difference to the chosen, p."""
+    """Of each candidate: blocks removed, questions, share right, its difference to the chosen
+    one's, log-probability of the right answers in nats, p of the test by it."""
     return [
         (
             listed(row["removed"]),
@@ -76,6 +79,7 @@ def question_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
             if row["difference"] is None
             else plus_minus(row["difference"], row["difference_se"])
             + (", dropped" if row["dropped"] else ""),
+            "" if row.get("certainty") is None else f"{row['certainty']:.3f}",
             "" if row["p_value"] is None else f"{row['p_value']:.2g}",
         )
         for row in found["candidates"]

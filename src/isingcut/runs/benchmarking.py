@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
-from isingcut.evaluation.choosing import choose_by_questions, contenders, half
+from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
 from isingcut.evaluation.scores import (
     Asked,
@@ -120,29 +118,22 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
 
-        def ask(
-            left: Sequence[Sequence[int]], wanted: Mapping[str, Sequence[str]]
-        ) -> list[list[float]]:
-            found: list[list[float]] = [[] for _ in left]
-            for name, keys in wanted.items():
-                places = [place_of(kept, tasks[name], model.loaded, [*r, *keys]) for r in left]
-                new = [i for i, place in enumerate(places) if not place.exists()]
-                part = Part(bar, len(keys) * len(left))
-                if new:
-                    work = Work(session.tuning.batch_tokens, part)
-                    only = frozenset(keys).__contains__
-                    scored = score_states(
-                        model, tasks[name], [left[i] for i in new], work, wanted=only
-                    )
-                    for i, scores in zip(new, scored, strict=True):
-                        scores.save(places[i])
-                values = [Scores.load(place).values.tolist() for place in places]
-                for mine, more in zip(found, values, strict=True):
-                    mine += more
-                best_now = max(range(len(left)), key=lambda i: sum(found[i]))
-                share = np.mean(found[best_now])
-                part.finish(f"ahead: without {listed(left[best_now])}, {share:.0%} right")
-            return found
+        def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Answered]:
+            places = [place_of(kept, tasks[name], model.loaded, [*r, *keys]) for r in left]
+            new = [i for i, place in enumerate(places) if not place.exists()]
+            part = Part(bar, len(keys) * len(left))
+            if new:
+                work = Work(session.tuning.batch_tokens, part)
+                only = frozenset(keys).__contains__
+                asked = score_states(model, tasks[name], [left[i] for i in new], work, wanted=only)
+                for i, scores in zip(new, asked, strict=True):
+                    scores.save(places[i])
+            found = [Scores.load(place) for place in places]
+            right, blocks = max(
+                (float(s.values.mean()), listed(r)) for s, r in zip(found, left, strict=True)
+            )
+            part.finish(f"without {blocks} {right:.0%} of {name}")
+            return [Answered(s.values.tolist(), s.certainties.tolist()) for s in found]
 
         found = choose_by_questions([rows[i]["removed"] for i in best], drawn, ask)
     return {**found, "chosen": best[found["chosen"]], "tasks": list(tasks)}

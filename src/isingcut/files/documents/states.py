@@ -97,6 +97,8 @@ class AskedCandidate(Strict):
     removed: Blocks
     questions: Count
     accuracy: Number | None
+    # Older files chose by the share of right answers.
+    certainty: Number | None = None
     dropped: bool
     difference: Number | None
     difference_se: Positive | None
