@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.console.progress import Part
+from isingcut.console.progress import Part, terminal
 from isingcut.evaluation.certainty import tempered
 from isingcut.evaluation.likelihoods import Answers, Row, answer_scores
 from isingcut.evaluation.questions import prepare_task
@@ -103,6 +103,24 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
         assert scores.values.tolist() == alone.values.tolist()
         assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
     assert len({tuple(s.values) for s in found}) > 1
+
+
+def test_how_far_the_asking_is_is_seen(
+    model: Asked,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The harness is silenced, our bar is not."""
+    monkeypatch.setattr("isingcut.console.progress.QUIET_SECONDS", 0.0)
+    record = {"choices": ["a mat", "rain"], "answer": 0}
+    path = tmp_path / "mine.jsonl"
+    lines = [json.dumps({**record, "context": f"{word} {k}"}) for k, word in enumerate(WORDS * 4)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    score_states(model, prepare_task(str(path), None), REMOVED, Work(64, terminal))
+    said = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("mine.jsonl: ") for line in said)
+    assert len(said) > 5
 
 
 def test_a_killed_measurement_goes_on(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 from isingcut.console.progress import Part, Progress, silent
 from isingcut.errors import InputError, StageFileError
 from isingcut.evaluation.certainty import certainties
-from isingcut.evaluation.likelihoods import Answers
+from isingcut.evaluation.likelihoods import Answer, Answers, Row
 from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.questions import Prepared, called, prepare_task, quiet
 from isingcut.files.writing import fingerprint, read_json, write_json
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from isingcut.evaluation.harness import Harness
     from isingcut.models.load import LoadedModel
 
+_ARRAYS = ("values", "certainties")
 _PREFERRED = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
 
 
@@ -64,13 +66,12 @@ class Scores:
         """What `save` kept."""
         content = read_json(path, "scores")
         rest = {name: content[name] for name in ("task", "metric", "questions", "shots")}
-        arrays = (np.array(content[k], dtype=np.float64) for k in ("values", "certainties"))
-        values, certainties = arrays
-        return cls(values=values, certainties=certainties, **rest)
+        values, certain = (np.array(content[k], dtype=np.float64) for k in _ARRAYS)
+        return cls(values=values, certainties=certain, **rest)
 
     def save(self, path: Path) -> None:
         """Keep them while the other model is asked."""
-        lists = {name: getattr(self, name).tolist() for name in ("values", "certainties")}
+        lists = {name: getattr(self, name).tolist() for name in _ARRAYS}
         write_json(path, "scores", {**vars(self), **lists})
 
 
@@ -205,13 +206,20 @@ def score_states(
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
     answers = Answers(replay, states, work, task.name)
     stack, batch = find_stack(loaded.model), max(1, work.batch_tokens // 128)
+    shown = sys.stderr
+
+    def answer(state: int, rows: Sequence[Row]) -> Sequence[Answer]:
+        # Only the harness is quiet: here a bar moves.
+        with contextlib.redirect_stderr(shown):
+            return answers.of(state, rows)
+
     with quiet():
         from isingcut.evaluation.harness import Harness
 
         found = []
         for s, blocks in enumerate(removed):
             generating = partial(skipped, loaded.model, stack, blocks)
-            engine = Harness(loaded, partial(answers.of, s), batch, generating)
+            engine = Harness(loaded, partial(answer, s), batch, generating)
             found.append(_asked(engine, task, wanted))
     return found
 
@@ -277,7 +285,7 @@ def place_of(kept: Path, task: Prepared, loaded: LoadedModel, asked: Any) -> Pat
         asked: what else they depend on, JSON-able.
     """
     model = model_identity(loaded.folder)["sha256"]
-    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), asked])
+    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), asked, _ARRAYS])
     return kept / f"{task.name}-{identity}.json"
 
 
