@@ -25,8 +25,10 @@ from isingcut.data import generation, self_text
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.errors import ArchitectureError
+from isingcut.evaluation import likelihoods
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
+from isingcut.evaluation.likelihoods import answer_scores
 from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.patch import absorb as _absorb
 from isingcut.healing.patch import exact
@@ -117,6 +119,13 @@ def streamed_slopes(place):
     return Evaluator(place.streamed(), samples(), Work(32), seed=0).slopes(states()[0], 4)
 
 
+def asked(place, family="llama", streamed=False):
+    replay = place.streamed() if streamed else place.replay(family)
+    rows = [(tuple(row), 1 + i % 3) for i, row in enumerate(samples().rows)]
+    likely, greedy = answer_scores(replay, rows, states(), Work(32))
+    return np.stack([likely, greedy])
+
+
 def figures(place, streamed=False):
     if streamed:
         found = evaluate.quality(place.streamed(), place.streamed(), samples())
@@ -204,6 +213,9 @@ STEPS: dict[str, Callable[[Place], Any]] = {
     "search": searched,
     "search slopes, streamed": streamed_slopes,
     "hidden states in a file": spilled,
+    "answers": asked,
+    "answers, head in one": lambda p: asked(p, "gemma2"),
+    "answers, streamed": lambda p: asked(p, streamed=True),
     "quality": figures,
     "quality, streamed": lambda p: figures(p, streamed=True),
     "generation": written,
@@ -232,6 +244,8 @@ DROPPED = [
     (curvature, "_through_blocks", "device=replay.device, ", "", "hessian"),
     (gradients, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
     (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
+    (likelihoods, "_heads", "label[None].to(replay.device)", "label[None]", "answers"),
+    (likelihoods, "_heads", "label.to(logits.device)", "label", "answers"),
     (evaluate, "sample_sums", "[counts].to(first.device)", "[counts]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
     (exact, "sides", "mask.to(device)", "mask", "patch of what is written"),
