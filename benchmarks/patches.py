@@ -35,7 +35,7 @@ from isingcut.files.provenance import versions
 from isingcut.files.writing import read_json, write_json
 from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.patch.files import Patch, applied
-from isingcut.healing.training.tune import tune
+from isingcut.healing.training.tune import parted, tune
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.load import load
@@ -115,7 +115,9 @@ def measure(options: argparse.Namespace, missing: list[int], found: dict[str, An
         fit = time.process_time() - began
         rows["linear"] = judged(model, asked, texts, removed, fitted.patches)
         began = time.process_time()
-        tuned = tune(replay, text, removed, fitted.patches, work)
+        rest, held_out = parted(text)
+        start = LinearPatch().fit(replay, stack.kinds, rest, removed, work).patches
+        tuned = tune(replay, rest, held_out, removed, start, work)
         seconds = {"fit": round(fit, 1), "tune": round(time.process_time() - began, 1)}
         rows["tuned"] = judged(model, asked, texts, removed, tuned.patches)
         found["rows"][str(m)] = {

@@ -14,7 +14,7 @@ from isingcut.errors import ArchitectureError, FitError
 from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.patch.files import applied
 from isingcut.healing.training import tune as tuning
-from isingcut.healing.training.tune import Tuned, tune
+from isingcut.healing.training.tune import Tuned, parted, tune
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.replay import Replay
@@ -33,15 +33,16 @@ def tuned(model: Any, text: TokenSet, removed: Sequence[int] = REMOVED) -> Tuned
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
     patches = []
+    rest, held_out = parted(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
-        patches = LinearPatch().fit(replay, stack.kinds, text, removed, Work(96)).patches
-    return tune(replay, text, removed, patches, Work(96))
+        patches = LinearPatch().fit(replay, stack.kinds, rest, removed, Work(96)).patches
+    return tune(replay, rest, held_out, removed, patches, Work(96))
 
 
 def divergence(model: Any, text: TokenSet, found: Tuned, removed: Sequence[int] = REMOVED) -> float:
     """KL(original || patched) of plain forward passes over the samples held out."""
     stack, total, count = find_stack(model), 0.0, 0
-    for s in range(3, text.samples, 4):
+    for s in range(7, text.samples, 8):
         ids = text.input_ids[s : s + 1, : int(text.mask[s].sum())]
         with torch.no_grad():
             p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)

@@ -38,7 +38,7 @@ from isingcut.errors import ArchitectureError, FitError
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import Patch, StoredLayers, applied, runs, write_patched
 from isingcut.healing.patch.fitting import Fitting
-from isingcut.healing.training.tune import tune
+from isingcut.healing.training.tune import parted, tune
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.verify import verify
@@ -130,6 +130,9 @@ class LinearPatch:
         tokens = _first(job.tokens, job.config.patch_tokens)
         work = Work(job.config.batch_tokens, job.progress)
         layers = StoredLayers(job.start, job.removed)
+        held_out, tuning = None, None
+        if job.config.tunes:
+            tokens, held_out, tuning = _parted(job, tokens)
         try:
             fitted = fit.fit(replay, stack.kinds, tokens, job.removed, work, layers)
         except torch.OutOfMemoryError as e:
@@ -137,9 +140,9 @@ class LinearPatch:
                 f"{replay.device} has no memory left to fit a patch on {tokens.samples} samples; "
                 "give fewer --patch-tokens, or --device cpu"
             ) from e
-        patches, tuning = fitted.patches, None
-        if job.config.tunes:
-            patches, tuning = _tuned(job, replay, tokens, patches, work, layers)
+        patches = fitted.patches
+        if held_out is not None:
+            patches, tuning = _tuned(job, replay, tokens, held_out, patches, work, layers)
         stored = write_patched(layers, patches, out)
         trust = job.config.trust_remote_code
         with applied(replay.blocks, stored):
@@ -157,19 +160,29 @@ class LinearPatch:
         }
 
 
+def _parted(job: Job, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None, dict[str, Any] | None]:
+    """What to fit and tune on, and what to hold out; all, nothing and why, where none is tuned."""
+    if job.replay is not None:
+        why = "the model is streamed from disk, and tuning needs it whole"
+        return tokens, None, {"left_out": why}
+    try:
+        return *parted(tokens), None
+    except FitError as e:
+        return tokens, None, {"left_out": str(e)}
+
+
 def _tuned(
     job: Job,
     replay: Replay,
     tokens: TokenSet,
+    held_out: TokenSet,
     patches: list[Patch],
     work: Work,
     layers: StoredLayers,
 ) -> tuple[list[Patch], dict[str, Any]]:
     """Patches that were tuned, and how; the given ones and why where that cannot be."""
-    if job.replay is not None:
-        return patches, {"left_out": "the model is streamed from disk, and tuning needs it whole"}
     try:
-        found = tune(replay, tokens, job.removed, patches, work, layers)
+        found = tune(replay, tokens, held_out, job.removed, patches, work, layers)
     except FitError as e:
         return patches, {"left_out": str(e)}
     except torch.OutOfMemoryError:
