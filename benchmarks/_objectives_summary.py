@@ -188,15 +188,16 @@ def show(found: dict[str, Any]) -> None:
     part = {k: v[half] for k, v in losses.items()}
     _table(f"the {len(half)} of lowest KL", [r[half] for r in right], part, list(found["right"]))
     rows = correlations(right, losses, DEFAULT)
-    for name, row in rows.items():
-        print(f"objective_spearman_{name}: {row.rho:.4g}")
-    print(f"reliability: {reliability(right):.4g}")
+    figures = {f"objective_spearman_{name}": row.rho for name, row in rows.items()}
+    figures["reliability"] = reliability(right)
     if certain := [in_spreads(rows) for rows in found.get("certainties", {}).values()]:
-        print(f"half_spearman_scores: {half_spearman(right, right):.4g}")
-        print(f"half_spearman_certainties: {half_spearman(certain, right):.4g}")
-    print(
-        f"default_objective: {max((k for k in MIXTURES if k in rows), key=lambda k: rows[k].rho)}"
-    )
+        figures["half_spearman_scores"] = half_spearman(right, right)
+        figures["half_spearman_certainties"] = half_spearman(certain, right)
+    prefix = "coder_" if s["model"] == "coder" else ""
+    for name, value in figures.items():
+        print(f"{prefix}{name}: {value:.4g}")
+    best = max((k for k in MIXTURES if k in rows), key=lambda k: rows[k].rho)
+    print(f"{prefix}default_objective: {best}\n")
 
 
 def _table(

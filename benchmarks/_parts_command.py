@@ -43,6 +43,16 @@ def add_working(parser: argparse.ArgumentParser, name: str, results: str | None 
     add("--summary", action="store_true", help="print the results file")
 
 
+def results_of(options: argparse.Namespace, name: str) -> list[Path]:
+    """The results files that are meant: the one given, the model's; to be shown, all there are."""
+    both = [HERE / "results" / f"{name}{m}.json" for m in ("", "_coder")]
+    if options.results:
+        return [Path(options.results)]
+    if options.summary and not options.collect:
+        return [path for path in both if path.exists()]
+    return [both[options.model == "coder"]]
+
+
 def obey(
     options: argparse.Namespace,
     results: Sequence[Path],

@@ -37,12 +37,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from _healing_parts import TASKS, Bench
 from _healing_summary import RESULTS, collect, show
 from _healing_work import Part
-from _parts_command import HERE, add_working, obey, parser_of
+from _parts_command import add_working, obey, parser_of, results_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,14 +134,15 @@ def work(bench: Bench) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    both = [HERE / "results" / f"healing{m}.json" for m in ("", "_coder")]
-    if options.results:
-        paths = [Path(options.results)]
-    elif options.summary and not options.collect:
-        paths = [p for p in both if p.exists()]
-    else:
-        paths = [both[options.model == "coder"]]
-    obey(options, paths, RESULTS, show, lambda: Bench(options), collect, work)
+    obey(
+        options,
+        results_of(options, "healing"),
+        RESULTS,
+        show,
+        lambda: Bench(options),
+        collect,
+        work,
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ model (`--model coder`: the one of `accuracy.py`) runs of blocks and exchanges i
 measured on each text (KL to the original and NLL, nats a token) and asked the questions of each
 task, as `quality.py` asks them. The work is cut into parts, one file each in `--work`.
 
-Figures, over the states:
+Figures, over the states; `coder_` before them for the second model:
 
 objective_spearman_NAME  Spearman's rank correlation of the mean accuracy over the tasks with the
   negative of a loss: KL or NLL (`nll_`) on a text, or the KL on a mixture of texts. 1 orders the
@@ -40,7 +40,7 @@ from typing import Any
 
 from _coder_model import coder_file
 from _objectives_summary import KIND, TASKS, collect, show
-from _parts_command import HERE, add_working, obey, parser_of
+from _parts_command import HERE, add_working, obey, parser_of, results_of
 from _quality_store import Part, Price, Speed, Stage, Store, drive, show_plan
 from isingcut.console.progress import silent, terminal
 from isingcut.data.calibration import build
@@ -264,7 +264,8 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=2560, help="of each text")
     add("--questions", type=int, default=500, help="of each task")
     add("--dtype", default="auto")
-    add_working(found, "objectives")
+    words = "default: results/objectives.json; of the coder objectives_coder.json"
+    add_working(found, "objectives", words)
     return found
 
 
@@ -278,8 +279,8 @@ def work(study: Study) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    path = Path(options.results)
-    obey(options, [path], KIND, show, lambda: Study(options), collect, work)
+    paths = results_of(options, "objectives")
+    obey(options, paths, KIND, show, lambda: Study(options), collect, work)
 
 
 if __name__ == "__main__":
