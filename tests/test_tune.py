@@ -118,3 +118,18 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(
 def test_three_samples_are_too_few() -> None:
     with pytest.raises(FitError, match="4 samples or more"):
         tuned(tiny_model("llama"), tokens(3))
+
+
+def test_weights_of_wider_models_move_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, adam = list[float](), torch.optim.AdamW
+
+    def seen(groups: Any, lr: float, **rest: Any) -> Any:
+        rates.append(lr)
+        return adam(groups, lr=lr, **rest)
+
+    monkeypatch.setattr(torch.optim, "AdamW", seen)
+    for narrower in (1, 4):
+        model = tiny_model("llama")
+        monkeypatch.setattr(tuning, "WIDTH", model.config.hidden_size // narrower)
+        tuned(model, tokens())
+    assert rates == [tuning.RATE, tuning.RATE / 4]

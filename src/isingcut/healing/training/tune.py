@@ -42,8 +42,9 @@ STEP_TOKENS = 2048
 """Predictions of an optimiser step, about."""
 BYTES = 20
 """Memory for a number that is tuned: itself, its gradient, two moments, the best so far."""
-RATE = 0.004
-"""The highest change of a weight in one step, over the root mean square of its layer's weights."""
+RATE, WIDTH = 0.004, 576
+"""The highest change of a weight in one step, over the root mean square of its layer's weights, in
+a model whose stream is so wide; in wider ones it is less, since more of them change at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,8 @@ def tune(
     parts = min(len(train.batches), max(1, round(train.predictions / STEP_TOKENS)))
     steps = EPOCHS * parts
     rates = [{"params": [layer.weight], "size": layer.size} for layer in tuned.values()]
-    optimiser = torch.optim.AdamW(rates, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    rate = RATE * min(1.0, WIDTH / train.entered[0].shape[-1])
+    optimiser = torch.optim.AdamW(rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     kl: list[float] = []
     best: dict[tuple[int, str], Tensor] = {}
     with _in_place(tuned.values()), work.progress("tuning the patch", steps) as bar:
@@ -132,7 +134,7 @@ def tune(
         for taken in range(steps):
             epoch, at = divmod(taken, parts)
             for group in optimiser.param_groups:
-                group["lr"] = RATE * group["size"] * _share(taken, steps)
+                group["lr"] = rate * group["size"] * _share(taken, steps)
             for batch in train.part(epoch, at, parts):
                 train.backward(batch, suffix)
             optimiser.step()
