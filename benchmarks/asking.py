@@ -5,7 +5,8 @@
 Ours asks all candidates in one go, out of the original. The other side is lm-evaluation-harness
 alone, as a user has it: its `HFLM` around the original and around a checkpoint of each candidate,
 one after the other, `--batch` sequences at a time. Sides take turns; seconds are of processor time,
-one thread, loading left out; medians. Candidates are the states of five methods of the quality benchmark.
+one thread, loading left out; medians. Candidates are the states of five methods of the quality
+benchmark.
 
 Figures, of all tasks together:
 

@@ -9,7 +9,7 @@ Many states of one model with the same number of blocks removed: by default thos
 chose in `results/quality.json`, and exchanges of one or two blocks of three of them; of another
 model (`--model coder`: the one of `accuracy.py`) runs of blocks and exchanges in them. Each is
 measured on each text (KL to the original and NLL, nats a token) and asked the questions of each
-task, as `quality.py` asks them. The work is cut into parts, one file each in `--work`.
+task, as `isingcut run --tasks` asks them. The work is cut into parts, one file each in `--work`.
 
 Figures, over the states; `coder_` before them for the second model:
 

@@ -376,3 +376,20 @@ def test_a_task_of_many_nats_does_not_outvote_another():
         for removed, better in lead.items()
     }
     assert choose_by_questions([[0], [1]], keys, answers(table))["chosen"] == 1
+
+
+def test_who_is_dropped_before_a_task_begins_is_compared_on_the_others():
+    rng = np.random.default_rng(5)
+    # More tasks than the first look has questions.
+    keys = {f"t{i}": [f"t{i}q{j}" for j in range(3)] for i in range(choosing.FIRST + 10)}
+    table = {
+        (i,): {k: float(rng.random() < rate) for names in keys.values() for k in names}
+        for i, rate in enumerate((0.95, 0.05))
+    }
+    table[(2,)] = dict(table[(0,)])
+    found = choose_by_questions([[0], [1], [2]], keys, answers(table))
+    _, dropped, _ = found["candidates"]
+    assert (dropped["dropped"], dropped["questions"]) == (True, choosing.FIRST)
+    assert dropped["difference"] < -0.5
+    assert dropped["p_value"] < 0.01
+    assert found["chosen"] == 0

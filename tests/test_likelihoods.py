@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from isingcut.console.progress import Part, terminal
-from isingcut.evaluation.certainty import tempered
+from isingcut.evaluation.certainty import certainties, tempered
 from isingcut.evaluation.likelihoods import Answers, Row, answer_scores
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Asked, score, score_states
@@ -231,3 +231,36 @@ def test_being_too_sure_costs_nothing() -> None:
     # Of answers that say nothing a high temperature makes a guess among four.
     nothing = tempered([rng.normal(0.0, 3.0, 3) for _ in range(2000)])
     assert np.mean(nothing) == pytest.approx(-np.log(4), abs=0.05)
+
+
+def test_where_a_task_does_not_say_what_is_right_the_score_counts() -> None:
+    class Task:
+        OUTPUT_TYPE = "multiple_choice"
+        multiple_input = 0
+
+        def __init__(self, gold: Any) -> None:
+            self.gold = gold
+
+        def doc_to_choice(self, question: Any) -> list[str]:
+            return ["a", "b"]
+
+        def doc_to_target(self, question: Any) -> Any:
+            return self.gold
+
+    class Coded:
+        OUTPUT_TYPE = "multiple_choice"
+
+    class Rolling:
+        OUTPUT_TYPE = "loglikelihood_rolling"
+
+    answers = {"doc": {}, "filtered_resps": [(-1.0, False), (-3.0, False)]}
+    tasks: list[Any] = [Task(7), Task("c"), Task(-100), Coded(), Rolling()]
+    asked = [(task, answers) for task in tasks]
+    asked[-1] = (tasks[-1], {"doc": {}, "filtered_resps": [-5.0]})
+    scores = np.array([1.0, 0.0, 1.0, 0.0, 0.5])
+    assert certainties(asked, scores, by_length=True).tolist() == scores.tolist()
+    # A place, a text, and several: the margin of the wrong one is 2 nats or none.
+    told = [(Task(gold), answers) for gold in (0, "a", [0, 1])]
+    first, second, both = certainties(told, np.zeros(3), by_length=False)
+    assert first == second < 0
+    assert both == 0

@@ -19,7 +19,10 @@ _TEMPERATURES = np.exp(np.linspace(-2.0, 4.0, 61))
 def certainties(
     asked: Sequence[tuple[Any, dict[str, Any]]], scores: Floats, *, by_length: bool
 ) -> Floats:
-    """Log-probability of each right answer, in nats; the score where an answer is written.
+    """Log-probability of each right answer, in nats; elsewhere the score.
+
+    That is where answers are written, and where a task of the harness does not say in its usual way
+    which of its choices is right.
 
     Args:
         asked: of each question the harness's task, and what the harness keeps of its answers.
@@ -28,11 +31,13 @@ def certainties(
     """
     found, margins = np.array(scores, dtype=np.float64), dict[int, Floats]()
     for i, (task, sample) in enumerate(asked):
-        answers = [float(answer[0]) for answer in _likelihoods(task, sample)]
         if task.OUTPUT_TYPE == "loglikelihood":
-            found[i] = answers[0]
+            found[i] = sample["filtered_resps"][0][0]
         elif task.OUTPUT_TYPE == "multiple_choice":
-            margins[i] = _margins(task, sample["doc"], np.array(answers), by_length=by_length)
+            choices, right = _choices(task, sample["doc"])
+            if right:
+                likely = np.array([answer[0] for answer in sample["filtered_resps"]])
+                margins[i] = _margins(choices, right, likely, by_length=by_length)
     if margins:
         found[list(margins)] = tempered(list(margins.values()))
     return found
@@ -54,16 +59,23 @@ def tempered(margins: Sequence[Floats]) -> Floats:
     return best
 
 
-def _likelihoods(task: Any, sample: dict[str, Any]) -> Sequence[Any]:
-    return [] if task.OUTPUT_TYPE == "generate_until" else list(sample["filtered_resps"])
-
-
-def _margins(task: Any, question: Any, likely: Floats, *, by_length: bool) -> Floats:
-    """How much likelier than the right choice each wrong one is, nats."""
-    choices = task.doc_to_choice(question)
+def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
+    """The choices of a question, and the places of the right ones; none where that is not said."""
+    if not hasattr(task, "multiple_input"):
+        # A task in code, which only its own scoring understands.
+        return [], []
+    choices = list(task.doc_to_choice(question))
     gold = task.doc_to_text(question) if task.multiple_input else task.doc_to_target(question)
     named = gold if isinstance(gold, list) else [gold]
-    right = [choices.index(g) if isinstance(g, str) else int(g) for g in named]
+    places = range(len(choices))
+    right = [choices.index(g) for g in named if isinstance(g, str) and g in choices]
+    return choices, right + [int(g) for g in named if not isinstance(g, str) and g in places]
+
+
+def _margins(
+    choices: Sequence[str], right: Sequence[int], likely: Floats, *, by_length: bool
+) -> Floats:
+    """How much likelier than the right choice each wrong one is, nats."""
     # Behind them may stand likelihoods without the question, which other scores take.
     likely = likely[: len(choices)]
     if by_length:

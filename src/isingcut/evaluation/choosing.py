@@ -3,13 +3,12 @@
 All that are still in answer the same questions, first `FIRST` of them and `GROWTH` times as many at
 each further look. What counts is the log-probability that a candidate gives the right answers,
 which says more than how many of them are its likeliest (docs/experiments.md). At every look,
-whoever falls short of the leader with a paired p-value (by the bootstrap; McNemar's exact test
-where answers are right or wrong and no more) below
+whoever falls short of the leader with a paired p-value (by the bootstrap over questions) below
 
     alpha / (L K (K - 1) / 2)
 
 is out: L looks and K candidates at the start, Bonferroni's correction over all looks and all pairs.
-So, however often one looks and whoever leads, the chance is at most alpha that a candidate is
+So, however often one looks and whoever leads, the chance is about alpha at most that a candidate is
 dropped which is as good as the leader of that moment. Of those that are left in the end the one of
 lowest loss is chosen that falls short of the leader by no more than a standard error: the best of
 several by a few questions is mostly the luckiest.
@@ -191,7 +190,10 @@ def _merits(several: Sequence[_Contender]) -> Floats:
     """
     parts = []
     for task in several[0].certainties:
-        shared = min(len(c.certainties[task]) for c in several)
+        shared = min(len(c.certainties.get(task, ())) for c in several)
+        if not shared:
+            # Whoever was dropped early may not have come to it.
+            continue
         values = np.array([c.certainties[task][:shared] for c in several])
         spread = float((values - values.mean(0)).std())
         parts.append(values / (spread or 1.0))
@@ -223,7 +225,7 @@ def _row(contender: _Contender, best: _Contender) -> dict[str, Any]:
     if contender is best or not asked:
         return row
     own, others = (
-        np.concatenate([values[: len(contender.scores[t])] for t, values in c.scores.items()])
+        np.concatenate([c.scores[t][: len(mine)] for t, mine in contender.scores.items()])
         for c in (contender, best)
     )
     difference = own - others

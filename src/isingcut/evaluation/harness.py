@@ -20,8 +20,8 @@ Answering = Callable[[Sequence[Row]], Sequence[Answer]]
 class Harness(HFLM):  # type: ignore[misc]
     """The harness's model, whose likelihoods are ours; it generates as the harness does.
 
-    The harness takes logits of all positions, in half precision rounded, and runs a question once
-    for each of its answers.
+    The harness takes logits of all positions, and in half precision rounds its log-probabilities,
+    to an eighth from 16 nats on.
 
     Args:
         loaded: the model.
