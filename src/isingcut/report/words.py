@@ -94,6 +94,8 @@ def patch_story(patch: Mapping[str, Any]) -> str:
         source = _SOURCES.get(text["source"], text["source"])
         samples = f"{own} samples that the energy was measured on"
         samples += f" and {further} others" if further > 0 else ""
+        if (patch.get("tuning") or {}).get("held_out_kl"):
+            samples += ", some of them held out for the tuning"
         said += (
             f", fitted on {text['tokens']:,} tokens of {source} ({samples}), none of them "
             "in the splits that rank and report"
