@@ -18,13 +18,12 @@ from _healing_work import Part, key
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, Scores, score, score_states
+from isingcut.evaluation.scores import Asked, Scores, score_states
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.replay import Replay
 
 GENERATED = ("gsm8k",)
@@ -70,6 +69,11 @@ class Bench(healing.Bench):
     def judged(self) -> dict[str, TokenSet]:
         tokens, tokenizer = self.options.judged_tokens, self.original.tokenizer
         return judged_texts(self.data, tokenizer, tokens, code=True, maths=True)
+
+    def questions(self, task: str) -> int:
+        """How many are asked."""
+        counts: dict[str, int] = self.options.questions
+        return counts.get(task, counts["each"])
 
     # choosing -----------------------------------------------------------------------------
 
@@ -126,34 +130,29 @@ class Bench(healing.Bench):
         fresh = {k: v for k, v in self.variants().items() if k not in seen}
         name = f"shared/{task}/{fingerprint(sorted(fresh))[:12]}"
 
-        def make() -> dict[str, Any]:
-            prepared = prepare_task(task, self.data, self.options.questions)
-            plain = [k for k, (_, kind) in fresh.items() if not kind]
-            model, removals = Asked(self.original, self.replay), [fresh[k][0] for k in plain]
-            found = score_states(model, prepared, removals, self.measuring(name))
-            rows = dict(zip(plain, map(graded, found), strict=True))
-            for k, (removed, kind) in fresh.items():
-                if kind:
-                    scaled = Scaled(self.replay, scales(kind, removed, self.sizes))
-                    asked = Asked(self.original, scaled)
-                    work = self.measuring(f"{name}-{kind}-{len(removed)}")
-                    rows[k] = graded(score_states(asked, prepared, [removed], work)[0])
-            return {"rows": rows}
+        questions = self.questions(task)
 
-        cost = TASK_TOKENS[task] * self.options.questions * (0.2 + 0.45 * len(fresh))
+        def make() -> dict[str, Any]:
+            prepared = prepare_task(task, self.data, questions)
+            model, removals = Asked(self.original, self.scaled), self.removals(fresh)
+            found = score_states(model, prepared, removals, self.measuring(name))
+            return {"rows": dict(zip(fresh, map(graded, found), strict=True))}
+
+        cost = TASK_TOKENS[task] * questions * (0.2 + 0.45 * len(fresh))
         return [Part(name, make, cost)] if fresh else []
 
     def measuring_losses(self, text: str) -> list[Part]:
         """KL and NLL of every cut state on a judged text."""
         seen = self.gathered(f"losses/{text}")
-        fresh = {k: r for k, (r, kind) in self.variants().items() if not kind and k not in seen}
+        fresh = {k: v for k, v in self.variants().items() if k not in seen}
         name = f"losses/{text}/{fingerprint(sorted(fresh))[:12]}"
 
         def make() -> dict[str, Any]:
             tokens, work = self.judged[text], self.measuring(name)
-            states = states_of(len(self.replay), [tuple(r) for r in fresh.values()])
+            removals = [tuple(removed) for removed in self.removals(fresh)]
+            states = states_of(len(self.scaled), removals)
             found = measure(
-                self.replay,
+                self.scaled,
                 tokens,
                 states,
                 batch_tokens=work.batch_tokens,
@@ -191,23 +190,34 @@ class Bench(healing.Bench):
     judged_names = ("wikitext2", "c4", "instruct", "code", "maths")
 
     @cached_property
-    def sizes(self) -> Any:
-        return sizes_of(self.replay, self.chosen_on, Work(self.options.batch_tokens))
+    def scaled(self) -> Scaled:
+        """The model's blocks with the scalings that are asked."""
+        found = {k: (removed, kind) for k, (removed, kind) in self.variants().items() if kind}
+        if not found:
+            return Scaled(self.replay, {})
+        sizes = sizes_of(self.replay, self.chosen_on, Work(self.options.batch_tokens))
+        return Scaled(
+            self.replay, {k: scales(kind, removed, sizes) for k, (removed, kind) in found.items()}
+        )
+
+    def removals(self, variants: dict[str, tuple[list[int], str]]) -> list[list[int]]:
+        """Of each variant, what is removed of the stack with the scalings."""
+        named = [(removed, k if kind else "") for k, (removed, kind) in variants.items()]
+        return [self.scaled.removal(removed, scaling) for removed, scaling in named]
 
     # repaired models ----------------------------------------------------------------------
 
     def accuracy(self, removed: list[int], stage: str, task: str) -> Part:
-        o, generated = self.options, task in GENERATED
         where = f"{key(removed)}/{stage}" if removed else "original"
-        questions = o.generated if generated else o.questions
+        questions = self.questions(task)
 
         def make() -> dict[str, Any]:
-            folder = self.folder(removed, stage)
-            if stage == "cut" and not folder.exists():
-                excise(self.original.folder, removed, folder)
-            loaded = self.load(folder) if removed else self.original
             prepared = prepare_task(task, self.data, questions)
-            found = score(Asked.whole(loaded), prepared, self.measuring(f"accuracy/{where}/{task}"))
+            model, without = Asked(self.original, self.replay), removed
+            if removed and stage != "cut":
+                model, without = Asked.whole(self.load(self.folder(removed, stage))), []
+            work = self.measuring(f"accuracy/{where}/{task}")
+            found = score_states(model, prepared, [without], work)[0]
             values = np.asarray(found.values).astype(int).tolist()
             return {"task": task, "metric": found.metric, "values": values}
 
@@ -261,7 +271,7 @@ class Bench(healing.Bench):
         for m in o.remove:
             for _, removed, stage in self.scored(m):
                 found += [self.accuracy(removed, stage, t) for t in tasks]
-        if o.generated:
+        if self.questions("gsm8k"):
             found.append(self.accuracy([], "original", "gsm8k"))
             for m in o.remove:
                 rows = self.chosen(m)

@@ -125,26 +125,47 @@ def scales(
 
 
 class Scaled(Replay):
-    """The blocks of a model, the stream multiplied on its way to some of them.
+    """The blocks of a model, and scalings of the stream that stand behind them as blocks of their
+    own: a state that does without one removes it, so that prefixes are shared with all others.
 
     Args:
-        factors: by a removed block, what the stream (D,) behind it is multiplied by.
+        replay: the model's blocks.
+        scalings: by name, what the stream (D,) is multiplied by behind which block.
     """
 
-    def __init__(self, replay: Replay, factors: dict[int, torch.Tensor]) -> None:
+    def __init__(self, replay: Replay, scalings: dict[str, dict[int, torch.Tensor]]) -> None:
         super().__init__(replay.model, replay.blocks)
-        self.factors = factors
+        self.scalings = scalings
+        # A block has no name.
+        self.order = sorted(
+            [(b, "") for b in range(len(replay))]
+            + [(b, name) for name, factors in scalings.items() for b in factors]
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def removal(self, blocks: list[int], scaling: str = "") -> list[int]:
+        """What is to be removed of this stack for a state without some blocks, scaled or not."""
+        return [
+            k
+            for k, (block, name) in enumerate(self.order)
+            if (block in blocks if not name else name != scaling)
+        ]
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "factors": {b: f.tolist() for b, f in self.factors.items()}}
+        factors = {k: {b: f.tolist() for b, f in rows.items()} for k, rows in self.scalings.items()}
+        return {**super().identity(), "scalings": factors}
 
     def record(self, input_ids: torch.Tensor) -> Recording:
         found = super().record(input_ids)
         plain = found.block
 
-        def block(i: int, hidden: torch.Tensor) -> torch.Tensor:
-            factor = self.factors.get(i - 1)
-            return plain(i, hidden if factor is None else (hidden * factor).to(hidden.dtype))
+        def block(k: int, hidden: torch.Tensor) -> torch.Tensor:
+            i, name = self.order[k]
+            if not name:
+                return plain(i, hidden)
+            return (hidden * self.scalings[name][i]).to(hidden.dtype)
 
         found.block = block  # type: ignore[method-assign]
         return found

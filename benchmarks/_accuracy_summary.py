@@ -17,7 +17,7 @@ from isingcut.models.sources import model_identity
 RESULTS = "accuracy-benchmark"
 documents.KINDS[RESULTS] = documents.Strict
 SETTINGS = (
-    *("model", "calibration", "state_tokens", "judged_tokens", "questions", "generated"),
+    *("model", "calibration", "state_tokens", "judged_tokens", "questions"),
     *("conversations", "method", "steps", "batch", "length", "rate", "patch_tokens", "seed"),
 )
 AGAINST = {
@@ -34,9 +34,9 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
     shared = {t: bench.gathered(f"shared/{t}") for t in tasks}
     losses = {t: bench.gathered(f"losses/{t}") for t in bench.judged_names}
 
-    def answers(name: str) -> dict[str, Any]:
+    def answers(name: str, where: str) -> dict[str, Any]:
         found = {t: rows[name] for t, rows in shared.items() if name in rows}
-        return {**found, **_generated(bench, f"{name or 'original'}/cut" if name else "original")}
+        return {**found, **_generated(bench, where)}
 
     found: dict[str, Any] = {
         "settings": {k: getattr(o, k) for k in SETTINGS},
@@ -46,7 +46,7 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
             "dtype": str(bench.original.dtype),
         },
         "tasks": tasks,
-        "original": {"accuracy": {t: r["original"] for t, r in shared.items()}},
+        "original": {"accuracy": answers("original", "original")},
         "losses": {t: rows.get("original") for t, rows in losses.items()},
         "removals": {},
     }
@@ -55,14 +55,16 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
         for method, removed in bench.chosen(m).items():
             name = key(removed)
             texts = {t: r[name] for t, r in losses.items() if name in r}
-            stages = {"cut": {"accuracy": answers(name), "losses": texts}}
+            stages = {"cut": {"accuracy": answers(name, f"{name}/cut"), "losses": texts}}
             for _, blocks, stage in [x for x in _repaired(bench, m) if x[0] == method]:
                 content = _stage(bench, blocks, stage, tasks)
                 if any(content.values()):
                     stages[stage] = content
             for kind in SCALED if method == OURS else ():
-                if asked := answers(f"{name} {kind}"):
-                    stages[kind] = {"accuracy": asked, "losses": {}}
+                scaled = f"{name} {kind}"
+                if asked := {t: r[scaled] for t, r in shared.items() if scaled in r}:
+                    texts = {t: r[scaled] for t, r in losses.items() if scaled in r}
+                    stages[kind] = {"accuracy": asked, "losses": texts}
             part = bench.read(f"states/{method}/{m}")
             rows[method] = {"removed": removed, "passes": part["passes"], "stages": stages}
         found["removals"][str(m)] = rows
@@ -110,6 +112,10 @@ def show(found: dict[str, Any]) -> None:
     figures: list[tuple[str, float]] = []
     for m, rows in found["removals"].items():
         print(f"\n{m} blocks removed")
+        shared = {stage: _asked(rows, stage, tasks) for stage in _stages(rows)}
+        for stage, those in shared.items():
+            if those != tasks:
+                print(f"{stage}: mean over {', '.join(those) or 'nothing'}")
         print(f"{'':<27}{'stage':<9}{'mean':>13}{'ours minus it':>17}  tasks; KL by text; blocks")
         for method, row in rows.items():
             for stage, content in row["stages"].items():
@@ -118,10 +124,20 @@ def show(found: dict[str, Any]) -> None:
                 texts = ", ".join(f"{t} {_mean(x):.3f}" for t, x in content["losses"].items())
                 blocks = " ".join(map(str, row["removed"])) if stage == "cut" else ""
                 tail = f"{texts}; {blocks}"
-                _row(method, stage, content["accuracy"], against, tasks, tail)
-        figures += _figures(m, rows, tasks)
+                _row(method, stage, content["accuracy"], against, shared[stage], tail)
+        figures += _figures(m, rows, shared)
     for name, value in figures:
         print(f"{name}: {value:.4g}")
+
+
+def _stages(rows: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(stage for row in rows.values() for stage in row["stages"]))
+
+
+def _asked(rows: dict[str, Any], stage: str, tasks: list[str]) -> list[str]:
+    """The tasks that every model of a stage was asked."""
+    asked = [row["stages"][stage]["accuracy"] for row in rows.values() if stage in row["stages"]]
+    return [t for t in tasks if all(t in accuracy for accuracy in asked)]
 
 
 def _mean(text: dict[str, Any], what: str = "kl") -> float:
@@ -146,11 +162,12 @@ def _row(
     print(f"{method:<27}{stage:<9}{mean:>13}{gap:>17}  {cells}; {tail}")
 
 
-def _figures(m: str, rows: dict[str, Any], tasks: list[str]) -> list[tuple[str, float]]:
+def _figures(m: str, rows: dict[str, Any], shared: dict[str, list[str]]) -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
 
     def against(name: str, method: str, stage: str) -> None:
         pair = [rows[r]["stages"].get(stage, {"accuracy": {}})["accuracy"] for r in (method, OURS)]
+        tasks = shared.get(stage, [])
         if tasks and all(t in a for a in pair for t in tasks):
             gap, error = difference(*pair, tasks)
             found.extend([(f"{name}_{m}", 100 * gap), (f"{name}_{m}_se", 100 * error)])
@@ -164,7 +181,8 @@ def _figures(m: str, rows: dict[str, Any], tasks: list[str]) -> list[tuple[str, 
         method: whole[0]
         for method, row in rows.items()
         if method != OURS and "healed" in row["stages"]
-        if (whole := mean_accuracy(row["stages"]["healed"]["accuracy"], tasks)) is not None
+        if (whole := mean_accuracy(row["stages"]["healed"]["accuracy"], shared["healed"]))
+        is not None
     }
     if healed:
         against("healed_accuracy_minus_best_peer", max(healed, key=lambda p: healed[p]), "healed")

@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     add("--conversations", type=int, default=2048, help="that the paper's energy is measured on")
     add("--judged-tokens", type=int, default=4096, help="tokens of each judged text")
     add("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
-    add("--questions", type=int, default=1000, help="of each task")
-    add("--generated", type=int, default=100, help="questions of GSM8K; 0: none")
+    words = "of each task, or of one; gsm8k=0: none"
+    add("--questions", nargs="+", type=counted, default=[], metavar="N|TASK=N", help=words)
     add("--repaired-peers", type=int, default=2, help="how many, of the lowest KL")
     add("--method", default="full", help="healing: full, lora or last:N")
     add("--steps", type=int, default=40)
@@ -76,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def counted(text: str) -> tuple[str, int]:
+    """A task and how many questions of it; without its name, of each."""
+    task, _, count = text.rpartition("=")
+    return task or "each", int(count)
+
+
 def work(bench: Bench) -> None:
     """Show what is left, and do it."""
     left = [p for p in bench.parts() if not bench.done(p.name)]
@@ -88,6 +94,7 @@ def work(bench: Bench) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    options.questions = {"each": 1000, "gsm8k": 100, **dict(options.questions)}
     path = Path(options.results)
     obey(options, [path], RESULTS, show, lambda: Bench(options), collect, work)
 

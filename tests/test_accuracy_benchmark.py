@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import _accuracy_states as choosing
 import _accuracy_summary as summary
+import accuracy
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,12 @@ def test_the_stream_is_scaled_behind_a_cut(folder: Path) -> None:
     model = load(folder, dtype="float32").model
     replay, ids = replay_of(model), (5, 9, 20, 31, 7)
     scale = torch.linspace(0.5, 2.0, model.config.hidden_size)
-    row, both = [(ids, 2)], states_of(len(replay), [(1, 2)])
-    likely = answer_scores(choosing.Scaled(replay, {2: scale}), row, both, Work(64))[0]
-    plain = answer_scores(replay, row, both, Work(64))[0]
+    scaled = choosing.Scaled(replay, {"one": {2: scale}, "other": {2: scale / 3}})
+    removals = [scaled.removal([1, 2]), scaled.removal([1, 2], "one"), scaled.removal([])]
+    assert removals[:2] == [[1, 2, 3, 4], [1, 2, 4]]
+    row, work = [(ids, 2)], Work(64)
+    likely = answer_scores(scaled, row, states_of(len(scaled), map(tuple, removals)), work)[0]
+    plain = answer_scores(replay, row, states_of(len(replay), [(1, 2), ()]), work)[0]
     recording = replay.record(torch.tensor([ids[:-1]]))
     with torch.no_grad():
         stream = recording.block(0, recording.entered) * scale
@@ -47,7 +51,8 @@ def test_the_stream_is_scaled_behind_a_cut(folder: Path) -> None:
             stream = recording.block(i, stream)
         logp = torch.log_softmax(replay.tail(stream, torch.tensor([ids[:-1]]))[0].double(), -1)
     direct = float(logp[2, ids[3]] + logp[3, ids[4]])
-    assert likely[0, 0] == pytest.approx(direct, abs=1e-5)
+    assert likely[1, 0] == pytest.approx(direct, abs=1e-5)
+    assert likely[[0, 2], 0].tolist() == plain[:, 0].tolist()
     assert abs(plain[0, 0] - direct) > 1e-3
 
 
@@ -112,3 +117,16 @@ def test_figures_are_paired_differences_in_points(capsys: pytest.CaptureFixture[
     assert float(said["accuracy_minus_block_influence_4"]) == 0.0
     assert float(said["healed_accuracy_minus_best_peer_4"]) == -12.5
     assert "accuracy_minus_window_4" not in said
+
+
+def test_a_mean_is_over_the_tasks_that_every_model_of_the_stage_was_asked() -> None:
+    rows = {"isingcut": stages(cut="1100", healed="1110"), "sleb": stages(cut="1000")}
+    rows["isingcut"]["stages"]["cut"]["accuracy"]["boolq"] = {"metric": "acc", "right": "0000"}
+    asked = {s: summary._asked(rows, s, ["piqa", "boolq"]) for s in summary._stages(rows)}
+    assert asked == {"cut": ["piqa"], "healed": ["piqa"]}
+    assert dict(summary._figures("4", rows, asked))["accuracy_minus_sleb_4"] == 25.0
+
+
+def test_questions_are_counted_by_task() -> None:
+    given = accuracy.parser().parse_args(["--questions", "20", "boolq=7"])
+    assert dict(given.questions) == {"each": 20, "boolq": 7}
