@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 
 import _healing_parts as healing
-from _accuracy_states import METHODS, OURS, PASSES, SCALED, Scaled, choose, conversations, scales
+from _accuracy_states import (
+    METHODS,
+    OURS,
+    PAPER,
+    PASSES,
+    SCALED,
+    Scaled,
+    choose,
+    choose_by,
+    conversations,
+    paper_energy,
+    scales,
+)
 from _accuracy_states import stream_sizes as sizes_of
 from _healing_texts import judged_texts
 from _healing_work import Part, key
@@ -27,6 +39,7 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
 
 GENERATED = ("gsm8k",)
+ENERGY = "energy/paper"
 TASK_TOKENS = {
     **healing.TASK_TOKENS,
     "arc_challenge": 130,
@@ -82,14 +95,22 @@ class Bench(healing.Bench):
         o, name = self.options, f"states/{method}/{m}"
 
         def make() -> dict[str, Any]:
-            text = self.chosen_on
-            if method.startswith("cbo"):
-                tokenizer = self.original.tokenizer
-                text = conversations(self.data, tokenizer, o.conversations, 512)
-            return choose(method, self.replay, text, m, self.measuring(name), o.seed)
+            text, work = self.chosen_on, self.measuring(name)
+            if method in PAPER:
+                return choose_by(self.read(ENERGY), PAPER[method], self.replay, text, m, work)
+            return choose(method, self.replay, text, m, work, o.seed)
 
-        tokens = 250 * o.conversations if method.startswith("cbo") else o.state_tokens
-        return Part(name, make, PASSES.get(method, m) * tokens)
+        return Part(name, make, PASSES.get(method, m) * o.state_tokens)
+
+    def energy(self) -> Part:
+        """The paper's."""
+        count = self.options.conversations
+
+        def make() -> dict[str, Any]:
+            text = conversations(self.data, self.original.tokenizer, count, 512)
+            return paper_energy(self.replay, text, self.measuring(ENERGY))
+
+        return Part(ENERGY, make, 3.0 * 250 * count)
 
     @property
     def methods(self) -> list[str]:
@@ -258,7 +279,8 @@ class Bench(healing.Bench):
 
     def parts(self) -> list[Part]:
         o = self.options
-        found = [self.choosing(method, m) for m in o.remove for method in self.methods]
+        found = [self.energy()] if set(PAPER) & set(self.methods) else []
+        found += [self.choosing(method, m) for m in o.remove for method in self.methods]
         if not all(self.done(part.name) for part in found):
             return found
         tasks = [t for t in o.tasks if t not in GENERATED]
