@@ -22,6 +22,7 @@ documents.KINDS[KIND] = documents.Strict
 TASKS = ("arc_easy", "piqa", "lambada", "hellaswag")
 DEFAULT = "wiki_python"
 """The mixture that a run takes where no text is given."""
+SETTINGS = ("model", "remove", "tokens", "questions", "method", "steps", "rate", "patch_tokens")
 MIXTURES: dict[str, dict[str, float]] = {
     "wiki_python": {"wiki": 0.75, "python": 0.25},
     "web_instruct_maths": {"web": 0.5, "instruct": 0.3, "maths": 0.2},
@@ -53,7 +54,7 @@ def collect(study: Study, path: Path) -> dict[str, Any]:
             }
     tasks = {t: store.read(f"tasks/{t}") for t in TASKS if store.done(f"tasks/{t}")}
     content = {
-        "settings": {k: getattr(o, k) for k in ("model", "remove", "tokens", "questions")},
+        "settings": {k: getattr(o, k) for k in SETTINGS},
         "provenance": {
             **versions(),
             "model": {**model_identity(study.folder), "name": o.model},
@@ -64,7 +65,11 @@ def collect(study: Study, path: Path) -> dict[str, Any]:
         "original": {t: part["right"][0] for t, part in tasks.items()},
         "right": {t: part["right"][1:] for t, part in tasks.items()},
         "certainties": {t: part["certainties"][1:] for t, part in tasks.items()},
+        "repaired": [store.read(part.name) for part in study.repairing() if store.done(part.name)],
     }
+    for row in content["repaired"]:
+        for k in ("format", "version", "part", "seconds"):
+            row.pop(k, None)
     write_json(path, KIND, content)
     return read_json(path, KIND)
 
@@ -126,6 +131,13 @@ def correlations(
     return {k: Correlation(*map(float, row)) for k, row in zip(names, rows, strict=True)}
 
 
+def spread(values: Any, count: int) -> list[int]:
+    """So many indices, evenly spaced in the order of the values, both ends among them."""
+    order = np.argsort(values, kind="stable")
+    count = min(count, len(order))
+    return [int(i) for i in order[np.linspace(0, len(order) - 1, count).round().astype(int)]]
+
+
 def lower_half(losses: dict[str, Any]) -> np.ndarray[Any, Any]:
     """The half of the states of the lowest KL, mean over the texts."""
     mean = np.mean([row["kl"] for row in losses.values()], 0)
@@ -163,6 +175,28 @@ def half_spearman(
     return float(np.mean(found))
 
 
+def repaired(
+    found: dict[str, Any], losses: dict[str, np.ndarray[Any, Any]], stage: str
+) -> tuple[list[np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
+    """Of the repaired states, right answers (R, Q) by task, and (R,) of each objective: losses of
+    the cut states, KL of the repaired ones (``own_``), and the cut states' errors."""
+    rows = found["repaired"]
+    at = [found["states"].index(row["state"]) for row in rows]
+    right = {t: as_bits([row[stage]["right"][t] for row in rows]) for t in rows[0][stage]["right"]}
+    cut = [as_bits(found["right"][t])[at].mean(1) for t in right if t in found["right"]]
+    own = {
+        f"own_{text}": np.array([row[stage]["losses"][text]["kl"] for row in rows])
+        for text in rows[0][stage]["losses"]
+    }
+    cuts = {k: v[at] for k, v in losses.items()}
+    return list(right.values()), {**cuts, **own, "cut_accuracy": 1 - np.mean(cut, 0)}
+
+
+def as_bits(rows: list[str]) -> np.ndarray[Any, Any]:
+    """(S, Q) from a string of each state."""
+    return np.array([[int(b) for b in row] for row in rows])
+
+
 def in_spreads(values: Any) -> np.ndarray[Any, Any]:
     """(S, Q) in units of their spread about each question's mean, as a choice adds tasks."""
     rows = np.array(values)
@@ -171,7 +205,7 @@ def in_spreads(values: Any) -> np.ndarray[Any, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """The table, then one line a figure."""
-    right = [np.array([[int(b) for b in row] for row in rows]) for rows in found["right"].values()]
+    right = [as_bits(rows) for rows in found["right"].values()]
     losses = objectives(found["losses"])
     s = found["settings"]
     print(
@@ -193,6 +227,12 @@ def show(found: dict[str, Any]) -> None:
     if certain := [in_spreads(rows) for rows in found.get("certainties", {}).values()]:
         figures["half_spearman_scores"] = half_spearman(right, right)
         figures["half_spearman_certainties"] = half_spearman(certain, right)
+    for stage in ("patched", "healed") if found.get("repaired") else ():
+        answers, by = repaired(found, losses, stage)
+        title = f"the {len(answers[0])} states {stage}"
+        _table(title, answers, by, list(found["repaired"][0][stage]["right"]))
+        after = correlations(answers, by, DEFAULT)
+        figures |= {f"{stage}_spearman_{name}": row.rho for name, row in after.items()}
     prefix = "coder_" if s["model"] == "coder" else ""
     for name, value in figures.items():
         print(f"{prefix}{name}: {value:.4g}")

@@ -9,13 +9,18 @@ Many states of one model with the same number of blocks removed: by default thos
 chose in `results/quality.json`, and exchanges of one or two blocks of three of them; of another
 model (`--model coder`: the one of `accuracy.py`) runs of blocks and exchanges in them. Each is
 measured on each text (KL to the original and NLL, nats a token) and asked the questions of each
-task, as `isingcut run --tasks` asks them. The work is cut into parts, one file each in `--work`.
+task, as `isingcut run --tasks` asks them. Some of them, evenly spread over their order by KL, are
+repaired as well and asked again: with the fitted patch, and after `--steps` of healing.
+The work is cut into parts, one file each in `--work`.
 
 Figures, over the states; `coder_` before them for the second model:
 
 objective_spearman_NAME  Spearman's rank correlation of the mean accuracy over the tasks with the
   negative of a loss: KL or NLL (`nll_`) on a text, or the KL on a mixture of texts. 1 orders the
   states as the questions do. Intervals are of 2,000 bootstrap samples over states and questions
+patched_spearman_NAME, healed_spearman_NAME  of the repaired states: the accuracy then with the loss
+  of the cut state, which is what a choice goes by; own_NAME instead of NAME: with the KL of the
+  repaired state itself, on texts that no repair has seen; cut_accuracy: with that of the cut state
 reliability  the same between the accuracies on two halves of the questions (mean of 200 splits),
   taken to all of them by Spearman's and Brown's formula: no objective can be expected beyond
   about its square root
@@ -32,15 +37,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from _coder_model import coder_file
-from _objectives_summary import KIND, TASKS, collect, show
-from _parts_command import HERE, add_working, obey, parser_of, results_of
+from _objectives_repair import Repairs, bits
+from _objectives_states import chosen_states, windows
+from _objectives_summary import KIND, TASKS, collect, show, spread
+from _parts_command import add_working, obey, parser_of, results_of
 from _quality_store import Part, Price, Speed, Stage, Store, drive, show_plan
 from isingcut.console.progress import silent, terminal
 from isingcut.data.calibration import build
@@ -55,50 +63,10 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.models.sources import model_identity, resolve
 
+EACH = {"arc_easy": 114, "hellaswag": 312, "piqa": 71, "lambada": 82}
+"""Tokens a question, all choices together; for the estimate only."""
 CONVERSATIONS = 300
 """The last of the instruction mix."""
-
-
-def chosen_states(m: int, count: int, n: int, seed: int = 0) -> list[list[int]]:
-    """States that methods chose, as the quality benchmark has them, and exchanges in three."""
-    found: dict[tuple[int, ...], None] = {}
-
-    def walk(x: Any) -> None:
-        if isinstance(x, dict):
-            for k in ("removed", "blocks"):
-                value = x.get(k)
-                if isinstance(value, list) and len(value) == m:
-                    found[tuple(sorted(map(int, value)))] = None
-            for value in x.values():
-                walk(value)
-        elif isinstance(x, list):
-            for value in x:
-                walk(value)
-
-    walk(json.loads((HERE / "results" / "quality.json").read_text(encoding="utf-8"))["tables"])
-    starts = [list(range(13, 19)), [12, 13, 14, 17, 25, 26], [5, 12, 14, 16, 17, 18]]
-    return exchanged([list(s) for s in found], starts, m, count, n, seed)
-
-
-def windows(m: int, count: int, n: int, seed: int = 0) -> list[list[int]]:
-    """Runs of blocks that leave a sixth of them at both ends, and exchanges in the middle three."""
-    states = [list(range(a, a + m)) for a in range(n // 6, n - n // 6 - m + 1)]
-    middle = len(states) // 2
-    return exchanged(states[:count], states[middle - 1 : middle + 2], m, count, n, seed)
-
-
-def exchanged(
-    states: list[list[int]], starts: list[list[int]], m: int, count: int, n: int, seed: int
-) -> list[list[int]]:
-    """So many states: those given, and others with one or two blocks of a start exchanged."""
-    draw = random.Random(seed)
-    while len(states) < count:
-        state, k = set(draw.choice(starts)), draw.choice((1, 2))
-        state -= set(draw.sample(sorted(state), k))
-        state |= set(draw.sample([i for i in range(1, n - 1) if i not in state], k))
-        if len(state) == m and sorted(state) not in states:
-            states.append(sorted(state))
-    return states
 
 
 class Study:
@@ -111,7 +79,7 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.data, self.work = options, Path(options.data), Path(options.work)
         self.folder = resolve(str(coder_file()) if options.model == "coder" else options.model)
-        keys = ("remove", "states", "tokens", "questions", "dtype")
+        keys = ("remove", "states", "tokens", "questions", "dtype", "steps", "patch_tokens")
         settings = {k: getattr(options, k) for k in keys}
         self.store = Store(
             self.work, {"model_sha256": model_identity(self.folder)["sha256"], **settings}
@@ -231,28 +199,44 @@ class Study:
             return {
                 "task": task,
                 "states": states,
-                "right": [_bits(s.values) for s in found],
+                "right": [bits(s) for s in found],
                 "certainties": [s.certainties.round(3).tolist() for s in found],
             }
 
-        each = {"arc_easy": 114, "hellaswag": 312, "piqa": 71, "lambada": 82}[task]
-        price = Price(each * self.options.questions, 0.45 * self.options.states, 2)
+        price = Price(EACH[task] * self.options.questions, 0.45 * self.options.states, 2)
         return Part(f"tasks/{task}", make, (price,))
+
+    @cached_property
+    def repairs(self) -> Repairs:
+        return Repairs(self)
+
+    def repairing(self) -> list[Part]:
+        """States spread evenly over the order of all by their KL."""
+        o = self.options
+        if not all(self.store.done(f"losses/{text}") for text in self.texts):
+            return []
+        kl = [self.store.read(f"losses/{text}")["kl_sums"] for text in self.texts]
+        found = []
+        for i in spread(np.sum([np.sum(rows, axis=1) for rows in kl], 0), o.repaired):
+            state = self.states[i]
+            name = f"repaired/{'-'.join(map(str, state))}"
+            # A pass forward for the teacher, three for the student; the answers twice.
+            asked = 2 * o.questions * sum(EACH[task] for task in o.tasks)
+            price = Price(4 * o.steps * 2048 + 6 * o.patch_tokens + asked, 1, 1)
+            found.append(Part(name, lambda _, state=state: self.repairs.make(state), (price,)))
+        return found
 
     def stages(self) -> list[Stage]:
         return [
             Stage("losses", lambda: [self.losses(text) for text in self.texts]),
-            Stage("tasks", lambda: [self.asking(task) for task in TASKS]),
+            Stage("tasks", lambda: [self.asking(task) for task in self.options.tasks]),
+            Stage("repaired", self.repairing),
         ]
 
     def speed(self) -> Speed:
         """A rough one: 0.5 ms a token and 135M parameters, the head a quarter of it."""
         size = sum(p.numel() for p in self.loaded.model.parameters()) / 135e6
         return Speed(0.0005 * size, 0.00012 * size)
-
-
-def _bits(right: Any) -> str:
-    return "".join("1" if r else "0" for r in right)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -262,7 +246,13 @@ def parser() -> argparse.ArgumentParser:
     add("--remove", type=int, default=6)
     add("--states", type=int, default=44, help="of so many states")
     add("--tokens", type=int, default=2560, help="of each text")
+    add("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     add("--questions", type=int, default=500, help="of each task")
+    add("--repaired", type=int, default=16, help="of so many of the states")
+    add("--patch-tokens", type=int, default=16384, help="that their patch is fitted on")
+    add("--method", default="full", help="of healing them: full, lora or last:N")
+    add("--steps", type=int, default=20, help="of 8 samples of 256 tokens")
+    add("--rate", type=float, default=3e-4, help="highest learning rate")
     add("--dtype", default="auto")
     words = "default: results/objectives.json; of the coder objectives_coder.json"
     add_working(found, "objectives", words)

@@ -11,26 +11,26 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import _objectives_states as states
 import _objectives_summary as summary
-import objectives
 
 
 def test_states_are_distinct_and_of_one_size() -> None:
-    found = objectives.chosen_states(6, 44, 30)
+    found = states.chosen_states(6, 44, 30)
     assert len({tuple(s) for s in found}) == 44
     assert all(len(set(s)) == 6 and set(s) <= set(range(30)) and s == sorted(s) for s in found)
-    assert found == objectives.chosen_states(6, 44, 30)
-    assert found[:40] == objectives.chosen_states(6, 40, 30)[:40]
+    assert found == states.chosen_states(6, 44, 30)
+    assert found[:40] == states.chosen_states(6, 40, 30)[:40]
 
 
 def test_states_of_other_models_are_runs_and_exchanges_in_the_middle() -> None:
-    found = objectives.windows(7, 16, 28)
+    found = states.windows(7, 16, 28)
     runs = [s for s in found if s[-1] - s[0] == 6]
     assert len({tuple(s) for s in found}) == 16
     assert all(len(set(s)) == 7 and set(s) <= set(range(1, 27)) for s in found)
     assert (runs[0][0], runs[-1][-1]) == (4, 23)
     assert 0 < len(found) - len(runs) < 4
-    assert objectives.windows(7, 3, 28) == found[:3]
+    assert states.windows(7, 3, 28) == found[:3]
 
 
 def answers(states: int, questions: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -59,6 +59,32 @@ def test_correlations_tell_a_loss_that_orders_from_one_that_does_not() -> None:
 def test_the_lower_half_is_that_of_the_lowest_mean() -> None:
     losses = {"a": {"kl": [4.0, 1.0, 2.0, 3.0]}, "b": {"kl": [0.0, 1.0, 9.0, 0.0]}}
     assert summary.lower_half(losses).tolist() == [1, 3]
+
+
+def test_repaired_states_are_spread_over_the_order() -> None:
+    values = [5.0, 1.0, 4.0, 0.0, 3.0, 2.0]
+    assert summary.spread(values, 3) == [3, 5, 0]
+    assert sorted(summary.spread(values, 9)) == list(range(6))
+
+
+def test_what_the_repaired_answer_goes_with_losses_of_the_cut_and_of_themselves() -> None:
+    quality, right = answers(12, 200)
+    text = ["".join(map(str, row)) for row in right]
+    found: dict[str, Any] = {"states": [[i] for i in range(12)], "right": {"piqa": text}}
+    at = [9, 2, 5, 0, 7, 1, 11, 3, 10, 4, 8, 6]
+    found["repaired"] = [
+        {
+            "state": [i],
+            "healed": {"right": {"piqa": text[i]}, "losses": {"web": {"kl": quality[i]}}},
+        }
+        for i in at
+    ]
+    repaired, by = summary.repaired(found, {"web": -quality}, "healed")
+    assert repaired[0].tolist() == right[at].tolist()
+    assert by["web"].tolist() == (-quality[at]).tolist()
+    rows = summary.correlations(repaired, by, "web", 100)
+    assert rows["web"].rho > 0.9 > -0.9 > rows["own_web"].rho
+    assert rows["cut_accuracy"].rho == pytest.approx(1)
 
 
 def test_reliability_grows_with_the_questions() -> None:
