@@ -27,6 +27,7 @@ from _accuracy_states import (
 from _accuracy_states import stream_sizes as sizes_of
 from _healing_texts import judged_texts
 from _healing_work import Part, key
+from _parts_command import TASK_TOKENS, bits
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.questions import prepare_task
@@ -40,15 +41,6 @@ from isingcut.models.replay import Replay
 
 GENERATED = ("gsm8k",)
 ENERGY = "energy/paper"
-TASK_TOKENS = {
-    **healing.TASK_TOKENS,
-    "arc_challenge": 130,
-    "boolq": 320,
-    "openbookqa": 70,
-    "gsm8k": 1200,
-}
-"""Tokens a question costs, all choices together; for the estimate only."""
-healing.TASK_TOKENS.update(TASK_TOKENS)
 
 
 class Bench(healing.Bench):
@@ -304,8 +296,7 @@ class Bench(healing.Bench):
 
 def graded(scores: Scores) -> dict[str, Any]:
     """Right or wrong by question."""
-    right = "".join(map(str, np.asarray(scores.values).astype(int)))
-    return {"metric": scores.metric.removesuffix(",none"), "right": right}
+    return {"metric": scores.metric.removesuffix(",none"), "right": bits(scores.values)}
 
 
 def _short(values: Any) -> list[float]:

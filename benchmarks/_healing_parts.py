@@ -12,6 +12,7 @@ import numpy as np
 
 from _healing_states import search_states
 from _healing_work import Part, WorkFolder, key
+from _parts_command import TASK_TOKENS
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.quality import quality_of, sample_sums
 from isingcut.evaluation.questions import prepare_task
@@ -29,15 +30,6 @@ TRIED = (OURS, "block-influence", "angular-window")
 """States that are healed for a few steps, the best of them for long: ours, and one-pass ones."""
 STAGES = ("cut", "patched", "tuned", "healed")
 TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "lambada", "mmlu_0shot")
-TASK_TOKENS = {
-    "arc_easy": 114,
-    "hellaswag": 312,
-    "piqa": 71,
-    "winogrande": 45,
-    "lambada": 82,
-    "mmlu_0shot": 129,
-}
-"""Tokens a question of the 500 costs, all choices together; for the estimate only."""
 
 
 class Bench(WorkFolder):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from _healing_texts import Remembered, mixed_text
+from _parts_command import bits
 from isingcut.data.healing_text import HealingText
 from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, Scores, score
+from isingcut.evaluation.scores import Asked, score
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.measure.work import Work
 from isingcut.models import load as models
@@ -98,10 +99,5 @@ class Repairs:
         for task in self.study.options.tasks:
             prepared = prepare_task(task, self.study.data, self.study.options.questions)
             found = score(Asked.whole(loaded), prepared, Work(1024))
-            right[task], certainties[task] = bits(found), found.certainties.round(3).tolist()
+            right[task], certainties[task] = bits(found.values), found.certainties.round(3).tolist()
         return {"right": right, "certainties": certainties}
-
-
-def bits(found: Scores) -> str:
-    """Right or wrong by question."""
-    return "".join("1" if r else "0" for r in found.values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,19 @@ import torch
 from isingcut.errors import IsingcutError
 from isingcut.files.writing import read_json
 
+TASK_TOKENS = {
+    "arc_easy": 114,
+    "arc_challenge": 130,
+    "hellaswag": 312,
+    "piqa": 71,
+    "winogrande": 45,
+    "lambada": 82,
+    "mmlu_0shot": 129,
+    "boolq": 320,
+    "openbookqa": 70,
+    "gsm8k": 1200,
+}
+"""Tokens a question costs, all choices together; for estimates only."""
 HERE = Path(__file__).resolve().parent
 
 
@@ -83,3 +96,8 @@ def obey(
             work(opened())
     except IsingcutError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def bits(right: Iterable[float]) -> str:
+    """Right or wrong by question."""
+    return "".join("1" if r else "0" for r in right)

@@ -10,7 +10,6 @@ import numpy as np
 from _quality_bench import Bench
 from _quality_judge import Chosen, Judged, load_judged, rows_chosen, thinned
 from _quality_summary import OURS
-from _quality_tasks import METRIC
 from isingcut.files import documents
 from isingcut.files.provenance import versions
 from isingcut.files.writing import write_json
@@ -243,7 +242,8 @@ def _accuracy(bench: Bench, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         key = row["chosen"].key
         if row["text"] == bench.chosen_on[0] and row["seed"] == 0 and scores(key):
             found.append({"method": row["method"], "remove": row["remove"], "tasks": scores(key)})
-    return [{**f, "usual": METRIC} if f["method"] == "original" else f for f in found]
+    usual = {task: next(iter(metrics)) for task, metrics in found[0]["tasks"].items()}
+    return [{**found[0], "usual": usual}, *found[1:]]
 
 
 def _share(bits: str) -> dict[str, float]:

@@ -45,10 +45,10 @@ from typing import Any
 import numpy as np
 
 from _coder_model import coder_file
-from _objectives_repair import Repairs, bits
+from _objectives_repair import Repairs
 from _objectives_states import chosen_states, windows
 from _objectives_summary import KIND, TASKS, collect, show, spread
-from _parts_command import add_working, obey, parser_of, results_of
+from _parts_command import TASK_TOKENS, add_working, bits, obey, parser_of, results_of
 from _quality_store import Part, Price, Speed, Stage, Store, drive, show_plan
 from isingcut.console.progress import silent, terminal
 from isingcut.data.calibration import build
@@ -63,8 +63,6 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.models.sources import model_identity, resolve
 
-EACH = {"arc_easy": 114, "hellaswag": 312, "piqa": 71, "lambada": 82}
-"""Tokens a question, all choices together; for the estimate only."""
 CONVERSATIONS = 300
 """The last of the instruction mix."""
 
@@ -199,11 +197,11 @@ class Study:
             return {
                 "task": task,
                 "states": states,
-                "right": [bits(s) for s in found],
+                "right": [bits(s.values) for s in found],
                 "certainties": [s.certainties.round(3).tolist() for s in found],
             }
 
-        price = Price(EACH[task] * self.options.questions, 0.45 * self.options.states, 2)
+        price = Price(TASK_TOKENS[task] * self.options.questions, 0.45 * self.options.states, 2)
         return Part(f"tasks/{task}", make, (price,))
 
     @cached_property
@@ -221,7 +219,7 @@ class Study:
             state = self.states[i]
             name = f"repaired/{'-'.join(map(str, state))}"
             # A pass forward for the teacher, three for the student; the answers twice.
-            asked = 2 * o.questions * sum(EACH[task] for task in o.tasks)
+            asked = 2 * o.questions * sum(TASK_TOKENS[task] for task in o.tasks)
             price = Price(4 * o.steps * 2048 + 6 * o.patch_tokens + asked, 1, 1)
             found.append(Part(name, lambda _, state=state: self.repairs.make(state), (price,)))
         return found

@@ -65,7 +65,7 @@ from _quality_judge import expected, judging
 from _quality_methods import Choosing
 from _quality_store import Part, Price, Stage, drive, show_plan
 from _quality_summary import show
-from _quality_tasks import FILES, accuracy_expected, accuracy_parts
+from _quality_tasks import TASKS, accuracy_expected, accuracy_parts
 from isingcut.errors import IsingcutError
 from isingcut.files.writing import read_json
 
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("--chat-length", type=int, default=512, help="most tokens of a conversation")
     add("--judged-tokens", type=int, default=8192, help="tokens of each text to judge on")
     add("--seeds", type=int, default=3, help="runs of methods that are random")
-    add("--tasks", nargs="*", default=list(FILES), choices=list(FILES))
+    add("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     add("--questions", type=int, default=500, help="questions of each task")
     add("--large-pool", type=int, default=128, help="samples for the long evolution")
     add("--large-remove", type=int, default=9)

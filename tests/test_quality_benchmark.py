@@ -15,13 +15,11 @@ from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.testing.tiny import tiny_tokenizer
-from tiny import without
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import _quality_collect as collecting
 import _quality_evolution as evolution
-import _quality_tasks as tasks
 import quality
 from _quality_bench import Bench
 from _quality_judge import Judged, load_judged, rows_chosen
@@ -34,6 +32,15 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "rain", "fell", "over", "old", "
 def text(seed: int, words: int) -> str:
     draw = random.Random(seed)
     return " ".join(draw.choice(WORDS) for _ in range(words))
+
+
+FILES = {
+    "arc_easy": "arc_easy/test_sub500.jsonl",
+    "hellaswag": "hellaswag/val_sub500.jsonl",
+    "piqa": "piqa/val_sub500.jsonl",
+    "winogrande": "winogrande/dev_sub500.jsonl",
+    "lambada": "lambada/test_sub500.jsonl",
+}
 
 
 def write(path: Path, records: list[dict]) -> None:
@@ -72,8 +79,8 @@ def write_data(folder: Path) -> None:
             }
             for q in range(3)
         ]
-        write(folder / tasks.FILES[task], records)
-    write(folder / tasks.FILES["lambada"], [{"text": text(k, 8)} for k in range(3)])
+        write(folder / FILES[task], records)
+    write(folder / FILES["lambada"], [{"text": text(k, 8)} for k in range(3)])
     (folder / "own.txt").write_text(text(100, 600), encoding="utf-8")
     (folder / "judge.txt").write_text(text(101, 600), encoding="utf-8")
 
@@ -179,7 +186,7 @@ def test_all_texts_and_tasks_are_judged_and_named(finished):
     _, content = finished
     assert set(content["judged"]) == {"wikitext2", "c4", "instruct"}
     assert {t["chosen_on"] for t in content["tables"]} == {"own", "instruct"}
-    assert set(content["accuracy"][0]["tasks"]) == set(tasks.FILES)
+    assert set(content["accuracy"][0]["tasks"]) == set(FILES)
     assert {row["remove"] for row in content["accuracy"]} == {0, 2}
     assert [p["remove"] for p in content["estimators"]] == [2, 3]
     assert set(content["large"]) == {"evopress", "refined"}
@@ -261,34 +268,10 @@ def test_evolution_spends_its_budget_and_no_more(model, data, tmp_path, search_p
 # accuracy ---------------------------------------------------------------------------------
 
 
-def test_scores_are_those_of_the_cut_model_on_one_row_at_a_time(finished):
-    bench, _ = finished
-    tokenizer = bench.loaded.tokenizer
-    rows = [
-        tasks.encoded(tokenizer, "Question: rain?\nAnswer:", " stone houses"),
-        tasks.encoded(tokenizer, "Question: rain?\nAnswer:", " mat"),
-        tasks.encoded(tokenizer, "the cat sat on a", " mat"),
-    ]
-    states = [(), (1, 4), (1, 2), (0,)]
-    scores, greedy = tasks.answer_scores(
-        bench.replay, rows, states_of(bench.n, states), Work(batch_tokens=64)
-    )
-    for s, removed in enumerate(states):
-        model = without(bench.loaded.model, removed)
-        for r, (ids, counted) in enumerate(rows):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
-            logp = torch.log_softmax(logits, -1)
-            at = range(len(ids) - 1 - counted, len(ids) - 1)
-            direct = sum(float(logp[t, ids[t + 1]]) for t in at)
-            assert scores[s, r] == pytest.approx(direct, abs=1e-4)
-            assert greedy[s, r] == all(int(logits[t].argmax()) == ids[t + 1] for t in at)
-
-
 def test_a_task_is_graded_as_by_hand(finished):
     bench, content = finished
     right = []
-    lines = (bench.data / tasks.FILES["piqa"]).read_text().splitlines()
+    lines = (bench.data / FILES["piqa"]).read_text().splitlines()
     for record in map(json.loads, lines):
         sums = []
         for choice in record["choices"]:
@@ -302,35 +285,6 @@ def test_a_task_is_graded_as_by_hand(finished):
     found = content["accuracy"][0]["tasks"]["piqa"]["acc"]
     assert found["value"] == pytest.approx(np.mean(right), abs=1e-5)
     assert found["n"] == 3
-
-
-def test_questions_are_put_in_the_usual_form():
-    blank = {"context": "Ann met Sue so _ smiled.", "choices": ["Ann", "Sue"], "answer": 1}
-    (q,) = tasks.questions("winogrande", [blank])
-    assert q.pairs == (("Ann met Sue so Ann", " smiled."), ("Ann met Sue so Sue", " smiled."))
-    (q,) = tasks.questions("lambada", [{"text": "and so he sat down"}])
-    assert q.pairs == (("and so he sat", " down"),)
-    plain = {"context": "Why?", "choices": ["a", "bcd"], "answer": 0}
-    (q,) = tasks.questions("arc_easy", [plain])
-    assert q.pairs == (("Question: Why?\nAnswer:", " a"), ("Question: Why?\nAnswer:", " bcd"))
-    assert q.lengths == (1, 3)
-    (q,) = tasks.questions("hellaswag", [plain])
-    assert q.pairs[0] == ("Why?", " a")
-
-
-def test_lengths_decide_between_acc_and_acc_norm():
-    q = tasks.Question((("x", " a"), ("x", " bcd")), 1, (1, 3))
-    right = tasks.grade([q], np.array([-1.0, -2.0]), np.array([False, False]))
-    assert not right["acc"][0]
-    assert right["acc_norm"][0]
-    single = tasks.Question((("x", " a"),), 0, (1,))
-    assert tasks.grade([single], np.array([-1.0]), np.array([True])) == {"acc": np.array([True])}
-
-
-def test_spaces_at_the_end_of_a_context_go_to_the_continuation():
-    ids, counted = tasks.encoded(tiny_tokenizer(), "a b ", "cd")
-    assert counted == 3
-    assert len(ids) == 6
 
 
 # statistics and the driver -----------------------------------------------------------------
