@@ -119,15 +119,20 @@ def show(found: dict[str, Any]) -> None:
         print(f"{'':<27}{'stage':<9}{'mean':>13}{'ours minus it':>17}  tasks; KL by text; blocks")
         for method, row in rows.items():
             for stage, content in row["stages"].items():
-                ours = rows.get(OURS, {"stages": {}})["stages"].get(stage)
-                against = None if method == OURS or ours is None else ours["accuracy"]
+                against, those = _against(rows, method, stage), shared[stage]
                 texts = ", ".join(f"{t} {_mean(x):.3f}" for t, x in content["losses"].items())
                 blocks = " ".join(map(str, row["removed"])) if stage == "cut" else ""
                 tail = f"{texts}; {blocks}"
-                _row(method, stage, content["accuracy"], against, shared[stage], tail)
+                _row(method, stage, content["accuracy"], against, those, tail)
         figures += _figures(m, rows, shared)
     for name, value in figures:
         print(f"{name}: {value:.4g}")
+
+
+def _against(rows: dict[str, Any], method: str, stage: str) -> dict[str, Any] | None:
+    """What a row is compared with: our model of that stage, and ours repaired with ours cut."""
+    found = rows.get(OURS, {"stages": {}})["stages"].get("cut" if method == OURS else stage)
+    return None if found is None or (method == OURS and stage == "cut") else found["accuracy"]
 
 
 def _stages(rows: dict[str, Any]) -> list[str]:
@@ -138,6 +143,10 @@ def _asked(rows: dict[str, Any], stage: str, tasks: list[str]) -> list[str]:
     """The tasks that every model of a stage was asked."""
     asked = [row["stages"][stage]["accuracy"] for row in rows.values() if stage in row["stages"]]
     return [t for t in tasks if all(t in accuracy for accuracy in asked)]
+
+
+def _count(task: str, accuracy: dict[str, Any]) -> int:
+    return len(accuracy[task]["right"]) if task in accuracy else 0
 
 
 def _mean(text: dict[str, Any], what: str = "kl") -> float:
@@ -155,8 +164,9 @@ def _row(
     whole = mean_accuracy(accuracy, tasks)
     mean = f"{100 * whole[0]:.1f} ± {100 * whole[1]:.1f}" if whole else ""
     gap = ""
-    if whole and against and all(t in against for t in tasks):
-        value, error = difference(accuracy, against, tasks)
+    both = [t for t in tasks if against and _count(t, against) == _count(t, accuracy)]
+    if whole and against and both:
+        value, error = difference(accuracy, against, both)
         gap = f"{100 * value:+.1f} ± {196 * error:.1f}"
     cells = ", ".join(f"{t} {100 * right(a).mean():.1f}" for t, a in accuracy.items())
     print(f"{method:<27}{stage:<9}{mean:>13}{gap:>17}  {cells}; {tail}")

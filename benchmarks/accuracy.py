@@ -25,6 +25,9 @@ error of the difference paired by question; `_M` blocks removed:
 accuracy_minus_block_influence_M, accuracy_minus_sleb_M, accuracy_minus_window_M  our cut model
   minus that method's
 healed_accuracy_minus_best_peer_M  our healed model minus the best healed peer's
+
+Where some models of a stage were asked fewer tasks, its means are over those that all were asked.
+`ours minus it` is of the same stage; of our own repaired models it is our cut model's difference.
 """
 
 from __future__ import annotations
