@@ -23,8 +23,8 @@ from _accuracy_states import (
     conversations,
     paper_energy,
     scales,
+    stream_sizes,
 )
-from _accuracy_states import stream_sizes as sizes_of
 from _healing_texts import judged_texts
 from _healing_work import Part, key
 from _parts_command import TASK_TOKENS, bits
@@ -147,8 +147,8 @@ class Bench(healing.Bench):
 
         def make() -> dict[str, Any]:
             prepared = prepare_task(task, self.data, questions)
-            model, removals = Asked(self.original, self.scaled), self.removals(fresh)
-            found = score_states(model, prepared, removals, self.measuring(name))
+            model, work = Asked(self.original, self.scaled), self.measuring(name)
+            found = score_states(model, prepared, self.removals(fresh), work)
             return {"rows": dict(zip(fresh, map(graded, found), strict=True))}
 
         cost = TASK_TOKENS[task] * questions * (0.2 + 0.45 * len(fresh))
@@ -162,8 +162,7 @@ class Bench(healing.Bench):
 
         def make() -> dict[str, Any]:
             tokens, work = self.judged[text], self.measuring(name)
-            removals = [tuple(removed) for removed in self.removals(fresh)]
-            states = states_of(len(self.scaled), removals)
+            states = states_of(len(self.scaled), self.removals(fresh))
             found = measure(
                 self.scaled,
                 tokens,
@@ -208,15 +207,15 @@ class Bench(healing.Bench):
         found = {k: (removed, kind) for k, (removed, kind) in self.variants().items() if kind}
         if not found:
             return Scaled(self.replay, {})
-        sizes = sizes_of(self.replay, self.chosen_on, Work(self.options.batch_tokens))
+        sizes = stream_sizes(self.replay, self.chosen_on, Work(self.options.batch_tokens))
         return Scaled(
             self.replay, {k: scales(kind, removed, sizes) for k, (removed, kind) in found.items()}
         )
 
     def removals(self, variants: dict[str, tuple[list[int], str]]) -> list[list[int]]:
         """Of each variant, what is removed of the stack with the scalings."""
-        named = [(removed, k if kind else "") for k, (removed, kind) in variants.items()]
-        return [self.scaled.removal(removed, scaling) for removed, scaling in named]
+        rows = variants.items()
+        return [self.scaled.removal(removed, k if kind else "") for k, (removed, kind) in rows]
 
     # repaired models ----------------------------------------------------------------------
 
