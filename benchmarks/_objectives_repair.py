@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from _healing_texts import Remembered, mixed_text
+from _objectives_summary import STAGES
 from _parts_command import bits
 from isingcut.data.healing_text import HealingText
 from isingcut.evaluation.quality import sample_sums
@@ -23,7 +24,6 @@ from isingcut.options.healing import HealConfig
 if TYPE_CHECKING:
     from objectives import Study
 
-STAGES = ("patched", "healed")
 LENGTH, BATCH = 256, 8
 UNSEEN = ("web", "stories", "instruct", "answers", "maths", "qa")
 """Texts of the study that no repair is fitted or trained on."""
@@ -94,10 +94,10 @@ class Repairs:
             }
         return found
 
-    def _answers(self, loaded: models.LoadedModel) -> dict[str, dict[str, Any]]:
-        right, certainties = {}, {}
+    def _answers(self, loaded: models.LoadedModel) -> dict[str, dict[str, str]]:
+        right = {}
         for task in self.study.options.tasks:
             prepared = prepare_task(task, self.study.data, self.study.options.questions)
             found = score(Asked.whole(loaded), prepared, Work(1024))
-            right[task], certainties[task] = bits(found.values), found.certainties.round(3).tolist()
-        return {"right": right, "certainties": certainties}
+            right[task] = bits(found.values)
+        return {"right": right}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KIND = "objectives-benchmark"
 documents.KINDS[KIND] = documents.Strict
 TASKS = ("arc_easy", "piqa", "lambada", "hellaswag")
+STAGES = ("patched", "healed")
 DEFAULT = "wiki_python"
 """The mixture that a run takes where no text is given."""
 SETTINGS = ("model", "remove", "tokens", "questions", "method", "steps", "rate", "patch_tokens")
@@ -70,6 +71,8 @@ def collect(study: Study, path: Path) -> dict[str, Any]:
     for row in content["repaired"]:
         for k in ("format", "version", "part", "seconds"):
             row.pop(k, None)
+        for stage in STAGES:
+            row[stage].pop("certainties", None)
     write_json(path, KIND, content)
     return read_json(path, KIND)
 
@@ -227,7 +230,7 @@ def show(found: dict[str, Any]) -> None:
     if certain := [in_spreads(rows) for rows in found.get("certainties", {}).values()]:
         figures["half_spearman_scores"] = half_spearman(right, right)
         figures["half_spearman_certainties"] = half_spearman(certain, right)
-    for stage in ("patched", "healed") if found.get("repaired") else ():
+    for stage in STAGES if found.get("repaired") else ():
         answers, by = repaired(found, losses, stage)
         title = f"the {len(answers[0])} states {stage}"
         _table(title, answers, by, list(found["repaired"][0][stage]["right"]))
