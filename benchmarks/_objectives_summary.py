@@ -65,7 +65,10 @@ def collect(study: Study, path: Path) -> dict[str, Any]:
         "losses": losses,
         "original": {t: part["right"][0] for t, part in tasks.items()},
         "right": {t: part["right"][1:] for t, part in tasks.items()},
-        "certainties": {t: part["certainties"][1:] for t, part in tasks.items()},
+        "certainties": {
+            t: [" ".join(f"{v:.2f}" for v in row) for row in part["certainties"][1:]]
+            for t, part in tasks.items()
+        },
         "repaired": [store.read(part.name) for part in study.repairing() if store.done(part.name)],
     }
     for row in content["repaired"]:
@@ -227,7 +230,10 @@ def show(found: dict[str, Any]) -> None:
     rows = correlations(right, losses, DEFAULT)
     figures = {f"objective_spearman_{name}": row.rho for name, row in rows.items()}
     figures["reliability"] = reliability(right)
-    if certain := [in_spreads(rows) for rows in found.get("certainties", {}).values()]:
+    if certain := [
+        in_spreads([[float(v) for v in row.split()] for row in rows])
+        for rows in found.get("certainties", {}).values()
+    ]:
         figures["half_spearman_scores"] = half_spearman(right, right)
         figures["half_spearman_certainties"] = half_spearman(certain, right)
     for stage in STAGES if found.get("repaired") else ():

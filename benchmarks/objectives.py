@@ -77,7 +77,10 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.data, self.work = options, Path(options.data), Path(options.work)
         self.folder = resolve(str(coder_file()) if options.model == "coder" else options.model)
-        keys = ("remove", "states", "tokens", "questions", "dtype", "steps", "patch_tokens")
+        keys = (
+            *("remove", "states", "tokens", "questions", "dtype"),
+            *("patch_tokens", "method", "steps", "rate"),
+        )
         settings = {k: getattr(options, k) for k in keys}
         self.store = Store(
             self.work, {"model_sha256": model_identity(self.folder)["sha256"], **settings}
