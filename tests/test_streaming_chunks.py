@@ -1,9 +1,12 @@
 """Streamed measurements in any chunks, from any moment on, give the same bits."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 
 from isingcut.errors import InputError
 from isingcut.measure.boundaries import Boundaries
@@ -86,6 +89,18 @@ def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
     batches = len(samples().batches(24))
     assert none - every == batches * len(replay)
     assert every < some < none
+
+
+def test_a_graph_that_no_gradient_was_asked_of_is_let_go(llama):
+    replay = streamed(llama)
+    replay.store.hold(0)
+    stream = torch.ones(4, requires_grad=True)
+    gone = weakref.ref(stream)
+    with replay.store.lasting_graph(0):
+        stream.exp()
+    del stream
+    gc.collect()
+    assert gone() is None
 
 
 def test_each_block_is_read_once_per_chunk(llama, monkeypatch):

@@ -1,6 +1,8 @@
 """Attention and micro-batch by a measurement: with a clock that the test sets, and in a run."""
 
 import contextlib
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -97,6 +99,15 @@ def test_the_micro_batch_doubles_while_that_pays_and_fits():
     assert each > len(replay) * replay.model.config.hidden_size * 4
     found = tune(replay, 16, attention="sdpa", memory=2500 * each, seconds=clock(replay))
     assert found.batch_tokens == 2048
+
+
+def test_a_model_whose_graph_was_measured_is_let_go():
+    layer = torch.nn.Linear(4, 8)
+    gone = weakref.ref(layer.weight)
+    assert tuning.kept_bytes(layer, lambda: layer(torch.ones(2, 4)).exp()) == 4 * 2 * (4 + 8)
+    del layer
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_is_given_is_taken_without_a_measurement():

@@ -15,6 +15,7 @@ from torch import Tensor
 from isingcut.healing.job import Job
 from isingcut.healing.training.kl import CHUNK_ELEMENTS
 from isingcut.models.architectures import find_stack, text_config
+from isingcut.models.compute.tuning import kept_bytes
 from isingcut.models.streaming.memory import allowance
 from isingcut.options.types import BATCH_TOKENS
 
@@ -82,17 +83,7 @@ def _activations(student: Any, row: dict[str, Tensor], *, half: bool) -> tuple[f
 
 
 def _kept(student: Any, batch: dict[str, Tensor], *, half: bool) -> int:
-    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
-    found: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     device = next(student.parameters()).device
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    with cast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student(**{k: v.to(device) for k, v in batch.items()})["loss"]
-    return sum(found.values())
+    given = {k: v.to(device) for k, v in batch.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return kept_bytes(student, lambda: student(**given)["loss"])

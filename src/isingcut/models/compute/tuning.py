@@ -252,7 +252,8 @@ def kept_bytes(model: nn.Module, run: Callable[[], object]) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return x
+        # An output of its own would hold the graph that holds it, for good.
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         alive = run()

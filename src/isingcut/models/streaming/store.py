@@ -143,7 +143,8 @@ class Store:
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 held.size += storage.nbytes()
-            return value
+            # An output of its own would hold the graph that holds it, for good.
+            return value.detach()
 
         def unpack(packed: Any) -> Tensor:
             if not isinstance(packed, _Weight):
