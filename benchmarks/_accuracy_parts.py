@@ -8,8 +8,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 import _healing_parts as healing
 from _accuracy_states import (
     METHODS,
@@ -149,10 +147,16 @@ class Bench(healing.Bench):
             prepared = prepare_task(task, self.data, questions)
             model, work = Asked(self.original, self.scaled), self.measuring(name)
             found = score_states(model, prepared, self.removals(fresh), work)
-            return {"rows": dict(zip(fresh, map(graded, found), strict=True))}
+            return {"rows": {k: self.graded(s) for k, s in zip(fresh, found, strict=True)}}
 
         cost = TASK_TOKENS[task] * questions * (0.2 + 0.45 * len(fresh))
         return [Part(name, make, cost)] if fresh else []
+
+    def graded(self, scores: Scores) -> dict[str, Any]:
+        """Right or wrong by question, and what it was computed in."""
+        dtype = str(self.original.dtype).removeprefix("torch.")
+        metric = scores.metric.removesuffix(",none")
+        return {"metric": metric, "dtype": dtype, "right": bits(scores.values)}
 
     def measuring_losses(self, text: str) -> list[Part]:
         """KL and NLL of every cut state on a judged text."""
@@ -172,7 +176,7 @@ class Bench(healing.Bench):
                 journal=work.journal,
             )
             sums = zip(fresh, found.kl_sums, found.nll_sums, strict=True)
-            rows = {k: {"kl": _short(a), "nll": _short(b)} for k, a, b in sums}
+            rows = {k: {"kl": a.round(5).tolist(), "nll": b.round(5).tolist()} for k, a, b in sums}
             return {"counts": found.counts.tolist(), "rows": rows}
 
         cost = self.options.judged_tokens * (1 + 0.5 * len(fresh))
@@ -229,24 +233,26 @@ class Bench(healing.Bench):
             if removed and stage != "cut":
                 model, without = Asked.whole(self.load(self.folder(removed, stage))), []
             work = self.measuring(f"accuracy/{where}/{task}")
-            found = score_states(model, prepared, [without], work)[0]
-            values = np.asarray(found.values).astype(int).tolist()
-            return {"task": task, "metric": found.metric, "values": values}
+            return self.graded(score_states(model, prepared, [without], work)[0])
 
         return Part(f"accuracy/{where}/{task}", make, 0.6 * TASK_TOKENS[task] * questions)
 
-    def repairs(self, m: int) -> list[Part]:
-        """Patch and heal our state, the best peers', and the last blocks' as published."""
-        o, rows, found = self.options, self.chosen(m), list[Part]()
-        healed = [OURS, *self.best_peers(m)] if "patched" in o.stages else []
-        for method in healed:
-            found += [self.patch(rows[method], "tuned"), self.patch(rows[method])]
-            found.append(self.judge(rows[method], "tuned"))
-        if "healed" in o.stages:
-            for method in healed:
-                found += [self.distil(rows[method]), self.judge(rows[method], "healed")]
-            if "last" in rows:
-                found += [self.last_blocks(rows["last"]), self.judge(rows["last"], "last3")]
+    def made(self, removed: list[int], stage: str) -> list[Part]:
+        """What writes the checkpoint of a state at a stage."""
+        if stage == "tuned":
+            return [self.patch(removed, "tuned")]
+        if stage == "healed":
+            return [self.patch(removed), self.distil(removed)]
+        return [self.last_blocks(removed)]
+
+    def repairs(self, m: int, tasks: list[str]) -> list[Part]:
+        """Repair, judge and ask each model of which something is not known yet."""
+        found = list[Part]()
+        for _, removed, stage in self.scored(m):
+            asked = [self.accuracy(removed, stage, t) for t in tasks]
+            learned = [self.judge(removed, stage), *asked]
+            if not all(self.done(part.name) for part in learned):
+                found += [*self.made(removed, stage), *learned]
         return found
 
     def last_blocks(self, removed: list[int]) -> Part:
@@ -270,8 +276,10 @@ class Bench(healing.Bench):
 
     def parts(self) -> list[Part]:
         o = self.options
-        found = [self.energy()] if set(PAPER) & set(self.methods) else []
-        found += [self.choosing(method, m) for m in o.remove for method in self.methods]
+        chosen = {p: [self.choosing(p, m) for m in o.remove] for p in self.methods}
+        paper = [part for p in PAPER for part in chosen.get(p, [])]
+        found = [self.energy()] if not all(self.done(part.name) for part in paper) else []
+        found += [part for parts in chosen.values() for part in parts]
         if not all(self.done(part.name) for part in found):
             return found
         tasks = [t for t in o.tasks if t not in GENERATED]
@@ -279,24 +287,12 @@ class Bench(healing.Bench):
         shared += [p for t in tasks for p in self.asking(t)]
         if shared:
             return shared
+        generated = [t for t in GENERATED if self.questions(t)]
+        found = [part for m in o.remove for part in self.repairs(m, tasks)]
+        found += [self.accuracy([], "original", t) for t in generated]
         for m in o.remove:
-            found += self.repairs(m)
-        for m in o.remove:
-            for _, removed, stage in self.scored(m):
-                found += [self.accuracy(removed, stage, t) for t in tasks]
-        if self.questions("gsm8k"):
-            found.append(self.accuracy([], "original", "gsm8k"))
-            for m in o.remove:
-                rows = self.chosen(m)
-                cut = [(p, rows[p], "cut") for p in (OURS, *self.best_peers(m))]
-                found += [self.accuracy(r, s, "gsm8k") for _, r, s in [*cut, *self.scored(m)]]
+            rows = self.chosen(m)
+            for p in (OURS, *self.best_peers(m)):
+                found += [self.accuracy(rows[p], "cut", t) for t in generated]
+            found += self.repairs(m, [*tasks, *generated])
         return list({part.name: part for part in found}.values())
-
-
-def graded(scores: Scores) -> dict[str, Any]:
-    """Right or wrong by question."""
-    return {"metric": scores.metric.removesuffix(",none"), "right": bits(scores.values)}
-
-
-def _short(values: Any) -> list[float]:
-    return [round(float(v), 5) for v in values]

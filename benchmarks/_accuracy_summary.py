@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from _accuracy_parts import GENERATED, Bench
 from _accuracy_states import OURS, SCALED
 from _healing_summary import difference, mean_accuracy, right
-from _healing_work import key
+from _healing_work import KIND, key
 from isingcut.files import documents
 from isingcut.files.provenance import versions
 from isingcut.files.writing import read_json, write_json
@@ -20,6 +21,7 @@ SETTINGS = (
     *("model", "calibration", "state_tokens", "judged_tokens", "questions"),
     *("conversations", "method", "steps", "batch", "length", "rate", "patch_tokens", "seed"),
 )
+JUDGED = {"kl": "sample_kl", "nll": "sample_nll", "counts": "sample_tokens"}
 AGAINST = {
     "block_influence": "block-influence",
     "sleb": "sleb",
@@ -36,7 +38,7 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
 
     def answers(name: str, where: str) -> dict[str, Any]:
         found = {t: rows[name] for t, rows in shared.items() if name in rows}
-        return {**found, **_generated(bench, where)}
+        return {**found, **_answers(bench, where, GENERATED)}
 
     found: dict[str, Any] = {
         "settings": {k: getattr(o, k) for k in SETTINGS},
@@ -77,31 +79,69 @@ def _repaired(bench: Bench, m: int) -> list[tuple[str, list[int], str]]:
 
 
 def _stage(bench: Bench, removed: list[int], stage: str, tasks: list[str]) -> dict[str, Any]:
-    where, found = f"{key(removed)}/{stage}", {}
-    for task in tasks:
-        if bench.done(name := f"accuracy/{where}/{task}"):
-            part = bench.read(name)
-            metric = part["metric"].removesuffix(",none")
-            found[task] = {"metric": metric, "right": "".join(map(str, part["values"]))}
-    texts = {}
+    where, texts = f"{key(removed)}/{stage}", {}
     if bench.done(name := f"judge/{where}"):
         for text, t in bench.read(name)["texts"].items():
-            texts[text] = {
-                "kl": t["sample_kl"],
-                "nll": t["sample_nll"],
-                "counts": t["sample_tokens"],
-            }
-    return {"accuracy": {**found, **_generated(bench, where)}, "losses": texts}
+            texts[text] = {short: t[long] for short, long in JUDGED.items()}
+    return {"accuracy": _answers(bench, where, [*tasks, *GENERATED]), "losses": texts}
 
 
-def _generated(bench: Bench, where: str) -> dict[str, Any]:
-    found = {}
-    for task in GENERATED:
-        if bench.done(name := f"accuracy/{where}/{task}"):
-            part = bench.read(name)
-            right = "".join(map(str, part["values"]))
-            found[task] = {"metric": part["metric"], "right": right}
-    return found
+def _answers(bench: Bench, where: str, tasks: Iterable[str]) -> dict[str, Any]:
+    """Of one model that was asked alone."""
+    parts = {t: f"accuracy/{where}/{t}" for t in tasks}
+    return {t: _row_of(bench.read(name)) for t, name in parts.items() if bench.done(name)}
+
+
+def _row_of(part: dict[str, Any]) -> dict[str, Any]:
+    return {k: part[k] for k in ("metric", "dtype", "right")}
+
+
+def restore(bench: Bench, path: Path) -> None:
+    """Put what a results file holds into the work folder, as finished parts.
+
+    No checkpoint comes back: a model that more is to be asked of is repaired again.
+    """
+    found = read_json(path, RESULTS)
+    asked: dict[str, dict[str, Any]] = {f"shared/{t}": {} for t in found["tasks"]}
+    asked |= {f"losses/{t}": {} for t in bench.judged_names}
+    parts: dict[str, dict[str, Any]] = {}
+
+    def alone(where: str, accuracy: dict[str, Any]) -> None:
+        parts.update({f"accuracy/{where}/{t}": row for t, row in accuracy.items()})
+
+    def together(name: str, where: str, accuracy: dict[str, Any], losses: dict[str, Any]) -> None:
+        alone(where, {t: row for t, row in accuracy.items() if t in GENERATED})
+        for task in accuracy.keys() - GENERATED:
+            asked[f"shared/{task}"][name] = accuracy[task]
+        for text, row in losses.items():
+            asked[f"losses/{text}"][name] = {k: row[k] for k in ("kl", "nll")}
+
+    together("original", "original", found["original"]["accuracy"], found["losses"])
+    for m, rows in found["removals"].items():
+        for method, row in rows.items():
+            parts[f"states/{method}/{m}"] = {k: row[k] for k in ("removed", "passes")}
+            name = key(row["removed"])
+            for stage, content in row["stages"].items():
+                accuracy, losses = content["accuracy"], content["losses"]
+                if stage == "cut" or stage in SCALED:
+                    called = name if stage == "cut" else f"{name} {stage}"
+                    together(called, f"{name}/cut", accuracy, losses)
+                    continue
+                alone(f"{name}/{stage}", accuracy)
+                if losses:
+                    texts = {
+                        t: {long: x[short] for short, long in JUDGED.items()}
+                        for t, x in losses.items()
+                    }
+                    parts[f"judge/{name}/{stage}"] = {"texts": texts}
+    for folder, content in asked.items():
+        counts = {}
+        if folder.startswith("losses/"):
+            counts = {"counts": found["losses"][folder.removeprefix("losses/")]["counts"]}
+        parts[f"{folder}/restored"] = {**counts, "rows": content}
+    for name, content in parts.items():
+        if not bench.done(name):
+            write_json(bench.path(name), KIND, content)
 
 
 def show(found: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
     python benchmarks/accuracy.py [--minutes 600]      # do it
     python benchmarks/accuracy.py --collect            # finished parts -> results/accuracy.json
     python benchmarks/accuracy.py --summary            # its tables and figures
+    python benchmarks/accuracy.py --restore            # go on from them, on another machine
 
 Qwen2.5-Coder-1.5B-Instruct (fetched with pip; `--model` takes any other), without 4 and without 7
 of its 28 blocks. The work is cut into parts, one JSON file each in `--work`; a finished part is
@@ -37,7 +38,7 @@ from pathlib import Path
 
 from _accuracy_parts import Bench
 from _accuracy_states import METHODS
-from _accuracy_summary import RESULTS, collect, show
+from _accuracy_summary import RESULTS, collect, restore, show
 from _parts_command import add_working, obey, parser_of
 from healing import drive, minutes
 
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto")
     add("--batch-tokens", type=int, default=1024)
     add_working(found, "accuracy")
+    add("--restore", action="store_true", help="take what the results file holds as finished")
     # What the parts of the healing benchmark ask for besides.
     found.set_defaults(top_steps=0, top_tokens=4096, peers="best", no_accuracy=False, states=None)
     return found
@@ -87,6 +89,8 @@ def counted(text: str) -> tuple[str, int]:
 
 def work(bench: Bench) -> None:
     """Show what is left, and do it."""
+    if bench.options.restore:
+        restore(bench, Path(bench.options.results))
     left = [p for p in bench.parts() if not bench.done(p.name)]
     for part in left:
         print(f"{part.name:<60}{minutes(bench, [part]):>9.1f} min")

@@ -137,3 +137,49 @@ def test_a_mean_is_over_the_tasks_that_every_model_of_the_stage_was_asked() -> N
 def test_questions_are_counted_by_task() -> None:
     given = accuracy.parser().parse_args(["--questions", "20", "boolq=7"])
     assert dict(given.questions) == {"each": 20, "boolq": 7}
+
+
+def test_a_results_file_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
+    def options(work: str) -> Any:
+        found = accuracy.parser().parse_args(["--model", str(folder), "--remove", "1"])
+        found.work, found.tasks = str(tmp_path / work), ["piqa", "boolq"]
+        found.methods, found.questions = ["last", "isingcut"], {"each": 2}
+        return found
+
+    def row(right: str) -> dict[str, str]:
+        return {"metric": "acc", "dtype": "float32", "right": right}
+
+    def losses(kl: float) -> dict[str, Any]:
+        return {t: {"kl": [kl], "nll": [2.0], "counts": [7]} for t in summary.Bench.judged_names}
+
+    def stage(right: str, kl: float, **more: Any) -> dict[str, Any]:
+        return {"accuracy": {"piqa": row(right), "boolq": row("11"), **more}, "losses": losses(kl)}
+
+    solved = {"gsm8k": {**row("1"), "metric": "exact_match,flexible-extract"}}
+    ours = {"cut": stage("01", 0.2, **solved), "length": stage("00", 0.5)}
+    ours |= {"tuned": stage("10", 0.1), "healed": stage("11", 0.1, **solved)}
+    written = {
+        "settings": {},
+        "provenance": {},
+        "tasks": ["piqa", "boolq"],
+        "original": {"accuracy": stage("11", 0.0, **solved)["accuracy"]},
+        "losses": losses(0.0),
+        "removals": {
+            "1": {
+                "last": {"removed": [3], "passes": 0.0, "stages": {"cut": stage("00", 0.9)}},
+                "isingcut": {"removed": [1], "passes": 4.0, "stages": ours},
+            }
+        },
+    }
+    path = tmp_path / "results.json"
+    summary.write_json(path, summary.RESULTS, written)
+    bench = summary.Bench(options("work"))
+    summary.restore(bench, path)
+    found = summary.collect(bench, tmp_path / "again.json")
+    for part in ("tasks", "original", "losses", "removals"):
+        assert found[part] == written[part], part
+    # What is not known is asked, and nothing is chosen again.
+    assert set(bench.variants()) - set(bench.gathered("shared/piqa")) == {"1 channel"}
+    folders = [part.name.rpartition("/")[0] for part in bench.parts()]
+    tasks, texts = ["shared/piqa", "shared/boolq"], bench.judged_names
+    assert folders == [*(f"losses/{text}" for text in texts), *tasks]

@@ -102,10 +102,13 @@ def test_the_micro_batch_doubles_while_that_pays_and_fits():
 
 
 def test_a_model_whose_graph_was_measured_is_let_go():
-    layer = torch.nn.Linear(4, 8)
-    gone = weakref.ref(layer.weight)
-    assert tuning.kept_bytes(layer, lambda: layer(torch.ones(2, 4)).exp()) == 4 * 2 * (4 + 8)
-    del layer
+    def measured():
+        layer = torch.nn.Linear(4, 8)
+        kept = tuning.kept_bytes(layer, lambda: layer(torch.ones(2, 4)).exp())
+        assert kept == 4 * 2 * (4 + 8)
+        return weakref.ref(layer.weight)
+
+    gone = measured()
     gc.collect()
     assert gone() is None
 
