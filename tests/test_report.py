@@ -8,187 +8,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 
 from isingcut.errors import StageFileError
 from isingcut.files.writing import read_json, write_json
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.options.config import RunConfig
-from isingcut.report import card, words
+from isingcut.report import words
 from isingcut.report.fidelity import fidelity_warnings, ranking_warnings
-from isingcut.report.read_run import read_run
 from isingcut.report.render import fenced
 from isingcut.report.words import spectrum_map
-from run_files import healing, model_card, record, write_report
-
-N = 12
-STATES = [[2, 3], [3, 4], [10, 11]]
-
-
-def correlation(value: float | None, low: float | None, n: int = 33) -> dict[str, Any]:
-    return {
-        "spearman": value,
-        "spearman_low": low,
-        "spearman_high": None if value is None else min(1.0, value + 0.05),
-        "kendall": value,
-        "kendall_low": low,
-        "kendall_high": value,
-        "n": n,
-    }
-
-
-def measured(removed: list[int], k: int) -> dict[str, Any]:
-    return {
-        "removed": removed,
-        "energy": 0.5 + k / 8,
-        "kl": 0.4 - k / 16,
-        "kl_se": 0.0625,
-        "nll": 3.0,
-        "nll_se": 0.1,
-    }
-
-
-def run_json(model: str = "smollm2", energy: str = "pairwise") -> dict[str, Any]:
-    config = {f: getattr(RunConfig(), f) for f in ("seed", "calibration", "linear", "keep")}
-    made = {"fingerprint": "0", "options": {"remove": "5"}, "done": True}
-    stages = {
-        "calibration.safetensors": {**made, "stage": "calibration", "seconds": 1.25},
-        "spectrum.json": {**made, "stage": "solve", "seconds": 0.5},
-        "benchmarks.json": {**made, "stage": "benchmarks", "done": False},
-        "remove-5/spectrum.json": {**made, "stage": "solve", "seconds": 77.0},
-    }
-    block = {"kind": "attention+mlp", "parameters": 10**6, "bytes": 2 * 10**6}
-    return {
-        "config": {"model": model, "remove": "2", "energy": energy, **config},
-        "stages": stages,
-        "blocks": {
-            "path": "model.layers",
-            "blocks": [{"index": i, **block} for i in range(N)],
-            "total_parameters": N * 10**6,
-            "total_bytes": 2 * N * 10**6,
-            "legality": [],
-        },
-        "provenance": {
-            "isingcut": "0.1.0",
-            "python": "3.11.0",
-            "torch": "2.9.0",
-            "transformers": "5.10.0",
-            "platform": "Linux",
-            "cpu": "a CPU | with a bar",
-            "command_line": "isingcut run smollm2 --remove 2 --out r",
-            "created": "2026-01-01T00:00:00Z",
-            "model": {"name": model, "sha256": "aa11", "weight_bytes": 8},
-            "calibration": {
-                "source": "wiki",
-                "sha256": "bb22",
-                "splits": {"energy": {"samples": 4, "tokens": 40}},
-            },
-        },
-        "complete": True,
-    }
-
-
-def side(perplexity: float, blocks: int) -> dict[str, Any]:
-    return {
-        "perplexity": perplexity,
-        "perplexity_se": 0.25,
-        "nll": 3.0,
-        "nll_se": 0.01,
-        "parameters": blocks * 10**6,
-        "bytes": blocks * 2 * 10**6,
-        "blocks": blocks,
-        "prefill_tokens_per_second": 100.0,
-        "decode_tokens_per_second": 10.0,
-        "peak_memory_bytes": 5 * 10**8,
-    }
+from run_files import record, write_report
+from small_run import (
+    STATES,
+    N,
+    change,
+    correlation,
+    patch,
+    section,
+    side,
+    write_small_run,
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A finished run, removing blocks 10 and 11: the third state of its spectrum."""
-    path = tmp_path / "r"
-    path.mkdir()
-    write_json(path / "run.json", "run", run_json())
-    h = Hamiltonian(
-        np.zeros(N),
-        np.zeros((N, N)),
-        0.0,
-        unit="nats/token",
-        meta={"energy": "pairwise", "loss": "KL(original || cut)", "samples": 4, "tokens": 40},
-    )
-    h.save(path / "hamiltonian.safetensors")
-    write_json(
-        path / "spectrum.json",
-        "spectrum",
-        {
-            "n": N,
-            "unit": "nats/token",
-            "solver": "exhaustive",
-            "seconds": 0.5,
-            "proven": True,
-            "lower_bound": 0.5,
-            "info": {},
-            "states": [
-                {"rank": k, "energy": 0.5 + k / 8, "removed": s} for k, s in enumerate(STATES)
-            ],
-        },
-    )
-    rows = [measured(s, k) for k, s in enumerate(STATES)]
-    write_json(
-        path / "candidates.json",
-        "candidates",
-        {
-            "remove": "2",
-            "unit": "nats/token",
-            "energy_unit": "nats/token",
-            "samples": 3,
-            "tokens": 333,
-            "candidates": rows,
-            "random": [measured([0, 1], 5)] * 30,
-            "fidelity": {"kl": correlation(0.93, 0.81), "nll": correlation(0.9, 0.7)},
-            "fidelity_of_others": {"empirical-fisher": {"kl": correlation(-0.12, -0.4)}},
-            "chosen": {**rows[2], "position": 2, "why": "lowest measured KL"},
-            "original": {"nll": 2.5},
-            "proven": True,
-            "solver": "exhaustive",
-        },
-    )
-    (path / "model").mkdir()
-    write_json(
-        path / "model" / "isingcut.json", "removal", {"removed": [10, 11], "of": N, "model": {}}
-    )
-    write_json(
-        path / "evaluation.json",
-        "evaluation",
-        {
-            "samples": 5,
-            "tokens": 555,
-            "before": side(20.0, 12),
-            "after": side(25.0, 10),
-            "kl": 0.3125,
-            "kl_se": 0.0125,
-            "generation": {"prompt": "Why?", "before": "Because.", "after": "So ``` so."},
-            "device": "cpu",
-            "dtype": "float32",
-        },
-    )
-    return path
+    return write_small_run(tmp_path / "r")
 
 
 def page_of(folder: Path, target: Path | None = None) -> str:
     write_report(folder, target)
     return ((target or folder) / "report.md").read_text(encoding="utf-8")
-
-
-def section(page: str, title: str) -> str:
-    return page.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
-
-
-def change(path: Path, kind: str, **values: Any) -> None:
-    document = read_json(path, kind)
-    write_json(path, kind, {**document, **values})
 
 
 def test_a_finished_run_is_told_from_its_files(folder: Path) -> None:
@@ -372,65 +220,6 @@ def test_damaged_files_are_refused_and_nothing_is_written(folder: Path, tmp_path
         write_report(tmp_path / "elsewhere")
 
 
-# model card ---------------------------------------------------------------------------
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    _, head, _ = card.split("---\n", 2)
-    parsed = yaml.safe_load(head)
-    assert isinstance(parsed, dict)
-    return parsed
-
-
-def test_the_card_says_what_how_and_from_whom(folder: Path) -> None:
-    card = model_card(folder, folder, [10, 11])
-    head = front_matter(card)
-    assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert head["library_name"] == "transformers"
-    assert "isingcut" in head["tags"]
-    assert "2 of 12 blocks removed: 10, 11" in card
-    assert "arXiv:2602.00161" in card
-    assert "patent" in card
-    assert "The energy used here, `pairwise`, is not that paper's." in card
-    assert "0.2750 ± 0.0625 nats per token. As the choice was made on it" in card
-    assert "GGUF" not in card
-
-
-def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder: Path) -> None:
-    write_json(folder / "run.json", "run", run_json(energy="empirical-fisher"))
-    assert "is that paper's empirical-Fisher estimate." in model_card(folder, folder, [10, 11])
-
-
-def test_the_card_of_a_local_model_tells_no_path(folder: Path) -> None:
-    run = run_json(model="/home/someone/models/mine")
-    run["provenance"]["model"]["gguf_sha256"] = "cc33"
-    write_json(folder / "run.json", "run", run)
-    card = model_card(folder, folder, [10, 11])
-    assert "base_model" not in front_matter(card)
-    assert "/home/someone" not in card
-    assert card.count("mine") >= 2
-    assert "unpacked to bfloat16" in card
-
-
-def test_the_card_without_a_ranking_claims_no_measurement(folder: Path) -> None:
-    (folder / "candidates.json").unlink()
-    card = model_card(folder, folder, [1, 2])
-    assert "no measured ranking behind this choice" in card
-    assert "KL divergence" not in card
-
-
-def healed() -> dict[str, Any]:
-    return healing([{"step": 1, "tokens": 512, "loss": 1.0}], [10, 11], N)
-
-
-def patch(**more: Any) -> dict[str, Any]:
-    text = {"source": "-", "samples": 7, "searched": 4, "tokens": 700, "asked": 900, "short": ""}
-    cut = {"removed": [3, 4], "block": 2, "layer": "mlp.down_proj", "held_out_error_left": 0.4}
-    proof = {"inputs": "text", "difference": 1e-7, "remarks": []}
-    found = {"cuts": [cut], "changed": True, "unpatched": [], "text": text, "proof": proof}
-    return {**found, **more}
-
-
 def test_a_patch_is_told_with_its_text_and_its_proof() -> None:
     said = words.patch_story(patch())
     assert (
@@ -445,20 +234,6 @@ def test_a_patch_is_told_with_its_text_and_its_proof() -> None:
     assert "900 were asked for, but the source has no more" in said
 
 
-def test_a_card_says_whether_a_patch_was_tuned(folder: Path) -> None:
-    record(folder)
-    parts = card.card_parts(folder, folder, [10, 11])
-    plain = card.model_card({**parts, "patch": patch()})
-    assert "Nothing was trained by gradients" in plain
-    layers = [{"block": 2, "layer": "mlp.up_proj"}]
-    tuning = {"layers": layers, "steps": 9, "held_out_predictions": 99, "held_out_kl": [0.5, 0.4]}
-    tuned = card.model_card({**parts, "patch": patch(tuning=tuning)})
-    assert "tuned on the loss for a few steps" in tuned
-    assert "trained by gradients" not in tuned
-    in_vain = patch(tuning={**tuning, "held_out_kl": [0.4, 0.5]})
-    assert card.model_card({**parts, "patch": in_vain}).count("Nothing was trained") == 1
-
-
 def test_what_is_not_patched_is_said_once_or_cut_by_cut() -> None:
     refused = [{"removed": [i, i + 1], "reason": "a norm"} for i in (3, 7)]
     assert words.patch_warnings({"unpatched": refused}) == ["not patched: a norm"]
@@ -468,49 +243,6 @@ def test_what_is_not_patched_is_said_once_or_cut_by_cut() -> None:
     (worse,) = words.patch_warnings(scores)
     assert "KL is 0.5000 with it and 0.4000 without" in worse
     assert words.patch_warnings({**scores, "kl": 0.3}) == []
-
-
-def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder: Path) -> None:
-    cut = model_card(folder, folder, [10, 11])
-    parts = json.loads(json.dumps(card.card_parts(folder, folder, [10, 11])))
-    found = card.healed_card(parts, cut, healed())
-    assert front_matter(found) == front_matter(cut)
-    assert "no weight was trained" in cut
-    assert "no weight was trained" not in found
-    assert "Before the cut model was accepted" in found
-    assert "distilled from the original by low-rank adapters, merged. On 333 tokens" in found
-    assert "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00" in found
-    assert found.index("## How") < found.index("## Healed") < found.index("## Source")
-    assert "## Healed" not in cut
-
-
-def test_card_and_report_name_the_class_that_loads_the_cut(folder: Path) -> None:
-    loads_with = "AutoModelForImageTextToText"
-    record(folder)
-    parts = card.card_parts(folder, folder, [10, 11], loads_with)
-    assert f"from transformers import {loads_with}\n" in card.model_card(parts)
-    assert read_run(folder).loads_with == "AutoModelForCausalLM"
-    change(folder / "model" / "isingcut.json", "removal", card=parts)
-    assert read_run(folder).loads_with == loads_with
-
-
-def test_a_card_of_another_tool_keeps_its_text(folder: Path) -> None:
-    found = card.healed_card(None, "# mine\n\nBe careful.\n\n\n", healed())
-    assert found.startswith("# mine\n\nBe careful.\n\n## Healed\n")
-    assert "from 0.9000 to 0.5000" in found
-
-
-def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder: Path) -> None:
-    record(folder)
-    parts = card.card_parts(folder, folder, [10, 11])
-    file = folder / "model" / "isingcut.json"
-    assert card.kept_parts(folder / "model") is None
-    assert card.kept_parts(folder) is None
-    change(file, "removal", card=parts)
-    assert card.kept_parts(folder / "model") == parts
-    write_json(file, "removal", {"removed": [10], "of": N, "card": {**parts, "rows": [["one"]]}})
-    with pytest.raises(StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"):
-        card.kept_parts(folder / "model")
 
 
 def test_an_error_of_our_own_is_not_blamed_on_the_files(

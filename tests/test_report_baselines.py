@@ -12,6 +12,8 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.baselines import rival_row, rivals
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import book
+from run_files import write_report
+from small_run import section, write_small_run
 
 CHOSEN = {"removed": [1, 5], "kl": 0.5, "kl_se": 0.0625, "nll": 3.0, "nll_se": None}
 N = 12
@@ -86,10 +88,7 @@ def test_only_methods_that_keep_the_constraints_can_win():
 
 
 def test_the_report_shows_them(tmp_path: Path):
-    from run_files import write_report
-    from test_report import folder, section
-
-    run = folder.__wrapped__(tmp_path)
+    run = write_small_run(tmp_path / "r")
     for name, kl in (("sleb", 0.5), ("cbo", 0.125)):
         write_json(run / f"baseline-{name}.json", "baseline", baseline(name, kl))
     write_report(run)
