@@ -1,93 +1,31 @@
-"""Healing: training, resuming, LoRA, and what is refused."""
+"""Healing: training, resuming, LoRA, and what is trained at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from isingcut.cli.show_scores import healing_warnings
-from isingcut.console.progress import Bar
+from healings import REMOVED, Killed, curve, healed, killing, models, options, shapes, stored
 from isingcut.data.healing_text import build
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import (
-    ArchitectureError,
     InputError,
-    ModelError,
-    OutputExistsError,
     StageFileError,
 )
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
-from isingcut.healing.job import Job
 from isingcut.healing.training import room, train
 from isingcut.healing.training.student import last_parameters
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import read_checkpoint
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
-from isingcut.models.processes import Processes
 from isingcut.models.streaming.memory import Allowance
-from isingcut.options.declaration import options_from
-from isingcut.options.healing import HealConfig
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from ranks import join, launch, say_into, type_in
-from test_heal_text import write_text
+from isingcut.testing.tiny import tiny_model
 
-REMOVED = (2, 3)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`teacher`, `student` (blocks 2 and 3 cut out) and `text.jsonl`."""
-    folder = tmp_path_factory.mktemp("heal")
-    teacher = tiny_checkpoint("llama", folder / "teacher")
-    record = json.dumps({"removed": REMOVED, "of": 6})
-    excise(teacher, REMOVED, folder / "student", extra_files={"isingcut.json": record})
-    write_text(folder / "text.jsonl", 80)
-    return folder
-
-
-def options(models: Path, out: Path, **changes: Any) -> HealConfig:
-    base = {
-        "student": str(models / "student"),
-        "teacher": str(models / "teacher"),
-        "text": str(models / "text.jsonl"),
-        "out": str(out),
-        "length": 32,
-        "report_samples": 4,
-        "batch": 4,
-        "micro_batch": 2,
-        "steps": 4,
-        "save_steps": 2,
-        "learning_rate": 3e-3,
-        "patch": "none",
-        "dtype": "float32",
-        "device": "cpu",
-    }
-    return options_from(HealConfig, {**base, **changes}, "test")
-
-
-def curve(folder: Path) -> list[dict[str, Any]]:
-    steps: list[dict[str, Any]] = read_json(folder / "healing.json", "healing")["steps"]
-    return steps
-
-
-@pytest.fixture(scope="module")
-def healed(models: Path) -> Path:
-    return heal(options(models, models / "healed"))
-
-
-def shapes(folder: Path) -> dict[str, Any]:
-    return {n: (t.shape, t.dtype) for n, t in read_checkpoint(folder).items()}
+__all__ = ["healed", "models"]
 
 
 def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models: Path, healed: Path) -> None:
@@ -123,28 +61,6 @@ def test_the_first_loss_is_the_divergence_of_the_cut_model(models: Path, tmp_pat
     assert first["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-class Killed(Exception):
-    pass
-
-
-def killing(after: int) -> Callable[..., Any]:
-    """A progress that raises when the training has made so many steps."""
-
-    @contextlib.contextmanager
-    def progress(description: str, total: float) -> Iterator[Bar]:
-        class _Bar:
-            done = 0.0
-
-            def advance(self, steps: float = 1, note: str = "") -> None:
-                self.done += steps
-                if description.startswith("healing") and self.done >= after:
-                    raise Killed
-
-        yield _Bar()
-
-    return progress
-
-
 @pytest.mark.parametrize("method", ["full", "lora", "last:2"])
 def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     models: Path, healed: Path, tmp_path: Path, method: str
@@ -162,11 +78,6 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     for name, tensor in one.items():
         pair = [t.file.read_bytes()[t.start : t.start + t.size] for t in (tensor, two[name])]
         assert pair[0] == pair[1], name
-
-
-def stored(folder: Path) -> dict[str, bytes]:
-    found = read_checkpoint(folder).items()
-    return {n: t.file.read_bytes()[t.start : t.start + t.size] for n, t in found}
 
 
 def test_the_last_blocks_and_the_head_alone_are_trained(models: Path, tmp_path: Path) -> None:
@@ -227,72 +138,6 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_a_batch_is_shared_by_all_processes_alike(models: Path, tmp_path: Path) -> None:
-    teacher = load(models / "teacher", dtype="float32", device="cpu")
-    tokens = TokenSet.from_rows([[1, 2, 3]] * 4)
-    config = options(models, tmp_path / "out", batch=3)
-    two = Processes(0, 2)
-    job = Job(teacher, REMOVED, models / "student", tokens, tmp_path, config, processes=two)
-    with pytest.raises(InputError, match="a multiple of the number of processes, here 2"):
-        train.train(job, tmp_path / "out")
-
-
-def _types(said: Path, *arguments: object) -> None:
-    """The command line, in one of the processes of a launcher."""
-    say_into(said)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    type_in(*arguments)
-
-
-def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: Path) -> None:
-    """Same global batch, half of it in each of two gloo processes."""
-    config = options(models, tmp_path / "out", micro_batch=1)
-    told = {k: v for k, v in vars(config).items() if v not in (None, False, "")}
-    told.pop("student")
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in told.items() if k != "top_steps"]
-    said = tmp_path / "said"
-    ranks, _store = launch(2, _types, said, "--debug", "heal", config.student, *flags)
-    assert join(ranks) == [0, 0], said.read_text()
-    found = read_json(tmp_path / "out" / "healing.json", "healing")
-    assert found["processes"] == 2
-    for mine, theirs in zip(found["steps"], curve(healed), strict=True):
-        assert mine["tokens"] == theirs["tokens"]
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    one, two = (load(f, dtype="float32").model.state_dict() for f in (healed, tmp_path / "out"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
-
-
-def _two_minds(config: HealConfig, dtypes: Path, said: Path) -> None:
-    """Heal, where only rank 0's trial finds bfloat16 faster; which dtype the teacher has."""
-    from isingcut.healing import heal as home
-    from isingcut.models import device
-
-    say_into(said)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    rank = os.environ["RANK"]
-    device._bfloat16_is_faster = lambda: rank == "0"  # type: ignore[assignment]
-    torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
-
-    def noted(folder: Path, **options: Any) -> Any:
-        loaded = load(folder, **options)
-        if str(folder).endswith("teacher"):
-            dtypes.with_suffix(f".{rank}").write_text(str(loaded.dtype))
-        return loaded
-
-    home.load = noted  # type: ignore[assignment]
-    home.heal(config)
-
-
-def test_processes_heal_in_the_dtype_that_the_main_one_picks(models: Path, tmp_path: Path) -> None:
-    config = options(models, tmp_path / "out", micro_batch=1, steps=1, dtype="auto")
-    said = tmp_path / "said"
-    ranks, _store = launch(2, _two_minds, config, tmp_path / "dtype", said)
-    assert join(ranks) == [0, 0], said.read_text()
-    picked = {(tmp_path / f"dtype.{rank}").read_text() for rank in (0, 1)}
-    assert picked == {"torch.bfloat16"}
-
-
 def test_lora_is_merged_into_a_plain_checkpoint(models: Path, tmp_path: Path) -> None:
     out = heal(options(models, tmp_path / "out", method="lora", lora_rank=4))
     found = read_json(out / "healing.json", "healing")
@@ -337,63 +182,6 @@ def test_gradient_checkpointing_changes_nothing(models: Path, healed: Path, tmp_
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_patch_and_distillation_together(models: Path, tmp_path: Path) -> None:
-    out = heal(options(models, tmp_path / "out", patch="linear", steps=2))
-    found = read_json(out / "healing.json", "healing")
-    assert found["patch"]["scores"]["kl"] < found["before"]["kl"]
-    assert len(found["steps"]) == 2
-    alone = heal(options(models, tmp_path / "alone", patch="linear", method="none"))
-    other = read_json(alone / "healing.json", "healing")
-    assert other["after"]["kl"] == pytest.approx(found["patch"]["scores"]["kl"], rel=1e-6)
-    assert other["steps"] == []
-
-
-def test_the_patch_is_the_default_once(models: Path, tmp_path: Path) -> None:
-    default: dict[str, Any] = {"patch": None, "method": "none"}
-    out = heal(options(models, tmp_path / "out", **default))
-    found = read_json(out / "healing.json", "healing")
-    assert found["options"]["patch"] == "tuned"
-    assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
-    # What is healed already is not the exact cut, which a patch is fitted for.
-    with pytest.raises(InputError, match="is healed already, and a patch is fitted to the exact"):
-        heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
-    again = heal(options(models, tmp_path / "again", student=str(out), steps=1, patch=None))
-    further = read_json(again / "healing.json", "healing")
-    assert (further["start"], further["options"]["patch"]) == ("healed", "none")
-    assert "patch" not in further
-
-
-def test_where_nothing_can_be_patched_healing_goes_on(models: Path, tmp_path: Path) -> None:
-    headless = tmp_path / "headless"
-    record = json.dumps({"removed": [0], "of": 6})
-    excise(models / "teacher", [0], headless, extra_files={"isingcut.json": record})
-    given: dict[str, Any] = {"student": str(headless), "steps": 1}
-    out = heal(options(models, tmp_path / "out", **given, patch=None))
-    found = read_json(out / "healing.json", "healing")
-    (warning,) = healing_warnings(found)
-    assert warning.startswith("not patched: block 0 is removed")
-    assert (len(found["steps"]), found["options"]["patch"]) == (1, "none")
-    for asked in ({"patch": "linear"}, {"patch": None, "method": "none"}):
-        with pytest.raises(ArchitectureError, match="block 0 is removed"):
-            heal(options(models, tmp_path / "no", **given, **asked))
-
-
-def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(
-    models: Path, tmp_path: Path
-) -> None:
-    student = tmp_path / "trained"
-    trained = load(models / "student", dtype="float32", device="cpu")
-    with torch.no_grad():
-        trained.model.lm_head.weight.mul_(1.01)
-    trained.model.save_pretrained(student)
-    for name in ("isingcut.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(models / "student" / name, student / name)
-    out = heal(options(models, tmp_path / "out", student=str(student), steps=1, patch=None))
-    found = read_json(out / "healing.json", "healing")
-    assert "patch" not in found
-    assert "logits" in found["unpatched"][0]["reason"]
-
-
 def test_training_in_half_precision(models: Path, tmp_path: Path) -> None:
     half = load(models / "student", dtype="bfloat16", device="cpu")
     half.model.save_pretrained(tmp_path / "half")
@@ -412,60 +200,3 @@ def test_further_training_arguments(models: Path, tmp_path: Path) -> None:
     heal(options(models, tmp_path / "out", steps=1, trainer=str(tmp_path / "t.yaml")))
     with pytest.raises(InputError, match="adam_beta9"):
         heal(options(models, tmp_path / "no", steps=1, trainer=str(tmp_path / "bad.yaml")))
-
-
-def test_a_cut_by_another_tool_is_recognised_by_its_weights(
-    models: Path, healed: Path, tmp_path: Path
-) -> None:
-    foreign = tmp_path / "foreign"
-    shutil.copytree(models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json"))
-    with pytest.raises(InputError, match="leave --stream-teacher out"):
-        heal(options(models, tmp_path / "s", student=str(foreign), stream_teacher=True, top_k=4))
-    out = heal(options(models, tmp_path / "out", student=str(foreign)))
-    assert curve(out) == curve(healed)
-    found = read_json(out / "healing.json", "healing")
-    assert (found["removed"], found["of"]) == ([2, 3], 6)
-    again = heal(options(models, tmp_path / "again", student=str(out), steps=1))
-    assert read_json(again / "healing.json", "healing")["removed"] == [2, 3]
-
-
-def test_other_weights_are_not_taken_for_a_cut(models: Path, tmp_path: Path) -> None:
-    merged = load(models / "student", dtype="float32", device="cpu")
-    with torch.no_grad():
-        next(iter(merged.model.get_submodule("model.layers.2").parameters())).mul_(1.5)
-    merged.model.save_pretrained(tmp_path / "merged")
-    merged.tokenizer.save_pretrained(tmp_path / "merged")
-    with pytest.raises(InputError, match="its block 2 is no block of teacher behind its block 1"):
-        heal(options(models, tmp_path / "a", student=str(tmp_path / "merged")))
-    (tmp_path / "merged" / "isingcut.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match="no readable record of a cut"):
-        heal(options(models, tmp_path / "b", student=str(tmp_path / "merged")))
-    with pytest.raises(InputError, match="is no checkpoint"):
-        heal(options(models, tmp_path / "c", student=str(tmp_path)))
-
-
-def test_what_is_refused(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="last:5: the cut model has 4 blocks"):
-        heal(options(models, tmp_path / "a", method="last:5"))
-    with pytest.raises(InputError, match="lacks no block of teacher"):
-        heal(options(models, tmp_path / "b", student=str(models / "teacher")))
-    with pytest.raises(InputError, match="a model of 6 blocks, but the teacher"):
-        heal(options(models, tmp_path / "c", teacher=str(models / "student")))
-    with pytest.raises(InputError, match="student, which this command reads"):
-        heal(options(models, models / "student"))
-    with pytest.raises(OutputExistsError):
-        heal(options(models, tmp_path))
-    further = tmp_path / "t.yaml"
-    further.write_text("weight_decay: 1e+35\n", encoding="utf-8")
-    blown = {"learning_rate": 10.0, "warmup_steps": 0, "trainer": str(further)}
-    with pytest.raises(ModelError, match="lower --learning-rate"):
-        heal(options(models, tmp_path / "d", **blown))
-    for bad in (
-        {"method": "qlora"},
-        {"method": "last:0"},
-        {"steps": 0},
-        {"method": "none"},
-        {"top_k": 4, "temperature": 2.0},
-    ):
-        with pytest.raises(InputError):
-            options(models, tmp_path / "e", **bad).validate()

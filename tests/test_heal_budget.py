@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from healings import Killed, curve, killing, models, options, stored
 from isingcut.cli.main import app
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError, IsingcutError
@@ -18,7 +19,6 @@ from isingcut.healing.training import budget
 from isingcut.options.config import RunConfig
 from isingcut.options.healing import HealConfig
 from isingcut.runs.healing_options import heal_config
-from test_heal import Killed, curve, killing, models, options, stored
 
 __all__ = ["models"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from healings import Killed, curve, killing, models, options, stored
 from isingcut.cli.show_scores import healing_warnings
 from isingcut.data.tokens import TokenSet
 from isingcut.files.writing import read_json
@@ -18,7 +19,6 @@ from isingcut.healing.judging import Domains, Race, Verdict, difference
 from isingcut.healing.training.watch import at_the_end
 from isingcut.report.words import healing_words
 from ranks import join, launch, say_into, type_in
-from test_heal import Killed, curve, killing, models, options, stored
 
 __all__ = ["models"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from healings import write_text
 from isingcut.cli.main import app
 from isingcut.errors import InputError
 from isingcut.files.writing import read_json
@@ -19,7 +20,6 @@ from isingcut.runs import pipeline
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import leave_speed_out
-from test_heal_text import write_text
 from test_tasks import arc, lines
 
 

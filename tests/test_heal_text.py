@@ -5,25 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from torch import Tensor
 
+from healings import WORDS, write_text
 from isingcut.data.healing_text import build
 from isingcut.errors import CalibrationError
 from isingcut.healing.training import kl as kl
 from isingcut.testing.tiny import tiny_tokenizer
-
-WORDS = ["cold", "river", "ran", "below", "stone", "bridge", "while", "old", "farmers", "spoke"]
-
-
-def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
-    rng = np.random.default_rng(seed)
-    lines = [
-        json.dumps({"text": " ".join(rng.choice(WORDS, 12)) + f" {i}."}) for i in range(documents)
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 def test_no_document_is_trained_on_and_reported(tmp_path: Path) -> None:

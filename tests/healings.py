@@ -1,0 +1,105 @@
+"""A tiny teacher and its cut student, healed once, for the tests of healing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isingcut.console.progress import Bar
+from isingcut.files.writing import read_json
+from isingcut.healing.heal import heal
+from isingcut.models.checkpoint.read import read_checkpoint
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.options.declaration import options_from
+from isingcut.options.healing import HealConfig
+from isingcut.testing.tiny import tiny_checkpoint
+
+REMOVED = (2, 3)
+WORDS = ["cold", "river", "ran", "below", "stone", "bridge", "while", "old", "farmers", "spoke"]
+
+
+def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    lines = [
+        json.dumps({"text": " ".join(rng.choice(WORDS, 12)) + f" {i}."}) for i in range(documents)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`teacher`, `student` (blocks 2 and 3 cut out) and `text.jsonl`."""
+    folder = tmp_path_factory.mktemp("heal")
+    teacher = tiny_checkpoint("llama", folder / "teacher")
+    record = json.dumps({"removed": REMOVED, "of": 6})
+    excise(teacher, REMOVED, folder / "student", extra_files={"isingcut.json": record})
+    write_text(folder / "text.jsonl", 80)
+    return folder
+
+
+def options(models: Path, out: Path, **changes: Any) -> HealConfig:
+    base = {
+        "student": str(models / "student"),
+        "teacher": str(models / "teacher"),
+        "text": str(models / "text.jsonl"),
+        "out": str(out),
+        "length": 32,
+        "report_samples": 4,
+        "batch": 4,
+        "micro_batch": 2,
+        "steps": 4,
+        "save_steps": 2,
+        "learning_rate": 3e-3,
+        "patch": "none",
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return options_from(HealConfig, {**base, **changes}, "test")
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = read_json(folder / "healing.json", "healing")["steps"]
+    return steps
+
+
+@pytest.fixture(scope="module")
+def healed(models: Path) -> Path:
+    return heal(options(models, models / "healed"))
+
+
+class Killed(Exception):
+    pass
+
+
+def killing(after: int) -> Callable[..., Any]:
+    """A progress that raises when the training has made so many steps."""
+
+    @contextlib.contextmanager
+    def progress(description: str, total: float) -> Iterator[Bar]:
+        class _Bar:
+            done = 0.0
+
+            def advance(self, steps: float = 1, note: str = "") -> None:
+                self.done += steps
+                if description.startswith("healing") and self.done >= after:
+                    raise Killed
+
+        yield _Bar()
+
+    return progress
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    found = read_checkpoint(folder).items()
+    return {n: t.file.read_bytes()[t.start : t.start + t.size] for n, t in found}
+
+
+def shapes(folder: Path) -> dict[str, Any]:
+    return {n: (t.shape, t.dtype) for n, t in read_checkpoint(folder).items()}

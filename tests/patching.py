@@ -1,0 +1,58 @@
+"""Fitted patches, and what enters and leaves a layer, for the tests of patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isingcut.data.tokens import TokenSet
+from isingcut.healing.healers.linear_patch import LinearPatch, Patch
+from isingcut.measure.work import Work
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
+
+
+def tokens(samples: int = 12, length: int = 24, seed: int = 0) -> TokenSet:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(8, 262, (samples, length), generator=generator).tolist()
+    return TokenSet.from_rows([row[: length - 3 * (i % 3)] for i, row in enumerate(rows)])
+
+
+def fitted(model: Any, removed: Sequence[int], text: TokenSet, **options: Any) -> list[Patch]:
+    stack = find_stack(model)
+    replay = Replay(model, stack_modules(model, stack))
+    return LinearPatch(**options).fit(replay, stack.kinds, text, removed, Work(96)).patches
+
+
+@contextmanager
+def watched(model: Any, block: int, path: str) -> Iterator[dict[str, Tensor]]:
+    """Streams and the layer's input in an ordinary forward pass."""
+    found: dict[str, Tensor] = {}
+    module = model.model.layers[block]
+
+    def inner(m: Any, args: Any, output: Any) -> None:
+        found["read"], found["written"] = args[0].double(), output.double()
+
+    def outer(m: Any, args: Any, output: Any) -> None:
+        found["stream"] = (output[0] if isinstance(output, tuple) else output).double()
+
+    handles = [
+        module.get_submodule(path).register_forward_hook(inner),
+        module.register_forward_hook(outer),
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def streams(model: Any, text: TokenSet, block: int) -> Tensor:
+    """What leaves a block of the intact model, (tokens, D), real tokens only."""
+    with watched(model, block, "mlp.down_proj") as found, torch.no_grad():
+        model(text.input_ids, use_cache=False)
+    return found["stream"][text.mask]
