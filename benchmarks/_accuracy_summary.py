@@ -45,7 +45,6 @@ def collect(bench: Bench, path: Path) -> dict[str, Any]:
         "provenance": {
             **versions(),
             "model": {**model_identity(bench.original.folder), "name": o.model},
-            "dtype": str(bench.original.dtype),
         },
         "tasks": tasks,
         "original": {"accuracy": answers("original", "original")},
