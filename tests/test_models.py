@@ -180,11 +180,18 @@ def test_the_trial_takes_the_faster_dtype(
 
     def linear(a: torch.Tensor, b: torch.Tensor) -> None:
         assert a.dtype == b.dtype
+        assert torch.get_num_threads() == 1
         clock[0] += 2.0 if a.dtype == slow else 1.0
 
     monkeypatch.setattr("torch.nn.functional.linear", linear)
     monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
-    assert device._bfloat16_is_faster.__wrapped__() is (slow is torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert device._bfloat16_is_faster.__wrapped__() is (slow is torch.float32)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_identity_follows_weights_and_config_but_not_the_writer(

@@ -68,15 +68,19 @@ def _bfloat16_is_faster() -> bool:
 
     AVX512-BF16 does not say: an Intel Xeon whose AMX is hidden (a virtual machine) has it and takes
     1.5 to 2 times as long in bfloat16. Takes about 0.1 s; the fastest of many rounds in turns
-    counts, as other work on the machine only ever slows one down.
+    counts, as other work on the machine only ever slows one down. On one thread: several wait for
+    each other, and where others compute as well, one may never be undisturbed.
     """
     import torch
 
+    from isingcut.models.compute.tuning import few_threads
+
     seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    operands = {d: [torch.ones(n, 1024, dtype=d) for n in (256, 1024)] for d in seconds}
-    for _ in range(20):
-        for dtype, (a, b) in operands.items():
-            began = time.perf_counter()
-            torch.nn.functional.linear(a, b)
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
+    operands = {d: [torch.ones(n, 1024, dtype=d) for n in (64, 1024)] for d in seconds}
+    with few_threads(1):
+        for _ in range(20):
+            for dtype, (a, b) in operands.items():
+                began = time.perf_counter()
+                torch.nn.functional.linear(a, b)
+                seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
     return seconds[torch.bfloat16] < seconds[torch.float32]
