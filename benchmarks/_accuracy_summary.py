@@ -10,6 +10,7 @@ from _accuracy_parts import GENERATED, Bench
 from _accuracy_states import OURS, SCALED
 from _healing_summary import difference, mean_accuracy, right
 from _healing_work import KIND, key
+from isingcut.errors import InputError
 from isingcut.files import documents
 from isingcut.files.provenance import versions
 from isingcut.files.writing import read_json, write_json
@@ -99,8 +100,13 @@ def restore(bench: Bench, path: Path) -> None:
     """Put what a results file holds into the work folder, as finished parts.
 
     No checkpoint comes back: a model that more is to be asked of is repaired again.
+
+    Raises:
+        InputError: it was made with other options; of a task that it lacks any number of questions
+            may be asked.
     """
     found = read_json(path, RESULTS)
+    _same_options(bench, found, path)
     asked: dict[str, dict[str, Any]] = {f"shared/{t}": {} for t in found["tasks"]}
     asked |= {f"losses/{t}": {} for t in bench.judged_names}
     parts: dict[str, dict[str, Any]] = {}
@@ -141,6 +147,19 @@ def restore(bench: Bench, path: Path) -> None:
     for name, content in parts.items():
         if not bench.done(name):
             write_json(bench.path(name), KIND, content)
+
+
+def _same_options(bench: Bench, found: dict[str, Any], path: Path) -> None:
+    theirs = dict(found["settings"])
+    counts = theirs.pop("questions")
+    mine = {k: getattr(bench.options, k) for k in theirs}
+    for task in [*found["tasks"], *GENERATED]:
+        theirs[task], mine[task] = counts.get(task, counts["each"]), bench.questions(task)
+    for name, value in theirs.items():
+        if mine[name] != value:
+            raise InputError(
+                f"{path} was made with {name} {value}, not {mine[name]}; give the same"
+            )
 
 
 def show(found: dict[str, Any]) -> None:

