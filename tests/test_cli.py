@@ -397,6 +397,19 @@ def test_a_log_of_a_short_task_has_only_its_end(capsys):
     assert capsys.readouterr().err == "measuring: done, took 4 s\n"
 
 
+def test_the_time_left_of_work_that_goes_on_is_that_of_new_steps(capsys):
+    now = [0.0]
+    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
+    bar.advance(10)
+    for _ in range(2):
+        now[0] += 60
+        bar.advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "measuring: 50%, 9 min left",
+        "measuring: 60%, 8 min left",
+    ]
+
+
 def test_unknown_totals_and_durations(capsys):
     bar = progress.PlainBar("solving", 0)
     bar.advance(1, "lowest energy 1")

@@ -69,6 +69,8 @@ QUIET_SECONDS = 5.0
 class PlainBar:
     """For logs: tells of tenths passed with the time left and the best so far, and of the end.
 
+    The pace is that behind the first steps told of: of work that goes on those were done before.
+
     Args:
         description: what is being done.
         total: its steps.
@@ -81,6 +83,7 @@ class PlainBar:
         self.description, self.total, self.done, self.said = description, total, 0.0, 0
         self.note, self.clock, self.began = "", clock, clock()
         self.last = self.began
+        self.first: tuple[float, float] | None = None
 
     def advance(self, steps: float = 1, note: str = "") -> None:
         """Count ``steps`` more, and say so when a tenth is passed and some time with it."""
@@ -90,9 +93,11 @@ class PlainBar:
             return
         tenth = min(9, int(10 * self.done / self.total + 1e-9))
         now = self.clock()
+        since, before = self.first or (self.began, 0.0)
+        self.first = self.first or (now, self.done)
         if tenth > self.said and now - self.last >= QUIET_SECONDS:
             self.said, self.last = tenth, now
-            left = (now - self.began) * (self.total / self.done - 1)
+            left = (now - since) * (self.total - self.done) / max(self.done - before, 1e-9)
             self._say(f"{10 * tenth}%", f"{duration(left)} left")
 
     def finish(self) -> None:

@@ -190,8 +190,9 @@ def measure(
         chosen_attention(replay),
     ):
         head = OutputHead(replay)
-        for key in kept.keys():  # noqa: SIM118
-            bar.advance(blocks_run(Piece.read(key)), fill(key))
+        words = {key: fill(key) for key in kept.keys()}  # noqa: SIM118
+        done = sum(blocks_run(Piece.read(key)) for key in words)
+        bar.advance(done, next(filter(None, reversed(words.values())), ""))
         size = replay.processes.size
         todo = left(kept.keys(), len(batches), len(order), size, 2 * n / per_batch)
         own, bar = kept.share([piece.key for piece in todo], bar)
