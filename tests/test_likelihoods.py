@@ -55,7 +55,7 @@ def test_likelihoods_are_the_harness_s(model: Asked) -> None:
     requests = [(("", str(i)), list(ids[:-k]), list(ids[-k:])) for i, (ids, k) in enumerate(rows)]
     plain = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4)
     answers = Answers(model.replay, states_of(len(model.replay), [()]), Work(128))
-    ours = Harness(loaded, lambda asked: answers.of(0, asked))
+    ours = Harness(loaded, lambda asked: answers.of(0, asked), lambda prompts, write: [])
     expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
     found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [best for _, best in found] == [best for _, best in expected]

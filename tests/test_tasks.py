@@ -16,9 +16,10 @@ import pytest
 
 from isingcut.errors import InputError, UnknownNameError
 from isingcut.evaluation import local_tasks
+from isingcut.evaluation.benchmark import benchmark, row
 from isingcut.evaluation.paired import compare_scores, mcnemar
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, benchmark, row, score
+from isingcut.evaluation.scores import Asked, score
 from isingcut.models.load import load
 from shared import Shared
 
@@ -264,7 +265,7 @@ def test_rows_resume_and_refuse_other_questions(
     def broken(*arguments: Any, **rest: Any) -> Any:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("isingcut.evaluation.scores.score", broken)
+    monkeypatch.setattr("isingcut.evaluation.benchmark.score", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]
     monkeypatch.undo()
     scores = score(models["original"], prepare_task("arc_easy", tmp_path, None))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
+from isingcut.evaluation.generations import Prompt, Writer
 from isingcut.evaluation.likelihoods import Answer, Row
 from isingcut.models.text_alone import text_model
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel
 
 Answering = Callable[[Sequence[Row]], Sequence[Answer]]
+Writing = Callable[[Sequence[Prompt], Writer], list[str]]
 
 
 class Harness(HFLM):  # type: ignore[misc]
@@ -26,24 +27,16 @@ class Harness(HFLM):  # type: ignore[misc]
     Args:
         loaded: the model.
         answers: the likelihoods that are asked for.
-        batch: sequences that are generated at a time.
-        generating: entered while text is generated: what makes the model the one that is asked.
+        texts: those that are asked for, of prompts and of what writes some of them at a time.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        answers: Answering,
-        batch: int = 8,
-        generating: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, answers: Answering, texts: Writing) -> None:
         super().__init__(
             pretrained=text_model(loaded.model),
             tokenizer=loaded.tokenizer,
-            batch_size=batch,
             softmax_dtype="float32",
         )
-        self.answers, self.generating = answers, generating
+        self.answers, self.texts = answers, texts
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **rest: Any) -> Any:
         # As the harness makes its inputs: cut on the left.
@@ -51,7 +44,14 @@ class Harness(HFLM):  # type: ignore[misc]
         rows = [(tuple((c + a)[-longest:]), min(len(a), longest - 1)) for _, c, a in requests]
         return list(self.answers(rows))
 
-    def generate_until(self, *args: Any, **rest: Any) -> Any:
+    def generate_until(self, requests: Any, *args: Any, **rest: Any) -> Any:
         """As the harness's, of the model that is asked."""
-        with self.generating():
-            return super().generate_until(*args, **rest)
+        generate = super().generate_until
+
+        def write(some: Sequence[int]) -> Sequence[str]:
+            self.batch_size_per_gpu = len(some)
+            found: list[str] = generate([requests[i] for i in some], disable_tqdm=True)
+            return found
+
+        prompts = [(tuple(self.tok_encode(r.args[0])), dict(r.args[1])) for r in requests]
+        return self.texts(prompts, write)

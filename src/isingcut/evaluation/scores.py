@@ -1,14 +1,13 @@
-"""Benchmark scores of two models on the same questions, with lm-evaluation-harness as the engine.
+"""Scores of models on benchmark tasks, question by question; lm-evaluation-harness is the engine.
 
-task names -> harness tasks -> scores of each question, for both models -> paired comparison
+a task -> the harness's objects of it -> likelihoods and texts, of all states -> scores
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,25 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isingcut.console.progress import Part, Progress, silent
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import InputError
 from isingcut.evaluation.certainty import certainties
+from isingcut.evaluation.generations import Generations, Prompt, Writer
 from isingcut.evaluation.likelihoods import Answer, Answers, Row
-from isingcut.evaluation.paired import compare_scores
-from isingcut.evaluation.questions import Prepared, called, prepare_task, quiet
-from isingcut.files.writing import fingerprint, read_json, write_json
+from isingcut.evaluation.questions import Prepared, quiet
+from isingcut.files.writing import read_json, write_json
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.replay import Replay
-from isingcut.models.sources import model_identity
-from isingcut.options.types import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from isingcut.evaluation.harness import Harness
     from isingcut.models.load import LoadedModel
 
-_ARRAYS = ("values", "certainties")
+ARRAYS = ("values", "certainties")
 _PREFERRED = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
 
 
@@ -66,12 +62,12 @@ class Scores:
         """What `save` kept."""
         content = read_json(path, "scores")
         rest = {name: content[name] for name in ("task", "metric", "questions", "shots")}
-        values, certain = (np.array(content[k], dtype=np.float64) for k in _ARRAYS)
+        values, certain = (np.array(content[k], dtype=np.float64) for k in ARRAYS)
         return cls(values=values, certainties=certain, **rest)
 
     def save(self, path: Path) -> None:
         """Keep them while the other model is asked."""
-        lists = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        lists = {name: getattr(self, name).tolist() for name in ARRAYS}
         write_json(path, "scores", {**vars(self), **lists})
 
 
@@ -92,82 +88,6 @@ class Asked:
         """A model in memory."""
         blocks = stack_modules(loaded.model, find_stack(loaded.model))
         return cls(loaded, Replay(loaded.model, blocks))
-
-
-def benchmark(
-    models: Mapping[str, Asked],
-    tasks: Sequence[str],
-    *,
-    data: Path | None = None,
-    questions: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    but: Collection[str] = (),
-    kept: Path | None = None,
-    progress: Progress = silent,
-) -> list[dict[str, Any]]:
-    """Rows of `benchmarks.json`: the second model against the first, task by task.
-
-    Args:
-        models: two, by name; rows call them ``original`` and ``cut``.
-        tasks: local task names, or with no ``data`` any task of the harness, or files of questions.
-        data: folder of the local tasks' questions; None uses the hub.
-        questions: at most so many a task.
-        batch_tokens: tokens computed at a time.
-        but: questions to leave out, by their `question_key`.
-        kept: folder for finished tasks, so that an interrupted call goes on.
-
-    Raises:
-        InputError: as `questions.check_tasks`, or a task without a score by question.
-    """
-    assert len(models) == 2
-    prepared = [prepare_task(name, data, questions) for name in tasks]
-    left_out = frozenset(but)
-    wanted = (lambda key: key not in left_out) if left_out else None
-    rows = []
-    with progress("benchmarks", 2 * len(prepared)) as bar:
-        for task in prepared:
-            pair = []
-            for name, model in models.items():
-                place, part = None, Part(bar, 1)
-                if kept is not None:
-                    place = place_of(kept, task, model.loaded, [questions, *sorted(left_out)])
-                if place is not None and place.exists():
-                    found = Scores.load(place)
-                else:
-                    found = score(model, task, Work(batch_tokens, part), wanted=wanted)
-                    if place is not None:
-                        found.save(place)
-                part.finish(f"{task.name}, {name}: {found.values.mean():.3f}")
-                pair.append(found)
-            rows.append(row(*pair))
-    return rows
-
-
-def row(original: Scores, cut: Scores) -> dict[str, Any]:
-    """One row of `benchmarks.json`.
-
-    Raises:
-        InputError: the two were not scored on the same questions.
-    """
-    if original.questions != cut.questions or original.metric != cut.metric:
-        raise InputError(f"the two models were scored on different questions of {original.task}")
-    found = compare_scores(original.values, cut.values)
-    return {
-        "task": original.task,
-        "metric": original.metric.removesuffix(",none"),
-        "shots": original.shots,
-        "original": found.first,
-        "original_se": found.first_se,
-        "cut": found.second,
-        "cut_se": found.second_se,
-        "difference": found.second - found.first,
-        "difference_low": found.low,
-        "difference_high": found.high,
-        "n": found.n,
-        "p_value": found.p_value,
-        "test": found.test,
-        "more_than_noise": found.more_than_noise,
-    }
 
 
 def score(
@@ -196,7 +116,7 @@ def score_states(
 
     Args:
         removed: each state's blocks.
-        work: how it is computed.
+        work: how it is computed; a journal of it holds the answers to one task.
         wanted: whether to ask a question, by its key; None asks all.
 
     Raises:
@@ -205,21 +125,24 @@ def score_states(
     work, (loaded, replay) = work or Work(), (model.loaded, model.replay)
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
     answers = Answers(replay, states, work, task.name)
-    stack, batch = find_stack(loaded.model), max(1, work.batch_tokens // 128)
+    texts, stack = Generations(replay, states, work, task.name), find_stack(loaded.model)
     shown = sys.stderr
 
+    # Only the harness is quiet: where these compute a bar moves.
     def answer(state: int, rows: Sequence[Row]) -> Sequence[Answer]:
-        # Only the harness is quiet: here a bar moves.
         with contextlib.redirect_stderr(shown):
             return answers.of(state, rows)
+
+    def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
+        with contextlib.redirect_stderr(shown), skipped(loaded.model, stack, removed[state]):
+            return texts.of(state, prompts, write)
 
     with quiet():
         from isingcut.evaluation.harness import Harness
 
         found = []
-        for s, blocks in enumerate(removed):
-            generating = partial(skipped, loaded.model, stack, blocks)
-            engine = Harness(loaded, partial(answer, s), batch, generating)
+        for s in range(len(removed)):
+            engine = Harness(loaded, partial(answer, s), partial(generate, s))
             found.append(_asked(engine, task, wanted))
     return found
 
@@ -276,25 +199,3 @@ def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
         ):
             return metric
     raise InputError(f"{task} has no score by question that could be compared")
-
-
-def place_of(kept: Path, task: Prepared, loaded: LoadedModel, asked: Any) -> Path:
-    """Where the scores of one model on one task are kept.
-
-    Args:
-        asked: what else they depend on, JSON-able.
-    """
-    model = model_identity(loaded.folder)["sha256"]
-    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), asked, _ARRAYS])
-    return kept / f"{task.name}-{identity}.json"
-
-
-def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
-    """Delete the finished tasks in a folder, and the folder where nothing else is in it."""
-    for name in map(called, tasks):
-        for path in kept.glob(f"{glob.escape(name)}-*.json"):
-            with contextlib.suppress(StageFileError):
-                read_json(path, "scores")
-                path.unlink()
-    with contextlib.suppress(OSError):
-        kept.rmdir()

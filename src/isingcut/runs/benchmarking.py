@@ -8,16 +8,10 @@ from typing import Any
 
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
+from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of, keep, place_of
 from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
-from isingcut.evaluation.scores import (
-    Asked,
-    Scores,
-    benchmark,
-    forget_scores,
-    place_of,
-    score_states,
-)
+from isingcut.evaluation.scores import Asked, Scores, score_states
 from isingcut.evaluation.wikitext import text_scores
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import fingerprint, read_json, write_json
@@ -123,11 +117,12 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
             new = [i for i, place in enumerate(places) if not place.exists()]
             part = Part(bar, len(keys) * len(left))
             if new:
-                work = Work(session.tuning.batch_tokens, part)
+                journal = journal_of(places[new[0]])
+                work = Work(session.tuning.batch_tokens, part, journal)
                 only = frozenset(keys).__contains__
                 asked = score_states(model, tasks[name], [left[i] for i in new], work, wanted=only)
                 for i, scores in zip(new, asked, strict=True):
-                    scores.save(places[i])
+                    keep(scores, places[i])
             found = [Scores.load(place) for place in places]
             right, blocks = max(
                 (float(s.values.mean()), listed(r)) for s, r in zip(found, left, strict=True)
@@ -167,7 +162,7 @@ def benchmarks(
     """Stage `benchmarks`: `benchmarks.json`, both models on the same questions.
 
     Args:
-        tasks: task names, see `scores.benchmark`; ``wikitext2`` is its perplexity.
+        tasks: task names, see `benchmark.benchmark`; ``wikitext2`` is its perplexity.
         removed: the cut model is the one without these blocks, instead of the chosen one.
         data: folder of the questions; None uses the hub.
         questions: at most so many a task.
@@ -186,22 +181,26 @@ def benchmarks(
         **({"left_out": fingerprint(but)} if but else {}),
     }
 
+    work = checkpoint.with_name(".benchmarks")
+
     def make(path: Path) -> None:
         session.tuned(folder)
-        work = checkpoint.with_name(".benchmarks")
         content = score_both(
             session, checkpoint, tasks, data=data, questions=questions, but=but, kept=work
         )
         write_json(path, "benchmarks", content)
-        forget_scores(work, tasks)
 
-    return folder.stage(
+    found = folder.stage(
         "benchmarks",
         checkpoint.with_name("benchmarks.json"),
         options,
         make,
         lambda path: read_json(path, "benchmarks"),
     )
+    # Not before the stage is recorded as done: a kill in between would cost all of it.
+    if not folder.processes.rank:
+        forget_scores(work, tasks)
+    return found
 
 
 def score_both(

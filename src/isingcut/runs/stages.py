@@ -14,6 +14,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation import candidates
+from isingcut.evaluation.benchmark import forget_scores
 from isingcut.evaluation.quality import (
     before_and_after,
     evaluate_streamed,
@@ -22,7 +23,6 @@ from isingcut.evaluation.quality import (
     with_speed,
 )
 from isingcut.evaluation.questions import named
-from isingcut.evaluation.scores import forget_scores
 from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
