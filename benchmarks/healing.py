@@ -123,6 +123,8 @@ def drive(bench: Bench) -> None:
             flush=True,
         )
         print(f"{'':13}took {bench.run(part) / 60:.1f} min", flush=True)
+    if o.only and not tried:
+        print(f"no part that is left and can be named now begins with {' or '.join(o.only)}")
 
 
 def work(bench: Bench) -> None:

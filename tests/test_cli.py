@@ -1,6 +1,5 @@
 """The command line as people and scripts meet it: help, JSON, quiet, colours, exit codes."""
 
-import contextlib
 import json
 import os
 import re
@@ -14,11 +13,8 @@ import yaml
 
 import isingcut
 from isingcut.cli import main as cli
-from isingcut.console import progress
-from isingcut.data.calibration import Calibration
 from isingcut.files.outputs import MARKER
 from isingcut.files.writing import read_json
-from isingcut.measure.losses import measure
 from isingcut.report.card import card_parts, model_card
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -368,84 +364,3 @@ def test_help_imports_nothing_heavy():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-# Progress ------------------------------------------------------------------------------------
-
-
-def test_a_log_gets_tenths_with_the_time_left_and_the_best(capsys):
-    now = [0.0]
-    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
-    for k in range(20):
-        now[0] += 60
-        bar.advance(1, f"lowest KL so far {1 / (k + 1):.2f}" if k % 2 else "")
-    bar.advance(0, "lowest KL so far 0.04")
-    bar.finish()
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 10
-    assert lines[0] == "measuring: 10%, 18 min left, lowest KL so far 0.50"
-    assert lines[-1] == "measuring: done, took 20 min, lowest KL so far 0.04"
-
-
-def test_a_log_of_a_short_task_has_only_its_end(capsys):
-    now = [0.0]
-    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
-    for _ in range(20):
-        now[0] += 0.2
-        bar.advance(1)
-    bar.finish()
-    assert capsys.readouterr().err == "measuring: done, took 4 s\n"
-
-
-def test_the_time_left_of_work_that_goes_on_is_that_of_new_steps(capsys):
-    now = [0.0]
-    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
-    bar.advance(10)
-    for _ in range(2):
-        now[0] += 60
-        bar.advance(1)
-    assert capsys.readouterr().err.splitlines() == [
-        "measuring: 50%, 9 min left",
-        "measuring: 60%, 8 min left",
-    ]
-
-
-def test_unknown_totals_and_durations(capsys):
-    bar = progress.PlainBar("solving", 0)
-    bar.advance(1, "lowest energy 1")
-    assert capsys.readouterr().err == ""
-    assert [progress.duration(s) for s in (0.4, 8.4, 260, 9000)] == ["0 s", "8 s", "4 min", "2.5 h"]
-
-
-def test_a_terminal_gets_a_bar(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress.terminal("measuring", 2) as bar:
-        bar.advance(1, "lowest KL so far [0.5]")
-        bar.advance(1)
-    shown = capsys.readouterr()
-    assert "lowest KL so far [0.5]" in shown.err
-    assert "left" in shown.err
-    assert shown.out == ""
-
-
-def test_measuring_reports_the_best_so_far(finished):
-    """The note beside the bar is the lowest mean KL of the samples seen."""
-    notes = []
-
-    class Bar:
-        def advance(self, steps=1, note=""):
-            notes.extend([note] if note else [])
-
-    @contextlib.contextmanager
-    def record(description, total):
-        yield Bar()
-
-    run = isingcut.open_run(finished, progress=record)
-    split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
-    found = measure(
-        run._session.replay, split, run.spectrum.states, batch_tokens=16, progress=record
-    )
-    assert len(notes) == 3
-    assert notes[-1] == f"lowest KL so far {found.kl.min():.4f}"

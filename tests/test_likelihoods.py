@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.console.progress import Part, terminal
+from isingcut.console.progress import terminal
 from isingcut.evaluation.certainty import certainties, tempered
 from isingcut.evaluation.likelihoods import Answers, Row, answer_scores
 from isingcut.evaluation.questions import prepare_task
@@ -145,30 +145,6 @@ def test_a_killed_measurement_goes_on(
     assert sum(batches) - batches[3] == len({ids[:-1] for ids, _ in rows})
     for found, expected in zip(again, whole, strict=True):
         assert np.array_equal(found, expected)
-
-
-def test_a_part_counts_its_share_of_a_bar() -> None:
-    class Bar:
-        def __init__(self) -> None:
-            self.done, self.notes = 0.0, list[str]()
-
-        def advance(self, steps: float = 1, note: str = "") -> None:
-            self.done += steps
-            self.notes.append(note)
-
-    bar = Bar()
-    part = Part(bar, 4)
-    with part("first", 8) as inner:
-        inner.advance(2)
-    assert bar.done == 1
-    # What is left is parted anew.
-    with part("second", 2) as inner:
-        inner.advance(1)
-        assert bar.done == 2.5
-        inner.advance(5)
-    assert bar.done == 4
-    part.finish("done")
-    assert (bar.done, bar.notes) == (4, ["first", "second", "second", "done"])
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "hellaswag", "winogrande", "lambada"])

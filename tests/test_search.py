@@ -26,7 +26,6 @@ from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
-from isingcut.options.spellings import parse_effort
 from journals import count_rows, keep_rows
 from tiny import tiny_model
 
@@ -372,26 +371,6 @@ def test_refined_energy_keeps_what_was_found(replay: Replay, tokens: TokenSet) -
 def test_a_search_needs_a_removal(replay: Replay, tokens: TokenSet) -> None:
     with pytest.raises(InputError, match="--remove"):
         Refined().measure(replay, tokens, WORK)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", (None, False)),
-        ("150", (150.0, False)),
-        ("150 passes", (150.0, False)),
-        ("20min", (20.0, True)),
-        ("2h", (120.0, True)),
-    ],
-)
-def test_effort_is_read(text: str, expected: tuple[float | None, bool]) -> None:
-    assert parse_effort(text) == expected
-
-
-@pytest.mark.parametrize("text", ["-3", "many", "0min", "nan"])
-def test_effort_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(InputError, match="expected passes"):
-        parse_effort(text)
 
 
 def test_effort_in_minutes_is_settled_once(

@@ -114,3 +114,23 @@ def test_healings(text, wanted):
 def test_what_is_no_healing(text):
     with pytest.raises(InputError, match="expected a time"):
         spellings.parse_healing(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", (None, False)),
+        ("150", (150.0, False)),
+        ("150 passes", (150.0, False)),
+        ("20min", (20.0, True)),
+        ("2h", (120.0, True)),
+    ],
+)
+def test_effort_is_read(text, expected):
+    assert spellings.parse_effort(text) == expected
+
+
+@pytest.mark.parametrize("text", ["-3", "many", "0min", "nan"])
+def test_effort_that_cannot_be_read(text):
+    with pytest.raises(InputError, match="expected passes"):
+        spellings.parse_effort(text)
