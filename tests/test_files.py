@@ -2,8 +2,12 @@
 
 import errno
 import os
+import shutil
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files.outputs import MARKER
@@ -75,6 +79,21 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         half()
     assert not os.listdir(tmp_path)
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights_in_it(tmp_path):
+    """safetensors leaves what it writes to its owner alone."""
+    save_file({"a": torch.zeros(3)}, tmp_path / "alone.safetensors")
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "d") as temporary:
+            shutil.copy(tmp_path / "alone.safetensors", temporary / "model.safetensors")
+            (temporary / "run.sh").touch(0o700)
+    finally:
+        os.umask(before)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "d").iterdir()}
+    assert modes["model.safetensors"] == 0o640
+    assert modes["run.sh"] == 0o700
 
 
 def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -125,6 +126,10 @@ def atomic_folder(
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
+            for file in temporary.rglob("*"):
+                # So libraries leave what they write aside first (safetensors its weights).
+                if stat.S_IMODE(file.lstat().st_mode) == 0o600:
+                    file.chmod(0o666 & ~_umask())
             mark(temporary)
             if os.path.lexists(path):
                 # It may have come into being since.
