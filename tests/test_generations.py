@@ -52,6 +52,21 @@ def written(model: Asked, work: Work, state: int = 0) -> list[str]:
     return found
 
 
+def kill_after(goes: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Once, after so many; returns how many texts each writes."""
+    counts, generate = list[int](), HFLM._model_generate
+
+    def killed(self: Any, context: torch.Tensor, **rest: Any) -> Any:
+        if len(counts) == goes:
+            counts.append(0)
+            raise KeyboardInterrupt
+        counts.append(len(context))
+        return generate(self, context, **rest)
+
+    monkeypatch.setattr(HFLM, "_model_generate", killed)
+    return counts
+
+
 def gsm8k(folder: Path, count: int) -> Path:
     (folder / "gsm8k").mkdir(parents=True)
     for name, size in (("test", count), ("train", 8)):
@@ -94,18 +109,9 @@ def test_prompts_of_one_go_fit_some_micro_batches(
 def test_a_killed_run_goes_on_at_the_texts_that_are_left(
     model: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, generate = Work(10, journal=tmp_path / "texts.journal"), HFLM._model_generate
+    work = Work(10, journal=tmp_path / "texts.journal")
     whole = [written(model, Work(10), state) for state in (0, 1)]
-    counts = list[int]()
-
-    def killed(self: Any, context: torch.Tensor, **rest: Any) -> Any:
-        if len(counts) == 5:
-            counts.append(0)
-            raise KeyboardInterrupt
-        counts.append(len(context))
-        return generate(self, context, **rest)
-
-    monkeypatch.setattr(HFLM, "_model_generate", killed)
+    counts = kill_after(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         [written(model, work, state) for state in (0, 1)]
     assert [written(model, work, state) for state in (0, 1)] == whole
@@ -128,16 +134,8 @@ def test_a_killed_benchmark_goes_on_within_a_task(
     model: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, kept = gsm8k(tmp_path / "data", 5), tmp_path / "kept"
-    models, generate, counts = {"a": model, "b": model}, HFLM._model_generate, list[int]()
-
-    def killed(self: Any, context: torch.Tensor, **rest: Any) -> Any:
-        if len(counts) == 3:
-            counts.append(0)
-            raise KeyboardInterrupt
-        counts.append(len(context))
-        return generate(self, context, **rest)
-
-    monkeypatch.setattr(HFLM, "_model_generate", killed)
+    models = {"a": model, "b": model}
+    counts = kill_after(3, monkeypatch)
     options: dict[str, Any] = {"data": data, "kept": kept, "batch_tokens": 64}
     with pytest.raises(KeyboardInterrupt):
         benchmark(models, ["gsm8k"], **options)
