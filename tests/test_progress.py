@@ -86,6 +86,28 @@ def test_measuring_reports_the_best_so_far(finished):
     assert notes[-1] == f"lowest KL so far {found.kl.min():.4f}"
 
 
+def test_what_a_killed_measurement_had_is_counted_at_once(finished, tmp_path):
+    """The pace of new steps begins behind it."""
+    told = []
+
+    class Bar:
+        def advance(self, steps=1, note=""):
+            told.append((steps, note))
+
+    @contextlib.contextmanager
+    def record(description, total):
+        told.append(total)
+        yield Bar()
+
+    run = isingcut.open_run(finished)
+    split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
+    measured = {"batch_tokens": 16, "progress": record, "journal": tmp_path / "journal"}
+    for _ in range(2):
+        told.clear()
+        found = measure(run._session.replay, split, run.spectrum.states, **measured)
+    assert told == [told[0], (told[0], f"lowest KL so far {found.kl.min():.4f}")]
+
+
 def test_a_part_counts_its_share_of_a_bar() -> None:
     class Bar:
         def __init__(self) -> None:
