@@ -101,7 +101,7 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(
 ) -> None:
     room = type("Room", (), {"left": 0})()
     monkeypatch.setattr(tuning, "allowance", lambda *given: room)
-    with pytest.raises(FitError, match="GB beside the model"):
+    with pytest.raises(FitError, match="GB of host memory"):
         tuned(tiny_model("llama"), tokens())
     model = tiny_model("llama")
     blocks = stack_modules(model, find_stack(model))

@@ -41,9 +41,8 @@ from isingcut.healing.patch.fitting import Fitting
 from isingcut.healing.training.tune import parted, tune
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.cutting.verify import verify
+from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.proof import verify_streamed
 
 __all__ = ["LinearPatch"]
 

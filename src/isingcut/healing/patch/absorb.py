@@ -34,8 +34,8 @@ class Write:
         module: the layer.
         scale: what its output is multiplied by before it is added (Granite's multiplier).
         transposed: the layer is GPT-2's `Conv1D`, which holds its weight as (F, D).
-        weight: the weight as (D, F), float64.
-        bias: the bias (D,), float64; None for a layer without one.
+        weight: the weight as (D, F).
+        bias: the bias (D,); None for a layer without one.
     """
 
     path: str
@@ -49,14 +49,14 @@ class Write:
     def of(cls, path: str, module: Any, scale: float) -> Write:
         """The layer as it is now."""
         transposed = not isinstance(module, nn.Linear)
-        weight, bias = module.weight.detach().double(), module.bias
+        weight, bias = module.weight.detach().clone(), module.bias
         return cls(
             path,
             module,
             scale,
             transposed,
             weight.T if transposed else weight,
-            None if bias is None else bias.detach().double(),
+            None if bias is None else bias.detach().clone(),
         )
 
 

@@ -104,11 +104,14 @@ class ApproximateCut:
 
         strength, error = best_strength(left)
         # Not a number is no gain either.
-        return Best(ridge_map(fit + held, strength), strength, error) if error < 1 else None
+        if not error < 1:
+            return None
+        fit.absorb(held)
+        return Best(ridge_map(fit, strength), strength, error)
 
     def _moments(self, gained: Gained) -> list[Moments]:
         """Second moments of the rows to fit and of those held out."""
-        moments = moments_for(gained.write, self.reads, self.original[0].device)
+        moments = moments_for(gained.write, self.original[0].device, reads=self.reads)
         alive = gained.channels != 0
         gains = torch.where(alive, gained.channels, 1.0)
         for b, recording in enumerate(self.recordings):

@@ -14,8 +14,9 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.healing.patch.absorb import Write, observe
 from isingcut.healing.patch.files import Patch
-from isingcut.healing.patch.least_squares import Moments, fit_ridge
+from isingcut.healing.patch.least_squares import Moments, bytes_of, fit_ridge
 from isingcut.models.replay import Recording
+from isingcut.models.streaming.memory import allowance
 
 _HELD_OUT_EVERY = 4
 
@@ -51,15 +52,16 @@ class ExactCut:
             None where no map is better than none on the rows held out.
         """
         device = original[0].device
-        moments = moments_for(self.write, self.reads, device)
+        moments = moments_for(self.write, device, reads=self.reads)
         for b, (output, x) in enumerate(self.seen):
             target = original[b].double() - output.double()
             weights = weights_of(original[b])
             for side, rows in zip(moments, sides(batches, b, device), strict=True):
                 side.add(x[rows], target[rows], weights[rows])
         solution = fit_ridge(*moments)
+        change = solution.map.to(device)
         for b, (output, x) in enumerate(self.seen):
-            patched[b] = (output.double() + x.double() @ solution.map.T).to(output.dtype)
+            patched[b] = (output.double() + x.double() @ change.T).to(output.dtype)
         if solution.strength is None:
             return None
         weight, bias = folded(solution.map, self.write, reads=self.reads)
@@ -103,7 +105,9 @@ def features(read: Tensor, written: Tensor, write: Write, *, reads: bool) -> Ten
 
 def folded(change: Tensor, write: Write, *, reads: bool) -> tuple[Tensor, Tensor | None]:
     """The layer's new weight and bias: the change of the stream, undone by the scale."""
-    weight, bias = write.weight, write.bias
+    change = change.cpu()
+    weight = write.weight.cpu().double()
+    bias = None if write.bias is None else write.bias.cpu().double()
     if not reads:
         # The layer's output v becomes v + map v / s.
         weight = weight + change @ weight / write.scale
@@ -116,14 +120,20 @@ def folded(change: Tensor, write: Write, *, reads: bool) -> tuple[Tensor, Tensor
     return (weight.T if write.transposed else weight).contiguous(), bias
 
 
-def moments_for(write: Write, reads: bool, device: torch.device) -> list[Moments]:
-    """Empty second moments of the rows to fit and of those held out."""
+def features_of(write: Write, *, reads: bool) -> int:
+    """How many features a map has: what the layer writes, or what it reads."""
     width, size = write.weight.shape
     if not reads:
-        size = width
-    elif write.bias is not None:
-        size += 1
-    return [Moments(size, width, device) for _ in range(2)]
+        return int(width)
+    return int(size) + (write.bias is not None)
+
+
+def moments_for(write: Write, device: torch.device, *, reads: bool) -> list[Moments]:
+    """Empty second moments of the rows to fit and of those held out, where there is room."""
+    size = features_of(write, reads=reads)
+    if bytes_of(size) > allowance("", device).left:
+        device = torch.device("cpu")
+    return [Moments(size, write.weight.shape[0], device) for _ in range(2)]
 
 
 def sides(batches: Sequence[TokenSet], b: int, device: torch.device) -> tuple[Tensor, Tensor]:

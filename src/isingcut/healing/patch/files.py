@@ -163,13 +163,17 @@ class _Swap:
     def __init__(self, patch: Patch) -> None:
         self._patch = patch
         self._before: dict[str, Any] = {}
+        self._placed: dict[str, nn.Parameter] = {}
 
     def enter(self, module: nn.Module, args: Any) -> None:
         own: dict[str, Any] = module._parameters
         for name, value in (("weight", self._patch.weight), ("bias", self._patch.bias)):
             if value is not None:
                 self._before[name] = own[name]
-                own[name] = nn.Parameter(value.to(own[name]), requires_grad=False)
+                if name not in self._placed:
+                    placed = nn.Parameter(value.to(own[name]), requires_grad=False)
+                    self._placed[name] = placed
+                own[name] = self._placed[name]
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(self._before)
@@ -183,8 +187,9 @@ class Patch:
     Attributes:
         block: the kept block, by its number in the original.
         path: the layer inside the block.
-        weight: (D, F) float64, or (F, D) for a transposed layer: as the layer holds it.
-        bias: (D,) float64, None for a layer without one.
+        weight: (D, F), or (F, D) for a transposed layer: as the layer holds it. On the CPU, in
+            float64 where it was fitted, float32 where it was tuned, or as it is stored.
+        bias: (D,), None for a layer without one.
         record: what was fitted, JSON-able.
     """
 

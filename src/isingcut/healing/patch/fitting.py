@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.healing.patch.absorb import Write, find_write
 from isingcut.healing.patch.approximate import ApproximateCut
-from isingcut.healing.patch.exact import ExactCut, observed
+from isingcut.healing.patch.exact import ExactCut, features_of, observed
 from isingcut.healing.patch.files import Patch, StoredLayers
 from isingcut.healing.patch.gains import gained_writes
+from isingcut.healing.patch.least_squares import bytes_of
 from isingcut.models.replay import Replay
+from isingcut.models.streaming.memory import allowance
 
 _NOTHING_BEFORE = (
     "block 0 is removed, so that nothing stands before the first cut to absorb a patch; heal by "
@@ -82,8 +85,8 @@ class Fitting:
         write = find_write(recording, block, p, self._original[0], kind)
         if write is None or unfit(self._replay, self._stored, p, write.path, write.module):
             return None
-        self._check_room(write)
-        return observed(self._recordings, self._patched, p, last, write, reads=self._reads)
+        reads = self._reads_for(write)
+        return observed(self._recordings, self._patched, p, last, write, reads=reads)
 
     def _approximate(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
         """The patch of a layer that writes to the stream but for a gain."""
@@ -97,7 +100,6 @@ class Fitting:
                 if reason:
                     reasons.append(reason)
                 else:
-                    self._check_room(gained.write)
                     usable.append(gained)
             cut = ApproximateCut(
                 self._recordings,
@@ -107,7 +109,7 @@ class Fitting:
                 last,
                 entered,
                 self._original,
-                self._reads,
+                all(self._reads_for(gained.write) for gained in usable[:_CANDIDATES]),
             )
             patch = cut.fitted(usable[:_CANDIDATES])
             if patch is not None:
@@ -130,16 +132,23 @@ class Fitting:
             assert isinstance(i, int)
             yield i
 
-    def _check_room(self, write: Write) -> None:
-        """Refuse more tokens than a streamed model leaves memory for.
+    def _reads_for(self, write: Write) -> bool:
+        """Whether to map what a layer reads; where its moments do not fit, what it writes.
 
         Raises:
-            FitError: with what to lower.
+            FitError: neither fits, or the streams of so many tokens do not beside a streamed model.
         """
         width, size = write.weight.shape
+        host = allowance("", torch.device("cpu")).left
+        reads = self._reads and bytes_of(features_of(write, reads=True)) <= host
+        if not reads and bytes_of(width) > host:
+            raise FitError(
+                f"fitting a patch to a stream of {width} channels needs "
+                f"{bytes_of(width) / 1e9:.1f} GB of host memory, and {host / 1e9:.1f} GB are free"
+            )
         stream = sum(self._replay.stream_bytes(batch) for batch in self._batches)
-        # Both models' streams, a block's output and what its layer reads; second moments, doubled.
-        needed = stream * (3 + size / width) + 4 * 8 * size * size
+        # Both models' streams, a block's output and what its layer reads.
+        needed = stream * (3 + size / width)
         room = self._replay.room(self._batches[0])
         if needed > room:
             raise FitError(
@@ -147,6 +156,7 @@ class Fitting:
                 f"{needed / 1e9:.2f} GB beside the streamed model, and {room / 1e9:.2f} GB are "
                 "left; give fewer --patch-tokens"
             )
+        return reads
 
 
 def unfit(replay: Replay, stored: StoredLayers | None, block: int, path: str, module: Any) -> str:

@@ -20,7 +20,7 @@ from isingcut.models.streaming.memory import allowance
 from isingcut.options.types import BATCH_TOKENS
 
 # More tokens at a time save nothing that is worth their memory.
-_MOST = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+_MOST = {"cpu": 2048, "cuda": 16384}
 # Of the sample whose activations are counted.
 _COUNTED = 512
 

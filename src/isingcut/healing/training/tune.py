@@ -41,7 +41,7 @@ EPOCHS = 2
 STEP_TOKENS = 2048
 """Predictions of an optimiser step, about."""
 BYTES = 20
-"""Memory for a number that is tuned: itself, its gradient, two moments, the best so far."""
+"""Host memory for a number that is tuned: itself, its gradient, two moments, the best so far."""
 RATE, WIDTH = 0.004, 576
 """The highest change of a weight in one step, over the root mean square of its layer's weights, in
 a model whose stream is so wide; in wider ones it is less, since more of them change at once."""
@@ -88,9 +88,10 @@ def tune(
     """Go on from fitted patches.
 
     Cost: one pass of the original over the tokens, and `EPOCHS` forward and backward passes of the
-    patched model from the first cut on. Memory: `BYTES` for each number that is tuned, the streams
-    of all tokens twice, and the activations of one micro-batch. Where not all linear layers fit,
-    those that write to the stream are tuned alone.
+    patched model from the first cut on. Memory: `BYTES` of the host for each number that is tuned,
+    of the device a copy of the layers, its gradient, the streams of all tokens twice, and the
+    activations of one micro-batch. Where not all linear layers fit the host, those that write to
+    the stream are tuned alone.
 
     Args:
         replay: the original model, in memory.
@@ -119,7 +120,7 @@ def tune(
         for one in found
         if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
     ]
-    layers = _that_fit(replay, [one for one in found if not unfit(replay, stored, *one[:3])])
+    layers = _that_fit([one for one in found if not unfit(replay, stored, *one[:3])])
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(beside[0], len(replay)) if i not in set(removed)]
     parts = min(len(train.batches), max(1, round(train.predictions / STEP_TOKENS)))
@@ -137,7 +138,11 @@ def tune(
                 group["lr"] = rate * group["size"] * _share(taken, steps)
             for batch in train.part(epoch, at, parts):
                 train.backward(batch, suffix)
+                for layer in tuned.values():
+                    layer.collect()
             optimiser.step()
+            for layer in tuned.values():
+                layer.place()
             optimiser.zero_grad()
             bar.advance(1)
             if at == parts - 1:
@@ -155,15 +160,13 @@ def tune(
     return Tuned([p for p in patches if (p.block, p.path) not in best] + new, record)
 
 
-def _that_fit(
-    replay: Replay, layers: Sequence[tuple[int, str, Any, bool]]
-) -> list[tuple[int, str, Any]]:
-    """All layers, or those that write to the stream, as far as memory goes.
+def _that_fit(layers: Sequence[tuple[int, str, Any, bool]]) -> list[tuple[int, str, Any]]:
+    """All layers, or those that write to the stream, as far as host memory goes.
 
     Args:
         layers: block, path, module, and whether it is as wide as the stream.
     """
-    room = allowance("", replay.device).left
+    room = allowance("", torch.device("cpu")).left
     for wanted in (layers, [one for one in layers if one[3]]):
         needed = BYTES * sum(module.weight.numel() for _, _, module, _ in wanted)
         if wanted and needed <= room:
@@ -171,32 +174,55 @@ def _that_fit(
     if not layers:
         raise FitError("the blocks beside the cuts have no linear layer that can be tuned")
     raise FitError(
-        f"tuning a patch needs {needed / 1e9:.1f} GB beside the model, and {room / 1e9:.1f} GB "
-        "are left"
+        f"tuning a patch needs {needed / 1e9:.1f} GB of host memory, and {room / 1e9:.1f} GB are "
+        "left"
     )
 
 
 class _Layer:
-    """A layer whose weights are tuned in float32."""
+    """A layer whose weights are tuned: in float32 on the CPU, with a copy that the model uses.
+
+    Attributes:
+        weight: what the optimiser steps.
+        used: its copy in the layer's dtype on the layer's device; itself where that is the same.
+    """
 
     def __init__(self, module: Any, fitted: Patch | None) -> None:
         self.module, self.fitted = module, fitted
-        start: Tensor = module.weight if fitted is None else fitted.weight
-        self.weight = nn.Parameter(start.detach().float().to(module.weight.device).clone())
+        own: Tensor = module.weight
+        start = own if fitted is None else fitted.weight
+        self.weight = nn.Parameter(start.detach().float().cpu().clone())
+        self.used: Tensor = self.weight
+        if (own.device, own.dtype) != (self.weight.device, self.weight.dtype):
+            self.used = self.weight.detach().to(own).requires_grad_(True)
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
-        self.bias = None if bias is None else bias.detach().to(module.weight.device)
+        self.bias = None if bias is None else bias.detach().to(own.device)
         self.size = float(self.weight.detach().square().mean().sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
+        weight = self.used.to(x.dtype)
         if not isinstance(self.module, nn.Linear):
             weight = weight.T
         return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
+    def collect(self) -> None:
+        """Add the gradient of one micro-batch."""
+        if self.used is self.weight or self.used.grad is None:
+            return
+        gradient = self.used.grad.cpu().float()
+        self.used.grad = None
+        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+
+    @torch.no_grad()
+    def place(self) -> None:
+        """Let the model use the weights as they are now."""
+        if self.used is not self.weight:
+            self.used.copy_(self.weight)
+
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
-        bias = None if self.bias is None else self.bias.double()
+        bias = None if self.bias is None else self.bias.cpu()
         record = {} if self.fitted is None else self.fitted.record
-        return Patch(*key, weight.double(), bias, record)
+        return Patch(*key, weight, bias, record)
 
 
 @dataclass(eq=False)

@@ -118,7 +118,7 @@ class Watch(TrainerCallback):
             self.began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        sums = self.sums.float() if self.sums.device.type == "mps" else self.sums.clone()
+        sums = self.sums.clone()
         if self.job.processes.size > 1:
             torch.distributed.all_reduce(sums)
         self.sums.zero_()
