@@ -2,7 +2,7 @@
 
 The values must be the CPU's own, to rounding: what is compiled for the CPU (the losses over the
 vocabulary) is computed another way on a device. What this cannot see is said in
-`fake_device`.
+`isingcut.testing.cards`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import pytest
 import torch
 
 import isingcut
-from fake_device import DEVICE, MixedDevicesError, fake_device
 from isingcut.data import generation, self_text
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.evaluator import Evaluator
@@ -49,6 +48,7 @@ from isingcut.models.cutting.verify import verify
 from isingcut.models.replay import Replay
 from isingcut.models.streaming import store
 from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from test_baselines import part
 
@@ -57,8 +57,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def device():
-    with fake_device() as lent:
-        yield lent
+    with fake_cards() as (card,):
+        yield card.device
 
 
 @pytest.fixture
@@ -269,21 +269,20 @@ def test_a_step_that_leaves_a_tensor_behind_fails(
     STEPS[step](Place(CPU, folder))
     # The first pass over a model says in one line of ours what stopped it.
     stopped = (MixedDevicesError, ArchitectureError)
-    with pytest.raises(stopped, match="same device"), fake_device() as device:
-        STEPS[step](Place(device, folder))
+    with pytest.raises(stopped, match="same device"), fake_cards() as (card,):
+        STEPS[step](Place(card.device, folder))
 
 
 @pytest.mark.slow
 def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch):
-    for place in ("models.load", "runs.joining", "runs.prices"):
-        monkeypatch.setattr(f"isingcut.{place}.pick_device", lambda name: DEVICE)
     # An operation there takes a thousand times that of a CPU: few tokens, and one doubling.
     monkeypatch.setattr(tuning, "_MOST_TOKENS", 2 * tuning.BATCH_TOKENS)
     monkeypatch.setattr(tuning, "_ROUNDS", 1)
     monkeypatch.setitem(verify.__kwdefaults__, "new_tokens", 3)
     monkeypatch.setitem(evaluate.before_and_after.__kwdefaults__, "new_tokens", 3)
-    with fake_device():
+    with fake_cards() as (card,):
         isingcut.run(
+            device=str(card.device),
             model=str(shared.checkpoint(num_hidden_layers=4)),
             calibration=str(text),
             out=str(tmp_path / "run"),
@@ -297,14 +296,14 @@ def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch
             report_samples=3,
             dtype="float32",
         )
-    assert str(DEVICE) in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert str(card.device) in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
 def mixed(operation: Callable[..., Any]) -> bool:
     """Whether an operation on (device, CPU, number on the CPU) is refused for its devices."""
     try:
-        with fake_device() as device:
-            operation(torch.ones(3, device=device), torch.ones(3), torch.tensor(2.0))
+        with fake_cards() as (card,):
+            operation(torch.ones(3, device=card.device), torch.ones(3), torch.tensor(2.0))
     except MixedDevicesError:
         return True
     return False
@@ -337,8 +336,8 @@ def test_tensors_meet_by_the_rules_of_a_gpu(refused, operation):
 
 
 def test_a_mix_that_the_code_catches_is_not_forgotten():
-    with pytest.raises(MixedDevicesError), fake_device() as device, suppress(RuntimeError):
-        torch.ones(2, device=device) + torch.ones(2)
+    with pytest.raises(MixedDevicesError), fake_cards() as (card,), suppress(RuntimeError):
+        torch.ones(2, device=card.device) + torch.ones(2)
 
 
 def test_new_numbers_take_the_place_of_a_parameters(device):

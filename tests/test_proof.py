@@ -19,8 +19,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.difference import relative_difference
 from isingcut.models.cutting.generation import check_generation
 from isingcut.models.cutting.images import with_images
-from isingcut.models.cutting.verify import random_tokens, verify
-from isingcut.models.streaming.proof import verify_streamed
+from isingcut.models.cutting.verify import random_tokens, verify, verify_streamed
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.report.read_run import read_run
 from isingcut.testing.architectures import check_family

@@ -11,11 +11,11 @@ import isingcut
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation import quality as evaluate
 from isingcut.measure.losses import measure
+from isingcut.models.cutting import verify
 from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.verify import verify_streamed
 from isingcut.models.load import load
-from isingcut.models.streaming import proof
 from isingcut.models.streaming.memory import Allowance, allowance, container_room, weight_bytes
-from isingcut.models.streaming.proof import verify_streamed
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
@@ -82,14 +82,14 @@ def test_a_cut_is_proven_block_by_block(llama, cut, monkeypatch):
 
 def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, tmp_path, monkeypatch):
     replay = streamed(llama)
-    build = proof.open_model
+    build = verify.open_model
 
     def wrong(*args, **kwargs):
         model, store, memory = build(*args, **kwargs)
         model.model.layers[2].self_attn.layer_idx = 1
         return model, store, memory
 
-    monkeypatch.setattr(proof, "open_model", wrong)
+    monkeypatch.setattr(verify, "open_model", wrong)
     with pytest.raises(VerificationError, match=r"does not generate|another token than without"):
         verify_streamed(replay, [1, 4], cut, new_tokens=6)
 
@@ -129,7 +129,7 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     # All that takes the name is imported before: it would keep what stands there now.
     run = isingcut.run
     monkeypatch.setattr("isingcut.models.load.load", never)
-    monkeypatch.setattr("isingcut.runs.stages.load", never)
+    monkeypatch.setattr("isingcut.models.cutting.sharing.load", never)
     monkeypatch.setattr("isingcut.models.cutting.verify.reload", never)
     options = {
         "model": str(llama),

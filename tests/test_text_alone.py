@@ -11,9 +11,8 @@ from isingcut.evaluation.quality import quality
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import random_tokens, reload, verify
+from isingcut.models.cutting.verify import random_tokens, reload, verify, verify_streamed
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.proof import verify_streamed
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.models.text_alone import image_needed, text_model
 

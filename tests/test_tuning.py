@@ -18,6 +18,7 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute import tuning
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.tuning import Tuning, tune
+from isingcut.models.device import few_threads
 from isingcut.models.replay import Replay
 from tiny import tiny_model
 
@@ -238,7 +239,7 @@ def test_threads_that_the_environment_names_are_left_alone(cores, monkeypatch, n
 
 @pytest.mark.parametrize(("most", "during"), [(None, 8), (3, 3), (8, 8), (64, 8)])
 def test_threads_are_limited_for_a_while_and_never_raised(cores, most, during):
-    with contextlib.suppress(ZeroDivisionError), tuning.few_threads(most):
+    with contextlib.suppress(ZeroDivisionError), few_threads(most):
         assert torch.get_num_threads() == during
         raise ZeroDivisionError
     assert torch.get_num_threads() == 8

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from isingcut.data.generation import decode_tokens
+from isingcut.models.device import device_module
 from isingcut.models.load import load
 from isingcut.models.text_alone import text_model
 
@@ -23,10 +24,8 @@ def main(arguments: list[str]) -> None:
     loaded = load(Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1")
     prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
     decode_tokens(text_model(loaded.model), prompt, 4)
-    if loaded.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(loaded.device)
-    else:
-        peak = resident_peak()
+    module = device_module(loaded.device)
+    peak = resident_peak() if module is None else module.max_memory_allocated(loaded.device)
     print(json.dumps({"peak_memory_bytes": peak}))
 
 

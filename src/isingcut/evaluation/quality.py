@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
-from isingcut.evaluation.speed import SPEED_KEYS, speed_and_memory
+from isingcut.evaluation.speed import SPEED_KEYS, speed
 from isingcut.files.writing import without_header, without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
@@ -47,10 +48,9 @@ def before_and_after(
     prompt: str = "Explain in two sentences why the sky is blue.",
     new_tokens: int = 48,
     skip_speed: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Quality, size, speed and memory of both models, as `evaluation.json` keeps them.
+    """Quality, size and speed of both models, as `evaluation.json` keeps them.
 
     Speed is measured with all the threads that torch takes on this machine, whatever a run
     measures its losses with.
@@ -59,16 +59,13 @@ def before_and_after(
         tokens: the report split.
         batch_tokens: tokens computed at a time.
         prompt: for one greedy generation of at most ``new_tokens`` by each model.
-        skip_speed: leave out speed and memory; ``not_measured`` names the keys.
-        trust_remote_code: for the subprocesses that measure memory.
+        skip_speed: leave out speed; ``not_measured`` names the keys.
     """
     both = {"before": original, "after": cut}
     found = quality(original.model, cut.model, tokens, batch_tokens, progress=progress)
     figures: dict[str, dict[str, Any]] = {name: {} for name in both}
     if not skip_speed:
-        figures = speed_and_memory(
-            both, tokens, trust_remote_code=trust_remote_code, progress=progress
-        )
+        figures = _speeds(both, tokens, progress)
     texts = {}
     # Once for both: a chat template is rendered by a process of its own.
     ids = prompt_ids(original.tokenizer, prompt)
@@ -84,7 +81,7 @@ def before_and_after(
 
 
 def evaluate_streamed(
-    original: StreamedReplay,
+    original: LoadedModel | StreamedReplay,
     cut: StreamedReplay,
     tokens: TokenSet,
     *,
@@ -97,13 +94,14 @@ def evaluate_streamed(
     has no speed that says anything about the model.
 
     Args:
-        original, cut: on the same buffers.
+        original: streamed on the same buffers, or in memory.
         tokens: the report split.
         batch_tokens: tokens computed at a time.
     """
-    found = quality(original, cut, tokens, batch_tokens, progress=progress)
+    before = original if isinstance(original, StreamedReplay) else original.model
+    found = quality(before, cut, tokens, batch_tokens, progress=progress)
     both = {"before": original, "after": cut}
-    figures = {name: _size(replay.model, replay.store.folder) for name, replay in both.items()}
+    figures = {name: _size(side.model, side.folder) for name, side in both.items()}
     return evaluation_document(found, figures, tokens, original, generation=None, streamed=True)
 
 
@@ -154,20 +152,23 @@ def with_speed(
     cut: LoadedModel,
     tokens: TokenSet,
     *,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """An evaluation that left out speed and memory, with both measured now."""
-    figures = speed_and_memory(
-        {"before": original, "after": cut},
-        tokens,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    """An evaluation that left out speed, with it measured now."""
+    figures = _speeds({"before": original, "after": cut}, tokens, progress)
     sides = {name: {**found[name], **figures[name]} for name in figures}
     complete = {**without_header(found), **sides, "threads": torch.get_num_threads()}
     complete.pop("not_measured", None)
     return complete
+
+
+def _speeds(
+    both: Mapping[str, LoadedModel], tokens: TokenSet, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    with progress("speed", 1) as bar:
+        found = speed({k: text_model(m.model) for k, m in both.items()}, tokens.select([0]))
+        bar.advance(1)
+    return {name: dict(figures) for name, figures in found.items()}
 
 
 def quality(
@@ -201,12 +202,13 @@ def sample_sums(
     sums = np.zeros((3, tokens.samples))
     batches = tokens.batches(batch_tokens)
     with progress("perplexity and KL on unseen text", len(batches)) as bar, torch.inference_mode():
-        for chunk in _chunks(original, batches):
+        for chunk in _chunks((original, cut), batches):
             both = [_logits(model, batches[chunk]) for model in (original, cut)]
             for model in (original, cut):
                 if isinstance(model, StreamedReplay):
                     model.store.hold(HEAD)
-            for batch, before, after in zip(batches[chunk], *both, strict=True):
+            for batch, *logits in zip(batches[chunk], *both, strict=True):
+                before, after = (of_rows() for of_rows in logits)
                 for row, position in enumerate(batch.index.tolist()):
                     counts = batch.predicted[row]
                     at = slice(int(counts.sum())) if batch.counted is None else batch.looked_at[row]
@@ -218,22 +220,22 @@ def sample_sums(
 
 
 def _chunks(
-    model: PreTrainedModel | StreamedReplay, batches: Sequence[TokenSet]
+    models: Sequence[PreTrainedModel | StreamedReplay], batches: Sequence[TokenSet]
 ) -> Iterator[slice]:
-    """Micro-batches that go through a model together: of one in memory, one at a time."""
-    if isinstance(model, StreamedReplay):
-        return (chunk for chunk, _ in Pace(model.store).chunks(model, batches, _STREAMS))
+    """Micro-batches that go through the models together: of those in memory, one at a time."""
+    for model in models:
+        if isinstance(model, StreamedReplay):
+            pace = Pace(model.store).chunks(model, batches, _STREAMS)
+            return (chunk for chunk, _ in pace)
     return (slice(b, b + 1) for b in range(len(batches)))
 
 
 def _logits(
     model: PreTrainedModel | StreamedReplay, batches: Sequence[TokenSet]
-) -> list[Callable[[int], Tensor]]:
-    """Of each micro-batch, the logits (T, V) of a row; a streamed model's are made by its head."""
+) -> list[Callable[[], Callable[[int], Tensor]]]:
+    """Of each micro-batch, what computes its logits when they are wanted: (T, V) of a row."""
     if not isinstance(model, StreamedReplay):
-        places = [batch.input_ids.to(model.device) for batch in batches]
-        text = text_model(model)
-        return [text(input_ids=ids, use_cache=False).logits.__getitem__ for ids in places]
+        return [partial(_resident_logits, model, batch) for batch in batches]
     recordings = [model.record(batch.input_ids) for batch in batches]
     streams = [recording.entered for recording in recordings]
     for i in range(len(model)):
@@ -243,7 +245,13 @@ def _logits(
     def rows(recording: Recording, stream: Tensor) -> Callable[[int], Tensor]:
         return lambda row: recording.logits(stream[row], row)
 
-    return [rows(*pair) for pair in zip(recordings, streams, strict=True)]
+    return [partial(rows, *pair) for pair in zip(recordings, streams, strict=True)]
+
+
+def _resident_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Tensor]:
+    ids = batch.input_ids.to(model.device)
+    found: Tensor = text_model(model)(input_ids=ids, use_cache=False).logits
+    return found.__getitem__
 
 
 def quality_of(sums: Floats, tokens: TokenSet) -> dict[str, Any]:

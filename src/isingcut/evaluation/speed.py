@@ -17,43 +17,51 @@ from torch import Tensor
 from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ModelError
-from isingcut.models.text_alone import text_model
+from isingcut.models.device import synchronise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from isingcut.models.load import LoadedModel
 
 _DECODE_PROMPT = 16
 # Of a median over that of a mean, for normal errors: sqrt(pi / 2).
 _MEDIAN_ERROR = 1.2533
 
-SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+MEMORY_KEY = "peak_memory_bytes"
+SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", MEMORY_KEY)
 """What an evaluation without speed leaves out."""
 
 
-def speed_and_memory(
-    both: Mapping[str, LoadedModel],
-    tokens: TokenSet,
+def with_memory(
+    evaluation: Mapping[str, Any],
+    folders: Mapping[str, Path],
     *,
+    length: int,
     trust_remote_code: bool = False,
     progress: Progress = silent,
-) -> dict[str, dict[str, Any]]:
-    """The figures of `SPEED_KEYS` for each model, those of `speed` with their errors."""
-    with progress("speed and memory", 1 + len(both)) as bar:
-        found: dict[str, dict[str, Any]] = {}
-        speeds = speed({k: text_model(m.model) for k, m in both.items()}, tokens.select([0]))
-        bar.advance(1)
-        for name, loaded in both.items():
-            memory = peak_memory(
-                loaded.folder,
-                str(loaded.dtype).removeprefix("torch."),
-                str(loaded.device),
-                tokens=int(tokens.input_ids.shape[1]),
+) -> dict[str, Any]:
+    """An evaluation with the peak memory of both models, each measured in a process of its own.
+
+    Where such a process fails, for example because another one uses the memory, the figure is
+    named under ``not_measured``.
+
+    Args:
+        evaluation: content of `evaluation.json`.
+        folders: of ``before`` and ``after``.
+        length: tokens that each model reads.
+    """
+    found = dict(evaluation)
+    with progress("peak memory", len(folders)) as bar:
+        for name, folder in folders.items():
+            peak = peak_memory(
+                folder,
+                evaluation["dtype"],
+                evaluation["device"],
+                tokens=length,
                 trust_remote_code=trust_remote_code,
             )
-            found[name] = {**speeds[name], "peak_memory_bytes": memory}
+            if peak is None:
+                return {**evaluation, "not_measured": [MEMORY_KEY]}
+            found[name] = {**found[name], MEMORY_KEY: peak}
             bar.advance(1)
     return found
 
@@ -83,10 +91,10 @@ def speed(
     short = ids[:, :_DECODE_PROMPT]
 
     def timed(model: PreTrainedModel, work: Callable[..., object], *arguments: Any) -> float:
-        _synchronise(model)
+        synchronise(model.device)
         began = clock()
         work(*arguments)
-        _synchronise(model)
+        synchronise(model.device)
         return clock() - began
 
     prefill: dict[str, list[float]] = {name: [] for name in models}
@@ -123,21 +131,16 @@ def _prefill(model: PreTrainedModel, text: Tensor) -> None:
     model(input_ids=text, use_cache=True)
 
 
-def _synchronise(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-
-
 def peak_memory(
     folder: Path, dtype: str, device: str, *, tokens: int = 256, trust_remote_code: bool = False
-) -> int:
+) -> int | None:
     """Peak memory in bytes of loading a checkpoint, one prefill and four decoded tokens.
 
     Measured in a process of its own: on a CPU its largest resident set, Python and torch
     included; on CUDA the largest allocation on the device.
 
-    Raises:
-        ModelError: that process failed, for example for lack of memory.
+    Returns:
+        None where that process failed, for example for lack of memory.
     """
     trust = "1" if trust_remote_code else "0"
     # -P: what lies in the working folder, a run of others perhaps, is no module.
@@ -154,6 +157,5 @@ def peak_memory(
         [*command, str(tokens), trust], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise ModelError(f"measuring the memory of {folder} failed: {last}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_memory_bytes"])
+        return None
+    return int(json.loads(done.stdout.strip().splitlines()[-1])[MEMORY_KEY])

@@ -1,11 +1,13 @@
-"""Which device and which dtype a model computes in."""
+"""Which device a model computes on, in which dtype and with how many threads."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError
 from isingcut.options.spellings import parse_device
@@ -15,25 +17,44 @@ if TYPE_CHECKING:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``."""
+    """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+
+    ``"auto"`` takes CUDA where there is a GPU, else the CPU. Other names of torch's (``"xpu"``) are
+    taken where torch finds the device.
+
+    Raises:
+        InputError: it is not on this machine, or has no float64.
+    """
     import torch
 
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(parse_device(device))
+        present = 1 if chosen.type == "cpu" else torch.get_device_module(chosen).device_count()
     except InputError as e:
         raise InputError(f"--device: {e}") from e
-    present = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if (chosen.index or 0) >= int(present.get(chosen.type, 0)):
+    except (RuntimeError, AttributeError):
+        present = 0
+    if (chosen.index or 0) >= present:
         raise InputError(f"--device {device} is not on this machine; choose auto or cpu")
+    if chosen.type == "mps":
+        raise InputError("--device mps has no float64, which losses are summed in; choose cpu")
     return chosen
+
+
+def device_module(device: torch.device) -> Any:
+    """What ``torch.cuda`` is for CUDA: streams, events and memory of a device; None for the CPU."""
+    import torch
+
+    return None if device.type == "cpu" else torch.get_device_module(device)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has computed all it was given."""
+    module = device_module(device)
+    if module is not None:
+        module.synchronize(device)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -62,6 +83,22 @@ def dtype_name(dtype: str, device: str) -> str:
     return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
 
 
+@contextlib.contextmanager
+def few_threads(most: int | None) -> Iterator[None]:
+    """Compute with at most so many threads for a while; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    if most is None or most >= before:
+        yield
+        return
+    torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @cache
 def _bfloat16_is_faster() -> bool:
     """Whether this CPU multiplies matrices faster in bfloat16 than in float32, by trying.
@@ -72,8 +109,6 @@ def _bfloat16_is_faster() -> bool:
     each other, and where others compute as well, one may never be undisturbed.
     """
     import torch
-
-    from isingcut.models.compute.tuning import few_threads
 
     seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
     operands = {d: [torch.ones(n, 1024, dtype=d) for n in (64, 1024)] for d in seconds}

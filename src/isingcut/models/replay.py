@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
 from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.device import synchronise
 from isingcut.models.first_pass import BlockCall, learn_outputs
 from isingcut.models.parts import Resident, Weights
 from isingcut.models.processes import ALONE, Processes
@@ -139,8 +140,7 @@ class Replay:
                 for i in range(len(self)):
                     began = time.perf_counter()
                     stream = recording.block(i, stream)
-                    if self.device.type == "cuda":
-                        torch.cuda.synchronize(self.device)
+                    synchronise(self.device)
                     times.append(time.perf_counter() - began)
                 rounds.append(times)
         # The first round warms up.

@@ -222,10 +222,10 @@ def parse_device(text: str) -> str:
     """A device's name as torch spells it.
 
     Raises:
-        InputError: not auto, cpu, cuda, cuda:N or mps.
+        InputError: not auto, cpu, cuda, cuda:N or another type of torch's.
     """
-    if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d{1,3})?", text):
-        raise InputError(f"must be auto, cpu, cuda, cuda:N or mps; got {_cut(text)}")
+    if not re.fullmatch(r"auto|[a-z]{2,12}(:\d{1,3})?", text):
+        raise InputError(f"must be auto, cpu, cuda or cuda:N; got {_cut(text)}")
     return text
 
 

@@ -16,7 +16,6 @@ from isingcut.evaluation.wikitext import text_scores
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import fingerprint, read_json, write_json
 from isingcut.measure.work import Work
-from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import listed
 from isingcut.runs.cutting import product
@@ -225,12 +224,9 @@ def score_both(
     check_whole(session, tasks, data, questions)
     batch_tokens = session.tuning.batch_tokens
     original = Asked(session.loaded, session.replay)
-    if session.streaming:
-        cut = Asked(*session.open_streamed(checkpoint, beside=session.streamed[1]))
-    else:
-        trusted = session.config.trust_remote_code
-        place = original.loaded.place
-        cut = Asked.whole(load(checkpoint, **place, trust_remote_code=trusted))
+    loaded, streamed = session.open_cut(checkpoint)
+    cut = Asked.whole(loaded) if streamed is None else Asked(loaded, streamed)
+    if streamed is None:
         cut.replay.attention = original.replay.attention
     models = {"original": original, "cut": cut}
     rows = benchmark(

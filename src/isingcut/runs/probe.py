@@ -23,7 +23,8 @@ from isingcut.energies.search import Target
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.architectures import find_stack, stack_modules, text_config
-from isingcut.models.compute.tuning import few_threads, kept_bytes, tune
+from isingcut.models.compute.tuning import kept_bytes, tune
+from isingcut.models.device import few_threads
 from isingcut.models.inspect import Inspection
 from isingcut.models.parts import EMBED, HEAD
 from isingcut.models.replay import Replay

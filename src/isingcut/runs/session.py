@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 from isingcut.console.progress import Progress, silent
 from isingcut.energies import registry
+from isingcut.files.writing import read_json
 from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, legality, stack_modules, text_config
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.same_blocks import check_same_blocks
-from isingcut.models.compute.tuning import Tuning, few_threads, tune
+from isingcut.models.compute.tuning import Tuning, tune
+from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.processes import ALONE
 from isingcut.models.replay import Replay
 from isingcut.models.sources import model_identity, resolve
@@ -94,7 +97,7 @@ class Session:
     def computing(self, folder: RunFolder) -> Iterator[None]:
         """Measure as `tuned` chose, its threads included, for a while."""
         self.tuned(folder)
-        with few_threads(self.tuning.threads):
+        with devices.few_threads(self.tuning.threads):
             yield
 
     @cached_property
@@ -139,18 +142,28 @@ class Session:
             trust_remote_code=self.config.trust_remote_code,
         )
 
+    def leave_device(self) -> None:
+        """Give the device's memory back; the model is loaded again when it is next needed."""
+        module = devices.device_module(devices.pick_device(self.config.device))
+        if module is None or self.streaming:
+            return
+        for name in ("loaded", "replay"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        module.empty_cache()
+
     @cached_property
     def streamed(self) -> tuple[models.LoadedModel, StreamedReplay]:
         """The model without its weights, and its blocks, each read when it is run."""
         return self.open_streamed(self.source)
 
     def open_streamed(
-        self, folder: Path, beside: StreamedReplay | None = None
+        self, folder: Path, other: StreamedReplay | None = None
     ) -> tuple[models.LoadedModel, StreamedReplay]:
         """A checkpoint without its weights, and its blocks, each read when it is run.
 
         Args:
-            beside: another model whose buffers are shared.
+            other: another model whose buffers are shared.
         """
         return load_streamed(
             folder,
@@ -158,8 +171,16 @@ class Session:
             device=self.config.device,
             trust_remote_code=self.config.trust_remote_code,
             memory_limit=self.config.memory_limit,
-            buffers=beside.store.buffers if beside else None,
+            buffers=other.store.buffers if other else None,
         )
+
+    def open_cut(self, folder: Path) -> tuple[models.LoadedModel, StreamedReplay | None]:
+        """A cut of the session's model, with the memory of its weights, as `sharing.open_cut`."""
+        if self.streaming:
+            return self.open_streamed(folder, self.streamed[1])
+        removed = read_json(folder / "isingcut.json", "removal")["removed"]
+        trust = self.config.trust_remote_code
+        return open_cut(self.loaded, removed, folder, trust_remote_code=trust)
 
     @cached_property
     def stack(self) -> BlockStack:

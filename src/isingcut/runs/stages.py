@@ -23,6 +23,7 @@ from isingcut.evaluation.quality import (
     with_speed,
 )
 from isingcut.evaluation.questions import named
+from isingcut.evaluation.speed import with_memory
 from isingcut.files.writing import read_json, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -30,7 +31,6 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
-from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.choice import chosen_by_tasks
 from isingcut.runs.benchmarking import (
@@ -176,30 +176,28 @@ def evaluate(
         tokens = splits_of(folder)["report"]
         session.tuned(folder)
         beside = {} if begun is not None else _beside(session, checkpoint, tokens)
-        if session.streaming:
-            found = beside | _evaluate_streamed(session, checkpoint, tokens)
-            write_json(path, "evaluation", found)
-            return
-        loaded = session.loaded
-        cut = load(
-            checkpoint,
-            **loaded.place,
-            trust_remote_code=config.trust_remote_code,
-        )
-        common: Any = {
-            "trust_remote_code": config.trust_remote_code,
-            "progress": session.progress,
-        }
-        if begun is not None:
-            found = with_speed(begun, loaded, cut, tokens, **common)
+        cut, streamed = session.open_cut(checkpoint)
+        size, progress = session.tuning.batch_tokens, session.progress
+        if streamed is not None:
+            original = session.streamed[1] if session.streaming else session.loaded
+            found = beside | evaluate_streamed(
+                original, streamed, tokens, batch_tokens=size, progress=progress
+            )
+        elif begun is not None:
+            found = with_speed(begun, session.loaded, cut, tokens, progress=progress)
         else:
             found = beside | before_and_after(
-                loaded,
-                cut,
-                tokens,
-                batch_tokens=session.tuning.batch_tokens,
-                skip_speed=skip,
-                **common,
+                session.loaded, cut, tokens, batch_tokens=size, skip_speed=skip, progress=progress
+            )
+        if streamed is None and not skip:
+            del cut
+            session.leave_device()
+            found = with_memory(
+                found,
+                {"before": session.source, "after": checkpoint},
+                length=int(tokens.input_ids.shape[1]),
+                trust_remote_code=config.trust_remote_code,
+                progress=progress,
             )
         write_json(path, "evaluation", found)
 
@@ -226,10 +224,11 @@ def _beside(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, A
     if last != "cut":
         found["cut"] = _exact_cut(session, record["removed"], tokens)
     if healed and patch["changed"]:
-        trust = session.config.trust_remote_code
-        patched = load(model, **session.loaded.place, trust_remote_code=trust).model
+        original = session.streamed[1] if session.streaming else session.loaded.model
+        loaded, streamed = session.open_cut(model)
         size = session.tuning.batch_tokens
-        scores = quality(session.loaded.model, patched, tokens, size, progress=session.progress)
+        patched = streamed or loaded.model
+        scores = quality(original, patched, tokens, size, progress=session.progress)
         found["patched"] = _after(scores)
         if "parts" in scores:
             found["patched"]["parts"] = {k: _after(part) for k, part in scores["parts"].items()}
@@ -263,15 +262,3 @@ def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> di
 
 def _with_perplexity(losses: dict[str, Any]) -> dict[str, Any]:
     return {**perplexity(losses["nll"], losses["nll_se"]), **losses}
-
-
-def _evaluate_streamed(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, Any]:
-    _, original = session.streamed
-    _, cut = session.open_streamed(checkpoint, beside=original)
-    return evaluate_streamed(
-        original,
-        cut,
-        tokens,
-        batch_tokens=session.tuning.batch_tokens,
-        progress=session.progress,
-    )

@@ -1,22 +1,29 @@
-"""A second device without hardware: tensors that say they are on it, and refuse the CPU's.
+"""GPUs without hardware: tensors that say they are on a card, refuse other devices and are counted.
 
-A tensor on the fake device holds its numbers in a CPU tensor, so that a whole path runs, with real
-values and all that depends on them; but it meets others by the rules of a GPU. An operation that
-mixes both devices is an error, except a copy, CPU tensors as indices, and CPU tensors of no
-dimensions in elementwise operations; `numpy()` is an error; a CPU generator draws nothing there.
+A tensor on a fake card keeps its numbers in a CPU tensor, so that a whole path runs with real
+values and all that depends on them. It meets other tensors by the rules of a GPU: an operation that
+mixes devices is an error, except a copy, CPU tensors as indices, and CPU tensors of no dimensions
+in elementwise operations; `numpy()` is an error; a CPU generator draws nothing there. Two cards are
+two devices.
+
+Each card has a ledger: the bytes of all live storages on it, their peak, and a budget. An
+allocation beyond the budget raises `torch.OutOfMemoryError`, as CUDA does.
 
 The device is torch's "lazy" type, which has no kernels of its own and no settings of the process.
+`torch.get_device_module` answers for it while the cards are there.
 
-What this cannot see: kernels and their rounding (the CPU's compute everything), streams, events,
-pinned memory and whatever else stands behind ``device.type == "cuda"``; memory that runs out;
-operations that a CPU has and a GPU lacks; what custom kernels (Triton, CUDA) read; two GPUs; a
-gradient on another device than what it is the gradient of (torch exempts tensor subclasses).
+What this cannot see: kernels and their rounding (the CPU's compute everything) and the workspace
+that they take; fragments and the rounding of an allocator; streams, events and copies that run at
+the same time; operations that a CPU has and a GPU lacks; what custom kernels (Triton, CUDA) read;
+a gradient on another device than what it is the gradient of (torch exempts tensor subclasses).
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -25,78 +32,210 @@ from torch import Tensor
 from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["DEVICE", "MixedDevicesError", "fake_device"]
+__all__ = ["Card", "MixedDevicesError", "fake_cards"]
 
-DEVICE = torch.device("lazy", 0)
+_TYPE = "lazy"
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_, _aten._to_copy}
 _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 # Beside elementwise operations, those whose value may be a number in a CPU tensor.
 _VALUED = {*_INDEXED, _aten.masked_fill, _aten.masked_fill_, _aten.fill, _aten.fill_}
-_NOT_HELD = {_aten.set_, _aten.resize_}
+_RESIZING = {_aten.set_, _aten.resize_}
 
 
 class MixedDevicesError(RuntimeError):
-    """Tensors of both devices met in one operation."""
+    """Tensors of two devices met in one operation."""
+
+
+class Card:
+    """One fake card and its ledger.
+
+    Attributes:
+        device: for ``model.to(...)`` and ``device=``.
+        budget: bytes that may be live at a time; None: any number.
+        live: bytes of the storages that are live now.
+        peak: the most bytes that were live since `reset_peak`.
+    """
+
+    def __init__(self, index: int, budget: int | None = None) -> None:
+        self.device = torch.device(_TYPE, index)
+        self.budget = budget
+        self.live = self.peak = 0
+        self._storages: weakref.WeakValueDictionary[int, _Storage] = weakref.WeakValueDictionary()
+
+    def reset_peak(self) -> None:
+        """Count the peak from now on."""
+        self.peak = self.live
+
+    def storage_of(self, values: Tensor) -> _Storage:
+        """The ledger's entry for the storage of a tensor, new or known.
+
+        Raises:
+            torch.OutOfMemoryError: it is new, and beyond the budget.
+        """
+        storage = values.untyped_storage()
+        known = self._storages.get(storage._cdata)
+        if known is None:
+            known = self._storages[storage._cdata] = _Storage(self, storage.nbytes())
+        return known
+
+
+class _Storage:
+    """Bytes on a card, given back when the last tensor that uses them is gone."""
+
+    def __init__(self, card: Card, size: int) -> None:
+        self.card, self.size = card, 0
+        if card.budget is not None and card.live + size > card.budget:
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. Tried to allocate {size} bytes. GPU {card.device.index} has "
+                f"a total capacity of {card.budget} bytes of which {card.budget - card.live} bytes "
+                "are free."
+            )
+        self.size = size
+        card.live += size
+        card.peak = max(card.peak, card.live)
+
+    def __del__(self) -> None:
+        self.card.live -= self.size
 
 
 @contextlib.contextmanager
-def fake_device() -> Iterator[torch.device]:
-    """Lend the fake device, usable in this thread while the context lasts.
+def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]]:
+    """Lend fake cards, usable in this thread while the context lasts.
 
-    Yields:
-        the device, for ``model.to(...)`` and ``device=``.
+    Args:
+        count: cards.
+        budget: bytes of each; None: any number.
 
     Raises:
         MixedDevicesError: where devices mix; at the end, too, if the code caught the first one.
     """
-    mode, autocast, enabled = _Mode(), torch.autocast, torch.is_autocast_enabled
+    cards = [Card(index, budget) for index in range(count)]
+    mode, autocast, enabled = _Mode(cards), torch.autocast, torch.is_autocast_enabled
+    module_of = torch.get_device_module
 
     def no_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        if device_type == DEVICE.type:
+        if device_type == _TYPE:
             return contextlib.nullcontext()
         return autocast(device_type, *args, **kwargs)
 
     def not_enabled(*args: Any) -> bool:
-        return args[:1] != (DEVICE.type,) and enabled(*args)
+        return args[:1] != (_TYPE,) and enabled(*args)
+
+    def device_module(device: Any = None) -> Any:
+        named = device is not None and torch.device(device).type == _TYPE
+        return _DeviceModule(cards) if named else module_of(device)
 
     # `torch.tensor(..., device=...)`: the CPU makes it, then it is moved, by way of the mode.
     torch._C._set_only_lift_cpu_tensors(True)
+    _CARDS.append(cards)
     try:
         with (
             mock.patch("torch.autocast", no_autocast),
             mock.patch("torch.is_autocast_enabled", not_enabled),
+            mock.patch("torch.get_device_module", device_module),
             mode,
         ):
-            yield DEVICE
+            yield cards
     finally:
+        _CARDS.pop()
         torch._C._set_only_lift_cpu_tensors(False)
     if mode.mixed:
         raise mode.mixed[0]
 
 
-class _Tensor(Tensor):
-    """A tensor on the device: its numbers are in ``held``, on the CPU."""
+_CARDS: list[list[Card]] = []
 
-    held: Tensor
+
+@dataclass(frozen=True)
+class _DeviceModule:
+    """What `torch.cuda` is for CUDA, as far as isingcut uses it."""
+
+    cards: list[Card]
+
+    def _card(self, device: Any = None) -> Card:
+        index = None if device is None else torch.device(device).index
+        return self.cards[index or 0]
+
+    def device_count(self) -> int:
+        return len(self.cards)
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        card = self._card(device)
+        total = 1 << 60 if card.budget is None else card.budget
+        return total - card.live, total
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return self._card(device).live
+
+    memory_reserved = memory_allocated
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        return self._card(device).peak
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        self._card(device).reset_peak()
+
+    def empty_cache(self) -> None:
+        """Nothing is cached."""
+
+    def synchronize(self, device: Any = None) -> None:
+        """Nothing runs meanwhile."""
+
+    def current_stream(self, device: Any = None) -> Any:
+        return _Stream()
+
+    def stream(self, stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def Stream(self, device: Any = None) -> Any:
+        return _Stream()
+
+    def Event(self) -> Any:
+        return _Stream()
+
+
+class _Stream:
+    """A stream or an event of a card on which everything is done at once."""
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class _Tensor(Tensor):
+    """A tensor on a card: its numbers are in ``values``, on the CPU."""
+
+    values: Tensor  # type: ignore[assignment]
+    storage_entry: _Storage
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> _Tensor:
+    def __new__(cls, values: Tensor, card: Card) -> _Tensor:
+        entry = card.storage_of(values)
         make: Any = Tensor._make_wrapper_subclass
         # A view of a tensor that was made outside inference mode is no inference tensor either.
-        with torch.inference_mode(held.is_inference()):
+        with torch.inference_mode(values.is_inference()):
             self: _Tensor = make(
                 cls,
-                held.shape,
-                strides=held.stride(),
-                storage_offset=held.storage_offset(),
-                dtype=held.dtype,
-                device=DEVICE,
+                values.shape,
+                strides=values.stride(),
+                storage_offset=values.storage_offset(),
+                dtype=values.dtype,
+                device=card.device,
             )
-        self.held = held
+        self.values, self.storage_entry = values, entry
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def card(self) -> Card:
+        """The card that it is on."""
+        return self.storage_entry.card
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -105,12 +244,12 @@ class _Tensor(Tensor):
         return _run(func, args, kwargs or {})
 
     # With these two, `Module.to` exchanges whole tensors instead of setting `data`.
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None
+    def __tensor_flatten__(self) -> tuple[list[str], Card]:
+        return ["values"], self.card
 
     @staticmethod
-    def __tensor_unflatten__(inner: Any, context: Any, size: Any, stride: Any) -> _Tensor:
-        return _Tensor(inner["held"])
+    def __tensor_unflatten__(inner: Any, context: Card, size: Any, stride: Any) -> _Tensor:
+        return _Tensor(inner["values"], context)
 
     @property
     def data(self) -> Tensor:
@@ -119,11 +258,11 @@ class _Tensor(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if not isinstance(value, _Tensor):
+        if not isinstance(value, _Tensor) or value.card is not self.card:
             raise MixedDevicesError(f"Expected data on {self.device}, found it on {value.device}")
         assert value.shape == self.shape
         assert value.dtype == self.dtype
-        self.held = value.held
+        self.values, self.storage_entry = value.values, value.storage_entry
 
     def __format__(self, spec: str) -> str:
         # torch's own formats plain tensors only.
@@ -144,25 +283,26 @@ class _Tensor(Tensor):
 
     def data_ptr(self) -> int:
         """Where the numbers begin."""
-        return self.held.data_ptr()
+        return self.values.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """Where the numbers are."""
-        return self.held.untyped_storage()
+        return self.values.untyped_storage()
 
     def set_(self, *source: Any) -> _Tensor:
         """A view of a storage: a new tensor, as this one cannot change its shape."""
-        return _Tensor(torch.empty(0, dtype=self.dtype).set_(*source))
+        return _Tensor(torch.empty(0, dtype=self.dtype).set_(*source), self.card)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"{self.held!r} on {self.device}"
+        return f"{self.values!r} on {self.device}"
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Makes new tensors on the device, and remembers where devices mixed."""
+    """Makes new tensors on the cards, and remembers where devices mixed."""
 
-    def __init__(self) -> None:
+    def __init__(self, cards: list[Card]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.cards = cards
         self.mixed: list[MixedDevicesError] = []
 
     def __torch_dispatch__(
@@ -181,26 +321,34 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check where the operands are, compute on the CPU, and put the result where it belongs."""
-    ours = any(isinstance(x, _Tensor) for x in tree.tree_leaves((args, kwargs)))
+    leaves = tree.tree_leaves((args, kwargs))
+    card = next((x.card for x in leaves if isinstance(x, _Tensor)), None)
     device = kwargs.get("device")
-    if ours and (func.overloadpacket in _NOT_HELD or torch.Tag.inplace_view in func.tags):
-        raise NotImplementedError(f"{func} changes the shape of a tensor on the fake device")
-    if ours and func.overloadpacket not in _COPIES:
-        _check(func, args, kwargs)
+    if card and (func.overloadpacket in _RESIZING or torch.Tag.inplace_view in func.tags):
+        raise NotImplementedError(f"{func} changes the shape of a tensor on a fake card")
+    if card and func.overloadpacket not in _COPIES:
+        _check(func, args, kwargs, card)
     if device is not None:
-        ours = device.type == DEVICE.type
+        card = _CARDS[-1][device.index or 0] if device.type == _TYPE else None
         generator = kwargs.get("generator")
-        if ours and generator is not None and generator.device.type != DEVICE.type:
-            raise MixedDevicesError(f"Expected a generator on {DEVICE} for {func}, found a CPU one")
-        kwargs = {**kwargs, "device": torch.device("cpu")} if ours else kwargs
-    held = tree.tree_map_only(_Tensor, lambda x: x.held, (args, kwargs))
-    out = func(*held[0], **held[1])
-    if not ours:
+        if card and generator is not None and generator.device.type != _TYPE:
+            raise MixedDevicesError(
+                f"Expected a generator on {card.device} for {func}, found a CPU one"
+            )
+        if card:
+            kwargs = {**kwargs, "device": torch.device("cpu"), **_unpinned(kwargs)}
+    plain_args, plain_kwargs = tree.tree_map_only(_Tensor, lambda x: x.values, (args, kwargs))
+    out = func(*plain_args, **plain_kwargs)
+    if card is None:
         return out
     written = _written(func, args, kwargs)
     if written:
         return written[0] if len(written) == 1 else tuple(written)
-    return tree.tree_map_only(Tensor, _Tensor, out)
+    return tree.tree_map_only(Tensor, lambda x: _Tensor(x, card), out)
+
+
+def _unpinned(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"pin_memory": False} if kwargs.get("pin_memory") else {}
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -221,18 +369,21 @@ def _operands(
             yield argument, kwargs[argument.name]
 
 
-def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card) -> None:
     packet = func.overloadpacket
     numbers = torch.Tag.pointwise in func.tags or packet in _VALUED
     for argument, value in _operands(func, args, kwargs):
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        if packet in _INDEXED and argument.name == "indices":
-            continue
+        indices = packet in _INDEXED and argument.name == "indices"
         for x in tree.tree_leaves(value):
-            if not isinstance(x, Tensor) or isinstance(x, _Tensor) or x.device.type == "meta":
+            if not isinstance(x, Tensor) or x.device.type == "meta":
                 continue
-            if x.dim() or writes or not numbers:
+            if isinstance(x, _Tensor):
+                fits = x.card is card
+            else:
+                fits = indices or not (x.dim() or writes or not numbers)
+            if not fits:
                 raise MixedDevicesError(
                     "Expected all tensors to be on the same device, but found at least two "
-                    f"devices, {DEVICE} and cpu! (argument {argument.name} of {func})"
+                    f"devices, {card.device} and {x.device}! (argument {argument.name} of {func})"
                 )

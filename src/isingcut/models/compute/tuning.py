@@ -8,11 +8,10 @@ keep the fused one. Threads that share the work of a small model mostly wait for
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures import text_config
 from isingcut.models.compute.attention import NAME, chosen_attention
+from isingcut.models.device import few_threads, synchronise
 from isingcut.models.replay import Recording, Replay
 from isingcut.models.transformers_private import attention_of
 from isingcut.options.types import BATCH_TOKENS
@@ -105,20 +105,6 @@ def tune(
         if batch_tokens is None:
             batch_tokens = _batch(replay, attention or loaded, length, memory, seconds)
     return Tuning(attention, batch_tokens, threads)
-
-
-@contextlib.contextmanager
-def few_threads(most: int | None) -> Iterator[None]:
-    """Compute with at most so many threads for a while; None changes nothing."""
-    before = torch.get_num_threads()
-    if most is None or most >= before:
-        yield
-        return
-    torch.set_num_threads(most)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _causal_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
@@ -273,12 +259,10 @@ def _through(recording: Recording, blocks: Sequence[int], stream: Tensor) -> Ten
 
 def _stopwatch(replay: Replay) -> Callable[[Callable[[], None]], float]:
     def seconds(run: Callable[[], None]) -> float:
-        if replay.device.type == "cuda":
-            torch.cuda.synchronize(replay.device)
+        synchronise(replay.device)
         began = time.perf_counter()
         run()
-        if replay.device.type == "cuda":
-            torch.cuda.synchronize(replay.device)
+        synchronise(replay.device)
         return time.perf_counter() - began
 
     return seconds

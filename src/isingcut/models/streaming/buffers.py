@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from isingcut.models.device import device_module, synchronise
+
 
 class Fillable(Protocol):
     """One part of one model."""
@@ -29,13 +31,12 @@ class _Buffer:
     """Memory for one part: on a GPU also a pinned copy in host memory, copied asynchronously."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._device = device
-        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)
+        self._module, self._device = device_module(device), device
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.memory = self.host
-        if device.type != "cpu":
+        if self._module is not None:
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self._stream: Any = _cuda().Stream(device) if self._cuda else None
+            self._stream = self._module.Stream(device)
         self._copied: Any = None
         self._used: Any = None
 
@@ -45,27 +46,25 @@ class _Buffer:
             # The copy that went out of the pinned memory last must be through.
             self._copied.synchronize()
         part.fill(self.host)
-        if self._cuda:
-            with torch.cuda.stream(self._stream):
+        if self._module is not None:
+            with self._module.stream(self._stream):
                 if self._used is not None:
                     # What was computed with the part before this one still reads the memory.
                     self._stream.wait_event(self._used)
                 self.memory[: part.size].copy_(self.host[: part.size], non_blocking=True)
-                self._copied = _cuda().Event()
+                self._copied = self._module.Event()
                 self._copied.record(self._stream)
-        elif self.memory is not self.host:
-            self.memory[: part.size].copy_(self.host[: part.size])
 
     def arrive(self) -> None:
         """What is computed from now on waits for the copy."""
         if self._copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._copied)
+            self._module.current_stream(self._device).wait_event(self._copied)
 
     def leave(self) -> None:
         """Mark the end of what was computed with the part."""
-        if self._cuda:
-            self._used = _cuda().Event()
-            self._used.record(torch.cuda.current_stream(self._device))
+        if self._module is not None:
+            self._used = self._module.Event()
+            self._used.record(self._module.current_stream(self._device))
 
 
 class Buffers:
@@ -130,9 +129,8 @@ class Buffers:
         self._settle()
         for index in range(2):
             self._drop(index)
-        if self.device.type == "cuda":
-            # A copy may still be on its way into memory that is about to be given away.
-            torch.cuda.synchronize(self.device)
+        # A copy may still be on its way into memory that is about to be given away.
+        synchronise(self.device)
         self._buffers.clear()
 
     def _submit(self, part: Fillable) -> None:
@@ -167,7 +165,3 @@ class Buffers:
             self._buffers[index].leave()
             held.remove()
             self._held[index] = None
-
-
-def _cuda() -> Any:
-    return torch.cuda

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isingcut.models.checkpoint.read import read_checkpoint
+from isingcut.models.device import device_module
 from isingcut.options.spellings import parse_memory
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def allowance(limit: str, device: torch.device) -> Allowance:
             return Allowance(int(amount), used)
         assert asked is not None
         share = asked
-    if device.type != "cuda":
+    if device.type == "cpu":
         share /= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Allowance(used + int(share * free), used)
 
@@ -73,12 +74,11 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
 
 
 def _used_and_free(device: torch.device) -> tuple[int, int]:
-    if device.type == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.memory_allocated(device), int(free) + held
+    module = device_module(device)
+    if module is not None:
+        free, _ = module.mem_get_info(device)
+        used = module.memory_allocated(device)
+        return used, int(free) + module.memory_reserved(device) - used
     import psutil
 
     own = int(psutil.Process(os.getpid()).memory_info().rss)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from isingcut.errors import InputError
 from isingcut.models.architectures import find_stack, stack_modules, text_config
+from isingcut.models.device import synchronise
 from isingcut.models.parts import BLOCK_STREAMS
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.buffers import Buffers
@@ -50,6 +51,11 @@ class StreamedReplay(Replay):
         self.dtype = store.dtype
         super().__init__(model, stack_modules(model, stack), store.device, store)
 
+    @property
+    def folder(self) -> Path:
+        """The checkpoint."""
+        return self.store.folder
+
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, cheaply, for the fingerprint of a journal."""
         config: Any = self.model.config
@@ -79,8 +85,7 @@ class StreamedReplay(Replay):
                 for _ in range(repeats + 1):
                     began = time.perf_counter()
                     recording.block(i, recording.entered)
-                    if self.device.type == "cuda":
-                        torch.cuda.synchronize(self.device)
+                    synchronise(self.device)
                     times.append(time.perf_counter() - began)
                 # The first one warms up.
                 seconds[kinds[i]] = statistics.median(times[1:])

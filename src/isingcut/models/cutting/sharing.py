@@ -1,0 +1,129 @@
+"""A cut checkpoint in memory beside its original: a tensor that equals the original's is shared.
+
+A cut keeps the bytes of all blocks that stay, so that both models together take the memory of one,
+and that of the layers which a patch changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isingcut.models.architectures import find_stack
+from isingcut.models.load import LoadedModel, load
+from isingcut.models.streaming.memory import allowance, weight_bytes
+from isingcut.models.streaming.opening import load_streamed
+from isingcut.models.streaming.replay import StreamedReplay
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+def open_cut(
+    original: LoadedModel, removed: Sequence[int], folder: Path, *, trust_remote_code: bool = False
+) -> tuple[LoadedModel, StreamedReplay | None]:
+    """A cut checkpoint on the device of its resident original, with the original's memory.
+
+    Returns:
+        the model and None; where what is not equal to the original does not fit the device, the
+        model without its weights and its blocks, each read from disk when it is run.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    dtype = original.place["dtype"]
+    if fits(folder, original.dtype):
+        cut = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+        if share(cut.model, original.model, removed):
+            return replace(cut, device=original.device), None
+        del cut
+    return load_streamed(
+        folder, dtype=dtype, device=str(original.device), trust_remote_code=trust_remote_code
+    )
+
+
+def fits(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether the weights of a checkpoint fit the memory of the host, where they are compared."""
+    return weight_bytes(folder, dtype) <= allowance("", torch.device("cpu")).left
+
+
+def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
+    """Move a cut model to its original's device; frozen tensors of equal bits use its memory.
+
+    Args:
+        cut: loaded on the CPU.
+        original: on its device.
+        removed: the blocks that the cut lacks, by their numbers in the original.
+
+    Returns:
+        False, and the cut as it was, where what is not equal does not fit the device.
+
+    Complexity: each tensor of the cut is read once, and copied to the device in chunks.
+    """
+    theirs = dict(_named_tensors(original))
+    named = _original_names(cut, original, removed)
+    # By the identity of what is replaced, so that tied tensors stay tied.
+    equal: dict[int, Tensor] = {}
+    own: dict[int, Tensor] = {}
+    for name, mine in _named_tensors(cut):
+        other = theirs.get(named(name))
+        if id(mine) in own or id(mine) in equal:
+            continue
+        if other is not None and not mine.requires_grad and _equal(mine, other):
+            equal[id(mine)] = _as(mine, other.detach())
+        else:
+            own[id(mine)] = mine
+    if original.device.type != "cpu":
+        if sum(t.nbytes for t in own.values()) > allowance("", original.device).left:
+            return False
+        own = {key: _as(mine, mine.detach().to(original.device)) for key, mine in own.items()}
+    placed = {**own, **equal}
+    for module in cut.modules():
+        for home in (module._parameters, module._buffers):
+            for leaf, mine in home.items():
+                if mine is not None:
+                    home[leaf] = placed[id(mine)]
+    return True
+
+
+def _as(mine: Tensor, value: Tensor) -> Tensor:
+    if not isinstance(mine, nn.Parameter):
+        return value
+    return nn.Parameter(value, requires_grad=mine.requires_grad)
+
+
+def _equal(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors, of which one is on the CPU, have the same bits."""
+    if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+        return False
+    if not (mine.is_contiguous() and theirs.is_contiguous()):
+        return False
+    ours, others = (x.detach().view(-1).view(torch.uint8) for x in (mine, theirs))
+    return all(
+        torch.equal(ours[a : a + _CHUNK_BYTES].to(theirs.device), others[a : a + _CHUNK_BYTES])
+        for a in range(0, len(ours), _CHUNK_BYTES)
+    )
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Any:
+    """From the name of a tensor in the cut to its name in the original."""
+    stack, gone = find_stack(original), set(removed)
+    kept = [i for i in range(len(stack)) if i not in gone]
+    ours, theirs = f"{find_stack(cut).path}.", f"{stack.path}."
+
+    def named(name: str) -> str:
+        number, dot, rest = name.removeprefix(ours).partition(".")
+        if not name.startswith(ours) or not number.isdigit():
+            return name
+        return f"{theirs}{kept[int(number)]}{dot}{rest}"
+
+    return named
