@@ -70,6 +70,12 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
     assert curve(arena) == curve(arena, "whole")
 
 
+def test_used_up_memory_keeps_the_states(arena, monkeypatch):
+    stops(monkeypatch, 2, MemoryError())
+    line = r"memory of this machine is used up; .*what was finished is kept in .*healing"
+    assert "trainer" in types(arena, SAVING, code=2, line=line)
+
+
 def test_a_full_disk_at_the_first_state_leaves_nothing(arena, monkeypatch):
     stops(monkeypatch, 1, FULL)
     assert types(arena, SAVING, code=2, line="no space left .*checkpoint-1", makes=()) == []

@@ -31,6 +31,7 @@ from isingcut.healing.judging import Domains, Judge
 from isingcut.healing.patching import patch, start_of
 from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
+from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
@@ -43,6 +44,7 @@ from isingcut.options.healing import LENGTH, HealConfig
 from isingcut.report.card import healed_card, kept_parts
 
 
+@convert_memory_errors()
 def heal(
     config: HealConfig | None = None,
     /,

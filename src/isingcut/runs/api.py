@@ -21,6 +21,7 @@ from isingcut.console.progress import Progress, silent, terminal
 from isingcut.data import held
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
+from isingcut.memory import convert_memory_errors
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
 from isingcut.report.fidelity import ranking_warnings
@@ -38,6 +39,7 @@ class PoorEnergyWarning(UserWarning):
     """The energy ranked measured losses poorly; the message says how poorly and what to do."""
 
 
+@convert_memory_errors()
 def prune(
     model: str | Path | PreTrainedModel,
     remove: int | str | None = None,
@@ -110,7 +112,7 @@ def prune(
         return run
     said = [text for found in rankings for text in ranking_warnings(config.energy, found)]
     for text in dict.fromkeys(said):
-        warnings.warn(text, PoorEnergyWarning, stacklevel=2)
+        warnings.warn(text, PoorEnergyWarning, stacklevel=3)
     return run
 
 

@@ -14,6 +14,7 @@ from isingcut.files.outputs import check_output
 from isingcut.files.writing import atomic_folder, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
+from isingcut.memory import convert_memory_errors
 from isingcut.options.config import RunConfig
 from isingcut.report.fidelity import ranking_warnings
 from isingcut.report.words import patch_warnings, search_warnings
@@ -126,6 +127,7 @@ class Run:
         """
         return self._ranked()
 
+    @convert_memory_errors()
     def _ranked(self) -> dict[str, Any]:
         file = self.path / "candidates.json"
         if self._folder.finished(file) is not None:
@@ -211,6 +213,7 @@ class Run:
         config = self.config.replace(remove=remove, budget="")
         return Run(self._folder, config, lambda: self._session.at(config))
 
+    @convert_memory_errors()
     def save(
         self, out: str | Path, *, blocks: Sequence[int] | None = None, overwrite: bool = False
     ) -> Path:
@@ -251,6 +254,7 @@ class Run:
         self._ranked()
         return pipeline.cut_and_heal(self._session, self._folder)
 
+    @convert_memory_errors()
     def evaluate(self) -> dict[str, Any]:
         """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
 

@@ -16,6 +16,7 @@ from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.files.outputs import refuse_source
 from isingcut.files.writing import clear_stale
 from isingcut.ising.solvers import registry as solvers
+from isingcut.memory import convert_memory_errors
 from isingcut.models.inspect import inspect_model
 from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
@@ -41,6 +42,7 @@ from isingcut.runs.solving import report, solve
 from isingcut.runs.stages import evaluate, rank
 
 
+@convert_memory_errors()
 def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any) -> Path:
     """Measure, solve, rank, cut, patch, evaluate and report: the whole job.
 
@@ -111,6 +113,7 @@ def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -
         folder.save()
 
 
+@convert_memory_errors()
 def energy(
     config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any
 ) -> Path:
