@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from isingcut.console.progress import Progress, silent
+from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.errors import InputError, ModelError
@@ -66,8 +66,9 @@ def heal(
     Raises:
         IsingcutError: bad input, in one line.
     """
-    if config is not None and options:
-        raise InputError("give either a HealConfig or options by name, not both")
+    if config is not None and (options or not isinstance(config, HealConfig)):
+        raise InputError("give either a HealConfig or options by name (student=...), not both")
+    progress = as_progress(progress)
     config = (config or options_from(HealConfig, options, "isingcut.healing.heal")).validate()
     for name in ("student", "teacher", "out"):
         if not getattr(config, name):

@@ -141,8 +141,8 @@ def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -
     Args:
         source: the call that they were given in, for messages.
     """
-    if config is not None and options:
-        raise InputError("give either a RunConfig or options by name, not both")
+    if config is not None and (options or not isinstance(config, RunConfig)):
+        raise InputError("give either a RunConfig or options by name (model=...), not both")
     config = (config or options_from(RunConfig, options, source)).validate()
     if not config.out:
         raise InputError("--out was not given; name a folder for the run")
