@@ -165,6 +165,8 @@ def open_session(
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
+    if before is not None:
+        before.model_places(config.model)
     if need_removal:
         for one in each_removal(config):
             check_report(out if before is None else before.target(one.removal))
