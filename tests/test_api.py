@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import isingcut
 from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files.writing import read_json
+from isingcut.healing.heal import heal
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.runs import api, interop_hub
 from isingcut.testing.tiny import tiny_checkpoint
@@ -213,6 +214,34 @@ def test_progress_may_be_a_flag_or_a_function(place, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "candidates" in captured.err
     assert captured.out == ""
+
+
+def test_arguments_of_another_type_are_refused_in_words(place, monkeypatch):
+    monkeypatch.chdir(place)
+    run = isingcut.open_run("my-run")
+    whole = {"model": "my-model", "remove": 3, "calibration": "my-text.txt", **OPTIONS}
+    calls = {
+        "expected a path, got None": (lambda: isingcut.open_run(None), lambda: run.save(None)),
+        "progress must be .* got 5": (
+            lambda: isingcut.open_run("my-run", progress=5),
+            lambda: isingcut.prune(progress=5, **whole),
+            lambda: isingcut.run(out="new", progress=5, **whole),
+            lambda: isingcut.energy(out="new", progress=5, **whole),
+            lambda: heal(student="s", teacher="my-model", out="new", progress=5),
+        ),
+        "blocks must be a list of block numbers, got": (
+            lambda: run.save("new", blocks=5),
+            lambda: run.save("new", blocks=[]),
+            lambda: run.save("new", blocks=["1"]),
+        ),
+        "either a RunConfig or options by name": (lambda: isingcut.run("my-model"),),
+        "either a HealConfig or options by name": (lambda: heal("my-model"),),
+    }
+    for words, several in calls.items():
+        for call in several:
+            with pytest.raises(InputError, match=words):
+                call()
+    assert not (place / "new").exists()
 
 
 def test_opening_what_is_no_run(tmp_path):

@@ -117,7 +117,7 @@ def test_impossible_states_are_refused(source, tmp_path, removed, message):
 
 
 def test_no_such_source(tmp_path):
-    with pytest.raises(CheckpointError, match="expected a checkpoint folder"):
+    with pytest.raises(CheckpointError, match="the model's folder"):
         excise(tmp_path / "none", [1], tmp_path / "out")
 
 

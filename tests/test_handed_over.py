@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
 from isingcut.data import held
-from isingcut.errors import CalibrationError, InputError, OutputExistsError
+from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
 from shared import leave_speed_out
 from tiny import tiny_checkpoint
 
@@ -134,6 +135,16 @@ def offloaded(model):
     model.lm_head.to("meta")
 
 
+def packed(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+
+
+def unsavable(model):
+    model.save_pretrained = lambda folder: folder.absent
+
+
 def adapted(model):
     model._hf_peft_config_loaded = True
 
@@ -144,12 +155,14 @@ def adapted(model):
         (quantised, "is quantised in memory.*give the folder or hub id"),
         (offloaded, "has weights that are not in memory"),
         (adapted, "has adapters loaded"),
+        (packed, "is quantised in memory.*give the folder or hub id"),
+        (unsavable, "saving the loaded model .* failed .*no attribute 'absent'"),
     ],
 )
 def test_models_that_cannot_be_saved_whole(loaded, tmp_path, spoil, words):
     model, tokenizer = loaded
     spoil(model)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises((InputError, ModelError), match=words):
         isingcut.prune(model, 2, tokenizer=tokenizer, out=tmp_path / "r", **OPTIONS)
     assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
     assert not list((tmp_path / "temporary").iterdir())

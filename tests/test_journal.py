@@ -43,6 +43,20 @@ def test_a_closed_journal_is_one_file_and_a_discarded_one_none(path):
     assert not os.listdir(path.parent)
 
 
+def test_a_new_journal_is_one_file_whenever_it_is_killed(tmp_path, monkeypatch):
+    connect, seen = sqlite3.connect, set()
+
+    def watched(path, **options):
+        database = connect(path, **options)
+        if path.suffix == ".part":
+            database.set_progress_handler(lambda: seen.update(os.listdir(tmp_path)), 1)
+        return database
+
+    monkeypatch.setattr("sqlite3.connect", watched)
+    Journal(tmp_path / "journal", "a")
+    assert [name.endswith(".part") for name in seen] == [True]
+
+
 def test_a_log_that_lost_its_journal_is_not_taken_for_the_next_ones(path):
     kept = Journal(path, "a")
     kept.put("3", np.ones(2))

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from isingcut.errors import CheckpointError, InputError, MissingExtraError, Mode
 from isingcut.models import device, from_gguf
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
+from isingcut.models.architectures.auto import loading_class_of
+from isingcut.models.inspect import inspect_model
 from isingcut.models.sources import hub_id, model_identity, resolve
 
 
@@ -56,6 +59,15 @@ def test_a_hub_id_out_of_reach_says_so() -> None:
     with pytest.raises(ModelError, match="hub cannot be reached") as caught:
         resolve("someone/no-such-model")
     one_line(caught)
+
+
+@pytest.mark.parametrize("read", [models.load, loading_class_of, inspect_model])
+def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="the model's folder gone is not there"):
+        read(Path("gone"))
 
 
 def test_a_malformed_hub_id_is_refused() -> None:

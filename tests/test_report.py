@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from isingcut.errors import StageFileError
 from isingcut.files.writing import read_json, write_json
@@ -16,13 +19,14 @@ from isingcut.report import words
 from isingcut.report.fidelity import fidelity_warnings, ranking_warnings
 from isingcut.report.render import fenced
 from isingcut.report.words import spectrum_map
-from run_files import record, write_report
+from run_files import model_card, record, write_report
 from small_run import (
     STATES,
     N,
     change,
     correlation,
     patch,
+    run_json,
     section,
     side,
     write_small_run,
@@ -57,6 +61,52 @@ def test_a_finished_run_is_told_from_its_files(folder: Path) -> None:
     assert "Warning" not in ranks
     assert 'from_pretrained("r/model")' in section(page, "Loading the model")
     assert "Not run" not in page
+
+
+NAMES = (
+    "<script>alert(1)</script>",
+    "a`<b>x</b>`",
+    "``<b>x</b>",
+    "a\\`<b>x</b>",
+    "[x](http://a.b)",
+    "![x](http://a.b)",
+    "*a* _b_ ~~c~~ my_model_v2",
+    "a|b \\| c",
+    "&lt;b&gt; &amp;",
+    "a\n\n<b>x</b>",
+    "a\\",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_stands_for_itself_in_markdown(tmp_path: Path, name: str) -> None:
+    folder = write_small_run(tmp_path / "r")
+    run = run_json(model=name)
+    run["provenance"]["command_line"] = f"isingcut run {name}"
+    run["provenance"]["calibration"]["source"] = name
+    write_json(folder / "run.json", "run", run)
+    scores = {"perplexity": 2.0, "perplexity_se": 0.1, "nll": 3.0, "nll_se": 0.1}
+    part = {"samples": 1, "tokens": 5, "before": scores, "after": scores, "kl": 9.0, "kl_se": 0.1}
+    change(folder / "evaluation.json", "evaluation", parts={name: part})
+    report = read(page_of(folder))
+    card = read(model_card(folder, folder, [10, 11]).split("---\n", 2)[2])
+    tokens = [t for block in report + card for t in (block, *(block.children or ()))]
+    kinds = {t.type for t in tokens if not t.content.startswith("<!-- isingcut-seal")}
+    assert not kinds & {"html_block", "html_inline", "image", "em_open", "s_open"}
+    addresses = {t.attrs["href"] for t in tokens if t.type == "link_open"}
+    assert addresses == {"https://arxiv.org/abs/2602.00161"}
+    # Backticks alone are not shown: they make code of what is between them.
+    shown = re.sub(r"\s+", " ", name.replace("`", ""))
+    said = ["".join(t.content for t in block.children or ()) for block in report]
+    assert f"{shown} without 2 of its 12 blocks" in said
+    assert f"isingcut run {shown}" in said
+    assert any(cell.startswith(f"{shown} (energy: ") for cell in said)
+    assert f"{shown}: perplexity" in said
+
+
+def read(page: str) -> list[Token]:
+    """The blocks of a page of Markdown."""
+    return MarkdownIt().enable(["table", "strikethrough"]).parse(page)
 
 
 def test_the_map_has_one_row_per_state_and_one_column_per_block(folder: Path) -> None:

@@ -56,7 +56,7 @@ def test_rows_are_sorted_with_the_chosen_state_among_them():
     found = [baseline("sleb", 0.75, settings=["loss=kl"]), baseline("random", 0.25)]
     assert rows_of(files_of(*found, tokens=99, blocks_run=36)) == [
         ("`random`", "2 and 3", "0.2500 ± 0.2500", "3.5000 ± 0.1250", "12.3", "4080", "none"),
-        ("**chosen** (`pairwise`)", "1 and 5", "0.5000 ± 0.0625", "3.0000", "3", "99", "none"),
+        ("chosen (`pairwise`)", "1 and 5", "0.5000 ± 0.0625", "3.0000", "3", "99", "none"),
         (
             "`sleb`, loss=kl",
             "2 and 3",
@@ -95,7 +95,7 @@ def test_the_report_shows_them(tmp_path: Path):
     part = section((run / "report.md").read_text(encoding="utf-8"), "Other methods")
     rows = [line for line in part.splitlines() if line.startswith("| ")]
     assert rows[1].startswith("| `cbo` | 2 and 3 | 0.1250 ± 0.2500 | 3.5000 ± 0.1250 | 12.3 |")
-    assert rows[2].startswith("| **chosen** (`pairwise`) | 10 and 11 | 0.2750 ± 0.0625 |")
+    assert rows[2].startswith("| chosen (`pairwise`) | 10 and 11 | 0.2750 ± 0.0625 |")
     assert "**Warning.** Measured here, cbo found a lower KL" in part
     data = read_json(run / "report.json", "report")
     assert data["baselines"] == [baseline("cbo", 0.125), baseline("sleb", 0.5)]

@@ -12,6 +12,7 @@ IsingcutError                 something the user can act on; the CLI prints it a
 ├── OutputExistsError         an output is already there and `overwrite` was not given
 ├── CheckpointError           a checkpoint is damaged or inconsistent
 ├── VerificationError         a written checkpoint does not compute what it should
+├── MemoryExhaustedError      the memory of the machine or of a GPU is used up
 ├── RankError                 another process of a distributed run failed
 └── MissingExtraError         an optional package is needed
 """
@@ -65,6 +66,18 @@ class CheckpointError(IsingcutError):
 
 class VerificationError(IsingcutError):
     """A written checkpoint does not compute what the skipped original computes."""
+
+
+class MemoryExhaustedError(IsingcutError):
+    """The memory of the machine or of a GPU is used up.
+
+    Attributes:
+        wanted: bytes that could not be allocated; None where that is not known.
+    """
+
+    def __init__(self, message: str, wanted: int | None = None) -> None:
+        super().__init__(message)
+        self.wanted = wanted
 
 
 class RankError(IsingcutError):

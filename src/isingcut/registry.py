@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import UnknownNameError
+from isingcut.errors import InputError, IsingcutError, UnknownNameError, first_line
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -85,6 +85,7 @@ class Registry:
         Raises:
             UnknownNameError: no such part; the message suggests the nearest and lists all, or
                 says what replaces one that is gone.
+            InputError: it is in a plug-in that cannot be imported.
         """
         if name in self._registered:
             return self._registered[name]
@@ -95,7 +96,7 @@ class Registry:
             return getattr(module, exported)
         entry_points = self._entry_points()
         if name in entry_points:
-            return entry_points[name].load()
+            return self._load(entry_points[name])
         if name in self.choices:
             raise UnknownNameError(
                 f"{name!r} is no {self.noun} of its own; name the one that is meant"
@@ -106,3 +107,16 @@ class Registry:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise UnknownNameError(f"unknown {self.noun} {name!r}{hint} known: {', '.join(names)}")
+
+    def _load(self, entry_point: EntryPoint) -> Any:
+        try:
+            return entry_point.load()
+        except IsingcutError:
+            raise
+        except (Exception, SystemExit) as e:
+            plug_in = entry_point.dist.name if entry_point.dist else entry_point.value
+            raise InputError(
+                f"the {self.noun} {entry_point.name!r} comes from the plug-in {plug_in}, which "
+                f"cannot be imported ({type(e).__name__}: {first_line(e)}); repair or remove that "
+                f"plug-in, or choose another {self.noun}"
+            ) from e

@@ -60,7 +60,7 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
     types(arena, whole, makes=("whole*", ".whole*"))
     with monkeypatch.context() as patch:
         stops(patch, 2, FULL)
-        line = r"no space left on the disk .*checkpoint-2; .*what was finished is kept in .*healing"
+        line = "no space left .*checkpoint-2 was not written; .*what was finished is kept in "
         left = types(arena, SAVING, code=2, line=line)
     assert left == ["before.json", "identity.json", "trainer", "way.json"]
     states = sorted(p.name for p in (arena.here / ".healed.healing/trainer").iterdir())
@@ -68,6 +68,12 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
     half_written(arena, 3)
     assert types(arena, SAVING) == []
     assert curve(arena) == curve(arena, "whole")
+
+
+def test_used_up_memory_keeps_the_states(arena, monkeypatch):
+    stops(monkeypatch, 2, MemoryError())
+    line = r"memory of this machine is used up; .*what was finished is kept in .*healing"
+    assert "trainer" in types(arena, SAVING, code=2, line=line)
 
 
 def test_a_full_disk_at_the_first_state_leaves_nothing(arena, monkeypatch):
@@ -178,7 +184,7 @@ def test_a_full_disk_under_the_kept_answers(arena, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        line = "no space left on the disk while writing .*targets"
+        line = "no space left on the disk, so that .*targets.* was not written"
         assert types(arena, heal("--top-k 4"), code=2, line=line, makes=()) == []
     assert types(arena, heal("--top-k 4")) == []
 

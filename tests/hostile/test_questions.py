@@ -37,10 +37,10 @@ def evaluate(more="--tasks arc_easy --data {here}/data", out="{here}/scores.json
 
 
 GOOD = {"context": "Which is it?", "choices": ["one", "two"], "answer": 1}
-ANSWER = r"question 2: expected 'answer', a number from 0 to 1, got"
-CHOICES = r"question 2: expected .*'choices'"
+ANSWER = r"line 3: expected 'answer', a number from 0 to 1, got"
+CHOICES = r"line 3: expected .*'choices'"
 BENCHMARKS = [
-    Row(f"question: {name}", evaluate(), line, asked(GOOD, {**GOOD, **change}))
+    Row(f"question: {name}", evaluate(), line, asked(GOOD, "", {**GOOD, **change}))
     for name, line, change in (
         ("an answer beyond", ANSWER, {"answer": 2}),
         ("a negative answer", ANSWER, {"answer": -1}),
@@ -51,9 +51,10 @@ BENCHMARKS = [
         ("no choices", CHOICES, {"choices": []}),
         ("numbers as choices", CHOICES, {"choices": [1, 2]}),
         ("a text as choices", CHOICES, {"choices": "one two"}),
+        ("a blank choice", CHOICES, {"choices": ["one", " "], "answer": 0}),
         ("many choices", CHOICES, {"choices": ["x"] * 1000}),
-        ("no context", "question 2: expected a text 'context', got ''", {"context": ""}),
-        ("a number as context", "question 2: expected a text 'context', got 7", {"context": 7}),
+        ("no context", "line 3: expected a text 'context', got ''", {"context": ""}),
+        ("a number as context", "line 3: expected a text 'context', got 7", {"context": 7}),
     )
 ]
 BENCHMARKS += rows(
@@ -87,27 +88,33 @@ BENCHMARKS += rows(
         ("no questions", evaluate("--tasks arc_easy --questions 0"), "Invalid value|questions"),
         ("text without data", evaluate("--tasks wikitext2"), "wikitext2 is read from a folder"),
         (
+            "a file with an empty choice",
+            evaluate("--tasks {here}/data/own.jsonl"),
+            r"data/own.jsonl, line 3: expected 'choices', .* none empty, got \['one', ''\]",
+            asked(GOOD, "", {**GOOD, "choices": ["one", ""]}, task="own"),
+        ),
+        (
             "an article without text",
             evaluate("--tasks wikitext2 --data {here}/data"),
-            "article 1: expected a text 'text', got 7",
+            "line 1: expected a text 'text', got 7",
             asked({"text": 7}, task="wikitext2/test_raw"),
         ),
         (
             "no blank",
             evaluate("--tasks winogrande --data {here}/data"),
-            "question 1: expected '_' in 'context'",
+            "line 1: expected '_' in 'context'",
             asked(GOOD, task="winogrande/dev"),
         ),
         (
             "three choices of four",
             evaluate("--tasks mmlu_0shot --data {here}/data"),
-            "question 1: expected 4 'choices', got 2",
+            "line 1: expected 4 'choices', got 2",
             asked({**GOOD, "subject": "x"}, task="mmlu/test"),
         ),
         (
             "one word",
             evaluate("--tasks lambada --data {here}/data"),
-            "question 1: expected ' ' in 'text'",
+            "line 1: expected ' ' in 'text'",
             asked({"text": "one"}, task="lambada/test"),
         ),
         (

@@ -107,6 +107,12 @@ FOUND = [
         **WORKS,
     ),
     Row("the model went away", EXCISE, "not there any more: looked at .*--model", model_moved),
+    Row(
+        "the model went away, the run goes on",
+        f"run model {OPTIONS} --out run",
+        "not there any more: looked at model, .*--model",
+        model_moved,
+    ),
     Row("and is named", f"{EXCISE} --model {{home}}/model-now", "", model_moved, **WORKS),
     Row(
         "another is named",

@@ -13,8 +13,11 @@ import sys
 import pytest
 from arena import Arena, Row, call
 
+import isingcut
 from isingcut.cli import main as cli
 from isingcut.console.printing import one_line, printable
+from isingcut.errors import InputError
+from isingcut.files.writing import os_error_words
 
 # Words of the command line ------------------------------------------------------------------
 
@@ -244,6 +247,27 @@ def test_a_disk_that_refuses_is_one_line(arena: Arena, monkeypatch, name, words)
 
     monkeypatch.setattr("tempfile.mkstemp", refuse)
     arena.try_row(Row("report", "report {run}", words))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    {**REFUSALS, "EMFILE": "model.* cannot be copied to .*: Too many open files"}.items(),
+    ids=REFUSALS,
+)
+def test_a_disk_that_refuses_a_copy_is_one_line(arena: Arena, monkeypatch, name, words):
+    number = getattr(errno, name)
+
+    def refuse(source, target, **options):
+        raise OSError(number, os.strerror(number), source, None, target)
+
+    monkeypatch.setattr("shutil.copyfile", refuse)
+    monkeypatch.chdir(arena.here)
+    with pytest.raises((InputError, OSError)) as caught:
+        isingcut.open_run("run").save("new")
+    said = os_error_words(caught.value) if isinstance(caught.value, OSError) else str(caught.value)
+    assert re.search(words, said)
+    assert not re.search(r"\[\(|Errno", said)
+    assert not (arena.here / "new").exists()
 
 
 PLACES = [

@@ -24,6 +24,7 @@ from isingcut.console.printing import prepare, say, unwritable
 from isingcut.errors import InputError, IsingcutError, RankError
 from isingcut.files.provenance import __version__
 from isingcut.files.writing import os_error_words
+from isingcut.memory import convert_memory_errors
 from isingcut.models.processes import last_word, launched, launched_rank, leave_word
 
 __all__ = ["app", "main"]
@@ -71,7 +72,8 @@ def _typed() -> tuple[str, bool]:
 def _run() -> None:
     """Carry out the command line; what is wrong with its words is an error like any other."""
     try:
-        code = _program(prog_name="isingcut", standalone_mode=False)
+        with convert_memory_errors():
+            code = _program(prog_name="isingcut", standalone_mode=False)
     except _CommandLineError as e:
         if type(e).__name__ == "NoArgsIsHelpError":
             e.show()

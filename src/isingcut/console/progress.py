@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from isingcut.console.printing import printable, say
+from isingcut.errors import InputError
 
 
 class Bar(Protocol):
@@ -31,6 +32,22 @@ Progress = Callable[[str, float], contextlib.AbstractContextManager[Bar]]
 def silent(description: str, total: float) -> Iterator[Bar]:
     """Shows nothing: the default in Python."""
     yield _SilentBar()
+
+
+def as_progress(given: Progress | bool) -> Progress:
+    """What shows progress: True is `terminal`, False `silent`.
+
+    Raises:
+        InputError: neither that nor a function.
+    """
+    if isinstance(given, bool):
+        return terminal if given else silent
+    if not callable(given):
+        raise InputError(
+            "progress must be True, False or a function like isingcut.console.progress.terminal, "
+            f"got {given!r:.60}"
+        )
+    return given
 
 
 class Part:

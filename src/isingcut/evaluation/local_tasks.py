@@ -162,8 +162,8 @@ def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any
     return [found[i] for i in picks]
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file.
+def records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The records of a JSON lines file, each with the number of its line.
 
     Raises:
         InputError: missing, damaged, empty or larger than 256 MiB.
@@ -179,7 +179,7 @@ def records(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}, line {number}: it is no JSON ({e})") from e
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: expected an object, got {line.strip()[:60]}")
-        found.append(record)
+        found.append((number, record))
     if not found:
         raise InputError(f"{path} holds no questions")
     return found
@@ -193,17 +193,17 @@ def _asked(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
         own: our part of the task file.
 
     Raises:
-        InputError: a field is missing or of a wrong type; the question is named.
+        InputError: a field is missing or of a wrong type; the message has the line.
     """
     texts = {"loglikelihood": ["text"], "generate_until": ["context", "solution"]}
     needed = [*texts.get(kind, ["context"]), *([own["by"]] if "by" in own else [])]
     found = []
-    for number, record in enumerate(records(path), 1):
+    for number, record in records(path):
         wrong = _wrong_text(record, needed, own)
         if wrong is None and kind not in texts:
             wrong = _wrong_choice(record, own)
         if wrong is not None:
-            raise InputError(f"{path}, question {number}: {wrong}")
+            raise InputError(f"{path}, line {number}: {wrong}")
         fields = needed if kind in texts else [*needed, "choices", "answer"]
         found.append({name: record[name] for name in fields})
     return found
@@ -222,8 +222,8 @@ def _wrong_text(record: dict[str, Any], needed: list[str], own: dict[str, Any]) 
 
 def _wrong_choice(record: dict[str, Any], own: dict[str, Any]) -> str | None:
     choices, answer = record.get("choices"), record.get("answer")
-    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-        return f"expected 'choices', a list of texts, got {repr(choices)[:60]}"
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+        return f"expected 'choices', a list of texts, none empty, got {repr(choices)[:60]}"
     least, most = (own["choices"],) * 2 if "choices" in own else (2, _MOST_CHOICES)
     if not least <= len(choices) <= most:
         return f"expected {least}{f' to {most}' * (most > least)} 'choices', got {len(choices)}"

@@ -64,11 +64,11 @@ def articles(data: Path) -> list[str]:
     """
     path = data / "wikitext2" / "test_raw.jsonl"
     found = []
-    for number, record in enumerate(records(path), 1):
+    for number, record in records(path):
         text = record.get("text")
         if not isinstance(text, str):
             raise InputError(
-                f"{path}, article {number}: expected a text 'text', got {repr(text)[:60]}"
+                f"{path}, line {number}: expected a text 'text', got {repr(text)[:60]}"
             )
         found.append(text)
     return found

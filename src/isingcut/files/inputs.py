@@ -25,8 +25,10 @@ def user_path(text: str | os.PathLike[str]) -> Path:
     """A path as it was typed, with ``~`` for the home folder.
 
     Raises:
-        InputError: no path at all (a NUL byte), or no such user's home folder.
+        InputError: no path at all (None, a NUL byte), or no such user's home folder.
     """
+    if not isinstance(text, str | os.PathLike):
+        raise InputError(f"expected a path, got {text!r:.60}; give a text or a pathlib.Path")
     typed = os.fspath(text)
     if "\0" in typed:
         raise InputError(f"{typed!r} is no path: it holds a NUL byte")

@@ -136,10 +136,12 @@ def _create(path: Path) -> None:
         _clear_errors(path),
         contextlib.closing(sqlite3.connect(temporary)) as database,
     ):
-        for setting in (f"application_id = {_APPLICATION}", *_SETTINGS):
-            database.execute(f"PRAGMA {setting}")
+        # What SQLite writes beside a database would stay after a kill: nothing, before the end.
+        database.execute("PRAGMA journal_mode = MEMORY")
+        database.execute(f"PRAGMA application_id = {_APPLICATION}")
         for table in _SCHEMA:
             database.execute(table)
+        database.execute("PRAGMA journal_mode = WAL")
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -47,8 +47,8 @@ def clear_os_errors(target: Path) -> Iterator[None]:
     except Exception as e:
         if disk_is_full(e):
             raise InputError(
-                f"no space left on the disk while writing {target}; nothing was kept there: "
-                "free some space or choose another --out, then run the same command again"
+                f"no space left on the disk, so that {target} was not written; free some space or "
+                "choose another --out, then run the same command again"
             ) from e
         if (code := _code_of(e)) in _REFUSED:
             raise InputError(
@@ -69,6 +69,11 @@ _REFUSED = {
 
 def os_error_words(error: OSError) -> str:
     """What the operating system refused, where, and why, in one line."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        # Of the files of a folder that could not be copied, the first.
+        source, target, words = error.args[0][0]
+        why = os.strerror(code) if (code := _code_of(error)) else words
+        return f"{source} cannot be copied to {target}: {why}"
     places = [
         os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes)
     ]
@@ -77,14 +82,18 @@ def os_error_words(error: OSError) -> str:
 
 
 def _code_of(error: Exception) -> int:
-    """The operating system's number for an error; that of a Rust library is in its words."""
-    if isinstance(error, OSError):
+    """The operating system's number for an error.
+
+    That of a Rust library, or of a folder that could not be copied, is in its words.
+    """
+    if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error.errno or 0
-    found = _RUST_CODE.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    worded = isinstance(error, shutil.Error) or type(error).__name__ == "SafetensorError"
+    found = _CODE.search(str(error)) if worded else None
     return int(found[1]) if found else 0
 
 
-_RUST_CODE = re.compile(r"os error (\d+)")
+_CODE = re.compile(r"(?:os error |\[Errno )(\d+)")
 
 
 @contextlib.contextmanager

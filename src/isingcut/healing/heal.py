@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from isingcut.console.progress import Progress, silent
+from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.errors import InputError, ModelError
@@ -31,6 +31,7 @@ from isingcut.healing.judging import Domains, Judge
 from isingcut.healing.patching import patch, start_of
 from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
+from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
@@ -43,6 +44,7 @@ from isingcut.options.healing import LENGTH, HealConfig
 from isingcut.report.card import healed_card, kept_parts
 
 
+@convert_memory_errors()
 def heal(
     config: HealConfig | None = None,
     /,
@@ -64,8 +66,9 @@ def heal(
     Raises:
         IsingcutError: bad input, in one line.
     """
-    if config is not None and options:
-        raise InputError("give either a HealConfig or options by name, not both")
+    if config is not None and (options or not isinstance(config, HealConfig)):
+        raise InputError("give either a HealConfig or options by name (student=...), not both")
+    progress = as_progress(progress)
     config = (config or options_from(HealConfig, options, "isingcut.healing.heal")).validate()
     for name in ("student", "teacher", "out"):
         if not getattr(config, name):

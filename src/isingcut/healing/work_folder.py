@@ -35,6 +35,7 @@ from isingcut.files.writing import (
     write_json,
 )
 from isingcut.healing.trainer_file import read_trainer_file
+from isingcut.memory import convert_memory_errors
 from isingcut.models.sources import model_identity
 from isingcut.options.healing import HealConfig
 
@@ -142,7 +143,8 @@ def held(work: Path, identity: str, training: str = "") -> Iterator[None]:
     """
     _claim(work, identity, training)
     try:
-        yield
+        with convert_memory_errors():
+            yield
     except BaseException as e:
         stays = _worth_keeping(work)
         if not stays:

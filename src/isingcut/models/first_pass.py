@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.text_alone import on_text_alone
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
@@ -162,7 +163,8 @@ def _reads_another(
     without = BlockCall(call.hidden, args, kwargs, call.keyword)
     try:
         output = without.repeat(block.forward, call.hidden)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise_if_exhausted(error)
         return True
     return not torch.equal(output[0] if isinstance(output, (list, tuple)) else output, stream)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from isingcut.errors import CheckpointError, ModelError
+from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
 from isingcut.models.architectures.auto import auto_class
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
@@ -151,8 +151,7 @@ def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model of an FP8 checkpoint with plain weights, and what transformers says of loading it.
 
-    Raises:
-        ModelError: transformers cannot load it.
+    Whatever transformers raises passes.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -162,13 +161,10 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, A
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     weights = dict(dequantised(folder, raw, dtype))
-    try:
-        kind = model_classes(auto_class(config))[type(config)]
-        model, report = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"cannot load the FP8 model in {folder}: {error}") from error
+    kind = model_classes(auto_class(config))[type(config)]
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), report

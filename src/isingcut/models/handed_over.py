@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.data.held import holding
 from isingcut.errors import InputError, ModelError, first_line
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.sources import model_identity
 from isingcut.models.transformers_private import has_adapters
@@ -35,7 +36,8 @@ def model(given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
             with quiet_transformers():
                 given.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-        except (OSError, ValueError, RuntimeError, NotImplementedError) as e:
+        except Exception as e:
+            raise_if_exhausted(e)
             raise ModelError(
                 f"saving the loaded model into {folder} failed ({first_line(e)}); save it with "
                 "save_pretrained yourself and give that folder"
@@ -61,7 +63,9 @@ def _check_model(given: Any) -> None:
             "merge them with PEFT (merge_and_unload) and give the merged model"
         )
     quantised = getattr(given.config, "quantization_config", None) is not None
-    if quantised or getattr(given, "hf_quantizer", None) is not None:
+    # Torch's own quantisation puts modules in place of the layers, and says so nowhere else.
+    packed = any("quantized" in type(module).__module__ for module in given.modules())
+    if quantised or packed or getattr(given, "hf_quantizer", None) is not None:
         raise InputError(
             f"this {type(given).__name__} is quantised in memory, so its blocks cannot be saved "
             "as they were; give the folder or hub id of the model before quantisation"

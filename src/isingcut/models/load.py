@@ -62,8 +62,8 @@ def load(
     """
     place = pick_device(device)
     number = pick_dtype(dtype, place)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     seen = check_fit(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with (
         loading(f"the model in {folder}"),
         bounded_structure(seen.most_numbers, str(folder)),
@@ -71,12 +71,7 @@ def load(
         model, found = as_transformers_does(folder, number, trust_remote_code=trust_remote_code)
     refuse_incomplete(found, folder)
     refuse_infinite(model.named_parameters(), folder)
-    try:
-        model.to(place)
-    except torch.OutOfMemoryError as e:
-        raise ModelError(
-            f"the model in {folder} does not fit the memory of {place}; choose --device cpu"
-        ) from e
+    model.to(place)
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, Path(folder), number, place)
 

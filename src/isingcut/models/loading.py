@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, IsingcutError, ModelError
+from isingcut.memory import raise_if_exhausted
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ def loading(what: str, error: type[IsingcutError] = ModelError) -> Iterator[None
 
     Raises:
         error: the library failed; our own errors pass.
+        MemoryExhaustedError: memory is used up.
     """
     try:
         with quiet_transformers(), warnings.catch_warnings():
@@ -39,6 +41,7 @@ def loading(what: str, error: type[IsingcutError] = ModelError) -> Iterator[None
     except IsingcutError:
         raise
     except Exception as e:
+        raise_if_exhausted(e)
         if "trust_remote_code=True" in str(e):
             raise error(
                 f"cannot load {what}: it needs Python code of its own, which runs only if you "

@@ -153,7 +153,8 @@ def _download(name: str, trust_remote_code: bool) -> Path:
         ) from e
     except (OSError, transport_error) as e:
         raise ModelError(
-            f"downloading {name} from the hub failed ({first_line(e)}); run again to go on"
+            f"there is no local folder {name}, and downloading it from the hub failed "
+            f"({first_line(e)}); give the folder of a local model, or run again to go on"
         ) from e
     return _checked_folder(Path(folder))
 

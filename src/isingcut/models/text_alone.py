@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from isingcut.errors import ArchitectureError, IsingcutError
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures import find_stack
 from isingcut.models.loading import one_line
 
@@ -74,9 +75,10 @@ def on_text_alone(model: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError, IsingcutError):
+    except (torch.AcceleratorError, IsingcutError):
         raise  # the machine's fault, or said already
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise_if_exhausted(error)
         raise ArchitectureError(
             f"{type(model).__name__} does not run on text alone, so that it can be neither "
             f"measured nor proven: {one_line(error)}"

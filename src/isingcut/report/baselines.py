@@ -68,7 +68,7 @@ def rivals(files: RunFiles, states: Book) -> list[Rival]:
 def rival_row(rival: Rival) -> tuple[str, ...]:
     """Method, blocks removed, KL, NLL, passes, tokens searched and broken constraints, as text."""
     row = rival.state.measured or {}
-    name = f"**chosen** (`{rival.name}`)" if rival.own else f"`{rival.name}`"
+    name = f"chosen (`{rival.name}`)" if rival.own else f"`{rival.name}`"
     blocks = numbers(rival.state.removed)
     if rival.merged:
         blocks += f", merged into {numbers(rival.merged)}"

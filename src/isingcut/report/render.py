@@ -1,7 +1,7 @@
 """Packaged templates with their values filled in.
 
-Values in HTML are escaped, generated text in Markdown goes into code fences, and control
-characters are spelled out in both.
+Values are escaped in HTML and in Markdown, where `...` in them stays code; generated text in
+Markdown goes into code fences, and control characters are spelled out in both.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import hashlib
 import itertools
 import re
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files as resources
 from typing import Any
@@ -56,8 +57,10 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_in_markdown,
     )
-    environment.filters |= {"code": code, "fenced": fenced, "listed": listed, "numbers": numbers}
+    filters = (code, cell, cells, fenced, listed, numbers)
+    environment.filters |= {function.__name__: function for function in filters}
     environment.globals["strip"] = strip
     return environment
 
@@ -70,8 +73,36 @@ def code(text: str) -> Markup:
     return Markup("".join(a + b for a, b in itertools.zip_longest(plain, marked, fillvalue="")))
 
 
-def fenced(text: str) -> str:
+@jinja2.pass_eval_context
+def _in_markdown(context: Any, value: Any) -> Any:
+    """A value of a Markdown template, escaped; what HTML escapes by itself is left alone."""
+    return value if context.autoescape or isinstance(value, Markup) else markdown(str(value))
+
+
+# Inside a word an underscore means nothing, and a bracket only where an address follows.
+_MEANS = re.compile(r"[\\*~]|(?<!\w)_|_(?!\w)|\](?=\()|&(?=#?\w+;)")
+
+
+def markdown(text: str) -> Markup:
+    """Text in which `...` becomes code and all else stands for itself, on one line."""
+    parts = re.split("`+", re.sub(r"\s*\n\s*", " ", text))
+    parts[::2] = [_MEANS.sub(r"\\\g<0>", p).replace("<", "&lt;") for p in parts[::2]]
+    parts[1::2] = [f"`{p}`" if p else "" for p in parts[1::2]]
+    return Markup("".join(parts))
+
+
+def cell(text: str) -> Markup:
+    """`markdown` for a table, whose cells a bar would part."""
+    return Markup(str(markdown(str(text))).replace("|", r"\|"))
+
+
+def cells(row: Iterable[str]) -> Markup:
+    """The cells of a table's row, with bars between them."""
+    return Markup(" | ".join(map(cell, row)))
+
+
+def fenced(text: str) -> Markup:
     """``text`` as a code block whose fence no run of backticks in it can close."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+    return Markup(f"{fence}text\n{text}\n{fence}")

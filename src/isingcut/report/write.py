@@ -85,7 +85,6 @@ def write_comparison(
 def _markdown(files: RunFiles) -> str:
     spectrum, candidates, evaluation = files.spectrum, files.candidates, files.evaluation
     removed, asked = files.removed, (candidates or {}).get("by_tasks")
-    rows = provenance_rows(files)
     return render(
         "report.md.j2",
         title=files.title,
@@ -114,7 +113,7 @@ def _markdown(files: RunFiles) -> str:
         map=[] if spectrum is None else spectrum_map(spectrum, candidates, removed),
         checkpoint=files.checkpoint,
         loads_with=files.loads_with,
-        provenance=[(key, value.replace("|", "\\|")) for key, value in rows],
+        provenance=provenance_rows(files),
         timings=timing_rows(files.run, files.folder, files.target),
         run=files.arguments,
     )

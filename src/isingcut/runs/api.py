@@ -17,10 +17,11 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isingcut.console.progress import Progress, silent, terminal
+from isingcut.console.progress import Progress, as_progress
 from isingcut.data import held
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
+from isingcut.memory import convert_memory_errors
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
 from isingcut.report.fidelity import ranking_warnings
@@ -38,6 +39,7 @@ class PoorEnergyWarning(UserWarning):
     """The energy ranked measured losses poorly; the message says how poorly and what to do."""
 
 
+@convert_memory_errors()
 def prune(
     model: str | Path | PreTrainedModel,
     remove: int | str | None = None,
@@ -82,6 +84,7 @@ def prune(
         >>> run.save("smaller-model").name
         'smaller-model'
     """
+    shown = as_progress(progress)
     loaded = None if isinstance(model, str | Path) else model
     processes = Processes.join()
     if processes.size > 1 and (loaded is not None or out is None):
@@ -100,9 +103,7 @@ def prune(
         if loaded is not None:
             # Last, as saving a large one takes long.
             config = config.replace(model=kept.enter_context(handed_over.model(loaded, tokenizer)))
-        session, folder = pipeline.open_session(
-            config, _shown(progress), processes, need_removal=True
-        )
+        session, folder = pipeline.open_session(config, shown, processes, need_removal=True)
         rankings = pipeline.measure_and_rank(session, folder)
         run = Run(folder, config, lambda: session)
         weakref.finalize(run, kept.pop_all().close)
@@ -110,7 +111,7 @@ def prune(
         return run
     said = [text for found in rankings for text in ranking_warnings(config.energy, found)]
     for text in dict.fromkeys(said):
-        warnings.warn(text, PoorEnergyWarning, stacklevel=2)
+        warnings.warn(text, PoorEnergyWarning, stacklevel=3)
     return run
 
 
@@ -141,6 +142,7 @@ def open_run(
         >>> isingcut.open_run("my-run").blocks
         10
     """
+    shown = as_progress(progress)
     found = RunFolder.open(user_path(folder), overwrite=overwrite)
     changed: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
     if model is not None:
@@ -148,14 +150,8 @@ def open_run(
     if remove is not None:
         changed |= {"remove": remove, "budget": ""}
     config = found.config.replace(**changed).validate()
-    return Run(found, config, lambda: pipeline.session_of(found, config, _shown(progress)))
+    return Run(found, config, lambda: pipeline.session_of(found, config, shown))
 
 
 def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="isingcut-", ignore_cleanup_errors=True)
-
-
-def _shown(progress: Progress | bool) -> Progress:
-    if isinstance(progress, bool):
-        return terminal if progress else silent
-    return progress

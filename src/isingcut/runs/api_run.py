@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import atomic_folder, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
+from isingcut.memory import convert_memory_errors
 from isingcut.options.config import RunConfig
 from isingcut.report.fidelity import ranking_warnings
 from isingcut.report.words import patch_warnings, search_warnings
@@ -126,6 +129,7 @@ class Run:
         """
         return self._ranked()
 
+    @convert_memory_errors()
     def _ranked(self) -> dict[str, Any]:
         file = self.path / "candidates.json"
         if self._folder.finished(file) is not None:
@@ -211,6 +215,7 @@ class Run:
         config = self.config.replace(remove=remove, budget="")
         return Run(self._folder, config, lambda: self._session.at(config))
 
+    @convert_memory_errors()
     def save(
         self, out: str | Path, *, blocks: Sequence[int] | None = None, overwrite: bool = False
     ) -> Path:
@@ -235,14 +240,15 @@ class Run:
             ['model.safetensors']
         """
         target = user_path(out)
+        removed = None if blocks is None else _numbers(blocks)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
         check_output(target, overwrite=overwrite, sources=sources)
-        if blocks is None and (self.config.patch != "none" or self.config.heal):
+        if removed is None and (self.config.patch != "none" or self.config.heal):
             product = self._product()
             with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
                 shutil.copytree(product, temporary, dirs_exist_ok=True)
             return target
-        removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
+        removed = list(self.chosen.removed) if removed is None else removed
         patching.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
@@ -251,6 +257,7 @@ class Run:
         self._ranked()
         return pipeline.cut_and_heal(self._session, self._folder)
 
+    @convert_memory_errors()
     def evaluate(self) -> dict[str, Any]:
         """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
 
@@ -276,6 +283,15 @@ class Run:
             'report.md'
         """
         return solving.report(self._folder, self.config.removal)
+
+
+def _numbers(blocks: Sequence[int]) -> list[int]:
+    try:
+        if found := sorted({operator.index(b) for b in blocks}):
+            return found
+    except TypeError:
+        pass
+    raise InputError(f"blocks must be a list of block numbers, got {blocks!r:.60}")
 
 
 def _candidates(path: Path) -> dict[str, Any]:

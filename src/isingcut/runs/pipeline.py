@@ -16,6 +16,7 @@ from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.files.outputs import refuse_source
 from isingcut.files.writing import clear_stale
 from isingcut.ising.solvers import registry as solvers
+from isingcut.memory import convert_memory_errors
 from isingcut.models.inspect import inspect_model
 from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
@@ -41,6 +42,7 @@ from isingcut.runs.solving import report, solve
 from isingcut.runs.stages import evaluate, rank
 
 
+@convert_memory_errors()
 def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any) -> Path:
     """Measure, solve, rank, cut, patch, evaluate and report: the whole job.
 
@@ -111,6 +113,7 @@ def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -
         folder.save()
 
 
+@convert_memory_errors()
 def energy(
     config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any
 ) -> Path:
@@ -138,8 +141,8 @@ def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -
     Args:
         source: the call that they were given in, for messages.
     """
-    if config is not None and options:
-        raise InputError("give either a RunConfig or options by name, not both")
+    if config is not None and (options or not isinstance(config, RunConfig)):
+        raise InputError("give either a RunConfig or options by name (model=...), not both")
     config = (config or options_from(RunConfig, options, source)).validate()
     if not config.out:
         raise InputError("--out was not given; name a folder for the run")
@@ -162,6 +165,8 @@ def open_session(
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
+    if before is not None:
+        before.model_places(config.model)
     if need_removal:
         for one in each_removal(config):
             check_report(out if before is None else before.target(one.removal))

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from isingcut.console.progress import Progress, silent
+from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.energies import registry
 from isingcut.files.writing import read_json
 from isingcut.models import device as devices
@@ -47,7 +47,7 @@ class Session:
     def __init__(
         self, config: RunConfig, progress: Progress = silent, dtype: str | None = None
     ) -> None:
-        self.config, self.progress, self._recorded = config, progress, dtype
+        self.config, self.progress, self._recorded = config, as_progress(progress), dtype
         self.processes = ALONE
 
     def at(self, config: RunConfig) -> Session:

@@ -84,7 +84,7 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
             same = torch.equal(text_model(model)(tokens).logits, text_model(again)(tokens).logits)
         if not same:
             raise ModelError(
-                f"the healed model was written to {out} but computes something else when loaded "
-                "again; nothing was kept there"
+                f"the healed model computes something else when it is loaded again from {out}, "
+                "where it was deleted"
             )
         check_generation(text_model(again), tokens[:1], 8, str(out))

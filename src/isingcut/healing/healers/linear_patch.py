@@ -34,12 +34,13 @@ from typing import Any
 import torch
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, FitError
+from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import Patch, StoredLayers, applied, runs, write_patched
 from isingcut.healing.patch.fitting import Fitting
 from isingcut.healing.training.tune import parted, tune
 from isingcut.measure.work import Work
+from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.replay import Replay
@@ -133,8 +134,9 @@ class LinearPatch:
         if job.config.tunes:
             tokens, held_out, tuning = _parted(job, tokens)
         try:
-            fitted = fit.fit(replay, stack.kinds, tokens, job.removed, work, layers)
-        except torch.OutOfMemoryError as e:
+            with convert_memory_errors():
+                fitted = fit.fit(replay, stack.kinds, tokens, job.removed, work, layers)
+        except MemoryExhaustedError as e:
             raise FitError(
                 f"{replay.device} has no memory left to fit a patch on {tokens.samples} samples; "
                 "give fewer --patch-tokens, or --device cpu"
@@ -181,10 +183,11 @@ def _tuned(
 ) -> tuple[list[Patch], dict[str, Any]]:
     """Patches that were tuned, and how; the given ones and why where that cannot be."""
     try:
-        found = tune(replay, tokens, held_out, job.removed, patches, work, layers)
+        with convert_memory_errors():
+            found = tune(replay, tokens, held_out, job.removed, patches, work, layers)
     except FitError as e:
         return patches, {"left_out": str(e)}
-    except torch.OutOfMemoryError:
+    except MemoryExhaustedError:
         return patches, {"left_out": f"{replay.device} has no memory left to tune the patch"}
     return found.patches, found.record
 

@@ -31,6 +31,7 @@ from isingcut.healing.patch.files import Patch, StoredLayers, runs
 from isingcut.healing.patch.fitting import unfit
 from isingcut.healing.training.kl import divergence
 from isingcut.measure.work import Work
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.loading import one_line
 from isingcut.models.replay import Recording, Replay
 from isingcut.models.streaming.memory import allowance
@@ -281,9 +282,8 @@ class _Text:
         try:
             loss = self._summed(batch, suffix) / STEP_TOKENS
             loss.backward()  # type: ignore[no-untyped-call]
-        except torch.OutOfMemoryError:
-            raise
         except (NotImplementedError, RuntimeError) as e:
+            raise_if_exhausted(e)
             raise FitError(f"the model cannot be differentiated: {one_line(e)}") from e
 
     def divergence(self, suffix: Sequence[int]) -> float:

@@ -14,6 +14,7 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._apart import check_apart
 from isingcut.ising.solvers.base import NO_CLASS, Solution
 from isingcut.ising.spectrum import Spectrum
+from isingcut.memory import convert_memory_errors
 from isingcut.registry import Registry
 
 MOST_STATES = 100_000
@@ -84,6 +85,7 @@ def make(solver: str, **options: Any) -> Any:
         raise InputError(f"solver {solver!r}: {error}") from None
 
 
+@convert_memory_errors()
 def solve(
     problem: Problem, solver: str = "auto", k: int = 20, *, diverse: int = 0, **options: Any
 ) -> Spectrum:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import ArchitectureError
+from isingcut.models.checkpoint.read import read_config
 from isingcut.models.loading import loading
 from isingcut.models.transformers_private import model_classes
 
@@ -84,5 +85,7 @@ def _config_of(folder: Path, trust: bool) -> Any:
     from transformers import AutoConfig
 
     configs: Any = AutoConfig
+    # First, as transformers would look for a folder that was deleted on the hub.
+    read_config(folder)
     with loading(f"the configuration in {folder}"):
         return configs.from_pretrained(folder, trust_remote_code=trust)

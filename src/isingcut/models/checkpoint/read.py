@@ -78,7 +78,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: no such folder or file, or not a JSON object.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"expected a checkpoint folder, but {folder} is not there")
+        raise CheckpointError(
+            f"the model's folder {folder} is not there; give the place that it was moved to, or "
+            "get the model again"
+        )
     path = contained(folder, "config.json")
     config = load_json(path, "the model's config", CheckpointError, infinite=True)
     if not isinstance(config, dict):

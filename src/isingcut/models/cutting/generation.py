@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from isingcut.errors import VerificationError
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.cutting.difference import tolerance, usual_size
 
 # Between two logits that a cache may turn around, of their usual size.
@@ -51,6 +52,7 @@ def check_generation(
                 cached = model.generate(row, use_cache=True, **with_mask)[0]
                 plain = model.generate(row, use_cache=False, **with_mask)[0]
         except Exception as error:
+            raise_if_exhausted(error)
             raise VerificationError(
                 f"{name} loads but does not generate: {type(error).__name__}: {error}"
             ) from error

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import ModelError
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.cutting.image_forms import (
     WORDS,
     ImageInputs,
@@ -76,6 +77,7 @@ def with_images(
                     inputs["logits_to_keep"] = torch.tensor(_KEPT)
                 logits = logits_of(model, inputs)
         except Exception as error:
+            raise_if_exhausted(error)
             reason = reason or one_line(error)
             continue
         if logits.shape[0] == 2 and not torch.equal(logits[0, -1], logits[1, -1]):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from isingcut.errors import CheckpointError, ModelError, VerificationError
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures import find_stack, skipped, text_config
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.difference import relative_difference, tolerance
@@ -159,6 +160,7 @@ def verify(
             with torch.no_grad():
                 got = logits(cut)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise_if_exhausted(error)
             raise VerificationError(
                 f"the checkpoint {out} fails on {kind}, which the original without blocks "
                 f"{sorted(removed)} computes: {one_line(error)}"
@@ -301,6 +303,7 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
         with quiet_transformers():
             model, report = as_transformers_does(out, dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
+        raise_if_exhausted(error)
         raise VerificationError(
             f"the checkpoint {out} does not load: {type(error).__name__}: {error}"
         ) from error

@@ -1,0 +1,117 @@
+"""Memory that is used up is one line that says what was wanted, and no fault of isingcut's."""
+
+import errno
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from arena import Row
+
+import isingcut
+from isingcut.errors import MemoryExhaustedError
+from isingcut.healing.heal import heal
+from isingcut.memory import is_memory_exhausted
+from isingcut.models.cutting import generation, verify
+from isingcut.models.loading import loading
+from isingcut.models.text_alone import on_text_alone
+
+TOO_MANY = 10**15
+
+
+def raises(error):
+    def raise_it(*arguments, **options):
+        raise error
+
+    return raise_it
+
+
+def in_torch(*arguments, **options):
+    torch.empty(TOO_MANY)
+
+
+GPU = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+MPS = "MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 256 bytes on shared pool"
+HANDLE = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+EXHAUSTED = {
+    "Python": (lambda *a: bytearray(1 << 62), None, "this machine"),
+    "NumPy": (lambda *a: np.empty(1 << 50), 2**53, "this machine"),
+    "torch": (in_torch, 4 * TOO_MANY, "this machine"),
+    "the system": (raises(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))), None, "this machine"),
+    "CUDA": (raises(torch.OutOfMemoryError(GPU)), 20 * 2**30, "the GPU"),
+    "MPS": (raises(RuntimeError(MPS)), 256, "the GPU"),
+    "cuBLAS": (raises(RuntimeError(HANDLE)), None, "the GPU"),
+}
+
+
+@pytest.mark.parametrize(("use_up", "wanted", "where"), EXHAUSTED.values(), ids=EXHAUSTED)
+def test_a_command_ends_with_one_line(arena, monkeypatch, use_up, wanted, where):
+    monkeypatch.setattr("isingcut.report.write.read_run", use_up)
+    more = "" if wanted is None else f": {wanted:,} bytes more were wanted"
+    arena.try_row(Row("report", "report {run}", f"memory of {where} is used up{more}; .*--stream"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
+def test_other_errors_are_no_used_up_memory(error):
+    assert not is_memory_exhausted(error)
+
+
+WHOLE = {"model": "model", "remove": 2, "calibration": "text.txt"}
+HEAL = {"student": "run/model", "teacher": "model", "text": "text.txt", "out": "new"}
+DOORS = {
+    "run": lambda: isingcut.run(out="new", **WHOLE),
+    "energy": lambda: isingcut.energy(out="new", **WHOLE),
+    "prune": lambda: isingcut.prune(out="new", **WHOLE),
+    "ranking": lambda: isingcut.open_run("run", 3).ranking,
+    "save": lambda: isingcut.open_run("run").save("new"),
+    "evaluate": lambda: isingcut.open_run("run", 3).evaluate(),
+    "solve": lambda: isingcut.solve(isingcut.open_run("run").at(3).hamiltonian, k=2),
+    "heal": lambda: heal(**HEAL),
+}
+
+
+@pytest.mark.parametrize("call", DOORS.values(), ids=DOORS)
+def test_python_raises_one_of_our_errors(arena, monkeypatch, call):
+    for name in ("runs.session.resolve", "healing.heal.resolve", "ising.solvers.make"):
+        monkeypatch.setattr(f"isingcut.{name}", in_torch)
+    with pytest.raises(MemoryExhaustedError, match="this machine") as caught:
+        call()
+    assert caught.value.wanted == 4 * TOO_MANY
+    assert not (arena.here / "new").exists()
+
+
+def reads(monkeypatch):
+    with loading("the model"):
+        in_torch()
+
+
+def runs_on_text(monkeypatch):
+    with on_text_alone(torch.nn.Linear(1, 1)):
+        in_torch()
+
+
+def reloads(monkeypatch):
+    monkeypatch.setattr(verify, "as_transformers_does", in_torch)
+    verify.reload("model", dtype=torch.float32)
+
+
+def generates(monkeypatch):
+    model = SimpleNamespace(generate=in_torch)
+    generation.check_generation(model, torch.zeros((1, 2), dtype=torch.long), 1, "model")
+
+
+@pytest.mark.parametrize("step", [reads, runs_on_text, reloads, generates])
+def test_no_library_or_model_is_blamed(monkeypatch, step):
+    with pytest.raises(MemoryExhaustedError):
+        step(monkeypatch)
+
+
+def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(arena, monkeypatch):
+    monkeypatch.setattr("isingcut.healing.healers.linear_patch.tune", in_torch)
+    command = "excise {run} --blocks 0,3"
+    arena.try_row(Row("excise", command, "model", code=0, makes=("run/*",)))
+    record = arena.run / "remove-2-blocks-0-3" / "model" / "isingcut.json"
+    tuning = json.loads(record.read_text(encoding="utf-8"))["patch"]["tuning"]
+    assert "no memory left to tune the patch" in tuning["left_out"]
