@@ -22,7 +22,7 @@ from isingcut.healing.training.student import last_parameters
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.load import load
-from isingcut.models.streaming.memory import Allowance
+from isingcut.models.memory import Allowance
 from isingcut.testing.tiny import tiny_model
 
 __all__ = ["healed", "models"]

@@ -127,6 +127,12 @@ class TokenSet:
             start += len(rows)
         return found
 
+    def halves(self) -> tuple[TokenSet, TokenSet]:
+        """The first and the second half of the samples, each trimmed; they keep their `index`."""
+        first, second = torch.arange(self.samples).chunk(2)
+        halved = [replace(self._trimmed(r), index=self.index[r]) for r in (first, second)]
+        return halved[0], halved[1]
+
     def _trimmed(self, rows: torch.Tensor) -> TokenSet:
         mask = self.mask[rows]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0

@@ -52,7 +52,8 @@ class Generations:
         with self.work.progress(self.description, len(prompts)) as bar:
             bar.advance(len(prompts) - len(left))
             for some in _together(prompts, left, MICRO_BATCHES * self.work.batch_tokens):
-                for i, text in zip(some, write(some), strict=True):
+                texts = halve_to_fit(self.replay.limit, some, write)
+                for i, text in zip(some, texts, strict=True):
                     kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))
                 bar.advance(len(some))
         return [_text(kept.get(key)) for key in keys]

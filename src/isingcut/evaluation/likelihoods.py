@@ -17,6 +17,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
 from isingcut.ising.states import Bools, Floats, States
 from isingcut.measure.pace import Pace
+from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.compute.attention import chosen_attention
@@ -90,11 +91,15 @@ def answer_scores(
         alike.setdefault(tuple(ids[:-1]), []).append(r)
     tokens, groups = TokenSet.from_rows([list(ids) for ids in alike]), list(alike.values())
     batches = tokens.batches(work.batch_tokens)
-    # Of each micro-batch: (its sample, row).
-    asked = [
-        [(i, r) for i, row in enumerate(batch.index.tolist()) for r in groups[row]]
-        for batch in batches
-    ]
+
+    def placed(batch: TokenSet) -> list[tuple[int, int]]:
+        """(its sample, row) of each answer in a micro-batch."""
+        return [(i, r) for i, row in enumerate(batch.index.tolist()) for r in groups[row]]
+
+    def compute(some: Sequence[TokenSet]) -> list[Floats]:
+        places = [_Places([(i, rows[r]) for i, r in placed(batch)]) for batch in some]
+        return _scores(replay, some, wanted[order], places)
+
     measured = identity(
         replay,
         tokens,
@@ -114,16 +119,15 @@ def answer_scores(
         bar.advance(sum(costs) - sum(costs[b] for b in left))
         waiting = [batches[b] for b in left]
         for chunk, _ in Pace(replay.store).chunks(replay, waiting, len(wanted) + _OTHERS):
-            mine = left[chunk]
-            read = [_Places([(i, rows[r]) for i, r in asked[b]]) for b in mine]
-            for b, found in zip(
-                mine, _scores(replay, waiting[chunk], wanted[order], read), strict=True
-            ):
+            scores = split_to_fit(
+                replay.limit, waiting[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
+            )
+            for b, found in zip(left[chunk], scores, strict=True):
                 kept.put(str(b), found)
                 bar.advance(costs[b])
     sums = np.zeros((2, len(wanted), len(rows)))
-    for b, those in enumerate(asked):
-        sums[:, order[:, None], [r for _, r in those]] = kept.get(str(b))
+    for b, batch in enumerate(batches):
+        sums[:, order[:, None], [r for _, r in placed(batch)]] = kept.get(str(b))
     return sums[0], sums[1] == 1
 
 

@@ -19,9 +19,11 @@ from isingcut.files.writing import without_header, without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.pace import Pace
+from isingcut.measure.splitting import split_to_fit
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import weight_files
 from isingcut.models.compute.divergence import row_kl
+from isingcut.models.device import BatchLimit
 from isingcut.models.parts import HEAD
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay
@@ -200,23 +202,43 @@ def sample_sums(
 ) -> Floats:
     """(3, m): by sample, NLL of both models and KL(original || cut), summed over its tokens."""
     sums = np.zeros((3, tokens.samples))
-    batches = tokens.batches(batch_tokens)
+
+    def compute(some: Sequence[TokenSet]) -> list[dict[int, tuple[float, float, float]]]:
+        return _sums_by_sample(original, cut, some)
+
+    batches, limit = tokens.batches(batch_tokens), BatchLimit(original.device)
     with progress("perplexity and KL on unseen text", len(batches)) as bar, torch.inference_mode():
         for chunk in _chunks((original, cut), batches):
-            both = [_logits(model, batches[chunk]) for model in (original, cut)]
-            for model in (original, cut):
-                if isinstance(model, StreamedReplay):
-                    model.store.hold(HEAD)
-            for batch, *logits in zip(batches[chunk], *both, strict=True):
-                before, after = (of_rows() for of_rows in logits)
-                for row, position in enumerate(batch.index.tolist()):
-                    counts = batch.predicted[row]
-                    at = slice(int(counts.sum())) if batch.counted is None else batch.looked_at[row]
-                    first, second = before(row)[at], after(row)[at]
-                    labels = batch.input_ids[row, 1:][counts].to(first.device)
-                    sums[:, position] = compared(first, second.to(first.device), labels)
+            found = split_to_fit(limit, batches[chunk], compute, lambda a, b: a | b)
+            for by_sample in found:
+                for position, values in by_sample.items():
+                    sums[:, position] = values
                 bar.advance(1)
     return sums
+
+
+def _sums_by_sample(
+    original: PreTrainedModel | StreamedReplay,
+    cut: PreTrainedModel | StreamedReplay,
+    batches: Sequence[TokenSet],
+) -> list[dict[int, tuple[float, float, float]]]:
+    """Of each micro-batch, the sums of `compared` by the places of its samples."""
+    both = [_logits(model, batches) for model in (original, cut)]
+    for model in (original, cut):
+        if isinstance(model, StreamedReplay):
+            model.store.hold(HEAD)
+    found = []
+    for batch, *logits in zip(batches, *both, strict=True):
+        before, after = (of_rows() for of_rows in logits)
+        by_sample = {}
+        for row, position in enumerate(batch.index.tolist()):
+            counts = batch.predicted[row]
+            at = slice(int(counts.sum())) if batch.counted is None else batch.looked_at[row]
+            first, second = before(row)[at], after(row)[at]
+            labels = batch.input_ids[row, 1:][counts].to(first.device)
+            by_sample[position] = compared(first, second.to(first.device), labels)
+        found.append(by_sample)
+    return found
 
 
 def _chunks(

@@ -19,6 +19,7 @@ batch and the errors over samples come for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from isingcut.ising.states import Floats
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import of_batches
 from isingcut.measure.sharing import SharedJournal
+from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.compute.loss_gradient import loss_gradient
@@ -115,13 +117,20 @@ def gate_curvature(
     kept = SharedJournal(journal, measured, of_batches(batches, n + 1, n), replay.processes)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     rows = np.zeros((tokens.samples, n + 1, n))
+
+    def compute(some: Sequence[TokenSet]) -> list[Floats]:
+        return [_batch_curvature(replay, head, batch, kind, gate) for batch in some]
+
+    def join(first: Floats, second: Floats) -> Floats:
+        return np.concatenate([first, second])
+
     with progress(f"{kind} of {tokens.samples} samples", len(batches)) as bar:
         keys = [str(b) for b in range(len(batches))]
         todo = [key for key in keys if kept.get(key) is None]
         bar.advance(len(keys) - len(todo))
         own, bar = kept.share(todo, bar)
         for key in own:
-            kept.put(key, _batch_curvature(replay, head, batches[int(key)], kind, gate))
+            kept.put(key, split_to_fit(replay.limit, [batches[int(key)]], compute, join)[0])
             bar.advance(1)
         kept.gather()
     for b, batch in enumerate(batches):

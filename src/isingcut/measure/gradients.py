@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.calibration import TokenSet
 from isingcut.measure.pace import Pace
 from isingcut.measure.sharing import SharedJournal
+from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.sweep import gate_rows, streams_kept
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
@@ -80,15 +82,19 @@ def gate_gradients(
         own, bar = kept.share(todo, bar)
         mine = [batches[int(key)] for key in own]
         for chunk, room in Pace(replay.store).chunks(replay, mine, streams_kept(replay)):
-            found = gate_rows(
-                replay,
-                mine[chunk],
-                gate,
-                toward,
-                room=room,
-                folder=journal.parent if journal else None,
-                advance=bar.advance,
-            )
+
+            def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
+                return gate_rows(
+                    replay,
+                    some,
+                    gate,
+                    toward,
+                    room=room,
+                    folder=journal.parent if journal else None,
+                    advance=bar.advance,
+                )
+
+            found = split_to_fit(replay.limit, mine[chunk], compute, lambda a, b: torch.cat([a, b]))
             for key, row in zip(own[chunk], found, strict=True):
                 kept.put(key, row.double().cpu().numpy())
         kept.gather()

@@ -29,6 +29,7 @@ from isingcut.ising.states import Floats, States
 from isingcut.measure.pace import Pace
 from isingcut.measure.pieces import Piece, cut, left
 from isingcut.measure.sharing import SharedJournal
+from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.tree import in_order, own_blocks, walk
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
@@ -197,14 +198,18 @@ def measure(
         todo = left(kept.keys(), len(batches), len(order), size, 2 * n / per_batch)
         own, bar = kept.share([piece.key for piece in todo], bar)
         for chunk in _chunks(replay, batches, [Piece.read(key) for key in own]):
-            found = _measure(
-                replay,
-                head,
-                [batches[piece.batch] for piece in chunk],
-                ordered[chunk[0].first : chunk[0].last],
-                share_prefixes,
-                bar,
-                sum(map(blocks_run, chunk)),
+            states_of = ordered[chunk[0].first : chunk[0].last]
+            mine = [batches[piece.batch] for piece in chunk]
+            worth = sum(map(blocks_run, chunk)) / sum(batch.samples for batch in mine)
+
+            def compute(
+                some: Sequence[TokenSet], states: States = states_of, worth: float = worth
+            ) -> list[Floats]:
+                steps = worth * sum(batch.samples for batch in some)
+                return _measure(replay, head, some, states, share_prefixes, bar, steps)
+
+            found = split_to_fit(
+                replay.limit, mine, compute, lambda a, b: np.concatenate([a, b], -1)
             )
             for piece, rows in zip(chunk, found, strict=True):
                 kept.put(piece.key, rows)
@@ -265,7 +270,7 @@ def _measure(
     states: States,
     share_prefixes: bool,
     bar: Bar,
-    worth: int,
+    worth: float,
 ) -> list[Floats]:
     """For each micro-batch (2, K + 1, B): KL and NLL sums of K sorted states and of the original.
 

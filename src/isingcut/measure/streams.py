@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.states import Floats
+from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -44,13 +46,22 @@ def block_means(
     """
     sums = np.full(len(replay), np.inf)
     sums[[i for i in range(len(replay)) if i not in removed]] = 0.0
+
+    def compute(some: Sequence[TokenSet]) -> list[Floats]:
+        return [of_batch(batch) for batch in some]
+
+    def of_batch(batch: TokenSet) -> Floats:
+        found = np.zeros(len(replay))
+        real = batch.looked_at.to(replay.device)
+        for i, before, after in boundaries(replay, batch, removed):
+            values = score(before[real].float(), after[real].float())
+            found[i] = float(values.sum(dtype=torch.float64))
+        return found
+
     batches = tokens.batches(work.batch_tokens)
     with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
         for batch in batches:
-            real = batch.looked_at.to(replay.device)
-            for i, before, after in boundaries(replay, batch, removed):
-                values = score(before[real].float(), after[real].float())
-                sums[i] += float(values.sum(dtype=torch.float64))
+            sums += split_to_fit(replay.limit, [batch], compute, operator.add)[0]
             bar.advance(1)
     return sums / int(tokens.looked_at.sum())
 
@@ -63,20 +74,34 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
         the mean `angle` between the streams at any two boundaries, at each sample's last of them.
     """
     n = len(replay)
-    sums, angles = np.zeros(n), np.zeros((n + 1, n + 1))
+    sums, angles = np.zeros(n + 1), np.zeros((n + 1, n + 1))
+
+    def compute(some: Sequence[TokenSet]) -> list[Floats]:
+        return [of_batch(batch) for batch in some]
+
+    def of_batch(batch: TokenSet) -> Floats:
+        """Angles (N + 1, N + 1), and below them the influences."""
+        found = np.zeros((n + 2, n + 1))
+        real = batch.looked_at.to(replay.device)
+        ends, streams = batch.last_looked_at.to(replay.device), list[Tensor]()
+        for i, before, after in boundaries(replay, batch):
+            values = influence(before[real].float(), after[real].float())
+            found[n + 1, i] = float(values.sum(dtype=torch.float64))
+            if not streams:
+                streams.append(before[ends].float())
+            streams.append(after[ends].float())
+        for i, j in itertools.combinations(range(n + 1), 2):
+            found[i, j] = float(angle(streams[i], streams[j]).sum())
+        return found
+
     batches = tokens.batches(work.batch_tokens)
     with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
         for batch in batches:
-            real = batch.looked_at.to(replay.device)
-            ends, streams = batch.last_looked_at.to(replay.device), list[Tensor]()
-            for i, before, after in boundaries(replay, batch):
-                values = influence(before[real].float(), after[real].float())
-                sums[i] += float(values.sum(dtype=torch.float64))
-                streams += [before[ends].float()] * (not streams) + [after[ends].float()]
-            for i, j in itertools.combinations(range(n + 1), 2):
-                angles[i, j] += float(angle(streams[i], streams[j]).sum())
+            (found,) = split_to_fit(replay.limit, [batch], compute, operator.add)
+            sums += found[n + 1]
+            angles += found[: n + 1]
             bar.advance(1)
-    return sums / int(tokens.looked_at.sum()), (angles + angles.T) / tokens.samples
+    return sums[:n] / int(tokens.looked_at.sum()), (angles + angles.T) / tokens.samples
 
 
 def lowest(scores: Floats, count: int) -> tuple[int, ...]:

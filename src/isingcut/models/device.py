@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +51,25 @@ def device_module(device: torch.device) -> Any:
     import torch
 
     return None if device.type == "cpu" else torch.get_device_module(device)
+
+
+@dataclass
+class BatchLimit:
+    """How much is computed at a time on a device, as far as its memory is known to hold it.
+
+    Attributes:
+        tokens: at most so many, unless a single sample has more.
+    """
+
+    device: torch.device
+    tokens: int = sys.maxsize
+
+    def release(self) -> None:
+        """Give back what a computation that failed has left behind."""
+        gc.collect()
+        module = device_module(self.device)
+        if module is not None:
+            module.empty_cache()
 
 
 def synchronise(device: torch.device) -> None:

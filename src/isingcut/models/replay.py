@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
 from isingcut.models.architectures.families import stop_rescaling
-from isingcut.models.device import synchronise
+from isingcut.models.device import BatchLimit, synchronise
 from isingcut.models.first_pass import BlockCall, learn_outputs
+from isingcut.models.memory import allowance
 from isingcut.models.parts import Resident, Weights
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.text_alone import text_model
@@ -47,6 +48,7 @@ class Replay:
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention (`tuning.py`); None keeps what was loaded.
         threads: with how many threads at most; None: with those that torch takes.
+        limit: tokens that are computed at a time, as far as the memory is known to hold them.
         processes: that hold the same model and share its measurements.
         plain_head: what `compute.head` found of the output map, once it has looked.
 
@@ -71,6 +73,7 @@ class Replay:
         self.store = store or Resident()
         self.attention: str | None = None
         self.threads: int | None = None
+        self.limit = BatchLimit(self.device)
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
         self.text = text_model(model)
@@ -99,9 +102,11 @@ class Replay:
     def room(self, batch: TokenSet) -> int:
         """Bytes that hidden states kept between blocks may take, beside the work on one batch.
 
-        In memory nobody watches: a measurement keeps what one micro-batch needs.
+        Of a model in memory on the CPU that is not watched.
         """
-        return sys.maxsize
+        if self.device.type == "cpu":
+            return sys.maxsize
+        return allowance("", self.device).left
 
     def record(self, input_ids: Tensor) -> Recording:
         """Record how each block is called for ``input_ids`` (B, T); no block is run."""

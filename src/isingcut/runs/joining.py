@@ -9,8 +9,8 @@ from isingcut.console.printing import say
 from isingcut.console.progress import silent
 from isingcut.errors import InputError, ModelError
 from isingcut.models.device import pick_device
+from isingcut.models.memory import allowance
 from isingcut.models.processes import ALONE, Processes
-from isingcut.models.streaming.memory import allowance
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 

@@ -28,8 +28,8 @@ from isingcut.measure.tree import tree_nodes
 from isingcut.models.architectures import text_config
 from isingcut.models.device import pick_device, pick_dtype
 from isingcut.models.inspect import inspect_model
+from isingcut.models.memory import weight_bytes
 from isingcut.models.parts import BLOCK_STREAMS
-from isingcut.models.streaming.memory import weight_bytes
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import parse_effort, parse_healing

@@ -21,10 +21,10 @@ from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.same_blocks import check_same_blocks
 from isingcut.models.compute.tuning import Tuning, tune
 from isingcut.models.cutting.sharing import open_cut
+from isingcut.models.memory import allowance, weight_bytes
 from isingcut.models.processes import ALONE
 from isingcut.models.replay import Replay
 from isingcut.models.sources import model_identity, resolve
-from isingcut.models.streaming.memory import allowance, weight_bytes
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig

@@ -8,12 +8,16 @@ it (docs/experiments.md), and is not used for that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Bools, Floats
 from isingcut.measure.pace import Pace
+from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.sweep import gate_rows, streams_kept
 from isingcut.models.compute.loss_gradient import divergence_gradient
 from isingcut.models.replay import Recording, Replay
@@ -35,6 +39,12 @@ def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: in
     total = np.zeros(len(replay))
     batches = tokens.batches(batch_tokens)
     for chunk, room in Pace(replay.store).chunks(replay, batches, streams_kept(replay)):
-        for rows in gate_rows(replay, batches[chunk], "block", toward, removed=state, room=room):
+
+        def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
+            return gate_rows(replay, some, "block", toward, removed=state, room=room)
+
+        for rows in split_to_fit(
+            replay.limit, batches[chunk], compute, lambda a, b: torch.cat([a, b])
+        ):
             total += rows.T.contiguous().sum(1).double().cpu().numpy()
     return total / tokens.tokens

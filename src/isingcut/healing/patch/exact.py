@@ -15,8 +15,8 @@ from isingcut.data.tokens import TokenSet
 from isingcut.healing.patch.absorb import Write, observe
 from isingcut.healing.patch.files import Patch
 from isingcut.healing.patch.least_squares import Moments, bytes_of, fit_ridge
+from isingcut.models.memory import allowance
 from isingcut.models.replay import Recording
-from isingcut.models.streaming.memory import allowance
 
 _HELD_OUT_EVERY = 4
 

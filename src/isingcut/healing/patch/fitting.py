@@ -16,8 +16,8 @@ from isingcut.healing.patch.exact import ExactCut, features_of, observed
 from isingcut.healing.patch.files import Patch, StoredLayers
 from isingcut.healing.patch.gains import gained_writes
 from isingcut.healing.patch.least_squares import bytes_of
+from isingcut.models.memory import allowance
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.memory import allowance
 
 _NOTHING_BEFORE = (
     "block 0 is removed, so that nothing stands before the first cut to absorb a patch; heal by "

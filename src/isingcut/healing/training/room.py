@@ -16,7 +16,7 @@ from isingcut.healing.job import Job
 from isingcut.healing.training.kl import CHUNK_ELEMENTS
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.compute.tuning import kept_bytes
-from isingcut.models.streaming.memory import allowance
+from isingcut.models.memory import allowance
 from isingcut.options.types import BATCH_TOKENS
 
 # More tokens at a time save nothing that is worth their memory.

@@ -33,8 +33,8 @@ from isingcut.healing.training.kl import divergence
 from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.loading import one_line
+from isingcut.models.memory import allowance
 from isingcut.models.replay import Recording, Replay
-from isingcut.models.streaming.memory import allowance
 
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4

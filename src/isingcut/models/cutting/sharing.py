@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from isingcut.models.architectures import find_stack
 from isingcut.models.load import LoadedModel, load
-from isingcut.models.streaming.memory import allowance, weight_bytes
+from isingcut.models.memory import allowance, weight_bytes
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
 

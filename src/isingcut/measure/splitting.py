@@ -1,0 +1,83 @@
+"""Work that does not fit the memory, done in halves: micro-batches apart, then their samples.
+
+Running out of memory is an event, not a failure. What a micro-batch gives does not depend on its
+other samples but for rounding, so that a journal and other processes notice nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from isingcut.data.tokens import TokenSet
+from isingcut.memory import is_memory_exhausted
+from isingcut.models.device import BatchLimit
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+def split_to_fit(
+    limit: BatchLimit,
+    batches: Sequence[TokenSet],
+    compute: Callable[[Sequence[TokenSet]], list[T]],
+    join: Callable[[T, T], T],
+) -> list[T]:
+    """``compute(batches)``, one result each; where memory ends, of half of it at a time.
+
+    Later calls with the same limit begin with as many tokens as fitted.
+
+    Args:
+        join: makes the result of a micro-batch from those of its two halves.
+
+    Raises:
+        Exception: what ``compute`` raised where a single sample does not fit.
+    """
+    can_split = len(batches) > 1 or batches[0].samples > 1
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    if tokens <= limit.tokens or not can_split:
+        found = _attempt(lambda: compute(batches), can_split)
+        if found is not None:
+            return found
+        limit.tokens = tokens // 2
+        limit.release()
+    if len(batches) == 1:
+        halves = (split_to_fit(limit, [half], compute, join)[0] for half in batches[0].halves())
+        return [join(*halves)]
+    middle = len(batches) // 2
+    return [
+        result
+        for part in (batches[:middle], batches[middle:])
+        for result in split_to_fit(limit, part, compute, join)
+    ]
+
+
+def halve_to_fit(
+    limit: BatchLimit, items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence[T]]
+) -> Sequence[T]:
+    """``compute(items)``, one result each; where memory ends, of half of them at a time.
+
+    Raises:
+        Exception: what ``compute`` raised where a single item does not fit.
+    """
+    found = _attempt(lambda: compute(items), len(items) > 1)
+    if found is not None:
+        return found
+    limit.release()
+    middle = len(items) // 2
+    return [
+        result
+        for part in (items[:middle], items[middle:])
+        for result in halve_to_fit(limit, part, compute)
+    ]
+
+
+def _attempt(compute: Callable[[], T], can_split: bool) -> T | None:
+    """None where memory is exhausted and less can be computed at a time."""
+    try:
+        return compute()
+    except Exception as error:
+        if not (can_split and is_memory_exhausted(error)):
+            raise
+        # Returning drops the error, and with it the frames that hold the tensors.
+        return None
