@@ -14,6 +14,7 @@ from isingcut.errors import MemoryExhaustedError
 
 _WORDS = re.compile("(?i)out of memory|not enough memory|(?:can't|cannot) allocate|_ALLOC_FAILED")
 _WANTED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTPE]iB)")
+_CAPACITY = re.compile(r"total capacity of ([\d.]+) ?(bytes|[KMGTPE]iB)")
 _ON_GPU = re.compile("OutOfMemoryError|CUDA|CUBLAS|CUDNN|HIP|MPS")
 
 
@@ -38,17 +39,28 @@ def raise_if_exhausted(error: BaseException) -> None:
     """
     if isinstance(error, MemoryExhaustedError):
         raise error
-    if not is_memory_exhausted(error):
-        return
-    found = _WANTED.search(str(error))
-    wanted = int(float(found[1]) * 1024 ** "BKMGTPE".index(found[2][0].upper())) if found else None
-    more = "" if wanted is None else f": {wanted:,} bytes more were wanted"
+    if is_memory_exhausted(error):
+        raise exhausted_error(error) from error
+
+
+def exhausted_error(error: BaseException) -> MemoryExhaustedError:
+    """One line of an error that says that memory is used up: what was needed, what there is."""
+    if isinstance(error, MemoryExhaustedError):
+        return MemoryExhaustedError(str(error), error.wanted)
+    wanted, total = (_bytes(pattern, error) for pattern in (_WANTED, _CAPACITY))
+    more = "" if wanted is None else f": {wanted:,} bytes more were needed"
+    more += "" if total is None else f" of the {total:,} it has"
     smaller = "give a smaller --batch-tokens or --length (healing: --micro-batch), or --stream on"
     if _ON_GPU.search(f"{type(error).__name__} {error}"):
         line = f"the memory of the GPU is used up{more}; {smaller}, or --device cpu"
     else:
         line = f"the memory of this machine is used up{more}; end other programs, {smaller}"
-    raise MemoryExhaustedError(line, wanted) from error
+    return MemoryExhaustedError(line, wanted)
+
+
+def _bytes(pattern: re.Pattern[str], error: BaseException) -> int | None:
+    found = pattern.search(str(error))
+    return int(float(found[1]) * 1024 ** "BKMGTPE".index(found[2][0].upper())) if found else None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from isingcut.files.journal import Journal
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import States
+from isingcut.measure.splitting import halve_to_fit
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 

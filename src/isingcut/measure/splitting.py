@@ -72,6 +72,24 @@ def halve_to_fit(
     ]
 
 
+def fewer_tokens_to_fit(
+    limit: BatchLimit, tokens: int, least: int, compute: Callable[[int], T]
+) -> T:
+    """``compute(tokens)``; where memory ends, again with half as many tokens at a time.
+
+    Args:
+        least: tokens of the longest sample.
+
+    Raises:
+        Exception: what ``compute`` raised with as few tokens as a sample has.
+    """
+    found = _attempt(lambda: compute(tokens), tokens > least)
+    if found is not None:
+        return found
+    limit.release()
+    return fewer_tokens_to_fit(limit, max(least, tokens // 2), least, compute)
+
+
 def _attempt(compute: Callable[[], T], can_split: bool) -> T | None:
     """None where memory is exhausted and less can be computed at a time."""
     try:

@@ -30,6 +30,7 @@ from isingcut.files.outputs import (
 )
 from isingcut.files.provenance import model_path, versions
 from isingcut.files.writing import discard_folder, is_temporary, read_json
+from isingcut.memory import exhausted_error, is_memory_exhausted
 from isingcut.options.config import RunConfig
 from isingcut.runs.manifest import MANIFEST, Manifest, kept, read_by
 
@@ -173,18 +174,38 @@ class RunFolder(Manifest):
         began = time.monotonic()
         self.processes.decide(lambda: together)
         try:
-            make(file)
+            while not self._make(make, file):
+                pass
         except BaseException as e:
             self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
             raise
         self.manifest["stages"][key].update(
             done=True,
             seconds=round(time.monotonic() - began, 3),
+            **self.memory_record(),
             sha256=folder_hash(file) if file.is_dir() else file_sha256(file),
         )
         self.save()
         self.processes.decide(lambda: self.manifest)
         return load(file)
+
+    def _make(self, make: Callable[[Path], None], file: Path) -> bool:
+        """Whether a stage's file was made; False where memory was used up and there is more now.
+
+        Raises:
+            MemoryExhaustedError: memory is used up, and nothing is left to give back.
+        """
+        try:
+            make(file)
+            return True
+        except Exception as error:
+            if not is_memory_exhausted(error):
+                raise
+            exhausted = exhausted_error(error)
+        # Not while the error is handled: it keeps the frames that hold tensors.
+        if not self.make_room():
+            raise exhausted
+        return False
 
     def drop(self, file: Path) -> None:
         """Delete a folder that a stage wrote, with its record; one that was changed since stays."""

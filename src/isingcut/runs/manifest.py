@@ -41,12 +41,16 @@ class Manifest:
         typed_solver: the solver that was named now, not read from run.json: it alone may import
             code of others.
         processes: that go through the stages together; rank 0 alone writes.
+        make_room: gives memory back where a stage ran out of it; whether it could.
+        memory_record: what a stage's record says of that.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path, self.manifest, self.overwrite = path, manifest, overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
+        self.make_room: Callable[[], bool] = lambda: False
+        self.memory_record: Callable[[], dict[str, Any]] = dict
 
     @property
     def config(self) -> RunConfig:

@@ -190,6 +190,7 @@ def open_session(
         folder.save()
     _clear(folder, config)
     folder.processes = processes
+    session.serve(folder)
     processes.decide(lambda: folder.manifest)
     calibrate(session, folder, calibration)
     return session, folder
@@ -274,6 +275,7 @@ def session_of(
     if not processes.rank:
         _clear(folder, config)
     take_up(session, processes)
+    session.serve(folder)
     return session
 
 

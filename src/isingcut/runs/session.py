@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import gc
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.energies import registry
 from isingcut.files.writing import read_json
@@ -142,15 +142,33 @@ class Session:
             trust_remote_code=self.config.trust_remote_code,
         )
 
+    def serve(self, folder: RunFolder) -> None:
+        """Give memory back where a stage of a run folder runs out of it."""
+        folder.make_room, folder.memory_record = self._stream_from_now, self._memory_record
+
+    def _stream_from_now(self) -> bool:
+        """Read the blocks from disk from here on; False where that changes nothing."""
+        if self.streaming or self.config.stream != "auto" or self.processes.size > 1:
+            return False
+        say("memory is used up with the model in it; its blocks are read from disk from here on")
+        self.leave_device()
+        self.__dict__["streaming"] = True
+        return True
+
+    def _memory_record(self) -> dict[str, Any]:
+        """What a stage was computed with for lack of memory."""
+        replay = self.__dict__.get("replay")
+        if replay is None or replay.limit.tokens >= self.tuning.batch_tokens:
+            return {"streamed": True} if self.streaming else {}
+        return {"streamed": self.streaming, "most_tokens": replay.limit.tokens}
+
     def leave_device(self) -> None:
         """Give the device's memory back; the model is loaded again when it is next needed."""
-        module = devices.device_module(devices.pick_device(self.config.device))
-        if module is None or self.streaming:
+        if self.streaming:
             return
         for name in ("loaded", "replay"):
             self.__dict__.pop(name, None)
-        gc.collect()
-        module.empty_cache()
+        devices.BatchLimit(devices.pick_device(self.config.device)).release()
 
     @cached_property
     def streamed(self) -> tuple[models.LoadedModel, StreamedReplay]:

@@ -191,7 +191,8 @@ def evaluate(
             )
         if streamed is None and not skip:
             del cut
-            session.leave_device()
+            if session.loaded.device.type != "cpu":
+                session.leave_device()
             found = with_memory(
                 found,
                 {"before": session.source, "after": checkpoint},

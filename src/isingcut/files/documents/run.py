@@ -112,6 +112,9 @@ class StageRecord(Strict):
     options: StageOptions
     seconds: Positive | None = None
     sha256: str | None = None
+    # Where memory was short: the blocks were read from disk, so many tokens computed at a time.
+    streamed: bool = False
+    most_tokens: Some | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

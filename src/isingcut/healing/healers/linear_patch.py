@@ -38,7 +38,8 @@ from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import Patch, StoredLayers, applied, runs, write_patched
 from isingcut.healing.patch.fitting import Fitting
-from isingcut.healing.training.tune import parted, tune
+from isingcut.healing.training.tune import STEP_TOKENS, Tuned, parted, tune
+from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures import find_stack, stack_modules
@@ -133,14 +134,13 @@ class LinearPatch:
         held_out, tuning = None, None
         if job.config.tunes:
             tokens, held_out, tuning = _parted(job, tokens)
-        try:
-            with convert_memory_errors():
-                fitted = fit.fit(replay, stack.kinds, tokens, job.removed, work, layers)
-        except MemoryExhaustedError as e:
-            raise FitError(
-                f"{replay.device} has no memory left to fit a patch on {tokens.samples} samples; "
-                "give fewer --patch-tokens, or --device cpu"
-            ) from e
+
+        def fitted_with(count: int) -> Fitted:
+            work = Work(count, job.progress)
+            return fit.fit(replay, stack.kinds, tokens, job.removed, work, layers)
+
+        longest = int(tokens.mask.sum(1).max())
+        fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fitted_with)
         patches = fitted.patches
         if held_out is not None:
             patches, tuning = _tuned(job, replay, tokens, held_out, patches, work, layers)
@@ -182,9 +182,14 @@ def _tuned(
     layers: StoredLayers,
 ) -> tuple[list[Patch], dict[str, Any]]:
     """Patches that were tuned, and how; the given ones and why where that cannot be."""
+
+    def tuned_with(count: int) -> Tuned:
+        return tune(replay, tokens, held_out, job.removed, patches, work, layers, at_a_time=count)
+
+    longest = int(tokens.mask.sum(1).max())
     try:
         with convert_memory_errors():
-            found = tune(replay, tokens, held_out, job.removed, patches, work, layers)
+            found = fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tuned_with)
     except FitError as e:
         return patches, {"left_out": str(e)}
     except MemoryExhaustedError:

@@ -85,6 +85,8 @@ def tune(
     patches: Sequence[Patch],
     work: Work,
     stored: StoredLayers | None = None,
+    *,
+    at_a_time: int = STEP_TOKENS,
 ) -> Tuned:
     """Go on from fitted patches.
 
@@ -101,12 +103,14 @@ def tune(
         removed: the blocks that go.
         patches: fitted to the cuts of this state.
         stored: the checkpoint that they must be written to; None: any layer will do.
+        at_a_time: tokens that are computed at a time; it changes rounding alone.
 
     Raises:
         FitError: too little memory, or the model cannot be differentiated.
     """
     train, held = (
-        _Text(part.batches(min(work.batch_tokens, STEP_TOKENS))) for part in (tokens, held_out)
+        _Text.of(part, min(work.batch_tokens, STEP_TOKENS), at_a_time)
+        for part in (tokens, held_out)
     )
     beside = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
     beside = sorted(set(beside) - set(removed))
@@ -124,7 +128,7 @@ def tune(
     layers = _that_fit([one for one in found if not unfit(replay, stored, *one[:3])])
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(beside[0], len(replay)) if i not in set(removed)]
-    parts = min(len(train.batches), max(1, round(train.predictions / STEP_TOKENS)))
+    parts = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
     steps = EPOCHS * parts
     rates = [{"params": [layer.weight], "size": layer.size} for layer in tuned.values()]
     rate = RATE * min(1.0, WIDTH / train.entered[0].shape[-1])
@@ -231,15 +235,30 @@ class _Text:
     """Batches, and what of them does not change while layers are tuned.
 
     Attributes:
+        batches: that are computed at a time.
+        groups: the batches whose gradients are formed together, whatever is computed at a time.
         calls: how the blocks are called.
         entered: the streams that enter the first tuned block.
         left: the original's streams behind its last block.
     """
 
     batches: list[TokenSet]
+    groups: list[list[int]]
     calls: list[Recording] = field(default_factory=list)
     entered: list[Tensor] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tokens: TokenSet, batch_tokens: int, at_a_time: int) -> _Text:
+        batches: list[TokenSet] = []
+        groups = []
+        for together in tokens.batches(batch_tokens):
+            few = [together]
+            if together.input_ids.numel() > at_a_time:
+                few = together.batches(at_a_time)
+            groups.append(list(range(len(batches), len(batches) + len(few))))
+            batches += few
+        return cls(batches, groups)
 
     @property
     def predictions(self) -> int:
@@ -273,9 +292,9 @@ class _Text:
     def part(self, epoch: int, at: int, parts: int) -> list[int]:
         """The batches of step ``at`` of an epoch, which takes them in an order of its own."""
         order = torch.randperm(
-            len(self.batches), generator=torch.Generator().manual_seed(epoch)
+            len(self.groups), generator=torch.Generator().manual_seed(epoch)
         ).tolist()
-        return order[at::parts]
+        return [batch for group in order[at::parts] for batch in self.groups[group]]
 
     def backward(self, batch: int, suffix: Sequence[int]) -> None:
         """Add the gradient of one batch."""
