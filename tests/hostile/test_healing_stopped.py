@@ -173,7 +173,7 @@ def test_a_full_disk_after_the_training(arena, monkeypatch, place, error):
 
     with monkeypatch.context() as patch:
         patch.setattr(place, full)
-        left = types(arena, heal(), code=2, line="no space left on the disk .*healing")
+        left = types(arena, heal(), code=2, line="no space left on the disk.*healing")
     assert (left != []) == ("save_model" not in place)
     assert types(arena, heal()) == []
 
