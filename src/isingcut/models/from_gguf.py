@@ -44,7 +44,7 @@ def converted(path: Path) -> Path:
     Every weight is unpacked to bfloat16: a cut of a quantised file is a plain checkpoint.
 
     Raises:
-        MissingExtraError: `gguf` (or `accelerate`, which transformers wants here) is missing.
+        MissingExtraError: `gguf` is missing.
         ModelError: not a GGUF file, one that lacks a tensor of its architecture, or of an
             architecture transformers cannot convert; or the folder was changed since.
         CheckpointError: a damaged or truncated file.
@@ -64,7 +64,7 @@ def converted(path: Path) -> Path:
                 f"{target} and run again"
             )
         return target
-    for package in ("gguf", "accelerate"):
+    for package in ("gguf",):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "demo", f"reading {path.name}")
     held = _numbers(path)

@@ -338,7 +338,11 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if card:
             kwargs = {**kwargs, "device": torch.device("cpu"), **_unpinned(kwargs)}
     plain_args, plain_kwargs = tree.tree_map_only(_Tensor, lambda x: x.values, (args, kwargs))
-    out = func(*plain_args, **plain_kwargs)
+    if card and func.overloadpacket is _aten.histc and not plain_args[0].is_floating_point():
+        # CUDA counts integers, the CPU's kernel does not.
+        out = func(plain_args[0].double(), *plain_args[1:], **plain_kwargs).to(plain_args[0].dtype)
+    else:
+        out = func(*plain_args, **plain_kwargs)
     if card is None:
         return out
     written = _written(func, args, kwargs)
