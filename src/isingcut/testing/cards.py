@@ -131,6 +131,8 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
     _CARDS.append(cards)
     try:
         with (
+            # The mode below is that of this thread.
+            mock.patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
             mock.patch("torch.autocast", no_autocast),
             mock.patch("torch.is_autocast_enabled", not_enabled),
             mock.patch("torch.get_device_module", device_module),
