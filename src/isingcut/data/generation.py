@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from isingcut.data.chat_templates import Renderer
+from isingcut.data.chat_templates import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +38,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     text, special = prompt, True
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
-        with Renderer(tokenizer) as render:
-            text = render(turn, add_generation_prompt=True)
+        text = render_chat(tokenizer, turn, add_generation_prompt=True)
         special = False
     ids: torch.Tensor = tokenizer(text, add_special_tokens=special, return_tensors="pt")[
         "input_ids"
