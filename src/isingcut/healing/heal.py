@@ -21,6 +21,7 @@ from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.errors import InputError, ModelError
 from isingcut.files.inputs import user_path
+from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_json, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
@@ -95,6 +96,7 @@ def heal(
     sources.append(source)
     check_places(config, out, sources)
     check_pair(config, student, known, source)
+    refuse_changed(student)
     processes = _processes(config)
     dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
     replay = None
