@@ -260,6 +260,7 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
         "length": sample_length(config, job.teacher.model),
         "report_samples": text.report.samples,
         "report_tokens": text.report.tokens,
+        "overlap": {"report": text.overlap},
         "options": {
             **told(config),
             "patch": (config.patch or "linear") if "patch" in record else "none",
