@@ -5,6 +5,6 @@
 `mixture` several of them by shares of tokens; `chat_templates` conversations, and
 `answers` the assistant's part in them;
 `encoder` text -> tokens; `tokens` samples and batches; `calibration` the three splits of a run, out
-of one text each by `allocation`; `healing_text` text to heal with; `generation` settings of text
-that a model makes.
+of one text each by `allocation`; `overlap` text in two splits; `healing_text` text to heal with;
+`generation` settings of text that a model makes.
 """

@@ -17,6 +17,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
 from isingcut.ising.states import Bools, Floats, States
 from isingcut.measure.pace import Pace
+from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.compute.attention import chosen_attention
@@ -171,6 +172,8 @@ def _scores(
     for first, last, ends in walk(states, entered, run, by_block=replay.streamed):
         for of_batch, read, end in zip(found, places, ends, strict=True):
             of_batch[:, first:last] = read.read(replay, end)[:, None]
+    for batch, of_batch in zip(batches, found, strict=True):
+        check_finite(replay, batch, of_batch, states)
     return found
 
 
