@@ -19,6 +19,12 @@ IsingcutError                 something the user can act on; the CLI prints it a
 
 from __future__ import annotations
 
+NOT_FINITE = (
+    "its weights are damaged or too large for this dtype: get the model again, or choose another "
+    "--dtype"
+)
+"""What to do about a model that computes NaN or infinity."""
+
 
 class IsingcutError(Exception):
     """Base of every error a user can act on: what was expected, what came, what to do."""

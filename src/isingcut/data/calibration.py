@@ -28,6 +28,7 @@ from isingcut.data.allocation import (
 from isingcut.data.corpora import read
 from isingcut.data.encoder import Encoder
 from isingcut.data.mixture import Part, Turns, naming, parts_of
+from isingcut.data.overlap import overlap
 from isingcut.data.self_text import generated
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
@@ -50,7 +51,8 @@ class Calibration:
     Args:
         splits: ``"energy"``, ``"rank"`` and ``"report"``.
         source: what the user asked for.
-        meta: how it was made (kind of source, seed, length, documents used), JSON-able.
+        meta: how it was made (kind of source, seed, length, documents used, overlap of the splits),
+            JSON-able.
     """
 
     splits: Mapping[str, TokenSet]
@@ -228,7 +230,9 @@ def build(
         names = [parts[i].name for i in order[name]] if len(parts) > 1 else []
         samples_of = [next(left_over[i]) for i in order[name]]
         splits[name] = TokenSet.from_rows(samples_of, encode.pad, names)
-    meta: dict[str, Any] = {"seed": seed, "length": length}
+    energy, rank, report = (splits[name] for name in SPLITS)
+    shared = {"rank": overlap(rank, [energy]), "report": overlap(report, [energy, rank])}
+    meta: dict[str, Any] = {"seed": seed, "length": length, "overlap": shared}
     if len(parts) == 1:
         meta |= texts[0].facts
     else:

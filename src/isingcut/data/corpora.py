@@ -7,12 +7,13 @@ import random
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut.data import held, text_files
-from isingcut.data.answers import answered
-from isingcut.data.chat_templates import Renderer
+from isingcut.data.answers import Render, answered
+from isingcut.data.chat_templates import render_chat
 from isingcut.data.mixture import naming, parts_of, place_of
 from isingcut.data.packaged import HUB, PACKAGED
 from isingcut.data.text_files import FORMATS, Record, text_file
@@ -182,14 +183,14 @@ def _records_corpus(
     values = ((place, fields.get(key, _ABSENT)) for place, fields in _chained(first, records))
 
     def texts() -> Iterator[str]:
-        with Renderer(tokenizer) as render:
-            for place, value in order(values):
-                if value is _ABSENT:
-                    raise CalibrationError(f"{place} has no {key!r}, which the first record has")
-                if key == "text":
-                    yield _text(place, value)
-                else:
-                    yield _rendered(place, value, render, answers=answers)
+        render = partial(render_chat, tokenizer)
+        for place, value in order(values):
+            if value is _ABSENT:
+                raise CalibrationError(f"{place} has no {key!r}, which the first record has")
+            if key == "text":
+                yield _text(place, value)
+            else:
+                yield _rendered(place, value, render, answers=answers)
 
     return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
 
@@ -217,7 +218,7 @@ def _characters(where: str, text: str) -> str:
     return text
 
 
-def _rendered(where: str, messages: Any, render: Renderer, *, answers: bool) -> str:
+def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> str:
     if (
         not isinstance(messages, list)
         or not messages

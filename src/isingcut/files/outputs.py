@@ -140,10 +140,13 @@ def folder_hash(folder: Path) -> str | None:
     return str(found)
 
 
-def changed_in(folder: Path, recorded: str) -> str | None:
+def changed_in(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
     """What was changed in a folder since its hash was recorded, in words; None for nothing.
 
     Files that were added are not looked at, nor is Markdown: a model card is for editing.
+
+    Args:
+        gone: files that were deleted count.
     """
     if folder_hash(folder) != recorded:
         return f"its {MARKER} was changed"
@@ -153,9 +156,27 @@ def changed_in(folder: Path, recorded: str) -> str | None:
     changed = {
         name
         for name, found in files.items()
-        if not name.endswith(".md") and _fingerprint(folder / name) != found
+        if not name.endswith(".md")
+        and (gone or (folder / name).exists())
+        and _fingerprint(folder / name) != found
     }
     return f"{_some(changed)} in it was changed" if changed else None
+
+
+def refuse_changed(folder: Path) -> None:
+    """Refuse a folder that isingcut wrote and in which a file was edited since, but for Markdown.
+
+    Raises:
+        InputError: with what was edited.
+    """
+    if not (folder / MARKER).is_file():
+        return
+    changed = changed_in(folder, folder_hash(folder) or "", gone=False)
+    if changed is not None:
+        raise InputError(
+            f"{folder} is not as isingcut wrote it: {changed}; write it again, or delete its "
+            f"{MARKER} to take it as it is"
+        )
 
 
 def _some(names: set[str]) -> str:

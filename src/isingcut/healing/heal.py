@@ -21,6 +21,7 @@ from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.errors import InputError, ModelError
 from isingcut.files.inputs import user_path
+from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_json, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
@@ -98,6 +99,7 @@ def heal(
     sources.append(source)
     check_places(config, out, sources)
     check_pair(config, student, known, source)
+    refuse_changed(student)
     processes = _processes(config)
     dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
     replay = None
@@ -261,6 +263,7 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
         "length": sample_length(config, job.teacher.model),
         "report_samples": text.report.samples,
         "report_tokens": text.report.tokens,
+        "overlap": {"report": text.overlap},
         "options": {
             **told(config),
             "patch": (config.patch or "linear") if "patch" in record else "none",

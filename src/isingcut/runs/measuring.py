@@ -121,6 +121,7 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
         "source": found.source,
         "sha256": found.sha256,
         "splits": {k: _size(split) for k, split in found.splits.items()},
+        "overlap": found.meta.get("overlap", {}),
     }
     folder.save()
     return found
