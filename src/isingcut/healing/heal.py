@@ -173,6 +173,7 @@ def heal_checkpoint(
     check_places(config, out, sources)
     parts = kept_parts(student)
     work = work_of(out)
+    identity, training = identities(config, teacher, removed, student, text)
     job = Job(
         teacher,
         tuple(removed),
@@ -184,8 +185,8 @@ def heal_checkpoint(
         replay,
         processes,
         judge or Domains(text.report),
+        training,
     )
-    identity, training = identities(config, teacher, removed, student, text)
     # Every process has looked at the places before rank 0 writes there.
     processes.wait()
     with held(work, identity, training) if job.leads else contextlib.nullcontext():
