@@ -153,6 +153,17 @@ def discard_folder(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that goes with the process that made it; a fork of that process leaves it alone."""
+    made_by, folder = os.getpid(), Path(tempfile.mkdtemp(prefix="isingcut-"))
+    try:
+        yield folder
+    finally:
+        if os.getpid() == made_by:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _mark(path: Path) -> str:
     """How a temporary sibling's name starts: with the machine and the process it belongs to."""
     return f".{path.name}.{_machine()}-{os.getpid()}."

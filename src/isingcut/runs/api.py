@@ -11,7 +11,6 @@ started in Python can be looked at, reported or continued in a shell, and the ot
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
 import weakref
 from pathlib import Path
@@ -21,6 +20,7 @@ from isingcut.console.progress import Progress, silent, terminal
 from isingcut.data import held
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
+from isingcut.files.writing import temporary_folder
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
 from isingcut.report.fidelity import ranking_warnings
@@ -93,7 +93,7 @@ def prune(
         if not isinstance(options.get("calibration", ""), str):
             options["calibration"] = kept.enter_context(held.texts(options["calibration"]))
         if out is None:
-            out = Path(kept.enter_context(_temporary())) / "run"
+            out = kept.enter_context(temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
         asked = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
         config = pipeline.checked(None, asked, "isingcut.prune")
@@ -149,10 +149,6 @@ def open_run(
         changed |= {"remove": remove, "budget": ""}
     config = found.config.replace(**changed).validate()
     return Run(found, config, lambda: pipeline.session_of(found, config, _shown(progress)))
-
-
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="isingcut-", ignore_cleanup_errors=True)
 
 
 def _shown(progress: Progress | bool) -> Progress:
