@@ -124,9 +124,9 @@ def heal(
 
 
 def _processes(config: HealConfig) -> Processes:
-    """All that train together; only a training is distributed."""
+    """All that train together, or wait for the first to patch."""
     if config.method == "none":
-        return ALONE
+        return Processes.join()
     from accelerate import PartialState
 
     # First, so that the Trainer finds the group of its choice and the state of the option.
