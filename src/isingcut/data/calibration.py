@@ -25,7 +25,7 @@ from isingcut.data.allocation import (
     Rows,
     Text,
 )
-from isingcut.data.corpora import read
+from isingcut.data.corpora import read, text_hashes
 from isingcut.data.encoder import Encoder
 from isingcut.data.mixture import Part, Turns, naming, parts_of
 from isingcut.data.self_text import generated
@@ -194,6 +194,8 @@ def build(
                 f"a mixture of {len(parts)} texts needs as many {name} samples, got {value}; "
                 "raise --samples, --rank-samples or --report-samples"
             )
+    # Before it is read: what is changed meanwhile is noticed by whoever reads on.
+    hashes = text_hashes(source)
     encode = Encoder(tokenizer, model)
     seen: set[int] = set()
 
@@ -228,7 +230,7 @@ def build(
         names = [parts[i].name for i in order[name]] if len(parts) > 1 else []
         samples_of = [next(left_over[i]) for i in order[name]]
         splits[name] = TokenSet.from_rows(samples_of, encode.pad, names)
-    meta: dict[str, Any] = {"seed": seed, "length": length}
+    meta: dict[str, Any] = {"seed": seed, "length": length, "texts": hashes}
     if len(parts) == 1:
         meta |= texts[0].facts
     else:
