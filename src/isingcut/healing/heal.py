@@ -21,6 +21,7 @@ from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.errors import InputError, ModelError
 from isingcut.files.inputs import user_path
+from isingcut.files.locks import locked
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_json, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
@@ -63,6 +64,7 @@ def heal(
 
     Raises:
         IsingcutError: bad input, in one line.
+        BusyError: another process writes there.
     """
     if config is not None and options:
         raise InputError("give either a HealConfig or options by name, not both")
@@ -90,12 +92,32 @@ def heal(
         # It is all there is to do, so that it must be possible.
         config = config.replace(patch="tuned")
     check_training(config, student)
+    processes = _processes(config)
+    with contextlib.nullcontext() if processes.rank else locked(out):
+        _heal_on_disk(config, known, sources, progress, processes)
+    if processes.size > 1:
+        torch.distributed.destroy_process_group()
+    return out
+
+
+def _heal_on_disk(
+    config: HealConfig,
+    known: Removal | None,
+    sources: Sequence[str | os.PathLike[str]],
+    progress: Progress,
+    processes: Processes,
+) -> None:
+    """Load what the options name, and heal.
+
+    Args:
+        known: the removal, where the student has a record of it.
+    """
+    student, out = user_path(config.student), user_path(config.out)
     trust = config.trust_remote_code
     source = resolve(config.teacher, trust_remote_code=trust)
-    sources.append(source)
+    sources = [*sources, source]
     check_places(config, out, sources)
     check_pair(config, student, known, source)
-    processes = _processes(config)
     dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
     replay = None
     if config.stream_teacher:
@@ -118,9 +140,6 @@ def heal(
     )
     parts = (known.removed, student, text, out, progress, replay)
     heal_checkpoint(config, teacher, *parts, processes=processes, sources=sources)
-    if processes.size > 1:
-        torch.distributed.destroy_process_group()
-    return out
 
 
 def _processes(config: HealConfig) -> Processes:
@@ -158,7 +177,8 @@ def heal_checkpoint(
 ) -> dict[str, Any]:
     """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
 
-    Work in progress is kept in a folder beside ``out`` and continued by the same call.
+    Work in progress is kept in a folder beside ``out`` and continued by the same call. The caller
+    sees to it that no other process writes there.
 
     Args:
         judge: looks at the training; without one it ends where a domain of the text gets worse.

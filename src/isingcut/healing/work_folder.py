@@ -27,9 +27,11 @@ from isingcut.errors import InputError, IsingcutError, StageFileError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import MARKER, foreign_in
 from isingcut.files.writing import (
+    clear_leftovers,
     clear_os_errors,
     disk_is_full,
     fingerprint,
+    is_leftover,
     read_json,
     without_header,
     write_json,
@@ -143,6 +145,7 @@ def held(work: Path, identity: str, training: str = "") -> Iterator[None]:
         InputError: the disk is full.
     """
     _claim(work, identity, training)
+    clear_leftovers(work)
     try:
         yield
     except BaseException as e:
@@ -223,9 +226,9 @@ def _claim(work: Path, identity: str, training: str) -> None:
 
 
 def _held_by(work: Path) -> tuple[str, str] | None:
-    """Whose work it is; None for an empty folder."""
+    """Whose work it is; None for an empty folder, or one of a kill before its first file."""
     if not work.is_symlink() and work.is_dir():
-        if not any(work.iterdir()):
+        if all(map(is_leftover, work.iterdir())):
             return None
         with contextlib.suppress(StageFileError, KeyError):
             found = read_json(work / _IDENTITY, _KIND)
@@ -251,9 +254,9 @@ def _worth_keeping(work: Path) -> bool:
 
 
 def _ours(work: Path) -> list[str]:
-    """The names in a work folder that healing gives."""
+    """The names in a work folder that healing gives, the one that says so last."""
     names = [p.name for p in work.iterdir()]
-    return [n for n in names if n in (_IDENTITY, *_HEALING) or _CANDIDATE.fullmatch(n)]
+    return [*(n for n in names if n in _HEALING or _CANDIDATE.fullmatch(n)), _IDENTITY]
 
 
 def _drop(work: Path, names: Sequence[str]) -> None:

@@ -100,10 +100,9 @@ def prune(
         if loaded is not None:
             # Last, as saving a large one takes long.
             config = config.replace(model=kept.enter_context(handed_over.model(loaded, tokenizer)))
-        session, folder = pipeline.open_session(
-            config, _shown(progress), processes, need_removal=True
-        )
-        rankings = pipeline.measure_and_rank(session, folder)
+        opened = pipeline.open_session(config, _shown(progress), processes, need_removal=True)
+        with opened as (session, folder):
+            rankings = pipeline.measure_and_rank(session, folder)
         run = Run(folder, config, lambda: session)
         weakref.finalize(run, kept.pop_all().close)
     if processes.rank:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.files.inputs import user_path
+from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import atomic_folder, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -227,6 +228,7 @@ class Run:
 
         Raises:
             OutputExistsError: ``out`` is there.
+            BusyError: another process writes there.
             VerificationError: the proof failed; nothing was kept.
 
         Examples:
@@ -237,13 +239,14 @@ class Run:
         target = user_path(out)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
         check_output(target, overwrite=overwrite, sources=sources)
-        if blocks is None and (self.config.patch != "none" or self.config.heal):
-            product = self._product()
-            with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
-                shutil.copytree(product, temporary, dirs_exist_ok=True)
-            return target
-        removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
-        patching.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
+        with locked(target):
+            if blocks is None and (self.config.patch != "none" or self.config.heal):
+                product = self._product()
+                with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
+                    shutil.copytree(product, temporary, dirs_exist_ok=True)
+                return target
+            removed = list(self.chosen.removed) if blocks is None else sorted(set(blocks))
+            patching.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
     def _product(self) -> Path:

@@ -141,11 +141,14 @@ class Manifest:
         Raises:
             StageFileError: it is, but was changed since.
         """
+        made = self._is_made(file, options)
+        if made:
+            self.check(file)
+        return made
+
+    def _is_made(self, file: Path, options: dict[str, Any]) -> bool:
         record = self.finished(file)
-        if record is None or record["fingerprint"] != self._fingerprint(options):
-            return False
-        self.check(file)
-        return True
+        return record is not None and record["fingerprint"] == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
         model = self.manifest["provenance"]["model"]["sha256"]

@@ -202,12 +202,11 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
             measured = part.measure(session.replay, split.select(own), work)
         measured.save(path)
 
-    found = folder.stage("energy", file, options, make, Hamiltonian.load, together=True)
-    # Not before the stage is recorded as done: a kill in between would cost all of it.
-    if not folder.processes.rank:
+    def drop() -> None:
         forget(journal)
         journal.with_suffix(".effort").unlink(missing_ok=True)
-    return found
+
+    return folder.stage("energy", file, options, make, Hamiltonian.load, together=True, forget=drop)
 
 
 def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
