@@ -10,7 +10,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,20 @@ from isingcut.healing.job import Job
 from isingcut.healing.judging import Domains, Judge
 from isingcut.healing.patching import patch, start_of
 from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
-from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
+from isingcut.healing.work_folder import (
+    forget_all,
+    forget_training,
+    held,
+    identities,
+    kept,
+    told,
+    work_of,
+)
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import ALONE, Processes
-from isingcut.models.sources import model_identity, resolve
+from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.declaration import options_from
@@ -118,6 +126,7 @@ def _heal_on_disk(
     sources = [*sources, source]
     check_places(config, out, sources)
     check_pair(config, student, known, source)
+    stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
     dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
     replay = None
     if config.stream_teacher:
@@ -138,8 +147,20 @@ def _heal_on_disk(
         seed=config.seed,
         model=teacher.model,
     )
+
+    def check_weights() -> None:
+        for folder, stamp in stamps:
+            check_unchanged(folder, stamp)
+
     parts = (known.removed, student, text, out, progress, replay)
-    heal_checkpoint(config, teacher, *parts, processes=processes, sources=sources)
+    heal_checkpoint(
+        config,
+        teacher,
+        *parts,
+        processes=processes,
+        sources=sources,
+        check_weights=check_weights,
+    )
 
 
 def _processes(config: HealConfig) -> Processes:
@@ -174,6 +195,7 @@ def heal_checkpoint(
     judge: Judge | None = None,
     processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
+    check_weights: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
 
@@ -184,6 +206,7 @@ def heal_checkpoint(
         judge: looks at the training; without one it ends where a domain of the text gets worse.
         processes: that train together.
         sources: what ``out`` must not be, contain or lie in.
+        check_weights: refuses weights that were changed since they were loaded.
 
     Raises:
         OutputExistsError: ``out`` is there.
@@ -213,6 +236,11 @@ def heal_checkpoint(
         processes.wait()
         done, content = _healed(job, text)
         if job.leads:
+            try:
+                check_weights()
+            except ModelError:
+                forget_all(work)
+                raise
             write_json(done / RECORD, "healing", content)
             card = done / "README.md"
             if card.is_file():

@@ -194,6 +194,11 @@ def refuse_foreign(work: Path) -> None:
         _held_by(work)
 
 
+def forget_all(work: Path) -> None:
+    """Drop what a healing has made from weights that were changed meanwhile."""
+    _drop(work, _HEALING)
+
+
 def forget_training(work: Path) -> None:
     """Drop a training that came to nothing, so that one with other options can take its place."""
     before = _held_by(work)

@@ -151,6 +151,7 @@ class RunFolder(Manifest):
             OutputExistsError: made with other options, and overwriting was not allowed.
             StageFileError: the file was changed since, or is damaged.
             BusyError: it is to be made, and another process writes to the folder.
+            ModelError: the model's weights were changed meanwhile.
         """
         if self.processes.rank:
             return self._follow(file, make, load)
@@ -198,6 +199,7 @@ class RunFolder(Manifest):
             self.processes.decide(lambda: together)
             try:
                 make(file)
+                self._check_model(file, forget)
             except BaseException as e:
                 self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
                 raise
@@ -210,6 +212,15 @@ class RunFolder(Manifest):
             self.processes.decide(lambda: self.manifest)
             forget()
             return load(file)
+
+    def _check_model(self, file: Path, forget: Callable[[], None]) -> None:
+        """Keep nothing of a stage where the model's weights were changed meanwhile."""
+        try:
+            self.check_model()
+        except IsingcutError:
+            delete(file)
+            forget()
+            raise
 
     def drop(self, file: Path) -> None:
         """Delete a folder that a stage wrote, with its record; one that was changed since stays."""

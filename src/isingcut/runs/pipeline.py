@@ -206,7 +206,7 @@ def _lead(
     if config.dtype == "auto" and folder.dtype is None:
         folder.manifest["provenance"]["dtype"] = session.dtype
         folder.save()
-    folder.processes = processes
+    folder.processes, folder.check_model = processes, session.check_model
     processes.decide(lambda: folder.manifest)
     calibrate(session, folder, calibration)
     return session, folder
@@ -288,5 +288,6 @@ def session_of(
             f"{folder.path} was made with another version of {made_with['name']!r} than is at "
             f"{place}; name the one it was made with with --model, or start a new run folder"
         )
+    folder.check_model = session.check_model
     take_up(session, processes)
     return session
