@@ -41,12 +41,14 @@ class Manifest:
         typed_solver: the solver that was named now, not read from run.json: it alone may import
             code of others.
         processes: that go through the stages together; rank 0 alone writes.
+        check_model: refuses a model whose weights were changed since a session opened it.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path, self.manifest, self.overwrite = path, manifest, overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
+        self.check_model: Callable[[], None] = lambda: None
 
     @property
     def config(self) -> RunConfig:
@@ -141,11 +143,14 @@ class Manifest:
         Raises:
             StageFileError: it is, but was changed since.
         """
+        made = self._is_made(file, options)
+        if made:
+            self.check(file)
+        return made
+
+    def _is_made(self, file: Path, options: dict[str, Any]) -> bool:
         record = self.finished(file)
-        if record is None or record["fingerprint"] != self._fingerprint(options):
-            return False
-        self.check(file)
-        return True
+        return record is not None and record["fingerprint"] == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
         model = self.manifest["provenance"]["model"]["sha256"]

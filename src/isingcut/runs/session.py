@@ -20,7 +20,7 @@ from isingcut.models.architectures.same_blocks import check_same_blocks
 from isingcut.models.compute.tuning import Tuning, few_threads, tune
 from isingcut.models.processes import ALONE
 from isingcut.models.replay import Replay
-from isingcut.models.sources import model_identity, resolve
+from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.models.streaming.memory import allowance, weight_bytes
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
@@ -107,7 +107,17 @@ class Session:
     @cached_property
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
-        return resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        found = resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        self._stamp = weights_stamp(found)
+        return found
+
+    def check_model(self) -> None:
+        """Refuse a model whose weights were changed since this session opened it.
+
+        Raises:
+            ModelError: they were.
+        """
+        check_unchanged(self.source, self._stamp)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
