@@ -10,6 +10,7 @@ IsingcutError                 something the user can act on; the CLI prints it a
 ├── InfeasibleError           no state satisfies the constraints
 ├── StageFileError            a file of a run folder is corrupt, foreign or stale
 ├── OutputExistsError         an output is already there and `overwrite` was not given
+├── BusyError                 another process writes to the same place
 ├── CheckpointError           a checkpoint is damaged or inconsistent
 ├── VerificationError         a written checkpoint does not compute what it should
 ├── MemoryExhaustedError      the memory of the machine or of a GPU is used up
@@ -64,6 +65,10 @@ class StageFileError(IsingcutError):
 
 class OutputExistsError(IsingcutError):
     """The output is already there and overwriting was not allowed."""
+
+
+class BusyError(IsingcutError):
+    """Another process writes to the same run folder or output."""
 
 
 class CheckpointError(IsingcutError):

@@ -25,7 +25,7 @@ from isingcut.data.allocation import (
     Rows,
     Text,
 )
-from isingcut.data.corpora import read
+from isingcut.data.corpora import read, text_hashes
 from isingcut.data.encoder import Encoder
 from isingcut.data.mixture import Part, Turns, naming, parts_of
 from isingcut.data.overlap import overlap
@@ -196,6 +196,8 @@ def build(
                 f"a mixture of {len(parts)} texts needs as many {name} samples, got {value}; "
                 "raise --samples, --rank-samples or --report-samples"
             )
+    # Before it is read: what is changed meanwhile is noticed by whoever reads on.
+    hashes = text_hashes(source)
     encode = Encoder(tokenizer, model)
     seen: set[int] = set()
 
@@ -232,7 +234,7 @@ def build(
         splits[name] = TokenSet.from_rows(samples_of, encode.pad, names)
     energy, rank, report = (splits[name] for name in SPLITS)
     shared = {"rank": overlap(rank, [energy]), "report": overlap(report, [energy, rank])}
-    meta: dict[str, Any] = {"seed": seed, "length": length, "overlap": shared}
+    meta: dict[str, Any] = {"seed": seed, "length": length, "texts": hashes, "overlap": shared}
     if len(parts) == 1:
         meta |= texts[0].facts
     else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from isingcut.data.answers import row_of
-from isingcut.data.corpora import Corpus, is_new, read
+from isingcut.data.corpora import Corpus, is_new, read, refuse_changed
 from isingcut.data.encoder import Encoder
 from isingcut.data.mixture import Part, Turns, naming, parts_of
 from isingcut.data.overlap import overlap
@@ -97,12 +97,15 @@ def opened(
         used: a calibration whose text is left out; documents only where the seed is the same.
 
     Raises:
-        CalibrationError: unreadable; or ``"self"``, of which none is left over.
+        CalibrationError: unreadable; a file that was changed since the calibration was made of it;
+            or ``"self"``, of which none is left over.
     """
     seen: set[int] = set()
     corpora = []
     for part in parts:
         with naming(part, parts):
+            if used is not None:
+                refuse_changed(used.meta.get("texts", {}), part.source)
             if part.source == "self":
                 raise CalibrationError("healing needs real text, not 'self'")
             corpora.append(read(part.source, encode.tokenizer, seed))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.data.held import holding
 from isingcut.errors import InputError, ModelError, first_line
+from isingcut.files.writing import temporary_folder
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.sources import model_identity
@@ -30,8 +29,8 @@ def model(given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
     _check_model(given)
     _check_tokenizer(tokenizer)
     assert tokenizer is not None
-    with tempfile.TemporaryDirectory(prefix="isingcut-", ignore_cleanup_errors=True) as place:
-        folder = Path(place) / "model"
+    with temporary_folder() as place:
+        folder = place / "model"
         try:
             with quiet_transformers():
                 given.save_pretrained(folder)

@@ -26,8 +26,8 @@ from isingcut.healing.training.room import Way, way_of
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, narrow, trainable
 from isingcut.healing.training.targets import keep_targets
-from isingcut.healing.training.watch import CURVE, OurTrainer, Watch
-from isingcut.healing.work_folder import complete_states, kept
+from isingcut.healing.training.watch import OurTrainer, Watch
+from isingcut.healing.work_folder import CURVE, complete_states, kept
 from isingcut.models.compute.attention import NAME, attending, pays_in_training
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
@@ -175,15 +175,15 @@ def _run(
 
 
 def _last_state(job: Job) -> Path | None:
-    """The last complete state of a training; unfinished ones are deleted."""
+    """The last complete state of this training; all others are deleted."""
     folder = job.work / "trainer"
     if job.leads:
-        complete = complete_states(folder)
+        complete = complete_states(folder, job.identity)
         for path in folder.glob("checkpoint-*"):
             if path not in complete:
                 shutil.rmtree(path)
     job.processes.wait()
-    return next(reversed(complete_states(folder)), None)
+    return next(reversed(complete_states(folder, job.identity)), None)
 
 
 def _way(job: Job, student: Any, rows: Rows) -> Way:
