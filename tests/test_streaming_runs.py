@@ -64,6 +64,19 @@ def test_weights_that_do_not_fit_are_streamed(llama):
         config.replace(stream="maybe").validate()
 
 
+def test_parts_that_stay_and_hidden_states_share_the_memory_that_is_left(llama):
+    replay, tokens = streamed(llama), samples()
+    states = some_states(6)
+    expected = measure(replay, tokens, states).kl_sums
+    batch, kept = tokens.batches(1024)[0], replay.store.buffers
+    assert kept.allocated() == kept.bound == replay.store.weights
+    taken = replay.memory.left - replay.room(batch) - kept.bound
+    replay.memory = Allowance(taken + replay.store.weights, 0)
+    assert replay.room(batch) == kept.bound == replay.store.weights // 2
+    assert 0 < kept.allocated() <= kept.bound
+    assert (measure(replay, tokens, states).kl_sums == expected).all()
+
+
 @pytest.fixture(scope="module")
 def cut(llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("cut") / "model"

@@ -16,7 +16,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
 from isingcut.ising.states import Bools, Floats, States
-from isingcut.measure.pace import Pace
+from isingcut.measure.pace import chunks
 from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.compute.attention import chosen_attention
@@ -113,13 +113,12 @@ def answer_scores(
     ):
         bar.advance(sum(costs) - sum(costs[b] for b in left))
         waiting = [batches[b] for b in left]
-        for chunk, _ in Pace(replay.store).chunks(replay, waiting, len(wanted) + _OTHERS):
+        for chunk, _ in chunks(replay, waiting, len(wanted) + _OTHERS):
             mine = left[chunk]
             read = [_Places([(i, rows[r]) for i, r in asked[b]]) for b in mine]
-            for b, found in zip(
-                mine, _scores(replay, waiting[chunk], wanted[order], read), strict=True
-            ):
-                kept.put(str(b), found)
+            found = _scores(replay, waiting[chunk], wanted[order], read)
+            for b, scores in zip(mine, found, strict=True):
+                kept.put(str(b), scores)
                 bar.advance(costs[b])
     sums = np.zeros((2, len(wanted), len(rows)))
     for b, those in enumerate(asked):
@@ -164,13 +163,12 @@ def _scores(
     recordings = [replay.record(batch.input_ids) for batch in batches]
     found = [np.zeros((2, len(states), read.rows)) for read in places]
 
-    def run(block: int, streams: list[Tensor]) -> list[Tensor]:
-        return [r.block(block, s) for r, s in zip(recordings, streams, strict=True)]
+    def run(tree: int, block: int, stream: Tensor) -> Tensor:
+        return recordings[tree].block(block, stream)
 
-    entered = [recording.entered for recording in recordings]
-    for first, last, ends in walk(states, entered, run, by_block=replay.streamed):
-        for of_batch, read, end in zip(found, places, ends, strict=True):
-            of_batch[:, first:last] = read.read(replay, end)[:, None]
+    trees = [(states, recording.entered) for recording in recordings]
+    for tree, first, last, end in walk(trees, run, by_block=replay.streamed):
+        found[tree][:, first:last] = places[tree].read(replay, end)[:, None]
     return found
 
 

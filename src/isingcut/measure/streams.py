@@ -12,21 +12,34 @@ from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.states import Floats
+from isingcut.measure.pace import chunks
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
+# Of a micro-batch: what entered the blocks, what enters one and what leaves it.
+_STREAMS = 3
+
 
 def boundaries(
-    replay: Replay, batch: TokenSet, removed: Sequence[int] = ()
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(i, stream before, stream after), both (B, T, D), of every block that is not removed."""
-    recording = replay.record(batch.input_ids)
-    stream = recording.entered
-    for i in range(len(replay)):
-        if i not in removed:
-            after = recording.block(i, stream)
-            yield i, stream, after
-            stream = after
+    replay: Replay, batches: Sequence[TokenSet], removed: Sequence[int] = (), *, kept: int = 0
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(b, i, stream before, stream after), both (B, T, D), of every block that is not removed.
+
+    One micro-batch b after the other; those of a chunk of a streamed model by turns.
+
+    Args:
+        kept: streams that the caller keeps of each micro-batch.
+    """
+    blocks = [i for i in range(len(replay)) if i not in removed]
+    for chunk, _ in chunks(replay, batches, _STREAMS + kept):
+        recordings = [replay.record(batch.input_ids) for batch in batches[chunk]]
+        streams = [recording.entered for recording in recordings]
+        for part in replay.store.sweep(blocks):
+            i = int(part)
+            for b, recording in enumerate(recordings):
+                after = recording.block(i, streams[b])
+                yield chunk.start + b, i, streams[b], after
+                streams[b] = after
 
 
 def block_means(
@@ -45,12 +58,12 @@ def block_means(
     sums = np.full(len(replay), np.inf)
     sums[[i for i in range(len(replay)) if i not in removed]] = 0.0
     batches = tokens.batches(work.batch_tokens)
-    with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
-        for batch in batches:
-            real = batch.looked_at.to(replay.device)
-            for i, before, after in boundaries(replay, batch, removed):
-                values = score(before[real].float(), after[real].float())
-                sums[i] += float(values.sum(dtype=torch.float64))
+    steps = len(batches) * (len(replay) - len(removed))
+    with work.progress("comparing block outputs", steps) as bar, torch.inference_mode():
+        for b, i, before, after in boundaries(replay, batches, removed):
+            real = batches[b].looked_at.to(replay.device)
+            values = score(before[real].float(), after[real].float())
+            sums[i] += float(values.sum(dtype=torch.float64))
             bar.advance(1)
     return sums / int(tokens.looked_at.sum())
 
@@ -65,17 +78,18 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
     n = len(replay)
     sums, angles = np.zeros(n), np.zeros((n + 1, n + 1))
     batches = tokens.batches(work.batch_tokens)
-    with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
-        for batch in batches:
-            real = batch.looked_at.to(replay.device)
-            ends, streams = batch.last_looked_at.to(replay.device), list[Tensor]()
-            for i, before, after in boundaries(replay, batch):
-                values = influence(before[real].float(), after[real].float())
-                sums[i] += float(values.sum(dtype=torch.float64))
-                streams += [before[ends].float()] * (not streams) + [after[ends].float()]
-            for i, j in itertools.combinations(range(n + 1), 2):
-                angles[i, j] += float(angle(streams[i], streams[j]).sum())
+    ends = [batch.last_looked_at.to(replay.device) for batch in batches]
+    streams: list[list[Tensor]] = [[] for _ in batches]
+    with work.progress("comparing block outputs", n * len(batches)) as bar, torch.inference_mode():
+        for b, i, before, after in boundaries(replay, batches):
+            real, own = batches[b].looked_at.to(replay.device), streams[b]
+            values = influence(before[real].float(), after[real].float())
+            sums[i] += float(values.sum(dtype=torch.float64))
+            own += [before[ends[b]].float()] * (not own) + [after[ends[b]].float()]
             bar.advance(1)
+        for own in streams:
+            for i, j in itertools.combinations(range(n + 1), 2):
+                angles[i, j] += float(angle(own[i], own[j]).sum())
     return sums / int(tokens.looked_at.sum()), (angles + angles.T) / tokens.samples
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Bools, Floats
-from isingcut.measure.pace import Pace
-from isingcut.measure.sweep import gate_rows, streams_kept
+from isingcut.measure.sweep import gate_chunks, gate_rows
 from isingcut.models.compute.loss_gradient import divergence_gradient
 from isingcut.models.replay import Recording, Replay
 
@@ -34,7 +33,7 @@ def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: in
 
     total = np.zeros(len(replay))
     batches = tokens.batches(batch_tokens)
-    for chunk, room in Pace(replay.store).chunks(replay, batches, streams_kept(replay)):
+    for chunk, room in gate_chunks(replay, batches):
         for rows in gate_rows(replay, batches[chunk], "block", toward, removed=state, room=room):
             total += rows.T.contiguous().sum(1).double().cpu().numpy()
     return total / tokens.tokens
