@@ -1,6 +1,7 @@
 """What is streamed and what it may take; cuts proven, evaluated and run block by block."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -162,7 +163,9 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     assert evaluation["streamed"]
     assert evaluation["after"]["blocks"] == 4
     assert len(chosen["removed"]) == 2
-    assert "not measured" in (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text()
+    assert "not measured" in report
+    assert re.search(r"\| weights \| streamed: read \d+\.\d times for the energy, \d+ %", report)
     for wrong, message in (
         ({"energy": "hessian"}, "'hessian' differentiates through all blocks"),
         ({"calibration": "self"}, "reads the whole model once for every token"),

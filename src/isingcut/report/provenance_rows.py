@@ -58,7 +58,7 @@ def _proof(found: dict[str, Any]) -> str:
 def _read(found: dict[str, Any]) -> str:
     return (
         f"streamed: read {found['sweeps']:.1f} times for the energy, "
-        f"{found['from_memory']:.0%} of it from host memory"
+        f"{100 * found['from_memory']:.0f} % of it from host memory"
     )
 
 
