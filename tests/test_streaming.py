@@ -121,6 +121,8 @@ def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
         card.reset_peak()
         JOBS[job](replay, samples(), np.arange(8) < 2)
         assert card.peak < 2.5 * replay.store.largest + 0.1 * weights
+        # Each part was read from disk once, on the first pass.
+        assert replay.store.reading().disk == 1.0
 
 
 def test_a_streamed_search_finds_what_one_in_memory_finds(llama, monkeypatch):

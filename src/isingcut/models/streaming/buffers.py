@@ -99,8 +99,8 @@ class Buffers:
         device: where parts are used.
 
     Attributes:
-        bound: bytes of the parts that may stay in host memory. The first ones that fit do: those
-            used last, in a sweep that starts again, are the ones needed last.
+        bound: bytes of the parts that may stay in host memory. The first ones that fit do, and none
+            makes room for another: in sweeps the least recently used part is needed next.
         reading: seconds that the thread has read.
         stalled: seconds that computing has waited for a part.
     """
