@@ -1,11 +1,13 @@
 """Streaming: a model of 14 GB within 4 GB of memory, and what streaming costs where none is needed.
 
-    python benchmarks/streaming.py [--dir DIR] [--keep] [--only large|small]
+    python benchmarks/streaming.py [--dir DIR] [--keep] [--only large|search|small]
 
 Large: a 7B-shaped Llama with random weights, written to DIR (removed afterwards, unless kept),
 goes through `empirical-fisher` and 200 measured states in a process of its own, whose largest
-resident set counts. Small: SmolLM2 streamed and in memory, interleaved, for both jobs. Then what
-that means for Llama-3.3-70B, with the arithmetic. Ends with one line `name: value` per figure.
+resident set counts. Then what that means for Llama-3.3-70B, with the arithmetic. Search: how often
+the default search reads a tiny Llama, half of which stays in host memory. Small: SmolLM2 streamed,
+with all parts in host memory, and in memory, interleaved, for both jobs. Ends with one line
+`name: value` per figure.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +34,7 @@ from _streaming_model import SEVEN, SEVENTY, Shape, write_model
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
+from isingcut.energies.search import Search, Target
 from isingcut.evaluation.measure_process import resident_peak
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
@@ -40,7 +45,9 @@ from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.device import pick_dtype
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import resolve
+from isingcut.models.streaming import reader
 from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.testing.tiny import tiny_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -61,7 +68,7 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     model, store, memory = open_model(
         folder, dtype=dtype, device=CPU, memory_limit=arguments.memory_limit
     )
-    buffers, reader = store.buffers, store.reader
+    buffers = store.buffers
     seconds = {}
     # From the disk, not from the cache that writing has filled.
     for file in folder.glob("*.safetensors"):
@@ -70,7 +77,7 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     replay = StreamedReplay(model, store, memory)
     seconds["reading once"] = time.perf_counter() - began
-    rate = reader.bytes_read / buffers.reading
+    rate = store.reader.bytes_read / buffers.reading
     rng = np.random.default_rng(0)
     ids = rng.integers(0, SEVEN.vocabulary, (arguments.samples, arguments.length))
     tokens = TokenSet.from_rows(ids.tolist())
@@ -92,7 +99,7 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
                 "peak": resident_peak(),
                 "bytes_per_second": rate,
                 "flops_per_second": flops / busy,
-                "bytes_read": reader.bytes_read,
+                "bytes_read": store.reader.bytes_read,
                 "blocks_run": found.blocks_run,
                 "dtype": str(dtype),
             }
@@ -138,6 +145,42 @@ def large(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+# The search -----------------------------------------------------------------------------
+
+
+def search(arguments: argparse.Namespace) -> tuple[float, int, bool]:
+    """A default search: sweeps over the weights, rounds, and whether all was checked once."""
+    checked: Counter[str] = Counter()
+    check = reader.refuse_infinite
+
+    def count(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+        found = list(tensors)
+        checked.update(name for name, _ in found)
+        check(found, folder)
+
+    n = arguments.blocks
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(reader, "refuse_infinite", count),
+    ):
+        tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
+        opened = open_model(Path(folder), dtype=torch.float32, device=CPU)
+        replay = StreamedReplay(*opened)
+        replay.store.buffers.keep_at_most(replay.store.weights // 2)
+        ids = np.random.default_rng(0).integers(8, 256, (16, 256))
+        began, before = time.perf_counter(), replay.store.reading()
+        target = Target.count(n, n // 4)
+        found = Search(replay, TokenSet.from_rows(ids.tolist()), Work(), [target]).run()
+        seconds, reading = time.perf_counter() - began, replay.store.reading() - before
+    rounds, passes = found.goals[0].rounds, found.evaluator.ledger.passes
+    print(
+        f"\ntiny Llama of {n} blocks, default search for {n // 4}: {rounds} rounds, {passes:.1f} "
+        f"passes, {seconds:.0f} s; read {reading.sweeps:.1f} times, "
+        f"{reading.memory / reading.sweeps:.0%} of it from host memory"
+    )
+    return reading.sweeps, rounds, set(checked.values()) == {1}
+
+
 # The small model ------------------------------------------------------------------------
 
 
@@ -174,16 +217,17 @@ def small(arguments: argparse.Namespace) -> tuple[float, float]:
     for name, job in jobs.items():
         seconds: list[tuple[float, float]] = []
         for repeat in range(arguments.repeats + 1):
-            times, results = [], []
-            for replay in (whole, parts):
+            times, results = {}, {}
+            # In turns: what else the machine does grows or falls.
+            for replay in (whole, parts) if repeat % 2 else (parts, whole):
                 began = time.perf_counter()
-                results.append(job(replay))
-                times.append(time.perf_counter() - began)
+                results[replay] = job(replay)
+                times[replay] = time.perf_counter() - began
             if repeat:  # the first round warms up
-                seconds.append((times[0], times[1]))
+                seconds.append((times[whole], times[parts]))
         medians = [statistics.median(side) for side in zip(*seconds, strict=True)]
         ratios.append(statistics.median(b / a for a, b in seconds))
-        differences.append(float(np.abs(results[0] - results[1]).max()))
+        differences.append(float(np.abs(results[whole] - results[parts]).max()))
         print(
             f"{name:<20}{medians[0]:>14.2f}{medians[1]:>14.2f}{ratios[-1]:>8.3f}"
             f"{differences[-1]:>12.1e}"
@@ -268,11 +312,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, help="where the large model is written (14 GB)")
     parser.add_argument("--keep", action="store_true", help="leave the large model there")
-    parser.add_argument("--only", choices=("large", "small"))
+    parser.add_argument("--only", choices=("large", "search", "small"))
     parser.add_argument("--states", type=int, default=200)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--memory-limit", default="4GB")
+    parser.add_argument("--blocks", type=int, default=24, help="of the model that is searched")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gpu-tflops", type=float, default=60.0, help="bfloat16, sustained")
@@ -282,11 +327,16 @@ def main() -> None:
         large_child(arguments.child, arguments)
         return
     figures: dict[str, str] = {}
-    if arguments.only != "small":
+    if arguments.only in (None, "large"):
         found = large(arguments)
         project(arguments, found)
         figures["stream_peak_mb"] = f"{found['peak'] / 1e6:.0f}"
-    if arguments.only != "large":
+    if arguments.only in (None, "search"):
+        sweeps, rounds, once = search(arguments)
+        figures["stream_sweeps"] = f"{sweeps:.1f}"
+        figures["stream_search_rounds"] = str(rounds)
+        figures["stream_checked_once"] = str(int(once))
+    if arguments.only in (None, "small"):
         ratio, difference = small(arguments)
         figures["stream_time_ratio"] = f"{ratio:.3f}"
         figures["stream_max_difference"] = f"{difference:.1e}"

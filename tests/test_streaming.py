@@ -15,7 +15,8 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.compute import head
-from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.testing.cards import fake_cards
 from isingcut.testing.configurations import FAMILIES
 from isingcut.testing.tiny import tiny_checkpoint
 from streams import in_memory, samples, some_states, streamed, watch
@@ -101,6 +102,27 @@ def test_a_forward_pass_reads_what_it_needs(tmp_path):
         expected = whole.model(input_ids=ids, use_cache=False).logits
         assert torch.equal(parts.model(input_ids=ids, use_cache=False).logits, expected)
         assert torch.equal(parts.record(ids).entered, whole.record(ids).entered)
+
+
+JOBS = {
+    "losses": lambda replay, tokens, state: measure(replay, tokens, state[None], batch_tokens=24),
+    "gradients": lambda replay, tokens, state: gate_gradients(replay, tokens, batch_tokens=24),
+    "slopes": lambda replay, tokens, state: gate_slopes(replay, tokens, state, 24),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
+    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8}
+    folder = tiny_checkpoint("llama", tmp_path, **size, head_dim=32)
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    with fake_cards(budget=weights // 2) as (card,):
+        replay = StreamedReplay(*open_model(folder, dtype=torch.float32, device=card.device))
+        card.reset_peak()
+        JOBS[job](replay, samples(), np.arange(8) < 2)
+        assert card.peak < 2.5 * replay.store.largest + 0.1 * weights
+        # Each part was read from disk once, on the first pass.
+        assert replay.store.reading().disk == 1.0
 
 
 def test_a_streamed_search_finds_what_one_in_memory_finds(llama, monkeypatch):

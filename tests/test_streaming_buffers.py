@@ -1,44 +1,20 @@
-"""The two buffers that streamed parts share, and how many micro-batches hide the reading."""
+"""The two buffers that streamed parts share, and the parts that stay in host memory."""
 
 import concurrent.futures
 
 import pytest
 import torch
 
-from isingcut.measure.pace import Pace
-from isingcut.models.parts import Resident, Seconds
 from isingcut.models.streaming.buffers import Buffers
+from isingcut.testing import cards
 
 CPU = torch.device("cpu")
-
-
-def test_pace_makes_chunks_large_enough_to_hide_the_reading(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("isingcut.measure.pace.time.perf_counter", lambda: now[0])
-
-    class Disk(Resident):
-        spent = Seconds()
-
-        def seconds(self):
-            return self.spent
-
-    disk = Disk()
-    pace = Pace(disk)
-    with pace.timed(2):
-        now[0] += 12.0
-        disk.spent = Seconds(stalled=2.0, reading=40.0)
-    # Ten seconds of computing on two batches: five each; reading takes forty.
-    assert pace.batches == 11
-    with pace.timed(11):
-        now[0] += 55.0
-        disk.spent = Seconds(stalled=2.0, reading=41.0, shared=1.0)
-    assert pace.batches == 5
 
 
 class Numbers:
     """A part of eight bytes that come from a place which may be gone."""
 
-    size = 8
+    size, hits, misses = 8, 0, 0
 
     def __init__(self, value, gone=False):
         self.value, self.gone, self.memory = value, gone, None
@@ -67,5 +43,52 @@ def test_a_part_read_ahead_and_not_wanted_may_fail():
     assert first.memory.tolist() == [1] * 8
     with pytest.raises(FileNotFoundError):
         buffers.take(gone)
-    buffers.expect(gone)
-    buffers.clear()
+
+
+def test_parts_stay_in_host_memory_up_to_a_bound():
+    buffers = Buffers(8, CPU)
+    buffers.bound = 16
+    parts = [Numbers(1), Numbers(2), Numbers(3)]
+    for _ in range(3):
+        for part in parts:
+            buffers.take(part)
+            assert part.memory.tolist() == [part.value] * 8
+    # A sweep comes by all parts in turn: the first ones that fit are always there.
+    assert [(part.hits, part.misses) for part in parts] == [(2, 1), (2, 1), (0, 3)]
+    assert buffers.allocated() == 16
+    buffers.keep_at_most(8)
+    for part in parts:
+        buffers.take(part)
+    assert [(part.hits, part.misses) for part in parts] == [(3, 1), (2, 2), (0, 4)]
+    del part, parts[0]
+    assert buffers.allocated() == 0
+
+
+def test_a_part_that_stays_is_used_where_it_is():
+    buffers = Buffers(8, CPU)
+    buffers.bound = 8
+    part = Numbers(1)
+    places = set()
+    for _ in range(2):
+        buffers.take(part)
+        places.add(part.memory.data_ptr())
+        buffers.take(Numbers(2))
+        buffers.take(Numbers(3))
+    assert len(places) == 1
+
+
+def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(monkeypatch):
+    log = []
+    monkeypatch.setattr(
+        cards._Stream, "record", lambda self, stream: log.append(("record", self, stream))
+    )
+    monkeypatch.setattr(
+        cards._Stream, "wait_event", lambda self, event: log.append(("wait", self, event))
+    )
+    with cards.fake_cards() as (card,):
+        Buffers(8, card.device).take(Numbers(1))
+    waits = [(who, event) for what, who, event in log if what == "wait"]
+    filling, before = waits[0]
+    recorded = [(event, stream) for what, event, stream in log if what == "record"]
+    assert before in [event for event, stream in recorded if stream is not filling]
+    assert ("record", waits[1][1], filling) in log[log.index(("wait", filling, before)) :]

@@ -1,18 +1,20 @@
 """Streamed measurements in any chunks, from any moment on, give the same bits."""
 
-import gc
 import weakref
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
-import torch
 
+from isingcut.data.tokens import TokenSet
+from isingcut.energies.search import Search, Target
 from isingcut.errors import InputError
+from isingcut.measure import ledger
 from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
-from isingcut.measure.pace import Pace
+from isingcut.measure.losses import measure, measure_together
+from isingcut.measure.streams import one_pass
+from isingcut.measure.work import Work
+from isingcut.models.compute import head
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.streaming.reader import Reader
 from isingcut.models.streaming.replay import StreamedReplay
@@ -91,22 +93,9 @@ def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
     assert every < some < none
 
 
-def test_a_graph_that_no_gradient_was_asked_of_is_let_go(llama):
-    replay = streamed(llama)
-    replay.store.hold(0)
-    stream = torch.ones(4, requires_grad=True)
-    gone = weakref.ref(stream)
-    with replay.store.lasting_graph(0):
-        stream.exp()
-    del stream
-    gc.collect()
-    assert gone() is None
-
-
 def test_each_block_is_read_once_per_chunk(llama, monkeypatch):
     replay = streamed(llama)
-    monkeypatch.setattr(Pace, "timed", lambda self, n: nullcontext())
-    monkeypatch.setattr(Pace, "__init__", lambda self, store: setattr(self, "batches", 100))
+    replay.store.buffers.keep_at_most(0)
     OutputHead(replay)  # looking at the head reads it
     read = []
     fill = Reader.fill
@@ -118,6 +107,71 @@ def test_each_block_is_read_once_per_chunk(llama, monkeypatch):
     gate_gradients(replay, samples(), batch_tokens=12)
     # The last block is still there when the backward sweep begins.
     assert [p for p in read if p != "embed"] == [*range(n), "head", *reversed(range(n - 1))]
+
+
+def sweeps(replay, job, *arguments, **options):
+    """How often a job reads the model, and what it gives."""
+    before = replay.store.reading()
+    found = job(replay, *arguments, **options)
+    return (replay.store.reading() - before).sweeps, found
+
+
+def test_one_sweep_is_enough_for_all_that_fits(llama):
+    replay, tokens = streamed(llama), samples()
+    OutputHead(replay)  # looking at the head reads it
+    states = [some_states(len(replay), 5), some_states(len(replay), 9)[5:]]
+    wanted = [(tokens, states[0]), (tokens.select([2, 0]), states[1])]
+    count, found = sweeps(replay, measure_together, wanted, Work(12), "measuring")
+    assert count == pytest.approx(1.0, abs=0.1)
+    for result, (text, some) in zip(found, wanted, strict=True):
+        expected = measure(replay, text, some, batch_tokens=12)
+        np.testing.assert_array_equal(result.kl_sums, expected.kl_sums)
+        np.testing.assert_array_equal(result.nll_sums, expected.nll_sums)
+    count, found = sweeps(replay, one_pass, tokens, Work(12))
+    assert count < 1
+    for result, expected in zip(found, one_pass(in_memory(llama), tokens, Work(12)), strict=True):
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_the_original_s_logits_of_one_micro_batch_exist_at_a_time(llama, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(head._Fused):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(head, "_Fused", Watched)
+    measure(streamed(llama), samples(), some_states(6), batch_tokens=12)
+    assert most == [1, 1, 1]
+
+
+def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch):
+    replay = streamed(tiny_checkpoint("llama", tmp_path, num_hidden_layers=8))
+    rng = np.random.default_rng(0)
+    tokens = TokenSet.from_rows([rng.integers(8, 200, 12).tolist() for _ in range(8)])
+    search = Search(replay, tokens, Work(24), [Target.count(8, 4)], 12.0)
+    sets, rounds = [], []
+    turn, together = Search._turn, measure_together
+    monkeypatch.setattr(
+        ledger, "measure_together", lambda *a: (sets.append(len(a[1])), together(*a))[1]
+    )
+
+    def watched(self, goal):
+        sets.clear()
+        count, more = sweeps(replay, lambda _: turn(self, goal))
+        rounds.append((count, list(sets)))
+        return more
+
+    monkeypatch.setattr(Search, "_turn", watched)
+    search.run()
+    assert len(rounds) > 2
+    assert max(len(calls) for _, calls in rounds) == 1
+    # New states and those that are looked at more closely, in one of them.
+    assert max(calls[0] for _, calls in rounds if calls) > 1
+    # The slopes at a new best state are one sweep more, there and back.
+    assert max(count for count, _ in rounds) < 3.1
 
 
 @pytest.mark.parametrize("job", ["states", "gradients"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from isingcut.errors import CheckpointError, ModelError
 from isingcut.measure.losses import measure
 from isingcut.models.architectures import find_stack
 from isingcut.models.load import load
+from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
 from isingcut.models.streaming.skeleton import build_skeleton
 from isingcut.testing.tiny import tiny_checkpoint
@@ -123,3 +125,28 @@ def test_a_file_that_became_shorter_is_noticed_by_who_waits_for_it(tmp_path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="ended early"):
         measure(replay, samples(), some_states(len(replay)))
+
+
+def test_numbers_are_checked_once(llama, monkeypatch):
+    seen = Counter()
+    monkeypatch.setattr(
+        reader, "refuse_infinite", lambda tensors, folder: seen.update(n for n, _ in tensors)
+    )
+    replay = streamed(llama)
+    replay.store.buffers.keep_at_most(0)
+    for _ in range(2):
+        measure(replay, samples(), some_states(len(replay)))
+    plans = replay.store.reader.plans.values()
+    assert seen == {name: 1 for plan in plans for name in plan.targets}
+
+
+def test_a_model_whose_parts_all_stay_is_read_once(tmp_path):
+    folder = tiny_checkpoint("llama", tmp_path)
+    replay, tokens = streamed(folder), samples()
+    states = some_states(len(replay))
+    expected = measure(replay, tokens, states).kl_sums
+    before = replay.store.reading()
+    (folder / "model.safetensors").unlink()
+    assert (measure(replay, tokens, states).kl_sums == expected).all()
+    more = replay.store.reading() - before
+    assert (more.disk, more.memory) == (0.0, pytest.approx(1.0, abs=0.1))

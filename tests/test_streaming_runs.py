@@ -1,6 +1,7 @@
 """What is streamed and what it may take; cuts proven, evaluated and run block by block."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -60,6 +61,19 @@ def test_weights_that_do_not_fit_are_streamed(llama):
         measure(replay, samples(), some_states(6))
     with pytest.raises(InputError, match="--stream must be one of"):
         config.replace(stream="maybe").validate()
+
+
+def test_parts_that_stay_and_hidden_states_share_the_memory_that_is_left(llama):
+    replay, tokens = streamed(llama), samples()
+    states = some_states(6)
+    expected = measure(replay, tokens, states).kl_sums
+    batch, kept = tokens.batches(1024)[0], replay.store.buffers
+    assert kept.allocated() == kept.bound == replay.store.weights
+    taken = replay.memory.left - replay.room(batch) - kept.bound
+    replay.memory = Allowance(taken + replay.store.weights, 0)
+    assert replay.room(batch) == kept.bound == replay.store.weights // 2
+    assert 0 < kept.allocated() <= kept.bound
+    assert (measure(replay, tokens, states).kl_sums == expected).all()
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +161,9 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     assert evaluation["streamed"]
     assert evaluation["after"]["blocks"] == 4
     assert len(chosen["removed"]) == 2
-    assert "not measured" in (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text()
+    assert "not measured" in report
+    assert re.search(r"\| weights \| streamed: read \d+\.\d times for the energy, \d+ %", report)
     for wrong, message in (
         ({"energy": "hessian"}, "'hessian' differentiates through all blocks"),
         ({"calibration": "self"}, "reads the whole model once for every token"),

@@ -54,20 +54,22 @@ class AngularWindow:
             )
         sums, count = np.zeros(len(replay) - remove + 1), 0
         batches = tokens.batches(work.batch_tokens)
-        with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
-            for batch in batches:
-                last = self.positions == "last"
-                looked_at = batch.last_looked_at if last else batch.looked_at
-                looked_at = looked_at.to(replay.device)
-                streams: list[Tensor] = []
-                for _, before, after in boundaries(replay, batch):
-                    if not streams:
-                        streams.append(before[looked_at].float())
-                    streams.append(after[looked_at].float())
-                for start in range(len(sums)):
-                    sums[start] += float(angle(streams[start], streams[start + remove]).sum())
-                count += len(streams[0])
+        last = self.positions == "last"
+        steps = len(replay) * len(batches)
+        streams: list[list[Tensor]] = [[] for _ in batches]
+        with work.progress("comparing block outputs", steps) as bar, torch.inference_mode():
+            # In float32, twice as wide at most.
+            kept = 0 if last else 2 * (len(replay) + 1)
+            for b, i, before, after in boundaries(replay, batches, kept=kept):
+                looked_at = batches[b].last_looked_at if last else batches[b].looked_at
+                looked_at, own = looked_at.to(replay.device), streams[b]
+                own += [before[looked_at].float()] * (not own) + [after[looked_at].float()]
                 bar.advance(1)
+                if i + 1 == len(replay):
+                    for start in range(len(sums)):
+                        sums[start] += float(angle(own[start], own[start + remove]).sum())
+                    count += len(own[0])
+                    own.clear()
         distances = sums / count
         start = int(np.argmin(distances))
         info = {"distance": distances.tolist(), "positions": self.positions}

@@ -67,6 +67,11 @@ class TokenSet:
         return self.input_ids.shape[0]
 
     @property
+    def positions(self) -> int:
+        """Number of positions, padding among them: S times T."""
+        return self.input_ids.numel()
+
+    @property
     def predicted(self) -> torch.Tensor:
         """(S, T-1) bool: position t holds a prediction (of token t+1) that counts in a loss."""
         return (self.mask if self.counted is None else self.counted)[:, 1:]

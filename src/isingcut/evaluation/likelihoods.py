@@ -16,7 +16,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
 from isingcut.ising.states import Bools, Floats, States
-from isingcut.measure.pace import Pace
+from isingcut.measure.pace import chunks
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, walk
@@ -119,7 +119,7 @@ def answer_scores(
     ):
         bar.advance(sum(costs) - sum(costs[b] for b in left))
         waiting = [batches[b] for b in left]
-        for chunk, _ in Pace(replay.store).chunks(replay, waiting, len(wanted) + _OTHERS):
+        for chunk, _ in chunks(replay, waiting, len(wanted) + _OTHERS):
             scores = split_to_fit(
                 replay.limit, waiting[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
             )
@@ -169,13 +169,12 @@ def _scores(
     recordings = [replay.record(batch.input_ids) for batch in batches]
     found = [np.zeros((2, len(states), read.rows)) for read in places]
 
-    def run(block: int, streams: list[Tensor]) -> list[Tensor]:
-        return [r.block(block, s) for r, s in zip(recordings, streams, strict=True)]
+    def run(tree: int, block: int, stream: Tensor) -> Tensor:
+        return recordings[tree].block(block, stream)
 
-    entered = [recording.entered for recording in recordings]
-    for first, last, ends in walk(states, entered, run, by_block=replay.streamed):
-        for of_batch, read, end in zip(found, places, ends, strict=True):
-            of_batch[:, first:last] = read.read(replay, end)[:, None]
+    trees = [(states, recording.entered) for recording in recordings]
+    for tree, first, last, end in walk(trees, run, by_block=replay.streamed):
+        found[tree][:, first:last] = places[tree].read(replay, end)[:, None]
     for batch, of_batch in zip(batches, found, strict=True):
         check_finite(replay, batch, of_batch, states)
     return found

@@ -18,7 +18,7 @@ from isingcut.evaluation.speed import SPEED_KEYS, speed
 from isingcut.files.writing import without_header, without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
-from isingcut.measure.pace import Pace
+from isingcut.measure.pace import chunks
 from isingcut.measure.splitting import split_to_fit
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import weight_files
@@ -259,8 +259,7 @@ def _chunks(
     """Micro-batches that go through the models together: of those in memory, one at a time."""
     for model in models:
         if isinstance(model, StreamedReplay):
-            pace = Pace(model.store).chunks(model, batches, _STREAMS)
-            return (chunk for chunk, _ in pace)
+            return (chunk for chunk, _ in chunks(model, batches, _STREAMS))
     return (slice(b, b + 1) for b in range(len(batches)))
 
 

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.calibration import TokenSet
-from isingcut.measure.pace import Pace
 from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.streams import check_finite
-from isingcut.measure.sweep import gate_rows, streams_kept
+from isingcut.measure.sweep import gate_chunks, gate_rows
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead
@@ -82,7 +81,7 @@ def gate_gradients(
         bar.advance(len(keys) - len(todo))
         own, bar = kept.share(todo, bar)
         mine = [batches[int(key)] for key in own]
-        for chunk, room in Pace(replay.store).chunks(replay, mine, streams_kept(replay)):
+        for chunk, room in gate_chunks(replay, mine):
 
             def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
                 return gate_rows(

@@ -4,14 +4,13 @@ there is room, so that what was computed is not computed again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from isingcut.measure.gates import gated_block
-from isingcut.models.parts import Weights
 from isingcut.models.replay import Recording
 
 
@@ -23,13 +22,11 @@ class GatedBlock:
         alpha: place of the gates (B,) in its graph.
         before: place of the stream before the block; None: it takes no gradient.
         after: place of the stream after it.
-        held: bytes of its graph, beside weights.
     """
 
     alpha: GradientEdge
     before: GradientEdge | None
     after: GradientEdge
-    held: int = 0
 
     def backward(self, toward: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients in the gates (B,) and in the stream before the block, from that after it."""
@@ -54,14 +51,12 @@ class Graphs:
     """Keeps graphs of the last blocks on the way there, as many as there is room for.
 
     Args:
-        store: the weights.
         room: bytes they may take.
-        guess: bytes of one graph, until one was made.
+        each: bytes of one graph, at most.
     """
 
-    def __init__(self, store: Weights, room: int, guess: int) -> None:
-        self._store, self._room, self._each = store, room, guess
-        self._measured = False
+    def __init__(self, room: int, each: int) -> None:
+        self._room, self._each = room, each
         self._kept: dict[tuple[int, int], GatedBlock] = {}
 
     def has_room(self, left: int) -> bool:
@@ -72,17 +67,10 @@ class Graphs:
         self, recording: Recording, block: int, batch: int, before: Tensor, gate: str
     ) -> Tensor:
         """Run a block and keep its graph; the stream (B, T, D) that comes out of it."""
-        with self._store.lasting_graph(block) as held:
-            done, after = gated(recording, block, before, gate)
-        self._kept[block, batch] = replace(done, held=held.size)
-        self._each = max(self._each, held.size) if self._measured else held.size
-        self._measured = True
-        self._room -= held.size
+        self._kept[block, batch], after = gated(recording, block, before, gate)
+        self._room -= self._each
         return after
 
     def take(self, block: int, batch: int) -> GatedBlock | None:
-        """The graph of a block, which is open again; None if it was not kept."""
-        kept = self._kept.pop((block, batch), None)
-        if kept is not None:
-            self._room += kept.held
-        return kept
+        """The graph of a block; None if it was not kept."""
+        return self._kept.pop((block, batch), None)

@@ -9,8 +9,8 @@ import numpy as np
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
-from isingcut.ising.states import Floats, States, key_of
-from isingcut.measure.losses import measure
+from isingcut.ising.states import Bools, Floats, States, key_of
+from isingcut.measure.losses import measure_together
 from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work, identity
@@ -86,38 +86,43 @@ class Ledger:
             self._kept.put(key, row)
         return row
 
-    def sums(self, states: States, rows: Sequence[int], description: str) -> Floats:
-        """Losses (S, R) of states (S, N) on samples, each summed over the sample's tokens."""
-        named = hashlib.sha256(np.array(rows, dtype=np.int64).tobytes()).hexdigest()[:16]
-        keys = [f"{key_of(state)}:{named}" for state in states]
-        unpaid = {k: s for k, s in zip(keys, states, strict=True) if k not in self._paid}
-        if unpaid:
-            share = self.share(rows)
-            self._paid |= set(unpaid)
-            self.runs += tree_nodes(np.array(list(unpaid.values()))) * share
-            self.heads += len(unpaid) * share
-            self.evaluations += len(unpaid)
-        missing = {k: s for k, s in unpaid.items() if self._row(k, len(rows)) is None}
+    def sums(
+        self, wanted: Sequence[tuple[States, Sequence[int]]], description: str
+    ) -> list[Floats]:
+        """Losses (S, R) of each states (S, N) on their samples, summed over a sample's tokens."""
+        missing: list[tuple[dict[str, Bools], Sequence[int]]] = []
+        keys: list[list[str]] = []
+        for states, rows in wanted:
+            named = hashlib.sha256(np.array(rows, dtype=np.int64).tobytes()).hexdigest()[:16]
+            keys.append([f"{key_of(state)}:{named}" for state in states])
+            unpaid = {k: s for k, s in zip(keys[-1], states, strict=True) if k not in self._paid}
+            if unpaid:
+                share = self.share(rows)
+                self._paid |= set(unpaid)
+                self.runs += tree_nodes(np.array(list(unpaid.values()))) * share
+                self.heads += len(unpaid) * share
+                self.evaluations += len(unpaid)
+            absent = {k: s for k, s in unpaid.items() if self._row(k, len(rows)) is None}
+            if absent:
+                missing.append((absent, rows))
         if missing:
-            found = measure(
-                self._replay,
-                self._tokens.select(rows),
-                np.array(list(missing.values())),
-                batch_tokens=self._work.batch_tokens,
-                progress=self._work.progress,
-                description=description,
-            )
-            measured = found.kl_sums if self._loss == "kl" else found.nll_sums
-            for key, row in zip(missing, measured, strict=True):
-                self._kept.put(key, row)
-        return np.array([self._kept.get(key) for key in keys]).reshape(len(keys), len(rows))
+            sets = [(self._tokens.select(r), np.array(list(s.values()))) for s, r in missing]
+            measured = measure_together(self._replay, sets, self._work, description)
+            for (states_of, _), found in zip(missing, measured, strict=True):
+                sums = found.kl_sums if self._loss == "kl" else found.nll_sums
+                for key, row in zip(states_of, sums, strict=True):
+                    self._kept.put(key, row)
+        return [
+            np.array([self._kept.get(key) for key in own]).reshape(len(own), len(rows))
+            for own, (_, rows) in zip(keys, wanted, strict=True)
+        ]
 
     def losses(
         self, states: States, rows: Sequence[int] | None = None, description: str = "searching"
     ) -> Floats:
         """Mean loss per token (S,) of states (S, N), on all samples or on the given ones."""
         chosen = range(len(self.counts)) if rows is None else sorted(rows)
-        sums = self.sums(states, chosen, f"{description}: {len(states)} states")
+        (sums,) = self.sums([(states, chosen)], f"{description}: {len(states)} states")
         return np.asarray(sums.sum(1) / self.counts[list(chosen)].sum())
 
     def _row(self, key: str, length: int) -> Floats | None:

@@ -4,15 +4,17 @@ Two states that agree on the first blocks share the hidden states up to where th
 The original model is the empty state, so that every measurement brings its own reference. Work
 goes by pieces, a micro-batch and some of the states, and a finished piece is written to a journal.
 In memory the tree is walked branch by branch, which keeps few streams; where blocks are read from
-disk, block by block, for as many micro-batches and states at a time as fit the memory allowed.
+disk, block by block, for as many pieces at a time as fit the memory allowed, whatever states and
+texts they are of. The output head takes one piece after the other: only the original's logits of
+one micro-batch exist at a time.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,19 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats, States
-from isingcut.measure.pace import Pace
+from isingcut.measure.pace import chunks
 from isingcut.measure.pieces import Piece, cut, left
 from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, own_blocks, walk
-from isingcut.measure.work import identity
+from isingcut.measure.work import Work, identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import Comparison, OutputHead, Reference, comparison
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
 
-__all__ = ["Measurement", "Reference", "measure", "standard_error"]
+__all__ = ["Measurement", "Reference", "measure", "measure_together", "standard_error"]
 
 # Streams of a batch beside those of the states: the original's, what entered the blocks (the
 # recording has it), and the one that a block is just making.
@@ -149,78 +151,128 @@ def measure(
         InputError: not even one state of one micro-batch fits the memory allowed.
         ModelError: a loss is not finite.
     """
-    wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
-    n = len(replay)
-    order = in_order(wanted)
-    ordered = wanted[order]
-    nodes = (own_blocks(ordered) if share_prefixes else ~ordered).sum(1)
-    per_batch = n + int(nodes.sum())
-
-    def blocks_run(piece: Piece) -> int:
-        """Blocks of a piece, as they count in all that a measurement runs."""
-        return int(nodes[piece.first : piece.last].sum()) + (0 if piece.first else n)
-
     reuse_freed_memory()
-    batches = tokens.batches(batch_tokens)
-    measured = identity(
-        replay,
-        tokens,
-        states=np.packbits(wanted).tolist(),
-        shape=list(wanted.shape),
-        batch_tokens=batch_tokens,
-    )
-    kept = SharedJournal(journal, measured, _of_pieces(batches, len(wanted)), replay.processes)
-    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-    sums = np.zeros((2, len(wanted) + 1, tokens.samples))
-    seen = np.zeros((len(wanted), tokens.samples), dtype=bool)
+    task = _Task(replay, tokens, states, batch_tokens, journal, share_prefixes)
+    _measure_all(replay, [task], progress, description)
+    return task.result()
 
-    def fill(key: str) -> str:
+
+def measure_together(
+    replay: Replay, wanted: Sequence[tuple[TokenSet, States]], work: Work, description: str
+) -> list[Measurement]:
+    """`measure` of several sets of states, each on a text of its own, in the same sweeps.
+
+    Args:
+        work: its journal is not used.
+    """
+    reuse_freed_memory()
+    tasks = [_Task(replay, tokens, states, work.batch_tokens) for tokens, states in wanted]
+    _measure_all(replay, tasks, work.progress, description)
+    return [task.result() for task in tasks]
+
+
+class _Task:
+    """States to be measured on a text, and what is known of them so far.
+
+    Attributes:
+        batches: the text's micro-batches.
+        ordered: (S, N) bool, the states in walking order.
+        kept: the rows of finished pieces.
+        todo: pieces that this process measures.
+        all_blocks: block evaluations of all of it.
+        bar: progress; a step of this process stands for the others' as well.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        tokens: TokenSet,
+        states: States | Sequence[Sequence[int]],
+        batch_tokens: int,
+        journal: Path | None = None,
+        share_prefixes: bool = True,
+    ) -> None:
+        self._replay, self.share_prefixes = replay, share_prefixes
+        self._wanted = wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
+        self._order = in_order(wanted)
+        self.ordered = wanted[self._order]
+        self._nodes = (own_blocks(self.ordered) if share_prefixes else ~self.ordered).sum(1)
+        self._per_batch = len(replay) + int(self._nodes.sum())
+        self.batches = tokens.batches(batch_tokens)
+        self.all_blocks = self._per_batch * len(self.batches)
+        measured = identity(
+            replay,
+            tokens,
+            states=np.packbits(wanted).tolist(),
+            shape=list(wanted.shape),
+            batch_tokens=batch_tokens,
+        )
+        fits = _of_pieces(self.batches, len(wanted))
+        self.kept = SharedJournal(journal, measured, fits, replay.processes)
+        self._counts = tokens.predicted.sum(1).numpy().astype(np.int64)
+        self._sums = np.zeros((2, len(wanted) + 1, tokens.samples))
+        self._seen = np.zeros((len(wanted), tokens.samples), dtype=bool)
+
+    def begin(self, bar: Bar) -> None:
+        """Take in what the journal has, and see what is left for this process."""
+        n, keys = len(self._replay), list(self.kept.keys())
+        words = [self.fill(key) for key in keys]
+        done = sum(self.blocks_run(Piece.read(key)) for key in keys)
+        bar.advance(done, next(filter(None, reversed(words)), ""))
+        size, again = self._replay.processes.size, 2 * n / self._per_batch
+        todo = left(keys, len(self.batches), len(self._order), size, again)
+        own, self.bar = self.kept.share([piece.key for piece in todo], bar)
+        pieces = sorted(map(Piece.read, own), key=lambda piece: (piece.first, piece.last))
+        self.todo = [part for piece in pieces for part in self._fitting(piece)]
+
+    def _fitting(self, piece: Piece) -> list[Piece]:
+        """A piece, in parts whose streams fit the memory allowed.
+
+        Raises:
+            InputError: one state does not fit.
+        """
+        batch = self.batches[piece.batch]
+        each, room = self._replay.stream_bytes(batch), self._replay.room(batch)
+        fit = room // each - _OTHERS
+        if fit < 1:
+            raise InputError(
+                f"hidden states may take {room / 1e6:.0f} MB, and one state of "
+                f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
+                "MB; raise --memory-limit or lower --batch-tokens"
+            )
+        return cut(piece, -(-(piece.last - piece.first) // fit))
+
+    def blocks_run(self, piece: Piece) -> int:
+        """Blocks of a piece, as they count in all that a measurement runs."""
+        n = 0 if piece.first else len(self._replay)
+        return n + int(self._nodes[piece.first : piece.last].sum())
+
+    def fill(self, key: str) -> str:
         """Take in what the journal has of a piece; the lowest KL so far, in words."""
-        piece, row = Piece.read(key), kept.get(key)
+        piece, row, order = Piece.read(key), self.kept.get(key), self._order
         assert row is not None
-        places, found = batches[piece.batch].index.numpy(), order[piece.first : piece.last]
-        sums[:, np.append(found, len(wanted))[:, None], places] = row
+        places, found = self.batches[piece.batch].index.numpy(), order[piece.first : piece.last]
+        self._sums[:, np.append(found, len(order))[:, None], places] = row
         if not len(found):
             return ""
-        seen[found[:, None], places] = True
+        self._seen[found[:, None], places] = True
         # Samples that a state was not measured on yet count nothing on either side.
-        mean = sums[0, :-1].sum(1) / np.maximum(1, seen @ counts)
-        return f"lowest KL so far {mean[seen.any(1)].min():.4f}"
+        mean = self._sums[0, :-1].sum(1) / np.maximum(1, self._seen @ self._counts)
+        return f"lowest KL so far {mean[self._seen.any(1)].min():.4f}"
 
-    with (
-        progress(description, per_batch * len(batches)) as bar,
-        torch.inference_mode(),
-        chosen_attention(replay),
-    ):
-        head = OutputHead(replay)
-        words = {key: fill(key) for key in kept.keys()}  # noqa: SIM118
-        done = sum(blocks_run(Piece.read(key)) for key in words)
-        bar.advance(done, next(filter(None, reversed(words.values())), ""))
-        size = replay.processes.size
-        todo = left(kept.keys(), len(batches), len(order), size, 2 * n / per_batch)
-        own, bar = kept.share([piece.key for piece in todo], bar)
-        for chunk in _chunks(replay, batches, [Piece.read(key) for key in own]):
-            states_of = ordered[chunk[0].first : chunk[0].last]
-            mine = [batches[piece.batch] for piece in chunk]
-            worth = sum(map(blocks_run, chunk)) / sum(batch.samples for batch in mine)
+    def finish(self) -> None:
+        """Take in what other processes measured."""
+        self.kept.gather()
+        for key in self.kept.keys():  # noqa: SIM118
+            self.fill(key)
 
-            def compute(
-                some: Sequence[TokenSet], states: States = states_of, worth: float = worth
-            ) -> list[Floats]:
-                steps = worth * sum(batch.samples for batch in some)
-                return _measure(replay, head, some, states, share_prefixes, bar, steps)
-
-            found = split_to_fit(
-                replay.limit, mine, compute, lambda a, b: np.concatenate([a, b], -1)
-            )
-            for piece, rows in zip(chunk, found, strict=True):
-                kept.put(piece.key, rows)
-                bar.advance(0, fill(piece.key))
-        kept.gather()
-        for key in kept.keys():  # noqa: SIM118
-            fill(key)
-    unshared = n + int((~wanted).sum())
-    return Measurement(wanted, sums[0, :-1], sums[1, :-1], sums[1, -1], counts, per_batch, unshared)
+    def result(self) -> Measurement:
+        """What was measured."""
+        wanted, (kl, nll) = self._wanted, self._sums
+        unshared = len(self._replay) + int((~wanted).sum())
+        return Measurement(
+            wanted, kl[:-1], nll[:-1], nll[-1], self._counts, self._per_batch, unshared
+        )
 
 
 def _of_pieces(batches: Sequence[TokenSet], states: int) -> Callable[[str, Floats], bool]:
@@ -235,75 +287,95 @@ def _of_pieces(batches: Sequence[TokenSet], states: int) -> Callable[[str, Float
     return fits
 
 
-def _chunks(
-    replay: Replay, batches: Sequence[TokenSet], pieces: Sequence[Piece]
-) -> Iterator[list[Piece]]:
-    """Pieces of the same states that go through each block together, as many as fit."""
-    fitting = [part for piece in pieces for part in _fitting(replay, batches[piece.batch], piece)]
-    states, pace = operator.attrgetter("first", "last"), Pace(replay.store)
-    for (first, last), group in groupby(sorted(fitting, key=states), states):
-        alike = list(group)
-        mine = [batches[piece.batch] for piece in alike]
-        for chunk, _ in pace.chunks(replay, mine, last - first + _OTHERS):
-            yield alike[chunk]
+def _measure_all(
+    replay: Replay, tasks: Sequence[_Task], progress: Progress, description: str
+) -> None:
+    """Measure what is left of some tasks, and keep it in their journals."""
+    with (
+        progress(description, sum(task.all_blocks for task in tasks)) as bar,
+        torch.inference_mode(),
+        chosen_attention(replay),
+    ):
+        head = OutputHead(replay)
+        for task in tasks:
+            task.begin(bar)
+        todo = [(task, piece) for task in tasks for piece in task.todo]
+        batches = [task.batches[piece.batch] for task, piece in todo]
+        streams = [piece.last - piece.first + _OTHERS for _, piece in todo]
+        parts = [
+            _Part(task, piece, batch) for (task, piece), batch in zip(todo, batches, strict=True)
+        ]
+
+        def compute(some: Sequence[_Part]) -> list[Floats]:
+            return list(_measure(replay, head, some))
+
+        for chunk, _ in chunks(replay, batches, streams):
+            found = split_to_fit(
+                replay.limit, parts[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
+            )
+            for (task, piece), rows in zip(todo[chunk], found, strict=True):
+                task.kept.put(piece.key, rows)
+                bar.advance(0, task.fill(piece.key))
+        for task in tasks:
+            task.finish()
 
 
-def _fitting(replay: Replay, batch: TokenSet, piece: Piece) -> list[Piece]:
-    """A piece, in parts whose streams fit the memory allowed.
+@dataclass(frozen=True)
+class _Part:
+    """A piece on its micro-batch, or on some samples of that."""
+
+    task: _Task
+    piece: Piece
+    batch: TokenSet
+
+    @property
+    def samples(self) -> int:
+        return self.batch.samples
+
+    @property
+    def positions(self) -> int:
+        return self.batch.positions
+
+    def halves(self) -> tuple[_Part, _Part]:
+        first, second = self.batch.halves()
+        return replace(self, batch=first), replace(self, batch=second)
+
+
+def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterator[Floats]:
+    """For each part (2, K + 1, B): KL and NLL sums of its K states and of the original.
 
     Raises:
-        InputError: one state does not fit.
+        ModelError: a loss is not finite.
     """
-    each, room = replay.stream_bytes(batch), replay.room(batch)
-    fit = room // each - _OTHERS
-    if fit < 1:
-        raise InputError(
-            f"hidden states may take {room / 1e6:.0f} MB, and one state of "
-            f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
-            "MB; raise --memory-limit or lower --batch-tokens"
-        )
-    return cut(piece, -(-(piece.last - piece.first) // fit))
-
-
-def _measure(
-    replay: Replay,
-    head: OutputHead,
-    batches: Sequence[TokenSet],
-    states: States,
-    share_prefixes: bool,
-    bar: Bar,
-    worth: float,
-) -> list[Floats]:
-    """For each micro-batch (2, K + 1, B): KL and NLL sums of K sorted states and of the original.
-
-    Args:
-        worth: block evaluations that all of it counts on the bar; those that a parted micro-batch
-            runs again are no progress.
-    """
+    batches = [part.batch for part in todo]
     recordings = [replay.record(batch.input_ids) for batch in batches]
-    originals: list[Comparison] = []
-    # Of the sorted states the one that removes nothing comes first: the original.
-    tree = np.concatenate([np.zeros((1, len(replay)), dtype=bool), states])
-    step = worth / (len(replay) + int((own_blocks(tree) if share_prefixes else ~states).sum()))
-    found = [np.zeros((2, len(tree), batch.samples)) for batch in batches]
+    shared = todo[0].task.share_prefixes
+    trees, steps = [], []
+    for part, recording in zip(todo, recordings, strict=True):
+        # Of the sorted states the one that removes nothing comes first: the original.
+        task, piece = part.task, part.piece
+        own = task.ordered[piece.first : piece.last]
+        tree = np.concatenate([np.zeros((1, len(replay)), dtype=bool), own])
+        trees.append((tree, recording.entered))
+        # What a parted micro-batch runs again is no progress.
+        runs = len(replay) + int((own_blocks(tree) if shared else ~own).sum())
+        share = part.samples / task.batches[piece.batch].samples
+        steps.append(share * task.blocks_run(piece) / runs)
 
-    def run(block: int, streams: list[Tensor]) -> list[Tensor]:
-        bar.advance(step)
-        return [r.block(block, s) for r, s in zip(recordings, streams, strict=True)]
+    def run(tree: int, block: int, stream: Tensor) -> Tensor:
+        todo[tree].task.bar.advance(steps[tree])
+        return recordings[tree].block(block, stream)
 
-    entered = [recording.entered for recording in recordings]
-    leaves = walk(tree, entered, run, by_block=replay.streamed, shared=share_prefixes)
-    for first, last, ends in leaves:
-        if not originals:
-            originals = [
-                comparison(head, recording, end, batch)
-                for recording, end, batch in zip(recordings, ends, batches, strict=True)
-            ]
-        if last > 1:
-            for rows, original, end in zip(found, originals, ends, strict=True):
-                rows[:, first:last] = np.array(original.compare(end))[:, None]
-    for batch, rows, original in zip(batches, found, originals, strict=True):
-        rows[0, 0], rows[1, 0] = 0.0, original.nll
-        check_finite(replay, batch, rows, tree)
-    # The original came first; it is wanted last.
-    return [np.roll(rows, -1, axis=1) for rows in found]
+    leaves = walk(trees, run, by_block=replay.streamed, shared=shared)
+    for tree, group in groupby(leaves, key=itemgetter(0)):
+        rows = np.zeros((2, len(trees[tree][0]), batches[tree].samples))
+        originals: list[Comparison] = []
+        for _, first, last, end in group:
+            if not originals:
+                originals = [comparison(head, recordings[tree], end, batches[tree])]
+            if last > 1:
+                rows[:, first:last] = np.array(originals[0].compare(end))[:, None]
+        rows[0, 0], rows[1, 0] = 0.0, originals[0].nll
+        check_finite(replay, batches[tree], rows, trees[tree][0])
+        # The original came first; it is wanted last.
+        yield np.roll(rows, -1, axis=1)

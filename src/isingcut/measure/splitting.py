@@ -7,9 +7,8 @@ other samples but for rounding, so that a journal and other processes notice not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
-from isingcut.data.tokens import TokenSet
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.device import BatchLimit
 
@@ -17,10 +16,25 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 
+class Samples(Protocol):
+    """Some samples that are computed together: a micro-batch, or what is done with one."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def positions(self) -> int: ...
+
+    def halves(self) -> tuple[Self, Self]: ...
+
+
+Batch = TypeVar("Batch", bound=Samples)
+
+
 def split_to_fit(
     limit: BatchLimit,
-    batches: Sequence[TokenSet],
-    compute: Callable[[Sequence[TokenSet]], list[T]],
+    batches: Sequence[Batch],
+    compute: Callable[[Sequence[Batch]], list[T]],
     join: Callable[[T, T], T],
 ) -> list[T]:
     """``compute(batches)``, one result each; where memory ends, of half of it at a time.
@@ -34,7 +48,7 @@ def split_to_fit(
         Exception: what ``compute`` raised where a single sample does not fit.
     """
     can_split = len(batches) > 1 or batches[0].samples > 1
-    tokens = sum(batch.input_ids.numel() for batch in batches)
+    tokens = sum(batch.positions for batch in batches)
     if tokens <= limit.tokens or not can_split:
         found = _attempt(lambda: compute(batches), can_split)
         if found is not None:

@@ -13,34 +13,54 @@ from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.states import Floats, States, blocks_of
+from isingcut.measure.pace import chunks
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.work import Work
 from isingcut.models.not_finite import not_finite
 from isingcut.models.replay import Replay
 
+# Of a micro-batch: what entered the blocks, what enters one and what leaves it.
+_STREAMS = 3
+
 
 def boundaries(
-    replay: Replay, batch: TokenSet, removed: Sequence[int] = ()
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(i, stream before, stream after), both (B, T, D), of every block that is not removed.
+    replay: Replay, batches: Sequence[TokenSet], removed: Sequence[int] = (), *, kept: int = 0
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(b, i, stream before, stream after), both (B, T, D), of every block that is not removed.
+
+    One micro-batch b after the other; those of a chunk of a streamed model by turns.
+
+    Args:
+        kept: streams that the caller keeps of each micro-batch.
 
     Raises:
         ModelError: the stream after a block is not finite.
     """
-    recording = replay.record(batch.input_ids)
-    stream, real = recording.entered, batch.mask.to(replay.device)
-    for i in range(len(replay)):
-        if i not in removed:
-            after = recording.block(i, stream)
-            bad = (real & ~after.isfinite().flatten(2).all(2)).any(1)
-            if bad.any():
-                block, row = replay.blocks[i], batch.input_ids[int(bad.int().argmax())]
-                # Not `i`: a plan replays some of a model's blocks.
-                path = next(name for name, m in replay.model.named_modules() if m is block)
-                what = f"the output of block {path.rpartition('.')[2]} ({type(block).__name__})"
-                raise not_finite(replay.model, what, row.tolist(), removed)
-            yield i, stream, after
-            stream = after
+    blocks = [i for i in range(len(replay)) if i not in removed]
+    for chunk, _ in chunks(replay, batches, _STREAMS + kept):
+        recordings = [replay.record(batch.input_ids) for batch in batches[chunk]]
+        streams = [recording.entered for recording in recordings]
+        for part in replay.store.sweep(blocks):
+            i = int(part)
+            for b, recording in enumerate(recordings):
+                after = recording.block(i, streams[b])
+                _check_stream(replay, batches[chunk][b], i, after, removed)
+                yield chunk.start + b, i, streams[b], after
+                streams[b] = after
+
+
+def _check_stream(
+    replay: Replay, batch: TokenSet, i: int, stream: Tensor, removed: Sequence[int]
+) -> None:
+    """Refuse a stream (B, T, D) behind block ``i`` that is not finite at a real token."""
+    bad = (batch.mask.to(replay.device) & ~stream.isfinite().flatten(2).all(2)).any(1)
+    if not bad.any():
+        return
+    block, row = replay.blocks[i], batch.input_ids[int(bad.int().argmax())]
+    # Not `i`: a plan replays some of a model's blocks.
+    path = next(name for name, m in replay.model.named_modules() if m is block)
+    what = f"the output of block {path.rpartition('.')[2]} ({type(block).__name__})"
+    raise not_finite(replay.model, what, row.tolist(), removed)
 
 
 def check_finite(
@@ -62,7 +82,7 @@ def check_finite(
         return
     removed = [] if states is None else blocks_of(states[int(bad.any((0, 2)).argmax())])
     with torch.no_grad():
-        for _ in boundaries(replay, batch, removed):
+        for _ in boundaries(replay, [batch], removed):
             pass
     raise not_finite(replay.model, "a loss or gradient", batch.input_ids[0].tolist(), removed)
 
@@ -80,26 +100,34 @@ def block_means(
     Returns:
         (N,) float64; infinite at removed blocks.
     """
-    sums = np.full(len(replay), np.inf)
-    sums[[i for i in range(len(replay)) if i not in removed]] = 0.0
-
-    def compute(some: Sequence[TokenSet]) -> list[Floats]:
-        return [of_batch(batch) for batch in some]
-
-    def of_batch(batch: TokenSet) -> Floats:
-        found = np.zeros(len(replay))
-        real = batch.looked_at.to(replay.device)
-        for i, before, after in boundaries(replay, batch, removed):
-            values = score(before[real].float(), after[real].float())
-            found[i] = float(values.sum(dtype=torch.float64))
-        return found
-
     batches = tokens.batches(work.batch_tokens)
-    with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
-        for batch in batches:
-            sums += split_to_fit(replay.limit, [batch], compute, operator.add)[0]
-            bar.advance(1)
-    return sums / int(tokens.looked_at.sum())
+    steps = len(batches) * (len(replay) - len(removed))
+    with work.progress("comparing block outputs", steps) as bar:
+
+        def compute(some: Sequence[TokenSet]) -> list[Floats]:
+            sums = np.zeros((len(some), len(replay)))
+            for b, i, before, after in boundaries(replay, some, removed):
+                real = some[b].looked_at.to(replay.device)
+                values = score(before[real].float(), after[real].float())
+                sums[b, i] = float(values.sum(dtype=torch.float64))
+                bar.advance(1)
+            return list(sums)
+
+        total = _summed(replay, batches, compute)
+    total[list(removed)] = np.inf
+    return np.asarray(total / int(tokens.looked_at.sum()))
+
+
+def _summed(
+    replay: Replay,
+    batches: Sequence[TokenSet],
+    compute: Callable[[Sequence[TokenSet]], list[Floats]],
+) -> Floats:
+    """The sum over micro-batches, of a model in memory one after the other."""
+    groups = [batches] if replay.streamed else [[batch] for batch in batches]
+    with torch.inference_mode():
+        found = [split_to_fit(replay.limit, group, compute, operator.add) for group in groups]
+    return np.asarray(sum(itertools.chain.from_iterable(found)))
 
 
 def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
@@ -110,34 +138,28 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
         the mean `angle` between the streams at any two boundaries, at each sample's last of them.
     """
     n = len(replay)
-    sums, angles = np.zeros(n + 1), np.zeros((n + 1, n + 1))
-
-    def compute(some: Sequence[TokenSet]) -> list[Floats]:
-        return [of_batch(batch) for batch in some]
-
-    def of_batch(batch: TokenSet) -> Floats:
-        """Angles (N + 1, N + 1), and below them the influences."""
-        found = np.zeros((n + 2, n + 1))
-        real = batch.looked_at.to(replay.device)
-        ends, streams = batch.last_looked_at.to(replay.device), list[Tensor]()
-        for i, before, after in boundaries(replay, batch):
-            values = influence(before[real].float(), after[real].float())
-            found[n + 1, i] = float(values.sum(dtype=torch.float64))
-            if not streams:
-                streams.append(before[ends].float())
-            streams.append(after[ends].float())
-        for i, j in itertools.combinations(range(n + 1), 2):
-            found[i, j] = float(angle(streams[i], streams[j]).sum())
-        return found
-
     batches = tokens.batches(work.batch_tokens)
-    with work.progress("comparing block outputs", len(batches)) as bar, torch.inference_mode():
-        for batch in batches:
-            (found,) = split_to_fit(replay.limit, [batch], compute, operator.add)
-            sums += found[n + 1]
-            angles += found[: n + 1]
-            bar.advance(1)
-    return sums[:n] / int(tokens.looked_at.sum()), (angles + angles.T) / tokens.samples
+    with work.progress("comparing block outputs", n * len(batches)) as bar:
+
+        def compute(some: Sequence[TokenSet]) -> list[Floats]:
+            """Angles (N + 1, N + 1), and below them the influences."""
+            found = np.zeros((len(some), n + 2, n + 1))
+            ends = [batch.last_looked_at.to(replay.device) for batch in some]
+            streams: list[list[Tensor]] = [[] for _ in some]
+            for b, i, before, after in boundaries(replay, some):
+                real, own = some[b].looked_at.to(replay.device), streams[b]
+                values = influence(before[real].float(), after[real].float())
+                found[b, n + 1, i] = float(values.sum(dtype=torch.float64))
+                own += [before[ends[b]].float()] * (not own) + [after[ends[b]].float()]
+                bar.advance(1)
+            for b, own in enumerate(streams):
+                for i, j in itertools.combinations(range(n + 1), 2):
+                    found[b, i, j] = float(angle(own[i], own[j]).sum())
+            return list(found)
+
+        total = _summed(replay, batches, compute)
+    angles = total[: n + 1]
+    return total[n + 1, :n] / int(tokens.looked_at.sum()), (angles + angles.T) / tokens.samples
 
 
 def lowest(scores: Floats, count: int) -> tuple[int, ...]:

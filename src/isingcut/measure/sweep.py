@@ -2,12 +2,12 @@
 
 On the way there the stream before every block is kept; from the head the gradient of the loss
 comes back, and is pulled through each block, computed again unless its graph was kept. In memory
-all graphs are kept, and this is a plain backward pass.
+all graphs are kept, and this is a plain backward pass; of a model that is read from disk none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.gates import gated_block, row_dots
 from isingcut.measure.graphs import Graphs, gated
+from isingcut.measure.pace import chunks
 from isingcut.models.parts import BLOCK_STREAMS, EMBED, HEAD
 from isingcut.models.replay import Recording, Replay
 
@@ -35,6 +36,15 @@ def streams_kept(replay: Replay) -> int:
     and after one block, and two gradients. Less where graphs are kept, which need no stream.
     """
     return len(replay) + 6
+
+
+def gate_chunks(replay: Replay, batches: Sequence[TokenSet]) -> Iterator[tuple[slice, int]]:
+    """`chunks` for `gate_rows`: one micro-batch at a time where reading costs nothing.
+
+    So it has the most memory for its graphs, of which each that is kept saves a forward pass.
+    """
+    together = not replay.store.in_place
+    return chunks(replay, batches, streams_kept(replay), together=together)
 
 
 def gate_rows(
@@ -58,12 +68,14 @@ def gate_rows(
         folder: where that file is made; None takes the system's.
         advance: told of each step, as a share of all that a micro-batch takes.
 
-    Complexity: each block is opened twice. Of the last blocks, as many as there is room for, the
-    graphs are kept; the others are computed once more.
+    Complexity: each block is opened twice. Where weights stay, the graphs of the last blocks are
+    kept, as many as there is room for; the other blocks are computed once more.
     """
     n = len(replay)
     streams = sum(streams_kept(replay) * replay.stream_bytes(batch) for batch in batches)
-    graphs = Graphs(replay.store, room - streams, BLOCK_STREAMS * replay.stream_bytes(batches[0]))
+    # Weights that go again cannot stay in a graph; and a block is computed again while they come.
+    left = room - streams if replay.store.in_place else 0
+    graphs = Graphs(left, BLOCK_STREAMS * max(map(replay.stream_bytes, batches)))
     with closing(Boundaries(room, folder)) as boundaries:
         ways = [
             _Way(replay, batch, number, len(batches), gate, removed, boundaries, graphs)

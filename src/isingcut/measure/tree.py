@@ -8,7 +8,7 @@ i is then a range of states that agree on their first i blocks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -44,43 +44,46 @@ def tree_nodes(states: States) -> int:
 
 
 def walk(
-    states: States,
-    entered: T,
-    run: Callable[[int, T], T],
+    trees: Sequence[tuple[States, T]],
+    run: Callable[[int, int, T], T],
     *,
     by_block: bool,
     shared: bool = True,
-) -> Iterator[tuple[int, int, T]]:
-    """Run the blocks of every state, each node of the tree once.
+) -> Iterator[tuple[int, int, int, T]]:
+    """Run the blocks of every state of some trees, each node of a tree once.
 
     Args:
-        states: (S, N) bool, sorted.
-        entered: the stream that enters the first block.
-        run: a block's number and the stream before it, to the stream after it.
-        by_block: run a block on all branches before the next one, so that it is opened once: as
-            many streams are kept as there are states. Else a branch is followed to its end
-            before the next one, and N + 1 streams are kept.
+        trees: of each its states (S, N) bool, sorted, and the stream that enters the first block.
+        run: a tree's place, a block's number and the stream before it, to the stream after it.
+        by_block: run a block on all branches of all trees before the next one, so that it is
+            opened once: as many streams are kept as there are states. Else a branch is followed
+            to its end before the next one, and N + 1 streams are kept.
         shared: off, every state is a tree of its own.
 
     Yields:
-        (first, last, stream): what leaves the blocks of the states first to last - 1, which are
-        the same; in order.
+        (tree, first, last, stream): what leaves the blocks of a tree's states first to last - 1,
+        which are the same; in order.
     """
-    ends = [0, len(states)] if shared else range(len(states) + 1)
-    waiting = [(0, deque([(first, last, entered)])) for first, last in pairwise(ends)][::-1]
+    roots = [
+        (tree, first, last, entered)
+        for tree, (states, entered) in enumerate(trees)
+        for first, last in pairwise([0, len(states)] if shared else range(len(states) + 1))
+    ]
+    waiting = [(0, deque(roots))] if by_block else [(0, deque([root])) for root in reversed(roots)]
     while waiting:
         depth, branches = waiting.pop()
-        grown: deque[tuple[int, int, T]] = deque()
+        grown: deque[tuple[int, int, int, T]] = deque()
         while branches:
-            first, last, stream = branches.popleft()
+            tree, first, last, stream = branches.popleft()
+            states = trees[tree][0]
             if depth == states.shape[1]:
-                yield first, last, stream
+                yield tree, first, last, stream
                 continue
             middle = first + int((~states[first:last, depth]).sum())
             if first < middle:
-                grown.append((first, middle, run(depth, stream)))
+                grown.append((tree, first, middle, run(tree, depth, stream)))
             if middle < last:
-                grown.append((middle, last, stream))
+                grown.append((tree, middle, last, stream))
         if by_block and grown:
             waiting.append((depth + 1, grown))
         else:

@@ -7,7 +7,6 @@ parts are always open, so that whoever sweeps over a model need not ask which of
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,53 +19,50 @@ EMBED, HEAD = "embed", "head"
 BLOCK_STREAMS = 64
 
 
-@dataclass
-class Held:
-    """Bytes that a graph keeps beside weights; counted while it is recorded."""
-
-    size: int = 0
-
-
 @dataclass(frozen=True)
-class Seconds:
-    """Time spent so far on reading parts.
+class Reading:
+    """How often a streamed model was read, in sweeps over all of its weights.
 
     Attributes:
-        stalled: computing has waited for a part.
-        reading: a thread has read.
-        shared: of these, on the processor that also computes.
+        disk: from the checkpoint.
+        memory: from parts that host memory keeps.
     """
 
-    stalled: float = 0.0
-    reading: float = 0.0
-    shared: float = 0.0
+    disk: float = 0.0
+    memory: float = 0.0
+
+    @property
+    def sweeps(self) -> float:
+        """From anywhere."""
+        return self.disk + self.memory
+
+    def __sub__(self, before: Reading) -> Reading:
+        return Reading(self.disk - before.disk, self.memory - before.memory)
 
 
 class Weights(Protocol):
     """The weights of a model."""
 
+    @property
+    def in_place(self) -> bool:
+        """Whether every part is used where it stays: opening costs nothing, graphs may hold it."""
+
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
         """Open parts in this order, each for one turn of the loop."""
 
-    def lasting_graph(self, block: int) -> contextlib.AbstractContextManager[Held]:
-        """Meanwhile, record a graph of an open block that goes back when it is open again."""
-
-    def seconds(self) -> Seconds:
-        """Time spent on reading so far."""
+    def reading(self) -> Reading:
+        """How often the weights were read so far."""
 
 
 class Resident:
     """The weights of a model in memory: opening a part costs nothing."""
 
+    in_place = True
+
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
         """The parts, one after the other."""
         return iter(order)
 
-    @contextlib.contextmanager
-    def lasting_graph(self, block: int) -> Iterator[Held]:
-        """Nothing to do: the weights stay where the graph finds them, and memory is not watched."""
-        yield Held()
-
-    def seconds(self) -> Seconds:
-        """None."""
-        return Seconds()
+    def reading(self) -> Reading:
+        """Never."""
+        return Reading()

@@ -21,6 +21,7 @@ def provenance_rows(files: RunFiles) -> list[tuple[str, str]]:
             ("unpacked to bfloat16 from a GGUF file, SHA-256", origin["model"]["gguf_sha256"])
         )
     calibration = origin.get("calibration")
+    reading = origin.get("reading", {}).get(config["energy"])
     if calibration is not None:
         splits = ", ".join(
             f"{split}: {size['samples']} samples, {size['tokens']} tokens"
@@ -32,6 +33,7 @@ def provenance_rows(files: RunFiles) -> list[tuple[str, str]]:
         ]
     rows += [
         ("energy", f"`{config['energy']}`" + ("" if meta is None else f", {_facts(meta)}")),
+        *([("weights", _read(reading))] if reading else []),
         *([] if files.proof is None else [("proof of the cut", _proof(files.proof))]),
         ("options", ", ".join(f"{k}={v}" for k, v in config.items() if v not in ("", None))),
         ("command line", f"`{origin['command_line']}`"),
@@ -50,6 +52,13 @@ def _proof(found: dict[str, Any]) -> str:
     return (
         f"{found['inputs']}: logits of the reloaded checkpoint and of the original with the blocks "
         f"skipped differ by {found['difference']:.1e} of their size"
+    )
+
+
+def _read(found: dict[str, Any]) -> str:
+    return (
+        f"streamed: read {found['sweeps']:.1f} times for the energy, "
+        f"{100 * found['from_memory']:.0f} % of it from host memory"
     )
 
 

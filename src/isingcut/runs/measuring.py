@@ -199,8 +199,13 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         split = splits_of(folder)["energy"]
         own = range(samples_of(config, name))
         with session.computing(folder):
-            work = work_of(session, journal)
+            work, store = work_of(session, journal), session.replay.store
+            before = store.reading()
             measured = part.measure(session.replay, split.select(own), work)
+        reading = store.reading() - before
+        if reading.sweeps:
+            record = {"sweeps": reading.sweeps, "from_memory": reading.memory / reading.sweeps}
+            folder.manifest["provenance"].setdefault("reading", {})[name] = record
         measured.save(path)
 
     def drop() -> None:

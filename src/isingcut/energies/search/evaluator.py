@@ -7,7 +7,8 @@ call with a larger n pays for the further samples only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,9 @@ class Evaluator:
         self.ledger = Ledger(replay, self._tokens, work)
         self.known: dict[str, Known] = {}
         self._referenced = 0
+        self._waiting: list[tuple[dict[str, Bools], int, int]] = []
+        self._together = False
+        self._owed = 0.0
 
     @property
     def m(self) -> int:
@@ -83,26 +87,55 @@ class Evaluator:
         known = self.known.get(key_of(state))
         return known.n if known else 0
 
+    @property
+    def spent(self) -> float:
+        """Passes paid for, and those that are put off."""
+        return self.ledger.passes + self._owed
+
     def measure(self, states: States | Sequence[Bools], n: int, description: str) -> None:
         """Bring states (S, N) to at least ``n`` samples each."""
         groups: dict[int, dict[str, Bools]] = {}
         for state in np.asarray(states, dtype=bool).reshape(-1, self.blocks):
             if (have := self.samples(state)) < n:
                 groups.setdefault(have, {})[key_of(state)] = state
-        for have, group in sorted(groups.items()):
-            self._extend(group, have, n, description)
+        self._waiting += [(group, have, n) for have, group in sorted(groups.items())]
+        if not self._together:
+            self._extend(description)
+        elif groups:
+            self._owed += self.price(states, n)
 
-    def _extend(self, states: dict[str, Bools], have: int, n: int, description: str) -> None:
-        """Measure states on the samples from ``have`` to ``n`` of the order."""
-        if self._budget is not None:
-            spent = 100 * min(1.0, self.ledger.passes / self._budget)
-            description += f" [{spent:.0f} % of the effort]"
-        sums = self.ledger.sums(np.array(list(states.values())), range(have, n), description)
+    @contextmanager
+    def together(self, description: str) -> Iterator[None]:
+        """Put off what is measured of a streamed model meanwhile: it shares one sweep at the end.
+
+        Of a model in memory nothing is put off, so that what is measured next can depend on it.
+        """
+        self._together = self._replay.streamed
+        yield
+        self._together, self._owed = False, 0.0
+        self._extend(description)
+
+    def _extend(self, description: str) -> None:
+        """Measure the states that wait, each on the samples from those it has to those wanted."""
+        waiting, self._waiting = self._waiting, []
+        calls = [waiting] if self._replay.streamed else [[one] for one in waiting]
+        for call in filter(None, calls):
+            said = description
+            if self._budget is not None:
+                spent = 100 * min(1.0, self.ledger.passes / self._budget)
+                said += f" [{spent:.0f} % of the effort]"
+            wanted = [(np.array(list(group.values())), range(have, n)) for group, have, n in call]
+            measured = self.ledger.sums(wanted, said)
+            for (group, have, n), sums in zip(call, measured, strict=True):
+                self._take(group, have, n, sums)
+
+    def _take(self, group: dict[str, Bools], have: int, n: int, sums: Floats) -> None:
+        """Remember the losses of states on the samples from ``have`` to ``n``."""
         if n > self._referenced:
             new = self.ledger.share(range(self._referenced, n))
             self.ledger.pay(f"original:{n}", self.blocks * new, new)
             self._referenced = n
-        for (key, state), row in zip(states.items(), sums, strict=True):
+        for (key, state), row in zip(group.items(), sums, strict=True):
             entry = self.known.setdefault(key, Known(state.copy(), np.full(self.m, np.nan)))
             entry.sums[have:n], entry.n = row, n
 

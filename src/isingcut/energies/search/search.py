@@ -179,12 +179,13 @@ class Search:
         if self._left() <= 0:
             return False
         goal.rounds += 1
-        if states := self._propose(goal):
-            if not self._afford(states, self.rungs[0]):
-                return False
-            label = f"remove {goal.target.label}, round {goal.rounds}"
-            self.evaluator.measure(states, self.rungs[0], f"{label}: {len(states)} new states")
-        self._promote(goal)
+        states = self._propose(goal)
+        if states and not self._afford(states, self.rungs[0]):
+            return False
+        label = f"remove {goal.target.label}, round {goal.rounds}: {len(states)} new states"
+        with self.evaluator.together(label):
+            self.evaluator.measure(states, self.rungs[0], label)
+            self._promote(goal)
         self._note(goal)
         return goal.stale < plan.PATIENCE and (bool(states) or goal.stale == 0)
 
@@ -230,7 +231,10 @@ class Search:
         return list(picked.values())
 
     def _promote(self, goal: Goal) -> None:
-        """Take the states that may be the best one rung up each, the lowest rung first."""
+        """Take the states that may be the best one rung up each, the lowest rung first.
+
+        Of a streamed model those measured in an earlier round: the new ones share their sweep.
+        """
         for level, rung in enumerate(self.rungs[1:]):
             found = self.estimates(goal.target)
             if found is None:
@@ -274,7 +278,7 @@ class Search:
         return min(plan.FINALISTS * each * 0.8, plan.RESERVED * self.budget)
 
     def _left(self) -> float:
-        return self.budget - self._reserve() - self.evaluator.ledger.passes
+        return self.budget - self._reserve() - self.evaluator.spent
 
     def _afford(self, states: States | Sequence[Bools], n: int, *, final: bool = False) -> bool:
         left = self._left() + (self._reserve() if final else 0.0)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Bools, Floats
-from isingcut.measure.pace import Pace
 from isingcut.measure.splitting import split_to_fit
-from isingcut.measure.sweep import gate_rows, streams_kept
+from isingcut.measure.sweep import gate_chunks, gate_rows
 from isingcut.models.compute.loss_gradient import divergence_gradient
 from isingcut.models.replay import Recording, Replay
 
@@ -38,7 +37,7 @@ def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: in
 
     total = np.zeros(len(replay))
     batches = tokens.batches(batch_tokens)
-    for chunk, room in Pace(replay.store).chunks(replay, batches, streams_kept(replay)):
+    for chunk, room in gate_chunks(replay, batches):
 
         def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
             return gate_rows(replay, some, "block", toward, removed=state, room=room)

@@ -68,6 +68,13 @@ class Places(Strict):
     relative: str
 
 
+class WeightsRead(Strict):
+    """How often a streamed model was read, and which share of that came from host memory."""
+
+    sweeps: Positive
+    from_memory: Positive
+
+
 class Provenance(Strict):
     """Where the figures of a run come from."""
 
@@ -82,6 +89,7 @@ class Provenance(Strict):
     model: ModelIdentity
     calibration: CalibrationText | None = None
     computed: dict[str, Computed] = Field(default_factory=dict)
+    reading: dict[str, WeightsRead] = Field(default_factory=dict)
     model_path: Places | None = None
     dtype: str | None = None
 

@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
 _LOGITS_COPIES = 4
-# What is imported and compiled on the way, and what allocators keep for themselves.
-_SLACK = 256 * 2**20
+# What is imported and compiled on the way, and what allocators keep for themselves; on a small
+# device a share of it.
+_SLACK, _SLACK_SHARE = 256 * 2**20, 32
 
 
 class StreamedReplay(Replay):
@@ -94,6 +96,8 @@ class StreamedReplay(Replay):
     def room(self, batch: TokenSet) -> int:
         """Bytes that hidden states kept between blocks may take.
 
+        On a CPU the parts that stay in memory take up to half of what is left.
+
         Raises:
             InputError: parts and one batch's own work leave none.
         """
@@ -103,17 +107,21 @@ class StreamedReplay(Replay):
         logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.dtype.itemsize * count)
         work = BLOCK_STREAMS * self.stream_bytes(batch) + logits
         parts = 2 * self.store.buffers.size + self.store.resident
-        room = self.memory.left - parts - work - _SLACK
+        slack = _slack(self.memory, self.device)
+        room = self.memory.left - parts - work - slack
         if room <= 0:
-            needed = self.memory.used + parts + work + _SLACK
+            needed = self.memory.used + parts + work + slack
             raise InputError(
                 f"the memory allowed is {self.memory.total / 1e9:.2f} GB; streaming this model "
                 f"needs {needed / 1e9:.2f} GB before any hidden state is kept: two parts "
                 f"{parts / 1e9:.2f} GB, the work on {count} tokens "
-                f"{(work + _SLACK) / 1e9:.2f} GB, the process itself {self.memory.used / 1e9:.2f} "
+                f"{(work + slack) / 1e9:.2f} GB, the process itself {self.memory.used / 1e9:.2f} "
                 "GB; raise --memory-limit or lower --batch-tokens"
             )
-        return room
+        if self.device.type != "cpu":
+            return room
+        self.store.buffers.keep_at_most(room // 2)
+        return room - self.store.buffers.bound
 
 
 @contextlib.contextmanager
@@ -152,4 +160,21 @@ def open_model(
     model = build_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
     paths = [block.path for block in find_stack(model).blocks]
     store = Store(folder, model, paths, dtype, device, buffers)
+    if store.buffers is buffers:
+        # `room` counts them for each of the models that share them.
+        memory = replace(memory, used=memory.used - buffers.allocated())
+    else:
+        store.buffers.bound = _kept(store, memory)
     return model, store, memory
+
+
+def _kept(store: Store, memory: Allowance) -> int:
+    """Bytes of parts that may stay in host memory, before anything is measured."""
+    if store.device.type != "cpu":
+        return allowance("50%", torch.device("cpu")).left
+    left = memory.left - 2 * store.buffers.size - store.resident - _SLACK
+    return max(0, min(store.weights, left // 2))
+
+
+def _slack(memory: Allowance, device: torch.device) -> int:
+    return _SLACK if device.type == "cpu" else min(_SLACK, memory.total // _SLACK_SHARE)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.parts import EMBED, HEAD, Held, Part, Seconds
+from isingcut.models.parts import EMBED, HEAD, Part, Reading
 from isingcut.models.streaming.buffers import Buffers
 from isingcut.models.streaming.plan import REST, PartPlan
 from isingcut.models.streaming.reader import Reader, plan_views
@@ -59,6 +56,7 @@ class Store:
             for part, plan in self.reader.plans.items()
         }
         self.largest = max(self._parts[part].size for part in self.order)
+        self.weights = sum(self._parts[part].size for part in self.order)
         self.resident = self._parts[REST].size
         if buffers is None or buffers.size < self.largest or buffers.device != device:
             buffers = Buffers(self.largest, device)
@@ -125,46 +123,18 @@ class Store:
         after = self.order[(self.order.index(part) + 1) % len(self.order)]
         self.buffers.expect(self._parts[after])
 
-    @contextlib.contextmanager
-    def lasting_graph(self, block: int) -> Iterator[Held]:
-        """Meanwhile, record a graph of an open block that goes back when it is open again.
+    @property
+    def in_place(self) -> bool:
+        """Whether a CPU keeps all parts, which are then used where they are."""
+        kept = all(self.buffers.keeps(self._parts[part]) for part in self.order)
+        return kept and self.device.type == "cpu"
 
-        A graph holds what backward needs, and with it the weights, which are gone by then: in the
-        buffer is another part. So a weight is not held but its place in the buffer, and looked up
-        there when the block has come back.
-        """
-        held, seen, own = Held(), set[int](), self._memory(block).data_ptr()
-
-        def pack(value: Tensor) -> Any:
-            storage = value.untyped_storage()
-            if storage.data_ptr() == own:
-                shape, offset = tuple(value.shape), int(value.storage_offset())
-                return _Weight(value.dtype, shape, value.stride(), offset)
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                held.size += storage.nbytes()
-            # An output of its own would hold the graph that holds it, for good.
-            return value.detach()
-
-        def unpack(packed: Any) -> Tensor:
-            if not isinstance(packed, _Weight):
-                value: Tensor = packed
-                return value
-            empty = torch.empty(0, dtype=packed.dtype, device=self.device)
-            with torch.no_grad():
-                return empty.set_(self._memory(block), packed.offset, packed.size, packed.stride)
-
-        with saved_tensors_hooks(pack, unpack):
-            yield held
-
-    def seconds(self) -> Seconds:
-        """Time spent on reading so far, with that of other stores on the same buffers."""
-        b = self.buffers
-        return Seconds(b.stalled, b.reading, b.reading_cpu if b.device.type == "cpu" else 0.0)
-
-    def _memory(self, part: Part) -> UntypedStorage:
-        """The memory of the buffer that holds a part."""
-        return self.buffers.memory_of(self._parts[part]).untyped_storage()
+    def reading(self) -> Reading:
+        """How often the weights were read so far."""
+        parts = [self._parts[part] for part in self.order]
+        disk = sum(part.misses * part.size for part in parts)
+        memory = sum(part.hits * part.size for part in parts)
+        return Reading(disk / self.weights, memory / self.weights)
 
     def size(self, part: Part) -> int:
         """Bytes of one part in memory."""
@@ -198,18 +168,10 @@ class Store:
         rest.install(host.to(self.device))
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A tensor in a part's buffer, by its place there."""
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
 class StoredPart:
     """One part of one model, for `Buffers`."""
+
+    hits = misses = 0
 
     def __init__(self, part: Part, plan: PartPlan, reader: Reader, model: nn.Module) -> None:
         self.part, self.plan, self._reader = part, plan, reader
