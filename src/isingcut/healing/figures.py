@@ -11,7 +11,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.healing.job import Job
-from isingcut.models.load import load
+from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.streaming.opening import load_streamed
 
 
@@ -19,13 +19,15 @@ def scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
     """Perplexity and KL to the original of a checkpoint on the held-out text."""
     size = job.config.batch_tokens
     trust = job.config.trust_remote_code
-    options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
     if job.replay is None:
-        model = load(folder, **options).model
-        found = quality(job.teacher.model, model, report, size, progress=job.progress)
+        cut, streamed = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
+        found = quality(
+            job.teacher.model, streamed or cut.model, report, size, progress=job.progress
+        )
     else:
-        _, cut = load_streamed(folder, buffers=job.replay.store.buffers, **options)
-        found = quality(job.replay, cut, report, size, progress=job.progress)
+        options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
+        _, streamed = load_streamed(folder, buffers=job.replay.store.buffers, **options)
+        found = quality(job.replay, streamed, report, size, progress=job.progress)
     figures = (*found["after"].values(), *found["before"].values(), found["kl"])
     if not all(math.isfinite(v) for v in figures if isinstance(v, float)):
         before, after = (found[side]["perplexity"] for side in ("before", "after"))
