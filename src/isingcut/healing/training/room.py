@@ -187,10 +187,11 @@ def _refusal(
     """What a training takes, and the options with which it would fit, in one line."""
     parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items())
     options = " or ".join(_that_fit(job, student, kept, terms, total))
+    cpu = "" if job.teacher.device.type == "cpu" else ", or --device cpu"
     return InputError(
         f"training with --method {job.config.method} takes {sum(terms.values()) / 1e9:.3g} GB "
         f"({parts}), and {job.teacher.device} has {total / 1e9:.3g} GB for it; "
-        + (f"{options} would fit" if options else "take a device with more memory, or --device cpu")
+        + (f"{options} would fit" if options else f"take a device with more memory{cpu}")
     )
 
 
