@@ -21,7 +21,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.memory import weight_bytes
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
-from isingcut.testing.cards import trainable_cards
+from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS, REMOVED = 32, tuple(range(12, 20))
@@ -67,7 +67,7 @@ def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
         **changes,
     }
     with (
-        trainable_cards(budget=budget) as (card,),
+        fake_cards(budget=budget) as (card,),
         # What a process imports is not on its card.
         mock.patch("isingcut.models.streaming.replay._SLACK", 0),
     ):

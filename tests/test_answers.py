@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from isingcut.baselines.angular_window import AngularWindow
 from isingcut.data import corpora, healing_text
 from isingcut.data.answers import answered, row_of
 from isingcut.data.calibration import Calibration, build
-from isingcut.data.chat_templates import Renderer
+from isingcut.data.chat_templates import render_chat
 from isingcut.data.encoder import Encoder
 from isingcut.data.fitting_text import to_fit
 from isingcut.data.mixture import Part, parts_of, places_in, told
@@ -104,8 +105,7 @@ def test_the_assistants_words_and_the_end_of_its_turns_count(
 ) -> None:
     tokenizer: Any = tiny_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
-    with Renderer(tokenizer) as render:
-        found = answered(messages, render)
+    found = answered(messages, partial(render_chat, tokenizer))
     assert found == tokenizer.apply_chat_template(messages, tokenize=False)
     tokens = TokenSet.from_rows([row_of(Encoder(tokenizer), found, 200)])
     assert decoded(tokenizer, tokens) == [found]

@@ -4,6 +4,7 @@ import doctest
 import functools
 import gc
 import inspect
+import os
 import types
 import typing
 
@@ -17,8 +18,10 @@ from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.architectures import find_stack, skipped
+from isingcut.models.load import load_tokenizer
 from isingcut.runs import api, interop_hub
 from isingcut.testing.tiny import tiny_checkpoint
+from ranks import join, say_into, start
 from shared import leave_speed_out, write_words
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -55,6 +58,33 @@ def examples(name):
         globs = {"isingcut": isingcut, "np": np}
         found.append(parser.get_doctest(text, globs, label, None, 0))
     return [t for t in found if t.examples]
+
+
+def _drop_in_a_fork(place, said):
+    """Prune into temporary folders; a fork of this process drops the run and ends in order."""
+    say_into(said)
+    model = AutoModelForCausalLM.from_pretrained(place / "my-model")
+    tokenizer = load_tokenizer(place / "my-model")
+    text = str(place / "my-text.txt")
+    run = isingcut.prune(model, remove=3, tokenizer=tokenizer, calibration=text, **OPTIONS)
+    child = os.fork()
+    if not child:
+        del run
+        gc.collect()
+        raise SystemExit(0)
+    os.waitpid(child, 0)
+    assert len(run.at(2).spectrum) > 1
+    assert run.save(place / "saved", blocks=[1]).exists()
+    gone = run.path
+    del run
+    gc.collect()
+    assert not gone.exists()
+
+
+def test_a_fork_that_drops_its_run_leaves_the_original_its_folders(place, tmp_path):
+    assert join([start(_drop_in_a_fork, place, tmp_path / "said")]) == [0], (
+        tmp_path / "said"
+    ).read_text()
 
 
 def test_every_public_name_has_an_example():

@@ -17,6 +17,25 @@ from isingcut.errors import CalibrationError, InputError, MissingExtraError
 from isingcut.testing.tiny import tiny_model
 
 
+def test_a_text_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("wiki/no.txt", "rows/a.jsonl", "rows/other", "one.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("as it was", encoding="utf-8")
+    source = "one.txt=1,wiki=1,rows=1,owner/name=1"
+    before = corpora.text_hashes(source)
+    # Those of a name that is no file's here are no files.
+    assert list(before) == ["one.txt", "rows"]
+    Path("rows/other").write_text("no text", encoding="utf-8")
+    corpora.refuse_changed(before, source)
+    for place, file in (("one.txt", "one.txt"), ("rows", "rows/a.jsonl")):
+        Path(file).write_text("as it is", encoding="utf-8")
+        with pytest.raises(CalibrationError, match=f"{place} was changed since it was measured"):
+            corpora.refuse_changed(before, place)
+    Path("one.txt").unlink()
+    corpora.refuse_changed(before, "one.txt")
+
+
 def test_wiki_without_its_package_names_the_command(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import copy
-import re
-import subprocess
-import sys
 import tempfile
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +14,7 @@ from hypothesis import strategies as st
 from calibrating import SIZES, chats, decoded, refused, sentences, write_jsonl
 from isingcut.data import encoder, text_files
 from isingcut.data.calibration import build
-from isingcut.data.chat_templates import Renderer
+from isingcut.data.chat_templates import render_chat
 from isingcut.data.encoder import Encoder
 from isingcut.errors import CalibrationError, ModelError
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
@@ -70,68 +65,15 @@ def test_a_template_that_refuses_says_where(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        None,
-        "{{ bos_token }}{% for m in messages %}{{ m.role | upper }}{{ loop.index }}"
-        "{% generation %}{{ m.content | trim }}{% endgeneration %}{% endfor %}",
-        "{% for m in messages if m.content is string %}{{ m | tojson }}{% break %}{% endfor %}",
-        "{{ messages | length }}{{ strftime_now('%Y')[:2] }}{{ tools }}{{ add_generation_prompt }}",
-    ],
-)
-def test_the_renderer_is_the_tokenizers_own_method(template: str | None) -> None:
-    """Whatever a template uses of transformers' environment; values beyond JSON included."""
+def test_what_a_template_refuses_is_one_line() -> None:
     own: Any = tiny_tokenizer()
-    own.chat_template = template or own.chat_template
-    with Renderer(own) as render:
-        for content in ("plain", " \u00e9\U0001f600 ", "</s>", None):
-            messages = [
-                {"role": "user", "content": content, "when": datetime(2024, 1, 2)},
-                {"role": "assistant", "content": "y", "tool_calls": [{"a": (1, 2.5, True)}]},
-            ]
-            for options in ({}, {"add_generation_prompt": True}):
-                try:
-                    expected = own.apply_chat_template(messages, tokenize=False, **options)
-                except jinja2.TemplateError as e:
-                    with pytest.raises(ModelError, match=re.escape(str(e))):
-                        render(messages, **options)
-                else:
-                    assert render(messages, **options) == expected
-
-
-def test_one_process_renders_a_whole_corpus_and_ends_with_it(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-    popen = subprocess.Popen
-    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: made.append(popen(*a, **k)) or made[-1])
-    build(write_jsonl(tmp_path / "a.jsonl", chats(40)), tokenizer, **SIZES)
-    assert len(made) == 1
-    assert made[0].returncode is not None
-
-
-def test_the_process_that_renders_loads_no_torch() -> None:
-    code = (
-        "import sys, isingcut.data.chat_child, transformers.tokenization_utils_base as t;"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_a_tokenizer_class_with_a_method_of_its_own_is_called() -> None:
-    class Own(type(tiny_tokenizer())):  # type: ignore[misc]
-        def apply_chat_template(self, messages: Any, **_: Any) -> str:
-            if len(messages) > 1:
-                raise ZeroDivisionError("too many")
-            return "mine"
-
-    own = tiny_tokenizer()
-    own.__class__ = Own
-    with Renderer(own) as render:
-        assert render([{"role": "user", "content": "a"}]) == "mine"
-        with pytest.raises(ModelError, match=r"refuses these messages .too many"):
-            render([{}, {}])
+    own.chat_template = "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
+    with pytest.raises(ModelError, match=r"refuses these messages \(.*\)$") as caught:
+        render_chat(own, [{"role": "user", "content": "a"}])
+    assert "\n" not in str(caught.value)
+    own.chat_template = "{{ messages[0].content }}{{ add_generation_prompt }}"
+    found = render_chat(own, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+    assert found == "aTrue"
 
 
 # pieces -------------------------------------------------------------------------------

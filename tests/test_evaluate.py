@@ -15,6 +15,7 @@ from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from isingcut.data.calibration import TokenSet
 from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
+from isingcut.errors import ModelError
 from isingcut.evaluation import measure_process
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
@@ -141,6 +142,20 @@ def test_one_timing_has_no_error(pair: Any, tokens: TokenSet) -> None:
     assert found["prefill_tokens_per_second_se"] is None
     assert found["decode_tokens_per_second_se"] is None
     json.dumps(found, allow_nan=False)
+
+
+def test_a_speed_that_no_clock_can_tell_is_refused(pair: Any, tokens: TokenSet) -> None:
+    with pytest.raises(ModelError, match=r"prefill_tokens_per_second of .*20 tokens in 0 s"):
+        timing.speed({"a": pair[0]}, tokens.select([2]), new_tokens=2, clock=lambda: 1.0)
+
+
+def test_a_loss_without_a_finite_perplexity_is_refused(tokens: TokenSet) -> None:
+    model, loud = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        loud.lm_head.weight *= 1e4
+    for both in ((model, loud), (loud, model)):
+        with pytest.raises(ModelError, match=r"^the perplexity of \S+ is NaN or infinite on the"):
+            evaluation.quality(*both, tokens)
 
 
 def test_decoding_never_stops_early_and_matches_uncached(pair: Any) -> None:

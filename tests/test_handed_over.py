@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
@@ -50,6 +51,9 @@ def energies(run):
 
 def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_path):
     model, tokenizer = loaded
+    # transformers records outputs by hooks, which stay.
+    model(torch.zeros((1, 2), dtype=torch.long), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
     before = {k: v.clone() for k, v in model.state_dict().items()}
     named = isingcut.prune(
         folder / "model", 2, calibration=str(folder / "texts.jsonl"), out=tmp_path / "a", **OPTIONS
@@ -149,9 +153,29 @@ def adapted(model):
     model._hf_peft_config_loaded = True
 
 
+def hooked(model):
+    model.model.layers[2].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def hooked_before(model):
+    model.model.layers[2].register_forward_pre_hook(lambda module, args: None)
+
+
+def replaced(model):
+    model.model.layers[3].mlp.forward = lambda x: 0 * x
+
+
+def spread(model):
+    add_hook_to_module(model.model.layers[1], AlignDevicesHook("cpu"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (hooked, r"model.layers.2.mlp .LlamaMLP. has forward hooks; remove them"),
+        (hooked_before, r"model.layers.2 .LlamaDecoderLayer. has forward hooks; remove them"),
+        (replaced, r"model.layers.3.mlp .LlamaMLP. has its forward replaced; load the model anew"),
+        (spread, r"model.layers.1 .* hook of accelerate.*load it without device_map"),
         (quantised, "is quantised in memory.*give the folder or hub id"),
         (offloaded, "has weights that are not in memory"),
         (adapted, "has adapters loaded"),

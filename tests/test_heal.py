@@ -62,6 +62,21 @@ def test_the_first_loss_is_the_divergence_of_the_cut_model(models: Path, tmp_pat
     assert first["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_state_of_another_training_is_not_taken(
+    models: Path, healed: Path, tmp_path: Path
+) -> None:
+    config = options(models, tmp_path / "b")
+    for each in (options(models, tmp_path / "a", learning_rate=1e-5), config):
+        with pytest.raises(Killed):
+            heal(each, progress=killing(3))
+    mine = tmp_path / ".b.healing" / "trainer"
+    shutil.rmtree(mine)
+    shutil.copytree(tmp_path / ".a.healing" / "trainer", mine)
+    heal(config)
+    assert curve(tmp_path / "b") == curve(healed)
+    assert stored(tmp_path / "b") == stored(healed)
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "last:2"])
 def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     models: Path, healed: Path, tmp_path: Path, method: str

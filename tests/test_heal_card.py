@@ -13,14 +13,13 @@ import torch
 from healings import REMOVED, models, options
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.healing.heal import heal
 from isingcut.healing.job import Job
 from isingcut.healing.removed import removal_by_weights
 from isingcut.healing.training import room, rounds, train
 from isingcut.models.cutting.sharing import share
 from isingcut.models.load import load
 from isingcut.models.processes import Processes
-from isingcut.testing.cards import fake_cards, trainable_cards
+from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -167,14 +166,6 @@ def test_blocks_are_found_by_their_weights_with_one_model_on_the_device(models, 
     before = card.live
     assert removal_by_weights(student, teacher) == REMOVED
     assert card.peak == before
-
-
-def test_a_training_keeps_to_the_card_that_was_chosen(models, tmp_path):
-    config = options(models, tmp_path / "out", device="lazy:1", steps=1, method="lora")
-    with trainable_cards(2) as cards:
-        heal(config)
-    assert cards[0].peak == 0
-    assert cards[1].peak > 0
 
 
 def test_weights_that_a_model_halves_in_place_are_halved_once():

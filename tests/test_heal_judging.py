@@ -102,7 +102,7 @@ def test_the_weights_of_the_check_before_are_kept(
     # At the second step the model is what it was then, in a schedule of eight.
     kl = sum(found["checks"][1]["kl_sums"]) / found["report_tokens"]
     assert found["after"]["kl"] == pytest.approx(kl, rel=1e-3)
-    assert healing_warnings(found) == ["enough"]
+    assert "enough" in healing_warnings(found)
     assert "Enough." in healing_words(found)
     # The same where it was killed in between, and right behind the check.
     for after in (3, 4):

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from healings import REMOVED, curve, healed, models, options
+from healings import REMOVED, curve, healed, models, options, stored
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import (
     InputError,
 )
 from isingcut.files.writing import read_json
+from isingcut.healing.heal import heal
 from isingcut.healing.job import Job
 from isingcut.healing.training import train
 from isingcut.models.load import load
@@ -59,6 +60,19 @@ def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: P
     one, two = (load(f, dtype="float32").model.state_dict() for f in (healed, tmp_path / "out"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_patch_as_one_does(models: Path, tmp_path: Path) -> None:
+    one = heal(options(models, tmp_path / "one", method="none", patch="linear"))
+    config, said = options(models, tmp_path / "two", method="none", patch="linear"), tmp_path / "s"
+    ranks, _store = launch(2, _heals, said, config)
+    assert join(ranks) == [0, 0], said.read_text()
+    assert stored(one) == stored(tmp_path / "two")
+
+
+def _heals(said: Path, config: HealConfig) -> None:
+    say_into(said)
+    heal(config)
 
 
 def _two_minds(config: HealConfig, dtypes: Path, said: Path) -> None:

@@ -1,5 +1,6 @@
 """Measured losses against removing the blocks for real; the pair energy made of them."""
 
+import re
 from itertools import combinations
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import Pairwise
+from isingcut.errors import ModelError
 from isingcut.ising.states import states_of
+from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure, standard_error
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
@@ -132,6 +135,27 @@ def test_a_journal_of_other_states_is_not_used(tmp_path):
     other = measure(replay, tokens, states_of(len(replay), [(2,)]), journal=journal)
     fresh = measure(replay, tokens, states_of(len(replay), [(2,)]))
     np.testing.assert_array_equal(other.kl_sums, fresh.kl_sums)
+
+
+def test_a_loss_that_is_not_finite_names_state_block_and_text():
+    replay = make("llama")
+    # Only block 0 keeps block 1 from overflowing.
+    replay.blocks[0].forward = lambda x, **rest: torch.ones_like(x)
+    replay.blocks[1].forward = lambda x, **rest: torch.where(x == 1, x, torch.inf)
+    tokens = samples()
+    measure(replay, tokens, states_of(len(replay), [(1,), (2,)]))
+    with pytest.raises(ModelError, match=r"^the output of block 1 .* without blocks 0, 4 is NaN"):
+        measure(replay, tokens, states_of(len(replay), [(1,), (0, 4)]))
+    replay = make("llama")
+    replay.blocks[3].forward = lambda x, **rest: torch.full_like(x, torch.nan)
+    # Of some of a model's blocks, as a plan runs them, too.
+    with pytest.raises(ModelError, match=r"^the output of block 3 "):
+        measure(Replay(replay.model, replay.blocks[2:4]), tokens, [])
+    replay = make("llama")
+    replay.model.lm_head.weight *= 1e38
+    begins = re.escape(str(tokens.input_ids[0].tolist())[:9])
+    with pytest.raises(ModelError, match=rf"^a loss or gradient of .* that begins {begins}"):
+        gate_gradients(replay, tokens)
 
 
 def test_standard_error_of_equal_samples_is_that_of_the_mean():

@@ -10,8 +10,9 @@ import pytest
 
 import isingcut
 from isingcut.files.journal import Journal
+from isingcut.files.locks import locked
 from isingcut.files.outputs import MARKER
-from isingcut.files.writing import atomic_file, atomic_folder, clear_stale, is_temporary
+from isingcut.files.writing import atomic_file, atomic_folder, is_leftover, lock_beside
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import say_into, start
 from shared import leave_speed_out, write_words
@@ -126,17 +127,21 @@ def _leave_temporaries(folder):
         stack.close()
 
 
-def test_what_killed_processes_left_is_cleared_and_what_the_living_write_is_not(tmp_path):
+@pytest.mark.parametrize("inside", [True, False])
+def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
     process = start(_leave_temporaries, tmp_path)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     (tmp_path / ".model.part").mkdir()
-    (tmp_path / ".model.abcd0123-1.x.part").mkdir()
-    with atomic_file(tmp_path / "mine") as mine:
-        clear_stale(tmp_path)
-        names = {p.name for p in tmp_path.iterdir()}
-    # Of no process of ours, and of another machine's: not ours to delete.
-    assert names == {"model", ".model.part", ".model.abcd0123-1.x.part", mine.name}
+    other = tmp_path / ".other.isingcut-1.part"
+    other.touch()
+    lock_beside(tmp_path / "other").touch()
+    with locked(tmp_path if inside else tmp_path / "model", inside=inside):
+        left = {p.name for p in tmp_path.iterdir() if p.suffix != ".lock"}
+    # Neither of ours, nor of an output with a lock of its own.
+    kept = {"model", ".model.part", other.name}
+    assert kept <= left <= kept | {p.name for p in tmp_path.glob(".run.json.*")}
+    assert inside == (left == kept), "beside an output only its own"
     assert set(os.listdir(tmp_path / "model")) == {"old", MARKER}, "the old folder came back"
-    assert is_temporary(mine)
-    assert not is_temporary(tmp_path / ".model.part")
+    assert is_leftover(other)
+    assert not is_leftover(tmp_path / ".model.part")

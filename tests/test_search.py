@@ -225,6 +225,16 @@ def test_surrogate_corrects_a_wrong_prior() -> None:
     assert np.corrcoef(wrong.energies(states[rest]), losses[rest])[0, 1] < 0.5
 
 
+def test_surrogate_of_many_states_that_cost_nothing() -> None:
+    # More of them than a quadratic form has terms for.
+    states = all_states(14, 3)
+    costly = states[:, 8:].sum(1)
+    found = Surrogate(
+        Hamiltonian(np.zeros(14), np.zeros((14, 14))), states, costly + 1e-12, 0.0 * costly
+    )
+    assert np.corrcoef(found.mean.energies(states), costly)[0, 1] > 0.99
+
+
 # proposals and estimates --------------------------------------------------------------------
 
 

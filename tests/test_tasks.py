@@ -308,6 +308,18 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path: Path) -> None:
         local_tasks.read_task("mmlu", tmp_path)
 
 
+def test_a_metric_that_is_not_finite_is_refused(
+    models: dict[str, Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines(tmp_path / "arc_easy" / "test.jsonl", [arc(0)[1]])
+    sample = {"filter": "none", "acc": float("nan"), "doc_id": 0}
+    monkeypatch.setattr(
+        "lm_eval.evaluator.evaluate", lambda **_: {"samples": {"arc_easy": [sample]}}
+    )
+    with pytest.raises(InputError, match="question of arc_easy has no finite acc"):
+        score(models["original"], prepare_task("arc_easy", tmp_path, None))
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown local task 'arc'"):
         local_tasks.read_task("arc", tmp_path)

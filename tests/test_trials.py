@@ -24,7 +24,7 @@ from test_heal_run import config, folder
 __all__ = ["folder"]
 
 TEXT = HealingText(
-    TokenSet.from_rows([[1] * 1024] * 300), TokenSet.from_rows([[1] * 8] * 2), "documents"
+    TokenSet.from_rows([[1] * 1024] * 300), TokenSet.from_rows([[1] * 8] * 2), "documents", 0.0
 )
 
 

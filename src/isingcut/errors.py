@@ -10,6 +10,7 @@ IsingcutError                 something the user can act on; the CLI prints it a
 ├── InfeasibleError           no state satisfies the constraints
 ├── StageFileError            a file of a run folder is corrupt, foreign or stale
 ├── OutputExistsError         an output is already there and `overwrite` was not given
+├── BusyError                 another process writes to the same place
 ├── CheckpointError           a checkpoint is damaged or inconsistent
 ├── VerificationError         a written checkpoint does not compute what it should
 ├── MemoryExhaustedError      the memory of the machine or of a GPU is used up
@@ -18,6 +19,12 @@ IsingcutError                 something the user can act on; the CLI prints it a
 """
 
 from __future__ import annotations
+
+NOT_FINITE = (
+    "its weights are damaged or too large for this dtype: get the model again, or choose another "
+    "--dtype"
+)
+"""What to do about a model that computes NaN or infinity."""
 
 
 class IsingcutError(Exception):
@@ -58,6 +65,10 @@ class StageFileError(IsingcutError):
 
 class OutputExistsError(IsingcutError):
     """The output is already there and overwriting was not allowed."""
+
+
+class BusyError(IsingcutError):
+    """Another process writes to the same run folder or output."""
 
 
 class CheckpointError(IsingcutError):

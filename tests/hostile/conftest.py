@@ -61,4 +61,3 @@ def smaller_bounds(monkeypatch):
     monkeypatch.setattr("isingcut.data.text_files.RECORD", 1 << 19)
     monkeypatch.setattr("isingcut.data.text_streams.STREAM", 1 << 21)
     monkeypatch.setattr("isingcut.data.text_streams.PATIENCE", 0.3)
-    monkeypatch.setattr("isingcut.data.chat_templates.MEMORY", 512 << 20)

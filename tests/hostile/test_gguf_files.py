@@ -5,10 +5,13 @@ import os
 import resource
 import shutil
 import struct
+import threading
 
 import pytest
 from arena import Row
 
+from isingcut.files.locks import locked
+from isingcut.models import from_gguf
 from shared import snapshot
 
 pytest.importorskip("gguf")
@@ -197,13 +200,35 @@ def test_a_whole_file_is_cut_beside_the_run(arena):
 
 
 def test_a_conversion_clears_what_killed_ones_left(arena):
-    from isingcut.files.writing import _machine
-
-    left = arena.home / "cache" / "gguf-2" / f".{'a' * 64}.{_machine()}-4194303.x.part"
+    left = arena.home / "cache" / "gguf-2" / f".{'a' * 64}.isingcut-x.part"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(bytes(1000))
     arena.try_row(Row("whole", LOOK, "6 blocks", file(), code=0, makes=CACHED))
     assert not left.exists()
+
+
+def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
+    file()(arena)
+    arrived, found, converted = threading.Event(), [], []
+    numbers, convert = from_gguf._numbers, from_gguf._convert
+
+    def noted(path):
+        if threading.current_thread() is other:
+            arrived.set()
+        return numbers(path)
+
+    monkeypatch.setattr(from_gguf, "_numbers", noted)
+    monkeypatch.setattr(from_gguf, "_convert", lambda *a: converted.append(a) or convert(*a))
+    other = threading.Thread(
+        target=lambda: found.append(from_gguf.converted(arena.here / "m.gguf"))
+    )
+    with locked(from_gguf.gguf_cache(), inside=True):
+        other.start()
+        assert arrived.wait(60)
+        mine = from_gguf.converted(arena.here / "m.gguf")
+    other.join(60)
+    assert found == [mine]
+    assert len(converted) == 1
 
 
 def test_what_the_old_cache_holds_is_not_believed(arena):

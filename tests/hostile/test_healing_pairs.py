@@ -5,7 +5,9 @@ import os
 import shutil
 
 from heal_rows import config, first_weight, heal, parametrised, record, rows, tensors
+from model_files import both, overflow
 
+from isingcut.files.outputs import MARKER
 from isingcut.testing.tiny import tiny_checkpoint
 
 
@@ -44,6 +46,18 @@ def other_letters(arena):
     words = content["model"]["vocab"]
     words["a"], words["e"] = words["e"], words["a"]
     file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def unmarked(arena):
+    """As a user takes a changed student on purpose."""
+    (arena.run / "model" / MARKER).unlink()
+
+
+def one_bit(arena):
+    file = arena.run / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
 
 
 def without_record(*then):
@@ -125,14 +139,38 @@ PAIRS = rows(
             "no record, one weight changed",
             heal(),
             "its block 0 is no block of model at all",
-            without_record(tensors("run/model", lambda t: first_weight(t, 1.0))),
+            without_record(unmarked, tensors("run/model", lambda t: first_weight(t, 1.0))),
         ),
         ("no record, nothing missing", heal(student="{model}"), "lacks no block of model"),
         (
             "a student of damaged weights",
             heal(),
-            "NaN|no numbers",
-            tensors("run/model", lambda t: first_weight(t, float("nan"))),
+            "holds NaN",
+            both(unmarked, tensors("run/model", lambda t: first_weight(t, float("nan")))),
+        ),
+        (
+            "a student whose logits overflow",
+            heal(),
+            "the perplexity of .*run/model is NaN or infinite on the text that begins",
+            both(unmarked, tensors("run/model", overflow)),
+        ),
+        (
+            "one bit of the student's weights",
+            heal(),
+            "run/model is not as isingcut wrote it: model.safetensors in it was changed; write it",
+            one_bit,
+        ),
+        (
+            "another configuration of the student",
+            heal(),
+            "config.json in it was changed; write it again, or delete its .isingcut-output.json",
+            config("run/model", rms_norm_eps=1e-3),
+        ),
+        (
+            "the student's marker",
+            heal(),
+            "its .isingcut-output.json was changed",
+            lambda a: (a.run / "model" / MARKER).write_text("{}", encoding="utf-8"),
         ),
         (
             "a student half there",

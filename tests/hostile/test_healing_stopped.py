@@ -8,7 +8,9 @@ import pytest
 import torch
 from arena import Row
 from heal_rows import first_weight, heal, record, tensors, trainer
+from model_files import both
 
+from isingcut.files.outputs import mark
 from isingcut.models.cutting.checkpoint import excise
 
 
@@ -173,7 +175,7 @@ def test_a_full_disk_after_the_training(arena, monkeypatch, place, error):
 
     with monkeypatch.context() as patch:
         patch.setattr(place, full)
-        left = types(arena, heal(), code=2, line="no space left on the disk .*healing")
+        left = types(arena, heal(), code=2, line="no space left on the disk.*healing")
     assert (left != []) == ("save_model" not in place)
     assert types(arena, heal()) == []
 
@@ -196,7 +198,8 @@ def test_another_teacher_may_stand_for_the_original(arena):
 
 
 def test_an_old_record_without_a_hash_goes_on_working(arena):
-    types(arena, heal(), prepare=record(lambda r: {"removed": r["removed"], "of": r["of"]}))
+    old = record(lambda r: {"removed": r["removed"], "of": r["of"]})
+    types(arena, heal(), prepare=both(old, lambda arena: mark(arena.run / "model")))
 
 
 def test_a_healed_student_is_healed_again(arena):

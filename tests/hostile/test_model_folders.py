@@ -15,12 +15,14 @@ from model_files import (
     more_blocks,
     number,
     ones,
+    overflow,
     pipe,
     removed,
     sharded,
     tensors,
     without,
     written,
+    zero,
 )
 
 LOOK = "inspect {model}"
@@ -252,7 +254,41 @@ NAMES = [
 ]
 
 
+ENERGIES = ("pairwise", "refined", "empirical-fisher", "fisher", "hessian", "gauss-newton")
+OVERFLOW = (
+    r"the output of block 2 \(LlamaDecoderLayer\) of .*model is NaN or infinite on the text that "
+    "begins '.*'; its weights are damaged or too large"
+)
+
+
 def _rows():
+    for energy in ENERGIES:
+        command = f"{ENERGY} --remove 2 --energy {energy}"
+        # What was read of the text stays.
+        made = ("new", "new/*")
+        yield Row(f"{energy}: overflow", command, OVERFLOW, tensors(overflow), makes=made)
+        if energy not in ("hessian", "gauss-newton"):
+            line = f"{command} --stream on"
+            yield Row(
+                f"{energy}, streamed: overflow", line, OVERFLOW, tensors(overflow), makes=made
+            )
+    nothing = f"{ENERGY} --remove 2 --energy refined"
+    yield Row("refined: all weights 0", nothing, "", tensors(zero), code=0, makes=("new", "new/*"))
+    yield Row(
+        "a text by a model whose block overflows",
+        ENERGY.replace("{text}", "self"),
+        "the logits of .*model are NaN or infinite at token 1 of a text that it generates",
+        tensors(overflow),
+    )
+    yield Row(
+        "one block",
+        ENERGY + " --remove 1",
+        "this model has one block, which stays: none can be removed",
+        both(
+            config(num_hidden_layers=1),
+            tensors(lambda t: without(t, *(f".{i}." for i in range(1, 6)))),
+        ),
+    )
     for what, fields, line in CONFIGS:
         for verb, command in (("inspect", LOOK), ("energy", ENERGY)):
             yield Row(f"{verb}: {what}", command, line, config(**fields))

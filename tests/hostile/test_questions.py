@@ -5,6 +5,8 @@ import os
 
 from arena import Row
 from heal_rows import parametrised, rows
+from heal_rows import tensors as of_cut
+from model_files import both, config, overflow, tensors
 
 
 def asked(*records, task="arc_easy/test"):
@@ -36,6 +38,7 @@ def evaluate(more="--tasks arc_easy --data {here}/data", out="{here}/scores.json
     return f"evaluate {{run}}/model --original {{model}} --out {out} --device cpu {more}"
 
 
+SUM = {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}
 GOOD = {"context": "Which is it?", "choices": ["one", "two"], "answer": 1}
 ANSWER = r"line 3: expected 'answer', a number from 0 to 1, got"
 CHOICES = r"line 3: expected .*'choices'"
@@ -80,8 +83,41 @@ BENCHMARKS += rows(
         )
     ]
 )
+NOT_FINITE = ".*model is NaN or infinite on the text that begins"
 BENCHMARKS += rows(
     [
+        (
+            "the original overflows",
+            evaluate(),
+            f"arc_easy: the output of block 2 .* of {NOT_FINITE} 'Question: Wh'",
+            both(asked(GOOD), tensors(overflow)),
+        ),
+        (
+            "the cut model overflows",
+            evaluate(),
+            f"arc_easy: the output of block 2 .* of .*run/{NOT_FINITE} 'Question: Wh'",
+            both(asked(GOOD), of_cut("run/model", overflow)),
+        ),
+        (
+            "one overflows on a text",
+            evaluate("--tasks wikitext2 --data {here}/data"),
+            f"wikitext2: the perplexity of .*run/{NOT_FINITE} 'one two",
+            both(
+                asked({"text": "one two " * 30}, task="wikitext2/test_raw"),
+                of_cut("run/model", overflow),
+            ),
+        ),
+        (
+            "one overflows as it writes",
+            evaluate("--tasks gsm8k --data {here}/data"),
+            "gsm8k: the logits of .*model are NaN or infinite at token .* that it generates",
+            both(
+                asked(SUM, task="gsm8k/test"),
+                asked(*[SUM] * 8, task="gsm8k/train"),
+                config(max_position_embeddings=4096),
+                tensors(overflow),
+            ),
+        ),
         ("unknown task", evaluate("--tasks zorp --data {here}/data"), "unknown local", asked(GOOD)),
         ("no task", evaluate("--tasks , --data {here}/data"), "names no benchmark", asked(GOOD)),
         ("no tasks", evaluate("--data {here}/data"), "names no benchmark", asked(GOOD)),

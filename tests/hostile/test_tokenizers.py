@@ -8,8 +8,6 @@ import pytest
 from arena import Row
 from sample_texts import CHATS, MEASURE
 
-from isingcut.data import chat_templates
-
 pytestmark = pytest.mark.usefixtures("smaller_bounds")
 
 # Chat templates --------------------------------------------------------------------------
@@ -23,20 +21,7 @@ def template(text):
     return prepare
 
 
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-DOUBLE = (
-    "{% set n = namespace(s='x' * 1000) %}"
-    "{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
-)
-TIME = "line .*: the model's chat template did not end within 0.5 seconds of computing"
-MEMORY = "refuses these messages .it needs more than 512 MB of memory"
 TEMPLATES = [
-    ("loops", LOOP, TIME),
-    ("raises to a power", "{{ 9 ** (9 ** 9) }}", TIME),
-    ("multiplies a string", "{{ 'x' * 10 ** 10 }}", MEMORY),
-    ("multiplies a list", "{{ [0] * 10 ** 10 }}", MEMORY),
-    ("doubles a string", DOUBLE, MEMORY),
-    ("writes much", "{{ 'x' * 3 * 10 ** 7 }}", "it makes more than 16777216 characters"),
     ("calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
     ("is no template", "{% if %}", "refuses these messages .Expected an expression"),
     ("refuses", "{{ raise_exception('roles must alternate') }}", "roles must alternate"),
@@ -48,9 +33,7 @@ TEMPLATES = [
 
 
 @pytest.mark.parametrize(("what", "program", "line"), TEMPLATES, ids=[t[0] for t in TEMPLATES])
-def test_chat_templates(arena, monkeypatch, what, program, line):
-    if line is TIME:
-        monkeypatch.setattr(chat_templates, "SECONDS", 0.5)
+def test_chat_templates(arena, what, program, line):
     arena.try_row(Row(what, MEASURE + "a.jsonl", line, template(program)))
 
 

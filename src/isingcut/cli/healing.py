@@ -23,6 +23,7 @@ from isingcut.cli.verb import (
     verb,
 )
 from isingcut.errors import InputError
+from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import read_json, without_header, write_json
 from isingcut.healing.healers import RECORD
@@ -174,6 +175,7 @@ def _of_checkpoint(
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to say which tasks it knows.
     names = check_tasks(names, data, questions)
-    content = score_both(Session(config), folder, names, data=data, questions=questions)
-    write_json(file, "benchmarks", content, seal=True)
+    with locked(file):
+        content = score_both(Session(config), folder, names, data=data, questions=questions)
+        write_json(file, "benchmarks", content, seal=True)
     return content, file

@@ -155,7 +155,9 @@ def show_inspection(found: Inspection) -> None:
         return
     for rule in found.rules():
         screen.print(f"rule: {rule}", soft_wrap=True)
-    if not found.rules():
+    if len(found.stack) == 1:
+        screen.print("its one block stays: none can be removed", soft_wrap=True)
+    elif not found.rules():
         screen.print("any blocks may be removed, as long as one stays", soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ from isingcut.report.rows import (
     healing_rows,
     plus_minus,
 )
-from isingcut.report.words import patch_warnings
+from isingcut.report.words import overlap_warnings, patch_warnings
 
 
 def healing_warnings(found: dict[str, Any]) -> list[str]:
@@ -30,6 +30,7 @@ def healing_warnings(found: dict[str, Any]) -> list[str]:
             "positions"
         )
     warnings += patch_warnings(found)
+    warnings += overlap_warnings(found.get("overlap", {}))
     if stopped := found.get("stopped"):
         warnings.append(stopped["why"])
     patch = found.get("patch")

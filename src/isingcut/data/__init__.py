@@ -2,9 +2,9 @@
 
 `corpora` where text comes from: `text_files` `text_streams` `packaged` `hub_datasets` `held`
 `self_text`;
-`mixture` several of them by shares of tokens; `chat_templates` `chat_child` conversations, and
+`mixture` several of them by shares of tokens; `chat_templates` conversations, and
 `answers` the assistant's part in them;
 `encoder` text -> tokens; `tokens` samples and batches; `calibration` the three splits of a run, out
-of one text each by `allocation`; `healing_text` text to heal with; `generation` settings of text
-that a model makes.
+of one text each by `allocation`; `overlap` text in two splits; `healing_text` text to heal with;
+`generation` settings of text that a model makes.
 """

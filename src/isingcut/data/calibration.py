@@ -25,9 +25,10 @@ from isingcut.data.allocation import (
     Rows,
     Text,
 )
-from isingcut.data.corpora import read
+from isingcut.data.corpora import read, text_hashes
 from isingcut.data.encoder import Encoder
 from isingcut.data.mixture import Part, Turns, naming, parts_of
+from isingcut.data.overlap import overlap
 from isingcut.data.self_text import generated
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
@@ -50,7 +51,8 @@ class Calibration:
     Args:
         splits: ``"energy"``, ``"rank"`` and ``"report"``.
         source: what the user asked for.
-        meta: how it was made (kind of source, seed, length, documents used), JSON-able.
+        meta: how it was made (kind of source, seed, length, documents used, overlap of the splits),
+            JSON-able.
     """
 
     splits: Mapping[str, TokenSet]
@@ -194,6 +196,8 @@ def build(
                 f"a mixture of {len(parts)} texts needs as many {name} samples, got {value}; "
                 "raise --samples, --rank-samples or --report-samples"
             )
+    # Before it is read: what is changed meanwhile is noticed by whoever reads on.
+    hashes = text_hashes(source)
     encode = Encoder(tokenizer, model)
     seen: set[int] = set()
 
@@ -228,7 +232,9 @@ def build(
         names = [parts[i].name for i in order[name]] if len(parts) > 1 else []
         samples_of = [next(left_over[i]) for i in order[name]]
         splits[name] = TokenSet.from_rows(samples_of, encode.pad, names)
-    meta: dict[str, Any] = {"seed": seed, "length": length}
+    energy, rank, report = (splits[name] for name in SPLITS)
+    shared = {"rank": overlap(rank, [energy]), "report": overlap(report, [energy, rank])}
+    meta: dict[str, Any] = {"seed": seed, "length": length, "texts": hashes, "overlap": shared}
     if len(parts) == 1:
         meta |= texts[0].facts
     else:

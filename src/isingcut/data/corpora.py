@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import random
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut.data import held, text_files
-from isingcut.data.answers import answered
-from isingcut.data.chat_templates import Renderer
-from isingcut.data.mixture import naming, parts_of, place_of
+from isingcut.data.answers import Render, answered
+from isingcut.data.chat_templates import render_chat
+from isingcut.data.mixture import naming, parts_of, place_of, places_in
 from isingcut.data.packaged import HUB, PACKAGED
 from isingcut.data.text_files import FORMATS, Record, text_file
+from isingcut.data.text_streams import clear_errors
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
 from isingcut.files.inputs import user_path
+from isingcut.files.outputs import edges_sha256, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,6 +124,46 @@ def check(source: str) -> None:
                 raise _no_answers(place)
 
 
+def text_hashes(source: str) -> dict[str, str]:
+    """The SHA-256 of each part of a text that is a plain file, by where it is.
+
+    Of a folder, that of its data files' names, sizes and first and last MiB.
+    """
+    found = {}
+    for place in places_in(source):
+        path = user_path(place)
+        if place in (*PACKAGED, *HUB, "self", "-"):
+            continue
+        with clear_errors(place):
+            if path.is_file():
+                found[place] = file_sha256(path)
+            elif path.is_dir():
+                files = {str(p.relative_to(path)): edges_sha256(p) for p in _data_files(path)}
+                found[place] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return found
+
+
+def refuse_changed(hashes: Mapping[str, str], source: str) -> None:
+    """Refuse a text of which a file is not what it was.
+
+    Args:
+        hashes: `text_hashes` as they were; a file that is not among them, or is gone, passes.
+
+    Raises:
+        CalibrationError: with the file.
+    """
+    for place, found in text_hashes(source).items():
+        if hashes.get(place, found) != found:
+            raise CalibrationError(
+                f"{place} was changed since it was measured on; put the old text back, or measure "
+                "the new one: with another --out, or with --overwrite"
+            )
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _DATA_SUFFIXES)
+
+
 def _check_one(source: str) -> None:
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
@@ -131,8 +176,7 @@ def _check_one(source: str) -> None:
     named_as_file = path.name.lower().removesuffix(".gz").endswith(FORMATS)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
     if folder.is_dir():
-        files = (p for p in folder.rglob("*") if p.suffix.lower() in _DATA_SUFFIXES)
-        if named_as_file or next(files, None) is None:
+        if named_as_file or not _data_files(folder):
             raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
     elif named_as_file or source.startswith((".", "/", "~")):
         raise CalibrationError(f"there is no calibration file {source!r}; {_SOURCES}")
@@ -182,14 +226,14 @@ def _records_corpus(
     values = ((place, fields.get(key, _ABSENT)) for place, fields in _chained(first, records))
 
     def texts() -> Iterator[str]:
-        with Renderer(tokenizer) as render:
-            for place, value in order(values):
-                if value is _ABSENT:
-                    raise CalibrationError(f"{place} has no {key!r}, which the first record has")
-                if key == "text":
-                    yield _text(place, value)
-                else:
-                    yield _rendered(place, value, render, answers=answers)
+        render = partial(render_chat, tokenizer)
+        for place, value in order(values):
+            if value is _ABSENT:
+                raise CalibrationError(f"{place} has no {key!r}, which the first record has")
+            if key == "text":
+                yield _text(place, value)
+            else:
+                yield _rendered(place, value, render, answers=answers)
 
     return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
 
@@ -217,7 +261,7 @@ def _characters(where: str, text: str) -> str:
     return text
 
 
-def _rendered(where: str, messages: Any, render: Renderer, *, answers: bool) -> str:
+def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> str:
     if (
         not isinstance(messages, list)
         or not messages

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from isingcut.data.chat_templates import Renderer
+from isingcut.data.chat_templates import render_chat
+from isingcut.errors import NOT_FINITE, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,13 +34,29 @@ def only(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
         generative.generation_config = own
 
 
+def finite_logits(model: PreTrainedModel) -> list[Callable[..., torch.Tensor]]:
+    """Logits processors for `generate` that refuse a model whose logits are not finite.
+
+    Single logits may be minus infinity, as masks make them.
+    """
+
+    def refuse(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.amax(-1).isfinite().all():
+            raise ModelError(
+                f"the logits of {model.name_or_path} are NaN or infinite at token "
+                f"{input_ids.shape[1]} of a text that it generates; {NOT_FINITE}"
+            )
+        return scores
+
+    return [refuse]
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     """The tokens (1, P) of ``prompt``, as a turn of a chat where there is a chat template."""
     text, special = prompt, True
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
-        with Renderer(tokenizer) as render:
-            text = render(turn, add_generation_prompt=True)
+        text = render_chat(tokenizer, turn, add_generation_prompt=True)
         special = False
     ids: torch.Tensor = tokenizer(text, add_special_tokens=special, return_tensors="pt")[
         "input_ids"
@@ -61,7 +78,10 @@ def generate_text(
     pad = end[0] if isinstance(end, list) else end
     with only(model, do_sample=False, eos_token_id=end, pad_token_id=pad) as generative:
         out = generative.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            logits_processor=finite_logits(model),
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from isingcut.data.answers import row_of
-from isingcut.data.corpora import Corpus, is_new, read
+from isingcut.data.corpora import Corpus, is_new, read, refuse_changed
 from isingcut.data.encoder import Encoder
 from isingcut.data.mixture import Part, Turns, naming, parts_of
+from isingcut.data.overlap import overlap
 from isingcut.data.tokens import Row, TokenSet, counts, distinct, ids_of
 from isingcut.errors import CalibrationError
 
@@ -28,11 +29,13 @@ class HealingText:
         train: packed samples of full length, or one conversation a sample.
         report: the same, other documents.
         kind: of the source, as `corpora.Corpus` has it, or ``"mixture"``.
+        overlap: share of the report text that stands in the training text too, see `overlap`.
     """
 
     train: TokenSet
     report: TokenSet
     kind: str
+    overlap: float
 
 
 def build(
@@ -79,11 +82,10 @@ def build(
             f"{length} tokens were asked for, found {len(report)} and {len(train)}; give more "
             "text, or lower --samples, --report-samples or --length"
         )
-    return HealingText(
-        TokenSet.from_rows(train, encode.pad, trained),
-        TokenSet.from_rows(report, encode.pad, reported),
-        kinds[0] if len(parts) == 1 else "mixture",
-    )
+    to_train = TokenSet.from_rows(train, encode.pad, trained)
+    to_report = TokenSet.from_rows(report, encode.pad, reported)
+    kind = kinds[0] if len(parts) == 1 else "mixture"
+    return HealingText(to_train, to_report, kind, overlap(to_report, [to_train]))
 
 
 def opened(
@@ -95,12 +97,15 @@ def opened(
         used: a calibration whose text is left out; documents only where the seed is the same.
 
     Raises:
-        CalibrationError: unreadable; or ``"self"``, of which none is left over.
+        CalibrationError: unreadable; a file that was changed since the calibration was made of it;
+            or ``"self"``, of which none is left over.
     """
     seen: set[int] = set()
     corpora = []
     for part in parts:
         with naming(part, parts):
+            if used is not None:
+                refuse_changed(used.meta.get("texts", {}), part.source)
             if part.source == "self":
                 raise CalibrationError("healing needs real text, not 'self'")
             corpora.append(read(part.source, encode.tokenizer, seed))

@@ -10,7 +10,7 @@ import torch
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.encoder import Encoder
-from isingcut.data.generation import only
+from isingcut.data.generation import finite_logits, only
 from isingcut.data.tokens import distinct
 from isingcut.errors import CalibrationError
 
@@ -76,7 +76,10 @@ def _sampled(model: PreTrainedModel, start: int, length: int, seed: int) -> list
     with only(model, pad_token_id=start, **sampling) as generative, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         out = generative.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length - 1
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=length - 1,
+            logits_processor=finite_logits(model),
         )
     rows: list[list[int]] = out.cpu().tolist()
     return rows

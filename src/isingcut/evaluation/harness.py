@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
+from isingcut.data.generation import finite_logits
 from isingcut.evaluation.generations import Prompt, Writer
 from isingcut.evaluation.likelihoods import Answer, Row
 from isingcut.models.text_alone import text_model
@@ -43,6 +44,10 @@ class Harness(HFLM):  # type: ignore[misc]
         longest = self.max_length + 1
         rows = [(tuple((c + a)[-longest:]), min(len(a), longest - 1)) for _, c, a in requests]
         return list(self.answers(rows))
+
+    def _model_generate(self, *args: Any, **rest: Any) -> Any:
+        own = finite_logits(self.model)
+        return super()._model_generate(*args, **rest, logits_processor=own)
 
     def generate_until(self, requests: Any, *args: Any, **rest: Any) -> Any:
         """As the harness's, of the model that is asked."""

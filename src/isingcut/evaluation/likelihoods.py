@@ -18,6 +18,7 @@ from isingcut.files.journal import Journal
 from isingcut.ising.states import Bools, Floats, States
 from isingcut.measure.pace import Pace
 from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.compute.attention import chosen_attention
@@ -175,6 +176,8 @@ def _scores(
     for first, last, ends in walk(states, entered, run, by_block=replay.streamed):
         for of_batch, read, end in zip(found, places, ends, strict=True):
             of_batch[:, first:last] = read.read(replay, end)[:, None]
+    for batch, of_batch in zip(batches, found, strict=True):
+        check_finite(replay, batch, of_batch, states)
     return found
 
 

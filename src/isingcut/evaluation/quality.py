@@ -24,6 +24,7 @@ from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import weight_files
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
+from isingcut.models.not_finite import not_finite
 from isingcut.models.parts import HEAD
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = 1 << 23
 # The stream that leaves the blocks, what entered them, and the one that is being made; of both.
 _STREAMS = 6
+# Nats per token; a larger loss has no finite perplexity.
+_MOST_NATS = 700
 
 
 def before_and_after(
@@ -187,8 +190,17 @@ def quality(
     perplexity by the delta method) and None for a single sample. Logits become float32 a few
     tokens at a time. Streamed models are on the same buffers, and each is read once per chunk of
     samples; both heads are in memory together.
+
+    Raises:
+        ModelError: a loss is not finite, or has no finite perplexity.
     """
     sums = sample_sums(original, cut, tokens, batch_tokens, progress=progress)
+    most = _MOST_NATS * tokens.predicted.sum(1).numpy()
+    for model, losses in zip((original, cut, cut), sums, strict=True):
+        # A comparison with NaN is false.
+        if len(bad := np.flatnonzero(~(losses <= most))):
+            plain = model.model if isinstance(model, StreamedReplay) else model
+            raise not_finite(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
     return quality_of(sums, tokens)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isingcut.errors import InputError
+from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.certainty import certainties
 from isingcut.evaluation.generations import Generations, Prompt, Writer
 from isingcut.evaluation.likelihoods import Answer, Answers, Row
@@ -121,6 +121,7 @@ def score_states(
 
     Raises:
         InputError: no question is wanted, or none has a score.
+        ModelError: an answer of a model is not finite.
     """
     work, (loaded, replay) = work or Work(), (model.loaded, model.replay)
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
@@ -143,7 +144,10 @@ def score_states(
         found = []
         for s in range(len(removed)):
             engine = Harness(loaded, partial(answer, s), partial(generate, s))
-            found.append(_asked(engine, task, wanted))
+            try:
+                found.append(_asked(engine, task, wanted))
+            except ModelError as e:
+                raise ModelError(f"{task.name}: {e}") from e
     return found
 
 
@@ -179,6 +183,8 @@ def _asked(model: Harness, task: Prepared, wanted: Callable[[str], bool] | None)
         raise InputError(f"{task.name} gives no {metric} by question; choose another task")
     chosen.sort(key=lambda pair: (pair[0], pair[1]["doc_id"]))
     values = np.array([float(s[name]) for _, s in chosen])
+    if not np.isfinite(values).all():
+        raise InputError(f"a question of {task.name} has no finite {metric}; choose another task")
     return Scores(
         task.name,
         metric,

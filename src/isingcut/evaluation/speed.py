@@ -17,6 +17,7 @@ from torch import Tensor
 from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
+from isingcut.errors import ModelError
 from isingcut.models.device import synchronise
 
 if TYPE_CHECKING:
@@ -110,17 +111,25 @@ def speed(
                 decode[name].append(all_of - first)
     return {
         name: {
-            **_rate("prefill_tokens_per_second", ids.shape[1], prefill[name]),
-            **_rate("decode_tokens_per_second", new_tokens, decode[name]),
+            **_rate(model, "prefill_tokens_per_second", ids.shape[1], prefill[name]),
+            **_rate(model, "decode_tokens_per_second", new_tokens, decode[name]),
         }
-        for name in models
+        for name, model in models.items()
     }
 
 
-def _rate(key: str, tokens: int, seconds: list[float]) -> dict[str, float | None]:
+def _rate(
+    model: PreTrainedModel, key: str, tokens: int, seconds: list[float]
+) -> dict[str, float | None]:
     """Tokens per second of the median repeat, and its standard error (relative: that of the
     seconds)."""
     middle = statistics.median(seconds)
+    if middle <= 0:
+        raise ModelError(
+            f"{key} of {model.name_or_path} was measured as {tokens} tokens in "
+            f"{middle:g} s; the clock is too coarse or the machine too busy: try again, or pass "
+            "--skip-speed"
+        )
     error = None
     if len(seconds) > 1:
         error = _MEDIAN_ERROR * statistics.stdev(seconds) / len(seconds) ** 0.5 * tokens / middle**2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.progress import Progress, silent
 from isingcut.data.encoder import Encoder
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import InputError
+from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.local_tasks import records
 from isingcut.evaluation.quality import quality
 from isingcut.models.architectures import text_config
@@ -45,7 +45,10 @@ def text_scores(
     longest = getattr(text_config(original.model), "max_position_embeddings", None)
     size = min(length, int(longest or length))
     windows = _windows(articles(data), original, size, samples)
-    found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
+    try:
+        found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
+    except ModelError as e:
+        raise ModelError(f"wikitext2: {e}") from e
     return {
         "samples": windows.samples,
         "tokens": windows.tokens,

@@ -101,7 +101,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 def mark(folder: Path) -> None:
     """Write the marker of a folder that is complete."""
-    files = {name: _fingerprint(folder / name) for name in sorted(_files_in(folder))}
+    files = {name: edges_sha256(folder / name) for name in sorted(_files_in(folder))}
     files.pop(MARKER, None)
     content = {"format": "isingcut-output", "version": 1, "files": files, "sha256": _hash(files)}
     (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -127,7 +127,7 @@ def foreign_in(folder: Path) -> str | None:
     more = present - files.keys() - {MARKER}
     if more:
         return f"isingcut did not write {_some(more)} in it"
-    changed = {name for name in present - {MARKER} if files[name] != _fingerprint(folder / name)}
+    changed = {name for name in present - {MARKER} if files[name] != edges_sha256(folder / name)}
     return f"{_some(changed)} in it was changed since" if changed else None
 
 
@@ -140,10 +140,13 @@ def folder_hash(folder: Path) -> str | None:
     return str(found)
 
 
-def changed_in(folder: Path, recorded: str) -> str | None:
+def changed_in(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
     """What was changed in a folder since its hash was recorded, in words; None for nothing.
 
     Files that were added are not looked at, nor is Markdown: a model card is for editing.
+
+    Args:
+        gone: files that were deleted count.
     """
     if folder_hash(folder) != recorded:
         return f"its {MARKER} was changed"
@@ -153,9 +156,27 @@ def changed_in(folder: Path, recorded: str) -> str | None:
     changed = {
         name
         for name, found in files.items()
-        if not name.endswith(".md") and _fingerprint(folder / name) != found
+        if not name.endswith(".md")
+        and (gone or (folder / name).exists())
+        and edges_sha256(folder / name) != found
     }
     return f"{_some(changed)} in it was changed" if changed else None
+
+
+def refuse_changed(folder: Path) -> None:
+    """Refuse a folder that isingcut wrote and in which a file was edited since, but for Markdown.
+
+    Raises:
+        InputError: with what was edited.
+    """
+    if not (folder / MARKER).is_file():
+        return
+    changed = changed_in(folder, folder_hash(folder) or "", gone=False)
+    if changed is not None:
+        raise InputError(
+            f"{folder} is not as isingcut wrote it: {changed}; write it again, or delete its "
+            f"{MARKER} to take it as it is"
+        )
 
 
 def _some(names: set[str]) -> str:
@@ -176,7 +197,7 @@ def _files_in(folder: Path) -> set[str]:
     return found
 
 
-def _fingerprint(path: Path) -> str:
+def edges_sha256(path: Path) -> str:
     """SHA-256 of a file's size and of its first and last MiB: a large one is not read whole."""
     if path.is_symlink() or not path.is_file():
         return "no plain file"

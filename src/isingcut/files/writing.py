@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import stat
@@ -22,9 +22,9 @@ from isingcut.files.inputs import load_json
 from isingcut.files.outputs import check_output, mark, seal_of, sealed
 
 _VERSION = 1
-_TEMPORARY = re.compile(
-    r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.[^.]+\.(?P<kind>part|old)"
-)
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.isingcut-\w+\.(?P<kind>part|old)")
+LOCK = "isingcut.lock"
+"""The file in a folder to work in that `locks.locked` locks."""
 
 
 def disk_is_full(error: Exception) -> bool:
@@ -101,7 +101,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write to; it takes the name ``path`` only on success."""
     with clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_mark(path), suffix=".part", dir=path.parent)
+        handle, name = tempfile.mkstemp(".part", temporary_prefix(path), path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -131,7 +131,7 @@ def atomic_folder(
     check_output(path, overwrite=overwrite, sources=sources)
     with clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=_mark(path), suffix=".part", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(".part", temporary_prefix(path), path.parent))
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
@@ -145,7 +145,7 @@ def atomic_folder(
                 check_output(path, overwrite=overwrite, sources=sources)
                 # The old folder is moved aside first, so that a kill between the two renames
                 # leaves one whole folder under a recognisable name instead of a mixture.
-                aside = Path(tempfile.mkdtemp(prefix=_mark(path), suffix=".old", dir=path.parent))
+                aside = Path(tempfile.mkdtemp(".old", temporary_prefix(path), path.parent))
                 os.replace(path, aside / path.name)
                 os.replace(temporary, path)
                 shutil.rmtree(aside)
@@ -155,35 +155,54 @@ def atomic_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def discard_folder(path: Path) -> None:
-    """Delete a folder; a kill leaves it whole, or gone from its place."""
-    aside = Path(tempfile.mkdtemp(prefix=_mark(path), suffix=".old", dir=path.parent))
+def delete(path: Path) -> None:
+    """Delete a file or folder; a kill leaves it whole, or gone from its place."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    aside = Path(tempfile.mkdtemp(".old", temporary_prefix(path), path.parent))
     os.replace(path, aside / path.name)
     shutil.rmtree(aside)
 
 
-def _mark(path: Path) -> str:
-    """How a temporary sibling's name starts: with the machine and the process it belongs to."""
-    return f".{path.name}.{_machine()}-{os.getpid()}."
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that goes with the process that made it; a fork of that process leaves it alone."""
+    made_by, folder = os.getpid(), Path(tempfile.mkdtemp(prefix="isingcut-"))
+    try:
+        yield folder
+    finally:
+        if os.getpid() == made_by:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _machine() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+def temporary_prefix(path: Path) -> str:
+    """How the name of a temporary sibling starts."""
+    return f".{path.name}.isingcut-"
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether it is a temporary file or folder of ours, of a process alive or dead."""
-    return _TEMPORARY.fullmatch(path.name) is not None
+def lock_beside(path: Path) -> Path:
+    """The file that `locks.locked` locks for an output."""
+    return path.with_name(f".{path.name}.isingcut.lock")
 
 
-def clear_stale(folder: Path) -> None:
-    """Delete the temporary files and folders of processes of this machine that were killed.
+def is_leftover(path: Path) -> bool:
+    """Whether it is a temporary file or folder of ours, or a lock."""
+    return path.name == LOCK or _TEMPORARY.fullmatch(path.name) is not None
+
+
+def clear_leftovers(folder: Path, name: str = "") -> None:
+    """Delete the temporary files and folders that killed processes left; the caller has the lock.
 
     An old folder that was moved aside comes back where the new one did not take its place.
+
+    Args:
+        name: only those beside the file or folder of that name; else all but those of an output
+            with a lock of its own.
     """
-    for path in sorted(folder.glob(".*")):
+    for path in sorted(folder.glob(f".{glob.escape(name) or '*'}.isingcut-*")):
         found = _TEMPORARY.fullmatch(path.name)
-        if found is None or found["machine"] != _machine() or _alive(int(found["pid"]), path):
+        if found is None or (not name and lock_beside(folder / found["name"]).exists()):
             continue
         if found["kind"] == "old" and not (folder / found["name"]).exists():
             with contextlib.suppress(FileNotFoundError):
@@ -192,19 +211,6 @@ def clear_stale(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _alive(pid: int, made: Path) -> bool:
-    """Whether the process that made a file still runs, and its number is not another's by now."""
-    import psutil
-
-    try:
-        # A second for the clocks of file systems.
-        return float(psutil.Process(pid).create_time()) <= made.stat().st_mtime + 1
-    except psutil.NoSuchProcess:
-        return False
-    except (psutil.Error, OSError):
-        return True
 
 
 def _umask() -> int:

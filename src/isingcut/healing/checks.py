@@ -15,6 +15,8 @@ from isingcut.files.outputs import check_output, refuse_source
 from isingcut.healing.trainer_file import trainer_settings
 from isingcut.healing.work_folder import refuse_foreign, work_of
 from isingcut.models.checkpoint.read import PLAIN, read_checkpoint
+from isingcut.models.device import pick_device
+from isingcut.models.processes import launched
 from isingcut.options.healing import HealConfig
 
 _NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
@@ -50,9 +52,13 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
     """
     if config.method == "none":
         return
-    for package in ("accelerate", *(["peft"] if config.method == "lora" else [])):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "heal", "healing by distillation")
+    if config.method == "lora" and importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("peft", "heal", "healing by LoRA")
+    if (index := pick_device(config.device).index) and not launched():
+        raise InputError(
+            "the Trainer takes the first GPU that it sees; type CUDA_VISIBLE_DEVICES="
+            f"{index} before the command and --device cuda"
+        )
     settings = trainer_settings(config)
     _check_optimiser(config, settings.get("optim"))
     _check_schedule(config, settings.get("lr_scheduler_kwargs") or {})

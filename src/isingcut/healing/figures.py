@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.healing.job import Job
 from isingcut.models.cutting.sharing import open_cut
@@ -28,13 +26,6 @@ def scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
         options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
         _, streamed = load_streamed(folder, buffers=job.replay.store.buffers, **options)
         found = quality(job.replay, streamed, report, size, progress=job.progress)
-    figures = (*found["after"].values(), *found["before"].values(), found["kl"])
-    if not all(math.isfinite(v) for v in figures if isinstance(v, float)):
-        before, after = (found[side]["perplexity"] for side in ("before", "after"))
-        raise ModelError(
-            f"the figures of {folder} are no numbers (perplexity {after}; the teacher's {before}): "
-            "the weights of one of the two are damaged, or --dtype bfloat16 is too coarse for them"
-        )
     parts = {name: _healed_scores(part) for name, part in found.get("parts", {}).items()}
     return {**_healed_scores(found), **({"parts": parts} if parts else {})}
 

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.errors import InputError, ModelError
 from isingcut.files.inputs import user_path
+from isingcut.files.locks import locked
+from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_json, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
@@ -30,13 +32,21 @@ from isingcut.healing.job import Job
 from isingcut.healing.judging import Domains, Judge
 from isingcut.healing.patching import patch, start_of
 from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
-from isingcut.healing.work_folder import forget_training, held, identities, kept, told, work_of
+from isingcut.healing.work_folder import (
+    forget_all,
+    forget_training,
+    held,
+    identities,
+    kept,
+    told,
+    work_of,
+)
 from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import ALONE, Processes
-from isingcut.models.sources import model_identity, resolve
+from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.declaration import options_from
@@ -65,6 +75,7 @@ def heal(
 
     Raises:
         IsingcutError: bad input, in one line.
+        BusyError: another process writes there.
     """
     if config is not None and (options or not isinstance(config, HealConfig)):
         raise InputError("give either a HealConfig or options by name (student=...), not both")
@@ -93,12 +104,34 @@ def heal(
         # It is all there is to do, so that it must be possible.
         config = config.replace(patch="tuned")
     check_training(config, student)
+    processes = _processes(config)
+    with contextlib.nullcontext() if processes.rank else locked(out):
+        _heal_on_disk(config, known, sources, progress, processes)
+    if processes.size > 1:
+        torch.distributed.destroy_process_group()
+    return out
+
+
+def _heal_on_disk(
+    config: HealConfig,
+    known: Removal | None,
+    sources: Sequence[str | os.PathLike[str]],
+    progress: Progress,
+    processes: Processes,
+) -> None:
+    """Load what the options name, and heal.
+
+    Args:
+        known: the removal, where the student has a record of it.
+    """
+    student, out = user_path(config.student), user_path(config.out)
     trust = config.trust_remote_code
     source = resolve(config.teacher, trust_remote_code=trust)
-    sources.append(source)
+    sources = [*sources, source]
     check_places(config, out, sources)
     check_pair(config, student, known, source)
-    processes = _processes(config)
+    refuse_changed(student)
+    stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
     dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
     replay = None
     if config.stream_teacher:
@@ -119,17 +152,26 @@ def heal(
         seed=config.seed,
         model=teacher.model,
     )
+
+    def check_weights() -> None:
+        for folder, stamp in stamps:
+            check_unchanged(folder, stamp)
+
     parts = (known.removed, student, text, out, progress, replay)
-    heal_checkpoint(config, teacher, *parts, processes=processes, sources=sources)
-    if processes.size > 1:
-        torch.distributed.destroy_process_group()
-    return out
+    heal_checkpoint(
+        config,
+        teacher,
+        *parts,
+        processes=processes,
+        sources=sources,
+        check_weights=check_weights,
+    )
 
 
 def _processes(config: HealConfig) -> Processes:
-    """All that train together; only a training is distributed."""
+    """All that train together, or wait for the first to patch."""
     if config.method == "none":
-        return ALONE
+        return Processes.join()
     from accelerate import PartialState
 
     # First, so that the Trainer finds the group of its choice and the state of the option.
@@ -158,15 +200,18 @@ def heal_checkpoint(
     judge: Judge | None = None,
     processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
+    check_weights: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
 
-    Work in progress is kept in a folder beside ``out`` and continued by the same call.
+    Work in progress is kept in a folder beside ``out`` and continued by the same call. The caller
+    sees to it that no other process writes there.
 
     Args:
         judge: looks at the training; without one it ends where a domain of the text gets worse.
         processes: that train together.
         sources: what ``out`` must not be, contain or lie in.
+        check_weights: refuses weights that were changed since they were loaded.
 
     Raises:
         OutputExistsError: ``out`` is there.
@@ -176,6 +221,7 @@ def heal_checkpoint(
     check_places(config, out, sources)
     parts = kept_parts(student)
     work = work_of(out)
+    identity, training = identities(config, teacher, removed, student, text)
     job = Job(
         teacher,
         tuple(removed),
@@ -187,14 +233,19 @@ def heal_checkpoint(
         replay,
         processes,
         judge or Domains(text.report),
+        training,
     )
-    identity, training = identities(config, teacher, removed, student, text)
     # Every process has looked at the places before rank 0 writes there.
     processes.wait()
     with held(work, identity, training) if job.leads else contextlib.nullcontext():
         processes.wait()
         done, content = _healed(job, text)
         if job.leads:
+            try:
+                check_weights()
+            except ModelError:
+                forget_all(work)
+                raise
             write_json(done / RECORD, "healing", content)
             card = done / "README.md"
             if card.is_file():
@@ -261,6 +312,7 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
         "length": sample_length(config, job.teacher.model),
         "report_samples": text.report.samples,
         "report_tokens": text.report.tokens,
+        "overlap": {"report": text.overlap},
         "options": {
             **told(config),
             "patch": (config.patch or "linear") if "patch" in record else "none",

@@ -30,6 +30,7 @@ class Job:
         replay: the original's blocks, each read when it is run, where it is streamed.
         processes: that train together.
         judge: looks at a training on text held out; None: it runs to its end.
+        identity: of the training; it goes on from states of that identity alone.
     """
 
     teacher: LoadedModel
@@ -42,6 +43,7 @@ class Job:
     replay: StreamedReplay | None = None
     processes: Processes = ALONE
     judge: Judge | None = None
+    identity: str = ""
 
     @property
     def leads(self) -> bool:

@@ -27,9 +27,11 @@ from isingcut.errors import InputError, IsingcutError, StageFileError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import MARKER, foreign_in
 from isingcut.files.writing import (
+    clear_leftovers,
     clear_os_errors,
     disk_is_full,
     fingerprint,
+    is_leftover,
     read_json,
     without_header,
     write_json,
@@ -47,6 +49,8 @@ _IDENTITY, _KIND = "identity.json", "healing-work"
 _TRAINING = ("recipe.json", "trial", "way.json", "trainer", "trained", "trained.json", "done")
 _HEALING = ("before.json", "patched", "patched.json", "targets", *_TRAINING)
 _FINISHED = ("patched.json", "targets/done.json", "trained.json")
+CURVE = "healing-curve.json"
+"""In a state of a training: its loss so far, and which training it is of."""
 _CANDIDATE = re.compile(r"\d+(-\d+)*")
 _OF_TRAINING = (
     "method",
@@ -89,7 +93,7 @@ def identities(
     student: Path,
     text: HealingText,
 ) -> tuple[str, str]:
-    """What the patch and the kept answers depend on, and what the training depends on besides."""
+    """What the patch and the kept answers depend on, and what the training depends on."""
     options = {k: v for k, v in told(config).items() if k not in ("device", "save_steps")}
     training = {k: options.pop(k) for k in _OF_TRAINING}
     if config.trainer:
@@ -103,7 +107,7 @@ def identities(
         **_counted(text),
         "dtype": str(teacher.dtype),
     }
-    return fingerprint(depends), fingerprint(training)
+    return fingerprint(depends), fingerprint({**depends, "training": training})
 
 
 def _counted(text: HealingText) -> dict[str, str]:
@@ -114,15 +118,15 @@ def _counted(text: HealingText) -> dict[str, str]:
     return {"counted": fingerprint([None if c is None else c.tolist() for c in found])}
 
 
-def complete_states(trainer: Path) -> list[Path]:
-    """The states of a training that were written to their end, the latest last."""
-    found = {
-        int(path.name.rpartition("-")[2]): path
-        for path in trainer.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
-        and (path / MARKER).is_file()
-        and foreign_in(path) is None
-    }
+def complete_states(trainer: Path, training: str) -> list[Path]:
+    """The states of one training that were written to their end, the latest last."""
+    found = {}
+    for path in trainer.glob("checkpoint-*"):
+        step = path.name.rpartition("-")[2]
+        if step.isdigit() and (path / MARKER).is_file() and foreign_in(path) is None:
+            with contextlib.suppress(StageFileError):
+                if read_json(path / CURVE, "healing-curve").get("training") == training:
+                    found[int(step)] = path
     return [found[step] for step in sorted(found)]
 
 
@@ -135,13 +139,14 @@ def held(work: Path, identity: str, training: str = "") -> Iterator[None]:
 
     Args:
         identity: what the patch and the kept answers depend on.
-        training: what the training depends on besides.
+        training: what the training depends on.
 
     Raises:
         StageFileError: it holds another healing's finished work, or what isingcut did not write.
         InputError: the disk is full.
     """
     _claim(work, identity, training)
+    clear_leftovers(work)
     try:
         with convert_memory_errors():
             yield
@@ -161,12 +166,24 @@ def held(work: Path, identity: str, training: str = "") -> Iterator[None]:
     release(work)
 
 
-def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an interrupted healing has written to a file, or else is made now and written."""
-    kind = f"healing-{file.stem}"
-    if not file.exists():
-        write_json(file, kind, make())
-    return without_header(read_json(file, kind))
+def kept(
+    file: Path, make: Callable[[], dict[str, Any]], training: str | None = None
+) -> dict[str, Any]:
+    """What an interrupted healing has written to a file, or else is made now and written.
+
+    Args:
+        training: the identity of the training whose result it is; another's is not taken.
+    """
+    if not is_kept(file, training):
+        write_json(file, f"healing-{file.stem}", {**make(), "training": training})
+    found = without_header(read_json(file, f"healing-{file.stem}"))
+    found.pop("training", None)
+    return found
+
+
+def is_kept(file: Path, training: str | None = None) -> bool:
+    """Whether a file has what `kept` gives."""
+    return file.exists() and read_json(file, f"healing-{file.stem}").get("training") == training
 
 
 def refuse_foreign(work: Path) -> None:
@@ -177,6 +194,11 @@ def refuse_foreign(work: Path) -> None:
     """
     if os.path.lexists(work):
         _held_by(work)
+
+
+def forget_all(work: Path) -> None:
+    """Drop what a healing has made from weights that were changed meanwhile."""
+    _drop(work, _HEALING)
 
 
 def forget_training(work: Path) -> None:
@@ -211,9 +233,9 @@ def _claim(work: Path, identity: str, training: str) -> None:
 
 
 def _held_by(work: Path) -> tuple[str, str] | None:
-    """Whose work it is; None for an empty folder."""
+    """Whose work it is; None for an empty folder, or one of a kill before its first file."""
     if not work.is_symlink() and work.is_dir():
-        if not any(work.iterdir()):
+        if all(map(is_leftover, work.iterdir())):
             return None
         with contextlib.suppress(StageFileError, KeyError):
             found = read_json(work / _IDENTITY, _KIND)
@@ -229,7 +251,8 @@ def _note(work: Path, identity: str, training: str) -> None:
 
 
 def _trained(work: Path) -> bool:
-    return (work / "trained.json").exists() or bool(complete_states(work / "trainer"))
+    training = str(read_json(work / _IDENTITY, _KIND)["training"])
+    return (work / "trained.json").exists() or bool(complete_states(work / "trainer", training))
 
 
 def _worth_keeping(work: Path) -> bool:
@@ -238,9 +261,9 @@ def _worth_keeping(work: Path) -> bool:
 
 
 def _ours(work: Path) -> list[str]:
-    """The names in a work folder that healing gives."""
+    """The names in a work folder that healing gives, the one that says so last."""
     names = [p.name for p in work.iterdir()]
-    return [n for n in names if n in (_IDENTITY, *_HEALING) or _CANDIDATE.fullmatch(n)]
+    return [*(n for n in names if n in _HEALING or _CANDIDATE.fullmatch(n)), _IDENTITY]
 
 
 def _drop(work: Path, names: Sequence[str]) -> None:

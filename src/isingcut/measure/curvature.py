@@ -37,6 +37,7 @@ from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import of_batches
 from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.streams import check_finite
 from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.compute.loss_gradient import loss_gradient
@@ -130,7 +131,9 @@ def gate_curvature(
         bar.advance(len(keys) - len(todo))
         own, bar = kept.share(todo, bar)
         for key in own:
-            kept.put(key, split_to_fit(replay.limit, [batches[int(key)]], compute, join)[0])
+            row = split_to_fit(replay.limit, [batches[int(key)]], compute, join)[0]
+            check_finite(replay, batches[int(key)], row)
+            kept.put(key, row)
             bar.advance(1)
         kept.gather()
     for b, batch in enumerate(batches):

@@ -21,6 +21,7 @@ from isingcut.data.calibration import TokenSet
 from isingcut.measure.pace import Pace
 from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.streams import check_finite
 from isingcut.measure.sweep import gate_rows, streams_kept
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
@@ -96,7 +97,9 @@ def gate_gradients(
 
             found = split_to_fit(replay.limit, mine[chunk], compute, lambda a, b: torch.cat([a, b]))
             for key, row in zip(own[chunk], found, strict=True):
-                kept.put(key, row.double().cpu().numpy())
+                numbers = row.double().cpu().numpy()
+                check_finite(replay, batches[int(key)], numbers)
+                kept.put(key, numbers)
         kept.gather()
     rows = np.zeros((tokens.samples, len(replay)))
     for b, batch in enumerate(batches):

@@ -30,6 +30,7 @@ from isingcut.measure.pace import Pace
 from isingcut.measure.pieces import Piece, cut, left
 from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, own_blocks, walk
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
@@ -146,6 +147,7 @@ def measure(
 
     Raises:
         InputError: not even one state of one micro-batch fits the memory allowed.
+        ModelError: a loss is not finite.
     """
     wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
     n = len(replay)
@@ -300,7 +302,8 @@ def _measure(
         if last > 1:
             for rows, original, end in zip(found, originals, ends, strict=True):
                 rows[:, first:last] = np.array(original.compare(end))[:, None]
-    for rows, original in zip(found, originals, strict=True):
+    for batch, rows, original in zip(batches, found, originals, strict=True):
         rows[0, 0], rows[1, 0] = 0.0, original.nll
+        check_finite(replay, batch, rows, tree)
     # The original came first; it is wanted last.
     return [np.roll(rows, -1, axis=1) for rows in found]

@@ -12,23 +12,59 @@ import torch
 from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
-from isingcut.ising.states import Floats
+from isingcut.ising.states import Floats, States, blocks_of
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.work import Work
+from isingcut.models.not_finite import not_finite
 from isingcut.models.replay import Replay
 
 
 def boundaries(
     replay: Replay, batch: TokenSet, removed: Sequence[int] = ()
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(i, stream before, stream after), both (B, T, D), of every block that is not removed."""
+    """(i, stream before, stream after), both (B, T, D), of every block that is not removed.
+
+    Raises:
+        ModelError: the stream after a block is not finite.
+    """
     recording = replay.record(batch.input_ids)
-    stream = recording.entered
+    stream, real = recording.entered, batch.mask.to(replay.device)
     for i in range(len(replay)):
         if i not in removed:
             after = recording.block(i, stream)
+            bad = (real & ~after.isfinite().flatten(2).all(2)).any(1)
+            if bad.any():
+                block, row = replay.blocks[i], batch.input_ids[int(bad.int().argmax())]
+                # Not `i`: a plan replays some of a model's blocks.
+                path = next(name for name, m in replay.model.named_modules() if m is block)
+                what = f"the output of block {path.rpartition('.')[2]} ({type(block).__name__})"
+                raise not_finite(replay.model, what, row.tolist(), removed)
             yield i, stream, after
             stream = after
+
+
+def check_finite(
+    replay: Replay, batch: TokenSet, found: Floats, states: States | None = None
+) -> None:
+    """Refuse numbers measured on a micro-batch that are not finite.
+
+    The model runs again, block by block, to find the first block whose output is not finite.
+
+    Args:
+        found: of the original; or (K, S, R), of S states.
+        states: (S, N), for the latter.
+
+    Raises:
+        ModelError: one is NaN or infinite; the message names model, block and text.
+    """
+    bad = ~np.isfinite(found)
+    if not bad.any():
+        return
+    removed = [] if states is None else blocks_of(states[int(bad.any((0, 2)).argmax())])
+    with torch.no_grad():
+        for _ in boundaries(replay, batch, removed):
+            pass
+    raise not_finite(replay.model, "a loss or gradient", batch.input_ids[0].tolist(), removed)
 
 
 def block_means(

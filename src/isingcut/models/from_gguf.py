@@ -13,8 +13,9 @@ from typing import Any
 
 from isingcut.errors import InputError, MissingExtraError, ModelError
 from isingcut.files.inputs import regular_file, user_path
+from isingcut.files.locks import locked
 from isingcut.files.outputs import foreign_in
-from isingcut.files.writing import atomic_folder, clear_stale
+from isingcut.files.writing import atomic_folder
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.fit import bounded_structure, most_numbers
 from isingcut.models.loading import loading, quiet_transformers, refuse_incomplete, refuse_infinite
@@ -44,7 +45,7 @@ def converted(path: Path) -> Path:
     Every weight is unpacked to bfloat16: a cut of a quantised file is a plain checkpoint.
 
     Raises:
-        MissingExtraError: `gguf` (or `accelerate`, which transformers wants here) is missing.
+        MissingExtraError: `gguf` is missing.
         ModelError: not a GGUF file, one that lacks a tensor of its architecture, or of an
             architecture transformers cannot convert; or the folder was changed since.
         CheckpointError: a damaged or truncated file.
@@ -57,28 +58,36 @@ def converted(path: Path) -> Path:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     target = gguf_cache() / digest
     if target.is_dir():
-        changed = foreign_in(target)
-        if changed is not None:
-            raise ModelError(
-                f"the model converted from {path.name} is not as it was made: {changed}; delete "
-                f"{target} and run again"
-            )
-        return target
-    for package in ("gguf", "accelerate"):
+        return _unchanged(target, path)
+    for package in ("gguf",):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "demo", f"reading {path.name}")
     held = _numbers(path)
-    # What a killed conversion left has the size of a model.
-    clear_stale(target.parent)
     try:
-        # Overwriting: another process may have finished the same conversion meanwhile.
-        with atomic_folder(target, overwrite=True) as temporary:
-            _convert(path, temporary, held)
+        # One at a time: what a killed one left has the size of a model, and is cleared.
+        with locked(target.parent, inside=True, wait=True):
+            if target.is_dir():
+                # Another process has made it meanwhile.
+                return _unchanged(target, path)
+            # Overwriting, because a file system may have no locks.
+            with atomic_folder(target, overwrite=True) as temporary:
+                _convert(path, temporary, held)
     except InputError as e:
         raise ModelError(
             f"the converted model cannot be kept in {target.parent}: {_words(e)}; set "
             "ISINGCUT_CACHE to a folder with space that you may write to"
         ) from e
+    return target
+
+
+def _unchanged(target: Path, path: Path) -> Path:
+    """The folder of the converted file, once it is known to be as it was made."""
+    changed = foreign_in(target)
+    if changed is not None:
+        raise ModelError(
+            f"the model converted from {path.name} is not as it was made: {changed}; delete "
+            f"{target} and run again"
+        )
     return target
 
 

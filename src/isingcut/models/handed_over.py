@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.data.held import holding
 from isingcut.errors import InputError, ModelError, first_line
+from isingcut.files.writing import temporary_folder
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.sources import model_identity
@@ -30,8 +29,8 @@ def model(given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
     _check_model(given)
     _check_tokenizer(tokenizer)
     assert tokenizer is not None
-    with tempfile.TemporaryDirectory(prefix="isingcut-", ignore_cleanup_errors=True) as place:
-        folder = Path(place) / "model"
+    with temporary_folder() as place:
+        folder = place / "model"
         try:
             with quiet_transformers():
                 given.save_pretrained(folder)
@@ -75,6 +74,29 @@ def _check_model(given: Any) -> None:
             f"this {type(given).__name__} has weights that are not in memory (offloaded); "
             f"give the folder it was loaded from, or {advice}"
         )
+    for name, module in given.named_modules():
+        found = _beside_weights(module)
+        if found is not None:
+            raise InputError(
+                f"{name or 'the model'} ({type(module).__name__}) {found}, or give the model's "
+                "folder: only what save_pretrained writes is measured"
+            )
+
+
+def _beside_weights(module: Any) -> str | None:
+    """What changes a module's output and is not saved with it, and what to do; None for nothing."""
+    if hasattr(module, "_hf_hook"):
+        return (
+            "has its forward replaced by a hook of accelerate, as device_map sets over several "
+            "devices; load it without device_map"
+        )
+    if "forward" in vars(module):
+        return "has its forward replaced; load the model anew"
+    # transformers' own record outputs, or act in training alone.
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if any(not str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks):
+        return "has forward hooks; remove them (handle.remove())"
+    return None
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

@@ -68,7 +68,9 @@ def load(
         loading(f"the model in {folder}"),
         bounded_structure(seen.most_numbers, str(folder)),
     ):
-        model, found = as_transformers_does(folder, number, trust_remote_code=trust_remote_code)
+        model, found = as_transformers_does(
+            folder, number, device=place, trust_remote_code=trust_remote_code
+        )
     refuse_incomplete(found, folder)
     refuse_infinite(model.named_parameters(), folder)
     model.to(place)
@@ -97,9 +99,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def as_transformers_does(
-    folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """A checkpoint's model in evaluation mode, FP8 weights as plain numbers.
+    """A checkpoint's model in evaluation mode, FP8 and MXFP4 weights as plain numbers.
+
+    Args:
+        device: tensors are loaded straight to it, so that several processes of one machine need
+            no host memory for a copy each; None leaves them on the CPU.
 
     Returns:
         the model, and transformers' account of it: tensors that are missing, unexpected or of
@@ -108,8 +118,18 @@ def as_transformers_does(
     if fp8_layout(folder, read_config(folder)):
         return load_dequantised(folder, dtype)
     loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {}
+    if device is not None and device.type != "cpu":
+        options["device_map"] = {"": device}
+    packed = read_config(folder).get("quantization_config") or {}
+    if packed.get("quant_method") == "mxfp4":
+        from transformers.utils.quantization_config import Mxfp4Config
+
+        # Else what is measured depends on the kernels that are installed.
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     model, found = loader.from_pretrained(
         folder,
+        **options,
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,

@@ -63,7 +63,10 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of a checkpoint's weights once loaded in ``dtype``, from its headers."""
     total = 0
     for tensor in read_checkpoint(folder).values():
-        if tensor.dtype.startswith(("F", "BF")):
+        if tensor.dtype == "U8" and tensor.name.endswith("_blocks"):
+            # MXFP4: two numbers a byte.
+            total += 2 * tensor.size * dtype.itemsize
+        elif tensor.dtype.startswith(("F", "BF")):
             count = 1
             for side in tensor.shape:
                 count *= side

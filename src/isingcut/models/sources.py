@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from isingcut.data import held
-from isingcut.errors import ModelError, first_line
+from isingcut.errors import IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.models.checkpoint.read import HEADER_LIMIT, no_weights, read_config, weight_files
 from isingcut.models.from_gguf import converted, gguf_cache
@@ -211,6 +211,29 @@ def model_identity(folder: Path) -> dict[str, Any]:
     if folder.parent == gguf_cache():
         found["gguf_sha256"] = folder.name
     return found
+
+
+def weights_stamp(folder: Path) -> Any:
+    """What changes when a checkpoint's files are written to: its identity, and their times."""
+    times = [(shard.name, shard.stat().st_mtime_ns) for shard in weight_files(folder)]
+    return times, model_identity(folder)["sha256"]
+
+
+def check_unchanged(folder: Path, stamp: Any) -> None:
+    """Refuse a checkpoint that was written to since it had this `weights_stamp`.
+
+    Raises:
+        ModelError: it was; one that is gone by now was not.
+    """
+    try:
+        changed = weights_stamp(folder) != stamp
+    except (OSError, IsingcutError):
+        return
+    if changed:
+        raise ModelError(
+            f"the weights in {folder} were changed while they were read, so that nothing measured "
+            "meanwhile was kept; let nobody write there, and start in a new folder with --out"
+        )
 
 
 def _base_of(adapter: Path) -> str:

@@ -46,7 +46,6 @@ NAMES = (
     "transformers:PreTrainedConfig._attn_implementation",
     "transformers:Trainer._save_checkpoint",
     "transformers:TrainingArguments.n_gpu",
-    "transformers:TrainingArguments._setup_devices",
 )
 """Everything of it that must be there, for the test that says what a new version took away."""
 
@@ -99,12 +98,6 @@ def checkpointing() -> dict[str, bool]:
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     names = ("activation_checkpointing", "gradient_checkpointing")
     return {next(name for name in names if name in known): True}
-
-
-def place_training(arguments: Any, device: torch.device) -> None:
-    """Let the Trainer and accelerate take a device, where they would take the first GPU."""
-    arguments.distributed_state.device = device
-    vars(arguments)["_setup_devices"] = device
 
 
 class Names:

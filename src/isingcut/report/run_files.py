@@ -11,7 +11,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.choice import one_pass_words
 from isingcut.report.fidelity import ranking_warnings
 from isingcut.report.rows import Row, evaluation_rows, plus_minus
-from isingcut.report.words import numbers, part_warnings, patch_warnings
+from isingcut.report.words import numbers, overlap_warnings, part_warnings, patch_warnings
 
 PLAIN_CLASS = "AutoModelForCausalLM"
 """What loads a checkpoint of which nothing else is known."""
@@ -208,11 +208,12 @@ class RunFiles:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader must know before trusting the energy, the cut or its patch."""
+        """What a reader must know before trusting the energy, the cut, its patch or its figures."""
         said = [] if self.proof is None else list(self.proof["remarks"])
         patch = [*patch_warnings(self.removal or {}), *patch_warnings(self.evaluation or {})]
         said += dict.fromkeys(patch)
         said += part_warnings(self.evaluation or {"kl": 0.0})
+        said += overlap_warnings(self.calibration.get("overlap", {}))
         if self.candidates is None:
             return said
         return ranking_warnings(self.energy, self.candidates) + said

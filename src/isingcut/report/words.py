@@ -7,6 +7,8 @@ from typing import Any
 
 from isingcut.report.rows import plus_minus
 
+# Share of a split that other splits hold too; boilerplate of ordinary text is less.
+MUCH_SHARED = 0.02
 # How much larger than that of all text the KL on one part of it is where that is worth a warning.
 MUCH_WORSE = 2.0
 _SOURCES = {"-": "standard input", "self": "text that the model wrote"}
@@ -65,6 +67,17 @@ def patch_warnings(found: Mapping[str, Any]) -> list[str]:
     return said + [
         f"not patched at blocks {cut['removed'][0]} to {cut['removed'][-1]}: {cut['reason']}"
         for cut in cuts
+    ]
+
+
+def overlap_warnings(overlap: Mapping[str, float]) -> list[str]:
+    """That a split's text stands in others too, where there is more of it than comes by chance."""
+    much = [f"{s:.0%} of the {name} text" for name, s in overlap.items() if s >= MUCH_SHARED]
+    if not much:
+        return []
+    return [
+        f"{' and '.join(much)} stands in another split too, so that figures on it are too good; "
+        "give text that does not repeat itself"
     ]
 
 

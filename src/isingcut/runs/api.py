@@ -11,7 +11,6 @@ started in Python can be looked at, reported or continued in a shell, and the ot
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
 import weakref
 from pathlib import Path
@@ -21,6 +20,7 @@ from isingcut.console.progress import Progress, as_progress
 from isingcut.data import held
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
+from isingcut.files.writing import temporary_folder
 from isingcut.memory import convert_memory_errors
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
@@ -96,15 +96,16 @@ def prune(
         if not isinstance(options.get("calibration", ""), str):
             options["calibration"] = kept.enter_context(held.texts(options["calibration"]))
         if out is None:
-            out = Path(kept.enter_context(_temporary())) / "run"
+            out = kept.enter_context(temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
         asked = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
         config = pipeline.checked(None, asked, "isingcut.prune")
         if loaded is not None:
             # Last, as saving a large one takes long.
             config = config.replace(model=kept.enter_context(handed_over.model(loaded, tokenizer)))
-        session, folder = pipeline.open_session(config, shown, processes, need_removal=True)
-        rankings = pipeline.measure_and_rank(session, folder)
+        opened = pipeline.open_session(config, shown, processes, need_removal=True)
+        with opened as (session, folder):
+            rankings = pipeline.measure_and_rank(session, folder)
         run = Run(folder, config, lambda: session)
         weakref.finalize(run, kept.pop_all().close)
     if processes.rank:
@@ -151,7 +152,3 @@ def open_run(
         changed |= {"remove": remove, "budget": ""}
     config = found.config.replace(**changed).validate()
     return Run(found, config, lambda: pipeline.session_of(found, config, shown))
-
-
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="isingcut-", ignore_cleanup_errors=True)

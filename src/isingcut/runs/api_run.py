@@ -12,6 +12,7 @@ from typing import Any
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
+from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import atomic_folder, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -232,6 +233,7 @@ class Run:
 
         Raises:
             OutputExistsError: ``out`` is there.
+            BusyError: another process writes there.
             VerificationError: the proof failed; nothing was kept.
 
         Examples:
@@ -243,13 +245,14 @@ class Run:
         removed = None if blocks is None else _numbers(blocks)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
         check_output(target, overwrite=overwrite, sources=sources)
-        if removed is None and (self.config.patch != "none" or self.config.heal):
-            product = self._product()
-            with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
-                shutil.copytree(product, temporary, dirs_exist_ok=True)
-            return target
-        removed = list(self.chosen.removed) if removed is None else removed
-        patching.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
+        with locked(target):
+            if removed is None and (self.config.patch != "none" or self.config.heal):
+                product = self._product()
+                with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
+                    shutil.copytree(product, temporary, dirs_exist_ok=True)
+                return target
+            removed = list(self.chosen.removed) if removed is None else removed
+            patching.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
     def _product(self) -> Path:

@@ -189,17 +189,14 @@ def benchmarks(
         )
         write_json(path, "benchmarks", content)
 
-    found = folder.stage(
+    return folder.stage(
         "benchmarks",
         checkpoint.with_name("benchmarks.json"),
         options,
         make,
         lambda path: read_json(path, "benchmarks"),
+        forget=lambda: forget_scores(work, tasks),
     )
-    # Not before the stage is recorded as done: a kill in between would cost all of it.
-    if not folder.processes.rank:
-        forget_scores(work, tasks)
-    return found
 
 
 def score_both(

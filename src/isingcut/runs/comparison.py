@@ -125,13 +125,15 @@ def compare(
 
     file = target / f"baseline-{name}.json"
     journal = file.with_name(file.name + ".journal")
-    result = folder.stage(
-        "baseline", file, options, make, lambda path: read_json(path, "baseline"), together=True
+    return folder.stage(
+        "baseline",
+        file,
+        options,
+        make,
+        lambda path: read_json(path, "baseline"),
+        together=True,
+        forget=lambda: forget(journal),
     )
-    # Not before the stage is recorded as done: a kill in between would cost all of it.
-    if not folder.processes.rank:
-        forget(journal)
-    return result
 
 
 def _count(folder: RunFolder, config: RunConfig) -> int:

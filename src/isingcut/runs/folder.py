@@ -12,14 +12,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from isingcut.errors import IsingcutError, OutputExistsError, StageFileError
+from isingcut.files.locks import is_locked, locked
 from isingcut.files.outputs import (
     changed_since,
     check_output,
@@ -29,7 +31,7 @@ from isingcut.files.outputs import (
     refuse_source,
 )
 from isingcut.files.provenance import model_path, versions
-from isingcut.files.writing import discard_folder, is_temporary, read_json
+from isingcut.files.writing import delete, is_leftover, read_json
 from isingcut.memory import exhausted_error, is_memory_exhausted
 from isingcut.options.config import RunConfig
 from isingcut.runs.manifest import MANIFEST, Manifest, kept, read_by
@@ -113,6 +115,18 @@ class RunFolder(Manifest):
         manifest = read_json(path / MANIFEST, "run")
         return cls(path, manifest, overwrite=overwrite)
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only process that writes to the folder; run.json is read again.
+
+        Raises:
+            BusyError: another process writes there.
+        """
+        with locked(self.path, inside=True) as first:
+            if first:
+                self.manifest = read_json(self.path / MANIFEST, "run")
+            yield
+
     def stage(
         self,
         name: str,
@@ -123,6 +137,7 @@ class RunFolder(Manifest):
         *,
         completes: dict[str, Any] | None = None,
         together: bool = False,
+        forget: Callable[[], None] = lambda: None,
     ) -> T:
         """The result of a stage: what is there, if made with the same options; else made now.
 
@@ -130,64 +145,85 @@ class RunFolder(Manifest):
             completes: a result made with these options may be replaced: the new one holds all of
                 it.
             together: all processes take part in making it, else rank 0 does alone.
+            forget: deletes what an interrupted stage goes on from; called once the result is
+                recorded, as a kill before that would cost all of it.
 
         Raises:
             OutputExistsError: made with other options, and overwriting was not allowed.
             StageFileError: the file was changed since, or is damaged.
+            BusyError: it is to be made, and another process writes to the folder.
+            ModelError: the model's weights were changed meanwhile.
         """
         if self.processes.rank:
             return self._follow(file, make, load)
-        key = str(file.relative_to(self.path))
-        wanted = self._fingerprint(options)
-        record = self.manifest["stages"].get(key)
         refuse_source(file, self.sources)
-        if os.path.lexists(file):
-            if record is None:
-                raise OutputExistsError(
-                    f"{file} was not written by this run and stays as it is; move it away"
-                )
-            fits = [wanted] if completes is None else [wanted, self._fingerprint(completes)]
-            if record["fingerprint"] not in fits and not self.overwrite:
-                raise OutputExistsError(
-                    f"{file} was made with other options ({_difference(record, options)}); "
-                    "choose another --out, or pass --overwrite to replace it"
-                )
-            if record["fingerprint"] == wanted and record["done"]:
+        made = self._is_made(file, options)
+        with contextlib.nullcontext() if made else self.writing():
+            # Another process may have made it meanwhile.
+            if made or self._is_made(file, options):
+                if is_locked(self.path):
+                    # Of a kill right after the record.
+                    forget()
                 self.processes.decide(lambda: False)
                 self.processes.decide(lambda: self.manifest)
                 return self.load(file, load)
-            changed = changed_since(file, record)
-            if changed is not None:
-                raise OutputExistsError(
-                    f"{file} stays as it is: {changed} since the run wrote it, and --overwrite "
-                    "replaces only what isingcut wrote; move it away"
-                )
-            if file.is_dir():
-                check_output(file, overwrite=True)
-        self.manifest["stages"][key] = {
-            "stage": name,
-            "fingerprint": wanted,
-            "options": options,
-            "done": False,
-        }
-        self.save()
-        began = time.monotonic()
-        self.processes.decide(lambda: together)
+            key = str(file.relative_to(self.path))
+            wanted = self._fingerprint(options)
+            record = self.manifest["stages"].get(key)
+            if os.path.lexists(file):
+                if record is None:
+                    raise OutputExistsError(
+                        f"{file} was not written by this run and stays as it is; move it away"
+                    )
+                fits = [wanted] if completes is None else [wanted, self._fingerprint(completes)]
+                if record["fingerprint"] not in fits and not self.overwrite:
+                    raise OutputExistsError(
+                        f"{file} was made with other options ({_difference(record, options)}); "
+                        "choose another --out, or pass --overwrite to replace it"
+                    )
+                changed = changed_since(file, record)
+                if changed is not None:
+                    raise OutputExistsError(
+                        f"{file} stays as it is: {changed} since the run wrote it, and --overwrite "
+                        "replaces only what isingcut wrote; move it away"
+                    )
+                if file.is_dir():
+                    check_output(file, overwrite=True)
+            self.manifest["stages"][key] = {
+                "stage": name,
+                "fingerprint": wanted,
+                "options": options,
+                "done": False,
+            }
+            self.save()
+            began = time.monotonic()
+            self.processes.decide(lambda: together)
+            try:
+                while not self._make(make, file):
+                    pass
+                self._check_model(file, forget)
+            except BaseException as e:
+                self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
+                raise
+            self.manifest["stages"][key].update(
+                done=True,
+                seconds=round(time.monotonic() - began, 3),
+                **self.memory_record(),
+                sha256=folder_hash(file) if file.is_dir() else file_sha256(file),
+            )
+            self.save()
+            self.processes.decide(lambda: self.manifest)
+            forget()
+            return load(file)
+
+    def _check_model(self, file: Path, forget: Callable[[], None]) -> None:
+        """Keep nothing of a stage where the model's weights were changed meanwhile."""
         try:
-            while not self._make(make, file):
-                pass
-        except BaseException as e:
-            self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
+            self.check_model()
+        except IsingcutError:
+            delete(file)
+            forget()
             raise
-        self.manifest["stages"][key].update(
-            done=True,
-            seconds=round(time.monotonic() - began, 3),
-            **self.memory_record(),
-            sha256=folder_hash(file) if file.is_dir() else file_sha256(file),
-        )
-        self.save()
-        self.processes.decide(lambda: self.manifest)
-        return load(file)
 
     def _make(self, make: Callable[[Path], None], file: Path) -> bool:
         """Whether a stage's file was made; False where memory was used up and there is more now.
@@ -209,14 +245,14 @@ class RunFolder(Manifest):
 
     def drop(self, file: Path) -> None:
         """Delete a folder that a stage wrote, with its record; one that was changed since stays."""
-        record = self.manifest["stages"].get(str(file.relative_to(self.path)))
-        if record is None:
+        key = str(file.relative_to(self.path))
+        if key not in self.manifest["stages"]:
             return
         if file.is_dir():
-            if changed_since(file, record) is not None or foreign_in(file) is not None:
+            if changed_since(file, self.manifest["stages"][key]) or foreign_in(file):
                 return
-            discard_folder(file)
-        del self.manifest["stages"][str(file.relative_to(self.path))]
+            delete(file)
+        del self.manifest["stages"][key]
         self.save()
 
     def _follow(self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]) -> T:
@@ -244,7 +280,7 @@ class RunFolder(Manifest):
 
 def _begun(path: Path) -> bool:
     """Whether a folder holds nothing yet, or only what a kill before its first file left."""
-    return all(is_temporary(p) for p in path.iterdir())
+    return all(map(is_leftover, path.iterdir()))
 
 
 def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:

@@ -43,6 +43,7 @@ class Manifest:
         processes: that go through the stages together; rank 0 alone writes.
         make_room: gives memory back where a stage ran out of it; whether it could.
         memory_record: what a stage's record says of that.
+        check_model: refuses a model whose weights were changed since a session opened it.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -51,6 +52,7 @@ class Manifest:
         self.processes = ALONE
         self.make_room: Callable[[], bool] = lambda: False
         self.memory_record: Callable[[], dict[str, Any]] = dict
+        self.check_model: Callable[[], None] = lambda: None
 
     @property
     def config(self) -> RunConfig:
@@ -145,11 +147,14 @@ class Manifest:
         Raises:
             StageFileError: it is, but was changed since.
         """
+        made = self._is_made(file, options)
+        if made:
+            self.check(file)
+        return made
+
+    def _is_made(self, file: Path, options: dict[str, Any]) -> bool:
         record = self.finished(file)
-        if record is None or record["fingerprint"] != self._fingerprint(options):
-            return False
-        self.check(file)
-        return True
+        return record is not None and record["fingerprint"] == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
         model = self.manifest["provenance"]["model"]["sha256"]

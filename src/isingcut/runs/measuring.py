@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.data.calibration import Calibration, build
+from isingcut.data.corpora import refuse_changed, text_hashes
 from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
@@ -114,16 +115,39 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
         for k, v in config.stage_options("calibration").items()
         if k not in ("model", "samples")
     } | {"samples": _samples(config)}
-    found = folder.stage(
-        "calibration", folder.path / "calibration.safetensors", options, make, Calibration.load
-    )
+    file = folder.path / "calibration.safetensors"
+    if not folder.processes.rank:
+        options |= _texts(folder, file, config, built)
+    found = folder.stage("calibration", file, options, make, Calibration.load)
     folder.manifest["provenance"]["calibration"] = {
         "source": found.source,
         "sha256": found.sha256,
         "splits": {k: _size(split) for k, split in found.splits.items()},
+        "overlap": found.meta.get("overlap", {}),
     }
     folder.save()
     return found
+
+
+def _texts(
+    folder: RunFolder, file: Path, config: RunConfig, built: Calibration | None
+) -> dict[str, Any]:
+    """The hashes of the text's files, as an option of the stage; of one that is gone, as recorded.
+
+    Raises:
+        CalibrationError: a file is not what was measured on, and overwriting was not allowed.
+    """
+    record = folder.finished(file)
+    if built is not None:
+        return {"texts": built.meta["texts"]}
+    if record is not None and "texts" not in record["options"]:
+        # Of an older isingcut.
+        return {}
+    known = record["options"]["texts"] if record else {}
+    if not folder.overwrite:
+        refuse_changed(known, config.calibration)
+    known = {place: known[place] for place in places_in(config.calibration) if place in known}
+    return {"texts": known | text_hashes(config.calibration)}
 
 
 def _size(split: TokenSet) -> dict[str, Any]:
@@ -179,12 +203,11 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
             measured = part.measure(session.replay, split.select(own), work)
         measured.save(path)
 
-    found = folder.stage("energy", file, options, make, Hamiltonian.load, together=True)
-    # Not before the stage is recorded as done: a kill in between would cost all of it.
-    if not folder.processes.rank:
+    def drop() -> None:
         forget(journal)
         journal.with_suffix(".effort").unlink(missing_ok=True)
-    return found
+
+    return folder.stage("energy", file, options, make, Hamiltonian.load, together=True, forget=drop)
 
 
 def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:

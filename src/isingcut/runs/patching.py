@@ -16,7 +16,13 @@ from typing import Any
 from isingcut.data.calibration import Calibration
 from isingcut.data.fitting_text import FittingText, to_fit
 from isingcut.data.mixture import told
-from isingcut.files.writing import atomic_folder, clear_os_errors, read_json, without_header
+from isingcut.files.writing import (
+    atomic_folder,
+    clear_os_errors,
+    read_json,
+    temporary_prefix,
+    without_header,
+)
 from isingcut.healing.healers import registry
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import RECORD
@@ -52,11 +58,13 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
         cut = excise(session, folder, removed, name=CUT)
         _write(session, folder, blocks, cut, path, keep=config.keep_cut, overwrite=True)
 
-    model = folder.stage("patch", place / "model", options, make, lambda path: path)
+    def drop() -> None:
+        if not config.keep_cut:
+            folder.drop(place / CUT)
+
+    model = folder.stage("patch", place / "model", options, make, lambda path: path, forget=drop)
     if config.keep_cut:
         excise(session, folder, removed, name=CUT)
-    else:
-        folder.drop(place / CUT)
     return model
 
 
@@ -79,7 +87,7 @@ def write_model(
         return
     with clear_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+        aside = tempfile.TemporaryDirectory(".part", temporary_prefix(out), out.parent)
     with aside as place:
         cut = Path(place) / CUT
         write_checkpoint(session, folder, removed, cut)

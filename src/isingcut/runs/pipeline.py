@@ -6,15 +6,16 @@ text -> token batches -> Hamiltonian -> spectrum -> measured candidates
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, StageFileError
+from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_source
-from isingcut.files.writing import clear_stale
 from isingcut.ising.solvers import registry as solvers
 from isingcut.memory import convert_memory_errors
 from isingcut.models.inspect import inspect_model
@@ -67,15 +68,15 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     """
     wanted = checked(config, options, "isingcut.run")
     processes = Processes.join()
-    session, folder = open_session(wanted, progress, processes, need_removal=True)
-    several = each_removal(wanted)
-    target = folder.path if len(several) > 1 else folder.target(wanted.removal)
-    if folder.manifest.get("complete") and target == folder.path:
-        folder.manifest["complete"] = False
-    measure_and_rank(session, folder)
-    if not processes.rank:
-        _finish(session, folder, several)
-    processes.wait()
+    with open_session(wanted, progress, processes, need_removal=True) as (session, folder):
+        several = each_removal(wanted)
+        target = folder.path if len(several) > 1 else folder.target(wanted.removal)
+        if folder.manifest.get("complete") and target == folder.path:
+            folder.manifest["complete"] = False
+        measure_and_rank(session, folder)
+        if not processes.rank:
+            _finish(session, folder, several)
+        processes.wait()
     return target
 
 
@@ -130,8 +131,9 @@ def energy(
         'nats/token'
     """
     wanted = checked(config, options, "isingcut.energy")
-    session, folder = open_session(wanted, progress, Processes.join(), need_removal=False)
-    measure_energy(session, folder)
+    processes = Processes.join()
+    with open_session(wanted, progress, processes, need_removal=False) as (session, folder):
+        measure_energy(session, folder)
     return folder.path
 
 
@@ -149,12 +151,18 @@ def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -
     return concrete(config)
 
 
+@contextlib.contextmanager
 def open_session(
     config: RunConfig, progress: Progress, processes: Processes, *, need_removal: bool
-) -> tuple[Session, RunFolder]:
-    """Check everything that can be wrong before the first file is written."""
+) -> Iterator[tuple[Session, RunFolder]]:
+    """Check everything that can be wrong before the first file is written, as the only writer.
+
+    Raises:
+        BusyError: another process writes to the run folder.
+    """
     if processes.rank:
-        return _follow(config, progress, processes)
+        yield _follow(config, progress, processes)
+        return
     out = Path(config.out)
     energy_part(config, config.energy)
     for name in names(config.also):
@@ -164,14 +172,29 @@ def open_session(
     tasks = check_asked(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
+    if not (out / MANIFEST).is_file():
+        # Before a file of ours is open, which may get the number of a pipe that is gone.
+        corpora.check(config.calibration)
+    with locked(out, inside=True):
+        yield _lead(config, progress, processes, tasks, need_removal=need_removal)
+
+
+def _lead(
+    config: RunConfig,
+    progress: Progress,
+    processes: Processes,
+    tasks: Sequence[str],
+    *,
+    need_removal: bool,
+) -> tuple[Session, RunFolder]:
+    """The checks that read the run folder, the model and the text; then both are ready."""
+    out = Path(config.out)
     before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
     if before is not None:
         before.model_places(config.model)
     if need_removal:
         for one in each_removal(config):
             check_report(out if before is None else before.target(one.removal))
-    if before is None:
-        corpora.check(config.calibration)
     session = Session(config, progress, before.dtype if before else None)
     refuse_source(out, [session.source])
     check_whole(session, tasks, data_of(config), config.questions)
@@ -183,12 +206,11 @@ def open_session(
             removal_rows(blocks, one)
     if need_removal:
         healing_options.check(session)
-    calibration = None if out.exists() else build_calibration(session)
+    calibration = build_calibration(session) if before is None else None
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
     if config.dtype == "auto" and folder.dtype is None:
         folder.manifest["provenance"]["dtype"] = session.dtype
         folder.save()
-    _clear(folder, config)
     folder.processes = processes
     session.serve(folder)
     processes.decide(lambda: folder.manifest)
@@ -272,14 +294,6 @@ def session_of(
             f"{folder.path} was made with another version of {made_with['name']!r} than is at "
             f"{place}; name the one it was made with with --model, or start a new run folder"
         )
-    if not processes.rank:
-        _clear(folder, config)
-    take_up(session, processes)
     session.serve(folder)
+    take_up(session, processes)
     return session
-
-
-def _clear(folder: RunFolder, config: RunConfig) -> None:
-    named = folder.path.glob("remove-*-blocks-*")
-    for place in (folder.path, folder.target(config.removal), *named):
-        clear_stale(place)

@@ -55,6 +55,8 @@ def removal_rows(
         )
     kinds = [b["kind"] for b in blocks["blocks"]]
     n = len(kinds)
+    if n == 1:
+        raise InputError("this model has one block, which stays: none can be removed")
     if config.remove or not config.budget:
         counts = count_rows(kinds, config.remove)
     else:

@@ -24,7 +24,7 @@ from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.memory import allowance, weight_bytes
 from isingcut.models.processes import ALONE
 from isingcut.models.replay import Replay
-from isingcut.models.sources import model_identity, resolve
+from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.models.streaming.opening import load_streamed
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
@@ -110,7 +110,17 @@ class Session:
     @cached_property
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
-        return resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        found = resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        self._stamp = weights_stamp(found)
+        return found
+
+    def check_model(self) -> None:
+        """Refuse a model whose weights were changed since this session opened it.
+
+        Raises:
+            ModelError: they were.
+        """
+        check_unchanged(self.source, self._stamp)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -143,8 +153,9 @@ class Session:
         )
 
     def serve(self, folder: RunFolder) -> None:
-        """Give memory back where a stage of a run folder runs out of it."""
+        """Give memory back where a stage of a run folder runs out of it; look at the weights."""
         folder.make_room, folder.memory_record = self._stream_from_now, self._memory_record
+        folder.check_model = self.check_model
 
     def _stream_from_now(self) -> bool:
         """Read the blocks from disk from here on; False where that changes nothing."""

@@ -110,5 +110,6 @@ def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | No
 def report(folder: RunFolder, remove: str) -> Path:
     """Stage `report`: `report.html`, `.md` and `.json`, from the folder's files alone."""
     target = folder.target(remove)
-    write_report(folder.path, target)
+    with folder.writing():
+        write_report(folder.path, target)
     return target / "report.md"

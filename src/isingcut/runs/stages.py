@@ -92,13 +92,13 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         write_json(path, "candidates", content)
 
     file = target / "candidates.json"
-    found = folder.stage("rank", file, options, make, load_candidates, together=True)
-    # Not before the stage is recorded as done: a kill in between would cost all of it.
-    if not folder.processes.rank:
+
+    def drop() -> None:
         forget(journal)
         forget(candidates.random_journal(journal))
         forget_scores(scores, named(config.tasks))
-    return found
+
+    return folder.stage("rank", file, options, make, load_candidates, together=True, forget=drop)
 
 
 def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:

@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Card", "MixedDevicesError", "fake_cards", "trainable_cards"]
+__all__ = ["Card", "MixedDevicesError", "fake_cards"]
 
 _TYPE = "lazy"
 _aten = torch.ops.aten
@@ -133,6 +133,15 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
     _CARDS.append(cards)
     try:
         with (
+            # The mode below is that of this thread.
+            mock.patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
+            # For transformers' Trainer, the first card is a GPU with bfloat16 and a fused AdamW.
+            mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": f"{_TYPE}:0"}),
+            mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True),
+            mock.patch(
+                "torch.optim.optimizer._get_fused_kernels_supported_devices",
+                return_value=[_TYPE, "cpu"],
+            ),
             _patch("torch.autocast", cast.context),
             _patch("torch.amp.autocast", cast.context),
             _patch("torch.amp.is_autocast_available", lambda device_type: True),
@@ -148,19 +157,6 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
         torch._C._set_only_lift_cpu_tensors(False)
     if mode.mixed:
         raise mode.mixed[0]
-
-
-@contextlib.contextmanager
-def trainable_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]]:
-    """`fake_cards` that transformers' Trainer takes for GPUs with bfloat16 and a fused AdamW."""
-    answers = {
-        "transformers.training_args.is_torch_bf16_gpu_available": True,
-        "torch.optim.optimizer._get_fused_kernels_supported_devices": [_TYPE, "cpu"],
-    }
-    with fake_cards(count, budget) as cards, contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch(name, return_value=answer))
-        yield cards
 
 
 def _patch(name: str, ours: Callable[..., Any]) -> Any:
@@ -422,7 +418,11 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if card:
             kwargs = {**kwargs, "device": torch.device("cpu"), **_unpinned(kwargs)}
     plain_args, plain_kwargs = tree.tree_map_only(_Tensor, lambda x: x.values, (args, kwargs))
-    out = func(*plain_args, **plain_kwargs)
+    if card and func.overloadpacket is _aten.histc and not plain_args[0].is_floating_point():
+        # CUDA counts integers, the CPU's kernel does not.
+        out = func(plain_args[0].double(), *plain_args[1:], **plain_kwargs).to(plain_args[0].dtype)
+    else:
+        out = func(*plain_args, **plain_kwargs)
     if card is None:
         return out
     written = _written(func, args, kwargs)

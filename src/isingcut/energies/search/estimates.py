@@ -16,6 +16,8 @@ from isingcut.ising.states import Floats
 
 PRIOR_SPREAD = 0.06
 """Relative change between rungs before enough states were measured on both."""
+LEAST = 1e-12
+"""Nats per token. Below is rounding: a block that does nothing costs nothing."""
 
 
 class Estimates:
@@ -40,6 +42,7 @@ class Estimates:
         self.states = np.array([k.state for k in known], dtype=bool)
         self.rung = np.array([sum(r <= v for r in rungs) - 1 for v in n], dtype=int)
         means = np.stack([sums[:, r - 1] / cumulative[r - 1] for r in rungs], axis=1)
+        means = np.maximum(means, LEAST)
         log_shift, variance = np.zeros(len(rungs)), np.zeros(len(rungs))
         for level in range(len(rungs) - 2, -1, -1):
             both = self.rung > level

@@ -65,6 +65,8 @@ class Surrogate:
         # A quadratic form cannot follow losses over two decades; where they are high, it need
         # not. The error allowed grows with the height over the best state.
         self._sd = np.sqrt(noise**2 + (FLOOR * (losses - best)) ** 2 + (0.01 * best) ** 2)
+        # Where several states cost nothing, the covariance has to stay positive definite.
+        self._sd = np.maximum(self._sd, 1e-6 * losses.max())
         self._a, self._b = _line(self._energy, losses, 1 / self._sd**2)
         self._y = losses - self._a - self._b * self._energy
         order = np.argsort(losses - best, kind="stable")[: max(8, len(losses) // 4)]

@@ -41,6 +41,7 @@ class CalibrationText(Strict):
     source: str
     sha256: str
     splits: dict[str, SplitSize]
+    overlap: dict[str, Positive] = Field(default_factory=dict)
 
 
 class Asked(Strict):

@@ -167,6 +167,7 @@ class HealingFile(Strict):
     removed: Blocks
     of: Some
     report_tokens: Count
+    overlap: dict[str, Positive] = Field(default_factory=dict)
     options: HealOptions
 
 

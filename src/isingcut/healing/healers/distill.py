@@ -24,7 +24,7 @@ from isingcut.files.writing import atomic_folder
 from isingcut.healing.checks import stored_dtype
 from isingcut.healing.job import Job
 from isingcut.healing.training.student import trained_weights
-from isingcut.healing.work_folder import kept
+from isingcut.healing.work_folder import is_kept, kept
 from isingcut.models.cutting.generation import check_generation
 from isingcut.models.cutting.verify import random_tokens, reload
 from isingcut.models.fp8 import DTYPES
@@ -48,15 +48,16 @@ class Distill:
 
         trained, record = job.work / "trained", job.work / "trained.json"
         job, bought = planned(job)
-        found = {} if record.exists() else {**train(job, trained), **bought}
+        done = is_kept(record, job.identity)
+        found = {} if done else {**train(job, trained), **bought}
         if job.leads:
-            stopped = kept(record, lambda: found).get("stopped")
+            stopped = kept(record, lambda: found, job.identity).get("stopped")
             if stopped and stopped["kept"] == 0:
                 shutil.copytree(job.start, out)
             else:
                 _publish(job, trained, out)
         job.processes.wait()
-        return kept(record, lambda: found)
+        return kept(record, lambda: found, job.identity)
 
 
 def _publish(job: Job, trained: Path, out: Path) -> None:

@@ -25,15 +25,15 @@ from isingcut.healing.training.room import Way, way_of
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, narrow, trainable
 from isingcut.healing.training.targets import Kept, keep_targets, parked
-from isingcut.healing.training.watch import CURVE, OurTrainer, Watch
-from isingcut.healing.work_folder import complete_states, kept
+from isingcut.healing.training.watch import OurTrainer, Watch
+from isingcut.healing.work_folder import CURVE, complete_states, kept
 from isingcut.models.compute.attention import NAME, attending, pays_in_training
 from isingcut.models.cutting.sharing import share
 from isingcut.models.device import BatchLimit
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.text_alone import text_model
-from isingcut.models.transformers_private import checkpointing, place_training
+from isingcut.models.transformers_private import checkpointing
 
 # Trained tokens that a check is worth its time after.
 _EACH_CHECK = 100_000
@@ -196,15 +196,15 @@ def _run(
 
 
 def _last_state(job: Job) -> Path | None:
-    """The last complete state of a training; unfinished ones are deleted."""
+    """The last complete state of this training; all others are deleted."""
     folder = job.work / "trainer"
     if job.leads:
-        complete = complete_states(folder)
+        complete = complete_states(folder, job.identity)
         for path in folder.glob("checkpoint-*"):
             if path not in complete:
                 shutil.rmtree(path)
     job.processes.wait()
-    return next(reversed(complete_states(folder)), None)
+    return next(reversed(complete_states(folder, job.identity)), None)
 
 
 def _way(job: Job, student: Any, rows: Rows, *, placed: bool) -> Way:
@@ -252,8 +252,6 @@ def _arguments(job: Job, way: Way, order: Steps | TimedSteps, *, saved: bool) ->
     settings |= trainer_settings(config)
     try:
         arguments = TrainingArguments(**settings)
-        if size == 1:
-            place_training(arguments, device)
         if arguments.n_gpu > 1:
             # DataParallel would copy the model without its loss; a launcher uses all GPUs.
             arguments._n_gpu = 1

@@ -23,8 +23,7 @@ from isingcut.files.writing import clear_os_errors, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.judging import Verdict
 from isingcut.healing.training.batches import Rows, Steps, TimedSteps, collate
-
-CURVE = "healing-curve.json"
+from isingcut.healing.work_folder import CURVE
 
 
 def at_the_end(losses: Sequence[float], steps: int) -> float | None:
@@ -143,7 +142,7 @@ class Watch(TrainerCallback):
         self.check(rest["model"], state.global_step)
         if self.job.leads:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            kept = {"steps": self.curve, "checks": self.checks}
+            kept = {"steps": self.curve, "checks": self.checks, "training": self.job.identity}
             write_json(folder / CURVE, "healing-curve", kept)
             mark(folder)
         if self.judged() is not None:

@@ -54,11 +54,6 @@ def find_stack(model: nn.Module) -> BlockStack:
             f"of {count} blocks, as its config says"
         )
     modules = list(model.get_submodule(path).children())
-    if len(modules) < 2:
-        raise ArchitectureError(
-            f"{type(model).__name__} has a stack of {len(modules)} block at {path!r}: at least 2 "
-            "are needed to remove one"
-        )
     blocks = tuple(
         describe(module, index, f"{path}.{index}", _of_block(config, index))
         for index, module in enumerate(modules)

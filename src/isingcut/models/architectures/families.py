@@ -18,7 +18,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
 from isingcut.models.architectures.base import BlockStack
-from isingcut.models.architectures.model_types import STAY, of_type
+from isingcut.models.architectures.model_types import STAY, TWO_STAY, of_type
 
 # Their config class turns the last block into full attention, whatever it was.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
@@ -195,6 +195,8 @@ def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
                 "length from an attention cache",
             )
         )
+    if why := of_type(TWO_STAY, text.get("model_type")):
+        rows.append(LinearConstraint("keep two", np.ones(n), "<=", n - 2.0, why))
     if text.get("model_type") in _LAST_IS_FULL:
         rows.extend(_full_attention_last(list(text["layer_types"])))
     if _has_periods(text):

@@ -51,6 +51,9 @@ STAY = {
     "rwkv": (0, "the first block of RWKV normalises the embeddings for all others"),
 }
 
+# Model types of which no block can stay alone, with the reason.
+TWO_STAY = {"rwkv": "transformers divides by one less than the number of blocks of RWKV"}
+
 
 def of_type(table: Mapping[str, Entry], model_type: Any) -> Entry | None:
     """The entry of a model type; where a model is multimodal, also that of its decoder's type."""

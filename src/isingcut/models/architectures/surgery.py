@@ -12,7 +12,7 @@ from isingcut.models.architectures import families, fields, outside
 from isingcut.models.architectures.base import BlockStack
 from isingcut.models.architectures.field_checks import check_fields, refuse_unknown
 from isingcut.models.architectures.field_cuts import cut_fields, speaking_parts
-from isingcut.models.architectures.model_types import UNCUTTABLE, counted_by, of_type
+from isingcut.models.architectures.model_types import TWO_STAY, UNCUTTABLE, counted_by, of_type
 from isingcut.models.architectures.names import rename_pattern, renumbering
 from isingcut.models.architectures.text_part import config_object, count_of, text_part
 
@@ -38,6 +38,8 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     must_stay = families.kept_blocks(text, count) | outside.kept_blocks(result, count)
     for old in sorted(set(must_stay) - set(mapping)):
         raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
+    if len(mapping) == 1 and (reason := of_type(TWO_STAY, text.get("model_type"))):
+        raise ArchitectureError(f"block {next(iter(mapping))} cannot stay alone: {reason}")
     for block, source, reason in families.sources(text, count):
         if block in mapping and source not in mapping:
             raise ArchitectureError(

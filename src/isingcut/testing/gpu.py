@@ -1,0 +1,305 @@
+"""A quarter of an hour for whoever has a GPU first: everything that has to work there, in order.
+
+    python -m isingcut.testing gpu                      the checks, on cuda
+    python -m isingcut.testing gpu --only agree,run     some of them
+
+Tiny random models, in float32 where numbers are compared. Prints a table and
+`gpu_checks_failed: N`, and writes a file that can be attached to an issue. The exit code is 1 where
+a check failed, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import isingcut
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import IsingcutError
+from isingcut.files.provenance import versions
+from isingcut.healing.heal import heal as healing
+from isingcut.measure.curvature import gate_curvature
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.device import device_module, pick_device, synchronise
+from isingcut.models.load import load
+from isingcut.models.replay import Replay
+from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.testing.tiny import tiny_checkpoint, tiny_model
+
+CLOSE = 1e-4
+"""Largest relative difference between a CPU and a GPU in float32."""
+
+
+class Skipped(Exception):
+    """A check that this machine cannot do."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the checks have.
+
+    Attributes:
+        device: the GPU.
+        folder: for files.
+        model: a tiny checkpoint of 8 blocks.
+        text: a text to measure on.
+    """
+
+    device: torch.device
+    folder: Path
+    model: Path
+    text: Path
+
+    @classmethod
+    def make(cls, device: torch.device, folder: Path) -> Place:
+        """Write the model and the text into a folder."""
+        model = tiny_checkpoint("llama", folder / "model", num_hidden_layers=8)
+        letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (9000, 6))
+        text = folder / "text.txt"
+        text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
+        return cls(device, folder, model, text)
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Of a short run."""
+        return {
+            "model": str(self.model),
+            "calibration": str(self.text),
+            "device": str(self.device),
+            "samples": 8,
+            "length": 32,
+            "rank_samples": 4,
+            "report_samples": 4,
+            "random_states": 30,
+            "states": 5,
+            "patch_tokens": 512,
+            **more,
+        }
+
+
+def replay_on(device: torch.device, family: str = "llama") -> Replay:
+    """A tiny model's blocks."""
+    model: Any = tiny_model(family, num_hidden_layers=8)
+    model.requires_grad_(False).to(device)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def tokens() -> TokenSet:
+    """Samples of unequal lengths."""
+    rng = np.random.default_rng(0)
+    return TokenSet.from_rows([rng.integers(8, 200, n).tolist() for n in (31, 24, 31, 17)])
+
+
+def states() -> Any:
+    """(6, 8) states."""
+    return np.random.default_rng(1).random((6, 8)) < 0.3
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest number."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def close(found: Any, expected: Any, most: float = CLOSE) -> str:
+    """In words how near numbers are.
+
+    Raises:
+        AssertionError: not near enough.
+    """
+    off = difference(found, expected)
+    assert off <= most, f"differs by {off:.1e} of its size, at most {most:.0e} is expected"
+    return f"differs by {off:.1e}"
+
+
+def agree(place: Place) -> str:
+    """Losses and gradients of the GPU are the CPU's."""
+    cpu, gpu = replay_on(torch.device("cpu")), replay_on(place.device)
+    losses = close(measure(gpu, tokens(), states()).kl, measure(cpu, tokens(), states()).kl)
+    rows = close(gate_gradients(gpu, tokens()), gate_gradients(cpu, tokens()))
+    return f"losses: {losses}; gradients: {rows}"
+
+
+def run(place: Place) -> str:
+    """A default run, from text to report, chooses what the CPU chooses."""
+    chosen = []
+    for device in (str(place.device), "cpu"):
+        out = place.folder / f"run-{device.replace(':', '-')}"
+        isingcut.run(out=str(out), remove=2, **place.options(dtype="float32", device=device))
+        found = json.loads((out / "candidates.json").read_text(encoding="utf-8"))["chosen"]
+        chosen.append((found["removed"], found["kl"]))
+    assert chosen[0][0] == chosen[1][0], f"GPU {chosen[0]}, CPU {chosen[1]}"
+    return f"blocks {chosen[0][0]}; KL: {close(chosen[0][1], chosen[1][1])}"
+
+
+def half(place: Place) -> str:
+    """The same in the dtype that the GPU computes in by itself."""
+    out = place.folder / "run-auto"
+    isingcut.run(out=str(out), remove=2, **place.options())
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    speed = found["before"].get("decode_tokens_per_second")
+    return f"{found['dtype']}, KL {found['kl']:.4f}, decodes {speed:.0f} tokens/s"
+
+
+def streamed(place: Place) -> str:
+    """A streamed model gives the bits of the one in memory."""
+    model = load(place.model, dtype="float32", device=str(place.device)).model
+    resident = Replay(model, stack_modules(model, find_stack(model)))
+    opened = open_model(place.model, dtype=torch.float32, device=place.device)
+    other = StreamedReplay(*opened)
+    losses = [measure(replay, tokens(), states()).kl_sums for replay in (resident, other)]
+    gradients = [gate_gradients(replay, tokens()) for replay in (resident, other)]
+    for name, (one, two) in (("losses", losses), ("gradients", gradients)):
+        assert np.array_equal(one, two), f"{name} differ by {difference(two, one):.1e}"
+    return "equal bits"
+
+
+def twice(place: Place) -> str:
+    """Gradients are the same when they are computed again."""
+    replay = replay_on(place.device)
+    first, second = (gate_gradients(replay, tokens()) for _ in range(2))
+    return "equal bits" if np.array_equal(first, second) else close(second, first)
+
+
+def processes(place: Place) -> str:
+    """Two processes, a GPU each, write the files of one."""
+    count = device_module(place.device).device_count()
+    if place.device.type != "cuda" or count < 2:
+        raise Skipped(f"needs two GPUs, there is {count}")
+    given = place.options(dtype="float32", device="cuda", batch_tokens=64, attention="sdpa")
+    files = []
+    for size in (1, 2):
+        out = place.folder / f"ranks-{size}"
+        words = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k != "model"]
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"),
+            *("-m", "isingcut", "energy", str(place.model), f"--out={out}", "--energy=pairwise"),
+            *words,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr[-500:]
+        files.append((out / "hamiltonian.safetensors").read_bytes())
+    assert files[0] == files[1], "the files differ"
+    return "equal files"
+
+
+def heal(place: Place) -> str:
+    """Every method of healing trains and writes a checkpoint that is verified."""
+    out = place.folder / "to-heal"
+    isingcut.run(out=str(out), remove=2, **place.options(patch="none", skip_speed=True))
+    said = []
+    for method in ("lora", "last:2", "full"):
+        healed = healing(
+            student=str(out / "model"),
+            teacher=str(place.model),
+            out=str(place.folder / f"healed-{method.replace(':', '-')}"),
+            text=str(place.text),
+            method=method,
+            steps=4,
+            length=32,
+            device=str(place.device),
+        )
+        record = json.loads((healed / "healing.json").read_text(encoding="utf-8"))
+        said.append(f"{method}: KL {record['before']['kl']:.3f} to {record['after']['kl']:.3f}")
+    return "; ".join(said)
+
+
+def experts(place: Place) -> str:
+    """The second derivative of a mixture of experts is the CPU's."""
+    cpu, gpu = (
+        gate_curvature(replay_on(device, "qwen3_moe"), tokens(), "hessian").curvature_sums
+        for device in (torch.device("cpu"), place.device)
+    )
+    return close(gpu, cpu, 10 * CLOSE)
+
+
+def crowded(place: Place) -> str:
+    """A run beside a process that holds nearly all memory completes."""
+    module = device_module(place.device)
+    free = module.mem_get_info(place.device)[0]
+    held = torch.empty(max(0, int(free) - 2**29), dtype=torch.uint8, device=place.device)
+    synchronise(place.device)
+    try:
+        out = place.folder / "crowded"
+        isingcut.run(out=str(out), remove=2, **place.options(skip_speed=True))
+    finally:
+        size = held.numel()
+        del held
+        module.empty_cache()
+    return f"beside {size / 1e9:.1f} GB"
+
+
+CHECKS: dict[str, Callable[[Place], str]] = {
+    "agree": agree,
+    "run": run,
+    "half": half,
+    "streamed": streamed,
+    "twice": twice,
+    "processes": processes,
+    "heal": heal,
+    "experts": experts,
+    "crowded": crowded,
+}
+
+
+def carry_out(device: torch.device, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The checks of these names, in order: outcome, seconds and words of each."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="isingcut-gpu-") as folder:
+        place = Place.make(device, Path(folder))
+        for name in names:
+            began, trace = time.monotonic(), ""
+            try:
+                outcome, words = "passed", CHECKS[name](place)
+            except Skipped as e:
+                outcome, words = "skipped", str(e)
+            except Exception as e:
+                trace = traceback.format_exc()
+                said = str(e) if isinstance(e, IsingcutError | AssertionError) else repr(e)
+                outcome, words = "failed", " ".join(said.split())
+            seconds = time.monotonic() - began
+            print(f"{outcome:8} {seconds:6.1f} s  {name:10} {words[:150]}", flush=True)
+            row = {"check": name, "outcome": outcome, "seconds": seconds, "words": words}
+            rows.append({**row, "traceback": trace})
+    return rows
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Carry out the checks and write their file."""
+    parser = argparse.ArgumentParser(prog="python -m isingcut.testing gpu")
+    parser.add_argument("--device", default="cuda", help="cuda, or cuda:N")
+    parser.add_argument("--only", default=",".join(CHECKS), help="names of checks")
+    parser.add_argument("--out", type=Path, default=Path("isingcut-gpu.json"), help="the file")
+    options = parser.parse_args(list(arguments))
+    names = options.only.split(",")
+    if unknown := [name for name in names if name not in CHECKS]:
+        print(f"no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
+        return 2
+    try:
+        device = pick_device(options.device)
+    except IsingcutError as e:
+        print(f"there is no GPU to check: {e}")
+        return 2
+    module = device_module(device)
+    card = module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
+    print(f"{card}, torch {torch.__version__}")
+    rows = carry_out(device, names)
+    failed = sum(row["outcome"] == "failed" for row in rows)
+    content = {"card": card, "versions": versions(), "checks": rows}
+    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {options.out}: attach it to an issue")
+    print(f"gpu_checks_failed: {failed}")
+    return int(failed > 0)

@@ -1,0 +1,217 @@
+"""One process writes to a folder at a time, and a second one is refused before it touches it.
+
+Real processes in forced orders: the first waits at a place in its work until the second is done.
+"""
+
+import contextlib
+import errno
+import os
+import shlex
+import signal
+import threading
+import time
+
+import pytest
+from arena import Row
+from heal_rows import heal
+
+from isingcut.errors import BusyError
+from isingcut.files.locks import locked
+from isingcut.files.writing import LOCK, lock_beside
+from ranks import join, launch, say_into, start, type_in
+from shared import leave_speed_out
+
+PUT = "isingcut.files.journal.Journal.put"
+VERIFY = "isingcut.runs.cutting.verify"
+STEP = "isingcut.healing.training.watch.Watch.on_step_end"
+MEASURE = (
+    "{model} --calibration {text} --samples 3 --length 16 --rank-samples 3 --report-samples 3 "
+    "--dtype float32 --energy pairwise --out {here}/new --remove"
+)
+RUN = f"run --random-states 30 --patch none {MEASURE}"
+EXCISE = "excise {run} --patch none --blocks"
+
+
+def _works(words, where, here, said):
+    """Type a command that waits where it first comes to ``where``, and says that it is there."""
+    say_into(said)
+    patch = pytest.MonkeyPatch()
+    leave_speed_out(patch.setattr)
+    module, name = where.rsplit(".", 1)
+    owner, here_it_was = _owner(module), []
+
+    def waiting(*arguments, **options):
+        if not here_it_was:
+            here_it_was.append(True)
+            (here / "met").touch()
+            (here / "go").open().close()
+        return went(*arguments, **options)
+
+    went = getattr(owner, name)
+    patch.setattr(owner, name, waiting)
+    type_in(*words)
+
+
+def _owner(path):
+    """The module or class of that name."""
+    import pkgutil
+
+    return pkgutil.resolve_name(path)
+
+
+@contextlib.contextmanager
+def working(arena, tmp_path, command, where, size=1):
+    """While the processes of a command wait in the middle of their work; then they end well."""
+    meeting, said = tmp_path / "meeting", tmp_path / "said"
+    meeting.mkdir()
+    os.mkfifo(meeting / "go")
+    arguments = (typed(arena, command), where, meeting, said)
+    if size > 1:
+        # The store lives as long as they do.
+        ranks, _store = launch(size, _works, *arguments)
+    else:
+        ranks = [start(_works, *arguments)]
+    try:
+        late = time.monotonic() + 120
+        while not (meeting / "met").exists():
+            assert all(rank.is_alive() for rank in ranks), said.read_text()
+            assert time.monotonic() < late, said.read_text()
+            time.sleep(0.01)
+        yield ranks
+    finally:
+        # Opened for both, it waits for nobody.
+        go = os.open(meeting / "go", os.O_RDWR)
+        codes = join(ranks)
+        os.close(go)
+    assert codes in ([0] * size, [-signal.SIGKILL]), said.read_text()
+
+
+def typed(arena, command):
+    places = {n: str(getattr(arena, n)) for n in ("model", "run", "text", "here")}
+    return [word.format(**places) for word in shlex.split(command)]
+
+
+def left_behind(arena):
+    found = [*arena.here.rglob("*.lock"), *arena.here.rglob(".*.isingcut-*")]
+    return [str(path.relative_to(arena.here)) for path in found]
+
+
+def busy(place):
+    return Row(
+        "busy", "", rf"another isingcut \(pid \d+, host .+\) works in .*/{place} since \d\d\d\d-"
+    ).line
+
+
+ORDERS = {
+    "two runs of different sizes": (f"{RUN} 2", PUT, f"{RUN} 3", "new", 0),
+    "the same energy twice": (f"energy {MEASURE} 2", PUT, f"energy {MEASURE} 2", "new", 0),
+    "two excises": (f"{EXCISE} 0,1", VERIFY, f"{EXCISE} 1,2", "run", 0),
+    "a run beside an excise": (
+        f"{EXCISE} 0,1",
+        VERIFY,
+        f"{RUN.replace('{here}/new', '{run}')} 3",
+        "run",
+        2,
+    ),
+    "two heals of different rates": (
+        heal("--learning-rate 1e-3"),
+        STEP,
+        heal("--learning-rate 1e-4"),
+        "healed",
+        2,
+    ),
+    "the same heal twice": (heal(), STEP, heal(), "healed", 2),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_second_writer_is_refused_and_touches_nothing(arena, tmp_path, name):
+    first, where, second, place, afterwards = ORDERS[name]
+    with working(arena, tmp_path, first, where) as (holder,):
+        arena.try_row(Row(name, second, busy(place).replace(r"pid \d+", f"pid {holder.pid}")))
+        arena.try_row(Row("a reader", "export {run} --mergekit -", code=0))
+    assert not left_behind(arena)
+    # Nothing is refused for good: what is there already stays, what is not is made.
+    made = ("new*", "run*", "healed*", ".healed*")
+    arena.try_row(Row(name, second, "", code=afterwards, makes=made))
+    assert not left_behind(arena)
+
+
+def test_a_killed_writer_leaves_no_lock(arena, tmp_path):
+    with working(arena, tmp_path, f"energy {MEASURE} 2", PUT) as (holder,):
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.join(60)
+    assert (arena.here / "new" / LOCK).exists()
+    arena.try_row(Row("again", f"energy {MEASURE} 2", code=0, makes=("new*",)))
+    assert not left_behind(arena)
+
+
+def test_the_processes_of_a_run_share_the_lock_of_the_first(arena, tmp_path):
+    with working(arena, tmp_path, f"energy {MEASURE} 2", PUT, size=2) as (leader, _other):
+        line = busy("new").replace(r"pid \d+", f"pid {leader.pid}")
+        arena.try_row(Row("a second run", f"energy {MEASURE} 3", line))
+    assert not left_behind(arena)
+
+
+def test_a_second_run_of_several_processes_is_refused_as_one(arena, tmp_path):
+    for command, place in ((f"energy {MEASURE} 2", "new"), (heal(), "healed")):
+        said = tmp_path / "said"
+        with locked(arena.here / place, inside=place == "new"):
+            ranks, _store = launch(2, _types, said, typed(arena, command))
+            assert join(ranks) == [2, 2], said.read_text()
+        lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+        assert len(lines) == 1
+        assert f"isingcut: another isingcut (pid {os.getpid()}," in lines[0]
+        said.unlink()
+    assert not left_behind(arena)
+
+
+def _types(said, words):
+    say_into(said)
+    type_in(*words)
+
+
+def test_an_output_is_locked_beside_it(arena):
+    import isingcut
+
+    out = arena.here / "saved"
+    errors = []
+
+    def save():
+        try:
+            isingcut.open_run(arena.run).save(out, blocks=[0, 1])
+        except BusyError as e:
+            errors.append(str(e))
+
+    with locked(out):
+        assert lock_beside(out).exists()
+        other = threading.Thread(target=save)
+        other.start()
+        other.join()
+    assert len(errors) == 1
+    assert "works in" in errors[0]
+    assert not out.exists()
+    save()
+    assert (out / "config.json").exists()
+    assert not left_behind(arena)
+
+
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOLCK, 1), (errno.EROFS, 0)])
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys, code, said):
+    def refused(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    # Where no file can be written no lock is needed.
+    monkeypatch.setattr("isingcut.files.locks.FileLock.acquire", refused)
+    (tmp_path / ".run.json.isingcut-1.part").touch()
+    for _ in range(2):
+        with locked(tmp_path, inside=True) as first, locked(tmp_path, inside=True) as again:
+            assert (first, again) == (True, False)
+    assert capsys.readouterr().err.count("has no locks; let no second isingcut write") == said
+    assert [p.name for p in tmp_path.iterdir()] == [".run.json.isingcut-1.part"], "it may live"
+
+
+def test_a_refused_start_leaves_no_folder(arena):
+    row = Row("no model", "energy {here}/nothing --out {here}/a/b/run", "there is no model at")
+    arena.try_row(row)
+    assert not (arena.here / "a").exists()

@@ -1,0 +1,264 @@
+"""The ledger of fake cards, and work that goes on where their memory ends."""
+
+from __future__ import annotations
+
+import gc
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import isingcut
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import MemoryExhaustedError
+from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.losses import measure
+from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.sharing import open_cut, share
+from isingcut.models.device import BatchLimit, device_module, pick_device
+from isingcut.models.load import load
+from isingcut.models.memory import allowance
+from isingcut.models.replay import Replay
+from isingcut.runs import pipeline
+from isingcut.testing.cards import MixedDevicesError, fake_cards
+from isingcut.testing.tiny import tiny_model
+
+KILO = torch.zeros(250)
+
+
+def replay_on(device, seed=0):
+    model = tiny_model("llama", seed=seed).requires_grad_(False).to(device)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def samples(count=4, length=12):
+    rng = np.random.default_rng(0)
+    return TokenSet.from_rows(rng.integers(8, 200, (count, length)).tolist())
+
+
+def test_the_ledger_counts_storages_once_and_gives_them_back():
+    with fake_cards() as (card,):
+        a = KILO.to(card.device)
+        view = a[:100].view(10, 10).T
+        assert card.live == 1000
+        b = a + 1
+        assert (card.live, card.peak) == (2000, 2000)
+        del a
+        assert card.live == 2000  # The view keeps it.
+        del view
+        assert card.live == 1000
+        b.add_(1)
+        assert (card.live, card.peak) == (1000, 2000)
+        card.reset_peak()
+        assert card.peak == 1000
+
+
+def test_a_graph_keeps_what_it_saved_and_frees_it():
+    with fake_cards() as (card,):
+        x = KILO.to(card.device).requires_grad_(True)
+        y = (x.exp() * x).sum()
+        held = card.live
+        assert held > 2000
+        y.backward()
+        del y
+        assert card.live < held
+
+
+def test_beyond_the_budget_memory_is_exhausted_in_torchs_words():
+    with fake_cards(budget=2500) as (card,):
+        kept = [KILO.to(card.device), KILO.to(card.device)]
+        with pytest.raises(torch.OutOfMemoryError, match=r"allocate 1000 bytes.*of 2500 bytes"):
+            KILO.to(card.device)
+        assert card.live == 2000
+        del kept
+        assert card.live == 0
+
+
+def test_two_cards_are_two_devices():
+    def mix(one, two):
+        a = KILO.to(one.device)
+        assert (one.live, two.live) == (1000, 0)
+        b = a.to(two.device)
+        assert (one.live, two.live) == (1000, 1000)
+        a + b
+
+    with pytest.raises(MixedDevicesError), fake_cards(2) as cards:
+        mix(*cards)
+
+
+def test_a_card_answers_what_memory_is_there():
+    with fake_cards(2, budget=10_000) as cards:
+        assert device_module(cards[0].device).device_count() == 2
+        assert pick_device("lazy:1") == cards[1].device
+        kept = KILO.to(cards[1].device)
+        found = allowance("100%", cards[1].device)
+        assert (found.used, found.left) == (1000, 9000)
+        assert allowance("100%", cards[0].device).left == 10_000
+        del kept
+    with pytest.raises(isingcut.errors.InputError, match="not on this machine"):
+        pick_device("lazy:1")
+
+
+# One set of weights ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
+    source = shared.checkpoint(tie_word_embeddings=tied)
+    cut = tmp_path / "cut"
+    excise(source, [1, 4], cut)
+    with fake_cards() as (card,):
+        original = load(source, dtype="float32", device=str(card.device))
+        before = card.live
+        loaded, streamed = open_cut(original, [1, 4], cut)
+        gc.collect()
+        assert streamed is None
+        # Buffers that no checkpoint has are equal, too.
+        assert card.live == before
+        tokens = samples(1).input_ids.to(card.device)
+        logits = loaded.model(input_ids=tokens).logits.cpu()
+    alone = load(cut, dtype="float32", device="cpu").model
+    torch.testing.assert_close(logits, alone(input_ids=tokens.cpu()).logits, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in loaded.model.parameters()) == sum(
+        p.numel() for p in alone.parameters()
+    )
+
+
+def test_what_differs_in_one_bit_is_the_cuts_own(shared, tmp_path):
+    original, cut = (tiny_model("llama").requires_grad_(False) for _ in range(2))
+    weight = cut.model.layers[2].mlp.down_proj.weight
+    weight.view(torch.int32)[3, 5] ^= 1
+    assert share(cut, original, [])
+    theirs = dict(original.named_parameters())
+    own = [n for n, p in cut.named_parameters() if p.data_ptr() != theirs[n].data_ptr()]
+    assert own == ["model.layers.2.mlp.down_proj.weight"]
+
+
+def test_a_trained_tensor_is_never_shared():
+    original, cut = tiny_model("llama").requires_grad_(False), tiny_model("llama")
+    assert share(cut, original, [])
+    theirs = {p.data_ptr() for p in original.parameters()}
+    assert all(p.data_ptr() not in theirs for p in cut.parameters())
+
+
+def test_a_cut_that_is_all_its_own_is_streamed_where_it_does_not_fit(shared, tmp_path):
+    source, other = shared.checkpoint(), shared.checkpoint(seed=1)
+    with fake_cards() as (card,):
+        original = load(source, dtype="float32", device=str(card.device))
+        card.budget = int(1.6 * card.live)
+        loaded, streamed = open_cut(original, [], other)
+        assert streamed is not None
+        assert loaded.model is streamed.model
+
+
+# Out of memory is an event --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 8])
+def test_work_is_split_until_it_fits_and_joined_in_order(most):
+    limit, calls = BatchLimit(torch.device("cpu")), []
+
+    def compute(batches):
+        calls.append(sum(b.samples for b in batches))
+        if calls[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [b.input_ids.sum(1).numpy() for b in batches]
+
+    tokens = samples(8)
+    whole = tokens.input_ids.sum(1).numpy()
+    batches = [tokens.select(range(5)), tokens.select(range(5, 8))]
+    found = split_to_fit(limit, batches, compute, lambda a, b: np.concatenate([a, b]))
+    assert [len(rows) for rows in found] == [5, 3]
+    assert np.array_equal(np.concatenate(found), whole)
+    failed = sum(n > most for n in calls)
+    calls.clear()
+    split_to_fit(limit, batches, compute, lambda a, b: np.concatenate([a, b]))
+    # What fitted is remembered.
+    assert sum(n > most for n in calls) < max(1, failed)
+
+
+def test_a_single_sample_that_does_not_fit_is_an_error_of_memory():
+    def compute(batches):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        split_to_fit(BatchLimit(torch.device("cpu")), [samples()], compute, lambda a, b: a)
+    with pytest.raises(torch.OutOfMemoryError):
+        fewer_tokens_to_fit(BatchLimit(torch.device("cpu")), 48, 12, compute)
+
+
+def test_another_error_is_not_tried_again():
+    calls = []
+
+    def compute(batches):
+        calls.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        split_to_fit(BatchLimit(torch.device("cpu")), [samples()], compute, lambda a, b: a)
+    assert calls == [1]
+
+
+STATES = np.random.default_rng(1).random((5, 6)) < 0.4
+
+
+@pytest.mark.parametrize("job", ["losses", "gradients"])
+def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
+    def numbers(replay):
+        if job == "losses":
+            return measure(replay, samples(8), STATES, batch_tokens=96).kl_sums
+        return gate_gradients(replay, samples(8), batch_tokens=96)
+
+    with fake_cards() as (card,):
+        replay = replay_on(card.device)
+        weights = card.live
+        expected = numbers(replay)
+        card.budget = weights + int(0.6 * (card.peak - weights))
+        found = numbers(replay)
+    # Gradients first compute activations again.
+    assert job == "gradients" or replay.limit.tokens < 96
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+
+
+OPTIONS = {
+    "remove": 2,
+    "energy": "fisher",
+    "states": 3,
+    "random_states": 0,
+    "samples": 3,
+    "length": 16,
+    "rank_samples": 3,
+    "report_samples": 3,
+    "dtype": "float32",
+    "patch": "none",
+    "skip_speed": True,
+}
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
+    model, out = shared.checkpoint(), tmp_path / "run"
+    evaluate, failed = pipeline.evaluate.__globals__["before_and_after"], []
+
+    def exhausted(*args, **kwargs):
+        failed.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", exhausted)
+    options = {**OPTIONS, "model": str(model), "calibration": str(text)}
+    isingcut.run(out=str(out), **options)
+    assert failed == [1]
+    streamed = json.loads((out / "evaluation.json").read_text())
+    stages = json.loads((out / "run.json").read_text())["stages"]
+    assert [name for name, record in stages.items() if record.get("streamed")] == [
+        "evaluation.json"
+    ]
+    monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", evaluate)
+    isingcut.run(out=str(tmp_path / "whole"), **options)
+    whole = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
+    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", exhausted)
+    with pytest.raises(MemoryExhaustedError, match="2,147,483,648 bytes more were needed"):
+        isingcut.run(out=str(tmp_path / "off"), stream="off", **options)
