@@ -353,3 +353,26 @@ def test_numbers_leave_the_device_by_a_copy_alone(device):
     with pytest.raises(TypeError, match=r"lazy:0 device type tensor to numpy"):
         x.numpy()
     assert x.cpu().numpy().tolist() == x.tolist() == [0, 1, 2]
+
+
+def test_autocast_halves_what_enters_products_and_a_weight_once(device):
+    layer = torch.nn.Linear(2, 2).to(device)
+    x = torch.ones((1, 2), device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        first, second = layer(x), layer(x)
+        with torch.autocast(device.type, enabled=False):
+            assert layer(x).dtype == torch.float32
+        assert torch.is_autocast_enabled(device.type)
+    assert first.dtype == torch.bfloat16
+    casts = [{f for f, _ in y.grad_fn.next_functions} for y in (first, second)]
+    assert casts[0] & casts[1]
+    first.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    assert not torch.is_autocast_enabled(device.type)
+
+
+def test_a_file_holds_the_numbers_of_a_card(device, tmp_path):
+    torch.save({"x": torch.ones(2, device=device)}, tmp_path / "x.pt")
+    found = torch.load(tmp_path / "x.pt", map_location="cpu", weights_only=True)
+    assert found["x"].tolist() == [1, 1]
+    assert found["x"].device.type == "cpu"

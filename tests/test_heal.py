@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,9 +144,15 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
 ) -> None:
     ways: list[room.Way] = []
     real = room.way_of
-    monkeypatch.setattr(train, "way_of", lambda *given: (ways.append(real(*given)), ways[-1])[1])
+
+    def noted(*given: Any, **rest: Any) -> room.Way:
+        ways.append(real(*given, **rest))
+        return ways[-1]
+
+    monkeypatch.setattr(train, "way_of", noted)
     heal(options(models, tmp_path / "a", micro_batch=None))
-    monkeypatch.setattr(room, "allowance", lambda limit, device: Allowance(0, 0))
+    # Nothing to spare, but enough.
+    monkeypatch.setattr(room, "allowance", lambda limit, _: Allowance(10**9 if limit else 0, 0))
     out = heal(options(models, tmp_path / "b", micro_batch=None))
     heal(options(models, tmp_path / "c", micro_batch=None, gradient_checkpointing=False, steps=1))
     assert [(w.recompute, w.most) for w in ways] == [(False, 4 * 32), (True, 32), (False, 32)]

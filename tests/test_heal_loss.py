@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from isingcut.healing.training import kl as kl
 from isingcut.healing.training.batches import collate
 from isingcut.healing.training.rounds import Objective, install, separable
 from isingcut.healing.training.student import narrow, trainable
+from isingcut.models.architectures import find_stack
 from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_model
 
@@ -163,13 +166,27 @@ def test_hidden_states_are_matched_behind_the_cuts() -> None:
     assert float(found.detach()) == pytest.approx(0.5 * float(ratio.sum()) * 11 / 12, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "last:1"])
-def test_frozen_weights_are_narrowed_only_where_no_value_changes(method: str) -> None:
-    plain = tiny_model("llama").float()
+@pytest.mark.parametrize(
+    ("method", "family", "changes", "ends"),
+    [
+        ("lora", "llama", {}, torch.bfloat16),
+        ("last:1", "llama", {}, torch.float32),
+        ("lora", "llama", {"tie_word_embeddings": True}, torch.bfloat16),
+        # Its embedding computes with the dtype of its weight.
+        ("lora", "gemma3", {"tie_word_embeddings": True}, torch.float32),
+        ("last:1", "gpt2", {"tie_word_embeddings": True}, torch.bfloat16),
+    ],
+)
+def test_frozen_weights_are_narrowed_only_where_no_value_changes(
+    method: str, family: str, changes: dict[str, Any], ends: torch.dtype
+) -> None:
+    plain: Any = tiny_model(family, **changes)
     for parameter in plain.parameters():
         parameter.data = parameter.bfloat16().float()
     # One weight that bfloat16 cannot hold stays as it is.
-    odd = plain.model.layers[0].mlp.down_proj
+    mlp = plain.get_submodule(f"{find_stack(plain).blocks[0].path}.mlp")
+    odd, even = (mlp.c_proj, mlp.c_fc) if family == "gpt2" else (mlp.down_proj, mlp.up_proj)
+    tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
     odd.weight.data += 1e-6
     model = trainable(plain, HealConfig(method=method))
     ids = torch.arange(12)[None]
@@ -187,6 +204,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(method: str) ->
     torch.testing.assert_close(again, gradients, rtol=0, atol=0)
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.float32}
-    assert plain.get_output_embeddings().weight.dtype == torch.float32
+    assert plain.get_output_embeddings().weight.dtype == ends
+    weights = {id(m.weight) for m in (plain.get_output_embeddings(), plain.get_input_embeddings())}
+    assert len(weights) == 2 - tied
     assert odd.weight.dtype == torch.float32
-    assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert even.weight.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ from isingcut.data.mixture import places_in
 from isingcut.errors import InputError, MissingExtraError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import check_output, refuse_source
-from isingcut.healing.trainer_file import read_trainer_file
+from isingcut.healing.trainer_file import trainer_settings
 from isingcut.healing.work_folder import refuse_foreign, work_of
 from isingcut.models.checkpoint.read import PLAIN, read_checkpoint
 from isingcut.models.device import pick_device
@@ -59,7 +59,7 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
             "the Trainer takes the first GPU that it sees; type CUDA_VISIBLE_DEVICES="
             f"{index} before the command and --device cuda"
         )
-    settings = read_trainer_file(user_path(config.trainer)) if config.trainer else {}
+    settings = trainer_settings(config)
     _check_optimiser(config, settings.get("optim"))
     _check_schedule(config, settings.get("lr_scheduler_kwargs") or {})
     if student is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.quality import quality
 from isingcut.healing.job import Job
-from isingcut.models.load import load
+from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.streaming.opening import load_streamed
 
 
@@ -17,13 +17,15 @@ def scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
     """Perplexity and KL to the original of a checkpoint on the held-out text."""
     size = job.config.batch_tokens
     trust = job.config.trust_remote_code
-    options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
     if job.replay is None:
-        model = load(folder, **options).model
-        found = quality(job.teacher.model, model, report, size, progress=job.progress)
+        cut, streamed = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
+        found = quality(
+            job.teacher.model, streamed or cut.model, report, size, progress=job.progress
+        )
     else:
-        _, cut = load_streamed(folder, buffers=job.replay.store.buffers, **options)
-        found = quality(job.replay, cut, report, size, progress=job.progress)
+        options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
+        _, streamed = load_streamed(folder, buffers=job.replay.store.buffers, **options)
+        found = quality(job.replay, streamed, report, size, progress=job.progress)
     parts = {name: _healed_scores(part) for name, part in found.get("parts", {}).items()}
     return {**_healed_scores(found), **({"parts": parts} if parts else {})}
 

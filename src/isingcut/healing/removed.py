@@ -250,7 +250,9 @@ def removal_by_weights(
     Raises:
         InputError: some block of it is none of the original's, in their order, or none is missing.
     """
-    student = load(folder, **teacher.place, trust_remote_code=trust_remote_code)
+    # The device holds one model.
+    dtype = teacher.place["dtype"]
+    student = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     ours, theirs = (stack_modules(m.model, find_stack(m.model)) for m in (student, teacher))
     kept: list[int] = []
     for place, block in enumerate(ours):
@@ -273,4 +275,4 @@ def removal_by_weights(
 def _same(one: nn.Module, other: nn.Module) -> bool:
     """Whether two blocks have the same parameters, to the bit."""
     a, b = dict(one.named_parameters()), dict(other.named_parameters())
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n].cpu()) for n in a)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isingcut.errors import InputError
+from isingcut.files.inputs import user_path
+from isingcut.options.healing import HealConfig
 from isingcut.options.yaml_file import load_yaml
 
-__all__ = ["read_trainer_file"]
+__all__ = ["is_sharded", "read_trainer_file", "trainer_settings"]
 
 _Share = Field(None, ge=0, lt=1)
 _Size = Field(None, ge=0)
@@ -77,6 +80,24 @@ def read_trainer_file(path: Path) -> dict[str, Any]:
     except ValidationError as e:
         raise InputError(f"{path}: {_said(e)}") from e
     return values
+
+
+def trainer_settings(config: HealConfig) -> dict[str, Any]:
+    """What the file of `--trainer` sets; nothing where there is none.
+
+    Raises:
+        InputError: as `read_trainer_file`.
+    """
+    return read_trainer_file(user_path(config.trainer)) if config.trainer else {}
+
+
+def is_sharded(config: HealConfig) -> bool:
+    """Whether FSDP or DeepSpeed shards the training, and so places its parts on the devices."""
+    settings = trainer_settings(config)
+    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
+    return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in map(
+        str.lower, launched
+    )
 
 
 def _said(error: ValidationError) -> str:

@@ -15,20 +15,24 @@ The device is torch's "lazy" type, which has no kernels of its own and no settin
 What this cannot see: kernels and their rounding (the CPU's compute everything) and the workspace
 that they take; fragments and the rounding of an allocator; streams, events and copies that run at
 the same time; operations that a CPU has and a GPU lacks; what custom kernels (Triton, CUDA) read;
+what autocast casts beside the operands of matrix products;
 a gradient on another device than what it is the gradient of (torch exempts tensor subclasses).
 """
 
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,6 +45,12 @@ _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_imp
 # Beside elementwise operations, those whose value may be a number in a CPU tensor.
 _VALUED = {*_INDEXED, _aten.masked_fill, _aten.masked_fill_, _aten.fill, _aten.fill_}
 _RESIZING = {_aten.set_, _aten.resize_}
+# What autocast computes in half precision.
+_HALVED = {
+    *(functional.linear, functional.scaled_dot_product_attention, functional.conv1d),
+    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__),
+}
 
 
 class MixedDevicesError(RuntimeError):
@@ -111,20 +121,12 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
         MixedDevicesError: where devices mix; at the end, too, if the code caught the first one.
     """
     cards = [Card(index, budget) for index in range(count)]
-    mode, autocast, enabled = _Mode(cards), torch.autocast, torch.is_autocast_enabled
-    module_of = torch.get_device_module
-
-    def no_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        if device_type == _TYPE:
-            return contextlib.nullcontext()
-        return autocast(device_type, *args, **kwargs)
-
-    def not_enabled(*args: Any) -> bool:
-        return args[:1] != (_TYPE,) and enabled(*args)
+    mode, cast, module_of = _Mode(cards), _Autocast(), torch.get_device_module
+    module = _DeviceModule(cards)
 
     def device_module(device: Any = None) -> Any:
         named = device is not None and torch.device(device).type == _TYPE
-        return _DeviceModule(cards) if named else module_of(device)
+        return module if named else module_of(device)
 
     # `torch.tensor(..., device=...)`: the CPU makes it, then it is moved, by way of the mode.
     torch._C._set_only_lift_cpu_tensors(True)
@@ -133,9 +135,20 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
         with (
             # The mode below is that of this thread.
             mock.patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
-            mock.patch("torch.autocast", no_autocast),
-            mock.patch("torch.is_autocast_enabled", not_enabled),
+            # For transformers' Trainer, the first card is a GPU with bfloat16 and a fused AdamW.
+            mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": f"{_TYPE}:0"}),
+            mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True),
+            mock.patch(
+                "torch.optim.optimizer._get_fused_kernels_supported_devices",
+                return_value=[_TYPE, "cpu"],
+            ),
+            _patch("torch.autocast", cast.context),
+            _patch("torch.amp.autocast", cast.context),
+            _patch("torch.amp.is_autocast_available", lambda device_type: True),
+            _patch("torch.is_autocast_enabled", cast.is_enabled),
+            _patch("torch.get_autocast_dtype", cast.get_dtype),
             mock.patch("torch.get_device_module", device_module),
+            mock.patch(f"torch.{_TYPE}", module, create=True),
             mode,
         ):
             yield cards
@@ -144,6 +157,66 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
         torch._C._set_only_lift_cpu_tensors(False)
     if mode.mixed:
         raise mode.mixed[0]
+
+
+def _patch(name: str, ours: Callable[..., Any]) -> Any:
+    """A patch of a function of torch's for the cards' device type alone, its first argument."""
+    torchs = pkgutil.resolve_name(name)
+
+    def function(device_type: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if device_type == _TYPE:
+            return ours(device_type, *args, **kwargs)
+        return torchs(*(() if device_type is None else (device_type,)), *args, **kwargs)
+
+    return mock.patch(name, function)
+
+
+class _Autocast(TorchFunctionMode):
+    """What enters matrix products is cast, float32 weights once while the outermost one lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype: torch.dtype | None = None
+        self._depth = 0
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def is_enabled(self, device_type: str) -> bool:
+        return self.dtype is not None
+
+    def get_dtype(self, device_type: str) -> torch.dtype:
+        return self.dtype or torch.bfloat16
+
+    @contextlib.contextmanager
+    def context(
+        self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **rest: Any
+    ) -> Iterator[None]:
+        before, self.dtype = self.dtype, (dtype or torch.bfloat16) if enabled else None
+        self._depth += 1
+        try:
+            with self if self._depth == 1 else contextlib.nullcontext():
+                yield
+        finally:
+            self.dtype = before
+            self._depth -= 1
+            if not self._depth:
+                self._weights.clear()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self.dtype is not None and func in _HALVED:
+            args, kwargs = tree.tree_map_only(_Tensor, self._cast, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, x: Tensor) -> Tensor:
+        assert self.dtype is not None
+        if x.dtype != torch.float32:
+            return x
+        if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):
+            return x.to(self.dtype)
+        if id(x) not in self._weights:
+            self._weights[id(x)] = x, x.to(self.dtype)
+        return self._weights[id(x)][1]
 
 
 _CARDS: list[list[Card]] = []
@@ -294,6 +367,11 @@ class _Tensor(Tensor):
     def set_(self, *source: Any) -> _Tensor:
         """A view of a storage: a new tensor, as this one cannot change its shape."""
         return _Tensor(torch.empty(0, dtype=self.dtype).set_(*source), self.card)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file holds the numbers; who loads it says where they go."""
+        plain: Any = self.cpu()
+        return plain.__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{self.values!r} on {self.device}"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from isingcut.healing.checks import check_last
 from isingcut.models.architectures import find_stack, stack_modules
@@ -26,7 +28,7 @@ def _quiet_peft() -> Iterator[None]:
 
 
 def load_student(folder: Path, config: HealConfig) -> Any:
-    """A model with float32 weights, on the CPU: the Trainer places it."""
+    """A model with float32 weights, on the CPU."""
     return reload(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
 
 
@@ -58,22 +60,29 @@ def trainable(plain: Any, config: HealConfig) -> Any:
         return peft.get_peft_model(plain, settings)
 
 
-def narrow(student: Any, dtype: torch.dtype) -> None:
+def narrow(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep what is not trained as training computes with it, where that changes no value.
 
     A frozen float32 weight of a linear layer would be cast anew at every call, and the copy kept
-    for the backward pass. The head stays: embeddings may be tied to it, and they begin the stream.
+    for the backward pass. What an embedding gives is float32 still: it begins the stream.
     """
-    head = student.get_output_embeddings()
-    for layer in student.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not head:
-            weight = layer.weight
-            narrowed = weight.detach().to(dtype)
-            if not weight.requires_grad and torch.equal(narrowed.to(weight.dtype), weight):
-                weight.data = narrowed
+    linear = (nn.Linear, Conv1D)
+    layers = [m for m in model.modules() if isinstance(m, linear) or type(m) is nn.Embedding]
+    known = {id(layer) for layer in layers}
+    # Other layers may compute with the weight that is tied to theirs, as Gemma 3's embedding does.
+    others = {id(p) for m in model.modules() if id(m) not in known for p in m._parameters.values()}
+    for layer in layers:
+        weight = layer.weight
+        if weight.requires_grad or id(weight) in others:
+            continue
+        narrowed = weight.detach().to(dtype)
+        if torch.equal(narrowed.to(weight.dtype), weight):
+            weight.data = narrowed
+            if isinstance(layer, nn.Embedding):
+                layer.register_forward_hook(lambda module, args, output: output.float())
 
 
-def last_parameters(model: Any, blocks: int) -> list[torch.nn.Parameter]:
+def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:
     """The weights of the last blocks and of what comes behind them, the final norm and the head.
 
     A head that is tied to the embeddings is not among them: the first block reads it, too. What
@@ -86,7 +95,7 @@ def last_parameters(model: Any, blocks: int) -> list[torch.nn.Parameter]:
     return within + [p for p in _behind(read, stack[-1]) if id(p) not in first]
 
 
-def _behind(model: Any, block: torch.nn.Module) -> list[torch.nn.Parameter]:
+def _behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
     """The weights that what leaves a block meets: those which have a gradient from there on."""
 
     def begin(_: Any, __: Any, output: Any) -> Any:

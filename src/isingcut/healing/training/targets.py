@@ -6,7 +6,9 @@ beside the student can teach all the same. 8 k + 4 bytes a token, in three plain
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from isingcut.files.writing import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.training.kl import TopK, stacked, top_k
 from isingcut.healing.training.rounds import targets
+from isingcut.models.device import BatchLimit
 from isingcut.models.streaming.replay import StreamedReplay
 
 _DONE, _KIND = "done.json", "healing-targets"
@@ -63,6 +66,21 @@ def keep_targets(job: Job) -> Kept:
         _make(job, folder)
     job.processes.wait()
     return Kept.open(folder)
+
+
+@contextlib.contextmanager
+def parked(job: Job) -> Iterator[None]:
+    """Meanwhile, the teacher is in host memory; its kept answers stand for it."""
+    model: Any = job.teacher.model
+    if job.replay is not None:
+        job.replay.store.buffers.clear()
+        yield
+        return
+    model.to("cpu")
+    BatchLimit(job.teacher.device).release()
+    yield
+    # Not after an error, which may hold what fills the device.
+    model.to(job.teacher.device)
 
 
 def _make(job: Job, folder: Path) -> None:

@@ -15,20 +15,21 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from isingcut.errors import InputError
-from isingcut.files.inputs import user_path
 from isingcut.files.writing import clear_os_errors, read_json
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import runs
 from isingcut.healing.recipe import steps_of
-from isingcut.healing.trainer_file import read_trainer_file
+from isingcut.healing.trainer_file import is_sharded, trainer_settings
 from isingcut.healing.training.batches import Rows, Steps, TimedSteps, collate
 from isingcut.healing.training.room import Way, way_of
 from isingcut.healing.training.rounds import Objective, install
 from isingcut.healing.training.student import load_student, narrow, trainable
-from isingcut.healing.training.targets import keep_targets
+from isingcut.healing.training.targets import Kept, keep_targets, parked
 from isingcut.healing.training.watch import OurTrainer, Watch
 from isingcut.healing.work_folder import CURVE, complete_states, kept
 from isingcut.models.compute.attention import NAME, attending, pays_in_training
+from isingcut.models.cutting.sharing import share
+from isingcut.models.device import BatchLimit
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.text_alone import text_model
@@ -55,9 +56,19 @@ def train(job: Job, out: Path) -> dict[str, Any]:
         raise InputError(
             f"--batch {config.sequences} must be a multiple of the number of processes, here {size}"
         )
+    answers = keep_targets(job) if config.top_k else None
+    with contextlib.nullcontext() if answers is None else parked(job):
+        found = _trained(job, answers, out)
+        # The student and its optimiser, before anything takes their place.
+        BatchLimit(job.teacher.device).release()
+    return found
+
+
+def _trained(job: Job, answers: Kept | None, out: Path) -> dict[str, Any]:
+    """`train` with the teacher's kept answers, or beside the teacher."""
+    config, size = job.config, job.processes.size
     watch = Watch(job, "healing")
-    with _students(job) as (student, rows):
-        way = _way(job, student, rows)
+    with _student(job, answers) as (student, rows, way):
         order = Steps(
             job.tokens.mask.sum(1).tolist(),
             config.sequences,
@@ -68,12 +79,13 @@ def train(job: Job, out: Path) -> dict[str, Any]:
             way.most,
         ).parted()
         _run(job, student, rows, way, order, watch, out)
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return {
         "steps": watch.curve,
         "tokens_seen": watch.curve[-1]["tokens"] if watch.curve else 0,
         "samples": job.tokens.samples,
         "processes": size,
-        "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
+        "trained_parameters": trained,
         "checks": watch.checks,
         **({"stopped": dataclasses.asdict(watch.verdict)} if watch.verdict else {}),
     }
@@ -84,8 +96,7 @@ def step_times(job: Job) -> list[tuple[int, float]]:
     size = job.processes.size
     job = dataclasses.replace(job, config=job.config.replace(batch=64 * size))
     watch = Watch(job, "timing", timing=True)
-    with _students(job) as (student, rows):
-        way = _way(job, student, rows)
+    with _student(job, None) as (student, rows, way):
         longest = int(job.tokens.mask.sum(1).max())
         order = TimedSteps(len(rows), max(1, way.most // longest), job.processes.rank, size)
         _run(job, student, rows, way, order, watch, None)
@@ -95,29 +106,39 @@ def step_times(job: Job) -> list[tuple[int, float]]:
 
 
 @contextlib.contextmanager
-def _students(job: Job) -> Iterator[tuple[Any, Rows]]:
-    """The model to train, with its loss installed and its attention chosen, and its samples."""
+def _student(job: Job, answers: Kept | None) -> Iterator[tuple[Any, Rows, Way]]:
+    """The model to train, with its loss installed and its attention chosen, its samples and way.
+
+    On one device it is a second tree of modules over the teacher's weights: only what is trained,
+    and what a patch or float32 made another, is new memory. What FSDP or DeepSpeed shard stays
+    whole on the CPU, for them to place, in one type.
+    """
     config, device = job.config, job.teacher.device
     reuse_freed_memory()
-    answers = keep_targets(job) if config.top_k else None
+    # A training before this one, for its speed, is in memory until it is collected.
+    BatchLimit(device).release()
     plain = load_student(job.start, config)
     student = trainable(plain, config)
-    plain.to(device)
-    original: Any = job.teacher.model
-    teacher = None if answers is not None else original.to(device)
+    teacher = job.teacher.model if answers is None else None
     half = job.teacher.dtype == torch.bfloat16
-    pays = pays_in_training(text_model(plain), int(job.tokens.mask.sum(1).max()), half=half)
-    # What shards weights wants them of one type.
-    if half and not config.trainer:
-        narrow(student, torch.bfloat16)
+    longest = int(job.tokens.mask.sum(1).max())
+    pays = device.type == "cpu" and pays_in_training(text_model(plain), longest, half=half)
+    placed = False
+    if not is_sharded(config):
+        if half:
+            narrow(plain, torch.bfloat16)
+        placed = share(plain, job.teacher.model, job.removed, device)
     objective = Objective(teacher, config.temperature, _pairs(job), config.hidden_weight)
-    install(student, plain, objective)
+    # Narrowed layers take float32 under autocast alone.
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        install(student, plain, objective)
     with (
         quiet_transformers(),
         attending(plain, NAME if pays else None),
         attending(plain if teacher is None else teacher, NAME if pays else None),
     ):
-        yield student, Rows(job.tokens, answers)
+        rows = Rows(job.tokens, answers)
+        yield student, rows, _way(job, student, rows, placed=placed)
 
 
 def _run(
@@ -186,13 +207,18 @@ def _last_state(job: Job) -> Path | None:
     return next(reversed(complete_states(folder, job.identity)), None)
 
 
-def _way(job: Job, student: Any, rows: Rows) -> Way:
+def _way(job: Job, student: Any, rows: Rows, *, placed: bool) -> Way:
     """How the training is computed: as it was when it was begun, and in every process alike."""
 
     def made() -> dict[str, Any]:
-        return dataclasses.asdict(way_of(job, student, rows.longest()))
+        return dataclasses.asdict(way_of(job, student, rows.longest(), placed=placed))
 
-    return Way(**job.processes.decide(lambda: kept(job.work / "way.json", made)))
+    def found() -> dict[str, Any]:
+        # A student that finds no room now is refused, whatever there was.
+        fits = placed or is_sharded(job.config)
+        return kept(job.work / "way.json", made) if fits else made()
+
+    return Way(**job.processes.decide(found))
 
 
 def _arguments(job: Job, way: Way, order: Steps | TimedSteps, *, saved: bool) -> TrainingArguments:
@@ -223,8 +249,7 @@ def _arguments(job: Job, way: Way, order: Steps | TimedSteps, *, saved: bool) ->
     }
     if size > 1:
         settings["ddp_find_unused_parameters"] = False
-    if config.trainer:
-        settings |= read_trainer_file(user_path(config.trainer))
+    settings |= trainer_settings(config)
     try:
         arguments = TrainingArguments(**settings)
         if arguments.n_gpu > 1:

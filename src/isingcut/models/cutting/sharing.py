@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.models.architectures import find_stack
+from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.memory import allowance, weight_bytes
 from isingcut.models.streaming.opening import load_streamed
@@ -51,20 +52,27 @@ def fits(folder: Path, dtype: torch.dtype) -> bool:
     return weight_bytes(folder, dtype) <= allowance("", torch.device("cpu")).left
 
 
-def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
+def share(
+    cut: Any, original: Any, removed: Sequence[int], device: torch.device | None = None
+) -> bool:
     """Move a cut model to its original's device; frozen tensors of equal bits use its memory.
 
     Args:
-        cut: loaded on the CPU.
+        cut: on the CPU; PEFT may have put adapters beside its layers.
         original: on its device.
         removed: the blocks that the cut lacks, by their numbers in the original.
+        device: where the cut goes; what of the original is elsewhere is not shared.
 
     Returns:
         False, and the cut as it was, where what is not equal does not fit the device.
 
     Complexity: each tensor of the cut is read once, and copied to the device in chunks.
     """
-    theirs = dict(_named_tensors(original))
+    for model in (cut, original):
+        # In place, and each of them would.
+        stop_rescaling(model)
+    device = device or original.device
+    theirs = {name: t for name, t in _named_tensors(original) if t.device.type == device.type}
     named = _original_names(cut, original, removed)
     # By the identity of what is replaced, so that tied tensors stay tied.
     equal: dict[int, Tensor] = {}
@@ -77,10 +85,10 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
             equal[id(mine)] = _as(mine, other.detach())
         else:
             own[id(mine)] = mine
-    if original.device.type != "cpu":
-        if sum(t.nbytes for t in own.values()) > allowance("", original.device).left:
+    if device.type != "cpu":
+        if sum(t.nbytes for t in own.values()) > allowance("", device).left:
             return False
-        own = {key: _as(mine, mine.detach().to(original.device)) for key, mine in own.items()}
+        own = {key: _as(mine, mine.detach().to(device)) for key, mine in own.items()}
     placed = {**own, **equal}
     for module in cut.modules():
         for home in (module._parameters, module._buffers):
@@ -121,6 +129,7 @@ def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Any:
     ours, theirs = f"{find_stack(cut).path}.", f"{stack.path}."
 
     def named(name: str) -> str:
+        name = name.replace("base_layer.", "")
         number, dot, rest = name.removeprefix(ours).partition(".")
         if not name.startswith(ours) or not number.isdigit():
             return name

@@ -1,0 +1,177 @@
+"""What a healing takes of its device: one set of weights for teacher and student, or a refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from healings import REMOVED, models, options
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError
+from isingcut.healing.job import Job
+from isingcut.healing.removed import removal_by_weights
+from isingcut.healing.training import room, rounds, train
+from isingcut.models.cutting.sharing import share
+from isingcut.models.load import load
+from isingcut.models.processes import Processes
+from isingcut.testing.cards import fake_cards
+from isingcut.testing.tiny import tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import _card_heal as on_card
+
+__all__ = ["models"]
+
+TOKENS = TokenSet.from_rows([[9 + i + k for k in range(64)] for i in range(4)])
+
+
+@pytest.fixture(scope="module")
+def narrow_blocks(tmp_path_factory):
+    return on_card.write_models(tmp_path_factory.mktemp("card"), 8, (3, 4))
+
+
+@pytest.fixture(scope="module")
+def half(models, tmp_path_factory):
+    """The tiny teacher and student, stored in bfloat16."""
+    folder = tmp_path_factory.mktemp("half")
+    for name in ("teacher", "student"):
+        shutil.copytree(models / name, folder / name)
+        load(models / name, dtype="bfloat16", device="cpu").model.save_pretrained(folder / name)
+    return folder
+
+
+def places(tensors):
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+@pytest.mark.parametrize("method", ["lora", "last:2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_not_trained_is_the_teachers(half, models, tmp_path, monkeypatch, method, dtype):
+    folder = half if dtype == "bfloat16" else models
+    teacher = load(folder / "teacher", dtype=dtype, device="cpu")
+    before = {name: t.clone() for name, t in teacher.model.state_dict().items()}
+    config = options(folder, tmp_path / "out", method=method, steps=2, lora_rank=4)
+    job = Job(teacher, REMOVED, folder / "student", TOKENS, tmp_path, config)
+    run, apart, in_parts = train._run, [], rounds.divergence_from_stream
+
+    def inspected(job, student, *rest):
+        frozen = [p for p in student.parameters() if not p.requires_grad]
+        theirs = places(teacher.model.parameters())
+        own = [p for p in frozen if p.untyped_storage().data_ptr() not in theirs]
+        # Norms are computed in float32.
+        assert all(p.dim() == 1 for p in own)
+        assert (dtype == "bfloat16") == bool(own)
+        assert len(own) < len(frozen) / 2
+        assert not places(p for p in student.parameters() if p.requires_grad) & theirs
+        run(job, student, *rest)
+
+    monkeypatch.setattr(train, "_run", inspected)
+    count = lambda *given, **more: apart.append(1) or in_parts(*given, **more)  # noqa: E731
+    monkeypatch.setattr(rounds, "divergence_from_stream", count)
+    train.train(job, tmp_path / "out")
+    # Logits come a chunk at a time, however narrow the layers are.
+    assert apart
+    for name, tensor in teacher.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_lora_heals_beside_its_teacher_on_a_card_of_half_as_much_again(narrow_blocks):
+    budget = int(1.5 * on_card.original_bytes(narrow_blocks))
+    assert on_card.heal_on_card(narrow_blocks, budget, method="lora") <= budget
+
+
+def test_kept_answers_leave_the_card_to_the_student(narrow_blocks, monkeypatch):
+    run, weights = train._run, on_card.original_bytes(narrow_blocks)
+
+    def inspected(job, student, *rest):
+        assert job.teacher.model.device.type == "cpu"
+        on_device = torch.get_device_module(job.teacher.device).memory_allocated()
+        assert on_device < 0.85 * weights
+        teachers.append(job.teacher.model)
+        run(job, student, *rest)
+
+    teachers = []
+    monkeypatch.setattr(train, "_run", inspected)
+    options = {"method": "lora", "top_k": 8, "steps": 1}
+    on_card.heal_on_card(narrow_blocks, int(1.5 * weights), **options)
+    assert teachers[0].device.type == "lazy"
+
+
+@pytest.fixture
+def card():
+    with fake_cards() as (card,):
+        yield card
+
+
+def job_on(card, models, folder, processes=None, **changes):
+    """Before its training, with the teacher on the card."""
+    config = options(models, folder / "out", dtype="float32", **changes)
+    teacher = load(models / "teacher", dtype="float32", device=str(card.device))
+    job = Job(teacher, REMOVED, models / "student", TOKENS, folder, config)
+    return dataclasses.replace(job, processes=processes or job.processes)
+
+
+TERMS = r"\(weights \S+, gradients \S+, moments \S+, teacher \S+, activations of one sample \S+\)"
+MORE = "take a device with more memory, or --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("free", "changes", "wanted"),
+    [
+        (1.1e6, {"method": "full"}, "--method lora or --top-k 64 or --length 32 would fit"),
+        (1.1e6, {"method": "full", "temperature": 2.0}, "--method lora or --length 32 would fit"),
+        (0.9e6, {"method": "lora"}, "--top-k 64 --length 32 or --length 32 would fit"),
+        (
+            1.2e6,
+            {"method": "lora", "gradient_checkpointing": False},
+            "--length 32 or --gradient-checkpointing would fit",
+        ),
+        (0.3e6, {"method": "last:2"}, MORE),
+    ],
+)
+def test_a_training_that_cannot_fit_is_refused(models, tmp_path, card, free, changes, wanted):
+    job = job_on(card, models, tmp_path, **changes)
+    card.budget = card.live + int(free)
+    with pytest.raises(InputError, match=TERMS) as refused, train._student(job, None):
+        pass
+    assert str(refused.value).endswith(wanted)
+
+
+def test_what_others_shard_is_counted_by_rank_and_left_where_it_is(models, tmp_path, card):
+    (tmp_path / "t.yaml").write_text("fsdp: full_shard\n", encoding="utf-8")
+    four = Processes(0, 4)
+    four.decide = lambda make: make()
+    job = job_on(card, models, tmp_path, four, method="full", trainer=str(tmp_path / "t.yaml"))
+    card.budget = card.live + 10**5
+    with train._student(job, None) as (student, _, way):
+        assert {p.device.type for p in student.parameters()} == {"cpu"}
+        trained = sum(p.numel() for p in student.parameters())
+        terms = room._terms(job, student)
+    assert [terms[name] for name in ("gradients", "moments")] == [trained, 2 * trained]
+    assert way.recompute
+
+
+def test_blocks_are_found_by_their_weights_with_one_model_on_the_device(models, tmp_path, card):
+    student = tmp_path / "student"
+    shutil.copytree(models / "student", student)
+    (student / "isingcut.json").unlink()
+    teacher = load(models / "teacher", dtype="float32", device=str(card.device))
+    card.reset_peak()
+    before = card.live
+    assert removal_by_weights(student, teacher) == REMOVED
+    assert card.peak == before
+
+
+def test_weights_that_a_model_halves_in_place_are_halved_once():
+    models = [tiny_model("rwkv", rescale_every=2).requires_grad_(False) for _ in range(2)]
+    ids = torch.arange(9, 21)[None]
+    expected = tiny_model("rwkv", rescale_every=0)(ids).logits
+    assert share(*models, [])
+    for model in models:
+        torch.testing.assert_close(model(ids).logits, expected)
