@@ -299,23 +299,21 @@ def _measure_all(
         head = OutputHead(replay)
         for task in tasks:
             task.begin(bar)
-        todo = [(task, piece) for task in tasks for piece in task.todo]
-        batches = [task.batches[piece.batch] for task, piece in todo]
-        streams = [piece.last - piece.first + _OTHERS for _, piece in todo]
-        parts = [
-            _Part(task, piece, batch) for (task, piece), batch in zip(todo, batches, strict=True)
+        todo = [
+            _Part(task, piece, task.batches[piece.batch]) for task in tasks for piece in task.todo
         ]
+        streams = [part.piece.last - part.piece.first + _OTHERS for part in todo]
 
         def compute(some: Sequence[_Part]) -> list[Floats]:
             return list(_measure(replay, head, some))
 
-        for chunk, _ in chunks(replay, batches, streams):
+        for chunk, _ in chunks(replay, [part.batch for part in todo], streams):
             found = split_to_fit(
-                replay.limit, parts[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
+                replay.limit, todo[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
             )
-            for (task, piece), rows in zip(todo[chunk], found, strict=True):
-                task.kept.put(piece.key, rows)
-                bar.advance(0, task.fill(piece.key))
+            for part, rows in zip(todo[chunk], found, strict=True):
+                part.task.kept.put(part.piece.key, rows)
+                bar.advance(0, part.task.fill(part.piece.key))
         for task in tasks:
             task.finish()
 
