@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from isingcut.models.device import device_module
+from isingcut.models.device import device_module, synchronise
 
 
 class Fillable(Protocol):
@@ -164,6 +164,15 @@ class Buffers:
             return
         self._settle()
         self._submit(part)
+
+    def clear(self) -> None:
+        """Free the device's memory; it comes back when a part is next needed."""
+        self._settle()
+        for index in range(2):
+            self._drop(index)
+        # A copy may still be on its way into memory that is about to be given away.
+        synchronise(self.device)
+        self._buffers.clear()
 
     def _submit(self, part: Fillable) -> None:
         if not self._buffers:
