@@ -261,18 +261,25 @@ def verbs(place: Path) -> tuple[int, int]:
 def commands(model: Path, data: Path, out: Path, card: Card) -> Iterator[list[str]]:
     """Each verb that reads a model, on the files of one run."""
     small = {**options(data.parent, model, card), "random_states": 30}
-    del small["model"], small["remove"]
-    given = [f"--{k.replace('_', '-')}={v}" for k, v in small.items()]
-    one, place = str(out / "run"), f"--device={card.device}"
-    yield ["inspect", str(model)]
-    yield ["plan", str(model), "--remove=4", *given]
-    yield ["energy", str(model), f"--out={one}", "--remove=4", *given]
-    yield ["run", str(model), f"--out={one}", "--remove=4", *given]
-    yield ["baseline", "sleb", one, place]
-    yield ["excise", one, "--blocks=1,2", place]
-    heal = ["--method=lora", "--steps=2", "--length=16", f"--text={data}", "--dtype=bfloat16"]
-    yield ["heal", f"{one}/model", f"--teacher={model}", f"--out={out / 'healed'}", place, *heal]
-    yield ["report", one]
+    del small["model"]
+    one, healed = str(out / "run"), out / "healed"
+
+    def line(verb: str, *words: str) -> list[str]:
+        """A verb with those of the options that it has."""
+        known = {parameter.name for parameter in command_line._program.commands[verb].params}
+        given = [f"--{k.replace('_', '-')}={v}" for k, v in small.items() if k in known]
+        return [verb, *words, *given]
+
+    yield line("inspect", str(model))
+    yield line("plan", str(model))
+    yield line("energy", str(model), f"--out={one}")
+    yield line("run", str(model), f"--out={one}")
+    yield line("baseline", "sleb", one)
+    yield line("excise", one, "--blocks=1,2")
+    if not healed.exists():
+        heal = ["--method=lora", "--steps=2", f"--text={data}", f"--out={healed}"]
+        yield line("heal", f"{one}/model", f"--teacher={model}", *heal)
+    yield line("report", one)
 
 
 def typed(line: list[str]) -> tuple[int, str]:
