@@ -42,6 +42,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/house.py
 
 # The site in site/, offline; a broken link or an unknown reference fails it.
 docs: $(VENV)/.dev
