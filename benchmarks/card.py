@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import card_heal
 import torch
 
 import isingcut
@@ -329,7 +330,7 @@ def say(words: str) -> None:
 def main() -> None:
     """Measure what is missing and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="run,scattered,streamed,verbs")
+    parser.add_argument("--only", default="run,scattered,streamed,heal,verbs")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--dir", type=Path, default=Path("card-work"))
     chosen = parser.parse_args()
@@ -358,6 +359,10 @@ def main() -> None:
     for name in chosen.only.split(","):
         if name == "verbs":
             once("card_internal_errors", lambda: verbs(place))
+        elif name == "heal":
+            models = card_heal.write_models(place / "heal")
+            once("card_heal_lora", lambda: card_heal.lora_budget(models))
+            once("card_heal_full", lambda: card_heal.full_budget(models))
         else:
             for family in chosen.families.split(","):
                 jobs[name](family)

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 64000
-SHARD_BYTES = 5 * 2**30
+from streaming_model import Shape, write_model
+
+LLAMA = Shape("Llama", 4096, 11008, 1, 32, 32, 64000)
 CHILD = """
 import json, resource, sys, time, os
 from pathlib import Path
@@ -30,74 +32,6 @@ seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"seconds": seconds, "peak": peak}))
 """
-
-
-def tensors(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama of that depth."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for i in range(layers):
-        block = f"model.layers.{i}."
-        for name in ("q", "k", "v", "o"):
-            shapes[f"{block}self_attn.{name}_proj.weight"] = (HIDDEN, HIDDEN)
-        for name in ("gate", "up"):
-            shapes[f"{block}mlp.{name}_proj.weight"] = (INTERMEDIATE, HIDDEN)
-        shapes[f"{block}mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
-        shapes[f"{block}input_layernorm.weight"] = (HIDDEN,)
-        shapes[f"{block}post_attention_layernorm.weight"] = (HIDDEN,)
-    shapes["model.norm.weight"] = (HIDDEN,)
-    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
-    return shapes
-
-
-def size_of(shape: tuple[int, ...]) -> int:
-    """Bytes in bf16."""
-    elements = 1
-    for n in shape:
-        elements *= n
-    return 2 * elements
-
-
-def make_source(folder: Path, layers: int) -> int:
-    """Write the checkpoint in shards of random bytes; returns its bytes."""
-    noise = os.urandom(64 * 2**20)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    filled = 0
-    for name, shape in tensors(layers).items():
-        if shards[-1] and filled + size_of(shape) > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = shape
-        filled += size_of(shape)
-    weight_map, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header, offset = {}, 0
-        for name, shape in shard.items():
-            end = offset + size_of(shape)
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
-            weight_map[name], offset = file, end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for start in range(0, offset, len(noise)):
-                f.write(noise[: min(len(noise), offset - start)])
-        total += offset
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": VOCABULARY,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return total
 
 
 def folder_bytes(folder: Path) -> int:
@@ -130,17 +64,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: temp")
     options = parser.parse_args()
-    block = sum(size_of(s) for n, s in tensors(1).items() if ".layers." in n)
-    rest = sum(size_of(s) for n, s in tensors(1).items() if ".layers." not in n)
-    layers = max(2, round((options.gb * 1e9 - rest) / block))
+    rest = LLAMA.bytes - 2 * LLAMA.block
+    layers = max(2, round((options.gb * 1e9 - rest) / (2 * LLAMA.block)))
+    shape = replace(LLAMA, layers=layers)
     removed = list(range(1, layers, 4))  # every fourth block
     rates: dict[str, list[float]] = {"cp": [], "excise": []}
     peak = 0
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, out = Path(folder) / "source", Path(folder) / "out"
         source.mkdir()
-        total = make_source(source, layers)
-        print(f"{total / 1e9:.2f} GB, {layers} blocks, {len(removed)} removed")
+        write_model(source, shape)
+        print(f"{shape.bytes / 1e9:.2f} GB, {layers} blocks, {len(removed)} removed")
         print(f"{'side':8} {'GB written':>10} {'seconds':>8} {'GB/s':>6} {'peak MB':>8}")
         for _ in range(options.rounds):
             for side in ("cp", "excise"):

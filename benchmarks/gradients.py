@@ -33,6 +33,21 @@ from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import resolve
 
 
+def options(description: str | None, *, samples: int, repeats: int) -> argparse.Namespace:
+    """What the command line says of the model, its text and how it is computed."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--model", default="smollm2")
+    add("--calibration", default="wiki")
+    add("--samples", type=int, default=samples)
+    add("--length", type=int, default=256)
+    add("--batch-tokens", type=int, default=1024)
+    add("--repeats", type=int, default=repeats)
+    add("--dtype", default="auto", help="float32 shows both sides to be equal")
+    add("--attention", default="auto", help="auto, sdpa or eager")
+    return parser.parse_args()
+
+
 def prepare(arguments: argparse.Namespace, *, backward: bool = False) -> tuple[Replay, TokenSet]:
     """The model, tuned as a run would for this kind of work, and its text."""
     loaded = models.load(resolve(arguments.model), dtype=arguments.dtype)
@@ -125,16 +140,7 @@ def peak_memory(side: str, arguments: argparse.Namespace) -> tuple[float, float,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--calibration", default="wiki")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", default="auto", help="float32 shows both sides to be equal")
-    parser.add_argument("--attention", default="auto", help="auto, sdpa or eager")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, samples=16, repeats=5)
 
     replay, tokens = prepare(arguments, backward=True)
     # The processes that measure memory take the same.

@@ -44,9 +44,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from _healing_sides import SIDES, WARM_UP, Bench
+from healing_sides import SIDES, WARM_UP, Bench
 
 RATIOS = {
     "healing_cost_over_ideal": ("ours", "both"),
@@ -78,7 +76,6 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=4, help=f"of a turn; the first {WARM_UP} are a warm-up")
     add("--repeats", type=int, default=3)
     add("--dtype", default="auto")
-    add("--threads", type=int, default=0, help="0 leaves it to torch")
     return found
 
 
@@ -129,8 +126,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.steps <= WARM_UP:
         parser().error(f"--steps must be {WARM_UP + 1} or more, the first {WARM_UP} are a warm-up")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         print(bench.described(), flush=True)

@@ -1,77 +1,66 @@
-"""How the package is laid out: entries, modules, lines, imports inside functions, contracts.
+"""Code lines of the package by room, of its measurements and of its tests, against a ceiling.
 
-    python benchmarks/house.py [--src src]
+    python benchmarks/house.py
 
-An import inside a function is counted where it is one of the package's own modules: the verbs of
-the command line keep `--help` fast with them, and the stages keep solving and reporting free of
-torch. The import contracts are those of pyproject.toml, checked by import-linter.
+A code line holds code: it is no blank line, comment or docstring. `[tool.isingcut.ceiling]` in
+pyproject.toml says how many there may be of the package, of `benchmarks` and `studies` together,
+and of `tests`; above one of these the command fails. A change that deletes code lowers the ceiling;
+one that raises it says in CHANGELOG.md what the lines buy.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
-import subprocess
+import io
 import sys
+import tokenize
+import tomllib
 from collections import Counter
 from pathlib import Path
 
-PACKAGE = "isingcut"
-LONG = 300
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "isingcut": ("src/isingcut",),
+    "benchmarks": ("benchmarks", "studies"),
+    "tests": ("tests",),
+}
+LAYOUT = {
+    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
+    *(tokenize.ENCODING, tokenize.ENDMARKER),
+}
 
 
-def inner_imports(tree: ast.AST) -> int:
-    """Statements that import a module of the package from inside a function."""
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    # Of functions in functions once.
-    inner = {
-        node
-        for function in ast.walk(tree)
-        if isinstance(function, functions)
-        for node in ast.walk(function)
-        if isinstance(node, ast.ImportFrom)
-    }
-    return sum((node.module or "").partition(".")[0] == PACKAGE for node in inner)
-
-
-def contracts_broken(repository: Path) -> int:
-    """How many of the import contracts do not hold."""
-    linter = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([linter], cwd=repository, capture_output=True, text=True, check=False)
-    line = next(x for x in done.stdout.splitlines() if x.startswith("Contracts: "))
-    return int(line.split(",")[1].split()[0])
+def code_lines(source: str) -> int:
+    """How many lines of a Python file hold code."""
+    lines = set[int]()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        # A string that is a statement is a docstring, also below an attribute.
+        match node:
+            case ast.Expr(ast.Constant(str()), lineno=first, end_lineno=int(last)):
+                lines.difference_update(range(first, last + 1))
+    return len(lines)
 
 
 def main() -> None:
-    """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--src", type=Path, default=Path(__file__).parent.parent / "src")
-    options = parser.parse_args()
-    root = options.src / PACKAGE
-    files = {p: p.read_text(encoding="utf-8") for p in sorted(root.rglob("*.py"))}
-    lines = {p: text.count("\n") for p, text in files.items()}
-    inner = {p: inner_imports(ast.parse(text)) for p, text in files.items()}
-    rooms: Counter[str] = Counter()
-    for path, count in inner.items():
-        parts = path.relative_to(root).parts
-        rooms[parts[0] if len(parts) > 1 else "."] += count
-    print("room         modules   lines  imports inside functions")
-    for room in sorted(rooms):
-        own = [
-            p
-            for p in files
-            if (p.relative_to(root).parts[0] == room) or (room == "." and p.parent == root)
-        ]
-        print(f"{room:12} {len(own):7} {sum(lines[p] for p in own):7} {rooms[room]:8}")
-    for path in sorted((p for p in lines if lines[p] > LONG), key=lines.__getitem__, reverse=True):
-        print(f"over {LONG} lines: {path.relative_to(root)} ({lines[path]})")
-    entries = [p for p in root.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
-    print(f"top_level_entries: {len(entries)}")
-    print(f"modules: {len(files)}")
-    print(f"source_lines: {sum(lines.values())}")
-    print(f"largest_file_lines: {max(lines.values())}")
-    print(f"function_level_imports: {sum(inner.values())}")
-    print(f"contracts_broken: {contracts_broken(options.src.parent)}")
+    """Print the lines of each room and the sums; exit 1 where a sum is above its ceiling."""
+    ceiling = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    ceiling, above = ceiling["tool"]["isingcut"]["ceiling"], []
+    for name, folders in FOLDERS.items():
+        rooms: Counter[str] = Counter()
+        for folder in folders:
+            for file in (ROOT / folder).rglob("*.py"):
+                room = file.relative_to(ROOT / folder).parts[:-1][:1]
+                rooms["/".join((folder, *room))] += code_lines(file.read_text(encoding="utf-8"))
+        for room, count in rooms.most_common():
+            print(f"{count:7}  {room}")
+        print(f"code_lines_{name}: {rooms.total()}")
+        if rooms.total() > ceiling[name]:
+            above.append(f"{rooms.total()} code lines of {name}, the ceiling is {ceiling[name]}")
+    if above:
+        sys.exit(f"{'; '.join(above)}: delete as many, or raise it in pyproject.toml and say why")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from the time of one head and of one block, which are measured beside. Ends with
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from itertools import combinations
@@ -19,7 +18,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from gradients import attention_of, prepare
+from gradients import attention_of, options, prepare
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
@@ -48,17 +47,7 @@ def parts(replay: Replay, tokens: TokenSet, batch_tokens: int) -> tuple[float, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--calibration", default="wiki")
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--attention", default="auto", help="auto, sdpa or eager")
-    arguments = parser.parse_args()
-
+    arguments = options(__doc__, samples=1, repeats=3)
     replay, tokens = prepare(arguments)
     n = len(replay)
     states = states_of(n, [*[(i,) for i in range(n)], *combinations(range(n), 2)])

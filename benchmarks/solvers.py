@@ -3,7 +3,7 @@
     python benchmarks/solvers.py [--only 32x16,80x40] [--hamiltonian FILE]
 
 Our exact solver proves the K best states (100 by default); its rivals are asked for the ground
-state alone. Times exclude compilation. Every size NxM has several families (see _instances.py);
+state alone. Times exclude compilation. Every size NxM has several families (see instances.py);
 the figures of a size are those of its worst family, figures of one family carry its name.
 
 proof_seconds_*        exact: the K best states proven (or gap_percent_* at the time limit)
@@ -24,17 +24,15 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import numpy as np
 
-from _instances import SIZES, Instance, generated, measured
-from _rivals import RIVALS, until
+from instances import SIZES, Instance, generated, measured
 from isingcut.ising.constraints import count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import make, solve
 from isingcut.ising.solvers.branching import leaves as _leaves
+from rivals import RIVALS, until
 
 
 def warm_up() -> None:
@@ -53,7 +51,7 @@ def peak_mb(instance: Instance, k: int, seconds: float) -> float:
     """Peak resident memory of a fresh process that solves the instance and nothing else, in MB."""
     code = f"""
 import resource
-from _instances import generated
+from instances import generated
 from isingcut.ising.solvers import solve
 instance = next(i for i in generated({instance.size!r}) if i.family == {instance.family!r})
 solve(instance.problem, "exact", k={k}, seconds={seconds})

@@ -30,7 +30,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from _streaming_model import SEVEN, SEVENTY, Shape, write_model
+from streaming_model import SEVEN, SEVENTY, Shape, write_model
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher

@@ -24,7 +24,7 @@ from isingcut.testing.tiny import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import _card_heal as on_card
+import card_heal as on_card
 
 __all__ = ["models"]
 

@@ -33,7 +33,7 @@ def built(tmp_path_factory):
     base = tmp_path_factory.mktemp("build")
     source = base / "source"
     junk = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
-    for part in PARTS:
+    for part in (*PARTS, "studies"):
         shutil.copytree(ROOT / part, source / part, ignore=junk)
     for file in ROOT.iterdir():
         if file.is_file():
@@ -127,6 +127,7 @@ def test_the_sdist_holds_what_a_checkout_holds(built):
     for part in (*PARTS, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile"):
         assert any(n == part or n.startswith(f"{part}/") for n in names), part
     assert {"mkdocs.yml", "constraints.txt", "pyproject.toml"} <= names
+    assert not any(n.startswith("studies") for n in names)
 
 
 def test_nothing_optional_is_there(clean):

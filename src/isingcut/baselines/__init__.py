@@ -6,8 +6,8 @@ registry = Registry(
     "baselines",
     "baseline",
     gone={
-        "sliding-window-merging": "it merges blocks, which isingcut does not: its source and its "
-        "results are in benchmarks/ of isingcut's repository"
+        "sliding-window-merging": "it merges blocks, which isingcut does not: its results are in "
+        "docs/experiments.md of isingcut's repository"
     },
 )
 """All baselines by name; `registry.names()` lists them without importing any."""

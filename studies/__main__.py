@@ -1,0 +1,13 @@
+"""`python -m studies NAME`: the class of a study is called as its folder."""
+
+import importlib
+import sys
+
+from studies.runner import run
+
+if __name__ == "__main__":
+    known = "quality, healing, accuracy, objectives, clients"
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in known.split(", "):
+        sys.exit(f"usage: python -m studies NAME [--help], NAME one of {known}")
+    run(getattr(importlib.import_module(f"studies.{name}.study"), name.capitalize()), sys.argv[2:])

@@ -1,0 +1,75 @@
+"""A tiny model and the data folder in small."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isingcut.testing.tiny import tiny_checkpoint
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "rain", "fell", "over", "old", "stone", "town"]
+QUESTIONS = (
+    ("arc_easy/test_sub500", 4, 6),
+    ("piqa/val_sub500", 2, 6),
+    ("arc_challenge/dev", 4, 12),
+)
+
+
+def words(seed: int, count: int) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(count))
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six blocks, 262 tokens."""
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same files as the data folder's, random words."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def chat(k: int) -> list[dict[str, str]]:
+        answer = {"role": "assistant", "content": words(2 * k + 1, 9)}
+        return [{"role": "user", "content": words(2 * k, 5)}, answer]
+
+    write(folder / "calib_instruct/mix1000.jsonl", [{"messages": chat(k)} for k in range(400)])
+    names = ("wikitext2/test_raw", "calib_text/c4_300", "calib_text/wiki_demo")
+    for i, name in enumerate((*names, "calib_text/tinystories")):
+        write(folder / f"{name}.jsonl", [{"text": words(99 * i + k, 60)} for k in range(12)])
+    solved = [{"context": words(k, 9), "solution": words(k + 50, 9)} for k in range(20)]
+    write(folder / "gsm8k/train1000.jsonl", solved)
+    for name, choices, count in QUESTIONS:
+        records = [
+            {
+                "context": words(q, 4),
+                "choices": [words(10 * q + c, 1 + c) for c in range(choices)],
+                "answer": q % choices,
+            }
+            for q in range(count)
+        ]
+        write(folder / f"{name}.jsonl", records)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(model: Path, data: Path) -> list[str]:
+    """Options of a study of a few seconds."""
+    where = ["--model", str(model), "--data", str(data), "--dtype", "float32"]
+    return [*where, "--length", "24", "--judged-tokens", "96", "--batch-tokens", "96"]
+
+
+@pytest.fixture(scope="session")
+def healed() -> list[str]:
+    """Options of a short training."""
+    steps = ["--steps", "2", "--batch", "2", "--micro-batch", "1", "--patch-tokens", "960"]
+    return [*steps, "--questions", "6"]

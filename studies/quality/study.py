@@ -1,0 +1,142 @@
+"""Which blocks each method chooses, what the choice costs, and what is left of the model.
+
+Every method chooses on the same `--pool` samples and pays in the same unit: full forward passes
+(block evaluations over the number of blocks) and output heads over the whole pool, shared
+prefixes credited to all. The two methods that measure most states on parts of their text,
+`evopress` and `refined`, draw these from `--search-pool` samples, the pool's among them. What
+they pay is counted in passes over the pool too: the budget buys them fewer but wider looks.
+They get at most the passes that SLEB, as published, took to the same number of removals;
+`refined-joint` searches for all numbers at once with SLEB's passes for the largest. KL is to
+the original model, in nats per token.
+
+`--model DIR --calibration FILE --judge FILE` compares the methods on any other model and text.
+
+Figures, from the table of the first text that blocks are chosen on:
+
+refined_kl_over_best_baseline_M  KL of `refined` over the lowest KL of all other methods (the
+    pair energy and our variants of published methods included, `refined-joint` not), pooled over
+    all tokens of the judged texts. A method with several seeds stands for its median run.
+refined_mean_rank  rank of `refined` by KL among the same methods (1: lowest; equal states share
+    their ranks), mean over the numbers of removals and the judged texts.
+refined_lowest_or_within  share of the combinations of a number of removals, a judged text and a
+    measure (KL, perplexity) in which `refined` is the lowest of these methods, or the 95 %
+    interval of its difference from the lowest other one reaches zero (paired bootstrap over
+    samples, 2,000 resamples).
+refined_mean_kl_over_best_baseline  the mean over the numbers of removals of the pooled KL of
+    `refined`, over the lowest such mean of another method.
+refined_evaluations_over_sleb  passes of `refined` over those of SLEB for the same number of
+    removals, the largest over numbers and seeds; refined_heads_over_sleb, the same for heads.
+
+The committed file holds besides, of commit 70bd966, accuracies, the rank correlations of energies
+with measured losses (spearman_ENERGY_M) and a long evolution (refined_tokens_over_evopress).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from isingcut.data.tokens import TokenSet
+from studies.quality.summary import show
+from studies.quality.tables import judged_text, tables
+from studies.runner import Content, Part, numbers
+from studies.runner_choices import BASELINES, Setting, choose, cost
+from studies.runner_models import ModelStudy
+
+FIXED = (*(m for m in BASELINES if m != "random"), "cbo", "pairwise")
+SEEDED = ("random", "evopress", "refined")
+
+
+class Quality(ModelStudy):
+    """Choices of every method, judged on text that nothing was chosen on."""
+
+    name = "quality"
+    judged = ("wikitext2", "c4", "instruct")
+    defaults: ClassVar[Content] = {"judged_tokens": 8192}
+    settings = (*ModelStudy.settings, "calibration", "pool", "search_pool", "judge")
+
+    @classmethod
+    def add_options(cls, add: Callable[..., Any]) -> None:
+        super().add_options(add)
+        add("--calibration", default="wiki", help="text to choose on")
+        add("--judge", action="append", help="text to judge on instead of the three standard ones")
+        add("--remove", type=numbers, default=[3, 6, 9, 12, 15], help="numbers of blocks")
+        add("--second-remove", type=numbers, default=[6, 12], help="the same on instructions")
+        add("--pool", type=int, default=8, help="samples to choose on")
+        add("--search-pool", type=int, default=16, help="samples for evopress and refined")
+        add("--seeds", type=int, default=3, help="runs of methods that are random")
+
+    @property
+    def judged_names(self) -> tuple[str, ...]:
+        return tuple(self.options.judge or self.judged)
+
+    def judged_text(self, name: str) -> TokenSet:
+        if self.options.judge:
+            return self.texts.samples(name, self.options.judged_tokens)
+        return super().judged_text(name)
+
+    @cached_property
+    def pools(self) -> dict[str, tuple[TokenSet, TokenSet]]:
+        """The pool and the wider one, by the text that is chosen on."""
+        o = self.options
+        sizes = [samples * o.length for samples in (o.pool, o.search_pool)]
+        own = "wiki" if o.calibration == "wiki" else "own"
+        found = {own: tuple(self.texts.samples(o.calibration, t) for t in sizes)}
+        if not o.judge:
+            chats = self.texts.conversations()
+            found["instruct"] = tuple(self.texts.samples(chats, t, chat=True) for t in sizes)
+        return found  # type: ignore[return-value]
+
+    def choosing(self, text: str, method: str, seed: int) -> Part:
+        """What a method chooses on a text, for all numbers of blocks."""
+        o, (pool, wide) = self.options, self.pools[text]
+        removals = o.second_remove if text == "instruct" else o.remove
+
+        def make(journal: Path) -> Content:
+            budgets: dict[int, float] = {}
+            if method in ("evopress", "refined", "refined-joint"):
+                rows = self.read(f"choose/{text}/sleb-s0")["choices"]["sleb"]
+                budgets = {r["remove"]: r["passes"] for r in rows}
+            work = self.working(journal)
+            setting = Setting(self.replay, pool, wide, pool, work, seed, budgets)
+            found = choose(method, setting, removals)
+            return {"text": text, "pool_tokens": int(pool.mask.sum()), "choices": found}
+
+        price = cost(method, len(self.replay), removals) * o.pool * o.length
+        return Part(f"choose/{text}/{method}-s{seed}", make, price)
+
+    def parts(self) -> list[Part]:
+        found = [self.choosing(text, method, 0) for text in self.pools for method in FIXED]
+        for seed in range(self.options.seeds):
+            for i, text in enumerate(self.pools):
+                joint = ("refined-joint",) if i == 0 else ()
+                found += [self.choosing(text, method, seed) for method in (*SEEDED, *joint)]
+        states = [row["removed"] for row in self.choices()]
+        return found + [p for t in self.judged_names for p in self.losses(t, [(), *states])]
+
+    def choices(self) -> list[Content]:
+        """Every choice that was made."""
+        return [
+            {"text": part["text"], "method": method, **row}
+            for part in self.under("choose")
+            for method, rows in part["choices"].items()
+            for row in rows
+        ]
+
+    def collect(self) -> Content:
+        found = {Path(t).name: self.rows(f"losses/{t}") for t in self.judged_names}
+        losses = {text: rows for text, rows in found.items() if rows}
+        minutes = {s: sum(p["seconds"] for p in self.under(s)) / 60 for s in ("choose", "losses")}
+        return {
+            "provenance": {
+                **self.provenance(),
+                "tokens_chosen_on": {p["text"]: p["pool_tokens"] for p in self.under("choose")},
+            },
+            "judged": {text: judged_text(rows) for text, rows in losses.items()},
+            "tables": tables(self.choices(), losses),
+            "minutes": {name: round(value, 1) for name, value in minutes.items()},
+        }
+
+    show = staticmethod(show)

