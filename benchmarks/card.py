@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import card_heal
 import torch
 
+import card_heal
 import isingcut
 from isingcut.cli import main as command_line
 from isingcut.errors import IsingcutError
@@ -360,9 +360,8 @@ def main() -> None:
         if name == "verbs":
             once("card_internal_errors", lambda: verbs(place))
         elif name == "heal":
-            models = card_heal.write_models(place / "heal")
-            once("card_heal_lora", lambda: card_heal.lora_budget(models))
-            once("card_heal_full", lambda: card_heal.full_budget(models))
+            once("card_heal_lora", lambda: card_heal.lora_budget(place / "heal"))
+            once("card_heal_full", lambda: card_heal.full_budget(place / "heal"))
         else:
             for family in chosen.families.split(","):
                 jobs[name](family)

@@ -29,6 +29,8 @@ _WORDS = ["cold", "river", "ran", "below", "stone", "bridge", "while", "old", "f
 
 def write_models(folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = REMOVED) -> Path:
     """`original` in bfloat16, `cut` without some blocks, and `text.jsonl`."""
+    if (folder / "text.jsonl").exists():
+        return folder
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": blocks}
     model: Any = tiny_model("llama", **sizes).bfloat16()
     model.save_pretrained(folder / "original")
@@ -96,7 +98,7 @@ def smallest(folder: Path, low: float, high: float, near: float, **changes: Any)
 
 def lora_budget(folder: Path) -> float:
     """The smallest card for LoRA beside its teacher, in weights of the original."""
-    weights = original_bytes(folder)
+    weights = original_bytes(write_models(folder))
     return smallest(folder, weights, 2 * weights, 0.04, method="lora") / weights
 
 
@@ -104,7 +106,7 @@ def full_budget(folder: Path) -> float:
     """The smallest card for all weights, in bytes that the refusal on a smaller one speaks of."""
     said = ""
     try:
-        heal_on_card(folder, 4 * original_bytes(folder), method="full")
+        heal_on_card(write_models(folder), 4 * original_bytes(folder), method="full")
     except InputError as refusal:
         said = str(refusal)
     takes = 1e9 * float(re.findall(r"takes (\S+) GB", said)[0])

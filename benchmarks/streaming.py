@@ -30,7 +30,6 @@ from unittest import mock
 import numpy as np
 import torch
 
-from streaming_model import SEVEN, SEVENTY, Shape, write_model
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
@@ -48,6 +47,7 @@ from isingcut.models.sources import resolve
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_checkpoint
+from streaming_model import SEVEN, SEVENTY, Shape, write_model
 
 CPU = torch.device("cpu")
 
