@@ -78,7 +78,9 @@ def short() -> Iterator[None]:
             defaults.update(values)
 
 
-def checkpoint(folder: Path, family: str, quiet: tuple[int, ...], blocks: int = 32) -> Path:
+def checkpoint(
+    folder: Path, family: str, quiet: tuple[int, ...], blocks: int = 32, scale: float = 0.004
+) -> Path:
     """A model in which the blocks ``quiet`` do least, written once."""
     if folder.exists():
         return folder
@@ -90,7 +92,7 @@ def checkpoint(folder: Path, family: str, quiet: tuple[int, ...], blocks: int = 
                 weight = getattr(module, "weight", None)
                 writes = weight is not None and weight.ndim == 2 and len(weight) == 256
                 if writes:
-                    weight.mul_(0.004 if i in quiet else 0.3)
+                    weight.mul_(scale if i in quiet else 0.3)
     model.to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -235,7 +237,8 @@ def smallest_streamed(place: Path, family: str) -> tuple[float, float]:
 
 def verbs(place: Path) -> tuple[int, int]:
     """All verbs within each budget: internal errors, and results unlike those without a limit."""
-    model = checkpoint(place / "small", "untied", (5, 6, 7, 8), blocks=12)
+    # What these blocks do is far above the rounding of bfloat16.
+    model = checkpoint(place / "small", "untied", (5, 6, 7, 8), blocks=12, scale=0.1)
     weight, data = weights(model), text(place)
     errors = unlike = 0
     expected: dict[str, Any] = {}
@@ -268,6 +271,8 @@ def commands(model: Path, data: Path, out: Path, card: Card) -> Iterator[list[st
     def line(verb: str, *words: str) -> list[str]:
         """A verb with those of the options that it has."""
         known = {parameter.name for parameter in command_line._program.commands[verb].params}
+        # The effort of a healing is its time; these are two steps.
+        known -= {"effort"} if verb == "heal" else set()
         given = [f"--{k.replace('_', '-')}={v}" for k, v in small.items() if k in known]
         return [verb, *words, *given]
 
