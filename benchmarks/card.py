@@ -281,7 +281,7 @@ def commands(model: Path, data: Path, out: Path, card: Card) -> Iterator[list[st
     yield line("energy", str(model), f"--out={one}")
     yield line("run", str(model), f"--out={one}")
     yield line("baseline", "sleb", one)
-    yield line("excise", one, "--blocks=1,2", f"--out={out / 'two'}", "--overwrite")
+    yield line("excise", one)
     if not healed.exists():
         heal = ["--method=lora", "--steps=2", f"--text={data}", f"--out={healed}"]
         yield line("heal", f"{one}/model", f"--teacher={model}", *heal)
