@@ -41,7 +41,7 @@ from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 NEIGHBOURS, APART = (14, 15, 16, 17), (6, 13, 20, 27)
 BUDGETS = (0.3, 0.6, 0.9, 1.05, 1.2, 1.5, 2.0, 3.0)
-STEP = 0.02
+STEP = 0.05
 """How exactly a smallest budget is found, in W."""
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
