@@ -18,7 +18,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt -e '.[demo]'
+	$(PIP) -c constraints.txt -e .
 	$(PIP) --no-deps $(DATA)
 	@touch $@
 

@@ -9,13 +9,6 @@ import threading
 
 import pytest
 from arena import Row
-
-from isingcut.files.locks import locked
-from isingcut.models import from_gguf
-from shared import snapshot
-
-pytest.importorskip("gguf")
-pytest.importorskip("accelerate")
 from gguf_files import (
     LIST,
     TEXT,
@@ -31,6 +24,10 @@ from gguf_files import (
     raw,
     text,
 )
+
+from isingcut.files.locks import locked
+from isingcut.models import from_gguf
+from shared import snapshot
 
 LOOK = "inspect {here}/m.gguf"
 CUT = "excise {run} --gguf {here}/m.gguf"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import InputError, MissingExtraError, ModelError
+from isingcut.errors import InputError, ModelError
 from isingcut.files.inputs import regular_file, user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import foreign_in
@@ -45,7 +44,6 @@ def converted(path: Path) -> Path:
     Every weight is unpacked to bfloat16: a cut of a quantised file is a plain checkpoint.
 
     Raises:
-        MissingExtraError: `gguf` is missing.
         ModelError: not a GGUF file, one that lacks a tensor of its architecture, or of an
             architecture transformers cannot convert; or the folder was changed since.
         CheckpointError: a damaged or truncated file.
@@ -59,9 +57,6 @@ def converted(path: Path) -> Path:
     target = gguf_cache() / digest
     if target.is_dir():
         return _unchanged(target, path)
-    for package in ("gguf",):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "demo", f"reading {path.name}")
     held = _numbers(path)
     try:
         # One at a time: what a killed one left has the size of a model, and is cleared.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import CheckpointError, MissingExtraError
+from isingcut.errors import CheckpointError
 from isingcut.files.inputs import regular_file
 
 _BLOCK = re.compile(r"^blk\.(\d{1,6})\.(.+)$")
@@ -140,13 +140,10 @@ def read_gguf(path: Path) -> GgufHeader:
     """Read the header of a GGUF file; nothing is believed that the file's size contradicts.
 
     Raises:
-        MissingExtraError: the package `gguf` is not installed.
         CheckpointError: no plain file, no GGUF file, or a damaged or truncated one.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError("gguf", "demo", "reading a GGUF file") from error
+    import gguf
+
     size = regular_file(path, "the GGUF file", CheckpointError).st_size
     if size < 24:
         raise CheckpointError(f"{path} is damaged or no GGUF file: it has {size} bytes")

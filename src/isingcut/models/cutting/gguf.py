@@ -98,7 +98,6 @@ def cut_gguf(
         changed: tensors that a patch has changed, by their names in ``source``.
 
     Raises:
-        MissingExtraError: the package `gguf` is not installed.
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
         ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
         CheckpointError: no readable GGUF file, one part of a split file, a damaged one, or one
