@@ -47,6 +47,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/house.py
+	$(BIN)/python benchmarks/words.py
 
 # The site in site/, offline; a broken link or an unknown reference fails it.
 docs: $(VENV)/.dev
