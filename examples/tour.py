@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A tour
 #
-# This tour makes a model smaller, one step at a time, and shows every result on the way. The model is
-# SmolLM2-135M with small samples, so the tour takes a few minutes on a laptop. For real work use your
-# own model and more text.
+# This tour makes a model smaller, one step at a time, and shows every result on the way. The model
+# is SmolLM2-135M with small samples, so the tour takes a few minutes on a laptop. For real work use
+# your own model and more text.
 
 # %%
 import os
@@ -22,10 +22,10 @@ place = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## Measure, solve, rank
 #
-# `prune` measures an energy and solves for the lowest states of three removed blocks. Then it measures
-# those states and random ones on other text. The energy `pairwise` consists of all blocks and pairs
-# and serves every size. By default, `prune` also searches near the size that you give. It writes no
-# checkpoint yet.
+# `prune` measures an energy and solves for the lowest states of three removed blocks. Then it
+# measures those states and random ones on other text. The energy `pairwise` consists of all blocks
+# and pairs and serves every size. By default, `prune` also searches near the size that you give. It
+# writes no checkpoint yet.
 
 # %%
 run = isingcut.prune(
@@ -102,9 +102,9 @@ print(f"3 blocks, {cheap[-1]} among them:", isingcut.solve(problem, k=1).removed
 # %% [markdown]
 # ## The smaller model
 #
-# `save` writes an ordinary checkpoint, verifies it against the original with the same blocks skipped,
-# and patches it. Plain transformers loads it. `patch="linear"` above leaves out the tuning of the
-# patch. The tuning is on by default, wins back more and takes minutes.
+# `save` writes an ordinary checkpoint, verifies it against the original with the same blocks
+# skipped, and patches it. Plain transformers loads it. `patch="linear"` above leaves out the tuning
+# of the patch. The tuning is on by default, wins back more and takes minutes.
 
 # %%
 saved = run.save(place / "smaller")
