@@ -62,10 +62,11 @@ def test_what_is_no_budget(text):
 
 
 def test_lists_of_blocks():
-    assert spellings.parse_indices("0,1,5-8, 7") == [0, 1, 5, 6, 7, 8]
+    for typed in ("0,1,5-8, 7", "0 1 5 - 8", "[8, 7, 5, 6, 1, 0]", "0\n1\n5-8\n", "(0; 1; 5-8)"):
+        assert spellings.parse_indices(typed) == [0, 1, 5, 6, 7, 8]
     many = ",".join(["0-99999"] * 5000)
     assert len(spellings.parse_indices(many)) == 100_000
-    for text in ("", "a", "3-1", "1,,2", "-1", "0-100000", "0-" + "9" * 5000):
+    for text in ("", "a", "3-1", "1,,x", "-1", "3.5", "none", "0-100000", "0-" + "9" * 5000):
         with pytest.raises(InputError):
             spellings.parse_indices(text)
 
@@ -83,9 +84,9 @@ def test_what_is_no_memory(text):
         spellings.parse_memory(text)
 
 
-@pytest.mark.parametrize("text", ["gpu", "cuda:x", "cuda:-1", "cuda:1000", "", "auto:1"])
+@pytest.mark.parametrize("text", ["g", "cuda:x", "cuda:-1", "cuda:1000", ""])
 def test_what_is_no_device(text):
-    with pytest.raises(InputError, match="must be auto, cpu, cuda, cuda:N or mps"):
+    with pytest.raises(InputError, match="must be auto, cpu, cuda or cuda:N"):
         spellings.parse_device(text)
 
 

@@ -157,12 +157,8 @@ OTHERS = [
     (f"baseline sleb gone --set loss={'[' * 5000}", "nested deeper than 20 levels"),
     ("excise gone --blocks 0-1000000000", "'1000000000' is too large; .* end at 99,999"),
     (f"excise gone --blocks {LONG}", "is too large"),
-    ("excise gone --blocks three", "'three' is no block number"),
-    ("excise gone --blocks @/dev/zero", "/dev/zero is a device"),
-    ("excise gone --blocks @{here}/pipe", "pipe is a pipe"),
-    ("excise gone --blocks @none.txt", "none.txt is not there"),
-    ("excise gone --blocks @~/list.txt", "home/list.txt is not there"),
-    ("export gone --blocks 1,x --mergekit -", "'x' is no block number"),
+    ("excise gone --blocks three", "cannot read 'three' as block numbers"),
+    ("excise gone --blocks 3,8-5", "cannot read '3,8-5' as block numbers"),
 ]
 
 
@@ -278,18 +274,6 @@ def test_files_of_options_are_checked_before_anything_is_read(nothing, row):
     nothing.try_row(row)
 
 
-PIPED = [
-    Row("words", "excise gone --blocks -", "'three' is no block number", stdin="three"),
-    Row("nothing", "excise gone --blocks -", "standard input names no block"),
-    Row("endless", "excise gone --blocks -", "more than 1048576 characters", stdin="1," * 10**6),
-]
-
-
-@pytest.mark.parametrize("row", PIPED, ids=[r.name for r in PIPED])
-def test_blocks_are_piped_in(nothing, row):
-    nothing.try_row(row)
-
-
 def test_words_of_yaml_mean_what_they_say(tmp_path):
     file = tmp_path / "o.yaml"
     file.write_text("stream: on\nremove: 010\nlinear: false\nmodel: no\n", encoding="utf-8")
@@ -383,8 +367,8 @@ FINE = [
         prepare=lambda a: (a.run).rename(a.home / "run")),
     Row("a plan for a budget", "plan {model} --budget params=30% --length 16", code=0,
         line=r"isingcut run \S+ --length 16 --budget params=30% "),
-    Row("a recipe in the home folder", "export {run} --mergekit=~/recipe.yaml", code=0,
-        makes=("home/recipe.yaml",)),
+    Row("a comparison in the home folder", "report {run} {run} --out ~/two.html", code=0,
+        makes=("home/two.html",)),
     Row("a model in the home folder", "inspect ~/model", code=0,
         prepare=lambda a: (a.model).rename(a.home / "model")),
 ]  # fmt: skip

@@ -22,7 +22,6 @@ MARKER = ".isingcut-output.json"
 
 _EDGE = 1 << 20
 _SEAL = re.compile(r"\bisingcut-seal:([0-9a-f]{64})\b")
-_COMMENTS = {".html": "<!-- {} -->", ".md": "<!-- {} -->", ".yaml": "# {}", ".yml": "# {}"}
 
 
 def check_output(
@@ -263,11 +262,11 @@ def file_sha256(path: Path) -> str:
 # Text files -----------------------------------------------------------------------------
 
 
-def sealed(content: str, suffix: str) -> str:
-    """A text with a last line, a comment in the language of ``suffix``, that seals it."""
+def sealed(content: str) -> str:
+    """Markdown or HTML with a last line, a comment, that seals it."""
     body = content if content.endswith("\n") else content + "\n"
     words = f"isingcut-seal:{hashlib.sha256(body.encode()).hexdigest()}"
-    return body + _COMMENTS[suffix].format(words) + "\n"
+    return f"{body}<!-- {words} -->\n"
 
 
 def _foreign_file(path: Path) -> str | None:

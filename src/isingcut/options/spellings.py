@@ -8,7 +8,7 @@ for a list of a billion.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from isingcut.errors import InputError
@@ -230,42 +230,23 @@ def parse_device(text: str) -> str:
 
 
 def parse_indices(text: str) -> list[int]:
-    """``"0,1,5-8"`` -> [0, 1, 5, 6, 7, 8].
+    """``"0,1,5-8"`` -> [0, 1, 5, 6, 7, 8]; spaces, lines and brackets do as well as commas.
 
     Raises:
         InputError: no list of block numbers, or a number above 99,999.
     """
-    spans = []
-    for part in text.split(","):
-        span = block_span(part.strip())
-        if span is None:
+    found: set[int] = set()
+    parts = re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip("[]() \t\n")))
+    for part in dict.fromkeys(parts):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first = _bounded(match[1]) if match else 0
+        last = _bounded(match[2] or match[1]) if match else -1
+        if first > last:
             raise InputError(
                 f"cannot read {_cut(text)} as block numbers; write for example 0,1,5-8"
             )
-        spans.append(span)
-    return expanded(spans)
-
-
-def block_span(text: str) -> tuple[int, int] | None:
-    """``"5-8"`` -> (5, 8) and ``"5"`` -> (5, 5); None where it is neither.
-
-    Raises:
-        InputError: a number above 99,999.
-    """
-    match = re.fullmatch(r"(\d+)\s*(?:-\s*(\d+))?", text)
-    if match is None:
-        return None
-    first = _bounded(match[1])
-    last = first if match[2] is None else _bounded(match[2])
-    return (first, last) if first <= last else None
-
-
-def expanded(spans: Iterable[tuple[int, int]]) -> list[int]:
-    """All numbers of some spans, ascending, each once; as long as their union, however many."""
-    found: list[int] = []
-    for first, last in sorted(spans):
-        found.extend(range(max(first, found[-1] + 1 if found else 0), last + 1))
-    return found
+        found.update(range(first, last + 1))
+    return sorted(found)
 
 
 def _bounded(digits: str) -> int:

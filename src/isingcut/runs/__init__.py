@@ -4,6 +4,6 @@
 `removal` what may go; one function a stage in `measuring` (text and energy), `solving` (solve and
 report, without torch), `stages` (rank and evaluate), `cutting`, `healing_stages`
 (`healing_options`), `benchmarking` and `comparison`; `pipeline` the whole job, `api` `api_run` the
-Python door, `block_lists` `mergekit` `interop_hub` other tools, `plan` (`prices` `probe`) what it
+Python door, `interop_hub` the hub, `plan` (`prices` `probe`) what it
 would take, `demo`.
 """
