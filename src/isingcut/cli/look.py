@@ -35,7 +35,7 @@ _PLAN = (
 
 @verb(*_PLAN, group=LOOK)
 def plan(**options: Any) -> Answer:
-    """Say what each energy would take on this machine, from a few timed blocks; runs nothing.
+    """Say what each energy would take on this machine, from a timed pass; runs nothing.
 
     Example: isingcut plan smollm2 --remove 6
     """

@@ -4,6 +4,5 @@
 `removal` what may go; one function a stage in `measuring` (text and energy), `solving` (solve and
 report, without torch), `stages` (rank and evaluate), `cutting`, `healing_stages`
 (`healing_options`), `benchmarking` and `comparison`; `pipeline` the whole job, `api` `api_run` the
-Python door, `interop_hub` the hub, `plan` (`prices` `probe`) what it
-would take, `demo`.
+Python door, `interop_hub` the hub, `plan` what it would take, `demo`.
 """
