@@ -106,7 +106,7 @@ def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Ans
     """One page of several runs; a folder `remove-SPEC` inside a run stands for that removal."""
     from isingcut.cli.show import report_kb, show_lines
     from isingcut.report.write import write_comparison
-    from isingcut.runs.manifest import MANIFEST
+    from isingcut.runs.folder import MANIFEST
 
     places = []
     for directory in directories:

@@ -1,7 +1,6 @@
 """Text to token samples.
 
-`corpora` where text comes from: `text_files` `text_streams` `packaged` `hub_datasets` `held`
-`self_text`;
+`corpora` where text comes from: `text_files` `packaged` `hub_datasets` `held` `self_text`;
 `mixture` several of them by shares of tokens; `chat_templates` conversations, and
 `answers` the assistant's part in them;
 `encoder` text -> tokens; `tokens` samples and batches; `calibration` the three splits of a run, out

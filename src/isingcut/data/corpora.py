@@ -18,8 +18,7 @@ from isingcut.data.answers import Render, answered
 from isingcut.data.chat_templates import render_chat
 from isingcut.data.mixture import naming, parts_of, place_of, places_in
 from isingcut.data.packaged import HUB, PACKAGED
-from isingcut.data.text_files import FORMATS, Record, text_file
-from isingcut.data.text_streams import clear_errors
+from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import edges_sha256, file_sha256

@@ -16,7 +16,6 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.questions import Prepared, called, prepare_task
 from isingcut.evaluation.scores import ARRAYS, Asked, Scores, score
-from isingcut.files.journal import discard
 from isingcut.files.writing import fingerprint, read_json
 from isingcut.measure.work import Work
 from isingcut.models.sources import model_identity
@@ -122,14 +121,14 @@ def journal_of(place: Path | None) -> Path | None:
 def keep(scores: Scores, place: Path) -> None:
     """Save them, after which their journal is not needed."""
     scores.save(place)
-    discard(place.with_name(f"{place.name}.journal"))
+    place.with_name(f"{place.name}.journal").unlink(missing_ok=True)
 
 
 def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
     """Delete what is kept of tasks in a folder, and the folder where nothing else is in it."""
     for name in map(called, tasks):
         for path in kept.glob(f"{glob.escape(name)}-*.json.journal"):
-            discard(path)
+            path.unlink(missing_ok=True)
         for path in kept.glob(f"{glob.escape(name)}-*.json"):
             with contextlib.suppress(StageFileError):
                 read_json(path, "scores")

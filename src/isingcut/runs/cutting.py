@@ -21,9 +21,8 @@ from isingcut.models.cutting.gguf_patch import Changed, Repacked, changed_tensor
 from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.healing_options import HEALED
-from isingcut.runs.manifest import slug
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates
 
