@@ -19,7 +19,7 @@ from isingcut.data.answers import answered, row_of
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.chat_templates import render_chat
 from isingcut.data.encoder import Encoder
-from isingcut.data.fitting_text import to_fit
+from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, parts_of, places_in, told
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.energies.empirical_fisher import EmpiricalFisher

@@ -214,6 +214,6 @@ def test_self_needs_a_model_that_does_not_repeat_itself(
 ) -> None:
     with pytest.raises(InputError, match="needs the model"):
         build("self", tokenizer, **SIZES)
-    monkeypatch.setattr("isingcut.data.self_text._sampled", lambda *_: [[1, 2, 3]] * 32)
+    monkeypatch.setattr("isingcut.data.generation._sampled", lambda *_: [[1, 2, 3]] * 32)
     with pytest.raises(CalibrationError, match="repeats itself"):
         build("self", tokenizer, model=tiny_model("llama"), **SIZES)

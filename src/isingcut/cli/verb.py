@@ -27,7 +27,7 @@ from isingcut.files.inputs import user_path
 from isingcut.files.writing import without_infinities
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import Options, flag, from_yaml, given_options, plain_type
-from isingcut.options.spellings import parse_indices
+from isingcut.options.spellings import BlockList
 
 if TYPE_CHECKING:
     from isingcut.runs.folder import RunFolder
@@ -294,7 +294,7 @@ def reopen_at(
     if blocks is None:
         return (*reopen(directory, options), None)
     try:
-        typed = parse_indices(blocks)
+        typed = BlockList(blocks).numbers
     except InputError as e:
         raise InputError(f"--blocks: {e}") from e
     total = len(RunFolder.open(directory).manifest["blocks"]["blocks"])

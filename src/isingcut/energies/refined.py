@@ -23,7 +23,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import blocks_of
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-from isingcut.options.spellings import parse_effort
+from isingcut.options.spellings import Effort
 
 __all__ = ["Refined"]
 
@@ -59,12 +59,12 @@ class Refined:
                 "the energy 'refined' searches near a removal; say which with --remove or "
                 "--budget, or use --energy pairwise, which answers every removal"
             )
-        amount, minutes = parse_effort(self.effort)
+        effort = Effort(self.effort)
 
         def timed() -> float:
-            return 60 * (amount or 0.0) / seconds_per_pass(replay, tokens, work)
+            return (effort.seconds or 0.0) / seconds_per_pass(replay, tokens, work)
 
-        passes = timed if minutes else amount
+        passes = timed if effort.seconds else effort.passes
         search = Search(replay, tokens, work, self.targets, passes, self.seed).run()
         energy = search.energy()
         return Hamiltonian(

@@ -115,8 +115,9 @@ def plain_type(kind: Any, name: str) -> type:
     annotation = _types(kind)[name]
     while inner := get_args(annotation):
         annotation = inner[0]
-    # What is left of Literal[...] is a word.
-    return annotation if isinstance(annotation, type) else str
+    # What is left of Literal[...] is a word, and so is what a `Spelling` is read from.
+    plain = isinstance(annotation, type) and not issubclass(annotation, str)
+    return annotation if plain else str
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.options.spellings import parse_device, parse_indices
+from isingcut.options.spellings import parse_device
 
 
 # Pydantic is imported when the first value is checked, so none of its own annotations stand here.
@@ -63,7 +63,6 @@ Length = Annotated[int, Bounds(ge=8, le=2**20)]
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 Place = Annotated[str, Then(_at_home)]
 """A path, or something else that never begins with ``~``."""
-Blocks = Annotated[str, reads(parse_indices)]
 Device = Annotated[str, reads(parse_device)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Patch = Literal["none", "linear", "tuned"]

@@ -36,7 +36,7 @@ from isingcut.models.processes import Processes
 from isingcut.options.config import RunConfig
 from isingcut.report.fidelity import ranking_warnings
 from isingcut.report.words import patch_warnings, search_warnings
-from isingcut.runs import patching, pipeline, solving, stages
+from isingcut.runs import cutting, pipeline, solving, stages
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
@@ -272,7 +272,7 @@ class Run:
                     shutil.copytree(product, temporary, dirs_exist_ok=True)
                 return target
             removed = list(self.chosen.removed) if removed is None else removed
-            patching.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
+            cutting.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
     def _product(self) -> Path:

@@ -34,7 +34,7 @@ from isingcut.models.memory import weight_bytes
 from isingcut.models.parts import BLOCK_STREAMS, EMBED, HEAD
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
-from isingcut.options.spellings import parse_effort, parse_healing
+from isingcut.options.spellings import parse_healing
 from isingcut.runs.healing_options import heal_config
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
@@ -156,9 +156,9 @@ class Prices:
         if name not in PASSES:
             pairs, spent = self._states(name, removals(n), samples), None
             if name == "refined":
-                effort, minutes = parse_effort(self.config.effort)
-                passes = greedy_price(n, self.remove) if minutes or effort is None else effort
-                spent = 60 * effort if minutes and effort else tokens * passes * self.timed.seconds
+                effort = self.config.effort
+                passes = effort.passes or greedy_price(n, self.remove)
+                spent = effort.seconds or tokens * passes * self.timed.seconds
             return pairs if spent is None else _estimate(name, samples, spent, pairs["memory"])
         rows = n if name in KINDS else 1
         # Streamed, blocks run forward once more.
