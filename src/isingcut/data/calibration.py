@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,32 +41,35 @@ ALLOCATION = ("report", "rank", "energy")
 Rows = dict[str, list[Row]]
 
 
-class Text(ABC):
-    """One text, asked for a sample at a time and then for all of them.
+class Text:
+    """One text, from which samples of full length are counted first and made at the end.
 
     Attributes:
         facts: what is known of it, JSON-able.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, length: int) -> None:
         self.facts: dict[str, Any] = {"kind": kind}
+        self._length = length
+        self._counts = dict.fromkeys(ALLOCATION, 0)
 
-    @abstractmethod
     def take(self, split: str) -> int:
-        """Ask for one more sample of a split, in the order of `ALLOCATION`; says its tokens that
-        count.
+        """Ask for one more sample of a split, in the order of `ALLOCATION`; gives the number of its
+        tokens that count.
 
         Raises:
             CalibrationError: too short, if that is known by now.
         """
+        self._counts[split] += 1
+        return self._length
 
-    @abstractmethod
     def rows(self) -> Rows:
         """The samples that were asked for, by split.
 
         Raises:
             CalibrationError: too short.
         """
+        raise NotImplementedError
 
 
 class Conversations(Text):
@@ -90,8 +92,8 @@ class Conversations(Text):
         share: float,
         seen: set[int],
     ) -> None:
-        super().__init__(corpus.kind)
-        self._name, self._length, self._counts, self._share = corpus.name, length, counts, share
+        super().__init__(corpus.kind, length)
+        self._name, self._wanted, self._share = corpus.name, counts, share
         self._rows: Rows = {name: [] for name in ALLOCATION}
         self._stream = distinct(
             row_of(encode, text, length) for text in corpus.documents if is_new(text, seen)
@@ -109,30 +111,17 @@ class Conversations(Text):
 
     def _too_short(self) -> str:
         found = [len(row) for split in self._rows.values() for row in split]
-        needed = f"{sum(self._counts.values())} different conversations"
+        needed = f"{sum(self._wanted.values())} different conversations"
         if self._share < 1:
             needed = f"{self._share:.0%} of their tokens from different conversations"
         return (
-            f"{self._name} is too short: {_words(self._counts)} samples need {needed} of up to "
+            f"{self._name} is too short: {_words(self._wanted)} samples need {needed} of up to "
             f"{self._length} tokens, found {len(found)} ({sum(found)} tokens); give more, or "
             "lower --samples, --rank-samples or --report-samples"
         )
 
 
-class _Counted(Text):
-    """Samples of full length: they are counted first and made at the end."""
-
-    def __init__(self, kind: str, length: int) -> None:
-        super().__init__(kind)
-        self._length = length
-        self._counts = dict.fromkeys(ALLOCATION, 0)
-
-    def take(self, split: str) -> int:
-        self._counts[split] += 1
-        return self._length
-
-
-class Generated(_Counted):
+class Generated(Text):
     """Text of the model's own.
 
     Args:
@@ -147,7 +136,7 @@ class Generated(_Counted):
         return self._make(self._counts)
 
 
-class Packed(_Counted):
+class Packed(Text):
     """Full-length samples out of running text or of concatenated documents.
 
     Args:

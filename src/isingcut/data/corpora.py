@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -81,13 +82,12 @@ def _read(
     def corpus(name: str, records: Iterator[Record], order: _Order) -> Corpus:
         return _records_corpus(name, records, tokenizer, order, answers=answers)
 
-    def shuffled(records: Iterator[_Value]) -> Iterator[_Value]:
-        return _shuffled(records, seed)
-
+    shuffled = partial(_shuffled, seed=seed)
     if source in PACKAGED:
         return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
     if (texts := held.find(source)) is not None:
-        return corpus(source, _listed(texts), shuffled)
+        listed = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
+        return corpus(source, listed, shuffled)
     if source in HUB:
         return corpus(source, _dataset(source, seed), lambda rows: rows)
     _check_one(source)
@@ -222,7 +222,7 @@ def _records_corpus(
         raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
 
     # Only what is used is kept while a whole file is shuffled.
-    values = ((place, fields.get(key, _ABSENT)) for place, fields in _chained(first, records))
+    values = ((place, fields.get(key, _ABSENT)) for place, fields in chain([first], records))
 
     def texts() -> Iterator[str]:
         render = partial(render_chat, tokenizer)
@@ -235,11 +235,6 @@ def _records_corpus(
                 yield _rendered(place, value, render, answers=answers)
 
     return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
-
-
-def _chained(first: Record, rest: Iterator[Record]) -> Iterator[Record]:
-    yield first
-    yield from rest
 
 
 def _text(where: str, value: Any) -> str:
@@ -294,11 +289,6 @@ def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
     everything = list(items)
     random.Random(seed).shuffle(everything)
     yield from everything
-
-
-def _listed(texts: Iterable[str]) -> Iterator[Record]:
-    for number, text in enumerate(texts):
-        yield f"text {number} of the list", {"text": text}
 
 
 def _dataset(source: str, seed: int) -> Iterator[Record]:
