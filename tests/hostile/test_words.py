@@ -70,6 +70,8 @@ WORDS = [
     ("--remove attention+mlp", r"--remove: cannot read 'attention\+mlp'"),
     ("--budget zorp=5", "--budget: .*unknown quantity 'zorp'; known: params, bytes, kv, latency"),
     ("--budget params", "--budget: cannot read 'params' as a budget"),
+    ("--budget params=15", "it has no unit; write params=15% or params=15M"),
+    ("--remove 20%", "write a share as --budget params=20%"),
     ("--budget params=0", "--budget: .*'0' is nothing; give more than 0"),
     ("--budget params=0%", "--budget: .*'0%' is nothing"),
     ("--budget params=101%", "--budget: .*between 0% and 100%"),

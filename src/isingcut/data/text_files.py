@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from isingcut.data.encoder import LONGEST, cut
 from isingcut.errors import CalibrationError, first_line
@@ -186,7 +186,7 @@ def text_file(path: Path, name: str) -> TextFile:
     suffix, packed = _kind(path)
     with clear_errors(name), ExitStack() as failed:
         opened = os.fdopen(os.dup(0), "rb") if str(path) == "-" else path.open("rb")
-        stream: io.BufferedReader = failed.enter_context(cast(io.BufferedReader, opened))
+        stream: io.BufferedReader = failed.enter_context(opened)
         known = suffix in FORMATS
         if packed or (not known and stream.peek(1).startswith(b"\x1f")):
             unpacked: Any = gzip.GzipFile(fileobj=stream)

@@ -111,7 +111,7 @@ class RunFolder:
             if not folder.config.removal or config.overwrite:
                 folder.manifest["config"] = options
         else:
-            manifest = {"config": options, "stages": {}, "blocks": blocks}
+            manifest: dict[str, Any] = {"config": options, "stages": {}, "blocks": blocks}
             manifest |= {"provenance": versions(), "complete": False}
             folder = cls(path, manifest, overwrite=config.overwrite)
         folder.manifest["provenance"].update(model=model, **model_path(path, config.model))

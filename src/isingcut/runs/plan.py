@@ -84,7 +84,7 @@ def time_pass(replay: StreamedReplay, batch: TokenSet) -> TimedPass:
     """
     store, tokens = replay.store, batch.positions
     # Kept, so that no reading is timed below.
-    parts = (EMBED, HEAD, 0)
+    parts: list[int | str] = [EMBED, HEAD, 0]
     reading = sum(map(store.keep, parts)) / sum(map(store.size, parts))
     latency = replay.latency(tokens)
     with torch.inference_mode():
@@ -175,11 +175,10 @@ class Prices:
         states = (c.states + math.ceil(random_states), self.n)
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
         # A checkpoint is read, written, and read again to be proven.
-        written = {"seconds": 3 * reading, "memory": held, "disk": self.stored}
         found = [
             _estimate("load", 0, reading, held),
             self._states("rank", order < self.remove, c.rank_samples),
-            _estimate("excise", 0, **written),
+            _estimate("excise", 0, 3 * reading, held, self.stored),
         ]
         if c.patch != "none":
             passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
