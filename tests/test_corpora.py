@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +110,6 @@ def test_datasets_names_without_the_package_or_the_hub(
         build("someone/no-such-set", tokenizer, **SIZES)
 
 
-def test_a_hub_that_never_answers_is_left_soon(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("datasets")
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-        monkeypatch.setattr("isingcut.data.hub_datasets._SECONDS", 0.2)
-        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-            monkeypatch.delenv(name, raising=False)
-        message = refused("someone/a-set", tokenizer, "cannot read the data set 'someone/a-set'")
-        assert "the hub cannot be reached" in message
-
-
 def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +126,6 @@ def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
         return {"train": datasets.Dataset.from_list(rows[path]).to_iterable_dataset()}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("isingcut.data.hub_datasets._answers", lambda name: True)
     corpora.check("web=0.5,instruct=0.3,maths=0.2")
     found = build(
         "web=0.5,instruct=0.3,maths=0.2", tokenizer, **{**SIZES, "samples": 60, "report_samples": 3}
