@@ -23,10 +23,10 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.answers import row_of
 from isingcut.data.corpora import Corpus, is_new, read, text_hashes
 from isingcut.data.encoder import Encoder
-from isingcut.data.generation import generated
-from isingcut.data.mixture import Part, Turns, naming, parts_of
+from isingcut.data.generation import sample_from_model
+from isingcut.data.mixture import Part, Turns, name_part, parts_of
 from isingcut.data.overlap import overlap
-from isingcut.data.tokens import Row, TokenSet, counts, distinct
+from isingcut.data.tokens import Row, TokenSet, count_tokens, distinct
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
 from isingcut.files.tensors import read_tensors, tensor_header
@@ -104,7 +104,7 @@ class Conversations(Text):
         if row is None:
             raise CalibrationError(self._too_short())
         self._rows[split].append(row)
-        return counts(row)
+        return count_tokens(row)
 
     def rows(self) -> Rows:
         return self._rows
@@ -390,7 +390,7 @@ def build(
     def generate(wanted: Mapping[str, int]) -> Rows:
         if model is None:
             raise InputError("the calibration source 'self' needs the model to sample from")
-        return generated(model, tokenizer, wanted, length, seed, progress)
+        return sample_from_model(model, tokenizer, wanted, length, seed, progress)
 
     def opened(part: Part) -> Text:
         if part.source == "self":
@@ -402,7 +402,7 @@ def build(
 
     texts: list[Text] = []
     for part in parts:
-        with naming(part, parts):
+        with name_part(part, parts):
             texts.append(opened(part))
     order = {
         name: _order(parts, texts, name, counts[name], Turns(parts, length, f"{seed} {name}"))
@@ -410,7 +410,7 @@ def build(
     }
     rows = []
     for part, text in zip(parts, texts, strict=True):
-        with naming(part, parts):
+        with name_part(part, parts):
             rows.append(text.rows())
     splits = {}
     for name in SPLITS:
@@ -440,7 +440,7 @@ def _order(
     found = []
     for left in range(samples, 0, -1):
         i = turns.next(left)
-        with naming(parts[i], parts):
+        with name_part(parts[i], parts):
             turns.took(i, texts[i].take(split))
         found.append(i)
     return found

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from isingcut.data import held, text_files
 from isingcut.data.answers import Render, answered
 from isingcut.data.chat_templates import render_chat
-from isingcut.data.mixture import naming, parts_of, place_of, places_in
+from isingcut.data.mixture import name_part, parts_of, place_of, places_in
 from isingcut.data.packaged import HUB, PACKAGED
 from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
 from isingcut.errors import CalibrationError, MissingExtraError, ModelError
@@ -116,7 +116,7 @@ def check(source: str) -> None:
     """
     parts = parts_of(source)
     for part in parts:
-        with naming(part, parts):
+        with name_part(part, parts):
             place = place_of(part.source)
             _check_one(place)
             if place != part.source and (place in (*PACKAGED, "self") or held.is_name(place)):

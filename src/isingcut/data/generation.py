@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def only(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
+def with_settings(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
     """The model, generating with these settings alone while the context lasts.
 
     `generate` fills what a caller leaves open from the model's own generation config (end
@@ -80,7 +80,7 @@ def generate_text(
     own: Any = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     pad = end[0] if isinstance(end, list) else end
-    with only(model, do_sample=False, eos_token_id=end, pad_token_id=pad) as generative:
+    with with_settings(model, do_sample=False, eos_token_id=end, pad_token_id=pad) as generative:
         out = generative.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -93,7 +93,7 @@ def generate_text(
 @torch.no_grad()
 def decode_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Exactly ``new_tokens`` greedy tokens after ``prompt`` (1, P), past any end token."""
-    with only(model, do_sample=False, pad_token_id=0) as generative:
+    with with_settings(model, do_sample=False, pad_token_id=0) as generative:
         out: torch.Tensor = generative.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens
         )
@@ -104,7 +104,7 @@ _ROWS = 32
 _ATTEMPTS = 4
 
 
-def generated(
+def sample_from_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     counts: Mapping[str, int],
@@ -156,7 +156,10 @@ def _sampled(model: PreTrainedModel, start: int, length: int, seed: int) -> list
     prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    with only(model, pad_token_id=start, **sampling) as generative, torch.random.fork_rng(devices):
+    with (
+        with_settings(model, pad_token_id=start, **sampling) as generative,
+        torch.random.fork_rng(devices),
+    ):
         torch.manual_seed(seed)
         out = generative.generate(
             prompt,

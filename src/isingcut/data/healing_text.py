@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from isingcut.data.answers import row_of
 from isingcut.data.corpora import Corpus, is_new, read, refuse_changed
 from isingcut.data.encoder import Encoder
-from isingcut.data.mixture import Part, Turns, naming, parts_of, places_in
+from isingcut.data.mixture import Part, Turns, name_part, parts_of, places_in
 from isingcut.data.overlap import overlap
 from isingcut.data.text_files import only_once
-from isingcut.data.tokens import Row, TokenSet, counts, distinct, ids_of
+from isingcut.data.tokens import Row, TokenSet, count_tokens, distinct, ids_of
 from isingcut.errors import CalibrationError, IsingcutError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def build(
     """
     parts = parts_of(source)
     encode = Encoder(tokenizer, model)
-    kinds, texts = opened(parts, encode, length, seed, used)
+    kinds, texts = open_parts(parts, encode, length, seed, used)
     report, reported, ended = _drawn(
         parts, [first for first, _ in texts], report_samples, Turns(parts, length, f"{seed} report")
     )
@@ -89,7 +89,7 @@ def build(
     return HealingText(to_train, to_report, kind, overlap(to_report, [to_train]))
 
 
-def opened(
+def open_parts(
     parts: Sequence[Part], encode: Encoder, length: int, seed: int, used: Calibration | None
 ) -> tuple[list[str], list[tuple[Iterator[Row], Iterator[Row]]]]:
     """Each part's kind and two readers of its samples; the second begins with a new document.
@@ -104,7 +104,7 @@ def opened(
     seen: set[int] = set()
     corpora = []
     for part in parts:
-        with naming(part, parts):
+        with name_part(part, parts):
             if used is not None:
                 refuse_changed(used.meta.get("texts", {}), part.source)
             if part.source == "self":
@@ -136,11 +136,11 @@ def _drawn(
     names: list[str] = []
     while count is None or len(rows) < count:
         i = turns.next(None if count is None else count - len(rows))
-        with naming(parts[i], parts):
+        with name_part(parts[i], parts):
             row = next(texts[i], None)
         if row is None:
             return rows, names, parts[i].name
-        turns.took(i, counts(row))
+        turns.took(i, count_tokens(row))
         rows.append(row)
         names += [parts[i].name] * (len(parts) > 1)
     return rows, names, ""
@@ -272,13 +272,13 @@ def to_fit(
 def _further(used: Calibration, encode: Encoder) -> Iterator[Row]:
     """Samples of a calibration's text that none of its splits holds, until one part ends."""
     parts, length, seed = parts_of(used.source), used.meta["length"], used.meta["seed"]
-    _, readers = opened(parts, encode, length, seed, used)
+    _, readers = open_parts(parts, encode, length, seed, used)
     turns = Turns(parts, length, f"{seed} further")
     while True:
         i = turns.next()
-        with naming(parts[i], parts):
+        with name_part(parts[i], parts):
             row = next(readers[i][0], None)
         if row is None:
             return
-        turns.took(i, counts(row))
+        turns.took(i, count_tokens(row))
         yield row

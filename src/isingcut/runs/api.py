@@ -384,7 +384,7 @@ def prune(
     # What the run needs beside its folder goes with the returned object.
     with contextlib.ExitStack() as kept:
         if not isinstance(options.get("calibration", ""), str):
-            options["calibration"] = kept.enter_context(held.texts(options["calibration"]))
+            options["calibration"] = kept.enter_context(held.hold_texts(options["calibration"]))
         if out is None:
             out = kept.enter_context(temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__

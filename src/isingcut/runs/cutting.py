@@ -15,7 +15,7 @@ from typing import Any
 
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
-from isingcut.data.mixture import told
+from isingcut.data.mixture import describe_source
 from isingcut.errors import InputError
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
@@ -346,7 +346,7 @@ def _patched(
         "unpatched": [],
         **found,
         "text": {
-            "source": told(used),
+            "source": describe_source(used),
             "samples": text.tokens.samples,
             "searched": text.searched,
             "tokens": int(text.tokens.mask.sum()),
