@@ -132,8 +132,12 @@ def test_a_budget_of_healing_buys_tokens_and_steps():
 
 def test_a_search_costs_its_passes_or_its_minutes():
     counted = prices()
+    pairs = counted.energy("pairwise")["seconds"]
     counted.config = counted.config.replace(effort="3")
-    assert counted.energy("refined")["seconds"] == 5 * LENGTH * 3 * 6
+    three = counted.energy("refined")["seconds"]
+    assert three < pairs
+    counted.config = counted.config.replace(effort="6")
+    assert counted.energy("refined")["seconds"] == pytest.approx(2 * three)
     counted.config = counted.config.replace(effort="2min")
     assert counted.energy("refined")["seconds"] == 120
 

@@ -113,7 +113,8 @@ class Prices:
             trust_remote_code=trust,
         )
         replay, text = StreamedReplay(model, self.store, self.memory), text_config(model)
-        self.batch = min(session.tuning.batch_tokens, text.max_position_embeddings)
+        found = inspect_model(session.source, trust_remote_code=trust)
+        self.batch = min(session.tuning.batch_tokens, found.positions or self.memory.total)
         # Drawn at random, so that routers of experts spread the words as they do a text's.
         ids = np.random.default_rng(0).integers(int(text.vocab_size), size=(1, self.batch))
         batch = TokenSet.from_rows(ids.tolist())
@@ -121,7 +122,6 @@ class Prices:
         self.n, self.stream = len(replay), replay.bytes_per_token
         self.weights = weight_bytes(session.source, self.store.dtype)
         self.logits = int(text.vocab_size) * self.store.dtype.itemsize
-        found = inspect_model(session.source, trust_remote_code=trust)
         self.remove = self._removed(found)
         blocks = sum(b.bytes for b in found.stack.blocks)
         self.stored = int(blocks * (1 - self.remove / self.n) + found.other_bytes)
@@ -152,17 +152,19 @@ class Prices:
         samples, n = samples_of(config, name), self.n
         if self.streamed and not getattr(energy_part(config, name), "streams", True):
             return _estimate(name, samples, impossible="needs the whole model in memory")
-        tokens = samples * config.length
         if name not in PASSES:
-            pairs, spent = self._states(name, removals(n), samples), None
-            if name == "refined":
-                effort = self.config.effort
-                passes = effort.passes or greedy_price(n, self.remove)
-                spent = effort.seconds or tokens * passes * self.timed.seconds
-            return pairs if spent is None else _estimate(name, samples, spent, pairs["memory"])
+            states = removals(n)
+            pairs, effort = self._states(name, states, samples), self.config.effort
+            if name == "pairwise":
+                return pairs
+            # A budget of passes, spent on states that are much like the pairs.
+            passes = effort.passes or greedy_price(n, self.remove)
+            spent = effort.seconds or pairs["seconds"] * passes * n / (n + tree_nodes(states))
+            return _estimate(name, samples, spent, pairs["memory"])
         rows = n if name in KINDS else 1
         # Streamed, blocks run forward once more.
-        seconds = tokens * rows * (PASSES[name] + self.streamed) * self.timed.seconds
+        passes = rows * (PASSES[name] + self.streamed)
+        seconds = samples * config.length * passes * self.timed.seconds
         work = self.batch * (self.graph * (1 if rows == 1 else 5) + self.logits)
         # Every block is read on the way forward and on the way back.
         return self._measured(name, samples, seconds, work, 2 * (n + 1))
