@@ -69,22 +69,30 @@ def build(
     parts = parts_of(source)
     encode = Encoder(tokenizer, model)
     kinds, texts = open_parts(parts, encode, length, seed, used)
-    report, reported, ended = _drawn(
-        parts, [first for first, _ in texts], report_samples, Turns(parts, length, f"{seed} report")
-    )
-    train, trained, last = _drawn(
-        parts, [second for _, second in texts], samples, Turns(parts, length, f"{seed} train")
-    )
+    found, ended = [], ""
+    for name, count in (("report", report_samples), ("train", samples)):
+        turns = Turns(parts, length, f"{seed} {name}")
+        drawn = list(_draw(parts, [pair[len(found)] for pair in texts], turns, count))
+        if count is None or len(drawn) < count:
+            ended = ended or parts[turns.next(None if count is None else count - len(drawn))].name
+        found.append(drawn)
+    report, train = found
     if len(report) < report_samples or not train or (samples and len(train) < samples):
         wanted = f"{samples} training samples" if samples else "at least one training sample"
         asked = "" if len(parts) == 1 else f" of the mixture {source!r}"
         raise CalibrationError(
-            f"{ended or last} is too short: {report_samples} report samples and {wanted}{asked} of "
+            f"{ended} is too short: {report_samples} report samples and {wanted}{asked} of "
             f"{length} tokens were asked for, found {len(report)} and {len(train)}; give more "
             "text, or lower --samples, --report-samples or --length"
         )
-    to_train = TokenSet.from_rows(train, encode.pad, trained)
-    to_report = TokenSet.from_rows(report, encode.pad, reported)
+    to_report, to_train = (
+        TokenSet.from_rows(
+            [row for _, row in drawn],
+            encode.pad,
+            [parts[i].name for i, _ in drawn] if len(parts) > 1 else [],
+        )
+        for drawn in found
+    )
     kind = kinds[0] if len(parts) == 1 else "mixture"
     return HealingText(to_train, to_report, kind, overlap(to_report, [to_train]))
 
@@ -128,22 +136,20 @@ def open_parts(
     return [corpus.kind for corpus in corpora], texts
 
 
-def _drawn(
-    parts: Sequence[Part], texts: Sequence[Iterator[Row]], count: int | None, turns: Turns
-) -> tuple[list[Row], list[str], str]:
-    """Samples out of all parts in turn, their parts' names, and the part that ended too early."""
-    rows: list[Row] = []
-    names: list[str] = []
-    while count is None or len(rows) < count:
-        i = turns.next(None if count is None else count - len(rows))
+def _draw(
+    parts: Sequence[Part], texts: Sequence[Iterator[Row]], turns: Turns, count: int | None = None
+) -> Iterator[tuple[int, Row]]:
+    """Samples of all parts in turn, each with its part, until there are ``count`` or one ends."""
+    drawn = 0
+    while count is None or drawn < count:
+        i = turns.next(None if count is None else count - drawn)
         with name_part(parts[i], parts):
             row = next(texts[i], None)
         if row is None:
-            return rows, names, parts[i].name
+            return
         turns.took(i, count_tokens(row))
-        rows.append(row)
-        names += [parts[i].name] * (len(parts) > 1)
-    return rows, names, ""
+        drawn += 1
+        yield i, row
 
 
 def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
@@ -256,7 +262,10 @@ def to_fit(
         short = "a pipe is read once"
     elif missing > 0:
         try:
-            for row in _further(used, encode):
+            parts, length, seed = parts_of(used.source), used.meta["length"], used.meta["seed"]
+            _, readers = open_parts(parts, encode, length, seed, used)
+            turns = Turns(parts, length, f"{seed} further")
+            for _, row in _draw(parts, [first for first, _ in readers], turns):
                 rows.append(row)
                 missing -= len(row)
                 if missing <= 0:
@@ -267,18 +276,3 @@ def to_fit(
             # It may be gone since: a file that was moved, texts that were handed over in Python.
             short = f"the source cannot be read on: {e}"
     return FittingText(TokenSet.from_rows(rows, encode.pad), own.samples, short)
-
-
-def _further(used: Calibration, encode: Encoder) -> Iterator[Row]:
-    """Samples of a calibration's text that none of its splits holds, until one part ends."""
-    parts, length, seed = parts_of(used.source), used.meta["length"], used.meta["seed"]
-    _, readers = open_parts(parts, encode, length, seed, used)
-    turns = Turns(parts, length, f"{seed} further")
-    while True:
-        i = turns.next()
-        with name_part(parts[i], parts):
-            row = next(readers[i][0], None)
-        if row is None:
-            return
-        turns.took(i, count_tokens(row))
-        yield row
