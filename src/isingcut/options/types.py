@@ -6,25 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from annotated_types import Interval as Bounds
+
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.options.spellings import parse_device
 
 
 # Pydantic is imported when the first value is checked, so none of its own annotations stand here.
-@dataclass(frozen=True)
-class Bounds:
-    """The ends of a number."""
-
-    le: float
-    ge: float | None = None
-    gt: float | None = None
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        ends = {name: end for name, end in vars(self).items() if end is not None}
-        return {**handler(source), **ends}
-
-
 @dataclass(frozen=True)
 class Then:
     """What a function makes of a value of the right type; it raises ValueError to refuse it."""
