@@ -69,7 +69,8 @@ def build(
     parts = parts_of(source)
     encode = Encoder(tokenizer, model)
     kinds, texts = open_parts(parts, encode, length, seed, used)
-    found, ended = [], ""
+    found: list[list[tuple[int, Row]]] = []
+    ended = ""
     for name, count in (("report", report_samples), ("train", samples)):
         turns = Turns(parts, length, f"{seed} {name}")
         drawn = list(_draw(parts, [pair[len(found)] for pair in texts], turns, count))

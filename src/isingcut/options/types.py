@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval as Bounds
+from annotated_types import Interval
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.options.spellings import parse_device
+
+Bounds = Interval
+"""The ends of a number."""
 
 
 # Pydantic is imported when the first value is checked, so none of its own annotations stand here.

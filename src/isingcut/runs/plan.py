@@ -235,7 +235,7 @@ class Prices:
         work = self.batch * (self.logits + (BLOCK_STREAMS + self.n + 1) * self.stream)
         return self._measured(name, samples, seconds, work, count + 1)
 
-    def _held(self) -> int:
+    def _held(self) -> float:
         """Bytes of the process with the weights that it holds."""
         return self.memory.used + (2 * self.store.largest if self.streamed else self.weights)
 
