@@ -30,7 +30,7 @@ from isingcut.models.load import load
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.sources import resolve
 from isingcut.options.healing import HealConfig
-from isingcut.options.spellings import parse_indices
+from isingcut.options.spellings import BlockList
 from isingcut.testing.tiny import tiny_checkpoint
 
 SIDES = ("teacher", "student", "ours", "kept", "last", "plain", "gkd", "sft")
@@ -58,7 +58,7 @@ class Bench:
         self.options, self.folder = options, folder
         source = tiny_checkpoint("llama", folder / "tiny") if options.tiny else options.model
         self.original = load(resolve(str(source)), dtype=options.dtype)
-        self.removed = (2, 3) if options.tiny else tuple(parse_indices(options.remove))
+        self.removed = (2, 3) if options.tiny else tuple(BlockList(options.remove).numbers)
         self.cut = folder / "cut"
         excise(self.original.folder, self.removed, self.cut)
         self.numbers = itertools.count()

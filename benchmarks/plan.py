@@ -1,11 +1,10 @@
 """The estimates of `isingcut plan` against what the same measurements really take.
 
-    python benchmarks/plan.py [--model smollm2] [--length 256] [--cpu-time]
+    python benchmarks/plan.py [--model smollm2] [--length 256]
 
 The plan is made first; then a part of each measurement is really run, a few samples of the pair
 states and of the gradients, and its time is scaled to the samples that the plan is for. Memory is
-that of a process of its own. `--cpu-time` compares processor time, for a machine that others use
-too. Ends with one line `name: value` per figure: estimated over actual.
+that of a process of its own. Ends with one line `name: value` per figure: estimated over actual.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from isingcut.runs.plan import make_plan
 
 def actual(name: str, a: argparse.Namespace, answer: Any = None) -> tuple[float, int]:
     """Seconds of one measurement on a few samples, and the peak memory of this process."""
-    clock = time.process_time if a.cpu_time else time.perf_counter
     loaded = models.load(resolve(a.model), dtype="float32", device="cpu")
     replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
     samples = a.gradient_samples if name == "empirical-fisher" else a.samples
@@ -46,14 +44,14 @@ def actual(name: str, a: argparse.Namespace, answer: Any = None) -> tuple[float,
         seed=0,
     ).splits["energy"]
     replay.attention = tune(replay, a.length, batch_tokens=a.batch_tokens, memory=0).attention
-    began = clock()
+    began = time.perf_counter()
     if name == "pairwise":
         measure(replay, tokens, removals(len(replay)), batch_tokens=a.batch_tokens)
     elif name == "empirical-fisher":
         gate_gradients(replay, tokens, batch_tokens=a.batch_tokens)
     else:
         gate_curvature(replay, tokens, name, batch_tokens=a.batch_tokens)
-    found = (clock() - began) / samples, resident_peak()
+    found = (time.perf_counter() - began) / samples, resident_peak()
     if answer is not None:
         answer.put(found)
     return found
@@ -68,9 +66,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1, help="of states and of curvature")
     parser.add_argument("--gradient-samples", type=int, default=8)
     parser.add_argument("--energies", default="pairwise,empirical-fisher,hessian")
-    parser.add_argument("--cpu-time", action="store_true")
     a = parser.parse_args()
-    clock = time.process_time if a.cpu_time else time.perf_counter
     config = RunConfig(
         model=a.model,
         remove="6",
@@ -79,7 +75,7 @@ def main() -> None:
         dtype="float32",
         device="cpu",
     )
-    plan = make_plan(config, clock=clock)
+    plan = make_plan(config)
     print(f"probe: {plan['probe_seconds']:.1f} s")
     print(f"{'energy':<18}{'estimated, s':>14}{'actual, s':>12}{'ratio':>8}{'memory ratio':>14}")
     context = multiprocessing.get_context("spawn")

@@ -19,8 +19,8 @@ from isingcut.data.answers import answered, row_of
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.chat_templates import render_chat
 from isingcut.data.encoder import Encoder
-from isingcut.data.fitting_text import to_fit
-from isingcut.data.mixture import Part, parts_of, places_in, told
+from isingcut.data.healing_text import to_fit
+from isingcut.data.mixture import Part, describe_source, parts_of, places_in
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import CalibrationError, ModelError, OutputExistsError, StageFileError
@@ -167,7 +167,7 @@ def test_a_source_with_answers_is_named_without_its_folder(
     assert parts_of(f"wiki=1,answers:{file}=1")[1] == Part(
         f"answers:{file}", "answers:chat.jsonl", 0.5
     )
-    assert told(f"answers:{file}") == "answers:chat.jsonl"
+    assert describe_source(f"answers:{file}") == "answers:chat.jsonl"
     assert places_in(f"wiki=1,answers:{file}=1") == ["wiki", file]
     assert places_in("answers:-") == ["-"]
     monkeypatch.chdir(tmp_path)

@@ -213,6 +213,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
 def test_a_killed_choice_goes_on_from_what_was_scored(
     llama, text, questions, tmp_path, monkeypatch
 ):
+    from isingcut.evaluation import likelihoods
     from isingcut.runs import benchmarking
 
     more = questions.with_name("more.jsonl")
@@ -227,7 +228,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         "choose": "tasks",
         "tasks": f"{questions},{more}",
     }
-    whole, calls = benchmarking.score_states, []
+    whole, compute, calls, computed = benchmarking.score_states, likelihoods._scores, [], []
 
     def counted(model, task, *given, **rest):
         calls.append(task.name)
@@ -235,13 +236,19 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
             raise KeyboardInterrupt
         return whole(model, task, *given, **rest)
 
+    def noted(*given):
+        computed.append(calls[-1])
+        return compute(*given)
+
     monkeypatch.setattr(benchmarking, "score_states", counted)
+    monkeypatch.setattr(likelihoods, "_scores", noted)
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**OPTIONS, **options)
-    kept = list((tmp_path / "run" / ".asked").glob("*.json"))
-    assert len(kept) == choosing.CONTENDERS
+    before = computed.count("mine.jsonl")
+    assert list((tmp_path / "run" / ".asked").glob("mine.jsonl-*.journal"))
     isingcut.prune(**OPTIONS, **options)
-    assert calls == ["mine.jsonl", "more.jsonl", "more.jsonl"]
+    assert calls == ["mine.jsonl", "more.jsonl"] * 2
+    assert computed.count("mine.jsonl") == before > 0
 
 
 def test_a_question_has_one_key_in_every_task(questions):

@@ -89,7 +89,6 @@ def test_json_keys_are_those_documented(finished, run, capsys):
         ("excise", run),
         ("evaluate", run),
         ("report", run),
-        ("export", run, "--mergekit", run.parent / "recipe.yaml"),
         ("inspect", model),
         ("ls",),
     ):
@@ -177,13 +176,13 @@ def test_without_random_states_it_is_said_that_nothing_judged_the_energy(run, ca
     assert "How well it ranks was not measured." in html
 
 
-def test_blocks_from_a_file_counted_from_one(run, capsys):
-    (run.parent / "paper.txt").write_text("2\n5\n")
-    arguments = ("excise", run, "--blocks", f"@{run.parent / 'paper.txt'}", "--one-based")
+def test_blocks_counted_from_one(run, capsys):
+    arguments = ("excise", run, "--blocks", "2\n5\n", "--one-based")
     assert call(*arguments, "--overwrite", "--quiet") == 0
     assert read_json(run / "model" / "isingcut.json", "removal")["removed"] == [1, 4]
-    assert call("excise", run, "--blocks", "6,7") == 2
-    assert "numbered 0 to 5, got 6, 7" in capsys.readouterr().err
+    for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
+        assert call("excise", run, "--blocks", *wrong.split()) == 2
+        assert f"blocks are numbered {ends}; --one-based is for" in capsys.readouterr().err
 
 
 def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
@@ -239,14 +238,6 @@ def test_a_budget_alone_frees_the_number_of_blocks(run, capsys):
     assert min(counts) >= 3
     # Both typed: both hold, and here they clash.
     assert call("solve", run, "--budget", "params=40%", "--remove", "1") == 2
-
-
-def test_a_recipe_to_standard_output_is_plain_yaml(run, capsys):
-    assert call("export", run, "--mergekit", "-") == 0
-    recipe = yaml.safe_load(capsys.readouterr().out)
-    assert recipe["merge_method"] == "passthrough"
-    assert call("export", run) == 2
-    assert "--mergekit" in capsys.readouterr().err
 
 
 def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +105,6 @@ def test_datasets_names_without_the_hub(tokenizer: Any, monkeypatch: pytest.Monk
     refused("someone/no-such-set", tokenizer, "cannot read the data set 'someone/no-such-set'")
 
 
-def test_a_hub_that_never_answers_is_left_soon(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-        monkeypatch.setattr("isingcut.data.hub_datasets._SECONDS", 0.2)
-        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-            monkeypatch.delenv(name, raising=False)
-        message = refused("someone/a-set", tokenizer, "cannot read the data set 'someone/a-set'")
-        assert "the hub cannot be reached" in message
-
-
 def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +122,6 @@ def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
         return {"train": datasets.Dataset.from_list(rows[path]).to_iterable_dataset()}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("isingcut.data.hub_datasets._answers", lambda name: True)
     corpora.check("web=0.5,instruct=0.3,maths=0.2")
     found = build(
         "web=0.5,instruct=0.3,maths=0.2", tokenizer, **{**SIZES, "samples": 60, "report_samples": 3}
@@ -205,6 +190,6 @@ def test_self_needs_a_model_that_does_not_repeat_itself(
 ) -> None:
     with pytest.raises(InputError, match="needs the model"):
         build("self", tokenizer, **SIZES)
-    monkeypatch.setattr("isingcut.data.self_text._sampled", lambda *_: [[1, 2, 3]] * 32)
+    monkeypatch.setattr("isingcut.data.generation._sampled", lambda *_: [[1, 2, 3]] * 32)
     with pytest.raises(CalibrationError, match="repeats itself"):
         build("self", tokenizer, model=tiny_model("llama"), **SIZES)

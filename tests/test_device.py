@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import isingcut
-from isingcut.data import generation, self_text
+from isingcut.data import generation
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.errors import ArchitectureError
@@ -138,7 +138,7 @@ def written(place):
     model, tokenizer = place.model(), tiny_tokenizer()
     prompt = generation.prompt_ids(tokenizer, "hello")
     text = generation.generate_text(model, tokenizer, prompt, 8)
-    sampled = self_text.generated(model, tokenizer, {"energy": 3}, 8, 0)["energy"]
+    sampled = generation.sample_from_model(model, tokenizer, {"energy": 3}, 8, 0)["energy"]
     return [*text.encode(), *np.ravel(sampled)]
 
 

@@ -104,9 +104,9 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
 
 
 def test_what_is_held_no_more_is_named():
-    with held.texts(["a", "b"]) as name:
+    with held.hold_texts(["a", "b"]) as name:
         assert held.find(name) == ["a", "b"]
-        with held.texts(("a", "b")) as again:
+        with held.hold_texts(("a", "b")) as again:
             assert again == name
         assert held.find(name) == ["a", "b"]
     with pytest.raises(InputError, match=r"2 texts in memory .* was handed over in Python"):

@@ -1,107 +1,15 @@
-"""States in and out of other tools, and the hub: a stub server stands in for it."""
+"""The hub: a stub server stands in for it."""
 
 import base64
-import doctest
 import http.server
 import json
 import threading
 
 import pytest
-import torch
-import yaml
-from transformers import AutoModelForCausalLM
 
-from isingcut.errors import ArchitectureError, InputError, StageFileError
+from isingcut.errors import InputError, StageFileError
 from isingcut.files.outputs import MARKER, mark
-from isingcut.runs import block_lists, interop_hub, mergekit
-from isingcut.testing.tiny import tiny_config
-from tiny import tiny_checkpoint
-
-
-def test_examples():
-    for module, examples in ((block_lists, 2), (mergekit, 1)):
-        found = doctest.testmod(module)
-        assert (found.attempted, found.failed) == (examples, 0)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["3,4,9", "3 4 9", "3\n4\n9\n", "[3, 4, 9]", "(9; 4; 3)", '["3", "4", 9]', "9\t3-4",
-     '{"removed": [9, 3, 4]}', '{"chosen": {"removed": [3, 4, 9]}, "kl": 1}',
-     "# the middle\n3, 4   # two\n9"],
-)  # fmt: skip
-def test_lists_of_blocks_in_any_spelling(text):
-    assert block_lists.parse_blocks(text) == [3, 4, 9]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "none", "3,x", "-3", "3.5", "[3, true]", "[[3]]", '{"kept": [1]}', "8-5", "{}"]
-)
-def test_what_is_no_list_of_blocks_is_refused(text):
-    with pytest.raises(InputError, match="block"):
-        block_lists.parse_blocks(text)
-
-
-def test_numbering_from_one(tmp_path, monkeypatch):
-    file = tmp_path / "paper.txt"
-    file.write_text("4, 5, 10")
-    assert block_lists.read_blocks(f"@{file}", one_based=True).of(10) == [3, 4, 9]
-    with pytest.raises(InputError, match=r"numbered 0 to 9, got 10; .*--one-based"):
-        block_lists.read_blocks(f"@{file}").of(10)
-    with pytest.raises(InputError, match=r"numbered 1 to 10, got 0; .*leave --one-based"):
-        block_lists.read_blocks("0,1", one_based=True).of(10)
-    with pytest.raises(InputError, match=r"numbered 0 to 9, got 11, 12$"):
-        block_lists.read_blocks("11,12").of(10)
-    with pytest.raises(InputError, match=r"got 10, 11, 12, 13, 14, 15, 16, 17, \.\.\.$"):
-        block_lists.read_blocks("10-9999").of(10)
-    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("3\n4\n"))
-    assert block_lists.read_blocks("-").of(10) == [3, 4]
-    with pytest.raises(InputError, match="is not there"):
-        block_lists.read_blocks(f"@{tmp_path / 'nothing'}")
-
-
-def test_a_mergekit_recipe_stacks_the_kept_blocks(tmp_path):
-    removed = [0, 3, 4]
-    recipe = yaml.safe_load(mergekit.mergekit_recipe("me/model", 6, removed, "float32"))
-    assert recipe["merge_method"] == "passthrough"
-    sources = [part["sources"] for part in recipe["slices"]]
-    assert all(len(s) == 1 and s[0]["model"] == "me/model" for s in sources)
-    # What mergekit does with it: the ranges, end exclusive, one after the other.
-    kept = [b for s in sources for b in range(*s[0]["layer_range"])]
-    assert kept == [1, 2, 5]
-    original = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama", tmp_path / "m"))
-    layers = original.model.layers
-    stacked = torch.nn.ModuleList([layers[b] for b in kept])
-    from isingcut.models.cutting.checkpoint import excise
-
-    excise(tmp_path / "m", removed, tmp_path / "cut")
-    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
-    for ours, theirs in zip(cut.model.layers, stacked, strict=True):
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ("family", "removed", "fields"),
-    [
-        ("llama", [1, 2], []),
-        ("gpt2", [1, 2], []),
-        ("phi3", [1, 2], []),
-        ("gemma3", [1], ["layer_types"]),
-        ("qwen2_moe", [2, 3], ["layer_types", "mlp_only_layers"]),
-    ],
-)
-@pytest.mark.parametrize("written_out", [True, False])
-def test_what_mergekit_would_leave_wrong_is_named(family, removed, fields, written_out):
-    config = json.loads(tiny_config(family).to_json_string(use_diff=False))
-    if not written_out:
-        config.pop("layer_types", None)
-    found = mergekit.mergekit_differs(config, removed)
-    assert set(fields) <= set(found)
-    assert bool(fields) == bool(found)
-    with pytest.raises(ArchitectureError):
-        mergekit.mergekit_differs(config, [99])
-
+from isingcut.runs import interop_hub
 
 # The hub ---------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences, write
 from isingcut.cli.show_scores import healing_warnings
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
-from isingcut.data.fitting_text import to_fit
+from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, Turns, parts_of
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import CalibrationError, InputError, StageFileError

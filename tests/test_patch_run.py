@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import isingcut
 from isingcut.cli.main import app
 from isingcut.data.calibration import Calibration
-from isingcut.data.fitting_text import FittingText, to_fit
+from isingcut.data.healing_text import FittingText, to_fit
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
@@ -230,7 +230,7 @@ def test_a_streamed_model_is_patched_block_by_block(
 def test_too_little_text_for_the_fit_is_said(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isingcut.runs.patching.to_fit", _one_sample)
+    monkeypatch.setattr("isingcut.runs.cutting.to_fit", _one_sample)
     out = job(llama, text, tmp_path / "run")
     (warning,) = patch_warnings(read_json(out / "evaluation.json", "evaluation"))
     assert "at least two samples" in warning

@@ -56,10 +56,9 @@ def _die_at(moment, notes):
             nonlocal count
             count += 1
             if count == moment:
-                if isinstance(what, Journal) and what._path is not None:
-                    # The end of its log is torn, as after a power cut.
-                    log = f"{what._path}-wal"
-                    os.truncate(log, max(0, os.path.getsize(log) - 7))
+                if isinstance(what, Journal) and what._path is not None and what.keys():
+                    # Its end is torn, as after a power cut.
+                    os.truncate(what._path, os.path.getsize(what._path) - 7)
                 os.kill(os.getpid(), signal.SIGKILL)
             return operation(what, *arguments, **options)
 

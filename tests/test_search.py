@@ -386,9 +386,10 @@ def test_a_search_needs_a_removal(replay: Replay, tokens: TokenSet) -> None:
 def test_effort_in_minutes_is_settled_once(
     replay: Replay, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part = Refined((Target.count(N, 3),), "1min")
     work = Work(64, journal=tmp_path / "journal")
-    monkeypatch.setattr("isingcut.energies.refined.seconds_per_pass", lambda *_: 4.0)
-    assert part.passes(replay, tokens, work) == 15.0
-    monkeypatch.setattr("isingcut.energies.refined.seconds_per_pass", lambda *_: 1.0)
-    assert part.passes(replay, tokens, work) == 15.0
+    found = []
+    for seconds in (4.0, 1.0):
+        monkeypatch.setattr("isingcut.energies.refined.seconds_per_pass", lambda *_, s=seconds: s)
+        energy = Refined((Target.count(N, 3),), "1min").measure(replay, tokens, work)
+        found.append(energy.meta["search"]["budget_passes"])
+    assert found == [15.0, 15.0]

@@ -260,12 +260,12 @@ def test_rows_resume_and_refuse_other_questions(
     options: dict[str, Any] = {"data": tmp_path, "questions": 5, "kept": tmp_path / "kept"}
     (first,) = benchmark(models, ["arc_easy"], **options)
     assert (first["n"], first["shots"], first["metric"]) == (5, 0, "acc")
-    assert len(list((tmp_path / "kept").glob("*.json"))) == 2
+    assert len(list((tmp_path / "kept").glob("*.journal"))) == 2
 
     def broken(*arguments: Any, **rest: Any) -> Any:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("isingcut.evaluation.benchmark.score", broken)
+    monkeypatch.setattr("isingcut.evaluation.likelihoods._scores", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]
     monkeypatch.undo()
     scores = score(models["original"], prepare_task("arc_easy", tmp_path, None))

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from isingcut.ising.solvers import solve
     from isingcut.ising.spectrum import Spectrum
     from isingcut.options.config import RunConfig
-    from isingcut.runs.api import PoorEnergyWarning, open_run, prune
-    from isingcut.runs.api_run import Run, State
+    from isingcut.runs.api import PoorEnergyWarning, Run, State, open_run, prune
     from isingcut.runs.pipeline import energy, run
 
 __all__ = [
@@ -45,10 +44,10 @@ _HOMES = {
     "Hamiltonian": "ising.hamiltonian",
     "PoorEnergyWarning": "runs.api",
     "Problem": "ising.problem",
-    "Run": "runs.api_run",
+    "Run": "runs.api",
     "RunConfig": "options.config",
     "Spectrum": "ising.spectrum",
-    "State": "runs.api_run",
+    "State": "runs.api",
     "__version__": "files.provenance",
     "energy": "runs.pipeline",
     "open_run": "runs.api",

@@ -59,5 +59,3 @@ def arena(world, tmp_path, monkeypatch):
 def smaller_bounds(monkeypatch):
     """The same bounds, reached sooner."""
     monkeypatch.setattr("isingcut.data.text_files.RECORD", 1 << 19)
-    monkeypatch.setattr("isingcut.data.text_streams.STREAM", 1 << 21)
-    monkeypatch.setattr("isingcut.data.text_streams.PATIENCE", 0.3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 
 SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
 MEASURE = "energy {model} --out new " + SMALL + " --calibration "
@@ -33,9 +32,4 @@ UTF8 = r"is not UTF-8 .byte 0x{:02x} does not fit.; save it as UTF-8"
 NUL = "holds NUL bytes: it is UTF-16 or no text"
 
 
-def fifo(name):
-    return lambda arena: os.mkfifo(arena.here / name)
-
-
-NOTHING = "nothing came through .* for 0.3 seconds"
 GONE = "there is no calibration file"

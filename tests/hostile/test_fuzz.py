@@ -234,15 +234,14 @@ def test_safetensors(place, change, command):
     place(run)
 
 
-EXPORT = "export {here}/run --mergekit {here}/new.yaml"
 RANK, REPORT = "rank {here}/run", "report {here}/run"
 SOLVE, MORE = "solve {here}/run", "solve {here}/run --remove 3"
 EXCISE, EVALUATE = "excise {here}/run", "evaluate {here}/run"
 STAGES = {
-    "candidates.json": [RANK, REPORT, EXPORT, EXCISE],
-    "spectrum.json": [SOLVE, RANK, REPORT, EXPORT],
+    "candidates.json": [RANK, REPORT, EXCISE],
+    "spectrum.json": [SOLVE, RANK, REPORT],
     "evaluation.json": [REPORT, EVALUATE],
-    "run.json": [SOLVE, RANK, REPORT, EXPORT, EXCISE, EVALUATE],
+    "run.json": [SOLVE, RANK, REPORT, EXCISE, EVALUATE],
     "calibration.safetensors": [RANK, REPORT],
     "hamiltonian.safetensors": [SOLVE, MORE, RANK, REPORT],
 }

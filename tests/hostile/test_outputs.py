@@ -129,27 +129,6 @@ STAGES = [
         "was not written by this run and stays as it is",
         write("run/baseline-random.json"),
     ),
-    Row(
-        "an earlier recipe",
-        "export {run} --mergekit {here}/r.yaml",
-        "already exists",
-        write("r.yaml"),
-    ),
-    *(
-        Row(
-            f"a recipe over {name}",
-            f"export {{run}} --mergekit {place} --overwrite",
-            line,
-            prepare or (lambda arena: None),
-        )
-        for name, place, line, prepare in (
-            ("the user's own", "{here}/r.yaml", STAYS, write("r.yaml")),
-            ("the text", "{text}", OF_SOURCE, None),
-            ("the model's config", "{model}/config.json", OF_SOURCE, None),
-            ("a folder", "{home}", STAYS, None),
-            ("a link to a diary", "{here}/r.yaml", STAYS, link("r.yaml", "home/diary.txt")),
-        )
-    ),
     *(
         Row(
             f"the user's own report.{form}",
@@ -228,7 +207,7 @@ READERS = {
         "--report-samples 3 --dtype float32 --random-states 30 --out run",
     ),
     "spectrum.json": ("solve {run}", "rank {run}", "report {run}"),
-    "candidates.json": ("rank {run}", "excise {run}", "export {run} --mergekit -", "report {run}"),
+    "candidates.json": ("rank {run}", "excise {run}", "report {run}"),
     "evaluation.json": ("evaluate {run}", "report {run}"),
 }
 
@@ -276,9 +255,8 @@ def test_what_isingcut_wrote_is_replaced(arena):
     assert record["removed"] == [0, 1]
     arena.try_row(Row("", "report {run}", code=0, makes=("run/report*",)))
     for flag in ("", "--overwrite"):
-        made = ("c.html", "r.yaml")
-        arena.try_row(Row("", f"report {{run}} {{run}} --out c.html {flag}", code=0, makes=made))
-        arena.try_row(Row("", f"export {{run}} --mergekit r.yaml {flag}", code=0, makes=made))
+        row = Row("", f"report {{run}} {{run}} --out c.html {flag}", code=0, makes=("c.html",))
+        arena.try_row(row)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +281,9 @@ def test_save_replaces_what_it_wrote(arena):
 
 
 def test_a_hard_link_to_a_source_is_that_source(arena):
-    os.link(arena.text, arena.here / "same.yaml")
-    row = Row("", "export {run} --mergekit {here}/same.yaml --overwrite", OF_SOURCE)
-    arena.try_row(row)
+    weights = arena.model / "model.safetensors"
+    os.link(weights, arena.here / "same")
+    arena.try_row(Row("", "run model --remove 2 --calibration text.txt --out same", OF_SOURCE))
 
 
 def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):

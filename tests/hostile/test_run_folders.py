@@ -98,7 +98,6 @@ FOUND = [
         chdir_home,
         **WORKS,
     ),
-    Row("a recipe from another folder", "export {run} --mergekit -", "model", chdir_home, code=0),
     Row(
         "moved with its model",
         "excise {here}/moved/run --blocks 0,1 --overwrite",

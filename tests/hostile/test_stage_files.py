@@ -218,12 +218,6 @@ ROWS += [
 ROWS += [
     Row("solve: run.json", SOLVE, "blocks: it is missing", edited("run.json", "blocks", drop=True)),
     Row(
-        "export: candidates.json",
-        "export {run} --mergekit -",
-        "names block 99",
-        edited("candidates.json", "chosen", "removed", value=[99]),
-    ),
-    Row(
         "push: isingcut.json",
         "push {run}/model me/it",
         "removed: expected a valid list",

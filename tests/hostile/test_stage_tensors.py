@@ -163,14 +163,14 @@ SPLITS = {
         lambda a: a.update(
             {"rank.input_ids": np.zeros((0, 16), np.int64), "rank.mask": np.zeros((0, 16), bool)}
         ),
-        "rank has no sample",
+        "do not match its own hash",
     ),
     "tokens fractions": (
         lambda a: a.update({"rank.input_ids": np.zeros((3, 16))}),
         "rank.input_ids: expected I64 .* got F64",
     ),
-    "tokens negative": (poked("rank.input_ids", -5), "rank.input_ids holds negative tokens"),
-    "holes in a mask": (poked("rank.mask", False), "rank.mask is not a run of real tokens"),
+    "tokens negative": (poked("rank.input_ids", -5), "do not match its own hash"),
+    "holes in a mask": (poked("rank.mask", False), "do not match its own hash"),
     "other tokens": (poked("rank.input_ids", 5), "do not match its own hash"),
 }
 

@@ -301,8 +301,8 @@ PLACES = [
         "stays as it is",
     ),
     Row(
-        "a recipe below a file",
-        "export {run} --mergekit {home}/diary.txt/r.yaml",
+        "a comparison below a file",
+        "report {run} {run} --out {home}/diary.txt/r.html",
         "cannot write .*(File exists|Not a directory)|is no folder",
     ),
 ]

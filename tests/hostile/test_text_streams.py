@@ -1,4 +1,4 @@
-"""Texts from standard input and pipes: read once, within bounds, never waited for without end."""
+"""Texts from standard input and pipes: read once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from arena import Row
 from sample_texts import GONE, LINES, MEASURE, NUL, UTF8, WORDS, packed
 
-from isingcut.data import text_streams
 from shared import snapshot
 
 pytestmark = pytest.mark.usefixtures("smaller_bounds")
@@ -30,7 +29,7 @@ def standard_input(descriptor):
 
 
 @contextlib.contextmanager
-def pipe_of(content, *, again=False, ends=True):
+def pipe_of(content, *, again=False):
     """The reading end of a pipe that somebody writes ``content`` into, once or for ever."""
     reading, writing = os.pipe()
 
@@ -39,16 +38,12 @@ def pipe_of(content, *, again=False, ends=True):
             f.write(content)
             while again:
                 f.write(content)
-            if not ends:
-                stop.wait()
 
-    stop = threading.Event()
     writer = threading.Thread(target=write)
     writer.start()
     try:
         yield reading
     finally:
-        stop.set()
         os.close(reading)
         writer.join()
 
@@ -56,14 +51,6 @@ def pipe_of(content, *, again=False, ends=True):
 STREAMED = [
     ("nothing", b"", {}, "standard input is too short: .*found 0"),
     ("a word", b"word", {}, "standard input is too short: .*found 4"),
-    ("silence", b"", {"ends": False}, "nothing came through standard input for 0.3 seconds"),
-    ("silence after a while", b"abc", {"ends": False}, "nothing came through standard input"),
-    (
-        "endless records",
-        b'{"text": "a"}\n' * 4096,
-        {"again": True},
-        "input gives more than 2097152",
-    ),
     ("endless blanks", b" " * 65536, {"again": True}, None),
     ("an endless record", b'{"text": [' * 4096, {"again": True}, "line 1 is longer than 524288"),
     ("endless NULs", bytes(65536), {"again": True}, NUL),
@@ -122,21 +109,13 @@ def test_a_pipe_cannot_be_healed_with(arena, option):
         arena.try_row(Row("healing", command, "- is a pipe, which can be read once; write it into"))
 
 
-def test_a_named_pipe_is_waited_for(arena, monkeypatch):
+def test_a_named_pipe_is_waited_for(arena):
     os.mkfifo(arena.here / "a.jsonl")
-    waiting, wait = threading.Event(), text_streams._Descriptor._wait
-
-    def noted(descriptor):
-        waiting.set()
-        wait(descriptor)
 
     def write():
-        waiting.wait()
         (arena.here / "a.jsonl").write_text(LINES, encoding="utf-8")
 
     writer = threading.Thread(target=write, daemon=True)
-    monkeypatch.setattr(text_streams, "PATIENCE", 60.0)
-    monkeypatch.setattr(text_streams._Descriptor, "_wait", noted)
     writer.start()
     arena.try_row(Row("a pipe", MEASURE + "a.jsonl", code=0, makes=("new*", "home*")))
     writer.join()

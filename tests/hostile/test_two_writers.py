@@ -129,7 +129,7 @@ def test_a_second_writer_is_refused_and_touches_nothing(arena, tmp_path, name):
     first, where, second, place, afterwards = ORDERS[name]
     with working(arena, tmp_path, first, where) as (holder,):
         arena.try_row(Row(name, second, busy(place).replace(r"pid \d+", f"pid {holder.pid}")))
-        arena.try_row(Row("a reader", "export {run} --mergekit -", code=0))
+        arena.try_row(Row("a reader", "push {run}/model me/it --dry-run", code=0))
     assert not left_behind(arena)
     # Nothing is refused for good: what is there already stays, what is not is made.
     made = ("new*", "run*", "healed*", ".healed*")

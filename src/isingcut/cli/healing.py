@@ -98,7 +98,7 @@ def evaluate(
     from isingcut.report.words import patch_warnings
     from isingcut.runs import benchmarking, pipeline, stages
     from isingcut.runs.cutting import product
-    from isingcut.runs.manifest import MANIFEST
+    from isingcut.runs.folder import MANIFEST
 
     names = _named(tasks, data, questions)
     if original is not None:

@@ -53,7 +53,7 @@ def _root(
 
 
 # Each file adds its verbs to the application; the order is that of `isingcut --help`.
-for _group in ("runs", "states", "models", "healing", "share", "look"):
+for _group in ("verbs", "healing"):
     importlib.import_module(f"isingcut.cli.{_group}")
 
 _program: Any = typer.main.get_command(app)

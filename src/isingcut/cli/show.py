@@ -23,7 +23,7 @@ from isingcut.report.read_run import read_run
 from isingcut.report.rows import plus_minus
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import listed, state_map
-from isingcut.runs.manifest import MANIFEST
+from isingcut.runs.folder import MANIFEST
 
 if TYPE_CHECKING:
     from isingcut.models.inspect import Inspection

@@ -27,6 +27,7 @@ from isingcut.files.inputs import user_path
 from isingcut.files.writing import without_infinities
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import Options, flag, from_yaml, given_options, plain_type
+from isingcut.options.spellings import BlockList
 
 if TYPE_CHECKING:
     from isingcut.runs.folder import RunFolder
@@ -50,8 +51,7 @@ Blocks = Annotated[
     typer.Option(
         "--blocks",
         metavar="LIST",
-        help="These blocks, not the chosen ones: 3,4,9 or 5-8, @FILE, or - for standard input; "
-        "commas, spaces, lines or JSON.",
+        help="These blocks, not the chosen ones: 3,4,9 or 5-8, with commas, spaces or lines.",
     ),
 ]
 OneBased = Annotated[bool, typer.Option("--one-based", help="The list of --blocks counts from 1.")]
@@ -289,12 +289,20 @@ def reopen_at(
 
     Without `--remove`, as many go as blocks are named.
     """
-    from isingcut.runs.block_lists import read_blocks
     from isingcut.runs.folder import RunFolder
 
     if blocks is None:
         return (*reopen(directory, options), None)
-    typed = read_blocks(blocks, one_based=one_based)
-    named = typed.of(len(RunFolder.open(directory).manifest["blocks"]["blocks"]))
+    try:
+        typed = BlockList(blocks).numbers
+    except InputError as e:
+        raise InputError(f"--blocks: {e}") from e
+    total = len(RunFolder.open(directory).manifest["blocks"]["blocks"])
+    named = [block - one_based for block in typed]
+    if named[0] < 0 or named[-1] >= total:
+        raise InputError(
+            f"--blocks {','.join(map(str, typed))[:60]}: this model's blocks are numbered "
+            f"{one_based:d} to {total - 1 + one_based}; --one-based is for lists that count from 1"
+        )
     folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
     return folder, config, named

@@ -1,14 +1,18 @@
 """Text becomes token samples: three disjoint splits that build, rank and report.
 
 The split `energy` builds the Hamiltonian, `rank` orders the candidates and `report` gives the
-figures that are published.
+figures that are published. No document (nor its duplicate) is in two of them. Tokens are given out
+in the order report, rank, energy, so the reported text stays the same when the energy is measured
+on more samples.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,28 +20,210 @@ import numpy as np
 import torch
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.allocation import (
-    ALLOCATION,
-    SPLITS,
-    Conversations,
-    Generated,
-    Packed,
-    Rows,
-    Text,
-)
-from isingcut.data.corpora import read, text_hashes
+from isingcut.data.answers import row_of
+from isingcut.data.corpora import Corpus, is_new, read, text_hashes
 from isingcut.data.encoder import Encoder
-from isingcut.data.mixture import Part, Turns, naming, parts_of
+from isingcut.data.generation import sample_from_model
+from isingcut.data.mixture import Part, Turns, name_part, parts_of
 from isingcut.data.overlap import overlap
-from isingcut.data.self_text import generated
-from isingcut.data.tokens import TokenSet
-from isingcut.errors import InputError
+from isingcut.data.tokens import Row, TokenSet, count_tokens, distinct
+from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
 from isingcut.files.tensors import read_tensors, tensor_header
 from isingcut.files.writing import atomic_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SPLITS = ("energy", "rank", "report")
+ALLOCATION = ("report", "rank", "energy")
+
+Rows = dict[str, list[Row]]
+
+
+class Text:
+    """One text, from which samples of full length are counted first and made at the end.
+
+    Attributes:
+        facts: what is known of it, JSON-able.
+    """
+
+    def __init__(self, kind: str, length: int) -> None:
+        self.facts: dict[str, Any] = {"kind": kind}
+        self._length = length
+        self._counts = dict.fromkeys(ALLOCATION, 0)
+
+    def take(self, split: str) -> int:
+        """Ask for one more sample of a split, in the order of `ALLOCATION`; gives the number of its
+        tokens that count.
+
+        Raises:
+            CalibrationError: too short, if that is known by now.
+        """
+        self._counts[split] += 1
+        return self._length
+
+    def rows(self) -> Rows:
+        """The samples that were asked for, by split.
+
+        Raises:
+            CalibrationError: too short.
+        """
+        raise NotImplementedError
+
+
+class Conversations(Text):
+    """One sample a conversation; those that agree in all their kept tokens count once.
+
+    Args:
+        corpus: of kind ``"chat"``.
+        length: tokens that are kept of one.
+        counts: samples of all splits.
+        share: of their tokens that this text has.
+        seen: texts that other parts of a mixture have; see `corpora.is_new`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        encode: Encoder,
+        length: int,
+        counts: Mapping[str, int],
+        share: float,
+        seen: set[int],
+    ) -> None:
+        super().__init__(corpus.kind, length)
+        self._name, self._wanted, self._share = corpus.name, counts, share
+        self._rows: Rows = {name: [] for name in ALLOCATION}
+        self._stream = distinct(
+            row_of(encode, text, length) for text in corpus.documents if is_new(text, seen)
+        )
+
+    def take(self, split: str) -> int:
+        row = next(self._stream, None)
+        if row is None:
+            raise CalibrationError(self._too_short())
+        self._rows[split].append(row)
+        return count_tokens(row)
+
+    def rows(self) -> Rows:
+        return self._rows
+
+    def _too_short(self) -> str:
+        found = [len(row) for split in self._rows.values() for row in split]
+        needed = f"{sum(self._wanted.values())} different conversations"
+        if self._share < 1:
+            needed = f"{self._share:.0%} of their tokens from different conversations"
+        return (
+            f"{self._name} is too short: {_words(self._wanted)} samples need {needed} of up to "
+            f"{self._length} tokens, found {len(found)} ({sum(found)} tokens); give more, or "
+            "lower --samples, --rank-samples or --report-samples"
+        )
+
+
+class Generated(Text):
+    """Text of the model's own.
+
+    Args:
+        make: rows for counts by split.
+    """
+
+    def __init__(self, make: Callable[[Mapping[str, int]], Rows], length: int) -> None:
+        super().__init__("generated", length)
+        self._make = make
+
+    def rows(self) -> Rows:
+        return self._make(self._counts)
+
+
+class Packed(Text):
+    """Full-length samples out of running text or of concatenated documents.
+
+    Args:
+        corpus: not of kind ``"chat"``.
+        length: tokens of a sample.
+        seen: texts that other parts of a mixture have; see `corpora.is_new`.
+    """
+
+    def __init__(self, corpus: Corpus, encode: Encoder, length: int, seen: set[int]) -> None:
+        super().__init__(corpus.kind, length)
+        self._corpus, self._encode, self._seen = corpus, encode, seen
+
+    def rows(self) -> Rows:
+        corpus, encode, counts = self._corpus, self._encode, self._counts
+        prefix = encode.start
+        body = self._length - len(prefix)
+        needs = {name: counts[name] * body for name in ALLOCATION}
+        # No sample uses more of one document than all samples together need.
+        most = sum(needs.values())
+        documents: list[list[int]] = []
+        read = 0
+
+        def tokenised() -> Iterator[list[int]]:
+            nonlocal read
+            for text in corpus.documents:
+                if ids := encode(text, most):
+                    read += 1
+                    # Pieces of a running text may be alike, documents may not.
+                    if corpus.kind == "text" or is_new(text, self._seen):
+                        documents.append(ids)
+                        yield ids
+
+        streams = None
+        if corpus.kind == "documents":
+            streams = _by_document(tokenised(), needs, encode.separator)
+        # Running text, and one or two documents, which cannot fill three splits.
+        if streams is None and len(documents) < len(needs):
+            streams = _by_range(itertools.chain(list(documents), tokenised()), needs)
+        if streams is None:
+            raise CalibrationError(_too_short(corpus, documents, counts, self._length, most))
+        if corpus.kind == "documents":
+            self.facts["documents"] = read
+        return {
+            name: [prefix + ids[i : i + body] for i in range(0, needs[name], body)]
+            for name, ids in streams.items()
+        }
+
+
+def _by_document(
+    documents: Iterator[list[int]], needs: Mapping[str, int], separator: list[int]
+) -> dict[str, list[int]] | None:
+    """Whole documents to one split after the other; None when they run out."""
+    streams: dict[str, list[int]] = {}
+    for name, need in needs.items():
+        taken: list[int] = []
+        while len(taken) < need:
+            ids = next(documents, None)
+            if ids is None:
+                return None
+            taken += (separator if taken else []) + ids
+        streams[name] = taken[:need]
+    return streams
+
+
+def _by_range(pieces: Iterable[list[int]], needs: Mapping[str, int]) -> dict[str, list[int]] | None:
+    """Consecutive token ranges to one split after the other; None when they run out."""
+    stream = itertools.chain.from_iterable(pieces)
+    streams = {name: list(islice(stream, need)) for name, need in needs.items()}
+    return streams if all(len(streams[name]) == need for name, need in needs.items()) else None
+
+
+def _too_short(
+    corpus: Corpus, documents: list[list[int]], counts: Mapping[str, int], length: int, needed: int
+) -> str:
+    found = sum(map(len, documents))
+    held = f"{found} in {len(documents)} documents" if corpus.kind == "documents" else str(found)
+    why = " (the three splits may not share a document)" if found >= needed else ""
+    return (
+        f"{corpus.name} is too short: {_words(counts)} samples of {length} tokens need {needed} "
+        f"tokens, found {held}{why}; give more text, or lower --length, --samples, "
+        "--rank-samples or --report-samples"
+    )
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return " + ".join(f"{counts[name]} {name}" for name in SPLITS)
+
 
 __all__ = ["SPLITS", "Calibration", "TokenSet", "build"]
 
@@ -104,15 +290,7 @@ class Calibration:
         splits = {}
         for name in SPLITS:
             ids, mask = arrays[f"{name}.input_ids"], arrays[f"{name}.mask"]
-            if not len(ids):
-                raise documents.damaged(path, f"{name} has no sample")
-            if ids.min(initial=0) < 0:
-                raise documents.damaged(path, f"{name}.input_ids holds negative tokens")
-            if not (np.sort(mask, axis=1)[:, ::-1] == mask).all() or not mask[:, :1].all():
-                raise documents.damaged(path, f"{name}.mask is not a run of real tokens a row")
             counted = arrays.get(f"{name}.counted")
-            if counted is not None and ((counted > mask).any() or not counted[:, 1:].any(1).all()):
-                raise documents.damaged(path, f"{name}.counted is not of real tokens in each row")
             splits[name] = TokenSet(
                 torch.from_numpy(ids),
                 torch.from_numpy(mask),
@@ -203,7 +381,7 @@ def build(
     def generate(wanted: Mapping[str, int]) -> Rows:
         if model is None:
             raise InputError("the calibration source 'self' needs the model to sample from")
-        return generated(model, tokenizer, wanted, length, seed, progress)
+        return sample_from_model(model, tokenizer, wanted, length, seed, progress)
 
     def opened(part: Part) -> Text:
         if part.source == "self":
@@ -215,7 +393,7 @@ def build(
 
     texts: list[Text] = []
     for part in parts:
-        with naming(part, parts):
+        with name_part(part, parts):
             texts.append(opened(part))
     order = {
         name: _order(parts, texts, name, counts[name], Turns(parts, length, f"{seed} {name}"))
@@ -223,7 +401,7 @@ def build(
     }
     rows = []
     for part, text in zip(parts, texts, strict=True):
-        with naming(part, parts):
+        with name_part(part, parts):
             rows.append(text.rows())
     splits = {}
     for name in SPLITS:
@@ -253,7 +431,7 @@ def _order(
     found = []
     for left in range(samples, 0, -1):
         i = turns.next(left)
-        with naming(parts[i], parts):
+        with name_part(parts[i], parts):
             turns.took(i, texts[i].take(split))
         found.append(i)
     return found

@@ -9,16 +9,16 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut.data import held, text_files
 from isingcut.data.answers import Render, answered
 from isingcut.data.chat_templates import render_chat
-from isingcut.data.mixture import naming, parts_of, place_of, places_in
+from isingcut.data.mixture import name_part, parts_of, place_of, places_in
 from isingcut.data.packaged import HUB, PACKAGED
-from isingcut.data.text_files import FORMATS, Record, text_file
-from isingcut.data.text_streams import clear_errors
+from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
 from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import edges_sha256, file_sha256
@@ -80,13 +80,12 @@ def _read(
     def corpus(name: str, records: Iterator[Record], order: _Order) -> Corpus:
         return _records_corpus(name, records, tokenizer, order, answers=answers)
 
-    def shuffled(records: Iterator[_Value]) -> Iterator[_Value]:
-        return _shuffled(records, seed)
-
+    shuffled = partial(_shuffled, seed=seed)
     if source in PACKAGED:
         return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
     if (texts := held.find(source)) is not None:
-        return corpus(source, _listed(texts), shuffled)
+        listed = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
+        return corpus(source, listed, shuffled)
     if source in HUB:
         return corpus(source, _dataset(source, seed), lambda rows: rows)
     _check_one(source)
@@ -115,7 +114,7 @@ def check(source: str) -> None:
     """
     parts = parts_of(source)
     for part in parts:
-        with naming(part, parts):
+        with name_part(part, parts):
             place = place_of(part.source)
             _check_one(place)
             if place != part.source and (place in (*PACKAGED, "self") or held.is_name(place)):
@@ -221,7 +220,7 @@ def _records_corpus(
         raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
 
     # Only what is used is kept while a whole file is shuffled.
-    values = ((place, fields.get(key, _ABSENT)) for place, fields in _chained(first, records))
+    values = ((place, fields.get(key, _ABSENT)) for place, fields in chain([first], records))
 
     def texts() -> Iterator[str]:
         render = partial(render_chat, tokenizer)
@@ -234,11 +233,6 @@ def _records_corpus(
                 yield _rendered(place, value, render, answers=answers)
 
     return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
-
-
-def _chained(first: Record, rest: Iterator[Record]) -> Iterator[Record]:
-    yield first
-    yield from rest
 
 
 def _text(where: str, value: Any) -> str:
@@ -293,11 +287,6 @@ def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
     everything = list(items)
     random.Random(seed).shuffle(everything)
     yield from everything
-
-
-def _listed(texts: Iterable[str]) -> Iterator[Record]:
-    for number, text in enumerate(texts):
-        yield f"text {number} of the list", {"text": text}
 
 
 def _dataset(source: str, seed: int) -> Iterator[Record]:

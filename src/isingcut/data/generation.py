@@ -1,22 +1,26 @@
-"""Generation under stated settings only, whatever the checkpoint's own defaults are."""
+"""Text that a model writes, under stated settings only, not the checkpoint's own defaults."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.chat_templates import render_chat
-from isingcut.errors import NOT_FINITE, ModelError
+from isingcut.data.encoder import Encoder
+from isingcut.data.tokens import distinct
+from isingcut.errors import NOT_FINITE, CalibrationError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @contextlib.contextmanager
-def only(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
+def with_settings(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
     """The model, generating with these settings alone while the context lasts.
 
     `generate` fills what a caller leaves open from the model's own generation config (end
@@ -76,7 +80,7 @@ def generate_text(
     own: Any = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     pad = end[0] if isinstance(end, list) else end
-    with only(model, do_sample=False, eos_token_id=end, pad_token_id=pad) as generative:
+    with with_settings(model, do_sample=False, eos_token_id=end, pad_token_id=pad) as generative:
         out = generative.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -89,8 +93,79 @@ def generate_text(
 @torch.no_grad()
 def decode_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Exactly ``new_tokens`` greedy tokens after ``prompt`` (1, P), past any end token."""
-    with only(model, do_sample=False, pad_token_id=0) as generative:
+    with with_settings(model, do_sample=False, pad_token_id=0) as generative:
         out: torch.Tensor = generative.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens
         )
     return out[:, prompt.shape[1] :]
+
+
+_ROWS = 32
+_ATTEMPTS = 4
+
+
+def sample_from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Mapping[str, int],
+    length: int,
+    seed: int,
+    progress: Progress = silent,
+) -> dict[str, list[list[int]]]:
+    """Distinct samples of exactly ``length`` tokens per split, at temperature 1 from BOS.
+
+    Sampling goes on past an end-of-sequence token, as packed text does. The samples form one
+    sequence, which depends on the model and the seed only; the splits take theirs from it in
+    the order of ``counts``. Cost: ``length`` cached decoding steps per 32 samples.
+
+    Raises:
+        CalibrationError: the tokenizer has no token to start from, or the model repeats itself.
+    """
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
+    if start is None:
+        raise CalibrationError(
+            "the source 'self' needs a tokenizer with a beginning or end token; choose another "
+            "--calibration"
+        )
+    Encoder(tokenizer, model).checked([start])
+    needed = sum(counts.values())
+    batches = -(-needed // _ROWS)
+    with progress("sampling text from the model", batches) as bar:
+
+        def sampled() -> Iterator[list[int]]:
+            for batch in range(_ATTEMPTS * batches):
+                yield from _sampled(model, start, length, seed * 1_000_003 + batch)
+                bar.advance(1)
+
+        stream = distinct(sampled())
+        rows = {name: list(islice(stream, count)) for name, count in counts.items()}
+    found = sum(map(len, rows.values()))
+    if found < needed:
+        raise CalibrationError(
+            f"the model repeats itself: sampling it gave {found} different samples of {length} "
+            f"tokens, {needed} are needed; raise --length or choose another --calibration"
+        )
+    return rows
+
+
+@torch.no_grad()
+def _sampled(model: PreTrainedModel, start: int, length: int, seed: int) -> list[list[int]]:
+    """One batch of samples."""
+    prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with (
+        with_settings(model, pad_token_id=start, **sampling) as generative,
+        torch.random.fork_rng(devices),
+    ):
+        torch.manual_seed(seed)
+        out = generative.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=length - 1,
+            logits_processor=finite_logits(model),
+        )
+    rows: list[list[int]] = out.cpu().tolist()
+    return rows

@@ -1,4 +1,4 @@
-"""Text to heal with: everything of a source but what is reported on, in samples of one length."""
+"""Text to train on: all of a source but what is reported on, and what a patch is fitted on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from isingcut.data.answers import row_of
 from isingcut.data.corpora import Corpus, is_new, read, refuse_changed
 from isingcut.data.encoder import Encoder
-from isingcut.data.mixture import Part, Turns, naming, parts_of
+from isingcut.data.mixture import Part, Turns, name_part, parts_of, places_in
 from isingcut.data.overlap import overlap
-from isingcut.data.tokens import Row, TokenSet, counts, distinct, ids_of
-from isingcut.errors import CalibrationError
+from isingcut.data.text_files import only_once
+from isingcut.data.tokens import Row, TokenSet, count_tokens, distinct, ids_of
+from isingcut.errors import CalibrationError, IsingcutError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,28 +68,37 @@ def build(
     """
     parts = parts_of(source)
     encode = Encoder(tokenizer, model)
-    kinds, texts = opened(parts, encode, length, seed, used)
-    report, reported, ended = _drawn(
-        parts, [first for first, _ in texts], report_samples, Turns(parts, length, f"{seed} report")
-    )
-    train, trained, last = _drawn(
-        parts, [second for _, second in texts], samples, Turns(parts, length, f"{seed} train")
-    )
+    kinds, texts = open_parts(parts, encode, length, seed, used)
+    found: list[list[tuple[int, Row]]] = []
+    ended = ""
+    for name, count in (("report", report_samples), ("train", samples)):
+        turns = Turns(parts, length, f"{seed} {name}")
+        drawn = list(_draw(parts, [pair[len(found)] for pair in texts], turns, count))
+        if count is None or len(drawn) < count:
+            ended = ended or parts[turns.next(None if count is None else count - len(drawn))].name
+        found.append(drawn)
+    report, train = found
     if len(report) < report_samples or not train or (samples and len(train) < samples):
         wanted = f"{samples} training samples" if samples else "at least one training sample"
         asked = "" if len(parts) == 1 else f" of the mixture {source!r}"
         raise CalibrationError(
-            f"{ended or last} is too short: {report_samples} report samples and {wanted}{asked} of "
+            f"{ended} is too short: {report_samples} report samples and {wanted}{asked} of "
             f"{length} tokens were asked for, found {len(report)} and {len(train)}; give more "
             "text, or lower --samples, --report-samples or --length"
         )
-    to_train = TokenSet.from_rows(train, encode.pad, trained)
-    to_report = TokenSet.from_rows(report, encode.pad, reported)
+    to_report, to_train = (
+        TokenSet.from_rows(
+            [row for _, row in drawn],
+            encode.pad,
+            [parts[i].name for i, _ in drawn] if len(parts) > 1 else [],
+        )
+        for drawn in found
+    )
     kind = kinds[0] if len(parts) == 1 else "mixture"
     return HealingText(to_train, to_report, kind, overlap(to_report, [to_train]))
 
 
-def opened(
+def open_parts(
     parts: Sequence[Part], encode: Encoder, length: int, seed: int, used: Calibration | None
 ) -> tuple[list[str], list[tuple[Iterator[Row], Iterator[Row]]]]:
     """Each part's kind and two readers of its samples; the second begins with a new document.
@@ -103,7 +113,7 @@ def opened(
     seen: set[int] = set()
     corpora = []
     for part in parts:
-        with naming(part, parts):
+        with name_part(part, parts):
             if used is not None:
                 refuse_changed(used.meta.get("texts", {}), part.source)
             if part.source == "self":
@@ -127,22 +137,20 @@ def opened(
     return [corpus.kind for corpus in corpora], texts
 
 
-def _drawn(
-    parts: Sequence[Part], texts: Sequence[Iterator[Row]], count: int | None, turns: Turns
-) -> tuple[list[Row], list[str], str]:
-    """Samples out of all parts in turn, their parts' names, and the part that ended too early."""
-    rows: list[Row] = []
-    names: list[str] = []
-    while count is None or len(rows) < count:
-        i = turns.next(None if count is None else count - len(rows))
-        with naming(parts[i], parts):
+def _draw(
+    parts: Sequence[Part], texts: Sequence[Iterator[Row]], turns: Turns, count: int | None = None
+) -> Iterator[tuple[int, Row]]:
+    """Samples of all parts in turn, each with its part, until there are ``count`` or one ends."""
+    drawn = 0
+    while count is None or drawn < count:
+        i = turns.next(None if count is None else count - drawn)
+        with name_part(parts[i], parts):
             row = next(texts[i], None)
         if row is None:
-            return rows, names, parts[i].name
-        turns.took(i, counts(row))
-        rows.append(row)
-        names += [parts[i].name] * (len(parts) > 1)
-    return rows, names, ""
+            return
+        turns.took(i, count_tokens(row))
+        drawn += 1
+        yield i, row
 
 
 def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
@@ -213,3 +221,59 @@ def _pieces(
     tokens = itertools.islice(running, int(facts.get("tokens", 0)), None)
     while len(piece := list(itertools.islice(tokens, body))) == body:
         yield prefix + piece
+
+
+@dataclass(frozen=True, eq=False)
+class FittingText:
+    """What a patch is fitted on.
+
+    Attributes:
+        tokens: samples of the calibration's length.
+        searched: how many of them the energy was measured on; they come first.
+        short: why there are fewer tokens than were asked for; empty where there are as many.
+    """
+
+    tokens: TokenSet
+    searched: int
+    short: str
+
+
+def to_fit(
+    used: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    most: int,
+    model: PreTrainedModel | None = None,
+) -> FittingText:
+    """About ``most`` tokens that neither rank nor report: of the energy's split, then unused ones.
+
+    Args:
+        used: a run's calibration; its source is read on where its energy split is too short.
+        most: tokens, those without a prediction among them.
+        model: its embedding bounds the token ids.
+    """
+    split, encode = used.splits["energy"], Encoder(tokenizer, model)
+    held = split.mask.sum(1).cumsum(0)
+    own = split.select(range(min(split.samples, int((held < most).sum()) + 1)))
+    rows = own.rows
+    missing, short = most - int(own.mask.sum()), ""
+    places = places_in(used.source)
+    if missing > 0 and "self" in places:
+        short = "the model wrote no more"
+    elif missing > 0 and any(map(only_once, places)):
+        short = "a pipe is read once"
+    elif missing > 0:
+        try:
+            parts, length, seed = parts_of(used.source), used.meta["length"], used.meta["seed"]
+            _, readers = open_parts(parts, encode, length, seed, used)
+            turns = Turns(parts, length, f"{seed} further")
+            for _, row in _draw(parts, [first for first, _ in readers], turns):
+                rows.append(row)
+                missing -= len(row)
+                if missing <= 0:
+                    break
+            else:
+                short = "the source has no more"
+        except IsingcutError as e:
+            # It may be gone since: a file that was moved, texts that were handed over in Python.
+            short = f"the source cannot be read on: {e}"
+    return FittingText(TokenSet.from_rows(rows, encode.pad), own.samples, short)

@@ -41,7 +41,7 @@ def find(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def texts(given: Sequence[str]) -> Iterator[str]:
+def hold_texts(given: Sequence[str]) -> Iterator[str]:
     """Hold a list of texts; gives its name.
 
     Raises:
@@ -62,12 +62,12 @@ def texts(given: Sequence[str]) -> Iterator[str]:
             )
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{len(encoded)}:".encode() + encoded)
-    with holding(f"{len(given)} texts in memory ({digest.hexdigest()[:16]})", list(given)) as name:
+    with hold(f"{len(given)} texts in memory ({digest.hexdigest()[:16]})", list(given)) as name:
         yield name
 
 
 @contextlib.contextmanager
-def holding(name: str, thing: Any) -> Iterator[str]:
+def hold(name: str, thing: Any) -> Iterator[str]:
     """Hold a thing under a name for as long as the context is open."""
     # A list, because two runs may hold the same thing at a time.
     _held.setdefault(name, []).append(thing)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 
 from isingcut.errors import CalibrationError, first_line
@@ -20,8 +19,6 @@ _ERRORS = (
     *(OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError),
     _TRANSPORT,
 )
-_SECONDS = 10
-
 
 _EXPECTED = (
     "expected NAME, NAME/CONFIG, OWNER/NAME/CONFIG or a local folder, each optionally followed by "
@@ -83,40 +80,7 @@ def _open(path: str, config: str | None) -> Any:
         saved = datasets.load_from_disk(path)
         parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         return {k: v.to_iterable_dataset() for k, v in parts.items()}
-    if Path(path).is_dir() or _answers(path):
-        return datasets.load_dataset(path, config, streaming=True)
-    with _offline():
-        try:
-            return datasets.load_dataset(path, config, streaming=True)
-        except ConnectionError as e:
-            raise ConnectionError(
-                "the hub cannot be reached, and its cache on this machine does not have it"
-            ) from e
-
-
-def _answers(name: str) -> bool:
-    """Whether the hub answers, whatever it says; `datasets` itself goes on trying for a minute."""
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=_SECONDS)
-    except (HfHubHTTPError, HFValidationError):
-        return True
-    except (OSError, _TRANSPORT):
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Let both libraries take what their caches have, and ask nobody."""
-    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
+    return datasets.load_dataset(path, config, streaming=True)
 
 
 @contextlib.contextmanager

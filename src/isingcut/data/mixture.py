@@ -72,7 +72,7 @@ def places_in(source: str) -> list[str]:
         return [source]
 
 
-def told(source: str) -> str:
+def describe_source(source: str) -> str:
     """A text in words for others: no folders, which say something about their owner."""
     try:
         parts = parts_of(source)
@@ -86,7 +86,7 @@ def told(source: str) -> str:
 def _weighted(source: str) -> list[tuple[str, float]]:
     found, word = [], ""
     for piece in source.split(","):
-        word += "," * bool(word) + piece
+        word = f"{word},{piece}" if word else piece
         name, _, number = word.rpartition("=")
         try:
             weight = float(number)
@@ -116,7 +116,7 @@ def _exists(source: str) -> bool:
 
 
 @contextlib.contextmanager
-def naming(part: Part, parts: Sequence[Part]) -> Iterator[None]:
+def name_part(part: Part, parts: Sequence[Part]) -> Iterator[None]:
     """Say of which part of a mixture an error is."""
     try:
         yield

@@ -1,25 +1,25 @@
 """Texts and records out of files and pipes: .txt, .jsonl, .json and .csv, each also as .gz.
 
-Everything is read within bounds: a record has a largest size, a pipe and what a .gz unpacks to a
-largest length, and a pipe that nothing comes through is left after a while. What has no name to
-go by (a pipe) is a text, or JSON lines where it begins with ``{``; gzip is known by its mark.
+A record has a largest size. What has no name to go by (a pipe) is a text, or JSON lines where it
+begins with ``{``; gzip is known by its mark.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import os
 import stat
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from isingcut.data.encoder import LONGEST, cut
-from isingcut.data.text_streams import clear_errors, limited, looked_at, opened, unpacked
 from isingcut.errors import CalibrationError, first_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
 
@@ -136,7 +136,7 @@ class TextFile:
 
     def _csv(self) -> Iterator[Record]:
         with self._lines() as file, _large_fields():
-            rows = csv.reader(self._bounded(file), strict=True)
+            rows = csv.reader(file, strict=True)
             try:
                 header = next(rows, [])
                 column = self._column(header)
@@ -149,6 +149,7 @@ class TextFile:
                             f"{where} has {len(row)} fields, but the first line names "
                             f"{len(header)} columns; is a text with commas not in quotes?"
                         )
+                    self._refuse_binary(row[column])
                     yield where, {"text": row[column]}
             except csv.Error as e:
                 raise CalibrationError(
@@ -167,13 +168,6 @@ class TextFile:
             "(columns are separated by commas)"
         )
 
-    def _bounded(self, file: io.TextIOWrapper) -> Iterator[str]:
-        while line := file.readline(RECORD + 1):
-            if len(line) > RECORD:
-                raise CalibrationError(f"{self.name} has a line of more than {RECORD} characters")
-            self._refuse_binary(line)
-            yield line
-
 
 def only_once(source: str) -> bool:
     """Whether a source is a pipe: what was read of it is gone."""
@@ -190,21 +184,37 @@ def text_file(path: Path, name: str) -> TextFile:
         CalibrationError: it cannot be opened.
     """
     suffix, packed = _kind(path)
-    known = suffix in FORMATS
-    with clear_errors(name):
-        stream, plain = opened(path, name)
-        if not plain:
-            stream = limited(stream, name)
+    with clear_errors(name), ExitStack() as failed:
+        opened = os.fdopen(os.dup(0), "rb") if str(path) == "-" else path.open("rb")
+        stream: io.BufferedReader = failed.enter_context(opened)
+        known = suffix in FORMATS
+        if packed or (not known and stream.peek(1).startswith(b"\x1f")):
+            unpacked: Any = gzip.GzipFile(fileobj=stream)
+            # Closed with it, as a file that gzip opens by itself.
+            unpacked.myfileobj = stream
+            stream = io.BufferedReader(unpacked)
         if not known:
-            head, stream = looked_at(stream, name)
-            packed = packed or head.startswith(b"\x1f\x8b")
-        if packed:
-            stream = limited(unpacked(stream), name)
-        if not known:
-            head, stream = looked_at(stream, name)
-            begin = head.removeprefix(codecs.BOM_UTF8).lstrip()
+            begin = stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()
             suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
+        failed.pop_all()
     return TextFile(name, suffix, stream)
+
+
+@contextmanager
+def clear_errors(name: str) -> Iterator[None]:
+    """Say in one line what cannot be read, and why."""
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        raise CalibrationError(
+            f"{name} is not UTF-8 (byte {e.object[e.start]:#04x} does not fit); save it as UTF-8"
+        ) from e
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise CalibrationError(
+            f"{name} is no whole gzip file ({first_line(e)}); pack it anew"
+        ) from e
+    except OSError as e:
+        raise CalibrationError(f"{name} cannot be read: {e.strerror or first_line(e)}") from e
 
 
 def check(path: Path, name: str, advice: str) -> None:

@@ -160,7 +160,7 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
     for i, row in enumerate(whole):
         start, body = row[:shared], row[shared:]
         found = [start + body[at : at + size] for at in range(0, len(body), size)]
-        found = [piece for piece in found if predicts(piece)]
+        found = [piece for piece in found if has_prediction(piece)]
         # The rest of a sample teaches little where it is a few tokens.
         found = [piece for piece in found if 8 * len(piece) >= length] or found[:1]
         rows += found
@@ -168,12 +168,12 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
     return TokenSet.from_rows(rows, parts=names)
 
 
-def counts(row: Row) -> int:
+def count_tokens(row: Row) -> int:
     """Tokens of a sample that count, its first one among them."""
     return sum(token >= 0 for token in row)
 
 
-def predicts(row: Sequence[int]) -> bool:
+def has_prediction(row: Sequence[int]) -> bool:
     """Whether a sample has a prediction that counts."""
     return any(token >= 0 for token in row[1:])
 
@@ -187,6 +187,6 @@ def distinct(rows: Iterable[Sequence[int]]) -> Iterator[Row]:
     """Rows that `predicts` says have a prediction, each once, as far as they are iterated."""
     seen: set[tuple[int, ...]] = set()
     for row in map(tuple, rows):
-        if predicts(row) and row not in seen:
+        if has_prediction(row) and row not in seen:
             seen.add(row)
             yield list(row)

@@ -8,7 +8,6 @@ states.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,15 +16,14 @@ import numpy as np
 import torch
 
 from isingcut.data.calibration import TokenSet
-from isingcut.energies.search import Search, Target, greedy_price
+from isingcut.energies.search import Search, Target
 from isingcut.energies.search.begin import one_pass_states
 from isingcut.errors import InputError
-from isingcut.files.writing import atomic_file
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import blocks_of
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
-from isingcut.options.spellings import parse_effort
+from isingcut.options.spellings import Effort
 
 __all__ = ["Refined"]
 
@@ -61,7 +59,12 @@ class Refined:
                 "the energy 'refined' searches near a removal; say which with --remove or "
                 "--budget, or use --energy pairwise, which answers every removal"
             )
-        passes = self.passes(replay, tokens, work)
+        effort = Effort(self.effort)
+
+        def timed() -> float:
+            return (effort.seconds or 0.0) / seconds_per_pass(replay, tokens, work)
+
+        passes = timed if effort.seconds else effort.passes
         search = Search(replay, tokens, work, self.targets, passes, self.seed).run()
         energy = search.energy()
         return Hamiltonian(
@@ -77,28 +80,6 @@ class Refined:
                 "search": summary(search),
             },
         )
-
-    def passes(self, replay: Replay, tokens: TokenSet, work: Work) -> float:
-        """The budget in forward passes over ``tokens``."""
-        amount, minutes = parse_effort(self.effort)
-        if amount is None:
-            return greedy_price(len(replay), max(t.size for t in self.targets))
-        if not minutes:
-            return amount
-        seconds = 60 * amount
-
-        def timed() -> float:
-            # Kept with the journal: a resumed search must have the budget it began with.
-            kept = None if work.journal is None else work.journal.with_suffix(".effort")
-            if kept is not None and kept.exists():
-                return float(json.loads(kept.read_text(encoding="utf-8")))
-            passes = seconds / seconds_per_pass(replay, tokens, work)
-            if kept is not None:
-                with atomic_file(kept) as temporary:
-                    temporary.write_text(json.dumps(passes), encoding="utf-8")
-            return passes
-
-        return replay.processes.decide(timed)
 
 
 def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:

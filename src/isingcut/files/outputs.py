@@ -22,7 +22,6 @@ MARKER = ".isingcut-output.json"
 
 _EDGE = 1 << 20
 _SEAL = re.compile(r"\bisingcut-seal:([0-9a-f]{64})\b")
-_COMMENTS = {".html": "<!-- {} -->", ".md": "<!-- {} -->", ".yaml": "# {}", ".yml": "# {}"}
 
 
 def check_output(
@@ -107,6 +106,17 @@ def mark(folder: Path) -> None:
     (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def _marked(folder: Path) -> dict[str, str] | None:
+    """The files that a folder's marker names, with their fingerprints; None without a whole one."""
+    try:
+        document = load_json(folder / MARKER, "the marker")
+        files = document["files"]
+        whole = document["format"] == "isingcut-output" and document["sha256"] == _hash(files)
+    except (IsingcutError, KeyError, TypeError):
+        return None
+    return files if whole and isinstance(files, dict) else None
+
+
 def foreign_in(folder: Path) -> str | None:
     """What in a folder isingcut did not write, in words; None where all of it is ours.
 
@@ -115,29 +125,21 @@ def foreign_in(folder: Path) -> str | None:
     present = _files_in(folder)
     if not present:
         return None
-    try:
-        document = load_json(folder / MARKER, "the marker")
-        files = document["files"]
-        intact = document["format"] == "isingcut-output" and document["sha256"] == _hash(files)
-        intact = intact and isinstance(files, dict)
-    except (IsingcutError, KeyError, TypeError):
+    files = _marked(folder)
+    if files is None:
+        if MARKER in present:
+            return f"its {MARKER} was changed"
         return f"it holds {_some(present)}, and nothing in it says that isingcut wrote it"
-    if not intact:
-        return f"its {MARKER} was changed"
-    more = present - files.keys() - {MARKER}
-    if more:
+    if more := present - files.keys() - {MARKER}:
         return f"isingcut did not write {_some(more)} in it"
     changed = {name for name in present - {MARKER} if files[name] != edges_sha256(folder / name)}
     return f"{_some(changed)} in it was changed since" if changed else None
 
 
 def folder_hash(folder: Path) -> str | None:
-    """The hash in a folder's marker; None where it has no readable marker."""
-    try:
-        found = load_json(folder / MARKER, "the marker")["sha256"]
-    except (IsingcutError, KeyError, TypeError):
-        return None
-    return str(found)
+    """The hash in a folder's marker; None where it has no whole marker."""
+    files = _marked(folder)
+    return None if files is None else _hash(files)
 
 
 def changed_in(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
@@ -148,10 +150,8 @@ def changed_in(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
     Args:
         gone: files that were deleted count.
     """
-    if folder_hash(folder) != recorded:
-        return f"its {MARKER} was changed"
-    files = load_json(folder / MARKER, "the marker").get("files")
-    if not isinstance(files, dict) or _hash(files) != recorded:
+    files = _marked(folder)
+    if files is None or _hash(files) != recorded:
         return f"its {MARKER} was changed"
     changed = {
         name
@@ -263,11 +263,11 @@ def file_sha256(path: Path) -> str:
 # Text files -----------------------------------------------------------------------------
 
 
-def sealed(content: str, suffix: str) -> str:
-    """A text with a last line, a comment in the language of ``suffix``, that seals it."""
+def sealed(content: str) -> str:
+    """Markdown or HTML with a last line, a comment, that seals it."""
     body = content if content.endswith("\n") else content + "\n"
     words = f"isingcut-seal:{hashlib.sha256(body.encode()).hexdigest()}"
-    return body + _COMMENTS[suffix].format(words) + "\n"
+    return f"{body}<!-- {words} -->\n"
 
 
 def _foreign_file(path: Path) -> str | None:

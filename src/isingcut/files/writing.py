@@ -234,14 +234,10 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = F
         )
 
 
-def write_sealed(path: Path, content: str, suffix: str) -> None:
-    """Write a text that says in a comment at its end that isingcut wrote it.
-
-    Args:
-        suffix: of the language, ``.md``, ``.html`` or ``.yaml``, whatever the file is called.
-    """
+def write_sealed(path: Path, content: str) -> None:
+    """Write Markdown or HTML that says in a comment at its end that isingcut wrote it."""
     with atomic_file(path) as temporary:
-        temporary.write_text(sealed(content, suffix), encoding="utf-8")
+        temporary.write_text(sealed(content), encoding="utf-8")
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:

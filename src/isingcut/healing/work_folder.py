@@ -257,7 +257,7 @@ def _trained(work: Path) -> bool:
 
 def _worth_keeping(work: Path) -> bool:
     done = any((work / name).exists() for name in _FINISHED)
-    return done or _trained(work) or any(work.glob("*/result.json"))
+    return done or _trained(work) or any(work.glob("*/healed"))
 
 
 def _ours(work: Path) -> list[str]:

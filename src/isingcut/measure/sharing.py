@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 
 from isingcut.console.progress import Bar
 from isingcut.errors import ModelError
-from isingcut.files.journal import Journal, Row, discard
+from isingcut.files.journal import Journal, Row
 from isingcut.models.processes import ALONE, Processes
 
 
@@ -109,4 +109,4 @@ def _others(path: Path) -> Iterator[tuple[int, Path]]:
 def forget(path: Path) -> None:
     """Delete the journals of all processes: their rows have become a results file."""
     for _, other in [(0, path), *_others(path)]:
-        discard(other)
+        other.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from isingcut.data.held import holding
+from isingcut.data.held import hold
 from isingcut.errors import InputError, ModelError, first_line
 from isingcut.files.writing import temporary_folder
 from isingcut.memory import raise_if_exhausted
@@ -42,7 +42,7 @@ def model(given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
                 "save_pretrained yourself and give that folder"
             ) from e
         digest = model_identity(folder)["sha256"][:16]
-        with holding(f"{type(given).__name__} in memory ({digest})", folder) as name:
+        with hold(f"{type(given).__name__} in memory ({digest})", folder) as name:
             yield name
 
 

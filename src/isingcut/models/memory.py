@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.device import device_module
-from isingcut.options.spellings import parse_memory
+from isingcut.options.spellings import Memory
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +47,10 @@ def allowance(limit: str, device: torch.device) -> Allowance:
         InputError: the limit cannot be read.
     """
     used, free = _used_and_free(device)
-    share = _SHARE
-    if limit:
-        asked, amount = parse_memory(limit)
-        if amount is not None:
-            return Allowance(int(amount), used)
-        assert asked is not None
-        share = asked
+    allowed = Memory(limit)
+    if allowed.amount is not None:
+        return Allowance(int(allowed.amount), used)
+    share = allowed.share or _SHARE
     if device.type == "cpu":
         share /= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Allowance(used + int(share * free), used)

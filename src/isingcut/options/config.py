@@ -7,22 +7,21 @@ option has no other default.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from isingcut.errors import InputError
 from isingcut.options.declaration import Options, option
 from isingcut.options.spellings import (
     LAST_BLOCK,
-    parse_budgets,
-    parse_effort,
+    BlockList,
+    Budgets,
+    Effort,
+    Memory,
+    Removal,
     parse_healing,
-    parse_indices,
-    parse_memory,
-    parse_removal,
 )
 from isingcut.options.types import (
     TEXT,
-    Blocks,
     Bounds,
     Count,
     Device,
@@ -60,8 +59,8 @@ class RunConfig(Options):
     model: Place = option(
         "", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", "model", argument=True
     )
-    remove: Annotated[str, reads(parse_removal)] = option(
-        "",
+    remove: Removal = option(
+        Removal(),
         "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
         "solve",
         metavar="M",
@@ -97,8 +96,8 @@ class RunConfig(Options):
         "energy",
         room="energies",
     )
-    effort: Annotated[str, reads(parse_effort)] = option(
-        "",
+    effort: Effort = option(
+        Effort(),
         "What refined and auto may spend: passes over the text (150) or a time (20min); "
         "default: a greedy path's price.",
         "energy",
@@ -128,8 +127,8 @@ class RunConfig(Options):
         "energy",
         volatile=True,
     )
-    memory_limit: Annotated[str, reads(parse_memory)] = option(
-        "",
+    memory_limit: Memory = option(
+        Memory(),
         "Memory for the weights and hidden states, as 8GB or 50% (default: 80% of what is free).",
         "energy",
         volatile=True,
@@ -142,8 +141,8 @@ class RunConfig(Options):
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
         20, "States kept in the spectrum.", "solve"
     )
-    budget: Annotated[str, reads(parse_budgets)] = option(
-        "",
+    budget: Budgets = option(
+        Budgets(),
         "Remove at least this much: params=25%, bytes=1GB, kv=30%, latency=20% (comma-separated).",
         "solve",
     )
@@ -153,8 +152,8 @@ class RunConfig(Options):
     solve_seconds: Annotated[float, Bounds(ge=0, le=3600 * 24 * 365)] = option(
         60.0, "Time allowed for the solver.", "solve", volatile=True
     )
-    keep: Blocks = option("", "Blocks that must stay, for example 0,1,29.", "solve")
-    drop: Blocks = option("", "Blocks that must go.", "solve")
+    keep: BlockList = option(BlockList(), "Blocks that must stay, for example 0,1,29.", "solve")
+    drop: BlockList = option(BlockList(), "Blocks that must go.", "solve")
 
     random_states: RandomStates = option(
         40,
@@ -236,14 +235,18 @@ class RunConfig(Options):
             if STAGES.index(f.metadata["stage"]) <= reach and not f.metadata["volatile"]
         }
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Any) -> None:
+            """Texts, numbers and lists are read into the fields' types."""
+
     def __post_init__(self) -> None:
         # Yes or no in Python and YAML, and in run folders from before there were budgets.
         heal: Any = self.heal
         if isinstance(heal, bool):
             object.__setattr__(self, "heal", "all" if heal else "")
         super().__post_init__()
-        kept, dropped = (parse_indices(text) if text else [] for text in (self.keep, self.drop))
-        if both := {*kept} & {*dropped}:
+        if both := {*self.keep.numbers} & {*self.drop.numbers}:
             raise InputError(
                 f"--keep and --drop both name block {min(both)}; name it in one of them"
             )

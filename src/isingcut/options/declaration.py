@@ -34,35 +34,25 @@ _WRONG = {
     "value_error": "{error}",
 }
 """What pydantic finds, in our words."""
+_FURTHER: dict[str, Any] = {"room": "", "bare": "", "metavar": None}
+_FURTHER |= dict.fromkeys(("typed", "argument", "volatile"), False)
 
 
-def option(
-    default: Any,
-    help_: str,
-    stage: str = "heal",
-    *,
-    room: str = "",
-    typed: bool = False,
-    argument: bool = False,
-    metavar: str | None = None,
-    bare: str = "",
-    volatile: bool = False,
-) -> Any:
+def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:
     """A field that is an option.
 
     Args:
         default: of the field's type; None where it is decided later.
         help_: one line.
         stage: the first stage of a run that it can change.
-        room: the sub-package whose registry has its names, which may be several, by commas.
-        typed: given anew on every command line or in every call; never read from a file.
-        argument: the command line takes it by position.
-        metavar: its value's name in the command line's help.
-        bare: its value where the command line has the option, and no amount and not this behind it.
-        volatile: changes no result, only how it is come by.
+        further: ``room``: the sub-package whose registry has its names, one or several by commas.
+            ``typed``: given on every command line or in every call, never read from a file.
+            ``argument``: the command line takes it by position. ``metavar``: its value's name in
+            the help. ``bare``: its value where the command line has the option without an amount.
+            ``volatile``: it changes how a result is computed, and not the result.
     """
-    metadata = {k: v for k, v in locals().items() if k not in ("default", "help_")}
-    return dataclasses.field(default=default, metadata={**metadata, "help": help_})
+    metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class OptionError(InputError):
@@ -115,8 +105,9 @@ def plain_type(kind: Any, name: str) -> type:
     annotation = _types(kind)[name]
     while inner := get_args(annotation):
         annotation = inner[0]
-    # What is left of Literal[...] is a word.
-    return annotation if isinstance(annotation, type) else str
+    # What is left of Literal[...] is a word, and so is what a `Spelling` is read from.
+    plain = isinstance(annotation, type) and not issubclass(annotation, str)
+    return annotation if plain else str
 
 
 @functools.cache

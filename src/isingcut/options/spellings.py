@@ -1,15 +1,15 @@
 """What is typed for a removal, a budget, blocks, an effort, memory or a device, and its meaning.
 
-Every reader takes the text of one option and raises `InputError` where it cannot be read, before
-anything else is looked at. Numbers are bounded here, so that no text of a few characters can ask
-for a list of a billion.
+Each is read once, when an option is given, and refused where it cannot be read. Numbers are bounded
+here, so that no text of a few characters can ask for a list of a billion.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from isingcut.errors import InputError
 
@@ -17,25 +17,34 @@ LAST_BLOCK = 99_999
 """The largest number of a block, or of blocks, that can be typed."""
 
 _KIND = r"[A-Za-z][A-Za-z0-9_.+-]*"
-_PLAIN = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_BYTES = {
-    "": 1.0,
-    "k": 1e3,
-    "m": 1e6,
-    "g": 1e9,
-    "t": 1e12,
-    "kb": 1e3,
-    "mb": 1e6,
-    "gb": 1e9,
-    "tb": 1e12,
-    "kib": 2.0**10,
-    "mib": 2.0**20,
-    "gib": 2.0**30,
-    "tib": 2.0**40,
-}
-_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+_PLAIN = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_BYTES = {f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")}
+_BYTES |= {f"{k}ib": 1024.0**e for e, k in enumerate("kmgt", 1)}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _LONGEST_EFFORT = 1e6
 _MOST_TOKENS = 1e12
+
+
+class Spelling(str):
+    """A typed text that knows what it means; nothing where it is empty.
+
+    Subclasses set attributes from the text.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        def read(text: str) -> Spelling:
+            try:
+                return cls(text)
+            except InputError as e:
+                raise ValueError(f": {e}") from e
+
+        return core_schema.no_info_after_validator_function(read, core_schema.str_schema())
 
 
 @dataclass(frozen=True)
@@ -45,21 +54,23 @@ class Quantity:
     Attributes:
         cost: the key of a block that is counted.
         whole: the key of the blocks' description that a share refers to; empty: the blocks' sum.
-        units: of an amount, in lower case; "" where a bare number means something.
+        units: of an amount, in lower case.
+        unit: the one that messages use.
         early: known from the model's configuration, before its weights are there.
     """
 
     cost: str
     whole: str
     units: Mapping[str, float]
+    unit: str
     early: bool = False
 
 
 QUANTITIES = {
-    "params": Quantity("parameters", "total_parameters", _PLAIN, early=True),
-    "bytes": Quantity("bytes", "total_bytes", _BYTES),
-    "kv": Quantity("kv_bytes_per_token", "", _BYTES),
-    "latency": Quantity("latency_seconds", "", _SECONDS),
+    "params": Quantity("parameters", "total_parameters", _PLAIN, "M", early=True),
+    "bytes": Quantity("bytes", "total_bytes", _BYTES, "MB"),
+    "kv": Quantity("kv_bytes_per_token", "", _BYTES, "kB"),
+    "latency": Quantity("latency_seconds", "", _SECONDS, "ms"),
 }
 """What a `--budget` can be of.
 
@@ -70,67 +81,69 @@ and of latency are of the blocks' sum.
 
 @dataclass(frozen=True)
 class Budget:
-    """One parsed `--budget`: a quantity and a share of it or an amount."""
+    """One part of a `--budget`: a quantity and a share of it or an amount."""
 
-    quantity: str
+    name: str
     share: float | None
     amount: float | None
 
+    @property
+    def quantity(self) -> Quantity:
+        return QUANTITIES[self.name]
 
-def parse_removal(text: str) -> range | dict[str, int]:
-    """``"8"`` and ``"4..15"`` -> the numbers of blocks; ``"attention=2,moe=3"`` -> one per kind.
 
-    Raises:
-        InputError: none of these, a number of 0 or above 99,999, or a range that runs backwards.
+class Removal(Spelling):
+    """How many blocks go: ``"8"``, ``"4..15"``, or a number for each kind, ``"attention=2,moe=3"``.
+
+    Attributes:
+        counts: the numbers of blocks, one or a range; none where kinds have numbers.
+        kinds: the number of each kind.
     """
-    span = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", text)
-    if span is not None:
-        first = last = _bounded(span[1])
-        if span[2] is not None:
-            last = _bounded(span[2])
-            if first >= last:
+
+    def __init__(self, text: str = "") -> None:
+        self.counts, self.kinds = range(0), dict[str, int]()
+        if not text:
+            return
+        span = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", text)
+        if span is not None:
+            first, last = _bounded(span[1]), _bounded(span[2] or span[1])
+            if span[2] and first >= last:
                 raise InputError(
                     f"{_cut(text)} is no range; write one such as 4..15, the smaller number first"
                 )
-        if first < 1:
+            self.counts = range(first, last + 1)
+        for part in text.split(",") if span is None else ():
+            match = re.fullmatch(rf"\s*({_KIND})\s*=\s*(\d+)\s*", part)
+            if match is None:
+                share = text.strip().endswith("%")
+                how = "a number (8), a range (4..15) or counts per kind (attention=2,moe=3)"
+                raise InputError(
+                    f"cannot read {_cut(text)} as a removal; write "
+                    + (f"a share as --budget params={_cut(text)[1:-1]}" if share else how)
+                )
+            if match[1] in self.kinds:
+                raise InputError(f"kind {_cut(match[1])} occurs twice in {_cut(text)}")
+            self.kinds[match[1]] = _bounded(match[2])
+        if self.counts[:1] == range(1) or not (self.counts or any(self.kinds.values())):
             raise InputError(f"{_cut(text)} removes nothing; at least 1 block has to go")
-        return range(first, last + 1)
-    counts: dict[str, int] = {}
-    for part in text.split(","):
-        match = re.fullmatch(rf"\s*({_KIND})\s*=\s*(\d+)\s*", part)
-        if match is None:
-            raise InputError(
-                f"cannot read {_cut(text)} as a removal; write a number (8), a range (4..15) or "
-                "counts per kind (attention=2,moe=3)"
-            )
-        if match[1] in counts:
-            raise InputError(f"kind {_cut(match[1])} occurs twice in {_cut(text)}")
-        counts[match[1]] = _bounded(match[2])
-    if not any(counts.values()):
-        raise InputError(f"{_cut(text)} removes nothing; at least 1 block has to go")
-    return counts
 
 
-def parse_budgets(text: str) -> list[Budget]:
-    """``"params=20%,latency=3ms"`` -> a budget each.
+class Budgets(Spelling):
+    """At least so much goes: ``"params=25%"`` a share, ``"bytes=1.5GB,latency=3ms"`` amounts.
 
-    Raises:
-        InputError: as `parse_budget`, or a quantity twice.
+    Attributes:
+        parts: one for each quantity.
     """
-    found = [parse_budget(part) for part in text.split(",")]
-    names = [b.quantity for b in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{name!r} occurs twice in {_cut(text)}; give its larger one only")
-    return found
+
+    def __init__(self, text: str = "") -> None:
+        self.parts = [_read_budget(part) for part in text.split(",")] if text else []
+        names = [b.name for b in self.parts]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"{name!r} occurs twice in {_cut(text)}; give its larger one only")
 
 
-def parse_budget(text: str) -> Budget:
-    """``"params=25%"`` -> a share; ``"bytes=1.5GB"``, ``"latency=3ms"`` -> an amount.
-
-    Raises:
-        InputError: not of that form, an unknown quantity or unit, or nothing that would go.
-    """
+def _read_budget(text: str) -> Budget:
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not value:
         raise InputError(
@@ -141,20 +154,78 @@ def parse_budget(text: str) -> Budget:
         raise InputError(
             f"budget {_cut(text)}: unknown quantity {_cut(name)}; known: {', '.join(QUANTITIES)}"
         )
-    share, amount = _measure(value, QUANTITIES[name].units, f"budget {_cut(text)}")
-    return Budget(name, share, amount)
+    found = QUANTITIES[name]
+    return Budget(
+        name, *_measure(value, found.units, f"budget {_cut(text)}", f"{name}=", found.unit)
+    )
 
 
-def parse_memory(text: str) -> tuple[float | None, float | None]:
-    """``"50%"`` -> a share (0.5, None); ``"8GB"`` -> an amount (None, 8e9) in bytes.
+class Memory(Spelling):
+    """``"50%"`` is a share of what is free; ``"8GB"`` an amount in bytes.
 
-    Raises:
-        InputError: neither, or nothing.
+    Attributes:
+        share, amount: one of them, or None both.
     """
-    return _measure(text.strip(), _BYTES, f"an amount like 8GB or a share like 50%, {_cut(text)}")
+
+    def __init__(self, text: str = "") -> None:
+        self.share: float | None = None
+        self.amount: float | None = None
+        if text:
+            what = f"an amount like 8GB or a share like 50%, {_cut(text)}"
+            self.share, self.amount = _measure(text.strip(), _BYTES, what, "", "GB")
 
 
-def _measure(text: str, units: Mapping[str, float], what: str) -> tuple[float | None, float | None]:
+class Effort(Spelling):
+    """What a search may spend: ``"150"`` passes over the calibration text, or ``"20min"``.
+
+    Attributes:
+        passes, seconds: one of them, or None both.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        self.passes: float | None = None
+        self.seconds: float | None = None
+        words = text.strip().lower()
+        if not words:
+            return
+        match = re.fullmatch(r"(\d{1,12}(?:\.\d{0,12})?)\s*(|passes|minutes|min|hours|h)", words)
+        amount = float(match[1]) if match else 0.0
+        if match is None or not 0 < amount <= _LONGEST_EFFORT:
+            raise InputError(
+                f"{_cut(text)}: expected passes over the calibration text (150) or a time (20min, "
+                f"2h), of at most {_LONGEST_EFFORT:,.0f}"
+            )
+        if match[2] in ("", "passes"):
+            self.passes = amount
+        else:
+            self.seconds = amount * (3600.0 if match[2] in ("hours", "h") else 60.0)
+
+
+class BlockList(Spelling):
+    """Numbers of blocks: ``"0,1,5-8"``; spaces, lines and brackets do as well as commas.
+
+    Attributes:
+        numbers: ascending, each once.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        found: set[int] = set()
+        parts = re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip("[]() \t\n")))
+        for part in dict.fromkeys(parts) if text else ():
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            first = _bounded(match[1]) if match else 0
+            last = _bounded(match[2] or match[1]) if match else -1
+            if first > last:
+                raise InputError(
+                    f"cannot read {_cut(text)} as block numbers; write for example 0,1,5-8"
+                )
+            found.update(range(first, last + 1))
+        self.numbers = sorted(found)
+
+
+def _measure(
+    text: str, units: Mapping[str, float], what: str, name: str, example: str
+) -> tuple[float | None, float | None]:
     """A share, or an amount in the smallest unit; exactly one of the two."""
     match = re.fullmatch(r"(\d{1,30}(?:\.\d{0,30})?)\s*(%|[A-Za-z]*)", text)
     if match is None:
@@ -166,29 +237,12 @@ def _measure(text: str, units: Mapping[str, float], what: str) -> tuple[float | 
         if value > 100:
             raise InputError(f"{what}: a share lies between 0% and 100%")
         return value / 100, None
+    if not unit:
+        raise InputError(f"{what}: it has no unit; write {name}{text}% or {name}{text}{example}")
     if unit not in units:
-        known = ", ".join(["%", *(u for u in units if u)])
+        known = ", ".join(["%", *units])
         raise InputError(f"{what}: unknown unit {_cut(match[2])}; known: {known}")
     return None, value * units[unit]
-
-
-def parse_effort(text: str) -> tuple[float | None, bool]:
-    """An amount, and whether it is in minutes; None for no amount.
-
-    Raises:
-        InputError: neither a number of passes nor of minutes.
-    """
-    words = text.strip().lower()
-    if not words:
-        return None, False
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{0,12})?)\s*(|passes|minutes|min|hours|h)", words)
-    amount = float(match[1]) if match else 0.0
-    if match is None or not 0 < amount <= _LONGEST_EFFORT:
-        raise InputError(
-            f"{_cut(text)}: expected passes over the calibration text (150) or a time (20min, 2h), "
-            f"of at most {_LONGEST_EFFORT:,.0f}"
-        )
-    return amount * (60.0 if match[2] in ("hours", "h") else 1.0), match[2] not in ("", "passes")
 
 
 def parse_healing(text: str) -> tuple[float | None, float | None]:
@@ -210,7 +264,7 @@ def parse_healing(text: str) -> tuple[float | None, float | None]:
         amount *= 60.0 if match[3] in ("hours", "h") else 1.0
         if 0 < amount <= _LONGEST_EFFORT:
             return None, 60 * amount
-    elif match is not None and 1 <= (amount := amount * _PLAIN[match[2]]) <= _MOST_TOKENS:
+    elif match is not None and 1 <= (amount := amount * _PLAIN.get(match[2], 1.0)) <= _MOST_TOKENS:
         return amount, None
     raise InputError(
         f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, of at "
@@ -227,45 +281,6 @@ def parse_device(text: str) -> str:
     if not re.fullmatch(r"auto|[a-z]{2,12}(:\d{1,3})?", text):
         raise InputError(f"must be auto, cpu, cuda or cuda:N; got {_cut(text)}")
     return text
-
-
-def parse_indices(text: str) -> list[int]:
-    """``"0,1,5-8"`` -> [0, 1, 5, 6, 7, 8].
-
-    Raises:
-        InputError: no list of block numbers, or a number above 99,999.
-    """
-    spans = []
-    for part in text.split(","):
-        span = block_span(part.strip())
-        if span is None:
-            raise InputError(
-                f"cannot read {_cut(text)} as block numbers; write for example 0,1,5-8"
-            )
-        spans.append(span)
-    return expanded(spans)
-
-
-def block_span(text: str) -> tuple[int, int] | None:
-    """``"5-8"`` -> (5, 8) and ``"5"`` -> (5, 5); None where it is neither.
-
-    Raises:
-        InputError: a number above 99,999.
-    """
-    match = re.fullmatch(r"(\d+)\s*(?:-\s*(\d+))?", text)
-    if match is None:
-        return None
-    first = _bounded(match[1])
-    last = first if match[2] is None else _bounded(match[2])
-    return (first, last) if first <= last else None
-
-
-def expanded(spans: Iterable[tuple[int, int]]) -> list[int]:
-    """All numbers of some spans, ascending, each once; as long as their union, however many."""
-    found: list[int] = []
-    for first, last in sorted(spans):
-        found.extend(range(max(first, found[-1] + 1 if found else 0), last + 1))
-    return found
 
 
 def _bounded(digits: str) -> int:

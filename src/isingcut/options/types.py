@@ -6,25 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
+
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.options.spellings import parse_device, parse_indices
+from isingcut.options.spellings import parse_device
+
+Bounds = Interval
+"""The ends of a number."""
 
 
 # Pydantic is imported when the first value is checked, so none of its own annotations stand here.
-@dataclass(frozen=True)
-class Bounds:
-    """The ends of a number."""
-
-    le: float
-    ge: float | None = None
-    gt: float | None = None
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        ends = {name: end for name, end in vars(self).items() if end is not None}
-        return {**handler(source), **ends}
-
-
 @dataclass(frozen=True)
 class Then:
     """What a function makes of a value of the right type; it raises ValueError to refuse it."""
@@ -63,7 +55,6 @@ Length = Annotated[int, Bounds(ge=8, le=2**20)]
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 Place = Annotated[str, Then(_at_home)]
 """A path, or something else that never begins with ``~``."""
-Blocks = Annotated[str, reads(parse_indices)]
 Device = Annotated[str, reads(parse_device)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Patch = Literal["none", "linear", "tuned"]

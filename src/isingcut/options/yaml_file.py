@@ -1,12 +1,13 @@
-"""YAML as a file of options needs it: plain values of YAML 1.2, bounded, with nothing to expand.
+"""YAML as a file of options needs it: PyYAML's safe loader with the plain values of YAML 1.2.
 
 ``true`` and ``false`` are the booleans (``on``, ``off``, ``yes`` and ``no`` are words), ``2e-5`` is
-a number. Aliases, tags and names that appear twice are refused: the first can make gigabytes of a
-few lines, and of the last one would win unseen.
+a number. Aliases and names that appear twice are refused: the first can make gigabytes of a few
+lines, and of the last one would win unseen.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,13 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import read_text
 
 _LARGEST = 64 * 1024
-_DEEPEST = 20
-_STRING = "tag:yaml.org,2002:str"
-_TAGS = {_STRING, "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}
-_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_WORDS = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
+_PLAIN = {
+    "null": r"|~|null|Null|NULL",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]*\.[0-9]+|[0-9]+\.|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
 }
+"""How a plain value of each type is written; what is none of them is a word."""
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -46,59 +45,45 @@ def parse_yaml(text: str) -> Any:
     """The value of one YAML document.
 
     Raises:
-        ValueError: not YAML; an alias, a tag, a name twice; or nested deeper than 20.
+        ValueError: not YAML, an alias, a tag, a name twice, or nested too deeply.
     """
     # Not at the top: `--help` needs none of it.
     import yaml
 
     try:
-        depth = 0
-        for event in yaml.parse(text, yaml.BaseLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(
-                    f"line {_line(event)}: aliases (*{event.anchor}) are not read here"
-                )
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
-                raise ValueError(f"line {_line(event)}: nested deeper than {_DEEPEST} levels")
-        return _value(yaml.compose(text, yaml.BaseLoader))
+        return yaml.load(text, _loader())
     except yaml.YAMLError as e:
         raise ValueError(" ".join(str(e).split())) from e
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
-def _value(node: Any) -> Any:
-    if node is None:
-        return None
-    if node.tag not in _TAGS:
-        raise ValueError(f"line {_line(node)}: tags ({node.tag}) are not read here")
-    if node.id == "scalar":
-        return _scalar(node)
-    if node.id == "sequence":
-        return [_value(item) for item in node.value]
-    found: dict[Any, Any] = {}
-    for key, value in node.value:
-        if key.id != "scalar":
-            raise ValueError(f"line {_line(key)}: a name must be a word")
-        name = _scalar(key)
-        if name in found:
-            raise ValueError(f"line {_line(key)}: {key.value!r} appears twice")
-        found[name] = _value(value)
-    return found
+@functools.cache
+def _loader() -> Any:
+    import yaml
 
+    safe: Any = yaml.SafeLoader
 
-def _scalar(node: Any) -> Any:
-    text: str = node.value
-    if node.style is not None:
-        return text
-    if text in _WORDS:
-        return _WORDS[text]
-    if not _NUMBER.fullmatch(text):
-        return text
-    if len(text) > 100:
-        raise ValueError(f"line {_line(node)}: a number of {len(text)} digits")
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
+    class Loader(safe):  # type: ignore[misc]
+        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+        yaml_constructors = {  # noqa: RUF012
+            tag: make
+            for tag, make in safe.yaml_constructors.items()
+            if tag is None or tag.rpartition(":")[2] in (*_PLAIN, "str", "seq", "map")
+        }
 
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read here")
+            return super().compose_node(parent, index)
 
-def _line(place: Any) -> int:
-    return int(place.start_mark.line) + 1
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [str(key.value) for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise yaml.YAMLError(f"{twice[0]!r} appears twice")
+            return super().construct_mapping(node, deep)
+
+    for tag, pattern in _PLAIN.items():
+        whole = re.compile(f"(?:{pattern})$")
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, None)
+    return Loader

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut.data.mixture import told
+from isingcut.data.mixture import describe_source
 from isingcut.errors import StageFileError
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import check_document
@@ -150,7 +150,7 @@ def _origin_rows(files: RunFiles) -> list[list[str]]:
         ["seed", str(config["seed"])],
     ]
     if files.calibration:
-        rows.append(["calibration", told(files.calibration["source"])])
+        rows.append(["calibration", describe_source(files.calibration["source"])])
         rows.append(["calibration tokens, SHA-256", files.calibration["sha256"]])
     versions = f"{provenance['torch']}, {provenance['transformers']}"
     return [*rows, ["torch, transformers", versions]]

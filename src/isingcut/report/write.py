@@ -40,8 +40,8 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     markdown, data, page = _markdown(files), _data(files), report_page(files)
     texts = check_report(target)
     write_json(texts["json"], "report", data, seal=True)
-    write_sealed(texts["md"], markdown, ".md")
-    write_sealed(texts["html"], page, ".html")
+    write_sealed(texts["md"], markdown)
+    write_sealed(texts["html"], page)
 
 
 def check_report(target: Path) -> dict[str, Path]:
@@ -78,7 +78,7 @@ def write_comparison(
     check_output(out, overwrite=overwrite)
     runs = [read_run(folder, target) for folder, target in folders]
     page, warnings = comparison_page(runs)
-    write_sealed(out, page, ".html")
+    write_sealed(out, page)
     return warnings
 
 

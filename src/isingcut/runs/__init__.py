@@ -1,9 +1,8 @@
 """A run.
 
-`manifest` `folder` its files, `session` its model, `joining` the processes that share it,
+`folder` its files, `session` its model and the processes that share it,
 `removal` what may go; one function a stage in `measuring` (text and energy), `solving` (solve and
 report, without torch), `stages` (rank and evaluate), `cutting`, `healing_stages`
-(`healing_options`), `benchmarking` and `comparison`; `pipeline` the whole job, `api` `api_run` the
-Python door, `block_lists` `mergekit` `interop_hub` other tools, `plan` (`prices` `probe`) what it
-would take, `demo`.
+(`healing_options`), `trials`, `benchmarking` and `comparison`; `pipeline` the whole job, `api` the
+Python door, `interop_hub` the hub, `plan` what it would take, `demo`.
 """

@@ -8,10 +8,10 @@ from typing import Any
 
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
-from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of, keep, place_of
+from isingcut.evaluation.benchmark import benchmark, forget_answers, journal_of
 from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
-from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.evaluation.scores import Asked, score_states
 from isingcut.evaluation.wikitext import text_scores
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import fingerprint, read_json, write_json
@@ -89,7 +89,7 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
 
     Args:
         rows: of `candidates.json`.
-        kept: folder of what is scored already.
+        kept: folder of what is answered already.
 
     Returns:
         as `choosing.choose_by_questions`, with ``tasks``, and ``chosen`` a position in ``rows``.
@@ -112,17 +112,11 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
 
         def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Answered]:
-            places = [place_of(kept, tasks[name], model.loaded, [*r, *keys]) for r in left]
-            new = [i for i, place in enumerate(places) if not place.exists()]
             part = Part(bar, len(keys) * len(left))
-            if new:
-                journal = journal_of(places[new[0]])
-                work = Work(session.tuning.batch_tokens, part, journal)
-                only = frozenset(keys).__contains__
-                asked = score_states(model, tasks[name], [left[i] for i in new], work, wanted=only)
-                for i, scores in zip(new, asked, strict=True):
-                    keep(scores, places[i])
-            found = [Scores.load(place) for place in places]
+            journal = journal_of(kept, tasks[name], model.loaded, [*map(list, left), *keys])
+            work = Work(session.tuning.batch_tokens, part, journal)
+            only = frozenset(keys).__contains__
+            found = score_states(model, tasks[name], left, work, wanted=only)
             right, blocks = max(
                 (float(s.values.mean()), listed(r)) for s, r in zip(found, left, strict=True)
             )
@@ -195,7 +189,7 @@ def benchmarks(
         options,
         make,
         lambda path: read_json(path, "benchmarks"),
-        forget=lambda: forget_scores(work, tasks),
+        forget=lambda: forget_answers(work, tasks),
     )
 
 
@@ -214,7 +208,7 @@ def score_both(
     Args:
         tasks: as in `benchmarks`, known to the harness.
         but: questions to leave out, by their keys.
-        kept: folder of what is scored already; None keeps nothing.
+        kept: folder of what is answered already; None keeps nothing.
     """
     from importlib.metadata import version
 

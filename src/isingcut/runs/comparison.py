@@ -138,8 +138,8 @@ def compare(
 
 def _count(folder: RunFolder, config: RunConfig) -> int:
     """How many blocks go: the number asked for, else as many as the run's chosen state has."""
-    if config.remove.strip().isdecimal():
-        return int(config.remove)
+    if config.remove.counts:
+        return config.remove.counts[0]
     ranked = folder.target(config.removal) / "candidates.json"
     if not ranked.exists():
         raise InputError(

@@ -1,17 +1,36 @@
-"""Stage `excise`: the checkpoint, or the GGUF file, of one state, proven before it is there."""
+"""Stages `excise` and `patch`: the checkpoint of one state, or its GGUF file, each proven.
+
+The exact cut comes first; the patch folds a linear map into the block before each cut, fitted on
+the calibration's text. Where no layer can take a map, the exact cut stays, and says why.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from isingcut.data.calibration import Calibration
+from isingcut.data.healing_text import FittingText, to_fit
+from isingcut.data.mixture import describe_source
 from isingcut.errors import InputError
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
-from isingcut.files.writing import atomic_folder, clear_os_errors, fingerprint, read_json
+from isingcut.files.writing import (
+    atomic_folder,
+    clear_os_errors,
+    fingerprint,
+    read_json,
+    temporary_prefix,
+    without_header,
+)
+from isingcut.healing.healers import registry
+from isingcut.healing.job import Job
 from isingcut.healing.patch.files import RECORD
+from isingcut.healing.patching import CANNOT, unpatched
 from isingcut.models.architectures.auto import loading_class_of
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
@@ -21,9 +40,9 @@ from isingcut.models.cutting.gguf_patch import Changed, Repacked, changed_tensor
 from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
-from isingcut.runs.folder import RunFolder
-from isingcut.runs.healing_options import HEALED
-from isingcut.runs.manifest import slug
+from isingcut.runs.folder import RunFolder, slug
+from isingcut.runs.healing_options import HEALED, patch_config
+from isingcut.runs.measuring import upstream
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates
 
@@ -207,3 +226,137 @@ def excise_gguf(
     refuse_source(place / "model.gguf", [source])
     file = folder.stage("excise", place / "model.gguf", options, make, lambda path: path)
     return file, repacked(source, file, changed, blocks) if changed else []
+
+
+def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
+    """`model/` of one state: the exact cut, proven, and patched where the options say so.
+
+    The exact cut is kept beside it as `cut/` with the option ``keep_cut``, and until the patched
+    one is finished.
+
+    Args:
+        removed: these blocks instead of the chosen ones; see `place_of` for where they go.
+    """
+    config = session.config
+    if config.patch == "none":
+        return excise(session, folder, removed)
+    blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
+    place = place_of(folder, config, removed)
+    healing = patch_config(config)
+    how = {"tokens": healing.patch_tokens, "maps": healing.patch_maps, "tuned": healing.tunes}
+    options = {"removed": blocks, "patch": {**how, **upstream(folder)}}
+
+    def make(path: Path) -> None:
+        cut = excise(session, folder, removed, name=CUT)
+        _write(session, folder, blocks, cut, path, keep=config.keep_cut, overwrite=True)
+
+    def drop() -> None:
+        if not config.keep_cut:
+            folder.drop(place / CUT)
+
+    model = folder.stage("patch", place / "model", options, make, lambda path: path, forget=drop)
+    if config.keep_cut:
+        excise(session, folder, removed, name=CUT)
+    return model
+
+
+def write_model(
+    session: Session,
+    folder: RunFolder,
+    removed: Sequence[int],
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """The same outside the run folder, which learns nothing of it.
+
+    Raises:
+        OutputExistsError: ``out`` is there and ``overwrite`` is false.
+        VerificationError: a proof failed; nothing is left at ``out``.
+    """
+    if session.config.patch == "none":
+        write_checkpoint(session, folder, removed, out, overwrite=overwrite)
+        return
+    with clear_os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(".part", temporary_prefix(out), out.parent)
+    with aside as place:
+        cut = Path(place) / CUT
+        write_checkpoint(session, folder, removed, cut)
+        _write(session, folder, removed, cut, out, keep=False, overwrite=overwrite)
+
+
+def _write(
+    session: Session,
+    folder: RunFolder,
+    removed: Sequence[int],
+    cut: Path,
+    out: Path,
+    *,
+    keep: bool,
+    overwrite: bool,
+) -> None:
+    """The patched checkpoint at ``out``, with its record and card; unpatched where it must be.
+
+    Args:
+        keep: leave ``cut`` where it is, whatever comes of it.
+    """
+    sources = [session.source, *folder.sources, cut]
+    with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
+        temporary.rmdir()
+        try:
+            found = _patched(session, folder, removed, cut, temporary)
+        except CANNOT as e:
+            found = unpatched(removed, e)
+            if keep:
+                shutil.copytree(cut, temporary)
+            else:
+                cut.rename(temporary)
+        record = without_header(read_json(temporary / RECORD, "removal"))
+        record["card"]["patch"] = record["patch"] = found
+        content = {"format": "isingcut-removal", "version": 1, **record}
+        with clear_os_errors(out):
+            text = json.dumps(content, indent=1) + "\n"
+            (temporary / RECORD).write_text(text, encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(record["card"]), encoding="utf-8")
+
+
+def _patched(
+    session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, out: Path
+) -> dict[str, Any]:
+    """What was fitted, on which text, and how it was proven.
+
+    Raises:
+        ArchitectureError, FitError: nothing can be patched, with the reason.
+    """
+    loaded, used, text = session.loaded, session.config.calibration, _text(session, folder)
+    how = patch_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
+    job = Job(
+        loaded,
+        tuple(removed),
+        cut,
+        text.tokens,
+        out.parent,
+        how,
+        session.progress,
+        session.streamed[1] if session.streaming else None,
+    )
+    found = registry.get("linear-patch")().heal(job, out)
+    return {
+        "unpatched": [],
+        **found,
+        "text": {
+            "source": describe_source(used),
+            "samples": text.tokens.samples,
+            "searched": text.searched,
+            "tokens": int(text.tokens.mask.sum()),
+            "asked": session.config.patch_tokens,
+            "short": text.short,
+        },
+    }
+
+
+def _text(session: Session, folder: RunFolder) -> FittingText:
+    loaded = session.loaded
+    used = folder.load(folder.path / "calibration.safetensors", Calibration.load)
+    return to_fit(used, loaded.tokenizer, session.config.patch_tokens, loaded.model)

@@ -13,34 +13,76 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from isingcut.errors import IsingcutError, OutputExistsError, StageFileError
+from isingcut.data.mixture import places_in
+from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
+from isingcut.files import documents
+from isingcut.files.inputs import user_path
 from isingcut.files.locks import is_locked, locked
 from isingcut.files.outputs import (
     changed_since,
     check_output,
+    check_recorded,
     file_sha256,
     folder_hash,
     foreign_in,
     refuse_source,
 )
-from isingcut.files.provenance import model_path, versions
-from isingcut.files.writing import delete, is_leftover, read_json
+from isingcut.files.provenance import model_path, sources_of, versions
+from isingcut.files.writing import (
+    delete,
+    fingerprint,
+    is_leftover,
+    read_json,
+    without_header,
+    write_json,
+)
 from isingcut.memory import exhausted_error, is_memory_exhausted
+from isingcut.models.processes import ALONE
 from isingcut.options.config import RunConfig
-from isingcut.runs.manifest import MANIFEST, Manifest, kept, read_by
+from isingcut.options.declaration import options_from
 
 T = TypeVar("T")
 
+MANIFEST = "run.json"
 
-class RunFolder(Manifest):
-    """The files of one run, and the stages that write them; `create_or_open` or `open` one."""
+# Of one command only. Trust is given on the command line, each time: whoever opens the folder may
+# be another.
+_NOT_KEPT = ("out", "overwrite", "trust_remote_code", "skip_speed")
+
+
+class RunFolder:
+    """The files of one run, and the stages that write them; `create_or_open` or `open` one.
+
+    Args:
+        path: the run folder.
+        manifest: the content of run.json.
+        overwrite: what was made with other options may be replaced.
+
+    Attributes:
+        typed_solver: the solver that was named now, not read from run.json: it alone may import
+            code of others.
+        processes: that go through the stages together; rank 0 alone writes.
+        make_room: gives memory back where a stage ran out of it; whether it could.
+        memory_record: what a stage's record says of that.
+        check_model: refuses a model whose weights were changed since a session opened it.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.path, self.manifest, self.overwrite = path, manifest, overwrite
+        self.typed_solver: str | None = None
+        self.processes = ALONE
+        self.make_room: Callable[[], bool] = lambda: False
+        self.memory_record: Callable[[], dict[str, Any]] = dict
+        self.check_model: Callable[[], None] = lambda: None
 
     @classmethod
     def create_or_open(
@@ -52,33 +94,27 @@ class RunFolder(Manifest):
             OutputExistsError: something else is at ``path``, or a run of another model.
         """
         cls.refuse_foreign(path, config)
+        options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
             before = folder.manifest["provenance"]["model"]
-            if before["sha256"] != model["sha256"] and not config.overwrite:
-                raise OutputExistsError(
-                    f"{path} holds a run of another model ({before['name']}); "
-                    "choose another --out or pass --overwrite"
-                )
             if before["sha256"] != model["sha256"]:
+                if not config.overwrite:
+                    raise OutputExistsError(
+                        f"{path} holds a run of another model ({before['name']}); "
+                        "choose another --out or pass --overwrite"
+                    )
                 # What was written stays known, so that it may be replaced, and nothing else.
                 for record in folder.manifest["stages"].values():
                     record.update(fingerprint="", done=False)
                 folder.manifest["blocks"] = blocks
             if not folder.config.removal or config.overwrite:
-                folder.manifest["config"] = kept(config)
-            folder.manifest["provenance"].update(model=model, **model_path(path, config.model))
-            folder.typed_solver = config.solver
-            folder.save()
-            return folder
-        manifest = {
-            "config": kept(config),
-            "stages": {},
-            "blocks": blocks,
-            "provenance": {**versions(), "model": model, **model_path(path, config.model)},
-            "complete": False,
-        }
-        folder = cls(path, manifest, overwrite=config.overwrite)
+                folder.manifest["config"] = options
+        else:
+            manifest: dict[str, Any] = {"config": options, "stages": {}, "blocks": blocks}
+            manifest |= {"provenance": versions(), "complete": False}
+            folder = cls(path, manifest, overwrite=config.overwrite)
+        folder.manifest["provenance"].update(model=model, **model_path(path, config.model))
         folder.typed_solver = config.solver
         folder.save()
         return folder
@@ -94,7 +130,8 @@ class RunFolder(Manifest):
         refuse_source(path, read_by(config))
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")
-        if path.exists() and not (path / MANIFEST).is_file() and not _begun(path):
+        begun = path.is_dir() and all(map(is_leftover, path.iterdir()))
+        if path.exists() and not (path / MANIFEST).is_file() and not begun:
             raise OutputExistsError(
                 f"{path} already exists and is not an isingcut run; nothing was written, and "
                 "--overwrite replaces only what isingcut wrote: choose another --out"
@@ -114,6 +151,112 @@ class RunFolder(Manifest):
             )
         manifest = read_json(path / MANIFEST, "run")
         return cls(path, manifest, overwrite=overwrite)
+
+    @property
+    def config(self) -> RunConfig:
+        """The options the folder was made with."""
+        stored = {k: v for k, v in self.manifest["config"].items() if k != "trust_remote_code"}
+        # A folder that was made before there was a patch has none.
+        found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
+        return found.replace(out=str(self.path))
+
+    @property
+    def sources(self) -> list[Path]:
+        """What the run was made from, where it lies on this machine."""
+        places = self.manifest["provenance"].get("model_path", {}).values()
+        return [*read_by(self.config), *(self.path / p for p in places)]
+
+    def model_places(self, name: str) -> list[str]:
+        """Where the run's model may be: as it was named, else where it was seen from this folder.
+
+        Args:
+            name: the model's name now; another than the run's own is taken as it is.
+
+        Raises:
+            ModelError: it was a local one, and is at none of these places.
+        """
+        places = self.manifest["provenance"].get("model_path")
+        if places is None or name != self.manifest["config"]["model"]:
+            return [name]
+        seen = dict.fromkeys([name, places["absolute"], str(self.path / places["relative"])])
+        there = [place for place in seen if user_path(place).exists()]
+        if not there:
+            raise ModelError(
+                f"the model that {self.path} was made with is not there any more: looked at "
+                f"{', '.join(seen)}; name it with --model"
+            )
+        return there
+
+    @property
+    def dtype(self) -> str | None:
+        """What `--dtype auto` once stood for in this run; None before it was asked."""
+        found = self.manifest["provenance"].get("dtype")
+        return None if found is None else str(found)
+
+    def save(self) -> None:
+        """Write run.json."""
+        if not self.processes.rank:
+            write_json(self.path / MANIFEST, "run", without_header(self.manifest))
+
+    def target(self, remove: str) -> Path:
+        """The folder for the files of one removal: the run's own, or one of its own name."""
+        if remove == self.config.removal:
+            return self.path
+        return self.path / f"remove-{slug(remove)}"
+
+    def check(self, file: Path) -> None:
+        """Refuse a file or folder of a stage that is not as the run wrote it.
+
+        Raises:
+            StageFileError: this run did not write it, or it was changed since.
+        """
+        check_recorded(self.manifest["stages"], self.path, file)
+
+    def load(self, file: Path, read: Callable[[Path], T]) -> T:
+        """What the file or folder of a finished stage holds, once it passed `check`.
+
+        Every reading of a run's files goes through here.
+        """
+        self.check(file)
+        found = read(file)
+        documents.fit(file, found, len(self.manifest["blocks"]["blocks"]))
+        return found
+
+    def finished(self, file: Path) -> dict[str, Any] | None:
+        """The record of the stage that wrote a file or folder; None where that is not finished."""
+        found: dict[str, Any] | None = self.manifest["stages"].get(str(file.relative_to(self.path)))
+        there = found is not None and found["done"] and os.path.lexists(file)
+        return found if there else None
+
+    def record(self, file: Path) -> dict[str, Any]:
+        """The record of the finished stage that wrote a file or folder.
+
+        Raises:
+            StageFileError: there is none.
+        """
+        found = self.finished(file)
+        if found is None:
+            raise StageFileError(f"this run has not finished {file}; run its stage first")
+        return found
+
+    def made_with(self, file: Path, options: dict[str, Any]) -> bool:
+        """Whether a stage's file is there, finished, and made with these options.
+
+        Raises:
+            StageFileError: it is, but was changed since.
+        """
+        made = self._is_made(file, options)
+        if made:
+            self.check(file)
+        return made
+
+    def _is_made(self, file: Path, options: dict[str, Any]) -> bool:
+        record = self.finished(file)
+        return record is not None and record["fingerprint"] == self._fingerprint(options)
+
+    def _fingerprint(self, options: dict[str, Any]) -> str:
+        model = self.manifest["provenance"]["model"]["sha256"]
+        return fingerprint({**options, "model": model})
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -278,11 +421,6 @@ class RunFolder(Manifest):
         self.save()
 
 
-def _begun(path: Path) -> bool:
-    """Whether a folder holds nothing yet, or only what a kill before its first file left."""
-    return all(map(is_leftover, path.iterdir()))
-
-
 def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:
     before = record.get("options", {})
     changed = [
@@ -291,3 +429,16 @@ def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:
         if before.get(k) != options.get(k)
     ]
     return "; ".join(changed) or "the model differs"
+
+
+def read_by(config: RunConfig) -> list[Path]:
+    """What a run with these options reads from disk."""
+    asked = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
+    return sources_of(
+        config.model, *places_in(config.calibration), config.heal_options, config.data, *asked
+    )
+
+
+def slug(remove: str) -> str:
+    """A removal as part of a folder name: ``attention=2,moe=3`` -> ``attention-2_moe-3``."""
+    return re.sub(r"[^\w.-]", "_", remove.replace("=", "-"))

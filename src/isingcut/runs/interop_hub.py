@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import InputError, StageFileError, first_line
 from isingcut.files.outputs import MARKER
 from isingcut.files.writing import read_json
 
@@ -41,11 +41,7 @@ def push(
     """
     record = _checked(checkpoint, repository)
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     # The HTTP library's own base class: hub versions are built on different ones.
     transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
@@ -62,17 +58,15 @@ def push(
         )
     except LocalTokenNotFoundError as e:
         raise InputError(f"the hub needs to know who you are; {_LOGIN}") from e
-    except OfflineModeIsEnabled as e:
-        raise InputError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it") from e
     except HfHubHTTPError as e:
-        status = getattr(e.response, "status_code", None)
-        hint = f"; {_LOGIN}" if status in (401, 403) else ""
-        raise InputError(f"the hub refused {repository}: {_first(e)}{hint}") from e
-    except (OSError, transport_error) as e:
-        raise InputError(f"uploading to {repository} failed ({_first(e)}); run again") from e
-    except ValueError as e:
-        # A card whose header is no YAML, or whose text is not UTF-8.
-        raise InputError(f"{checkpoint} cannot be uploaded: {_first(e)}") from e
+        refused = getattr(e.response, "status_code", None) in (401, 403)
+        hint = f"; {_LOGIN}" if refused else ""
+        raise InputError(f"the hub refused {repository}: {first_line(e)}{hint}") from e
+    except (OSError, ValueError, transport_error) as e:
+        # The network, or a card whose header is no YAML or whose text is not UTF-8.
+        raise InputError(
+            f"uploading {checkpoint} to {repository} failed ({first_line(e)}); run again"
+        ) from e
     return str(made.url)
 
 
@@ -107,7 +101,7 @@ def _checked(checkpoint: Path, repository: str) -> dict[str, Any]:
     try:
         validate_repo_id(repository)
     except HFValidationError as e:
-        raise InputError(f"expected a repository like owner/name: {_first(e)}") from e
+        raise InputError(f"expected a repository like owner/name: {first_line(e)}") from e
     return record
 
 
@@ -123,7 +117,3 @@ def cut_record(checkpoint: Path) -> dict[str, Any]:
             "cut one first: isingcut excise RUN"
         )
     return read_json(checkpoint / _RECORD, "removal")
-
-
-def _first(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

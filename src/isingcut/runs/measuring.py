@@ -208,11 +208,15 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
             folder.manifest["provenance"].setdefault("reading", {})[name] = record
         measured.save(path)
 
-    def drop() -> None:
-        forget(journal)
-        journal.with_suffix(".effort").unlink(missing_ok=True)
-
-    return folder.stage("energy", file, options, make, Hamiltonian.load, together=True, forget=drop)
+    return folder.stage(
+        "energy",
+        file,
+        options,
+        make,
+        Hamiltonian.load,
+        together=True,
+        forget=lambda: forget(journal),
+    )
 
 
 def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:

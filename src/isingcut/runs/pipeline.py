@@ -25,9 +25,8 @@ from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
 from isingcut.runs import healing_options, healing_stages, trials
 from isingcut.runs.benchmarking import check_asked, check_whole, data_of, score_tasks
-from isingcut.runs.folder import RunFolder
-from isingcut.runs.joining import part, take_up
-from isingcut.runs.manifest import MANIFEST
+from isingcut.runs.cutting import make_model
+from isingcut.runs.folder import MANIFEST, RunFolder
 from isingcut.runs.measuring import (
     build_calibration,
     calibrate,
@@ -36,9 +35,8 @@ from isingcut.runs.measuring import (
     measure_energy,
     names,
 )
-from isingcut.runs.patching import make_model
 from isingcut.runs.removal import each_removal, kept_and_dropped, removal_rows
-from isingcut.runs.session import Session
+from isingcut.runs.session import Session, part, take_up
 from isingcut.runs.solving import report, solve
 from isingcut.runs.stages import evaluate, rank
 

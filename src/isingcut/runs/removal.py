@@ -14,25 +14,13 @@ from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.options.config import RunConfig
-from isingcut.options.spellings import (
-    QUANTITIES,
-    Budget,
-    parse_budgets,
-    parse_indices,
-    parse_removal,
-)
+from isingcut.options.spellings import Budget, Removal
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
-    """The options of each removal: themselves, or one a number of a range such as `4..15`.
-
-    Raises:
-        InputError: a range that is empty or cannot be read.
-    """
-    wanted = parse_removal(config.remove) if config.remove else {}
-    if isinstance(wanted, dict) or len(wanted) == 1:
-        return [config]
-    return [config.replace(remove=str(m)) for m in wanted]
+    """The options of each removal: themselves, or one a number of a range such as `4..15`."""
+    counts = config.remove.counts
+    return [config] if len(counts) < 2 else [config.replace(remove=m) for m in counts]
 
 
 def removal_rows(
@@ -64,8 +52,7 @@ def removal_rows(
         counts = [LinearConstraint("some stay", most, "<=", n - 1, "not every block goes")]
     others = kept_and_dropped(n, config)
     others += [LinearConstraint(**row) for row in blocks["legality"]]
-    asked = parse_budgets(config.budget) if config.budget else []
-    budgets = [b for b in asked if QUANTITIES[b.quantity].early or not early]
+    budgets = [b for b in config.budget.parts if b.quantity.early or not early]
     bounds = [budget_row(blocks, b) for b in budgets]
     plain = Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), [*counts, *others])
     try:
@@ -85,22 +72,15 @@ def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
     Raises:
         InputError: a block that a model of ``n`` blocks does not have.
     """
-    found: list[LinearConstraint] = []
-    if config.keep:
-        found += rows.keep(n, parse_indices(config.keep))
-    if config.drop:
-        found += rows.drop(n, parse_indices(config.drop))
-    return found
+    return [*rows.keep(n, config.keep.numbers), *rows.drop(n, config.drop.numbers)]
 
 
 def budget_row(blocks: Mapping[str, Any], wanted: Budget) -> LinearConstraint:
     """One `--budget`: at least this much of a quantity is removed."""
-    quantity = QUANTITIES[wanted.quantity]
+    quantity = wanted.quantity
     costs = [b[quantity.cost] for b in blocks["blocks"]]
     total = float(blocks[quantity.whole]) if quantity.whole else float(sum(costs))
-    return rows.budget(
-        wanted.quantity, costs, share=wanted.share, amount=wanted.amount, total=total
-    )
+    return rows.budget(wanted.name, costs, share=wanted.share, amount=wanted.amount, total=total)
 
 
 def _largest(problem: Problem, row: LinearConstraint, budget: Budget) -> str:
@@ -111,32 +91,31 @@ def _largest(problem: Problem, row: LinearConstraint, budget: Budget) -> str:
     most = float(costs @ Problem(falling, problem.constraints).a_state())
     if budget.share is not None:
         # Rounded down, so that what is said can be had.
-        return f"{budget.quantity}={math.floor(1000 * most * budget.share / row.rhs) / 10:g}%"
-    if budget.quantity == "latency":
-        return f"latency={math.floor(1e6 * most) / 1e3:g}ms"
-    return f"{budget.quantity}={math.floor(most)}"
+        return f"{budget.name}={math.floor(1000 * most * budget.share / row.rhs) / 10:g}%"
+    unit = budget.quantity.unit
+    amount = math.floor(1e6 * most / budget.quantity.units[unit.lower()]) / 1e6
+    return f"{budget.name}={amount:.12g}{unit}"
 
 
-def count_rows(kinds: Sequence[str], remove: str) -> list[LinearConstraint]:
+def count_rows(kinds: Sequence[str], remove: Removal) -> list[LinearConstraint]:
     """How many blocks go, in all or per kind."""
     n = len(kinds)
     if not remove:
         raise InputError(
             f"--remove was not given; say how many of the {n} blocks to remove, or give a --budget"
         )
-    wanted = parse_removal(remove)
-    if isinstance(wanted, range):
-        if wanted.start >= n:
+    if remove.counts:
+        if remove.counts[0] >= n:
             raise InputError(
                 f"--remove must be from 1 to {n - 1} for this model of {n} blocks, got {remove}"
             )
-        return [rows.count(n, wanted.start)]
-    if sum(wanted.values()) >= n:
+        return [rows.count(n, remove.counts[0])]
+    if (total := sum(remove.kinds.values())) >= n:
         raise InputError(
             f"--remove must name 1 to {n - 1} blocks in all for this model of {n} blocks, "
-            f"got {sum(wanted.values())} ({remove})"
+            f"got {total} ({remove})"
         )
-    return rows.kind_counts(kinds, wanted)
+    return rows.kind_counts(kinds, remove.kinds)
 
 
 def make_problem(hamiltonian: Hamiltonian, blocks: dict[str, Any], config: RunConfig) -> Problem:

@@ -14,7 +14,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation import candidates
-from isingcut.evaluation.benchmark import forget_scores
+from isingcut.evaluation.benchmark import forget_answers
 from isingcut.evaluation.quality import (
     before_and_after,
     evaluate_streamed,
@@ -96,7 +96,7 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
     def drop() -> None:
         forget(journal)
         forget(candidates.random_journal(journal))
-        forget_scores(scores, named(config.tasks))
+        forget_answers(scores, named(config.tasks))
 
     return folder.stage("rank", file, options, make, load_candidates, together=True, forget=drop)
 

@@ -20,7 +20,6 @@ from isingcut.data.tokens import pieces
 from isingcut.files.writing import (
     fingerprint,
     read_json,
-    without_header,
     without_infinities,
     write_json,
 )
@@ -113,28 +112,23 @@ def _tried(
 ) -> dict[str, Any]:
     """One candidate, healed for a few steps and measured; kept, so that a kill loses one."""
     work = folder.target(session.config.removal) / ".heal-top" / "-".join(map(str, removed))
-    kept, cut, out = work / "result.json", work / "cut", work / "healed"
-    if not kept.exists():
-        if not cut.exists():
-            excise(session.source, removed, cut)
-        if not out.exists():
-            heal_checkpoint(
-                few, session.loaded, removed, cut, text, out, session.progress, judge=judge
-            )
-        found = read_json(out / RECORD, "healing")
-        after, stopped = found["after"], found.get("stopped")
-        row = {
-            "removed": list(removed),
-            **{name: after[name] for name in ("kl", "kl_se", "perplexity")},
-            "steps": len(found["steps"]),
-            "tokens": found.get("tokens_seen", 0),
-            "seconds": found["seconds"],
-            "checks": found.get("checks", []),
-            "dropped": stopped and stopped["why"],
-            **({"recipe": found["recipe"]} if "recipe" in found else {}),
-        }
-        write_json(kept, "healed-candidate", row)
-    return without_header(read_json(kept, "healed-candidate"))
+    cut, out = work / "cut", work / "healed"
+    if not cut.exists():
+        excise(session.source, removed, cut)
+    if not out.exists():
+        heal_checkpoint(few, session.loaded, removed, cut, text, out, session.progress, judge=judge)
+    found = read_json(out / RECORD, "healing")
+    after, stopped = found["after"], found.get("stopped")
+    return {
+        "removed": list(removed),
+        **{name: after[name] for name in ("kl", "kl_se", "perplexity")},
+        "steps": len(found["steps"]),
+        "tokens": found.get("tokens_seen", 0),
+        "seconds": found["seconds"],
+        "checks": found.get("checks", []),
+        "dropped": stopped and stopped["why"],
+        **({"recipe": found["recipe"]} if "recipe" in found else {}),
+    }
 
 
 def _order(row: Mapping[str, Any]) -> tuple[bool, float]:

@@ -46,9 +46,9 @@ class Evaluator:
         tokens: m samples.
         work: how to measure; its journal keeps every finished call.
         seed: of the order of the samples.
-        budget: passes that may be spent, for the progress shown; None where that is not known.
 
     Attributes:
+        budget: passes that may be spent, for the progress shown; None where that is not known.
         order: (m,) the samples of ``tokens`` in the order they are used.
         known: the states measured so far by their keys, in the order they came.
         ledger: what was paid, and the predicted tokens of each sample in that order.
@@ -60,9 +60,9 @@ class Evaluator:
         tokens: TokenSet,
         work: Work,
         seed: int,
-        budget: float | None = None,
     ) -> None:
-        self._replay, self._batch_tokens, self._budget = replay, work.batch_tokens, budget
+        self._replay, self._batch_tokens = replay, work.batch_tokens
+        self.budget: float | None = None
         self.order = np.random.default_rng([seed, 0x0DE2]).permutation(tokens.samples)
         self._tokens = tokens.select(self.order.tolist())
         self.ledger = Ledger(replay, self._tokens, work)
@@ -121,8 +121,8 @@ class Evaluator:
         calls = [waiting] if self._replay.streamed else [[one] for one in waiting]
         for call in filter(None, calls):
             said = description
-            if self._budget is not None:
-                spent = 100 * min(1.0, self.ledger.passes / self._budget)
+            if self.budget is not None:
+                spent = 100 * min(1.0, self.ledger.passes / self.budget)
                 said += f" [{spent:.0f} % of the effort]"
             wanted = [(np.array(list(group.values())), range(have, n)) for group, have, n in call]
             measured = self.ledger.sums(wanted, said)

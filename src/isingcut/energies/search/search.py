@@ -58,6 +58,8 @@ class Search:
     Args:
         targets: what to look for.
         passes: budget in full forward passes over ``tokens``; None: a greedy path's to the largest.
+            A function is called once and what it gives kept in the journal: a search that goes on
+            has the budget that it began with.
         seed: of every random choice.
 
     Attributes:
@@ -77,15 +79,20 @@ class Search:
         tokens: TokenSet,
         work: Work,
         targets: Sequence[Target],
-        passes: float | None = None,
+        passes: float | Callable[[], float] | None = None,
         seed: int = 0,
     ) -> None:
         if not targets:
             raise InputError("a search needs at least one number of blocks to remove")
         if tokens.samples < 2:
             raise InputError("a search needs at least 2 calibration samples; raise --samples")
+        self.evaluator = Evaluator(replay, tokens, work, seed)
+        if callable(passes):
+            timed = passes
+            ledger = self.evaluator.ledger
+            passes = float(ledger.once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[0])
         self.budget = passes or plan.greedy_price(len(replay), max(t.size for t in targets))
-        self.evaluator = Evaluator(replay, tokens, work, seed, self.budget)
+        self.evaluator.budget = self.budget
         self.goals = [Goal(target) for target in targets]
         self.rungs = plan.rungs(tokens.samples, int(tokens.looked_at.sum()))
         self.one_pass = plan.one_pass_samples(self.budget, tokens.samples)

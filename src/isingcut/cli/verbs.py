@@ -1,0 +1,426 @@
+"""The verbs, each a stage or several, in the order of `isingcut --help`; `healing` has its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isingcut.cli.verb import (
+    LOOK,
+    OF_RUN,
+    RESULT,
+    STAGES,
+    WHOLE,
+    Answer,
+    Blocks,
+    ConfigFile,
+    Folder,
+    OneBased,
+    collect,
+    given,
+    part_names,
+    reopen,
+    reopen_at,
+    verb,
+)
+from isingcut.errors import InputError
+from isingcut.files.inputs import user_path
+from isingcut.files.writing import without_header
+from isingcut.models.processes import Processes
+from isingcut.options.config import RunConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FIELDS = dataclasses.fields(RunConfig)
+_ALL = tuple(f.name for f in _FIELDS)
+# What a search looks near is said before anything is measured.
+_NEAR = ("remove", "budget", "keep", "drop")
+_MEASURE = tuple(
+    f.name
+    for f in _FIELDS
+    if f.metadata["stage"] in ("model", "calibration", "energy")
+    or f.name in ("out", "overwrite", *_NEAR)
+)
+
+
+@verb(*_ALL, group=WHOLE, together=True)
+def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
+    """Measure, solve, rank, cut, patch, evaluate and report.
+
+    Example: isingcut run smollm2 --remove 6 --out my-run
+    """
+    from isingcut.runs import pipeline
+    from isingcut.runs.removal import each_removal
+
+    wanted = collect(config, options)
+    target = pipeline.run(wanted, progress=progress)
+    if len(each_removal(wanted)) == 1:
+        return _finished(target)
+    from isingcut.cli.show import curve_data, show_curve
+
+    rows = curve_data(target)
+    data = {"folder": str(target), "curve": rows}
+    return Answer(data, lambda: show_curve(target), brief=str(target))
+
+
+@verb("out", "overwrite", group=WHOLE, together=True)
+def demo(progress: Any, **options: Any) -> Answer:
+    """SmolLM2-135M loses 6 of its 30 blocks, with the evidence, in a few minutes.
+
+    Example: isingcut demo
+    """
+    from isingcut.runs.demo import demo as run_demo
+
+    return _finished(run_demo(**given(options), progress=progress), generation=True)
+
+
+def _finished(target: Path, *, generation: bool = False) -> Answer:
+    from isingcut.cli.show import finished, run_data, show_run
+    from isingcut.cli.show_scores import healing_warnings
+
+    files = finished(target)
+    healing = [] if files.healing is None else healing_warnings(files.healing)
+    return Answer(
+        run_data(files),
+        lambda: show_run(files, generation=generation),
+        brief=str(files.product),
+        warnings=[*files.warnings, *healing],
+    )
+
+
+@verb(*_MEASURE, group=STAGES, together=True)
+def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
+    """Measure the Hamiltonian once; `solve` then answers every removal in seconds.
+
+    With --remove or --budget the measurement also searches near that removal.
+
+    Example: isingcut energy smollm2 --out my-run
+    """
+    from isingcut.cli.show import energy_data, show_energy
+    from isingcut.report.read_run import read_run
+    from isingcut.report.words import overlap_warnings
+    from isingcut.runs import pipeline
+
+    folder = pipeline.energy(collect(config, options), progress=progress)
+    data = energy_data(folder)
+    warnings = overlap_warnings(read_run(folder).calibration["overlap"])
+    return Answer(data, lambda: show_energy(data), brief=data["hamiltonian"], warnings=warnings)
+
+
+_SOLVE = (
+    *(f.name for f in dataclasses.fields(RunConfig) if f.metadata["stage"] == "solve"),
+    "overwrite",
+)
+
+
+@verb(*_SOLVE, repeat=("remove",), group=STAGES)
+def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
+    """Find the low-energy states of a measured Hamiltonian, for any number of removals.
+
+    Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
+    """
+    from isingcut.cli.show import show_spectrum
+    from isingcut.ising.hamiltonian import Hamiltonian
+    from isingcut.report.words import search_warnings
+    from isingcut.runs import solving
+    from isingcut.runs.removal import each_removal
+
+    found = []
+    for remove in options.pop("remove") or [None]:
+        folder, asked = reopen(directory, {**options, "remove": remove})
+        for config in each_removal(asked):
+            with progress(f"solving for {config.removal}", 0) as bar:
+                spectrum = solving.solve(folder, config)
+                bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
+            file = folder.target(config.removal) / "spectrum.json"
+            found.append((config.removal, spectrum, file))
+
+    def show() -> None:
+        for removal, spectrum, file in found:
+            show_spectrum(spectrum, removal, file)
+
+    removals = [
+        {"removal": removal, "file": str(file), **without_header(spectrum.to_dict())}
+        for removal, spectrum, file in found
+    ]
+    meta = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load).meta
+    return Answer(
+        {"removals": removals},
+        show,
+        brief="\n".join(str(file) for *_, file in found),
+        warnings=search_warnings(meta, [removal for removal, *_ in found]),
+    )
+
+
+@verb("random_states", "choose", "tasks", "data", "questions", *OF_RUN, group=STAGES, together=True)
+def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
+    """Measure the candidates beside random states: the choice, and how good the energy is.
+
+    Example: isingcut rank my-run --remove 8
+    """
+    from isingcut.cli.show import show_ranking
+    from isingcut.report.fidelity import ranking_warnings
+    from isingcut.runs import pipeline, stages
+
+    folder, config = reopen(directory, options)
+    session = pipeline.session_of(folder, config, progress, Processes.join())
+    found = stages.rank(session, folder)
+    file = folder.target(config.removal) / "candidates.json"
+    return Answer(
+        {"file": str(file), **without_header(found)},
+        lambda: show_ranking(found),
+        brief=",".join(str(b) for b in found["chosen"]["removed"]),
+        warnings=ranking_warnings(config.energy, found),
+    )
+
+
+@verb(*OF_RUN, group=STAGES, together=True)
+def baseline(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A method; `isingcut ls` has all.",
+            autocompletion=part_names("baselines"),
+        ),
+    ],
+    directory: Folder,
+    progress: Any,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method; repeatable."),
+    ] = None,
+    **options: Any,
+) -> Answer:
+    """Let a published method choose on the run's text, and measure its choice for comparison.
+
+    Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
+    """
+    from isingcut.cli.show import show_baseline
+    from isingcut.runs import comparison, pipeline
+
+    # What was typed is looked at before the run folder is.
+    comparison.baseline_part(name, settings or [])
+    folder, config = reopen(directory, options)
+    session = pipeline.session_of(folder, config, progress, Processes.join())
+    found = comparison.compare(session, folder, name, settings or [])
+    file = folder.target(config.removal) / f"baseline-{name}.json"
+    return Answer(
+        {"file": str(file), **without_header(found)},
+        lambda: show_baseline(found, file),
+        brief=str(file),
+    )
+
+
+@verb("patch", "patch_tokens", "keep_cut", *OF_RUN, group=STAGES)
+def excise(
+    directory: Folder,
+    progress: Any,
+    blocks: Blocks = None,
+    one_based: OneBased = False,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also cut this GGUF of the same model, to model.gguf."),
+    ] = None,
+    **options: Any,
+) -> Answer:
+    """Write the chosen state as a plain Hugging Face checkpoint, verified and patched.
+
+    Examples: isingcut excise my-run --remove 8;
+    isingcut excise my-run --blocks @from-a-paper.txt --one-based
+    """
+    from isingcut.cli.show import show_lines
+    from isingcut.files.writing import read_json
+    from isingcut.report.words import patch_warnings
+    from isingcut.runs import cutting, pipeline, solving
+
+    folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
+    session = pipeline.session_of(folder, config, progress)
+    if gguf is not None:
+        gguf = user_path(gguf)
+        cutting.check_gguf(session, folder, gguf)
+    written = [cutting.make_model(session, folder, removed)]
+    packed: list[Any] = []
+    if gguf is not None:
+        file, packed = cutting.excise_gguf(session, folder, gguf, removed)
+        written.append(file)
+    data = {
+        "removed": removed if removed is not None else solving.chosen_blocks(folder, config),
+        "checkpoint": str(written[0]),
+        "gguf": str(written[1]) if gguf is not None else None,
+        "repacked": [dataclasses.asdict(t) for t in packed],
+    }
+    lines = [str(path) for path in written]
+    lines += [
+        f"{t.name}, patched: {t.was} -> {t.kind}, relative error {t.error:.2%}" for t in packed
+    ]
+    record = read_json(written[0] / "isingcut.json", "removal")
+    warnings = [*(record.get("proof") or {}).get("remarks", []), *patch_warnings(record)]
+    return Answer(data, lambda: show_lines(lines), brief=lines[0], warnings=warnings)
+
+
+@verb("remove", "budget", "overwrite", group=STAGES)
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="A run folder; several are compared on one page."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page of several runs (default: compare.html)."),
+    ] = None,
+    **options: Any,
+) -> Answer:
+    """Write report.html, report.md and report.json, or one page that compares several runs.
+
+    Example: isingcut report my-run
+    Example: isingcut report my-run other-run --out compare.html
+    """
+    if len(directories) > 1:
+        return _compare(directories, out or Path("compare.html"), options)
+    if out is not None:
+        raise InputError("--out names the page that compares several runs; give two DIRs or more")
+    from isingcut.cli.show import report_kb, show_lines
+    from isingcut.runs import solving
+
+    folder, config = reopen(directories[0], options)
+    file = solving.report(folder, config.removal)
+    page = file.with_suffix(".html")
+    data = {"report": str(file), "html": str(page), "report_kb": report_kb(page)}
+    lines = [str(page), str(file), f"report_kb: {data['report_kb']}"]
+    return Answer(data, lambda: show_lines(lines), brief=str(file))
+
+
+def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Answer:
+    """One page of several runs; a folder `remove-SPEC` inside a run stands for that removal."""
+    from isingcut.cli.show import report_kb, show_lines
+    from isingcut.report.write import write_comparison
+    from isingcut.runs.folder import MANIFEST
+
+    places = []
+    for directory in directories:
+        inside = not (directory / MANIFEST).exists() and (directory.parent / MANIFEST).exists()
+        folder, config = reopen(directory.parent if inside else directory, options)
+        target = directory if inside else folder.target(config.removal)
+        if not target.is_dir():
+            raise InputError(
+                f"{directory} has no results for --remove {config.removal}; "
+                f"type: isingcut solve {directory} --remove {config.removal}"
+            )
+        places.append((folder.path, target))
+    warnings = write_comparison(places, out, overwrite=bool(options.get("overwrite")))
+    data = {
+        "comparison": str(out),
+        "folders": [str(target) for _, target in places],
+        "report_kb": report_kb(out),
+    }
+    lines = [str(out), f"report_kb: {data['report_kb']}"]
+    return Answer(data, lambda: show_lines(lines), brief=str(out), warnings=warnings)
+
+
+@verb("remove", "budget", group=RESULT)
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run folder, or a checkpoint that was cut.")
+    ],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    message: Annotated[str, typer.Option(metavar="TEXT", help="Commit message.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded, and upload nothing.")
+    ] = False,
+    **options: Any,
+) -> Answer:
+    """Upload the cut checkpoint to the Hugging Face Hub, with its model card.
+
+    Example: isingcut push my-run me/my-model-cut --private
+    """
+    from rich.filesize import decimal
+
+    from isingcut.cli.show import show_lines
+    from isingcut.runs import interop_hub
+    from isingcut.runs.cutting import product
+
+    checkpoint = directory
+    if not (directory / "isingcut.json").is_file():
+        folder, config = reopen(directory, options)
+        checkpoint = product(folder, config)
+        folder.record(checkpoint)
+        folder.check(checkpoint)
+    data: dict[str, Any] = {
+        "url": None,
+        "repository": repository,
+        "private": private,
+        "folder": str(checkpoint),
+        "files": interop_hub.listing(checkpoint, repository),
+    }
+    if dry_run:
+        whole = sum(f["bytes"] for f in data["files"])
+        shown = [
+            *(f"{f['name']}: {decimal(f['bytes'])}" for f in data["files"]),
+            f"{decimal(whole)} of {checkpoint} would go to {repository}; nothing was uploaded",
+        ]
+        return Answer(data, lambda: show_lines(shown), brief=shown[-1])
+    url = interop_hub.push(checkpoint, repository, private=private, message=message)
+    return Answer({**data, "url": url}, lambda: show_lines([url]), brief=url)
+
+
+@verb("model", "trust_remote_code", name="inspect", group=LOOK)
+def inspect_blocks(**options: Any) -> Answer:
+    """Show a model's blocks, what each costs and which states are legal, without its weights.
+
+    Example: isingcut inspect smollm2
+    """
+    from isingcut.cli.show import inspection_data, show_inspection
+    from isingcut.models.inspect import inspect_model
+    from isingcut.models.sources import resolve
+
+    config = RunConfig(**given(options)).validate()
+    trust = config.trust_remote_code
+    found = inspect_model(resolve(config.model, trust_remote_code=trust), trust_remote_code=trust)
+    return Answer(
+        inspection_data(found), lambda: show_inspection(found), brief=str(len(found.stack))
+    )
+
+
+_PLAN = (
+    "model", "remove", "budget", "effort", "samples", "length", "rank_samples", "report_samples",
+    "states", "random_states", "patch", "patch_tokens", "heal", "heal_top", "heal_options",
+    "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit", "trust_remote_code",
+)  # fmt: skip
+
+
+@verb(*_PLAN, group=LOOK)
+def plan(**options: Any) -> Answer:
+    """Say what each energy would take on this machine, from a timed pass; runs nothing.
+
+    Example: isingcut plan smollm2 --remove 6
+    """
+    from isingcut.cli.show import show_plan
+    from isingcut.runs.plan import make_plan
+
+    found = make_plan(RunConfig(**given(options)).validate())
+    return Answer(found, lambda: show_plan(found), brief=found["command"])
+
+
+@verb(name="ls", group=LOOK)
+def list_parts() -> Answer:
+    """List the energies, the solvers, the baselines, the healers and the benchmark tasks.
+
+    Example: isingcut ls
+    """
+    from isingcut.baselines import registry as baselines
+    from isingcut.cli.show import show_lines
+    from isingcut.energies import registry as energies
+    from isingcut.evaluation.local_tasks import task_names
+    from isingcut.healing.healers import registry as healers
+    from isingcut.ising.solvers import registry as solvers
+
+    parts = {r.room: r.names() for r in (energies, solvers, baselines, healers)}
+    parts["tasks"] = task_names()
+    lines = [f"{room}: {', '.join(names)}" for room, names in parts.items()]
+    return Answer(parts, lambda: show_lines(lines), brief="\n".join(lines))
