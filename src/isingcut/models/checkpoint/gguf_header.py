@@ -114,7 +114,7 @@ def read_gguf(path: Path) -> GgufHeader:
     except ImportError as error:
         raise MissingExtraError("gguf", "demo", "reading a GGUF file") from error
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class Reader(gguf.GGUFReader):
         """Believes no length that the file is too short for."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
