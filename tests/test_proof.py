@@ -210,9 +210,9 @@ def test_deepstack_is_found_where_only_its_class_speaks_of_it():
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "granite4_vision"])
 def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeypatch):
-    home = "isingcut.models.architectures.outside"
+    home = "isingcut.models.architectures.families"
     monkeypatch.setattr(f"{home}.kept_blocks", lambda *a: {})
-    monkeypatch.setattr(f"{home}.renumber", lambda *a: None)
+    monkeypatch.setattr(f"{home}.move_images", lambda *a: None)
     model = image_model(family)
     cut = cut_of(model, [1], tmp_path)
     with pytest.raises(VerificationError, match=r"without blocks \[1\] on text and an image"):
