@@ -72,7 +72,7 @@ def probe(
         model, store: as `isingcut.models.streaming.replay.open_model` gives them.
         length: tokens of a sample.
         batch_tokens: tokens of a micro-batch; fewer are timed where blocks are slow.
-        attention: transformers' name of an implementation; None times which is faster.
+        attention: transformers' name of an implementation; None keeps the loaded one.
         clock: seconds.
 
     Raises:

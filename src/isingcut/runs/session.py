@@ -12,7 +12,6 @@ from typing import Any
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
-from isingcut.energies import registry
 from isingcut.files.writing import read_json
 from isingcut.models import device as devices
 from isingcut.models import load as models
@@ -81,7 +80,6 @@ class Session:
                     self.config.length,
                     attention=self.tuning.attention,
                     batch_tokens=self.config.batch_tokens,
-                    backward=getattr(registry.get(self.config.energy), "backward", False),
                     memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
                 )
                 record = {"asked": asked, **found.as_dict()}
