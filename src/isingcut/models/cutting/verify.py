@@ -17,7 +17,13 @@ from isingcut.models.architectures import find_stack, skipped, text_config
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.difference import relative_difference, tolerance
 from isingcut.models.cutting.generation import check_generation
-from isingcut.models.cutting.images import logits_of, reserved_tokens, takes_images, with_images
+from isingcut.models.cutting.images import (
+    ImageInputs,
+    logits_of,
+    process_images,
+    reserved_tokens,
+    takes_images,
+)
 from isingcut.models.cutting.sharing import fits, share
 from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import one_line, quiet_transformers
@@ -115,6 +121,7 @@ def verify(
     length: int = 24,
     prompts: int = 2,
     new_tokens: int = 16,
+    images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
 ) -> Proof:
     """Reload ``out`` with plain transformers and compare it with the original, blocks skipped.
@@ -133,6 +140,7 @@ def verify(
         length: tokens of each of the two sequences compared.
         prompts: of these, how many are gone on with.
         new_tokens: generated tokens compared.
+        images: makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
 
     Raises:
@@ -195,7 +203,7 @@ def verify(
     if not takes_images(source_model):
         return Proof(tuple(found), inside=inside)
     try:
-        pictures = with_images(source_model, out, tokens, trust_remote_code=trust_remote_code)
+        pictures = images(source_model, out, tokens, trust_remote_code=trust_remote_code)
     except ModelError as error:
         return Proof(tuple(found), str(error), inside)
     found.append(compare("text and an image", lambda model: logits_of(model, pictures)))
@@ -235,6 +243,7 @@ def verify_streamed(
     out: Path,
     *,
     new_tokens: int = _STREAMED_TOKENS,
+    images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
 ) -> Proof:
     """`verify` for an original that is streamed: a block of each model is in memory at a time.
@@ -244,7 +253,9 @@ def verify_streamed(
     cut = _streamed(
         out, source.dtype, source.device, source.store.buffers, trust_remote_code=trust_remote_code
     )
-    return verify(source.model, removed, out, cut=cut, prompts=1, new_tokens=new_tokens)
+    return verify(
+        source.model, removed, out, cut=cut, prompts=1, new_tokens=new_tokens, images=images
+    )
 
 
 def _opened(

@@ -30,6 +30,7 @@ from isingcut.models.replay import Replay
 from isingcut.testing.architectures.entries import Entry
 from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.gates import check_gates
+from isingcut.testing.images import invent_images
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
 
 _TOLERANCE = 1e-5
@@ -171,7 +172,7 @@ def _check(model: Any, folder: Path, states: int, seed: int) -> Report:
             excise(source, removed, out, max_shard_bytes=60_000)
         except ArchitectureError as error:
             raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
-        proof = verify(model, removed, out, new_tokens=_NEW_TOKENS)
+        proof = verify(model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images)
         assert proof.told, proof.remarks[0]
         worst = max(worst, proof.difference)
         unseen = proof.unseen
