@@ -16,10 +16,14 @@ from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.files.writing import read_json
 from isingcut.models.architectures import cut_config, find_stack, legality
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.difference import relative_difference
-from isingcut.models.cutting.generation import check_generation
 from isingcut.models.cutting.images import process_images
-from isingcut.models.cutting.verify import random_tokens, verify, verify_streamed
+from isingcut.models.cutting.verify import (
+    check_generation,
+    random_tokens,
+    relative_difference,
+    verify,
+    verify_streamed,
+)
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.report.read_run import read_run
 from isingcut.testing.architectures import check_family

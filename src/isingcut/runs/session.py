@@ -24,8 +24,7 @@ from isingcut.models.memory import allowance, weight_bytes
 from isingcut.models.processes import ALONE
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
-from isingcut.models.streaming.opening import load_streamed
-from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.options.config import RunConfig
 from isingcut.options.types import BATCH_TOKENS
 from isingcut.runs.folder import RunFolder

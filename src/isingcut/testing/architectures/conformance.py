@@ -22,8 +22,7 @@ from isingcut.models.architectures import (
 )
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.difference import relative_difference
-from isingcut.models.cutting.verify import random_tokens, verify
+from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import Replay
