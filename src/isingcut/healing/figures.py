@@ -10,7 +10,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.quality import quality
 from isingcut.healing.job import Job
 from isingcut.models.cutting.sharing import open_cut
-from isingcut.models.streaming.opening import load_streamed
+from isingcut.models.streaming.replay import load_streamed
 
 
 def scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:

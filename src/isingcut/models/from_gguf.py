@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -94,8 +93,8 @@ def _words(error: InputError) -> str:
 def _numbers(path: Path) -> int:
     """How many numbers the file's tensors hold, once its header and its blocks are whole."""
     header = read_gguf(path)
-    header.blocks()
-    return sum(math.prod(t.shape) for t in header.tensors.values())
+    header.check_blocks()
+    return sum(tensor.n_elements for tensor in header.tensors.values())
 
 
 def _convert(path: Path, folder: Path, held: int) -> None:

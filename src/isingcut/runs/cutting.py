@@ -188,7 +188,7 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
         InputError: of another model, or not there.
     """
     header = read_gguf(source)
-    header.blocks()
+    header.check_blocks()
     # The file that the run was made from needs no comparison; another packing of it does.
     if folder.manifest["provenance"]["model"].get("gguf_sha256") != file_sha256(source):
         check_same_model(header, session.source)

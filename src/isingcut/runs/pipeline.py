@@ -165,7 +165,7 @@ def open_session(
     energy_part(config, config.energy)
     for name in names(config.also):
         energy_part(config, name)
-    solvers.check(config.solver, config.solve_seconds)
+    solvers.check(config.solver)
     healing_options.check_options(config)
     tasks = check_asked(config)
     # Before any model is loaded.

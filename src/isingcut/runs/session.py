@@ -13,7 +13,6 @@ from typing import Any
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
-from isingcut.energies import registry
 from isingcut.errors import InputError, ModelError
 from isingcut.files.writing import read_json
 from isingcut.models import device as devices
@@ -28,8 +27,7 @@ from isingcut.models.memory import allowance, weight_bytes
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
-from isingcut.models.streaming.opening import load_streamed
-from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.options.config import RunConfig
 from isingcut.options.types import BATCH_TOKENS
 from isingcut.runs.folder import RunFolder
@@ -84,7 +82,6 @@ class Session:
                     self.config.length,
                     attention=self.tuning.attention,
                     batch_tokens=self.config.batch_tokens,
-                    backward=getattr(registry.get(self.config.energy), "backward", False),
                     memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
                 )
                 record = {"asked": asked, **found.as_dict()}
