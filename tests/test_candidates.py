@@ -7,7 +7,13 @@ from scipy import stats
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError
-from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank, to_dict
+from isingcut.evaluation.candidates import (
+    candidates_file,
+    few_samples,
+    fidelity,
+    random_feasible,
+    rank,
+)
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -29,14 +35,14 @@ def test_fidelity_is_spearman_and_kendall_of_scipy():
     a = rng.standard_normal(40)
     b = a + rng.standard_normal(40)
     found = fidelity(a, b)
-    assert found["spearman"] == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert found["kendall"] == pytest.approx(stats.kendalltau(a, b).statistic)
-    assert found["spearman_low"] < found["spearman"] < found["spearman_high"]
-    assert found["n"] == 40
+    assert found.spearman == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert found.kendall == pytest.approx(stats.kendalltau(a, b).statistic)
+    assert found.spearman_low < found.spearman < found.spearman_high
+    assert found.n == 40
 
 
 def test_fidelity_of_ties_only_is_undefined_and_not_a_number_made_up():
-    assert fidelity(np.ones(5), np.arange(5.0))["spearman"] is None
+    assert fidelity(np.ones(5), np.arange(5.0)).spearman is None
 
 
 def test_random_states_are_feasible_distinct_new_and_uniform():
@@ -102,10 +108,10 @@ def test_the_lowest_measured_candidate_is_chosen():
     assert kl[found.chosen] == kl.min()
     ground = rank(replay, split, problem, spectrum, choose="ground", **options)
     assert ground.chosen == 0
-    content = to_dict(found, energy, {}, "2")
-    assert content["chosen"]["removed"] == found.removed
-    assert len(content["candidates"]) == 6
-    assert content["fidelity"]["kl"]["n"] == 6 + len(content["random"])
+    content = candidates_file(found, energy, {}, "2")
+    assert content.chosen.removed == found.removed
+    assert len(content.candidates) == 6
+    assert content.fidelity.kl.n == 6 + len(content.random)
 
 
 def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked):
@@ -115,16 +121,16 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
     assert len(few_samples(400)) == 100
     found = rank(replay, split, problem, spectrum, random_states=30, **options)
     assert found.samples == [0, 5, 10, 14, 19]
-    content = to_dict(found, problem.hamiltonian, {}, "2")
-    assert content["random_tokens"] == split.select(found.samples).tokens
+    content = candidates_file(found, problem.hamiltonian, {}, "2")
+    assert content.random_tokens == split.select(found.samples).tokens
     # The same figures from a measurement of its own.
     few = split.select(found.samples)
     states = np.concatenate([spectrum.states, found.random.states])
     kl = measure(replay, few, states).kl
     expected = fidelity(problem.hamiltonian.energies(states), kl)
-    assert content["fidelity"]["kl"] == pytest.approx(expected)
-    assert [r["kl"] for r in content["random"]] == pytest.approx(kl[len(spectrum) :])
-    assert [r["kl"] for r in content["candidates"]] == pytest.approx(found.measured.kl)
+    assert dict(content.fidelity.kl) == pytest.approx(dict(expected))
+    assert [r.kl for r in content.random] == pytest.approx(kl[len(spectrum) :])
+    assert [r.kl for r in content.candidates] == pytest.approx(found.measured.kl)
     whole = measure(replay, split, spectrum.states).kl
     assert found.measured.kl == pytest.approx(whole)
 
@@ -132,11 +138,12 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
 def test_without_random_states_the_energy_is_not_judged(ranked):
     replay, split, problem, spectrum, options = ranked
     found = rank(replay, split, problem, spectrum, random_states=0, **options)
-    content = to_dict(found, problem.hamiltonian, {"other": problem.hamiltonian}, "2")
-    assert content["random"] == []
-    for judged in (content["fidelity"], content["fidelity_of_others"]["other"]):
-        assert {(j["n"], j["spearman"], j["kendall"]) for j in judged.values()} == {(0, None, None)}
-    assert content["chosen"]["kl"] == min(row["kl"] for row in content["candidates"])
+    content = candidates_file(found, problem.hamiltonian, {"other": problem.hamiltonian}, "2")
+    assert content.random == []
+    for judged in (content.fidelity, content.fidelity_of_others["other"]):
+        for j in (judged.kl, judged.nll, judged.kl_random_only):
+            assert (j.n, j.spearman, j.kendall) == (0, None, None)
+    assert content.chosen.kl == min(row.kl for row in content.candidates)
 
 
 def test_a_few_random_states_are_refused():

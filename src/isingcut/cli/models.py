@@ -41,7 +41,8 @@ def excise(
     isingcut excise my-run --blocks @from-a-paper.txt --one-based
     """
     from isingcut.cli.show import show_lines
-    from isingcut.files.writing import read_json
+    from isingcut.files.documents.states import CutRecord
+    from isingcut.files.writing import read_document
     from isingcut.report.words import patch_warnings
     from isingcut.runs import cutting, patching, pipeline, solving
 
@@ -65,8 +66,9 @@ def excise(
     lines += [
         f"{t.name}, patched: {t.was} -> {t.kind}, relative error {t.error:.2%}" for t in packed
     ]
-    record = read_json(written[0] / "isingcut.json", "removal")
-    warnings = [*(record.get("proof") or {}).get("remarks", []), *patch_warnings(record)]
+    record = read_document(written[0] / "isingcut.json", CutRecord)
+    remarks = [] if record.proof is None else record.proof.remarks
+    warnings = [*remarks, *patch_warnings(record)]
     return Answer(data, lambda: show_lines(lines), brief=lines[0], warnings=warnings)
 
 

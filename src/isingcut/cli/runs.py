@@ -77,11 +77,11 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     Example: isingcut energy smollm2 --out my-run
     """
     from isingcut.cli.show import energy_data, show_energy
-    from isingcut.report.read_run import read_run
+    from isingcut.report.run_files import RunFiles
     from isingcut.report.words import overlap_warnings
     from isingcut.runs import pipeline
 
     folder = pipeline.energy(collect(config, options), progress=progress)
     data = energy_data(folder)
-    warnings = overlap_warnings(read_run(folder).calibration["overlap"])
+    warnings = overlap_warnings(text.overlap if (text := RunFiles(folder).calibration) else {})
     return Answer(data, lambda: show_energy(data), brief=data["hamiltonian"], warnings=warnings)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from isingcut.cli.verb import OF_RUN, STAGES, Answer, Folder, part_names, reopen, verb
-from isingcut.files.writing import without_header
 from isingcut.models.processes import Processes
 from isingcut.options.config import RunConfig
 
@@ -45,7 +44,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
             show_spectrum(spectrum, removal, file)
 
     removals = [
-        {"removal": removal, "file": str(file), **without_header(spectrum.to_dict())}
+        {"removal": removal, "file": str(file), **spectrum.to_dict()}
         for removal, spectrum, file in found
     ]
     meta = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load).meta
@@ -64,7 +63,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     Example: isingcut rank my-run --remove 8
     """
     from isingcut.cli.show import show_ranking
-    from isingcut.report.fidelity import ranking_warnings
+    from isingcut.report.words import ranking_warnings
     from isingcut.runs import pipeline, stages
 
     folder, config = reopen(directory, options)
@@ -72,9 +71,9 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     found = stages.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
     return Answer(
-        {"file": str(file), **without_header(found)},
+        {"file": str(file), **found.content()},
         lambda: show_ranking(found),
-        brief=",".join(str(b) for b in found["chosen"]["removed"]),
+        brief=",".join(map(str, found.chosen.removed)),
         warnings=ranking_warnings(config.energy, found),
     )
 
@@ -111,7 +110,7 @@ def baseline(
     found = comparison.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Answer(
-        {"file": str(file), **without_header(found)},
+        {"file": str(file), **found.content()},
         lambda: show_baseline(found, file),
         brief=str(file),
     )

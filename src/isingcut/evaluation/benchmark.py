@@ -16,6 +16,7 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.questions import Prepared, called, prepare_task
 from isingcut.evaluation.scores import ARRAYS, Asked, Scores, score
+from isingcut.files.documents.scores import TaskRow
 from isingcut.files.journal import discard
 from isingcut.files.writing import fingerprint, read_json
 from isingcut.measure.work import Work
@@ -36,7 +37,7 @@ def benchmark(
     but: Collection[str] = (),
     kept: Path | None = None,
     progress: Progress = silent,
-) -> list[dict[str, Any]]:
+) -> list[TaskRow]:
     """Rows of `benchmarks.json`: the second model against the first, task by task.
 
     Args:
@@ -76,7 +77,7 @@ def benchmark(
     return rows
 
 
-def row(original: Scores, cut: Scores) -> dict[str, Any]:
+def row(original: Scores, cut: Scores) -> TaskRow:
     """One row of `benchmarks.json`.
 
     Raises:
@@ -85,22 +86,22 @@ def row(original: Scores, cut: Scores) -> dict[str, Any]:
     if original.questions != cut.questions or original.metric != cut.metric:
         raise InputError(f"the two models were scored on different questions of {original.task}")
     found = compare_scores(original.values, cut.values)
-    return {
-        "task": original.task,
-        "metric": original.metric.removesuffix(",none"),
-        "shots": original.shots,
-        "original": found.first,
-        "original_se": found.first_se,
-        "cut": found.second,
-        "cut_se": found.second_se,
-        "difference": found.second - found.first,
-        "difference_low": found.low,
-        "difference_high": found.high,
-        "n": found.n,
-        "p_value": found.p_value,
-        "test": found.test,
-        "more_than_noise": found.more_than_noise,
-    }
+    return TaskRow(
+        task=original.task,
+        metric=original.metric.removesuffix(",none"),
+        shots=original.shots,
+        original=found.first,
+        original_se=found.first_se,
+        cut=found.second,
+        cut_se=found.second_se,
+        difference=found.second - found.first,
+        difference_low=found.low,
+        difference_high=found.high,
+        n=found.n,
+        p_value=found.p_value,
+        test=found.test,
+        more_than_noise=found.more_than_noise,
+    )
 
 
 def place_of(kept: Path, task: Prepared, loaded: LoadedModel, asked: Any) -> Path:

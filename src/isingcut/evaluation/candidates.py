@@ -12,6 +12,14 @@ from numpy.typing import NDArray
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InfeasibleError
+from isingcut.files.documents.states import (
+    CandidatesFile,
+    ChosenState,
+    Correlations,
+    Judged,
+    MeasuredLoss,
+    MeasuredState,
+)
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
@@ -159,7 +167,7 @@ def random_feasible(problem: Problem, count: int, seed: int, besides: States) ->
     return np.array(states, dtype=bool).reshape(-1, problem.n), distribution
 
 
-def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> dict[str, Any]:
+def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> Correlations:
     """How well energies rank measured losses: Spearman and Kendall with bootstrap intervals.
 
     Args:
@@ -168,11 +176,11 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> dict[str, An
         seed: of the bootstrap over states (1,000 resamples, 95 % percentile intervals).
 
     Returns:
-        ``spearman``, ``kendall``, their ``_low`` and ``_high`` ends, and ``n``. The figures
-        are None where they are undefined (fewer than three states, or all values tied).
+        figures that are None where they are undefined (fewer than three states, or all values
+        tied).
     """
     n = len(energies)
-    out: dict[str, Any] = {"n": n}
+    found: dict[str, float | None] = {}
     rng = np.random.default_rng([seed, 0xF1DE])
     picks = rng.integers(0, max(1, n), (1000, n))
     for name, correlation in (("spearman", _spearman), ("kendall", _kendall)):
@@ -182,8 +190,8 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> dict[str, An
             if not np.isnan(whole):
                 value = float(whole)
                 low, high = map(float, np.nanpercentile(drawn, [2.5, 97.5]))
-        out |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return out
+        found |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return Correlations(n=n, **found)
 
 
 # Both are computed for all resamples at once. Their sums are of halves, quarters or whole numbers
@@ -227,56 +235,50 @@ def _kendall(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     return found
 
 
-def to_dict(
+def candidates_file(
     ranking: Ranking, energy: Hamiltonian, others: dict[str, Hamiltonian], remove: str
-) -> dict[str, Any]:
-    """The content of `candidates.json`."""
-
-    def row(found: Measurement, s: int) -> dict[str, Any]:
-        value = float(energy.energies(found.states[s : s + 1])[0])
-        return {"removed": blocks_of(found.states[s]), "energy": value, **found.losses(s)}
-
-    def rows(found: Measurement) -> list[dict[str, Any]]:
-        return [row(found, s) for s in range(len(found.states))]
-
+) -> CandidatesFile:
+    """What `candidates.json` says of a ranking."""
     found, random = ranking.measured, ranking.random
     of_part = {name: found.of_samples(own) for name, own in ranking.parts.items()}
 
+    def row(of: Measurement, s: int) -> dict[str, Any]:
+        value = float(energy.energies(of.states[s : s + 1])[0])
+        return {"removed": blocks_of(of.states[s]), "energy": value, **of.losses(s)}
+
     def candidate(s: int) -> dict[str, Any]:
-        by_part = {name: own.losses(s) for name, own in of_part.items()}
+        by_part = {name: MeasuredLoss(**own.losses(s)) for name, own in of_part.items()}
         return {**row(found, s), **({"parts": by_part} if by_part else {})}
 
     # Candidates and random states are compared on the same tokens.
     parts = [found.of_samples(ranking.samples)] if ranking.samples else []
     parts += [] if random is None else [random]
 
-    def judged(hamiltonian: Hamiltonian) -> dict[str, Any]:
-        def of(loss: str, of_them: Sequence[Measurement]) -> dict[str, Any]:
-            states, values = [p.states for p in of_them], [getattr(p, loss) for p in of_them]
-            if not of_them:
-                return fidelity(np.zeros(0), np.zeros(0))
-            return fidelity(hamiltonian.energies(np.concatenate(states)), np.concatenate(values))
+    def judged(hamiltonian: Hamiltonian) -> Judged:
+        def of(loss: str, some: Sequence[Measurement]) -> Correlations:
+            energies = [hamiltonian.energies(p.states) for p in some]
+            losses = [getattr(p, loss) for p in some]
+            return fidelity(*(np.concatenate([np.zeros(0), *x]) for x in (energies, losses)))
 
-        return {
-            "kl": of("kl", parts),
-            "nll": of("nll", parts),
-            "kl_random_only": of("kl", parts[1:]),
-        }
+        return Judged(kl=of("kl", parts), nll=of("nll", parts), kl_random_only=of("kl", parts[1:]))
 
-    return {
-        "remove": remove,
-        "unit": "nats/token",
-        "energy_unit": energy.unit,
-        "samples": len(found.counts),
-        "tokens": int(found.counts.sum()),
-        "candidates": [candidate(s) for s in range(len(found.states))],
-        "random": [] if random is None else rows(random),
-        "random_tokens": 0 if random is None else int(random.counts.sum()),
-        "random_distribution": ranking.distribution,
-        "fidelity": judged(energy),
-        "fidelity_of_others": {name: judged(other) for name, other in others.items()},
-        "chosen": {**candidate(ranking.chosen), "position": ranking.chosen, "why": ranking.why},
-        "original": {"nll": float(found.original_nll_sums.sum() / found.counts.sum())},
-        "proven": ranking.spectrum.proven,
-        "solver": ranking.spectrum.solver,
-    }
+    chosen = candidate(ranking.chosen)
+    return CandidatesFile(
+        remove=remove,
+        unit="nats/token",
+        energy_unit=energy.unit,
+        samples=len(found.counts),
+        tokens=int(found.counts.sum()),
+        candidates=[MeasuredState(**candidate(s)) for s in range(len(found.states))],
+        random=[]
+        if random is None
+        else [MeasuredState(**row(random, s)) for s in range(len(random.states))],
+        random_tokens=0 if random is None else int(random.counts.sum()),
+        random_distribution=ranking.distribution,
+        fidelity=judged(energy),
+        fidelity_of_others={name: judged(other) for name, other in others.items()},
+        chosen=ChosenState(**chosen, position=ranking.chosen, why=ranking.why),
+        original={"nll": float(found.original_nll_sums.sum() / found.counts.sum())},
+        proven=ranking.spectrum.proven,
+        solver=ranking.spectrum.solver,
+    )

@@ -15,7 +15,15 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed
-from isingcut.files.writing import without_header, without_infinities
+from isingcut.files.documents.scores import (
+    EvaluationFile,
+    Generation,
+    MixedScores,
+    ModelScores,
+    PartScores,
+)
+from isingcut.files.documents.states import Perplexity
+from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.pace import chunks
@@ -54,8 +62,8 @@ def before_and_after(
     new_tokens: int = 48,
     skip_speed: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Quality, size and speed of both models, as `evaluation.json` keeps them.
+) -> EvaluationFile:
+    """Quality, size and speed of both models.
 
     Speed is measured with all the threads that torch takes on this machine, whatever a run
     measures its losses with.
@@ -68,21 +76,19 @@ def before_and_after(
     """
     both = {"before": original, "after": cut}
     found = quality(original.model, cut.model, tokens, batch_tokens, progress=progress)
-    figures: dict[str, dict[str, Any]] = {name: {} for name in both}
+    speeds: dict[str, dict[str, Any]] = {}
     if not skip_speed:
-        figures = _speeds(both, tokens, progress)
+        speeds = _speeds(both, tokens, progress)
     texts = {}
     # Once for both: a chat template is rendered by a process of its own.
     ids = prompt_ids(original.tokenizer, prompt)
     with progress("one generation", len(both)) as bar:
         for name, loaded in both.items():
             texts[name] = generate_text(text_model(loaded.model), loaded.tokenizer, ids, new_tokens)
-            figures[name] |= _size(loaded.model, loaded.folder)
             bar.advance(1)
     rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
-    return evaluation_document(
-        found, figures, tokens, original, generation={"prompt": prompt, **texts}, **rest
-    )
+    generation = Generation(prompt=prompt, **texts)
+    return _document(found, both, tokens, speeds, generation=generation, **rest)
 
 
 def evaluate_streamed(
@@ -92,8 +98,8 @@ def evaluate_streamed(
     *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Quality and size of both models, as `evaluation.json` keeps them.
+) -> EvaluationFile:
+    """Quality and size of both models.
 
     Speed, memory and a generation are left out: a model that is read from disk for every token
     has no speed that says anything about the model.
@@ -106,65 +112,55 @@ def evaluate_streamed(
     before = original if isinstance(original, StreamedReplay) else original.model
     found = quality(before, cut, tokens, batch_tokens, progress=progress)
     both = {"before": original, "after": cut}
-    figures = {name: _size(side.model, side.folder) for name, side in both.items()}
-    return evaluation_document(found, figures, tokens, original, generation=None, streamed=True)
+    return _document(found, both, tokens, {}, generation=None, streamed=True)
 
 
-def _size(model: Any, folder: Path) -> dict[str, Any]:
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": disk_bytes(folder),
-        "blocks": len(find_stack(model)),
-    }
-
-
-def evaluation_document(
-    found: Mapping[str, Any],
-    figures: Mapping[str, Mapping[str, Any]],
+def _document(
+    found: MixedScores,
+    both: Mapping[str, LoadedModel | StreamedReplay],
     tokens: TokenSet,
-    original: LoadedModel | StreamedReplay,
-    *,
-    generation: Mapping[str, str] | None,
+    speeds: Mapping[str, Mapping[str, Any]],
     **rest: Any,
-) -> dict[str, Any]:
-    """The content of `evaluation.json`.
-
-    Args:
-        found: as `quality` gives it.
-        figures: what else is known of ``before`` and ``after``.
-        tokens: the report split.
-        original: says on what device and in which type it was computed.
-        generation: one text by both.
-    """
-    return {
-        "samples": tokens.samples,
-        "tokens": tokens.tokens,
-        **{name: {**found[name], **figures[name]} for name in ("before", "after")},
-        "kl": found["kl"],
-        "kl_se": found["kl_se"],
-        **({"parts": found["parts"]} if "parts" in found else {}),
-        "generation": generation,
-        "device": str(original.device),
-        "dtype": str(original.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        **rest,
+) -> EvaluationFile:
+    sides: dict[str, Any] = {
+        name: ModelScores(
+            **dict(getattr(found, name)),
+            **speeds.get(name, {}),
+            parameters=sum(p.numel() for p in side.model.parameters()),
+            bytes=disk_bytes(side.folder),
+            blocks=len(find_stack(side.model)),
+        )
+        for name, side in both.items()
     }
+    original = both["before"]
+    if found.parts:
+        sides["parts"] = found.parts
+    return EvaluationFile(
+        samples=tokens.samples,
+        tokens=tokens.tokens,
+        kl=found.kl,
+        kl_se=found.kl_se,
+        device=str(original.device),
+        dtype=str(original.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        **sides,
+        **rest,
+    )
 
 
 def with_speed(
-    found: Mapping[str, Any],
+    found: EvaluationFile,
     original: LoadedModel,
     cut: LoadedModel,
     tokens: TokenSet,
     *,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> EvaluationFile:
     """An evaluation that left out speed, with it measured now."""
-    figures = _speeds({"before": original, "after": cut}, tokens, progress)
-    sides = {name: {**found[name], **figures[name]} for name in figures}
-    complete = {**without_header(found), **sides, "threads": torch.get_num_threads()}
-    complete.pop("not_measured", None)
-    return complete
+    speeds = _speeds({"before": original, "after": cut}, tokens, progress)
+    kept = {name: getattr(found, name) for name in found.model_fields_set - {"not_measured"}}
+    sides = {name: kept[name].model_copy(update=figures) for name, figures in speeds.items()}
+    return EvaluationFile(**{**kept, **sides, "threads": torch.get_num_threads()})
 
 
 def _speeds(
@@ -183,7 +179,7 @@ def quality(
     batch_tokens: int = BATCH_TOKENS,
     *,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> MixedScores:
     """NLL and perplexity of both models and KL(original || cut), per token, in nats.
 
     Means are over tokens, standard errors over samples (a ratio estimator, linearised; for the
@@ -287,26 +283,24 @@ def _resident_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int],
     return found.__getitem__
 
 
-def quality_of(sums: Floats, tokens: TokenSet) -> dict[str, Any]:
-    """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL.
-
-    Of a mixture, ``parts`` has the same for each of its parts.
-    """
+def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
+    """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL."""
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-    nll_before, nll_after, kl = sums.sum(1) / counts.sum()
-    errors = standard_error(sums, counts)
+    nll_before, nll_after, kl = (sums.sum(1) / counts.sum()).tolist()
+    errors = standard_error(sums, counts).tolist()
     parts = {}
     for name, rows in tokens.rows_by_part.items():
         own = tokens.select(rows)
-        size = {"samples": own.samples, "tokens": own.tokens}
-        parts[name] = {**size, **quality_of(sums[:, rows], own)}
-    return {
-        "before": perplexity(float(nll_before), float(errors[0])),
-        "after": perplexity(float(nll_after), float(errors[1])),
-        "kl": float(kl),
-        "kl_se": without_infinities(float(errors[2])),
-        **({"parts": parts} if parts else {}),
-    }
+        of_part = dict(quality_of(sums[:, rows], own))
+        del of_part["parts"]
+        parts[name] = PartScores(samples=own.samples, tokens=own.tokens, **of_part)
+    return MixedScores(
+        before=perplexity(nll_before, errors[0]),
+        after=perplexity(nll_after, errors[1]),
+        kl=kl,
+        kl_se=without_infinities(errors[2]),
+        parts=parts,
+    )
 
 
 def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
@@ -325,15 +319,15 @@ def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, floa
     return first, second, third
 
 
-def perplexity(nll: float, error: float | None) -> dict[str, Any]:
+def perplexity(nll: float, error: float | None) -> Perplexity:
     """A loss in nats per token and its perplexity, each with its standard error."""
     value = float(np.exp(nll))
-    return {
-        "perplexity": value,
-        "perplexity_se": None if error is None else without_infinities(value * error),
-        "nll": nll,
-        "nll_se": None if error is None else without_infinities(error),
-    }
+    return Perplexity(
+        perplexity=value,
+        perplexity_se=None if error is None else without_infinities(value * error),
+        nll=nll,
+        nll_se=None if error is None else without_infinities(error),
+    )
 
 
 def disk_bytes(folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.encoder import Encoder
@@ -12,6 +12,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.local_tasks import records
 from isingcut.evaluation.quality import quality
+from isingcut.files.documents.scores import TextScores
 from isingcut.models.architectures import text_config
 from isingcut.options.types import BATCH_TOKENS
 
@@ -27,7 +28,7 @@ def text_scores(
     batch_tokens: int = BATCH_TOKENS,
     length: int = 1024,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> TextScores:
     """Perplexity of both models on WikiText-2's raw test text, and their paired comparison.
 
     The articles are joined and cut into windows of ``length`` tokens, each read on its own; the
@@ -49,14 +50,14 @@ def text_scores(
         found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
     except ModelError as e:
         raise ModelError(f"wikitext2: {e}") from e
-    return {
-        "samples": windows.samples,
-        "tokens": windows.tokens,
-        "original": found["before"],
-        "cut": found["after"],
-        "kl": found["kl"],
-        "kl_se": found["kl_se"],
-    }
+    return TextScores(
+        samples=windows.samples,
+        tokens=windows.tokens,
+        original=found.before,
+        cut=found.after,
+        kl=found.kl,
+        kl_se=found.kl_se,
+    )
 
 
 def articles(data: Path) -> list[str]:

@@ -24,7 +24,7 @@ from isingcut.files.writing import temporary_folder
 from isingcut.memory import convert_memory_errors
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
-from isingcut.report.fidelity import ranking_warnings
+from isingcut.report.words import ranking_warnings
 from isingcut.runs import pipeline
 from isingcut.runs.api_run import Run
 from isingcut.runs.folder import RunFolder

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError
+from isingcut.files.documents.states import CandidatesFile, CutRecord, MeasuredState
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
-from isingcut.files.writing import atomic_folder, read_json
+from isingcut.files.writing import atomic_folder, read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.memory import convert_memory_errors
 from isingcut.options.config import RunConfig
-from isingcut.report.fidelity import ranking_warnings
-from isingcut.report.words import patch_warnings, search_warnings
+from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
 from isingcut.runs import patching, pipeline, solving, stages
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
+from isingcut.runs.solving import load_candidates
 
 __all__ = ["Run", "State"]
 
@@ -128,14 +129,15 @@ class Run:
             >>> len(run.ranking["candidates"]) == len(run.spectrum)
             True
         """
-        return self._ranked()
+        return self._ranked.content()
 
+    @cached_property
     @convert_memory_errors()
-    def _ranked(self) -> dict[str, Any]:
+    def _ranked(self) -> CandidatesFile:
         file = self.path / "candidates.json"
         if self._folder.finished(file) is not None:
             # Reading what is there needs no model.
-            return self._folder.load(file, _candidates)
+            return self._folder.load(file, load_candidates)
         return pipeline.solve_and_rank(self._session, self._folder)
 
     @property
@@ -147,7 +149,7 @@ class Run:
             >>> min(run.candidates, key=lambda s: s.kl) == run.chosen
             True
         """
-        return [_state(row, k) for k, row in enumerate(self.ranking["candidates"])]
+        return [_state(row, k) for k, row in enumerate(self._ranked.candidates)]
 
     @property
     def chosen(self) -> State:
@@ -160,7 +162,7 @@ class Run:
             >>> isingcut.open_run("my-run").chosen.kl > 0
             True
         """
-        return _state(self.ranking["chosen"])
+        return _state(self._ranked.chosen, self._ranked.chosen.position)
 
     @property
     def curve(self) -> list[State]:
@@ -172,8 +174,9 @@ class Run:
         """
         home = self._folder.path
         files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
-        chosen = [self._folder.load(f, _candidates)["chosen"] for f in files if f.exists()]
-        return sorted(map(_state, chosen), key=lambda s: (len(s.removed), s.kl))
+        chosen = [self._folder.load(f, load_candidates).chosen for f in files if f.exists()]
+        states = [_state(row, row.position) for row in chosen]
+        return sorted(states, key=lambda s: (len(s.removed), s.kl))
 
     @property
     def fidelity(self) -> dict[str, Any]:
@@ -184,8 +187,7 @@ class Run:
             >>> isingcut.open_run("my-run").fidelity["n"]
             60
         """
-        found: dict[str, Any] = self.ranking["fidelity"]["kl"]
-        return found
+        return self._ranked.fidelity.kl.content()
 
     @property
     def warnings(self) -> list[str]:
@@ -196,14 +198,14 @@ class Run:
             []
         """
         far = search_warnings(self.hamiltonian.meta, [self.config.removal])
-        return far + ranking_warnings(self.config.energy, self.ranking) + self._unpatched()
+        return far + ranking_warnings(self.config.energy, self._ranked) + self._unpatched()
 
     def _unpatched(self) -> list[str]:
         """Why a checkpoint that is there could not be patched."""
         model = self.path / "model"
         if self._folder.finished(model) is None:
             return []
-        record = self._folder.load(model, lambda path: read_json(path / "isingcut.json", "removal"))
+        record = self._folder.load(model, lambda p: read_document(p / "isingcut.json", CutRecord))
         return patch_warnings(record)
 
     def at(self, remove: int | str) -> Run:
@@ -257,7 +259,7 @@ class Run:
 
     def _product(self) -> Path:
         """The final checkpoint in the run folder."""
-        self._ranked()
+        _ = self._ranked
         return pipeline.cut_and_heal(self._session, self._folder)
 
     @convert_memory_errors()
@@ -276,7 +278,7 @@ class Run:
             (7, 10)
         """
         self._product()
-        return stages.evaluate(self._session, self._folder)
+        return stages.evaluate(self._session, self._folder).content()
 
     def report(self) -> Path:
         """Write the report of what is there so far; the path of its Markdown.
@@ -297,13 +299,5 @@ def _numbers(blocks: Sequence[int]) -> list[int]:
     raise InputError(f"blocks must be a list of block numbers, got {blocks!r:.60}")
 
 
-def _candidates(path: Path) -> dict[str, Any]:
-    return read_json(path, "candidates")
-
-
-def _state(row: dict[str, Any], position: int | None = None) -> State:
-    at = int(row["position"]) if position is None else position
-    removed = tuple(int(b) for b in row["removed"])
-    return State(
-        removed, float(row["energy"]), float(row["kl"]), row["kl_se"], float(row["nll"]), at
-    )
+def _state(row: MeasuredState, position: int) -> State:
+    return State(tuple(row.removed), row.energy, row.kl, row.kl_se, row.nll, position)

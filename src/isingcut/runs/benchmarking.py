@@ -13,8 +13,10 @@ from isingcut.evaluation.choosing import Answered, choose_by_questions, contende
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
 from isingcut.evaluation.scores import Asked, Scores, score_states
 from isingcut.evaluation.wikitext import text_scores
+from isingcut.files.documents.scores import BenchmarksFile
+from isingcut.files.documents.states import ByTasks, CandidatesFile, MeasuredState
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import fingerprint, read_json, write_json
+from isingcut.files.writing import fingerprint, read_document, write_document
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.words import listed
@@ -82,7 +84,9 @@ def last_blocks(size: int, count: int) -> list[int]:
     return list(range(size - count, size))
 
 
-def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path) -> dict[str, Any]:
+def choose_by_tasks(
+    session: Session, rows: Sequence[MeasuredState], kept: Path
+) -> tuple[int, ByTasks]:
     """The best of a few candidates on half of the questions of the run's tasks.
 
     Each is the original with its blocks skipped: no checkpoint is written.
@@ -92,8 +96,7 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
         kept: folder of what is scored already.
 
     Returns:
-        as `choosing.choose_by_questions`, with ``tasks``, and ``chosen`` a position in ``rows``.
-
+        its position in ``rows``, and how it was chosen.
     """
     config = session.config
     tasks = {
@@ -103,7 +106,7 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
         for task in [prepare_task(name, data_of(config), config.questions)]
     }
     pool = {name: task.pool() for name, task in tasks.items()}
-    last = last_blocks(len(session.stack), len(rows[0]["removed"]))
+    last = last_blocks(len(session.stack), len(rows[0].removed))
     best = contenders(rows, last)
     drawn = half(pool, config.seed)
     model = Asked(session.loaded, session.replay)
@@ -129,8 +132,8 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
             part.finish(f"without {blocks} {right:.0%} of {name}")
             return [Answered(s.values.tolist(), s.certainties.tolist()) for s in found]
 
-        found = choose_by_questions([rows[i]["removed"] for i in best], drawn, ask)
-    return {**found, "chosen": best[found["chosen"]], "tasks": list(tasks)}
+        position, found = choose_by_questions([rows[i].removed for i in best], drawn, ask)
+    return best[position], found
 
 
 def left_out(folder: RunFolder, config: RunConfig) -> list[str]:
@@ -138,8 +141,8 @@ def left_out(folder: RunFolder, config: RunConfig) -> list[str]:
     ranked = folder.target(config.removal) / "candidates.json"
     if folder.finished(ranked) is None:
         return []
-    found = folder.load(ranked, lambda path: read_json(path, "candidates"))
-    return list((found.get("by_tasks") or {}).get("asked", []))
+    found = folder.load(ranked, lambda path: read_document(path, CandidatesFile)).by_tasks
+    return [] if found is None else found.asked
 
 
 def score_tasks(session: Session, folder: RunFolder) -> None:
@@ -157,7 +160,7 @@ def benchmarks(
     *,
     data: Path | None = None,
     questions: int | None = None,
-) -> dict[str, Any]:
+) -> BenchmarksFile:
     """Stage `benchmarks`: `benchmarks.json`, both models on the same questions.
 
     Args:
@@ -187,14 +190,14 @@ def benchmarks(
         content = score_both(
             session, checkpoint, tasks, data=data, questions=questions, but=but, kept=work
         )
-        write_json(path, "benchmarks", content)
+        write_document(path, content)
 
     return folder.stage(
         "benchmarks",
         checkpoint.with_name("benchmarks.json"),
         options,
         make,
-        lambda path: read_json(path, "benchmarks"),
+        lambda path: read_document(path, BenchmarksFile),
         forget=lambda: forget_scores(work, tasks),
     )
 
@@ -208,8 +211,8 @@ def score_both(
     questions: int | None = None,
     but: Sequence[str] = (),
     kept: Path | None = None,
-) -> dict[str, Any]:
-    """The content of `benchmarks.json`: the session's model and a checkpoint cut from it.
+) -> BenchmarksFile:
+    """What `benchmarks.json` says: the session's model and a checkpoint cut from it.
 
     Args:
         tasks: as in `benchmarks`, known to the harness.
@@ -236,15 +239,13 @@ def score_both(
         kept=kept,
         progress=session.progress,
     )
-    content: dict[str, Any] = {"rows": rows, "engine": f"lm_eval {version('lm_eval')}"}
-    if but:
-        content["left_out"] = len(but)
+    found: dict[str, Any] = {"left_out": len(but)} if but else {}
     if WIKITEXT in tasks:
-        content["wikitext2"] = text_scores(
+        found["wikitext2"] = text_scores(
             {name: model.loaded for name, model in models.items()},
             data,
             questions,
             batch_tokens=batch_tokens,
             progress=session.progress,
         )
-    return content
+    return BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)

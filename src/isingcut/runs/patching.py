@@ -16,19 +16,18 @@ from typing import Any
 from isingcut.data.calibration import Calibration
 from isingcut.data.fitting_text import FittingText, to_fit
 from isingcut.data.mixture import told
+from isingcut.files.documents.states import CutRecord, PatchRecord
 from isingcut.files.writing import (
     atomic_folder,
     clear_os_errors,
-    read_json,
+    read_document,
     temporary_prefix,
-    without_header,
 )
 from isingcut.healing.healers import registry
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import RECORD
 from isingcut.healing.patching import CANNOT, unpatched
-from isingcut.report.card import model_card
-from isingcut.runs.cutting import CUT, excise, place_of, write_checkpoint
+from isingcut.runs.cutting import CUT, excise, place_of, write_checkpoint, write_record
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.healing_options import patch_config
 from isingcut.runs.measuring import upstream
@@ -120,13 +119,12 @@ def _write(
                 shutil.copytree(cut, temporary)
             else:
                 cut.rename(temporary)
-        record = without_header(read_json(temporary / RECORD, "removal"))
-        record["card"]["patch"] = record["patch"] = found
-        content = {"format": "isingcut-removal", "version": 1, **record}
+        record = read_document(temporary / RECORD, CutRecord)
+        patch = PatchRecord.model_validate_json(json.dumps(found))
+        assert record.card is not None
+        card = record.card.model_copy(update={"patch": patch})
         with clear_os_errors(out):
-            text = json.dumps(content, indent=1) + "\n"
-            (temporary / RECORD).write_text(text, encoding="utf-8")
-            (temporary / "README.md").write_text(model_card(record["card"]), encoding="utf-8")
+            write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
 
 
 def _patched(
