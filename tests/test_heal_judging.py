@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from healings import Killed, curve, killing, models, options, stored
-from isingcut.cli.show_scores import healing_warnings
 from isingcut.data.tokens import TokenSet
 from isingcut.files.documents.scores import HealingFile
 from isingcut.files.writing import read_document, read_json
@@ -18,7 +17,7 @@ from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
 from isingcut.healing.judging import Domains, Race, Verdict, difference
 from isingcut.healing.training.watch import at_the_end
-from isingcut.report.words import sentence
+from isingcut.report.words import healing_warnings, sentence
 from ranks import join, launch, say_into, type_in
 
 __all__ = ["models"]

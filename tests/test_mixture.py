@@ -11,7 +11,6 @@ import pytest
 
 import isingcut
 from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences, write_jsonl
-from isingcut.cli.show_scores import healing_warnings
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.fitting_text import to_fit
@@ -22,7 +21,7 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.documents.scores import EvaluationFile, HealingFile, PartScores
 from isingcut.files.writing import read_json
 from isingcut.report.rows import evaluation_rows, healing_rows
-from isingcut.report.words import part_warnings
+from isingcut.report.words import healing_warnings, part_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from run_files import healing
 from shared import OPTIONS

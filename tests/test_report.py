@@ -222,12 +222,10 @@ def test_figures_that_were_not_measured_are_not_invented(folder: Path) -> None:
 def test_a_poor_or_unknown_fidelity_is_a_plain_warning(
     folder: Path, found: dict[str, Any], said: str
 ) -> None:
-    lines = words.fidelity_warnings("pairwise", Correlations(**found))
-    assert len(lines) == bool(said)
-    assert all(said in line for line in lines)
     change(folder / "candidates.json", "candidates", fidelity={"kl": found})
     page = page_of(folder)
-    assert page.count("**Warning.**") == len(lines)
+    assert page.count("**Warning.**") == bool(said)
+    assert said in page
     assert ("undefined | undefined" in page) == (found["spearman"] is None and found["n"] > 0)
 
 

@@ -124,7 +124,7 @@ def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
     smaller = StreamedReplay(
         *open_model(cut, dtype=torch.float32, device=CPU, buffers=original.store.buffers)
     )
-    found = evaluate.evaluate_streamed(original, smaller, samples(), batch_tokens=24)
+    found = evaluate.before_and_after(original, smaller, samples(), batch_tokens=24)
     for key in ("kl", "kl_se"):
         assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-6)
     for side, model in zip(("before", "after"), pair, strict=True):

@@ -46,9 +46,10 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
 
     Example: isingcut heal my-run/model --teacher smollm2 --out healed
     """
-    from isingcut.cli.show_scores import healing_warnings, show_healing
+    from isingcut.cli.show_scores import show_healing
     from isingcut.files.documents.scores import HealingFile
     from isingcut.healing.heal import heal as run_heal
+    from isingcut.report.words import healing_warnings
 
     values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
     folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])

@@ -56,7 +56,7 @@ def demo(progress: Any, **options: Any) -> Answer:
 
 def _finished(target: Path, *, generation: bool = False) -> Answer:
     from isingcut.cli.show import finished, run_data, show_run
-    from isingcut.cli.show_scores import healing_warnings
+    from isingcut.report.words import healing_warnings
 
     files = finished(target)
     healing = [] if files.healing is None else healing_warnings(files.healing)

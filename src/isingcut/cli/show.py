@@ -23,8 +23,8 @@ from isingcut.report.run_files import RunFiles
 from isingcut.report.words import (
     correlation_text,
     listed,
+    one_pass_words,
     question_rows,
-    sentence,
     state_map,
 )
 from isingcut.runs.manifest import MANIFEST
@@ -82,7 +82,7 @@ def show_ranking(found: CandidatesFile) -> None:
     chosen = found.chosen
     for name, judged in {"energy": found.fidelity, **found.fidelity_of_others}.items():
         screen.print(fidelity_line(name, judged.kl), soft_wrap=True)
-    if said := sentence("one_pass_words", found):
+    if said := one_pass_words(found):
         screen.print(said.replace("`", ""), soft_wrap=True)
     if found.by_tasks is not None:
         for blocks, *figures in question_rows(found.by_tasks):

@@ -9,39 +9,7 @@ from rich.table import Table
 
 from isingcut.console.rich_console import console
 from isingcut.files.documents.scores import BenchmarksFile, EvaluationFile, HealingFile
-from isingcut.report.rows import Row, benchmark_rows, evaluation_rows, healing_rows, plus_minus
-from isingcut.report.words import overlap_warnings, patch_warnings
-
-
-def healing_warnings(found: HealingFile) -> list[str]:
-    """What a healing did not do, from its `healing.json`."""
-    warnings, asked = [], found.options.length
-    if asked is not None and found.length is not None and asked > found.length:
-        warnings.append(
-            f"samples have {found.length} tokens instead of --length {asked}: the model has as "
-            "many positions"
-        )
-    warnings += [*patch_warnings(found), *overlap_warnings(found.overlap)]
-    if found.stopped is not None:
-        warnings.append(found.stopped.why)
-    if found.patch is not None and not found.patch.changed:
-        layers = ", ".join(f"block {c.block}'s {c.layer}" for c in found.patch.cuts)
-        warnings.append(
-            f"the linear patch changed nothing ({layers}): on text held out no map was better than "
-            "none, or it vanished in the weights' rounding; give more --patch-tokens, or distil"
-        )
-    for name, after in found.after.parts.items():
-        before = found.before.parts[name]
-        if after.kl > before.kl:
-            figures = [
-                f"{plus_minus(side.kl, side.kl_se)} (perplexity {side.perplexity:.2f})"
-                for side in (before, after)
-            ]
-            warnings.append(
-                f"on {name} the model got worse: KL {figures[0]} before, {figures[1]} after; give "
-                "that text more weight, or heal less"
-            )
-    return warnings
+from isingcut.report.rows import Row, benchmark_rows, evaluation_rows, healing_rows
 
 
 def show_evaluation(found: EvaluationFile, *, last: str = "cut") -> None:

@@ -1,6 +1,6 @@
-"""Both models on the same benchmark tasks; what is scored is kept until all of it is.
+"""Both models on the same benchmark tasks; answers are journalled until all of them are there.
 
-tasks by name -> scores of both models, or those kept -> paired comparison, task by task
+tasks by name -> scores of both models -> paired comparison, task by task
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Part, Progress, silent
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import InputError
 from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.questions import Prepared, called, prepare_task
-from isingcut.evaluation.scores import ARRAYS, Asked, Scores, score
+from isingcut.evaluation.scores import Asked, Scores, score
 from isingcut.files.documents.scores import TaskRow
 from isingcut.files.journal import discard
-from isingcut.files.writing import fingerprint, read_json
+from isingcut.files.writing import fingerprint
 from isingcut.measure.work import Work
 from isingcut.models.sources import model_identity
 from isingcut.options.types import BATCH_TOKENS
@@ -47,7 +47,7 @@ def benchmark(
         questions: at most so many a task.
         batch_tokens: tokens computed at a time.
         but: questions to leave out, by their `question_key`.
-        kept: folder for what is finished, so that an interrupted call goes on.
+        kept: folder for journals, so that an interrupted call goes on.
 
     Raises:
         InputError: as `questions.check_tasks`, or a task without a score by question.
@@ -61,16 +61,10 @@ def benchmark(
         for task in prepared:
             pair = []
             for name, model in models.items():
-                place, part = None, Part(bar, 1)
-                if kept is not None:
-                    place = place_of(kept, task, model.loaded, [questions, *sorted(left_out)])
-                if place is not None and place.exists():
-                    found = Scores.load(place)
-                else:
-                    work = Work(batch_tokens, part, journal_of(place))
-                    found = score(model, task, work, wanted=wanted)
-                    if place is not None:
-                        keep(found, place)
+                depends = [questions, *sorted(left_out)]
+                journal = None if kept is None else journal_of(kept, task, model.loaded, depends)
+                part = Part(bar, 1)
+                found = score(model, task, Work(batch_tokens, part, journal), wanted=wanted)
                 part.finish(f"{task.name}, {name}: {found.values.mean():.3f}")
                 pair.append(found)
             rows.append(row(*pair))
@@ -86,54 +80,26 @@ def row(original: Scores, cut: Scores) -> TaskRow:
     if original.questions != cut.questions or original.metric != cut.metric:
         raise InputError(f"the two models were scored on different questions of {original.task}")
     found = compare_scores(original.values, cut.values)
-    return TaskRow(
-        task=original.task,
-        metric=original.metric.removesuffix(",none"),
-        shots=original.shots,
-        original=found.first,
-        original_se=found.first_se,
-        cut=found.second,
-        cut_se=found.second_se,
-        difference=found.second - found.first,
-        difference_low=found.low,
-        difference_high=found.high,
-        n=found.n,
-        p_value=found.p_value,
-        test=found.test,
-        more_than_noise=found.more_than_noise,
-    )
+    metric = original.metric.removesuffix(",none")
+    return TaskRow(task=original.task, metric=metric, shots=original.shots, **dict(found))
 
 
-def place_of(kept: Path, task: Prepared, loaded: LoadedModel, asked: Any) -> Path:
-    """Where the scores of one model on one task are kept.
+def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) -> Path:
+    """The journal of one model's answers to one task.
 
     Args:
-        asked: what else they depend on, JSON-able.
+        kept: its folder.
+        depends: what else the answers depend on, JSON-able.
     """
     model = model_identity(loaded.folder)["sha256"]
-    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), asked, ARRAYS])
-    return kept / f"{task.name}-{identity}.json"
-
-
-def journal_of(place: Path | None) -> Path | None:
-    """Of the scores that come there, while they are made."""
-    return None if place is None else place.with_name(f"{place.name}.journal")
-
-
-def keep(scores: Scores, place: Path) -> None:
-    """Save them, after which their journal is not needed."""
-    scores.save(place)
-    discard(place.with_name(f"{place.name}.journal"))
+    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), depends])
+    return kept / f"{task.name}-{identity}.journal"
 
 
 def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
-    """Delete what is kept of tasks in a folder, and the folder where nothing else is in it."""
+    """Delete the journals of tasks in a folder, and the folder where nothing else is in it."""
     for name in map(called, tasks):
-        for path in kept.glob(f"{glob.escape(name)}-*.json.journal"):
+        for path in kept.glob(f"{glob.escape(name)}-*.journal"):
             discard(path)
-        for path in kept.glob(f"{glob.escape(name)}-*.json"):
-            with contextlib.suppress(StageFileError):
-                read_json(path, "scores")
-                path.unlink()
     with contextlib.suppress(OSError):
         kept.rmdir()

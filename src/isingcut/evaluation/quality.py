@@ -53,8 +53,8 @@ _MOST_NATS = 700
 
 
 def before_and_after(
-    original: LoadedModel,
-    cut: LoadedModel,
+    original: LoadedModel | StreamedReplay,
+    cut: LoadedModel | StreamedReplay,
     tokens: TokenSet,
     *,
     batch_tokens: int = BATCH_TOKENS,
@@ -66,75 +66,43 @@ def before_and_after(
     """Quality, size and speed of both models.
 
     Speed is measured with all the threads that torch takes on this machine, whatever a run
-    measures its losses with.
+    measures its losses with. Of a cut that is streamed, speed, memory and a generation are left
+    out: a model that is read from disk for every token has no speed that says anything about it.
 
     Args:
+        original: in memory, or streamed on the same buffers as the cut.
         tokens: the report split.
         batch_tokens: tokens computed at a time.
         prompt: for one greedy generation of at most ``new_tokens`` by each model.
         skip_speed: leave out speed; ``not_measured`` names the keys.
     """
     both = {"before": original, "after": cut}
-    found = quality(original.model, cut.model, tokens, batch_tokens, progress=progress)
+    plain = [m if isinstance(m, StreamedReplay) else m.model for m in both.values()]
+    found = quality(*plain, tokens, batch_tokens, progress=progress)
     speeds: dict[str, dict[str, Any]] = {}
-    if not skip_speed:
-        speeds = _speeds(both, tokens, progress)
-    texts = {}
-    # Once for both: a chat template is rendered by a process of its own.
-    ids = prompt_ids(original.tokenizer, prompt)
-    with progress("one generation", len(both)) as bar:
-        for name, loaded in both.items():
-            texts[name] = generate_text(text_model(loaded.model), loaded.tokenizer, ids, new_tokens)
-            bar.advance(1)
-    rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
-    generation = Generation(prompt=prompt, **texts)
-    return _document(found, both, tokens, speeds, generation=generation, **rest)
-
-
-def evaluate_streamed(
-    original: LoadedModel | StreamedReplay,
-    cut: StreamedReplay,
-    tokens: TokenSet,
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Progress = silent,
-) -> EvaluationFile:
-    """Quality and size of both models.
-
-    Speed, memory and a generation are left out: a model that is read from disk for every token
-    has no speed that says anything about the model.
-
-    Args:
-        original: streamed on the same buffers, or in memory.
-        tokens: the report split.
-        batch_tokens: tokens computed at a time.
-    """
-    before = original if isinstance(original, StreamedReplay) else original.model
-    found = quality(before, cut, tokens, batch_tokens, progress=progress)
-    both = {"before": original, "after": cut}
-    return _document(found, both, tokens, {}, generation=None, streamed=True)
-
-
-def _document(
-    found: MixedScores,
-    both: Mapping[str, LoadedModel | StreamedReplay],
-    tokens: TokenSet,
-    speeds: Mapping[str, Mapping[str, Any]],
-    **rest: Any,
-) -> EvaluationFile:
-    sides: dict[str, Any] = {
-        name: ModelScores(
+    rest: dict[str, Any] = {"generation": None, "streamed": True}
+    if not isinstance(cut, StreamedReplay) and not isinstance(original, StreamedReplay):
+        models = {"before": original, "after": cut}
+        if not skip_speed:
+            speeds = _speeds(models, tokens, progress)
+        # Once for both: a chat template is rendered by a process of its own.
+        ids, texts = prompt_ids(original.tokenizer, prompt), {}
+        with progress("one generation", len(both)) as bar:
+            for name, m in models.items():
+                texts[name] = generate_text(text_model(m.model), m.tokenizer, ids, new_tokens)
+                bar.advance(1)
+        rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
+        rest["generation"] = Generation(prompt=prompt, **texts)
+    if found.parts:
+        rest["parts"] = found.parts
+    for name, side in both.items():
+        rest[name] = ModelScores(
             **dict(getattr(found, name)),
             **speeds.get(name, {}),
             parameters=sum(p.numel() for p in side.model.parameters()),
             bytes=disk_bytes(side.folder),
             blocks=len(find_stack(side.model)),
         )
-        for name, side in both.items()
-    }
-    original = both["before"]
-    if found.parts:
-        sides["parts"] = found.parts
     return EvaluationFile(
         samples=tokens.samples,
         tokens=tokens.tokens,
@@ -143,24 +111,8 @@ def _document(
         device=str(original.device),
         dtype=str(original.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        **sides,
         **rest,
     )
-
-
-def with_speed(
-    found: EvaluationFile,
-    original: LoadedModel,
-    cut: LoadedModel,
-    tokens: TokenSet,
-    *,
-    progress: Progress = silent,
-) -> EvaluationFile:
-    """An evaluation that left out speed, with it measured now."""
-    speeds = _speeds({"before": original, "after": cut}, tokens, progress)
-    kept = {name: getattr(found, name) for name in found.model_fields_set - {"not_measured"}}
-    sides = {name: kept[name].model_copy(update=figures) for name, figures in speeds.items()}
-    return EvaluationFile(**{**kept, **sides, "threads": torch.get_num_threads()})
 
 
 def _speeds(

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from isingcut.evaluation.certainty import certainties
 from isingcut.evaluation.generations import Generations, Prompt, Writer
 from isingcut.evaluation.likelihoods import Answer, Answers, Row
 from isingcut.evaluation.questions import Prepared, quiet
-from isingcut.files.writing import read_json, write_json
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from isingcut.evaluation.harness import Harness
     from isingcut.models.load import LoadedModel
 
-ARRAYS = ("values", "certainties")
 _PREFERRED = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
 
 
@@ -56,19 +53,6 @@ class Scores:
     certainties: Floats
     questions: list[str]
     shots: int
-
-    @classmethod
-    def load(cls, path: Path) -> Scores:
-        """What `save` kept."""
-        content = read_json(path, "scores")
-        rest = {name: content[name] for name in ("task", "metric", "questions", "shots")}
-        values, certain = (np.array(content[k], dtype=np.float64) for k in ARRAYS)
-        return cls(values=values, certainties=certain, **rest)
-
-    def save(self, path: Path) -> None:
-        """Keep them while the other model is asked."""
-        lists = {name: getattr(self, name).tolist() for name in ARRAYS}
-        write_json(path, "scores", {**vars(self), **lists})
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ All three are stretched over the same columns of the page, so that one block sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,15 +64,17 @@ class Fields(NamedTuple):
         ticks: labels of the vertical axis, with their place from the top in percent.
         log: the axis is logarithmic.
         words: what they show.
+        rows: block, kind and figure with its error.
     """
 
     bars: list[tuple[float, float]]
     ticks: list[tuple[str, float]]
     log: bool
     words: str
+    rows: list[tuple[int, str, str]]
 
 
-def fields_figure(energy: Hamiltonian) -> Fields:
+def fields_figure(energy: Hamiltonian, kinds: Sequence[str]) -> Fields:
     """The own terms h_i as bars: logarithmic where all are positive and differ much."""
     h = energy.h.tolist()
     scale = span(h, 96.0, 6.0, log=True)
@@ -85,7 +88,13 @@ def fields_figure(energy: Hamiltonian) -> Fields:
         f"Costliest alone: {', '.join(named[:-4:-1])}; cheapest: {', '.join(named[:3])} "
         f"({energy.unit})."
     )
-    return Fields(bars, [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)], scale.log, words)
+    errors = [None] * energy.n if energy.h_error is None else energy.h_error.tolist()
+    rows = [
+        (i, kind, plus_minus(value, error, ".4g"))
+        for i, (kind, value, error) in enumerate(zip(kinds, h, errors, strict=True))
+    ]
+    ticks = [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)]
+    return Fields(bars, ticks, scale.log, words, rows)
 
 
 class Couplings(NamedTuple):

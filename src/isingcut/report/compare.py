@@ -20,9 +20,7 @@ from isingcut.report.rows import kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import number_states
 from isingcut.report.svg import Figure, Scale, span, whisker
-from isingcut.report.words import correlation_text, numbers
-
-_CORRELATIONS = Scale(-1.0, 1.0, 0.0, 100.0)
+from isingcut.report.words import numbers
 
 
 @dataclass(frozen=True)
@@ -55,32 +53,22 @@ class Side:
         return None if self.files.candidates is None else self.files.candidates.chosen
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A row of a dot plot: a figure with its interval."""
-
-    run: Side
-    text: str
-    style: str
-    note: str = ""
-
-
 def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
     """The page of several runs, in the order given, and the warnings on it."""
     runs = _sides(found)
     warnings = comparison_warnings(runs)
     ranked = [r for r in runs if r.loss is not None]
-    losses, loss_scale = _losses(ranked)
+    ends = [end for r in ranked if r.loss for end in (kl_of(r.loss).low, kl_of(r.loss).high)]
     html = render_page(
         "compare.html.j2",
         title=f"{len(runs)} run{'s' * (len(runs) != 1)} compared",
         runs=runs,
         differences=differences(runs),
         warnings=warnings,
-        fidelity=_fidelity(runs),
-        fidelity_scale=_CORRELATIONS,
-        losses=losses,
-        loss_scale=loss_scale,
+        ranked=ranked,
+        correlations=Scale(-1.0, 1.0, 0.0, 100.0),
+        losses=span(ends, 0.0, 100.0, zero=True),
+        whisker=whisker,
         block_ticks=block_ticks,
         trade_offs=[_trade_off(runs, axis) for axis in AXES],
         scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
@@ -140,31 +128,6 @@ def comparison_warnings(runs: Sequence[Side]) -> list[str]:
             f"Not ranked, so without losses: {', '.join(absent)}. Type isingcut rank for them."
         )
     return said + [f"{r.name}: {w}" for r in runs for w in r.files.warnings]
-
-
-def _fidelity(runs: Sequence[Side]) -> list[Interval]:
-    """Spearman of every energy that a run measured, with its interval."""
-    rows = []
-    for run in runs:
-        for energy, judged in run.files.judged.items():
-            found, style = judged.kl, ""
-            if (value := found.spearman) is not None:
-                ends = (found.spearman_low, found.spearman_high)
-                low, high = (value if end is None else end for end in ends)
-                style = whisker(_CORRELATIONS, value, low, high)
-            rows.append(Interval(run, correlation_text(found, "spearman"), style, energy))
-    return rows
-
-
-def _losses(runs: Sequence[Side]) -> tuple[list[Interval], Scale]:
-    """The chosen states of the runs that were ranked, and the scale of their KL."""
-    found = [(run, run.loss, kl_of(run.loss)) for run in runs if run.loss is not None]
-    scale = span([end for *_, kl in found for end in (kl.low, kl.high)], 0.0, 100.0, zero=True)
-    rows = []
-    for run, chosen, kl in found:
-        removed = f"{len(chosen.removed)} of {len(run.files.blocks)} blocks"
-        rows.append(Interval(run, kl.text(), whisker(scale, kl.figure, kl.low, kl.high), removed))
-    return rows, scale
 
 
 def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:

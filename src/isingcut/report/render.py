@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files as resources
 from typing import Any
 
@@ -60,8 +60,7 @@ def _environment() -> jinja2.Environment:
     )
     filters = (code, cell, cells, fenced, words.listed, words.numbers)
     environment.filters |= {function.__name__: function for function in filters}
-    sentences = {name: partial(words.sentence, name) for name in words.SENTENCES}
-    environment.globals |= {**vars(rows), **vars(words), **sentences}
+    environment.globals |= {**vars(rows), **vars(words)}
     return environment
 
 

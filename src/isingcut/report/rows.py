@@ -19,7 +19,6 @@ from isingcut.files.documents.scores import (
     PartScores,
 )
 from isingcut.files.documents.states import BaselineFile, MeasuredLoss, PatchRecord, Perplexity
-from isingcut.ising.hamiltonian import Hamiltonian
 
 Figures = Mapping[str, Any]
 """The figures of one model by their keys, each with its error under ``KEY_se``."""
@@ -296,15 +295,6 @@ def healed_rows(found: HealedCandidates) -> list[tuple[str, ...]]:
             "chosen" if row.removed == found.chosen.removed else "dropped" if row.dropped else "",
         )
         for row in sorted(found.candidates, key=lambda r: r.kl)
-    ]
-
-
-def field_rows(kinds: Sequence[str], energy: Hamiltonian) -> list[tuple[str, str, str]]:
-    """Block, kind and own term of an energy, with its error."""
-    errors = [None] * energy.n if energy.h_error is None else energy.h_error.tolist()
-    return [
-        (str(i), kind, plus_minus(h, error, ".4g"))
-        for i, (kind, h, error) in enumerate(zip(kinds, energy.h.tolist(), errors, strict=True))
     ]
 
 

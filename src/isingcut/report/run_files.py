@@ -193,6 +193,10 @@ class RunFiles:
         """The model's blocks."""
         return self.run.blocks.blocks
 
+    def gone(self, cost: str) -> int:
+        """How much of a cost of blocks the removed ones have, once there are some."""
+        return sum(getattr(self.blocks[i], cost) for i in self.removed or ())
+
     @property
     def energy(self) -> str:
         """The name of the energy that chose."""

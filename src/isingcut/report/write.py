@@ -35,7 +35,7 @@ from isingcut.report.figures import (
     trade_off_figure,
 )
 from isingcut.report.render import render, render_page
-from isingcut.report.rows import Difference, Row
+from isingcut.report.rows import Row
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book, Rival, number_states, rivals
 from isingcut.report.svg import Scale, whisker
@@ -187,12 +187,11 @@ def _drawings(files: RunFiles, states: Book, rivals: Sequence[Rival], **_: Any) 
     rows, scale = map_rows(files, states)
     return {
         "n": n,
-        "tiles": _tiles(files),
         "meter": _meter,
         "rows": rows,
         "scale": scale,
         "ticks": block_ticks(n),
-        "fields": None if energy is None else fields_figure(energy),
+        "fields": None if energy is None else fields_figure(energy, [b.kind for b in files.blocks]),
         "couplings": None if energy is None else couplings_figure(energy),
         "spectrum": spectrum_figure(files, states),
         "scatters": [
@@ -204,29 +203,6 @@ def _drawings(files: RunFiles, states: Book, rivals: Sequence[Rival], **_: Any) 
         "curve": None if files.healing is None else healing_figure(files.healing),
         "data": _page_data(files, states),
     }
-
-
-def _tiles(files: RunFiles) -> list[tuple[str, str, str]]:
-    """The headline figures: what, how much, and from what to what."""
-    found = {row.key: row for row in files.scores}
-
-    def tile(key: str, name: str, after: str) -> list[tuple[str, str, str]]:
-        row = found.get(key)
-        return [] if row is None or not row.change else [(name, row.change, f"{row.way}{after}")]
-
-    result = tile("parameters", "parameters", " million")
-    cache = [b.kv_bytes_per_token for b in files.blocks]
-    if files.removed is not None and (whole := sum(cache)):
-        kept = whole - sum(cache[i] for i in files.removed)
-        words = f"{whole / 1e3:.1f} → {kept / 1e3:.1f} kB per token"
-        result.append(("KV cache", str(Difference(100 * (kept / whole - 1), percent=True)), words))
-    result += tile("decode_tokens_per_second", "decode speed", " tokens/s, measured")
-    result += tile("perplexity", "perplexity", ", unseen text")
-    kl = found["kl"].values[found["kl"].last] if found else None
-    if kl is not None:
-        error = "" if kl.error is None else f", ± {kl.error:.3f}"
-        result.append(("KL", f"{kl.figure:.3f}", f"nats/token to the original{error}"))
-    return result
 
 
 def _meter(row: Row, model: str, models: Sequence[str]) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
-from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of, keep, place_of
+from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of
 from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
-from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.evaluation.scores import Asked, score_states
 from isingcut.evaluation.wikitext import text_scores
 from isingcut.files.documents.scores import BenchmarksFile
 from isingcut.files.documents.states import ByTasks, CandidatesFile, MeasuredState
@@ -93,7 +93,7 @@ def choose_by_tasks(
 
     Args:
         rows: of `candidates.json`.
-        kept: folder of what is scored already.
+        kept: folder of journals.
 
     Returns:
         its position in ``rows``, and how it was chosen.
@@ -115,17 +115,11 @@ def choose_by_tasks(
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
 
         def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Answered]:
-            places = [place_of(kept, tasks[name], model.loaded, [*r, *keys]) for r in left]
-            new = [i for i, place in enumerate(places) if not place.exists()]
+            journal = journal_of(kept, tasks[name], model.loaded, [*left, *keys])
             part = Part(bar, len(keys) * len(left))
-            if new:
-                journal = journal_of(places[new[0]])
-                work = Work(session.tuning.batch_tokens, part, journal)
-                only = frozenset(keys).__contains__
-                asked = score_states(model, tasks[name], [left[i] for i in new], work, wanted=only)
-                for i, scores in zip(new, asked, strict=True):
-                    keep(scores, places[i])
-            found = [Scores.load(place) for place in places]
+            work = Work(session.tuning.batch_tokens, part, journal)
+            only = frozenset(keys).__contains__
+            found = score_states(model, tasks[name], left, work, wanted=only)
             right, blocks = max(
                 (float(s.values.mean()), listed(r)) for s, r in zip(found, left, strict=True)
             )
@@ -217,7 +211,7 @@ def score_both(
     Args:
         tasks: as in `benchmarks`, known to the harness.
         but: questions to leave out, by their keys.
-        kept: folder of what is scored already; None keeps nothing.
+        kept: folder of journals; None keeps nothing.
     """
     from importlib.metadata import version
 

@@ -17,10 +17,8 @@ from isingcut.evaluation import candidates
 from isingcut.evaluation.benchmark import forget_scores
 from isingcut.evaluation.quality import (
     before_and_after,
-    evaluate_streamed,
     perplexity,
     quality,
-    with_speed,
 )
 from isingcut.evaluation.questions import named
 from isingcut.evaluation.speed import with_memory
@@ -83,17 +81,18 @@ def rank(session: Session, folder: RunFolder) -> CandidatesFile:
         problem = problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
         with session.computing(folder):
-            ranking = candidates.rank(
+            found = candidates.rank(
                 session.replay,
                 split,
                 problem,
                 considered,
+                remove=config.removal,
+                others=others,
                 random_states=config.random_states,
                 seed=config.seed,
                 choose=config.choose,
                 work=work_of(session, journal),
             )
-        found = candidates.candidates_file(ranking, problem.hamiltonian, others, config.removal)
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found = found.model_copy(update={"one_pass": quick})
         if config.choose == "tasks" and not folder.processes.rank:
@@ -174,31 +173,24 @@ def evaluate(
     file = checkpoint.with_name("evaluation.json")
     whole = {"model": excised["fingerprint"], **upstream(folder)}
     without_speed = {**whole, "skip_speed": True}
-    # What lacks speed only is completed; what has it already holds all that was asked for.
+    # What lacks speed may be made anew; what has it already holds all that was asked for.
     skip = config.skip_speed and not folder.made_with(file, whole)
-    begun = None
-    if not skip and folder.made_with(file, without_speed):
-        begun = folder.load(file, lambda path: read_document(path, EvaluationFile))
 
     def make(path: Path) -> None:
         folder.check(checkpoint)
         tokens = splits_of(folder)["report"]
         session.tuned(folder)
-        beside = {} if begun is not None else _beside(session, checkpoint, tokens)
+        beside = _beside(session, checkpoint, tokens)
         cut, streamed = session.open_cut(checkpoint)
-        size, progress = session.tuning.batch_tokens, session.progress
-        if streamed is not None:
-            original = session.streamed[1] if session.streaming else session.loaded
-            found = evaluate_streamed(
-                original, streamed, tokens, batch_tokens=size, progress=progress
-            )
-        elif begun is not None:
-            found = with_speed(begun, session.loaded, cut, tokens, progress=progress)
-        else:
-            found = before_and_after(
-                session.loaded, cut, tokens, batch_tokens=size, skip_speed=skip, progress=progress
-            )
-        found = found.model_copy(update=beside)
+        progress = session.progress
+        found = before_and_after(
+            session.streamed[1] if session.streaming else session.loaded,
+            streamed or cut,
+            tokens,
+            batch_tokens=session.tuning.batch_tokens,
+            skip_speed=skip,
+            progress=progress,
+        ).model_copy(update=beside)
         if streamed is None and not skip:
             del cut
             if session.loaded.device.type != "cpu":

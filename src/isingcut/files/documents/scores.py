@@ -282,12 +282,25 @@ class HealedCandidates(Document):
     chosen: ComparedCandidate
 
 
-class TaskRow(Strict):
-    """The scores of both models on one benchmark task."""
+class AskedTask(Strict):
+    """A benchmark task."""
 
     task: str
     metric: str
     shots: Count
+
+
+class PairedScores(Strict):
+    """Two models on the same questions.
+
+    Attributes:
+        original, cut: mean scores.
+        difference: of the second to the first, with the ends of its 95 % interval.
+        n: questions.
+        p_value: of no difference, two-sided, by the test ``mcnemar`` or ``bootstrap``.
+        more_than_noise: at the 5 % level, for this comparison alone.
+    """
+
     original: Number
     original_se: Positive | None
     cut: Number
@@ -299,6 +312,10 @@ class TaskRow(Strict):
     p_value: Number
     test: str = ""
     more_than_noise: bool
+
+
+class TaskRow(PairedScores, AskedTask):
+    """The scores of both models on one benchmark task."""
 
 
 class TextScores(Strict):
@@ -320,17 +337,6 @@ class BenchmarksFile(Document):
     engine: str
     left_out: Count = 0
     wikitext2: TextScores | None = None
-
-
-class KeptScores(Document):
-    """The scores of one model on one task, kept while the other is asked."""
-
-    kind: ClassVar = "scores"
-    task: str
-    metric: str
-    values: Annotated[list[Number], Field(min_length=1)]
-    questions: list[str]
-    shots: Count
 
 
 class ReportFile(Document):
