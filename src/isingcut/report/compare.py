@@ -20,7 +20,7 @@ from isingcut.report.rows import kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import number_states
 from isingcut.report.svg import Figure, Scale, span, whisker
-from isingcut.report.words import numbers
+from isingcut.report.words import paragraphs
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Side:
 def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
     """The page of several runs, in the order given, and the warnings on it."""
     runs = _sides(found)
-    warnings = comparison_warnings(runs)
+    warnings = paragraphs("comparison_warnings", runs)
     ranked = [r for r in runs if r.loss is not None]
     ends = [end for r in ranked if r.loss for end in (kl_of(r.loss).low, kl_of(r.loss).high)]
     html = render_page(
@@ -103,31 +103,6 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
         if key not in ("model", "calibration"):
             rows.append((key.replace("_", " "), values, values))
     return [(name, shown) for name, shown, identity in rows if len(set(identity)) > 1]
-
-
-def comparison_warnings(runs: Sequence[Side]) -> list[str]:
-    """What to know before comparing the runs, and the warnings of each."""
-    said = []
-    if len({r.sha for r in runs}) > 1:
-        said.append(
-            "The runs are of different models: a KL says how far each cut is from its own original."
-        )
-    if len({r.text for r in runs}) > 1:
-        said.append(
-            "The runs were measured on different tokens, so their losses are not directly "
-            "comparable; give them the same --calibration, --length, --rank-samples and --seed "
-            "to compare energies alone."
-        )
-    counts = {len(r.files.removed) for r in runs if r.files.removed is not None}
-    if len(counts) > 1:
-        sizes = numbers(sorted(counts))
-        said.append(f"They remove different numbers of blocks: {sizes}. See the trade-offs below.")
-    absent = [r.name for r in runs if r.loss is None]
-    if absent:
-        said.append(
-            f"Not ranked, so without losses: {', '.join(absent)}. Type isingcut rank for them."
-        )
-    return said + [f"{r.name}: {w}" for r in runs for w in r.files.warnings]
 
 
 def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from isingcut.files.documents.states import BaselineFile, MeasuredState
 from isingcut.ising.states import states_of
-from isingcut.report.rows import Value, kl_of, plus_minus
+from isingcut.report.rows import Value, kl_of
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import listed, numbers
+from isingcut.report.words import listed
 
 
 @dataclass(frozen=True)
@@ -106,21 +106,6 @@ class Rival:
     passes: str
     tokens: str
     file: BaselineFile | None = None
-
-    @property
-    def row(self) -> tuple[str, ...]:
-        """Method, blocks removed, KL, NLL, passes, tokens searched, broken constraints."""
-        found = self.measured
-        name = f"`{self.name}`" if self.file else f"chosen (`{self.name}`)"
-        return (
-            ", ".join([name, *self.settings]),
-            numbers(self.state.removed),
-            kl_of(found).text(),
-            plus_minus(found.nll, found.nll_se),
-            self.passes or "not counted",
-            self.tokens or "unknown",
-            ", ".join(self.violated) or "none",
-        )
 
     @property
     def settings(self) -> list[str]:
