@@ -10,7 +10,7 @@ import pytest
 import isingcut
 from isingcut.errors import InputError
 from isingcut.evaluation import choosing
-from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half, looks
+from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.questions import prepare_task, question_key
 from isingcut.evaluation.scores import Asked, score
 from isingcut.files.documents.states import ByTasks
@@ -38,7 +38,7 @@ def answers(table):
 
     def ask(left, task, keys):
         rows = [[table[tuple(removed)][key] for key in keys] for removed in left]
-        return [Answered(row, row) for row in rows]
+        return [SimpleNamespace(values=row, certainties=row) for row in np.array(rows)]
 
     return ask
 
@@ -58,13 +58,13 @@ def test_looks_grow_and_end_with_all():
 
 def test_half_of_the_questions_by_a_seed():
     keys = {"a": [f"a{i}" for i in range(11)], "b": ["b0", "b1", "b1"]}
-    found = half(keys, 0)
+    found = draw_half(keys, 0)
     assert {t: len(ks) for t, ks in found.items()} == {"a": 5, "b": 1}
     assert all(set(found[t]) < set(keys[t]) for t in keys)
-    assert half(keys, 0) == found
-    assert half(keys, 1)["a"] != found["a"]
+    assert draw_half(keys, 0) == found
+    assert draw_half(keys, 1)["a"] != found["a"]
     with pytest.raises(InputError, match="c has one question"):
-        half({"c": ["c0", "c0"]}, 0)
+        draw_half({"c": ["c0", "c0"]}, 0)
 
 
 def test_who_is_asked_is_no_near_copy_as_long_as_there_are_others():
@@ -166,17 +166,15 @@ def questions(tmp_path_factory) -> Path:
     return path
 
 
+def chosen_by(llama, text):
+    """The options of a run that chooses by questions."""
+    inputs = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "none"}
+    return {**OPTIONS, **inputs, "choose": "tasks"}
+
+
 def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions, tmp_path):
-    options = {
-        "model": str(llama),
-        "calibration": str(text),
-        "out": str(tmp_path / "run"),
-        "remove": 2,
-        "patch": "none",
-        "choose": "tasks",
-        "tasks": str(questions),
-    }
-    target = isingcut.run(**OPTIONS, **options)
+    options = {**chosen_by(llama, text), "tasks": str(questions), "out": str(tmp_path / "run")}
+    target = isingcut.run(**options)
     found = read_json(target / "candidates.json", "candidates")
     asked, rows = found["by_tasks"], found["by_tasks"]["candidates"]
     kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
@@ -215,7 +213,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert 'id="asked"' in (target / "report.html").read_text(encoding="utf-8")
     files = [target / name for name in ("candidates.json", "benchmarks.json", "evaluation.json")]
     before = {p: p.stat().st_mtime_ns for p in files}
-    isingcut.run(**OPTIONS, **options)
+    isingcut.run(**options)
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -228,13 +226,9 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     lines = questions.read_text(encoding="utf-8").splitlines()
     more.write_text("\n".join(lines[:20]).replace("river", "brook"), encoding="utf-8")
     options = {
-        "model": str(llama),
-        "calibration": str(text),
-        "out": str(tmp_path / "run"),
-        "remove": 2,
-        "patch": "none",
-        "choose": "tasks",
+        **chosen_by(llama, text),
         "tasks": f"{questions},{more}",
+        "out": str(tmp_path / "run"),
     }
     whole, calls = benchmarking.score_states, []
 
@@ -250,8 +244,8 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 
     monkeypatch.setattr(benchmarking, "score_states", counted)
     with pytest.raises(KeyboardInterrupt):
-        isingcut.prune(**OPTIONS, **options)
-    isingcut.prune(**OPTIONS, **options)
+        isingcut.prune(**options)
+    isingcut.prune(**options)
     assert calls == ["mine.jsonl", "more.jsonl"] * 2
 
 
@@ -288,16 +282,9 @@ def test_what_cannot_be_asked(questions, tmp_path):
 
 
 def test_a_streamed_model_answers_alike(llama, text, questions, tmp_path):
-    options = {
-        "model": str(llama),
-        "calibration": str(text),
-        "remove": 2,
-        "patch": "none",
-        "choose": "tasks",
-        "tasks": str(questions),
-    }
+    options = {**chosen_by(llama, text), "tasks": str(questions)}
     streamed, whole = (
-        isingcut.run(**OPTIONS, **options, out=str(tmp_path / stream), stream=stream)
+        isingcut.run(**options, out=str(tmp_path / stream), stream=stream)
         for stream in ("on", "off")
     )
     for name, kind in (("candidates.json", "candidates"), ("benchmarks.json", "benchmarks")):
@@ -340,9 +327,9 @@ def test_certainties_tell_apart_what_scores_do_not():
         at = [keys.index(name) for name in names]
         more = {(0,): 0.0, (1,): 0.1}
         return [
-            Answered(
-                [float(sure[i] > -0.7) for i in at],
-                [float(sure[i] + more[tuple(r)] * rng.random()) for i in at],
+            SimpleNamespace(
+                values=(sure[at] > -0.7).astype(float),
+                certainties=sure[at] + more[tuple(r)] * rng.random(len(at)),
             )
             for r in left
         ]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError, UnknownNameError
-from isingcut.evaluation import local_tasks
+from isingcut.evaluation import questions as local_tasks
 from isingcut.evaluation.benchmark import benchmark, row
 from isingcut.evaluation.paired import compare_scores, mcnemar
 from isingcut.evaluation.questions import prepare_task

@@ -149,9 +149,9 @@ def evaluate(
 
 def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:
     """The tasks that were typed, not yet known to be any."""
-    from isingcut.evaluation.questions import named
+    from isingcut.evaluation.questions import split_names
 
-    names = named(tasks)
+    names = split_names(tasks)
     if not names and (tasks or data is not None or questions is not None):
         raise InputError("--tasks names no benchmark, which --data and --questions are for")
     return names

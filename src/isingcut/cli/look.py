@@ -55,7 +55,7 @@ def list_parts() -> Answer:
     from isingcut.baselines import registry as baselines
     from isingcut.cli.show import show_lines
     from isingcut.energies import registry as energies
-    from isingcut.evaluation.local_tasks import task_names
+    from isingcut.evaluation.questions import task_names
     from isingcut.healing.healers import registry as healers
     from isingcut.ising.solvers import registry as solvers
 

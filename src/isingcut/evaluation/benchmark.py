@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.progress import Part, Progress, silent
 from isingcut.errors import InputError
 from isingcut.evaluation.paired import compare_scores
-from isingcut.evaluation.questions import Prepared, called, prepare_task
+from isingcut.evaluation.questions import Prepared, prepare_task, short_name
 from isingcut.evaluation.scores import Asked, Scores, score
 from isingcut.files.documents.scores import TaskRow
 from isingcut.files.journal import discard
@@ -98,7 +98,7 @@ def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) ->
 
 def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
     """Delete the journals of tasks in a folder, and the folder where nothing else is in it."""
-    for name in map(called, tasks):
+    for name in map(short_name, tasks):
         for path in kept.glob(f"{glob.escape(name)}-*.journal"):
             discard(path)
     with contextlib.suppress(OSError):

@@ -25,6 +25,7 @@ import numpy as np
 
 from isingcut.errors import InputError
 from isingcut.evaluation.paired import p_value
+from isingcut.evaluation.scores import Scores
 from isingcut.files.documents.states import AskedCandidate, ByTasks, MeasuredState
 from isingcut.ising.states import Floats, swaps
 
@@ -38,20 +39,7 @@ _APART = 2
 """Blocks that two of them differ in, as long as there are such: near copies answer alike."""
 
 
-@dataclass(frozen=True)
-class Answered:
-    """One candidate's answers to some questions of a task.
-
-    Attributes:
-        scores: by question, as the task has them.
-        certainties: by question, see `scores.Scores`.
-    """
-
-    scores: Sequence[float]
-    certainties: Sequence[float]
-
-
-Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Answered]]
+Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Scores]]
 """What each candidate (its removed blocks) makes of a task's questions, in any order that is the
 same for all candidates."""
 
@@ -63,9 +51,9 @@ class _Contender:
     certainties: dict[str, list[float]] = field(default_factory=dict)
     out: bool = False
 
-    def add(self, task: str, answered: Answered) -> None:
-        self.scores.setdefault(task, []).extend(answered.scores)
-        self.certainties.setdefault(task, []).extend(answered.certainties)
+    def add(self, task: str, scores: Scores) -> None:
+        self.scores.setdefault(task, []).extend(scores.values.tolist())
+        self.certainties.setdefault(task, []).extend(scores.certainties.tolist())
 
     @property
     def asked(self) -> int:
@@ -85,7 +73,7 @@ def looks(total: int) -> list[int]:
     return [*ends, total]
 
 
-def half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
+def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
     """Half of the questions of each task, drawn by ``seed``; the other half is for a report.
 
     Raises:

@@ -77,8 +77,8 @@ def before_and_after(
         skip_speed: leave out speed; ``not_measured`` names the keys.
     """
     both = {"before": original, "after": cut}
-    plain = [m if isinstance(m, StreamedReplay) else m.model for m in both.values()]
-    found = quality(*plain, tokens, batch_tokens, progress=progress)
+    first, second = (m if isinstance(m, StreamedReplay) else m.model for m in both.values())
+    found = quality(first, second, tokens, batch_tokens, progress=progress)
     speeds: dict[str, dict[str, Any]] = {}
     rest: dict[str, Any] = {"generation": None, "streamed": True}
     if not isinstance(cut, StreamedReplay) and not isinstance(original, StreamedReplay):

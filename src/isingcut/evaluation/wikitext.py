@@ -10,8 +10,8 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.encoder import Encoder
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.local_tasks import records
 from isingcut.evaluation.quality import quality
+from isingcut.evaluation.questions import articles
 from isingcut.files.documents.scores import TextScores
 from isingcut.models.architectures import text_config
 from isingcut.options.types import BATCH_TOKENS
@@ -58,24 +58,6 @@ def text_scores(
         kl=found.kl,
         kl_se=found.kl_se,
     )
-
-
-def articles(data: Path) -> list[str]:
-    """The articles of WikiText-2's test text in a data folder.
-
-    Raises:
-        InputError: the file is missing or damaged, or a line has no text.
-    """
-    path = data / "wikitext2" / "test_raw.jsonl"
-    found = []
-    for number, record in records(path):
-        text = record.get("text")
-        if not isinstance(text, str):
-            raise InputError(
-                f"{path}, line {number}: expected a text 'text', got {repr(text)[:60]}"
-            )
-        found.append(text)
-    return found
 
 
 def _windows(texts: Sequence[str], loaded: LoadedModel, length: int, most: int | None) -> TokenSet:

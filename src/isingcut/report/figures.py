@@ -12,7 +12,7 @@ from isingcut.report.rows import Value, kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book
 from isingcut.report.svg import Figure, Plot, x_span, y_span
-from isingcut.report.words import correlation_text, listed, sentence
+from isingcut.report.words import listed, sentence
 
 MOST_MARKS = 200
 """Of a long training's losses so many are marked; the line goes through all."""
@@ -41,12 +41,6 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
     for k, s, kl in losses:
         kind = "chosen" if s.chosen else "measured"
         plot.mark(k, kl.figure, s.tip(s.energy, unit), kind, error=kl.error, state=s.number)
-    gap = f"; the first gap is {energies[1] - energies[0]:.3g}" if len(energies) > 1 else ""
-    own = len(levels) - spectrum.searched
-    words = (
-        f"The {own} states, {sentence('proof_words', spectrum)}, reach from {energies[0]:.4g} to "
-        f"{energies[own - 1]:.4g} {unit}{gap}. {sentence('searched_words', spectrum)}"
-    ).rstrip()
     rows = [
         (
             str(k),
@@ -61,7 +55,7 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
     return Figure(
         "spectrum",
         "Spectrum",
-        words,
+        sentence("levels_words", spectrum),
         plot,
         "Energy levels.",
         ("state", f"energy, {unit}", "above ground state", "measured KL", "blocks removed"),
@@ -100,16 +94,10 @@ def scatter_figure(files: RunFiles, name: str, states: Book, *, link: bool = Tru
             error=kl.error,
             state=state.number if link else None,
         )
-    words = (
-        f"Spearman {correlation_text(found, 'spearman')}, Kendall "
-        f"{correlation_text(found, 'kendall')} over n = {found.n} states (95 % intervals)."
-        if found.n
-        else "How well it ranks was not measured."
-    )
     return Figure(
         f"scatter-{name}",
         f"{name} against measured loss",
-        words,
+        sentence("ranks_words", found),
         plot,
         f"Energy {name} against measured KL.",
         ("state", f"energy, {energy.unit}", "KL, nats/token", "blocks removed"),
@@ -137,10 +125,7 @@ def healing_figure(healing: HealingFile) -> Figure:
     for s in steps[:: -(-len(steps) // MOST_MARKS)]:
         tip = f"step {s.step}\n{s.tokens} tokens\nloss {s.loss:.4f}"
         plot.mark(s.tokens, s.loss, tip, "healed")
-    words = (
-        f"From {losses[0]:.4f} at the first record to {losses[-1]:.4f} after "
-        f"{steps[-1].tokens:,} tokens; the lowest is {min(losses):.4f}."
-    )
+    words = sentence("training_words", steps)
     rows = [(str(s.step), str(s.tokens), f"{s.loss:.5f}") for s in steps]
     columns = ("step", "tokens", "loss")
     return Figure("healing", title, words, plot, "Training loss.", columns, rows)
@@ -253,11 +238,10 @@ def front(points: Sequence[tuple[float, float]], *, more: bool) -> list[tuple[fl
 def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
     """Measured KL of all removals of a run against what is left, and the front of the best."""
     if axis.cost and not axis.total(files):
-        words = "The blocks of this model have none, or it is not known."
-        return Figure(axis.key, axis.title, words)
+        return Figure(axis.key, axis.title, sentence("no_cost"))
     points = points_of(files, axis)
     if not points:
-        return Figure(axis.key, axis.title, _absent(files, axis))
+        return Figure(axis.key, axis.title, sentence("no_points", files, axis))
     plot = axis.plot(points)
     taken = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points if p.measured)]
     plot.line(front(taken, more=not axis.cost), "front")
@@ -279,24 +263,13 @@ def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
         rows.append((name, at, point.loss.text(), known, listed(point.removed)))
         key = kind if point.measured else "random"
         legend.setdefault(key, {"measured": "other removals", "random": "energy only"}.get(key, ""))
-    hollow = sum(not p.measured for p in points)
-    words = f"{len(points)} removal{'s' * (len(points) > 1)} of this folder and the original."
-    if hollow:
-        words += f" {hollow} not measured: hollow, at the energy of the ground state."
     return Figure(
         axis.key,
         axis.title,
-        words,
+        sentence("removals_words", points),
         plot,
         f"{axis.title} against KL.",
         ("removal", axis.label, "KL, nats/token", "how known", "blocks removed"),
         rows,
         list(legend.items()),
     )
-
-
-def _absent(files: RunFiles, axis: Axis) -> str:
-    if not axis.cost and any(r.evaluation is not None for r in files.removals):
-        return "No speed was measured; a run that streams blocks from disk measures none."
-    verb = "rank" if axis.cost else "evaluate"
-    return f"Nothing measured yet. Type `isingcut {verb} {files.arguments}`."

@@ -74,7 +74,7 @@ def _sentences() -> TemplateModule:
         "listed": listed,
         "kl": lambda row: kl_of(row).text(),
     }
-    environment.globals["known_rows"] = _known_rows
+    environment.globals |= {"known_rows": _known_rows, "correlation_text": correlation_text}
     return environment.get_template("words.j2").module
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
 from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of
-from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half
-from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
-from isingcut.evaluation.scores import Asked, score_states
+from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half
+from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
+from isingcut.evaluation.scores import Asked, Scores, score_states
 from isingcut.evaluation.wikitext import text_scores
 from isingcut.files.documents.scores import BenchmarksFile
 from isingcut.files.documents.states import ByTasks, CandidatesFile, MeasuredState
@@ -40,7 +40,7 @@ def check_asked(config: RunConfig) -> list[str]:
         return []
     if config.choose != "tasks" and len(each_removal(config)) > 1:
         raise InputError("--tasks scores a checkpoint, and a range cuts none; leave it out")
-    names = check_tasks(named(config.tasks), data_of(config), config.questions)
+    names = check_tasks(split_names(config.tasks), data_of(config), config.questions)
     if config.choose == "tasks" and names == [WIKITEXT]:
         raise InputError("wikitext2 is a text; to --choose by --tasks takes one with questions")
     return names
@@ -108,13 +108,13 @@ def choose_by_tasks(
     pool = {name: task.pool() for name, task in tasks.items()}
     last = last_blocks(len(session.stack), len(rows[0].removed))
     best = contenders(rows, last)
-    drawn = half(pool, config.seed)
+    drawn = draw_half(pool, config.seed)
     model = Asked(session.loaded, session.replay)
     # Fewer where one is ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
 
-        def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Answered]:
+        def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
             journal = journal_of(kept, tasks[name], model.loaded, [*left, *keys])
             part = Part(bar, len(keys) * len(left))
             work = Work(session.tuning.batch_tokens, part, journal)
@@ -124,7 +124,7 @@ def choose_by_tasks(
                 (float(s.values.mean()), listed(r)) for s, r in zip(found, left, strict=True)
             )
             part.finish(f"without {blocks} {right:.0%} of {name}")
-            return [Answered(s.values.tolist(), s.certainties.tolist()) for s in found]
+            return found
 
         position, found = choose_by_questions([rows[i].removed for i in best], drawn, ask)
     return best[position], found
@@ -142,7 +142,7 @@ def left_out(folder: RunFolder, config: RunConfig) -> list[str]:
 def score_tasks(session: Session, folder: RunFolder) -> None:
     """Stage `benchmarks` on the tasks of a run's options, where it has some."""
     config = session.config
-    if names := list(dict.fromkeys(named(config.tasks))):
+    if names := list(dict.fromkeys(split_names(config.tasks))):
         benchmarks(session, folder, names, data=data_of(config), questions=config.questions)
 
 

@@ -20,7 +20,7 @@ from isingcut.evaluation.quality import (
     perplexity,
     quality,
 )
-from isingcut.evaluation.questions import named
+from isingcut.evaluation.questions import split_names
 from isingcut.evaluation.speed import with_memory
 from isingcut.files.documents.scores import (
     EvaluationFile,
@@ -108,7 +108,7 @@ def rank(session: Session, folder: RunFolder) -> CandidatesFile:
     def drop() -> None:
         forget(journal)
         forget(candidates.random_journal(journal))
-        forget_scores(scores, named(config.tasks))
+        forget_scores(scores, split_names(config.tasks))
 
     return folder.stage("rank", file, options, make, load_candidates, together=True, forget=drop)
 
