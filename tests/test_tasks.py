@@ -211,8 +211,8 @@ def test_error_bars_are_the_harness_s() -> None:
     rng = np.random.default_rng(0)
     first, second = (rng.integers(0, 2, 50).astype(float) for _ in range(2))
     found = compare_scores(first, second)
-    assert found.first_se == pytest.approx(mean_stderr(list(first)))
-    assert found.second_se == pytest.approx(mean_stderr(list(second)))
+    assert found.original_se == pytest.approx(mean_stderr(list(first)))
+    assert found.cut_se == pytest.approx(mean_stderr(list(second)))
 
 
 def test_mcnemar_by_enumeration() -> None:
