@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Part, Progress, silent
-from isingcut.errors import InputError
+from isingcut.data.encoder import Encoder
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.paired import compare_scores
-from isingcut.evaluation.questions import Prepared, prepare_task, short_name
+from isingcut.evaluation.quality import quality
+from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
 from isingcut.evaluation.scores import Asked, Scores, score
-from isingcut.files.documents.scores import TaskRow
+from isingcut.files.documents.scores import TaskRow, TextScores
 from isingcut.files.journal import discard
 from isingcut.files.writing import fingerprint
 from isingcut.measure.work import Work
+from isingcut.models.architectures import text_config
 from isingcut.models.sources import model_identity
 from isingcut.options.types import BATCH_TOKENS
 
@@ -103,3 +107,54 @@ def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
             discard(path)
     with contextlib.suppress(OSError):
         kept.rmdir()
+
+
+def text_scores(
+    models: Mapping[str, LoadedModel],
+    data: Path | None,
+    samples: int | None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    length: int = 1024,
+    progress: Progress = silent,
+) -> TextScores:
+    """Perplexity of both models on WikiText-2's raw test text, and their paired comparison.
+
+    The articles are joined and cut into windows of ``length`` tokens, each read on its own; the
+    last, short one is left out.
+
+    Args:
+        data: folder with `wikitext2/test_raw.jsonl`, one article a line.
+        samples: at most so many windows.
+
+    Raises:
+        InputError: as `articles`, or shorter than one window.
+    """
+    assert data is not None
+    original, cut = models.values()
+    longest = getattr(text_config(original.model), "max_position_embeddings", None)
+    size = min(length, int(longest or length))
+    windows = _windows(articles(data), original, size, samples)
+    try:
+        found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
+    except ModelError as e:
+        raise ModelError(f"wikitext2: {e}") from e
+    return TextScores(
+        samples=windows.samples,
+        tokens=windows.tokens,
+        original=found.before,
+        cut=found.after,
+        kl=found.kl,
+        kl_se=found.kl_se,
+    )
+
+
+def _windows(texts: Sequence[str], loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
+    encode = Encoder(loaded.tokenizer, loaded.model)
+    ids, prefix = encode("\n".join(texts)), encode.start
+    body = length - len(prefix)
+    starts = range(0, len(ids) - body + 1, body)
+    rows = [prefix + ids[i : i + body] for i in starts][:most]
+    if not rows:
+        raise InputError(f"WikiText-2's text is shorter than one window of {length} tokens")
+    return TokenSet.from_rows(rows)

@@ -14,11 +14,10 @@ from isingcut.files.documents.scores import (
     BenchmarksFile,
     ComparedCandidate,
     EvaluationFile,
-    HealedCandidates,
     HealingFile,
     PartScores,
 )
-from isingcut.files.documents.states import BaselineFile, MeasuredLoss, PatchRecord, Perplexity
+from isingcut.files.documents.states import BaselineFile, MeasuredLoss, Perplexity
 
 Figures = Mapping[str, Any]
 """The figures of one model by their keys, each with its error under ``KEY_se``."""
@@ -257,45 +256,6 @@ def _value(found: Figures, key: str, scale: float) -> Value | None:
 def kl_of(row: MeasuredLoss | BaselineFile | ComparedCandidate) -> Value:
     """The measured KL of a state."""
     return Value(row.kl, row.kl_se)
-
-
-def patch_rows(patch: PatchRecord | None) -> list[tuple[str, str, str, str]]:
-    """What was patched: blocks that are gone, the layer before them, tokens, held-out error left.
-
-    Args:
-        patch: of the record of a checkpoint.
-    """
-    rows = []
-    for cut in () if patch is None else patch.cuts:
-        gone, left = cut.removed or [cut.block + 1], cut.held_out_error_left
-        rows.append(
-            (
-                f"{gone[0]}" if gone[0] == gone[-1] else f"{gone[0]} to {gone[-1]}",
-                f"block {cut.block}, `{cut.layer}`",
-                "" if cut.tokens is None else str(cut.tokens),
-                "" if left is None else f"{100 * left:.0f} %",
-            )
-        )
-    return rows
-
-
-def healed_rows(found: HealedCandidates) -> list[tuple[str, ...]]:
-    """Candidates compared after some healing: blocks, where from, KL before and after, the rest.
-
-    The rest: steps made, paired difference to the chosen one, and what became of it.
-    """
-    return [
-        (
-            " ".join(map(str, row.removed)),
-            row.source,
-            f"{row.kl_before:.4f}",
-            kl_of(row).text(),
-            str(row.steps or ""),
-            "" if row.difference is None else plus_minus(row.difference, row.difference_se),
-            "chosen" if row.removed == found.chosen.removed else "dropped" if row.dropped else "",
-        )
-        for row in sorted(found.candidates, key=lambda r: r.kl)
-    ]
 
 
 def benchmark_rows(found: BenchmarksFile, *, last: str = "cut") -> list[Row]:

@@ -193,6 +193,11 @@ class RunFiles:
         """The model's blocks."""
         return self.run.blocks.blocks
 
+    def rests_on(self, key: str) -> bool:
+        """Whether this removal rests on the file of a stage, by its name in the run folder."""
+        shared = key.startswith(("calibration.", "hamiltonian."))
+        return shared or (self.folder / key).parent == self.target
+
     def gone(self, cost: str) -> int:
         """How much of a cost of blocks the removed ones have, once there are some."""
         return sum(getattr(self.blocks[i], cost) for i in self.removed or ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -12,10 +12,8 @@ from jinja2.environment import TemplateModule
 
 from isingcut.files.documents.scores import HealingFile
 from isingcut.files.documents.states import (
-    ByTasks,
     CandidatesFile,
     Correlations,
-    Judged,
     MeasuredState,
     PatchRecord,
     SpectrumFile,
@@ -45,6 +43,19 @@ def paragraphs(name: str, *about: Any) -> list[str]:
     return [" ".join(words.split()) for words in said if words.strip()]
 
 
+def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
+    """The same of a macro with a row a line and ``::`` between its cells, backticks around code.
+
+    Args:
+        columns: behind the last of them ``::`` is text.
+    """
+    lines = str(getattr(_sentences(), name)(*about)).split("\n")
+    rows = [line.split("::", columns - 1) for line in lines if line.strip()]
+    return [tuple(cell.strip() for cell in row) for row in rows]
+
+
+fact_rows = partial(table, columns=2)
+question_rows = partial(table, "question_rows")
 one_pass_words = partial(sentence, "one_pass_words")
 chosen_by_tasks = partial(sentence, "chosen_by_tasks")
 search_warnings = partial(paragraphs, "search_warnings")
@@ -74,7 +85,11 @@ def _sentences() -> TemplateModule:
         "listed": listed,
         "kl": lambda row: kl_of(row).text(),
     }
-    environment.globals |= {"known_rows": _known_rows, "correlation_text": correlation_text}
+    environment.globals |= {
+        "known_rows": _known_rows,
+        "correlation_text": correlation_text,
+        "plus_minus": plus_minus,
+    }
     return environment.get_template("words.j2").module
 
 
@@ -85,53 +100,12 @@ def _known_rows(found: CandidatesFile, removed: Sequence[int]) -> list[tuple[Mea
     return [(row, n) for row, n in rows if sorted(row.removed) == sorted(removed)][:1]
 
 
-def fidelity_rows(judged: Mapping[str, Judged]) -> list[tuple[str, ...]]:
-    """Rows of the fidelity table: energy, loss, states, Spearman, Kendall, n; none unmeasured."""
-    kinds = (
-        ("kl", "KL", "candidates and random"),
-        ("nll", "NLL", "candidates and random"),
-        ("kl_random_only", "KL", "random only"),
-    )
-    return [
-        (
-            f"`{energy}`",
-            loss,
-            states,
-            correlation_text(found, "spearman"),
-            correlation_text(found, "kendall"),
-            str(found.n),
-        )
-        for energy, losses in judged.items()
-        if losses.kl.n
-        for key, loss, states in kinds
-        if (found := getattr(losses, key)) is not None
-    ]
-
-
 def correlation_text(found: Correlations, name: str) -> str:
     """A rank correlation with its 95 % interval."""
     value, low, high = (getattr(found, f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:
         return "undefined" if found.n else "not measured"
     return f"{value:.2f}" + ("" if None in (low, high) else f" ({low:.2f} to {high:.2f})")
-
-
-def question_rows(found: ByTasks) -> list[tuple[str, ...]]:
-    """Of each candidate: blocks removed, questions, share right, its difference to the chosen
-    one's, log-probability of the right answers in nats, p of the test by it."""
-    return [
-        (
-            listed(row.removed),
-            str(row.questions),
-            "" if row.accuracy is None else f"{row.accuracy:.3f}",
-            "chosen"
-            if row.difference is None
-            else plus_minus(row.difference, row.difference_se) + ", dropped" * row.dropped,
-            "" if row.certainty is None else f"{row.certainty:.3f}",
-            "" if row.p_value is None else f"{row.p_value:.2g}",
-        )
-        for row in found.candidates
-    ]
 
 
 def was_tuned(patch: PatchRecord) -> bool:

@@ -39,6 +39,7 @@ from isingcut.report.rows import Row
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book, Rival, number_states, rivals
 from isingcut.report.svg import Scale, whisker
+from isingcut.report.words import fact_rows, table
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -106,59 +107,9 @@ def report_view(files: RunFiles) -> dict[str, Any]:
         "title": files.title,
         "states": states,
         "rivals": rivals(files, states),
-        "provenance": provenance_rows(files),
-        "timings": timing_rows(files),
+        "provenance": fact_rows("provenance", files),
+        "timings": table("timing_rows", files),
     }
-
-
-def provenance_rows(files: RunFiles) -> list[tuple[str, str]]:
-    """Model, text, energy, cut, options, versions and machine, with backticks around code."""
-    origin, config, proof = files.run.provenance, files.run.config, files.proof
-    meta = {} if files.hamiltonian is None else files.hamiltonian.meta
-    measured = ", ".join(
-        f"{k.replace('_', ' ')}: {v}"
-        for k, v in meta.items()
-        if k != "energy" and isinstance(v, str | int | float)
-    )
-    rows = [
-        ("model", f"`{origin.model.name}`"),
-        ("model, SHA-256 of config, headers and edges", f"`{origin.model.sha256}`"),
-    ]
-    if gguf := origin.model.gguf_sha256:
-        rows.append(("unpacked to bfloat16 from a GGUF file, SHA-256", gguf))
-    if (text := origin.calibration) is not None:
-        sizes = [f"{k}: {s.samples} samples, {s.tokens} tokens" for k, s in text.splits.items()]
-        rows.append(("calibration", f"`{text.source}` ({', '.join(sizes)})"))
-        rows.append(("calibration tokens, SHA-256", f"`{text.sha256}`"))
-    rows.append(("energy", f"`{config.energy}`" + (f", {measured}" if measured else "")))
-    if (read := origin.reading.get(config.energy)) is not None:
-        words = f"streamed: read {read.sweeps:.1f} times for the energy, "
-        rows.append(("weights", f"{words}{100 * read.from_memory:.0f} % of it from host memory"))
-    if proof is not None:
-        words = "logits of the reloaded checkpoint and of the original with the blocks skipped"
-        words = f"{proof.inputs}: {words} differ by {proof.difference:.1e} of their size"
-        rows.append(("proof of the cut", words))
-    options = [f"{k}={v}" for k, v in config.content().items() if v not in ("", None)]
-    versions = f"{origin.python}, {origin.torch}, {origin.transformers}"
-    return [
-        *rows,
-        ("options", ", ".join(options)),
-        ("command line", f"`{origin.command_line}`"),
-        ("created", origin.created),
-        ("isingcut", origin.isingcut),
-        ("python, torch, transformers", versions),
-        ("machine", f"{origin.platform}, {origin.cpu}"),
-    ]
-
-
-def timing_rows(files: RunFiles) -> list[tuple[str, str, str]]:
-    """Stages this removal rests on, with file and seconds; those of other removals are left out."""
-    own = files.target.relative_to(files.folder)
-    return [
-        (record.stage, f"`{key}`", f"{record.seconds:.1f}" if record.done else "not finished")
-        for key, record in files.run.stages.items()
-        if key.startswith(("calibration.", "hamiltonian.")) or Path(key).parent == own
-    ]
 
 
 def _facts(files: RunFiles) -> dict[str, Any]:
