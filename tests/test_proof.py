@@ -1,7 +1,6 @@
 """The proof of a cut: what it notices, what it cannot be fooled by, and what it says."""
 
 import contextlib
-import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from isingcut.models.cutting.verify import (
     verify_streamed,
 )
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.report.read_run import read_run
+from isingcut.report.run_files import RunFiles
 from isingcut.testing.architectures import check_family
 from isingcut.testing.images import invent_images
 from tiny import tiny_model, tiny_tokenizer
@@ -306,11 +305,11 @@ def test_a_run_shows_how_its_cut_was_proven(finished):
 
 
 def test_what_a_proof_does_not_show_is_a_warning_of_the_run(finished):
-    files = read_run(finished, finished)
-    assert files.removal is not None
-    proof = {**files.removal["proof"], "remarks": ["the cut is proven on text only"]}
-    unsure = dataclasses.replace(files, removal={**files.removal, "proof": proof})
-    assert unsure.warnings == [*files.warnings, "the cut is proven on text only"]
+    files = RunFiles(finished)
+    assert files.proof is not None
+    sure = files.warnings
+    files.proof.remarks.append("the cut is proven on text only")
+    assert files.warnings == [*sure, "the cut is proven on text only"]
 
 
 def test_a_streamed_cut_is_proven_with_an_image(tmp_path):

@@ -118,4 +118,4 @@ def test_quality_and_distillation_read_the_language_model_inside(tmp_path):
     install(cut, cut, Objective(model))
     mask = torch.ones_like(tokens.input_ids)
     summed = cut(input_ids=tokens.input_ids, attention_mask=mask)["loss"].detach()
-    assert float(summed) == pytest.approx(found["kl"] * tokens.tokens, rel=1e-4)
+    assert float(summed) == pytest.approx(found.kl * tokens.tokens, rel=1e-4)

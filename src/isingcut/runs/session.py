@@ -14,7 +14,8 @@ from typing import Any
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
-from isingcut.files.writing import read_json
+from isingcut.files.documents.states import CutRecord
+from isingcut.files.writing import read_document
 from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, legality, stack_modules, text_config
@@ -207,7 +208,7 @@ class Session:
         """A cut of the session's model, with the memory of its weights, as `sharing.open_cut`."""
         if self.streaming:
             return self.open_streamed(folder, self.streamed[1])
-        removed = read_json(folder / "isingcut.json", "removal")["removed"]
+        removed = read_document(folder / "isingcut.json", CutRecord).removed
         trust = self.config.trust_remote_code
         return open_cut(self.loaded, removed, folder, trust_remote_code=trust)
 
