@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.console.progress import terminal
-from isingcut.evaluation.benchmark import benchmark
+from isingcut.evaluation.benchmark import benchmark, forget_scores
 from isingcut.evaluation.generations import MICRO_BATCHES, Generations
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
