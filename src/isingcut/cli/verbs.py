@@ -230,7 +230,7 @@ def excise(
     """Write the chosen state as a plain Hugging Face checkpoint, verified and patched.
 
     Examples: isingcut excise my-run --remove 8;
-    isingcut excise my-run --blocks @from-a-paper.txt --one-based
+    isingcut excise my-run --blocks 3,4,9 --one-based
     """
     from isingcut.cli.show import show_lines
     from isingcut.files.documents.states import CutRecord
