@@ -246,7 +246,7 @@ DROPPED = [
     (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
     (likelihoods, "_heads", "label[None].to(replay.device)", "label[None]", "answers"),
     (likelihoods, "_heads", "label.to(logits.device)", "label", "answers"),
-    (evaluate, "sample_sums", "[counts].to(first.device)", "[counts]", "quality"),
+    (evaluate, "_sums_by_sample", "[counts].to(first.device)", "[counts]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
     (exact, "sides", "mask.to(device)", "mask", "patch of what is written"),
     (store.Store, "_settle_rest", "host.to(self.device)", "host", "losses, streamed"),
