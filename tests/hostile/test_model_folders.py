@@ -144,6 +144,8 @@ FILES = [
         header(lambda h: h.update({"model.norm.weight": 3})),
         "is damaged",
     ),
+    ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
+    ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
     ("a hole in the blocks", tensors(lambda t: without(t, "layers.3.")), "none of block 3"),
 ]
 # What `inspect` does not read: numbers, and names of single tensors.
@@ -265,25 +267,5 @@ def test_a_models_folder_is_read_within_bounds(arena, row):
     arena.try_row(row)
 
 
-LOOKS = [
-    Row(
-        "tensors of a block more",
-        "inspect {model}",
-        "cannot be cut: config.json says 6 blocks and the checkpoint has tensors of 7",
-        tensors(more_blocks),
-        code=0,
-    ),
-    Row(
-        "100000 blocks",
-        "inspect {model}",
-        "cannot be cut: config.json says 100000 blocks and the checkpoint has tensors of 6",
-        config(num_hidden_layers=100_000),
-        code=0,
-    ),
-    Row("no tokenizer", "inspect {model}", "6 blocks", removed("tokenizer.json"), code=0),
-]
-
-
-@pytest.mark.parametrize("row", LOOKS, ids=[r.name for r in LOOKS])
-def test_inspect_trusts_the_tensors_and_needs_no_tokenizer(arena, row):
-    arena.try_row(row)
+def test_inspect_needs_no_tokenizer(arena):
+    arena.try_row(Row("bare", LOOK, "6 blocks", removed("tokenizer.json"), code=0))
