@@ -238,7 +238,7 @@ def test_gguf_without_its_package_names_the_extra(
 ) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF and more")
-    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf.gguf_reader", None)
     with pytest.raises(MissingExtraError, match=r"isingcut\[demo\]"):
         resolve(str(file))
 

@@ -38,7 +38,7 @@ def pick_device(device: str) -> torch.device:
     except InputError as e:
         raise InputError(f"--device: {e}") from e
     except (RuntimeError, AttributeError):
-        present = 0
+        chosen, present = torch.device("cpu"), 0
     if (chosen.index or 0) >= present:
         raise InputError(f"--device {device} is not on this machine; choose auto or cpu")
     if chosen.type == "mps":

@@ -110,11 +110,11 @@ def read_gguf(path: Path) -> GgufHeader:
         CheckpointError: no plain file, no GGUF file, or a damaged or truncated one.
     """
     try:
-        import gguf
+        from gguf.gguf_reader import GGUFReader
     except ImportError as error:
         raise MissingExtraError("gguf", "demo", "reading a GGUF file") from error
 
-    class Reader(gguf.GGUFReader):
+    class Reader(GGUFReader):
         """Believes no length that the file is too short for."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
