@@ -50,7 +50,9 @@ EXHAUSTED = {
 def test_a_command_ends_with_one_line(arena, monkeypatch, use_up, wanted, where):
     monkeypatch.setattr("isingcut.report.write.RunFiles", use_up)
     more = "" if wanted is None else f": {wanted:,} bytes more were needed"
-    arena.try_row(Row("report", "report {run}", f"memory of {where} is used up{more}.*; .*--stream"))
+    arena.try_row(
+        Row("report", "report {run}", f"memory of {where} is used up{more}.*; .*--stream")
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
