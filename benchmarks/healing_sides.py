@@ -23,7 +23,6 @@ from isingcut.data import healing_text
 from isingcut.data.tokens import TokenSet
 from isingcut.healing.job import Job
 from isingcut.healing.training.train import train
-from isingcut.models.compute.attention import NAME, attending, pays_in_training
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import reload
 from isingcut.models.load import load
@@ -62,9 +61,6 @@ class Bench:
         self.cut = folder / "cut"
         excise(self.original.folder, self.removed, self.cut)
         self.numbers = itertools.count()
-        half = self.original.dtype == torch.bfloat16
-        pays = pays_in_training(self.original.model, options.length, half=half)
-        self.attention = NAME if pays else None
         # For all sides alike: what allocates afresh pays for cleared pages.
         reuse_freed_memory()
 
@@ -122,7 +118,7 @@ class Bench:
     def teacher(self) -> list[float]:
         """The teacher's logits."""
         model, found = self.original.model, []
-        with torch.inference_mode(), attending(model, self.attention):
+        with torch.inference_mode():
             for ids in self.full():
                 began = now()
                 model(input_ids=ids, use_cache=False)
@@ -141,8 +137,7 @@ class Bench:
                 device=ids.device,
             )
             began = now()
-            with attending(model, self.attention):
-                model(input_ids=ids, use_cache=False).logits.backward(toward)
+            model(input_ids=ids, use_cache=False).logits.backward(toward)
             found.append((now() - began) / ids.numel())
             model.zero_grad()
         return found[1:]

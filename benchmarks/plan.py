@@ -22,7 +22,6 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.compute.tuning import tune
 from isingcut.models.replay import Replay
 from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
@@ -43,7 +42,6 @@ def actual(name: str, a: argparse.Namespace, answer: Any = None) -> tuple[float,
         length=a.length,
         seed=0,
     ).splits["energy"]
-    replay.attention = tune(replay, a.length, batch_tokens=a.batch_tokens, memory=0).attention
     began = time.perf_counter()
     if name == "pairwise":
         measure(replay, tokens, removals(len(replay)), batch_tokens=a.batch_tokens)

@@ -16,8 +16,8 @@ from isingcut.options.healing import HealConfig
 
 HEAD = """# Options
 
-In a YAML file and in Python an option has no dashes in front, and `_` for `-` inside:
-`--rank-samples 8`, `rank_samples: 8`, `rank_samples=8`. A verb takes those that it can use
+In a YAML file and in Python, leave out the leading dashes and write `_` instead of `-`:
+`--rank-samples 8`, `rank_samples: 8`, `rank_samples=8`. Each verb has the options that apply to it
 (`isingcut VERB --help`).
 """
 _TYPES = {

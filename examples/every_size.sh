@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure once, then look at every size: examples/every_size.sh MODEL DIR
+# Measure once, then solve for several sizes: examples/every_size.sh MODEL DIR
 set -euo pipefail
 isingcut energy "$1" --out "$2"
 isingcut solve "$2" --remove 4 --remove 8 --remove 12

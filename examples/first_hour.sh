@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The first hour of docs/first_hour.md, command by command: examples/first_hour.sh, from a fresh clone.
-# Its output is what that page shows; run it again after a change to what is printed.
+# The commands of docs/first_hour.md: examples/first_hour.sh, in a fresh clone.
+# That page shows the output. Run this again after a change to what is printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +12,7 @@ say() {
 say make demo
 say . .venv/bin/activate
 
-# A model and a text of one's own; here, SmolLM2 as a folder and Python's language reference.
+# Your own model and text. Here they are SmolLM2 as a folder and Python's language reference.
 say 'cp -rL "$(python -c "from isingcut.models.sources import resolve; print(resolve(\"smollm2\"))")" my-model'
 say 'python -c "from pydoc_data.topics import topics; print(*topics.values())" > my-text.txt'
 

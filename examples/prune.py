@@ -1,4 +1,4 @@
-"""Cut 6 blocks out of a model and generate with the result: python examples/prune.py MODEL OUT."""
+"""Remove 6 blocks from a model and generate with the result: python examples/prune.py MODEL OUT."""
 
 import sys
 
@@ -9,7 +9,7 @@ import isingcut
 
 def main(model: str, out: str) -> None:
     run = isingcut.prune(model, remove=6, samples=8, length=128, progress=True)
-    print(f"blocks {run.chosen.removed} go: KL {run.chosen.kl:.3f} nats per token")
+    print(f"blocks {run.chosen.removed} removed: KL {run.chosen.kl:.3f} nats per token")
     run.save(out)
     cut = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A tour
 #
-# From a model to a smaller one, one step at a time, with everything that is found on the way. The
-# model is SmolLM2-135M with small samples, so that the tour takes a few minutes on a laptop; use
-# your own model and more text for anything but a look around.
+# This tour makes a model smaller, one step at a time, and shows every result on the way. The model
+# is SmolLM2-135M with small samples, so the tour takes a few minutes on a laptop. For real work use
+# your own model and more text.
 
 # %%
 import os
@@ -22,10 +22,10 @@ place = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## Measure, solve, rank
 #
-# `prune` measures an energy, solves for the lowest states of three removed blocks, and measures
-# those beside random states on other text. The energy `pairwise`, of all blocks and pairs, serves
-# every size; left to itself, `prune` also searches near the size asked for. No checkpoint is
-# written yet.
+# `prune` measures an energy and solves for the lowest states of three removed blocks. Then it
+# measures those states and random ones on other text. The energy `pairwise` consists of all blocks
+# and pairs and serves every size. By default, `prune` also searches near the size that you give. It
+# writes no checkpoint yet.
 
 # %%
 run = isingcut.prune(
@@ -44,8 +44,8 @@ print(run)
 # %% [markdown]
 # ## The energy
 #
-# Own terms are the loss when one block goes; couplings are what a pair costs beyond the sum of
-# both.
+# The own term of a block is the loss when that block is removed. The coupling of a pair is what the
+# pair costs beyond the sum of both.
 
 # %%
 energy = run.hamiltonian
@@ -59,7 +59,7 @@ print(f"the worst pair: {i} and {j}, {energy.J[i, j]:+.3f} beyond {energy.h[i] +
 # %% [markdown]
 # ## The spectrum
 #
-# The lowest states, ranked; `·` is a removed block.
+# These are the lowest states, ranked. `·` is a removed block.
 
 # %%
 spectrum = run.spectrum
@@ -71,8 +71,8 @@ for place_, value in enumerate(spectrum.energies[:8]):
 # %% [markdown]
 # ## The choice
 #
-# All of them were measured on text the energy has not seen. The rank correlation says how far to
-# trust the energy.
+# All of them were measured on text that the energy has not seen. The rank correlation says how far
+# you can trust the energy.
 
 # %%
 print(f"chosen: {list(run.chosen.removed)}, place {run.chosen.position} in the spectrum")
@@ -86,8 +86,8 @@ for warning in run.warnings:
 # %% [markdown]
 # ## Other sizes and constraints
 #
-# The energy is measured once. Another size is solved in a moment, and so is any set of linear
-# constraints.
+# You measure the energy once. Solving for another size, or with other linear constraints, takes a
+# moment.
 
 # %%
 for m in (1, 2, 4, 5):
@@ -102,9 +102,9 @@ print(f"3 blocks, {cheap[-1]} among them:", isingcut.solve(problem, k=1).removed
 # %% [markdown]
 # ## The smaller model
 #
-# Written as an ordinary checkpoint, proven against the original with the same blocks skipped,
-# patched, and loaded with plain transformers. `patch="linear"` above leaves out the tuning of the
-# patch, which is on by default, wins more and takes minutes.
+# `save` writes an ordinary checkpoint, verifies it against the original with the same blocks
+# skipped, and patches it. Plain transformers loads it. `patch="linear"` above leaves out the tuning
+# of the patch. The tuning is on by default, wins back more and takes minutes.
 
 # %%
 saved = run.save(place / "smaller")

@@ -12,9 +12,16 @@ from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.tiny import random_model, tiny_tokenizer
 
 
-def composite(family: str, factory: Any = AutoModelForImageTextToText) -> Any:
-    """A tiny random float32 model of a multimodal family, or of the part another class builds."""
-    return random_model(factory, tiny_configuration(family)).requires_grad_(False)
+def composite(family: str, factory: Any = AutoModelForImageTextToText, **changes: Any) -> Any:
+    """A tiny random float32 model of a multimodal family, or of the part another class builds.
+
+    Args:
+        changes: configuration fields to set.
+    """
+    config = tiny_configuration(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return random_model(factory, config).requires_grad_(False)
 
 
 def composite_checkpoint(family: str, folder: Path, *, flat: bool = False) -> Any:

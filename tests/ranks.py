@@ -24,7 +24,7 @@ _context.set_forkserver_preload(
         "isingcut.evaluation.quality",
         "isingcut.models.cutting.checkpoint",
         "isingcut.models.cutting.verify",
-        "isingcut.report.page",
+        "isingcut.report.write",
         "isingcut.healing.heal",
         "isingcut.healing.training.train",
         "ranks",

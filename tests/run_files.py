@@ -9,38 +9,52 @@ from typing import Any
 import numpy as np
 
 from isingcut.files.outputs import file_sha256
-from isingcut.files.writing import read_json, write_json
+from isingcut.files.writing import read_json, without_header, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card
 from isingcut.report import write as report
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
+_STAGES = {
+    "spectrum.json": "solve",
+    "candidates.json": "rank",
+    "healed-candidates.json": "heal",
+    "evaluation.json": "evaluate",
+    "benchmarks.json": "benchmarks",
+    "model": "excise",
+}
+
+
+def change(path: Path, kind: str, **values: Any) -> None:
+    """Write a file again with other values."""
+    write_json(path, kind, {**without_header(read_json(path, kind)), **values})
 
 
 def record(folder: Path) -> None:
     """Let `run.json` say that all its run's files are there, finished, and as they are now."""
-    run = read_json(folder / "run.json", "run")
-    stages = run["stages"]
-    parts = [p for p in folder.rglob("*") if _stage_of(p) and "model" not in p.parts[:-1]]
-    for path in parts:
-        if path.is_dir() and not (path / "isingcut.json").exists():
+    stages = read_json(folder / "run.json", "run")["stages"]
+    for path in folder.rglob("*"):
+        stage = "energy" if path.name.startswith("hamiltonian.") else _STAGES.get(path.name, "")
+        stage = "baseline" if path.name.startswith("baseline-") else stage
+        cut = path / "isingcut.json"
+        if not stage or "model" in path.parts[:-1] or (path.is_dir() and not cut.exists()):
             continue
         key = path.relative_to(folder).as_posix()
-        stages[key] = {**_done(_stage_of(path)), **stages.get(key, {}), "done": True}
+        stages[key] = {**_done(stage), **stages.get(key, {}), "done": True}
         if path.is_dir():
-            removed = json.loads((path / "isingcut.json").read_text(encoding="utf-8"))["removed"]
+            removed = json.loads(cut.read_text(encoding="utf-8"))["removed"]
             stages[key]["options"] = {"removed": removed}
-        elif path.is_file():
+        else:
             stages[key]["sha256"] = file_sha256(path)
     if (folder / "healing.json").exists():
         stages["healed"] = _done("heal")
-    content = {k: v for k, v in run.items() if k not in ("format", "version")}
-    write_json(folder / "run.json", "run", content)
+    change(folder / "run.json", "run", stages=stages)
 
 
-def _done(stage: str) -> dict[str, Any]:
-    return {"stage": stage, "fingerprint": "", "options": {}, "seconds": 0.5, "done": True}
+def _done(stage: str, seconds: float = 0.5, **options: Any) -> dict[str, Any]:
+    made = {"stage": stage, "fingerprint": "0", "options": options}
+    return {**made, "seconds": seconds, "done": True}
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -49,10 +63,15 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     report.write_report(folder, target)
 
 
-def model_card(folder: Path, target: Path, removed: list[int]) -> str:
+def model_card(folder: Path, removed: list[int], **patch: Any) -> str:
     """`card.model_card` of a folder that was written by hand."""
+    return card.model_card(card_parts(folder, removed).model_copy(update=patch))
+
+
+def card_parts(folder: Path, removed: list[int]) -> Any:
+    """`card.card_parts` of such a folder."""
     record(folder)
-    return card.model_card(card.card_parts(folder, target, removed))
+    return card.card_parts(folder, folder, removed)
 
 
 def write_comparison(
@@ -64,46 +83,23 @@ def write_comparison(
     return report.write_comparison(folders, out, overwrite=overwrite)
 
 
-def _stage_of(path: Path) -> str:
-    """The stage that writes a file of that name; empty for none."""
-    known = {
-        "spectrum.json": "solve",
-        "candidates.json": "rank",
-        "healed-candidates.json": "heal",
-        "evaluation.json": "evaluate",
-        "benchmarks.json": "benchmarks",
-        "model": "excise",
-    }
-    if path.name.startswith("hamiltonian."):
-        return "energy"
-    return "baseline" if path.name.startswith("baseline-") else known.get(path.name, "")
+def fidelity(value: float | None, n: int, low: float | None = None) -> dict[str, Any]:
+    low = value - 0.1 if low is None and value is not None else low
+    high = None if value is None else min(1.0, value + 0.05)
+    ends = (("", value), ("_low", low), ("_high", high))
+    return {"n": n, **{f"{k}{end}": v for k in ("spearman", "kendall") for end, v in ends}}
 
 
-def fidelity(value: float, n: int) -> dict[str, Any]:
-    low, high = value - 0.1, min(1.0, value + 0.05)
-    return {
-        "n": n,
-        **{
-            f"{name}{end}": v
-            for name in ("spearman", "kendall")
-            for end, v in (("", value), ("_low", low), ("_high", high))
-        },
-    }
+def text_scores(perplexity: float, **more: Any) -> dict[str, Any]:
+    nll = {"nll": float(np.log(perplexity)), "nll_se": 0.025}
+    return {"perplexity": perplexity, "perplexity_se": 0.5, **nll, **more}
 
 
 def side(perplexity: float, blocks: int, speed: float) -> dict[str, Any]:
-    return {
-        "perplexity": perplexity,
-        "perplexity_se": 0.5,
-        "nll": float(np.log(perplexity)),
-        "nll_se": 0.025,
-        "parameters": 10**6 * (blocks + 2),
-        "bytes": 2 * 10**6 * (blocks + 2),
-        "blocks": blocks,
-        "prefill_tokens_per_second": 8 * speed,
-        "decode_tokens_per_second": speed,
-        "peak_memory_bytes": 5 * 10**8,
-    }
+    sizes = {"parameters": 10**6 * (blocks + 2), "bytes": 2 * 10**6 * (blocks + 2)}
+    speeds = {"prefill_tokens_per_second": 8 * speed, "decode_tokens_per_second": speed}
+    memory = {"peak_memory_bytes": 5 * 10**8}
+    return text_scores(perplexity, blocks=blocks, **sizes, **speeds, **memory)
 
 
 def hamiltonian(n: int, seed: int, unit: str = "nats/token") -> Hamiltonian:
@@ -117,9 +113,7 @@ def hamiltonian(n: int, seed: int, unit: str = "nats/token") -> Hamiltonian:
     )  # fmt: skip
 
 
-def write_removal(
-    place: Path, energy: Hamiltonian, m: int, *, ranked: bool = True, evaluated: bool = True
-) -> list[int]:
+def write_removal(place: Path, energy: Hamiltonian, m: int, *, ranked: bool = True) -> list[int]:
     """`spectrum.json` and what follows it, for m of the blocks; the chosen state."""
     n, rng = energy.n, np.random.default_rng(m)
     # Blocks that cost little alone, in every combination of a few: low states without a solver.
@@ -132,24 +126,14 @@ def write_removal(
     order = np.argsort(energies)[:20]
     low = [np.flatnonzero(states[k]).tolist() for k in order]
     place.mkdir(exist_ok=True)
-    write_json(
-        place / "spectrum.json",
-        "spectrum",
-        {
-            "n": n,
-            "unit": energy.unit,
-            "solver": "exact",
-            "seconds": 0.5,
-            "proven": True,
-            "lower_bound": float(energies[order[0]]),
-            "relative_gap": 0.0,
-            "info": {},
-            "states": [
-                {"rank": r, "energy": float(energies[k]), "removed": s}
-                for r, (k, s) in enumerate(zip(order, low, strict=True))
-            ],
-        },
-    )
+    solved = {"solver": "exact", "seconds": 0.5, "proven": True, "info": {}, "relative_gap": 0.0}
+    levels = [
+        {"rank": r, "energy": float(energies[k]), "removed": s}
+        for r, (k, s) in enumerate(zip(order, low, strict=True))
+    ]
+    lowest = levels[0]["energy"]
+    found = {"n": n, "unit": energy.unit, **solved, "lower_bound": lowest, "states": levels}
+    write_json(place / "spectrum.json", "spectrum", found)
     random = [sorted(rng.choice(n, m, replace=False).tolist()) for _ in range(30)]
 
     def measured(removed: list[int]) -> dict[str, Any]:
@@ -157,77 +141,121 @@ def write_removal(
         state[removed] = True
         value = energy.energy(state)
         kl = float(value * np.exp(0.1 * rng.standard_normal()))
-        return {
-            "removed": removed, "energy": value, "kl": kl, "kl_se": 0.05 * kl,
-            "nll": 3.0 + kl, "nll_se": 0.1,
-        }  # fmt: skip
+        losses = {"kl": kl, "kl_se": 0.05 * kl, "nll": 3.0 + kl, "nll_se": 0.1}
+        return {"removed": removed, "energy": value, **losses}
 
     if not ranked:
         return low[0]
     rows = [measured(s) for s in low]
     best = int(np.argmin([r["kl"] for r in rows]))
-    write_json(
-        place / "candidates.json",
-        "candidates",
-        {
-            "remove": str(m),
-            "unit": "nats/token",
-            "energy_unit": energy.unit,
-            "samples": 3,
-            "tokens": 333,
-            "candidates": rows,
-            "random": [measured(s) for s in random],
-            "fidelity": {k: fidelity(0.9, 50) for k in ("kl", "nll", "kl_random_only")},
-            "fidelity_of_others": {"empirical-fisher": {"kl": fidelity(-0.25, 50)}},
-            "chosen": {**rows[best], "position": best, "why": "lowest measured KL"},
-            "original": {"nll": 3.0},
-            "proven": True,
-            "solver": "exact",
-        },
-    )
+    ranking = {
+        "remove": str(m),
+        "unit": "nats/token",
+        "energy_unit": energy.unit,
+        "samples": 3,
+        "tokens": 333,
+        "candidates": rows,
+        "random": [measured(s) for s in random],
+        "fidelity": {k: fidelity(0.9, 50) for k in ("kl", "nll", "kl_random_only")},
+        "fidelity_of_others": {"empirical-fisher": {"kl": fidelity(-0.25, 50)}},
+        "chosen": {**rows[best], "position": best, "why": "lowest measured KL"},
+        "proven": True,
+    }
+    write_json(place / "candidates.json", "candidates", ranking)
     (place / "model").mkdir()
-    record = {"removed": low[best], "of": n, "model": {}}
-    write_json(place / "model" / "isingcut.json", "removal", record)
-    if evaluated:
-        write_json(
-            place / "evaluation.json",
-            "evaluation",
-            {
-                "samples": 5,
-                "tokens": 555,
-                "before": side(20.0, n, 40.0),
-                "after": side(20.0 + 3 * m, n - m, 40.0 * n / (n - m)),
-                "kl": 0.3 * m,
-                "kl_se": 0.01,
-                "generation": {"prompt": "Why?", "before": "Because.", "after": "So ``` so."},
-                "device": "cpu",
-                "dtype": "float32",
-            },
-        )
+    cut = {"removed": low[best], "of": n, "model": {}}
+    write_json(place / "model" / "isingcut.json", "removal", cut)
+    evaluation = {
+        "samples": 5,
+        "tokens": 555,
+        "before": side(20.0, n, 40.0),
+        "after": side(20.0 + 3 * m, n - m, 40.0 * n / (n - m)),
+        "kl": 0.3 * m,
+        "kl_se": 0.01,
+        "generation": {"prompt": "Why?", "before": "Because.", "after": "So ``` so."},
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    write_json(place / "evaluation.json", "evaluation", evaluation)
     return low[best]
 
 
 def baseline(name: str, removed: list[int], kl: float, **more: Any) -> dict[str, Any]:
-    return {
-        "baseline": name, "options": {}, "settings": [], "removed": removed, "merges": [],
-        "kl": kl, "kl_se": 0.05, "nll": 3.5, "nll_se": 0.1, "passes": 12.5, "heads": 0,
-        "tokens_searched": 1000, "tokens_judged": 333, "violated": [], "info": {}, **more,
-    }  # fmt: skip
+    losses = {"kl": kl, "kl_se": 0.05, "nll": 3.5, "nll_se": 0.1}
+    price = {"passes": 12.5, "heads": 0, "tokens_searched": 1000, "tokens_judged": 333}
+    found = {"baseline": name, "settings": [], "removed": removed, "violated": []}
+    return {**found, **losses, **price, **more}
+
+
+def patch(**more: Any) -> dict[str, Any]:
+    text = {"source": "-", "samples": 7, "searched": 4, "tokens": 700, "asked": 900, "short": ""}
+    cut = {"removed": [3, 4], "block": 2, "layer": "mlp.down_proj", "held_out_error_left": 0.4}
+    proof = {"inputs": "text", "difference": 1e-7, "remarks": []}
+    found = {"cuts": [cut], "changed": True, "unpatched": [], "text": text, "proof": proof}
+    return {**found, **more}
 
 
 def healing(steps: list[dict[str, Any]], removed: list[int], n: int) -> dict[str, Any]:
-    def scores(perplexity: float, kl: float) -> dict[str, Any]:
-        return {
-            "perplexity": perplexity, "perplexity_se": 0.5, "nll": float(np.log(perplexity)),
-            "nll_se": 0.02, "kl": kl, "kl_se": 0.01, "original_perplexity": 20.0,
-        }  # fmt: skip
-
     return {
-        "steps": steps, "before": scores(29.0, 0.9), "after": scores(24.0, 0.5),
-        "removed": removed, "of": n, "report_samples": 3, "report_tokens": 333,
+        "steps": steps,
+        "before": text_scores(29.0, kl=0.9, kl_se=0.01, original_perplexity=20.0),
+        "after": text_scores(24.0, kl=0.5, kl_se=0.01, original_perplexity=20.0),
+        "removed": removed,
+        "of": n,
+        "report_samples": 3,
+        "report_tokens": 333,
         "tokens_seen": steps[-1]["tokens"] if steps else 0,
         "options": {"patch": "none", "method": "lora"},
+    }
+
+
+def task(name: str, original: float, cut: float) -> dict[str, Any]:
+    change = cut - original
+    return {
+        "task": name, "metric": "acc", "original": original, "original_se": 0.02, "cut": cut,
+        "cut_se": 0.02, "n": 500, "shots": 0, "difference": change,
+        "difference_low": change - 0.03, "difference_high": change + 0.03, "p_value": 0.04,
+        "test": "mcnemar", "more_than_noise": abs(change) > 0.03,
     }  # fmt: skip
+
+
+def run_content(model: str, energy: str, n: int, m: int, seed: int) -> dict[str, Any]:
+    """What `run.json` says before its files are recorded."""
+    options = {f: getattr(RunConfig(), f) for f in ("calibration", "linear", "keep", "budget")}
+    solved = {
+        f"remove-{k}/spectrum.json": _done("solve", 77.0, remove=str(k)) for k in (m - 1, m + 2)
+    }
+    text = _done("calibration", 1.25)
+    solved |= {"calibration.safetensors": text, "spectrum.json": _done("solve", remove=str(m))}
+    cost = {"parameters": 10**6, "bytes": 2 * 10**6}
+    blocks = [
+        {"index": i, "kind": k, "kv_bytes_per_token": 512 if "attention" in k else 0, **cost}
+        for i in range(n)
+        for k in [KINDS[i % len(KINDS)]]
+    ]
+    size = {f"total_{name}": (n + 2) * value for name, value in cost.items()}
+    return {
+        "config": {"model": model, "remove": str(m), "energy": energy, "seed": seed, **options},
+        "stages": solved,
+        "blocks": {"path": "model.layers", "blocks": blocks, **size, "legality": []},
+        "provenance": {
+            "isingcut": "0.1.0",
+            "python": "3.11.0",
+            "torch": "2.9.0",
+            "transformers": "5.10.0",
+            "platform": "Linux",
+            "cpu": "a CPU | with a bar",
+            "command_line": f"isingcut run {model} --remove {m} --out run",
+            "created": "2026-01-01T00:00:00Z",
+            "model": {"name": model, "sha256": f"sha-of-{model}", "weight_bytes": 8},
+            "calibration": {
+                "source": "wiki",
+                "sha256": f"text-{seed}",
+                "splits": {"energy": {"samples": 4, "tokens": 40}},
+            },
+        },
+        "complete": True,
+    }
 
 
 def write_run(
@@ -243,62 +271,18 @@ def write_run(
 ) -> Path:
     """A finished run of m of n blocks; with ``extras`` everything else a report can show."""
     path.mkdir(parents=True)
-    options = {f: getattr(RunConfig(), f) for f in ("calibration", "linear", "keep", "budget")}
-    made = {"fingerprint": "0", "options": {"remove": str(m)}, "done": True, "seconds": 0.5}
-    stages = {
-        "calibration.safetensors": {**made, "stage": "calibration", "seconds": 1.25},
-        "spectrum.json": {**made, "stage": "solve"},
-    }
-    for k in (m - 1, m + 2):
-        solved = {**made, "stage": "solve", "options": {"remove": str(k)}}
-        stages[f"remove-{k}/spectrum.json"] = solved
-    blocks = [
-        {
-            "index": i,
-            "kind": KINDS[i % len(KINDS)],
-            "parameters": 10**6,
-            "bytes": 2 * 10**6,
-            "kv_bytes_per_token": 512 if "attention" in KINDS[i % len(KINDS)] else 0,
-        }
-        for i in range(n)
-    ]
-    write_json(
-        path / "run.json",
-        "run",
-        {
-            "config": {
-                "model": model, "remove": str(m), "energy": energy, "seed": seed, **options,
-            },
-            "stages": stages,
-            "blocks": {
-                "path": "model.layers", "blocks": blocks, "total_parameters": 10**6 * (n + 2),
-                "total_bytes": 2 * 10**6 * (n + 2), "legality": [],
-            },
-            "provenance": {
-                "isingcut": "0.1.0",
-                "python": "3.11.0",
-                "torch": "2.9.0",
-                "transformers": "5.10.0",
-                "platform": "Linux",
-                "cpu": "a CPU",
-                "command_line": f"isingcut run {model} --remove {m} --out {path.name}",
-                "created": "2026-01-01T00:00:00Z",
-                "model": {"name": model, "sha256": f"sha-of-{model}", "weight_bytes": 8},
-                "calibration": {
-                    "source": "wiki",
-                    "sha256": f"text-{seed}",
-                    "splits": {"energy": {"samples": 4, "tokens": 40}},
-                },
-            },
-            "complete": True,
-        },
-    )  # fmt: skip
+    write_json(path / "run.json", "run", run_content(model, energy, n, m, seed))
     main = hamiltonian(n, 1, unit)
     main.save(path / "hamiltonian.safetensors")
     chosen = write_removal(path, main, m)
-    if not extras:
-        record(path)
-        return path
+    if extras:
+        _write_extras(path, main, m, chosen)
+    record(path)
+    return path
+
+
+def _write_extras(path: Path, main: Hamiltonian, m: int, chosen: list[int]) -> None:
+    n = main.n
     hamiltonian(n, 2, "arbitrary").save(path / "hamiltonian.empirical-fisher.safetensors")
     write_removal(path / f"remove-{m - 1}", main, m - 1)
     write_removal(path / f"remove-{m + 2}", main, m + 2, ranked=False)
@@ -310,22 +294,7 @@ def write_run(
         write_json(path / f"baseline-{name}.json", "baseline", baseline(name, other, kl, **more))
     steps = [{"step": k, "tokens": 512 * k, "loss": 1.0 / k} for k in range(1, 31)]
     write_json(path / "healing.json", "healing", healing(steps, chosen, n))
-    scores = [
-        {
-            "task": task, "metric": "acc", "original": a, "original_se": 0.02, "cut": b,
-            "cut_se": 0.02, "n": 500, "shots": 0, "difference": b - a,
-            "difference_low": b - a - 0.03, "difference_high": b - a + 0.03, "p_value": 0.04,
-            "test": "mcnemar", "more_than_noise": abs(b - a) > 0.03,
-        }
-        for task, a, b in (("arc_easy", 0.62, 0.55), ("piqa", 0.7, 0.66), ("boolq", 0.6, 0.61))
-    ]  # fmt: skip
-    text = {
-        "tokens": 777, "original": side(15.0, 1, 1.0), "cut": side(18.0, 1, 1.0), "kl": 0.2,
-    }  # fmt: skip
-    write_json(
-        path / "benchmarks.json",
-        "benchmarks",
-        {"rows": scores, "engine": "lm_eval 0.4", "wikitext2": text},
-    )
-    record(path)
-    return path
+    rows = [task("arc_easy", 0.62, 0.55), task("piqa", 0.7, 0.66), task("boolq", 0.6, 0.61)]
+    text = {"tokens": 777, "original": text_scores(15.0), "cut": text_scores(18.0), "kl": 0.2}
+    found = {"rows": rows, "engine": "lm_eval 0.4", "wikitext2": text}
+    write_json(path / "benchmarks.json", "benchmarks", found)

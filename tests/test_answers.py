@@ -293,8 +293,8 @@ def test_losses_are_those_of_the_answers_in_their_context(family: str, tmp_path:
         assert found.nll[0] == pytest.approx(nll, rel=1e-4)
         assert found.counts.tolist() == [7, 4, 11]
     after: Any = quality(replay.model, cut, tokens, 30)
-    assert after["kl"] == pytest.approx(kl, rel=1e-4)
-    assert after["after"]["nll"] == pytest.approx(nll, rel=1e-4)
+    assert after.kl == pytest.approx(kl, rel=1e-4)
+    assert after.after.nll == pytest.approx(nll, rel=1e-4)
 
 
 def test_gradients_are_of_the_answers(tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     assert card.index("## Patched") < card.index("## Source")
     assert not (patched / "healing.json").exists()
     record = interop_hub.cut_record(patched)
-    assert record["removed"] == list(run.chosen.removed)
-    assert record["patch"]["changed"]
+    assert record.removed == list(run.chosen.removed)
+    assert record.patch.changed
     weights = (patched / "model.safetensors").read_bytes()
     # Named by hand they are patched too, and the run folder learns nothing of it.
     named = run.save(tmp_path / "named", blocks=run.chosen.removed)
@@ -162,10 +162,10 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     assert (healed / "healing.json").is_file()
     assert (healed / "model.safetensors").read_bytes() != weights
     # All weights are trained next, so that the patch is fitted and not tuned.
-    fitted = interop_hub.cut_record(tmp_path / "run" / "model")["patch"]
-    assert record["patch"]["tuning"]["steps"]
-    assert fitted["changed"]
-    assert fitted["tuning"] is None
+    fitted = interop_hub.cut_record(tmp_path / "run" / "model").patch
+    assert record.patch.tuning.steps
+    assert fitted.changed
+    assert fitted.tuning is None
     with pytest.raises(OutputExistsError):
         further.save(healed)
 

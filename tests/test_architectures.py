@@ -18,7 +18,7 @@ from transformers import (
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.models.architectures import cut_config, find_stack, legality, skipped, text_config
-from isingcut.models.architectures.names import rename_pattern, renumbering
+from isingcut.models.architectures.surgery import rename_pattern, renumbering
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.testing.architectures import check_family, legal_states

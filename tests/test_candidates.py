@@ -7,11 +7,17 @@ from scipy import stats
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError
-from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank, to_dict
+from isingcut.evaluation.candidates import (
+    few_samples,
+    fidelity,
+    random_feasible,
+    rank,
+)
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
+from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
@@ -29,14 +35,14 @@ def test_fidelity_is_spearman_and_kendall_of_scipy():
     a = rng.standard_normal(40)
     b = a + rng.standard_normal(40)
     found = fidelity(a, b)
-    assert found["spearman"] == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert found["kendall"] == pytest.approx(stats.kendalltau(a, b).statistic)
-    assert found["spearman_low"] < found["spearman"] < found["spearman_high"]
-    assert found["n"] == 40
+    assert found.spearman == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert found.kendall == pytest.approx(stats.kendalltau(a, b).statistic)
+    assert found.spearman_low < found.spearman < found.spearman_high
+    assert found.n == 40
 
 
 def test_fidelity_of_ties_only_is_undefined_and_not_a_number_made_up():
-    assert fidelity(np.ones(5), np.arange(5.0))["spearman"] is None
+    assert fidelity(np.ones(5), np.arange(5.0)).spearman is None
 
 
 def test_random_states_are_feasible_distinct_new_and_uniform():
@@ -87,25 +93,16 @@ def ranked():
     return replay, tokens.select(range(4, 24)), problem, spectrum, options
 
 
-def test_the_lowest_measured_candidate_is_chosen():
-    model = tiny_model("llama").requires_grad_(False)
-    replay = Replay(model, stack_modules(model, find_stack(model)))
-    rng = np.random.default_rng(0)
-    tokens = TokenSet.from_rows(rng.integers(8, 200, (8, 16)).tolist())
-    energy = Pairwise().measure(replay, tokens.select(range(4)), Work())
-    problem = Problem(energy, [count(len(replay), 2)])
-    spectrum = solve(problem, k=6)
-    options = {"random_states": 30, "seed": 0, "work": Work()}
-    split = tokens.select(range(4, 8))
-    found = rank(replay, split, problem, spectrum, choose="measured", **options)
-    kl = found.measured.kl
-    assert kl[found.chosen] == kl.min()
-    ground = rank(replay, split, problem, spectrum, choose="ground", **options)
-    assert ground.chosen == 0
-    content = to_dict(found, energy, {}, "2")
-    assert content["chosen"]["removed"] == found.removed
-    assert len(content["candidates"]) == 6
-    assert content["fidelity"]["kl"]["n"] == 6 + len(content["random"])
+def test_the_lowest_measured_candidate_is_chosen(ranked):
+    replay, split, problem, spectrum, options = ranked
+    found = rank(replay, split, problem, spectrum, random_states=30, **options)
+    assert found.chosen.kl == min(row.kl for row in found.candidates)
+    assert found.candidates[found.chosen.position].removed == found.chosen.removed
+    assert len(found.candidates) == 6
+    assert found.fidelity.kl.n == 6 + len(found.random)
+    options["choose"] = "ground"
+    ground = rank(replay, split, problem, spectrum, random_states=0, **options)
+    assert ground.chosen.position == 0
 
 
 def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked):
@@ -114,29 +111,28 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
     assert few_samples(3) == [0, 1, 2]
     assert len(few_samples(400)) == 100
     found = rank(replay, split, problem, spectrum, random_states=30, **options)
-    assert found.samples == [0, 5, 10, 14, 19]
-    content = to_dict(found, problem.hamiltonian, {}, "2")
-    assert content["random_tokens"] == split.select(found.samples).tokens
+    few = split.select(few_samples(split.samples))
+    assert (few.samples, found.random_tokens) == (5, few.tokens)
     # The same figures from a measurement of its own.
-    few = split.select(found.samples)
-    states = np.concatenate([spectrum.states, found.random.states])
+    drawn = states_of(problem.n, [row.removed for row in found.random])
+    states = np.concatenate([spectrum.states, drawn])
     kl = measure(replay, few, states).kl
     expected = fidelity(problem.hamiltonian.energies(states), kl)
-    assert content["fidelity"]["kl"] == pytest.approx(expected)
-    assert [r["kl"] for r in content["random"]] == pytest.approx(kl[len(spectrum) :])
-    assert [r["kl"] for r in content["candidates"]] == pytest.approx(found.measured.kl)
+    assert dict(found.fidelity.kl) == pytest.approx(dict(expected))
+    assert [r.kl for r in found.random] == pytest.approx(kl[len(spectrum) :])
     whole = measure(replay, split, spectrum.states).kl
-    assert found.measured.kl == pytest.approx(whole)
+    assert [r.kl for r in found.candidates] == pytest.approx(whole)
 
 
 def test_without_random_states_the_energy_is_not_judged(ranked):
     replay, split, problem, spectrum, options = ranked
+    options["others"] = {"other": problem.hamiltonian}
     found = rank(replay, split, problem, spectrum, random_states=0, **options)
-    content = to_dict(found, problem.hamiltonian, {"other": problem.hamiltonian}, "2")
-    assert content["random"] == []
-    for judged in (content["fidelity"], content["fidelity_of_others"]["other"]):
-        assert {(j["n"], j["spearman"], j["kendall"]) for j in judged.values()} == {(0, None, None)}
-    assert content["chosen"]["kl"] == min(row["kl"] for row in content["candidates"])
+    assert found.random == []
+    for judged in (found.fidelity, found.fidelity_of_others["other"]):
+        for j in (judged.kl, judged.nll, judged.kl_random_only):
+            assert (j.n, j.spearman, j.kendall) == (0, None, None)
+    assert found.chosen.kl == min(row.kl for row in found.candidates)
 
 
 def test_a_few_random_states_are_refused():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,21 @@ import pytest
 import yaml
 
 from isingcut.errors import StageFileError
-from isingcut.files.writing import write_json
+from isingcut.files.documents.scores import HealingFile
+from isingcut.files.documents.states import CardParts, PatchRecord
+from isingcut.files.writing import read_json, write_json
 from isingcut.report import card
-from isingcut.report.read_run import read_run
-from run_files import healing, model_card, record
-from small_run import N, change, patch, run_json, write_small_run
+from isingcut.report.run_files import RunFiles
+from run_files import card_parts, change, healing, model_card, patch, run_content, write_run
+
+N = 12
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_small_run(tmp_path / "r")
+    folder = write_run(tmp_path / "r", extras=False)
+    write_json(folder / "run.json", "run", run_content("smollm2", "pairwise", N, 3, 0))
+    return folder
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -29,34 +33,32 @@ def front_matter(card: str) -> dict[str, Any]:
     return parsed
 
 
-def healed() -> dict[str, Any]:
-    return healing([{"step": 1, "tokens": 512, "loss": 1.0}], [10, 11], N)
-
-
 def test_the_card_says_what_how_and_from_whom(folder: Path) -> None:
-    card = model_card(folder, folder, [10, 11])
+    chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
+    card = model_card(folder, chosen["removed"])
     head = front_matter(card)
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert head["library_name"] == "transformers"
     assert "isingcut" in head["tags"]
-    assert "2 of 12 blocks removed: 10, 11" in card
+    assert f"3 of 12 blocks removed: {', '.join(map(str, chosen['removed']))}" in card
     assert "arXiv:2602.00161" in card
     assert "patent" in card
     assert "The energy used here, `pairwise`, is not that paper's." in card
-    assert "0.2750 ± 0.0625 nats per token. As the choice was made on it" in card
+    figures = f"{chosen['kl']:.4f} ± {chosen['kl_se']:.4f} nats per token."
+    assert f"{figures} As the choice was made on it" in card
     assert "GGUF" not in card
 
 
 def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder: Path) -> None:
-    write_json(folder / "run.json", "run", run_json(energy="empirical-fisher"))
-    assert "is that paper's empirical-Fisher estimate." in model_card(folder, folder, [10, 11])
+    write_json(folder / "run.json", "run", run_content("smollm2", "empirical-fisher", N, 3, 0))
+    assert "is that paper's empirical-Fisher estimate." in model_card(folder, [10, 11])
 
 
 def test_the_card_of_a_local_model_tells_no_path(folder: Path) -> None:
-    run = run_json(model="/home/someone/models/mine")
-    run["provenance"]["model"]["gguf_sha256"] = "cc33"
+    run = run_content("/home/someone/models/mine", "pairwise", N, 3, 0)
+    run["provenance"]["model"] |= {"sha256": "aa11", "gguf_sha256": "cc33"}
     write_json(folder / "run.json", "run", run)
-    card = model_card(folder, folder, [10, 11])
+    card = model_card(folder, [10, 11])
     assert "base_model" not in front_matter(card)
     assert "/home/someone" not in card
     assert card.count("mine") >= 2
@@ -65,29 +67,29 @@ def test_the_card_of_a_local_model_tells_no_path(folder: Path) -> None:
 
 def test_the_card_without_a_ranking_claims_no_measurement(folder: Path) -> None:
     (folder / "candidates.json").unlink()
-    card = model_card(folder, folder, [1, 2])
+    card = model_card(folder, [1, 2])
     assert "no measured ranking behind this choice" in card
     assert "KL divergence" not in card
 
 
-def test_a_card_says_whether_a_patch_was_tuned(folder: Path) -> None:
-    record(folder)
-    parts = card.card_parts(folder, folder, [10, 11])
-    plain = card.model_card({**parts, "patch": patch()})
-    assert "Nothing was trained by gradients" in plain
+@pytest.mark.parametrize(
+    ("held_out", "tuned"), [(None, False), ([0.5, 0.4], True), ([4, 5], False)]
+)
+def test_a_card_says_whether_a_patch_was_tuned(
+    folder: Path, held_out: list[float] | None, tuned: bool
+) -> None:
     layers = [{"block": 2, "layer": "mlp.up_proj"}]
-    tuning = {"layers": layers, "steps": 9, "held_out_predictions": 99, "held_out_kl": [0.5, 0.4]}
-    tuned = card.model_card({**parts, "patch": patch(tuning=tuning)})
-    assert "tuned on the loss for a few steps" in tuned
-    assert "trained by gradients" not in tuned
-    in_vain = patch(tuning={**tuning, "held_out_kl": [0.4, 0.5]})
-    assert card.model_card({**parts, "patch": in_vain}).count("Nothing was trained") == 1
+    tuning = {"layers": layers, "steps": 9, "held_out_predictions": 99, "held_out_kl": held_out}
+    found = PatchRecord.model_validate(patch(tuning=tuning if held_out else None))
+    said = model_card(folder, [10, 11], patch=found)
+    assert ("tuned on the loss for a few steps" in said) == tuned
+    assert ("Nothing was trained by gradients" in said) != tuned
 
 
 def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder: Path) -> None:
-    cut = model_card(folder, folder, [10, 11])
-    parts = json.loads(json.dumps(card.card_parts(folder, folder, [10, 11])))
-    found = card.healed_card(parts, cut, healed())
+    healed = HealingFile.model_validate(healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N))
+    cut, parts = model_card(folder, [10, 11]), card_parts(folder, [10, 11])
+    found = card.healed_card(parts, cut, healed)
     assert front_matter(found) == front_matter(cut)
     assert "no weight was trained" in cut
     assert "no weight was trained" not in found
@@ -96,32 +98,22 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder: Path) -> N
     assert "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00" in found
     assert found.index("## How") < found.index("## Healed") < found.index("## Source")
     assert "## Healed" not in cut
-
-
-def test_card_and_report_name_the_class_that_loads_the_cut(folder: Path) -> None:
-    loads_with = "AutoModelForImageTextToText"
-    record(folder)
-    parts = card.card_parts(folder, folder, [10, 11], loads_with)
-    assert f"from transformers import {loads_with}\n" in card.model_card(parts)
-    assert read_run(folder).loads_with == "AutoModelForCausalLM"
-    change(folder / "model" / "isingcut.json", "removal", card=parts)
-    assert read_run(folder).loads_with == loads_with
-
-
-def test_a_card_of_another_tool_keeps_its_text(folder: Path) -> None:
-    found = card.healed_card(None, "# mine\n\nBe careful.\n\n\n", healed())
-    assert found.startswith("# mine\n\nBe careful.\n\n## Healed\n")
-    assert "from 0.9000 to 0.5000" in found
+    # That of another tool keeps its text.
+    other = card.healed_card(None, "# mine\n\nBe careful.\n\n\n", healed)
+    assert other.startswith("# mine\n\nBe careful.\n\n## Healed\n")
+    assert "from 0.9000 to 0.5000" in other
 
 
 def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder: Path) -> None:
-    record(folder)
-    parts = card.card_parts(folder, folder, [10, 11])
+    parts = card_parts(folder, [10, 11]).model_copy(update={"loads_with": "AutoModelForX"})
     file = folder / "model" / "isingcut.json"
     assert card.kept_parts(folder / "model") is None
     assert card.kept_parts(folder) is None
-    change(file, "removal", card=parts)
+    assert RunFiles(folder).loads_with == "AutoModelForCausalLM"
+    change(file, "removal", card=parts.content())
     assert card.kept_parts(folder / "model") == parts
-    write_json(file, "removal", {"removed": [10], "of": N, "card": {**parts, "rows": [["one"]]}})
+    assert "from transformers import AutoModelForX\n" in card.model_card(parts)
+    assert RunFiles(folder).loads_with == "AutoModelForX"
+    change(file, "removal", card={**CardParts.content(parts), "rows": [["one"]]})
     with pytest.raises(StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"):
         card.kept_parts(folder / "model")

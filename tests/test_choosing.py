@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import pytest
 import isingcut
 from isingcut.errors import InputError
 from isingcut.evaluation import choosing
-from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half, looks
+from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.questions import prepare_task, question_key
 from isingcut.evaluation.scores import Asked, score
+from isingcut.files.documents.states import ByTasks
 from isingcut.files.writing import read_json
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
-from isingcut.report.choice import chosen_by_tasks
+from isingcut.report.words import chosen_by_tasks
 from isingcut.runs.benchmarking import check_asked
 from shared import OPTIONS
 
@@ -25,12 +27,18 @@ pytestmark = [
 ]
 
 
+def choose(*given):
+    """What `choose_by_questions` says, with the position that it chose."""
+    position, found = choose_by_questions(*given)
+    return {"chosen": position, **found.content()}
+
+
 def answers(table):
     """`ask` from a table: removed blocks -> key -> score."""
 
     def ask(left, task, keys):
         rows = [[table[tuple(removed)][key] for key in keys] for removed in left]
-        return [Answered(row, row) for row in rows]
+        return [SimpleNamespace(values=row, certainties=row) for row in np.array(rows)]
 
     return ask
 
@@ -50,31 +58,32 @@ def test_looks_grow_and_end_with_all():
 
 def test_half_of_the_questions_by_a_seed():
     keys = {"a": [f"a{i}" for i in range(11)], "b": ["b0", "b1", "b1"]}
-    found = half(keys, 0)
+    found = draw_half(keys, 0)
     assert {t: len(ks) for t, ks in found.items()} == {"a": 5, "b": 1}
     assert all(set(found[t]) < set(keys[t]) for t in keys)
-    assert half(keys, 0) == found
-    assert half(keys, 1)["a"] != found["a"]
+    assert draw_half(keys, 0) == found
+    assert draw_half(keys, 1)["a"] != found["a"]
     with pytest.raises(InputError, match="c has one question"):
-        half({"c": ["c0", "c0"]}, 0)
+        draw_half({"c": ["c0", "c0"]}, 0)
 
 
 def test_who_is_asked_is_no_near_copy_as_long_as_there_are_others():
     blocks = [[3, 4], [3, 5], [8, 9], [4, 5], [2, 4], [0, 1], [6, 7]]
-    rows = [{"removed": b, "kl": float(k)} for k, b in enumerate(blocks)]
+    rows = [SimpleNamespace(removed=b, kl=float(k)) for k, b in enumerate(blocks)]
     # 3 5, 4 5 and 2 4 share a block with one of lower loss.
     assert contenders(rows) == [0, 1, 2, 5, 6]
     assert contenders(rows[:5]) == [0, 1, 2, 3, 4]
-    worst = {"removed": [10, 11], "kl": 99.0}
+    worst = SimpleNamespace(removed=[10, 11], kl=99.0)
     assert contenders([*rows, worst], [11, 10])[-1] == 7
     assert contenders([*rows, worst]) == [0, 2, 5, 6, 7]
     assert contenders(rows, [3, 4]) == contenders(rows)
 
 
 def test_a_choice_against_the_loss_is_told():
-    found = {"candidates": [{}, {}], "by_task": {"a": 9}, "ahead": True, "tasks": ["a"]}
+    parts = {"candidates": [None, None], "by_task": {"a": 9}, "tasks": ["a"]}
+    found = ByTasks.model_construct(**parts, ahead=True)
     assert chosen_by_tasks(found, 0.0, 0.0) == "ahead of 2 on 9 questions of a"
-    within = chosen_by_tasks({**found, "ahead": False}, 0.9, 0.8)
+    within = chosen_by_tasks(found.model_copy(update={"ahead": False}), 0.9, 0.8)
     assert within == "lowest KL within a standard error of the best of 2 on 9 questions of a"
     assert "its KL is 2.67, the lowest 0.231" in chosen_by_tasks(found, 2.671, 0.231)
 
@@ -82,7 +91,7 @@ def test_a_choice_against_the_loss_is_told():
 def test_a_clear_leader_ends_it_early():
     keys = [f"q{i}" for i in range(1000)]
     table = drawn(np.random.default_rng(0), keys, 0.3, 0.8, 0.35)
-    found = choose_by_questions([[0], [1], [2]], {"t": keys}, answers(table))
+    found = choose([[0], [1], [2]], {"t": keys}, answers(table))
     assert found["chosen"] == 1
     assert found["ahead"]
     assert len(found["asked"]) == found["by_task"]["t"] < 200
@@ -100,7 +109,7 @@ def test_a_clear_leader_ends_it_early():
 def test_of_equals_the_one_of_lower_loss_after_all_questions():
     keys = [f"q{i}" for i in range(90)]
     table = {(i,): {k: float(int(k[1:]) % 2) for k in keys} for i in range(3)}
-    found = choose_by_questions([[0], [1], [2]], {"t": keys}, answers(table))
+    found = choose([[0], [1], [2]], {"t": keys}, answers(table))
     assert found["chosen"] == 0
     assert not found["ahead"]
     assert len(found["asked"]) == 90
@@ -110,13 +119,13 @@ def test_tasks_take_turns_until_the_shortest_is_through():
     keys = {"long": [f"l{i}" for i in range(100)], "short": [f"s{i}" for i in range(10)]}
     both = keys["long"] + keys["short"]
     table = {(i,): dict.fromkeys(both, 1.0) for i in range(2)}
-    found = choose_by_questions([[0], [1]], keys, answers(table))
+    found = choose([[0], [1]], keys, answers(table))
     assert found["by_task"] == {"long": 100, "short": 10}
     assert found["asked"][:4] == ["l0", "s0", "l1", "s1"]
 
 
 def test_one_candidate_is_asked_nothing():
-    found = choose_by_questions([[3]], {"t": ["a", "b"]}, answers({}))
+    found = choose([[3]], {"t": ["a", "b"]}, answers({}))
     assert (found["chosen"], found["asked"], found["looks"]) == (0, [], 0)
 
 
@@ -131,7 +140,7 @@ def test_equals_are_rarely_dropped_however_often_one_looks(kind):
             # Sure and mostly right, or sure and wrong: as skewed as they come.
             values = rng.beta(0.3, 0.2, (4, len(keys)))
             table = {(i,): dict(zip(keys, values[i].tolist(), strict=True)) for i in range(4)}
-        found = choose_by_questions([[i] for i in range(4)], {"t": keys}, answers(table))
+        found = choose([[i] for i in range(4)], {"t": keys}, answers(table))
         dropped += any(row["dropped"] for row in found["candidates"])
     assert dropped <= 60 * choosing.ALPHA
 
@@ -157,17 +166,15 @@ def questions(tmp_path_factory) -> Path:
     return path
 
 
+def chosen_by(llama, text):
+    """The options of a run that chooses by questions."""
+    inputs = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "none"}
+    return {**OPTIONS, **inputs, "choose": "tasks"}
+
+
 def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions, tmp_path):
-    options = {
-        "model": str(llama),
-        "calibration": str(text),
-        "out": str(tmp_path / "run"),
-        "remove": 2,
-        "patch": "none",
-        "choose": "tasks",
-        "tasks": str(questions),
-    }
-    target = isingcut.run(**OPTIONS, **options)
+    options = {**chosen_by(llama, text), "tasks": str(questions), "out": str(tmp_path / "run")}
+    target = isingcut.run(**options)
     found = read_json(target / "candidates.json", "candidates")
     asked, rows = found["by_tasks"], found["by_tasks"]["candidates"]
     kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
@@ -206,7 +213,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert 'id="asked"' in (target / "report.html").read_text(encoding="utf-8")
     files = [target / name for name in ("candidates.json", "benchmarks.json", "evaluation.json")]
     before = {p: p.stat().st_mtime_ns for p in files}
-    isingcut.run(**OPTIONS, **options)
+    isingcut.run(**options)
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -220,13 +227,9 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     lines = questions.read_text(encoding="utf-8").splitlines()
     more.write_text("\n".join(lines[:20]).replace("river", "brook"), encoding="utf-8")
     options = {
-        "model": str(llama),
-        "calibration": str(text),
-        "out": str(tmp_path / "run"),
-        "remove": 2,
-        "patch": "none",
-        "choose": "tasks",
+        **chosen_by(llama, text),
         "tasks": f"{questions},{more}",
+        "out": str(tmp_path / "run"),
     }
     whole, compute, calls, computed = benchmarking.score_states, likelihoods._scores, [], []
 
@@ -234,7 +237,11 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         calls.append(task.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(model, task, *given, **rest)
+        with monkeypatch.context() as patch:
+            if len(calls) == 3:
+                # What was answered is not asked again.
+                patch.setattr("isingcut.evaluation.likelihoods._scores", None)
+            return whole(model, task, *given, **rest)
 
     def noted(*given):
         computed.append(calls[-1])
@@ -243,10 +250,10 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     monkeypatch.setattr(benchmarking, "score_states", counted)
     monkeypatch.setattr(likelihoods, "_scores", noted)
     with pytest.raises(KeyboardInterrupt):
-        isingcut.prune(**OPTIONS, **options)
+        isingcut.prune(**options)
     before = computed.count("mine.jsonl")
     assert list((tmp_path / "run" / ".asked").glob("mine.jsonl-*.journal"))
-    isingcut.prune(**OPTIONS, **options)
+    isingcut.prune(**options)
     assert calls == ["mine.jsonl", "more.jsonl"] * 2
     assert computed.count("mine.jsonl") == before > 0
 
@@ -284,16 +291,9 @@ def test_what_cannot_be_asked(questions, tmp_path):
 
 
 def test_a_streamed_model_answers_alike(llama, text, questions, tmp_path):
-    options = {
-        "model": str(llama),
-        "calibration": str(text),
-        "remove": 2,
-        "patch": "none",
-        "choose": "tasks",
-        "tasks": str(questions),
-    }
+    options = {**chosen_by(llama, text), "tasks": str(questions)}
     streamed, whole = (
-        isingcut.run(**OPTIONS, **options, out=str(tmp_path / stream), stream=stream)
+        isingcut.run(**options, out=str(tmp_path / stream), stream=stream)
         for stream in ("on", "off")
     )
     for name, kind in (("candidates.json", "candidates"), ("benchmarks.json", "benchmarks")):
@@ -336,14 +336,14 @@ def test_certainties_tell_apart_what_scores_do_not():
         at = [keys.index(name) for name in names]
         more = {(0,): 0.0, (1,): 0.1}
         return [
-            Answered(
-                [float(sure[i] > -0.7) for i in at],
-                [float(sure[i] + more[tuple(r)] * rng.random()) for i in at],
+            SimpleNamespace(
+                values=(sure[at] > -0.7).astype(float),
+                certainties=sure[at] + more[tuple(r)] * rng.random(len(at)),
             )
             for r in left
         ]
 
-    found = choose_by_questions([[0], [1]], {"t": keys}, ask)
+    found = choose([[0], [1]], {"t": keys}, ask)
     assert (found["chosen"], found["ahead"]) == (1, True)
     assert len(found["asked"]) == 50
     first, second = found["candidates"]
@@ -361,7 +361,7 @@ def test_the_lowest_loss_within_a_standard_error_is_chosen():
     def chosen(lead):
         # The paired difference spreads by one about its mean.
         table = {(i,): dict(zip(keys, i * (noise + lead), strict=True)) for i in range(2)}
-        return choose_by_questions([[0], [1]], {"t": keys}, answers(table))["chosen"]
+        return choose([[0], [1]], {"t": keys}, answers(table))["chosen"]
 
     error = 1 / np.sqrt(39)
     assert chosen(0.9 * error) == 0
@@ -382,7 +382,7 @@ def test_a_task_of_many_nats_does_not_outvote_another():
         }
         for removed, better in lead.items()
     }
-    assert choose_by_questions([[0], [1]], keys, answers(table))["chosen"] == 1
+    assert choose([[0], [1]], keys, answers(table))["chosen"] == 1
 
 
 def test_who_is_dropped_before_a_task_begins_is_compared_on_the_others():
@@ -394,7 +394,7 @@ def test_who_is_dropped_before_a_task_begins_is_compared_on_the_others():
         for i, rate in enumerate((0.95, 0.05))
     }
     table[(2,)] = dict(table[(0,)])
-    found = choose_by_questions([[0], [1], [2]], keys, answers(table))
+    found = choose([[0], [1], [2]], keys, answers(table))
     _, dropped, _ = found["candidates"]
     assert (dropped["dropped"], dropped["questions"]) == (True, choosing.FIRST)
     assert dropped["difference"] < -0.5

@@ -12,7 +12,7 @@ import torch
 from calibrating import SIZES, chats, refused, sentences, write_jsonl
 from isingcut.data import corpora, packaged
 from isingcut.data.calibration import build
-from isingcut.errors import CalibrationError, InputError, MissingExtraError
+from isingcut.errors import CalibrationError, InputError
 from isingcut.testing.tiny import tiny_model
 
 
@@ -82,7 +82,8 @@ def test_python_without_source_files_says_so(
 def test_datasets_folders_splits_and_saved_sets(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "data"
     folder.mkdir()
@@ -98,22 +99,17 @@ def test_datasets_folders_splits_and_saved_sets(
     refused(f"{saved}:train", tokenizer, "has no split 'train'; it has test")
 
 
-def test_datasets_names_without_the_package_or_the_hub(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("datasets")
+def test_datasets_names_without_the_hub(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("someone/no-such-set", tokenizer, "cannot read the data set 'someone/no-such-set'")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"isingcut\[eval\]"):
-        build("someone/no-such-set", tokenizer, **SIZES)
 
 
 def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = {
         "HuggingFaceFW/fineweb-edu": [{"text": f"web {i}. " * 4} for i in range(200)],
         "HuggingFaceTB/smol-smoltalk": chats(200),
@@ -146,7 +142,6 @@ def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
 def test_a_well_known_set_out_of_reach_says_what_to_do(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source in ("web", "wiki=1,web=1"):
@@ -156,9 +151,6 @@ def test_a_well_known_set_out_of_reach_says_what_to_do(
             "cannot read the data set 'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' stands for "
             "it: let this machine reach the hub, or name a text that is here",
         )
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"source 'web'.*isingcut\[eval\]"):
-        build("web", tokenizer, **SIZES)
 
 
 def test_self_samples_are_full_distinct_and_reproducible(tokenizer: Any) -> None:

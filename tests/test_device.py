@@ -131,7 +131,7 @@ def figures(place, streamed=False):
         found = evaluate.quality(place.streamed(), place.streamed(), samples())
     else:
         found = evaluate.quality(place.model(), place.model(seed=1), samples())
-    return [found["kl"], found["before"]["nll"], found["after"]["nll"]]
+    return [found.kl, found.before.nll, found.after.nll]
 
 
 def written(place):

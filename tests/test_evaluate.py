@@ -19,6 +19,7 @@ from isingcut.errors import ModelError
 from isingcut.evaluation import measure_process
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
+from isingcut.files.documents.scores import EvaluationFile
 from isingcut.models import load as models
 
 
@@ -59,12 +60,13 @@ def test_quality_agrees_with_one_sample_at_a_time(pair: Any, tokens: TokenSet) -
     residuals = sums - means[:, None] * counts
     errors = np.sqrt((residuals**2).sum(1) * 6 / 5) / counts.sum()
     for side, mean, error in zip(("before", "after"), means, errors, strict=False):
-        assert found[side]["nll"] == pytest.approx(mean, rel=1e-5)
-        assert found[side]["nll_se"] == pytest.approx(error, rel=1e-3)
-        assert found[side]["perplexity"] == pytest.approx(np.exp(mean), rel=1e-5)
-        assert found[side]["perplexity_se"] == pytest.approx(np.exp(mean) * error, rel=1e-3)
-    assert found["kl"] == pytest.approx(means[2], rel=1e-4)
-    assert found["kl_se"] == pytest.approx(errors[2], rel=1e-3)
+        figures = getattr(found, side)
+        assert figures.nll == pytest.approx(mean, rel=1e-5)
+        assert figures.nll_se == pytest.approx(error, rel=1e-3)
+        assert figures.perplexity == pytest.approx(np.exp(mean), rel=1e-5)
+        assert figures.perplexity_se == pytest.approx(np.exp(mean) * error, rel=1e-3)
+    assert found.kl == pytest.approx(means[2], rel=1e-4)
+    assert found.kl_se == pytest.approx(errors[2], rel=1e-3)
 
 
 def test_quality_depends_neither_on_batches_nor_chunks_nor_padding(
@@ -75,21 +77,20 @@ def test_quality_depends_neither_on_batches_nor_chunks_nor_padding(
     wide = torch.nn.functional.pad(tokens.input_ids, (0, 7), value=200)
     mask = torch.nn.functional.pad(tokens.mask, (0, 7))
     other = evaluation.quality(*pair, TokenSet(wide, mask, tokens.index), batch_tokens=20)
-    assert other["kl"] == pytest.approx(whole["kl"], rel=1e-5)
-    assert other["after"]["nll"] == pytest.approx(whole["after"]["nll"], rel=1e-6)
+    assert other.kl == pytest.approx(whole.kl, rel=1e-5)
+    assert other.after.nll == pytest.approx(whole.after.nll, rel=1e-6)
 
 
 def test_a_model_against_itself_has_no_kl(pair: Any, tokens: TokenSet) -> None:
     found = evaluation.quality(pair[0], pair[0], tokens)
-    assert found["kl"] == pytest.approx(0.0, abs=1e-7)
-    assert found["before"] == found["after"]
+    assert found.kl == pytest.approx(0.0, abs=1e-7)
+    assert found.before == found.after
 
 
 def test_one_sample_has_no_standard_error(pair: Any, tokens: TokenSet) -> None:
     found = evaluation.quality(*pair, tokens.select([2]))
-    assert found["kl_se"] is None
-    assert found["before"]["perplexity_se"] is None
-    json.dumps(found, allow_nan=False)
+    assert found.kl_se is None
+    assert found.before.perplexity_se is None
 
 
 def test_few_float32_logits_exist_at_once(
@@ -214,10 +215,11 @@ def test_peak_memory_is_that_of_a_fresh_process(small_peak: int, tmp_path: Path)
 def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(
     tmp_path: Path,
 ) -> None:
-    known = {"dtype": "float32", "device": "cpu", "before": {"nll": 1.0}, "after": {"nll": 2.0}}
+    known = EvaluationFile.model_construct(dtype="float32", device="cpu", before=1, after=2)
     both = {"before": tmp_path, "after": tmp_path}
     found = timing.with_memory(known, both, length=8)
-    assert found == {**known, "not_measured": ["peak_memory_bytes"]}
+    assert found.not_measured == ["peak_memory_bytes"]
+    assert (found.before, found.after) == (1, 2)
 
 
 def test_the_process_prints_one_line_of_json(
@@ -236,7 +238,7 @@ def test_disk_bytes_counts_the_weights(tmp_path: Path) -> None:
     assert evaluation.disk_bytes(folder) == (folder / "model.safetensors").stat().st_size
 
 
-def test_what_left_out_speed_says_so_and_is_completed_later(
+def test_what_left_out_speed_says_so(
     tmp_path: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("new_tokens", "repeats"):
@@ -247,19 +249,11 @@ def test_what_left_out_speed_says_so_and_is_completed_later(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "speed", lambda *a, **k: pytest.fail("measured"))
         short = evaluation.before_and_after(loaded, loaded, tokens, new_tokens=4, skip_speed=True)
-    keys = [k for k in whole["after"] if "second" in k]
+    keys = [k for k in whole.after.content() if "second" in k]
     assert set(timing.SPEED_KEYS) - {"peak_memory_bytes"} <= set(keys)
-    assert short["not_measured"] == list(timing.SPEED_KEYS)
-    plain = {k: v for k, v in whole["after"].items() if k not in keys}
-    assert short["after"] == plain
-    completed = evaluation.with_speed(short, loaded, loaded, tokens)
-    assert completed.keys() == whole.keys()
-    assert completed["after"].keys() == whole["after"].keys()
-    assert {k: v for k, v in completed["after"].items() if k not in keys} == plain
-
-
-def test_no_module_of_the_working_folder_is_imported(small_peak: int) -> None:
-    assert small_peak > 30e6
+    assert short.not_measured == list(timing.SPEED_KEYS)
+    plain = {k: v for k, v in whole.after.content().items() if k not in keys}
+    assert short.after.content() == plain
 
 
 def test_evaluate_fills_the_whole_document(
@@ -285,12 +279,11 @@ def test_evaluate_fills_the_whole_document(
         {"before": loaded[0].folder, "after": loaded[1].folder},
         length=20,
     )
-    json.dumps(found, allow_nan=False)
     assert asked == [("big", "float32", "cpu", 20), ("cut", "float32", "cpu", 20)]
-    assert (found["before"]["blocks"], found["after"]["blocks"]) == (6, 4)
-    assert (found["samples"], found["tokens"]) == (6, tokens.tokens)
+    assert (found.before.blocks, found.after.blocks) == (6, 4)
+    assert (found.samples, found.tokens) == (6, tokens.tokens)
     block = sum(p.numel() for p in loaded[0].model.model.layers[0].parameters())
-    assert found["before"]["parameters"] - found["after"]["parameters"] == 2 * block
-    assert found["before"]["peak_memory_bytes"] == 123
-    assert set(found["before"]) == set(found["after"])
-    assert set(found["generation"]) == {"prompt", "before", "after"}
+    assert found.before.parameters - found.after.parameters == 2 * block
+    assert found.before.peak_memory_bytes == 123
+    assert found.before.model_fields_set == found.after.model_fields_set
+    assert found.generation is not None

@@ -170,8 +170,7 @@ def test_invented_tensors_are_noticed(source, tmp_path):
 
 def test_wrong_layer_numbers_break_cached_generation_and_are_noticed(source, tmp_path):
     """What peers get wrong: blocks deleted, their numbers left behind."""
-    from isingcut.models.cutting.generation import check_generation
-    from isingcut.models.cutting.verify import random_tokens, reload
+    from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 
     model = tiny_model("llama")
     excise(source, [0, 2], tmp_path / "out")

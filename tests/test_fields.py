@@ -21,8 +21,7 @@ from isingcut.models.architectures import (
 from isingcut.models.architectures.same_blocks import check_same_blocks
 from isingcut.models.architectures.text_part import config_object
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.difference import relative_difference
-from isingcut.models.cutting.verify import verify
+from isingcut.models.cutting.verify import relative_difference, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import random_model

@@ -17,7 +17,7 @@ from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fp8 import dequantise, dequantised, fp8_layout, load_dequantised
 from isingcut.models.load import load
-from isingcut.models.streaming.opening import load_streamed
+from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.healing import HealConfig
 from tiny import tiny_checkpoint, tiny_model
 

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.console.progress import terminal
-from isingcut.evaluation.benchmark import benchmark, forget_answers
+from isingcut.evaluation.benchmark import benchmark, forget_scores
 from isingcut.evaluation.generations import MICRO_BATCHES, Generations
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
@@ -142,6 +142,6 @@ def test_a_killed_benchmark_goes_on_within_a_task(
     assert list(kept.glob("*.journal"))
     (row,) = benchmark(models, ["gsm8k"], **options)
     # Both are one model: what it was asked is kept once.
-    assert (row["n"], sum(counts)) == (5, 5)
-    forget_answers(kept, ["gsm8k"])
+    assert (row.n, sum(counts)) == (5, 5)
+    forget_scores(kept, ["gsm8k"])
     assert not kept.exists()

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from isingcut.errors import ArchitectureError, CheckpointError, OutputExistsError
 from isingcut.models.cutting.gguf import cut_gguf
-
-gguf = pytest.importorskip("gguf")
 
 
 def make(path: Path, architecture: str = "llama", blocks: int = 4, **extra) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,6 @@ from isingcut.models.cutting.gguf_patch import Changed, changed_tensors, laid_ou
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS
 
-gguf = pytest.importorskip("gguf")
 Kind = gguf.GGMLQuantizationType
 
 pytestmark = pytest.mark.usefixtures("no_speed")

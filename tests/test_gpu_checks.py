@@ -1,9 +1,10 @@
-"""The checks for whoever has a GPU, carried out on a fake card, and where there is none."""
+"""The checks for whoever has a GPU: their table and exit codes, and one that a fake card passes."""
 
 import json
 
 import pytest
 
+from isingcut.errors import InputError
 from isingcut.testing import gpu
 from isingcut.testing.cards import fake_cards
 
@@ -20,38 +21,41 @@ def test_an_unknown_check_is_named(capsys):
     assert "no check 'agre'" in capsys.readouterr().out
 
 
-def test_checks_that_numbers_answer_pass_on_a_fake_card(capsys, tmp_path):
+def refuse(place):
+    raise InputError("no\nroom")
+
+
+def skip(place):
+    raise gpu.Skipped("needs two GPUs")
+
+
+@pytest.mark.parametrize(
+    ("check", "outcome", "words", "code"),
+    [
+        (lambda place: f"on {place.device}", "passed", "on lazy:0", 0),
+        (skip, "skipped", "needs two GPUs", 0),
+        (refuse, "failed", "no room", 1),
+        (lambda place: gpu.close(1.0, 1.1), "failed", "differs by 9.1e-02 of its size", 1),
+        (lambda place: {}["x"], "failed", "KeyError('x')", 1),
+    ],
+)
+def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
+    check, outcome, words, code, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gpu, "CHECKS", {"fine": lambda place: "yes", "one": check})
     with fake_cards() as (card,):
-        only = "agree,streamed,twice,processes,experts"
-        code = gpu.main(
-            ["--device", str(card.device), "--only", only, "--out", str(tmp_path / "found.json")]
-        )
-    found = json.loads((tmp_path / "found.json").read_text())
-    outcomes = {row["check"]: row["outcome"] for row in found["checks"]}
-    assert outcomes.pop("processes") == "skipped"
-    assert set(outcomes.values()) == {"passed"}, capsys.readouterr().out
-    assert code == 0
+        given = ["--device", str(card.device), "--out", str(tmp_path / "found.json")]
+        assert gpu.main([*given, "--only", "fine,one"]) == code
+    shown = capsys.readouterr().out
+    assert f"gpu_checks_failed: {code}" in shown
+    assert outcome in shown
+    row = json.loads((tmp_path / "found.json").read_text())["checks"][1]
+    assert (row["check"], row["outcome"]) == ("one", outcome)
+    assert row["words"].startswith(words)
+    assert ("Traceback" in row["traceback"]) == (outcome == "failed")
 
 
-def test_a_wrong_number_fails_a_check(capsys, tmp_path, monkeypatch):
-    true = gpu.gate_gradients
-    monkeypatch.setattr(
-        gpu,
-        "gate_gradients",
-        lambda replay, tokens: true(replay, tokens) * (1 + 1e-3 * (replay.device.type != "cpu")),
-    )
+def test_gradients_computed_twice_pass_on_a_fake_card(tmp_path):
     with fake_cards() as (card,):
-        code = gpu.main(
-            ["--device", str(card.device), "--only", "agree", "--out", str(tmp_path / "f.json")]
-        )
-    assert code == 1
-    assert "gpu_checks_failed: 1" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_run_beside_memory_that_is_taken_passes_on_a_fake_card(capsys, tmp_path):
-    with fake_cards(budget=2**30) as (card,):
-        code = gpu.main(
-            ["--device", str(card.device), "--only", "crowded", "--out", str(tmp_path / "f.json")]
-        )
-    assert code == 0, capsys.readouterr().out
+        place = gpu.Place.make(card.device, tmp_path)
+        assert gpu.twice(place) == "equal bits"

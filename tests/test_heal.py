@@ -57,7 +57,7 @@ def test_the_first_loss_is_the_divergence_of_the_cut_model(models: Path, tmp_pat
     rows = text.train.samples
     (first,) = curve(heal(options(models, tmp_path / "o", steps=1, batch=rows, micro_batch=rows)))
     teacher, student = (load(models / n, dtype="float32") for n in ("teacher", "student"))
-    expected = quality(teacher.model, student.model, text.train)["kl"]
+    expected = quality(teacher.model, student.model, text.train).kl
     assert first["tokens"] == 31 * rows
     assert first["loss"] == pytest.approx(expected, rel=1e-4)
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from healings import Killed, curve, killing, models, options, stored
-from isingcut.cli.show_scores import healing_warnings
 from isingcut.data.tokens import TokenSet
-from isingcut.files.writing import read_json
+from isingcut.files.documents.scores import HealingFile
+from isingcut.files.writing import read_document, read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
 from isingcut.healing.judging import Domains, Race, Verdict, difference
 from isingcut.healing.training.watch import at_the_end
-from isingcut.report.words import healing_words
+from isingcut.report.words import healing_warnings, sentence
 from ranks import join, launch, say_into, type_in
 
 __all__ = ["models"]
@@ -102,8 +102,9 @@ def test_the_weights_of_the_check_before_are_kept(
     # At the second step the model is what it was then, in a schedule of eight.
     kl = sum(found["checks"][1]["kl_sums"]) / found["report_tokens"]
     assert found["after"]["kl"] == pytest.approx(kl, rel=1e-3)
-    assert "enough" in healing_warnings(found)
-    assert "Enough." in healing_words(found)
+    record = read_document(out / "healing.json", HealingFile)
+    assert "enough" in healing_warnings(record)
+    assert "Enough." in sentence("healing_words", record)
     # The same where it was killed in between, and right behind the check.
     for after in (3, 4):
         config = options(models, tmp_path / f"again{after}", steps=8)

@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from healings import curve, healed, models, options
-from isingcut.cli.show_scores import healing_warnings
 from isingcut.errors import (
     ArchitectureError,
     InputError,
     ModelError,
     OutputExistsError,
 )
+from isingcut.files.documents.scores import HealingFile
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
+from isingcut.report.words import healing_warnings
 
 __all__ = ["healed", "models"]
 
@@ -60,7 +61,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models: Path, tmp_path: Pa
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = read_json(out / "healing.json", "healing")
     # This text is made of ten words, and its tokens are letters.
-    unpatched, alike = healing_warnings(found)
+    unpatched, alike = healing_warnings(HealingFile.model_validate(found))
     assert unpatched.startswith("not patched: block 0 is removed")
     assert "of the report text stands in another split too" in alike
     assert (len(found["steps"]), found["options"]["patch"]) == (1, "none")

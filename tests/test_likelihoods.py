@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from isingcut.console.progress import terminal
-from isingcut.evaluation.certainty import certainties, tempered
 from isingcut.evaluation.likelihoods import Answers, Row, answer_scores
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, score, score_states
+from isingcut.evaluation.scores import Asked, certainties, score, score_states, tempered
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays

@@ -11,7 +11,6 @@ import pytest
 
 import isingcut
 from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences, write_jsonl
-from isingcut.cli.show_scores import healing_warnings
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.healing_text import to_fit
@@ -19,10 +18,12 @@ from isingcut.data.mixture import Part, Turns, parts_of
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import CalibrationError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
+from isingcut.files.documents.scores import EvaluationFile, HealingFile, PartScores
 from isingcut.files.writing import read_json
 from isingcut.report.rows import evaluation_rows, healing_rows
-from isingcut.report.words import part_warnings
+from isingcut.report.words import healing_warnings, part_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
+from run_files import healing
 from shared import OPTIONS
 
 MANY: dict[str, Any] = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
@@ -195,39 +196,38 @@ def test_quality_is_told_for_each_part_and_they_add_up(tmp_path: Path, tokenizer
     tokens = build(f"{documents}=3,{others}=1", tokenizer, **MANY).splits["report"]
     first, second = (tiny_model("llama", seed=seed) for seed in (0, 1))
     found = quality(first, second, tokens)
-    assert sum(part["tokens"] for part in found["parts"].values()) == tokens.tokens
-    kl = sum(part["kl"] * part["tokens"] for part in found["parts"].values())
-    assert kl / tokens.tokens == pytest.approx(found["kl"])
+    assert sum(part.tokens for part in found.parts.values()) == tokens.tokens
+    kl = sum(part.kl * part.tokens for part in found.parts.values())
+    assert kl / tokens.tokens == pytest.approx(found.kl)
     own = [i for i, name in enumerate(tokens.parts) if name == "a.jsonl"]
     alone = quality(first, second, tokens.select(own))
-    assert "parts" not in alone
-    assert found["parts"]["a.jsonl"]["after"] == pytest.approx(alone["after"])
-    figures = {"parameters": 1, "bytes": 1, "blocks": 1}
-    rows = evaluation_rows(
-        {**found, **{side: {**found[side], **figures} for side in ("before", "after")}}
-    )
+    assert alone.parts == {}
+    assert dict(found.parts["a.jsonl"].after) == pytest.approx(dict(alone.after))
+    rows = evaluation_rows(EvaluationFile.model_construct(**dict(found)))
     # By part right after the whole, before what is no quality.
     keys = [row.key for row in rows]
     assert keys[2:6] == ["kl", "a.jsonl: perplexity", "a.jsonl: kl", "b.jsonl: perplexity"]
     assert keys.index("b.jsonl: kl") < keys.index("blocks")
     last = {row.key: row.plain("cut") for row in rows}
-    assert last["a.jsonl: kl"] == f"{alone['kl']:.4f}"
+    assert last["a.jsonl: kl"] == f"{alone.kl:.4f}"
 
 
 def test_a_state_that_ruins_one_part_is_warned_of() -> None:
-    parts = {
-        "wiki": {"kl": 0.3, "kl_se": 0.01},
-        "maths": {"kl": 0.9, "kl_se": 0.2},
-        "code": {"kl": 0.9, "kl_se": 0.04},
-        "one sample": {"kl": 0.81, "kl_se": None},
+    measured = {
+        "wiki": (0.3, 0.01),
+        "maths": (0.9, 0.2),
+        "code": (0.9, 0.04),
+        "one sample": (0.81, None),
     }
-    found = part_warnings({"kl": 0.4, "last": "patched", "parts": parts})
+    parts = {k: PartScores.model_construct(kl=v, kl_se=se) for k, (v, se) in measured.items()}
+    mixed = EvaluationFile.model_construct(kl=0.4, last="patched", parts=parts)
+    found = part_warnings(mixed)
     assert [line.split(",")[0] for line in found] == [
         "on code the patched model's KL is 0.9000 ± 0.0400",
         "on one sample the patched model's KL is 0.8100",
     ]
     assert "more than 2 times the 0.4000 of all text" in found[0]
-    assert part_warnings({"kl": 0.4}) == []
+    assert part_warnings(mixed.model_copy(update={"parts": {}})) == []
 
 
 def test_a_healing_that_makes_one_part_worse_is_warned_of() -> None:
@@ -242,11 +242,11 @@ def test_a_healing_that_makes_one_part_worse_is_warned_of() -> None:
             "original_perplexity": 15.0,
         }
 
-    found = {
-        "options": {},
+    document = healing([], [4, 5], 6) | {
         "before": {**scores(0.9), "parts": {"wiki": scores(1.0), "code": scores(0.8)}},
         "after": {**scores(0.6), "parts": {"wiki": scores(0.5), "code": scores(0.85)}},
     }
+    found = HealingFile.model_validate(document)
     assert healing_warnings(found) == [
         "on code the model got worse: KL 0.8000 ± 0.0100 (perplexity 16.00) before, 0.8500 ± "
         "0.0100 (perplexity 17.00) after; give that text more weight, or heal less"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_checkpoint
 
-from isingcut.errors import CheckpointError, InputError, MissingExtraError, ModelError
+from isingcut.errors import CheckpointError, InputError, ModelError
 from isingcut.models import device, from_gguf
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
@@ -231,16 +231,6 @@ def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     other.write_bytes(b"")
     with pytest.raises(ModelError, match="is not a model"):
         resolve(str(other))
-
-
-def test_gguf_without_its_package_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF and more")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"isingcut\[demo\]"):
-        resolve(str(file))
 
 
 def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(

@@ -20,7 +20,7 @@ from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.opening import load_streamed
+from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
 from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model

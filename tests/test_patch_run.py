@@ -19,7 +19,8 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
-from isingcut.files.writing import read_json
+from isingcut.files.documents.scores import EvaluationFile
+from isingcut.files.writing import read_document, read_json
 from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.load import load
@@ -82,11 +83,9 @@ def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(
     calibration = Calibration.load(run / "calibration.safetensors")
     models = (load(m, dtype="float32", device="cpu").model for m in (llama, run / "cut"))
     scores = quality(*models, calibration.splits["report"])
-    assert found["cut"]["kl"] == pytest.approx(scores["kl"], rel=1e-4)
-    assert found["cut"]["perplexity"] == pytest.approx(scores["after"]["perplexity"], rel=1e-4)
-    assert found["cut"]["perplexity_se"] == pytest.approx(
-        scores["after"]["perplexity_se"], rel=1e-3
-    )
+    assert found["cut"]["kl"] == pytest.approx(scores.kl, rel=1e-4)
+    assert found["cut"]["perplexity"] == pytest.approx(scores.after.perplexity, rel=1e-4)
+    assert found["cut"]["perplexity_se"] == pytest.approx(scores.after.perplexity_se, rel=1e-3)
     fitted = patch_of(run / "model")["text"]
     assert fitted["searched"] == calibration.splits["energy"].samples
     assert fitted["samples"] > fitted["searched"]
@@ -155,7 +154,7 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(
     assert warning.startswith("not patched: block 0 is removed")
     out = tmp_path / "run"
     assert answer["evaluation"]["last"] == "cut"
-    assert patch_warnings(read_json(out / "evaluation.json", "evaluation")) == [warning]
+    assert patch_warnings(read_document(out / "evaluation.json", EvaluationFile)) == [warning]
     assert warning[1:] in (out / "model" / "README.md").read_text(encoding="utf-8")
     assert warning in (out / "report.md").read_text(encoding="utf-8")
     assert isingcut.open_run(out).warnings[-1] == warning
@@ -232,7 +231,7 @@ def test_too_little_text_for_the_fit_is_said(
 ) -> None:
     monkeypatch.setattr("isingcut.runs.cutting.to_fit", _one_sample)
     out = job(llama, text, tmp_path / "run")
-    (warning,) = patch_warnings(read_json(out / "evaluation.json", "evaluation"))
+    (warning,) = patch_warnings(read_document(out / "evaluation.json", EvaluationFile))
     assert "at least two samples" in warning
 
 

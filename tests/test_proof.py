@@ -1,7 +1,6 @@
 """The proof of a cut: what it notices, what it cannot be fooled by, and what it says."""
 
 import contextlib
-import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +10,23 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from image_models import IMAGE_MODELS, image_model
+from composites import composite
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.files.writing import read_json
 from isingcut.models.architectures import cut_config, find_stack, legality
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.difference import relative_difference
-from isingcut.models.cutting.generation import check_generation
-from isingcut.models.cutting.images import with_images
-from isingcut.models.cutting.verify import random_tokens, verify, verify_streamed
+from isingcut.models.cutting.images import process_images
+from isingcut.models.cutting.verify import (
+    check_generation,
+    random_tokens,
+    relative_difference,
+    verify,
+    verify_streamed,
+)
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.report.read_run import read_run
+from isingcut.report.run_files import RunFiles
 from isingcut.testing.architectures import check_family
+from isingcut.testing.images import invent_images
 from tiny import tiny_model, tiny_tokenizer
 
 LOWEST = torch.finfo(torch.float32).min
@@ -75,9 +79,9 @@ def test_no_number_proves_nothing():
 
 def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
     """Its logits of image tokens hold the smallest float."""
-    model = image_model("chameleon")
+    model = composite("chameleon")
     cut = cut_of(model, [1], tmp_path)
-    proof = verify(model, [1], cut)
+    proof = verify(model, [1], cut, images=invent_images)
     assert proof.difference == 0.0
     assert proof.told
     assert min(c.wrong for c in proof.comparisons) > 0.1
@@ -94,7 +98,7 @@ def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path):
 
 
 def test_generation_is_compared_beside_masked_logits(tmp_path):
-    model = image_model("chameleon")
+    model = composite("chameleon")
     model.model.layers[2].self_attn.layer_idx = 0
     with pytest.raises(VerificationError, match="another token"):
         check_generation(model, torch.arange(12)[None] + 20, 8, "the model")
@@ -167,14 +171,22 @@ def test_idle_blocks_are_told_of_and_fail_the_conformance_kit(tmp_path, monkeypa
     assert "cannot tell this cut from others" in report.reason
 
 
-# Families with image features that join the stream behind text blocks 0 and 1.
-DEEPSTACK = sorted(set(IMAGE_MODELS) - {"granite4_vision", "llava", "chameleon"})
+# Families with image features that join the stream behind text blocks 0, 1 and 2.
+DEEPSTACK = [
+    "cohere_compass",
+    "granite_docling",
+    "qwen3_omni_moe_thinker",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+]
 
 
-@pytest.mark.parametrize("family", IMAGE_MODELS)
+@pytest.mark.parametrize("family", [*DEEPSTACK, "llava", "chameleon", "granite4_vision"])
 def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path):
-    model = image_model(family)
-    proof = verify(model, [2, 4], cut_of(model, [2, 4], tmp_path))
+    model = composite(family)
+    removed = [0, 5] if family == "granite4_vision" else [3, 5]
+    cut = cut_of(model, removed, tmp_path)
+    proof = verify(model, removed, cut, images=invent_images)
     assert proof.inputs == "text and an image"
     assert [c.difference for c in proof.comparisons] == [0.0, 0.0]
     assert all(c.wrong > 0.1 for c in proof.comparisons)
@@ -191,18 +203,18 @@ def forbids(model, removed):
 
 @pytest.mark.parametrize("family", DEEPSTACK)
 def test_blocks_that_image_features_join_behind_stay(family):
-    model = image_model(family)
+    model = composite(family)
     for removed in ([0], [1, 3]):
         assert forbids(model, removed)
         with pytest.raises(
             ArchitectureError, match=r"image features \(DeepStack\) join the stream"
         ):
             cut_config(model.config.to_dict(), removed)
-    assert not forbids(model, [2, 3, 4, 5])
+    assert not forbids(model, [3, 4, 5])
 
 
 def test_deepstack_is_found_where_only_its_class_speaks_of_it():
-    config = image_model("qwen3_vl").config.to_dict()
+    config = composite("qwen3_vl").config.to_dict()
     del config["vision_config"]["deepstack_visual_indexes"]  # (8, 16, 24) by default
     with pytest.raises(ArchitectureError, match="behind the first 3 blocks"):
         cut_config(config, [2])
@@ -210,74 +222,77 @@ def test_deepstack_is_found_where_only_its_class_speaks_of_it():
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "granite4_vision"])
 def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeypatch):
-    home = "isingcut.models.architectures.outside"
+    home = "isingcut.models.architectures.families"
     monkeypatch.setattr(f"{home}.kept_blocks", lambda *a: {})
-    monkeypatch.setattr(f"{home}.renumber", lambda *a: None)
-    model = image_model(family)
+    monkeypatch.setattr(f"{home}.move_images", lambda *a: None)
+    model = composite(family)
     cut = cut_of(model, [1], tmp_path)
     with pytest.raises(VerificationError, match=r"without blocks \[1\] on text and an image"):
-        verify(model, [1], cut)
+        verify(model, [1], cut, images=invent_images)
 
 
 def test_places_of_images_are_renumbered_and_never_meet():
-    config = image_model("granite4_vision").config.to_dict()
-    assert config["deepstack_layer_map"] == [(0, 0), (1, 1)]
-    assert config["spatial_target_layers"] == [2, 4, 4, 9]
+    places = {"deepstack_layer_map": [(0, 0), (1, 1)], "spatial_target_layers": [2, 4, 4, 9]}
+    model = composite("granite4_vision", **places)
+    config = model.config.to_dict()
     cut = cut_config(config, [2, 5])
     assert cut["deepstack_layer_map"] == [[0, 0], [1, 1]]
     assert cut["spatial_target_layers"] == [2, 3, 3, 9]
     for removed in ([1], [2, 3], [4, 5]):
-        assert forbids(image_model("granite4_vision"), removed)
+        assert forbids(model, removed)
         with pytest.raises(ArchitectureError, match="each at a place of its own"):
             cut_config(config, removed)
 
 
 def test_places_that_the_class_adds_are_written_out():
-    config = image_model("granite4_vision").config.to_dict()
+    config = composite("granite4_vision").config.to_dict()
     config["text_config"]["num_hidden_layers"] = 24
     del config["spatial_target_layers"]  # [12, 15, 18, 21] by default
     assert cut_config(config, [13, 18])["spatial_target_layers"] == [12, 14, 17, 19]
 
 
 def test_a_proof_without_an_image_says_so(tmp_path):
-    model = image_model("qwen3_vl")
-    cut = cut_of(model, [2], tmp_path)
-    model.config.image_token_id = 9999  # Not in the vocabulary.
-    proof = verify(model, [2], cut)
+    model = composite("qwen3_vl")
+    proof = verify(model, [3], cut_of(model, [3], tmp_path))
     assert proof.inputs == "text only"
     (remark,) = proof.remarks
     assert remark.startswith("the cut is proven on text only: the model takes images")
+    assert "(the checkpoint has no processor)" in remark
 
 
 def test_the_checkpoints_own_processor_makes_the_image(tmp_path):
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    model = image_model("llava", image_token_index=len(tokenizer) - 1)
-    side = {"height": 16, "width": 16}
+    # The tiny model's image token is the tokenizer's fourth.
+    tokenizer, model = tiny_tokenizer(), composite("llava")
+    vision = model.config.vision_config
+    side = {"height": vision.image_size, "width": vision.image_size}
     pixels = CLIPImageProcessor(size=side, crop_size=side)
-    processor = LlavaProcessor(pixels, tokenizer, patch_size=4, num_additional_image_tokens=1)
+    given = {"image_token": "<|system|>", "num_additional_image_tokens": 1}
+    processor = LlavaProcessor(pixels, tokenizer, vision.patch_size, **given)
     processor.vision_feature_select_strategy = "default"
     processor.save_pretrained(tmp_path)
     words = random_tokens(model, 2, 24)
-    inputs = with_images(model, tmp_path, words)
+    inputs = process_images(model, tmp_path, words)
     said = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
     assert "What is in this picture" in said
-    assert inputs["pixel_values"].shape == (2, 3, 16, 16)
+    assert inputs["pixel_values"].shape[-1] == vision.image_size
 
 
 def test_an_image_leaves_nothing_behind(tmp_path):
     """Qwen-VL would go on counting positions from the image in the text after it."""
-    model = image_model("qwen3_vl")
+    model = composite("qwen3_vl")
     assert model.model.rope_deltas is None
-    verify(model, [2], cut_of(model, [2], tmp_path))
+    proof = verify(model, [3], cut_of(model, [3], tmp_path), images=invent_images)
+    assert proof.inputs == "text and an image"
     assert model.model.rope_deltas is None
 
 
 def test_random_text_holds_no_token_of_an_image():
-    model = image_model("qwen3_vl")
-    assert not set(range(290, 294)) & set(random_tokens(model, 40, 100).flatten().tolist())
+    model = composite("qwen3_vl")
+    config = model.config
+    special = {config.image_token_id, config.video_token_id, config.vision_start_token_id}
+    assert not special & set(random_tokens(model, 40, 100).flatten().tolist())
 
 
 def test_a_run_shows_how_its_cut_was_proven(finished):
@@ -290,20 +305,20 @@ def test_a_run_shows_how_its_cut_was_proven(finished):
 
 
 def test_what_a_proof_does_not_show_is_a_warning_of_the_run(finished):
-    files = read_run(finished, finished)
-    assert files.removal is not None
-    proof = {**files.removal["proof"], "remarks": ["the cut is proven on text only"]}
-    unsure = dataclasses.replace(files, removal={**files.removal, "proof": proof})
-    assert unsure.warnings == [*files.warnings, "the cut is proven on text only"]
+    files = RunFiles(finished)
+    assert files.proof is not None
+    sure = files.warnings
+    files.proof.remarks.append("the cut is proven on text only")
+    assert files.warnings == [*sure, "the cut is proven on text only"]
 
 
 def test_a_streamed_cut_is_proven_with_an_image(tmp_path):
-    model = image_model("qwen3_vl")
-    cut = cut_of(model, [2, 4], tmp_path)
+    model = composite("qwen3_vl")
+    cut = cut_of(model, [3, 5], tmp_path)
     source = StreamedReplay(
         *open_model(tmp_path / "source", dtype=torch.float32, device=torch.device("cpu"))
     )
-    proof = verify_streamed(source, [2, 4], cut, new_tokens=1)
+    proof = verify_streamed(source, [3, 5], cut, new_tokens=1, images=invent_images)
     assert proof.inputs == "text and an image"
     assert proof.difference == 0.0
     assert proof.told

@@ -9,11 +9,12 @@ import pytest
 import isingcut
 from isingcut.cli import main as cli
 from isingcut.errors import InputError
-from isingcut.files.writing import read_json
+from isingcut.files.documents.states import CandidatesFile, OnePass, OnePassLoss
+from isingcut.files.writing import read_document, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
-from isingcut.report.choice import one_pass_words
-from isingcut.report.read_run import read_run
+from isingcut.report.run_files import RunFiles
+from isingcut.report.words import sentence
 from isingcut.runs.measuring import concrete
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -60,44 +61,51 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     solved = [s["removed"] for s in read_json(out / "spectrum.json", "spectrum")["states"]]
     assert ranked[: len(solved)] == solved
     # What the report shows as the spectrum are all that were measured, each once.
-    shown = read_run(out).spectrum
-    assert [s["removed"] for s in shown["states"]] == ranked
-    assert shown["searched"] == len(ranked) - len(solved) > 0
+    shown = RunFiles(out).spectrum
+    assert [s.removed for s in shown.states] == ranked
+    assert shown.searched == len(ranked) - len(solved) > 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert f"{len(solved)} states by " in page
-    assert f"With them {shown['searched']} that the search had measured." in page
+    assert f"With them {shown.searched} that the search had measured." in page
     assert "named by hand" not in page
     assert f"gave {len(ranked)} candidates: the lowest states" in page
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 5
     # What one pass gives is measured beside it, and the report says what the rest has won.
-    found = read_json(out / "candidates.json", "candidates")
-    quick = found["one_pass"]
-    assert {s["method"] for s in quick["states"]} == {"angular-window", "block-influence"}
-    for state in quick["states"]:
-        assert state["kl"] == found["candidates"][ranked.index(state["removed"])]["kl"]
-        assert state["kl"] >= found["chosen"]["kl"]
-    assert quick["passes"] == pytest.approx(1.0)
-    assert quick["search_passes"] == energy.meta["search"]["passes"]
-    said = one_pass_words(found)
+    found = read_document(out / "candidates.json", CandidatesFile)
+    quick = found.one_pass
+    assert {s.method for s in quick.states} == {"angular-window", "block-influence"}
+    for state in quick.states:
+        assert state.kl == found.candidates[ranked.index(state.removed)].kl
+        assert state.kl >= found.chosen.kl
+    assert quick.passes == pytest.approx(1.0)
+    assert quick.search_passes == energy.meta["search"]["passes"]
+    said = sentence("one_pass_words", found)
     assert said in (out / "report.md").read_text(encoding="utf-8")
     assert said in (out / "model" / "README.md").read_text(encoding="utf-8")
 
 
 def test_words_about_one_pass():
-    row = {"kl": 0.5, "kl_se": 0.01, "method": "angular-window", "removed": [4, 5]}
-    other = {**row, "kl": 0.8, "method": "block-influence", "removed": [1, 2]}
-    quick = {"states": [other, row], "passes": 1.0, "search_passes": 128.0, "searched_for": 1}
-    chosen = {"removed": [2, 5], "kl": 0.4, "kl_se": 0.01}
-    said = one_pass_words({"one_pass": quick, "chosen": chosen})
+    def words(chosen, searched_for=1):
+        prices = {"passes": 1.0, "search_passes": 128.0, "searched_for": searched_for}
+        quick = OnePass.model_construct(states=[other, row], **prices)
+        return sentence(
+            "one_pass_words", CandidatesFile.model_construct(one_pass=quick, chosen=chosen)
+        )
+
+    measured = {"kl": 0.5, "kl_se": 0.01, "method": "angular-window", "removed": [4, 5]}
+    row = OnePassLoss.model_construct(**measured)
+    other = row.model_copy(update={"kl": 0.8, "method": "block-influence", "removed": [1, 2]})
+    chosen = row.model_copy(update={"removed": [2, 5], "kl": 0.4})
+    said = words(chosen)
     assert "(`angular-window`, without 4 5; 1 pass) has KL 0.5" in said
     assert said.endswith("128 passes over its text have won 0.1, 20% of it.")
-    same = one_pass_words({"one_pass": {**quick, "searched_for": 3}, "chosen": row})
+    same = words(row, 3)
     assert same.startswith("The search ended where one pass ends: 128 passes over its text for 3")
     assert same.endswith("than the state that `angular-window` gives after 1 pass.")
-    worse = one_pass_words({"one_pass": quick, "chosen": {**chosen, "kl": 0.6}})
+    worse = words(chosen.model_copy(update={"kl": 0.6}))
     assert worse.endswith("the choice was not made by KL.")
-    assert one_pass_words({"chosen": chosen}) == ""
+    assert sentence("one_pass_words", CandidatesFile.model_construct(chosen=chosen)) == ""
 
 
 def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys, monkeypatch):

@@ -14,28 +14,37 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from isingcut.errors import StageFileError
+from isingcut.files.documents.scores import EvaluationFile, FurtherScores
+from isingcut.files.documents.states import (
+    CandidatesFile,
+    ChosenState,
+    Correlations,
+    CutRecord,
+    Judged,
+    PatchRecord,
+    SpectrumFile,
+)
 from isingcut.files.writing import read_json, write_json
 from isingcut.report import words
-from isingcut.report.fidelity import fidelity_warnings, ranking_warnings
 from isingcut.report.render import fenced
-from isingcut.report.words import spectrum_map
-from run_files import model_card, record, write_report
-from small_run import (
-    STATES,
-    N,
+from run_files import (
+    baseline,
     change,
-    correlation,
+    fidelity,
+    model_card,
     patch,
-    run_json,
-    section,
-    side,
-    write_small_run,
+    record,
+    run_content,
+    write_report,
+    write_run,
 )
+
+N = 12
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_small_run(tmp_path / "r")
+    return write_run(tmp_path / "r", extras=False)
 
 
 def page_of(folder: Path, target: Path | None = None) -> str:
@@ -43,24 +52,40 @@ def page_of(folder: Path, target: Path | None = None) -> str:
     return ((target or folder) / "report.md").read_text(encoding="utf-8")
 
 
+def section(page: str, title: str) -> str:
+    return page.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
 def test_a_finished_run_is_told_from_its_files(folder: Path) -> None:
-    page = page_of(folder)
-    assert page.startswith("# smollm2 without 2 of its 12 blocks\n")
-    assert "Blocks 10 and 11 of 12 (numbered from 0) are removed." in page
-    assert "state 2 of that spectrum (0 is the lowest), energy 0.75 nats/token" in page
-    assert "lowest measured KL (KL 0.2750 ± 0.0625 nats per token)" in page
+    page, chosen = page_of(folder), read_json(folder / "candidates.json", "candidates")["chosen"]
+    assert page.startswith("# a-model without 3 of its 12 blocks\n")
+    a, b, c = chosen["removed"]
+    assert f"Blocks {a}, {b} and {c} of 12 (numbered from 0) are removed." in page
+    assert f"energy {chosen['energy']:.4g} nats/token, for this reason: lowest measured KL" in page
     table = section(page, "Before and after")
-    assert "| perplexity | 20.00 ± 0.25 | 25.00 ± 0.25 | +25.0 % |" in table
-    assert "| KL to the original, nats/token | 0 | 0.3125 ± 0.0125 |  |" in table
-    assert "| parameters, million | 12.00 | 10.00 | -16.7 % |" in table
-    assert "| weights on disk, MB | 24.0 | 20.0 | -16.7 % |" in table
+    assert "| perplexity | 20.00 ± 0.50 | 29.00 ± 0.50 | +45.0 % |" in table
+    assert "| KL to the original, nats/token | 0 | 0.9000 ± 0.0100 |  |" in table
+    assert "| parameters, million | 14.00 | 11.00 | -21.4 % |" in table
     assert "555 tokens in 5 samples" in table
     ranks = section(page, "How well the energy ranks")
-    assert "| `pairwise` | KL | candidates and random | 0.93 (0.81 to 0.98)" in ranks
-    assert "| `empirical-fisher` | KL | candidates and random | -0.12 (-0.40 to -0.07)" in ranks
+    assert "| `pairwise` | KL | candidates and random | 0.90 (0.80 to 0.95)" in ranks
+    assert "| `empirical-fisher` | KL | candidates and random | -0.25 (-0.35 to -0.20)" in ranks
     assert "Warning" not in ranks
     assert 'from_pretrained("r/model")' in section(page, "Loading the model")
     assert "Not run" not in page
+    part = section(page, "Reproducing this")
+    for fact in ("`sha-of-a-model`", "`text-0`", "seed=0", "isingcut run a-model", "2.9.0"):
+        assert fact in part
+    assert "a CPU \\| with a bar" in part
+    assert "| calibration | `calibration.safetensors` | 1.2 |" in part
+    assert "77.0" not in part
+    data = read_json(folder / "report.json", "report")
+    assert data["removed"] == chosen["removed"]
+    assert data["not_run"] == []
+    for name in ("evaluation", "candidates"):
+        found = read_json(folder / f"{name}.json", name)
+        assert data[name] == {k: v for k, v in found.items() if k not in ("format", "version")}
+    assert data["provenance"]["model"]["sha256"] == "sha-of-a-model"
 
 
 NAMES = (
@@ -79,17 +104,15 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_stands_for_itself_in_markdown(tmp_path: Path, name: str) -> None:
-    folder = write_small_run(tmp_path / "r")
-    run = run_json(model=name)
-    run["provenance"]["command_line"] = f"isingcut run {name}"
+def test_a_name_stands_for_itself_in_markdown(folder: Path, name: str) -> None:
+    run = run_content(name, "pairwise", N, 3, 0)
     run["provenance"]["calibration"]["source"] = name
     write_json(folder / "run.json", "run", run)
     scores = {"perplexity": 2.0, "perplexity_se": 0.1, "nll": 3.0, "nll_se": 0.1}
     part = {"samples": 1, "tokens": 5, "before": scores, "after": scores, "kl": 9.0, "kl_se": 0.1}
     change(folder / "evaluation.json", "evaluation", parts={name: part})
     report = read(page_of(folder))
-    card = read(model_card(folder, folder, [10, 11]).split("---\n", 2)[2])
+    card = read(model_card(folder, [10, 11]).split("---\n", 2)[2])
     tokens = [t for block in report + card for t in (block, *(block.children or ()))]
     kinds = {t.type for t in tokens if not t.content.startswith("<!-- isingcut-seal")}
     assert not kinds & {"html_block", "html_inline", "image", "em_open", "s_open"}
@@ -98,8 +121,8 @@ def test_a_name_stands_for_itself_in_markdown(tmp_path: Path, name: str) -> None
     # Backticks alone are not shown: they make code of what is between them.
     shown = re.sub(r"\s+", " ", name.replace("`", ""))
     said = ["".join(t.content for t in block.children or ()) for block in report]
-    assert f"{shown} without 2 of its 12 blocks" in said
-    assert f"isingcut run {shown}" in said
+    assert f"{shown} without 3 of its 12 blocks" in said
+    assert f"isingcut run {shown} --remove 3 --out run" in said
     assert any(cell.startswith(f"{shown} (energy: ") for cell in said)
     assert f"{shown}: perplexity" in said
 
@@ -112,38 +135,16 @@ def read(page: str) -> list[Token]:
 def test_the_map_has_one_row_per_state_and_one_column_per_block(folder: Path) -> None:
     page = page_of(folder)
     lines = section(page, "Spectrum").split("```text\n")[1].split("\n```")[0].splitlines()
-    assert len(lines) == 2 + len(STATES)
+    found = read_json(folder / "candidates.json", "candidates")
+    assert len(lines) == 2 + len(found["candidates"])
     assert lines[1].endswith("012345678901")
     assert lines[0].endswith("0         1")
-    for line, removed in zip(lines[2:], STATES, strict=True):
-        blocks = line[-N:]
-        assert [i for i, c in enumerate(blocks) if c == "·"] == removed
-        assert blocks.count("#") == N - 2
+    for line, row in zip(lines[2:], found["candidates"], strict=True):
+        assert [i for i, c in enumerate(line[-N:]) if c == "·"] == row["removed"]
         # Columns stand under their numbers.
         assert len(line) == len(lines[1])
-    assert [line.lstrip().startswith("*") for line in lines[2:]] == [False, False, True]
-    assert "0.2750 ± 0.0625" in lines[4]
-
-
-def test_provenance_and_timings_are_those_of_this_removal(folder: Path) -> None:
-    part = section(page_of(folder), "Reproducing this")
-    for fact in ("`aa11`", "`bb22`", "seed=0", "isingcut run smollm2 --remove 2", "2.9.0"):
-        assert fact in part
-    assert "a CPU \\| with a bar" in part
-    assert "| calibration | `calibration.safetensors` | 1.2 |" in part
-    assert "| benchmarks | `benchmarks.json` | not finished |" in part
-    assert "77.0" not in part
-
-
-def test_the_json_holds_the_same_facts(folder: Path) -> None:
-    write_report(folder)
-    data = read_json(folder / "report.json", "report")
-    assert data["removed"] == [10, 11]
-    assert data["not_run"] == []
-    assert data["evaluation"]["kl"] == 0.3125
-    assert data["fidelity"]["pairwise"]["kl"]["spearman"] == 0.93
-    assert data["provenance"]["model"]["sha256"] == "aa11"
-    assert len(data["spectrum"]["states"]) == 3
+        assert f"{row['kl']:.4f} ± {row['kl_se']:.4f}" in line
+        assert line.lstrip().startswith("*") == (row["removed"] == found["chosen"]["removed"])
 
 
 @pytest.mark.parametrize(
@@ -165,6 +166,8 @@ def test_an_absent_stage_is_said_to_be_not_run(
     assert f"`isingcut {stage} r`" in part
     assert page.count("Not run") == 1
     assert read_json(folder / "report.json", "report")["not_run"] == [stage]
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"isingcut {stage} r" in html
 
 
 def test_an_energy_alone_makes_a_report_without_claims(folder: Path) -> None:
@@ -187,58 +190,65 @@ def test_another_removal_has_its_own_report_and_commands(folder: Path) -> None:
 
 
 def test_blocks_named_by_hand_are_not_given_a_reason(folder: Path) -> None:
-    change(folder / "model" / "isingcut.json", "removal", removed=[1, 2])
+    change(folder / "model" / "isingcut.json", "removal", removed=[0, 2])
     page = page_of(folder)
-    assert "Blocks 1 and 2 of 12 (numbered from 0) are removed. They were named by hand" in page
+    assert "Blocks 0 and 2 of 12 (numbered from 0) are removed. They were named by hand" in page
     assert "lowest measured KL" not in page
     assert "`*` marks" not in page
 
 
 def test_figures_that_were_not_measured_are_not_invented(folder: Path) -> None:
-    before, after = side(20.0, 12), side(25.0, 10)
-    before["perplexity_se"] = after["perplexity_se"] = None
-    del before["peak_memory_bytes"]
-    change(folder / "evaluation.json", "evaluation", before=before, after=after, kl_se=None)
+    found = read_json(folder / "evaluation.json", "evaluation")
+    found["before"]["perplexity_se"] = found["after"]["perplexity_se"] = None
+    del found["before"]["peak_memory_bytes"]
+    change(folder / "evaluation.json", "evaluation", **{**found, "kl_se": None})
     table = section(page_of(folder), "Before and after")
-    assert "| perplexity | 20.00 | 25.00 | +25.0 % |" in table
+    assert "| perplexity | 20.00 | 29.00 | +45.0 % |" in table
     assert "| peak memory, MB | not measured | not measured |  |" in table
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    ("found", "said"),
     [
-        (correlation(0.95, 0.9), []),
-        (correlation(0.2, -0.1), ["ranked the measured states poorly (Spearman 0.20"]),
-        (correlation(-0.6, -0.8), ["poorly (Spearman -0.60"]),
-        (correlation(0.8, 0.3), ["reaches down to 0.30"]),
-        (correlation(None, None), ["undefined"]),
-        (correlation(0.95, 0.9, n=12), ["Only 12 states"]),
+        (fidelity(0.95, 33, 0.9), ""),
+        (fidelity(0.2, 33, -0.1), "ranked the measured states poorly (Spearman 0.20"),
+        (fidelity(-0.6, 33, -0.8), "poorly (Spearman -0.60"),
+        (fidelity(0.8, 33, 0.3), "reaches down to 0.30"),
+        (fidelity(None, 33), "undefined"),
+        (fidelity(0.95, 12, 0.9), "Only 12 states"),
+        (fidelity(None, 0), "was not measured"),
     ],
 )
 def test_a_poor_or_unknown_fidelity_is_a_plain_warning(
-    folder: Path, found: dict[str, Any], words: list[str]
+    folder: Path, found: dict[str, Any], said: str
 ) -> None:
-    said = fidelity_warnings("pairwise", found)
-    assert len(said) == len(words)
-    assert all(w in s for w, s in zip(words, said, strict=True))
     change(folder / "candidates.json", "candidates", fidelity={"kl": found})
     page = page_of(folder)
-    assert page.count("**Warning.**") == len(words)
-    assert ("undefined | undefined" in page) == (found["spearman"] is None)
+    assert page.count("**Warning.**") == bool(said)
+    assert said in page
+    assert ("undefined | undefined" in page) == (found["spearman"] is None and found["n"] > 0)
 
 
-def test_an_energy_that_prices_the_choice_far_too_low_is_a_warning() -> None:
-    chosen = {"energy": 0.6, "kl": 1.5}
-    found = {"fidelity": {"kl": correlation(0.95, 0.9)}, "chosen": chosen}
-    (said,) = ranking_warnings("pairwise", {**found, "energy_unit": "nats/token"})
-    assert "0.6 nats per token, measured were 1.5" in said
-    assert ranking_warnings("empirical-fisher", {**found, "energy_unit": "arbitrary"}) == []
-    assert "use --energy auto" in said
-    (said,) = ranking_warnings("refined", {**found, "energy_unit": "nats/token"})
-    assert "--effort" in said
-    assert "auto" not in said
-    chosen["kl"] = 1.1
-    assert ranking_warnings("pairwise", {**found, "energy_unit": "nats/token"}) == []
+@pytest.mark.parametrize(
+    ("energy", "unit", "kl", "said"),
+    [
+        ("pairwise", "nats/token", 1.5, "use --energy auto"),
+        ("refined", "nats/token", 1.5, "--effort"),
+        ("empirical-fisher", "arbitrary", 1.5, ""),
+        ("pairwise", "nats/token", 1.1, ""),
+    ],
+)
+def test_an_energy_that_prices_the_choice_far_too_low_is_a_warning(
+    energy: str, unit: str, kl: float, said: str
+) -> None:
+    found = CandidatesFile.model_construct(
+        fidelity=Judged(kl=Correlations(**fidelity(0.95, 33, 0.9))),
+        chosen=ChosenState.model_construct(energy=0.6, kl=kl),
+        energy_unit=unit,
+    )
+    lines = words.ranking_warnings(energy, found)
+    assert len(lines) == bool(said)
+    assert all(said in x and "0.6 nats per token, measured were 1.5" in x for x in lines)
 
 
 def test_generated_text_cannot_break_out_of_its_block(folder: Path) -> None:
@@ -247,8 +257,10 @@ def test_generated_text_cannot_break_out_of_its_block(folder: Path) -> None:
 
 
 def test_a_wide_map_numbers_its_tens() -> None:
-    spectrum = {"n": 23, "states": [{"rank": 0, "energy": 1.0, "removed": [22]}]}
-    lines = spectrum_map(spectrum, None, None)
+    states = [{"rank": 0, "energy": 1.0, "removed": [22]}]
+    solved = {"solver": "exact", "seconds": 0.5, "proven": True, "info": {}, "lower_bound": None}
+    found = SpectrumFile.model_validate({"n": 23, "unit": "", "states": states, **solved})
+    lines = words.spectrum_map(found, None, None)
     assert lines[0].endswith("0         1         2")
     assert lines[0].index("0") == lines[1].index("0123")
 
@@ -271,7 +283,7 @@ def test_damaged_files_are_refused_and_nothing_is_written(folder: Path, tmp_path
 
 
 def test_a_patch_is_told_with_its_text_and_its_proof() -> None:
-    said = words.patch_story(patch())
+    said = words.sentence("patch_story", PatchRecord.model_validate(patch()))
     assert (
         "700 tokens of standard input (4 samples that the energy was measured on and 3 oth" in said
     )
@@ -279,20 +291,48 @@ def test_a_patch_is_told_with_its_text_and_its_proof() -> None:
     assert "asked for" not in said
     short = {**patch()["text"], "short": "the source has no more"}
     refused = [{"removed": [0, 0], "reason": "nothing stands before it"}]
-    said = words.patch_story(patch(text=short, unpatched=refused))
+    said = words.sentence(
+        "patch_story", PatchRecord.model_validate(patch(text=short, unpatched=refused))
+    )
     assert "each cut that can take one" in said
     assert "900 were asked for, but the source has no more" in said
 
 
 def test_what_is_not_patched_is_said_once_or_cut_by_cut() -> None:
     refused = [{"removed": [i, i + 1], "reason": "a norm"} for i in (3, 7)]
-    assert words.patch_warnings({"unpatched": refused}) == ["not patched: a norm"]
-    some = words.patch_warnings({"patch": patch(unpatched=refused[:1])})
-    assert some == ["not patched at blocks 3 to 4: a norm"]
-    scores = {"last": "patched", "kl": 0.5, "cut": {"kl": 0.4}}
-    (worse,) = words.patch_warnings(scores)
-    assert "KL is 0.5000 with it and 0.4000 without" in worse
-    assert words.patch_warnings({**scores, "kl": 0.3}) == []
+    cut = {"removed": [3, 4], "of": N}
+    for found, expected in (
+        (patch(unpatched=refused, cuts=[]), "not patched: a norm"),
+        (patch(unpatched=refused[:1]), "not patched at blocks 3 to 4: a norm"),
+    ):
+        record = CutRecord.model_validate({**cut, "patch": found})
+        assert words.patch_warnings(record) == [expected]
+    exact = FurtherScores.model_construct(kl=0.4)
+    worse = EvaluationFile.model_construct(last="patched", kl=0.5, cut=exact)
+    (said,) = words.patch_warnings(worse)
+    assert "KL is 0.5000 with it and 0.4000 without" in said
+    assert words.patch_warnings(worse.model_copy(update={"kl": 0.3})) == []
+
+
+def test_other_methods_stand_with_the_chosen_state_lowest_first(folder: Path) -> None:
+    for name, kl, more in (
+        ("sleb", 90.0, {"settings": ["loss=kl"]}),
+        ("cbo", 0.125, {}),
+        ("none", 0.0625, {"violated": ["keep 0", "keep 2"]}),
+    ):
+        content = baseline(name, [0, 3], kl, **more)
+        write_json(folder / f"baseline-{name}.json", "baseline", content)
+    part = section(page_of(folder), "Other methods")
+    rows = [line for line in part.splitlines() if line.startswith("| ")][1:]
+    figures = "3.5000 ± 0.1000 | 12.5 | 1000 |"
+    assert rows[0] == f"| `none` | 0 and 3 | 0.0625 ± 0.0500 | {figures} keep 0, keep 2 |"
+    assert rows[1] == f"| `cbo` | 0 and 3 | 0.1250 ± 0.0500 | {figures} none |"
+    assert rows[2].startswith("| chosen (`pairwise`) | ")
+    # Its energy did not count what it took.
+    assert rows[2].endswith(" | not counted | 40 | none |")
+    assert rows[3].startswith("| `sleb`, loss=kl | ")
+    # What breaks a constraint has not won.
+    assert "**Warning.** Measured here, cbo found a lower KL" in part
 
 
 def test_an_error_of_our_own_is_not_blamed_on_the_files(
@@ -301,7 +341,7 @@ def test_an_error_of_our_own_is_not_blamed_on_the_files(
     def broken(files: Any) -> str:
         return str({}["a name that rendering lacks"])
 
-    monkeypatch.setattr("isingcut.report.write.report_page", broken)
+    monkeypatch.setattr("isingcut.report.write.report_view", broken)
     with pytest.raises(KeyError, match="a name that rendering lacks"):
         write_report(folder)
     assert not (folder / "report.md").exists()

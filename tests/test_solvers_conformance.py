@@ -9,8 +9,8 @@ from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import make, registry, solve
-from isingcut.ising.solvers._sampling import repair
 from isingcut.ising.solvers.base import Solution, Solver
+from isingcut.ising.solvers.dimod import draw, repair
 from isingcut.testing.solvers import check_solver
 
 
@@ -70,6 +70,47 @@ def test_infeasible_samples_are_repaired_and_counted(sampler):
     assert spectrum.info["dropped"] == 0
     assert spectrum.info["ignored"] == ["num_reads", "seed"]
     assert spectrum.states.sum() == 3
+
+
+class Exits(AllOnes):
+    """Raises in the middle of this process's work."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def sample(self, bqm):
+        raise self.error
+
+
+def test_what_a_sampler_raises_is_one_error_but_an_interrupt_is_the_users():
+    problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [con.count(3, 1)])
+    with pytest.raises(InputError, match=r"the sampler Exits failed: SystemExit: 3"):
+        draw(problem, 1, Exits(SystemExit(3)), {}, 1.0, "Exits")
+    with pytest.raises(KeyboardInterrupt):
+        draw(problem, 1, Exits(KeyboardInterrupt()), {}, 1.0, "Exits")
+
+
+def test_a_named_class_gets_the_options_it_knows(tmp_path, monkeypatch):
+    source = """
+import dimod
+class Low(dimod.Sampler):
+    properties, parameters = {}, {"num_reads": [], "seed": [], "heat": []}
+    told = None
+    def sample(self, bqm, **options):
+        Low.told = options
+        return dimod.ExactSolver().sample(bqm)
+"""
+    (tmp_path / "own_samplers.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    energy = np.random.default_rng(0).normal(size=(8, 8))
+    problem = Problem(Hamiltonian.from_quadratic(energy), [con.count(8, 3)])
+    more = {"options": {"heat": 2, "cold": 1}}
+    found = solve(problem, "dimod:own_samplers.Low", k=5, **more)
+    import own_samplers
+
+    assert own_samplers.Low.told == {"heat": 2, "num_reads": 100, "seed": 0}
+    assert found.info["ignored"] == ["cold"]
+    np.testing.assert_array_equal(found.states, solve(problem, "exact", k=5).states)
 
 
 def test_repair_gives_up_where_no_move_helps():

@@ -11,18 +11,17 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve, tabu
 from isingcut.ising.solvers._reduced import reduce
-from isingcut.ising.solvers.branching import leaves as _leaves
+from isingcut.ising.solvers.branching import loop as _loop
 from isingcut.ising.solvers.branching.loop import BranchAndBound
-from isingcut.ising.solvers.branching.node import Dual, Subproblem, spin_matrix
-from isingcut.ising.solvers.branching.relaxation import Relaxation
+from isingcut.ising.solvers.branching.relaxation import Dual, Relaxation, Subproblem, spin_matrix
 from isingcut.ising.solvers.branching.sdp import sdp_bound, split_bounds
 
 
 @pytest.fixture
 def tree_only(monkeypatch):
     """Almost no enumeration, so that small problems exercise the semidefinite tree."""
-    monkeypatch.setattr(_leaves, "ROOT_BUDGET", 1)
-    monkeypatch.setattr(_leaves, "NODE_BUDGET", 1)
+    monkeypatch.setattr(_loop, "ROOT_BUDGET", 1)
+    monkeypatch.setattr(_loop, "NODE_BUDGET", 1)
 
 
 def brute_force(problem, k):
@@ -107,8 +106,8 @@ def test_exact_equals_brute_force(problem, k):
 @given(problems(8), st.sampled_from([1, 5]))
 def test_the_semidefinite_tree_equals_brute_force(problem, k):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_leaves, "ROOT_BUDGET", 5)
-        patch.setattr(_leaves, "NODE_BUDGET", 5)
+        patch.setattr(_loop, "ROOT_BUDGET", 5)
+        patch.setattr(_loop, "NODE_BUDGET", 5)
         assert_the_k_best(problem, k, threads=1)
 
 
@@ -117,8 +116,8 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
 def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind, nodes):
     # The pool starts empty: a state that a wrong bound drops is missing from the answer.
     monkeypatch.setattr(tabu, "search", lambda r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0))
-    monkeypatch.setattr(_leaves, "ROOT_BUDGET", nodes)
-    monkeypatch.setattr(_leaves, "NODE_BUDGET", nodes)
+    monkeypatch.setattr(_loop, "ROOT_BUDGET", nodes)
+    monkeypatch.setattr(_loop, "NODE_BUDGET", nodes)
     cap = con.LinearConstraint("cap", np.arange(13) % 4, "<=", 7.0)
     for seed, m in enumerate((3, 5, 9)):
         ham = hamiltonian(kind, 13, seed)

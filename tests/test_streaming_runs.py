@@ -124,14 +124,15 @@ def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
     smaller = StreamedReplay(
         *open_model(cut, dtype=torch.float32, device=CPU, buffers=original.store.buffers)
     )
-    found = evaluate.evaluate_streamed(original, smaller, samples(), batch_tokens=24)
+    found = evaluate.before_and_after(original, smaller, samples(), batch_tokens=24)
     for key in ("kl", "kl_se"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-6)
+        assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-6)
     for side, model in zip(("before", "after"), pair, strict=True):
-        for key, value in expected[side].items():
-            assert found[side][key] == pytest.approx(value, rel=1e-6)
-        assert found[side]["parameters"] == sum(p.numel() for p in model.parameters())
-    assert (found["before"]["blocks"], found["after"]["blocks"]) == (6, 4)
+        figures = getattr(found, side)
+        for key, value in getattr(expected, side).content().items():
+            assert getattr(figures, key) == pytest.approx(value, rel=1e-6)
+        assert figures.parameters == sum(p.numel() for p in model.parameters())
+    assert (found.before.blocks, found.after.blocks) == (6, 4)
 
 
 def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The sweep over all decoders of transformers: what it covers, and that it sees what is wrong."""
 
-import os
 import signal
 
 import pytest
@@ -8,10 +7,9 @@ import torch
 from transformers.models.auto import modeling_auto
 
 from isingcut.testing.architectures import Report, check_entry, command, conformance
-from isingcut.testing.architectures.entries import Entry, entries
+from isingcut.testing.architectures.command import outcomes, table
+from isingcut.testing.architectures.conformance import Entry, entries
 from isingcut.testing.architectures.shrink import spread, tiny_configuration
-from isingcut.testing.architectures.tables import outcomes, table
-from isingcut.testing.architectures.workers import Died, run_apart
 
 LLAMA = Entry("llama", "AutoModelForCausalLM")
 
@@ -22,12 +20,6 @@ def test_every_decoder_of_transformers_is_there():
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     assert len({entry.name for entry in found}) == len(found) == len(causal) + len(images)
     assert [e.name for e in entries(["gemma3"])] == ["gemma3", "gemma3 (image-text)"]
-
-
-def test_each_decoder_has_its_turn_once():
-    for entry in entries():
-        counts = [command.states_of(entry.name, turn) for turn in range(7)]
-        assert sorted(counts) == [2] * 6 + [8]
 
 
 def test_an_unknown_model_type_is_named(capsys):
@@ -106,30 +98,14 @@ def test_a_model_that_is_not_tiny_is_not_built(tmp_path, monkeypatch):
     assert "too many for a tiny model" in report.reason
 
 
-def test_processes_that_die_do_so_alone():
-    def killed():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def greedy():
-        return bytearray(8 * 10**9)
-
-    def wrong():
-        raise ValueError("no such thing")
-
-    tasks = {"fine": lambda: 7, "killed": killed, "greedy": greedy, "wrong": wrong}
-    found = dict(run_apart(tasks, workers=2, gigabytes=2.0, seconds=60))
-    assert found == {
-        "fine": 7,
-        "killed": Died("its process was ended by SIGKILL"),
-        "greedy": Died("needs more than 2 GB"),
-        "wrong": Died("ValueError: no such thing"),
-    }
+def test_an_architecture_that_does_not_end_is_failed(monkeypatch, capsys):
+    monkeypatch.setattr(command, "check_entry", hang)
+    assert command.main(["--all", "llama", "--seconds", "0.2"]) == 1
+    assert "llama: failed no result within 0.2 s" in capsys.readouterr().out
 
 
-def test_a_process_that_hangs_is_ended():
-    assert dict(run_apart({"hangs": signal.pause}, workers=1, gigabytes=2.0, seconds=0.2)) == {
-        "hangs": Died("took longer than 0 s")
-    }
+def hang(*args, **options):
+    signal.pause()
 
 
 def test_the_command_line_counts_outcomes_and_writes_them_to_a_page(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError, UnknownNameError
-from isingcut.evaluation import local_tasks
+from isingcut.evaluation import questions as local_tasks
 from isingcut.evaluation.benchmark import benchmark, row
 from isingcut.evaluation.paired import compare_scores, mcnemar
 from isingcut.evaluation.questions import prepare_task
@@ -211,8 +211,8 @@ def test_error_bars_are_the_harness_s() -> None:
     rng = np.random.default_rng(0)
     first, second = (rng.integers(0, 2, 50).astype(float) for _ in range(2))
     found = compare_scores(first, second)
-    assert found.first_se == pytest.approx(mean_stderr(list(first)))
-    assert found.second_se == pytest.approx(mean_stderr(list(second)))
+    assert found.original_se == pytest.approx(mean_stderr(list(first)))
+    assert found.cut_se == pytest.approx(mean_stderr(list(second)))
 
 
 def test_mcnemar_by_enumeration() -> None:
@@ -232,9 +232,9 @@ def test_paired_comparison_of_right_and_wrong() -> None:
     assert found.test == "mcnemar"
     assert found.p_value == pytest.approx(2 / 2**12)
     assert found.more_than_noise
-    assert found.low < -0.12 < found.high < 0
+    assert found.difference_low < -0.12 < found.difference_high < 0
     same = compare_scores(first, first)
-    assert (same.p_value, same.low, same.high) == (1.0, 0.0, 0.0)
+    assert (same.p_value, same.difference_low, same.difference_high) == (1.0, 0.0, 0.0)
     assert not same.more_than_noise
 
 
@@ -245,10 +245,10 @@ def test_paired_bootstrap_of_graded_scores() -> None:
     found = compare_scores(first, first + 0.05 + noise)
     assert found.test == "bootstrap"
     assert found.more_than_noise
-    assert found.low < 0.05 < found.high
+    assert found.difference_low < 0.05 < found.difference_high
     # The bootstrap interval of a mean is close to the normal one.
     error = noise.std(ddof=1) / math.sqrt(200)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert found.difference_high - found.difference_low == pytest.approx(2 * 1.96 * error, rel=0.1)
     assert not compare_scores(first, first + noise - noise.mean()).more_than_noise
 
 
@@ -259,11 +259,11 @@ def test_rows_resume_and_refuse_other_questions(
     lines(tmp_path / "arc_easy" / "test.jsonl", records)
     options: dict[str, Any] = {"data": tmp_path, "questions": 5, "kept": tmp_path / "kept"}
     (first,) = benchmark(models, ["arc_easy"], **options)
-    assert (first["n"], first["shots"], first["metric"]) == (5, 0, "acc")
+    assert (first.n, first.shots, first.metric) == (5, 0, "acc")
     assert len(list((tmp_path / "kept").glob("*.journal"))) == 2
 
     def broken(*arguments: Any, **rest: Any) -> Any:
-        raise AssertionError("scored again")
+        raise AssertionError("asked again")
 
     monkeypatch.setattr("isingcut.evaluation.likelihoods._scores", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]

@@ -11,7 +11,9 @@ import pytest
 
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
-from isingcut.files.writing import read_json, write_json
+from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates
+from isingcut.files.documents.states import BaselineFile, CandidatesFile, MeasuredState
+from isingcut.files.writing import read_document, read_json, write_json
 from isingcut.healing.judging import Race, Verdict
 from isingcut.healing.recipe import Recipe
 from isingcut.options.config import RunConfig
@@ -73,9 +75,8 @@ def test_three_candidates_are_tried_within_a_third(tried: Path) -> None:
 
 def test_a_second_call_loads_no_model(folder: Path, tried: Path) -> None:
     session, opened = reopened(folder, tried)
-    assert trials.choose(session, opened) == read_json(
-        tried / "healed-candidates.json", "healed-candidates"
-    )
+    found = read_document(tried / "healed-candidates.json", HealedCandidates)
+    assert trials.choose(session, opened) == found
     assert "loaded" not in vars(session)
 
 
@@ -85,10 +86,6 @@ def reopened(folder: Path, run: Path) -> Any:
 
     opened = RunFolder.open(run)
     return Session(opened.config), opened
-
-
-def candidate(removed: list[int], kl: float, **rest: Any) -> dict[str, Any]:
-    return {"removed": removed, "kl": kl, **rest}
 
 
 @pytest.mark.parametrize(
@@ -113,15 +110,16 @@ def test_the_pool_is_diverse(
 ) -> None:
     session, opened = reopened(folder, tried)
     rows = [([4, 6], 1.1), ([4, 5], 1.0), ([8, 9], 1.3), ([4, 8], 1.2)]
-    content = {"candidates": [candidate(*row) for row in rows]}
+    measured = [MeasuredState.model_construct(removed=blocks, kl=kl) for blocks, kl in rows]
+    content = CandidatesFile.model_construct(candidates=measured)
     monkeypatch.setattr(opened, "load", lambda path, read: content)
     choices = {
-        "block-influence": candidate(influence, 1.5, violated=[]),
-        "angular-window": candidate([6, 7], 2.0, violated=[]),
+        "block-influence": BaselineFile.model_construct(removed=influence, kl=1.5, violated=[]),
+        "angular-window": BaselineFile.model_construct(removed=[6, 7], kl=2.0, violated=[]),
     }
     monkeypatch.setattr(trials, "compare", lambda session, folder, name: choices[name])
     assert [r["removed"] for r in trials._pool(session, opened, count)] == wanted
-    choices["angular-window"]["violated"] = ["keep"]
+    choices["angular-window"].violated.append("keep")
     assert [6, 7] not in [r["removed"] for r in trials._pool(session, opened, count)]
 
 
@@ -144,7 +142,8 @@ def test_what_a_trial_may_take(options: dict[str, Any], effort: str, steps: int 
 
 
 def test_the_rest_of_a_budget_is_the_healings() -> None:
-    rows = [{"tokens": 1000, "seconds": 30.0}, {"tokens": 500, "seconds": 15.0}]
+    spent = ((1000, 30.0), (500, 15.0))
+    rows = [ComparedCandidate.model_construct(tokens=t, seconds=s) for t, s in spent]
     assert healing_stages._left("10ktokens", rows) == "8500tokens"
     assert healing_stages._left("2min", rows) == "1.250000min"
     assert healing_stages._left("", rows) == ""
@@ -165,11 +164,11 @@ def test_a_small_budget_compares_nothing(
 
     def train(session: Any, few: HealConfig, removed: Any, text: HealingText, *rest: Any) -> Any:
         asked.append((few, int(text.train.mask.sum(1).max())))
-        row = candidate(list(removed), 1.0, steps=5, tokens=9, seconds=99.0, dropped=None)
-        return {**row, "checks": [], **({"recipe": recipe} if few.effort else {})}
+        row = {"removed": list(removed), "kl": 1.0, "steps": 5, "tokens": 9, "seconds": 99.0}
+        return {**row, "dropped": None, "checks": [], **({"recipe": recipe} if few.effort else {})}
 
     monkeypatch.setattr(trials, "_tried", train)
-    pool = [candidate([k, k + 1], 1.0, source="spectrum") for k in range(3)]
+    pool = [{"removed": [k, k + 1], "kl": 1.0, "source": "spectrum"} for k in range(3)]
     healing = HealConfig(effort="1min")
     rows = trials._trials(session, opened, healing, pool)
     assert len(rows) == 1

@@ -22,7 +22,7 @@ from shared import write_words
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("accelerate", "datasets", "dwave", "gguf", "lm_eval", "matplotlib", "mkdocs", "peft")
+OPTIONAL = ("dwave", "lm_eval", "matplotlib", "mkdocs")
 DWAVE = "dimod:dwave.samplers.SimulatedAnnealingSampler"
 PARTS = ("src", "tests", "benchmarks", "docs", "examples")
 
@@ -149,10 +149,6 @@ ENERGY = (
 )  # fmt: skip
 INSPECT = ("inspect", "model", "--json")
 SOLVE = ("solve", "run", "--remove", "3", "--solver", "exhaustive", "--json")
-LACKING = {
-    "demo": ("inspect", "model.gguf"),
-    "eval": ("energy", "model", "--calibration", "owner/dataset", "--length", "16", "--out", "o"),
-}
 ONE_BY_ONE = """
 import contextlib, io, json, sys
 from isingcut.cli.main import main
@@ -173,8 +169,7 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module")
 def answers(clean, work):
     """What commands answer in the clean environment: one process, for torch is long to import."""
-    (work / "model.gguf").write_bytes(b"GGUF")
-    typed = json.dumps([ENERGY, INSPECT, SOLVE, *LACKING.values()])
+    typed = json.dumps([ENERGY, INSPECT, SOLVE])
     ended = isingcut_in(clean, work, typed, command=(str(clean), "-c", ONE_BY_ONE))
     assert ended.returncode == 0, ended.stderr
     return {tuple(words): subprocess.CompletedProcess(words, *rest)
@@ -191,12 +186,15 @@ def test_energy_inspect_and_solve_need_no_extra(answers):
     assert json.loads(solved.stdout)["removals"][0]["proven"] is True
 
 
-@pytest.mark.parametrize("extra", ["solvers", *LACKING])
-def test_a_missing_extra_is_named(clean, work, answers, extra):
-    if extra == "solvers":
-        ended = isingcut_in(clean, work, "solve", "run", "--remove", "1", "--solver", DWAVE)
-    else:
-        ended = answers[LACKING[extra]]
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ("solvers", ("solve", "run", "--remove", "1", "--solver", DWAVE)),
+        ("eval", ("evaluate", "run", "--tasks", "piqa")),
+    ],
+)
+def test_a_missing_extra_is_named(clean, work, answers, extra, line):
+    ended = isingcut_in(clean, work, *line)
     assert ended.returncode == 2, ended.stderr
     assert f"pip install 'isingcut[{extra}]'" in ended.stderr
     assert "Traceback" not in ended.stderr

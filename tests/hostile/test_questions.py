@@ -34,8 +34,9 @@ def huge(path):
     os.truncate(path, 2**28 + 1)
 
 
-def evaluate(more="--tasks arc_easy --data {here}/data", out="{here}/scores.json"):
-    return f"evaluate {{run}}/model --original {{model}} --out {out} --device cpu {more}"
+def evaluate(tasks="arc_easy", more="", data="--data {here}/data", out="{here}/scores.json"):
+    command = f"evaluate {{run}}/model --original {{model}} --out {out} --device cpu"
+    return f"{command} {tasks and f'--tasks {tasks}'} {data} {more}"
 
 
 SUM = {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}
@@ -84,100 +85,49 @@ BENCHMARKS += rows(
     ]
 )
 NOT_FINITE = ".*model is NaN or infinite on the text that begins"
+BLOCK = "arc_easy: the output of block 2 .* of"
+WRITES = "gsm8k: the logits of .*model are NaN or infinite at token .* that it generates"
+TEXT = asked({"text": "one two " * 30}, task="wikitext2/test_raw")
+SUMS = both(asked(SUM, task="gsm8k/test"), asked(*[SUM] * 8, task="gsm8k/train"))
+LONG = config(max_position_embeddings=4096)
+THE_CUT, THE_MODEL = of_cut("run/model", overflow), tensors(overflow)
+OVERFLOWS = [
+    ("the original", "arc_easy", f"{BLOCK} {NOT_FINITE} 'Question: Wh'", asked(GOOD), THE_MODEL),
+    ("the cut", "arc_easy", f"{BLOCK} .*run/{NOT_FINITE} 'Question: Wh'", asked(GOOD), THE_CUT),
+    ("on a text", "wikitext2", f"the perplexity of .*run/{NOT_FINITE} 'one two", TEXT, THE_CUT),
+    ("as it writes", "gsm8k", WRITES, SUMS, both(LONG, THE_MODEL)),
+]
 BENCHMARKS += rows(
-    [
-        (
-            "the original overflows",
-            evaluate(),
-            f"arc_easy: the output of block 2 .* of {NOT_FINITE} 'Question: Wh'",
-            both(asked(GOOD), tensors(overflow)),
-        ),
-        (
-            "the cut model overflows",
-            evaluate(),
-            f"arc_easy: the output of block 2 .* of .*run/{NOT_FINITE} 'Question: Wh'",
-            both(asked(GOOD), of_cut("run/model", overflow)),
-        ),
-        (
-            "one overflows on a text",
-            evaluate("--tasks wikitext2 --data {here}/data"),
-            f"wikitext2: the perplexity of .*run/{NOT_FINITE} 'one two",
-            both(
-                asked({"text": "one two " * 30}, task="wikitext2/test_raw"),
-                of_cut("run/model", overflow),
-            ),
-        ),
-        (
-            "one overflows as it writes",
-            evaluate("--tasks gsm8k --data {here}/data"),
-            "gsm8k: the logits of .*model are NaN or infinite at token .* that it generates",
-            both(
-                asked(SUM, task="gsm8k/test"),
-                asked(*[SUM] * 8, task="gsm8k/train"),
-                config(max_position_embeddings=4096),
-                tensors(overflow),
-            ),
-        ),
-        ("unknown task", evaluate("--tasks zorp --data {here}/data"), "unknown local", asked(GOOD)),
-        ("no task", evaluate("--tasks , --data {here}/data"), "names no benchmark", asked(GOOD)),
-        ("no tasks", evaluate("--data {here}/data"), "names no benchmark", asked(GOOD)),
-        ("no questions", evaluate("--tasks arc_easy --questions 0"), "Invalid value|questions"),
-        ("text without data", evaluate("--tasks wikitext2"), "wikitext2 is read from a folder"),
-        (
-            "a file with an empty choice",
-            evaluate("--tasks {here}/data/own.jsonl"),
-            r"data/own.jsonl, line 3: expected 'choices', .* none empty, got \['one', ''\]",
-            asked(GOOD, "", {**GOOD, "choices": ["one", ""]}, task="own"),
-        ),
-        (
-            "an article without text",
-            evaluate("--tasks wikitext2 --data {here}/data"),
-            "line 1: expected a text 'text', got 7",
-            asked({"text": 7}, task="wikitext2/test_raw"),
-        ),
-        (
-            "no blank",
-            evaluate("--tasks winogrande --data {here}/data"),
-            "line 1: expected '_' in 'context'",
-            asked(GOOD, task="winogrande/dev"),
-        ),
-        (
-            "three choices of four",
-            evaluate("--tasks mmlu_0shot --data {here}/data"),
-            "line 1: expected 4 'choices', got 2",
-            asked({**GOOD, "subject": "x"}, task="mmlu/test"),
-        ),
-        (
-            "one word",
-            evaluate("--tasks lambada --data {here}/data"),
-            "line 1: expected ' ' in 'text'",
-            asked({"text": "one"}, task="lambada/test"),
-        ),
-        (
-            "a run, an unknown task",
-            "evaluate {run} --tasks zorp --data {here}/data",
-            "unknown local task 'zorp'",
-            asked(GOOD),
-        ),
-        (
-            "the questions as output",
-            evaluate(out="{here}/data/arc_easy/test.jsonl"),
-            "lies in .*data, which this command reads",
-            asked(GOOD),
-        ),
-        (
-            "a user's file as output",
-            evaluate("--tasks arc_easy --data {here}/data --overwrite", out="{home}/diary.txt"),
-            "stays as it is",
-            asked(GOOD),
-        ),
-        (
-            "the model as output",
-            evaluate("--tasks arc_easy --data {here}/data --overwrite", out="{model}/config.json"),
-            "lies in .*model, which this command reads",
-            asked(GOOD),
-        ),
-    ]
+    [(f"overflows: {n}", evaluate(task), line, both(*make)) for n, task, line, *make in OVERFLOWS]
+)
+ARTICLE = asked({"text": 7}, task="wikitext2/test_raw")
+ONE_WORD = asked({"text": "one"}, task="lambada/test")
+EMPTY = asked(GOOD, "", {**GOOD, "choices": ["one", ""]}, task="own")
+OWN = r"data/own.jsonl, line 3: expected 'choices', .* none empty, got \['one', ''\]"
+MMLU = asked({**GOOD, "subject": "x"}, task="mmlu/test")
+OTHERS = [
+    ("unknown task", evaluate("zorp"), "unknown local", asked(GOOD)),
+    ("no task", evaluate(","), "names no benchmark", asked(GOOD)),
+    ("no tasks", evaluate(""), "names no benchmark", asked(GOOD)),
+    ("no questions", evaluate(more="--questions 0"), "Invalid value|questions", asked(GOOD)),
+    ("text without data", evaluate("wikitext2", data=""), "wikitext2 is read from", both()),
+    ("an empty choice", evaluate("{here}/data/own.jsonl", data=""), OWN, EMPTY),
+    ("an article", evaluate("wikitext2"), "line 1: expected a text 'text', got 7", ARTICLE),
+    ("no blank", evaluate("winogrande"), "line 1: expected '_' in 'context'",
+     asked(GOOD, task="winogrande/dev")),
+    ("two of four", evaluate("mmlu_0shot"), "line 1: expected 4 'choices', got 2", MMLU),
+    ("one word", evaluate("lambada"), "line 1: expected ' ' in 'text'", ONE_WORD),
+    ("a run", "evaluate {run} --tasks zorp --data {here}/data", "unknown local task 'zorp'",
+     asked(GOOD)),
+]  # fmt: skip
+PLACES = [
+    ("{here}/data/arc_easy/test.jsonl", "", "lies in .*data, which this command reads"),
+    ("{home}/diary.txt", "--overwrite", "stays as it is"),
+    ("{model}/config.json", "--overwrite", "lies in .*model, which this command reads"),
+]
+BENCHMARKS += rows(OTHERS)
+BENCHMARKS += rows(
+    [(f"to {out}", evaluate(more=more, out=out), line, asked(GOOD)) for out, more, line in PLACES]
 )
 
 

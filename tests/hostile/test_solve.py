@@ -1,13 +1,13 @@
 """Samplers of others: whatever they do ends in one line, and nothing of the user's is touched."""
 
 import json
+import sys
 
 import pytest
 from arena import Row
 
 HEAD = """
-import ctypes, os, shutil, signal, sys, threading, time
-from pathlib import Path
+import sys
 import dimod
 import numpy as np
 
@@ -25,8 +25,6 @@ class Rude(Exception):
 class Base(dimod.Sampler):
     properties, parameters = {}, {}
 """
-FOLDER = "Path(sys.argv[1])"
-ANSWERED = f"({FOLDER} / 'answer.json').write_text"
 FAILED = r"the sampler bad\.Bad failed: "
 RETURNED = r"the sampler bad\.Bad returned "
 CALLS = {
@@ -34,32 +32,12 @@ CALLS = {
     "a value error": ("raise ValueError('two\\nlines')", FAILED + "ValueError: two lines$"),
     "an exit": ("raise SystemExit(0)", FAILED + "SystemExit: 0"),
     "sys.exit": ("sys.exit()", FAILED + "SystemExit"),
-    "an interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     "a generator's end": ("raise GeneratorExit", FAILED + "GeneratorExit"),
     "markup": ("raise RuntimeError('[/red] [bold')", FAILED + r"RuntimeError: \[/red\] \[bold"),
     "a lone surrogate": ("raise RuntimeError('\\ud800')", FAILED + "RuntimeError"),
     "an error that cannot be said": ("raise Rude", FAILED + "Rude: without words"),
     "endless recursion": ("return self.sample(bqm)", FAILED + "RecursionError"),
     "a long message": ("raise RuntimeError('x' * 10**6)", FAILED + "RuntimeError: x{300}$"),
-    # how it ends
-    "ends its process": ("os._exit(0)", "ended its process with exit status 0 and returned noth"),
-    "ends it with 3": ("os._exit(3)", "ended its process with exit status 3"),
-    "aborts": ("os.abort()", "ended its process by signal 6"),
-    "crashes": ("ctypes.string_at(0)", "ended its process by signal 11"),
-    "kills itself": ("os.kill(os.getpid(), 9)", "ended its process by signal 9"),
-    "loops": ("while True: pass", r"did not end within 0\.3 s and was ended.*--solve-seconds"),
-    "sleeps": ("time.sleep(600)", r"did not end within 0\.3 s and was ended"),
-    "ignores signals": (
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
-        r"did not end within 0\.3 s and was ended",
-    ),
-    "prints without an end": ("while True: print('x' * 9999)", r"did not end within 0\.3 s"),
-    # what it takes
-    "a petabyte": ("np.ones(10**14)", FAILED + "_?(Array)?MemoryError"),
-    "memory without an end": (
-        "kept = []\n        while True: kept.append(np.empty(2**27))",
-        FAILED + "_?(Array)?MemoryError",
-    ),
     # what it returns
     "nothing": ("pass", RETURNED + "NoneType, expected a dimod.SampleSet"),
     "a list": ("return [{0: 1}]", RETURNED + "list, expected"),
@@ -93,36 +71,10 @@ CALLS = {
         "return dimod.SampleSet.from_future(None, lambda future: 1 / 0)",
         FAILED + "ZeroDivisionError",
     ),
-    # what it does to the files between the processes
-    "deletes them": (
-        f"shutil.rmtree({FOLDER}); return states(bqm, 1, 'BINARY')",
-        "ended its process with exit status 1",
-    ),
-    "answers by itself": (f"{ANSWERED}('[]'); os._exit(0)", "wrote an answer of its own"),
-    "answers in no JSON": (f"{ANSWERED}('{{'); os._exit(0)", "answer of .* not readable as JSON"),
-    "answers too deeply": (f"{ANSWERED}('[' * 10**5); os._exit(0)", "answer of .* JSON"),
-    "states as a pickle": (
-        f"np.save({FOLDER} / 'states.npy', np.array([{{}}])); {ANSWERED}('{{}}'); os._exit(0)",
-        "states of bad.Bad cannot be read",
-    ),
-    "states of another shape": (
-        f"np.save({FOLDER} / 'states.npy', np.ones((1, 2), bool)); {ANSWERED}('{{}}'); os._exit(0)",
-        r"states of bad.Bad are bool \(1, 2\)",
-    ),
-    "states that break the count": (
-        f"np.save({FOLDER} / 'states.npy', np.ones((1, len(bqm.variables)), bool)); "
-        f"{ANSWERED}('{{}}'); os._exit(0)",
-        "returned a state that breaks: count",
-    ),
-    "states as a pipe": (
-        f"os.mkfifo({FOLDER} / 'states.npy'); {ANSWERED}('{{}}'); os._exit(0)",
-        "states of bad.Bad .* is a pipe",
-    ),
 }
 MODULES = {
     "an import that fails": ("1 / 0", r"importing 'bad' failed: ZeroDivisionError"),
     "an import that exits": ("raise SystemExit(1)", "importing 'bad' failed: SystemExit: 1"),
-    "an import that hangs": ("while True: pass", r"bad\.Bad did not end within 0\.3 s"),
     "an import of what is not there": ("import nowhere", "cannot import 'bad' .*'nowhere'"),
     "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
     "a null byte": ("x = '\0'", "importing 'bad' failed: "),
@@ -162,11 +114,7 @@ NAMES = {
     "../exact": "unknown solver '../exact'",
 }
 SOLVE = "solve {run} --remove 3 --solver "
-
-
-def bad(line):
-    """The command for a sampler of which this is said; one that does not end gets little time."""
-    return SOLVE + "dimod:bad.Bad" + " --solve-seconds 0.3" * ("did not end" in line)
+BAD = SOLVE + "dimod:bad.Bad"
 
 
 def module(text):
@@ -178,8 +126,8 @@ def method(body):
 
 
 ROWS = [
-    *(Row(n, bad(line), line, method(body)) for n, (body, line) in CALLS.items()),
-    *(Row(n, bad(line), line, module(text)) for n, (text, line) in MODULES.items()),
+    *(Row(n, BAD, line, method(body)) for n, (body, line) in CALLS.items()),
+    *(Row(n, BAD, line, module(text)) for n, (text, line) in MODULES.items()),
     *(Row(f"the name {n}", f"{SOLVE}'{n}'", line) for n, line in NAMES.items()),
     *(
         Row(f"run with the name {n}", f"run {{model}} --remove 2 --calibration {{text}} --length 16"
@@ -197,8 +145,10 @@ ROWS = [
 def place(arena, monkeypatch):
     """An arena whose folder is searched for modules."""
     monkeypatch.syspath_prepend(arena.here)
-    monkeypatch.setattr("isingcut.ising.solvers._apart.GRACE_SECONDS", 0.1)
-    return arena
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "bad", raising=False)
+    yield arena
+    sys.modules.pop("bad", None)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
@@ -207,9 +157,7 @@ def test_a_sampler_that_fails_is_one_line(place, row):
 
 
 GOOD = {
-    "prints": "print('{'); os.write(1, b'loud'); return dimod.ExactSolver().sample(bqm)",
-    "leaves a thread": "threading.Thread(target=time.sleep, args=(600,)).start(); "
-    "return dimod.ExactSolver().sample(bqm)",
+    "prints": "print('{'); return dimod.ExactSolver().sample(bqm)",
     "gives spins": "return dimod.ExactSolver().sample(bqm).change_vartype('SPIN')",
     "breaks the count, which is repaired": "return states(bqm, 1, 'BINARY')",
 }

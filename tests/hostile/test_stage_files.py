@@ -80,139 +80,127 @@ ROWS += [
     )
 ]
 
-MISSING = object()
+# A name, where in the file, what stands there then (nothing: it is gone), and what is said.
 FIELDS = {
-    "run.json": [
-        ("no blocks", ("blocks",), MISSING, "blocks: it is missing"),
-        ("blocks a list", ("blocks",), [], "blocks: expected a valid dictionary"),
-        ("no block", ("blocks", "blocks"), [], "blocks.blocks: List should have at least 1"),
-        ("blocks out of order", ("blocks", "blocks", 1, "index"), 5, "not numbered from 0"),
-        ("a kind that is no text", ("blocks", "blocks", 1, "kind"), 3, "blocks.1.kind: expected"),
-        ("negative costs", ("blocks", "blocks", 1, "bytes"), -1, "blocks.1.bytes: expected"),
-        (
-            "a short legality row",
-            ("blocks", "legality"),
-            [{"name": "x", "coefficients": [1.0], "sense": "<=", "rhs": 1, "reason": ""}],
-            "a coefficient for each of 6 blocks",
-        ),
+    "run.json": r"""
+no blocks :: blocks ::  :: blocks: it is missing
+blocks a list :: blocks :: [] :: blocks: expected a valid dictionary
+no block :: blocks blocks :: [] :: blocks.blocks: List should have at least 1
+blocks out of order :: blocks blocks 1 index :: 5 :: not numbered from 0
+a kind that is no text :: blocks blocks 1 kind :: 3 :: blocks.1.kind: expected
+negative costs :: blocks blocks 1 bytes :: -1 :: blocks.1.bytes: expected
+stages a list :: stages :: [] :: stages: expected a valid dictionary
+a stage a text :: stages spectrum.json :: "x" :: stages.spectrum.json: expected
+done a number :: stages spectrum.json done :: 2 :: spectrum.json.done: expected a valid boolean
+no seconds :: stages spectrum.json seconds :: null :: a finished stage needs its seconds
+tokens a text :: provenance calibration splits rank tokens :: "x" :: rank.tokens: expected a valid
+batches of nothing :: provenance computed cpu batch_tokens :: 0 :: expected greater than or equal
+no config :: config :: null :: config: expected a valid dictionary
+an energy a number :: config energy :: 4 :: config.energy: expected a valid string
+a seed a text :: config seed :: "0" :: config.seed: expected a valid integer
+a list of lists :: config keep :: [[1]] :: config.keep
+no provenance :: provenance ::  :: provenance: it is missing
+a model without name :: provenance model name :: null :: provenance.model.name
+""",
+    "spectrum.json": r"""
+n of others :: n :: 7 :: over 7 blocks, the run's model has 6
+n huge :: n :: 1000000000000 :: n: expected less than
+n a truth :: n :: true :: n: expected a valid integer, got True
+n zero :: n :: 0 :: n: expected greater
+no states :: states :: [] :: states: List should have at least 1
+states a dict :: states :: {} :: states: expected a valid list
+an index beyond :: states 0 removed :: [6] :: not among the 6
+an index below :: states 0 removed :: [-1] :: removed.0: expected greater
+an index twice :: states 0 removed :: [4, 4] :: a block is named twice
+an index a fraction :: states 0 removed :: [1.5] :: removed.0: expected a valid
+an energy a text :: states 0 energy :: "low" :: energy: expected a valid number
+an energy beyond :: states 0 energy :: 1e+300 :: energy: expected less than
+proven a text :: proven :: "yes" :: proven: expected a valid boolean
+no solver :: solver :: null :: solver: expected a valid string
+""",
+    "candidates.json": r"""
+no choice :: chosen ::  :: chosen: it is missing
+a choice null :: chosen :: null :: chosen: expected a valid dictionary
+a choice beyond :: chosen removed :: [99] :: names block 99, the run's model has 6
+a choice of texts :: chosen removed :: ["4"] :: removed.0: expected a valid integer
+a loss null :: candidates 0 kl :: null :: candidates.0.kl: expected a valid number
+a negative error :: candidates 0 kl_se :: -1.0 :: candidates.0.kl_se: expected
+candidates a dict :: candidates :: {} :: candidates: expected a valid list
+no correlation :: fidelity kl :: [] :: fidelity.kl: expected a valid dictionary
+a correlation of texts :: fidelity kl n :: "9" :: fidelity.kl.n: expected
+others a list :: fidelity_of_others :: [1] :: fidelity_of_others: expected
+a position a text :: chosen position :: "0" :: chosen.position: expected
+tokens none :: tokens :: 0 :: tokens: expected greater
+""",
+    "evaluation.json": r"""
+one side :: after ::  :: after: it is missing
+a side a list :: before :: [] :: before: expected a valid dictionary
+no parameters :: before parameters :: null :: before.parameters: expected
+a speed a text :: after decode_tokens_per_second :: "fast" :: expected a valid num
+a negative perplexity :: before perplexity :: -2.0 :: perplexity: expected greater
+a prompt a number :: generation prompt :: 3 :: prompt: expected a valid string
+""",
+    "model/isingcut.json": r"""
+blocks beyond :: removed :: [6] :: not among the 6
+of others :: of :: 12 :: over 12 blocks|changed
+removed a text :: removed :: "4,5" :: removed: expected a valid list
+""",
+    "baseline-sleb.json": r"""
+blocks beyond :: removed :: [0, 44] :: names block 44
+a name a list :: baseline :: ["x"] :: baseline: expected a valid string
+passes null :: passes :: null :: passes: expected a valid number
+violated a text :: violated :: "all" :: violated: expected a valid list
+""",
+    "healing.json": r"""
+steps a dict :: steps :: {"loss": 1} :: steps: expected a valid list
+a loss a text :: steps 0 loss :: "high" :: steps.0.loss: expected a valid number
+options a list :: options :: [] :: options: expected a valid dictionary
+no scores after :: after :: null :: after: expected a valid dictionary
+tokens a text :: report_tokens :: "9" :: report_tokens: expected a valid integer
+""",
+    "healed-candidates.json": r"""
+none :: candidates :: [] :: candidates: List should have at least 1
+a choice beyond :: chosen removed :: [6] :: names block 6
+no loss before :: candidates 0 kl_before :: null :: kl_before: expected
+""",
+    "benchmarks.json": r"""
+rows a dict :: rows :: {} :: rows: expected a valid list
+a score null :: rows 0 cut :: null :: rows.0.cut: expected a valid number
+a task a number :: rows 0 task :: 5 :: rows.0.task: expected a valid string
+noise a text :: rows 0 more_than_noise :: "no" :: expected a valid boolean
+""",
+}
+LEGALITY = {"name": "x", "coefficients": [1.0], "sense": "<=", "rhs": 1, "reason": ""}
+ROWS += [
+    Row(f"run.json: {name}", REPORT, line, edited("run.json", "blocks", "legality", value=[row]))
+    for name, row, line in (
+        ("a short legality row", LEGALITY, "a coefficient for each of 6 blocks"),
         (
             "a strange sense",
-            ("blocks", "legality"),
-            [{"name": "x", "coefficients": [1.0] * 6, "sense": "<", "rhs": 1, "reason": ""}],
+            LEGALITY | {"coefficients": [1.0] * 6, "sense": "<"},
             "legality.0.sense: expected '=='",
         ),
-        ("stages a list", ("stages",), [], "stages: expected a valid dictionary"),
-        ("a stage a text", ("stages", "spectrum.json"), "x", "stages.spectrum.json: expected"),
-        (
-            "a stage done twice",
-            ("stages", "spectrum.json", "done"),
-            2,
-            "stages.spectrum.json.done: expected a valid boolean",
-        ),
-        (
-            "a stage without its seconds",
-            ("stages", "spectrum.json", "seconds"),
-            None,
-            "a finished stage needs its seconds",
-        ),
-        ("no config", ("config",), None, "config: expected a valid dictionary"),
-        ("an energy a number", ("config", "energy"), 4, "config.energy: expected a valid string"),
-        ("a seed a text", ("config", "seed"), "0", "config.seed: expected a valid integer"),
-        ("a list of lists", ("config", "keep"), [[1]], "config.keep"),
-        ("no provenance", ("provenance",), MISSING, "provenance: it is missing"),
-        ("a model without name", ("provenance", "model", "name"), None, "provenance.model.name"),
-        (
-            "tokens a text",
-            ("provenance", "calibration", "splits", "rank", "tokens"),
-            "many",
-            "splits.rank.tokens: expected a valid integer",
-        ),
-        (
-            "batches of nothing",
-            ("provenance", "computed", "cpu", "batch_tokens"),
-            0,
-            "computed.cpu.batch_tokens: expected greater than or equal to 1",
-        ),
-    ],
-    "spectrum.json": [
-        ("n of others", ("n",), 7, "over 7 blocks, the run's model has 6"),
-        ("n huge", ("n",), 10**12, "n: expected less than"),
-        ("n a truth", ("n",), True, "n: expected a valid integer, got True"),
-        ("n zero", ("n",), 0, "n: expected greater"),
-        ("no states", ("states",), [], "states: List should have at least 1"),
-        ("states a dict", ("states",), {}, "states: expected a valid list"),
-        ("an index beyond", ("states", 0, "removed"), [6], "not among the 6"),
-        ("an index below", ("states", 0, "removed"), [-1], "removed.0: expected greater"),
-        ("an index twice", ("states", 0, "removed"), [4, 4], "a block is named twice"),
-        ("an index a fraction", ("states", 0, "removed"), [1.5], "removed.0: expected a valid"),
-        ("an energy a text", ("states", 0, "energy"), "low", "energy: expected a valid number"),
-        ("an energy beyond", ("states", 0, "energy"), 1e300, "energy: expected less than"),
-        ("proven a text", ("proven",), "yes", "proven: expected a valid boolean"),
-        ("no solver", ("solver",), None, "solver: expected a valid string"),
-    ],
-    "candidates.json": [
-        ("no choice", ("chosen",), MISSING, "chosen: it is missing"),
-        ("a choice null", ("chosen",), None, "chosen: expected a valid dictionary"),
-        ("a choice beyond", ("chosen", "removed"), [99], "names block 99, the run's model has 6"),
-        ("a choice of texts", ("chosen", "removed"), ["4"], "removed.0: expected a valid integer"),
-        ("a loss null", ("candidates", 0, "kl"), None, "candidates.0.kl: expected a valid number"),
-        ("a negative error", ("candidates", 0, "kl_se"), -1.0, "candidates.0.kl_se: expected"),
-        ("candidates a dict", ("candidates",), {}, "candidates: expected a valid list"),
-        ("no correlation", ("fidelity", "kl"), [], "fidelity.kl: expected a valid dictionary"),
-        ("a correlation of texts", ("fidelity", "kl", "n"), "9", "fidelity.kl.n: expected"),
-        ("others a list", ("fidelity_of_others",), [1], "fidelity_of_others: expected"),
-        ("a position a text", ("chosen", "position"), "0", "chosen.position: expected"),
-        ("tokens none", ("tokens",), 0, "tokens: expected greater"),
-    ],
-    "evaluation.json": [
-        ("one side", ("after",), MISSING, "after: it is missing"),
-        ("a side a list", ("before",), [], "before: expected a valid dictionary"),
-        ("no parameters", ("before", "parameters"), None, "before.parameters: expected"),
-        ("a speed a text", ("after", "decode_tokens_per_second"), "fast", "expected a valid num"),
-        ("a negative perplexity", ("before", "perplexity"), -2.0, "perplexity: expected greater"),
-        ("a prompt a number", ("generation", "prompt"), 3, "prompt: expected a valid string"),
-    ],
-    "model/isingcut.json": [
-        ("blocks beyond", ("removed",), [6], "not among the 6"),
-        ("of others", ("of",), 12, "over 12 blocks|changed"),
-        ("removed a text", ("removed",), "4,5", "removed: expected a valid list"),
-    ],
-    "baseline-sleb.json": [
-        ("blocks beyond", ("removed",), [0, 44], "names block 44"),
-        ("an empty merge", ("merges",), [[]], "merges.0: List should have at least 1"),
-        ("a merge beyond", ("merges",), [[0, 9]], "names block 9"),
-        ("a name a list", ("baseline",), ["x"], "baseline: expected a valid string"),
-        ("passes null", ("passes",), None, "passes: expected a valid number"),
-        ("violated a text", ("violated",), "all", "violated: expected a valid list"),
-    ],
-    "healing.json": [
-        ("steps a dict", ("steps",), {"loss": 1}, "steps: expected a valid list"),
-        ("a loss a text", ("steps", 0, "loss"), "high", "steps.0.loss: expected a valid number"),
-        ("options a list", ("options",), [], "options: expected a valid dictionary"),
-        ("no scores after", ("after",), None, "after: expected a valid dictionary"),
-        ("tokens a text", ("report_tokens",), "9", "report_tokens: expected a valid integer"),
-    ],
-    "healed-candidates.json": [
-        ("none", ("candidates",), [], "candidates: List should have at least 1"),
-        ("a choice beyond", ("chosen", "removed"), [6], "names block 6"),
-        ("no loss before", ("candidates", 0, "kl_before"), None, "kl_before: expected"),
-    ],
-    "benchmarks.json": [
-        ("rows a dict", ("rows",), {}, "rows: expected a valid list"),
-        ("a score null", ("rows", 0, "cut"), None, "rows.0.cut: expected a valid number"),
-        ("a task a number", ("rows", 0, "task"), 5, "rows.0.task: expected a valid string"),
-        ("noise a text", ("rows", 0, "more_than_noise"), "no", "expected a valid boolean"),
-    ],
-}
+    )
+]
+
+
+def damages(table):
+    """The rows of such a table, each read."""
+    for row in table.strip().splitlines():
+        name, path, value, line = (part.strip() for part in row.split("::"))
+        keys = [int(key) if key.isdigit() else key for key in path.split()]
+        yield name, keys, json.loads(value or "null"), value == "", line
+
+
 ROWS += [
     Row(
         f"{file}: {name}",
         REPORT,
         rf"{Path(file).name} is damaged: .*{line}",
-        edited(file, *path, value=value, drop=value is MISSING),
+        edited(file, *path, value=value, drop=gone),
     )
-    for file, damages in FIELDS.items()
-    for name, path, value, line in damages
+    for file, table in FIELDS.items()
+    for name, path, value, gone, line in damages(table)
 ]
 # Verbs that read by themselves what the report reads too.
 ROWS += [

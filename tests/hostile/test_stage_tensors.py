@@ -14,7 +14,7 @@ from isingcut.files.tensors import tensor_header
 
 
 def tensors(name, change, header=None):
-    """Prepares an arena in which a safetensors file has other arrays or another header."""
+    """Prepares an arena in which a safetensors file has other arrays, or values in its header."""
 
     def prepare(arena):
         from safetensors import safe_open
@@ -24,8 +24,7 @@ def tensors(name, change, header=None):
             meta = json.loads(found.metadata()["isingcut"])
             arrays = {k: found.get_tensor(k) for k in found.keys()}  # noqa: SIM118
         change(arrays)
-        if header is not None:
-            header(meta)
+        meta |= header or {}
         save_file(arrays, file, tensor_header(meta))
         record(arena, name)
 
@@ -38,6 +37,16 @@ def poked(key, value):
         arrays[key].flat[1] = value
 
     return change
+
+
+def without(key):
+    return lambda arrays: arrays.pop(key)
+
+
+def zeros(dtype="float64", **shapes):
+    """Other arrays, of zeros; ``rank_mask`` is ``rank.mask``."""
+    names = {key.replace("_", ".", 1): shape for key, shape in shapes.items()}
+    return lambda arrays: arrays.update({k: np.zeros(n, dtype) for k, n in names.items()})
 
 
 def nothing(arrays):
@@ -53,76 +62,42 @@ def raw(name, change):
     return prepare
 
 
-HAMILTONIAN = "hamiltonian.safetensors"
-TENSORS = {
-    "J missing": (tensors(HAMILTONIAN, lambda a: a.pop("J")), "the tensor J is missing"),
-    "h missing": (tensors(HAMILTONIAN, lambda a: a.pop("h")), "h is missing|h: expected"),
-    "h a matrix": (
-        tensors(HAMILTONIAN, lambda a: a.update(h=np.zeros((6, 6)))),
-        r"h: expected F64 of shape \(6,\), got F64 of shape \(6, 6\)",
-    ),
-    "h a scalar": (
-        tensors(HAMILTONIAN, lambda a: a.update(h=np.zeros(()))),
-        r"h: expected F64 of shape",
-    ),
-    "h of nothing": (
-        tensors(HAMILTONIAN, lambda a: a.update(h=np.zeros(0), J=np.zeros((0, 0)))),
-        "h must be a vector with at least one entry",
-    ),
-    "of other blocks": (
-        tensors(HAMILTONIAN, lambda a: a.update(h=np.zeros(4), J=np.zeros((4, 4)))),
-        "over 4 blocks, the run's model has 6",
-    ),
-    "J of another size": (
-        tensors(HAMILTONIAN, lambda a: a.update(J=np.zeros((4, 4)))),
-        r"J: expected F64 of shape \(6, 6\), got",
-    ),
-    "J whole numbers": (
-        tensors(HAMILTONIAN, lambda a: a.update(J=np.zeros((6, 6), np.int64))),
-        "J: expected F64 .* got I64",
-    ),
-    "J half as precise": (
-        tensors(HAMILTONIAN, lambda a: a.update(J=np.zeros((6, 6), np.float32))),
-        "J: expected F64 .* got F32",
-    ),
-    "J without number": (tensors(HAMILTONIAN, poked("J", np.nan)), "J holds values that are not"),
-    "h infinite": (tensors(HAMILTONIAN, poked("h", np.inf)), "h holds values that are not finite"),
-    "J not symmetric": (tensors(HAMILTONIAN, poked("J", 99.0)), "J must be symmetric"),
-    "c missing": (tensors(HAMILTONIAN, lambda a: a.pop("c")), "the tensor c is missing"),
-    "newer": (tensors(HAMILTONIAN, nothing, lambda m: m.update(version=2)), "newer isingcut"),
-    "version a text": (
-        tensors(HAMILTONIAN, nothing, lambda m: m.update(version="1")),
-        "version: expected a number",
-    ),
-    "unit a list": (
-        tensors(HAMILTONIAN, nothing, lambda m: m.update(unit=[])),
-        "unit: expected a valid string",
-    ),
-    "meta a text": (
-        tensors(HAMILTONIAN, nothing, lambda m: m.update(meta="x")),
-        "meta: expected a valid dictionary",
-    ),
-    "passes a text": (
-        tensors(HAMILTONIAN, nothing, lambda m: m["meta"].update(passes="1")),
-        "meta.passes: expected a valid number",
-    ),
-    "search a list": (
-        tensors(HAMILTONIAN, nothing, lambda m: m["meta"].update(search=[])),
-        "meta.search: expected a valid dictionary",
-    ),
-    "header of another kind": (
-        tensors(HAMILTONIAN, nothing, lambda m: m.update(format="isingcut-calibration")),
-        "not an isingcut hamiltonian file",
-    ),
-    "truncated": (raw(HAMILTONIAN, lambda c: c[:-9]), "not a readable safetensors file"),
-    "empty": (raw(HAMILTONIAN, lambda c: b""), "not a readable safetensors file"),
-    "a header bomb": (
-        raw(HAMILTONIAN, lambda c: (1 << 62).to_bytes(8, "little") + c[8:]),
-        "not a readable safetensors file",
-    ),
-    "a pipe": (replaced(HAMILTONIAN, os.mkfifo), "a pipe; expected a plain file|no plain file"),
-}
-ROWS = [Row(f"{HAMILTONIAN}: {n}", SOLVE, line, make) for n, (make, line) in TENSORS.items()]
+HAMILTONIAN, BOMB = "hamiltonian.safetensors", (1 << 62).to_bytes(8, "little")
+SHAPE = r"expected F64 of shape \(6,"
+ARRAYS = [
+    ("J missing", without("J"), "the tensor J is missing"),
+    ("h missing", without("h"), "h is missing|h: expected"),
+    ("h a matrix", zeros(h=(6, 6)), rf"h: {SHAPE}\), got F64 of shape \(6, 6\)"),
+    ("h a scalar", zeros(h=()), r"h: expected F64 of shape"),
+    ("h of nothing", zeros(h=0, J=(0, 0)), "h must be a vector with at least one entry"),
+    ("of other blocks", zeros(h=4, J=(4, 4)), "over 4 blocks, the run's model has 6"),
+    ("J of another size", zeros(J=(4, 4)), rf"J: {SHAPE} 6\), got"),
+    ("J whole numbers", zeros("int64", J=(6, 6)), "J: expected F64 .* got I64"),
+    ("J half as precise", zeros("float32", J=(6, 6)), "J: expected F64 .* got F32"),
+    ("J without number", poked("J", np.nan), "J holds values that are not"),
+    ("h infinite", poked("h", np.inf), "h holds values that are not finite"),
+    ("J not symmetric", poked("J", 99.0), "J must be symmetric"),
+    ("c missing", without("c"), "the tensor c is missing"),
+]
+HEADERS = [
+    ("newer", {"version": 2}, "newer isingcut"),
+    ("version a text", {"version": "1"}, "version: expected a number"),
+    ("unit a list", {"unit": []}, "unit: expected a valid string"),
+    ("meta a text", {"meta": "x"}, "meta: expected a valid dictionary"),
+    ("passes a text", {"meta": {"passes": "1"}}, "meta.passes: expected a valid number"),
+    ("search a list", {"meta": {"search": []}}, "meta.search: expected a valid dictionary"),
+    ("another kind", {"format": "isingcut-calibration"}, "not an isingcut hamiltonian file"),
+]
+UNREADABLE = "not a readable safetensors file"
+TENSORS = [
+    *((name, tensors(HAMILTONIAN, change), line) for name, change, line in ARRAYS),
+    *((name, tensors(HAMILTONIAN, nothing, new), line) for name, new, line in HEADERS),
+    ("truncated", raw(HAMILTONIAN, lambda c: c[:-9]), UNREADABLE),
+    ("empty", raw(HAMILTONIAN, lambda c: b""), UNREADABLE),
+    ("a header bomb", raw(HAMILTONIAN, lambda c: BOMB + c[8:]), UNREADABLE),
+    ("a pipe", replaced(HAMILTONIAN, os.mkfifo), "a pipe; expected a plain file|no plain file"),
+]
+ROWS = [Row(f"{HAMILTONIAN}: {name}", SOLVE, line, make) for name, make, line in TENSORS]
 ROWS.append(
     Row(
         "another energy of other blocks",
@@ -130,10 +105,7 @@ ROWS.append(
         "over 4 blocks, the run's model has 6",
         lambda a: (
             shutil.copy(a.run / HAMILTONIAN, a.run / "hamiltonian.fisher.safetensors"),
-            tensors(
-                "hamiltonian.fisher.safetensors",
-                lambda t: t.update(h=np.zeros(4), J=np.zeros((4, 4))),
-            )(a),
+            tensors("hamiltonian.fisher.safetensors", zeros(h=4, J=(4, 4)))(a),
         ),
     )
 )
@@ -146,29 +118,15 @@ def test_a_damaged_tensor_file_is_one_line(arena, row):
 
 TEXT = "calibration.safetensors"
 SPLITS = {
-    "tokens missing": (lambda a: a.pop("rank.input_ids"), "tensor rank.input_ids is missing"),
-    "a mask of numbers": (
-        lambda a: a.update({"rank.mask": np.ones((3, 16), np.int64)}),
-        "rank.mask: expected BOOL .* got I64",
-    ),
-    "a mask of another size": (
-        lambda a: a.update({"rank.mask": np.ones((3, 9), bool)}),
-        r"rank.mask: expected BOOL of shape \(3, 16\)",
-    ),
-    "tokens in a row": (
-        lambda a: a.update({"rank.input_ids": np.zeros(16, np.int64)}),
-        "rank.input_ids: expected I64 of shape",
-    ),
+    "tokens missing": (without("rank.input_ids"), "tensor rank.input_ids is missing"),
+    "a mask of numbers": (zeros("int64", rank_mask=(3, 16)), "mask: expected BOOL .* got I64"),
+    "a mask of another size": (zeros(bool, rank_mask=(3, 9)), r"BOOL of shape \(3, 16\)"),
+    "tokens in a row": (zeros("int64", rank_input_ids=16), "input_ids: expected I64 of shape"),
     "no sample": (
-        lambda a: a.update(
-            {"rank.input_ids": np.zeros((0, 16), np.int64), "rank.mask": np.zeros((0, 16), bool)}
-        ),
+        lambda a: (zeros("int64", rank_input_ids=(0, 16))(a), zeros(bool, rank_mask=(0, 16))(a)),
         "do not match its own hash",
     ),
-    "tokens fractions": (
-        lambda a: a.update({"rank.input_ids": np.zeros((3, 16))}),
-        "rank.input_ids: expected I64 .* got F64",
-    ),
+    "tokens fractions": (zeros(rank_input_ids=(3, 16)), "input_ids: expected I64 .* got F64"),
     "tokens negative": (poked("rank.input_ids", -5), "do not match its own hash"),
     "holes in a mask": (poked("rank.mask", False), "do not match its own hash"),
     "other tokens": (poked("rank.input_ids", 5), "do not match its own hash"),

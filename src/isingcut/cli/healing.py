@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,11 +25,14 @@ from isingcut.cli.verb import (
 from isingcut.errors import InputError
 from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
-from isingcut.files.writing import read_json, without_header, write_json
+from isingcut.files.writing import read_document, write_document
 from isingcut.healing.healers import RECORD
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.options.healing import HealConfig
+
+if TYPE_CHECKING:
+    from isingcut.files.documents.scores import BenchmarksFile
 
 _ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
 
@@ -43,17 +46,19 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
 
     Example: isingcut heal my-run/model --teacher smollm2 --out healed
     """
-    from isingcut.cli.show_scores import healing_warnings, show_healing
+    from isingcut.cli.show_scores import show_healing
+    from isingcut.files.documents.scores import HealingFile
     from isingcut.healing.heal import heal as run_heal
+    from isingcut.report.words import healing_warnings
 
     values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
     folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
     if os.environ.get("RANK", "0") != "0":
         # Of several processes one has the last word.
         raise typer.Exit
-    found = read_json(folder / RECORD, "healing")
+    found = read_document(folder / RECORD, HealingFile)
     return Answer(
-        {"checkpoint": str(folder), **without_header(found)},
+        {"checkpoint": str(folder), **found.content()},
         lambda: show_healing(found, folder),
         brief=str(folder),
         warnings=healing_warnings(found),
@@ -108,7 +113,7 @@ def evaluate(
             raise InputError("--original compares benchmarks; name some with --tasks")
         scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
         return Answer(
-            {"benchmarks": {"file": str(file), **without_header(scores)}},
+            {"benchmarks": {"file": str(file), **scores.content()}},
             lambda: show_benchmarks(scores, file),
             brief=str(file),
         )
@@ -124,29 +129,29 @@ def evaluate(
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder, removed)
     target = product(folder, config, removed).parent
-    answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **without_header(found)}
-    rows: dict[str, Any] = {}
+    answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **found.content()}
+    rows: BenchmarksFile | None = None
     if names:
         rows = benchmarking.benchmarks(
             session, folder, names, removed, data=data, questions=questions
         )
-        answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **without_header(rows)}
+        answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
 
     def show() -> None:
-        last = found.get("last") or ("healed" if (target / "healed").is_dir() else "cut")
+        last = found.last or ("healed" if (target / "healed").is_dir() else "cut")
         show_evaluation(found, last=last)
-        if rows:
+        if rows is not None:
             show_benchmarks(rows, target / "benchmarks.json", last=last)
 
     warnings = patch_warnings(found)
-    return Answer(answer, show, brief=f"{found['kl']:.4f}", warnings=warnings)
+    return Answer(answer, show, brief=f"{found.kl:.4f}", warnings=warnings)
 
 
 def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:
     """The tasks that were typed, not yet known to be any."""
-    from isingcut.evaluation.questions import named
+    from isingcut.evaluation.questions import split_names
 
-    names = named(tasks)
+    names = split_names(tasks)
     if not names and (tasks or data is not None or questions is not None):
         raise InputError("--tasks names no benchmark, which --data and --questions are for")
     return names
@@ -160,7 +165,7 @@ def _of_checkpoint(
     questions: int | None,
     out: Path | None,
     options: dict[str, Any],
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[BenchmarksFile, Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
     from isingcut.evaluation.questions import check_tasks
     from isingcut.runs.benchmarking import score_both
@@ -177,5 +182,5 @@ def _of_checkpoint(
     names = check_tasks(names, data, questions)
     with locked(file):
         content = score_both(Session(config), folder, names, data=data, questions=questions)
-        write_json(file, "benchmarks", content, seal=True)
+        write_document(file, content, seal=True)
     return content, file

@@ -14,15 +14,19 @@ from isingcut.cli.show_scores import show_evaluation
 from isingcut.console.printing import printable
 from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
-from isingcut.files.writing import read_json, without_header
+from isingcut.files.documents.states import BaselineFile, CandidatesFile, Correlations
+from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
-from isingcut.report.choice import one_pass_words, question_rows
-from isingcut.report.fidelity import correlation_text
-from isingcut.report.read_run import read_run
 from isingcut.report.rows import plus_minus
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import listed, state_map
+from isingcut.report.words import (
+    correlation_text,
+    listed,
+    one_pass_words,
+    question_rows,
+    state_map,
+)
 from isingcut.runs.folder import MANIFEST
 
 if TYPE_CHECKING:
@@ -72,53 +76,49 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     screen.print(f"wrote {file}", soft_wrap=True)
 
 
-def show_ranking(found: dict[str, Any]) -> None:
+def show_ranking(found: CandidatesFile) -> None:
     """The fidelity of the energy, and the choice."""
     screen = console()
-    chosen = found["chosen"]
-    screen.print(fidelity_line("energy", found["fidelity"]["kl"]), soft_wrap=True)
-    for name, other in found["fidelity_of_others"].items():
-        screen.print(fidelity_line(name, other["kl"]), soft_wrap=True)
+    chosen = found.chosen
+    for name, judged in {"energy": found.fidelity, **found.fidelity_of_others}.items():
+        screen.print(fidelity_line(name, judged.kl), soft_wrap=True)
     if said := one_pass_words(found):
         screen.print(said.replace("`", ""), soft_wrap=True)
-    if "by_tasks" in found:
-        for blocks, *figures in question_rows(found["by_tasks"]):
+    if found.by_tasks is not None:
+        for blocks, *figures in question_rows(found.by_tasks):
             names = ("questions", "right", "difference", "log-probability", "p")
             shown = [f"{name} {x}" for name, x in zip(names, figures, strict=True) if x]
             screen.print(f"without {blocks}: {', '.join(shown)}", soft_wrap=True)
     screen.print(
-        f"chosen: blocks {listed(chosen['removed'])} (state {chosen['position']} by energy, "
-        f"{chosen['why']}): KL {chosen['kl']:.4f} nats/token",
+        f"chosen: blocks {listed(chosen.removed)} (state {chosen.position} by energy, "
+        f"{chosen.why}): KL {chosen.kl:.4f} nats/token",
         soft_wrap=True,
     )
 
 
-def fidelity_line(name: str, figures: dict[str, Any]) -> str:
+def fidelity_line(name: str, figures: Correlations) -> str:
     """One line on how well an energy ranks measured losses."""
-    if not figures["n"]:
+    if not figures.n:
         return f"{name}: how well it ranks was not measured (--random-states 0)"
-    if figures["spearman"] is None:
-        return f"{name}: rank correlation undefined (n = {figures['n']})"
+    if figures.spearman is None:
+        return f"{name}: rank correlation undefined (n = {figures.n})"
     return (
         f"{name}: Spearman {correlation_text(figures, 'spearman')}, "
-        f"Kendall {figures['kendall']:.2f}, with the measured KL of n = {figures['n']} states"
+        f"Kendall {figures.kendall:.2f}, with the measured KL of n = {figures.n} states"
     )
 
 
-def show_baseline(found: dict[str, Any], file: Path) -> None:
+def show_baseline(found: BaselineFile, file: Path) -> None:
     """What a baseline chose, what that is worth and what it cost."""
     screen = console()
     screen.print(
-        f"{found['baseline']}: blocks {listed(found['removed'])}: KL {found['kl']:.4f} "
-        f"nats/token; found with {found['passes']:.3g} forward passes over "
-        f"{found['tokens_searched']} tokens",
+        f"{found.baseline}: blocks {listed(found.removed)}: KL {found.kl:.4f} nats/token; found "
+        f"with {found.passes:.3g} forward passes over {found.tokens_searched} tokens",
         soft_wrap=True,
     )
-    if found["violated"]:
-        screen.print(
-            f"it breaks constraints it does not know: {', '.join(found['violated'])}",
-            soft_wrap=True,
-        )
+    if found.violated:
+        words = f"it breaks constraints it does not know: {', '.join(found.violated)}"
+        screen.print(words, soft_wrap=True)
     screen.print(f"wrote {file}", soft_wrap=True)
 
 
@@ -163,7 +163,7 @@ def show_inspection(found: Inspection) -> None:
 
 def finished(target: Path) -> RunFiles:
     """The files of a run that is finished, read once for all that is said of it."""
-    return read_run(target if (target / MANIFEST).is_file() else target.parent, target)
+    return RunFiles(target if (target / MANIFEST).is_file() else target.parent, target)
 
 
 def run_data(files: RunFiles) -> dict[str, Any]:
@@ -177,24 +177,24 @@ def run_data(files: RunFiles) -> dict[str, Any]:
         "report": str(target / "report.md"),
         "html": str(target / "report.html"),
         "report_kb": report_kb(target / "report.html"),
-        "chosen": ranking["chosen"],
-        "fidelity": ranking["fidelity"]["kl"],
-        "fidelity_of_others": {k: v["kl"] for k, v in ranking["fidelity_of_others"].items()},
-        "proven": ranking["proven"],
-        "evaluation": without_header(evaluation),
+        "chosen": ranking.chosen.content(),
+        "fidelity": ranking.fidelity.kl.content(),
+        "fidelity_of_others": {k: v.kl.content() for k, v in ranking.fidelity_of_others.items()},
+        "proven": ranking.proven,
+        "evaluation": evaluation.content(),
     }
 
 
 def curve_data(folder: Path) -> list[dict[str, Any]]:
     """The chosen state of every removal that was ranked in a run folder, fewest blocks first."""
     files = folder.glob("remove-*/candidates.json")
-    found = [(f, read_json(f, "candidates")) for f in files]
+    found = [(f, read_document(f, CandidatesFile)) for f in files]
     rows = [
         {
-            "remove": r["remove"],
-            "removed": r["chosen"]["removed"],
-            **{k: r["chosen"][k] for k in ("kl", "kl_se", "nll", "nll_se")},
-            "spearman": r["fidelity"]["kl"]["spearman"],
+            "remove": r.remove,
+            "removed": r.chosen.removed,
+            **{k: getattr(r.chosen, k) for k in ("kl", "kl_se", "nll", "nll_se")},
+            "spearman": r.fidelity.kl.spearman,
             "report": str(page) if (page := file.with_name("report.html")).is_file() else None,
         }
         for file, r in found
@@ -290,13 +290,7 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     page = files.target / "report.html"
     screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
     screen.print(f"report_kb: {report_kb(page)}", soft_wrap=True)
-    if generation:
-        show_generation(files.evaluation["generation"], files.last)
-
-
-def show_generation(generation: dict[str, str], last: str) -> None:
-    """One generation before and after."""
-    screen = console()
-    screen.print(f"prompt:   {generation['prompt']}", soft_wrap=True)
-    screen.print(f"original: {generation['before']}", soft_wrap=True)
-    screen.print(f"{last + ':':9} {generation['after']}", soft_wrap=True)
+    if generation and (texts := files.evaluation.generation) is not None:
+        screen.print(f"prompt:   {texts.prompt}", soft_wrap=True)
+        screen.print(f"original: {texts.before}", soft_wrap=True)
+        screen.print(f"{files.last + ':':9} {texts.after}", soft_wrap=True)

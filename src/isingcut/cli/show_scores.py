@@ -2,83 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from isingcut.console.rich_console import console
-from isingcut.report.rows import (
-    Row,
-    benchmark_rows,
-    evaluation_rows,
-    healing_rows,
-    plus_minus,
-)
-from isingcut.report.words import overlap_warnings, patch_warnings
+from isingcut.files.documents.scores import BenchmarksFile, EvaluationFile, HealingFile
+from isingcut.report.rows import Row, benchmark_rows, evaluation_rows, healing_rows
 
 
-def healing_warnings(found: dict[str, Any]) -> list[str]:
-    """What a healing did not do, from its `healing.json`."""
-    warnings = []
-    asked, had = found["options"].get("length"), found.get("length", math.inf)
-    if isinstance(asked, int) and asked > had:
-        warnings.append(
-            f"samples have {had} tokens instead of --length {asked}: the model has as many "
-            "positions"
-        )
-    warnings += patch_warnings(found)
-    warnings += overlap_warnings(found.get("overlap", {}))
-    if stopped := found.get("stopped"):
-        warnings.append(stopped["why"])
-    patch = found.get("patch")
-    # A record of an older isingcut does not say.
-    if patch is not None and not patch.get("changed", True):
-        layers = ", ".join(f"block {c['block']}'s {c['layer']}" for c in patch["cuts"])
-        warnings.append(
-            f"the linear patch changed nothing ({layers}): on text held out no map was better than "
-            "none, or it vanished in the weights' rounding; give more --patch-tokens, or distil"
-        )
-    for name, after in found["after"].get("parts", {}).items():
-        before = found["before"]["parts"][name]
-        if after["kl"] > before["kl"]:
-            figures = [
-                f"{plus_minus(side['kl'], side['kl_se'])} (perplexity {side['perplexity']:.2f})"
-                for side in (before, after)
-            ]
-            warnings.append(
-                f"on {name} the model got worse: KL {figures[0]} before, {figures[1]} after; give "
-                "that text more weight, or heal less"
-            )
-    return warnings
-
-
-def show_evaluation(found: dict[str, Any], *, last: str = "cut") -> None:
+def show_evaluation(found: EvaluationFile, *, last: str = "cut") -> None:
     """The before/after table; NLL, which says what perplexity says, is in the report."""
-    title = f"unseen text: {found['tokens']} tokens in {found['samples']} samples"
+    title = f"unseen text: {found.tokens} tokens in {found.samples} samples"
     rows = evaluation_rows(found, last=last)
     _show_rows(title, [row for row in rows if row.key != "nll"], "change")
 
 
-def show_healing(found: dict[str, Any], folder: Path) -> None:
+def show_healing(found: HealingFile, folder: Path) -> None:
     """Quality before and after, on text held out."""
     title = (
-        f"text held out: {found['report_tokens']} tokens; trained on "
-        f"{found.get('tokens_seen', 0)} predictions in {len(found['steps'])} steps"
+        f"text held out: {found.report_tokens} tokens; trained on {found.tokens_seen} predictions "
+        f"in {len(found.steps)} steps"
     )
     _show_rows(title, [row for row in healing_rows(found) if row.key != "nll"])
     console().print(f"wrote {folder}", soft_wrap=True)
 
 
-def show_benchmarks(found: dict[str, Any], file: Path, *, last: str = "cut") -> None:
+def show_benchmarks(found: BenchmarksFile, file: Path, *, last: str = "cut") -> None:
     """Scores of both models, and whether each difference is more than noise."""
-    rows = benchmark_rows(found, last=last)
     title = "benchmarks, the same questions for both"
-    if found.get("left_out"):
-        title += f", without the {found['left_out']} that chose the blocks"
-    _show_rows(title, rows, "difference (95 %)")
+    if found.left_out:
+        title += f", without the {found.left_out} that chose the blocks"
+    _show_rows(title, benchmark_rows(found, last=last), "difference (95 %)")
     console().print(f"wrote {file}", soft_wrap=True)
 
 

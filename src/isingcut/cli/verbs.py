@@ -28,7 +28,6 @@ from isingcut.cli.verb import (
 )
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import without_header
 from isingcut.models.processes import Processes
 from isingcut.options.config import RunConfig
 
@@ -80,7 +79,7 @@ def demo(progress: Any, **options: Any) -> Answer:
 
 def _finished(target: Path, *, generation: bool = False) -> Answer:
     from isingcut.cli.show import finished, run_data, show_run
-    from isingcut.cli.show_scores import healing_warnings
+    from isingcut.report.words import healing_warnings
 
     files = finished(target)
     healing = [] if files.healing is None else healing_warnings(files.healing)
@@ -101,13 +100,13 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     Example: isingcut energy smollm2 --out my-run
     """
     from isingcut.cli.show import energy_data, show_energy
-    from isingcut.report.read_run import read_run
+    from isingcut.report.run_files import RunFiles
     from isingcut.report.words import overlap_warnings
     from isingcut.runs import pipeline
 
     folder = pipeline.energy(collect(config, options), progress=progress)
     data = energy_data(folder)
-    warnings = overlap_warnings(read_run(folder).calibration["overlap"])
+    warnings = overlap_warnings(text.overlap if (text := RunFiles(folder).calibration) else {})
     return Answer(data, lambda: show_energy(data), brief=data["hamiltonian"], warnings=warnings)
 
 
@@ -144,7 +143,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
             show_spectrum(spectrum, removal, file)
 
     removals = [
-        {"removal": removal, "file": str(file), **without_header(spectrum.to_dict())}
+        {"removal": removal, "file": str(file), **spectrum.to_dict()}
         for removal, spectrum, file in found
     ]
     meta = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load).meta
@@ -163,7 +162,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     Example: isingcut rank my-run --remove 8
     """
     from isingcut.cli.show import show_ranking
-    from isingcut.report.fidelity import ranking_warnings
+    from isingcut.report.words import ranking_warnings
     from isingcut.runs import pipeline, stages
 
     folder, config = reopen(directory, options)
@@ -171,9 +170,9 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     found = stages.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
     return Answer(
-        {"file": str(file), **without_header(found)},
+        {"file": str(file), **found.content()},
         lambda: show_ranking(found),
-        brief=",".join(str(b) for b in found["chosen"]["removed"]),
+        brief=",".join(map(str, found.chosen.removed)),
         warnings=ranking_warnings(config.energy, found),
     )
 
@@ -210,7 +209,7 @@ def baseline(
     found = comparison.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Answer(
-        {"file": str(file), **without_header(found)},
+        {"file": str(file), **found.content()},
         lambda: show_baseline(found, file),
         brief=str(file),
     )
@@ -231,10 +230,11 @@ def excise(
     """Write the chosen state as a plain Hugging Face checkpoint, verified and patched.
 
     Examples: isingcut excise my-run --remove 8;
-    isingcut excise my-run --blocks @from-a-paper.txt --one-based
+    isingcut excise my-run --blocks 3,4,9 --one-based
     """
     from isingcut.cli.show import show_lines
-    from isingcut.files.writing import read_json
+    from isingcut.files.documents.states import CutRecord
+    from isingcut.files.writing import read_document
     from isingcut.report.words import patch_warnings
     from isingcut.runs import cutting, pipeline, solving
 
@@ -258,8 +258,9 @@ def excise(
     lines += [
         f"{t.name}, patched: {t.was} -> {t.kind}, relative error {t.error:.2%}" for t in packed
     ]
-    record = read_json(written[0] / "isingcut.json", "removal")
-    warnings = [*(record.get("proof") or {}).get("remarks", []), *patch_warnings(record)]
+    record = read_document(written[0] / "isingcut.json", CutRecord)
+    remarks = [] if record.proof is None else record.proof.remarks
+    warnings = [*remarks, *patch_warnings(record)]
     return Answer(data, lambda: show_lines(lines), brief=lines[0], warnings=warnings)
 
 
@@ -416,7 +417,7 @@ def list_parts() -> Answer:
     from isingcut.baselines import registry as baselines
     from isingcut.cli.show import show_lines
     from isingcut.energies import registry as energies
-    from isingcut.evaluation.local_tasks import task_names
+    from isingcut.evaluation.questions import task_names
     from isingcut.healing.healers import registry as healers
     from isingcut.ising.solvers import registry as solvers
 

@@ -361,7 +361,6 @@ def build(
 
     Raises:
         CalibrationError: unreadable, malformed or too short, in one line.
-        MissingExtraError: a `datasets` name without that package.
         InputError: a sample count or length that is too small.
     """
     counts = {"report": report_samples, "rank": rank_samples, "energy": samples}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import random
 import stat
@@ -20,7 +19,7 @@ from isingcut.data.chat_templates import render_chat
 from isingcut.data.mixture import name_part, parts_of, place_of, places_in
 from isingcut.data.packaged import HUB, PACKAGED
 from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
-from isingcut.errors import CalibrationError, MissingExtraError, ModelError
+from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import edges_sha256, file_sha256
 
@@ -66,7 +65,6 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
 
     Raises:
         CalibrationError: missing, unreadable or malformed, or no conversations to count answers of.
-        MissingExtraError: a `datasets` name without that package.
     """
     if (place := place_of(source)) != source:
         corpus = _read(place, tokenizer, seed, answers=True)
@@ -292,8 +290,6 @@ def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
 
 
 def _dataset(source: str, seed: int) -> Iterator[Record]:
-    if importlib.util.find_spec("datasets") is None:
-        raise MissingExtraError("datasets", "eval", f"the calibration source {source!r}")
     from isingcut.data.hub_datasets import stream
 
     options: dict[str, Any] = {"seed": seed, "buffer": _SHUFFLE_BUFFER}

@@ -14,9 +14,8 @@ class Energy(Protocol):
     """An estimator of the energy of block removals.
 
     A part is a frozen dataclass: its fields are its options. It must be deterministic, return
-    a symmetric J with zero diagonal, and state its unit truthfully. Two more class attributes
-    may be given: ``streams`` (False: the blocks must be in memory) and ``backward`` (True: most
-    of the work is backward passes, for the choice of an attention).
+    a symmetric J with zero diagonal, and state its unit truthfully. The class
+    attribute ``streams`` may say False: the blocks must be in memory.
     """
 
     default_samples: ClassVar[int]

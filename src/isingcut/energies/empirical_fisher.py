@@ -38,7 +38,6 @@ class EmpiricalFisher:
     """
 
     default_samples: ClassVar[int] = 256
-    backward: ClassVar[bool] = True
 
     linear: bool = False
     gate: str = "sublayer"

@@ -42,7 +42,6 @@ class Fisher:
     """
 
     default_samples: ClassVar[int] = 256
-    backward: ClassVar[bool] = True
 
     gate: str = "sublayer"
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Both models on the same benchmark tasks; their answers are kept until all of it is scored.
+"""Both models on the same benchmark tasks; answers are journalled until all of them are there.
 
 tasks by name -> scores of both models -> paired comparison, task by task
 """
@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Part, Progress, silent
-from isingcut.errors import InputError
+from isingcut.data.encoder import Encoder
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.paired import compare_scores
-from isingcut.evaluation.questions import Prepared, called, prepare_task
+from isingcut.evaluation.quality import quality
+from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
 from isingcut.evaluation.scores import Asked, Scores, score
+from isingcut.files.documents.scores import TaskRow, TextScores
 from isingcut.files.writing import fingerprint
 from isingcut.measure.work import Work
+from isingcut.models.architectures import text_config
 from isingcut.models.sources import model_identity
 from isingcut.options.types import BATCH_TOKENS
 
@@ -35,7 +40,7 @@ def benchmark(
     but: Collection[str] = (),
     kept: Path | None = None,
     progress: Progress = silent,
-) -> list[dict[str, Any]]:
+) -> list[TaskRow]:
     """Rows of `benchmarks.json`: the second model against the first, task by task.
 
     Args:
@@ -45,7 +50,7 @@ def benchmark(
         questions: at most so many a task.
         batch_tokens: tokens computed at a time.
         but: questions to leave out, by their `question_key`.
-        kept: folder for the answers, so that an interrupted call goes on.
+        kept: folder for journals, so that an interrupted call goes on.
 
     Raises:
         InputError: as `questions.check_tasks`, or a task without a score by question.
@@ -59,9 +64,9 @@ def benchmark(
         for task in prepared:
             pair = []
             for name, model in models.items():
-                journal, part = None, Part(bar, 1)
-                if kept is not None:
-                    journal = journal_of(kept, task, model.loaded, [questions, *sorted(left_out)])
+                depends = [questions, *sorted(left_out)]
+                journal = None if kept is None else journal_of(kept, task, model.loaded, depends)
+                part = Part(bar, 1)
                 found = score(model, task, Work(batch_tokens, part, journal), wanted=wanted)
                 part.finish(f"{task.name}, {name}: {found.values.mean():.3f}")
                 pair.append(found)
@@ -69,7 +74,7 @@ def benchmark(
     return rows
 
 
-def row(original: Scores, cut: Scores) -> dict[str, Any]:
+def row(original: Scores, cut: Scores) -> TaskRow:
     """One row of `benchmarks.json`.
 
     Raises:
@@ -78,39 +83,77 @@ def row(original: Scores, cut: Scores) -> dict[str, Any]:
     if original.questions != cut.questions or original.metric != cut.metric:
         raise InputError(f"the two models were scored on different questions of {original.task}")
     found = compare_scores(original.values, cut.values)
-    return {
-        "task": original.task,
-        "metric": original.metric.removesuffix(",none"),
-        "shots": original.shots,
-        "original": found.first,
-        "original_se": found.first_se,
-        "cut": found.second,
-        "cut_se": found.second_se,
-        "difference": found.second - found.first,
-        "difference_low": found.low,
-        "difference_high": found.high,
-        "n": found.n,
-        "p_value": found.p_value,
-        "test": found.test,
-        "more_than_noise": found.more_than_noise,
-    }
+    metric = original.metric.removesuffix(",none")
+    return TaskRow(task=original.task, metric=metric, shots=original.shots, **dict(found))
 
 
-def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, asked: Any) -> Path:
-    """Where the answers of one model to one task are kept.
+def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) -> Path:
+    """The journal of one model's answers to one task.
 
     Args:
-        asked: what else they depend on, JSON-able.
+        kept: its folder.
+        depends: what else the answers depend on, JSON-able.
     """
     model = model_identity(loaded.folder)["sha256"]
-    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), asked])
+    identity = fingerprint([task.name, task.source, model, str(loaded.dtype), depends])
     return kept / f"{task.name}-{identity}.journal"
 
 
-def forget_answers(kept: Path, tasks: Sequence[str]) -> None:
-    """Delete what is kept of tasks in a folder, and the folder where nothing else is in it."""
-    for name in map(called, tasks):
+def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
+    """Delete the journals of tasks in a folder, and the folder where nothing else is in it."""
+    for name in map(short_name, tasks):
         for path in kept.glob(f"{glob.escape(name)}-*.journal"):
             path.unlink()
     with contextlib.suppress(OSError):
         kept.rmdir()
+
+
+def text_scores(
+    models: Mapping[str, LoadedModel],
+    data: Path | None,
+    samples: int | None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    length: int = 1024,
+    progress: Progress = silent,
+) -> TextScores:
+    """Perplexity of both models on WikiText-2's raw test text, and their paired comparison.
+
+    The articles are joined and cut into windows of ``length`` tokens, each read on its own; the
+    last, short one is left out.
+
+    Args:
+        data: folder with `wikitext2/test_raw.jsonl`, one article a line.
+        samples: at most so many windows.
+
+    Raises:
+        InputError: as `articles`, or shorter than one window.
+    """
+    assert data is not None
+    original, cut = models.values()
+    longest = getattr(text_config(original.model), "max_position_embeddings", None)
+    size = min(length, int(longest or length))
+    windows = _windows(articles(data), original, size, samples)
+    try:
+        found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
+    except ModelError as e:
+        raise ModelError(f"wikitext2: {e}") from e
+    return TextScores(
+        samples=windows.samples,
+        tokens=windows.tokens,
+        original=found.before,
+        cut=found.after,
+        kl=found.kl,
+        kl_se=found.kl_se,
+    )
+
+
+def _windows(texts: Sequence[str], loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
+    encode = Encoder(loaded.tokenizer, loaded.model)
+    ids, prefix = encode("\n".join(texts)), encode.start
+    body = length - len(prefix)
+    starts = range(0, len(ids) - body + 1, body)
+    rows = [prefix + ids[i : i + body] for i in starts][:most]
+    if not rows:
+        raise InputError(f"WikiText-2's text is shorter than one window of {length} tokens")
+    return TokenSet.from_rows(rows)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InfeasibleError
+from isingcut.files.documents.states import (
+    CandidatesFile,
+    ChosenState,
+    Correlations,
+    Judged,
+    MeasuredLoss,
+    MeasuredState,
+)
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
@@ -24,52 +31,25 @@ LEAST = 4
 """Samples that random states are measured on at least, where there are as many."""
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """Candidates and random states of one problem, measured on the ranking split.
-
-    Attributes:
-        spectrum: the candidates, in the order of their energy.
-        measured: their losses.
-        random: the losses of random feasible states, none of them a candidate, on some of the
-            samples; None where there are none.
-        samples: those samples of the split, on which energies are judged; empty where they are not.
-        distribution: what the random states were drawn from.
-        chosen: position of the chosen candidate in the spectrum.
-        why: the reason for the choice, in words.
-        parts: the samples of each part of a mixture; empty for one text.
-    """
-
-    spectrum: Spectrum
-    measured: Measurement
-    random: Measurement | None
-    samples: Sequence[int]
-    distribution: str
-    chosen: int
-    why: str
-    parts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-
-    @property
-    def removed(self) -> list[int]:
-        """The blocks of the chosen state."""
-        return self.spectrum.removed(self.chosen)
-
-
 def rank(
     replay: Replay,
     tokens: TokenSet,
     problem: Problem,
     spectrum: Spectrum,
     *,
+    remove: str = "",
+    others: Mapping[str, Hamiltonian] = MappingProxyType({}),
     random_states: int,
     seed: int,
     choose: str,
     work: Work,
-) -> Ranking:
+) -> CandidatesFile:
     """Measure the spectrum's states beside random ones, and choose.
 
     Args:
         tokens: the ranking split; the energy has not seen it.
+        remove: the name of the removal.
+        others: further energies by name, judged on the same states.
         random_states: how many random states to measure (fewer where fewer exist), on
             `few_samples` of the split: telling good states from bad ones takes less than telling
             the best from the second. 0 leaves the energy unjudged.
@@ -89,19 +69,63 @@ def rank(
 
     measured = losses(tokens, spectrum.states, "candidates", work.journal)
     drawn, distribution = random_feasible(problem, random_states, seed, spectrum.states)
-    # Where all states are candidates, they are judged on what they were measured on.
-    samples = list(range(tokens.samples)) if random_states else []
-    random = None
+    # Candidates and random states are compared on the same tokens; where all states are candidates,
+    # they are judged on what they were measured on.
+    few, random = list(range(tokens.samples)), []
     if len(drawn):
-        samples = few_samples(tokens.samples)
-        beside = None if work.journal is None else random_journal(work.journal)
-        random = losses(tokens.select(samples), drawn, "random states", beside)
+        few = few_samples(tokens.samples)
+        journal = None if work.journal is None else random_journal(work.journal)
+        random = [losses(tokens.select(few), drawn, "random states", journal)]
+    judged_on = [measured.of_samples(few), *random] if random_states else []
     if choose == "ground":
         chosen, why = 0, "the ground state was asked for"
     else:
         chosen, why = int(np.argmin(measured.kl)), "lowest measured KL"
-    parts = tokens.rows_by_part
-    return Ranking(spectrum, measured, random, samples, distribution, chosen, why, parts)
+    energy = problem.hamiltonian
+    rows = _rows(measured, energy, tokens.rows_by_part)
+    return CandidatesFile(
+        remove=remove,
+        unit="nats/token",
+        energy_unit=energy.unit,
+        samples=len(measured.counts),
+        tokens=int(measured.counts.sum()),
+        candidates=rows,
+        random=[row for found in random for row in _rows(found, energy, {})],
+        random_tokens=sum(int(found.counts.sum()) for found in random),
+        random_distribution=distribution,
+        fidelity=_judged(energy, judged_on),
+        fidelity_of_others={name: _judged(other, judged_on) for name, other in others.items()},
+        chosen=ChosenState(**rows[chosen].content(), position=chosen, why=why),
+        original={"nll": float(measured.original_nll_sums.sum() / measured.counts.sum())},
+        proven=spectrum.proven,
+        solver=spectrum.solver,
+    )
+
+
+def _rows(
+    found: Measurement, energy: Hamiltonian, parts: Mapping[str, Sequence[int]]
+) -> list[MeasuredState]:
+    """Every state as measured, and on the samples of each part of a mixture."""
+    of_part = {name: found.of_samples(own) for name, own in parts.items()}
+    rows = []
+    for s, state in enumerate(found.states):
+        row = {"removed": blocks_of(state), "energy": energy.energy(state), **found.losses(s)}
+        if of_part:
+            row["parts"] = {k: MeasuredLoss(**own.losses(s)) for k, own in of_part.items()}
+        rows.append(MeasuredState(**row))
+    return rows
+
+
+def _judged(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
+    """How an energy ranks the losses of candidates and random states, in this order."""
+
+    def of(loss: str, some: Sequence[Measurement]) -> Correlations:
+        if not some:
+            return fidelity(np.zeros(0), np.zeros(0))
+        states, losses = [m.states for m in some], [getattr(m, loss) for m in some]
+        return fidelity(energy.energies(np.concatenate(states)), np.concatenate(losses))
+
+    return Judged(kl=of("kl", found), nll=of("nll", found), kl_random_only=of("kl", found[1:]))
 
 
 def random_journal(journal: Path) -> Path:
@@ -159,7 +183,7 @@ def random_feasible(problem: Problem, count: int, seed: int, besides: States) ->
     return np.array(states, dtype=bool).reshape(-1, problem.n), distribution
 
 
-def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> dict[str, Any]:
+def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> Correlations:
     """How well energies rank measured losses: Spearman and Kendall with bootstrap intervals.
 
     Args:
@@ -168,11 +192,11 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> dict[str, An
         seed: of the bootstrap over states (1,000 resamples, 95 % percentile intervals).
 
     Returns:
-        ``spearman``, ``kendall``, their ``_low`` and ``_high`` ends, and ``n``. The figures
-        are None where they are undefined (fewer than three states, or all values tied).
+        figures that are None where they are undefined (fewer than three states, or all values
+        tied).
     """
     n = len(energies)
-    out: dict[str, Any] = {"n": n}
+    found: dict[str, float | None] = {}
     rng = np.random.default_rng([seed, 0xF1DE])
     picks = rng.integers(0, max(1, n), (1000, n))
     for name, correlation in (("spearman", _spearman), ("kendall", _kendall)):
@@ -182,8 +206,8 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> dict[str, An
             if not np.isnan(whole):
                 value = float(whole)
                 low, high = map(float, np.nanpercentile(drawn, [2.5, 97.5]))
-        out |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return out
+        found |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return Correlations(n=n, **found)
 
 
 # Both are computed for all resamples at once. Their sums are of halves, quarters or whole numbers
@@ -225,58 +249,3 @@ def _kendall(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     with np.errstate(invalid="ignore"):
         found: Floats = np.clip(score / np.sqrt(untied_a) / np.sqrt(untied_b), -1.0, 1.0)
     return found
-
-
-def to_dict(
-    ranking: Ranking, energy: Hamiltonian, others: dict[str, Hamiltonian], remove: str
-) -> dict[str, Any]:
-    """The content of `candidates.json`."""
-
-    def row(found: Measurement, s: int) -> dict[str, Any]:
-        value = float(energy.energies(found.states[s : s + 1])[0])
-        return {"removed": blocks_of(found.states[s]), "energy": value, **found.losses(s)}
-
-    def rows(found: Measurement) -> list[dict[str, Any]]:
-        return [row(found, s) for s in range(len(found.states))]
-
-    found, random = ranking.measured, ranking.random
-    of_part = {name: found.of_samples(own) for name, own in ranking.parts.items()}
-
-    def candidate(s: int) -> dict[str, Any]:
-        by_part = {name: own.losses(s) for name, own in of_part.items()}
-        return {**row(found, s), **({"parts": by_part} if by_part else {})}
-
-    # Candidates and random states are compared on the same tokens.
-    parts = [found.of_samples(ranking.samples)] if ranking.samples else []
-    parts += [] if random is None else [random]
-
-    def judged(hamiltonian: Hamiltonian) -> dict[str, Any]:
-        def of(loss: str, of_them: Sequence[Measurement]) -> dict[str, Any]:
-            states, values = [p.states for p in of_them], [getattr(p, loss) for p in of_them]
-            if not of_them:
-                return fidelity(np.zeros(0), np.zeros(0))
-            return fidelity(hamiltonian.energies(np.concatenate(states)), np.concatenate(values))
-
-        return {
-            "kl": of("kl", parts),
-            "nll": of("nll", parts),
-            "kl_random_only": of("kl", parts[1:]),
-        }
-
-    return {
-        "remove": remove,
-        "unit": "nats/token",
-        "energy_unit": energy.unit,
-        "samples": len(found.counts),
-        "tokens": int(found.counts.sum()),
-        "candidates": [candidate(s) for s in range(len(found.states))],
-        "random": [] if random is None else rows(random),
-        "random_tokens": 0 if random is None else int(random.counts.sum()),
-        "random_distribution": ranking.distribution,
-        "fidelity": judged(energy),
-        "fidelity_of_others": {name: judged(other) for name, other in others.items()},
-        "chosen": {**candidate(ranking.chosen), "position": ranking.chosen, "why": ranking.why},
-        "original": {"nll": float(found.original_nll_sums.sum() / found.counts.sum())},
-        "proven": ranking.spectrum.proven,
-        "solver": ranking.spectrum.solver,
-    }

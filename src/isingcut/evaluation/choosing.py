@@ -20,12 +20,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 
 from isingcut.errors import InputError
 from isingcut.evaluation.paired import p_value
+from isingcut.evaluation.scores import Scores
+from isingcut.files.documents.states import AskedCandidate, ByTasks, MeasuredState
 from isingcut.ising.states import Floats, swaps
 
 FIRST, GROWTH = 50, 1.5
@@ -38,20 +39,7 @@ _APART = 2
 """Blocks that two of them differ in, as long as there are such: near copies answer alike."""
 
 
-@dataclass(frozen=True)
-class Answered:
-    """One candidate's answers to some questions of a task.
-
-    Attributes:
-        scores: by question, as the task has them.
-        certainties: by question, see `scores.Scores`.
-    """
-
-    scores: Sequence[float]
-    certainties: Sequence[float]
-
-
-Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Answered]]
+Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Scores]]
 """What each candidate (its removed blocks) makes of a task's questions, in any order that is the
 same for all candidates."""
 
@@ -63,9 +51,9 @@ class _Contender:
     certainties: dict[str, list[float]] = field(default_factory=dict)
     out: bool = False
 
-    def add(self, task: str, answered: Answered) -> None:
-        self.scores.setdefault(task, []).extend(answered.scores)
-        self.certainties.setdefault(task, []).extend(answered.certainties)
+    def add(self, task: str, scores: Scores) -> None:
+        self.scores.setdefault(task, []).extend(scores.values.tolist())
+        self.certainties.setdefault(task, []).extend(scores.certainties.tolist())
 
     @property
     def asked(self) -> int:
@@ -85,7 +73,7 @@ def looks(total: int) -> list[int]:
     return [*ends, total]
 
 
-def half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
+def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
     """Half of the questions of each task, drawn by ``seed``; the other half is for a report.
 
     Raises:
@@ -101,21 +89,20 @@ def half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
     return found
 
 
-def contenders(rows: Sequence[Mapping[str, Any]], also: Sequence[int] = ()) -> list[int]:
+def contenders(rows: Sequence[MeasuredState], also: Sequence[int] = ()) -> list[int]:
     """Positions of the candidates that are asked, lowest loss first.
 
     The one of lowest loss, and by loss those that differ in two blocks or more from all of lower
     loss that are asked; where these are too few, the next by loss.
 
     Args:
-        rows: with ``removed`` and ``kl``.
         also: the blocks of a candidate that is asked whatever its loss.
     """
-    order = sorted(range(len(rows)), key=lambda i: float(rows[i]["kl"]))
-    found = [i for i in order if i == order[0] or sorted(rows[i]["removed"]) == sorted(also)]
+    order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
+    found = [i for i in order if i == order[0] or sorted(rows[i].removed) == sorted(also)]
     for apart in (_APART, 1):
         for i in order:
-            far = all(swaps(rows[i]["removed"], rows[j]["removed"]) >= apart for j in found)
+            far = all(swaps(rows[i].removed, rows[j].removed) >= apart for j in found)
             if far and len(found) < CONTENDERS:
                 found.append(i)
     return sorted(found, key=order.index)
@@ -123,7 +110,7 @@ def contenders(rows: Sequence[Mapping[str, Any]], also: Sequence[int] = ()) -> l
 
 def choose_by_questions(
     candidates: Sequence[Sequence[int]], questions: Mapping[str, Sequence[str]], ask: Ask
-) -> dict[str, Any]:
+) -> tuple[int, ByTasks]:
     """The candidate of lowest loss among those that answer as well as the best.
 
     Tasks take turns, so that they count alike until the shortest is through.
@@ -134,12 +121,8 @@ def choose_by_questions(
         ask: scores candidates, all that are left at once.
 
     Returns:
-        ``chosen``, its position in ``candidates``; ``ahead``, whether all others were dropped;
-        ``alpha``, ``looks`` done and ``looks_planned``, ``asked`` (keys), ``by_task``, how many of
-        each; and ``candidates``: ``removed``, ``questions`` answered, ``accuracy``, mean
-        ``certainty``, and against the chosen one on the questions that both answered
-        ``difference`` of the accuracies, ``difference_se``, and the ``p_value`` of the test;
-        ``dropped``.
+        its position in ``candidates``, and how it was chosen; differences are of accuracies, on
+        the questions that a candidate and the chosen one both answered.
     """
     turns = [
         (task, key)
@@ -170,16 +153,16 @@ def choose_by_questions(
     best = _lowest_of_the_best(left) if done else left[0]
     asked = [key for _, key in turns[:done]]
     tasks = [task for task, _ in turns[:done]]
-    return {
-        "chosen": all_of_them.index(best),
-        "ahead": len(left) == 1,
-        "alpha": ALPHA,
-        "looks": looked,
-        "looks_planned": len(ends),
-        "by_task": {task: tasks.count(task) for task in questions},
-        "asked": list(dict.fromkeys(asked)),
-        "candidates": [_row(c, best) for c in all_of_them],
-    }
+    return all_of_them.index(best), ByTasks(
+        ahead=len(left) == 1,
+        alpha=ALPHA,
+        looks=looked,
+        looks_planned=len(ends),
+        by_task={task: tasks.count(task) for task in questions},
+        asked=list(dict.fromkeys(asked)),
+        candidates=[_row(c, best) for c in all_of_them],
+        tasks=list(questions),
+    )
 
 
 def _merits(several: Sequence[_Contender]) -> Floats:
@@ -209,28 +192,26 @@ def _lowest_of_the_best(left: Sequence[_Contender]) -> _Contender:
     return left[int(np.argmax(behind.mean(1) <= error))]
 
 
-def _row(contender: _Contender, best: _Contender) -> dict[str, Any]:
+def _row(contender: _Contender, best: _Contender) -> AskedCandidate:
     asked = contender.asked
     certain = [c for values in contender.certainties.values() for c in values]
-    row: dict[str, Any] = {
-        "removed": list(contender.removed),
-        "questions": asked,
-        "accuracy": float(contender.right().mean()) if asked else None,
-        "certainty": float(np.mean(certain)) if asked else None,
-        "dropped": contender.out,
-        "difference": None,
-        "difference_se": None,
-        "p_value": None,
-    }
-    if contender is best or not asked:
-        return row
-    own, others = (
-        np.concatenate([c.scores[t][: len(mine)] for t, mine in contender.scores.items()])
-        for c in (contender, best)
+    mean, error, p = None, None, None
+    if contender is not best and asked:
+        own, others = (
+            np.concatenate([c.scores[t][: len(mine)] for t, mine in contender.scores.items()])
+            for c in (contender, best)
+        )
+        difference = own - others
+        mean = float(difference.mean())
+        error = float(difference.std(ddof=1) / math.sqrt(asked)) if asked > 1 else None
+        p = p_value(*_merits([best, contender]))
+    return AskedCandidate(
+        removed=list(contender.removed),
+        questions=asked,
+        accuracy=float(contender.right().mean()) if asked else None,
+        certainty=float(np.mean(certain)) if asked else None,
+        dropped=contender.out,
+        difference=mean,
+        difference_se=error,
+        p_value=p,
     )
-    difference = own - others
-    return row | {
-        "difference": float(difference.mean()),
-        "difference_se": float(difference.std(ddof=1) / math.sqrt(asked)) if asked > 1 else None,
-        "p_value": p_value(*_merits([best, contender])),
-    }

@@ -3,67 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
+from isingcut.files.documents.scores import PairedScores
 from isingcut.ising.states import Floats
 
 RESAMPLES = 10_000
 
 
-@dataclass(frozen=True)
-class Paired:
-    """A paired comparison.
-
-    Attributes:
-        first, second: mean scores.
-        first_se, second_se: standard errors of the means; None for one question.
-        low, high: 95 % interval of second - first, paired bootstrap over questions.
-        p_value: of no difference, two-sided.
-        test: ``"mcnemar"`` (right or wrong) or ``"bootstrap"`` (graded scores).
-        n: questions.
-    """
-
-    first: float
-    second: float
-    first_se: float | None
-    second_se: float | None
-    low: float
-    high: float
-    p_value: float
-    test: str
-    n: int
-
-    @property
-    def more_than_noise(self) -> bool:
-        """At the 5 % level, for this comparison alone."""
-        return self.p_value < 0.05
-
-
-def compare_scores(first: Floats, second: Floats, seed: int = 0) -> Paired:
+def compare_scores(first: Floats, second: Floats, seed: int = 0) -> PairedScores:
     """Compare the scores (n,) of two models on the same n questions.
 
     Right-or-wrong scores get McNemar's exact test (questions that both have right, or both wrong,
-    say nothing); others the bootstrap distribution of the mean difference, centred.
+    say nothing); others the bootstrap distribution of the mean difference, centred. The interval of
+    second - first is of 95 %, by the paired bootstrap over questions.
     """
-    n = len(first)
-    difference = second - first
-    resampled = _resampled(difference, seed)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    binary = right_or_wrong(first, second)
+    n, means = len(first), (float(first.mean()), float(second.mean()))
+    resampled = _resampled(second - first, seed)
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
     p = p_value(first, second, resampled)
     errors = [float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None for x in (first, second)]
-    return Paired(
-        float(first.mean()),
-        float(second.mean()),
-        errors[0],
-        errors[1],
-        float(low),
-        float(high),
-        p,
-        "mcnemar" if binary else "bootstrap",
-        n,
+    return PairedScores(
+        original=means[0],
+        original_se=errors[0],
+        cut=means[1],
+        cut_se=errors[1],
+        difference=means[1] - means[0],
+        difference_low=low,
+        difference_high=high,
+        n=n,
+        p_value=p,
+        test="mcnemar" if right_or_wrong(first, second) else "bootstrap",
+        more_than_noise=p < 0.05,
     )
 
 

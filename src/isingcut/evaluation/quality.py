@@ -15,7 +15,15 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed
-from isingcut.files.writing import without_header, without_infinities
+from isingcut.files.documents.scores import (
+    EvaluationFile,
+    Generation,
+    MixedScores,
+    ModelScores,
+    PartScores,
+)
+from isingcut.files.documents.states import Perplexity
+from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.pace import chunks
@@ -45,8 +53,8 @@ _MOST_NATS = 700
 
 
 def before_and_after(
-    original: LoadedModel,
-    cut: LoadedModel,
+    original: LoadedModel | StreamedReplay,
+    cut: LoadedModel | StreamedReplay,
     tokens: TokenSet,
     *,
     batch_tokens: int = BATCH_TOKENS,
@@ -54,117 +62,57 @@ def before_and_after(
     new_tokens: int = 48,
     skip_speed: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Quality, size and speed of both models, as `evaluation.json` keeps them.
+) -> EvaluationFile:
+    """Quality, size and speed of both models.
 
     Speed is measured with all the threads that torch takes on this machine, whatever a run
-    measures its losses with.
+    measures its losses with. Of a cut that is streamed, speed, memory and a generation are left
+    out: a model that is read from disk for every token has no speed that says anything about it.
 
     Args:
+        original: in memory, or streamed on the same buffers as the cut.
         tokens: the report split.
         batch_tokens: tokens computed at a time.
         prompt: for one greedy generation of at most ``new_tokens`` by each model.
         skip_speed: leave out speed; ``not_measured`` names the keys.
     """
     both = {"before": original, "after": cut}
-    found = quality(original.model, cut.model, tokens, batch_tokens, progress=progress)
-    figures: dict[str, dict[str, Any]] = {name: {} for name in both}
-    if not skip_speed:
-        figures = _speeds(both, tokens, progress)
-    texts = {}
-    # Once for both: a chat template is rendered by a process of its own.
-    ids = prompt_ids(original.tokenizer, prompt)
-    with progress("one generation", len(both)) as bar:
-        for name, loaded in both.items():
-            texts[name] = generate_text(text_model(loaded.model), loaded.tokenizer, ids, new_tokens)
-            figures[name] |= _size(loaded.model, loaded.folder)
-            bar.advance(1)
-    rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
-    return evaluation_document(
-        found, figures, tokens, original, generation={"prompt": prompt, **texts}, **rest
-    )
-
-
-def evaluate_streamed(
-    original: LoadedModel | StreamedReplay,
-    cut: StreamedReplay,
-    tokens: TokenSet,
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Quality and size of both models, as `evaluation.json` keeps them.
-
-    Speed, memory and a generation are left out: a model that is read from disk for every token
-    has no speed that says anything about the model.
-
-    Args:
-        original: streamed on the same buffers, or in memory.
-        tokens: the report split.
-        batch_tokens: tokens computed at a time.
-    """
-    before = original if isinstance(original, StreamedReplay) else original.model
-    found = quality(before, cut, tokens, batch_tokens, progress=progress)
-    both = {"before": original, "after": cut}
-    figures = {name: _size(side.model, side.folder) for name, side in both.items()}
-    return evaluation_document(found, figures, tokens, original, generation=None, streamed=True)
-
-
-def _size(model: Any, folder: Path) -> dict[str, Any]:
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": disk_bytes(folder),
-        "blocks": len(find_stack(model)),
-    }
-
-
-def evaluation_document(
-    found: Mapping[str, Any],
-    figures: Mapping[str, Mapping[str, Any]],
-    tokens: TokenSet,
-    original: LoadedModel | StreamedReplay,
-    *,
-    generation: Mapping[str, str] | None,
-    **rest: Any,
-) -> dict[str, Any]:
-    """The content of `evaluation.json`.
-
-    Args:
-        found: as `quality` gives it.
-        figures: what else is known of ``before`` and ``after``.
-        tokens: the report split.
-        original: says on what device and in which type it was computed.
-        generation: one text by both.
-    """
-    return {
-        "samples": tokens.samples,
-        "tokens": tokens.tokens,
-        **{name: {**found[name], **figures[name]} for name in ("before", "after")},
-        "kl": found["kl"],
-        "kl_se": found["kl_se"],
-        **({"parts": found["parts"]} if "parts" in found else {}),
-        "generation": generation,
-        "device": str(original.device),
-        "dtype": str(original.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+    first, second = (m if isinstance(m, StreamedReplay) else m.model for m in both.values())
+    found = quality(first, second, tokens, batch_tokens, progress=progress)
+    speeds: dict[str, dict[str, Any]] = {}
+    rest: dict[str, Any] = {"generation": None, "streamed": True}
+    if not isinstance(cut, StreamedReplay) and not isinstance(original, StreamedReplay):
+        models = {"before": original, "after": cut}
+        if not skip_speed:
+            speeds = _speeds(models, tokens, progress)
+        # Once for both: a chat template is rendered by a process of its own.
+        ids, texts = prompt_ids(original.tokenizer, prompt), {}
+        with progress("one generation", len(both)) as bar:
+            for name, m in models.items():
+                texts[name] = generate_text(text_model(m.model), m.tokenizer, ids, new_tokens)
+                bar.advance(1)
+        rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
+        rest["generation"] = Generation(prompt=prompt, **texts)
+    if found.parts:
+        rest["parts"] = found.parts
+    for name, side in both.items():
+        rest[name] = ModelScores(
+            **dict(getattr(found, name)),
+            **speeds.get(name, {}),
+            parameters=sum(p.numel() for p in side.model.parameters()),
+            bytes=disk_bytes(side.folder),
+            blocks=len(find_stack(side.model)),
+        )
+    return EvaluationFile(
+        samples=tokens.samples,
+        tokens=tokens.tokens,
+        kl=found.kl,
+        kl_se=found.kl_se,
+        device=str(original.device),
+        dtype=str(original.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
         **rest,
-    }
-
-
-def with_speed(
-    found: Mapping[str, Any],
-    original: LoadedModel,
-    cut: LoadedModel,
-    tokens: TokenSet,
-    *,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """An evaluation that left out speed, with it measured now."""
-    figures = _speeds({"before": original, "after": cut}, tokens, progress)
-    sides = {name: {**found[name], **figures[name]} for name in figures}
-    complete = {**without_header(found), **sides, "threads": torch.get_num_threads()}
-    complete.pop("not_measured", None)
-    return complete
+    )
 
 
 def _speeds(
@@ -183,7 +131,7 @@ def quality(
     batch_tokens: int = BATCH_TOKENS,
     *,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> MixedScores:
     """NLL and perplexity of both models and KL(original || cut), per token, in nats.
 
     Means are over tokens, standard errors over samples (a ratio estimator, linearised; for the
@@ -287,26 +235,24 @@ def _resident_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int],
     return found.__getitem__
 
 
-def quality_of(sums: Floats, tokens: TokenSet) -> dict[str, Any]:
-    """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL.
-
-    Of a mixture, ``parts`` has the same for each of its parts.
-    """
+def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
+    """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL."""
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-    nll_before, nll_after, kl = sums.sum(1) / counts.sum()
-    errors = standard_error(sums, counts)
+    nll_before, nll_after, kl = (sums.sum(1) / counts.sum()).tolist()
+    errors = standard_error(sums, counts).tolist()
     parts = {}
     for name, rows in tokens.rows_by_part.items():
         own = tokens.select(rows)
-        size = {"samples": own.samples, "tokens": own.tokens}
-        parts[name] = {**size, **quality_of(sums[:, rows], own)}
-    return {
-        "before": perplexity(float(nll_before), float(errors[0])),
-        "after": perplexity(float(nll_after), float(errors[1])),
-        "kl": float(kl),
-        "kl_se": without_infinities(float(errors[2])),
-        **({"parts": parts} if parts else {}),
-    }
+        of_part = dict(quality_of(sums[:, rows], own))
+        del of_part["parts"]
+        parts[name] = PartScores(samples=own.samples, tokens=own.tokens, **of_part)
+    return MixedScores(
+        before=perplexity(nll_before, errors[0]),
+        after=perplexity(nll_after, errors[1]),
+        kl=kl,
+        kl_se=without_infinities(errors[2]),
+        parts=parts,
+    )
 
 
 def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
@@ -325,15 +271,15 @@ def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, floa
     return first, second, third
 
 
-def perplexity(nll: float, error: float | None) -> dict[str, Any]:
+def perplexity(nll: float, error: float | None) -> Perplexity:
     """A loss in nats per token and its perplexity, each with its standard error."""
     value = float(np.exp(nll))
-    return {
-        "perplexity": value,
-        "perplexity_se": None if error is None else without_infinities(value * error),
-        "nll": nll,
-        "nll_se": None if error is None else without_infinities(error),
-    }
+    return Perplexity(
+        perplexity=value,
+        perplexity_se=None if error is None else without_infinities(value * error),
+        nll=nll,
+        nll_se=None if error is None else without_infinities(error),
+    )
 
 
 def disk_bytes(folder: Path) -> int:

@@ -1,14 +1,17 @@
 """Benchmark tasks by name, ready to be asked: ours, files of questions, or the harness's own.
 
-Every question has a key, so that those that chose a model can be left out where it is judged.
+Our task files with a data folder, and files of questions, become tasks of the harness. Every
+question has a key, so that those that chose a model can be left out where it is judged.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import InputError, MissingExtraError
-from isingcut.evaluation import local_tasks
-from isingcut.evaluation.wikitext import articles
-from isingcut.files.inputs import user_path
+import numpy as np
+
+from isingcut.errors import InputError, MissingExtraError, UnknownNameError
+from isingcut.files.inputs import parse_json, read_text, user_path
 from isingcut.files.outputs import file_sha256
 from isingcut.files.writing import fingerprint
 
@@ -65,27 +68,27 @@ def question_key(question: Any) -> str:
     return fingerprint(dict(question))
 
 
-def called(name: str) -> str:
+def short_name(name: str) -> str:
     """What a task is called in results: a file by its name alone."""
-    return Path(name).name if local_tasks.is_file(name) else name
+    return Path(name).name if is_file(name) else name
 
 
-def named(tasks: str) -> list[str]:
+def split_names(tasks: str) -> list[str]:
     """The tasks in a comma-separated list, not yet known to be any; `all` are ours."""
     if tasks == "all":
-        return [*local_tasks.task_names(), WIKITEXT]
+        return [*task_names(), WIKITEXT]
     return [t.strip() for t in tasks.split(",") if t.strip()]
 
 
 def prepare_task(name: str, data: Path | None, questions: int | None = None) -> Prepared:
     """A task by name: a file, one of ours with ``data``, else one of the harness's from the hub."""
-    if local_tasks.is_file(name):
+    if is_file(name):
         path = user_path(name)
-        local, source = local_tasks.read_file(path, questions), file_sha256(path)
+        local, source = read_file(path, questions), file_sha256(path)
     elif data is None:
         return Prepared(name, None, lambda: _hub(name), "hub", questions)
     else:
-        local, source = local_tasks.read_task(name, data, questions), "local"
+        local, source = read_task(name, data, questions), "local"
 
     def make() -> dict[str, Any]:
         from lm_eval.api.task import ConfigurableTask
@@ -115,10 +118,10 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
             if data is None:
                 raise InputError("wikitext2 is read from a folder of questions; give it as --data")
             articles(data)
-        elif local_tasks.is_file(name):
-            local_tasks.read_file(user_path(name), questions)
+        elif is_file(name):
+            read_file(user_path(name), questions)
         elif data is not None:
-            local_tasks.read_task(name, data, questions)
+            read_task(name, data, questions)
         else:
             _refuse_unknown(name)
     return names
@@ -131,7 +134,7 @@ def _refuse_unknown(name: str) -> Any:
     if name not in manager.task_index:
         raise InputError(
             f"lm-evaluation-harness knows no task {name!r}; offline tasks need --data and are: "
-            f"{', '.join(local_tasks.task_names())}"
+            f"{', '.join(task_names())}"
         )
     return manager
 
@@ -161,3 +164,242 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+# Ours, and files of questions ----------------------------------------------------------------
+
+_FOLDER = Path(__file__).parent / "tasks"
+_LARGEST = 2**28
+_MOST_CHOICES = 64
+# Of a user's file: the text as it stands, and each choice's log-likelihood by its length.
+_OF_FILE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{context}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True}
+        for name in ("acc", "acc_norm")
+    ],
+    "num_fewshot": 0,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LocalTask:
+    """One of our task files with its questions.
+
+    Attributes:
+        name: of the file.
+        metric: the harness's metric that is reported.
+        configurations: harness configurations, one or one a subject, with `custom_dataset`.
+        questions: how many there are in all.
+    """
+
+    name: str
+    metric: str
+    configurations: list[dict[str, Any]]
+    questions: int
+
+
+def task_names() -> list[str]:
+    """All local tasks."""
+    return sorted(p.stem for p in _FOLDER.glob("*.yaml"))
+
+
+def is_file(name: str) -> bool:
+    """Whether a task's name is that of a file of questions."""
+    return name.endswith(".jsonl")
+
+
+def read_file(path: Path, questions: int | None = None) -> LocalTask:
+    """A task over a user's own file: ``context``, ``choices`` and ``answer``, its number from 0.
+
+    Args:
+        questions: at most so many, evenly spaced.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    asked = _spaced(_asked(path, "multiple_choice", {}), questions)
+    config = {**copy.deepcopy(_OF_FILE), "task": path.stem, "test_split": "test"}
+    return LocalTask(
+        path.name, "acc_norm", [{**config, "custom_dataset": _dataset(asked, [])}], len(asked)
+    )
+
+
+def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
+    """A local task over the questions in a data folder.
+
+    Args:
+        name: one of `task_names`.
+        data: the folder with `arc_easy/test.jsonl` and so on.
+        questions: at most so many. Where the folder has a fixed subset of that size or more
+            (`test_sub500.jsonl`), they are taken from it, evenly spaced.
+
+    Raises:
+        UnknownNameError: no such task.
+        InputError: its file is missing or damaged.
+    """
+    import yaml
+
+    path = _FOLDER / f"{name}.yaml"
+    if name not in task_names():
+        raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(task_names())}")
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    own = config.pop("isingcut")
+    kind, by = str(config["output_type"]), own.get("by")
+    asked = _questions(data, own, questions, kind)
+    examples = _asked(_only(data, own["fewshot"]), kind, own) if "fewshot" in own else []
+    groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in asked))
+    configurations = []
+    for group in groups:
+        one = copy.deepcopy(config)
+        if by is not None and group is not None:
+            one["task"] = f"{config['task']}_{group}"
+            one["description"] = config["description"].replace("{by}", group.replace("_", " "))
+        chosen = [r for r in asked if by is None or str(r[by]) == group]
+        shots = [r for r in examples if by is None or str(r[by]) == group]
+        if len(shots) < int(one["num_fewshot"]):
+            raise InputError(
+                f"{data / own.get('fewshot', own['test'])}.jsonl has {len(shots)} examples"
+                f"{f' about {group}' if group else ''}; {name} shows {one['num_fewshot']}"
+            )
+        one["custom_dataset"] = _dataset(chosen, shots)
+        one["test_split"] = "test"
+        if shots:
+            one["fewshot_split"] = "fewshot"
+        configurations.append(one)
+    return LocalTask(name, str(own["metric"]), configurations, len(asked))
+
+
+def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
+    def make(**ignored: Any) -> dict[str, Any]:
+        import datasets
+
+        found = {"test": datasets.Dataset.from_list(test)}
+        if fewshot:
+            found["fewshot"] = datasets.Dataset.from_list(fewshot)
+        return found
+
+    return make
+
+
+def _only(data: Path, stem: str) -> Path:
+    """`stem.jsonl`, or the one file whose name goes on with digits (`train1000.jsonl`)."""
+    exact = data / f"{stem}.jsonl"
+    if os.path.lexists(exact):
+        return exact
+    numbered = sorted(data.glob(f"{stem}[0-9]*.jsonl"))
+    if len(numbered) != 1:
+        raise InputError(f"there is no file {exact}; give the folder with the questions as --data")
+    return numbered[0]
+
+
+def _questions(
+    data: Path, own: dict[str, Any], most: int | None, kind: str
+) -> list[dict[str, Any]]:
+    stem = own["test"]
+    subsets = {
+        int(p.stem.rpartition("_sub")[2]): p
+        for p in data.glob(f"{stem}_sub[0-9]*.jsonl")
+        if p.stem.rpartition("_sub")[2].isdigit()
+    }
+    large = [size for size in sorted(subsets) if most is not None and size >= most]
+    return _spaced(_asked(subsets[large[0]] if large else _only(data, stem), kind, own), most)
+
+
+def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+    """At most so many, evenly spaced."""
+    if most is None or len(found) <= most:
+        return found
+    picks = np.linspace(0, len(found) - 1, most).round().astype(int)
+    return [found[i] for i in picks]
+
+
+def records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The records of a JSON lines file, each with the number of its line.
+
+    Raises:
+        InputError: missing, damaged, empty or larger than 256 MiB.
+    """
+    text = read_text(path, "the file of questions", limit=_LARGEST)
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError as e:
+            raise InputError(f"{path}, line {number}: it is no JSON ({e})") from e
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}: expected an object, got {line.strip()[:60]}")
+        found.append((number, record))
+    if not found:
+        raise InputError(f"{path} holds no questions")
+    return found
+
+
+def _asked(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a file, of each the fields that a task reads.
+
+    Args:
+        kind: the harness's ``output_type`` of the task.
+        own: our part of the task file.
+
+    Raises:
+        InputError: a field is missing or of a wrong type; the message has the line.
+    """
+    texts = {"loglikelihood": ["text"], "generate_until": ["context", "solution"]}
+    needed = [*texts.get(kind, ["context"]), *([own["by"]] if "by" in own else [])]
+    found = []
+    for number, record in records(path):
+        wrong = _wrong_text(record, needed, own)
+        if wrong is None and kind not in texts:
+            wrong = _wrong_choice(record, own)
+        if wrong is not None:
+            raise InputError(f"{path}, line {number}: {wrong}")
+        fields = needed if kind in texts else [*needed, "choices", "answer"]
+        found.append({name: record[name] for name in fields})
+    return found
+
+
+def _wrong_text(record: dict[str, Any], needed: list[str], own: dict[str, Any]) -> str | None:
+    for name in needed:
+        value = record.get(name)
+        if not isinstance(value, str) or not value.strip():
+            return f"expected a text {name!r}, got {repr(value)[:60]}"
+    held = own.get("holds", "")
+    if held not in record[needed[0]].strip():
+        return f"expected {held!r} in {needed[0]!r}, got {record[needed[0]][:60]!r}"
+    return None
+
+
+def _wrong_choice(record: dict[str, Any], own: dict[str, Any]) -> str | None:
+    choices, answer = record.get("choices"), record.get("answer")
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+        return f"expected 'choices', a list of texts, none empty, got {repr(choices)[:60]}"
+    least, most = (own["choices"],) * 2 if "choices" in own else (2, _MOST_CHOICES)
+    if not least <= len(choices) <= most:
+        return f"expected {least}{f' to {most}' * (most > least)} 'choices', got {len(choices)}"
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        return f"expected 'answer', a number from 0 to {len(choices) - 1}, got {repr(answer)[:60]}"
+    return None
+
+
+def articles(data: Path) -> list[str]:
+    """The articles of WikiText-2's test text in a data folder.
+
+    Raises:
+        InputError: the file is missing or damaged, or a line has no text.
+    """
+    path = data / "wikitext2" / "test_raw.jsonl"
+    found = []
+    for number, record in records(path):
+        text = record.get("text")
+        if not isinstance(text, str):
+            raise InputError(
+                f"{path}, line {number}: expected a text 'text', got {repr(text)[:60]}"
+            )
+        found.append(text)
+    return found

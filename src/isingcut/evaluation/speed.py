@@ -18,6 +18,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
+from isingcut.files.documents.scores import EvaluationFile
 from isingcut.models.device import synchronise
 
 if TYPE_CHECKING:
@@ -33,38 +34,37 @@ SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", MEMORY_KE
 
 
 def with_memory(
-    evaluation: Mapping[str, Any],
+    evaluation: EvaluationFile,
     folders: Mapping[str, Path],
     *,
     length: int,
     trust_remote_code: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> EvaluationFile:
     """An evaluation with the peak memory of both models, each measured in a process of its own.
 
     Where such a process fails, for example because another one uses the memory, the figure is
     named under ``not_measured``.
 
     Args:
-        evaluation: content of `evaluation.json`.
         folders: of ``before`` and ``after``.
         length: tokens that each model reads.
     """
-    found = dict(evaluation)
+    sides = {}
     with progress("peak memory", len(folders)) as bar:
         for name, folder in folders.items():
             peak = peak_memory(
                 folder,
-                evaluation["dtype"],
-                evaluation["device"],
+                evaluation.dtype,
+                evaluation.device,
                 tokens=length,
                 trust_remote_code=trust_remote_code,
             )
             if peak is None:
-                return {**evaluation, "not_measured": [MEMORY_KEY]}
-            found[name] = {**found[name], MEMORY_KEY: peak}
+                return evaluation.model_copy(update={"not_measured": [MEMORY_KEY]})
+            sides[name] = getattr(evaluation, name).model_copy(update={MEMORY_KEY: peak})
             bar.advance(1)
-    return found
+    return evaluation.model_copy(update=sides)
 
 
 @torch.no_grad()

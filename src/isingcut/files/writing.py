@@ -15,11 +15,16 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isingcut.errors import InputError, StageFileError
 from isingcut.files.inputs import load_json
 from isingcut.files.outputs import check_output, mark, seal_of, sealed
+
+if TYPE_CHECKING:
+    from isingcut.files.documents import Document
+
+D = TypeVar("D", bound="Document")
 
 _VERSION = 1
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.isingcut-\w+\.(?P<kind>part|old)")
@@ -225,13 +230,8 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = F
     Args:
         seal: say in the file itself that isingcut wrote it, where no `run.json` does.
     """
-    document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
-    if seal:
-        document["seal"] = seal_of(document)
     with atomic_file(path) as temporary:
-        temporary.write_text(
-            json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(_text_of(kind, content, seal=seal), encoding="utf-8")
 
 
 def write_sealed(path: Path, content: str) -> None:
@@ -240,24 +240,52 @@ def write_sealed(path: Path, content: str) -> None:
         temporary.write_text(sealed(content), encoding="utf-8")
 
 
-def read_json(path: Path, kind: str) -> dict[str, Any]:
-    """Read an isingcut results file, whose content is then what `documents` says of its kind.
+def _text_of(kind: str, content: dict[str, Any], *, seal: bool = False) -> str:
+    document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
+    if seal:
+        document["seal"] = seal_of(document)
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def write_document(path: Path, document: Document, *, seal: bool = False) -> None:
+    """Write a document as the results file that `read_document` reads."""
+    write_json(path, document.kind, document.content(), seal=seal)
+
+
+def document_text(document: Document) -> str:
+    """What `write_document` writes, unsealed."""
+    return _text_of(document.kind, document.content())
+
+
+def read_document(path: Path, model: type[D]) -> D:
+    """The document in a results file, see `documents`.
 
     Raises:
         StageFileError: missing, not JSON, of another kind, of a newer version, or damaged.
     """
-    if not os.path.lexists(path):
-        raise StageFileError(
-            f"expected the file {path}, which is not there; run the stage before it"
-        )
-    document = load_json(path, "the results file", StageFileError)
+    found = check_document(path, _load(path), model.kind)
+    assert isinstance(found, model)
+    return found
+
+
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """The same as plain JSON, checked, with its header."""
+    document = _load(path)
     check_document(path, document, kind)
     assert isinstance(document, dict)
     return document
 
 
-def check_document(path: Path, document: Any, kind: str) -> None:
-    """Refuse what is not an isingcut document of this kind.
+def _load(path: Path) -> Any:
+    if not os.path.lexists(path):
+        raise StageFileError(
+            f"expected the file {path}, which is not there; run the stage before it"
+        )
+    return load_json(path, "the results file", StageFileError)
+
+
+def check_document(path: Path, document: Any, kind: str) -> Document:
+    """The content of an isingcut document of this kind.
 
     Raises:
         StageFileError: another format, a newer version, or a damaged content.
@@ -279,7 +307,7 @@ def check_document(path: Path, document: Any, kind: str) -> None:
             f"{path} was written by a newer isingcut (file version {written}, "
             f"this one reads up to {_VERSION}); upgrade isingcut"
         )
-    documents.check_content(path, kind, document)
+    return documents.parse_content(path, kind, without_header(document))
 
 
 def without_header(document: Mapping[str, Any]) -> dict[str, Any]:

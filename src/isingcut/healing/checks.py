@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from isingcut.data.mixture import places_in
-from isingcut.errors import InputError, MissingExtraError
+from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import check_output, refuse_source
 from isingcut.healing.trainer_file import trainer_settings
@@ -48,12 +47,9 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
 
     Raises:
         InputError: with the option and what it expects.
-        MissingExtraError: a package that training needs.
     """
     if config.method == "none":
         return
-    if config.method == "lora" and importlib.util.find_spec("peft") is None:
-        raise MissingExtraError("peft", "heal", "healing by LoRA")
     if (index := pick_device(config.device).index) and not launched():
         raise InputError(
             "the Trainer takes the first GPU that it sees; type CUDA_VISIBLE_DEVICES="

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.quality import quality
+from isingcut.files.documents.scores import PairScores
 from isingcut.healing.job import Job
 from isingcut.models.cutting.sharing import open_cut
-from isingcut.models.streaming.opening import load_streamed
+from isingcut.models.streaming.replay import load_streamed
 
 
 def scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
@@ -26,14 +26,14 @@ def scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
         options: dict[str, Any] = {**job.teacher.place, "trust_remote_code": trust}
         _, streamed = load_streamed(folder, buffers=job.replay.store.buffers, **options)
         found = quality(job.replay, streamed, report, size, progress=job.progress)
-    parts = {name: _healed_scores(part) for name, part in found.get("parts", {}).items()}
+    parts = {name: _healed_scores(part) for name, part in found.parts.items()}
     return {**_healed_scores(found), **({"parts": parts} if parts else {})}
 
 
-def _healed_scores(found: Mapping[str, Any]) -> dict[str, Any]:
+def _healed_scores(found: PairScores) -> dict[str, Any]:
     return {
-        **found["after"],
-        "kl": found["kl"],
-        "kl_se": found["kl_se"],
-        "original_perplexity": found["before"]["perplexity"],
+        **dict(found.after),
+        "kl": found.kl,
+        "kl_se": found.kl_se,
+        "original_perplexity": found.before.perplexity,
     }

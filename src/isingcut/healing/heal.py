@@ -20,11 +20,12 @@ from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.errors import InputError, ModelError
+from isingcut.files.documents.scores import HealingFile
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.writing import atomic_folder, read_json, write_json
+from isingcut.files.writing import atomic_folder, read_document, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
 from isingcut.healing.figures import scores
 from isingcut.healing.healers import RECORD, registry
@@ -47,8 +48,7 @@ from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
-from isingcut.models.streaming.opening import load_streamed
-from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import LENGTH, HealConfig
 from isingcut.report.card import healed_card, kept_parts
@@ -201,7 +201,7 @@ def heal_checkpoint(
     processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
     check_weights: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> HealingFile:
     """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
 
     Work in progress is kept in a folder beside ``out`` and continued by the same call. The caller
@@ -247,15 +247,15 @@ def heal_checkpoint(
                 forget_all(work)
                 raise
             write_json(done / RECORD, "healing", content)
-            card = done / "README.md"
+            card, record = done / "README.md", read_document(done / RECORD, HealingFile)
             if card.is_file():
                 written = card.read_text(encoding="utf-8")
-                card.write_text(healed_card(parts, written, content), encoding="utf-8")
+                card.write_text(healed_card(parts, written, record), encoding="utf-8")
             with atomic_folder(out, overwrite=config.overwrite, sources=sources) as temporary:
                 temporary.rmdir()
                 done.rename(temporary)
     processes.wait()
-    return read_json(out / RECORD, "healing")
+    return read_document(out / RECORD, HealingFile)
 
 
 def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:

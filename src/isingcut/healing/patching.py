@@ -21,8 +21,9 @@ def start_of(student: Path) -> str:
     """What a checkpoint is by its records: ``cut`` exactly, ``patched``, or ``healed``."""
     if (student / RECORD).exists():
         return "healed"
-    parts = kept_parts(student) or {}
-    return "patched" if (parts.get("patch") or {}).get("cuts") else "cut"
+    parts = kept_parts(student)
+    patched = parts is not None and parts.patch is not None and parts.patch.cuts
+    return "patched" if patched else "cut"
 
 
 def patch(job: Job, out: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.models.architectures.names import OTHER_STACKS
 from isingcut.models.architectures.surgery import (
+    OTHER_STACKS,
     depth,
     extra_heads,
     refuse_packing,

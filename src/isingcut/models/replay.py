@@ -46,7 +46,7 @@ class Replay:
     Attributes:
         text: what of the model is given token ids (`text_alone.py`).
         bytes_per_token: of the residual stream, at its widest.
-        attention: how measurements compute attention (`tuning.py`); None keeps what was loaded.
+        attention: how measurements compute attention; None keeps what was loaded.
         threads: with how many threads at most; None: with those that torch takes.
         limit: tokens that are computed at a time, as far as the memory is known to hold them.
         processes: that hold the same model and share its measurements.

@@ -46,7 +46,6 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
     Raises:
         ModelError: no such model, or it has no safetensors or config.
         CheckpointError: its config or index is damaged.
-        MissingExtraError: a `.gguf` file without the `gguf` package.
     """
     if not name.strip():
         raise ModelError(f"the model's name is empty; {_EXPECTED}")

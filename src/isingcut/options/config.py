@@ -107,10 +107,9 @@ class RunConfig(Options):
     )
     dtype: Dtype = option("auto", "auto, float32 or bfloat16.", "energy")
     device: Device = option("auto", "auto, cpu, cuda or cuda:N.", "energy", volatile=True)
-    attention: Literal["auto", "sdpa", "eager", "causal"] = option(
+    attention: Literal["auto", "sdpa", "eager"] = option(
         "auto",
-        "How measurements compute attention: sdpa, eager, causal (compiled, for CPUs), or auto "
-        "(timed, and kept for the run).",
+        "How measurements compute attention: sdpa, eager, or auto (as transformers chooses).",
         "energy",
         volatile=True,
     )

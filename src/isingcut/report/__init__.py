@@ -1,7 +1,8 @@
 """Run folders to pages; files only, no torch.
 
-`read_run` reads the files into `run_files`; `write` writes report.md, .json, .html and comparisons;
-`page` `compare` (`sides`) the HTML, `card` the model card, `render` templates. What they lay out:
-`rows` figures of several models, `states` `baselines` states, `provenance_rows` origins, `words`
-`choice` `fidelity` sentences; `blocks` `figures` `tradeoff` charts, drawn by `svg`.
+`run_files` reads the files of a removal, as the objects of `files.documents`; `write` lays them out
+as report.md, .json and .html, `compare` several runs, `card` the model card. The sentences of all
+stand in `templates/words.j2`, which `words` speaks; `rows` figures of several models, `states` the
+states and methods shown; `blocks` `figures` charts, with the scales of `svg`; `render` fills in
+templates.
 """

@@ -5,11 +5,10 @@ All three are stretched over the same columns of the page, so that one block sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from markupsafe import Markup
 
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
@@ -29,20 +28,16 @@ def map_rows(files: RunFiles, states: Book) -> tuple[list[tuple[KnownState, str]
     candidates = states.of("candidate")
     shown = [s for k, s in enumerate(candidates) if k < MAP_ROWS or s.chosen] + states.of("named")
     scale = margin_scale(files, shown)
-    return [(s, dots(s, scale, energies=_comparable(files))) for s in shown], scale
+    return [(s, dots(s, scale, energies=files.comparable)) for s in shown], scale
 
 
 def margin_scale(files: RunFiles, states: list[KnownState]) -> Scale:
     """The scale, in percent of the margin's width, of measured losses and comparable energies."""
     losses = [state.kl for state in states if state.kl is not None]
     values = [end for kl in losses for end in (kl.low, kl.high)]
-    if _comparable(files):
+    if files.comparable:
         values += [state.energy for state in states if state.energy is not None]
     return span(values, 2.0, 98.0)
-
-
-def _comparable(files: RunFiles) -> bool:
-    return files.hamiltonian is not None and files.hamiltonian.unit == "nats/token"
 
 
 def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
@@ -55,76 +50,58 @@ def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
     return ";".join(style)
 
 
-def strip(n: int, removed: tuple[int, ...] | list[int]) -> Markup:
-    """One row of N cells, those of removed blocks filled."""
-    gone = set(removed)
-    cells = "".join(f'<rect x="{i}.07" class="{"r" if i in gone else "k"}"/>' for i in range(n))
-    return Markup(
-        f'<svg class="strip" viewBox="0 0 {n} 1" preserveAspectRatio="none" aria-hidden="true">'
-        f"{cells}</svg>"
-    )
-
-
 def block_ticks(n: int) -> list[int]:
     """Blocks whose numbers stand along the axis, at most nine."""
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if n <= 9 * s)
     return list(range(0, n, step))
 
 
-@dataclass(frozen=True)
-class Fields:
+class Fields(NamedTuple):
     """The bars of h.
 
     Attributes:
-        svg: N bars.
+        bars: top and height of each, in percent.
         ticks: labels of the vertical axis, with their place from the top in percent.
         log: the axis is logarithmic.
         words: what they show.
+        rows: block, kind and figure with its error.
     """
 
-    svg: Markup
+    bars: list[tuple[float, float]]
     ticks: list[tuple[str, float]]
     log: bool
     words: str
+    rows: list[tuple[int, str, str]]
 
 
-def fields_figure(energy: Hamiltonian) -> Fields:
+def fields_figure(energy: Hamiltonian, kinds: Sequence[str]) -> Fields:
     """The own terms h_i as bars: logarithmic where all are positive and differ much."""
-    h = energy.h
-    scale = span([float(v) for v in h], 96.0, 6.0, zero=True)
-    wide = span([float(v) for v in h], 96.0, 6.0, log=True)
-    scale = wide if wide.log else scale
+    h = energy.h.tolist()
+    scale = span(h, 96.0, 6.0, log=True)
+    scale = scale if scale.log else span(h, 96.0, 6.0, zero=True)
     base = 98.0 if scale.log else scale(0.0)
-    bars = []
-    for i, value in enumerate(h):
-        top, foot = sorted((scale(float(value)), base))
-        bars.append(
-            f'<rect x="{i}.15" width=".7" y="{top:.2f}" height="{max(foot - top, 0.6):.2f}"/>'
-        )
-    order = np.argsort(h)
+    ends = [sorted((scale(value), base)) for value in h]
+    bars = [(top, max(foot - top, 0.6)) for top, foot in ends]
+    order = np.argsort(h).tolist()
+    named = [f"block {i} ({h[i]:.3g})" for i in order]
     words = (
-        f"Costliest alone: {_named(h, order[::-1][:3])}; cheapest: {_named(h, order[:3])} "
+        f"Costliest alone: {', '.join(named[:-4:-1])}; cheapest: {', '.join(named[:3])} "
         f"({energy.unit})."
     )
-    svg = Markup(
-        f'<svg class="fields" viewBox="0 0 {energy.n} 100" preserveAspectRatio="none" '
-        f'role="application" aria-roledescription="bars" tabindex="0" data-axis="h" '
-        f'aria-label="Cost h of removing each block alone. {words} Arrow keys move through the '
-        f'blocks.">{"".join(bars)}<rect class="cursor" width="1" height="100"/></svg>'
-    )
-    return Fields(svg, [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)], scale.log, words)
+    errors = [None] * energy.n if energy.h_error is None else energy.h_error.tolist()
+    rows = [
+        (i, kind, plus_minus(value, error, ".4g"))
+        for i, (kind, value, error) in enumerate(zip(kinds, h, errors, strict=True))
+    ]
+    ticks = [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)]
+    return Fields(bars, ticks, scale.log, words, rows)
 
 
-def _named(h: Floats, which: npt.NDArray[np.intp]) -> str:
-    return ", ".join(f"block {int(i)} ({h[int(i)]:.3g})" for i in which)
-
-
-@dataclass(frozen=True)
-class Couplings:
+class Couplings(NamedTuple):
     """The heat map of J.
 
     Attributes:
-        svg: N x N cells.
+        cells: rows of a class and its opacity: ``p`` above 0, ``n`` below, ``d`` the diagonal.
         full: |J| from which on the colour is full.
         beyond: pairs whose |J| is above it.
         legend: values along the colour bar with their opacity.
@@ -132,7 +109,7 @@ class Couplings:
         words: what it shows.
     """
 
-    svg: Markup
+    cells: list[list[tuple[str, float]]]
     full: float
     beyond: int
     legend: list[tuple[float, float]]
@@ -140,53 +117,35 @@ class Couplings:
     words: str
 
 
-def couplings_figure(energy: Hamiltonian, removed: list[int] | None) -> Couplings:
-    """The couplings J_ij; pairs among the removed blocks are outlined."""
-    n, coupling = energy.n, energy.J
+def couplings_figure(energy: Hamiltonian) -> Couplings:
+    """The couplings J_ij."""
+    n, coupling, errors = energy.n, energy.J, energy.J_error
     rows, columns = np.triu_indices(n, 1)
     values = coupling[rows, columns]
     full = float(np.quantile(np.abs(values), SATURATION)) if len(values) else 0.0
     full = full or float(np.abs(values).max(initial=0.0)) or 1.0
 
-    def opacity(value: float) -> float:
-        return float(min(1.0, (abs(value) / full) ** ROOT))
+    def opacity(found: Floats) -> Floats:
+        return np.minimum(1.0, (np.abs(found) / full) ** ROOT)
 
-    cells = []
-    for i in range(n):
-        row = "".join(
-            f'<rect x="{j}" class="{"p" if coupling[i, j] > 0 else "n"}" '
-            f'fill-opacity="{opacity(coupling[i, j]):.2f}"/>'
-            if i != j
-            else f'<rect x="{j}" class="d"/>'
-            for j in range(n)
-        )
-        cells.append(f'<g transform="translate(0 {i})">{row}</g>')
-    picks = "".join(
-        f'<rect class="pick" x="{j}" y="{i}"/>'
-        for i in removed or []
-        for j in removed or []
-        if i != j
-    )
-    order = np.argsort(-np.abs(values), kind="stable")[:200]
+    kinds = np.where(coupling > 0, "p", "n")
+    np.fill_diagonal(kinds, "d")
+    shades = opacity(coupling).tolist()
     strongest = []
-    for k in order:
+    for k in np.argsort(-np.abs(values), kind="stable")[:200]:
         i, j = int(rows[k]), int(columns[k])
-        error = None if energy.J_error is None else float(energy.J_error[i, j])
+        error = None if errors is None else float(errors[i, j])
         strongest.append((i, j, plus_minus(float(values[k]), error, ".3g")))
-    below = int((values < 0).sum())
     words = (
-        f"{below} of {len(values)} pairs cost less together than apart (J below 0), "
-        f"{int((values > 0).sum())} cost more."
+        f"{int((values < 0).sum())} of {len(values)} pairs cost less together than apart (J below "
+        f"0), {int((values > 0).sum())} cost more."
     )
-    svg = Markup(
-        f'<svg class="heat" viewBox="0 0 {n} {n}" preserveAspectRatio="none" role="application" '
-        f'style="--pick:{1.6 if n <= 48 else 0.8}px" '
-        f'aria-roledescription="heat map" tabindex="0" data-axis="J" aria-label="Couplings J '
-        f'between {n} blocks. {words} Arrow keys move through the cells.">'
-        f'{"".join(cells)}<g class="picks">{picks}</g>'
-        f'<rect class="cursor" width="1" height="{n}"/>'
-        f'<rect class="cursor-row" width="{n}" height="1"/></svg>'
+    along = np.linspace(-full, full, 25)
+    return Couplings(
+        [list(zip(*row, strict=True)) for row in zip(kinds.tolist(), shades, strict=True)],
+        full,
+        int((np.abs(values) > full).sum()),
+        list(zip(along.tolist(), opacity(along).tolist(), strict=True)),
+        strongest,
+        words,
     )
-    legend = [(v, opacity(v)) for v in np.linspace(-full, full, 25).tolist()]
-    beyond = int((np.abs(values) > full).sum())
-    return Couplings(svg, full, beyond, legend, strongest, words)

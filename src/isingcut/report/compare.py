@@ -11,60 +11,65 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from isingcut.files.documents.states import ChosenState
 from isingcut.ising.states import Floats, states_of
-from isingcut.report.blocks import block_ticks, strip
-from isingcut.report.fidelity import correlation_text
-from isingcut.report.figures import scatter_figure
+from isingcut.report.blocks import block_ticks
+from isingcut.report.figures import AXES, Axis, points_of, scatter_figure
 from isingcut.report.render import render_page
+from isingcut.report.rows import kl_of
 from isingcut.report.run_files import RunFiles
-from isingcut.report.sides import (
-    Side,
-    comparison_warnings,
-    differences,
-    named,
-    numbers_of,
-    overview,
-)
-from isingcut.report.states import book, measured_kl
+from isingcut.report.states import number_states
 from isingcut.report.svg import Figure, Scale, span, whisker
-from isingcut.report.tradeoff import AXES, Axis, points_of
-
-_CORRELATIONS = Scale(-1.0, 1.0, 0.0, 100.0)
+from isingcut.report.words import paragraphs
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A row of a dot plot: a figure with its interval."""
+class Side:
+    """One run of a comparison.
 
+    Attributes:
+        files: its files.
+        name: its folder, with the folder above where names are the same.
+        tone: number of its colour.
+    """
+
+    files: RunFiles
     name: str
     tone: int
-    text: str
-    style: str
-    note: str = ""
+
+    @property
+    def text(self) -> str | None:
+        """SHA-256 of its calibration tokens; equal where losses were measured on the same text."""
+        return None if self.files.calibration is None else self.files.calibration.sha256
+
+    @property
+    def sha(self) -> str:
+        """SHA-256 that identifies its model."""
+        return self.files.run.provenance.model.sha256
+
+    @property
+    def loss(self) -> ChosenState | None:
+        """The chosen state as the ranking measured it."""
+        return None if self.files.candidates is None else self.files.candidates.chosen
 
 
 def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
     """The page of several runs, in the order given, and the warnings on it."""
-    runs = named(found)
-    warnings = comparison_warnings(runs)
+    runs = _sides(found)
+    warnings = paragraphs("comparison_warnings", runs)
     ranked = [r for r in runs if r.loss is not None]
-    losses, loss_scale = _losses(ranked)
+    ends = [end for r in ranked if r.loss for end in (kl_of(r.loss).low, kl_of(r.loss).high)]
     html = render_page(
         "compare.html.j2",
-        title=f"{numbers_of(len(runs))} compared",
+        title=f"{len(runs)} run{'s' * (len(runs) != 1)} compared",
         runs=runs,
         differences=differences(runs),
         warnings=warnings,
-        table=overview(runs),
-        fidelity=_fidelity(runs),
-        fidelity_scale=_CORRELATIONS,
-        losses=losses,
-        loss_scale=loss_scale,
-        strips=[
-            (r, strip(len(r.files.blocks), r.files.removed), block_ticks(len(r.files.blocks)))
-            for r in runs
-            if r.files.removed is not None
-        ],
+        ranked=ranked,
+        correlations=Scale(-1.0, 1.0, 0.0, 100.0),
+        losses=span(ends, 0.0, 100.0, zero=True),
+        whisker=whisker,
+        block_ticks=block_ticks,
         trade_offs=[_trade_off(runs, axis) for axis in AXES],
         scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
         crossed=_crossed(ranked),
@@ -73,31 +78,31 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
     return html, warnings
 
 
-def _fidelity(runs: Sequence[Side]) -> list[Interval]:
-    """Spearman of every energy that a run measured, with its interval."""
-    rows = []
-    for run in runs:
-        for energy, found in run.files.judged.items():
-            value, low, high = (found["kl"][f"spearman{end}"] for end in ("", "_low", "_high"))
-            style = ""
-            if value is not None:
-                low, high = (value if end is None else end for end in (low, high))
-                style = whisker(_CORRELATIONS, value, low, high)
-            text = correlation_text(found["kl"], "spearman")
-            rows.append(Interval(run.name, run.tone, text, style, energy))
-    return rows
+def _sides(found: Sequence[RunFiles]) -> list[Side]:
+    places = [f.target.resolve() for f in found]
+    short = [p.name for p in places]
+    long = [f"{p.parent.name}/{p.name}" for p in places]
+    names = [s if short.count(s) == 1 else n for s, n in zip(short, long, strict=True)]
+    names = [n if names.count(n) == 1 else f"{n} ({k + 1})" for k, n in enumerate(names)]
+    return [Side(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))]
 
 
-def _losses(runs: Sequence[Side]) -> tuple[list[Interval], Scale]:
-    """The chosen states of the runs that were ranked, and the scale of their KL."""
-    found = [(run, run.loss, measured_kl(run.loss)) for run in runs if run.loss is not None]
-    scale = span([end for *_, kl in found for end in (kl.low, kl.high)], 0.0, 100.0, zero=True)
-    rows = []
-    for run, chosen, kl in found:
-        removed = f"{len(chosen['removed'])} of {len(run.files.blocks)} blocks"
-        style = whisker(scale, kl.figure, kl.low, kl.high)
-        rows.append(Interval(run.name, run.tone, kl.text(), style, removed))
-    return rows, scale
+def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
+    """Model, text and every option that is not the same in all runs."""
+    texts = ["" if (c := r.files.calibration) is None else f"{c.source} " for r in runs]
+    texts = [
+        f"{t}(SHA-256 {(r.text or 'not there')[:8]})" for t, r in zip(texts, runs, strict=True)
+    ]
+    rows = [
+        ("model", [r.files.model for r in runs], [r.sha for r in runs]),
+        ("calibration text", texts, [str(r.text) for r in runs]),
+    ]
+    configs = [r.files.run.config.content() for r in runs]
+    for key in dict.fromkeys(k for config in configs for k in config):
+        values = [str(config.get(key, "")) for config in configs]
+        if key not in ("model", "calibration"):
+            rows.append((key.replace("_", " "), values, values))
+    return [(name, shown) for name, shown, identity in rows if len(set(identity)) > 1]
 
 
 def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:
@@ -121,12 +126,13 @@ def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:
             tip = f"{run.name}\nremove {removal}\n{axis.label}: {at}\nKL {loss.text()}"
             plot.mark(point.at, loss.figure, tip, f"tone-{run.tone}", error=loss.error)
             rows.append((run.name, removal, at, loss.text()))
-    words = f"{len(flat)} measured removals of {numbers_of(len(runs))}."
+    words = f"{len(flat)} measured removals of {len(runs)} run{'s' * (len(runs) != 1)}."
     return Figure(
         axis.key,
         axis.title,
         words,
-        plot.svg(f"{axis.title} against KL. {words}"),
+        plot,
+        f"{axis.title} against KL.",
         ("run", "removal", axis.label, "KL, nats/token"),
         rows,
         [(f"tone-{run.tone}", run.name) for run, points in found if points],
@@ -134,11 +140,10 @@ def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:
 
 
 def _scatter(key: str, run: Side) -> list[Figure]:
-    energy = run.files.hamiltonian
-    if energy is None:
+    if run.files.hamiltonian is None:
         return []
-    found = run.files.judged[run.files.energy]["kl"]
-    figure = scatter_figure(run.files.energy, energy, found, book(run.files), main=True, link=False)
+    states = number_states(run.files)
+    figure = scatter_figure(run.files, run.files.energy, states, link=False)
     return [replace(figure, key=key, title=f"{run.name}: {figure.title}")]
 
 
@@ -150,18 +155,17 @@ def _crossed(runs: Sequence[Side]) -> list[tuple[Side, list[str]]]:
     """
     if len(runs) < 2 or len({(r.sha, len(r.files.blocks)) for r in runs}) > 1:
         return []
+    rankings = [r.files.candidates for r in runs]
+    measured = [[*f.candidates, *f.random] for f in rankings if f is not None]
     rows = []
     for run in runs:
         energy = run.files.hamiltonian
         if energy is None:
             return []
         cells = []
-        for other in runs:
-            found = other.files.candidates
-            assert found is not None
-            states = [*found["candidates"], *found["random"]]
-            energies = energy.energies(states_of(energy.n, (s["removed"] for s in states)))
-            cells.append(_spearman(energies, np.array([s["kl"] for s in states])))
+        for states in measured:
+            energies = energy.energies(states_of(energy.n, (s.removed for s in states)))
+            cells.append(_spearman(energies, np.array([s.kl for s in states])))
         rows.append((run, cells))
     return rows
 

@@ -20,8 +20,7 @@ from markupsafe import Markup, escape
 
 from isingcut.console.printing import printable
 from isingcut.files.provenance import __version__
-from isingcut.report.blocks import strip
-from isingcut.report.words import listed, numbers
+from isingcut.report import rows, words
 
 
 def render(template: str, **values: Any) -> str:
@@ -59,9 +58,9 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=_in_markdown,
     )
-    filters = (code, cell, cells, fenced, listed, numbers)
+    filters = (code, cell, cells, fenced, words.listed, words.numbers)
     environment.filters |= {function.__name__: function for function in filters}
-    environment.globals["strip"] = strip
+    environment.globals |= {**vars(rows), **vars(words)}
     return environment
 
 

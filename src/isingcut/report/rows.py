@@ -10,6 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from isingcut.files.documents.scores import (
+    BenchmarksFile,
+    ComparedCandidate,
+    EvaluationFile,
+    HealingFile,
+    PartScores,
+)
+from isingcut.files.documents.states import BaselineFile, MeasuredLoss, Perplexity
+
+Figures = Mapping[str, Any]
+"""The figures of one model by their keys, each with its error under ``KEY_se``."""
+
 
 def plus_minus(figure: float, error: float | None, form: str = ".4f") -> str:
     """A figure with its standard error, where there is one."""
@@ -139,61 +151,75 @@ _SIZE_AND_SPEED = (
 )
 
 
-def evaluation_rows(evaluation: Mapping[str, Any], *, last: str = "cut") -> list[Row]:
+def evaluation_rows(evaluation: EvaluationFile, *, last: str = "cut") -> list[Row]:
     """The table of the original, the exact cut and what was made of it.
 
     Size and speed are the same of all that have the same blocks, and shown of the last one.
 
     Args:
-        evaluation: content of `evaluation.json`.
-        last: what the last model is where that does not say so.
+        last: what the last model is where the file does not say so.
     """
-    before = {**evaluation["before"], "kl": 0.0}
-    after = {**evaluation["after"], "kl": evaluation["kl"], "kl_se": evaluation["kl_se"]}
-    first, final = {"original": before}, {evaluation.get("last") or last: after}
-    between = {name: evaluation[name] for name in ("cut", "patched") if evaluation.get(name)}
-    rows = [_row(*told, {**first, **between, **final}) for told in _QUALITY]
-    for name, part in evaluation.get("parts", {}).items():
-        ways = {way: found["parts"][name] for way, found in between.items() if "parts" in found}
-        rows += _of_part(name, evaluation_rows({**part, **ways}, last=next(iter(final))))
-    return rows + [_row(*told, {**first, **final}) for told in _SIZE_AND_SPEED]
+    last = evaluation.last or last
+    between = {
+        name: found for name in ("cut", "patched") if (found := getattr(evaluation, name, None))
+    }
+    rows = _quality_rows(_compared(evaluation, between, last))
+    for name, part in evaluation.parts.items():
+        ways = {way: found.parts[name] for way, found in between.items() if name in found.parts}
+        rows += _rows_of_part(name, _compared(part, ways, last))
+    sizes = {"original": dict(evaluation.before), last: dict(evaluation.after)}
+    return rows + [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
 
 
-def healing_rows(healing: Mapping[str, Any]) -> list[Row]:
+def _compared(
+    found: EvaluationFile | PartScores, between: Mapping[str, Perplexity], last: str
+) -> dict[str, Figures]:
+    return {
+        "original": {**dict(found.before), "kl": 0.0},
+        **{name: dict(model) for name, model in between.items()},
+        last: {**dict(found.after), "kl": found.kl, "kl_se": found.kl_se},
+    }
+
+
+def healing_rows(healing: HealingFile) -> list[Row]:
     """Quality of the original and of the cut model before and after healing.
 
     The models are ``original``, ``cut`` (``patched`` where it was that before), ``patched`` where
     a distillation followed the patch, and ``healed``.
     """
-    perplexity, start = healing["before"]["original_perplexity"], healing_start(healing)
-    models = {
-        "original": {"perplexity": perplexity, "nll": math.log(perplexity or 1.0), "kl": 0.0},
-        start: healing["before"],
-    }
-    patch = (healing.get("patch") or {}).get("scores")
-    if patch and healing.get("steps"):
-        models["patched"] = patch
-    models["healed"] = healing["after"]
-    rows = [_row(*told, models, first=start) for told in _QUALITY]
-    for name in healing["after"].get("parts", {}):
-        of_part = {key: found["parts"][name] for key, found in models.items() if "parts" in found}
-        perplexity = of_part[start]["original_perplexity"]
-        of_part = {"original": {"perplexity": perplexity, "kl": 0.0}, **of_part}
-        rows += _of_part(name, [_row(*told, of_part, first=start) for told in _QUALITY])
+    start = healing_start(healing)
+    models = {start: healing.before}
+    if healing.patch is not None and healing.patch.scores is not None and healing.steps:
+        models["patched"] = healing.patch.scores
+    models["healed"] = healing.after
+    rows = _quality_rows(_healed(models), start)
+    for name in healing.after.parts:
+        of_part = {key: found.parts[name] for key, found in models.items() if name in found.parts}
+        rows += _rows_of_part(name, _healed(of_part), start)
     return rows
 
 
-def healing_start(healing: Mapping[str, Any]) -> str:
+def _healed(models: Mapping[str, Any]) -> dict[str, Figures]:
+    perplexity = next(iter(models.values())).original_perplexity
+    original = {"perplexity": perplexity, "nll": math.log(perplexity or 1.0), "kl": 0.0}
+    return {"original": original, **{name: dict(found) for name, found in models.items()}}
+
+
+def healing_start(healing: HealingFile) -> str:
     """What a healing was given: ``patched``, or ``cut``."""
-    return "patched" if healing.get("start") == "patched" else "cut"
+    return "patched" if healing.start == "patched" else "cut"
 
 
-def _of_part(name: str, rows: Sequence[Row]) -> list[Row]:
+def _quality_rows(models: Mapping[str, Figures], first: str = "original") -> list[Row]:
+    return [_row(*quantity, models, first=first) for quantity in _QUALITY]
+
+
+def _rows_of_part(name: str, models: Mapping[str, Figures], first: str = "original") -> list[Row]:
     """Quality on one part of a mixture; NLL says what perplexity says."""
     return [
         replace(row, key=f"{name}: {row.key}", label=f"{name}: {row.label}", part=name)
-        for row in rows
-        if row.key in ("perplexity", "kl")
+        for row in _quality_rows(models, first)
+        if row.key != "nll"
     ]
 
 
@@ -203,7 +229,7 @@ def _row(
     unit: str,
     form: str,
     scale: float,
-    models: Mapping[str, Mapping[str, Any]],
+    models: Mapping[str, Figures],
     *,
     first: str = "original",
 ) -> Row:
@@ -220,70 +246,37 @@ def _row(
     return Row(key, label, unit, form, values, difference)
 
 
-def _value(found: Mapping[str, Any], key: str, scale: float) -> Value | None:
+def _value(found: Figures, key: str, scale: float) -> Value | None:
     figure, error = found.get(key), found.get(f"{key}_se")
     if figure is None:
         return None
-    return Value(float(figure) / scale, None if error is None else float(error) / scale)
+    return Value(figure / scale, None if error is None else error / scale)
 
 
-def patch_rows(patch: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
-    """What was patched: blocks that are gone, the layer before them, tokens, held-out error left.
-
-    Args:
-        patch: of the record of a checkpoint.
-    """
-    rows = []
-    for cut in (patch or {}).get("cuts", []):
-        gone, left = cut.get("removed") or [cut["block"] + 1], cut.get("held_out_error_left")
-        rows.append(
-            (
-                f"{gone[0]}" if gone[0] == gone[-1] else f"{gone[0]} to {gone[-1]}",
-                f"block {cut['block']}, `{cut['layer']}`",
-                str(cut.get("tokens", "")),
-                "" if left is None else f"{100 * left:.0f} %",
-            )
-        )
-    return rows
+def kl_of(row: MeasuredLoss | BaselineFile | ComparedCandidate) -> Value:
+    """The measured KL of a state."""
+    return Value(row.kl, row.kl_se)
 
 
-def benchmark_rows(found: Mapping[str, Any], *, last: str = "cut") -> list[Row]:
+def benchmark_rows(found: BenchmarksFile, *, last: str = "cut") -> list[Row]:
     """Benchmark tasks with the scores of both models, and their perplexity on WikiText-2.
 
     Bars of scores reach from 0 to 1. A difference within the noise is called so.
 
     Args:
-        found: content of `benchmarks.json`.
         last: what the second model is, ``cut`` or ``healed``.
     """
     rows = []
-    for r in found["rows"]:
-        values = {
-            name: Value(float(r[side]), r[f"{side}_se"])
-            for name, side in (("original", "original"), (last, "cut"))
-        }
-        notes = [r["metric"], f"n = {r['n']}"]
-        if r["shots"]:
-            notes.append(f"{r['shots']} shots")
-        notes.append(f"p = {r['p_value']:.3g}")
-        if not r["more_than_noise"]:
-            notes.append("within the noise")
-        rows.append(
-            Row(
-                r["task"],
-                r["task"],
-                "",
-                ".4f",
-                values,
-                Difference(r["difference"], low=r["difference_low"], high=r["difference_high"]),
-                notes,
-                max(1.0, *(v.figure for v in values.values())),
-            )
-        )
-    text = found.get("wikitext2")
-    if text is not None:
-        models = {"original": text["original"], last: text["cut"]}
+    for r in found.rows:
+        values = {"original": Value(r.original, r.original_se), last: Value(r.cut, r.cut_se)}
+        notes = [r.metric, f"n = {r.n}", *([f"{r.shots} shots"] if r.shots else [])]
+        notes += [f"p = {r.p_value:.3g}", *([] if r.more_than_noise else ["within the noise"])]
+        difference = Difference(r.difference, low=r.difference_low, high=r.difference_high)
+        whole = max(1.0, *(v.figure for v in values.values()))
+        rows.append(Row(r.task, r.task, "", ".4f", values, difference, notes, whole))
+    if (text := found.wikitext2) is not None:
+        models = {"original": dict(text.original), last: dict(text.cut)}
         row = _row("perplexity", "WikiText-2", "", ".2f", 1.0, models)
-        notes = ["perplexity", f"{text['tokens']} tokens", f"KL {text['kl']:.4f} nats/token"]
+        notes = ["perplexity", f"{text.tokens} tokens", f"KL {text.kl:.4f} nats/token"]
         rows.append(replace(row, notes=notes))
     return rows

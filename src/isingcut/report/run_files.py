@@ -1,237 +1,307 @@
-"""What the files of a run folder say of one removal, for every form of the report."""
+"""What the files of a run folder say of one removal, for every form of the report.
+
+Reads files only, never a model, and loads no torch. A file that is not there is None.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from isingcut.files import documents
+from isingcut.files.documents.run import BlockCosts, CalibrationText, RunFile, StageRecord
+from isingcut.files.documents.scores import (
+    BenchmarksFile,
+    EvaluationFile,
+    HealedCandidates,
+    HealingFile,
+)
+from isingcut.files.documents.states import (
+    BaselineFile,
+    CandidatesFile,
+    CutProof,
+    CutRecord,
+    EnergyMeta,
+    Judged,
+    MeasuredState,
+    PatchRecord,
+    Ranked,
+    SpectrumFile,
+)
+from isingcut.files.outputs import check_recorded
+from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.report.choice import one_pass_words
-from isingcut.report.fidelity import ranking_warnings
-from isingcut.report.rows import Row, evaluation_rows, plus_minus
-from isingcut.report.words import numbers, overlap_warnings, part_warnings, patch_warnings
+from isingcut.report.rows import Row, evaluation_rows
+from isingcut.report.words import (
+    overlap_warnings,
+    part_warnings,
+    patch_warnings,
+    ranking_warnings,
+    sentence,
+)
+
+T = TypeVar("T")
+D = TypeVar("D", bound=documents.Document)
 
 PLAIN_CLASS = "AutoModelForCausalLM"
 """What loads a checkpoint of which nothing else is known."""
 
 
-@dataclass(frozen=True)
-class RemovalFiles:
-    """The results of one removal of a run: the run's own, or one of its `remove-SPEC` folders.
+class RunFiles:
+    """Everything a report is made of; a file is read and checked when it is first looked at.
 
-    Attributes:
-        name: what was asked for, for example ``"6"`` or ``"params=25%"``.
-        cut: blocks that its checkpoint lacks, None before there is one.
-        own: it is the removal that is being reported.
+    Args:
+        folder: the run folder, with its `run.json`.
+        target: where the files of one removal are; by default the run folder itself.
+        run: `run.json`, where it is read already.
+
+    Raises:
+        StageFileError: `run.json` is missing, or a file that is there is damaged, was changed
+            since the run wrote it, or does not fit the run's model.
     """
 
-    name: str
-    spectrum: dict[str, Any] | None
-    candidates: dict[str, Any] | None
-    evaluation: dict[str, Any] | None
-    cut: list[int] | None
-    own: bool
+    def __init__(
+        self, folder: Path, target: Path | None = None, run: RunFile | None = None
+    ) -> None:
+        self.folder, self.target = folder, target or folder
+        self.run = run or read_document(folder / "run.json", RunFile)
+        self._stages = self.run.content()["stages"]
+
+    def record(self, path: Path) -> StageRecord | None:
+        """What `run.json` says of a file or folder that a finished stage wrote."""
+        found = self.run.stages.get(path.relative_to(self.folder).as_posix())
+        return found if found is not None and found.done else None
+
+    def _read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
+        """What a finished stage wrote; None where it did not.
+
+        Args:
+            made_with: the folder of this removal that it lies in or beside, which has a record.
+        """
+        if not os.path.lexists(path):
+            return None
+        if made_with:
+            if self.record(self.target / made_with) is None:
+                return None
+        elif self.record(path) is None and path.relative_to(self.folder).as_posix() in self._stages:
+            return None
+        else:
+            check_recorded(self._stages, self.folder, path)
+        found = read(path)
+        documents.check_blocks(path, found, len(self.blocks))
+        return found
+
+    def _document(self, name: str, model: type[D], made_with: str = "") -> D | None:
+        return self._read(self.target / name, lambda path: read_document(path, model), made_with)
+
+    @cached_property
+    def spectrum(self) -> SpectrumFile | None:
+        """`spectrum.json`, with what a search found beyond it."""
+        found = self._document("spectrum.json", SpectrumFile)
+        return found and with_searched(found, self.candidates)
+
+    @cached_property
+    def candidates(self) -> CandidatesFile | None:
+        """`candidates.json`."""
+        return self._document("candidates.json", CandidatesFile)
+
+    @cached_property
+    def evaluation(self) -> EvaluationFile | None:
+        """`evaluation.json`."""
+        return self._document("evaluation.json", EvaluationFile)
+
+    @cached_property
+    def healed_candidates(self) -> HealedCandidates | None:
+        """`healed-candidates.json`: candidates compared after a little healing."""
+        return self._document("healed-candidates.json", HealedCandidates)
+
+    @cached_property
+    def benchmarks(self) -> BenchmarksFile | None:
+        """`benchmarks.json`."""
+        return self._document("benchmarks.json", BenchmarksFile)
+
+    @cached_property
+    def baselines(self) -> list[BaselineFile]:
+        """All `baseline-NAME.json`, lowest measured KL first."""
+        files = sorted(path.name for path in self.target.glob("baseline-*.json"))
+        found = [self._document(name, BaselineFile) for name in files]
+        return sorted((b for b in found if b is not None), key=lambda b: b.kl)
+
+    @cached_property
+    def hamiltonian(self) -> Hamiltonian | None:
+        """The energy that chose."""
+        return self._read(self.folder / "hamiltonian.safetensors", Hamiltonian.load)
+
+    @cached_property
+    def energies(self) -> dict[str, Hamiltonian]:
+        """All measured energies by name, the one that chose first."""
+        found = {self.energy: self.hamiltonian}
+        for path in sorted(self.folder.glob("hamiltonian.*.safetensors")):
+            name = path.name.removeprefix("hamiltonian.").removesuffix(".safetensors")
+            found[name] = self._read(path, Hamiltonian.load)
+        return {name: energy for name, energy in found.items() if energy is not None}
 
     @property
-    def best(self) -> dict[str, Any] | None:
+    def comparable(self) -> bool:
+        """The energy is in the unit of a loss."""
+        return self.hamiltonian is not None and self.hamiltonian.unit == "nats/token"
+
+    @cached_property
+    def removal(self) -> CutRecord | None:
+        """The record inside the checkpoint, `model/isingcut.json`."""
+        return self._document("model/isingcut.json", CutRecord, "model")
+
+    @cached_property
+    def healing(self) -> HealingFile | None:
+        """`healing.json` of a healing that is finished: its curve, and the scores around it."""
+        return self._document("healing.json", HealingFile, "healed")
+
+    @cached_property
+    def removals(self) -> list[RunFiles]:
+        """All removals that were solved in the folder, fewest blocks first."""
+        below = sorted(p for p in self.folder.glob("remove-*") if p.is_dir())
+        all_of_them = [RunFiles(self.folder, place, self.run) for place in (self.folder, *below)]
+        found = [r for r in all_of_them if r.spectrum is not None or r.candidates is not None]
+        return sorted(found, key=lambda r: 0 if r.best is None else len(r.best.removed))
+
+    @property
+    def name(self) -> str:
+        """What was asked to be removed, for example ``"6"`` or ``"params=25%"``."""
+        if self.target == self.folder:
+            return self.run.config.remove or self.run.config.budget
+        solved = self.record(self.target / "spectrum.json")
+        asked = solved and (solved.options.remove or solved.options.budget)
+        return str(asked or self.target.name.removeprefix("remove-"))
+
+    @property
+    def best(self) -> MeasuredState | Ranked | None:
         """What was cut, as the ranking measured it; before a cut, the ranking's choice.
 
         Before a ranking it is the ground state, without a loss. None where blocks were named by
         hand that no ranking measured.
         """
-        if self.candidates is not None:
-            found: dict[str, Any] = self.candidates["chosen"]
-            if self.cut is None or sorted(found["removed"]) == self.cut:
-                return found
-            rows = [*self.candidates["candidates"], *self.candidates["random"]]
-            return next((r for r in rows if sorted(r["removed"]) == self.cut), None)
-        if self.spectrum is not None and self.spectrum["states"]:
-            ground: dict[str, Any] = self.spectrum["states"][0]
-            return ground
-        return None
-
-
-@dataclass(frozen=True, eq=False)
-class RunFiles:
-    """Everything a report is made of.
-
-    Attributes:
-        folder: the run folder.
-        target: where the files of this removal are: the run folder itself or one below it.
-        run: `run.json`.
-        removal: the record inside the checkpoint, `model/isingcut.json`.
-        others: Hamiltonians measured beside the main one, by name.
-        baselines: the contents of all `baseline-NAME.json`, lowest measured KL first.
-        healing: `healing.json`: losses over the steps, and the scores before and after.
-        healed_candidates: `healed-candidates.json`: candidates compared after a little healing.
-        benchmarks: `benchmarks.json`: under ``rows`` task, metric, scores of both models.
-        removals: all removals solved in the folder, fewest blocks first.
-        healed: a healed checkpoint is there; the evaluation is then of it.
-        exact: the exact cut is there beside the patched one.
-        gguf: a cut GGUF file is there.
-    """
-
-    folder: Path
-    target: Path
-    run: dict[str, Any]
-    spectrum: dict[str, Any] | None = None
-    candidates: dict[str, Any] | None = None
-    evaluation: dict[str, Any] | None = None
-    removal: dict[str, Any] | None = None
-    hamiltonian: Hamiltonian | None = None
-    others: dict[str, Hamiltonian] = field(default_factory=dict)
-    baselines: list[dict[str, Any]] = field(default_factory=list)
-    healing: dict[str, Any] | None = None
-    healed_candidates: dict[str, Any] | None = None
-    benchmarks: dict[str, Any] | None = None
-    removals: list[RemovalFiles] = field(default_factory=list)
-    healed: bool = False
-    exact: bool = False
-    gguf: bool = False
+        if (ranking := self.candidates) is not None:
+            rows = (ranking.chosen, *ranking.candidates, *ranking.random)
+            return next((r for r in rows if sorted(r.removed) == self.removed), None)
+        return None if self.spectrum is None else self.spectrum.states[0]
 
     @property
-    def blocks(self) -> list[dict[str, Any]]:
-        """The model's blocks as `run.json` describes them."""
-        blocks: list[dict[str, Any]] = self.run["blocks"]["blocks"]
-        return blocks
+    def blocks(self) -> list[BlockCosts]:
+        """The model's blocks."""
+        return self.run.blocks.blocks
+
+    def rests_on(self, key: str) -> bool:
+        """Whether this removal rests on the file of a stage, by its name in the run folder."""
+        shared = key.startswith(("calibration.", "hamiltonian."))
+        return shared or (self.folder / key).parent == self.target
+
+    def gone(self, cost: str) -> int:
+        """How much of a cost of blocks the removed ones have, once there are some."""
+        return sum(getattr(self.blocks[i], cost) for i in self.removed or ())
 
     @property
     def energy(self) -> str:
         """The name of the energy that chose."""
-        return str(self.run["config"]["energy"])
+        return self.run.config.energy
 
     @property
     def model(self) -> str:
         """The model as it was named."""
-        return str(self.run["provenance"]["model"]["name"])
+        return self.run.provenance.model.name
 
     @property
-    def calibration(self) -> dict[str, Any]:
-        """The text that it was measured on; empty before there is one."""
-        found: dict[str, Any] | None = self.run["provenance"].get("calibration")
-        return found or {}
+    def calibration(self) -> CalibrationText | None:
+        """The text that it was measured on."""
+        return self.run.provenance.calibration
 
     @property
-    def meta(self) -> dict[str, Any] | None:
-        """The energy's provenance."""
-        return None if self.hamiltonian is None else dict(self.hamiltonian.meta)
+    def meta(self) -> EnergyMeta:
+        """The energy's provenance; empty before it is measured."""
+        found = {} if self.hamiltonian is None else dict(self.hamiltonian.meta)
+        return EnergyMeta.model_validate(found)
 
     @property
     def removed(self) -> list[int] | None:
         """What is gone from the checkpoint; without one, what was chosen."""
-        if self.removal is not None:
-            return sorted(self.removal["removed"])
-        return None if self.candidates is None else sorted(self.candidates["chosen"]["removed"])
+        made = self.record(self.target / "model")
+        if self.removal is not None and made is not None:
+            return sorted(made.options.removed or [])
+        return None if self.candidates is None else sorted(self.candidates.chosen.removed)
 
     @property
     def summary(self) -> str:
         """What was removed and why, in one paragraph; empty before a choice."""
-        return "" if self.removed is None else self.summary_of(self.removed)
-
-    def summary_of(self, removed: Sequence[int]) -> str:
-        """The same of any removal: only what the files say of it."""
-        noun, verb = ("Block", "is") if len(removed) == 1 else ("Blocks", "are")
-        said = f"{noun} {numbers(removed)} of {len(self.blocks)} (numbered from 0) {verb} removed."
-        return f"{said} {self._reason(sorted(removed))}"
-
-    def _reason(self, removed: list[int]) -> str:
-        candidates, healed, meta = self.candidates, self.healed_candidates, self.meta or {}
-        if candidates is None:
-            return "The run's files hold no measured ranking behind this choice."
-        chosen, count = candidates["chosen"], len(candidates["candidates"])
-        won = one_pass_words(candidates) if sorted(chosen["removed"]) == removed else ""
-        if healed is not None and sorted(healed["chosen"]["removed"]) == removed:
-            best, tried = healed["chosen"], len(healed["candidates"])
-            steps = f"{best['steps']} steps" if best.get("steps") else "a few steps"
-            figures = (
-                f"(KL {plus_minus(best['kl'], best['kl_se'])} nats per token, before "
-                f"{best['kl_before']:.4f})"
-            )
-            if tried == 1:
-                return (
-                    f"Its measured KL was the lowest; the budget was too small to compare it with "
-                    f"others after {steps} of healing {figures}. {won}".rstrip()
-                )
-            return (
-                f"{tried} candidates were healed for {steps} on the same text and measured again; "
-                f"this one was then the best {figures}. {won}".rstrip()
-            )
-        if sorted(chosen["removed"]) != removed:
-            return "They were named by hand, not chosen from a spectrum."
-        text = f", measured on {meta['tokens']} tokens" if "tokens" in meta else ""
-        text += f" as {meta['loss']}" if text and "loss" in meta else ""
-        given = f"the {count} lowest states of an Ising model over the blocks"
-        if "search" in meta:
-            given = (
-                f"{count} candidates: the lowest states of an Ising model over the blocks, and "
-                "what its search and one pass of the original had found"
-            )
-        position = chosen["position"]
-        place = "the ground state" if position == 0 else f"state {position}"
-        energy = f"{chosen['energy']:.4g} {candidates['energy_unit']}".rstrip()
-        return (
-            f"An energy (`{self.energy}`{text}) gave {given}; each was then measured on "
-            f"{candidates['tokens']} other tokens. The choice is {place} of that spectrum (0 is "
-            f"the lowest), energy {energy}, for this reason: {chosen['why']} "
-            f"(KL {plus_minus(chosen['kl'], chosen['kl_se'])} nats per token). "
-            f"{won}".rstrip()
-        )
+        return "" if self.removed is None else sentence("summary", self, self.removed)
 
     @property
     def last(self) -> str:
         """What the final model is."""
         if self.healed:
             return "healed"
-        return "patched" if (self.patch or {}).get("changed") else "cut"
+        return "patched" if self.patch is not None and self.patch.changed else "cut"
 
     @property
-    def patch(self) -> dict[str, Any] | None:
+    def patch(self) -> PatchRecord | None:
         """What was patched of the checkpoint; None where nothing was to be."""
-        return None if self.removal is None else self.removal.get("patch")
+        return None if self.removal is None else self.removal.patch
 
     @property
+    def proof(self) -> CutProof | None:
+        """How the exact cut was proven; None where none is there, or an older one."""
+        return None if self.removal is None else self.removal.proof
+
+    @property
+    def healed(self) -> bool:
+        """A healed checkpoint is there; the evaluation is then of it."""
+        return (self.target / "healed").is_dir()
+
+    @property
+    def exact(self) -> bool:
+        """The exact cut is there beside the patched one."""
+        exact = self.target / "cut"
+        return exact.is_dir() and self.record(exact) is not None
+
+    @property
+    def gguf(self) -> bool:
+        """A cut GGUF file is there."""
+        return (self.target / "model.gguf").is_file()
+
+    @cached_property
     def scores(self) -> list[Row]:
         """The original and the final model; none before they were evaluated."""
         return [] if self.evaluation is None else evaluation_rows(self.evaluation, last=self.last)
 
     @property
-    def judged(self) -> dict[str, dict[str, Any]]:
+    def judged(self) -> dict[str, Judged]:
         """How well each energy ranked measured losses, by the energy's name."""
         if self.candidates is None:
             return {}
-        return {
-            self.energy: self.candidates["fidelity"],
-            **self.candidates.get("fidelity_of_others", {}),
-        }
+        return {self.energy: self.candidates.fidelity, **self.candidates.fidelity_of_others}
 
     @property
     def warnings(self) -> list[str]:
         """What a reader must know before trusting the energy, the cut, its patch or its figures."""
-        said = [] if self.proof is None else list(self.proof["remarks"])
-        patch = [*patch_warnings(self.removal or {}), *patch_warnings(self.evaluation or {})]
-        said += dict.fromkeys(patch)
-        said += part_warnings(self.evaluation or {"kl": 0.0})
-        said += overlap_warnings(self.calibration.get("overlap", {}))
-        if self.candidates is None:
-            return said
-        return ranking_warnings(self.energy, self.candidates) + said
+        said: list[str] = []
+        if self.candidates is not None:
+            said += ranking_warnings(self.energy, self.candidates)
+        if self.proof is not None:
+            said += self.proof.remarks
+        patched = [patch_warnings(f) for f in (self.removal, self.evaluation) if f is not None]
+        said += dict.fromkeys(line for lines in patched for line in lines)
+        if self.evaluation is not None:
+            said += part_warnings(self.evaluation)
+        return said + overlap_warnings({} if self.calibration is None else self.calibration.overlap)
 
     @property
-    def proof(self) -> dict[str, Any] | None:
-        """How the exact cut was proven; None where none is there, or an older one."""
-        return None if self.removal is None else self.removal.get("proof")
-
-    @property
-    def won(self) -> list[str]:
+    def winners(self) -> list[BaselineFile]:
         """Baselines that keep all constraints and have a lower measured KL than the choice."""
         if self.candidates is None:
             return []
-        mine = float(self.candidates["chosen"]["kl"])
-        return [
-            b["baseline"] for b in self.baselines if float(b["kl"]) < mine and not b["violated"]
-        ]
+        mine = self.candidates.chosen.kl
+        return [b for b in self.baselines if b.kl < mine and not b.violated]
 
     @property
     def not_run(self) -> list[str]:
@@ -260,14 +330,14 @@ class RunFiles:
         if self.target == self.folder:
             return name
         key = (self.target / "spectrum.json").relative_to(self.folder).as_posix()
-        record = self.run["stages"].get(key)
-        return name if record is None else f"{name} --remove {record['options'].get('remove')}"
+        solved = self.run.stages.get(key)
+        return name if solved is None else f"{name} --remove {solved.options.remove}"
 
     @property
     def loads_with(self) -> str:
         """The class of transformers that loads the checkpoint."""
-        card = (self.removal or {}).get("card") or {}
-        return str(card.get("loads_with", PLAIN_CLASS))
+        card = None if self.removal is None else self.removal.card
+        return PLAIN_CLASS if card is None else card.loads_with
 
     @property
     def product(self) -> Path:
@@ -281,3 +351,18 @@ class RunFiles:
             return None
         below = self.product.relative_to(self.folder)
         return (Path(self.folder.resolve().name) / below).as_posix()
+
+
+def with_searched(spectrum: SpectrumFile, candidates: CandidatesFile | None) -> SpectrumFile:
+    """A spectrum with the candidates that a search found beyond it, ranked by energy.
+
+    A spectrum that was solved anew since is left as it is.
+    """
+    own = {tuple(s.removed) for s in spectrum.states}
+    rows = () if candidates is None else candidates.candidates
+    if not own <= {tuple(r.removed) for r in rows}:
+        return spectrum
+    more = [r for r in rows if tuple(r.removed) not in own]
+    ordered = sorted([*spectrum.states, *more], key=lambda s: s.energy)
+    ranked = [Ranked(rank=k, energy=s.energy, removed=s.removed) for k, s in enumerate(ordered)]
+    return spectrum.model_copy(update={"states": ranked, "searched": len(more)})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from isingcut.files.documents.states import BaselineFile, MeasuredState
 from isingcut.ising.states import states_of
-from isingcut.report.rows import Value
+from isingcut.report.rows import Value, kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import listed
 
@@ -22,7 +22,7 @@ class KnownState:
         kind: ``candidate``, ``random``, ``baseline`` or ``named`` (by hand).
         removed: its removed blocks, ascending.
         energy: of the main energy, or None before it is measured.
-        measured: its row of `candidates.json` or of a baseline: ``kl``, ``kl_se``, ...
+        measured: its losses, where it has some.
         chosen: its blocks are the ones that are removed.
     """
 
@@ -31,13 +31,13 @@ class KnownState:
     kind: str
     removed: tuple[int, ...]
     energy: float | None
-    measured: dict[str, Any] | None
+    measured: MeasuredState | BaselineFile | None
     chosen: bool
 
     @property
     def kl(self) -> Value | None:
         """Measured KL in nats per token, with its standard error over samples."""
-        return None if self.measured is None else measured_kl(self.measured)
+        return None if self.measured is None else kl_of(self.measured)
 
     def tip(self, energy: float | None, unit: str, label: str = "energy") -> str:
         """What pointing at it says, where it has this energy, of that label."""
@@ -46,19 +46,11 @@ class KnownState:
             lines.append(f"{label} {energy:.4g} {unit}")
         if self.kl is not None:
             lines.append(f"measured KL {self.kl.text()} nats/token")
-            lines += [f"{name}: KL {kl.text()}" for name, kl in kl_by_part(self.measured or {})]
+        if isinstance(self.measured, MeasuredState):
+            parts = self.measured.parts.items()
+            lines += [f"{name}: KL {kl_of(part).text()}" for name, part in parts]
         lines.append(f"without blocks {listed(self.removed)}")
         return "\n".join(lines)
-
-
-def measured_kl(row: Mapping[str, Any]) -> Value:
-    """The KL in a row of `candidates.json` or of another file of measured states."""
-    return Value(float(row["kl"]), row["kl_se"])
-
-
-def kl_by_part(row: Mapping[str, Any]) -> list[tuple[str, Value]]:
-    """The KL in such a row on each part of a mixture; empty for one text."""
-    return [(name, measured_kl(part)) for name, part in row.get("parts", {}).items()]
 
 
 class Book(list[KnownState]):
@@ -69,29 +61,79 @@ class Book(list[KnownState]):
         return [s for s in self if s.kind == kind]
 
 
-def book(files: RunFiles) -> Book:
-    """Number the states that the files hold."""
+def number_states(files: RunFiles) -> Book:
+    """The states that the files hold."""
     chosen = None if files.removed is None else tuple(files.removed)
     main, result = files.hamiltonian, Book()
 
-    def add(name: str, kind: str, removed: Sequence[int], measured: dict[str, Any] | None) -> None:
+    def add(
+        name: str, kind: str, removed: Sequence[int], measured: MeasuredState | BaselineFile | None
+    ) -> None:
         gone = tuple(sorted(removed))
         energy = None if main is None else float(main.energies(states_of(main.n, [gone]))[0])
         result.append(KnownState(len(result), name, kind, gone, energy, measured, gone == chosen))
 
-    rows = [] if files.candidates is None else files.candidates["candidates"]
-    found = {tuple(sorted(r["removed"])): r for r in rows}
-    if files.spectrum is not None:
-        for state in files.spectrum["states"]:
-            row = found.get(tuple(sorted(state["removed"])))
-            add(f"state {state['rank']}", "candidate", state["removed"], row)
-    else:
-        for rank, row in enumerate(rows):
-            add(f"state {rank}", "candidate", row["removed"], row)
-    for k, row in enumerate([] if files.candidates is None else files.candidates["random"]):
-        add(f"random state {k}", "random", row["removed"], row)
+    ranking = files.candidates
+    rows = {} if ranking is None else {tuple(sorted(r.removed)): r for r in ranking.candidates}
+    low = rows if files.spectrum is None else [s.removed for s in files.spectrum.states]
+    for rank, removed in enumerate(low):
+        add(f"state {rank}", "candidate", removed, rows.get(tuple(sorted(removed))))
+    for k, row in enumerate(() if ranking is None else ranking.random):
+        add(f"random state {k}", "random", row.removed, row)
     for baseline in files.baselines:
-        add(f"choice of {baseline['baseline']}", "baseline", baseline["removed"], baseline)
+        add(f"choice of {baseline.baseline}", "baseline", baseline.removed, baseline)
     if chosen is not None and not any(state.chosen for state in result):
         add("state named by hand", "named", chosen, None)
     return result
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One method's choice, or the run's own.
+
+    Attributes:
+        name: of the method, or of the energy that chose.
+        state: what it removes.
+        measured: the losses of that.
+        passes: full forward passes that it took; empty where they were not counted.
+        tokens: those that it looked at; empty where that is not known.
+        file: the method's; None for the run's own.
+    """
+
+    name: str
+    state: KnownState
+    measured: MeasuredState | BaselineFile
+    passes: str
+    tokens: str
+    file: BaselineFile | None = None
+
+    @property
+    def settings(self) -> list[str]:
+        """The method's options, as they were typed."""
+        return [] if self.file is None else self.file.settings
+
+    @property
+    def violated(self) -> list[str]:
+        """Constraints that it breaks."""
+        return [] if self.file is None else self.file.violated
+
+
+def rivals(files: RunFiles, states: Book) -> list[Rival]:
+    """Every method that chose for this removal and the chosen state, lowest KL first.
+
+    Without another method there is none.
+    """
+    found = [
+        Rival(b.baseline, state, b, f"{b.passes:.3g}", str(b.tokens_searched), b)
+        for state, b in zip(states.of("baseline"), files.baselines, strict=True)
+    ]
+    ranked = (*states.of("candidate"), *states.of("random"))
+    chosen = next((s for s in ranked if s.chosen and s.measured is not None), None)
+    if found and chosen is not None and chosen.measured is not None:
+        meta, passes = files.meta, files.meta.passes
+        if passes is None and meta.blocks_run is not None:
+            passes = meta.blocks_run / len(files.blocks)
+        paid = "" if passes is None else f"{passes:.3g}"
+        tokens = "" if meta.tokens is None else str(meta.tokens)
+        found.append(Rival(files.energy, chosen, chosen.measured, paid, tokens))
+    return sorted(found, key=lambda r: r.measured.kl)

@@ -1,4 +1,4 @@
-"""Small charts as SVG: scales, axes and marks, drawn here once and coloured by the page's CSS.
+"""Small charts: scales, axes and marks, drawn as SVG by a template and coloured by the page's CSS.
 
 Why not a plotting library: the page has to stay readable without scripts, to print, to change
 between light and dark without being drawn again, to give every mark a name and a place in the
@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 34.0, 50.0
@@ -124,74 +124,59 @@ def tick_text(ticks: Sequence[float]) -> list[str]:
     return [s.replace("-", "−") for s in shown]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its name, what it says in words, and its data.
+class Mark(NamedTuple):
+    """A mark that can be pointed at and reached with the arrow keys.
 
     Attributes:
-        key: its id on the page.
-        title: its heading.
-        words: what it shows, in a sentence or two.
-        svg: the chart, or None where its data are not there; ``words`` then says why.
-        columns: of the data table.
-        rows: of the data table.
-        legend: pairs of a CSS class of the key and its meaning.
+        x, y: its place in the chart.
+        tip: what it says; lines are separated by newlines.
+        kind: its CSS class.
+        shape: ``dot``, ``ring``, ``diamond`` or ``level``.
+        ends: of its whisker, which is a standard error long at either side; None for none.
+        state: number of the state that a click shows.
     """
 
-    key: str
-    title: str
-    words: str
-    svg: Markup | None = None
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    legend: Sequence[tuple[str, str]] = ()
+    x: float
+    y: float
+    tip: str
+    kind: str
+    shape: str
+    ends: tuple[float, float] | None
+    state: int | None
 
 
 @dataclass
 class Plot:
-    """One chart with two axes; marks are added in the order in which they are drawn.
+    """One chart with two axes, which `macros.html.j2` draws: lines below, marks above.
 
     Args:
         x: horizontal scale.
         y: vertical scale.
-        marks: how many focusable marks were added.
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis.
+        x_ticks: values along the horizontal axis; None for round ones.
     """
 
     x: Scale
     y: Scale
-    marks: int = 0
-    parts: list[Markup] = field(default_factory=list)
+    x_label: str
+    y_label: str
+    x_ticks: Sequence[float] | None = None
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
 
-    def axes(self, x_label: str, y_label: str, *, x_ticks: Sequence[float] | None = None) -> None:
-        """Grid lines, tick labels and the names of both axes."""
-        ticks = self.x.ticks() if x_ticks is None else list(x_ticks)
-        foot = HEIGHT - BOTTOM
-        for value, text in zip(ticks, tick_text(ticks), strict=True):
-            at = self.x(value)
-            self._add(
-                '<line class="grid" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>'
-                '<text class="tick" x="{0}" y="{3}" text-anchor="middle">{4}</text>',
-                at, TOP, foot, foot + 18, text,
-            )  # fmt: skip
-        ticks = self.y.ticks()
-        for value, text in zip(ticks, tick_text(ticks), strict=True):
-            at = self.y(value)
-            self._add(
-                '<line class="grid" y1="{0}" y2="{0}" x1="{1}" x2="{2}"/>'
-                '<text class="tick" x="{3}" y="{0}" dy=".35em" text-anchor="end">{4}</text>',
-                at, LEFT, WIDTH - RIGHT, LEFT - 8, text,
-            )  # fmt: skip
-        self._add(
-            '<line class="base" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>'
-            '<text class="name" x="{1}" y="{3}" text-anchor="end">{4}</text>'
-            '<text class="name" x="4" y="15">{5}</text>',
-            LEFT, WIDTH - RIGHT, foot, HEIGHT - 6, x_label, y_label,
-        )  # fmt: skip
+    @property
+    def ticks(self) -> list[list[tuple[float, str]]]:
+        """Places and labels along both axes."""
+        both = (
+            (self.x, self.x.ticks() if self.x_ticks is None else list(self.x_ticks)),
+            (self.y, self.y.ticks()),
+        )
+        return [list(zip(map(axis, v), tick_text(v), strict=True)) for axis, v in both]
 
     def line(self, points: Sequence[tuple[float, float]], kind: str = "") -> None:
-        """A line through points in data coordinates."""
-        path = " ".join(f"{self.x(a)},{self.y(b)}" for a, b in points)
-        self._add('<polyline class="line {0}" points="{1}"/>', kind, path)
+        """Add a line through points in data coordinates."""
+        self.lines.append((kind, " ".join(f"{self.x(a)},{self.y(b)}" for a, b in points)))
 
     def mark(
         self,
@@ -204,63 +189,34 @@ class Plot:
         error: float | None = None,
         state: int | None = None,
     ) -> None:
-        """A mark that can be pointed at and reached with the arrow keys.
-
-        Args:
-            x: its value along the horizontal axis.
-            y: its value along the vertical axis.
-            tip: what it says; lines are separated by newlines.
-            kind: its CSS class.
-            shape: ``dot``, ``ring``, ``diamond`` or ``level``.
-            error: standard error of ``y``, drawn as a whisker.
-            state: number of the state that a click shows.
-        """
-        a, b = self.x(x), self.y(y)
-        inner = Markup("")
-        if error is not None:
-            inner += Markup('<line class="err" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
-                a, self.y(y - error), self.y(y + error)
-            )
-        inner += _SHAPES[shape].format(x=a, y=b)
-        inner += Markup('<circle class="hit" cx="{0}" cy="{1}" r="9"/>').format(a, b)
-        self._add(
-            '<g class="mark {0}" tabindex="{1}" role="{2}" aria-label="{3}" data-tip="{4}"{5}>'
-            "{6}</g>",
-            kind,
-            -1 if self.marks else 0,
-            "img" if state is None else "button",
-            tip.replace("\n", ", "),
-            tip,
-            Markup("")
-            if state is None
-            else Markup(' data-state="{0}" aria-pressed="false"').format(state),
-            inner,
-        )
-        self.marks += 1
-
-    def svg(self, label: str) -> Markup:
-        """The chart, named for screen readers."""
-        return Markup(
-            '<svg class="plot" viewBox="0 0 {0:g} {1:g}" role="group" data-rove '
-            'aria-label="{2}">{3}</svg>'
-        ).format(WIDTH, HEIGHT, label, Markup("").join(self.parts))
-
-    def _add(self, pattern: str, *values: object) -> None:
-        self.parts.append(
-            Markup(pattern).format(
-                *(v if isinstance(v, Markup) else escape(str(v)) for v in values)
-            )
-        )
+        """Add a mark in data coordinates; ``error`` is the standard error of ``y``."""
+        ends = None if error is None else (self.y(y - error), self.y(y + error))
+        self.marks.append(Mark(self.x(x), self.y(y), tip, kind, shape, ends, state))
 
 
-_SHAPES = {
-    "dot": Markup('<circle class="shape" cx="{x}" cy="{y}" r="4"/>'),
-    "ring": Markup('<circle class="shape ring" cx="{x}" cy="{y}" r="3.6"/>'),
-    "diamond": Markup('<rect class="shape" x="-4.6" y="-4.6" width="9.2" height="9.2" '
-                      'transform="translate({x} {y}) rotate(45)"/>'),
-    "level": Markup('<rect class="shape" x="-6" y="-1.5" width="12" height="3" '
-                    'transform="translate({x} {y})"/>'),
-}  # fmt: skip
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its name, what it says in words, and its data.
+
+    Attributes:
+        key: its id on the page.
+        title: its heading.
+        words: what it shows, in a sentence or two.
+        plot: the chart, or None where its data are not there; ``words`` then says why.
+        label: of the chart, for screen readers; ``words`` follow it.
+        columns: of the data table.
+        rows: of the data table.
+        legend: pairs of a CSS class of the key and its meaning.
+    """
+
+    key: str
+    title: str
+    words: str
+    plot: Plot | None = None
+    label: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    legend: Sequence[tuple[str, str]] = ()
 
 
 def whisker(scale: Scale, value: float, low: float, high: float, key: str = "k") -> str:

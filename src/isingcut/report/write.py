@@ -1,6 +1,9 @@
 """Run folder to `report.md`, `report.json`, `report.html`; several folders to one comparison.
 
-Reads files only, never a model. A file that is not there is said to be not there.
+Reads files only, never a model. A file that is not there is said to be not there. Both pages are
+laid out by templates from the same view. The HTML needs nothing but itself: everything is inside
+the file, styles, the script, the figures and their data. A content security policy forbids the
+page to fetch anything, and only the page's own script may run.
 """
 
 from __future__ import annotations
@@ -9,20 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from isingcut.files.outputs import check_output
-from isingcut.files.writing import without_header, write_json, write_sealed
-from isingcut.report.baselines import rival_row, rivals
-from isingcut.report.choice import question_rows, questions_words
+from isingcut.files.writing import write_json, write_sealed
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Floats
+from isingcut.report.blocks import (
+    block_ticks,
+    couplings_figure,
+    dots,
+    fields_figure,
+    map_rows,
+    margin_scale,
+)
 from isingcut.report.compare import comparison_page
-from isingcut.report.fidelity import fidelity_rows, measured_words
-from isingcut.report.page import report_page
-from isingcut.report.provenance_rows import provenance_rows, timing_rows
-from isingcut.report.read_run import read_run
-from isingcut.report.render import render
-from isingcut.report.rows import patch_rows
+from isingcut.report.figures import (
+    AXES,
+    healing_figure,
+    scatter_figure,
+    spectrum_figure,
+    trade_off_figure,
+)
+from isingcut.report.render import render, render_page
+from isingcut.report.rows import Row
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import book
-from isingcut.report.words import patch_story, patch_words, spectrum_map, spectrum_words
+from isingcut.report.states import Book, Rival, number_states, rivals
+from isingcut.report.svg import Scale, whisker
+from isingcut.report.words import fact_rows, table
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -35,10 +52,11 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     Raises:
         StageFileError: `run.json` is missing, or a file that is there is damaged.
     """
-    target = target or folder
-    files = read_run(folder, target)
-    markdown, data, page = _markdown(files), _data(files), report_page(files)
-    texts = check_report(target)
+    files = RunFiles(folder, target)
+    view, data = report_view(files), _facts(files)
+    markdown = render("report.md.j2", **view)
+    page = render_page("report.html.j2", **view, **_drawings(**view))
+    texts = check_report(files.target)
     write_json(texts["json"], "report", data, seal=True)
     write_sealed(texts["md"], markdown)
     write_sealed(texts["html"], page)
@@ -76,73 +94,110 @@ def write_comparison(
         StageFileError: a `run.json` is missing, or a file that is there is damaged.
     """
     check_output(out, overwrite=overwrite)
-    runs = [read_run(folder, target) for folder, target in folders]
-    page, warnings = comparison_page(runs)
+    page, warnings = comparison_page([RunFiles(*places) for places in folders])
     write_sealed(out, page)
     return warnings
 
 
-def _markdown(files: RunFiles) -> str:
-    spectrum, candidates, evaluation = files.spectrum, files.candidates, files.evaluation
-    removed, asked = files.removed, (candidates or {}).get("by_tasks")
-    return render(
-        "report.md.j2",
-        title=files.title,
-        removed=removed,
-        summary=files.summary,
-        evaluation=evaluation,
-        last=files.last,
-        models=list(files.scores[0].values) if files.scores else [],
-        scores=files.scores,
-        patch_words="" if evaluation is None else patch_words(evaluation),
-        patch=files.patch,
-        patch_story=patch_story(files.patch) if files.patch else "",
-        patch_rows=patch_rows(files.patch),
-        candidates=candidates,
-        measured_words="" if files.candidates is None else measured_words(files.candidates),
-        fidelity=fidelity_rows(files.judged),
-        asked=asked and (questions_words(asked), question_rows(asked)),
-        warnings=files.warnings,
-        rivals=[rival_row(rival) for rival in rivals(files, book(files))],
-        won=files.won,
-        spectrum=spectrum,
-        spectrum_words="" if spectrum is None else spectrum_words(spectrum),
-        marked=removed is not None
-        and spectrum is not None
-        and any(s["removed"] == removed for s in spectrum["states"]),
-        map=[] if spectrum is None else spectrum_map(spectrum, candidates, removed),
-        checkpoint=files.checkpoint,
-        loads_with=files.loads_with,
-        provenance=provenance_rows(files),
-        timings=timing_rows(files.run, files.folder, files.target),
-        run=files.arguments,
-    )
-
-
-def _data(files: RunFiles) -> dict[str, Any]:
-    """The facts of the page as data."""
+def report_view(files: RunFiles) -> dict[str, Any]:
+    """What both pages are laid out from: the files, their states, and the methods that chose."""
+    states = number_states(files)
     return {
-        "model": files.run["provenance"]["model"],
-        "blocks": len(files.blocks),
-        "removed": files.removed,
-        "checkpoint": None if files.removal is None else ("healed" if files.healed else "model"),
-        "not_run": files.not_run,
-        "energy": {"name": files.energy, "meta": files.meta},
-        "fidelity": files.judged,
-        "warnings": files.warnings,
-        "spectrum": _content(files.spectrum),
-        "candidates": _content(files.candidates),
-        "evaluation": _content(files.evaluation),
-        "baselines": [without_header(b) for b in files.baselines],
-        "patch": files.patch,
-        "healing": _content(files.healing),
-        "healed_candidates": _content(files.healed_candidates),
-        "benchmarks": _content(files.benchmarks),
-        "config": files.run["config"],
-        "provenance": files.run["provenance"],
-        "stages": files.run["stages"],
+        "files": files,
+        "title": files.title,
+        "states": states,
+        "rivals": rivals(files, states),
+        "provenance": fact_rows("provenance", files),
+        "timings": table("timing_rows", files),
     }
 
 
-def _content(document: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if document is None else without_header(document)
+def _facts(files: RunFiles) -> dict[str, Any]:
+    """The facts of the page as data."""
+    run, energy = files.run.content(), files.hamiltonian
+    names = ("spectrum", "candidates", "evaluation", "patch", "healing", "healed_candidates")
+    documents = {name: getattr(files, name) for name in (*names, "benchmarks")}
+    return {
+        "model": run["provenance"]["model"],
+        "blocks": len(files.blocks),
+        "removed": files.removed,
+        "checkpoint": None if files.removal is None else files.product.name,
+        "not_run": files.not_run,
+        "energy": {"name": files.energy, "meta": None if energy is None else dict(energy.meta)},
+        "fidelity": {name: found.content() for name, found in files.judged.items()},
+        "warnings": files.warnings,
+        "baselines": [found.content() for found in files.baselines],
+        **{name: found and found.content() for name, found in documents.items()},
+        **{name: run[name] for name in ("config", "provenance", "stages")},
+    }
+
+
+def _drawings(files: RunFiles, states: Book, rivals: Sequence[Rival], **_: Any) -> dict[str, Any]:
+    """What the HTML page draws of a view."""
+    energy, n = files.hamiltonian, len(files.blocks)
+    rows, scale = map_rows(files, states)
+    return {
+        "n": n,
+        "meter": _meter,
+        "rows": rows,
+        "scale": scale,
+        "ticks": block_ticks(n),
+        "fields": None if energy is None else fields_figure(energy, [b.kind for b in files.blocks]),
+        "couplings": None if energy is None else couplings_figure(energy),
+        "spectrum": spectrum_figure(files, states),
+        "scatters": [
+            scatter_figure(files, name, states) for name in files.judged if name in files.energies
+        ],
+        "trade_offs": [trade_off_figure(files, axis) for axis in AXES],
+        "dots": dots,
+        "rival_scale": margin_scale(files, [rival.state for rival in rivals]),
+        "curve": None if files.healing is None else healing_figure(files.healing),
+        "data": _page_data(files, states),
+    }
+
+
+def _meter(row: Row, model: str, models: Sequence[str]) -> str:
+    """The bar under a figure, its length and whisker as properties for the CSS; empty for none."""
+    value = row.values.get(model)
+    whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
+    if value is None or not whole or value.figure < 0:
+        return ""
+    scale = Scale(0.0, whole)
+    if value.error is None:
+        return f"--v:{scale(value.figure)}%"
+    return whisker(scale, value.figure, value.low, value.high, "v")
+
+
+def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
+    """What the page's script knows: the blocks, the energy's terms and the states."""
+    return {
+        "n": len(files.blocks),
+        "kinds": [b.kind for b in files.blocks],
+        "parameters": [b.parameters for b in files.blocks],
+        **_terms(files.hamiltonian),
+        "states": [
+            {
+                "name": s.name,
+                "removed": list(s.removed),
+                "energy": s.energy,
+                "kl": None if s.kl is None else s.kl.figure,
+                "se": None if s.kl is None else s.kl.error,
+                "chosen": s.chosen,
+            }
+            for s in states
+        ],
+    }
+
+
+def _terms(energy: Hamiltonian | None) -> dict[str, Any]:
+    if energy is None:
+        return {"unit": "", **dict.fromkeys(("c", "h", "hError", "J", "JError"))}
+    errors = {"hError": _short(energy.h_error, 2), "JError": _short(energy.J_error, 2)}
+    terms = {"c": energy.c, "h": _short(energy.h), "J": _short(energy.J)}
+    return {"unit": energy.unit, **terms, **errors}
+
+
+def _short(values: Floats | None, digits: int = 4) -> Any:
+    if values is None:
+        return None
+    return np.vectorize(lambda v: float(f"{v:.{digits}g}"), otypes=[float])(values).tolist()

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.progress import Progress, as_progress
 from isingcut.data import held
 from isingcut.errors import InputError
+from isingcut.files.documents.states import CandidatesFile, CutRecord, MeasuredState
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
-from isingcut.files.writing import atomic_folder, read_json, temporary_folder
+from isingcut.files.writing import atomic_folder, read_document, temporary_folder
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.memory import convert_memory_errors
 from isingcut.models import handed_over
 from isingcut.models.processes import Processes
 from isingcut.options.config import RunConfig
-from isingcut.report.fidelity import ranking_warnings
-from isingcut.report.words import patch_warnings, search_warnings
+from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
 from isingcut.runs import cutting, pipeline, solving, stages
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
@@ -146,10 +146,11 @@ class Run:
             >>> len(run.ranking["candidates"]) == len(run.spectrum)
             True
         """
-        return self._ranked()
+        return self._ranked.content()
 
+    @cached_property
     @convert_memory_errors()
-    def _ranked(self) -> dict[str, Any]:
+    def _ranked(self) -> CandidatesFile:
         file = self.path / "candidates.json"
         if self._folder.finished(file) is not None:
             # Reading what is there needs no model.
@@ -165,7 +166,7 @@ class Run:
             >>> min(run.candidates, key=lambda s: s.kl) == run.chosen
             True
         """
-        return [_state(row, k) for k, row in enumerate(self.ranking["candidates"])]
+        return [_state(row, k) for k, row in enumerate(self._ranked.candidates)]
 
     @property
     def chosen(self) -> State:
@@ -178,7 +179,7 @@ class Run:
             >>> isingcut.open_run("my-run").chosen.kl > 0
             True
         """
-        return _state(self.ranking["chosen"])
+        return _state(self._ranked.chosen, self._ranked.chosen.position)
 
     @property
     def curve(self) -> list[State]:
@@ -190,10 +191,9 @@ class Run:
         """
         home = self._folder.path
         files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
-        chosen = [
-            self._folder.load(f, solving.load_candidates)["chosen"] for f in files if f.exists()
-        ]
-        return sorted(map(_state, chosen), key=lambda s: (len(s.removed), s.kl))
+        chosen = [self._folder.load(f, solving.load_candidates).chosen for f in files if f.exists()]
+        states = [_state(row, row.position) for row in chosen]
+        return sorted(states, key=lambda s: (len(s.removed), s.kl))
 
     @property
     def fidelity(self) -> dict[str, Any]:
@@ -204,8 +204,7 @@ class Run:
             >>> isingcut.open_run("my-run").fidelity["n"]
             60
         """
-        found: dict[str, Any] = self.ranking["fidelity"]["kl"]
-        return found
+        return self._ranked.fidelity.kl.content()
 
     @property
     def warnings(self) -> list[str]:
@@ -216,14 +215,14 @@ class Run:
             []
         """
         far = search_warnings(self.hamiltonian.meta, [self.config.removal])
-        return far + ranking_warnings(self.config.energy, self.ranking) + self._unpatched()
+        return far + ranking_warnings(self.config.energy, self._ranked) + self._unpatched()
 
     def _unpatched(self) -> list[str]:
         """Why a checkpoint that is there could not be patched."""
         model = self.path / "model"
         if self._folder.finished(model) is None:
             return []
-        record = self._folder.load(model, lambda path: read_json(path / "isingcut.json", "removal"))
+        record = self._folder.load(model, lambda p: read_document(p / "isingcut.json", CutRecord))
         return patch_warnings(record)
 
     def at(self, remove: int | str) -> Run:
@@ -277,7 +276,7 @@ class Run:
 
     def _product(self) -> Path:
         """The final checkpoint in the run folder."""
-        self._ranked()
+        _ = self._ranked
         return pipeline.cut_and_heal(self._session, self._folder)
 
     @convert_memory_errors()
@@ -296,7 +295,7 @@ class Run:
             (7, 10)
         """
         self._product()
-        return stages.evaluate(self._session, self._folder)
+        return stages.evaluate(self._session, self._folder).content()
 
     def report(self) -> Path:
         """Write the report of what is there so far; the path of its Markdown.
@@ -317,12 +316,8 @@ def _numbers(blocks: Sequence[int]) -> list[int]:
     raise InputError(f"blocks must be a list of block numbers, got {blocks!r:.60}")
 
 
-def _state(row: dict[str, Any], position: int | None = None) -> State:
-    at = int(row["position"]) if position is None else position
-    removed = tuple(int(b) for b in row["removed"])
-    return State(
-        removed, float(row["energy"]), float(row["kl"]), row["kl_se"], float(row["nll"]), at
-    )
+def _state(row: MeasuredState, position: int) -> State:
+    return State(tuple(row.removed), row.energy, row.kl, row.kl_se, row.nll, position)
 
 
 class PoorEnergyWarning(UserWarning):

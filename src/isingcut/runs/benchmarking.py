@@ -8,13 +8,14 @@ from typing import Any
 
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
-from isingcut.evaluation.benchmark import benchmark, forget_answers, journal_of
-from isingcut.evaluation.choosing import Answered, choose_by_questions, contenders, half
-from isingcut.evaluation.questions import WIKITEXT, check_tasks, named, prepare_task
-from isingcut.evaluation.scores import Asked, score_states
-from isingcut.evaluation.wikitext import text_scores
+from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of, text_scores
+from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half
+from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
+from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.files.documents.scores import BenchmarksFile
+from isingcut.files.documents.states import ByTasks, CandidatesFile, MeasuredState
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import fingerprint, read_json, write_json
+from isingcut.files.writing import fingerprint, read_document, write_document
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.words import listed
@@ -38,7 +39,7 @@ def check_asked(config: RunConfig) -> list[str]:
         return []
     if config.choose != "tasks" and len(each_removal(config)) > 1:
         raise InputError("--tasks scores a checkpoint, and a range cuts none; leave it out")
-    names = check_tasks(named(config.tasks), data_of(config), config.questions)
+    names = check_tasks(split_names(config.tasks), data_of(config), config.questions)
     if config.choose == "tasks" and names == [WIKITEXT]:
         raise InputError("wikitext2 is a text; to --choose by --tasks takes one with questions")
     return names
@@ -82,18 +83,19 @@ def last_blocks(size: int, count: int) -> list[int]:
     return list(range(size - count, size))
 
 
-def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path) -> dict[str, Any]:
+def choose_by_tasks(
+    session: Session, rows: Sequence[MeasuredState], kept: Path
+) -> tuple[int, ByTasks]:
     """The best of a few candidates on half of the questions of the run's tasks.
 
     Each is the original with its blocks skipped: no checkpoint is written.
 
     Args:
         rows: of `candidates.json`.
-        kept: folder of what is answered already.
+        kept: folder of journals.
 
     Returns:
-        as `choosing.choose_by_questions`, with ``tasks``, and ``chosen`` a position in ``rows``.
-
+        its position in ``rows``, and how it was chosen.
     """
     config = session.config
     tasks = {
@@ -103,17 +105,17 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
         for task in [prepare_task(name, data_of(config), config.questions)]
     }
     pool = {name: task.pool() for name, task in tasks.items()}
-    last = last_blocks(len(session.stack), len(rows[0]["removed"]))
+    last = last_blocks(len(session.stack), len(rows[0].removed))
     best = contenders(rows, last)
-    drawn = half(pool, config.seed)
+    drawn = draw_half(pool, config.seed)
     model = Asked(session.loaded, session.replay)
     # Fewer where one is ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
 
-        def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Answered]:
+        def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
+            journal = journal_of(kept, tasks[name], model.loaded, [*left, *keys])
             part = Part(bar, len(keys) * len(left))
-            journal = journal_of(kept, tasks[name], model.loaded, [*map(list, left), *keys])
             work = Work(session.tuning.batch_tokens, part, journal)
             only = frozenset(keys).__contains__
             found = score_states(model, tasks[name], left, work, wanted=only)
@@ -121,10 +123,10 @@ def choose_by_tasks(session: Session, rows: Sequence[dict[str, Any]], kept: Path
                 (float(s.values.mean()), listed(r)) for s, r in zip(found, left, strict=True)
             )
             part.finish(f"without {blocks} {right:.0%} of {name}")
-            return [Answered(s.values.tolist(), s.certainties.tolist()) for s in found]
+            return found
 
-        found = choose_by_questions([rows[i]["removed"] for i in best], drawn, ask)
-    return {**found, "chosen": best[found["chosen"]], "tasks": list(tasks)}
+        position, found = choose_by_questions([rows[i].removed for i in best], drawn, ask)
+    return best[position], found
 
 
 def left_out(folder: RunFolder, config: RunConfig) -> list[str]:
@@ -132,14 +134,14 @@ def left_out(folder: RunFolder, config: RunConfig) -> list[str]:
     ranked = folder.target(config.removal) / "candidates.json"
     if folder.finished(ranked) is None:
         return []
-    found = folder.load(ranked, lambda path: read_json(path, "candidates"))
-    return list((found.get("by_tasks") or {}).get("asked", []))
+    found = folder.load(ranked, lambda path: read_document(path, CandidatesFile)).by_tasks
+    return [] if found is None else found.asked
 
 
 def score_tasks(session: Session, folder: RunFolder) -> None:
     """Stage `benchmarks` on the tasks of a run's options, where it has some."""
     config = session.config
-    if names := list(dict.fromkeys(named(config.tasks))):
+    if names := list(dict.fromkeys(split_names(config.tasks))):
         benchmarks(session, folder, names, data=data_of(config), questions=config.questions)
 
 
@@ -151,7 +153,7 @@ def benchmarks(
     *,
     data: Path | None = None,
     questions: int | None = None,
-) -> dict[str, Any]:
+) -> BenchmarksFile:
     """Stage `benchmarks`: `benchmarks.json`, both models on the same questions.
 
     Args:
@@ -181,15 +183,15 @@ def benchmarks(
         content = score_both(
             session, checkpoint, tasks, data=data, questions=questions, but=but, kept=work
         )
-        write_json(path, "benchmarks", content)
+        write_document(path, content)
 
     return folder.stage(
         "benchmarks",
         checkpoint.with_name("benchmarks.json"),
         options,
         make,
-        lambda path: read_json(path, "benchmarks"),
-        forget=lambda: forget_answers(work, tasks),
+        lambda path: read_document(path, BenchmarksFile),
+        forget=lambda: forget_scores(work, tasks),
     )
 
 
@@ -202,13 +204,13 @@ def score_both(
     questions: int | None = None,
     but: Sequence[str] = (),
     kept: Path | None = None,
-) -> dict[str, Any]:
-    """The content of `benchmarks.json`: the session's model and a checkpoint cut from it.
+) -> BenchmarksFile:
+    """What `benchmarks.json` says: the session's model and a checkpoint cut from it.
 
     Args:
         tasks: as in `benchmarks`, known to the harness.
         but: questions to leave out, by their keys.
-        kept: folder of what is answered already; None keeps nothing.
+        kept: folder of journals; None keeps nothing.
     """
     from importlib.metadata import version
 
@@ -230,15 +232,13 @@ def score_both(
         kept=kept,
         progress=session.progress,
     )
-    content: dict[str, Any] = {"rows": rows, "engine": f"lm_eval {version('lm_eval')}"}
-    if but:
-        content["left_out"] = len(but)
+    found: dict[str, Any] = {"left_out": len(but)} if but else {}
     if WIKITEXT in tasks:
-        content["wikitext2"] = text_scores(
+        found["wikitext2"] = text_scores(
             {name: model.loaded for name, model in models.items()},
             data,
             questions,
             batch_tokens=batch_tokens,
             progress=session.progress,
         )
-    return content
+    return BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)

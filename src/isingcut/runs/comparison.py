@@ -13,7 +13,8 @@ from typing import Any
 
 from isingcut.baselines import registry
 from isingcut.errors import InputError
-from isingcut.files.writing import read_json, write_json
+from isingcut.files.documents.states import BaselineFile, CandidatesFile
+from isingcut.files.writing import read_document, write_document
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
@@ -67,16 +68,16 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
 
 def compare(
     session: Session, folder: RunFolder, name: str, settings: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> BaselineFile:
     """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
 
     A method knows numbers of blocks only: where the removal is a budget or a number per kind, it
     removes as many as the run's chosen state, and ``violated`` says what it breaks.
 
     Returns:
-        The file's content: ``removed``; ``kl`` and ``nll`` with standard errors on the ranking
-        split; ``passes`` and ``heads``, the price (see `isingcut.baselines.base.Outcome`);
-        ``violated``, constraints of the run that the method does not know and breaks.
+        The file: what is removed, with its losses on the ranking split, the price in passes and
+        heads (see `isingcut.baselines.base.Outcome`), and the constraints of the run that the
+        method does not know and breaks.
     """
     config = session.config
     part = baseline_part(name, settings)
@@ -108,20 +109,20 @@ def compare(
                 progress=work.progress,
                 description="measuring the choice",
             )
-        content = {
-            "baseline": name,
-            "options": dataclasses.asdict(part),
-            "settings": list(settings),
-            "removed": list(outcome.removed),
+        content = BaselineFile(
+            baseline=name,
+            options=dataclasses.asdict(part),
+            settings=list(settings),
+            removed=list(outcome.removed),
             **found.losses(0),
-            "passes": outcome.passes,
-            "heads": outcome.heads,
-            "tokens_searched": searched.tokens,
-            "tokens_judged": int(found.counts.sum()),
-            "violated": [row.name for row in rows if not row.satisfied(found.states)[0]],
-            "info": outcome.info,
-        }
-        write_json(path, "baseline", content)
+            passes=outcome.passes,
+            heads=outcome.heads,
+            tokens_searched=searched.tokens,
+            tokens_judged=int(found.counts.sum()),
+            violated=[row.name for row in rows if not row.satisfied(found.states)[0]],
+            info=outcome.info,
+        )
+        write_document(path, content)
 
     file = target / f"baseline-{name}.json"
     journal = file.with_name(file.name + ".journal")
@@ -130,7 +131,7 @@ def compare(
         file,
         options,
         make,
-        lambda path: read_json(path, "baseline"),
+        lambda path: read_document(path, BaselineFile),
         together=True,
         forget=lambda: forget(journal),
     )
@@ -146,5 +147,5 @@ def _count(folder: RunFolder, config: RunConfig) -> int:
             f"a baseline removes a plain number of blocks, and nothing was chosen yet for "
             f"{config.removal!r} to take it from; give --remove like 6, or rank first"
         )
-    found = folder.load(ranked, lambda path: read_json(path, "candidates"))
-    return len(found["chosen"]["removed"])
+    found = folder.load(ranked, lambda path: read_document(path, CandidatesFile))
+    return len(found.chosen.removed)

@@ -17,15 +17,16 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
 from isingcut.data.mixture import describe_source
 from isingcut.errors import InputError
+from isingcut.files.documents.states import CutProof, CutRecord, PatchedCut, PatchRecord, TunedLayer
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
 from isingcut.files.writing import (
     atomic_folder,
     clear_os_errors,
+    document_text,
     fingerprint,
-    read_json,
+    read_document,
     temporary_prefix,
-    without_header,
 )
 from isingcut.healing.healers import registry
 from isingcut.healing.job import Job
@@ -72,7 +73,7 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
     there = [record["options"]["removed"] for record in cut if record is not None]
     ranked = target / "candidates.json"
     if not there and ranked.exists():
-        there = [folder.load(ranked, load_candidates)["chosen"]["removed"]]
+        there = [folder.load(ranked, load_candidates).chosen.removed]
     if all(sorted(blocks) == sorted(removed) for blocks in there):
         return target
     return _own_place(folder, config, removed)
@@ -164,20 +165,23 @@ def write_checkpoint(
             proof = verify_streamed(session.streamed[1], blocks, temporary, trust_remote_code=trust)
         else:
             proof = verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
-        parts["proof"] = proof.inputs
-        record = {
-            "format": "isingcut-removal",
-            "version": 1,
-            "removed": blocks,
-            "of": len(session.stack),
-            "model": folder.manifest["provenance"]["model"],
-            "card": parts,
-            "proof": proof.record,
-        }
+        parts = parts.model_copy(update={"proof": proof.inputs})
+        record = CutRecord(
+            removed=blocks,
+            of=len(session.stack),
+            model=folder.manifest["provenance"]["model"],
+            card=parts,
+            proof=CutProof(**proof.record),
+        )
         with clear_os_errors(out):
-            (temporary / "README.md").write_text(model_card(parts), encoding="utf-8")
-            text = json.dumps(record, indent=1) + "\n"
-            (temporary / "isingcut.json").write_text(text, encoding="utf-8")
+            write_record(temporary, record)
+
+
+def write_record(checkpoint: Path, record: CutRecord) -> None:
+    """The record of a cut beside its weights, and the model card that it holds."""
+    assert record.card is not None
+    (checkpoint / RECORD).write_text(document_text(record), encoding="utf-8")
+    (checkpoint / "README.md").write_text(model_card(record.card), encoding="utf-8")
 
 
 def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
@@ -188,7 +192,7 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
         InputError: of another model, or not there.
     """
     header = read_gguf(source)
-    header.blocks()
+    header.check_blocks()
     # The file that the run was made from needs no comparison; another packing of it does.
     if folder.manifest["provenance"]["model"].get("gguf_sha256") != file_sha256(source):
         check_same_model(header, session.source)
@@ -210,13 +214,15 @@ def excise_gguf(
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     place = place_of(folder, config, removed)
-    patch = read_json(place / "model" / RECORD, "removal").get("patch") or {}
-    cuts = [*patch.get("cuts", []), *(patch.get("tuning") or {}).get("layers", [])]
+    patch = read_document(place / "model" / RECORD, CutRecord).patch
+    cuts: list[PatchedCut | TunedLayer] = [] if patch is None else [*patch.cuts]
+    if patch is not None and patch.tuning is not None:
+        cuts += patch.tuning.layers
     options: dict[str, Any] = {"removed": blocks, "source": file_sha256(source)}
     changed: dict[str, Changed] = {}
     if cuts:
-        options["patch"] = fingerprint(cuts)
-        layers = list(dict.fromkeys((cut["block"], cut["layer"]) for cut in cuts))
+        options["patch"] = fingerprint([cut.content() for cut in cuts])
+        layers = list(dict.fromkeys((cut.block, cut.layer) for cut in cuts))
         header = read_gguf(source)
         changed = changed_tensors(header, session.source, place / "model", blocks, layers)
 
@@ -312,13 +318,12 @@ def _write(
                 shutil.copytree(cut, temporary)
             else:
                 cut.rename(temporary)
-        record = without_header(read_json(temporary / RECORD, "removal"))
-        record["card"]["patch"] = record["patch"] = found
-        content = {"format": "isingcut-removal", "version": 1, **record}
+        record = read_document(temporary / RECORD, CutRecord)
+        patch = PatchRecord.model_validate_json(json.dumps(found))
+        assert record.card is not None
+        card = record.card.model_copy(update={"patch": patch})
         with clear_os_errors(out):
-            text = json.dumps(content, indent=1) + "\n"
-            (temporary / RECORD).write_text(text, encoding="utf-8")
-            (temporary / "README.md").write_text(model_card(record["card"]), encoding="utf-8")
+            write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
 
 
 def _patched(

@@ -219,7 +219,7 @@ class RunFolder:
         """
         self.check(file)
         found = read(file)
-        documents.fit(file, found, len(self.manifest["blocks"]["blocks"]))
+        documents.check_blocks(file, found, len(self.manifest["blocks"]["blocks"]))
         return found
 
     def finished(self, file: Path) -> dict[str, Any] | None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
-from isingcut.files.writing import read_json
+from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates, HealingFile
+from isingcut.files.writing import read_document
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.healers import RECORD
 from isingcut.options.healing import HealConfig
@@ -60,14 +61,14 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     made = folder.record(start)
     removed = list(map(int, made["options"]["removed"]))
     if config.tried:
-        tried = folder.load(target / CHOICE, lambda p: read_json(p, "healed-candidates"))
-        healing = healing.replace(effort=_left(healing.effort, tried["candidates"]))
+        tried = folder.load(target / CHOICE, lambda p: read_document(p, HealedCandidates))
+        healing = healing.replace(effort=_left(healing.effort, tried.candidates))
     options = {**training_options(folder, healing), "model": made["fingerprint"]}
 
     def make(path: Path) -> None:
         if (target / RECORD).exists():
             # Replaced at the end; what is no record of a healing is refused now.
-            read_json(target / RECORD, "healing")
+            read_document(target / RECORD, HealingFile)
         text = text_of(session, folder, healing)
         ours = healing.replace(overwrite=True)
         heal_checkpoint(ours, session.loaded, removed, start, text, path, session.progress)
@@ -76,13 +77,13 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     return folder.stage("heal", target / HEALED, options, make, lambda path: path)
 
 
-def _left(effort: str, tried: Sequence[Mapping[str, Any]]) -> str:
+def _left(effort: str, tried: Sequence[ComparedCandidate]) -> str:
     """What trials of candidates have left over of a budget; a third, however long they took."""
     tokens, seconds = parse_healing(effort)
     if seconds is not None:
-        left = max(seconds / 3, seconds - sum(row["seconds"] for row in tried))
+        left = max(seconds / 3, seconds - sum(row.seconds for row in tried))
         return f"{left / 60:.6f}min"
     if tokens is not None:
-        left = max(tokens / 3, tokens - sum(row["tokens"] for row in tried))
+        left = max(tokens / 3, tokens - sum(row.tokens for row in tried))
         return f"{max(1, int(left))}tokens"
     return effort

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from isingcut.errors import InputError, StageFileError, first_line
+from isingcut.files.documents.states import CutRecord
 from isingcut.files.outputs import MARKER
-from isingcut.files.writing import read_json
+from isingcut.files.writing import read_document
 
 _RECORD = "isingcut.json"
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token that may write)"
@@ -46,8 +47,7 @@ def push(
     # The HTTP library's own base class: hub versions are built on different ones.
     transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     api = HfApi(endpoint=endpoint, library_name="isingcut")
-    removed = [int(b) for b in record["removed"]]
-    words = message or f"{len(removed)} of {record['of']} blocks removed by isingcut"
+    words = message or f"{len(record.removed)} of {record.of} blocks removed by isingcut"
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
@@ -90,7 +90,7 @@ def listing(checkpoint: Path, repository: str) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": (checkpoint / name).stat().st_size} for name in sent]
 
 
-def _checked(checkpoint: Path, repository: str) -> dict[str, Any]:
+def _checked(checkpoint: Path, repository: str) -> CutRecord:
     """The record of a cut whose folder and repository are what they should be."""
     record = cut_record(checkpoint)
     from huggingface_hub.errors import HFValidationError
@@ -105,7 +105,7 @@ def _checked(checkpoint: Path, repository: str) -> dict[str, Any]:
     return record
 
 
-def cut_record(checkpoint: Path) -> dict[str, Any]:
+def cut_record(checkpoint: Path) -> CutRecord:
     """What `excise` noted beside the weights: which blocks of how many are gone.
 
     Raises:
@@ -116,4 +116,4 @@ def cut_record(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} is not a checkpoint that isingcut wrote (no {_RECORD} in it); "
             "cut one first: isingcut excise RUN"
         )
-    return read_json(checkpoint / _RECORD, "removal")
+    return read_document(checkpoint / _RECORD, CutRecord)

@@ -14,6 +14,7 @@ from typing import Any
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, StageFileError
+from isingcut.files.documents.states import CandidatesFile
 from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_source
 from isingcut.ising.solvers import registry as solvers
@@ -78,7 +79,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     return target
 
 
-def measure_and_rank(session: Session, folder: RunFolder) -> list[dict[str, Any]]:
+def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile]:
     """The rankings of all removals that the options ask for, made by all processes."""
     measure_energy(session, folder)
     rankings = [solve_and_rank(session.at(one), folder) for one in each_removal(session.config)]
@@ -86,7 +87,7 @@ def measure_and_rank(session: Session, folder: RunFolder) -> list[dict[str, Any]
     return rankings
 
 
-def solve_and_rank(session: Session, folder: RunFolder) -> dict[str, Any]:
+def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
     """The content of `candidates.json` for the removal of the session's options."""
     solve(folder, session.config)
     return rank(session, folder)
@@ -165,7 +166,7 @@ def open_session(
     energy_part(config, config.energy)
     for name in names(config.also):
         energy_part(config, name)
-    solvers.check(config.solver, config.solve_seconds)
+    solvers.check(config.solver)
     healing_options.check_options(config)
     tasks = check_asked(config)
     # Before any model is loaded.

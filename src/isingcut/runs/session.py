@@ -13,9 +13,9 @@ from typing import Any
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
-from isingcut.energies import registry
 from isingcut.errors import InputError, ModelError
-from isingcut.files.writing import read_json
+from isingcut.files.documents.states import CutRecord
+from isingcut.files.writing import read_document
 from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures import find_stack, legality, stack_modules, text_config
@@ -28,8 +28,7 @@ from isingcut.models.memory import allowance, weight_bytes
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
-from isingcut.models.streaming.opening import load_streamed
-from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.options.config import RunConfig
 from isingcut.options.types import BATCH_TOKENS
 from isingcut.runs.folder import RunFolder
@@ -84,7 +83,6 @@ class Session:
                     self.config.length,
                     attention=self.tuning.attention,
                     batch_tokens=self.config.batch_tokens,
-                    backward=getattr(registry.get(self.config.energy), "backward", False),
                     memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
                 )
                 record = {"asked": asked, **found.as_dict()}
@@ -210,7 +208,7 @@ class Session:
         """A cut of the session's model, with the memory of its weights, as `sharing.open_cut`."""
         if self.streaming:
             return self.open_streamed(folder, self.streamed[1])
-        removed = read_json(folder / "isingcut.json", "removal")["removed"]
+        removed = read_document(folder / "isingcut.json", CutRecord).removed
         trust = self.config.trust_remote_code
         return open_cut(self.loaded, removed, folder, trust_remote_code=trust)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.writing import read_json
+from isingcut.files.documents.scores import HealedCandidates
+from isingcut.files.documents.states import CandidatesFile
+from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import imports, registry
@@ -85,8 +87,9 @@ def needs(folder: RunFolder, config: RunConfig, name: str, stage: str) -> Path:
     return path
 
 
-def load_candidates(path: Path) -> dict[str, Any]:
-    return read_json(path, "candidates")
+def load_candidates(path: Path) -> CandidatesFile:
+    """The ranking in a `candidates.json`."""
+    return read_document(path, CandidatesFile)
 
 
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
@@ -95,7 +98,7 @@ def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
     if after is not None:
         return after
     found = folder.load(needs(folder, config, "candidates.json", "rank"), load_candidates)
-    return [int(i) for i in found["chosen"]["removed"]]
+    return found.chosen.removed
 
 
 def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | None:
@@ -103,8 +106,8 @@ def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | No
     if not config.tried:
         return None
     file = folder.target(config.removal) / CHOICE
-    found = folder.load(file, lambda p: read_json(p, "healed-candidates"))
-    return [int(i) for i in found["chosen"]["removed"]]
+    found = folder.load(file, lambda p: read_document(p, HealedCandidates))
+    return found.chosen.removed
 
 
 def report(folder: RunFolder, remove: str) -> Path:

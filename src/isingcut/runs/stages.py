@@ -14,17 +14,28 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation import candidates
-from isingcut.evaluation.benchmark import forget_answers
+from isingcut.evaluation.benchmark import forget_scores
 from isingcut.evaluation.quality import (
     before_and_after,
-    evaluate_streamed,
     perplexity,
     quality,
-    with_speed,
 )
-from isingcut.evaluation.questions import named
+from isingcut.evaluation.questions import split_names
 from isingcut.evaluation.speed import with_memory
-from isingcut.files.writing import read_json, write_json
+from isingcut.files.documents.scores import (
+    EvaluationFile,
+    FurtherPart,
+    FurtherScores,
+    PairScores,
+)
+from isingcut.files.documents.states import (
+    CandidatesFile,
+    ChosenState,
+    CutRecord,
+    OnePass,
+    OnePassLoss,
+)
+from isingcut.files.writing import read_document, write_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
@@ -32,7 +43,7 @@ from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
 from isingcut.options.config import RunConfig
-from isingcut.report.choice import chosen_by_tasks
+from isingcut.report.words import chosen_by_tasks
 from isingcut.runs.benchmarking import (
     asked_options,
     check_asked,
@@ -48,7 +59,7 @@ from isingcut.runs.session import Session
 from isingcut.runs.solving import load_candidates, needs, problem_of, solve_options
 
 
-def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
+def rank(session: Session, folder: RunFolder) -> CandidatesFile:
     """Stage `rank`: `candidates.json`, the spectrum's states beside random ones, measured."""
     config = session.config
     target = folder.target(config.removal)
@@ -70,33 +81,34 @@ def rank(session: Session, folder: RunFolder) -> dict[str, Any]:
         problem = problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
         with session.computing(folder):
-            ranking = candidates.rank(
+            found = candidates.rank(
                 session.replay,
                 split,
                 problem,
                 considered,
+                remove=config.removal,
+                others=others,
                 random_states=config.random_states,
                 seed=config.seed,
                 choose=config.choose,
                 work=work_of(session, journal),
             )
-        content = candidates.to_dict(ranking, problem.hamiltonian, others, config.removal)
-        content |= one_pass(content, problem.hamiltonian.meta.get("search", {}))
+        if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
+            found = found.model_copy(update={"one_pass": quick})
         if config.choose == "tasks" and not folder.processes.rank:
-            by_tasks = choose_by_tasks(session, content["candidates"], scores)
-            position = by_tasks.pop("chosen")
-            row = content["candidates"][position]
-            lowest = min(float(r["kl"]) for r in content["candidates"])
-            why = chosen_by_tasks(by_tasks, float(row["kl"]), lowest)
-            content |= {"by_tasks": by_tasks, "chosen": {**row, "position": position, "why": why}}
-        write_json(path, "candidates", content)
+            rows = found.candidates
+            position, by_tasks = choose_by_tasks(session, rows, scores)
+            why = chosen_by_tasks(by_tasks, rows[position].kl, min(row.kl for row in rows))
+            chosen = ChosenState(**rows[position].content(), position=position, why=why)
+            found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
+        write_document(path, found)
 
     file = target / "candidates.json"
 
     def drop() -> None:
         forget(journal)
         forget(candidates.random_journal(journal))
-        forget_answers(scores, named(config.tasks))
+        forget_scores(scores, split_names(config.tasks))
 
     return folder.stage("rank", file, options, make, load_candidates, together=True, forget=drop)
 
@@ -127,31 +139,27 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
     )
 
 
-def one_pass(ranking: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, Any]:
+def one_pass(ranking: CandidatesFile, search: Mapping[str, Any]) -> OnePass | None:
     """What one pass chooses as the ranking measured it, with its price and the search's.
 
     Args:
-        ranking: content of `candidates.json`.
         search: of the energy's metadata; empty where it is not a search's.
     """
-    found = search.get("targets", {}).get(ranking["remove"], {}).get("one_pass", [])
-    rows = {tuple(row["removed"]): row for row in ranking["candidates"]}
-    states = [{**rows[tuple(state["removed"])], **state} for state in found]
-    if not states:
-        return {}
-    return {
-        "one_pass": {
-            "states": states,
-            "passes": search["one_pass_passes"],
-            "search_passes": search["passes"],
-            "searched_for": len(search["targets"]),
-        }
-    }
+    found = search.get("targets", {}).get(ranking.remove, {}).get("one_pass", [])
+    rows = {tuple(row.removed): row.content() for row in ranking.candidates}
+    if not found:
+        return None
+    return OnePass(
+        states=[OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found],
+        passes=search["one_pass_passes"],
+        search_passes=search["passes"],
+        searched_for=len(search["targets"]),
+    )
 
 
 def evaluate(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> dict[str, Any]:
+) -> EvaluationFile:
     """Stage `evaluate`: `evaluation.json`, the original and the cut model on unseen text.
 
     Args:
@@ -165,30 +173,24 @@ def evaluate(
     file = checkpoint.with_name("evaluation.json")
     whole = {"model": excised["fingerprint"], **upstream(folder)}
     without_speed = {**whole, "skip_speed": True}
-    # What lacks speed only is completed; what has it already holds all that was asked for.
+    # What lacks speed may be made anew; what has it already holds all that was asked for.
     skip = config.skip_speed and not folder.made_with(file, whole)
-    begun = None
-    if not skip and folder.made_with(file, without_speed):
-        begun = folder.load(file, lambda path: read_json(path, "evaluation"))
 
     def make(path: Path) -> None:
         folder.check(checkpoint)
         tokens = splits_of(folder)["report"]
         session.tuned(folder)
-        beside = {} if begun is not None else _beside(session, checkpoint, tokens)
+        beside = _beside(session, checkpoint, tokens)
         cut, streamed = session.open_cut(checkpoint)
-        size, progress = session.tuning.batch_tokens, session.progress
-        if streamed is not None:
-            original = session.streamed[1] if session.streaming else session.loaded
-            found = beside | evaluate_streamed(
-                original, streamed, tokens, batch_tokens=size, progress=progress
-            )
-        elif begun is not None:
-            found = with_speed(begun, session.loaded, cut, tokens, progress=progress)
-        else:
-            found = beside | before_and_after(
-                session.loaded, cut, tokens, batch_tokens=size, skip_speed=skip, progress=progress
-            )
+        progress = session.progress
+        found = before_and_after(
+            session.streamed[1] if session.streaming else session.loaded,
+            streamed or cut,
+            tokens,
+            batch_tokens=session.tuning.batch_tokens,
+            skip_speed=skip,
+            progress=progress,
+        ).model_copy(update=beside)
         if streamed is None and not skip:
             del cut
             if session.loaded.device.type != "cpu":
@@ -200,14 +202,14 @@ def evaluate(
                 trust_remote_code=config.trust_remote_code,
                 progress=progress,
             )
-        write_json(path, "evaluation", found)
+        write_document(path, found)
 
     return folder.stage(
         "evaluate",
         file,
         without_speed if skip else whole,
         make,
-        lambda path: read_json(path, "evaluation"),
+        lambda path: read_document(path, EvaluationFile),
         completes=None if skip else without_speed,
     )
 
@@ -215,32 +217,32 @@ def evaluate(
 def _beside(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, Any]:
     """What an evaluation says besides: what the last model is, and the models on the way to it."""
     model = checkpoint.with_name("model")
-    record = read_json(model / "isingcut.json", "removal")
-    patch = record.get("patch") or {"changed": False, "unpatched": []}
-    healed = checkpoint != model
-    last = "healed" if healed else "patched" if patch["changed"] else "cut"
+    record = read_document(model / "isingcut.json", CutRecord)
+    patch, healed = record.patch, checkpoint != model
+    changed = patch is not None and patch.changed
+    last = "healed" if healed else "patched" if changed else "cut"
     found: dict[str, Any] = {"last": last}
-    if patch["unpatched"]:
-        found["unpatched"] = patch["unpatched"]
+    if patch is not None and patch.unpatched:
+        found["unpatched"] = patch.unpatched
     if last != "cut":
-        found["cut"] = _exact_cut(session, record["removed"], tokens)
-    if healed and patch["changed"]:
+        found["cut"] = _exact_cut(session, record.removed, tokens)
+    if healed and changed:
         original = session.streamed[1] if session.streaming else session.loaded.model
         loaded, streamed = session.open_cut(model)
         size = session.tuning.batch_tokens
         patched = streamed or loaded.model
         scores = quality(original, patched, tokens, size, progress=session.progress)
-        found["patched"] = _after(scores)
-        if "parts" in scores:
-            found["patched"]["parts"] = {k: _after(part) for k, part in scores["parts"].items()}
+        parts = {name: FurtherPart(**_after(part)) for name, part in scores.parts.items()}
+        mixed: dict[str, Any] = {"parts": parts} if parts else {}
+        found["patched"] = FurtherScores(**_after(scores), **mixed)
     return found
 
 
-def _after(scores: Mapping[str, Any]) -> dict[str, Any]:
-    return {**scores["after"], "kl": scores["kl"], "kl_se": scores["kl_se"]}
+def _after(scores: PairScores) -> dict[str, Any]:
+    return {**dict(scores.after), "kl": scores.kl, "kl_se": scores.kl_se}
 
 
-def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> dict[str, Any]:
+def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> FurtherScores:
     """The scores of the exact cut: of the original with its blocks skipped."""
     state = np.zeros((1, len(session.replay)), dtype=bool)
     state[0, list(removed)] = True
@@ -252,14 +254,13 @@ def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> di
         progress=session.progress,
         description="perplexity and KL of the exact cut",
     )
-    found = _with_perplexity(measured.losses(0))
-    if parts := tokens.rows_by_part:
-        found["parts"] = {
-            name: _with_perplexity(measured.of_samples(rows).losses(0))
-            for name, rows in parts.items()
-        }
-    return found
+    parts = {
+        name: FurtherPart(**_with_perplexity(measured.of_samples(rows).losses(0)))
+        for name, rows in tokens.rows_by_part.items()
+    }
+    mixed: dict[str, Any] = {"parts": parts} if parts else {}
+    return FurtherScores(**_with_perplexity(measured.losses(0)), **mixed)
 
 
 def _with_perplexity(losses: dict[str, Any]) -> dict[str, Any]:
-    return {**perplexity(losses["nll"], losses["nll_se"]), **losses}
+    return {**dict(perplexity(losses["nll"], losses["nll_se"])), **losses}

@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import pieces
+from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates, HealingFile
+from isingcut.files.documents.states import BaselineFile, MeasuredState
 from isingcut.files.writing import (
     fingerprint,
-    read_json,
+    read_document,
     without_infinities,
-    write_json,
+    write_document,
 )
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.healing.healers import RECORD
@@ -37,6 +39,7 @@ from isingcut.runs.healing_options import CHOICE, heal_config
 from isingcut.runs.healing_stages import text_of, training_options
 from isingcut.runs.measuring import splits_of
 from isingcut.runs.session import Session
+from isingcut.runs.solving import load_candidates
 
 ONE_PASS = ("block-influence", "angular-window")
 """Methods whose choices, of one pass over the text, are tried beside our candidates."""
@@ -48,8 +51,8 @@ _FEWEST = 20
 _APART = 2
 
 
-def choose(session: Session, folder: RunFolder) -> dict[str, Any] | None:
-    """The content of `healed-candidates.json`, made where it is not there; None without trials."""
+def choose(session: Session, folder: RunFolder) -> HealedCandidates | None:
+    """`healed-candidates.json`, made where it is not there; None without trials."""
     config = session.config
     if not config.tried:
         return None
@@ -64,11 +67,11 @@ def choose(session: Session, folder: RunFolder) -> dict[str, Any] | None:
             rows = _trials(session, folder, healing, pool)
         best = min(range(len(rows)), key=lambda k: _order(rows[k]))
         counts = beginnings(splits_of(folder)["rank"]).predicted.sum(1).numpy()
-        rows = [_beside(row, rows[best], counts) for row in rows]
-        write_json(path, "healed-candidates", {"candidates": rows, "chosen": rows[best]})
+        found = [ComparedCandidate(**_beside(row, rows[best], counts)) for row in rows]
+        write_document(path, HealedCandidates(candidates=found, chosen=found[best]))
 
     return folder.stage(
-        "heal", target / CHOICE, options, make, lambda p: read_json(p, "healed-candidates")
+        "heal", target / CHOICE, options, make, lambda p: read_document(p, HealedCandidates)
     )
 
 
@@ -117,17 +120,16 @@ def _tried(
         excise(session.source, removed, cut)
     if not out.exists():
         heal_checkpoint(few, session.loaded, removed, cut, text, out, session.progress, judge=judge)
-    found = read_json(out / RECORD, "healing")
-    after, stopped = found["after"], found.get("stopped")
+    found = read_document(out / RECORD, HealingFile)
     return {
         "removed": list(removed),
-        **{name: after[name] for name in ("kl", "kl_se", "perplexity")},
-        "steps": len(found["steps"]),
-        "tokens": found.get("tokens_seen", 0),
-        "seconds": found["seconds"],
-        "checks": found.get("checks", []),
-        "dropped": stopped and stopped["why"],
-        **({"recipe": found["recipe"]} if "recipe" in found else {}),
+        **{name: getattr(found.after, name) for name in ("kl", "kl_se", "perplexity")},
+        "steps": len(found.steps),
+        "tokens": found.tokens_seen,
+        "seconds": found.seconds,
+        "checks": [check.content() for check in found.checks],
+        "dropped": found.stopped and found.stopped.why,
+        **({"recipe": found.recipe.content()} if found.recipe is not None else {}),
     }
 
 
@@ -153,16 +155,15 @@ def _beside(
 def _pool(session: Session, folder: RunFolder, count: int) -> list[dict[str, Any]]:
     """The candidates to try: the best, one of one pass, and others that are no near copies."""
     target = folder.target(session.config.removal)
-    ranked = folder.load(target / "candidates.json", lambda p: read_json(p, "candidates"))
-    rows = sorted(ranked["candidates"], key=lambda row: float(row["kl"]))
-    known = [{**row, "source": "spectrum"} for row in rows]
+    ranked = folder.load(target / "candidates.json", load_candidates)
+    known = [_entry(row, "spectrum") for row in sorted(ranked.candidates, key=lambda row: row.kl)]
     # What a search began with is measured already.
-    quick = ranked.get("one_pass")
-    others = [{**row, "source": row["method"]} for row in quick["states"]] if quick else []
-    for name in ONE_PASS if count > 1 and not quick else ():
+    quick = ranked.one_pass
+    others = [] if quick is None else [_entry(row, row.method) for row in quick.states]
+    for name in ONE_PASS if count > 1 and quick is None else ():
         found = compare(session, folder, name)
-        if not found["violated"]:
-            others.append({**found, "source": name})
+        if not found.violated:
+            others.append(_entry(found, name))
     others.sort(key=lambda row: float(row["kl"]))
     pool: list[dict[str, Any]] = []
 
@@ -177,6 +178,10 @@ def _pool(session: Session, folder: RunFolder, count: int) -> list[dict[str, Any
     for apart in (_APART, 1):
         add(sorted([*known, *others], key=lambda row: float(row["kl"])), apart, count)
     return pool
+
+
+def _entry(row: MeasuredState | BaselineFile, source: str) -> dict[str, Any]:
+    return {"removed": row.removed, "kl": row.kl, "source": source}
 
 
 def _few(healing: HealConfig, text: HealingText, count: int) -> HealConfig:

@@ -17,7 +17,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients
 from isingcut.models.architectures import BlockStack, stack_modules
-from isingcut.models.cutting.difference import relative_difference
+from isingcut.models.cutting.verify import relative_difference
 from isingcut.models.replay import Recording, Replay
 
 _ROUNDING = 1e-9

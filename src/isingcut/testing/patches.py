@@ -27,7 +27,7 @@ from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
-from isingcut.testing.architectures.tables import replace_part
+from isingcut.testing.architectures.command import replace_part
 from isingcut.testing.configurations import FAMILIES, VOCABULARY
 from isingcut.testing.tiny import tiny_checkpoint
 

@@ -1,12 +1,13 @@
 """What each JSON file of a run folder and of a cut checkpoint holds: one pydantic model a kind.
 
-A model names what version 1 always has, with types, sizes and ranges, so that whoever reads a
-document may rely on it. What else a file has is let through: older and newer files of the same
-version still open. `writing.read_json` checks every document here; the headers of safetensors
+A stage builds the object, the file is its dump (`writing.write_document`), and who reads the file
+(`writing.read_document`) has the object again. A model names what version 1 always has, with
+types, sizes and ranges, so that whoever reads a document may rely on it. What else a file has is
+let through: older and newer files of the same version still open. The headers of safetensors
 files (`tensors`) are documents too.
 
-`run` is `run.json`; `states` spectra, rankings and cuts; `scores` evaluations, healings and
-benchmarks; `parts` what they share.
+`run` is `run.json`; `states` what all share, spectra, rankings and cuts; `scores` evaluations,
+healings and benchmarks.
 """
 
 from __future__ import annotations
@@ -19,52 +20,34 @@ from pydantic import ValidationError
 
 from isingcut.errors import StageFileError
 from isingcut.files.documents import run, scores, states
-from isingcut.files.documents.parts import Scalar, Strict
+from isingcut.files.documents.states import Document, Scalar, Strict
 
-__all__ = ["KINDS", "Strict", "check_content", "damaged", "fit"]
+__all__ = ["KINDS", "Document", "Strict", "check_blocks", "damaged", "parse_content"]
 
-KINDS: dict[str, type[Strict]] = {
-    "run": run.RunFile,
-    "spectrum": states.SpectrumFile,
-    "candidates": states.CandidatesFile,
-    "evaluation": scores.EvaluationFile,
-    "baseline": states.BaselineFile,
-    "healing": scores.HealingFile,
-    "healing-before": scores.HealedScores,
-    "healing-patched": scores.PatchScores,
-    "healing-work": scores.HealingWork,
-    "healing-curve": scores.HealingCurve,
-    "healing-targets": scores.HealingTargets,
-    "healing-recipe": scores.HealingRecipe,
-    "healing-way": scores.HealingWay,
-    "healing-trained": scores.HealingTrained,
-    "healed-candidate": scores.HealedCandidate,
-    "healed-candidates": scores.HealedCandidates,
-    "benchmarks": scores.BenchmarksFile,
-    "scores": scores.KeptScores,
-    "report": Strict,
-    "removal": states.CutRecord,
-    "hamiltonian": states.HamiltonianHeader,
-    "calibration": states.CalibrationHeader,
+KINDS: dict[str, type[Document]] = {
+    model.kind: model
+    for module in (run, scores, states)
+    for model in vars(module).values()
+    if isinstance(model, type) and issubclass(model, Document) and model.kind
 }
 """The models by the kind in a document's ``format``, ``isingcut-KIND``."""
 
 
-def check_content(path: Path, kind: str, document: dict[str, Any]) -> None:
-    """Refuse a document that is not what its kind holds.
+def parse_content(path: Path, kind: str, content: dict[str, Any]) -> Document:
+    """The object of a document's content.
 
     Raises:
         StageFileError: a part is missing, or of a wrong type, size or range; the first is named.
     """
     try:
-        KINDS[kind].model_validate(document)
+        return KINDS[kind].model_validate(content)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise damaged(path, f"{place}: {_words(first)}" if place else _words(first)) from None
 
 
-def fit(path: Path, found: Any, blocks: int) -> None:
+def check_blocks(path: Path, found: Any, blocks: int) -> None:
     """Refuse the content of a run's file that is of another number of blocks than the run.
 
     Args:
@@ -74,13 +57,14 @@ def fit(path: Path, found: Any, blocks: int) -> None:
     Raises:
         StageFileError: another N, or a block that the model does not have.
     """
-    if isinstance(found, dict):
-        n = found.get("n", found.get("of", blocks))
-        highest = max(_named(found), default=-1)
+    bits = getattr(found, "states", None)
+    if isinstance(found, Document):
+        n, highest = (
+            getattr(found, "n", getattr(found, "of", blocks)),
+            max(_named(found), default=-1),
+        )
     else:
-        bits = getattr(found, "states", None)
-        n = getattr(found, "n", blocks) if bits is None else int(bits.shape[1])
-        highest = -1
+        n, highest = getattr(found, "n", blocks) if bits is None else int(bits.shape[1]), -1
     if n != blocks:
         raise damaged(path, f"it is over {n} blocks, the run's model has {blocks}")
     if highest >= blocks:
@@ -89,14 +73,11 @@ def fit(path: Path, found: Any, blocks: int) -> None:
 
 def _named(value: Any) -> Iterator[int]:
     """Every block that a document names."""
+    if isinstance(value, Strict):
+        value = dict(value)
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key == "removed":
-                yield from inner
-            elif key == "merges":
-                yield from (b for group in inner for b in group)
-            else:
-                yield from _named(inner)
+            yield from (inner or ()) if key == "removed" else _named(inner)
     elif isinstance(value, list):
         for inner in value:
             yield from _named(inner)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from isingcut.files.documents.parts import (
+from isingcut.files.documents.states import (
     Blocks,
     Count,
+    Document,
     Index,
     Number,
     Positive,
@@ -26,6 +27,7 @@ class ModelIdentity(Strict):
 
     name: str
     sha256: str
+    gguf_sha256: str | None = None
 
 
 class SplitSize(Strict):
@@ -99,16 +101,18 @@ class Config(Strict):
 
     __pydantic_extra__: dict[str, Scalar]
     model: str
+    remove: str = ""
     energy: str
     seed: int
-    remove: str = ""
     budget: str = ""
+    linear: bool = False
 
 
 class StageOptions(Strict):
     """What a stage was made with, as far as it is read."""
 
     remove: str | int | None = None
+    budget: str = ""
     removed: Blocks | None = None
 
 
@@ -177,9 +181,10 @@ class BlockList(Strict):
         return self
 
 
-class RunFile(Strict):
+class RunFile(Document):
     """`run.json`."""
 
+    kind: ClassVar = "run"
     config: Config
     stages: dict[str, StageRecord]
     blocks: BlockList

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from isingcut.files.documents.parts import (
+from isingcut.files.documents.states import (
     Blocks,
     Count,
+    Document,
     Number,
     PatchedCut,
     PatchTuning,
@@ -24,13 +25,13 @@ from isingcut.files.documents.parts import (
 class ModelScores(Perplexity):
     """One of the two models of an evaluation; a streamed one has no speeds and no memory."""
 
+    prefill_tokens_per_second: Positive | None = None
+    prefill_tokens_per_second_se: Positive | None = None
+    decode_tokens_per_second: Positive | None = None
+    decode_tokens_per_second_se: Positive | None = None
     parameters: Some
     bytes: Some
     blocks: Some
-    prefill_tokens_per_second: Positive | None = None
-    decode_tokens_per_second: Positive | None = None
-    prefill_tokens_per_second_se: Positive | None = None
-    decode_tokens_per_second_se: Positive | None = None
     peak_memory_bytes: Count | None = None
 
 
@@ -42,15 +43,30 @@ class Generation(Strict):
     after: str
 
 
-class PartScores(Strict):
-    """The original and the last model on one part of a mixture."""
+class TextSize(Strict):
+    """The size of a text."""
 
     samples: Some
     tokens: Some
+
+
+class PairScores(Strict):
+    """The original and another model on the same text."""
+
     before: Perplexity
     after: Perplexity
     kl: Number
     kl_se: Positive | None
+
+
+class PartScores(PairScores, TextSize):
+    """The same on one part of a mixture."""
+
+
+class MixedScores(PairScores):
+    """The same on all of the text, and by part where it is a mixture."""
+
+    parts: dict[str, PartScores] = Field(default_factory=dict)
 
 
 class FurtherPart(Perplexity):
@@ -66,9 +82,19 @@ class FurtherScores(FurtherPart):
     parts: dict[str, FurtherPart] = Field(default_factory=dict)
 
 
-class EvaluationFile(Strict):
-    """`evaluation.json`; older ones do not say what the last model is."""
+class EvaluationFile(Document):
+    """`evaluation.json`; older ones do not say what the last model is.
 
+    Attributes:
+        not_measured: keys of speed and memory that were left out.
+        streamed: a model was read from disk block by block, and so has no speed.
+    """
+
+    kind: ClassVar = "evaluation"
+    last: Literal["cut", "patched", "healed"] | None = None
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    cut: FurtherScores | None = None
+    patched: FurtherScores | None = None
     samples: Some
     tokens: Some
     before: ModelScores
@@ -79,29 +105,28 @@ class EvaluationFile(Strict):
     generation: Generation | None
     device: str
     dtype: str
-    last: Literal["cut", "patched", "healed"] | None = None
-    cut: FurtherScores | None = None
-    patched: FurtherScores | None = None
-    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    threads: Some | None = None
+    not_measured: list[str] = Field(default_factory=list)
+    streamed: bool = False
 
 
-class HealedPart(Perplexity):
+class HealedPart(FurtherPart):
     """The cut model on text held out, or on one part of it, before or after healing."""
 
-    kl: Number
-    kl_se: Positive | None
     original_perplexity: Positive
 
 
-class HealedScores(HealedPart):
+class HealedScores(HealedPart, Document):
     """The same on all of it, and by part where it is a mixture."""
 
+    kind: ClassVar = "healing-before"
     parts: dict[str, HealedPart] = Field(default_factory=dict)
 
 
-class PatchScores(Strict):
+class PatchScores(Document):
     """What the linear patch alone came to; no scores where nothing could be patched."""
 
+    kind: ClassVar = "healing-patched"
     scores: HealedScores | None = None
     changed: bool = True
     cuts: list[PatchedCut] = Field(default_factory=list)
@@ -117,9 +142,10 @@ class Step(Strict):
     loss: Number
 
 
-class HealingRecipe(Strict):
+class HealingRecipe(Document):
     """What a healing's budget of tokens or of time bought."""
 
+    kind: ClassVar = "healing-recipe"
     steps: Some
     batch: Some
     length: Some
@@ -149,11 +175,14 @@ class HealOptions(Strict):
     __pydantic_extra__: dict[str, Scalar]
     patch: str
     method: str
+    effort: str = ""
+    length: Count | None = None
 
 
-class HealingFile(Strict):
+class HealingFile(Document):
     """`healing.json`."""
 
+    kind: ClassVar = "healing"
     steps: list[Step]
     before: HealedScores
     after: HealedScores
@@ -166,34 +195,40 @@ class HealingFile(Strict):
     stopped: HealingStop | None = None
     removed: Blocks
     of: Some
+    length: Some | None = None
     report_tokens: Count
+    seconds: Positive = 0.0
     overlap: dict[str, Positive] = Field(default_factory=dict)
     options: HealOptions
 
 
-class HealingWork(Strict):
+class HealingWork(Document):
     """`identity.json` of an unfinished healing: what it depends on."""
 
+    kind: ClassVar = "healing-work"
     work: str
     training: str
 
 
-class HealingCurve(Strict):
+class HealingCurve(Document):
     """The training curve up to a saved state; an older isingcut made no checks."""
 
+    kind: ClassVar = "healing-curve"
     steps: list[Step]
     checks: list[HealingCheck] = Field(default_factory=list)
 
 
-class HealingTargets(Strict):
+class HealingTargets(Document):
     """How many samples the teacher has answered."""
 
+    kind: ClassVar = "healing-targets"
     samples: Count
 
 
-class HealingWay(Strict):
+class HealingWay(Document):
     """How a training is computed on its machine."""
 
+    kind: ClassVar = "healing-way"
     most: Some
     recompute: bool
 
@@ -201,6 +236,7 @@ class HealingWay(Strict):
 class HealingTrained(HealingCurve):
     """What a finished training has to say."""
 
+    kind: ClassVar = "healing-trained"
     tokens_seen: Count
     samples: Count
     processes: Some
@@ -209,7 +245,7 @@ class HealingTrained(HealingCurve):
     stopped: HealingStop | None = None
 
 
-class HealedCandidate(Strict):
+class TrainedCandidate(Strict):
     """A candidate after a little healing."""
 
     removed: Blocks
@@ -218,33 +254,53 @@ class HealedCandidate(Strict):
     perplexity: Positive
 
 
-class ComparedCandidate(HealedCandidate):
+class HealedCandidate(TrainedCandidate, Document):
+    """The same as a file, kept while others are healed."""
+
+    kind: ClassVar = "healed-candidate"
+
+
+class ComparedCandidate(TrainedCandidate):
     """The same beside its KL before healing and beside the best; older files say less."""
 
-    kl_before: Number
-    source: str = "spectrum"
     steps: Count = 0
     tokens: Count = 0
     seconds: Positive = 0.0
     dropped: str | None = None
+    recipe: HealingRecipe | None = None
+    kl_before: Number
+    source: str = "spectrum"
     difference: Number | None = None
     difference_se: Positive | None = None
 
 
-class HealedCandidates(Strict):
+class HealedCandidates(Document):
     """`healed-candidates.json`."""
 
+    kind: ClassVar = "healed-candidates"
     candidates: Annotated[list[ComparedCandidate], Field(min_length=1)]
     chosen: ComparedCandidate
 
 
-class TaskRow(Strict):
-    """The scores of both models on one benchmark task."""
+class AskedTask(Strict):
+    """A benchmark task."""
 
     task: str
     metric: str
-    n: Count
     shots: Count
+
+
+class PairedScores(Strict):
+    """Two models on the same questions.
+
+    Attributes:
+        original, cut: mean scores.
+        difference: of the second to the first, with the ends of its 95 % interval.
+        n: questions.
+        p_value: of no difference, two-sided, by the test ``mcnemar`` or ``bootstrap``.
+        more_than_noise: at the 5 % level, for this comparison alone.
+    """
+
     original: Number
     original_se: Positive | None
     cut: Number
@@ -252,33 +308,38 @@ class TaskRow(Strict):
     difference: Number
     difference_low: Number
     difference_high: Number
+    n: Count
     p_value: Number
+    test: str = ""
     more_than_noise: bool
+
+
+class TaskRow(PairedScores, AskedTask):
+    """The scores of both models on one benchmark task."""
 
 
 class TextScores(Strict):
     """Both models on WikiText-2."""
 
+    samples: Count = 0
     tokens: Count
     original: Perplexity
     cut: Perplexity
     kl: Number
+    kl_se: Positive | None = None
 
 
-class BenchmarksFile(Strict):
+class BenchmarksFile(Document):
     """`benchmarks.json`."""
 
+    kind: ClassVar = "benchmarks"
     rows: list[TaskRow]
     engine: str
     left_out: Count = 0
     wikitext2: TextScores | None = None
 
 
-class KeptScores(Strict):
-    """The scores of one model on one task, kept while the other is asked."""
+class ReportFile(Document):
+    """`report.json`, which nothing reads again."""
 
-    task: str
-    metric: str
-    values: Annotated[list[Number], Field(min_length=1)]
-    questions: list[str]
-    shots: Count
+    kind: ClassVar = "report"

@@ -2,26 +2,106 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, model_validator
-
-from isingcut.files.documents.parts import (
-    Blocks,
-    Count,
-    CutProof,
-    Index,
-    MeasuredLoss,
-    Number,
-    PatchedCut,
-    PatchTuning,
-    Positive,
-    Some,
-    Strict,
-    UnpatchedCut,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 _MOST_CELLS = 2**28
+
+# A number whose square and sums are finite too: a report scales, adds and draws them.
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Field(ge=0, le=1e30)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Some = Annotated[int, Field(ge=1, le=10**18)]
+Scalar = str | int | float | bool | None
+
+
+def _check_distinct(blocks: list[int]) -> list[int]:
+    if len(set(blocks)) < len(blocks):
+        raise ValueError("a block is named twice")
+    return blocks
+
+
+Index = Annotated[int, Field(ge=0, le=2**31)]
+Blocks = Annotated[list[Index], Field(max_length=2**20), AfterValidator(_check_distinct)]
+
+
+class Strict(BaseModel):
+    """An object inside a document: strict types, finite numbers, unknown keys let through."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    def content(self) -> dict[str, Any]:
+        """What it was made of, JSON-able: keys that were not given are left out."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Document(Strict):
+    """A whole file, or the header of one, whose ``format`` is ``isingcut-KIND``."""
+
+    kind: ClassVar[str] = ""
+
+
+class MeasuredLoss(Strict):
+    """KL and NLL in nats per token, with standard errors over samples."""
+
+    kl: Number
+    kl_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+
+
+class Perplexity(Strict):
+    """A model on some text."""
+
+    perplexity: Positive
+    perplexity_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+
+
+class PatchedCut(Strict):
+    """What was folded into the block before one cut; older files do not say whether it changed."""
+
+    removed: list[Index] | None = None
+    block: Index
+    layer: str
+    changed: bool = True
+    held_out_error_left: Number | None = None
+    tokens: Count | None = None
+
+
+class TunedLayer(Strict):
+    """A layer beside a cut."""
+
+    block: Index
+    layer: str
+
+
+class PatchTuning(Strict):
+    """What tuning a patch came to, KL before and after each reading; or why there was none."""
+
+    left_out: str = ""
+    layers: list[TunedLayer] = Field(default_factory=list)
+    steps: Count = 0
+    predictions: Count = 0
+    held_out_predictions: Count = 0
+    held_out_kl: list[Number] = Field(default_factory=list)
+
+
+class UnpatchedCut(Strict):
+    """A cut without a patch: its first and last block, and why."""
+
+    removed: list[Index]
+    reason: str
+
+
+class CutProof(Strict):
+    """What the comparison of a checkpoint with its original showed."""
+
+    inputs: str
+    difference: Positive
+    remarks: list[str]
 
 
 class Level(Strict):
@@ -37,9 +117,14 @@ class Ranked(Level):
     rank: Count
 
 
-class SpectrumFile(Strict):
-    """`spectrum.json`."""
+class SpectrumFile(Document):
+    """`spectrum.json`.
 
+    Attributes:
+        searched: how many of the states a search had measured; in the file there are none.
+    """
+
+    kind: ClassVar = "spectrum"
     n: Annotated[int, Field(ge=1, le=2**20)]
     unit: str
     solver: str
@@ -48,9 +133,10 @@ class SpectrumFile(Strict):
     lower_bound: Number | None
     info: dict[str, Any]
     states: Annotated[list[Ranked], Field(min_length=1)]
+    searched: Count = 0
 
     @model_validator(mode="after")
-    def _below(self) -> Self:
+    def _check_blocks(self) -> Self:
         if len(self.states) * self.n > _MOST_CELLS:
             raise ValueError(f"{len(self.states)} states of {self.n} blocks are too many")
         if any(b >= self.n for s in self.states for b in s.removed):
@@ -58,7 +144,7 @@ class SpectrumFile(Strict):
         return self
 
 
-class MeasuredState(Level, MeasuredLoss):
+class MeasuredState(MeasuredLoss, Level):
     """A state with its energy and its measured losses, by part where the text is a mixture."""
 
     parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
@@ -72,7 +158,7 @@ class ChosenState(MeasuredState):
 
 
 class Correlations(Strict):
-    """How well an energy ranks losses."""
+    """How well an energy ranks losses; the ends of intervals over states."""
 
     n: Count
     spearman: Number | None
@@ -106,16 +192,23 @@ class AskedCandidate(Strict):
 
 
 class ByTasks(Strict):
-    """A choice among candidates by questions."""
+    """A choice among candidates by questions.
 
-    tasks: list[str]
-    by_task: dict[str, Count]
-    asked: list[str]
+    Attributes:
+        tasks: their names; ``by_task`` how many questions of each were asked, ``asked`` their keys.
+        ahead: all other candidates were dropped.
+        alpha: chance of dropping one wrongly.
+        looks: how often they were compared, of ``looks_planned``.
+    """
+
     ahead: bool
     alpha: Positive
     looks: Count
     looks_planned: Count
+    by_task: dict[str, Count]
+    asked: list[str]
     candidates: Annotated[list[AskedCandidate], Field(min_length=1)]
+    tasks: list[str]
 
 
 class OnePassState(Strict):
@@ -125,8 +218,10 @@ class OnePassState(Strict):
     removed: Blocks
 
 
-class OnePassLoss(OnePassState, MeasuredLoss):
+class OnePassLoss(MeasuredState):
     """The same, measured."""
+
+    method: str
 
 
 class OnePass(Strict):
@@ -138,9 +233,10 @@ class OnePass(Strict):
     searched_for: Some
 
 
-class CandidatesFile(Strict):
+class CandidatesFile(Document):
     """`candidates.json`."""
 
+    kind: ClassVar = "candidates"
     remove: str
     unit: str
     energy_unit: str
@@ -150,24 +246,35 @@ class CandidatesFile(Strict):
     random: list[MeasuredState]
     # Older files measured them on all tokens, and do not say so.
     random_tokens: Count | None = None
+    random_distribution: str = ""
     fidelity: Judged
     fidelity_of_others: dict[str, Judged]
     chosen: ChosenState
-    by_tasks: ByTasks | None = None
-    one_pass: OnePass | None = None
+    original: dict[str, Number] = Field(default_factory=dict)
     proven: bool
+    solver: str = ""
+    one_pass: OnePass | None = None
+    by_tasks: ByTasks | None = None
 
 
-class BaselineFile(MeasuredLoss):
-    """`baseline-NAME.json`; older ones may be of methods that merged blocks."""
+class BaselineFile(Document):
+    """`baseline-NAME.json`."""
 
+    kind: ClassVar = "baseline"
     baseline: str
+    options: dict[str, Any] = Field(default_factory=dict)
     settings: list[str] = Field(default_factory=list)
     removed: Blocks
-    merges: list[Annotated[list[Index], Field(min_length=1)]] = Field(default_factory=list)
+    kl: Number
+    kl_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
     passes: Positive
+    heads: Positive = 0.0
     tokens_searched: Count
+    tokens_judged: Count = 0
     violated: list[str]
+    info: dict[str, Any] = Field(default_factory=dict)
 
 
 class FittedText(Strict):
@@ -211,17 +318,19 @@ class CardParts(Strict):
     patch: PatchRecord | None = None
 
 
-class CutRecord(Strict):
+class CutRecord(Document):
     """`isingcut.json` beside the weights of a cut checkpoint."""
 
+    kind: ClassVar = "removal"
     removed: Blocks
     of: Annotated[int, Field(ge=1, le=2**20)]
+    model: dict[str, Scalar] = Field(default_factory=dict)
     card: CardParts | None = None
     proof: CutProof | None = None
     patch: PatchRecord | None = None
 
     @model_validator(mode="after")
-    def _below(self) -> Self:
+    def _check_blocks(self) -> Self:
         if any(b >= self.of for b in self.removed):
             raise ValueError(f"a block is removed that is not among the {self.of}")
         return self
@@ -258,16 +367,18 @@ class EnergyMeta(Strict):
     blocks_run: Count | None = None
 
 
-class HamiltonianHeader(Strict):
+class HamiltonianHeader(Document):
     """The header of `hamiltonian.safetensors`."""
 
+    kind: ClassVar = "hamiltonian"
     unit: str
     meta: EnergyMeta
 
 
-class CalibrationHeader(Strict):
+class CalibrationHeader(Document):
     """The header of `calibration.safetensors`."""
 
+    kind: ClassVar = "calibration"
     source: str
     sha256: str
     meta: dict[str, Any]

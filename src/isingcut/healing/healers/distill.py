@@ -25,8 +25,7 @@ from isingcut.healing.checks import stored_dtype
 from isingcut.healing.job import Job
 from isingcut.healing.training.student import trained_weights
 from isingcut.healing.work_folder import is_kept, kept
-from isingcut.models.cutting.generation import check_generation
-from isingcut.models.cutting.verify import random_tokens, reload
+from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.text_alone import text_model

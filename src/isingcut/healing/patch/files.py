@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.writing import atomic_folder
 from isingcut.healing.patch.float8 import replace_float8
-from isingcut.models.architectures.names import renumbering
-from isingcut.models.architectures.surgery import depth, written_out
+from isingcut.models.architectures.surgery import depth, renumbering, written_out
 from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
 from isingcut.models.fit import block_prefix
 from isingcut.models.fp8 import DTYPES, fp8_layout

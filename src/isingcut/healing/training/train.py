@@ -27,12 +27,10 @@ from isingcut.healing.training.student import load_student, narrow, trainable
 from isingcut.healing.training.targets import Kept, keep_targets, parked
 from isingcut.healing.training.watch import OurTrainer, Watch
 from isingcut.healing.work_folder import CURVE, complete_states, kept
-from isingcut.models.compute.attention import NAME, attending, pays_in_training
 from isingcut.models.cutting.sharing import share
 from isingcut.models.device import BatchLimit
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
-from isingcut.models.text_alone import text_model
 from isingcut.models.transformers_private import checkpointing
 
 # Trained tokens that a check is worth its time after.
@@ -121,8 +119,6 @@ def _student(job: Job, answers: Kept | None) -> Iterator[tuple[Any, Rows, Way]]:
     student = trainable(plain, config)
     teacher = job.teacher.model if answers is None else None
     half = job.teacher.dtype == torch.bfloat16
-    longest = int(job.tokens.mask.sum(1).max())
-    pays = device.type == "cpu" and pays_in_training(text_model(plain), longest, half=half)
     placed = False
     if not is_sharded(config):
         if half:
@@ -132,11 +128,7 @@ def _student(job: Job, answers: Kept | None) -> Iterator[tuple[Any, Rows, Way]]:
     # Narrowed layers take float32 under autocast alone.
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         install(student, plain, objective)
-    with (
-        quiet_transformers(),
-        attending(plain, NAME if pays else None),
-        attending(plain if teacher is None else teacher, NAME if pays else None),
-    ):
+    with quiet_transformers():
         rows = Rows(job.tokens, answers)
         yield student, rows, _way(job, student, rows, placed=placed)
 

@@ -11,8 +11,8 @@ import numpy as np
 from isingcut.errors import InfeasibleError, InputError
 from isingcut.ising.constraints import distance
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._apart import check_apart
 from isingcut.ising.solvers.base import NO_CLASS, Solution
+from isingcut.ising.solvers.dimod import sampler_class
 from isingcut.ising.spectrum import Spectrum
 from isingcut.memory import convert_memory_errors
 from isingcut.registry import Registry
@@ -38,11 +38,8 @@ class Solvers(Registry):
             )
         return super().get(name)
 
-    def check(self, name: str, seconds: float | None = None) -> None:
-        """Raise now what would be wrong with the solver ``name`` when it is first asked.
-
-        Args:
-            seconds: that a sampler's module may take to be imported (in a process of its own).
+    def check(self, name: str) -> None:
+        """Raise now what would be wrong with the solver ``name`` when it is first used.
 
         Raises:
             UnknownNameError: no such solver.
@@ -52,7 +49,7 @@ class Solvers(Registry):
         if name == "dimod":
             raise InputError(NO_CLASS)
         if imports(name):
-            check_apart(name.partition(":")[2], seconds)
+            sampler_class(name.partition(":")[2])
 
 
 def imports(name: str) -> bool:

@@ -1,19 +1,28 @@
-"""Any dimod sampler or CQM solver the user has, hardware included: ``dimod:package.Class``."""
+"""Any dimod sampler or CQM solver the user has, hardware included: ``dimod:package.Class``.
+
+The problem is handed over, infeasible samples are repaired. A sampler is code of others: whatever
+it raises or returns ends in states that fit the problem, or in one error that says what was wrong
+with it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from isingcut.errors import InputError
+from isingcut.errors import InputError, IsingcutError, MissingExtraError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._apart import MEMORY_MB, draw_apart
 from isingcut.ising.solvers._reduced import reduce
-from isingcut.ising.solvers._sampling import drawn
 from isingcut.ising.solvers.base import NO_CLASS, Solution
+from isingcut.ising.states import Bools, Floats, States
 
 __all__ = ["Dimod"]
 
@@ -22,17 +31,14 @@ __all__ = ["Dimod"]
 class Dimod:
     """One call of a dimod sampler; infeasible samples are repaired or dropped, and counted.
 
-    A class with ``sample_cqm`` is given the constraints as rows, any other the penalty form.
+    A class with ``sample_cqm`` is given the constraints as rows, any other the penalty form. It
+    runs in this process and takes the time and memory it takes.
 
     Args:
-        sampler: the class as ``package.module.Class``, which is imported and called in a process
-            of its own; or, from Python, a class or an instance, which is called in this process
-            and keeps to no limit. A class is made without arguments.
+        sampler: the class as ``package.module.Class``; or, from Python, a class or an instance.
+            A class is made without arguments.
         reads: ``num_reads``, where the sampler has it.
         seed: ``seed``, where the sampler has it.
-        seconds: wall-clock limit of a sampler that is named; beyond it (and a second of grace)
-            its process is ended, and that is an error. None waits.
-        memory_mb: most memory that process may take.
         penalty: share of the weight that no swap can outbid, for samplers without rows.
         options: further keyword arguments of the call.
     """
@@ -40,8 +46,6 @@ class Dimod:
     sampler: Any = ""
     reads: int = 100
     seed: int = 0
-    seconds: float | None = None
-    memory_mb: float = MEMORY_MB
     penalty: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,19 +56,193 @@ class Dimod:
         reduced = reduce(problem)
         if not reduced.n:
             return Solution(reduced.expand(np.zeros((1, 0))))
-        small = reduced.as_problem()
-        wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
-        if isinstance(self.sampler, str):
-            states, info = draw_apart(
-                small,
-                k,
-                self.sampler,
-                wanted,
-                self.penalty,
-                seconds=self.seconds,
-                memory_mb=self.memory_mb,
-            )
+        sampler, name = self.sampler, self.sampler
+        if isinstance(sampler, str):
+            sampler = sampler_class(sampler)
         else:
-            shown = self.sampler if isinstance(self.sampler, type) else type(self.sampler)
-            states, info = drawn(small, k, self.sampler, wanted, self.penalty, shown.__name__)
+            name = (sampler if isinstance(sampler, type) else type(sampler)).__name__
+        wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
+        states, info = draw(reduced.as_problem(), k, sampler, wanted, self.penalty, name)
         return Solution(reduced.expand(states), None, False, info)
+
+
+def sampler_class(name: str) -> Any:
+    """The class at ``package.module.Class``; its module is imported, nothing is called.
+
+    Raises:
+        MissingExtraError: it is one of dwave-samplers' and that is not installed.
+        InputError: there is no such module or class, it cannot be imported, or it is no sampler.
+    """
+    module, _, attribute = name.rpartition(".")
+    if not module or not all(part.isidentifier() for part in name.split(".")):
+        raise InputError(
+            f"cannot read {name!r} as a sampler; write dimod:package.Class, for example "
+            "dimod:dwave.samplers.TabuSampler"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if module.startswith("dwave.samplers"):
+            raise MissingExtraError("dwave-samplers", "solvers", f"the solver {name}") from None
+        raise InputError(f"cannot import {module!r} for the solver dimod:{name}: {error}") from None
+    except AttributeError as error:
+        if error.name != attribute:
+            raise _failed(f"importing {module!r}", error) from error
+        raise InputError(f"{module!r} has no {attribute!r}; check the solver's name") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise _failed(f"importing {module!r}", error) from error
+    if not is_sampler(found):
+        raise InputError(
+            f"{name} is no dimod sampler; expected a subclass of dimod.Sampler, or a class with "
+            "the method sample_cqm"
+        )
+    return found
+
+
+def is_sampler(found: Any) -> bool:
+    """Whether it is a class that dimod's users call a sampler; it is looked at, not called."""
+    from dimod.core.sampler import Sampler
+
+    if not isinstance(found, type):
+        return False
+    return issubclass(found, Sampler) or callable(getattr(found, "sample_cqm", None))
+
+
+def draw(
+    small: Problem, k: int, sampler: Any, wanted: dict[str, Any], penalty: float, name: str
+) -> tuple[States, dict[str, Any]]:
+    """Feasible states (S, V) of one call of a sampler, the lowest first, and facts about it.
+
+    A class with ``sample_cqm`` gets the rows, any other the penalty form.
+
+    Args:
+        small: the reduced problem.
+        k: at most 4 k states are returned.
+        sampler: the class, made without arguments, or an instance.
+        wanted: keyword arguments; those the sampler does not know are left out and listed in
+            ``info["ignored"]``.
+        penalty: weight of the penalty form as a share of the one no swap can outbid. Less
+            lets samplers move more freely; what comes out infeasible is repaired.
+        name: of the sampler, for messages.
+
+    Raises:
+        InputError: it raised (anything but KeyboardInterrupt), or what it returned is no set of
+            binary samples of the variables that it was given.
+    """
+    try:
+        # What it prints would be taken for a result.
+        with contextlib.redirect_stdout(sys.stderr):
+            info, states = _call(small, sampler, wanted, penalty, name)
+    except (KeyboardInterrupt, IsingcutError):
+        raise
+    except BaseException as error:
+        raise _failed(f"the sampler {name}", error) from error
+    feasible = small.feasible(states)
+    repaired = [repair(small, state) for state in states[~feasible]]
+    mended = [state for state in repaired if state is not None]
+    info.update(
+        samples=int(states.shape[0]),
+        repaired=len(mended),
+        dropped=len(repaired) - len(mended),
+    )
+    kept = np.concatenate([states[feasible], np.array(mended).reshape(-1, small.n) > 0])
+    # Many samples may be repaired to one state.
+    kept = np.unique(kept, axis=0)
+    order = np.argsort(small.hamiltonian.energies(kept), kind="stable")[: 4 * k]
+    return kept[order], info
+
+
+def _call(
+    small: Problem, sampler: Any, wanted: dict[str, Any], penalty: float, name: str
+) -> tuple[dict[str, Any], States]:
+    """What the sampler was not told and the distinct states it returned; all its own code runs
+    here."""
+    made = sampler() if isinstance(sampler, type) else sampler
+    constrained = hasattr(made, "sample_cqm")
+    call = made.sample_cqm if constrained else made.sample
+    known = set(getattr(made, "parameters", None) or ()) | set(inspect.signature(call).parameters)
+    options = {key: value for key, value in wanted.items() if key in known}
+    info: dict[str, Any] = {"ignored": sorted(wanted.keys() - options.keys())}
+    if constrained:
+        return info, _states(call(small.to_cqm(), **options), small.n, name)
+    _, safe = small.to_bqm()
+    bqm, info["penalty"] = small.to_bqm(penalty * safe)
+    return info, _states(call(bqm, **options), small.n, name)
+
+
+def _states(found: Any, n: int, name: str) -> States:
+    """The distinct states (S, n) of a sample set.
+
+    Raises:
+        InputError: what is wrong with it.
+    """
+    import dimod
+
+    def wrong(what: str) -> InputError:
+        return InputError(f"the sampler {name} returned {what}; choose another --solver")
+
+    if not isinstance(found, dimod.SampleSet):
+        raise wrong(f"{type(found).__name__}, expected a dimod.SampleSet")
+    place = {label: i for i, label in enumerate(found.variables)}
+    missing = [i for i in range(n) if i not in place]
+    if missing:
+        raise wrong(f"samples without the variables {', '.join(map(str, missing[:5]))}")
+    samples = np.asarray(found.record.sample)[:, [place[i] for i in range(n)]]
+    if not samples.shape[0]:
+        raise wrong("no samples")
+    values = np.unique(samples)
+    if not (np.isin(values, (0, 1)).all() or np.isin(values, (-1, 1)).all()):
+        odd = values[~np.isin(values, (-1, 0, 1))]
+        shown = odd[0] if odd.size else "-1, 0 and 1 together"
+        raise wrong(f"values that are not binary ({shown})")
+    if not np.isfinite(np.asarray(found.record.energy, dtype=np.float64)).all():
+        raise wrong("energies that are not finite")
+    return np.unique(samples > 0, axis=0)
+
+
+def _failed(what: str, error: BaseException) -> InputError:
+    try:
+        words = " ".join(str(error).split())[:300]
+    except BaseException:
+        # The error is of the same foreign make.
+        words = "without words"
+    return InputError(f"{what} failed: {type(error).__name__}{': ' * bool(words)}{words}")
+
+
+def repair(problem: Problem, state: Bools) -> Bools | None:
+    """A feasible state near ``state``: flips, then swaps, that lessen the violation most.
+
+    Ties go to the lower energy. None where no such move is left before all rows hold.
+    """
+    rows = problem.constraints
+    matrix = np.array([row.coefficients for row in rows])
+    size = np.abs(matrix).max(axis=1)
+    low, high = (np.array([row.interval() for row in rows]) / size[:, None]).T
+    matrix = matrix / size[:, None]
+    x = state.astype(np.int8)
+    n = problem.n
+    flips = np.eye(n, dtype=np.int8)
+    pairs = np.triu_indices(n, 1)
+    swaps = flips[pairs[0]] + flips[pairs[1]]
+
+    def violation(states: NDArray[np.int8]) -> Floats:
+        value = states @ matrix.T
+        total: Floats = (np.maximum(low - value, 0) + np.maximum(value - high, 0)).sum(axis=1)
+        return total
+
+    left = float(violation(x[None])[0])
+    while left > 0:
+        for moves in (flips, swaps):
+            near = x[None] ^ moves
+            remaining = violation(near)
+            if remaining.min() < left - 1e-12:
+                break
+        else:
+            return None
+        best = np.flatnonzero(remaining <= remaining.min() + 1e-12)
+        x = near[best[int(np.argmin(problem.hamiltonian.energies(near[best])))]]
+        left = float(remaining.min())
+    result: Bools = x > 0
+    return result if bool(problem.feasible(result[None])[0]) else None

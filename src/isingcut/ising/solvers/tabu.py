@@ -14,13 +14,230 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._reduced import Reduced, reduce
-from isingcut.ising.solvers._swaps import tabu_walk
 from isingcut.ising.solvers.base import Solution
+
+
+@njit(cache=True, nogil=True)
+def _insert(x, energy, key, pool_energies, pool, hashes):  # type: ignore[no-untyped-def]
+    """Put a state into the pool (a max-heap); False if it is there or not good enough."""
+    k = pool_energies.shape[0]
+    if energy >= pool_energies[0]:
+        return False
+    for i in range(k):
+        if hashes[i] == key and np.isfinite(pool_energies[i]):
+            return False
+    pool_energies[0] = energy
+    hashes[0] = key
+    pool[0, :] = x
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child >= k:
+            return True
+        if child + 1 < k and pool_energies[child + 1] > pool_energies[child]:
+            child += 1
+        if pool_energies[child] <= pool_energies[i]:
+            return True
+        pool_energies[i], pool_energies[child] = pool_energies[child], pool_energies[i]
+        hashes[i], hashes[child] = hashes[child], hashes[i]
+        for j in range(x.shape[0]):
+            pool[i, j], pool[child, j] = pool[child, j], pool[i, j]
+        i = child
+
+
+@njit(cache=True, nogil=True)
+def _next(random):  # type: ignore[no-untyped-def]
+    """One step of the 64-bit xorshift generator (G. Marsaglia, 2003)."""
+    random ^= random << np.uint64(13)
+    random ^= random >> np.uint64(7)
+    random ^= random << np.uint64(17)
+    return random
+
+
+@njit(cache=True, nogil=True)
+def _violation(sums, low, high):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for r in range(sums.shape[0]):
+        if sums[r] < low[r]:
+            total += low[r] - sums[r]
+        elif sums[r] > high[r]:
+            total += sums[r] - high[r]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def tabu_walk(  # type: ignore[no-untyped-def]
+    h, J, exclusive, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
+):
+    """One tabu search from ``x`` (changed in place); what it meets goes into the pool.
+
+    States with two ``exclusive`` (V, V) variables do not; J must be a penalty there.
+    """
+    n = h.shape[0]
+    rows = A.shape[0]
+    random = np.uint64(2 * seed + 1)
+    local = h.copy()
+    energy = 0.0
+    m = 0
+    key = np.uint64(0)
+    sums = np.zeros(rows)
+    # Pairs of ones that exclude each other, and for each variable the ones that exclude it.
+    clashes = 0
+    near = np.zeros(n, dtype=np.int64)
+    for i in range(n):
+        if x[i]:
+            clashes += near[i]
+            near += exclusive[i]
+            energy += local[i]
+            m += 1
+            key ^= keys[i]
+            for j in range(n):
+                local[j] += J[i, j]
+            for r in range(rows):
+                sums[r] += A[r, i]
+    # `energy` now holds h.x + sum_{i<j}: local[i] was read before later blocks were added.
+    violation = _violation(sums, low, high)
+    weight = 0.0
+    if rows:
+        for i in range(n):
+            weight = max(weight, abs(local[i]))
+    first_weight = weight
+    # Blocks with equal columns: swapping them changes no row.
+    kind = np.arange(n)
+    for i in range(n):
+        for j in range(i):
+            if (A[:, i] == A[:, j]).all():
+                kind[i] = kind[j]
+                break
+    tabu_until = np.zeros(n, dtype=np.int64)
+    ones = np.zeros(n, dtype=np.int64)
+    zeros = np.zeros(n, dtype=np.int64)
+    trial = np.zeros(rows)
+    neighbour = x.copy()
+    best_seen = np.inf
+    for step in range(1, steps + 1):
+        expand = False
+        if violation == 0.0 and clashes == 0:
+            expand = _insert(x, energy, key, pool_energies, pool, hashes)
+            best_seen = min(best_seen, energy)
+        n1 = 0
+        n0 = 0
+        for i in range(n):
+            if x[i]:
+                ones[n1] = i
+                n1 += 1
+            else:
+                zeros[n0] = i
+                n0 += 1
+        best = np.inf
+        best_out = -1
+        best_in = -1
+        ties = 0
+        # a = -1 or b = -1 stands for "no block": then the move is a single flip.
+        first_out = -1 if m < m_high else 0
+        first_in = -1 if m > m_low else 0
+        for a in range(first_out, n1):
+            out = ones[a] if a >= 0 else -1
+            base = -local[out] if a >= 0 else 0.0
+            for b in range(first_in, n0):
+                if a < 0 and b < 0:
+                    continue
+                into = zeros[b] if b >= 0 else -1
+                delta = base
+                if b >= 0:
+                    delta += local[into]
+                    if a >= 0:
+                        delta -= J[out, into]
+                # No move can lessen the violation by more than all of it.
+                if not expand and delta - weight * violation > best:
+                    continue
+                change = violation
+                if rows and (a < 0 or b < 0 or kind[out] != kind[into]):
+                    for r in range(rows):
+                        trial[r] = sums[r]
+                        if a >= 0:
+                            trial[r] -= A[r, out]
+                        if b >= 0:
+                            trial[r] += A[r, into]
+                    change = _violation(trial, low, high)
+                alone = b < 0 or near[into] == (a >= 0 and exclusive[out, into])
+                if expand and alone and change == 0.0 and energy + delta < pool_energies[0]:
+                    other = key
+                    if a >= 0:
+                        neighbour[out] = 0
+                        other ^= keys[out]
+                    if b >= 0:
+                        neighbour[into] = 1
+                        other ^= keys[into]
+                    _insert(neighbour, energy + delta, other, pool_energies, pool, hashes)
+                    if a >= 0:
+                        neighbour[out] = 1
+                    if b >= 0:
+                        neighbour[into] = 0
+                score = delta + weight * (change - violation)
+                if score > best:
+                    continue
+                banned = (a >= 0 and tabu_until[out] >= step) or (
+                    b >= 0 and tabu_until[into] >= step
+                )
+                if banned and not (change == 0.0 and energy + delta < best_seen - 1e-12):
+                    continue
+                if score == best:
+                    ties += 1
+                    random = _next(random)
+                    if random % np.uint64(ties) != 0:
+                        continue
+                else:
+                    ties = 1
+                best = score
+                best_out = out
+                best_in = into
+        if ties == 0:
+            tabu_until[:] = 0
+            continue
+        tenure = min(n // 4, 8)
+        if best_out >= 0:
+            energy -= local[best_out]
+            x[best_out] = 0
+            neighbour[best_out] = 0
+            key ^= keys[best_out]
+            m -= 1
+            near -= exclusive[best_out]
+            clashes -= near[best_out]
+            for j in range(n):
+                local[j] -= J[best_out, j]
+            for r in range(rows):
+                sums[r] -= A[r, best_out]
+            random = _next(random)
+            extra = np.int64(random >> np.uint64(60)) % 5
+            tabu_until[best_out] = step + min(tenure + extra, n0 // 2)
+        if best_in >= 0:
+            energy += local[best_in]
+            x[best_in] = 1
+            neighbour[best_in] = 1
+            key ^= keys[best_in]
+            m += 1
+            clashes += near[best_in]
+            near += exclusive[best_in]
+            for j in range(n):
+                local[j] += J[best_in, j]
+            for r in range(rows):
+                sums[r] += A[r, best_in]
+            random = _next(random)
+            extra = np.int64(random >> np.uint64(60)) % 5
+            tabu_until[best_in] = step + min(tenure // 2 + extra, n1 // 2)
+        if rows:
+            violation = _violation(sums, low, high)
+            weight *= 1.1 if violation > 0.0 else 0.97
+            # Too small a weight would take long to grow back and leave the search infeasible.
+            weight = min(max(weight, 0.05 * first_weight), 50.0 * first_weight)
+
 
 __all__ = ["Tabu"]
 

@@ -1,10 +1,9 @@
 """Find the blocks of a decoder, and cut them out of its configuration.
 
-`discover` the stack, `kinds` what a block is and costs, `skip` a model without some of its blocks,
-`auto` which class builds it; `text_part` where the decoder's fields stand, `fields` `model_types`
-what they mean, as data, `field_checks` `field_cuts` the table applied, `families` what is no table;
-`surgery` the smaller configuration, `same_blocks` whether it builds the same blocks, `names` in
-quantisation lists.
+`discover` the stack and run it without some blocks, `kinds` what a block is and costs,
+`auto` which class builds it. How a configuration is cut: `fields` what they mean, as data,
+`field_cuts` that table applied, `families` what is no table, `surgery` the smaller configuration;
+`text_part` where the decoder's fields stand, `same_blocks` whether a cut builds the same blocks.
 
 Names are loaded on first use, so that the data classes come without torch.
 """
@@ -16,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isingcut.models.architectures.base import Block, BlockStack
-    from isingcut.models.architectures.discover import find_stack, stack_modules, text_config
-    from isingcut.models.architectures.skip import skipped
+    from isingcut.models.architectures.discover import (
+        find_stack,
+        skipped,
+        stack_modules,
+        text_config,
+    )
     from isingcut.models.architectures.surgery import cut_config, legality
 
 __all__ = [
@@ -37,7 +40,7 @@ _HOMES = {
     "cut_config": "surgery",
     "find_stack": "discover",
     "legality": "surgery",
-    "skipped": "skip",
+    "skipped": "discover",
     "stack_modules": "discover",
     "text_config": "discover",
 }

@@ -3,10 +3,14 @@
 A family may write out what a period stands for before the table is applied, set what follows
 from the kept blocks afterwards, forbid states with linear rows for the solver, and compute what
 happens between its blocks otherwise. Families are found by the fields they use, or by model type.
+
+A model whose images enter between its text blocks counts those blocks by their place in the stack,
+in the vision tower's part or at the root of its configuration. Text alone never shows it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import lcm
 from typing import Any
@@ -18,7 +22,8 @@ from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
 from isingcut.models.architectures.base import BlockStack
-from isingcut.models.architectures.model_types import STAY, TWO_STAY, of_type
+from isingcut.models.architectures.fields import STAY, TWO_STAY, of_type
+from isingcut.models.architectures.text_part import config_object
 
 # Their config class turns the last block into full attention, whatever it was.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
@@ -26,6 +31,9 @@ _LAST_REASON = "the last block has to be full attention in this family"
 
 # Kinds of mixer that write keys and values.
 _CACHED = {"attention", "sliding-attention", "chunked-attention"}
+
+_RECEIVES = "image features (DeepStack) join the stream behind the first {} blocks, by their number"
+_ENTERS = "image features join the stream in front of blocks {}, each at a place of its own"
 
 _JAMBA_PERIODS = (
     ("attn_layer_period", "attn_layer_offset"),
@@ -82,13 +90,20 @@ def _jamba_period(text: dict[str, Any]) -> int:
     return lcm(*(int(text[p]) for p, _ in _JAMBA_PERIODS))
 
 
-def kept_blocks(text: dict[str, Any], count: int) -> dict[int, str]:
+def kept_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dict[int, str]:
     """Blocks that must stay, each with the reason.
 
     Args:
-        text: the decoder's configuration with its per-layer fields written out.
-        count: its number of blocks.
+        config: a whole checkpoint's configuration.
+        text: the decoder's part of it, with its per-layer fields written out.
+        count: blocks of the decoder.
     """
+    features = max((len(value) for _, value in _found(config, fields.DEEPSTACK)), default=0)
+    received = dict.fromkeys(range(min(features, count)), _RECEIVES.format(features))
+    return _kept_of_text(text, count) | received
+
+
+def _kept_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
     model_type = str(text.get("model_type", ""))
     if found := of_type(STAY, model_type):
         at, reason = found
@@ -167,17 +182,23 @@ def keeps_attention(types: list[str]) -> bool:
     return any(("attention" in t and "linear" not in t) or "hybrid" in t for t in types)
 
 
-def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
+def legality(
+    config: dict[str, Any], text: dict[str, Any], stack: BlockStack
+) -> list[LinearConstraint]:
     """The linear rows that every state of this model has to obey.
 
     Args:
-        text: the decoder's configuration with its per-layer fields written out.
+        config, text: as of `kept_blocks`.
         stack: the model's blocks.
     """
     n = len(stack)
+
+    def one_of(name: str, blocks: Sequence[int], reason: str) -> LinearConstraint:
+        return LinearConstraint(name, _unit(n, blocks), "<=", float(len(blocks) - 1), reason)
+
     rows = [
         LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
-        for i, reason in kept_blocks(text, n).items()
+        for i, reason in kept_blocks(config, text, n).items()
     ]
     for i, source, reason in sources(text, n):
         row = _unit(n, [source])
@@ -185,23 +206,19 @@ def legality(text: dict[str, Any], stack: BlockStack) -> list[LinearConstraint]:
         rows.append(LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason))
     attention = [i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))]
     if 0 < len(attention) < n:
-        rows.append(
-            LinearConstraint(
-                "keep attention",
-                _unit(n, attention),
-                "<=",
-                float(len(attention) - 1),
-                "at least one attention block stays, because generation reads the sequence "
-                "length from an attention cache",
-            )
+        reason = (
+            "at least one attention block stays, because generation reads the sequence length from "
+            "an attention cache"
         )
+        rows.append(one_of("keep attention", attention, reason))
     if why := of_type(TWO_STAY, text.get("model_type")):
         rows.append(LinearConstraint("keep two", np.ones(n), "<=", n - 2.0, why))
     if text.get("model_type") in _LAST_IS_FULL:
         rows.extend(_full_attention_last(list(text["layer_types"])))
     if _has_periods(text):
         rows.extend(_whole_periods(n, _jamba_period(text)))
-    return rows
+    places, reason = _image_places(config, n)
+    return rows + [one_of(f"keep {_words(place)}", place, reason) for place in places]
 
 
 def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
@@ -220,10 +237,75 @@ def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
     return rows
 
 
-def _unit(n: int, indices: list[int]) -> NDArray[np.float64]:
+def _unit(n: int, indices: Sequence[int]) -> NDArray[np.float64]:
     row = np.zeros(n)
     row[indices] = 1.0
     return row
+
+
+def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) -> None:
+    """Let image features join, in place, in front of the same kept blocks as before.
+
+    Features in front of a removed block join in front of the next one: between them is nothing.
+
+    Args:
+        config: a whole checkpoint's configuration.
+        count: blocks of its decoder.
+        mapping: old block number to new, of those that stay.
+
+    Raises:
+        ArchitectureError: features would join behind the last block, or where others do.
+    """
+    places, reason = _image_places(config, count)
+    for place in places:
+        if not any(i in mapping for i in place):
+            raise ArchitectureError(f"{_words(place)} has to stay: {reason}")
+
+    def moved(block: int) -> int:
+        if not 0 <= block < count:
+            return block  # Never met, before and after.
+        return next(mapping[i] for i in range(block, count) if i in mapping)
+
+    for path, value in list(_found(config, fields.IMAGE_ENTRIES)):
+        part = config
+        for key in path[:-1]:
+            part = part.setdefault(key, {})
+        part[path[-1]] = [
+            [*item[:-1], moved(item[-1])] if isinstance(item, (list, tuple)) else moved(item)
+            for item in value
+        ]
+
+
+def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]:
+    """Of each place at which features join, the blocks up to the next place; and why one stays."""
+    joined = {
+        item[-1] if isinstance(item, (list, tuple)) else item
+        for _, value in _found(config, fields.IMAGE_ENTRIES)
+        for item in value
+    }
+    blocks = sorted(i for i in joined if 0 <= i < count)
+    reason = _ENTERS.format(", ".join(map(str, blocks)))
+    return [range(*ends) for ends in pairwise([*blocks, count])], reason
+
+
+def _words(place: range) -> str:
+    if len(place) == 1:
+        return f"block {place.start}"
+    return f"one of blocks {place.start} to {place.stop - 1}"
+
+
+def _found(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Lists of these names, with the keys that lead to them, defaults of the class among them."""
+    derived = config_object(config)
+
+    def walk(part: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+        for key, value in part.items():
+            if key in names and isinstance(value, (list, tuple)):
+                yield (*path, key), value
+            elif isinstance(value, dict):
+                yield from walk(value, (*path, key))
+
+    return walk(config if derived is None else derived.to_dict(), ())
 
 
 def stop_rescaling(model: Any) -> None:

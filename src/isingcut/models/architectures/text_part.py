@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures.model_types import counted_by
+from isingcut.models.architectures.fields import counted_by
 from isingcut.models.loading import one_line, quiet_transformers
 
 # What the decoder's part is called where transformers does not know the model type.

@@ -1,5 +1,5 @@
 """Inner loops.
 
 `head` the output head with the loss, `divergence` `kernels` KL and NLL from logits, `attention`
-causal attention for CPUs, `tuning` what suits this machine.
+another attention for a while, `tuning` what suits this machine.
 """

@@ -1,9 +1,8 @@
-"""What suits this machine, found by a short measurement: attention, threads and micro-batch.
+"""What suits this machine, found by a short measurement: threads and micro-batch.
 
-All change a result by rounding only, but they change it: a run records what was chosen, in
-`run.json`, and goes on with that when it is resumed. On a CPU `attention.py` beats PyTorch's fused
-attention at short lengths; its memory grows with the square of the length, so that long samples
-keep the fused one. Threads that share the work of a small model mostly wait for each other.
+Both change a result by rounding only, but they change it: a run records what was chosen, in
+`run.json`, and goes on with that when it is resumed. Threads that share the work of a small model
+mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -18,16 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isingcut.errors import ArchitectureError
 from isingcut.models.architectures import text_config
-from isingcut.models.compute.attention import NAME, chosen_attention
+from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.device import few_threads, synchronise
 from isingcut.models.replay import Recording, Replay
-from isingcut.models.transformers_private import attention_of
 from isingcut.options.types import BATCH_TOKENS
 
-# Attention weights that are kept for a backward pass through all blocks.
-_ATTENTION_MEMORY = 512_000_000
 # A choice must win this much: less is noise, and the default needs no explanation.
 _GAIN = 1.05
 # Models that are through in less have nothing to win.
@@ -67,7 +62,6 @@ def tune(
     *,
     attention: str | None = None,
     batch_tokens: int | None = None,
-    backward: bool = False,
     memory: int,
     seconds: Callable[[Callable[[], None]], float] | None = None,
 ) -> Tuning:
@@ -79,50 +73,22 @@ def tune(
     Args:
         replay: a model in memory.
         length: tokens of a sample.
-        attention, batch_tokens: given, they are taken.
-        backward: the work is gradients, so that attention is timed with its backward pass.
+        attention: transformers' name of it; None keeps the loaded one.
+        batch_tokens: given, it is taken.
         memory: bytes that a micro-batch's gradients may take.
         seconds: times one call; a stop-watch by default.
 
     Complexity: `_ROUNDS` forward passes of `_BLOCKS` blocks per possibility.
     """
     seconds = seconds or _stopwatch(replay)
-    loaded = attention_of(replay.model)
-
-    def probe(name: str | None, tokens: int) -> Callable[[], None]:
-        return _probe(replay, name, tokens, length, backward)
-
     pass_tokens = min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
     threads = None
     if _threads_possible(replay, pass_tokens):
-        threads = _threads(probe(attention or loaded, pass_tokens), seconds)
-    with few_threads(threads):
-        if attention is None and _causal_possible(replay, length, batch_tokens or BATCH_TOKENS):
-            probes = {name: probe(name, BATCH_TOKENS) for name in (loaded, NAME)}
-            took = _fastest(probes, seconds)
-            if took[loaded] > _WORTH_SECONDS and took[loaded] > _GAIN * took[NAME]:
-                attention = NAME
-        if batch_tokens is None:
-            batch_tokens = _batch(replay, attention or loaded, length, memory, seconds)
+        threads = _threads(_probe(replay, attention, pass_tokens, length), seconds)
+    if batch_tokens is None:
+        with few_threads(threads):
+            batch_tokens = _batch(replay, attention, length, memory, seconds)
     return Tuning(attention, batch_tokens, threads)
-
-
-def _causal_possible(replay: Replay, length: int, batch_tokens: int) -> bool:
-    """Whether `attention.py` is worth a try: on a CPU, and its weights are few."""
-    if replay.device.type != "cpu" or attention_of(replay.model) != "sdpa":
-        return False
-    heads = getattr(text_config(replay.model), "num_attention_heads", None)
-    if not isinstance(heads, int):
-        return False
-    rows = max(1, batch_tokens // length)
-    weights = len(replay) * rows * heads * length**2
-    if weights * _element(replay) > _ATTENTION_MEMORY:
-        return False
-    try:
-        with chosen_attention(replay, NAME):
-            return True
-    except ArchitectureError:
-        return False
 
 
 def _threads_possible(replay: Replay, tokens: int) -> bool:
@@ -156,18 +122,13 @@ def _threads(run: Callable[[], None], seconds: Callable[[Callable[[], None]], fl
     return count if count < most and slow > _GAIN * quick else None
 
 
-def _probe(
-    replay: Replay, name: str | None, tokens: int, length: int, backward: bool = False
-) -> Callable[[], None]:
-    """A pass through some blocks, spread over the model, and back through them."""
+def _probe(replay: Replay, name: str | None, tokens: int, length: int) -> Callable[[], None]:
+    """A pass through some blocks, spread over the model."""
     recording, some = _recorded(replay, name, tokens, length), _some_blocks(replay)
 
     def run() -> None:
-        with torch.inference_mode(not backward), chosen_attention(replay, name):
-            entered = recording.entered.detach().requires_grad_(backward)
-            left = _through(recording, some, entered)
-            if backward:
-                torch.autograd.grad(left, entered, torch.ones_like(left))
+        with torch.inference_mode(), chosen_attention(replay, name):
+            _through(recording, some, recording.entered)
 
     return run
 

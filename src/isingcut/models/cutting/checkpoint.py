@@ -19,8 +19,8 @@ from isingcut.files.inputs import load_json
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import atomic_folder, clear_os_errors
 from isingcut.models.architectures import surgery
-from isingcut.models.architectures.model_types import DEPTH_SHAPED
-from isingcut.models.architectures.names import renumbering
+from isingcut.models.architectures.fields import DEPTH_SHAPED
+from isingcut.models.architectures.surgery import renumbering
 from isingcut.models.checkpoint.read import StoredTensor, contained, read_checkpoint, read_config
 from isingcut.models.checkpoint.write import NewTensor, write_checkpoint
 from isingcut.models.cutting.verify import verify

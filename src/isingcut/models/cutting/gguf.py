@@ -14,10 +14,9 @@ from typing import Any
 from isingcut.errors import ArchitectureError, CheckpointError, OutputExistsError
 from isingcut.files.outputs import refuse_source
 from isingcut.files.writing import atomic_file
-from isingcut.models.architectures.names import renumbering
+from isingcut.models.architectures.surgery import renumbering
 from isingcut.models.checkpoint.gguf_header import GgufHeader, block_of, read_gguf
 from isingcut.models.cutting.gguf_patch import Changed, laid_out, pack
-from isingcut.models.loading import loading
 
 # Architectures whose blocks llama.cpp configures from metadata alone. It derives the kind of a
 # block from its number in the others (cohere2, llama4, smollm3, gpt-oss, ...), or from how many
@@ -98,7 +97,6 @@ def cut_gguf(
         changed: tensors that a patch has changed, by their names in ``source``.
 
     Raises:
-        MissingExtraError: the package `gguf` is not installed.
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
         ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
         CheckpointError: no readable GGUF file, one part of a split file, a damaged one, or one
@@ -113,7 +111,7 @@ def cut_gguf(
     _refuse(header)
     mapping = renumbering(count, removed)
     _refuse_depth(header.architecture, count, len(mapping))
-    header.blocks()
+    header.check_blocks()
     if changed and header.big_endian:
         raise ArchitectureError(
             f"{source} is big-endian, and a patch is only put into little-endian files; cut it "
@@ -121,9 +119,8 @@ def cut_gguf(
         )
     import gguf
 
-    with loading(f"the GGUF file {source}", CheckpointError):
-        reader = gguf.GGUFReader(source)
-        fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    reader = header.reader
+    fields = {k: header.value(k) for k in reader.fields if not k.startswith("GGUF.")}
     architecture = header.architecture
     _refuse_unwritable(source, architecture, fields)
     windows = _windows(source, architecture, fields, count)
@@ -168,12 +165,12 @@ def _refuse(header: GgufHeader) -> None:
             "cut changes, in a GGUF as in a converted checkpoint; run the cut checkpoint in "
             "transformers or vLLM"
         )
-    if header.metadata.get(f"{architecture}.nextn_predict_layers"):
+    if header.value(f"{architecture}.nextn_predict_layers"):
         raise ArchitectureError(
             f"{header.path} counts extra prediction heads among its blocks; cut the Hugging Face "
             "checkpoint and convert it instead"
         )
-    parts = header.metadata.get("split.count")
+    parts = header.value("split.count")
     if isinstance(parts, int) and parts > 1:
         raise CheckpointError(f"{header.path} is one part of a split file; merge the parts first")
 

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures.names import renumbering
-from isingcut.models.architectures.surgery import depth, written_out
+from isingcut.models.architectures.surgery import depth, renumbering, written_out
 from isingcut.models.checkpoint.gguf_header import GgufHeader, block_of
 from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 from isingcut.models.cutting.gguf_match import names_in_gguf

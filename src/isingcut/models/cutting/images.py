@@ -1,17 +1,14 @@
 """Two prompts with an image each, for a model that takes images: what a proof shows it beside text.
 
-A checkpoint's own processor makes them where it has one that loads. Else they are made by rule:
-pixels as large as the configuration says, in the forms that transformers' models take them, and as
-many image tokens in the prompt as the model makes features of them. The model itself says which
-form is right: with another one it fails.
+The checkpoint's own processor makes them. Where none loads, a cut is proven on text only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +17,11 @@ from torch import Tensor
 
 from isingcut.errors import ModelError
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.cutting.image_forms import (
-    WORDS,
-    ImageInputs,
-    first_number,
-    image_forms,
-    parameters,
-)
 from isingcut.models.loading import one_line, quiet_transformers
 
+ImageInputs = dict[str, Tensor]
+
 _PIXELS = ("pixel_values", "image_patches", "flattened_patches", "aspect_ratio_ids")
-_TOKENS = (
-    "image_token_id",
-    "image_token_index",
-    "image_token",
-    "img_context_token_id",
-    "video_token_id",
-)
-# Where an image stands, told by a mask instead of a token (Kosmos-2).
-_PLACES = "image_embeds_position_mask"
 _RESERVED = re.compile(r"_token(_id|_index)?$")
 # Logits are compared at the end of a prompt, behind the image, where all of it is seen.
 _KEPT = 32
@@ -47,48 +30,60 @@ _PROCESSOR_SIDE = 64
 _QUESTION = "What is in this picture, and why?"
 
 
+def parameters(function: Any) -> set[str]:
+    """Names of a function's parameters, whatever decorates it."""
+    return set(inspect.signature(inspect.unwrap(function)).parameters)
+
+
 def takes_images(model: Any) -> bool:
     """Whether a model's forward pass has a place for images."""
     return any(name in parameters(model.forward) for name in _PIXELS)
 
 
-def with_images(
+def process_images(
     model: Any, folder: Path, words: Tensor, *, trust_remote_code: bool = False
 ) -> ImageInputs:
-    """Two prompts that the model takes.
-
-    The rows differ in their images alone; a model that does not notice took none of them.
+    """Two prompts of the processor in a checkpoint's folder, which the model takes.
 
     Args:
         model: it takes images.
-        folder: its checkpoint, which may have a processor.
-        words: (2, T) token ids to put around the images.
+        folder: its checkpoint.
+        words: (2, T) token ids; a processor brings its own.
 
     Raises:
-        ModelError: it takes none of the prompts; what went wrong with the likeliest.
+        ModelError: there is no processor, it does not load, or the model does not take its prompts.
+    """
+    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        raise ModelError("the checkpoint has no processor")
+    return try_images(model, lambda: _processed(folder, trust_remote_code))
+
+
+def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
+    """Two prompts, once the model has taken them.
+
+    The rows differ in their images alone; a model that does not notice took none of them.
+
+    Raises:
+        ModelError: it does not take them, or making them failed.
     """
     accepted = parameters(model.forward)
-    reason = ""
-    for make in _prompts(model, folder, words, trust_remote_code):
-        try:
-            with torch.no_grad(), quiet_transformers():
-                inputs = {key: value for key, value in make().items() if key in accepted}
-                if "logits_to_keep" in accepted:
-                    inputs["logits_to_keep"] = torch.tensor(_KEPT)
-                logits = logits_of(model, inputs)
-        except Exception as error:
-            raise_if_exhausted(error)
-            reason = reason or one_line(error)
-            continue
-        if logits.shape[0] == 2 and not torch.equal(logits[0, -1], logits[1, -1]):
-            return inputs
-        reason = reason or "another image gives the same logits"
-    raise ModelError(reason or "no way is known to make one of its configuration")
+    try:
+        with torch.no_grad(), quiet_transformers():
+            inputs = {key: value for key, value in make().items() if key in accepted}
+            if "logits_to_keep" in accepted:
+                inputs["logits_to_keep"] = torch.tensor(_KEPT)
+            logits = logits_of(model, inputs)
+    except Exception as error:
+        raise_if_exhausted(error)
+        raise ModelError(one_line(error)) from error
+    if logits.shape[0] != 2 or torch.equal(logits[0, -1], logits[1, -1]):
+        raise ModelError("another image gives the same logits")
+    return inputs
 
 
 def logits_of(model: Any, inputs: ImageInputs) -> Tensor:
     """Logits of prompts with images."""
-    given: dict[str, Any] = _placed(model, inputs)
+    given: dict[str, Any] = on_device_of(model, inputs)
     if "logits_to_keep" in given:
         given["logits_to_keep"] = int(given["logits_to_keep"])
     with _forgotten(model):
@@ -112,28 +107,12 @@ def _forgotten(model: Any) -> Iterator[None]:
             vars(module)[name] = value
 
 
-def _placed(model: Any, inputs: ImageInputs) -> ImageInputs:
+def on_device_of(model: Any, inputs: ImageInputs) -> ImageInputs:
+    """Inputs on the device of a model, and in its dtype."""
     return {
         key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for key, value in inputs.items()
     }
-
-
-def _prompts(
-    model: Any, folder: Path, words: Tensor, trust: bool
-) -> Iterator[Callable[[], ImageInputs]]:
-    """Ways to make two prompts, the likeliest first; each may fail in any way."""
-    if any((folder / name).is_file() for name in _PROCESSOR_FILES):
-        yield lambda: _processed(folder, trust)
-    token = _image_token(model)
-    for pixels in image_forms(model):
-        yield partial(_by_rule, model, words, token, pixels)
-
-
-def _by_rule(model: Any, words: Tensor, token: int | None, pixels: ImageInputs) -> ImageInputs:
-    placed = token is not None or _PLACES in parameters(model.forward)
-    count = _features(model, pixels) if placed else 0
-    return {**_prompt(model, words, token, count), **pixels}
 
 
 def _processed(folder: Path, trust: bool) -> ImageInputs:
@@ -168,13 +147,6 @@ def _processor_prompt(processor: Any) -> str:
     return f"{token} {_QUESTION}"
 
 
-def _image_token(model: Any) -> int | None:
-    config = model.config
-    if isinstance(table := getattr(config, "vocabulary_map", None), dict) and "<image>" in table:
-        return int(table["<image>"])
-    return first_number(config, _TOKENS)
-
-
 def reserved_tokens(config: Any) -> set[int]:
     """Token ids that a configuration gives a meaning of their own, those of images among them."""
     found = {v for k, v in vars(config).items() if _RESERVED.search(k) and isinstance(v, int)}
@@ -182,58 +154,3 @@ def reserved_tokens(config: Any) -> set[int]:
     if isinstance(table, dict):
         found |= {i for name, i in table.items() if name.startswith(("<image>", "IMGIMG"))}
     return found
-
-
-def _features(model: Any, pixels: ImageInputs) -> int:
-    """How many feature vectors the model makes of one image: so many tokens stand for it."""
-    if "aspect_ratio_ids" in pixels:
-        return 1  # The text attends to the image: mllama.
-    names = ("get_image_features", "get_video_features")
-    places = (model, getattr(model, "model", model))
-    found = (getattr(place, name, None) for name in names for place in places)
-    features: Any = next(filter(None, found), None) or model.get_image_features
-    return _rows(features(**_placed(model, pixels), return_dict=True)) // 2
-
-
-def _rows(found: Any) -> int:
-    """Feature vectors in what a model makes of its images."""
-    if isinstance(found, Tensor):
-        return found.shape[:-1].numel()
-    if isinstance(found, (list, tuple)) and not hasattr(found, "pooler_output"):
-        return sum(map(_rows, found))
-    for name in ("pooler_output", "deepstack_features", "last_hidden_state"):
-        value = getattr(found, name, None)
-        if value is not None:
-            # Of features for several text blocks, (block, features), the first.
-            return _rows(value[0][1] if name == "deepstack_features" else value)
-    return 0
-
-
-def _prompt(model: Any, words: Tensor, token: int | None, count: int) -> ImageInputs:
-    """Token ids of both rows: words, the image between its marks, words.
-
-    Where nothing stands for an image in the text, the words alone: the blocks look at it.
-    """
-    words = words[:1, : 2 * WORDS].cpu()
-    marks = [
-        [] if mark is None else [mark]
-        for mark in (
-            first_number(
-                model.config, ("vision_start_token_id", "boi_token_id", "boi_token_index")
-            ),
-            first_number(model.config, ("vision_end_token_id", "eoi_token_id", "eoi_token_index")),
-        )
-    ]
-    before, after = marks if count else ([], [])
-    stands = int(words[0, 0]) if token is None else token
-    image = torch.tensor([[*before, *[stands] * count, *after]], dtype=torch.long)
-    ids = torch.cat((words[:, :WORDS], image, words[:, WORDS:]), dim=1).expand(2, -1).clone()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    accepted = parameters(model.forward)
-    start = WORDS + len(before)
-    there = torch.zeros_like(ids)
-    there[:, start : start + count] = 1
-    for name in ("mm_token_type_ids", "token_type_ids", _PLACES):
-        if name in accepted:
-            inputs[name] = there
-    return inputs

@@ -18,8 +18,7 @@ from isingcut.models.architectures import find_stack
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.memory import allowance, weight_bytes
-from isingcut.models.streaming.opening import load_streamed
-from isingcut.models.streaming.replay import StreamedReplay
+from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 
 _CHUNK_BYTES = 64 * 2**20
 

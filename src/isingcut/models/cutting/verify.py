@@ -15,15 +15,129 @@ from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures import find_stack, skipped, text_config
 from isingcut.models.architectures.families import stop_rescaling
-from isingcut.models.cutting.difference import relative_difference, tolerance
-from isingcut.models.cutting.generation import check_generation
-from isingcut.models.cutting.images import logits_of, reserved_tokens, takes_images, with_images
+from isingcut.models.cutting.images import (
+    ImageInputs,
+    logits_of,
+    process_images,
+    reserved_tokens,
+    takes_images,
+)
 from isingcut.models.cutting.sharing import fits, share
 from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.streaming.buffers import Buffers
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.models.text_alone import image_needed, language_model, on_text_alone, text_model
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+_HALF_TOLERANCE = 2e-2
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest `relative_difference` of logits that a dtype's rounding explains."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+
+
+def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Largest difference of two tensors, each entry's relative to its own size or the usual one.
+
+    Relative to the larger of the two, because rounding grows with an entry, and an entry near 0
+    is a sum of usual ones. The usual size is taken at each position alone, as `usual_size` says.
+    The largest entry is no scale: masked logits hold the smallest float, and beside them no
+    difference is large.
+
+    Args:
+        expected, got: (..., V); positions first, logits or channels last.
+
+    Returns:
+        0 where all is equal, masked entries and infinities included; infinite for other shapes,
+        where either holds NaN, and where only one is infinite.
+    """
+    if expected.shape != got.shape:
+        return float("inf")
+    this, that = (x.detach().cpu().double().flatten(0, -2) for x in (expected, got))
+    size = torch.maximum(this.abs(), usual_size(this))
+    ratio = ((this - that).abs() / size).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return float(ratio.masked_fill(this == that, 0.0).max())
+
+
+def usual_size(logits: torch.Tensor) -> torch.Tensor:
+    """(P, 1) median size of the entries at each of P positions, (P, V) in.
+
+    Entries that are the same at every position are not computed from the text (masks, padding of
+    the vocabulary) and do not count, where any differ; nor do infinite ones. Further entries may
+    be as large as they like, as long as they are fewer than half.
+    """
+    differ = (logits != logits[:1]).any(0)
+    counted = logits.isfinite() & (differ | ~differ.any())
+    return logits.abs().masked_fill(~counted, float("nan")).nanmedian(-1, keepdim=True).values
+
+
+# Between two logits that a cache may turn around, of their usual size.
+_TIE = 1e-3
+
+
+def check_generation(
+    model: Any,
+    tokens: torch.Tensor,
+    new_tokens: int,
+    name: str,
+    reference: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor] | None = None,
+) -> None:
+    """Greedy tokens with a cache must be those without one, but for near-ties.
+
+    Where they are not, the original may not agree with itself either (a router between two
+    experts, a cache of another kind than the mask). So tokens of the cached original with the
+    same blocks skipped are accepted too: the same computation, done with every block's own cache.
+
+    Args:
+        model: the cut model.
+        tokens: (B, T) prompts; one is generated at a time, because RWKV's cached steps in
+            transformers mix the sequences of a batch.
+        new_tokens: tokens to generate.
+        name: what to call the model in messages.
+        reference: generates with the skipped original, given a prompt and options.
+
+    Raises:
+        VerificationError: they differ, or `generate` fails.
+    """
+    options = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+    }
+    for row in torch.split(tokens, 1):
+        with_mask = {**options, "attention_mask": torch.ones_like(row)}
+        try:
+            with torch.no_grad():
+                cached = model.generate(row, use_cache=True, **with_mask)[0]
+                plain = model.generate(row, use_cache=False, **with_mask)[0]
+        except Exception as error:
+            raise_if_exhausted(error)
+            raise VerificationError(
+                f"{name} loads but does not generate: {type(error).__name__}: {error}"
+            ) from error
+        unequal = (cached != plain).nonzero()
+        if len(unequal) == 0:
+            continue
+        at = int(unequal[0])
+        with torch.no_grad():
+            logits = model(input_ids=plain[None, :at], use_cache=False).logits[0].float()
+            both = logits[-1, torch.stack([plain[at], cached[at]])]
+            # Large logits, rounded in steps above the usual size's in bfloat16.
+            gap = float(
+                (both[0] - both[1]).abs() / both.abs().max().clamp(usual_size(logits)[-1, 0])
+            )
+            if gap <= max(_TIE, tolerance(model.dtype)):
+                continue
+            if reference is not None and torch.equal(reference(row, with_mask)[0], cached):
+                continue
+        raise VerificationError(
+            f"{name}: greedy generation with a cache gives another token than without at "
+            f"position {at} (their logits differ by {gap:.1e} of their usual size)"
+        )
+
 
 # Wrong states that a proof is tried on at most.
 _WRONG = 4
@@ -115,6 +229,7 @@ def verify(
     length: int = 24,
     prompts: int = 2,
     new_tokens: int = 16,
+    images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
 ) -> Proof:
     """Reload ``out`` with plain transformers and compare it with the original, blocks skipped.
@@ -133,6 +248,7 @@ def verify(
         length: tokens of each of the two sequences compared.
         prompts: of these, how many are gone on with.
         new_tokens: generated tokens compared.
+        images: makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
 
     Raises:
@@ -195,7 +311,7 @@ def verify(
     if not takes_images(source_model):
         return Proof(tuple(found), inside=inside)
     try:
-        pictures = with_images(source_model, out, tokens, trust_remote_code=trust_remote_code)
+        pictures = images(source_model, out, tokens, trust_remote_code=trust_remote_code)
     except ModelError as error:
         return Proof(tuple(found), str(error), inside)
     found.append(compare("text and an image", lambda model: logits_of(model, pictures)))
@@ -235,6 +351,7 @@ def verify_streamed(
     out: Path,
     *,
     new_tokens: int = _STREAMED_TOKENS,
+    images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
 ) -> Proof:
     """`verify` for an original that is streamed: a block of each model is in memory at a time.
@@ -244,7 +361,9 @@ def verify_streamed(
     cut = _streamed(
         out, source.dtype, source.device, source.store.buffers, trust_remote_code=trust_remote_code
     )
-    return verify(source.model, removed, out, cut=cut, prompts=1, new_tokens=new_tokens)
+    return verify(
+        source.model, removed, out, cut=cut, prompts=1, new_tokens=new_tokens, images=images
+    )
 
 
 def _opened(

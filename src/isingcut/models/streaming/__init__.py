@@ -3,8 +3,7 @@
     skeleton   the model without weights; its plan says which stored tensors fill which block
     reader     the stored bytes of one part, converted, into a buffer
     store      two such buffers: one part in use while a thread fills the other
-    replay     the blocks as `isingcut.models.replay.Replay` has them, on such a store
-    opening    a checkpoint opened in this way
+    replay     a checkpoint opened in this way, its blocks as in `isingcut.models.replay.Replay`
 
 What is neither a block nor the embedding nor the head (final norm, position
 embeddings, rotary buffers) is small and stays. So the peak is two parts and the hidden states

@@ -9,15 +9,11 @@ For one architecture: its blocks are found (also on the meta device), replayed b
 forward pass, gate gradients agree with autograd and with finite differences, and several random
 legal states, with the first and the last block among them, are cut at the checkpoint, reloaded
 with plain transformers and compared with the original with those blocks skipped. Each runs in a
-process of its own with a limit of memory and time. With --all a seventh, another each day or as
---turn says, is checked on more states.
+process of its own with a limit of memory and time.
 
-    conformance   the checks of one architecture, and its report
-    entries       what transformers has: model types and auto classes
+    conformance   what transformers has, the checks of one architecture, and its report
     shrink        a tiny configuration of any configuration class, by rule
     hands         the model types for which the rules are not enough
-    workers       forked processes with limits
-    tables        reports as Markdown
     command       the command line
 """
 

@@ -1,31 +1,25 @@
-"""The command line of the kit."""
+"""The command line of the kit, and its reports as Markdown: parts of a page between marks."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import multiprocessing
 import os
+import resource
+import sys
 import tempfile
-import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from isingcut.errors import InputError
-from isingcut.testing.architectures.conformance import Report, check_entry, check_family
-from isingcut.testing.architectures.entries import entries
-from isingcut.testing.architectures.tables import OUTCOMES, outcomes, replace_part, table
-from isingcut.testing.architectures.workers import Died, run_apart
+from isingcut.testing.architectures.conformance import Report, check_entry, check_family, entries
 from isingcut.testing.configurations import FAMILIES
 
-_TURNS = 7
-
-
-def states_of(name: str, turn: int) -> int:
-    """How many states of an architecture are cut: 8 where it is its turn, as each has it once
-    in `_TURNS` numbers, else 2."""
-    return 8 if (zlib.crc32(name.encode()) - turn) % _TURNS == 0 else 2
+OUTCOMES = ("passed", "refused", "failed", "not built")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,13 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m isingcut.testing architectures")
     parser.add_argument("names", nargs="*", help="families; with --all model types")
     parser.add_argument("--all", action="store_true", help="every decoder of transformers")
-    parser.add_argument("--states", type=int, help="states cut: 6 of a family, else 2 or 8")
-    parser.add_argument(
-        "--turn",
-        type=int,
-        default=date.today().toordinal(),
-        help=f"whose turn it is for 8 states, of {_TURNS} parts (default: by the day)",
-    )
+    parser.add_argument("--states", type=int, help="states cut: 6 of a family, else 2")
     parser.add_argument("--docs", type=Path, help="also write the outcomes to this Markdown file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="memory of a process")
@@ -63,33 +51,47 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(tasks: Mapping[str, Callable[[], Report]], options: argparse.Namespace) -> list[Report]:
+    """The reports, in order, each made in a process of its own: forked, so that torch and
+    transformers are imported once."""
     reports: list[Report] = []
-    began = time.monotonic()
-    limits = {"gigabytes": options.gigabytes, "seconds": options.seconds}
-    for name, found in run_apart(tasks, workers=options.workers, **limits):
-        report = Report(name, "failed", reason=found.reason) if isinstance(found, Died) else found
-        reports.append(report)
-        spent = time.monotonic() - began
-        left = spent / len(reports) * (len(tasks) - len(reports))
-        print(
-            f"[{len(reports)}/{len(tasks)}, {left:.0f} s left] {name}: {report.outcome}"
-            f" {report.reason or report.kinds}",
-            flush=True,
-        )
-    order = list(tasks)
-    return sorted(reports, key=lambda r: order.index(r.name))
+    limits = (options.gigabytes,)
+    context = multiprocessing.get_context("fork")
+    with context.Pool(options.workers, _limit, limits, maxtasksperchild=1) as pool:
+        pending = {name: pool.apply_async(task) for name, task in tasks.items()}
+        for name, result in pending.items():
+            try:
+                report = result.get(options.seconds)
+            except multiprocessing.TimeoutError:
+                reason = f"no result within {options.seconds:g} s: too slow, or its process died"
+                report = Report(name, "failed", reason=reason)
+            reports.append(report)
+            print(
+                f"[{len(reports)}/{len(tasks)}] {name}: {report.outcome}"
+                f" {report.reason or report.kinds}",
+                flush=True,
+            )
+    return reports
+
+
+def _limit(gigabytes: float) -> None:
+    """Let a process that takes much more memory than it has now fail, and print nothing."""
+    if sys.platform.startswith("linux"):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        most = pages * resource.getpagesize() + int(gigabytes * 1e9)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    torch.set_num_threads(1)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
 
 
 def _tasks(options: argparse.Namespace, room: Path) -> dict[str, Callable[[], Report]]:
     """What to check, by name; checkpoints go to folders of their own in ``room``."""
     names, states = options.names, options.states
     if options.all:
-        found = entries(names)
         return {
-            e.name: partial(
-                check_entry, e, room / str(i), states=states or states_of(e.name, options.turn)
-            )
-            for i, e in enumerate(found)
+            e.name: partial(check_entry, e, room / str(i), states=states or 2)
+            for i, e in enumerate(entries(names))
         }
     unknown = sorted(set(names) - set(FAMILIES))
     if unknown:
@@ -98,3 +100,66 @@ def _tasks(options: argparse.Namespace, room: Path) -> dict[str, Callable[[], Re
         name: partial(check_family, name, room / name, states=states or 6)
         for name in names or FAMILIES
     }
+
+
+def table(reports: Sequence[Report]) -> str:
+    """The reports as a Markdown table."""
+    lines = [
+        "| family | outcome | blocks | states cut | largest difference | sublayer gate | remarks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in reports:
+        gate = ("yes" if r.sublayer else "no: block gate only") if r.outcome == "passed" else ""
+        size = f"{r.difference:.1e}" if r.states else ""
+        lines.append(
+            f"| {r.name} | {r.outcome} | {r.kinds} | {r.states or ''} | {size} | {gate} "
+            f"| {_cell(r.reason or '; '.join(filter(None, (r.rows, _text_only(r)))))} |"
+        )
+    return "\n".join(lines)
+
+
+def outcomes(reports: Sequence[Report]) -> str:
+    """Every architecture once: those that passed as a list, the others with their reasons."""
+    version = importlib.metadata.version("transformers")
+    by_outcome = {o: [r for r in reports if r.outcome == o] for o in OUTCOMES}
+    passed = by_outcome["passed"]
+    lines = [
+        f"transformers {version}: {len(reports)} decoders, "
+        + ", ".join(f"{len(found)} {outcome}" for outcome, found in by_outcome.items())
+        + ".",
+        "",
+        "Passed: " + ", ".join(sorted(r.name for r in passed)) + ".",
+        "",
+        *_on_text_only(passed),
+        "| architecture | outcome | reason |",
+        "|---|---|---|",
+    ]
+    for outcome in OUTCOMES[1:]:
+        found = sorted(by_outcome[outcome], key=lambda r: r.name)
+        lines += [f"| {r.name} | {outcome} | {_cell(r.reason)} |" for r in found]
+    return "\n".join(lines)
+
+
+def _on_text_only(passed: Sequence[Report]) -> list[str]:
+    found = sorted(f"{r.name}: {_cell(r.unseen)}" for r in passed if r.unseen)
+    if not found:
+        return []
+    head = f"Of these, {len(found)} take images and were proven on text only:"
+    return [head, "", *(f"- {line}" for line in found), ""]
+
+
+def _text_only(report: Report) -> str:
+    return f"proven on text only: {report.unseen}" if report.unseen else ""
+
+
+def _cell(words: str) -> str:
+    return words.replace("|", "/").replace("\n", " ").replace("<", "&lt;")
+
+
+def replace_part(path: Path, mark: str, text: str) -> None:
+    """Put ``text`` between ``<!-- mark -->`` and ``<!-- end of mark -->`` of a page."""
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(start)
+    _, closed, after = rest.partition(end)
+    assert closed, f"{path} has no part between {start} and {end}"
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")

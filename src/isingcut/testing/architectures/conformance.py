@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from isingcut.errors import ArchitectureError, IsingcutError, VerificationError
+from isingcut.errors import ArchitectureError, InputError, IsingcutError, VerificationError
 from isingcut.ising.states import blocks_of
 from isingcut.models.architectures import (
     BlockStack,
@@ -22,20 +22,63 @@ from isingcut.models.architectures import (
 )
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.difference import relative_difference
-from isingcut.models.cutting.verify import random_tokens, verify
+from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import Replay
-from isingcut.testing.architectures.entries import Entry
 from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.gates import check_gates
+from isingcut.testing.images import invent_images
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
 
 _TOLERANCE = 1e-5
 # As many as the sliding windows of the tiny models are wide.
 _NEW_TOKENS = 8
 _MOST_PARAMETERS = 8_000_000
+_MAPPINGS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model type and an auto class that builds it."""
+
+    model_type: str
+    auto_class: str
+
+    @property
+    def name(self) -> str:
+        """The model type, said to be image-text where images enter beside text."""
+        causal = self.auto_class == "AutoModelForCausalLM"
+        return self.model_type if causal else f"{self.model_type} (image-text)"
+
+    @property
+    def factory(self) -> Any:
+        """The auto class itself."""
+        import transformers
+
+        return getattr(transformers, self.auto_class)
+
+
+def entries(model_types: Sequence[str] = ()) -> list[Entry]:
+    """All entries of the installed transformers, or those of the named model types.
+
+    Raises:
+        InputError: a model type that no mapping has.
+    """
+    from transformers.models.auto import modeling_auto
+
+    found = [
+        Entry(model_type, auto_class)
+        for auto_class, mapping in _MAPPINGS.items()
+        for model_type in getattr(modeling_auto, mapping)
+    ]
+    unknown = sorted(set(model_types) - {entry.model_type for entry in found})
+    if unknown:
+        raise InputError(f"transformers has no causal or image-text model type {unknown[0]!r}")
+    return [e for e in found if not model_types or e.model_type in model_types]
 
 
 @dataclass(frozen=True)
@@ -171,7 +214,7 @@ def _check(model: Any, folder: Path, states: int, seed: int) -> Report:
             excise(source, removed, out, max_shard_bytes=60_000)
         except ArchitectureError as error:
             raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
-        proof = verify(model, removed, out, new_tokens=_NEW_TOKENS)
+        proof = verify(model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images)
         assert proof.told, proof.remarks[0]
         worst = max(worst, proof.difference)
         unseen = proof.unseen

@@ -48,6 +48,8 @@ HANDS: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"moe_intermediate_size": 32},
     "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 7, **_VISUAL_TOKENS}},
     "granite4_vision": {
+        "vision_config": {**_TOWER, "model_type": "clip_vision_model", "image_size": 56},
+        "image_grid_pinpoints": [[56, 56], [56, 112]],
         "downsample_rate": "1/2",
         "deepstack_layer_map": [(0, 1), (1, 3)],
         "spatial_target_layers": [2, 4],

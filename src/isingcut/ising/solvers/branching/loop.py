@@ -1,8 +1,9 @@
-"""The tree of the exact search: open nodes, worker threads, limits."""
+"""The tree of the exact search: the best states so far, open nodes, worker threads, limits."""
 
 from __future__ import annotations
 
 import heapq
+import math
 import threading
 import time
 
@@ -12,11 +13,141 @@ from numpy.typing import NDArray
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import tabu
 from isingcut.ising.solvers._reduced import Reduced, propagate
-from isingcut.ising.solvers.branching.leaves import Leaves
-from isingcut.ising.solvers.branching.node import Node, Subproblem, spin_matrix
-from isingcut.ising.solvers.branching.pool import Pool
-from isingcut.ising.solvers.branching.relaxation import LARGE, Relaxation
+from isingcut.ising.solvers.branching.dfs import enumerate_below
+from isingcut.ising.solvers.branching.relaxation import (
+    LARGE,
+    Node,
+    Relaxation,
+    Subproblem,
+    spin_matrix,
+)
 from isingcut.ising.states import Floats
+
+
+class Pool:
+    """K best states with a falling threshold.
+
+    ``threshold`` (1,) is an array that compiled code reads while other threads lower it: only
+    states with an energy below it are still wanted.
+
+    Args:
+        k: how many states.
+        tolerance: energies closer than this count as equal.
+        grain: all energies differ by multiples of it (0: no such grain is known).
+    """
+
+    def __init__(self, k: int, tolerance: float, grain: float) -> None:
+        self.k = k
+        self.step = max(tolerance, grain - tolerance)
+        self.threshold = np.array([np.inf])
+        self._heap: list[tuple[float, bytes]] = []
+        self._known: set[bytes] = set()
+        self._lock = threading.Lock()
+
+    def add(self, energies: Floats, states: NDArray[np.uint8]) -> None:
+        """Merge states (S, V) with their energies."""
+        with self._lock:
+            for energy, state in zip(energies.tolist(), states, strict=True):
+                key = state.tobytes()
+                if key in self._known:
+                    continue
+                if len(self._heap) < self.k:
+                    heapq.heappush(self._heap, (-energy, key))
+                elif energy < -self._heap[0][0]:
+                    _, gone = heapq.heapreplace(self._heap, (-energy, key))
+                    self._known.discard(gone)
+                else:
+                    continue
+                self._known.add(key)
+            if len(self._heap) == self.k:
+                self.threshold[0] = min(self.threshold[0], -self._heap[0][0] - self.step)
+
+    @property
+    def best(self) -> float:
+        """Lowest energy so far, or infinity."""
+        return min((-energy for energy, _ in self._heap), default=np.inf)
+
+    def states(self, width: int) -> NDArray[np.uint8]:
+        """The states (S, V)."""
+        rows = [np.frombuffer(key, dtype=np.uint8) for _, key in self._heap]
+        return np.array(rows, dtype=np.uint8).reshape(len(rows), width)
+
+
+# Nodes of one enumeration, tuned on the families of benchmarks/solvers.py.
+ROOT_BUDGET = 1_000_000
+NODE_BUDGET = 60_000
+
+
+class Leaves:
+    """Tries to enumerate subproblems, and remembers at which size that tends to succeed.
+
+    Args:
+        rows: the reduced problem, for its rows.
+        k: how many states are wanted.
+        pool: takes what is found.
+        stop: (1,) shared flag.
+    """
+
+    def __init__(self, rows: Reduced, k: int, pool: Pool, stop: NDArray[np.int64]) -> None:
+        self.rows = rows
+        self.k = k
+        self.pool = pool
+        self.stop = stop
+        self.visited = 0
+        # Share of enumerations that finished within their budget, by log2 of the state count.
+        self._luck: dict[int, float] = {}
+
+    def settle(self, part: Subproblem, root: bool) -> bool:
+        """Enumerate the subproblem; False if its budget ran out first."""
+        n, left = part.free.size, part.left
+        difficulty = round(4 * math.log2(math.comb(n, left)))
+        luck = self._luck.get(difficulty, 1.0)
+        if not root and luck < 0.15:
+            self._luck[difficulty] = luck + 0.002
+            return False
+        r, h, J, base = self.rows, part.h, part.J, part.base
+        # Costly blocks first: choosing one is soon refuted, and the cheap ones that remain
+        # for the end are few.
+        order = np.argsort(-(h + J.sum(axis=1) * (left / n) / 2))
+        A = r.A[:, part.free[order]]
+        shift = r.A @ (part.fixed == 1)
+        low, high = r.low - shift, r.high - shift
+        h, J = h[order], np.where(part.exclusive, np.inf, J)[np.ix_(order, order)]
+        flip = 2 * left > n and not part.exclusive.any()
+        if flip:
+            # The same problem in x -> 1 - x has fewer ones to place.
+            base += float(h.sum() + J.sum() / 2)
+            h = -(h + J.sum(axis=1))
+            total = A.sum(axis=1)
+            A, low, high = -A, low - total, high - total
+            order, h, J, A = order[::-1], h[::-1], J[::-1, ::-1], A[:, ::-1]
+            left = n - left
+        energies = np.full(self.k, np.inf)
+        best = np.zeros((self.k, n), dtype=np.uint8)
+        complete, visited = enumerate_below(
+            np.ascontiguousarray(h),
+            np.ascontiguousarray(J),
+            np.ascontiguousarray(A),
+            low,
+            high,
+            left,
+            base,
+            self.pool.threshold,
+            self.stop,
+            ROOT_BUDGET if root else NODE_BUDGET,
+            energies,
+            best,
+        )
+        self.visited += int(visited)
+        if not root:
+            self._luck[difficulty] = luck + 0.1 * (float(complete) - luck)
+        found = np.isfinite(energies)
+        if found.any():
+            states = np.repeat((part.fixed == 1).astype(np.uint8)[None], int(found.sum()), axis=0)
+            states[:, part.free[order]] = 1 - best[found] if flip else best[found]
+            self.pool.add(energies[found], states)
+        return bool(complete)
+
 
 # A large root's bound is improved as long as a call closes this share of what is left (by the last
 # five calls).

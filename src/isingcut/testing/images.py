@@ -1,16 +1,32 @@
-"""Two images in the forms that models of transformers take, as large as a configuration says."""
+"""Two prompts with an image each, made by rule: tiny models have no processor.
+
+Pixels are as large as the configuration says, in the forms that transformers' models take them, and
+there are as many image tokens in the prompt as the model makes features of them. The model itself
+says which form is right: with another one it fails.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ImageInputs = dict[str, Tensor]
+from isingcut.errors import ModelError
+from isingcut.models.cutting.images import ImageInputs, on_device_of, parameters, try_images
 
+_TOKENS = (
+    "image_token_id",
+    "image_token_index",
+    "image_token",
+    "img_context_token_id",
+    "video_token_id",
+)
+# Where an image stands, told by a mask instead of a token (Kosmos-2).
+_PLACES = "image_embeds_position_mask"
 _CHANNELS = ("num_channels", "in_channels", "in_chans", "num_image_channels")
 _SIDES = ("image_size", "resolution", "force_image_size")
 _MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size")
@@ -20,9 +36,93 @@ _TILES = (1, 2, 3, 5)
 WORDS = 6
 
 
-def parameters(function: Any) -> set[str]:
-    """Names of a function's parameters, whatever decorates it."""
-    return set(inspect.signature(inspect.unwrap(function)).parameters)
+def invent_images(model: Any, folder: Path, words: Tensor, **ignored: Any) -> ImageInputs:
+    """Two prompts that a model takes; for `models.cutting.verify.verify`.
+
+    Args:
+        model: it takes images.
+        folder: not used.
+        words: (2, T) token ids to put around the images.
+
+    Raises:
+        ModelError: it takes none of the prompts; what went wrong with the likeliest.
+    """
+    token = _image_token(model)
+    reason = ""
+    for pixels in image_forms(model):
+        try:
+            return try_images(model, partial(_prompts, model, words, token, pixels))
+        except ModelError as error:
+            reason = reason or str(error)
+    raise ModelError(reason or "no way is known to make one of its configuration")
+
+
+def _prompts(model: Any, words: Tensor, token: int | None, pixels: ImageInputs) -> ImageInputs:
+    placed = token is not None or _PLACES in parameters(model.forward)
+    count = _features(model, pixels) if placed else 0
+    return {**_prompt(model, words, token, count), **pixels}
+
+
+def _image_token(model: Any) -> int | None:
+    config = model.config
+    if isinstance(table := getattr(config, "vocabulary_map", None), dict) and "<image>" in table:
+        return int(table["<image>"])
+    return first_number(config, _TOKENS)
+
+
+def _features(model: Any, pixels: ImageInputs) -> int:
+    """How many feature vectors the model makes of one image: so many tokens stand for it."""
+    if "aspect_ratio_ids" in pixels:
+        return 1  # The text attends to the image: mllama.
+    names = ("get_image_features", "get_video_features")
+    places = (model, getattr(model, "model", model))
+    found = (getattr(place, name, None) for name in names for place in places)
+    features: Any = next(filter(None, found), None) or model.get_image_features
+    return _rows(features(**on_device_of(model, pixels), return_dict=True)) // 2
+
+
+def _rows(found: Any) -> int:
+    """Feature vectors in what a model makes of its images."""
+    if isinstance(found, Tensor):
+        return found.shape[:-1].numel()
+    if isinstance(found, (list, tuple)) and not hasattr(found, "pooler_output"):
+        return sum(map(_rows, found))
+    for name in ("pooler_output", "deepstack_features", "last_hidden_state"):
+        value = getattr(found, name, None)
+        if value is not None:
+            # Of features for several text blocks, (block, features), the first.
+            return _rows(value[0][1] if name == "deepstack_features" else value)
+    return 0
+
+
+def _prompt(model: Any, words: Tensor, token: int | None, count: int) -> ImageInputs:
+    """Token ids of both rows: words, the image between its marks, words.
+
+    Where nothing stands for an image in the text, the words alone: the blocks look at it.
+    """
+    words = words[:1, : 2 * WORDS].cpu()
+    marks = [
+        [] if mark is None else [mark]
+        for mark in (
+            first_number(
+                model.config, ("vision_start_token_id", "boi_token_id", "boi_token_index")
+            ),
+            first_number(model.config, ("vision_end_token_id", "eoi_token_id", "eoi_token_index")),
+        )
+    ]
+    before, after = marks if count else ([], [])
+    stands = int(words[0, 0]) if token is None else token
+    image = torch.tensor([[*before, *[stands] * count, *after]], dtype=torch.long)
+    ids = torch.cat((words[:, :WORDS], image, words[:, WORDS:]), dim=1).expand(2, -1).clone()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    accepted = parameters(model.forward)
+    start = WORDS + len(before)
+    there = torch.zeros_like(ids)
+    there[:, start : start + count] = 1
+    for name in ("mm_token_type_ids", "token_type_ids", _PLACES):
+        if name in accepted:
+            inputs[name] = there
+    return inputs
 
 
 def first_number(config: Any, names: tuple[str, ...]) -> int | None:

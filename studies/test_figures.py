@@ -1,0 +1,49 @@
+"""Figures of the documentation are those of the studies' results and of the code's defaults."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from isingcut.options.config import RunConfig
+from isingcut.options.healing import HealConfig
+from studies.runner import run
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = re.compile(r"<!-- figures: ([\w ]+) -->\n((?:\|.*\n)+)")
+
+
+def decimals(text: str) -> list[str]:
+    return re.findall(r"\d+\.\d+", text)
+
+
+def test_marked_tables_are_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for name in ("accuracy", "healing", "objectives", "quality"):
+        module = importlib.import_module(f"studies.{name}.study")
+        run(getattr(module, name.capitalize()), ["--summary"])
+        shown[name] = [*map(float, decimals(capsys.readouterr().out))]
+    wrong, tables = [], 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for names, table in TABLE.findall(page.read_text(encoding="utf-8")):
+            known, tables = [y for name in names.split() for y in shown[name]], tables + 1
+            for figure in decimals(table):
+                half = 0.5 * 10.0 ** -len(figure.partition(".")[2]) + 1e-9
+                if not any(abs(float(figure) - y) <= half for y in known):
+                    wrong.append(f"{page.relative_to(ROOT)}: {figure}")
+    assert not wrong
+    assert tables > 10
+
+
+def test_defaults_are_of_the_code() -> None:
+    run_tokens, heal_tokens = RunConfig().patch_tokens, HealConfig().patch_tokens
+    for page, words in (
+        ("choosing", f"fits it on {run_tokens:,} tokens, `isingcut heal` on {heal_tokens:,}"),
+        ("healing", f"{run_tokens:,} tokens; that of `isingcut heal` is {heal_tokens:,}"),
+        ("experiments/patch", f"A run takes {run_tokens:,} tokens"),
+    ):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert words in " ".join(text.split())
