@@ -185,8 +185,9 @@ def text_file(path: Path, name: str) -> TextFile:
     """
     suffix, packed = _kind(path)
     with clear_errors(name), ExitStack() as failed:
-        opened = os.fdopen(os.dup(0), "rb") if str(path) == "-" else path.open("rb")
-        stream: io.BufferedReader = failed.enter_context(opened)
+        binary = getattr(os, "O_BINARY", 0)
+        raw = _Descriptor(os.dup(0) if str(path) == "-" else os.open(path, os.O_RDONLY | binary))
+        stream: io.BufferedReader = failed.enter_context(io.BufferedReader(raw))
         known = suffix in FORMATS
         if packed or (not known and stream.peek(1).startswith(b"\x1f")):
             unpacked: Any = gzip.GzipFile(fileobj=stream)
@@ -198,6 +199,27 @@ def text_file(path: Path, name: str) -> TextFile:
             suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
         failed.pop_all()
     return TextFile(name, suffix, stream)
+
+
+class _Descriptor(io.RawIOBase):
+    """A file that is closed with the last reader of it, without a warning if that failed."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = os.read(self._descriptor, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
 
 
 @contextmanager
