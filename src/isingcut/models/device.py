@@ -40,7 +40,7 @@ def pick_device(device: str) -> torch.device:
     try:
         present = 1 if chosen.type == "cpu" else torch.get_device_module(chosen).device_count()
     except (RuntimeError, AttributeError):
-        chosen, present = torch.device("cpu"), 0
+        present = 0
     if (chosen.index or 0) >= present:
         raise InputError(f"--device {device} is not on this machine; choose auto or cpu")
     if chosen.type == "mps":
