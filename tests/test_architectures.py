@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -19,7 +17,6 @@ from transformers import (
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.models.architectures import cut_config, find_stack, legality, skipped, text_config
 from isingcut.models.architectures.surgery import rename_pattern, renumbering
-from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.testing.architectures import check_family, legal_states
 from isingcut.testing.configurations import FAMILIES
@@ -295,46 +292,3 @@ def test_inspection_says_why_a_model_is_refused(tmp_path):
 def test_data_classes_come_without_torch():
     code = "import sys, isingcut.models.architectures.base; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-TEXT = {
-    "vocab_size": 262,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-MULTIMODAL = {
-    "gemma3": {
-        "text_config": {**TEXT, "sliding_window": 8, "sliding_window_pattern": 2},
-        "vision_config": VISION,
-        "mm_tokens_per_image": 4,
-    },
-    "llava": {
-        "text_config": {"model_type": "llama", **TEXT},
-        "vision_config": {"model_type": "clip_vision_model", **VISION},
-    },
-}
-
-
-@pytest.mark.parametrize("family", MULTIMODAL)
-def test_the_text_part_of_a_multimodal_model_is_cut(family, tmp_path):
-    config = AutoConfig.for_model(family, **MULTIMODAL[family])
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    stack = find_stack(model)
-    assert stack.path == "model.language_model.layers"
-    model.save_pretrained(tmp_path / "source")
-    excise(tmp_path / "source", [0, 2], tmp_path / "out")
-    assert verify(model, [0, 2], tmp_path / "out").difference == 0.0
-    assert inspect_model(tmp_path / "out").stack.kinds == stack.kinds[1::2]

@@ -90,10 +90,6 @@ def climb_out(folder: Path) -> None:
     change_index(folder, **{"model.norm.weight": "../secret.safetensors"})
 
 
-def absolute_path(folder: Path) -> None:
-    change_index(folder, **{"model.norm.weight": "/etc/passwd"})
-
-
 def link_out(folder: Path) -> None:
     shard = folder / "model-00002-of-00002.safetensors"
     shard.rename(folder.parent / "elsewhere.safetensors")
@@ -106,24 +102,10 @@ def broken_link(folder: Path) -> None:
     shard.symlink_to(folder / "nowhere")
 
 
-def link_to_itself(folder: Path) -> None:
-    shard = folder / "model-00002-of-00002.safetensors"
-    shard.unlink()
-    shard.symlink_to(shard.name)
-
-
 def device_file(folder: Path) -> None:
     shard = folder / "model-00002-of-00002.safetensors"
     shard.unlink()
     os.mkfifo(shard)
-
-
-def index_is_no_json(folder: Path) -> None:
-    (folder / INDEX).write_text("{")
-
-
-def index_is_a_list(folder: Path) -> None:
-    (folder / INDEX).write_text("[]")
 
 
 def index_names_a_number(folder: Path) -> None:
@@ -142,10 +124,6 @@ def set_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     config.update(changes)
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def config_is_no_json(folder: Path) -> None:
-    (folder / "config.json").write_text("not json")
 
 
 def only_pickles(folder: Path) -> None:
@@ -169,17 +147,12 @@ HOSTILE = [
     (duplicate_name_in_the_header, "appears twice"),
     (wrong_shard, "but it is in model-00002"),
     (climb_out, "leaves the checkpoint folder"),
-    (absolute_path, "leaves the checkpoint folder"),
     (link_out, "a link that leads out of the checkpoint"),
     (broken_link, "is missing or a broken link"),
-    (link_to_itself, "is missing or a broken link"),
     (device_file, "is not a regular file"),
-    (index_is_no_json, "is not readable as JSON"),
-    (index_is_a_list, "has no 'weight_map'"),
     (index_names_a_number, "maps tensor 'a' to 3"),
     (more_blocks_in_the_config, "says 8 blocks but the tensors .* have 6; block 6 is missing"),
     (fewer_blocks_in_the_config, "says 5 blocks but the tensors .* have 6"),
-    (config_is_no_json, "is not readable as JSON"),
     (only_pickles, "convert it with transformers"),
     (an_adapter, "merge it into its base model"),
 ]
