@@ -43,7 +43,6 @@ from isingcut.measure.work import Work
 from isingcut.models import replay as blocks
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute import head, tuning
-from isingcut.models.compute import loss_gradient as loss
 from isingcut.models.cutting.verify import verify
 from isingcut.models.replay import Replay
 from isingcut.models.streaming import store
@@ -240,13 +239,13 @@ DROPPED = [
     (blocks.Replay, "record", "input_ids.to(self.device)", "input_ids", "losses"),
     (head._Fused, "__init__", "[predicted].to(device)", "[predicted]", "losses"),
     (head._Fused, "__init__", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "losses"),
-    (head.Reference, "__init__", "1:].to(logits.device)", "1:]", "losses, head in one"),
+    (head._BySample, "_sums", "[s]].to(logits.device)", "[s]]", "losses, head in one"),
     (curvature, "_through_blocks", "device=replay.device, ", "", "hessian"),
     (gradients, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
-    (loss, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
+    (head, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
     (likelihoods, "_heads", "label[None].to(replay.device)", "label[None]", "answers"),
     (likelihoods, "_heads", "label.to(logits.device)", "label", "answers"),
-    (evaluate, "sample_sums", "[counts].to(first.device)", "[counts]", "quality"),
+    (evaluate, "_sums_by_sample", "[counts].to(first.device)", "[counts]", "quality"),
     (_absorb, "_response", ".to(plain)", "", "patch of what is read"),
     (exact, "sides", "mask.to(device)", "mask", "patch of what is written"),
     (store.Store, "_settle_rest", "host.to(self.device)", "host", "losses, streamed"),

@@ -13,38 +13,7 @@ def hamiltonian(n, seed=0):
     return Hamiltonian.from_quadratic(rng.normal(size=(n, n)))
 
 
-def brute_force(problem, k):
-    x = (np.arange(2**problem.n)[:, None] >> np.arange(problem.n)) & 1
-    return np.sort(problem.hamiltonian.energies(x[problem.feasible(x)]))[:k]
-
-
 N = 12
-KINDS = ["attention", "mlp", "moe"] * 4
-APART = [con.LinearConstraint(f"a{i}", np.eye(N)[i] + np.eye(N)[i + 1], "<=", 1) for i in range(11)]
-PROBLEMS = {
-    "free": [],
-    "count": [con.count(N, 5)],
-    "nothing": [con.count(N, 0)],
-    "everything": [con.count(N, N)],
-    "kinds": con.kind_counts(KINDS, {"attention": 2, "mlp": 3}),
-    "budget": [con.budget("params", np.arange(1.0, N + 1), share=0.4)],
-    "count and budget": [con.count(N, 5), con.budget("b", np.arange(1e9, 13e9, 1e9), share=0.5)],
-    "keep and drop": [con.count(N, 4), *con.keep(N, [0, 1]), *con.drop(N, [3])],
-    "legality": [con.count(N, 8), con.keep_at_least(KINDS, "attention", 2)],
-    "periods": con.together(N, [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)]),
-    "apart": [con.count(N, 5), *APART],
-    "count and periods": [con.count(N, 6), *con.together(N, [(0, 1), (2, 3), (4, 5), (6, 7)])],
-}
-
-
-@pytest.mark.parametrize("solver", ["exhaustive", "tabu", "auto"])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_k_best_under_every_kind_of_constraint(solver, name):
-    problem = Problem(hamiltonian(N), PROBLEMS[name])
-    spectrum = solve(problem, solver, k=15)
-    wanted = brute_force(problem, 15)
-    np.testing.assert_allclose(spectrum.energies, wanted, atol=1e-9)
-    assert spectrum.unit == "arbitrary"
 
 
 @pytest.mark.parametrize("diverse", [1, 2, 3])

@@ -101,7 +101,7 @@ def test_what_is_no_memory(text):
         Memory(text)
 
 
-@pytest.mark.parametrize("text", ["g", "cuda:x", "cuda:-1", "cuda:1000", ""])
+@pytest.mark.parametrize("text", ["gpu", "cuda:x", "cuda:-1", "cuda:1000", "", "auto:1"])
 def test_what_is_no_device(text):
     with pytest.raises(InputError, match="must be auto, cpu, cuda or cuda:N"):
         spellings.parse_device(text)

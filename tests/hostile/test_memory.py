@@ -14,7 +14,7 @@ import isingcut
 from isingcut.errors import MemoryExhaustedError
 from isingcut.healing.heal import heal
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.cutting import generation, verify
+from isingcut.models.cutting import verify
 from isingcut.models.loading import loading
 from isingcut.models.text_alone import on_text_alone
 
@@ -49,8 +49,10 @@ EXHAUSTED = {
 @pytest.mark.parametrize(("use_up", "wanted", "where"), EXHAUSTED.values(), ids=EXHAUSTED)
 def test_a_command_ends_with_one_line(arena, monkeypatch, use_up, wanted, where):
     monkeypatch.setattr("isingcut.report.write.RunFiles", use_up)
-    more = "" if wanted is None else f": {wanted:,} bytes more were wanted"
-    arena.try_row(Row("report", "report {run}", f"memory of {where} is used up{more}; .*--stream"))
+    more = "" if wanted is None else f": {wanted:,} bytes more were needed"
+    arena.try_row(
+        Row("report", "report {run}", f"memory of {where} is used up{more}.*; .*--stream")
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
@@ -99,7 +101,7 @@ def reloads(monkeypatch):
 
 def generates(monkeypatch):
     model = SimpleNamespace(generate=in_torch)
-    generation.check_generation(model, torch.zeros((1, 2), dtype=torch.long), 1, "model")
+    verify.check_generation(model, torch.zeros((1, 2), dtype=torch.long), 1, "model")
 
 
 @pytest.mark.parametrize("step", [reads, runs_on_text, reloads, generates])

@@ -37,56 +37,28 @@ MORE = f"says num_.*={10**9}; expected at most 100000"
 # Each is tried on `inspect` and on `energy`: what is wrong, the fields, what the line says.
 CONFIGS = [
     ("a depth in words", {"num_hidden_layers": "six"}, f"{INVALID}.*expected int, got str"),
-    ("a depth as a string", {"num_hidden_layers": "6"}, f"{INVALID}.*expected int, got str"),
     ("a negative depth", {"num_hidden_layers": -6}, "says num_hidden_layers=-6; expected at least"),
     ("no block", {"num_hidden_layers": 0}, "says num_hidden_layers=0; expected at least 1"),
-    ("a depth of null", {"num_hidden_layers": None}, f"{INVALID}.*expected int, got NoneType"),
-    ("a depth in pieces", {"num_hidden_layers": 2.5}, f"{INVALID}.*expected int, got float"),
-    ("a depth that is true", {"num_hidden_layers": True}, f"{INVALID}.*expected int, got bool"),
-    ("a list of depths", {"num_hidden_layers": [6]}, f"{INVALID}.*expected int, got list"),
     ("a billion blocks", {"num_hidden_layers": 10**9}, MORE),
     ("a depth beyond 64 bits", {"num_hidden_layers": 10**30}, "=10{30}; expected at most 100000"),
-    ("a width in words", {"hidden_size": "wide"}, f"{INVALID}.*'hidden_size' expected int"),
-    ("a negative width", {"hidden_size": -32}, "negative dimension -32"),
-    ("no width", {"hidden_size": 0}, r"the tensor .* shape \[.*32\], its model wants \[.*0\]"),
     ("another width", {"hidden_size": 64}, r"shape \[.*32\], its model wants \[.*64\]"),
     ("a huge width", {"hidden_size": 10**7}, FILLS),
     ("a width beyond 64 bits", {"hidden_size": 10**25}, "cannot load the model in .*Overflow"),
     ("no heads", {"num_attention_heads": 0}, f"{INVALID}ZeroDivisionError"),
-    ("heads of null", {"num_attention_heads": None}, f"{INVALID}.*expected int, got NoneType"),
-    ("heads that do not divide", {"num_attention_heads": 7}, f"{INVALID}.*not a multiple of"),
-    ("a list of key heads", {"num_key_value_heads": [1, 2]}, f"{INVALID}.*'num_key_value_heads'"),
-    ("no key heads", {"num_key_value_heads": 0}, "cannot load the model in .*ZeroDivisionError"),
-    ("a huge feed-forward", {"intermediate_size": 2**40}, FILLS),
-    ("a list of feed-forwards", {"intermediate_size": [48] * 6}, f"{INVALID}.*got list"),
-    ("a huge vocabulary", {"vocab_size": 10**12}, FILLS),
-    ("a negative vocabulary", {"vocab_size": -1}, "negative dimension -1"),
-    ("a huge head", {"head_dim": 10**9}, FILLS),
-    ("few layer types", {"layer_types": ["full_attention"] * 4}, f"{INVALID}.*equal to the number"),
     ("an unknown layer type", {"layer_types": ["of_a_kind"] * 6}, LAYER_TYPE),
-    ("layer types in a word", {"layer_types": "full_attention"}, LAYER_TYPE),
-    ("layer types that are numbers", {"layer_types": [1] * 6}, LAYER_TYPE),
     ("an unknown activation", {"hidden_act": "swishish"}, "cannot load the model in .*'swishish'"),
-    ("a list of activations", {"hidden_act": ["silu"]}, f"{INVALID}.*'hidden_act' expected str"),
-    ("rope in a word", {"rope_parameters": "linear"}, f"{INVALID}.*'rope_parameters'"),
-    ("rope of no kind", {"rope_parameters": {"rope_type": "spiral"}}, "cannot load .*'spiral'"),
     ("an unknown model type", {"model_type": "lama"}, "has model type `lama` but Transformers"),
     (
         "a list of model types",
         {"model_type": ["llama"]},
         r"model_type=\['llama'\]; expected a text",
     ),
-    ("no model type", {"model_type": None}, "model type `None`"),
     (
         "an encoder-decoder",
         {"model_type": "t5"},
         "no text-generating decoder of the model type 't5'",
     ),
-    ("many labels", {"num_labels": 10**9}, MORE),
     ("quantised in a word", {"quantization_config": "fp8"}, "config='fp8'; expected an object"),
-    ("no dtype", {"dtype": "float3"}, f"{INVALID}.*'float3'"),
-    ("epsilon in words", {"rms_norm_eps": "small"}, f"{INVALID}.*'rms_norm_eps' expected float"),
-    ("a padding too far", {"pad_token_id": 10**6}, "Padding_idx must be within num_embeddings"),
     ("a map that is a list", {"per_layer_config": [1]}, f"{INVALID}.*has no attribute 'items'"),
     ("code of its own", RUNS, "runs only if you trust it; .* pass --trust-remote-code"),
 ]
@@ -105,20 +77,15 @@ DEEP = "nested deeper than 200"
 FILES = [
     ("a deep config", deep("config.json"), DEEP),
     ("a deep index", both(sharded(), deep(INDEX)), DEEP),
-    ("a deep tokenizer config", deep("tokenizer_config.json"), DEEP),
     ("a deep generation config", deep("generation_config.json"), DEEP),
     ("a config that is a list", written("config.json", "[]"), "is not a JSON object"),
     ("a config of NaN", written("config.json", '{"a": NaN}'), "NaN is not JSON"),
-    ("an empty config", written("config.json", ""), "not readable as JSON"),
     ("a config in two minds", written("config.json", '{"a": 1, "a": 2}'), "'a' appears twice"),
-    ("a config in UTF-16", written("config.json", "{}".encode("utf-16")), "not readable as JSON"),
     ("a config of digits", written("config.json", BILLION), "not readable as JSON"),
-    ("a config of zeros", written("config.json", bytes(10**5)), "not readable as JSON"),
     ("a pipe for a config", pipe("config.json"), "config.json is not a regular file"),
     ("a device for a config", linked("config.json", "/dev/zero"), "not a regular file"),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
     ("a device for weights", linked(WEIGHTS, "/dev/zero"), "model.safetensors is a device"),
-    ("a pipe for a tokenizer", pipe("tokenizer.json"), "tokenizer.json is a pipe"),
     ("a pipe for a template", pipe("chat_template.jinja"), "chat_template.jinja is a pipe"),
     ("a dangling config", linked("config.json", "nowhere"), "missing or a broken link"),
     (
@@ -138,10 +105,7 @@ FILES = [
         r"PEFT adapter.*from_pretrained\('org/base'\).*merge_and_unload",
     ),
     ("an adapter beside a model", written("adapter_config.json", "{}"), "PEFT adapter.*'BASE'"),
-    ("a deep adapter", deep("adapter_config.json"), DEEP),
     ("an index that is a list", sharded(lambda i: [1]), "has no 'weight_map'"),
-    ("an index of numbers", sharded(lambda i: {"weight_map": {UP: 3}}), "to 3, not to a file name"),
-    ("an index without a map", sharded(lambda i: {"weight_map": []}), "has no 'weight_map'"),
     ("an index that leaves", sharded(lambda i: {"weight_map": {UP: "../text.txt"}}), "leaves the"),
     (
         "an index of long names",
@@ -168,23 +132,20 @@ FILES = [
     ("an empty weight file", written(WEIGHTS, b""), "truncated or no safetensors"),
     ("a header that is a list", written(WEIGHTS, b"\x02" + bytes(7) + b"[]"), "is no object"),
     ("a shape in words", entry(shape="32"), "has a number that is none"),
-    ("a shape of words", entry(shape=["32"]), "has a number that is none"),
     ("a shape of nothing", entry(shape=None), "entry of 'model.norm.weight' is damaged"),
-    ("a shape in pieces", entry(shape=[32.0]), "has a number that is none"),
     ("a negative shape", entry(shape=[-32]), "does not fill its"),
     ("a shape beyond 64 bits", entry(shape=[10**20]), "has an impossible shape"),
     ("a shape of many axes", entry(shape=[1] * 10**5), "has an impossible shape"),
     ("another shape", entry(shape=[31]), "does not fill its"),
     ("a dtype that is a list", entry(dtype=["F32"]), r"unknown dtype \['F32'\]"),
-    ("an unknown dtype", entry(dtype="F31"), "unknown dtype 'F31'"),
-    ("offsets of three", entry(data_offsets=[0, 1, 2]), "entry of 'model.norm.weight' is damaged"),
-    ("offsets in words", entry(data_offsets=["a", "b"]), "has a number that is none"),
     ("offsets elsewhere", entry(data_offsets=[10**9, 10**9 + 128]), "header is damaged"),
     (
         "an entry that is a number",
         header(lambda h: h.update({"model.norm.weight": 3})),
         "is damaged",
     ),
+    ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
+    ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
     ("a hole in the blocks", tensors(lambda t: without(t, "layers.3.")), "none of block 3"),
 ]
 # What `inspect` does not read: numbers, and names of single tensors.
@@ -195,19 +156,12 @@ LOADED = [
         number("model.norm.weight", -np.inf),
         "model.norm.weight .* holds NaN or infinity",
     ),
-    (
-        "NaN in the embedding",
-        number("model.embed_tokens.weight", np.nan),
-        "embed_tokens.weight .* NaN",
-    ),
     ("a missing tensor", tensors(lambda t: without(t, UP)), f"lacks 1 tensors .* {UP}"),
-    ("a missing norm", tensors(lambda t: without(t, "model.norm")), "lacks 1 tensors .*model.norm"),
     (
         "another shape",
         tensors(lambda t: t.update({UP: ones(40, 32)})),
         rf"{UP} in .* has the shape \[40, 32\], its model wants \[48, 32\]",
     ),
-    ("a turned tensor", tensors(lambda t: t.update({UP: ones(32, 48)})), r"shape \[32, 48\], its"),
     ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
     ("a block fewer", tensors(lambda t: without(t, ".5.")), "6 blocks and .* has tensors of 5"),
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
@@ -218,7 +172,6 @@ LOADED = [
         "cannot load the tokenizer",
     ),
     ("a deep tokenizer", deep("tokenizer.json"), "cannot load the tokenizer"),
-    ("a tokenizer that is a list", written("tokenizer.json", "[]"), "cannot load the tokenizer"),
     (
         "a tokenizer without a model",
         written("tokenizer.json", '{"version": "1.0"}'),
@@ -314,25 +267,5 @@ def test_a_models_folder_is_read_within_bounds(arena, row):
     arena.try_row(row)
 
 
-LOOKS = [
-    Row(
-        "tensors of a block more",
-        "inspect {model}",
-        "cannot be cut: config.json says 6 blocks and the checkpoint has tensors of 7",
-        tensors(more_blocks),
-        code=0,
-    ),
-    Row(
-        "100000 blocks",
-        "inspect {model}",
-        "cannot be cut: config.json says 100000 blocks and the checkpoint has tensors of 6",
-        config(num_hidden_layers=100_000),
-        code=0,
-    ),
-    Row("no tokenizer", "inspect {model}", "6 blocks", removed("tokenizer.json"), code=0),
-]
-
-
-@pytest.mark.parametrize("row", LOOKS, ids=[r.name for r in LOOKS])
-def test_inspect_trusts_the_tensors_and_needs_no_tokenizer(arena, row):
-    arena.try_row(row)
+def test_inspect_needs_no_tokenizer(arena):
+    arena.try_row(Row("bare", LOOK, "6 blocks", removed("tokenizer.json"), code=0))

@@ -39,8 +39,7 @@ from isingcut.measure.sharing import SharedJournal
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import identity
-from isingcut.models.compute.head import OutputHead
-from isingcut.models.compute.loss_gradient import loss_gradient
+from isingcut.models.compute.head import OutputHead, loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
 

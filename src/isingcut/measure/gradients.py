@@ -24,8 +24,7 @@ from isingcut.measure.streams import check_finite
 from isingcut.measure.sweep import gate_chunks, gate_rows
 from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
-from isingcut.models.compute.head import OutputHead
-from isingcut.models.compute.loss_gradient import loss_gradient
+from isingcut.models.compute.head import OutputHead, loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
 

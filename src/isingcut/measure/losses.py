@@ -36,11 +36,11 @@ from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, own_blocks, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.compute.attention import chosen_attention
-from isingcut.models.compute.head import Comparison, OutputHead, Reference, comparison
+from isingcut.models.compute.head import Comparison, OutputHead, comparison
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
 
-__all__ = ["Measurement", "Reference", "measure", "measure_together", "standard_error"]
+__all__ = ["Measurement", "measure", "measure_together", "standard_error"]
 
 # Streams of a batch beside those of the states: the original's, what entered the blocks (the
 # recording has it), and the one that a block is just making.

@@ -33,10 +33,12 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(parse_device(device))
-        present = 1 if chosen.type == "cpu" else torch.get_device_module(chosen).device_count()
+        name = parse_device(device)
     except InputError as e:
         raise InputError(f"--device: {e}") from e
+    chosen = torch.device(name)
+    try:
+        present = 1 if chosen.type == "cpu" else torch.get_device_module(chosen).device_count()
     except (RuntimeError, AttributeError):
         present = 0
     if (chosen.index or 0) >= present:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.ising.constraints import LinearConstraint
-from isingcut.models.architectures import fields
 from isingcut.models.architectures.auto import auto_class
 from isingcut.models.architectures.base import Block, BlockStack
 from isingcut.models.architectures.discover import find_stack, text_config
 from isingcut.models.architectures.same_blocks import check_same_blocks
 from isingcut.models.architectures.surgery import legality
-from isingcut.models.architectures.text_part import config_object, text_part
 from isingcut.models.checkpoint.read import StoredTensor
-from isingcut.models.fit import Checkpoint, bounded_structure, by_block, check_sizes, examine
+from isingcut.models.fit import bounded_structure, by_block, check_sizes, examine
 from isingcut.models.loading import loading
 
 
@@ -33,8 +30,7 @@ class Inspection:
         model_type: the decoder's, for example ``"qwen3_moe"``.
         stack: its blocks; ``bytes`` are those stored where the checkpoint is there.
         rows: what every state has to obey.
-        refusal: why no state can be cut; empty where cutting works. Where the configuration says
-            another number of blocks than there are tensors of, the blocks are those of the tensors.
+        refusal: why no state can be cut; empty where cutting works.
         quantisation: the quantisation method; empty for plain weights.
         other_bytes: stored bytes outside the blocks; 0 without weights.
         parameters: of the whole model, embeddings included.
@@ -107,27 +103,31 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         trust_remote_code: allow the model's own code to run.
 
     Raises:
-        ModelError: transformers cannot build the model.
+        ModelError: transformers cannot build the model, or it has tensors of another number of
+            blocks than its configuration says.
         CheckpointError: the configuration or a header is damaged.
         ArchitectureError: it has no block stack.
     """
-    folder = Path(folder)
+    from transformers import AutoConfig
+
+    folder, configs = Path(folder), cast(Any, AutoConfig)
     seen = examine(folder, weights=False)
+    if seen.mismatch:
+        raise ModelError(seen.mismatch)
     with loading(f"the model in {folder}"):
-        config = _config(seen, trust_remote_code)
+        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # Kernels of the quantisation need a GPU; the structure does not.
         config.__dict__.pop("quantization_config", None)
         with bounded_structure(seen.most_numbers, str(folder)), torch.device("meta"):
             model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)
-    refusal, rows = seen.mismatch, []
-    if not refusal:
-        try:
-            rows = legality(seen.config, stack)
-            check_same_blocks(seen.config, stack, rows)
-        except ArchitectureError as error:
-            refusal = str(error)
+    refusal, rows = "", []
+    try:
+        rows = legality(seen.config, stack)
+        check_same_blocks(seen.config, stack, rows)
+    except ArchitectureError as error:
+        refusal = str(error)
     stack, other = _stored_bytes(seen.stored, stack)
     quantisation = seen.config.get("quantization_config") or {}
     return Inspection(
@@ -140,38 +140,6 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         parameters=sum(p.numel() for p in model.parameters()),
         positions=getattr(text_config(model), "max_position_embeddings", None),
     )
-
-
-def _config(seen: Checkpoint, trust_remote_code: bool) -> Any:
-    """The model's configuration; where it has another depth than the tensors, they are right."""
-    if seen.mismatch and seen.found is not None:
-        config = _with_depth(seen.config, seen.found)
-        if config is None:
-            raise ModelError(seen.mismatch)
-        return config
-    from transformers import AutoConfig
-
-    configs: Any = AutoConfig
-    return configs.from_pretrained(seen.folder, trust_remote_code=trust_remote_code)
-
-
-def _with_depth(config: dict[str, Any], count: int) -> Any | None:
-    """The configuration object of the same model with ``count`` blocks; None if it cannot be.
-
-    Args:
-        config: a checkpoint's ``config.json``; not changed.
-    """
-    changed = copy.deepcopy(config)
-    try:
-        derived = config_object(changed)
-        if derived is None:
-            return None
-        text = text_part(changed, derived)
-        named = [key for key in fields.COUNT if isinstance(text.get(key), int)]
-        text.update(dict.fromkeys(named or fields.COUNT[:1], count))
-        return config_object(changed)
-    except ArchitectureError:
-        return None
 
 
 def _stored_bytes(stored: Mapping[str, StoredTensor], stack: BlockStack) -> tuple[BlockStack, int]:

@@ -20,6 +20,8 @@ _KIND = r"[A-Za-z][A-Za-z0-9_.+-]*"
 _PLAIN = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _BYTES = {f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")}
 _BYTES |= {f"{k}ib": 1024.0**e for e, k in enumerate("kmgt", 1)}
+# `lazy` is the fake card of the tests.
+_DEVICES = "cpu|cuda|xpu|mps|hpu|mtia|xla|lazy"
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _LONGEST_EFFORT = 1e6
 _MOST_TOKENS = 1e12
@@ -276,9 +278,9 @@ def parse_device(text: str) -> str:
     """A device's name as torch spells it.
 
     Raises:
-        InputError: not auto, cpu, cuda, cuda:N or another type of torch's.
+        InputError: not auto, cpu, cuda, cuda:N or another type that torch computes on.
     """
-    if not re.fullmatch(r"auto|[a-z]{2,12}(:\d{1,3})?", text):
+    if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}})?", text):
         raise InputError(f"must be auto, cpu, cuda or cuda:N; got {_cut(text)}")
     return text
 

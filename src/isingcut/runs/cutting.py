@@ -36,8 +36,13 @@ from isingcut.models.architectures.auto import loading_class_of
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import cut_gguf
-from isingcut.models.cutting.gguf_match import check_same_model
-from isingcut.models.cutting.gguf_patch import Changed, Repacked, changed_tensors, repacked
+from isingcut.models.cutting.gguf_patch import (
+    Changed,
+    Repacked,
+    changed_tensors,
+    check_same_model,
+    repacked,
+)
 from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card

@@ -18,7 +18,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Bools, Floats
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.sweep import gate_chunks, gate_rows
-from isingcut.models.compute.loss_gradient import divergence_gradient
+from isingcut.models.compute.head import divergence_gradient
 from isingcut.models.replay import Recording, Replay
 
 PASSES = 4.0

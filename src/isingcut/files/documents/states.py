@@ -66,9 +66,11 @@ class PatchedCut(Strict):
     removed: list[Index] | None = None
     block: Index
     layer: str
-    changed: bool = True
+    ridge: Number | None = None
     held_out_error_left: Number | None = None
+    exact: bool = False
     tokens: Count | None = None
+    changed: bool = True
 
 
 class TunedLayer(Strict):
@@ -291,12 +293,13 @@ class FittedText(Strict):
 class PatchRecord(Strict):
     """What was patched of a cut, on which text, and how that was proven."""
 
-    cuts: list[PatchedCut]
-    changed: bool
     unpatched: list[UnpatchedCut]
-    text: FittedText | None = None
-    proof: CutProof | None = None
+    maps: str = ""
+    changed: bool
+    cuts: list[PatchedCut]
     tuning: PatchTuning | None = None
+    proof: CutProof | None = None
+    text: FittedText | None = None
 
 
 class CardParts(Strict):

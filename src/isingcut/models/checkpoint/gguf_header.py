@@ -108,9 +108,9 @@ def read_gguf(path: Path) -> GgufHeader:
     Raises:
         CheckpointError: no plain file, no GGUF file, or a damaged or truncated one.
     """
-    import gguf
+    from gguf.gguf_reader import GGUFReader
 
-    class Reader(gguf.GGUFReader):
+    class Reader(GGUFReader):
         """Believes no length that the file is too short for."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:

@@ -1,5 +1,9 @@
 """KL and NLL of rows of logits against reference logits.
 
+The package has them in two forms. Where no gradient is wanted they are sums over rows, here. Where
+one is, it is written out as softmax less a target: `head` for measurements, `healing.training.kl`
+for training.
+
 `RowSums` reads logits once, in pieces of the vocabulary; `row_kl` is for rows that are there whole.
 For one position with reference logits l and logits q, and p = softmax(l),
 

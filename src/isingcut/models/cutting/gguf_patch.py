@@ -1,4 +1,7 @@
-"""The layers of a patched checkpoint in a GGUF file: packed again as they were, the error measured.
+"""A GGUF file and its checkpoint: whether they are of one model, and a patch's layers in the file.
+
+Weights may be packed, permuted, split or joined there; norms are stored as they are, in plain
+numbers. The layers of a patched checkpoint are packed again as they were, and the error measured.
 
 The package gguf packs plain numbers, Q8_0, Q4_0, Q5_0 and the like. What it only unpacks (the K
 and the I types) becomes Q8_0, which is finer than any of them.
@@ -6,6 +9,7 @@ and the I types) becomes Q8_0, which is finer than any of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +19,79 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isingcut.errors import ArchitectureError
+from isingcut.errors import ArchitectureError, InputError
 from isingcut.models.architectures.surgery import depth, renumbering, written_out
 from isingcut.models.checkpoint.gguf_header import GgufHeader, block_of
-from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
-from isingcut.models.cutting.gguf_match import names_in_gguf
+from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
 from isingcut.models.fit import block_prefix
 from isingcut.models.fp8 import dequantise, read_tensor, scale_of, tile_of
+
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+# What a checkpoint may hold and a GGUF need not: tables that llama.cpp computes itself.
+_COMPUTED = re.compile(r"\.(attn_rot_embd|rope_freqs)\b")
+
+
+def check_same_model(header: GgufHeader, model: Path) -> None:
+    """Refuse a GGUF file that was not made from a checkpoint, as far as it can be known.
+
+    Args:
+        header: of the GGUF file.
+        model: the checkpoint's folder.
+
+    Raises:
+        InputError: another number of blocks, another width, or norms of other values.
+        CheckpointError: either is damaged.
+    """
+    text = written_out(read_config(model))
+    count = header.check_blocks()
+    _same(header, "blocks", count, depth(text))
+    width = next((text[k] for k in _WIDTHS if isinstance(text.get(k), int)), None)
+    if width is not None:
+        _same(header, "numbers in its stream", header.number("embedding_length"), width)
+    for name, stored in names_in_gguf(header, count, read_checkpoint(model)).items():
+        tensor = header.tensors.get(name)
+        if tensor is not None and name.endswith("norm.weight") and not _alike(tensor, stored):
+            raise InputError(
+                f"{header.path} is of another model: its tensor {name} has other values than the "
+                "run's model; give the GGUF that was made from it"
+            )
+
+
+def _same(header: GgufHeader, what: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise InputError(
+            f"{header.path} is of another model: it has {found} {what}, the run's model {wanted}"
+        )
+
+
+def names_in_gguf(
+    header: GgufHeader, count: int, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors by the names that llama.cpp has for them, where it has one."""
+    import gguf
+
+    architecture = next(
+        (a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None
+    )
+    if architecture is None:
+        return {}
+    known = gguf.get_tensor_name_map(architecture, count)
+    found = {}
+    for name, tensor in stored.items():
+        theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is not None and not _COMPUTED.search(theirs):
+            found[str(theirs)] = tensor
+    return found
+
+
+def _alike(tensor: Any, stored: StoredTensor) -> bool:
+    """Whether plain numbers are equal to bfloat16's rounding; some conversions add one to norms."""
+    if stored.dtype not in PLAIN or not np.issubdtype(tensor.data.dtype, np.floating):
+        return True
+    ours, theirs = tensor.data.flatten(), read_tensor(stored).double().flatten().numpy()
+    same = ours.size == theirs.size
+    return same and any(np.allclose(ours, theirs + m, rtol=0.02, atol=1e-3) for m in (0.0, 1.0))
+
 
 _Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 _SAME = 0.35
