@@ -11,8 +11,7 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.healing.healers.linear_patch import Patch
-from isingcut.healing.patch.files import applied, runs
+from isingcut.healing.patch.files import Patch, applied, runs
 from isingcut.healing.patch.least_squares import Moments, fit_ridge
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.testing.tiny import tiny_model

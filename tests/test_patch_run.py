@@ -20,10 +20,10 @@ from isingcut.data.fitting_text import FittingText, to_fit
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
-from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.load import load
 from isingcut.report.words import patch_warnings
+from isingcut.runs import patching
 from shared import OPTIONS, write_words
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -172,7 +172,7 @@ def test_an_interrupted_fit_leaves_the_cut_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(LinearPatch, "heal", stopped)
+        patched.setattr(patching, "patch_checkpoint", stopped)
         with pytest.raises(KeyboardInterrupt):
             job(llama, text, out)
     assert not (out / "model").exists()

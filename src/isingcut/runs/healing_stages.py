@@ -17,7 +17,7 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal_checkpoint, sample_length
-from isingcut.healing.healers import RECORD
+from isingcut.healing.job import RECORD
 from isingcut.options.healing import HealConfig
 from isingcut.options.spellings import parse_healing
 from isingcut.runs.folder import RunFolder

@@ -23,10 +23,9 @@ from isingcut.files.writing import (
     temporary_prefix,
     without_header,
 )
-from isingcut.healing.healers import registry
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import RECORD
-from isingcut.healing.patching import CANNOT, unpatched
+from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
 from isingcut.report.card import model_card
 from isingcut.runs.cutting import CUT, excise, place_of, write_checkpoint
 from isingcut.runs.folder import RunFolder
@@ -51,7 +50,7 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     place = place_of(folder, config, removed)
     healing = patch_config(config)
-    how = {"tokens": healing.patch_tokens, "maps": healing.patch_maps, "tuned": healing.tunes}
+    how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
     options = {"removed": blocks, "patch": {**how, **upstream(folder)}}
 
     def make(path: Path) -> None:
@@ -149,7 +148,7 @@ def _patched(
         session.progress,
         session.streamed[1] if session.streaming else None,
     )
-    found = registry.get("linear-patch")().heal(job, out)
+    found = patch_checkpoint(job, out)
     return {
         "unpatched": [],
         **found,

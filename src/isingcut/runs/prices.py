@@ -20,8 +20,8 @@ import psutil
 from isingcut.energies.pairwise import removals
 from isingcut.energies.search import greedy_price
 from isingcut.evaluation.candidates import few_samples
+from isingcut.healing.patch.tuning import BYTES
 from isingcut.healing.recipe import sizes
-from isingcut.healing.training.tune import BYTES
 from isingcut.ising.states import States
 from isingcut.measure.curvature import KINDS
 from isingcut.measure.tree import tree_nodes

@@ -175,38 +175,21 @@ class HealingWork(Strict):
     """`identity.json` of an unfinished healing: what it depends on."""
 
     work: str
-    training: str
 
 
 class HealingCurve(Strict):
-    """The training curve up to a saved state; an older isingcut made no checks."""
+    """The training curve up to a saved state."""
 
     steps: list[Step]
-    checks: list[HealingCheck] = Field(default_factory=list)
+    checks: list[HealingCheck]
+    trained_parameters: Count
 
 
-class HealingTargets(Strict):
-    """How many samples the teacher has answered."""
-
-    samples: Count
-
-
-class HealingWay(Strict):
+class HealingMemory(Strict):
     """How a training is computed on its machine."""
 
     most: Some
     recompute: bool
-
-
-class HealingTrained(HealingCurve):
-    """What a finished training has to say."""
-
-    tokens_seen: Count
-    samples: Count
-    processes: Some
-    trained_parameters: Count
-    recipe: HealingRecipe | None = None
-    stopped: HealingStop | None = None
 
 
 class HealedCandidate(Strict):
