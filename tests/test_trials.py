@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from healings import trainer_file
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.files.writing import read_json, write_json
@@ -28,11 +29,18 @@ TEXT = HealingText(
 )
 
 
+def heal_options(place: Path, name: str, **settings: Any) -> Path:
+    """A file of options with a trainer file of four samples a step."""
+    trainer = trainer_file(place / name, {"per_device_train_batch_size": 4, **settings})
+    options = place / f"{name}.yaml"
+    options.write_text(f"length: 32\nreport-samples: 2\ntrainer: {trainer}\n", encoding="utf-8")
+    return options
+
+
 @pytest.fixture(scope="module")
 def tried(folder: Path) -> Iterator[Path]:
     """A run that healed in a budget of tokens and compared three candidates before."""
-    options = folder / "budget.yaml"
-    options.write_text("length: 32\nreport-samples: 2\nbatch: 4\nlearning-rate: 0.003\n")
+    options = heal_options(folder, "budget", learning_rate=0.003)
     with pytest.MonkeyPatch.context() as patched:
         leave_speed_out(patched.setattr)
         given = {
@@ -132,15 +140,13 @@ def test_the_pool_is_diverse(
         ({"effort": "9min"}, "1.000000min"),
         # All of the text: once.
         ({}, f"{300 * 1024 // 9}tokens"),
-        ({"trainer": "max_steps: 30"}, f"{30 * 16 * 1024 // 9}tokens"),
+        ({"max_steps": 30}, f"{30 * 16 * 1024 // 9}tokens"),
         ({"method": "none"}, ""),
     ],
 )
-def test_what_a_trial_may_take(options: dict[str, str], effort: str, tmp_path: Path) -> None:
-    if "trainer" in options:
-        file = tmp_path / "t.yaml"
-        file.write_text(options["trainer"], encoding="utf-8")
-        options = {"trainer": str(file)}
+def test_what_a_trial_may_take(options: dict[str, Any], effort: str, tmp_path: Path) -> None:
+    if "max_steps" in options:
+        options = {"trainer": trainer_file(tmp_path / "t", options)}
     assert trials._few(HealConfig(**options), TEXT, 3).effort == effort
 
 
@@ -196,8 +202,8 @@ def test_a_candidate_that_is_behind_is_dropped_on_the_way(
 
     monkeypatch.setattr(Race, "verdict", behind)
     leave_speed_out(monkeypatch.setattr)
-    options = tmp_path / "o.yaml"
-    options.write_text("length: 32\nreport-samples: 2\nbatch: 4\ntop-steps: 4\nsteps: 2\n")
+    # A third of it, shared by two.
+    options = heal_options(tmp_path, "o", max_steps=24)
     given = {"heal": True, "heal_top": 2, "heal_options": str(options), "out": str(tmp_path / "r")}
     run = pipeline.run(config(folder, "dropped", **given))
     rows = read_json(run / "healed-candidates.json", "healed-candidates")["candidates"]

@@ -176,10 +176,9 @@ def test_overwrite_replaces_what_healing_wrote(arena):
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
     arena.try_row(Row("cut", "excise {run} --patch none --overwrite", code=0, makes=("run/*",)))
     from isingcut.healing.patch import linear
-    from isingcut.healing.patch.least_squares import RidgeFit
 
     def none_is_better(fit, held_out):
-        return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
+        return None
 
     monkeypatch.setattr(linear, "fit_ridge", none_is_better)
     line = r"no map of block \d's mlp.down_proj is better than none on tokens held out"

@@ -48,13 +48,7 @@ from isingcut.healing.patch.layers import (
     observe,
     token_gains,
 )
-from isingcut.healing.patch.least_squares import (
-    Moments,
-    best_strength,
-    bytes_of,
-    fit_ridge,
-    ridge_map,
-)
+from isingcut.healing.patch.least_squares import Moments, RidgeFit, bytes_of, fit_ridge
 from isingcut.healing.patch.tuning import STEP_TOKENS, split_samples, tune
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
@@ -326,15 +320,15 @@ class _Fitting:
             weights = _weights(self._original[b])
             for side, rows in zip(moments, self._sides(b), strict=True):
                 side.add(x[rows], target[rows], weights[rows])
-        solution = fit_ridge(*moments)
-        change = solution.map.to(device)
+        found = fit_ridge(moments[0], moments[1])
+        self._patched = [output for output, _ in seen]
+        if found is None:
+            return _no_better(p, [write.path])
+        change = found.map.to(device)
         self._patched = [
             (output.double() + x.double() @ change.T).to(output.dtype) for output, x in seen
         ]
-        if solution.strength is None:
-            return _no_better(p, [write.path])
-        found = (solution.map, solution.strength, solution.held_out)
-        return self._patch(p, last, write, *found, reads=reads, exact=True)
+        return self._patch(p, last, write, found, reads=reads, exact=True)
 
     def _fit_approximately(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
         """The patch of a layer that writes to the stream but for a gain: the one of two that
@@ -344,7 +338,7 @@ class _Fitting:
             entered: of each batch the patched model's stream before block p.
         """
         block, reasons, usable = self._replay.blocks[p], [], []
-        found: tuple[float, float, Tensor, Gained] | None = None
+        best: tuple[RidgeFit, Write] | None = None
         patch: Patch | None = None
         for _ in self._sweep(p, p):
             for gained in gained_writes(self._recordings[0], block, p, entered[0]):
@@ -356,14 +350,12 @@ class _Fitting:
             tried = usable[:_CANDIDATES]
             reads = all(self._reads_for(gained.write) for gained in tried)
             for gained in tried:
-                best = self._best(p, entered, gained, reads=reads)
-                if best is not None and (found is None or best[0] < found[0]):
-                    found = (*best, gained)
-            if found is not None:
-                left, strength, change, gained = found
-                patch = self._patch(
-                    p, last, gained.write, change, strength, left, reads=reads, exact=False
-                )
+                found = self._solve(p, entered, gained, reads=reads)
+                if found is not None and (best is None or found.held_out < best[0].held_out):
+                    best = found, gained.write
+            if best is not None:
+                found, write = best
+                patch = self._patch(p, last, write, found, reads=reads, exact=False)
                 with applied(self._replay.blocks, [patch]):
                     self._patched = self._after(p, entered)
         if patch is not None:
@@ -376,25 +368,19 @@ class _Fitting:
             "distillation instead"
         )
 
-    def _best(
+    def _solve(
         self, p: int, entered: Sequence[Tensor], gained: Gained, *, reads: bool
-    ) -> tuple[float, float, Tensor] | None:
-        """The share of the held-out error that is left by the best map of the other rows, its
-        ridge strength, and the map of that strength of all rows; None where none is better."""
+    ) -> RidgeFit | None:
+        """The best map of one layer, judged by what the block computes with it."""
         before = self._error(p, entered, None)
-        fit, held = self._moments(p, entered, gained, reads=reads)
 
-        def left(strength: float) -> float:
-            weight, bias = _folded(ridge_map(fit, strength), gained.write, reads=reads)
+        def left(change: Tensor) -> float:
+            weight, bias = _folded(change, gained.write, reads=reads)
             patch = Patch(p, gained.write.path, weight, bias, {})
             return self._error(p, entered, patch) / before
 
-        strength, error = best_strength(left)
-        # Not a number is no gain either.
-        if not error < 1:
-            return None
-        fit.absorb(held)
-        return error, strength, ridge_map(fit, strength)
+        fit, held = self._moments(p, entered, gained, reads=reads)
+        return fit_ridge(fit, held, left)
 
     def _moments(
         self, p: int, entered: Sequence[Tensor], gained: Gained, *, reads: bool
@@ -432,20 +418,18 @@ class _Fitting:
         p: int,
         last: int,
         write: Write,
-        change: Tensor,
-        strength: float,
-        left: float,
+        found: RidgeFit,
         *,
         reads: bool,
         exact: bool,
     ) -> Patch:
-        weight, bias = _folded(change, write, reads=reads)
+        weight, bias = _folded(found.map, write, reads=reads)
         record = {
             "removed": [p + 1, last],
             "block": p,
             "layer": write.path,
-            "ridge": strength,
-            "held_out_error_left": left,
+            "ridge": found.strength,
+            "held_out_error_left": found.held_out,
             "exact": exact,
             "tokens": self._tokens,
         }
