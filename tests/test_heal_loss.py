@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from isingcut.healing.training.batches import collate
-from isingcut.healing.training.loss import install, separable
-from isingcut.healing.training.student import narrow, trainable
+from isingcut.healing.training.loss import install, split_head
+from isingcut.healing.training.student import narrow, prepare_training
 from isingcut.models.architectures import find_stack
 from isingcut.models.compute import divergence as kl
 from isingcut.options.healing import HealConfig
@@ -96,7 +96,7 @@ def test_chunks_of_the_vocabulary_change_nothing() -> None:
 @pytest.mark.parametrize(("family", "parts"), [("llama", True), ("gemma2", False)])
 def test_the_loss_counts_real_predictions_only(family: str, parts: bool) -> None:
     teacher, student = tiny_model(family), tiny_model(family, seed=1)
-    assert (separable(student) is not None) == parts
+    assert (split_head(student) is not None) == parts
     rows = [torch.arange(9, 9 + n) for n in (12, 5, 2)]
     forward = student.forward
     expected = 0.0
@@ -134,7 +134,7 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
     odd, even = (mlp.c_proj, mlp.c_fc) if family == "gpt2" else (mlp.down_proj, mlp.up_proj)
     tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
     odd.weight.data += 1e-6
-    model = trainable(plain, HealConfig(method=method))
+    model = prepare_training(plain, HealConfig(method=method))
     ids = torch.arange(12)[None]
 
     def found() -> tuple[Tensor, list[Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.healing.patch import linear
-from isingcut.healing.patch.files import Patch, applied
+from isingcut.healing.patch.files import Patch, apply_patches
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
 from isingcut.healing.patch.least_squares import Moments
 from isingcut.models.architectures import find_stack, stack_modules
@@ -48,7 +48,7 @@ def test_families_that_absorb(family: str, path: str) -> None:
             stream = recording.block(i, stream)
         target = recording.block(3, recording.block(2, stream))
         plain = recording.block(2, stream)
-        with applied(replay.blocks, [patch]):
+        with apply_patches(replay.blocks, [patch]):
             mended = recording.block(2, stream)
     weights = 1 / target.square().mean(-1)
     left, before = (
@@ -76,7 +76,7 @@ def test_the_scale_of_a_family_is_found(monkeypatch: pytest.MonkeyPatch) -> None
             stream = recording.block(i, stream)
         target = recording.block(3, recording.block(2, stream))
         plain = recording.block(2, stream)
-        with applied(replay.blocks, [patch]):
+        with apply_patches(replay.blocks, [patch]):
             mended = recording.block(2, stream)
     left, before = (float((target - s)[text.mask].square().sum()) for s in (mended, plain))
     assert left < before
@@ -129,7 +129,7 @@ def block_error(model: Any, patches: Sequence[Patch], p: int, last: int, text: T
         handle.remove()
 
     run("original", last)
-    with applied(blocks, patches):
+    with apply_patches(blocks, patches):
         run("patched", p)
     left = (found["original"] - found["patched"]).square().sum(-1)
     return float((left / found["original"].square().mean(-1))[text.mask].sum())

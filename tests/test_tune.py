@@ -13,7 +13,7 @@ import torch
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.healing.patch import tuning
-from isingcut.healing.patch.files import applied
+from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.healing.patch.tuning import split_samples, tune
 from isingcut.measure.work import Work
@@ -49,7 +49,7 @@ def divergence(model: Any, text: TokenSet, found: Any, removed: Sequence[int] = 
         with torch.no_grad():
             p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
             blocks = stack_modules(model, stack)
-            with skipped(model, stack, removed), applied(blocks, found.patches):
+            with skipped(model, stack, removed), apply_patches(blocks, found.patches):
                 q = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
         count += ids.shape[1] - 1

@@ -185,23 +185,13 @@ WORDS += [
         for line in (
             "output_dir: /tmp/elsewhere",
             "push_to_hub: true",
-            "hub_token: hf_x",
-            "hub_model_id: someone/else",
-            "hub_strategy: every_save",
             "report_to: [wandb]",
-            "run_name: x",
             "logging_dir: /tmp/elsewhere",
-            "logging_strategy: steps",
-            "trackio_space_id: x/y",
             "resume_from_checkpoint: /tmp/elsewhere",
-            "save_total_limit: 0",
             "save_strategy: 'no'",
-            "load_best_model_at_end: true",
             "eval_strategy: steps",
-            "auto_find_batch_size: true",
             "remove_unused_columns: true",
             "use_cpu: false",
-            "local_rank: 3",
         )
     )
 ]

@@ -34,7 +34,7 @@ from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
 from isingcut.healing.recipe import Recipe
 from isingcut.healing.removed import check_pair, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import (
-    claimed,
+    claim_work,
     described_options,
     identity_of,
     keep_result,
@@ -198,7 +198,7 @@ def heal_checkpoint(
     )
     # Every process has looked at the places before rank 0 writes there.
     processes.wait()
-    with claimed(work, identity) if job.leads else contextlib.nullcontext():
+    with claim_work(work, identity) if job.leads else contextlib.nullcontext():
         processes.wait()
         done, content = _healed(job, text)
         if job.leads:

@@ -102,7 +102,7 @@ def complete_states(trainer: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def claimed(work: Path, identity: str) -> Iterator[None]:
+def claim_work(work: Path, identity: str) -> Iterator[None]:
     """Claim the work folder of a healing: gone on from where it fits, left only if worth it.
 
     When the healing fails, the folder goes where nothing in it is worth going on from, and where a

@@ -28,7 +28,7 @@ from isingcut.healing.heal import heal_checkpoint
 from isingcut.healing.job import RECORD
 from isingcut.healing.judging import Race, beginnings, difference
 from isingcut.healing.recipe import Recipe, usual_recipe
-from isingcut.healing.work_folder import claimed
+from isingcut.healing.work_folder import claim_work
 from isingcut.ising.states import swaps
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.healing import HealConfig
@@ -62,7 +62,7 @@ def choose(session: Session, folder: RunFolder) -> dict[str, Any] | None:
 
     def make(path: Path) -> None:
         pool = _pool(session, folder, config.tried)
-        with claimed(target / ".heal-top", fingerprint(options)):
+        with claim_work(target / ".heal-top", fingerprint(options)):
             rows = _trials(session, folder, healing, pool)
         best = min(range(len(rows)), key=lambda k: _order(rows[k]))
         counts = beginnings(splits_of(folder)["rank"]).predicted.sum(1).numpy()

@@ -139,7 +139,7 @@ def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def applied(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
+def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
     """The original's blocks with the patched layers in place while the context lasts.
 
     A layer has its new weights only while it is called, so that a streamed block, whose weights
@@ -216,7 +216,9 @@ def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
     return found
 
 
-def unfit(replay: Replay, stored: StoredLayers | None, block: int, path: str, module: Any) -> str:
+def find_obstacle(
+    replay: Replay, stored: StoredLayers | None, block: int, path: str, module: Any
+) -> str:
     """Why a layer cannot take new weights; empty where it can.
 
     Args:

@@ -39,7 +39,14 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
 from isingcut.healing.job import Job
-from isingcut.healing.patch.files import Patch, StoredLayers, applied, runs, unfit, write_patched
+from isingcut.healing.patch.files import (
+    Patch,
+    StoredLayers,
+    apply_patches,
+    find_obstacle,
+    runs,
+    write_patched,
+)
 from isingcut.healing.patch.layers import (
     Gained,
     Write,
@@ -158,7 +165,7 @@ def patch_checkpoint(job: Job, out: Path) -> dict[str, Any]:
         patches, tuning = _tuned(job, replay, tokens, held_out, patches, work, layers)
     stored = write_patched(layers, patches, out)
     trust = job.config.trust_remote_code
-    with applied(replay.blocks, stored):
+    with apply_patches(replay.blocks, stored):
         if job.replay is None:
             proof = verify(model, job.removed, out, trust_remote_code=trust)
         else:
@@ -290,7 +297,7 @@ class _Fitting:
         """A layer that writes straight to the stream and can take new weights, if there is one."""
         recording, block, kind = self._recordings[0], self._replay.blocks[p], self._kinds[p]
         write = find_write(recording, block, p, self._original[0], kind)
-        if write is None or unfit(self._replay, self._stored, p, write.path, write.module):
+        if write is None or find_obstacle(self._replay, self._stored, p, write.path, write.module):
             return None
         return write
 
@@ -343,7 +350,7 @@ class _Fitting:
         for _ in self._sweep(p, p):
             for gained in gained_writes(self._recordings[0], block, p, entered[0]):
                 path, module = gained.write.path, gained.write.module
-                if reason := unfit(self._replay, self._stored, p, path, module):
+                if reason := find_obstacle(self._replay, self._stored, p, path, module):
                     reasons.append(reason)
                 else:
                     usable.append(gained)
@@ -356,7 +363,7 @@ class _Fitting:
             if best is not None:
                 found, write = best
                 patch = self._patch(p, last, write, found, reads=reads, exact=False)
-                with applied(self._replay.blocks, [patch]):
+                with apply_patches(self._replay.blocks, [patch]):
                     self._patched = self._after(p, entered)
         if patch is not None:
             return patch
@@ -403,7 +410,7 @@ class _Fitting:
     def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
         """Weighted squares left on the rows held out, block p run with the patch."""
         total = 0.0
-        with applied(self._replay.blocks, [patch] if patch else []):
+        with apply_patches(self._replay.blocks, [patch] if patch else []):
             for b, recording in enumerate(self._recordings):
                 rows = self._sides(b)[1]
                 if not bool(rows.any()):

@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import FitError
-from isingcut.healing.patch.files import Patch, StoredLayers, runs, unfit
+from isingcut.healing.patch.files import Patch, StoredLayers, find_obstacle, runs
 from isingcut.healing.patch.layers import list_linear_layers, list_writers
 from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
@@ -114,7 +114,7 @@ def tune(
         for one in found
         if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
     ]
-    layers = _that_fit([one for one in found if not unfit(replay, stored, *one[:3])])
+    layers = _that_fit([one for one in found if not find_obstacle(replay, stored, *one[:3])])
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(beside[0], len(replay)) if i not in set(removed)]
     parts = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))

@@ -71,7 +71,7 @@ class Steps(Sampler[list[int]]):
             found.append(int(order[at]))
         return sorted(found, key=lambda i: -self.lengths[i])
 
-    def parted(self) -> Steps:
+    def divide(self) -> Steps:
         """With as many micro-batches as every step needs, and more where they save padding."""
         every = [
             [self.lengths[i] for i in found[rank :: self.size]]

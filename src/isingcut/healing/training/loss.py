@@ -18,7 +18,7 @@ from isingcut.models.compute.head import entering
 from isingcut.models.text_alone import text_model
 
 
-def separable(model: Any) -> tuple[Any, Any] | None:
+def split_head(model: Any) -> tuple[Any, Any] | None:
     """The decoder and the output layer, where ``output(decoder(ids))`` are the model's logits.
 
     Tried on a few tokens: a model that scales or caps its logits afterwards (Granite, Gemma 2)
@@ -60,7 +60,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
     """
     text, teacher = text_model(plain), text_model(original)
     forward = text.forward
-    parts, other = separable(text), separable(teacher)
+    parts, other = split_head(text), split_head(teacher)
     size = text.get_output_embeddings().weight.shape[0] if parts else 1
 
     def read(whole: Any, taken: Any, ids: Tensor, rows: Tensor) -> Tensor:

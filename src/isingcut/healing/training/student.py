@@ -32,7 +32,7 @@ def load_student(folder: Path, config: HealConfig) -> Any:
     return reload(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
 
 
-def trainable(plain: Any, config: HealConfig) -> Any:
+def prepare_training(plain: Any, config: HealConfig) -> Any:
     """The model with what is trained of it: all weights, the last ones, or small matrices beside.
 
     Raises:

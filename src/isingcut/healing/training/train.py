@@ -28,7 +28,7 @@ from isingcut.healing.trainer_file import is_sharded, trainer_settings
 from isingcut.healing.training.batches import Rows, Steps, TimedSteps, collate
 from isingcut.healing.training.loss import install
 from isingcut.healing.training.memory import MemoryPlan, plan_memory
-from isingcut.healing.training.student import load_student, narrow, trainable
+from isingcut.healing.training.student import load_student, narrow, prepare_training
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
 from isingcut.models.compute.attention import NAME, attending, pays_in_training
 from isingcut.models.cutting.sharing import share
@@ -73,7 +73,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
                 job.processes.size,
                 job.config.seed,
                 plan.most,
-            ).parted()
+            ).divide()
             _run(job, student, rows, plan, order, watch, last)
         # The student and its optimiser, before anything takes their place.
         del student
@@ -120,7 +120,7 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, Rows, MemoryPlan]]:
     # A training before this one, for its speed, is in memory until it is collected.
     BatchLimit(device).release()
     plain = load_student(job.start, config)
-    student = trainable(plain, config)
+    student = prepare_training(plain, config)
     half = job.teacher.dtype == torch.bfloat16
     longest = int(job.tokens.mask.sum(1).max())
     pays = device.type == "cpu" and pays_in_training(text_model(plain), longest, half=half)
