@@ -28,7 +28,7 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
 from isingcut.healing.judging import beginnings
 from isingcut.healing.training.batches import Rows, collate
-from isingcut.healing.training.rounds import Objective, install
+from isingcut.healing.training.loss import install
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
@@ -336,7 +336,7 @@ def test_healing_learns_the_answers_in_their_context(family: str) -> None:
     teacher, student = tiny_model(family), tiny_model(family, seed=1)
     tokens = some_answers()
     kl, _ = directly(teacher, student, tokens)
-    install(student, student, Objective(teacher))
+    install(student, student, teacher)
     rows = Rows(tokens)
     batch = collate([rows[i] for i in range(3)])
     labels = batch.pop("labels")

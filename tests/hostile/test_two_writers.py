@@ -114,9 +114,9 @@ ORDERS = {
         2,
     ),
     "two heals of different rates": (
-        heal("--learning-rate 1e-3"),
+        heal(learning_rate=1e-3),
         STEP,
-        heal("--learning-rate 1e-4"),
+        heal(learning_rate=1e-4),
         "healed",
         2,
     ),

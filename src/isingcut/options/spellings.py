@@ -259,7 +259,8 @@ def parse_healing(text: str) -> tuple[float | None, float | None]:
     if words in ("", "all"):
         return None, None
     match = re.fullmatch(
-        r"(\d{1,15}(?:\.\d{0,12})?)\s*(?:([kmg]?)(?:tokens|token|tok)|(minutes|min|hours|h))", words
+        r"(\d{1,15}(?:\.\d{0,12})?)\s*(?:([kmg]?)\s*(?:tokens|token|tok)|(minutes|min|m|hours|h))",
+        words,
     )
     amount = float(match[1]) if match else 0.0
     if match is not None and match[3]:
