@@ -355,7 +355,10 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(
     leave_speed_out(monkeypatch.setattr)
     chat = chat_file(tmp_path / "chat.jsonl")
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(200)])
-    (tmp_path / "heal.yaml").write_text("length: 40\nbatch: 2\nsteps: 2\nreport-samples: 4\n")
+    trainer = tmp_path / "trainer.yaml"
+    trainer.write_text("per_device_train_batch_size: 2\nmax_steps: 2\n", encoding="utf-8")
+    options = f"length: 40\nreport-samples: 4\ntrainer: {trainer}\n"
+    (tmp_path / "heal.yaml").write_text(options, encoding="utf-8")
     config = RunConfig(
         model=str(tiny_checkpoint("llama", tmp_path / "model")),
         out=str(tmp_path / "run"),

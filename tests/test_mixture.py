@@ -344,7 +344,7 @@ def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path: P
 def test_a_run_shows_every_model_on_each_part(llama: Path, text: Path, tmp_path: Path) -> None:
     numbers = numbered(tmp_path / "numbers.jsonl", "n", 300)
     (tmp_path / "heal.yaml").write_text(
-        "steps: 2\nbatch: 4\nlength: 32\nreport_samples: 8\nwarmup_steps: 1\n", encoding="utf-8"
+        "samples: 8\nlength: 32\nreport_samples: 8\n", encoding="utf-8"
     )
     run = isingcut.run(
         **{**OPTIONS, "report_samples": 8},
