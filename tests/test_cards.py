@@ -244,12 +244,14 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
 
     def exhausted(*args, **kwargs):
         failed.append(1)
+        if len(failed) == 2:
+            return evaluate(*args, **kwargs)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", exhausted)
     options = {**OPTIONS, "model": str(model), "calibration": str(text)}
     isingcut.run(out=str(out), **options)
-    assert failed == [1]
+    assert failed == [1, 1]
     streamed = json.loads((out / "evaluation.json").read_text())
     stages = json.loads((out / "run.json").read_text())["stages"]
     assert [name for name, record in stages.items() if record.get("streamed")] == [

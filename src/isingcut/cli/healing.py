@@ -25,7 +25,7 @@ from isingcut.errors import InputError
 from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import read_document, write_document
-from isingcut.healing.job import RECORD
+from isingcut.healing import RECORD
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.options.healing import HealConfig

@@ -5,3 +5,6 @@ which rate, `judging` when a training ends before its last step, `removed` which
 and of which model, `checks` before anything is loaded, `trainer_file` the file of `--trainer`,
 `work_folder` what is kept to resume.
 """
+
+RECORD = "healing.json"
+"""The file of a healed checkpoint that says what was done to it."""

@@ -28,8 +28,9 @@ from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_document, write_json
+from isingcut.healing import RECORD
 from isingcut.healing.checks import check_places, check_training, sources_of
-from isingcut.healing.job import RECORD, Job
+from isingcut.healing.job import Job
 from isingcut.healing.judging import Domains, Judge
 from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
 from isingcut.healing.recipe import Recipe

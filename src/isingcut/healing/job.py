@@ -14,9 +14,6 @@ from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.healing import HealConfig
 
-RECORD = "healing.json"
-"""The file of a healed checkpoint that says what was done to it."""
-
 
 @dataclass(frozen=True, eq=False)
 class Job:

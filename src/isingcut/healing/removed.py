@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from isingcut.data.encoder import Encoder
 from isingcut.errors import InputError
 from isingcut.files.inputs import load_json
+from isingcut.healing import RECORD as HEALED
 from isingcut.healing.checks import check_last
-from isingcut.healing.job import RECORD as HEALED
 from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.architectures.surgery import depth, extra_heads, written_out

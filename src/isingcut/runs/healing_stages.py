@@ -17,8 +17,8 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates, HealingFile
 from isingcut.files.writing import read_document
+from isingcut.healing import RECORD
 from isingcut.healing.heal import heal_checkpoint, sample_length
-from isingcut.healing.job import RECORD
 from isingcut.options.healing import HealConfig
 from isingcut.options.spellings import parse_healing
 from isingcut.runs.folder import RunFolder

@@ -25,8 +25,8 @@ from isingcut.files.writing import (
     without_infinities,
     write_document,
 )
+from isingcut.healing import RECORD
 from isingcut.healing.heal import heal_checkpoint
-from isingcut.healing.job import RECORD
 from isingcut.healing.judging import Race, beginnings, difference
 from isingcut.healing.recipe import Recipe, usual_recipe
 from isingcut.healing.work_folder import claim_work
