@@ -6,40 +6,21 @@ import torch
 from torch import nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.replay import Replay
-from tiny import tiny_model
+from tiny import tiny_replay
 
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2"]
-
-
-def replay_of(family: str) -> Replay:
-    model = tiny_model(family).requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
+FAMILIES = ["llama", "gemma3", "gpt2"]
 
 
-def token_ids(replay: Replay, batch: int = 2, length: int = 12) -> torch.Tensor:
+def token_ids(replay, batch=2, length=12):
     generator = torch.Generator().manual_seed(1)
     return torch.randint(8, 200, (batch, length), generator=generator)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replaying_all_blocks_is_a_forward_pass(family):
-    replay = replay_of(family)
-    ids = token_ids(replay)
-    with torch.no_grad():
-        expected = replay.model(input_ids=ids, use_cache=False).logits
-        recording = replay.record(ids)
-        stream = recording.entered
-        for i in range(len(replay)):
-            stream = recording.block(i, stream)
-        got = torch.stack([recording.logits(stream[s], s) for s in range(len(ids))])
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_leaving_blocks_out_is_skipping_them(family):
-    replay = replay_of(family)
+    replay = tiny_replay(family)
     ids = token_ids(replay)
     removed = [0, len(replay) - 1]
     with torch.no_grad():
@@ -54,7 +35,7 @@ def test_leaving_blocks_out_is_skipping_them(family):
 
 
 def test_a_forward_set_by_others_comes_back():
-    replay = replay_of("llama")
+    replay = tiny_replay("llama")
     block = replay.blocks[1]
     original = block.forward
     calls = []

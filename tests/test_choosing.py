@@ -1,7 +1,6 @@
 """The choice by questions: when a candidate is dropped, which questions are left for the report."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,7 +148,7 @@ def test_equals_are_rarely_dropped_however_often_one_looks(kind):
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> Path:
+def questions(tmp_path_factory):
     """A file of 60 questions."""
     rng = np.random.default_rng(0)
     words = ["river", "bridge", "lantern", "orchard", "harbour", "mill"]
