@@ -283,7 +283,7 @@ def commands(model: Path, data: Path, out: Path, card: Card) -> Iterator[list[st
     yield line("baseline", "sleb", one)
     yield line("excise", one)
     if not healed.exists():
-        heal = ["--method=lora", "--steps=2", f"--text={data}", f"--out={healed}"]
+        heal = ["--method=lora", "--effort=2ktokens", f"--text={data}", f"--out={healed}"]
         yield line("heal", f"{one}/model", f"--teacher={model}", *heal)
     yield line("report", one)
 

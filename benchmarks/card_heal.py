@@ -57,16 +57,15 @@ def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
         "length": 8,
         "report_samples": 2,
         "samples": 4,
-        "batch": 2,
-        "micro_batch": 1,
-        "steps": 2,
-        "save_steps": 2,
-        "lora_rank": 1,
+        "trainer": str(folder / "trainer.yaml"),
         "patch": "none",
         "dtype": "bfloat16",
         "device": "lazy:0",
         **changes,
     }
+    settings = {"max_steps": 2, "save_steps": 2}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    (folder / "trainer.yaml").write_text(json.dumps(settings), encoding="utf-8")
     with (
         fake_cards(budget=budget) as (card,),
         # What a process imports is not on its card.
@@ -99,7 +98,7 @@ def smallest(folder: Path, low: float, high: float, near: float, **changes: Any)
 def lora_budget(folder: Path) -> float:
     """The smallest card for LoRA beside its teacher, in weights of the original."""
     weights = original_bytes(write_models(folder))
-    return smallest(folder, weights, 2 * weights, 0.04, method="lora") / weights
+    return smallest(folder, weights, 2 * weights, 0.04, method="lora:1") / weights
 
 
 def full_budget(folder: Path) -> float:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -32,9 +33,7 @@ from isingcut.options.healing import HealConfig
 from isingcut.options.spellings import BlockList
 from isingcut.testing.tiny import tiny_checkpoint
 
-SIDES = ("teacher", "student", "ours", "kept", "last", "plain", "gkd", "sft")
-KEPT = 64
-"""Likeliest tokens that `kept` keeps."""
+SIDES = ("teacher", "student", "ours", "last", "plain", "gkd", "sft")
 WARM_UP = 2
 """Steps of a training that are not counted."""
 
@@ -92,7 +91,6 @@ class Bench:
             "teacher": self.teacher,
             "student": self.student,
             "ours": self.ours,
-            "kept": partial(self.ours, top_k=KEPT),
             "last": partial(self.ours, method="last:3"),
             "plain": self.plain,
         }
@@ -148,12 +146,15 @@ class Bench:
         """The distillation of `isingcut heal`."""
         o, clock = self.options, Clock()
         work = self.folder / f"work-{next(self.numbers)}"
-        given = {} if o.micro_batch is None else {"micro_batch": o.micro_batch}
-        config = HealConfig(
-            length=o.length, batch=o.batch, steps=o.steps, save_steps=10**6, **given, **changes
-        )
+        settings = {"max_steps": o.steps, "save_steps": 10**6}
+        settings["per_device_train_batch_size"] = self.micro()
+        if o.micro_batch is not None:
+            settings["gradient_accumulation_steps"] = o.batch // o.micro_batch
+        file = self.folder / "trainer.yaml"
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        config = HealConfig(length=o.length, trainer=str(file), **changes)
         job = Job(self.original, self.removed, self.cut, self.tokens, work, config, clock.progress)
-        found = train(job, work / "trained")["steps"]
+        found = train(job)[0]["steps"]
         shutil.rmtree(work)
         counts = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(found)]
         predicted = counts[WARM_UP - 1 :]

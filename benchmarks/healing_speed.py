@@ -7,7 +7,6 @@
 All sides train the same cut model in float32 weights on the same samples with the same steps:
 
 ours    `isingcut heal`'s training, from its first step to its last, without what surrounds it
-kept    the same with `--top-k`: the original's answers are on disk, no teacher is run
 last    the same with `--method last:3`
 plain   a loop as one writes it: teacher, student, KL, backward, AdamW
 gkd     trl's GKDTrainer on the text as it is (lmbda 0, beta 0: the same loss), where trl is there
@@ -25,7 +24,6 @@ that sees isingcut. Samples of the text `packed` are full, those of `chat` conve
 length. Ends with one line `name: value` per figure; those of `chat` say so:
 
 healing_cost_over_ideal     our seconds per token over those of teacher and student bare
-healing_kept_over_ideal     with the answers kept, over those of the student alone
 healing_speedup_over_trl    the GKDTrainer's seconds per token over ours
 healing_speedup_over_sft    the SFTTrainer's, which runs no teacher
 healing_speedup_over_plain  those of the plain loop
@@ -48,7 +46,6 @@ from healing_sides import SIDES, WARM_UP, Bench
 
 RATIOS = {
     "healing_cost_over_ideal": ("ours", "both"),
-    "healing_kept_over_ideal": ("kept", "student"),
     "healing_last_over_full": ("last", "ours"),
     "healing_speedup_over_trl": ("gkd", "ours"),
     "healing_speedup_over_sft": ("sft", "ours"),

@@ -71,5 +71,5 @@ def tiny(model: Path, data: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def healed() -> list[str]:
     """Options of a short training."""
-    steps = ["--steps", "2", "--batch", "2", "--micro-batch", "1", "--patch-tokens", "960"]
+    steps = ["--steps", "2", "--batch", "2", "--patch-tokens", "960"]
     return [*steps, "--questions", "6"]

@@ -8,6 +8,7 @@ loss, which is what the product does without healing; `healed`, distilled from t
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -37,7 +38,6 @@ class RepairStudy(ModelStudy):
         add("--method", default="full", help="of healing: full, lora or last:N")
         add("--steps", type=int, default=40)
         add("--batch", type=int, default=8)
-        add("--micro-batch", type=int, default=4)
         add("--rate", type=float, default=3e-4, help="highest learning rate")
         add("--patch-tokens", type=int, default=32768)
         add("--tasks", nargs="*", default=[])
@@ -49,32 +49,32 @@ class RepairStudy(ModelStudy):
         samples = max(o.steps * o.batch, -(-o.patch_tokens // o.length))
         return self.texts.training(samples, max(4, o.judged_tokens // o.length), o.seed)
 
-    def _config(self, stage: str, **changes: Any) -> HealConfig:
+    def _config(self, folder: Path, stage: str, steps: int) -> HealConfig:
         o = self.options
         config = HealConfig(
             length=o.length,
-            steps=o.steps,
-            batch=o.batch,
-            micro_batch=o.micro_batch,
-            learning_rate=o.rate,
             seed=o.seed,
             dtype=o.dtype,
             patch_tokens=o.patch_tokens,
-            save_steps=10,
             batch_tokens=o.batch_tokens,
         )
         if stage in ("patched", "tuned"):
             patch = "tuned" if stage == "tuned" else "linear"
             return config.replace(patch=patch, method="none")
-        return config.replace(patch="none", method=o.method, **changes)
+        file = folder / f"{stage}.yaml"
+        settings = {"max_steps": steps, "per_device_train_batch_size": o.batch}
+        settings |= {"learning_rate": o.rate, "save_steps": 10}
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        return config.replace(patch="none", method=o.method, trainer=str(file))
 
-    def repair(self, removed: State, stage: str, **changes: Any) -> Part:
+    def repair(self, removed: State, stage: str, steps: int | None = None) -> Part:
         """Bring a state to a stage, from the one before; judge it and ask it.
 
         Args:
-            changes: of the options of healing.
+            steps: of the training; None: as the options say.
         """
         o = self.options
+        steps = o.steps if steps is None else steps
 
         def make(journal: Path) -> Content:
             folder = self.work / "models" / key(removed)
@@ -86,7 +86,7 @@ class RepairStudy(ModelStudy):
             if not out.exists():
                 # Four samples are enough for the record; the judged texts say what it won.
                 text = dataclasses.replace(self.text, report=self.text.report.select(range(4)))
-                config = self._config(stage, **changes)
+                config = self._config(folder, stage, steps)
                 heal_checkpoint(config, self.original, list(removed), start, text, out)
             record = read(out / "healing.json")
             found = {
@@ -102,7 +102,6 @@ class RepairStudy(ModelStudy):
 
         seen = o.patch_tokens * (9 if stage == "tuned" else 2.2)
         if stage in ("healed", "tried"):
-            steps = changes.get("steps", o.steps)
             seen = (4.5 if o.method == "full" else 3) * steps * o.batch * o.length
         asked = self.question_tokens(self.repaired_tasks(stage))
         judged = 2 * o.judged_tokens * len(self.judged)

@@ -44,7 +44,33 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(models: Path, out: Path, **changes: Any) -> HealConfig:
+TRAINING = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,
+    "save_steps": 2,
+    "learning_rate": 3e-3,
+}
+
+
+def trainer_file(out: Path, settings: dict[str, Any]) -> str:
+    """A file for `--trainer` beside an output."""
+    file = out.parent / "trainer" / f"{out.name}.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return str(file)
+
+
+def options(
+    models: Path, out: Path, training: dict[str, Any] | None = None, **changes: Any
+) -> HealConfig:
+    """Options of a short healing.
+
+    Args:
+        training: of its trainer file, besides `TRAINING`.
+    """
+    if "trainer" not in changes:
+        changes["trainer"] = trainer_file(out, {**TRAINING, **(training or {})})
     base = {
         "student": str(models / "student"),
         "teacher": str(models / "teacher"),
@@ -52,16 +78,17 @@ def options(models: Path, out: Path, **changes: Any) -> HealConfig:
         "out": str(out),
         "length": 32,
         "report_samples": 4,
-        "batch": 4,
-        "micro_batch": 2,
-        "steps": 4,
-        "save_steps": 2,
-        "learning_rate": 3e-3,
         "patch": "none",
         "dtype": "float32",
         "device": "cpu",
     }
     return options_from(HealConfig, {**base, **changes}, "test")
+
+
+def flags_of(config: HealConfig) -> list[str]:
+    """The same options, but for the student, as one types them."""
+    typed = {k: v for k, v in vars(config).items() if v not in (None, False, "") and k != "student"}
+    return [f"--{k.replace('_', '-')}={v}" for k, v in typed.items()]
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:

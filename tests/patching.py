@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
-from isingcut.healing.healers.linear_patch import LinearPatch, Patch
+from isingcut.healing.patch.files import Patch
+from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
@@ -22,10 +24,14 @@ def tokens(samples: int = 12, length: int = 24, seed: int = 0) -> TokenSet:
     return TokenSet.from_rows([row[: length - 3 * (i % 3)] for i, row in enumerate(rows)])
 
 
-def fitted(model: Any, removed: Sequence[int], text: TokenSet, **options: Any) -> list[Patch]:
+def fitted(
+    model: Any, removed: Sequence[int], text: TokenSet, *, reads: bool = True
+) -> list[Patch]:
+    """Patches of what a layer reads, or of what it writes, as where memory is short."""
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
-    return LinearPatch(**options).fit(replay, stack.kinds, text, removed, Work(96)).patches
+    with mock.patch.object(_Fitting, "_reads_for", return_value=reads):
+        return fit_patches(replay, stack.kinds, text, removed, Work(96)).patches
 
 
 @contextmanager

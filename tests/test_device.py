@@ -7,6 +7,7 @@ vocabulary) is computed another way on a device. What this cannot see is said in
 
 import itertools
 from contextlib import closing, suppress
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.likelihoods import answer_scores
-from isingcut.healing.healers.linear_patch import LinearPatch
-from isingcut.healing.training.rounds import Objective, install, targets
-from isingcut.healing.training.train import Rows, collate
+from isingcut.healing.patch.linear import _Fitting, fit_patches
+from isingcut.healing.training.batches import Rows, collate
+from isingcut.healing.training.loss import install
 from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
@@ -128,34 +129,29 @@ def timed(place):
 
 
 def patched(place, reads):
-    fit = LinearPatch(reads=reads)
-    found = fit.fit(place.replay(), ["attention+mlp"] * 6, random_tokens(), [2, 3, 5], Work(32))
+    given = (place.replay(), ["attention+mlp"] * 6, random_tokens(), [2, 3, 5], Work(32))
+    with mock.patch.object(_Fitting, "_reads_for", return_value=reads):
+        found = fit_patches(*given)
     return np.concatenate([p.weight.cpu().numpy().ravel() for p in found.patches])
 
 
 def distilled(place, family="llama"):
-    """Two steps against the teacher, with hidden states, and a loss against kept targets."""
+    """Two steps against the teacher."""
     teacher, student = place.model(family), place.model(family, seed=1).requires_grad_(True).train()
     rows = Rows(random_tokens())
     batch = collate([rows[i] for i in range(len(rows))])
     batch = {name: value.to(place.device) for name, value in batch.items()}
-    kept = targets(teacher, batch["input_ids"], 5)
-    forward = student.forward
-    install(student, student, Objective(teacher, 2.0, [(1, 2)], 0.5))
+    install(student, student, teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     found = []
     for _ in range(2):
         loss = student(**batch)["loss"]
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         found.append(loss.item())
-    student.forward = forward
-    install(student, student, Objective(None))
-    loss = student(**batch, indices=kept.indices, logp=kept.logp, tail=kept.tail)["loss"]
-    loss.backward()
-    return [*found, loss.item(), student.get_output_embeddings().weight.grad.norm().item()]
+    return [*found, student.get_output_embeddings().weight.grad.norm().item()]
 
 
 def chosen(place):

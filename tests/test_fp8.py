@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import CheckpointError
-from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.job import Job
+from isingcut.healing.patch.linear import patch_checkpoint
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise, verify
@@ -105,7 +105,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     text = TokenSet.from_rows(torch.randint(8, 262, (48, 24), generator=generator).tolist())
     config = HealConfig(patch=patch, patch_tokens=4096)
     job = Job(teacher, (2,), tmp_path / "cut", text, tmp_path / "work", config)
-    record = LinearPatch().heal(job, tmp_path / "patched")
+    record = patch_checkpoint(job, tmp_path / "patched")
     assert record["proof"]["difference"] == 0.0
     assert record["cuts"][0]["stored"] == "bfloat16, not quantised"
     if patch == "tuned":
@@ -143,7 +143,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     if shards == 20_000 and patch == "linear":
         teacher, replay = load_streamed(source, dtype="float32", device="cpu")
         job = dataclasses.replace(job, teacher=teacher, replay=replay)
-        assert LinearPatch().heal(job, tmp_path / "streamed") == record
+        assert patch_checkpoint(job, tmp_path / "streamed") == record
         for name, tensor in read_checkpoint(tmp_path / "streamed").items():
             assert tensor.data() == after[name].data()
 

@@ -13,7 +13,7 @@ LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 400, 64)]
 
 
 def order(rank: int = 0, size: int = 1, most: int = 1024, steps: int = 16) -> Steps:
-    return Steps(LENGTHS, 8, steps, rank, size, 3, most).parted()
+    return Steps(LENGTHS, 8, steps, rank, size, 3, most).divide()
 
 
 def padded(rows: list[int]) -> int:
@@ -67,5 +67,5 @@ def test_processes_share_each_step_of_one() -> None:
 
 
 def test_samples_of_one_length_are_shared_out_evenly() -> None:
-    found = Steps([32] * 10, 8, 2, 0, 1, 0, 3 * 32).parted()
+    found = Steps([32] * 10, 8, 2, 0, 1, 0, 3 * 32).divide()
     assert [len(rows) for rows in found] == [2, 3, 3] * 2

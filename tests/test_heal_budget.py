@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from healings import Killed, curve, killing, models, options, stored
+from healings import Killed, curve, killing, models, options, stored, trainer_file
 from isingcut.cli.main import app
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError, IsingcutError
 from isingcut.files.writing import read_json
 from isingcut.healing import recipe
 from isingcut.healing.heal import heal
-from isingcut.healing.training import budget
+from isingcut.healing.training import distill
 from isingcut.options.config import RunConfig
 from isingcut.options.healing import HealConfig
 from isingcut.runs.healing_options import heal_config
@@ -29,11 +29,15 @@ def bought(folder: Path) -> dict[str, Any]:
 
 
 def spending(models: Path, out: Path, effort: str, **changes: Any) -> HealConfig:
-    free = {"steps": None, "batch": None, "learning_rate": None, "length": 64}
-    return options(models, out, effort=effort, **{**free, **changes})
+    return options(models, out, effort=effort, **{"length": 64, "trainer": "", **changes})
 
 
-def test_small_budgets_make_many_small_steps() -> None:
+def four(out: Path, **more: Any) -> str:
+    """A trainer file of four sequences a step."""
+    return trainer_file(out, {"per_device_train_batch_size": 4, "save_steps": 2, **more})
+
+
+def test_small_budgets_make_many_small_steps(tmp_path: Path) -> None:
     steps = []
     for tokens in (20_000, 80_000, 1_300_000, 50_000_000):
         batch, length, rate = recipe.sizes(HealConfig(), tokens, width=576)
@@ -42,7 +46,8 @@ def test_small_budgets_make_many_small_steps() -> None:
     assert steps == [(39, 512, 256), (39, 2048, 256), (158, 8192, 1024), (3051, 16384, 1024)]
     small, wide = (recipe.sizes(HealConfig(), 80_000, width=w)[2] for w in (576, 4096))
     assert small > wide > 2e-5
-    given = HealConfig(batch=3, length=512, learning_rate=0.5)
+    settings = {"per_device_train_batch_size": 3, "learning_rate": 0.5}
+    given = HealConfig(length=512, trainer=trainer_file(tmp_path / "t", settings))
     assert recipe.sizes(given, 80_000, width=576, longest=512) == (3, 512, 0.5)
     # Shared evenly by the processes.
     assert recipe.sizes(HealConfig(), 20_000, width=576, processes=3)[0] == 3
@@ -61,14 +66,15 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do() -> None:
 
 
 def test_a_budget_in_tokens_is_spent(models: Path, tmp_path: Path) -> None:
-    out = heal(spending(models, tmp_path / "out", "1.5ktokens", batch=4))
+    out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=four(tmp_path)))
     found = bought(out)
     assert (found["steps"], found["batch"], found["length"]) == (5, 4, 64)
     assert found["tokens"] == 5 * 4 * 64
     assert found["seconds"] is None
     assert len(curve(out)) == 5
     assert read_json(out / "healing.json", "healing")["tokens_seen"] == 5 * 4 * 63
-    once = heal(spending(models, tmp_path / "once", "1Gtokens", epochs=1, batch=16))
+    trainer = four(tmp_path, num_train_epochs=1.0)
+    once = heal(spending(models, tmp_path / "once", "1Gtokens", trainer=trainer))
     assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
 
 
@@ -77,10 +83,10 @@ def test_a_time_is_turned_into_steps_once(
 ) -> None:
     # A step takes 0.6 seconds, and each of its tokens 5 milliseconds.
     times = [(64, 9.0), (64, 0.92), (64, 0.95), (512, 9.0), (512, 3.2), (512, 3.16)]
-    monkeypatch.setattr(budget, "step_times", lambda job: times)
+    monkeypatch.setattr(distill, "step_times", lambda job: times)
     # What passes before is no part of this budget: the clock stands.
-    monkeypatch.setattr(budget.time, "monotonic", lambda: 1.0)
-    config = spending(models, tmp_path / "a", "0.25min", batch=4)
+    monkeypatch.setattr(distill.time, "monotonic", lambda: 1.0)
+    config = spending(models, tmp_path / "a", "0.25m", trainer=four(tmp_path))
     whole = heal(config)
     found = bought(whole)
     assert found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
@@ -89,7 +95,7 @@ def test_a_time_is_turned_into_steps_once(
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     # Another speed would give another schedule.
-    monkeypatch.setattr(budget, "step_times", lambda job: [(n, 3 * s) for n, s in times])
+    monkeypatch.setattr(distill, "step_times", lambda job: [(n, 3 * s) for n, s in times])
     heal(config)
     assert bought(tmp_path / "b") == found
     assert curve(tmp_path / "b") == curve(whole)
@@ -106,13 +112,9 @@ def test_the_clock_is_read_on_real_steps(models: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_what_a_budget_excludes(models: Path, tmp_path: Path) -> None:
+def test_steps_and_a_budget_exclude_each_other(models: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give one of them"):
-        heal(spending(models, tmp_path / "a", "5Mtokens", steps=3))
-    with pytest.raises(InputError, match="give --effort in tokens"):
-        heal(spending(models, tmp_path / "b", "10min", top_k=4))
-    out = heal(spending(models, tmp_path / "c", "1ktokens", top_k=4, batch=4))
-    assert bought(out)["steps"] == 3
+        heal(options(models, tmp_path / "a", effort="5M tokens"))
 
 
 def test_a_runs_budget_is_that_of_its_healing() -> None:

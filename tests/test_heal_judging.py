@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from healings import Killed, curve, killing, models, options, stored
+from healings import Killed, curve, flags_of, killing, models, options, stored
 from isingcut.data.tokens import TokenSet
 from isingcut.files.documents.scores import HealingFile
 from isingcut.files.writing import read_document, read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
 from isingcut.healing.judging import Domains, Race, Verdict, difference
-from isingcut.healing.training.watch import at_the_end
+from isingcut.healing.training.train import loss_at_the_end
 from isingcut.report.words import healing_warnings, sentence
 from ranks import join, launch, say_into, type_in
 
 __all__ = ["models"]
 
+EIGHT = {"max_steps": 8}
 TEXT = TokenSet.from_rows([[1] * 11] * 8, parts=["a", "b"] * 4)
 
 
@@ -82,7 +83,7 @@ class Stops(Domains):
 
 
 def test_checks_are_the_divergence_on_text_held_out(models: Path, tmp_path: Path) -> None:
-    out = heal(options(models, tmp_path / "out", hidden_weight=1.0))
+    out = heal(options(models, tmp_path / "out"))
     found = read_json(out / "healing.json", "healing")
     assert [c["step"] for c in found["checks"]] == [0, 2, 4]
     kl = [sum(c["kl_sums"]) / found["report_tokens"] for c in found["checks"]]
@@ -95,7 +96,7 @@ def test_the_weights_of_the_check_before_are_kept(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(home, "Domains", Stops)
-    out = heal(options(models, tmp_path / "out", steps=8))
+    out = heal(options(models, tmp_path / "out", EIGHT))
     found = read_json(out / "healing.json", "healing")
     assert found["stopped"] == {"why": "enough", "kept": 2}
     assert len(curve(out)) == 4
@@ -107,7 +108,7 @@ def test_the_weights_of_the_check_before_are_kept(
     assert "Enough." in sentence("healing_words", record)
     # The same where it was killed in between, and right behind the check.
     for after in (3, 4):
-        config = options(models, tmp_path / f"again{after}", steps=8)
+        config = options(models, tmp_path / f"again{after}", EIGHT)
         with pytest.raises(Killed):
             heal(config, progress=killing(after))
         heal(config)
@@ -121,7 +122,7 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
         Stops, "verdict", lambda self, checks: Verdict("no", 0) if checks[2:] else None
     )
     monkeypatch.setattr(home, "Domains", Stops)
-    out = heal(options(models, tmp_path / "out", steps=8))
+    out = heal(options(models, tmp_path / "out", EIGHT))
     assert stored(out) == stored(models / "student")
     found = read_json(out / "healing.json", "healing")
     assert found["stopped"] == {"why": "no", "kept": 0}
@@ -130,16 +131,11 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
 
 def test_the_last_loss_is_foretold_by_a_power_law() -> None:
     losses = [9.0, *(2.0 * step**-0.25 for step in range(2, 41))]
-    assert at_the_end(losses[:7], 40) is None
-    assert at_the_end(losses[:15], 80) is None
+    assert loss_at_the_end(losses[:7], 40) is None
+    assert loss_at_the_end(losses[:15], 80) is None
     # The first step, of the warm-up, has no say.
-    assert at_the_end(losses[:10], 40) == pytest.approx(losses[-1])
-    assert at_the_end([1.0, 1.0, *range(2, 12)], 20) is None
-
-
-def test_kept_answers_leave_nothing_to_judge_by(models: Path, tmp_path: Path) -> None:
-    out = heal(options(models, tmp_path / "out", top_k=8, steps=1))
-    assert read_json(out / "healing.json", "healing")["checks"] == []
+    assert loss_at_the_end(losses[:10], 40) == pytest.approx(losses[-1])
+    assert loss_at_the_end([1.0, 1.0, *range(2, 12)], 20) is None
 
 
 def _stopped(said: Path, *arguments: object) -> None:
@@ -149,10 +145,8 @@ def _stopped(said: Path, *arguments: object) -> None:
 
 
 def test_two_processes_stop_together(models: Path, tmp_path: Path) -> None:
-    config = options(models, tmp_path / "out", micro_batch=1, steps=8)
-    told = {k: v for k, v in vars(config).items() if v not in (None, False, "")}
-    told.pop("student")
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in told.items() if k != "top_steps"]
+    config = options(models, tmp_path / "out", {**EIGHT, "per_device_train_batch_size": 1})
+    flags = flags_of(config)
     said = tmp_path / "said"
     ranks, _store = launch(2, _stopped, said, "--debug", "heal", config.student, *flags)
     assert join(ranks) == [0, 0], said.read_text()

@@ -9,31 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from healings import REMOVED, curve, healed, models, options, stored
-from isingcut.data.tokens import TokenSet
-from isingcut.errors import (
-    InputError,
-)
+from healings import curve, flags_of, healed, models, options, stored
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
-from isingcut.healing.job import Job
-from isingcut.healing.training import train
 from isingcut.models.load import load
-from isingcut.models.processes import Processes
 from isingcut.options.healing import HealConfig
 from ranks import join, launch, say_into, type_in
 
 __all__ = ["healed", "models"]
-
-
-def test_a_batch_is_shared_by_all_processes_alike(models: Path, tmp_path: Path) -> None:
-    teacher = load(models / "teacher", dtype="float32", device="cpu")
-    tokens = TokenSet.from_rows([[1, 2, 3]] * 4)
-    config = options(models, tmp_path / "out", batch=3)
-    two = Processes(0, 2)
-    job = Job(teacher, REMOVED, models / "student", tokens, tmp_path, config, processes=two)
-    with pytest.raises(InputError, match="a multiple of the number of processes, here 2"):
-        train.train(job, tmp_path / "out")
 
 
 def _types(said: Path, *arguments: object) -> None:
@@ -45,10 +28,8 @@ def _types(said: Path, *arguments: object) -> None:
 
 def test_two_processes_train_as_one_does(models: Path, healed: Path, tmp_path: Path) -> None:
     """Same global batch, half of it in each of two gloo processes."""
-    config = options(models, tmp_path / "out", micro_batch=1)
-    told = {k: v for k, v in vars(config).items() if v not in (None, False, "")}
-    told.pop("student")
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in told.items() if k != "top_steps"]
+    config = options(models, tmp_path / "out", {"per_device_train_batch_size": 1})
+    flags = flags_of(config)
     said = tmp_path / "said"
     ranks, _store = launch(2, _types, said, "--debug", "heal", config.student, *flags)
     assert join(ranks) == [0, 0], said.read_text()
@@ -97,7 +78,7 @@ def _two_minds(config: HealConfig, dtypes: Path, said: Path) -> None:
 
 
 def test_processes_heal_in_the_dtype_that_the_main_one_picks(models: Path, tmp_path: Path) -> None:
-    config = options(models, tmp_path / "out", micro_batch=1, steps=1, dtype="auto")
+    config = options(models, tmp_path / "out", {"max_steps": 1}, dtype="auto")
     said = tmp_path / "said"
     ranks, _store = launch(2, _two_minds, config, tmp_path / "dtype", said)
     assert join(ranks) == [0, 0], said.read_text()

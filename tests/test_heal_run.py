@@ -28,8 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("run")
     tiny_checkpoint("llama", place / "model")
     write_text(place / "text.jsonl", 200)
-    options = "length: 32\nbatch: 4\nmicro-batch: 4\nsteps: 3\ntop-steps: 1\nreport-samples: 2\n"
-    (place / "heal.yaml").write_text(options + "learning-rate: 0.0005\n", encoding="utf-8")
+    training = "per_device_train_batch_size: 4\nmax_steps: 3\nlearning_rate: 0.0005\n"
+    (place / "trainer.yaml").write_text(training, encoding="utf-8")
+    options = f"length: 32\nreport-samples: 2\ntrainer: {place / 'trainer.yaml'}\n"
+    (place / "heal.yaml").write_text(options, encoding="utf-8")
     lines(place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)])
     articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
     lines(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
@@ -136,7 +138,7 @@ def test_a_checkpoint_given_as_a_run_is_told_how_to_be_compared(run: Path) -> No
 def test_heal_from_the_command_line(folder: Path, run: Path, tmp_path: Path) -> None:
     command = ["heal", str(run / "model"), "--teacher", str(folder / "model")]
     command += ["--text", str(folder / "text.jsonl"), "--length", "32", "--report-samples", "2"]
-    command += ["--samples", "4", "--steps", "1", "--batch", "2", "--device", "cpu"]
+    command += ["--samples", "4", "--effort", "100 tokens", "--device", "cpu"]
     command += ["--dtype", "float32", "--out", str(tmp_path / "healed")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output

@@ -26,9 +26,11 @@ from isingcut.report.words import healing_warnings
 
 __all__ = ["healed", "models"]
 
+ONCE = {"max_steps": 1}
+
 
 def test_patch_and_distillation_together(models: Path, tmp_path: Path) -> None:
-    out = heal(options(models, tmp_path / "out", patch="linear", steps=2))
+    out = heal(options(models, tmp_path / "out", {"max_steps": 2}, patch="linear"))
     found = read_json(out / "healing.json", "healing")
     assert found["patch"]["scores"]["kl"] < found["before"]["kl"]
     assert len(found["steps"]) == 2
@@ -47,7 +49,7 @@ def test_the_patch_is_the_default_once(models: Path, tmp_path: Path) -> None:
     # What is healed already is not the exact cut, which a patch is fitted for.
     with pytest.raises(InputError, match="is healed already, and a patch is fitted to the exact"):
         heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
-    again = heal(options(models, tmp_path / "again", student=str(out), steps=1, patch=None))
+    again = heal(options(models, tmp_path / "again", ONCE, student=str(out), patch=None))
     further = read_json(again / "healing.json", "healing")
     assert (further["start"], further["options"]["patch"]) == ("healed", "none")
     assert "patch" not in further
@@ -57,7 +59,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models: Path, tmp_path: Pa
     headless = tmp_path / "headless"
     record = json.dumps({"removed": [0], "of": 6})
     excise(models / "teacher", [0], headless, extra_files={"isingcut.json": record})
-    given: dict[str, Any] = {"student": str(headless), "steps": 1}
+    given: dict[str, Any] = {"training": ONCE, "student": str(headless)}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = read_json(out / "healing.json", "healing")
     # This text is made of ten words, and its tokens are letters.
@@ -80,7 +82,7 @@ def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(
     trained.model.save_pretrained(student)
     for name in ("isingcut.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(models / "student" / name, student / name)
-    out = heal(options(models, tmp_path / "out", student=str(student), steps=1, patch=None))
+    out = heal(options(models, tmp_path / "out", ONCE, student=str(student), patch=None))
     found = read_json(out / "healing.json", "healing")
     assert "patch" not in found
     assert "logits" in found["unpatched"][0]["reason"]
@@ -91,13 +93,11 @@ def test_a_cut_by_another_tool_is_recognised_by_its_weights(
 ) -> None:
     foreign = tmp_path / "foreign"
     shutil.copytree(models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json"))
-    with pytest.raises(InputError, match="leave --stream-teacher out"):
-        heal(options(models, tmp_path / "s", student=str(foreign), stream_teacher=True, top_k=4))
     out = heal(options(models, tmp_path / "out", student=str(foreign)))
     assert curve(out) == curve(healed)
     found = read_json(out / "healing.json", "healing")
     assert (found["removed"], found["of"]) == ([2, 3], 6)
-    again = heal(options(models, tmp_path / "again", student=str(out), steps=1))
+    again = heal(options(models, tmp_path / "again", ONCE, student=str(out)))
     assert read_json(again / "healing.json", "healing")["removed"] == [2, 3]
 
 
@@ -127,17 +127,9 @@ def test_what_is_refused(models: Path, tmp_path: Path) -> None:
         heal(options(models, models / "student"))
     with pytest.raises(OutputExistsError):
         heal(options(models, tmp_path))
-    further = tmp_path / "t.yaml"
-    further.write_text("weight_decay: 1e+35\n", encoding="utf-8")
-    blown = {"learning_rate": 10.0, "warmup_steps": 0, "trainer": str(further)}
-    with pytest.raises(ModelError, match="lower --learning-rate"):
-        heal(options(models, tmp_path / "d", **blown))
-    for bad in (
-        {"method": "qlora"},
-        {"method": "last:0"},
-        {"steps": 0},
-        {"method": "none"},
-        {"top_k": 4, "temperature": 2.0},
-    ):
+    blown = {"learning_rate": 10.0, "warmup_steps": 0, "weight_decay": 1e35}
+    with pytest.raises(ModelError, match=r"set a lower learning_rate .*, here 10"):
+        heal(options(models, tmp_path / "d", blown))
+    for bad in ({"method": "qlora"}, {"method": "last:0"}, {"method": "none"}):
         with pytest.raises(InputError):
             options(models, tmp_path / "e", **bad).validate()

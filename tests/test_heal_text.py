@@ -11,7 +11,6 @@ from torch import Tensor
 from healings import WORDS, write_text
 from isingcut.data.healing_text import build
 from isingcut.errors import CalibrationError
-from isingcut.healing.training import kl as kl
 from isingcut.testing.tiny import tiny_tokenizer
 
 

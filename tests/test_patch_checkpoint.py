@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from isingcut.errors import InputError
-from isingcut.healing.healers import registry
-from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.job import Job
-from isingcut.healing.patch import exact
+from isingcut.healing.patch import linear
 from isingcut.healing.patch.least_squares import Moments, RidgeFit, fit_ridge
+from isingcut.healing.patch.linear import fit_patches, patch_checkpoint
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
@@ -42,7 +41,7 @@ def job_of(folder: Path, family: str, removed: tuple[int, ...], **options: Any) 
 
 def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path: Path) -> None:
     job = job_of(tmp_path, "llama", (0, 1, 4))
-    record = registry.get("linear-patch")().heal(job, tmp_path / "patched")
+    record = patch_checkpoint(job, tmp_path / "patched")
     assert [c["removed"] for c in record["cuts"]] == [[4, 4]]
     (left,) = record["unpatched"]
     assert left["removed"] == [0, 1]
@@ -54,16 +53,16 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(
 ) -> None:
     model, calls = tiny_model("llama"), []
 
-    def first_fails(fit: Moments, held_out: Moments) -> RidgeFit:
+    def first_fails(fit: Moments, held_out: Moments) -> RidgeFit | None:
         calls.append(fit)
         if len(calls) == 1:
-            return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
+            return None
         return fit_ridge(fit, held_out)
 
-    monkeypatch.setattr(exact, "fit_ridge", first_fails)
+    monkeypatch.setattr(linear, "fit_ridge", first_fails)
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
-    found = LinearPatch().fit(replay, stack.kinds, tokens(), [2, 4], Work(96))
+    found = fit_patches(replay, stack.kinds, tokens(), [2, 4], Work(96))
     assert [(c["removed"], c["reason"][:39]) for c in found.unpatched] == [
         ([2, 2], "no map of block 1's mlp.down_proj is be")
     ]
@@ -87,7 +86,7 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
 ) -> None:
     removed = (0, 2, 3)
     job = job_of(tmp_path, family, removed)
-    expected = registry.get("linear-patch")().heal(job, tmp_path / "in-memory")
+    expected = patch_checkpoint(job, tmp_path / "in-memory")
     teacher, replay = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
     replay.store.buffers.keep_at_most(0)
     read: list[Any] = []
@@ -95,12 +94,12 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     monkeypatch.setattr(StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b)))
     stack = find_stack(teacher.model)
     text = tokens(32)
-    LinearPatch().fit(replay, stack.kinds, text, removed, Work(96))
+    fit_patches(replay, stack.kinds, text, removed, Work(96))
     # Block 0 may have been read ahead; blocks behind the last cut are not needed. What answers by
     # gains is read again, once its target is known.
     assert [read.count(i) for i in range(1, 6)] == [1 + again, 1, 1, 0, 0]
     job = dataclasses.replace(job, teacher=teacher, replay=replay)
-    record = registry.get("linear-patch")().heal(job, tmp_path / "streamed")
+    record = patch_checkpoint(job, tmp_path / "streamed")
     assert record == expected
     a, b = (tmp_path / n / "model.safetensors" for n in ("in-memory", "streamed"))
     assert a.read_bytes() == b.read_bytes()
@@ -114,7 +113,7 @@ def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
     kinds = find_stack(teacher.model).kinds
     with pytest.raises(InputError, match=r"on 252 tokens needs .* left; give fewer --patch-tokens"):
-        LinearPatch().fit(replay, kinds, tokens(), [3], Work(96))
+        fit_patches(replay, kinds, tokens(), [3], Work(96))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,7 @@ def test_the_written_checkpoint_is_plain_and_computes_the_patch(
 
     removed = (3,) if family == "nemotron_h" else (2, 3)
     job = job_of(tmp_path, family, removed)
-    record = registry.get("linear-patch")().heal(job, tmp_path / "patched")
+    record = patch_checkpoint(job, tmp_path / "patched")
     assert [c["removed"] for c in record["cuts"]] == [[removed[0], removed[-1]]]
     assert record["cuts"][0]["held_out_error_left"] < 1
     before, after = (read_checkpoint(tmp_path / n) for n in ("cut", "patched"))

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.healing.healers.linear_patch import Patch
-from isingcut.healing.patch import approximate, fitting
-from isingcut.healing.patch.absorb import find_write, observe
-from isingcut.healing.patch.files import applied
-from isingcut.healing.patch.gains import gained_writes, token_gains
+from isingcut.healing.patch import linear
+from isingcut.healing.patch.files import Patch, apply_patches
+from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
 from isingcut.healing.patch.least_squares import Moments
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
@@ -50,7 +48,7 @@ def test_families_that_absorb(family: str, path: str) -> None:
             stream = recording.block(i, stream)
         target = recording.block(3, recording.block(2, stream))
         plain = recording.block(2, stream)
-        with applied(replay.blocks, [patch]):
+        with apply_patches(replay.blocks, [patch]):
             mended = recording.block(2, stream)
     weights = 1 / target.square().mean(-1)
     left, before = (
@@ -78,7 +76,7 @@ def test_the_scale_of_a_family_is_found(monkeypatch: pytest.MonkeyPatch) -> None
             stream = recording.block(i, stream)
         target = recording.block(3, recording.block(2, stream))
         plain = recording.block(2, stream)
-        with applied(replay.blocks, [patch]):
+        with apply_patches(replay.blocks, [patch]):
             mended = recording.block(2, stream)
     left, before = (float((target - s)[text.mask].square().sum()) for s in (mended, plain))
     assert left < before
@@ -131,7 +129,7 @@ def block_error(model: Any, patches: Sequence[Patch], p: int, last: int, text: T
         handle.remove()
 
     run("original", last)
-    with applied(blocks, patches):
+    with apply_patches(blocks, patches):
         run("patched", p)
     left = (found["original"] - found["patched"]).square().sum(-1)
     return float((left / found["original"].square().mean(-1))[text.mask].sum())
@@ -192,14 +190,14 @@ def test_gains_are_those_of_the_norm_behind_the_layer() -> None:
 def test_a_layer_behind_experts_that_leaves_nothing_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(approximate.ApproximateCut, "_error", lambda self, patch: 1.0)
+    monkeypatch.setattr(linear._Fitting, "_error", lambda *_: 1.0)
     reason = r"no map of block 1's mlp.down_proj or self_attn.o_proj is better than none"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("gemma2"), [2], tokens())
 
 
 def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "gained_writes", lambda *args: [])
+    monkeypatch.setattr(linear, "gained_writes", lambda *args: [])
     reason = r"block 1 \(attention\+moe\) cannot absorb a patch: no linear layer of it writes to"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("mixtral"), [2], tokens())

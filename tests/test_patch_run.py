@@ -21,10 +21,10 @@ from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents.scores import EvaluationFile
 from isingcut.files.writing import read_document, read_json
-from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.load import load
 from isingcut.report.words import patch_warnings
+from isingcut.runs import patching
 from shared import OPTIONS, write_words
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -171,7 +171,7 @@ def test_an_interrupted_fit_leaves_the_cut_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(LinearPatch, "heal", stopped)
+        patched.setattr(patching, "patch_checkpoint", stopped)
         with pytest.raises(KeyboardInterrupt):
             job(llama, text, out)
     assert not (out / "model").exists()

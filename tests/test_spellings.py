@@ -109,6 +109,8 @@ def test_what_is_no_memory(text):
         ("10min", (None, 600.0)),
         ("1.5 hours", (None, 5400.0)),
         ("2h", (None, 7200.0)),
+        ("30m", (None, 1800.0)),
+        ("10M tokens", (1e7, None)),
         ("5Mtokens", (5e6, None)),
         ("500 ktok", (5e5, None)),
         ("1 token", (1.0, None)),

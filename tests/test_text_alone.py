@@ -8,7 +8,7 @@ from composites import composite, composite_checkpoint
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.healing.training.rounds import Objective, install
+from isingcut.healing.training.loss import install
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, reload, verify, verify_streamed
@@ -115,7 +115,7 @@ def test_quality_and_distillation_read_the_language_model_inside(tmp_path):
     tokens = TokenSet.from_rows(random_tokens(model, 2, 12).tolist())
     found = quality(model, cut, tokens)
     assert quality(model.language_model, cut.language_model, tokens) == found
-    install(cut, cut, Objective(model))
+    install(cut, cut, model)
     mask = torch.ones_like(tokens.input_ids)
     summed = cut(input_ids=tokens.input_ids, attention_mask=mask)["loss"].detach()
     assert float(summed) == pytest.approx(found.kl * tokens.tokens, rel=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from healings import trainer_file
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates
@@ -30,11 +31,18 @@ TEXT = HealingText(
 )
 
 
+def heal_options(place: Path, name: str, **settings: Any) -> Path:
+    """A file of options with a trainer file of four samples a step."""
+    trainer = trainer_file(place / name, {"per_device_train_batch_size": 4, **settings})
+    options = place / f"{name}.yaml"
+    options.write_text(f"length: 32\nreport-samples: 2\ntrainer: {trainer}\n", encoding="utf-8")
+    return options
+
+
 @pytest.fixture(scope="module")
 def tried(folder: Path) -> Iterator[Path]:
     """A run that healed in a budget of tokens and compared three candidates before."""
-    options = folder / "budget.yaml"
-    options.write_text("length: 32\nreport-samples: 2\nbatch: 4\nlearning-rate: 0.003\n")
+    options = heal_options(folder, "budget", learning_rate=0.003)
     with pytest.MonkeyPatch.context() as patched:
         leave_speed_out(patched.setattr)
         given = {
@@ -124,21 +132,20 @@ def test_the_pool_is_diverse(
 
 
 @pytest.mark.parametrize(
-    ("options", "effort", "steps"),
+    ("options", "effort"),
     [
-        ({"effort": "90ktokens"}, "10000tokens", None),
-        ({"effort": "9min"}, "1.000000min", None),
+        ({"effort": "90ktokens"}, "10000tokens"),
+        ({"effort": "9min"}, "1.000000min"),
         # All of the text: once.
-        ({}, f"{300 * 1024 // 9}tokens", None),
-        ({"steps": 30}, f"{30 * 16 * 1024 // 9}tokens", None),
-        ({"steps": 30, "top_steps": 7}, "", 7),
-        ({"effort": "9min", "top_steps": 7}, "", 7),
-        ({"method": "none"}, "", None),
+        ({}, f"{300 * 1024 // 9}tokens"),
+        ({"max_steps": 30}, f"{30 * 16 * 1024 // 9}tokens"),
+        ({"method": "none"}, ""),
     ],
 )
-def test_what_a_trial_may_take(options: dict[str, Any], effort: str, steps: int | None) -> None:
-    few = trials._few(HealConfig(**options), TEXT, 3)
-    assert (few.effort, few.steps) == (effort, steps)
+def test_what_a_trial_may_take(options: dict[str, Any], effort: str, tmp_path: Path) -> None:
+    if "max_steps" in options:
+        options = {"trainer": trainer_file(tmp_path / "t", options)}
+    assert trials._few(HealConfig(**options), TEXT, 3).effort == effort
 
 
 def test_the_rest_of_a_budget_is_the_healings() -> None:
@@ -147,7 +154,7 @@ def test_the_rest_of_a_budget_is_the_healings() -> None:
     assert healing_stages._left("10ktokens", rows) == "8500tokens"
     assert healing_stages._left("2min", rows) == "1.250000min"
     assert healing_stages._left("", rows) == ""
-    # `top-steps` may ask for more than there is.
+    # Trials may have taken longer than their share.
     assert healing_stages._left("0.5min", rows) == "0.166667min"
     assert healing_stages._left("1500tokens", rows) == "500tokens"
 
@@ -160,12 +167,12 @@ def test_a_small_budget_compares_nothing(
     session.config = session.config.replace(heal_top=None)
     monkeypatch.setattr(trials, "text_of", lambda *given: TEXT)
     recipe = dataclasses.asdict(Recipe(10, 4, 256, 3e-4, 10240, 8.0, 0.1))
-    asked: list[tuple[HealConfig, int]] = []
+    given: list[tuple[Recipe | None, int]] = []
 
     def train(session: Any, few: HealConfig, removed: Any, text: HealingText, *rest: Any) -> Any:
-        asked.append((few, int(text.train.mask.sum(1).max())))
+        given.append((rest[-1], int(text.train.mask.sum(1).max())))
         row = {"removed": list(removed), "kl": 1.0, "steps": 5, "tokens": 9, "seconds": 99.0}
-        return {**row, "dropped": None, "checks": [], **({"recipe": recipe} if few.effort else {})}
+        return {**row, "dropped": None, "checks": [], **({} if rest[-1] else {"recipe": recipe})}
 
     monkeypatch.setattr(trials, "_tried", train)
     pool = [{"removed": [k, k + 1], "kl": 1.0, "source": "spectrum"} for k in range(3)]
@@ -175,13 +182,11 @@ def test_a_small_budget_compares_nothing(
     # Half of its steps, half of its time.
     assert rows[0]["seconds"] == 4.0
     recipe["steps"] = 40
-    asked.clear()
+    given.clear()
     rows = trials._trials(session, opened, healing, pool)
     assert [row["seconds"] for row in rows] == [1.0] * 3
-    assert [few.effort for few, _ in asked] == ["0.111111min", "", ""]
-    assert [few.steps for few, _ in asked] == [None, 40, 40]
-    assert [(few.batch, few.learning_rate) for few, _ in asked[1:]] == [(4, 3e-4)] * 2
-    assert [longest for _, longest in asked] == [1024, 256, 256]
+    first = Recipe(**recipe)
+    assert given == [(None, 1024), (first, 256), (first, 256)]
 
 
 def test_a_candidate_that_is_behind_is_dropped_on_the_way(
@@ -196,8 +201,8 @@ def test_a_candidate_that_is_behind_is_dropped_on_the_way(
 
     monkeypatch.setattr(Race, "verdict", behind)
     leave_speed_out(monkeypatch.setattr)
-    options = tmp_path / "o.yaml"
-    options.write_text("length: 32\nreport-samples: 2\nbatch: 4\ntop-steps: 4\nsteps: 2\n")
+    # A third of it, shared by two.
+    options = heal_options(tmp_path, "o", max_steps=24)
     given = {"heal": True, "heal_top": 2, "heal_options": str(options), "out": str(tmp_path / "r")}
     run = pipeline.run(config(folder, "dropped", **given))
     rows = read_json(run / "healed-candidates.json", "healed-candidates")["candidates"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
-from isingcut.healing.healers.linear_patch import LinearPatch
-from isingcut.healing.patch.files import applied
-from isingcut.healing.training import tune as tuning
-from isingcut.healing.training.tune import Tuned, parted, tune
+from isingcut.healing.patch import tuning
+from isingcut.healing.patch.files import apply_patches
+from isingcut.healing.patch.linear import fit_patches
+from isingcut.healing.patch.tuning import split_samples, tune
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.replay import Replay
@@ -29,17 +30,18 @@ def tokens(samples: int = 16, length: int = 24) -> TokenSet:
     return TokenSet.from_rows([row[: length - 3 * (i % 3)] for i, row in enumerate(rows)])
 
 
-def tuned(model: Any, text: TokenSet, removed: Sequence[int] = REMOVED) -> Tuned:
+def tuned(model: Any, text: TokenSet, removed: Sequence[int] = REMOVED) -> Any:
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
     patches = []
-    rest, held_out = parted(text)
+    rest, held_out = split_samples(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
-        patches = LinearPatch().fit(replay, stack.kinds, rest, removed, Work(96)).patches
-    return tune(replay, rest, held_out, removed, patches, Work(96))
+        patches = fit_patches(replay, stack.kinds, rest, removed, Work(96)).patches
+    found, record = tune(replay, rest, held_out, removed, patches, Work(96))
+    return SimpleNamespace(patches=found, record=record)
 
 
-def divergence(model: Any, text: TokenSet, found: Tuned, removed: Sequence[int] = REMOVED) -> float:
+def divergence(model: Any, text: TokenSet, found: Any, removed: Sequence[int] = REMOVED) -> float:
     """KL(original || patched) of plain forward passes over the samples held out."""
     stack, total, count = find_stack(model), 0.0, 0
     for s in range(7, text.samples, 8):
@@ -47,7 +49,7 @@ def divergence(model: Any, text: TokenSet, found: Tuned, removed: Sequence[int] 
         with torch.no_grad():
             p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
             blocks = stack_modules(model, stack)
-            with skipped(model, stack, removed), applied(blocks, found.patches):
+            with skipped(model, stack, removed), apply_patches(blocks, found.patches):
                 q = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
         count += ids.shape[1] - 1

@@ -50,7 +50,7 @@ def exhausted_error(error: BaseException) -> MemoryExhaustedError:
     wanted, total = (_bytes(pattern, error) for pattern in (_WANTED, _CAPACITY))
     more = "" if wanted is None else f": {wanted:,} bytes more were needed"
     more += "" if total is None else f" of the {total:,} it has"
-    smaller = "give a smaller --batch-tokens or --length (healing: --micro-batch), or --stream on"
+    smaller = "give a smaller --batch-tokens or --length, or --stream on"
     if _ON_GPU.search(f"{type(error).__name__} {error}"):
         line = f"the memory of the GPU is used up{more}; {smaller}, or --device cpu"
     else:

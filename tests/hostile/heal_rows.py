@@ -1,18 +1,30 @@
 """Command lines of tiny healings, and ways to make their files hostile."""
 
+import itertools
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 from arena import Row
 from safetensors.torch import load_file, save_file
 
+FILES = tempfile.TemporaryDirectory()
+NUMBERS = itertools.count()
 
-def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed"):
-    """The command line of a tiny healing, of two steps where it gets that far."""
+
+def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed", **settings):
+    """The command line of a tiny healing, of two steps where it gets that far.
+
+    Args:
+        settings: of its trainer file.
+    """
+    file = Path(FILES.name) / f"{next(NUMBERS)}.yaml"
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, **settings}
+    file.write_text(json.dumps(settings), encoding="utf-8")
     return (
         f"heal {student} --teacher {teacher} --out {out} --text {{text}} --samples 6 --length 16 "
-        f"--report-samples 2 --steps 2 --batch 2 --micro-batch 2 --device cpu --dtype float32 "
-        f"{more}"
+        f"--report-samples 2 --trainer {file} --device cpu --dtype float32 {more}"
     )
 
 

@@ -76,7 +76,7 @@ def test_weights_that_are_overwritten_while_they_are_measured(arena, monkeypatch
 
 @pytest.mark.parametrize("place", ["model", "run/model"])
 def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, place):
-    from isingcut.healing.training.watch import Watch
+    from isingcut.healing.training.train import Watch
 
     end = Watch.on_step_end
 

@@ -130,12 +130,6 @@ PAIRS = rows(
         ("a file as student", heal(student="{text}"), "text.txt is no checkpoint"),
         ("the run as student", heal(student="{run}"), "run is no checkpoint"),
         (
-            "no record, streamed",
-            heal("--stream-teacher --top-k 4"),
-            "no record of its cut; .*leave --stream-teacher out",
-            without_record(),
-        ),
-        (
             "no record, one weight changed",
             heal(),
             "its block 0 is no block of model at all",

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from arena import Row
-from heal_rows import first_weight, heal, record, tensors, trainer
+from heal_rows import first_weight, heal, record, tensors
 from model_files import both
 
 from isingcut.files.outputs import mark
@@ -40,7 +40,7 @@ def stops(monkeypatch, step, error, part="_save_scaler"):
     monkeypatch.setattr(Trainer, part, torn)
 
 
-SAVING = heal("--save-steps 1")
+SAVING = heal(save_steps=1)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -58,13 +58,13 @@ def half_written(arena, step):
 
 
 def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
-    whole = heal("--save-steps 1", out="{here}/whole")
+    whole = heal(out="{here}/whole", save_steps=1)
     types(arena, whole, makes=("whole*", ".whole*"))
     with monkeypatch.context() as patch:
         stops(patch, 2, FULL)
         line = "no space left .*checkpoint-2 was not written; .*what was finished is kept in "
         left = types(arena, SAVING, code=2, line=line)
-    assert left == ["before.json", "identity.json", "trainer", "way.json"]
+    assert left == ["before.json", "identity.json", "memory.json", "trainer"]
     states = sorted(p.name for p in (arena.here / ".healed.healing/trainer").iterdir())
     assert states == ["checkpoint-1"]
     half_written(arena, 3)
@@ -87,13 +87,13 @@ def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
     with monkeypatch.context() as patch:
         stops(patch, 1, Stopped())
         # A kill leaves no chance to clean up.
-        patch.setattr("isingcut.healing.work_folder._drop", lambda work, names: None)
-        patch.setattr("isingcut.healing.training.watch.shutil.rmtree", lambda *a, **k: None)
+        patch.setattr("isingcut.healing.work_folder.release", lambda work: None)
+        patch.setattr("isingcut.healing.training.train.shutil.rmtree", lambda *a, **k: None)
         left = types(arena, SAVING, code=1, line="internal error")
     assert "trainer" in left
     assert [p.name for p in (arena.here / ".healed.healing/trainer").iterdir()] == ["checkpoint-1"]
     # Nothing in it is worth going on from, so that other options may take its place.
-    assert types(arena, heal("--save-steps 1 --learning-rate 1e-3")) == []
+    assert types(arena, heal(save_steps=1, learning_rate=1e-3)) == []
     assert len(curve(arena)) == 2
 
 
@@ -109,59 +109,22 @@ def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
 
 
 # Weights shrink by the rate times this, so that a rate of 10 blows them up.
-DECAY = trainer("weight_decay: 1e+35\n")
+BLOWN = {"weight_decay": 1e35, "max_steps": 4, "warmup_steps": 0}
 
 
 @pytest.mark.parametrize("saved", [1, 50])
 def test_the_advice_after_no_number_works(arena, saved):
-    more = (
-        f"--save-steps {saved} --steps 4 --warmup-steps 0 --trainer {{here}}/t.yaml --learning-rate"
-    )
-    line = "the loss of step . is nan; lower --learning-rate, here 10"
-    assert types(arena, heal(f"{more} 10"), code=2, line=line, makes=(), prepare=DECAY) == []
-    assert types(arena, heal(f"{more} 1e-37")) == []
-
-
-@pytest.mark.parametrize(
-    ("answers", "line"),
-    [
-        ("", "the loss of step 1 is nan; lower --learning-rate, here 10"),
-        # Kept answers leave nothing to judge by.
-        (
-            "--top-k 4 ",
-            "last step left weights that are no numbers; lower --learning-rate, here 10",
-        ),
-    ],
-)
-def test_a_last_step_without_numbers(arena, answers, line):
-    more = answers + "--steps 1 --warmup-steps 0 --trainer {here}/t.yaml --learning-rate 10"
-    blown = trainer("weight_decay: 1e+38\n")
-    made = {} if answers else {"makes": ()}
-    left = types(arena, heal(more), code=2, line=line, prepare=blown, **made)
-    assert ("targets" in left) == bool(answers)
-
-
-def test_a_finished_patch_outlives_a_training_without_numbers(arena, monkeypatch):
-    arena.try_row(Row("cut", "excise {run} --patch none --overwrite", code=0, makes=("run/*",)))
-    more = "--patch linear --steps 4 --warmup-steps 0 --trainer {here}/t.yaml --learning-rate"
-    line = "loss of step . is nan; .*what was finished is kept in .*healing"
-    left = types(arena, heal(f"{more} 10"), code=2, line=line, prepare=DECAY)
-    assert left == ["before.json", "identity.json", "patched", "patched.json"]
-
-    def refused(*arguments, **rest):
-        raise AssertionError("patched again")
-
-    monkeypatch.setattr("isingcut.healing.healers.linear_patch.LinearPatch.heal", refused)
-    assert types(arena, heal(f"{more} 1e-37")) == []
-    other = heal("--patch linear --patch-maps writes")
-    (arena.here / "healed").rename(arena.here / "away")
-    assert types(arena, other, code=1, line="patched again", makes=()) == []
+    settings = {**BLOWN, "save_steps": saved}
+    line = "the loss of step . is nan; set a lower learning_rate in the --trainer file, here 10"
+    first = heal("--patch none", **settings, learning_rate=10.0)
+    assert types(arena, first, code=2, line=line, makes=()) == []
+    assert types(arena, heal("--patch none", **settings, learning_rate=1e-37)) == []
 
 
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("isingcut.healing.healers.distill._publish", FULL),
+        ("isingcut.healing.training.distill._publish", FULL),
         ("isingcut.healing.heal.healed_card", FULL),
         (
             "isingcut.healing.training.train.OurTrainer.save_model",
@@ -180,17 +143,6 @@ def test_a_full_disk_after_the_training(arena, monkeypatch, place, error):
     assert types(arena, heal()) == []
 
 
-def test_a_full_disk_under_the_kept_answers(arena, monkeypatch):
-    def full(*arguments):
-        raise FULL
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
-        line = "no space left on the disk, so that .*targets.* was not written"
-        assert types(arena, heal("--top-k 4"), code=2, line=line, makes=()) == []
-    assert types(arena, heal("--top-k 4")) == []
-
-
 def test_another_teacher_may_stand_for_the_original(arena):
     first = tensors("model", lambda t: first_weight(t, 1.0))
     types(arena, heal("--other-teacher"), prepare=first)
@@ -204,7 +156,7 @@ def test_an_old_record_without_a_hash_goes_on_working(arena):
 
 def test_a_healed_student_is_healed_again(arena):
     """Its weights are no longer the teacher's, and its record still holds."""
-    types(arena, heal("--learning-rate 1e-2"))
+    types(arena, heal(learning_rate=1e-2))
     again = heal(student="{here}/healed", out="{here}/again")
     types(arena, again, makes=("again*", ".again*"))
     lying = json.dumps({"removed": [0, 5], "of": 6})
@@ -223,13 +175,12 @@ def test_overwrite_replaces_what_healing_wrote(arena):
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
     arena.try_row(Row("cut", "excise {run} --patch none --overwrite", code=0, makes=("run/*",)))
-    from isingcut.healing.patch import exact
-    from isingcut.healing.patch.least_squares import RidgeFit
+    from isingcut.healing.patch import linear
 
     def none_is_better(fit, held_out):
-        return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
+        return None
 
-    monkeypatch.setattr(exact, "fit_ridge", none_is_better)
+    monkeypatch.setattr(linear, "fit_ridge", none_is_better)
     line = r"no map of block \d's mlp.down_proj is better than none on tokens held out"
     assert types(arena, heal("--patch linear --method none"), code=2, line=line, makes=()) == []
 
@@ -243,13 +194,13 @@ def exact_cut(arena):
 
 
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
-    from isingcut.healing.patch import exact
+    from isingcut.healing.patch import linear
     from isingcut.healing.patch.least_squares import RidgeFit
 
     def too_small(fit, held_out):
         return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)
 
-    monkeypatch.setattr(exact, "fit_ridge", too_small)
+    monkeypatch.setattr(linear, "fit_ridge", too_small)
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     command = heal("--patch linear --method none", student="{here}/exact")
     types(arena, command, line=line, prepare=exact_cut)

@@ -181,8 +181,7 @@ LOADED = [
 # A few of each sort, on the verbs that measure more.
 RUN = "run {model} --remove 2 --calibration {text} --samples 2 --length 16 --out {here}/new"
 HEAL = (
-    "heal {run}/model --teacher {model} --other-teacher --text {text} --length 16 --steps 1 "
-    "--out {here}/new"
+    "heal {run}/model --teacher {model} --other-teacher --text {text} --length 16 --out {here}/new"
 )
 SOME = [
     ("a depth in words", config(num_hidden_layers="six"), INVALID),

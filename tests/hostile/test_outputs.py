@@ -10,6 +10,7 @@ from arena import Row, call
 
 import isingcut
 from isingcut.errors import InputError, OutputExistsError
+from isingcut.files.outputs import check_output
 from shared import snapshot
 
 STAYS = r"stays as it is: .*--overwrite replaces only what isingcut wrote"
@@ -219,9 +220,9 @@ def test_save_replaces_what_it_wrote(arena):
 
 
 def test_a_hard_link_to_a_source_is_that_source(arena):
-    weights = arena.model / "model.safetensors"
-    os.link(weights, arena.here / "same")
-    arena.try_row(Row("", "run model --remove 2 --calibration text.txt --out same", OF_SOURCE))
+    os.link(arena.text, arena.here / "same.html")
+    with pytest.raises(InputError, match=OF_SOURCE):
+        check_output(arena.here / "same.html", overwrite=True, sources=[arena.text])
 
 
 def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):

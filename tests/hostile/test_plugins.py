@@ -8,7 +8,7 @@ from arena import Row, call
 from isingcut.energies import registry
 from isingcut.errors import InputError
 
-ROOMS = ("energies", "solvers", "baselines", "healers")
+ROOMS = ("energies", "solvers", "baselines")
 CONTENTS = {
     "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
     "ends": ("raise SystemExit('bye')", "SystemExit: bye"),

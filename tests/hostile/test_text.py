@@ -181,7 +181,7 @@ def test_texts(arena, row):
 
 HEAL = (
     "heal {run}/model --teacher {model} --out new --length 16 --samples 3 --report-samples 3 "
-    "--steps 1 --dtype float32 --text "
+    "--dtype float32 --text "
 )
 HEALING = [
     Row("heal a device", HEAL + "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),

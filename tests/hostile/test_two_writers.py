@@ -23,7 +23,7 @@ from shared import leave_speed_out
 
 PUT = "isingcut.files.journal.Journal.put"
 VERIFY = "isingcut.runs.cutting.verify"
-STEP = "isingcut.healing.training.watch.Watch.on_step_end"
+STEP = "isingcut.healing.training.train.Watch.on_step_end"
 MEASURE = (
     "{model} --calibration {text} --samples 3 --length 16 --rank-samples 3 --report-samples 3 "
     "--dtype float32 --energy pairwise --out {here}/new --remove"
@@ -114,9 +114,9 @@ ORDERS = {
         2,
     ),
     "two heals of different rates": (
-        heal("--learning-rate 1e-3"),
+        heal(learning_rate=1e-3),
         STEP,
-        heal("--learning-rate 1e-4"),
+        heal(learning_rate=1e-4),
         "healed",
         2,
     ),

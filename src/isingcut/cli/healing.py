@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +25,7 @@ from isingcut.errors import InputError
 from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import read_document, write_document
-from isingcut.healing.healers import RECORD
+from isingcut.healing.job import RECORD
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.options.healing import HealConfig
@@ -34,10 +33,8 @@ from isingcut.options.healing import HealConfig
 if TYPE_CHECKING:
     from isingcut.files.documents.scores import BenchmarksFile
 
-_ALL = tuple(f.name for f in dataclasses.fields(HealConfig))
 
-
-@verb(*(n for n in _ALL if n != "top_steps"), group=RESULT, of=HealConfig, together=True)
+@verb(*HealConfig.__dataclass_fields__, group=RESULT, of=HealConfig, together=True)
 def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     """Win back quality of a cut checkpoint: closed-form patch, then distillation.
 

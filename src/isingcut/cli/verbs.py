@@ -410,7 +410,7 @@ def plan(**options: Any) -> Answer:
 
 @verb(name="ls", group=LOOK)
 def list_parts() -> Answer:
-    """List the energies, the solvers, the baselines, the healers and the benchmark tasks.
+    """List the energies, the solvers, the baselines and the benchmark tasks.
 
     Example: isingcut ls
     """
@@ -418,10 +418,9 @@ def list_parts() -> Answer:
     from isingcut.cli.show import show_lines
     from isingcut.energies import registry as energies
     from isingcut.evaluation.questions import task_names
-    from isingcut.healing.healers import registry as healers
     from isingcut.ising.solvers import registry as solvers
 
-    parts = {r.room: r.names() for r in (energies, solvers, baselines, healers)}
+    parts = {r.room: r.names() for r in (energies, solvers, baselines)}
     parts["tasks"] = task_names()
     lines = [f"{room}: {', '.join(names)}" for room, names in parts.items()]
     return Answer(parts, lambda: show_lines(lines), brief="\n".join(lines))

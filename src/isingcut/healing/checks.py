@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from isingcut.data.mixture import places_in
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import check_output, refuse_source
-from isingcut.healing.trainer_file import trainer_settings
+from isingcut.healing.trainer_file import check_optimiser
 from isingcut.healing.work_folder import refuse_foreign, work_of
 from isingcut.models.checkpoint.read import PLAIN, read_checkpoint
 from isingcut.models.device import pick_device
 from isingcut.models.processes import launched
 from isingcut.options.healing import HealConfig
-
-_NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
 
 
 def sources_of(config: HealConfig) -> list[Path]:
@@ -55,9 +52,7 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
             "the Trainer takes the first GPU that it sees; type CUDA_VISIBLE_DEVICES="
             f"{index} before the command and --device cuda"
         )
-    settings = trainer_settings(config)
-    _check_optimiser(config, settings.get("optim"))
-    _check_schedule(config, settings.get("lr_scheduler_kwargs") or {})
+    check_optimiser(config)
     if student is not None:
         stored_dtype(student)
 
@@ -88,32 +83,3 @@ def stored_dtype(folder: Path) -> str:
             "model (the teacher may be quantised)"
         )
     return name
-
-
-def _check_optimiser(config: HealConfig, name: str | None) -> None:
-    from transformers.training_args import OptimizerNames
-
-    names = [o.value for o in OptimizerNames]
-    if name is not None and name not in names:
-        raise InputError(
-            f"{config.trainer}: optim must be one of {', '.join(names)}; got {name[:60]!r}"
-        )
-
-
-def _check_schedule(config: HealConfig, further: dict[str, Any]) -> None:
-    import torch
-    from transformers import get_scheduler
-
-    if config.schedule in _NEVER_FALL:
-        raise InputError(
-            f"--schedule {config.schedule} falls when an evaluation says so, and healing makes "
-            "none; choose another, for example cosine"
-        )
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.rate)
-    try:
-        get_scheduler(config.schedule, optimiser, 1, 10, scheduler_specific_kwargs=further)
-    except (TypeError, ValueError, AttributeError, KeyError) as e:
-        raise InputError(
-            f"--schedule {config.schedule} does not take its settings ({' '.join(str(e).split())});"
-            " give them in the --trainer file, as lr_scheduler_kwargs"
-        ) from e

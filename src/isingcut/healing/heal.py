@@ -10,7 +10,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +19,35 @@ import torch
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
-from isingcut.errors import InputError, ModelError
-from isingcut.files.documents.scores import HealingFile
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError, VerificationError
+from isingcut.evaluation.quality import quality
+from isingcut.files.documents.scores import HealingFile, PairScores
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_document, write_json
 from isingcut.healing.checks import check_places, check_training, sources_of
-from isingcut.healing.figures import scores
-from isingcut.healing.healers import RECORD, registry
-from isingcut.healing.job import Job
+from isingcut.healing.job import RECORD, Job
 from isingcut.healing.judging import Domains, Judge
-from isingcut.healing.patching import patch, start_of
-from isingcut.healing.removed import Removal, check_pair, recorded_removal, removal_by_weights
+from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
+from isingcut.healing.recipe import Recipe
+from isingcut.healing.removed import check_pair, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import (
-    forget_all,
-    forget_training,
-    held,
-    identities,
-    kept,
-    told,
+    claim_work,
+    described_options,
+    identity_of,
+    keep_result,
     work_of,
 )
 from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures import find_stack, text_config
+from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
-from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import LENGTH, HealConfig
 from isingcut.report.card import healed_card, kept_parts
@@ -89,11 +88,6 @@ def heal(
     known = recorded_removal(student)
     sources = [*sources_of(config), *sources]
     check_places(config, out, sources)
-    if known is None and config.stream_teacher:
-        raise InputError(
-            f"{student} has no record of its cut; its blocks are found by comparing weights, which "
-            "needs the teacher in memory: leave --stream-teacher out"
-        )
     start = start_of(student)
     if start != "cut" and (config.method == "none" or config.patch in ("linear", "tuned")):
         raise InputError(
@@ -105,67 +99,34 @@ def heal(
         config = config.replace(patch="tuned")
     check_training(config, student)
     processes = _processes(config)
+    trust = config.trust_remote_code
     with contextlib.nullcontext() if processes.rank else locked(out):
-        _heal_on_disk(config, known, sources, progress, processes)
+        source = resolve(config.teacher, trust_remote_code=trust)
+        sources = [*sources, source]
+        check_places(config, out, sources)
+        check_pair(config, student, known, source)
+        refuse_changed(student)
+        stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
+        dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
+        teacher = load(source, dtype=dtype, device=config.device, trust_remote_code=trust)
+        if known is None:
+            removed = removal_by_weights(student, teacher, trust_remote_code=trust)
+        else:
+            removed = known.removed
+        text = healing_text.build(
+            config.text,
+            teacher.tokenizer,
+            samples=config.samples,
+            report_samples=config.report_samples,
+            length=sample_length(config, teacher.model),
+            seed=config.seed,
+            model=teacher.model,
+        )
+        parts = (teacher, removed, student, text, out, progress)
+        heal_checkpoint(config, *parts, processes=processes, sources=sources, stamps=stamps)
     if processes.size > 1:
         torch.distributed.destroy_process_group()
     return out
-
-
-def _heal_on_disk(
-    config: HealConfig,
-    known: Removal | None,
-    sources: Sequence[str | os.PathLike[str]],
-    progress: Progress,
-    processes: Processes,
-) -> None:
-    """Load what the options name, and heal.
-
-    Args:
-        known: the removal, where the student has a record of it.
-    """
-    student, out = user_path(config.student), user_path(config.out)
-    trust = config.trust_remote_code
-    source = resolve(config.teacher, trust_remote_code=trust)
-    sources = [*sources, source]
-    check_places(config, out, sources)
-    check_pair(config, student, known, source)
-    refuse_changed(student)
-    stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
-    dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
-    replay = None
-    if config.stream_teacher:
-        teacher, replay = load_streamed(
-            source, dtype=dtype, device=config.device, trust_remote_code=trust
-        )
-    else:
-        teacher = load(source, dtype=dtype, device=config.device, trust_remote_code=trust)
-    if known is None:
-        found = removal_by_weights(student, teacher, trust_remote_code=trust)
-        known = Removal(found, len(find_stack(teacher.model)))
-    text = healing_text.build(
-        config.text,
-        teacher.tokenizer,
-        samples=config.samples,
-        report_samples=config.report_samples,
-        length=sample_length(config, teacher.model),
-        seed=config.seed,
-        model=teacher.model,
-    )
-
-    def check_weights() -> None:
-        for folder, stamp in stamps:
-            check_unchanged(folder, stamp)
-
-    parts = (known.removed, student, text, out, progress, replay)
-    heal_checkpoint(
-        config,
-        teacher,
-        *parts,
-        processes=processes,
-        sources=sources,
-        check_weights=check_weights,
-    )
 
 
 def _processes(config: HealConfig) -> Processes:
@@ -195,12 +156,12 @@ def heal_checkpoint(
     text: HealingText,
     out: Path,
     progress: Progress = silent,
-    replay: StreamedReplay | None = None,
     *,
     judge: Judge | None = None,
+    recipe: Recipe | None = None,
     processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
-    check_weights: Callable[[], None] = lambda: None,
+    stamps: Sequence[tuple[Path, Any]] = (),
 ) -> HealingFile:
     """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
 
@@ -209,9 +170,10 @@ def heal_checkpoint(
 
     Args:
         judge: looks at the training; without one it ends where a domain of the text gets worse.
+        recipe: of the training, instead of what the options say.
         processes: that train together.
         sources: what ``out`` must not be, contain or lie in.
-        check_weights: refuses weights that were changed since they were loaded.
+        stamps: of folders whose weights must not change before the end (`weights_stamp`).
 
     Raises:
         OutputExistsError: ``out`` is there.
@@ -221,7 +183,7 @@ def heal_checkpoint(
     check_places(config, out, sources)
     parts = kept_parts(student)
     work = work_of(out)
-    identity, training = identities(config, teacher, removed, student, text)
+    identity = identity_of(config, teacher, removed, student, text)
     job = Job(
         teacher,
         tuple(removed),
@@ -230,22 +192,19 @@ def heal_checkpoint(
         work,
         config,
         silent if processes.rank else progress,
-        replay,
+        None,
         processes,
         judge or Domains(text.report),
-        training,
+        recipe,
     )
     # Every process has looked at the places before rank 0 writes there.
     processes.wait()
-    with held(work, identity, training) if job.leads else contextlib.nullcontext():
+    with claim_work(work, identity) if job.leads else contextlib.nullcontext():
         processes.wait()
         done, content = _healed(job, text)
         if job.leads:
-            try:
-                check_weights()
-            except ModelError:
-                forget_all(work)
-                raise
+            for folder, stamp in stamps:
+                check_unchanged(folder, stamp)
             write_json(done / RECORD, "healing", content)
             card, record = done / "README.md", read_document(done / RECORD, HealingFile)
             if card.is_file():
@@ -267,43 +226,40 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
     config, work, student, main = job.config, job.work, job.start, job.leads
     began = time.monotonic()
     record: dict[str, Any] = {}
-    before = kept(work / "before.json", lambda: scores(job, student, text.report)) if main else {}
+    before: dict[str, Any] = {}
+    if main:
+        before = keep_result(work / "before.json", lambda: _scores(job, student, text.report))
     start = start_of(student)
     if config.patch in ("linear", "tuned") or (config.patch is None and start == "cut"):
         patched = work / "patched"
 
         def make() -> dict[str, Any]:
-            found = patch(job, patched)
-            figures = {"scores": scores(job, patched, text.report)} if found["cuts"] else {}
+            found = _patch(job, patched)
+            figures = {"scores": _scores(job, patched, text.report)} if found["cuts"] else {}
             return {**found, **figures}
 
         if main:
-            found = kept(work / "patched.json", make)
+            found = keep_result(work / "patched.json", make)
             record = {"patch": found} if found["cuts"] else {"unpatched": found["unpatched"]}
         job.processes.wait()
         if patched.is_dir():
             job = dataclasses.replace(job, start=patched)
-    done = work / "done"
+    done, distilled = work / "done", {}
     if main:
         shutil.rmtree(done, ignore_errors=True)
-    try:
-        if config.method != "none":
-            record["distillation"] = registry.get("distill")().heal(job, done)
-        elif main:
-            shutil.copytree(job.start, done)
-        after = scores(job, done, text.report) if main else {}
-    except ModelError:
-        # It would fail the same way from its last state; another learning rate may not.
-        if main:
-            forget_training(work)
-        raise
+    if config.method != "none":
+        # Needs packages that are optional.
+        from isingcut.healing.training.distill import distill
+
+        distilled = distill(job, done)
+    elif main:
+        shutil.copytree(job.start, done)
     if not main:
         return done, {}
-    distilled = record.pop("distillation", {})
     return done, {
         "steps": distilled.pop("steps", []),
         "before": before,
-        "after": after,
+        "after": _scores(job, done, text.report),
         **record,
         **distilled,
         "start": start,
@@ -314,7 +270,7 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
         "report_tokens": text.report.tokens,
         "overlap": {"report": text.overlap},
         "options": {
-            **told(config),
+            **described_options(config),
             "patch": (config.patch or "linear") if "patch" in record else "none",
         },
         "seconds": round(time.monotonic() - began, 1),
@@ -328,3 +284,48 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
 
 def _named(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, **model_identity(folder)}
+
+
+def start_of(student: Path) -> str:
+    """What a checkpoint is by its records: ``cut`` exactly, ``patched``, or ``healed``."""
+    if (student / RECORD).exists():
+        return "healed"
+    parts = kept_parts(student)
+    patched = parts is not None and parts.patch is not None and parts.patch.cuts
+    return "patched" if patched else "cut"
+
+
+def _patch(job: Job, out: Path) -> dict[str, Any]:
+    """Patch into ``out``; where that cannot be, and the options do not name it, say why.
+
+    Raises:
+        ArchitectureError, FitError: `--patch linear` was given, and no cut can be patched.
+        VerificationError: the same, and the checkpoint is not exactly the cut.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        return patch_checkpoint(job, out)
+    except (*CANNOT, VerificationError) as e:
+        shutil.rmtree(out, ignore_errors=True)
+        if job.config.patch is not None:
+            raise
+        return unpatched(job.removed, e)
+
+
+def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
+    """Perplexity and KL to the original of a checkpoint on the held-out text."""
+    trust, model = job.config.trust_remote_code, job.teacher.model
+    cut, streamed = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
+    other = streamed or cut.model
+    found = quality(model, other, report, job.config.batch_tokens, progress=job.progress)
+    parts = {name: _figures(part) for name, part in found.parts.items()}
+    return {**_figures(found), **({"parts": parts} if parts else {})}
+
+
+def _figures(found: PairScores) -> dict[str, Any]:
+    return {
+        **dict(found.after),
+        "kl": found.kl,
+        "kl_se": found.kl_se,
+        "original_perplexity": found.before.perplexity,
+    }

@@ -1,17 +1,25 @@
-"""What a budget of tokens or of time buys: optimiser steps, their size, and the learning rate."""
+"""How long a model is trained: optimiser steps, their size, and the learning rate.
+
+A budget of tokens or of time decides them where the `--trainer` file leaves them open.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from isingcut.data.tokens import TokenSet, pieces
+from isingcut.healing.trainer_file import trainer_settings
 from isingcut.options.healing import LENGTH, HealConfig
 
 EPOCHS = 4.0
 """How often a budget may read its text: more repeats than it teaches."""
 SHORT = 256
 """Tokens of a sample, the fewest."""
+# Sequences of a step where nothing says another number.
+_BATCH = 16
 # Tokens of the largest step, and about as many steps as few tokens are divided into.
 _MOST, _STEPS = 16384, 40
 # Tokens of a step that bears the highest rate.
@@ -20,7 +28,7 @@ _CALM = 2048
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a budget bought.
+    """What a training does.
 
     Attributes:
         steps: optimiser steps; the schedule ends with them.
@@ -41,6 +49,18 @@ class Recipe:
     epochs: float
 
 
+def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> Recipe:
+    """Of a training without a budget: the paper's, 2e-5 and one epoch; LoRA's rate is 2e-4."""
+    settings = trainer_settings(config)
+    batch = _batch(settings, processes) or processes * math.ceil(_BATCH / processes)
+    steps = settings.get("max_steps") or _steps(text, batch, settings.get("num_train_epochs", 1.0))
+    rate = settings.get("learning_rate") or (2e-4 if config.lora_rank else 2e-5)
+    samples = steps * batch
+    tokens = int(samples * int(text.mask.sum()) / text.samples)
+    length = int(text.mask.sum(1).max())
+    return Recipe(steps, batch, length, float(rate), tokens, None, samples / text.samples)
+
+
 def sizes(
     config: HealConfig, tokens: float, *, width: int, longest: int = LENGTH, processes: int = 1
 ) -> tuple[int, int, float]:
@@ -56,28 +76,20 @@ def sizes(
         longest: sequence, in tokens.
         processes: that a batch is shared by.
     """
-    tokens = max(1.0, tokens)
+    settings, tokens = trainer_settings(config), max(1.0, tokens)
     step = 2 ** round(math.log2(min(7.2 * math.sqrt(tokens), tokens / _STEPS)))
     step = min(_MOST, max(SHORT, step))
     length = longest if config.length else min(longest, max(SHORT, step // 8))
-    batch = config.batch or processes * math.ceil(step / (length * processes))
-    scale = 10.0 if config.method == "lora" else 1.0
+    batch = _batch(settings, processes) or processes * math.ceil(step / (length * processes))
+    scale = 10.0 if config.lora_rank else 1.0
     rate = min(3e-4, 0.086 / math.sqrt(tokens)) * min(1.0, 576 / width)
     # Gradients of few tokens are noise for the most part.
     rate *= math.sqrt(min(1.0, batch * length / _CALM))
-    rate = config.learning_rate or min(1e-3, scale * max(2e-5, rate))
-    return batch, length, float(f"{rate:.2g}")
+    rate = float(f"{min(1e-3, scale * max(2e-5, rate)):.2g}")
+    return batch, length, float(settings.get("learning_rate", rate))
 
 
-def steps_of(config: HealConfig, samples: int) -> int:
-    """Optimiser steps of a training."""
-    if config.steps is not None:
-        return int(config.steps)
-    epochs = 1.0 if config.epochs is None else float(config.epochs)
-    return max(1, math.ceil(math.ceil(samples / int(config.sequences)) * epochs))
-
-
-def bought(
+def bought_recipe(
     config: HealConfig,
     text: TokenSet,
     tokens: float | None,
@@ -96,22 +108,22 @@ def bought(
         width, processes: as for `sizes`.
     """
     mask = text.mask
-    shape = {"width": width, "longest": int(mask.sum(1).max()), "processes": processes}
+    longest = int(mask.sum(1).max())
     each, token = pace
-    most = (config.epochs or EPOCHS) * int(mask.sum())
+    epochs = trainer_settings(config).get("num_train_epochs", EPOCHS)
+    most = epochs * int(mask.sum())
     wanted = most if tokens is None else tokens
     # The size of a step decides how many tokens there are time for, and they decide its size.
     for _ in range(1 if seconds is None else 8):
         wanted = min(most, wanted)
-        batch, length, rate = sizes(config, wanted, **shape)
+        batch, length, rate = sizes(
+            config, wanted, width=width, longest=longest, processes=processes
+        )
         cut = pieces(text, length)
         step = batch * float(cut.mask.sum()) / cut.samples
         if seconds is not None:
             wanted = max(0.0, seconds) / (token + each / step)
-    steps = min(
-        max(1, int(min(most, wanted) / step)),
-        steps_of(config.replace(batch=batch, epochs=config.epochs or EPOCHS), cut.samples),
-    )
+    steps = min(max(1, int(min(most, wanted) / step)), _steps(cut, batch, epochs))
     return Recipe(
         steps,
         batch,
@@ -121,3 +133,16 @@ def bought(
         None if seconds is None else steps * (each + token * step),
         steps * batch / cut.samples,
     )
+
+
+def _batch(settings: Mapping[str, Any], processes: int) -> int | None:
+    """Sequences of a step as TrainingArguments count them; None where they say nothing."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    if not any(name in settings for name in names):
+        return None
+    each, parts = (int(settings.get(n, d)) for n, d in zip(names, (8, 1), strict=True))
+    return processes * each * parts
+
+
+def _steps(text: TokenSet, batch: int, epochs: float) -> int:
+    return max(1, math.ceil(math.ceil(text.samples / batch) * epochs))

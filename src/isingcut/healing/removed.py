@@ -20,7 +20,7 @@ from isingcut.data.encoder import Encoder
 from isingcut.errors import InputError
 from isingcut.files.inputs import load_json
 from isingcut.healing.checks import check_last
-from isingcut.healing.healers import RECORD as HEALED
+from isingcut.healing.job import RECORD as HEALED
 from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.architectures.surgery import depth, extra_heads, written_out
@@ -99,11 +99,6 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
         if not config.other_teacher:
             _check_original(student, removal, config.teacher, teacher)
         _check_cut(student, removal, config.teacher, teacher)
-        if config.hidden_weight and removal.removed == tuple(range(len(removal.removed))):
-            raise InputError(
-                "--hidden-weight matches hidden states behind each cut at the block before it, and "
-                f"{student} lacks its first blocks only; leave it out"
-            )
     ours, theirs = (written_out(read_config(folder)) for folder in (student, teacher))
     for name, words in {"vocab_size": "vocabulary", "hidden_size": "width"}.items():
         if ours.get(name) != theirs.get(name):
@@ -111,17 +106,11 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
                 f"{student} has a {words} of {ours.get(name)}, but the teacher {config.teacher} "
                 f"one of {theirs.get(name)}; give the model it was cut from"
             )
-    size = theirs.get("vocab_size")
-    if isinstance(size, int) and config.top_k > size:
-        raise InputError(
-            f"--top-k {config.top_k} is more than the {size} tokens of the vocabulary; "
-            f"give at most {size}"
-        )
     width = theirs.get("hidden_size")
-    if config.method == "lora" and isinstance(width, int) and config.lora_rank > width:
+    if isinstance(width, int) and config.lora_rank > width:
         raise InputError(
-            f"--lora-rank {config.lora_rank} is more than the model's width of {width}, which is "
-            "the rank of all its matrices; give less, or --method full"
+            f"--method lora:{config.lora_rank} is more than the model's width of {width}, which is "
+            f"the rank of all its matrices; give lora:{width} or less, or full"
         )
     check_last(config, depth(ours))
     _check_tokenizers(config, student, teacher)

@@ -255,19 +255,24 @@ def parse_healing(text: str) -> tuple[float | None, float | None]:
     Raises:
         InputError: none of these, or an amount out of bounds.
     """
-    words = text.strip().lower()
-    if words in ("", "all"):
+    words = text.strip()
+    if words.lower() in ("", "all"):
         return None, None
+    # Of the one letter m only the small one is minutes: 5M may be meant as tokens.
     match = re.fullmatch(
-        r"(\d{1,15}(?:\.\d{0,12})?)\s*(?:([kmg]?)(?:tokens|token|tok)|(minutes|min|hours|h))", words
+        r"(\d{1,15}(?:\.\d{0,12})?)\s*"
+        r"(?:([kmgKMG]?)\s*(?i:tokens|token|tok)|((?i:minutes|min|hours|h)|m))",
+        words,
     )
     amount = float(match[1]) if match else 0.0
     if match is not None and match[3]:
-        amount *= 60.0 if match[3] in ("hours", "h") else 1.0
+        amount *= 60.0 if match[3].lower() in ("hours", "h") else 1.0
         if 0 < amount <= _LONGEST_EFFORT:
             return None, 60 * amount
-    elif match is not None and 1 <= (amount := amount * _PLAIN.get(match[2], 1.0)) <= _MOST_TOKENS:
-        return amount, None
+    elif match is not None:
+        amount *= _PLAIN.get(match[2].lower(), 1.0)
+        if 1 <= amount <= _MOST_TOKENS:
+            return amount, None
     raise InputError(
         f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, of at "
         f"most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"

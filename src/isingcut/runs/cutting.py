@@ -28,10 +28,9 @@ from isingcut.files.writing import (
     read_document,
     temporary_prefix,
 )
-from isingcut.healing.healers import registry
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import RECORD
-from isingcut.healing.patching import CANNOT, unpatched
+from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
 from isingcut.models.architectures.auto import loading_class_of
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
@@ -254,7 +253,7 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     place = place_of(folder, config, removed)
     healing = patch_config(config)
-    how = {"tokens": healing.patch_tokens, "maps": healing.patch_maps, "tuned": healing.tunes}
+    how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
     options = {"removed": blocks, "patch": {**how, **upstream(folder)}}
 
     def make(path: Path) -> None:
@@ -351,7 +350,7 @@ def _patched(
         session.progress,
         session.streamed[1] if session.streaming else None,
     )
-    found = registry.get("linear-patch")().heal(job, out)
+    found = patch_checkpoint(job, out)
     return {
         "unpatched": [],
         **found,

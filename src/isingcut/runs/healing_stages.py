@@ -18,7 +18,7 @@ from isingcut.data.healing_text import HealingText
 from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates, HealingFile
 from isingcut.files.writing import read_document
 from isingcut.healing.heal import heal_checkpoint, sample_length
-from isingcut.healing.healers import RECORD
+from isingcut.healing.job import RECORD
 from isingcut.options.healing import HealConfig
 from isingcut.options.spellings import parse_healing
 from isingcut.runs.folder import RunFolder

@@ -26,9 +26,10 @@ from isingcut.files.writing import (
     write_document,
 )
 from isingcut.healing.heal import heal_checkpoint
-from isingcut.healing.healers import RECORD
+from isingcut.healing.job import RECORD
 from isingcut.healing.judging import Race, beginnings, difference
-from isingcut.healing.work_folder import held
+from isingcut.healing.recipe import Recipe, usual_recipe
+from isingcut.healing.work_folder import claim_work
 from isingcut.ising.states import swaps
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.healing import HealConfig
@@ -63,7 +64,7 @@ def choose(session: Session, folder: RunFolder) -> HealedCandidates | None:
 
     def make(path: Path) -> None:
         pool = _pool(session, folder, config.tried)
-        with held(target / ".heal-top", fingerprint(options)):
+        with claim_work(target / ".heal-top", fingerprint(options)):
             rows = _trials(session, folder, healing, pool)
         best = min(range(len(rows)), key=lambda k: _order(rows[k]))
         counts = beginnings(splits_of(folder)["rank"]).predicted.sum(1).numpy()
@@ -83,25 +84,23 @@ def _trials(
     few = _few(healing, text, len(pool))
     text = dataclasses.replace(text, report=split)
     rows: list[dict[str, Any]] = []
-    recipe: dict[str, Any] | None = None
+    recipe: Recipe | None = None
     for one in pool:
         removed = [int(i) for i in one["removed"]]
         leader = min(rows, key=_order)["checks"] if rows else None
-        tried = _tried(session, few, removed, text, Race(split, leader), folder)
-        recipe = recipe or tried.get("recipe")
-        done = tried["steps"] / recipe["steps"] if recipe else 0.0
-        timed = recipe is not None and recipe["seconds"] is not None
-        seconds = done * recipe["seconds"] if recipe and timed else tried["seconds"]
+        tried = _tried(session, few, removed, text, Race(split, leader), folder, recipe)
+        if recipe is None and "recipe" in tried:
+            # The same steps on the same text for the others, whatever the clock says then.
+            recipe = Recipe(**tried["recipe"])
+            text = dataclasses.replace(text, train=pieces(text.train, recipe.length))
+        seconds = tried["seconds"]
+        if recipe is not None and recipe.seconds is not None:
+            seconds = tried["steps"] / recipe.steps * recipe.seconds
         before = {"kl_before": one["kl"], "source": one["source"], "seconds": seconds}
         rows.append({**tried, **before})
-        if recipe is not None and recipe["steps"] < _FEWEST and session.config.heal_top is None:
+        if recipe is not None and recipe.steps < _FEWEST and session.config.heal_top is None:
             # Too small a budget to compare anything.
             break
-        if recipe is not None and len(rows) == 1:
-            # The same steps on the same text for the others, whatever the clock says then.
-            names = ("steps", "batch", "learning_rate")
-            few = few.replace(effort="", **{name: recipe[name] for name in names})
-            text = dataclasses.replace(text, train=pieces(text.train, recipe["length"]))
     return rows
 
 
@@ -112,6 +111,7 @@ def _tried(
     text: HealingText,
     judge: Race,
     folder: RunFolder,
+    recipe: Recipe | None,
 ) -> dict[str, Any]:
     """One candidate, healed for a few steps and measured; kept, so that a kill loses one."""
     work = folder.target(session.config.removal) / ".heal-top" / "-".join(map(str, removed))
@@ -119,7 +119,8 @@ def _tried(
     if not cut.exists():
         excise(session.source, removed, cut)
     if not out.exists():
-        heal_checkpoint(few, session.loaded, removed, cut, text, out, session.progress, judge=judge)
+        given = (few, session.loaded, removed, cut, text, out, session.progress)
+        heal_checkpoint(*given, judge=judge, recipe=recipe)
     found = read_document(out / RECORD, HealingFile)
     return {
         "removed": list(removed),
@@ -185,16 +186,14 @@ def _entry(row: MeasuredState | BaselineFile, source: str) -> dict[str, Any]:
 
 
 def _few(healing: HealConfig, text: HealingText, count: int) -> HealConfig:
-    """How a candidate is trained: for the steps asked for, or its part of the budget's share."""
+    """How a candidate is trained: for its part of the budget's share."""
     if healing.method == "none":
         return healing
-    if healing.top_steps is not None:
-        return healing.replace(steps=healing.top_steps, effort="")
     tokens, seconds = parse_healing(healing.effort)
     if seconds is not None:
         return healing.replace(effort=f"{SHARE * seconds / 60 / count:.6f}min")
     if tokens is None:
-        per_step = healing.sequences * float(text.train.mask.sum()) / text.train.samples
-        most = float(text.train.mask.sum()) * (healing.epochs or 1.0)
-        tokens = most if healing.steps is None else healing.steps * per_step
-    return healing.replace(effort=f"{max(1, int(SHARE * tokens / count))}tokens", steps=None)
+        tokens = float(text.train.mask.sum())
+        if healing.trainer:
+            tokens = usual_recipe(healing, text.train).tokens
+    return healing.replace(effort=f"{max(1, int(SHARE * tokens / count))}tokens")

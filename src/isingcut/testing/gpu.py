@@ -200,7 +200,8 @@ def heal(place: Place) -> str:
     """Every method of healing trains and writes a checkpoint that is verified."""
     out = place.folder / "to-heal"
     isingcut.run(out=str(out), remove=2, **place.options(patch="none", skip_speed=True))
-    said = []
+    trainer, said = place.folder / "trainer.yaml", []
+    trainer.write_text("max_steps: 4\n", encoding="utf-8")
     for method in ("lora", "last:2", "full"):
         healed = healing(
             student=str(out / "model"),
@@ -208,7 +209,7 @@ def heal(place: Place) -> str:
             out=str(place.folder / f"healed-{method.replace(':', '-')}"),
             text=str(place.text),
             method=method,
-            steps=4,
+            trainer=str(trainer),
             length=32,
             device=str(place.device),
         )

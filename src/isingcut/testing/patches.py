@@ -21,8 +21,8 @@ import torch
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.healing.healers.linear_patch import LinearPatch
 from isingcut.healing.patch.files import StoredLayers
+from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.load import load
@@ -75,7 +75,7 @@ def absorbers(family: str, folder: Path) -> list[Absorbs]:
         # The last of its kind, because the first blocks of many families are special.
         p = max(i for i, k in enumerate(stack.kinds[:-1]) if k == kind)
         try:
-            fitted = LinearPatch().fit(replay, stack.kinds, text, [p + 1], Work(1024), stored)
+            fitted = fit_patches(replay, stack.kinds, text, [p + 1], Work(1024), stored)
         except ArchitectureError as refusal:
             found.append(Absorbs(kind, reason=str(refusal)))
             continue

@@ -207,42 +207,23 @@ class HealingWork(Document):
 
     kind: ClassVar = "healing-work"
     work: str
-    training: str
 
 
 class HealingCurve(Document):
-    """The training curve up to a saved state; an older isingcut made no checks."""
+    """The training curve up to a saved state."""
 
     kind: ClassVar = "healing-curve"
     steps: list[Step]
-    checks: list[HealingCheck] = Field(default_factory=list)
+    checks: list[HealingCheck]
+    trained_parameters: Count
 
 
-class HealingTargets(Document):
-    """How many samples the teacher has answered."""
-
-    kind: ClassVar = "healing-targets"
-    samples: Count
-
-
-class HealingWay(Document):
+class HealingMemory(Document):
     """How a training is computed on its machine."""
 
-    kind: ClassVar = "healing-way"
+    kind: ClassVar = "healing-memory"
     most: Some
     recompute: bool
-
-
-class HealingTrained(HealingCurve):
-    """What a finished training has to say."""
-
-    kind: ClassVar = "healing-trained"
-    tokens_seen: Count
-    samples: Count
-    processes: Some
-    trained_parameters: Count
-    recipe: HealingRecipe | None = None
-    stopped: HealingStop | None = None
 
 
 class TrainedCandidate(Strict):
@@ -252,12 +233,6 @@ class TrainedCandidate(Strict):
     kl: Number
     kl_se: Positive | None
     perplexity: Positive
-
-
-class HealedCandidate(TrainedCandidate, Document):
-    """The same as a file, kept while others are healed."""
-
-    kind: ClassVar = "healed-candidate"
 
 
 class ComparedCandidate(TrainedCandidate):

@@ -1,4 +1,4 @@
-"""The linear patch: `absorb` and `gains` which layer takes a map, `exact` and `approximate` the map
-of one cut, `least_squares` how it is solved, `fitting` the cuts of a state, `files` the patched
-checkpoint, `float8` its layers that were quantised.
+"""The linear patch: `linear` fits the maps of a state's cuts, `layers` finds what takes a map,
+`least_squares` solves, `tuning` tunes on the loss, `files` writes the patched checkpoint, `float8`
+its layers that were quantised.
 """

@@ -19,6 +19,7 @@ from isingcut.models.architectures.surgery import depth, renumbering, written_ou
 from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
 from isingcut.models.fit import block_prefix
 from isingcut.models.fp8 import DTYPES, fp8_layout
+from isingcut.models.replay import Replay
 
 RECORD = "isingcut.json"
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -137,7 +138,7 @@ def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def applied(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
+def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
     """The original's blocks with the patched layers in place while the context lasts.
 
     A layer has its new weights only while it is called, so that a streamed block, whose weights
@@ -212,3 +213,34 @@ def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
         else:
             found.append((i, i))
     return found
+
+
+def find_obstacle(
+    replay: Replay, stored: StoredLayers | None, block: int, path: str, module: Any
+) -> str:
+    """Why a layer cannot take new weights; empty where it can.
+
+    Args:
+        stored: the checkpoint that they must be written to; None: any layer will do.
+    """
+    weight = module.weight
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"the weights of its {path} are quantised; patch the unquantised model"
+    owners = [
+        name
+        for name, other in replay.model.named_parameters(remove_duplicate=False)
+        if other is weight or _same_memory(other, weight)
+    ]
+    if len(owners) > 1:
+        return f"its {path} is shared with another part of the model ({owners[-1]})"
+    if stored is not None:
+        try:
+            stored.layer(block, path, weight.shape, bias=module.bias is not None)
+        except ArchitectureError as refusal:
+            return str(refusal)
+    return ""
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two parameters of a streamed model are views of the same place in a buffer."""
+    return one.shape == other.shape and 0 != one.data_ptr() == other.data_ptr()

@@ -59,32 +59,39 @@ class RidgeFit:
 
     Attributes:
         map: (D, F) float64; t is approximated by map x.
-        strength: ridge strength relative to the mean eigenvalue; None: no map is better.
-        held_out: share of the held-out squares left by the map, 1 without one.
+        strength: ridge strength relative to the mean eigenvalue.
+        held_out: share of the held-out error that is left by a map of the other rows alone.
     """
 
     map: Tensor
-    strength: float | None
+    strength: float
     held_out: float
 
 
-def fit_ridge(fit: Moments, held_out: Moments) -> RidgeFit:
+def fit_ridge(
+    fit: Moments, held_out: Moments, left: Callable[[Tensor], float] | None = None
+) -> RidgeFit | None:
     """Minimise sum |t - map x|^2 + ridge |map|^2 on the fit, the ridge chosen on held-out rows.
 
     The map of the chosen strength is then fitted to both sets of rows together: ``fit`` holds all
-    of them afterwards. No map at all (an infinite ridge) competes too.
+    of them afterwards.
+
+    Args:
+        left: share of the held-out error that a map leaves; None: of the held-out squares.
+
+    Returns:
+        None where no map is better than none.
     """
 
-    def left(strength: float) -> float:
-        candidate = ridge_map(fit, strength)
-        cross = (candidate * held_out.tx).sum()
-        squares = ((candidate @ held_out.xx) * candidate).sum()
+    def squares_left(found: Tensor) -> float:
+        cross = (found * held_out.tx).sum()
+        squares = ((found @ held_out.xx) * found).sum()
         return float((held_out.tt - 2 * cross + squares) / held_out.tt)
 
-    strength, error = best_strength(left)
+    strength, error = best_strength(lambda s: (left or squares_left)(ridge_map(fit, s)))
     # Not a number is no gain either.
     if not error < 1:
-        return RidgeFit(torch.zeros_like(fit.tx), None, 1.0)
+        return None
     fit.absorb(held_out)
     return RidgeFit(ridge_map(fit, strength), strength, error)
 

@@ -1,6 +1,4 @@
-"""Distillation.
-
-`train` on transformers' Trainer, `watch` what goes on around its steps, `budget` how many there
-is time for, `tune` the layers beside each cut, `student` what is trained,
-`rounds` forward and loss, `kl` the loss in pieces, `targets` kept top-k answers.
+"""Distillation: `distill` from a budget to a checkpoint, `train` on transformers' Trainer,
+`student` what is trained, `loss` its objective, `batches` what is computed together, `memory` how
+much of it at a time.
 """

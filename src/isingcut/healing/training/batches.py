@@ -1,6 +1,6 @@
 """Which samples are computed together: an optimiser step's in parts of like length.
 
-A step takes its samples in a shuffled order, as many as `--batch` says. They are sorted by length,
+A step takes its samples in a shuffled order. They are sorted by length,
 dealt to the processes, and cut into micro-batches so that little padding is computed: what a step
 learns is the same in any order and in any parts. Every step has as many micro-batches as every
 other, in every process, as gradient accumulation and sharded models ask for.
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from isingcut.data.tokens import TokenSet
-from isingcut.healing.training.targets import Kept
 
 # A further micro-batch casts the weights and adds up their gradients once more: about as much work
 # as so many tokens.
@@ -72,7 +71,7 @@ class Steps(Sampler[list[int]]):
             found.append(int(order[at]))
         return sorted(found, key=lambda i: -self.lengths[i])
 
-    def parted(self) -> Steps:
+    def divide(self) -> Steps:
         """With as many micro-batches as every step needs, and more where they save padding."""
         every = [
             [self.lengths[i] for i in found[rank :: self.size]]
@@ -164,15 +163,10 @@ def _slices(cuts: Sequence[np.ndarray], size: int) -> list[slice]:
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Samples as the Trainer takes them, without padding.
+    """Samples as the Trainer takes them, without padding."""
 
-    Args:
-        tokens: the samples.
-        kept: the teacher's stored targets, None where the teacher itself is at hand.
-    """
-
-    def __init__(self, tokens: TokenSet, kept: Kept | None = None) -> None:
-        self.tokens, self.kept = tokens, kept
+    def __init__(self, tokens: TokenSet) -> None:
+        self.tokens = tokens
 
     def __len__(self) -> int:
         return self.tokens.samples
@@ -186,8 +180,6 @@ class Rows(Dataset[dict[str, Tensor]]):
         row = {"input_ids": self.tokens.input_ids[i, :length]}
         if self.tokens.counted is not None:
             row["counted"] = self.tokens.counted[i, :length]
-        if self.kept is not None:
-            row |= {name: t[:length] for name, t in self.kept.sample(i).items()}
         return row
 
 
@@ -196,7 +188,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     width = max(len(r["input_ids"]) for r in rows)
 
     def padded(values: Tensor) -> Tensor:
-        rest = values.new_zeros((width - len(values), *values.shape[1:]))
+        rest = values.new_zeros(width - len(values))
         return torch.cat([values, rest])
 
     batch = {name: torch.stack([padded(r[name]) for r in rows]) for name in rows[0]}

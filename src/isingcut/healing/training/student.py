@@ -32,7 +32,7 @@ def load_student(folder: Path, config: HealConfig) -> Any:
     return reload(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
 
 
-def trainable(plain: Any, config: HealConfig) -> Any:
+def prepare_training(plain: Any, config: HealConfig) -> Any:
     """The model with what is trained of it: all weights, the last ones, or small matrices beside.
 
     Raises:
@@ -51,7 +51,7 @@ def trainable(plain: Any, config: HealConfig) -> Any:
 
     settings = peft.LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=2 * config.lora_rank,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -126,8 +126,8 @@ def trained_weights(start: Path, trained: Path, config: HealConfig) -> dict[str,
         start: the checkpoint that was trained.
         trained: what the Trainer saved of it.
     """
-    model = load_student(start if config.method == "lora" else trained, config)
-    if config.method == "lora":
+    model = load_student(start if config.lora_rank else trained, config)
+    if config.lora_rank:
         import peft
 
         with _quiet_peft():

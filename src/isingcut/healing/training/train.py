@@ -6,143 +6,152 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from isingcut.errors import InputError
-from isingcut.files.writing import clear_os_errors, read_json
+from isingcut.console.progress import Bar
+from isingcut.errors import InputError, ModelError
+from isingcut.files.outputs import mark
+from isingcut.files.writing import clear_os_errors, read_json, write_json
 from isingcut.healing.job import Job
-from isingcut.healing.patch.files import runs
-from isingcut.healing.recipe import steps_of
+from isingcut.healing.judging import Verdict
+from isingcut.healing.recipe import usual_recipe
 from isingcut.healing.trainer_file import is_sharded, trainer_settings
 from isingcut.healing.training.batches import Rows, Steps, TimedSteps, collate
-from isingcut.healing.training.room import Way, way_of
-from isingcut.healing.training.rounds import Objective, install
-from isingcut.healing.training.student import load_student, narrow, trainable
-from isingcut.healing.training.targets import Kept, keep_targets, parked
-from isingcut.healing.training.watch import OurTrainer, Watch
-from isingcut.healing.work_folder import CURVE, complete_states, kept
+from isingcut.healing.training.loss import install
+from isingcut.healing.training.memory import MemoryPlan, plan_memory
+from isingcut.healing.training.student import load_student, narrow, prepare_training
+from isingcut.healing.work_folder import CURVE, complete_states, keep_result
 from isingcut.models.cutting.sharing import share
 from isingcut.models.device import BatchLimit
-from isingcut.models.loading import quiet_transformers
+from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.transformers_private import checkpointing
 
 # Trained tokens that a check is worth its time after.
 _EACH_CHECK = 100_000
-# Files of a state that are no part of the model in it.
-_OF_STATES = ("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "global_step*", CURVE)
 
 
-def train(job: Job, out: Path) -> dict[str, Any]:
-    """Train, and leave the Trainer's save of the final model (LoRA: of the adapter) at ``out``.
+def train(job: Job) -> tuple[dict[str, Any], Path]:
+    """Train, from the last complete state on.
 
     Returns:
-        the curve and the settings, as `healing.json` keeps them.
+        the curve and the settings, as `healing.json` keeps them; and the Trainer's save of the
+        model (LoRA: of the adapter) that is the result.
 
     Raises:
-        InputError: settings that do not fit each other, or the number of processes.
+        InputError: settings that do not fit each other.
         ModelError: the loss is no number.
     """
-    config, size = job.config, job.processes.size
-    if config.sequences % size:
-        raise InputError(
-            f"--batch {config.sequences} must be a multiple of the number of processes, here {size}"
-        )
-    answers = keep_targets(job) if config.top_k else None
-    with contextlib.nullcontext() if answers is None else parked(job):
-        found = _trained(job, answers, out)
+    recipe = job.recipe or usual_recipe(job.config, job.tokens, job.processes.size)
+    job = dataclasses.replace(job, recipe=recipe)
+    watch = Watch(job, "healing", recipe.batch)
+    last = _last_state(job)
+    if last is not None:
+        known = read_json(last / CURVE, "healing-curve")
+        watch.curve, watch.checks = known["steps"], known["checks"]
+        watch.trained = known["trained_parameters"]
+    # A kill behind the last state leaves what follows from it to be done here.
+    if watch.judge() is None and len(watch.curve) < recipe.steps:
+        with _student(job, recipe.batch) as (student, rows, plan):
+            watch.trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+            order = Steps(
+                job.tokens.mask.sum(1).tolist(),
+                recipe.batch,
+                recipe.steps,
+                job.processes.rank,
+                job.processes.size,
+                job.config.seed,
+                plan.most,
+            ).divide()
+            _run(job, student, rows, plan, order, watch, last)
         # The student and its optimiser, before anything takes their place.
+        del student
         BatchLimit(job.teacher.device).release()
-    return found
-
-
-def _trained(job: Job, answers: Kept | None, out: Path) -> dict[str, Any]:
-    """`train` with the teacher's kept answers, or beside the teacher."""
-    config, size = job.config, job.processes.size
-    watch = Watch(job, "healing")
-    with _student(job, answers) as (student, rows, way):
-        order = Steps(
-            job.tokens.mask.sum(1).tolist(),
-            config.sequences,
-            steps_of(config, job.tokens.samples),
-            job.processes.rank,
-            size,
-            config.seed,
-            way.most,
-        ).parted()
-        _run(job, student, rows, way, order, watch, out)
-        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    return {
+    step = watch.curve[-1]["step"]
+    if watch.verdict and watch.verdict.kept is not None:
+        step = watch.verdict.kept
+    found = {
         "steps": watch.curve,
-        "tokens_seen": watch.curve[-1]["tokens"] if watch.curve else 0,
+        "tokens_seen": watch.curve[-1]["tokens"],
         "samples": job.tokens.samples,
-        "processes": size,
-        "trained_parameters": trained,
+        "processes": job.processes.size,
+        "trained_parameters": watch.trained,
         "checks": watch.checks,
         **({"stopped": dataclasses.asdict(watch.verdict)} if watch.verdict else {}),
     }
+    return found, job.work / "trainer" / f"checkpoint-{step}"
 
 
 def step_times(job: Job) -> list[tuple[int, float]]:
     """Tokens and seconds of steps that come to nothing: of one sample, then of many."""
     size = job.processes.size
-    job = dataclasses.replace(job, config=job.config.replace(batch=64 * size))
-    watch = Watch(job, "timing", timing=True)
-    with _student(job, None) as (student, rows, way):
+    batch = 64 * size
+    watch = Watch(job, "timing", batch, timing=True)
+    with _student(job, batch) as (student, rows, plan):
         longest = int(job.tokens.mask.sum(1).max())
-        order = TimedSteps(len(rows), max(1, way.most // longest), job.processes.rank, size)
-        _run(job, student, rows, way, order, watch, None)
+        order = TimedSteps(len(rows), max(1, plan.most // longest), job.processes.rank, size)
+        _run(job, student, rows, plan, order, watch)
     counts = [0, *(step["tokens"] for step in watch.curve)]
     found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
     return job.processes.decide(lambda: found)
 
 
 @contextlib.contextmanager
-def _student(job: Job, answers: Kept | None) -> Iterator[tuple[Any, Rows, Way]]:
-    """The model to train, with its loss installed and its attention chosen, its samples and way.
+def _student(job: Job, batch: int) -> Iterator[tuple[Any, Rows, MemoryPlan]]:
+    """The model to train, with its loss installed and its attention chosen, its samples and plan.
 
     On one device it is a second tree of modules over the teacher's weights: only what is trained,
     and what a patch or float32 made another, is new memory. What FSDP or DeepSpeed shard stays
     whole on the CPU, for them to place, in one type.
     """
-    config, device = job.config, job.teacher.device
+    config, device, teacher = job.config, job.teacher.device, job.teacher.model
     reuse_freed_memory()
     # A training before this one, for its speed, is in memory until it is collected.
     BatchLimit(device).release()
     plain = load_student(job.start, config)
-    student = trainable(plain, config)
-    teacher = job.teacher.model if answers is None else None
+    student = prepare_training(plain, config)
     half = job.teacher.dtype == torch.bfloat16
-    placed = False
-    if not is_sharded(config):
+    sharded, placed = is_sharded(trainer_settings(config)), False
+    if not sharded:
         if half:
             narrow(plain, torch.bfloat16)
-        placed = share(plain, job.teacher.model, job.removed, device)
-    objective = Objective(teacher, config.temperature, _pairs(job), config.hidden_weight)
+        placed = share(plain, teacher, job.removed, device)
     # Narrowed layers take float32 under autocast alone.
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        install(student, plain, objective)
+        install(student, plain, teacher)
+    rows = Rows(job.tokens)
+
+    def make() -> dict[str, Any]:
+        found = plan_memory(job, student, rows.longest(), batch, placed=placed)
+        return dataclasses.asdict(found)
+
+    def plan() -> dict[str, Any]:
+        # As it was when it was begun; a student that finds no room now is refused, whatever was.
+        return keep_result(job.work / "memory.json", make) if placed or sharded else make()
+
     with quiet_transformers():
-        rows = Rows(job.tokens, answers)
-        yield student, rows, _way(job, student, rows, placed=placed)
+        yield student, rows, MemoryPlan(**job.processes.decide(plan))
 
 
 def _run(
     job: Job,
     student: Any,
     rows: Rows,
-    way: Way,
+    plan: MemoryPlan,
     order: Steps | TimedSteps,
     watch: Watch,
-    out: Path | None,
+    last: Path | None = None,
 ) -> None:
-    """Train from the last complete state on, and save the model; without ``out`` keep nothing."""
+    """Train, from a state on where there is one."""
 
     def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
@@ -155,7 +164,7 @@ def _run(
     trainer = OurTrainer(
         order=order,
         model=student,
-        args=_arguments(job, way, order, saved=out is not None),
+        args=_arguments(job, plan, order, watch.batch, saved=not watch.timing),
         train_dataset=rows,
         data_collator=collate,
         compute_loss_func=summed,
@@ -164,84 +173,54 @@ def _run(
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
-    last = _last_state(job)
-    if last is not None:
-        known = read_json(last / CURVE, "healing-curve")
-        watch.curve, watch.checks = known["steps"], known["checks"]
-    # A kill between a verdict and what follows from it leaves it to be read here.
-    if watch.judged() is None:
-        try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        except ImportError as e:
-            raise _refused(e) from e
-    if out is None:
-        return
-    with clear_os_errors(out):
-        if watch.verdict is None:
-            trainer.save_model(str(out))
-        elif job.leads and watch.verdict.kept != 0:
-            step = watch.verdict.kept or watch.curve[-1]["step"]
-            state = job.work / "trainer" / f"checkpoint-{step}"
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.copytree(state, out, ignore=shutil.ignore_patterns(*_OF_STATES))
-    job.processes.wait()
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except ImportError as e:
+        raise _refused(e) from e
 
 
 def _last_state(job: Job) -> Path | None:
-    """The last complete state of this training; all others are deleted."""
+    """The last complete state of this training; what is no complete state is deleted."""
     folder = job.work / "trainer"
     if job.leads:
-        complete = complete_states(folder, job.identity)
+        complete = complete_states(folder)
         for path in folder.glob("checkpoint-*"):
             if path not in complete:
                 shutil.rmtree(path)
     job.processes.wait()
-    return next(reversed(complete_states(folder, job.identity)), None)
+    return next(reversed(complete_states(folder)), None)
 
 
-def _way(job: Job, student: Any, rows: Rows, *, placed: bool) -> Way:
-    """How the training is computed: as it was when it was begun, and in every process alike."""
-
-    def made() -> dict[str, Any]:
-        return dataclasses.asdict(way_of(job, student, rows.longest(), placed=placed))
-
-    def found() -> dict[str, Any]:
-        # A student that finds no room now is refused, whatever there was.
-        fits = placed or is_sharded(job.config)
-        return kept(job.work / "way.json", made) if fits else made()
-
-    return Way(**job.processes.decide(found))
-
-
-def _arguments(job: Job, way: Way, order: Steps | TimedSteps, *, saved: bool) -> TrainingArguments:
+def _arguments(
+    job: Job, plan: MemoryPlan, order: Steps | TimedSteps, batch: int, *, saved: bool
+) -> TrainingArguments:
     config, size, steps = job.config, job.processes.size, order.steps
-    device = job.teacher.device
+    device, rate = job.teacher.device, job.recipe.learning_rate if job.recipe else 2e-5
     settings: dict[str, Any] = {
-        "output_dir": str(job.work / "trainer"),
-        "per_device_train_batch_size": -(-config.sequences // (size * order.micro_batches)),
-        "gradient_accumulation_steps": order.micro_batches,
-        "learning_rate": config.rate,
-        "lr_scheduler_type": config.schedule,
-        "warmup_steps": min(config.warmup_steps, steps // 10),
-        "max_steps": steps,
+        "learning_rate": rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(100, steps // 10),
         "weight_decay": 0.0,
+        "save_steps": _between_saves(job, steps, batch),
+        "bf16": job.teacher.dtype == torch.bfloat16,
+        **(checkpointing() if plan.recompute else {}),
+        "dataloader_pin_memory": device.type == "cuda",
+        **({"ddp_find_unused_parameters": False} if size > 1 else {}),
+        **trainer_settings(config),
+        "output_dir": str(job.work / "trainer"),
+        "per_device_train_batch_size": -(-batch // (size * order.micro_batches)),
+        "gradient_accumulation_steps": order.micro_batches,
+        "max_steps": steps,
         "logging_strategy": "no",
         "save_strategy": "steps" if saved else "no",
-        "save_steps": config.save_steps or _between_saves(job, steps),
         "save_total_limit": 2,
         "seed": config.seed,
         "data_seed": config.seed,
-        "bf16": job.teacher.dtype == torch.bfloat16,
-        **(checkpointing() if way.recompute else {}),
         "use_cpu": device.type == "cpu",
-        "dataloader_pin_memory": device.type == "cuda",
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    if size > 1:
-        settings["ddp_find_unused_parameters"] = False
-    settings |= trainer_settings(config)
     try:
         arguments = TrainingArguments(**settings)
         if arguments.n_gpu > 1:
@@ -252,23 +231,173 @@ def _arguments(job: Job, way: Way, order: Steps | TimedSteps, *, saved: bool) ->
         raise _refused(e) from e
 
 
-def _between_saves(job: Job, steps: int) -> int:
+def _between_saves(job: Job, steps: int, batch: int) -> int:
     """Steps between two states, each of which is checked: two to ten, or one every 50 steps."""
     mean = float(job.tokens.mask.sum()) / job.tokens.samples
-    wanted = steps * job.config.sequences * mean / _EACH_CHECK
+    wanted = steps * batch * mean / _EACH_CHECK
     return min(50, math.ceil(steps / min(10.0, max(2.0, wanted))))
 
 
 def _refused(error: Exception) -> InputError:
-    words = " ".join(str(error).split())
-    return InputError(f"transformers refuses the training arguments: {words}")
+    return InputError(f"transformers refuses the training arguments: {one_line(error)}")
 
 
-def _pairs(job: Job) -> list[tuple[int, int]]:
-    """(block of the student, block of the teacher) that stand right before and behind each cut."""
-    found = []
-    for first, last in runs(job.removed):
-        before = first - 1 - sum(i < first for i in job.removed)
-        if before >= 0:
-            found.append((before, last))
-    return found
+def loss_at_the_end(losses: Sequence[float], steps: int) -> float | None:
+    """An estimate of the last steps' loss: a power law through those so far, without the warm-up.
+
+    None as long as they are fewer than eight or than a fifth of all, or where they do not fall.
+    """
+    made = len(losses)
+    if made < max(8, steps / 5):
+        return None
+    first = max(2, made // 10)
+    step = np.log(np.arange(first, made + 1))
+    slope, constant = np.polyfit(step, np.log(np.maximum(losses[first - 1 :], 1e-30)), 1)
+    return None if slope >= 0 else float(np.exp(constant + slope * math.log(steps)))
+
+
+class OurTrainer(Trainer):
+    """Saves states that a kill or a full disk leaves whole or recognisably unfinished.
+
+    Args:
+        order: this process's micro-batches.
+    """
+
+    def __init__(self, order: Steps | TimedSteps, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.order = order
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Micro-batches as they are: what is dealt to this process already is not dealt again."""
+        arguments: Any = self.args
+        workers = arguments.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.order,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=bool(workers and arguments.dataloader_persistent_workers),
+            prefetch_factor=arguments.dataloader_prefetch_factor if workers else None,
+        )
+
+    def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
+        # `Watch.on_save` marks it complete; one left by an earlier call is no part of it.
+        target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        save: Any = super()._save_checkpoint
+        try:
+            with clear_os_errors(target):
+                save(*arguments, **rest)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+
+
+class Watch(TrainerCallback):
+    """Keeps the loss curve, shows progress, judges, and refuses a loss that is no number.
+
+    Args:
+        words: what is shown.
+        batch: sequences of a step, over all processes.
+        timing: nothing is trained to be kept.
+    """
+
+    def __init__(self, job: Job, words: str, batch: int, *, timing: bool = False) -> None:
+        self.job, self.words, self.batch, self.timing = job, words, batch, timing
+        device = job.teacher.device
+        self.bar: Bar | None = None
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.curve: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+        self.began = time.monotonic()
+        self.checks: list[dict[str, Any]] = []
+        self.trained = 0
+        self.verdict: Verdict | None = None
+        self.shown: Any = contextlib.ExitStack()
+
+    def count(self, loss: Tensor, predictions: Tensor) -> None:
+        """Add a micro-batch's summed loss and its predictions."""
+        self.sums += torch.stack([loss.detach().double(), predictions.double()])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.began = time.monotonic()
+        if self.job.leads:
+            longest = int(self.job.tokens.mask.sum(1).max())
+            words = f"{self.words}, {state.max_steps} steps"
+            if not self.timing:
+                words += f" of {self.batch} x {longest} tokens"
+            self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
+            if state.global_step:
+                self.bar.advance(state.global_step)
+        if not state.global_step:
+            self.check(rest["model"], 0)
+            self.began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        sums = self.sums.clone()
+        if self.job.processes.size > 1:
+            torch.distributed.all_reduce(sums)
+        self.sums.zero_()
+        total, predictions = (float(v) for v in sums)
+        now = time.monotonic()
+        self.seconds.append(now - self.began)
+        self.began = now
+        loss = total / max(1.0, predictions)
+        before = self.curve[-1]["tokens"] if self.curve else 0
+        self.curve.append(
+            {"step": state.global_step, "tokens": before + int(predictions), "loss": loss}
+        )
+        self._refuse_no_number(loss, state.global_step)
+        if self.bar is not None:
+            end = loss_at_the_end([c["loss"] for c in self.curve], state.max_steps)
+            about = "" if end is None else f", at the end about {end:.2f}"
+            self.bar.advance(1, f"loss {loss:.4f}{about}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        # The other processes have written their random states, too.
+        self.job.processes.wait()
+        self.check(rest["model"], state.global_step)
+        if self.job.leads:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            found = {"steps": self.curve, "checks": self.checks, "trained_parameters": self.trained}
+            write_json(folder / CURVE, "healing-curve", found)
+            mark(folder)
+        if self.judge() is not None:
+            control.should_training_stop = True
+
+    def check(self, model: Any, step: int) -> None:
+        """Measure the text held out, in every process alike, as a model may be shared by all."""
+        judge = self.job.judge
+        if judge is None or self.timing:
+            return
+        rows, device = Rows(judge.tokens), self.job.teacher.device
+        model.eval()
+        with torch.no_grad():
+            sums = [
+                float(model(**{k: v.to(device) for k, v in collate([rows[i]]).items()})["loss"])
+                for i in range(len(rows))
+            ]
+        model.train()
+        for value in sums:
+            self._refuse_no_number(value, step)
+        sums = self.job.processes.decide(lambda: sums)
+        self.checks.append({"step": step, "kl_sums": sums})
+
+    def _refuse_no_number(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise ModelError(f"the loss of step {step} is {loss}; {lower_rate(self.job)}")
+
+    def judge(self) -> Verdict | None:
+        """What the checks so far say, kept as `verdict`."""
+        if self.checks and self.job.judge is not None:
+            self.verdict = self.job.judge.verdict(self.checks)
+        return self.verdict
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.shown.close()
+
+
+def lower_rate(job: Job) -> str:
+    """What to do about numbers that are none."""
+    rate = "" if job.recipe is None else f", here {job.recipe.learning_rate:g}"
+    return f"set a lower learning_rate in the --trainer file{rate}"

@@ -1,10 +1,7 @@
 """KL and NLL of rows of logits against reference logits.
 
-The package has them in two forms. Where no gradient is wanted they are sums over rows, here. Where
-one is, it is written out as softmax less a target: `head` for measurements, `healing.training.kl`
-for training.
-
-`RowSums` reads logits once, in pieces of the vocabulary; `row_kl` is for rows that are there whole.
+`RowSums` reads logits once, in pieces of the vocabulary; `row_kl` is for rows that are there whole;
+`divergence` and `divergence_from_stream` are their sum as autograd takes it, to train on.
 For one position with reference logits l and logits q, and p = softmax(l),
 
     NLL = log Z(q) - q[label]
@@ -21,12 +18,28 @@ exponential costs less than reading p from memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from isingcut.ising.states import Floats
-from isingcut.models.compute.kernels import accumulate, bits, compiled_for, in_threads
+from isingcut.models.compute.kernels import (
+    accumulate,
+    bits,
+    compiled_for,
+    in_threads,
+    softmax_difference,
+)
+
+CHUNK_ELEMENTS = 1 << 26
+"""Elements of logits looked at together, at most."""
+_BUFFER_ELEMENTS = 1 << 22
+# What stays in a CPU's cache while it is read three times.
+_CACHED_ELEMENTS = 1 << 19
 
 
 def row_kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -118,3 +131,101 @@ class RowSums:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+class _Divergence(torch.autograd.Function):
+    """Sum over rows of KL(softmax(teacher) || softmax(student)).
+
+    The float32 copies of all logits never exist: rows are taken in chunks, each chunk's gradient is
+    formed with its value and kept in the logits' own dtype; on a CPU compiled loops read a few
+    rows from its cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        if _compiles(student):
+            found, gradient = _compiled(student, teacher)
+            ctx.save_for_backward(gradient)
+            return found
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        gradient = torch.empty_like(student)
+        step = max(1, _BUFFER_ELEMENTS // student.shape[-1])
+        for a in range(0, len(student), step):
+            logp = torch.log_softmax(teacher[a : a + step].float(), dim=-1)
+            logq = torch.log_softmax(student[a : a + step].float(), dim=-1)
+            total += row_kl(logp, logq).sum(dtype=torch.float64)
+            gradient[a : a + step] = logq.exp_().sub_(logp.exp_())
+        ctx.save_for_backward(gradient)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grads[0]), None
+
+
+def _compiles(logits: Tensor) -> bool:
+    return compiled_for(logits) and logits.dtype in (torch.bfloat16, torch.float32)
+
+
+def _compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the rows' KL and its gradient, on a CPU."""
+    gradient = torch.empty(student.shape, dtype=student.dtype)
+    total, labels = 0.0, torch.zeros(len(student), dtype=torch.int64)
+    step = max(1, _CACHED_ELEMENTS // student.shape[-1])
+    for a in range(0, len(student), step):
+        rows = slice(a, a + step)
+        q, p, none = student[rows].detach(), teacher[rows], labels[rows]
+        theirs = RowSums(none)
+        theirs.add(p)
+        mine = RowSums(none, theirs.log_z)
+        mine.add(q, reference=p)
+        total += float(mine.kl.sum())
+        given = (bits(q), mine.log_z.numpy(), bits(p), theirs.log_z.numpy(), bits(gradient[rows]))
+        in_threads(partial(softmax_difference, *given), len(q), q.numel())
+    return torch.tensor(total, dtype=torch.float32), gradient
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Sum over rows of KL(teacher || student) of logits (n, V), nats; differentiable in the
+    student."""
+    summed: Any = _Divergence
+    found: Tensor = summed.apply(student, teacher)
+    return found
+
+
+Head = Callable[[Tensor], Tensor]
+
+
+def divergence_from_stream(
+    student: Tensor,
+    head: Head,
+    teacher: Tensor,
+    teacher_head: Head,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    vocabulary: int = 1,
+) -> Tensor:
+    """`divergence` from what enters the heads; logits exist one chunk of rows at a time.
+
+    Args:
+        student: (n, D), what the student's head reads.
+        head: (m, D) to logits (m, V).
+        teacher: (n, D'), what the teacher's head reads.
+        chunk_elements: logits computed together.
+        vocabulary: V.
+
+    Memory: the gradient of all logits until the backward pass, n V in the logits' dtype.
+    """
+    rows = max(1, chunk_elements // vocabulary)
+
+    def part(hidden: Tensor, other: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher_head(other)
+        return divergence(head(hidden), target)
+
+    if len(student) <= rows:
+        return part(student, teacher)
+    total = torch.zeros((), device=student.device)
+    for a in range(0, len(student), rows):
+        total = total + part(student[a : a + rows], teacher[a : a + rows])
+    return total

@@ -26,12 +26,11 @@ from torch.nn.functional import linear
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import FitError
-from isingcut.healing.patch.absorb import called_once, read_once
-from isingcut.healing.patch.files import Patch, StoredLayers, runs
-from isingcut.healing.patch.fitting import unfit
-from isingcut.healing.training.kl import divergence
+from isingcut.healing.patch.files import Patch, StoredLayers, find_obstacle, runs
+from isingcut.healing.patch.layers import list_linear_layers, list_writers
 from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
+from isingcut.models.compute.divergence import divergence
 from isingcut.models.loading import one_line
 from isingcut.models.memory import allowance
 from isingcut.models.replay import Recording, Replay
@@ -48,20 +47,7 @@ RATE, WIDTH = 0.004, 576
 a model whose stream is so wide; in wider ones it is less, since more of them change at once."""
 
 
-@dataclass(frozen=True, eq=False)
-class Tuned:
-    """What tuning made of the patches of one state.
-
-    Attributes:
-        patches: all layers that are not the original's now.
-        record: what was done and won, JSON-able.
-    """
-
-    patches: list[Patch]
-    record: dict[str, Any]
-
-
-def parted(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
+def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
     """What patches are fitted to and tuned on, and what is held out.
 
     Raises:
@@ -87,7 +73,7 @@ def tune(
     stored: StoredLayers | None = None,
     *,
     at_a_time: int = STEP_TOKENS,
-) -> Tuned:
+) -> tuple[list[Patch], dict[str, Any]]:
     """Go on from fitted patches.
 
     Cost: one pass of the original over the tokens, and `EPOCHS` forward and backward passes of the
@@ -104,6 +90,9 @@ def tune(
         patches: fitted to the cuts of this state.
         stored: the checkpoint that they must be written to; None: any layer will do.
         at_a_time: tokens that are computed at a time; it changes rounding alone.
+
+    Returns:
+        all layers that are not the original's now; and what was done and won, JSON-able.
 
     Raises:
         FitError: too little memory, or the model cannot be differentiated.
@@ -125,7 +114,7 @@ def tune(
         for one in found
         if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
     ]
-    layers = _that_fit([one for one in found if not unfit(replay, stored, *one[:3])])
+    layers = _that_fit([one for one in found if not find_obstacle(replay, stored, *one[:3])])
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(beside[0], len(replay)) if i not in set(removed)]
     parts = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
@@ -162,7 +151,7 @@ def tune(
         "held_out_kl": kl,
     }
     new = [tuned[key].patch(key, weight) for key, weight in best.items()]
-    return Tuned([p for p in patches if (p.block, p.path) not in best] + new, record)
+    return [p for p in patches if (p.block, p.path) not in best] + new, record
 
 
 def _that_fit(layers: Sequence[tuple[int, str, Any, bool]]) -> list[tuple[int, str, Any]]:
@@ -280,8 +269,8 @@ class _Text:
                 if i == beside[0] and not any(b < i for b in removed):
                     entered = stream
                 if i in beside and batch is self.batches[0]:
-                    writes = {p for p, _, _ in called_once(call, replay.blocks[i], i, stream)}
-                    layers = read_once(call, replay.blocks[i], i, stream)
+                    writes = {p for p, _, _ in list_writers(call, replay.blocks[i], i, stream)}
+                    layers = list_linear_layers(call, replay.blocks[i], i, stream)
                     found += [(i, path, m, path in writes) for path, m in layers.items()]
                 stream = call.block(i, stream)
             self.calls.append(call)

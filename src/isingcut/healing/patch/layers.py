@@ -1,10 +1,17 @@
-"""Which linear layer of a block writes straight to the stream, so that it can absorb a linear map.
+"""Which linear layers of a block write to the stream, so that they can absorb a linear map.
 
-Found by trying, not by family: a layer qualifies when adding d to its output adds s d to the
+Found by trying, not by family. A layer writes straight when adding d to its output adds s d to the
 block's output, with one number s for all tokens and directions. That holds for the
 down-projection of a pre-norm MLP and the output projection of a block that only attends or only
-scans; it fails behind a post-norm or a gate (`gains`), and for an expert that sees a part of the
-tokens.
+scans; it fails behind a post-norm or a gate, and for an expert that sees a part of the tokens.
+
+Where none writes straight, a change d of what a layer writes changes the block's output by about
+c_k g_t d_tk, with one gain c_k for each channel k and one g_t for each token t: a norm behind the
+layer (Gemma's and OLMo 2's post-norms: c is the norm's weight, g one over the root mean square),
+the gate of a shared expert (g), or nothing much, where what attention writes is read again by
+experts (c and g near 1). They are found by a small change of random signs, up and down, at all
+tokens at once; medians over tokens and channels, because in half precision a few huge ones round
+coarsely.
 """
 
 from __future__ import annotations
@@ -21,6 +28,12 @@ from isingcut.models.replay import Recording
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 5e-2
+_STEP = 0.25
+"""Size of the change, of what the layer writes."""
+_UNEXPLAINED = 0.7
+_ROUNDS = 3
+_DEAD = 1e-3
+"""Channels with less than this share of the largest gain take no part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,20 +91,18 @@ def find_write(
         hidden: the stream (B, T, D) that enters it.
         kind: what the block does.
     """
-    candidates, seen, plain, usable = _once(recording, block, i, hidden)
-    if "moe" in kind:
+    usable, plain = _called_once(recording, block, i, hidden, hidden.shape[-1])
+    for path, module, written in reversed(usable):
         # What attention writes goes through the experts too, though barely where norms are huge.
-        usable = [path for path in usable if "attn" not in path and "attention" not in path]
-    for path in reversed(usable):
-        written = seen[path].outputs
-        assert written is not None
-        scale = _response(recording, i, hidden, candidates[path], plain, written)
+        if "moe" in kind and ("attn" in path or "attention" in path):
+            continue
+        scale = _response(recording, i, hidden, module, plain, written)
         if scale is not None:
-            return Write.of(path, candidates[path], scale)
+            return Write.of(path, module, scale)
     return None
 
 
-def called_once(
+def list_writers(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor
 ) -> list[tuple[str, Any, Tensor]]:
     """Linear layers as wide as the stream that a block calls once, for all tokens.
@@ -99,42 +110,34 @@ def called_once(
     Returns:
         path, module and output (B, T, D) of each, in the order of the calls.
     """
-    candidates, seen, _, usable = _once(recording, block, i, hidden)
-    found = []
-    for path in usable:
-        written = seen[path].outputs
-        assert written is not None
-        found.append((path, candidates[path], written.reshape(hidden.shape)))
-    return found
+    found, _ = _called_once(recording, block, i, hidden, hidden.shape[-1])
+    return [(path, module, written.reshape(hidden.shape)) for path, module, written in found]
 
 
-def read_once(recording: Recording, block: nn.Module, i: int, hidden: Tensor) -> dict[str, Any]:
+def list_linear_layers(
+    recording: Recording, block: nn.Module, i: int, hidden: Tensor
+) -> dict[str, Any]:
     """Linear layers of any width that a block calls once, for all tokens; by their paths.
 
     An expert is called for some tokens, and a layer whose weights a kernel reads is not called.
     """
-    candidates = {path: m for path, m in block.named_modules() if path and _is_linear(m)}
-    seen, _ = _run(recording, i, hidden, candidates)
-    tokens = hidden.shape[:-1].numel()
-    return {
-        path: candidates[path]
-        for path, s in seen.items()
-        if s.calls == 1 and s.outputs is not None and s.outputs.shape[:-1].numel() == tokens
-    }
+    found, _ = _called_once(recording, block, i, hidden)
+    return {path: module for path, module, _ in found}
 
 
-def _once(
-    recording: Recording, block: nn.Module, i: int, hidden: Tensor
-) -> tuple[dict[str, nn.Module], dict[str, _Seen], Tensor, list[str]]:
-    width = hidden.shape[-1]
+def _called_once(
+    recording: Recording, block: nn.Module, i: int, hidden: Tensor, width: int | None = None
+) -> tuple[list[tuple[str, Any, Tensor]], Tensor]:
+    """Path, module and output of each linear layer called once, and the block's output."""
     candidates = {path: m for path, m in block.named_modules() if path and _is_linear(m, width)}
     seen, plain = _run(recording, i, hidden, candidates)
-    usable = [
-        path
+    tokens = hidden.shape[:-1].numel()
+    found = [
+        (path, candidates[path], s.outputs)
         for path, s in seen.items()
-        if s.calls == 1 and s.outputs is not None and s.outputs.numel() == plain.numel()
+        if s.calls == 1 and s.outputs is not None and s.outputs.shape[:-1].numel() == tokens
     ]
-    return candidates, seen, plain, usable
+    return found, plain
 
 
 def _is_linear(module: nn.Module, width: int | None = None) -> bool:
@@ -191,7 +194,7 @@ def observe(
     return output, found.inputs.reshape(*tokens, -1), found.outputs.reshape(*tokens, -1)
 
 
-def pushed(
+def push_layer(
     recording: Recording, i: int, hidden: Tensor, module: nn.Module, change: Tensor
 ) -> Tensor:
     """The output of block ``i`` where one of its layers writes ``change`` (B, T, D) more."""
@@ -218,7 +221,7 @@ def _response(
     typical = torch.maximum(plain.abs().median(), 4 * written.abs().median())
     change = change * typical.clamp_min(1e-3)
 
-    answer = (pushed(recording, i, hidden, module, change) - plain).double()
+    answer = (push_layer(recording, i, hidden, module, change) - plain).double()
     wide = change.double()
     scale = float((answer * wide).sum() / (wide * wide).sum())
     exact = plain.dtype in _TOLERANCE
@@ -239,3 +242,76 @@ def _response(
 def allowed_error(dtype: torch.dtype) -> float:
     """Largest relative deviation from a straight answer that rounding explains."""
     return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+
+
+@dataclass(frozen=True, eq=False)
+class Gained:
+    """A layer that writes to the stream but for a gain.
+
+    Attributes:
+        write: the layer.
+        channels: the gain (D,) of each channel, float64; 0 where the layer does not reach.
+        unexplained: share of the answer that gains do not explain, 0 to 1.
+    """
+
+    write: Write
+    channels: Tensor
+    unexplained: float
+
+
+def gained_writes(recording: Recording, block: nn.Module, i: int, hidden: Tensor) -> list[Gained]:
+    """The layers of block ``i`` that write to the stream but for a gain, the straightest first.
+
+    Args:
+        hidden: the stream (B, T, D) that enters the block.
+    """
+    found = []
+    for path, module, written in list_writers(recording, block, i, hidden):
+        answers = _answers(recording, i, hidden, module, written).flatten(0, 1)
+        channels, tokens = _rank_one(answers)
+        missed = (answers - tokens[:, None] * channels).square().sum(0)
+        size = answers.square().sum(0)
+        if bool(size.any()):
+            unexplained = float((missed / size)[size > 0].median())
+            if unexplained <= _UNEXPLAINED:
+                found.append(Gained(Write.of(path, module, 1.0), channels, unexplained))
+    return sorted(found, key=lambda gained: gained.unexplained)
+
+
+def token_gains(
+    recording: Recording, i: int, hidden: Tensor, gained: Gained, written: Tensor
+) -> Tensor:
+    """The gain (B, T) of each token, float64."""
+    answers = _answers(recording, i, hidden, gained.write.module, written)
+    return _of_tokens(answers, gained.channels)
+
+
+def _answers(recording: Recording, i: int, hidden: Tensor, module: Any, written: Tensor) -> Tensor:
+    """Change of the block's output by change of the layer's (B, T, D), float64."""
+    generator = torch.Generator().manual_seed(0)
+    signs = 2 * torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) - 1
+    size = written.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    change = signs * (_STEP * size).to(hidden)
+    up, down = (push_layer(recording, i, hidden, module, c) for c in (change, -change))
+    return (up.double() - down.double()) / 2 / change.double()
+
+
+def _rank_one(answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Gains of channels (D,) and of tokens (n,) whose product is nearest to the answers (n, D)."""
+    channels = answers.median(0).values
+    tokens = torch.ones_like(answers[:, 0])
+    for _ in range(_ROUNDS):
+        tokens = _of_tokens(answers, channels)
+        heard = tokens.abs() > _DEAD * tokens.abs().max()
+        if not bool(heard.any()):
+            break
+        channels = (answers[heard] / tokens[heard, None]).median(0).values
+    alive = channels.abs() > _DEAD * channels.abs().max()
+    return torch.where(alive, channels, 0.0), tokens
+
+
+def _of_tokens(answers: Tensor, channels: Tensor) -> Tensor:
+    alive = channels.abs() > _DEAD * channels.abs().max()
+    if not bool(alive.any()):
+        return torch.zeros_like(answers[..., 0])
+    return (answers[..., alive] / channels[alive]).median(-1).values

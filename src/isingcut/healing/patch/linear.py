@@ -1,0 +1,538 @@
+"""At each cut, a least-squares map folded into the block before it.
+
+A kept block p before a run of removed blocks p+1 .. q writes s W z to the residual stream, z
+the input of its last linear layer (an MLP's down-projection, a mixer's output projection). With r
+the rest of its output and y the original model's stream after block q, the patch is the W' that
+minimises
+
+    sum_t w_t | y_t - r_t - s W' z_t |^2  +  ridge |change|^2
+
+over the real tokens, w_t = 1 / |y_t|^2 (all later readers normalise the stream first; without
+the weight a few tokens of huge norm decide everything). W' = W + T with T (D, F), which maps what
+the layer reads; where memory has no room for its moments, W' = (1 + T) W with T (D, D), which maps
+what it writes. The ridge draws towards the unpatched layer. W' has the shape of W: no parameter is
+added. The block's output is linear in W', so that it need not be run again.
+
+Where every such layer passes a norm, a gate or experts on its way to the stream, s becomes a gain
+c_k g_t of channel and token (`layers`). With the gains held fixed the block's output is linear in
+its weights, and least squares proposes a map for each ridge strength. What decides is the block
+itself: run again with the new weights on the rows held out.
+
+Cuts are fitted from front to back. r and z come from the model with all earlier cuts made and
+patched, y from the original, so that a later patch also mends what earlier ones left.
+
+Source: the idea of ReplaceMe, arXiv 2505.02819, section 2 (one run of blocks, T of the second kind,
+its least-squares objective). Ours differs in the weight, in the first kind, in the held-out
+ridge and in treating several cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
+from isingcut.healing.job import Job
+from isingcut.healing.patch.files import (
+    Patch,
+    StoredLayers,
+    apply_patches,
+    find_obstacle,
+    runs,
+    write_patched,
+)
+from isingcut.healing.patch.layers import (
+    Gained,
+    Write,
+    find_write,
+    gained_writes,
+    observe,
+    token_gains,
+)
+from isingcut.healing.patch.least_squares import Moments, RidgeFit, bytes_of, fit_ridge
+from isingcut.healing.patch.tuning import STEP_TOKENS, split_samples, tune
+from isingcut.measure.splitting import fewer_tokens_to_fit
+from isingcut.measure.work import Work
+from isingcut.memory import convert_memory_errors
+from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.cutting.verify import verify, verify_streamed
+from isingcut.models.memory import allowance
+from isingcut.models.replay import Replay
+
+CANNOT = (ArchitectureError, FitError)
+"""Why a patch is left out where no option names it: the model, or too little text or memory."""
+_HELD_OUT_EVERY = 4
+_CANDIDATES = 2
+"""How many layers are fitted where none writes straight to the stream."""
+_NOTHING_BEFORE = (
+    "block 0 is removed, so that nothing stands before the first cut to absorb a patch; heal by "
+    "distillation instead, or keep block 0 (--keep 0)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What was fitted at the cuts of one state.
+
+    Attributes:
+        patches: one for each cut that has one, in their order.
+        unpatched: the other cuts, ``{"removed": [first, last], "reason": why}`` each.
+    """
+
+    patches: list[Patch]
+    unpatched: list[dict[str, Any]]
+
+
+def fit_patches(
+    replay: Replay,
+    kinds: Sequence[str],
+    tokens: TokenSet,
+    removed: Sequence[int],
+    work: Work,
+    stored: StoredLayers | None = None,
+) -> Fitted:
+    """Patches for the cuts of a state; two forward passes over the tokens, without heads.
+
+    A model that is streamed from disk is read once, up to the last cut; a block that can be
+    patched only approximately twice.
+
+    Args:
+        replay: the original model.
+        kinds: what each block does, for messages.
+        tokens: every fourth sample is held out to choose the ridge.
+        removed: the blocks that go.
+        stored: the checkpoint that patches must be written to; None: any layer will do.
+
+    Raises:
+        ArchitectureError: no cut can be patched, with the reasons.
+        FitError: fewer than two samples, or a streamed model leaves no memory for them.
+    """
+    if tokens.samples < 2:
+        raise FitError("a patch needs at least two samples: one is held out to choose it")
+    cuts = runs(removed)
+    batches = tokens.batches(work.batch_tokens)
+    found = Fitted([], [])
+    total = len(batches) * (2 * cuts[-1][1] + 2 - len(removed))
+    with (
+        torch.inference_mode(),
+        work.progress(f"fitting a patch, cuts: {len(cuts)}", total) as bar,
+    ):
+        fitting = _Fitting(replay, kinds, batches, stored, bar.advance)
+        for first, last in cuts:
+            patch = fitting.fit_cut(first, last)
+            if isinstance(patch, Patch):
+                found.patches.append(patch)
+            else:
+                found.unpatched.append({"removed": [first, last], "reason": patch})
+    if not found.patches:
+        raise ArchitectureError(_reasons(found.unpatched))
+    return found
+
+
+def patch_checkpoint(job: Job, out: Path) -> dict[str, Any]:
+    """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it.
+
+    Returns:
+        what was done, JSON-able.
+
+    Raises:
+        ArchitectureError, FitError: as `fit_patches`; nothing was written.
+    """
+    model = job.teacher.model
+    stack = find_stack(model)
+    replay = job.replay or Replay(model, stack_modules(model, stack))
+    tokens = _first(job.tokens, job.config.patch_tokens)
+    work = Work(job.config.batch_tokens, job.progress)
+    layers = StoredLayers(job.start, job.removed)
+    held_out, tuning = None, None
+    if job.config.tunes:
+        tokens, held_out, tuning = _split(job, tokens)
+
+    def fit_with(count: int) -> Fitted:
+        work = Work(count, job.progress)
+        return fit_patches(replay, stack.kinds, tokens, job.removed, work, layers)
+
+    longest = int(tokens.mask.sum(1).max())
+    fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
+    patches = fitted.patches
+    if held_out is not None:
+        patches, tuning = _tuned(job, replay, tokens, held_out, patches, work, layers)
+    stored = write_patched(layers, patches, out)
+    trust = job.config.trust_remote_code
+    with apply_patches(replay.blocks, stored):
+        if job.replay is None:
+            proof = verify(model, job.removed, out, trust_remote_code=trust)
+        else:
+            proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
+    return {
+        "maps": "reads",
+        "changed": any(p.record["changed"] for p in stored),
+        "cuts": [p.record for p in fitted.patches],
+        "tuning": tuning,
+        "unpatched": fitted.unpatched,
+        "proof": proof.record,
+    }
+
+
+def unpatched(removed: Sequence[int], why: Exception) -> dict[str, Any]:
+    """The record of a patch that no cut of a state could take."""
+    reasons = [{"removed": list(ends), "reason": str(why)} for ends in runs(removed)]
+    return {"cuts": [], "changed": False, "unpatched": reasons}
+
+
+def _split(job: Job, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None, dict[str, Any] | None]:
+    """What to fit and tune on, and what to hold out; all, nothing and why, where none is tuned."""
+    if job.replay is not None:
+        why = "the model is streamed from disk, and tuning needs it whole"
+        return tokens, None, {"left_out": why}
+    try:
+        return *split_samples(tokens), None
+    except FitError as e:
+        return tokens, None, {"left_out": str(e)}
+
+
+def _tuned(
+    job: Job,
+    replay: Replay,
+    tokens: TokenSet,
+    held_out: TokenSet,
+    patches: list[Patch],
+    work: Work,
+    layers: StoredLayers,
+) -> tuple[list[Patch], dict[str, Any]]:
+    """Patches that were tuned, and how; the given ones and why where that cannot be."""
+
+    def tune_with(count: int) -> tuple[list[Patch], dict[str, Any]]:
+        return tune(replay, tokens, held_out, job.removed, patches, work, layers, at_a_time=count)
+
+    longest = int(tokens.mask.sum(1).max())
+    try:
+        with convert_memory_errors():
+            return fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tune_with)
+    except FitError as e:
+        return patches, {"left_out": str(e)}
+    except MemoryExhaustedError:
+        return patches, {"left_out": f"{replay.device} has no memory left to tune the patch"}
+
+
+def _reasons(unpatched: Sequence[dict[str, Any]]) -> str:
+    if len(unpatched) == 1:
+        return str(unpatched[0]["reason"])
+    each = (f"{_blocks(*cut['removed'])}: {cut['reason']}" for cut in unpatched)
+    return f"no cut can absorb a patch; {'; '.join(each)}"
+
+
+def _blocks(first: int, last: int) -> str:
+    return f"block {first}" if first == last else f"blocks {first} to {last}"
+
+
+def _first(tokens: TokenSet, most: int) -> TokenSet:
+    """The first samples, two at least, of about ``most`` tokens together."""
+    seen = tokens.mask.sum(1).cumsum(0)
+    rows = max(2, int((seen < most).sum()) + 1)
+    return tokens.select(range(min(rows, tokens.samples)))
+
+
+# The cuts of a state ------------------------------------------------------------------
+
+
+class _Fitting:
+    """Patches of cuts that are given in their order, on streams that are kept between them.
+
+    Args:
+        replay: the original model.
+        kinds: what each block does.
+        batches: the tokens.
+        stored: the checkpoint that patches must be written to; None: any layer will do.
+        done: counts how many blocks were run on a batch.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        kinds: Sequence[str],
+        batches: Sequence[TokenSet],
+        stored: StoredLayers | None,
+        done: Callable[[int], None],
+    ) -> None:
+        self._replay, self._kinds, self._batches = replay, kinds, batches
+        self._stored, self._done = stored, done
+        self._recordings = [replay.record(b.input_ids) for b in batches]
+        self._tokens = sum(int(b.mask.sum()) for b in batches)
+        # The original's and the patched model's streams, before block `at`.
+        self._original = [r.entered for r in self._recordings]
+        self._patched = list(self._original)
+        self._at = 0
+
+    def fit_cut(self, first: int, last: int) -> Patch | str:
+        """The patch of the cut that removes blocks ``first`` to ``last``; or why it has none."""
+        p = first - 1
+        write: Write | None = None
+        entered = self._patched
+        for i in self._sweep(self._at, last):
+            if i == p:
+                entered = self._patched
+                write = self._find_straight(p)
+                if write is not None:
+                    reads = self._reads_for(write)
+                    seen = self._observe(p, write, reads=reads)
+            if i < p or (i == p and write is None):
+                self._patched = self._after(i, self._patched)
+            self._original = self._after(i, self._original)
+            self._done(len(self._batches) * (1 + (i <= p)))
+        self._at = last + 1
+        if p < 0:
+            return _NOTHING_BEFORE
+        if write is None:
+            return self._fit_approximately(p, last, entered)
+        return self._fit_exactly(p, last, write, seen, reads=reads)
+
+    def _find_straight(self, p: int) -> Write | None:
+        """A layer that writes straight to the stream and can take new weights, if there is one."""
+        recording, block, kind = self._recordings[0], self._replay.blocks[p], self._kinds[p]
+        write = find_write(recording, block, p, self._original[0], kind)
+        if write is None or find_obstacle(self._replay, self._stored, p, write.path, write.module):
+            return None
+        return write
+
+    def _observe(self, p: int, write: Write, *, reads: bool) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch the output (B, T, D) of block p in the patched model, and the features
+        (B, T, F') of which a change of it is linear."""
+        found = []
+        for recording, stream in zip(self._recordings, self._patched, strict=True):
+            output, read, written = observe(recording, p, stream, write)
+            found.append((output, _features(read, written, write, reads=reads)))
+        return found
+
+    def _fit_exactly(
+        self,
+        p: int,
+        last: int,
+        write: Write,
+        seen: Sequence[tuple[Tensor, Tensor]],
+        *,
+        reads: bool,
+    ) -> Patch | str:
+        """The patch of a layer that writes straight to the stream: least squares, solved once."""
+        device = self._original[0].device
+        moments = _moments_for(write, device, reads=reads)
+        for b, (output, x) in enumerate(seen):
+            target = self._original[b].double() - output.double()
+            weights = _weights(self._original[b])
+            for side, rows in zip(moments, self._sides(b), strict=True):
+                side.add(x[rows], target[rows], weights[rows])
+        found = fit_ridge(moments[0], moments[1])
+        self._patched = [output for output, _ in seen]
+        if found is None:
+            return _no_better(p, [write.path])
+        change = found.map.to(device)
+        self._patched = [
+            (output.double() + x.double() @ change.T).to(output.dtype) for output, x in seen
+        ]
+        return self._patch(p, last, write, found, reads=reads, exact=True)
+
+    def _fit_approximately(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
+        """The patch of a layer that writes to the stream but for a gain: the one of two that
+        leaves the least of the held-out error, if that is less than no patch leaves.
+
+        Args:
+            entered: of each batch the patched model's stream before block p.
+        """
+        block, reasons, usable = self._replay.blocks[p], [], []
+        best: tuple[RidgeFit, Write] | None = None
+        patch: Patch | None = None
+        for _ in self._sweep(p, p):
+            for gained in gained_writes(self._recordings[0], block, p, entered[0]):
+                path, module = gained.write.path, gained.write.module
+                if reason := find_obstacle(self._replay, self._stored, p, path, module):
+                    reasons.append(reason)
+                else:
+                    usable.append(gained)
+            tried = usable[:_CANDIDATES]
+            reads = all(self._reads_for(gained.write) for gained in tried)
+            for gained in tried:
+                found = self._solve(p, entered, gained, reads=reads)
+                if found is not None and (best is None or found.held_out < best[0].held_out):
+                    best = found, gained.write
+            if best is not None:
+                found, write = best
+                patch = self._patch(p, last, write, found, reads=reads, exact=False)
+                with apply_patches(self._replay.blocks, [patch]):
+                    self._patched = self._after(p, entered)
+        if patch is not None:
+            return patch
+        if usable:
+            return _no_better(p, [gained.write.path for gained in tried])
+        why = reasons or ["no linear layer of it writes to the residual stream, not even by gains"]
+        return (
+            f"block {p} ({self._kinds[p]}) cannot absorb a patch: {'; '.join(why)}; heal by "
+            "distillation instead"
+        )
+
+    def _solve(
+        self, p: int, entered: Sequence[Tensor], gained: Gained, *, reads: bool
+    ) -> RidgeFit | None:
+        """The best map of one layer, judged by what the block computes with it."""
+        before = self._error(p, entered, None)
+
+        def left(change: Tensor) -> float:
+            weight, bias = _folded(change, gained.write, reads=reads)
+            patch = Patch(p, gained.write.path, weight, bias, {})
+            return self._error(p, entered, patch) / before
+
+        fit, held = self._moments(p, entered, gained, reads=reads)
+        return fit_ridge(fit, held, left)
+
+    def _moments(
+        self, p: int, entered: Sequence[Tensor], gained: Gained, *, reads: bool
+    ) -> list[Moments]:
+        """Second moments of the rows to fit and of those held out."""
+        moments = _moments_for(gained.write, self._original[0].device, reads=reads)
+        alive = gained.channels != 0
+        gains = torch.where(alive, gained.channels, 1.0)
+        for b, recording in enumerate(self._recordings):
+            output, read, written = observe(recording, p, entered[b], gained.write)
+            tokens = token_gains(recording, p, entered[b], gained, written)
+            x = _features(read, written, gained.write, reads=reads).double()
+            target = (self._original[b].double() - output.double()) / gains
+            target = torch.where(alive, target, 0.0)
+            weights = _weights(self._original[b])
+            for side, rows in zip(moments, self._sides(b), strict=True):
+                side.add((x * tokens[..., None])[rows], target[rows], weights[rows])
+        return moments
+
+    def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
+        """Weighted squares left on the rows held out, block p run with the patch."""
+        total = 0.0
+        with apply_patches(self._replay.blocks, [patch] if patch else []):
+            for b, recording in enumerate(self._recordings):
+                rows = self._sides(b)[1]
+                if not bool(rows.any()):
+                    continue
+                output = recording.block(p, entered[b])
+                squares = (self._original[b].double() - output.double()).square().sum(-1)
+                total += float((squares * _weights(self._original[b]))[rows].sum())
+        return total
+
+    def _patch(
+        self,
+        p: int,
+        last: int,
+        write: Write,
+        found: RidgeFit,
+        *,
+        reads: bool,
+        exact: bool,
+    ) -> Patch:
+        weight, bias = _folded(found.map, write, reads=reads)
+        record = {
+            "removed": [p + 1, last],
+            "block": p,
+            "layer": write.path,
+            "ridge": found.strength,
+            "held_out_error_left": found.held_out,
+            "exact": exact,
+            "tokens": self._tokens,
+        }
+        return Patch(p, write.path, weight, bias, record)
+
+    def _sides(self, b: int) -> tuple[Tensor, Tensor]:
+        """Which real tokens (B, T) of batch ``b`` are to fit, and which are held out."""
+        batch, device = self._batches[b], self._original[b].device
+        mask = batch.mask.to(device)
+        held = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
+        # Too few samples for one in four.
+        if sum(each.samples for each in self._batches) < _HELD_OUT_EVERY:
+            held = (batch.index == 0).to(device)
+        return mask & ~held[:, None], mask & held[:, None]
+
+    def _after(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
+        return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]
+
+    def _sweep(self, first: int, last: int) -> Iterator[int]:
+        for i in self._replay.store.sweep(range(first, last + 1)):
+            assert isinstance(i, int)
+            yield i
+
+    def _reads_for(self, write: Write) -> bool:
+        """Whether to map what a layer reads; where its moments do not fit, what it writes.
+
+        Raises:
+            FitError: neither fits, or the streams of so many tokens do not beside a streamed model.
+        """
+        width, size = write.weight.shape
+        host = allowance("", torch.device("cpu")).left
+        reads = bytes_of(_features_of(write, reads=True)) <= host
+        if not reads and bytes_of(width) > host:
+            raise FitError(
+                f"fitting a patch to a stream of {width} channels needs "
+                f"{bytes_of(width) / 1e9:.1f} GB of host memory, and {host / 1e9:.1f} GB are free"
+            )
+        stream = sum(self._replay.stream_bytes(batch) for batch in self._batches)
+        # Both models' streams, a block's output and what its layer reads.
+        needed = stream * (3 + size / width)
+        room = self._replay.room(self._batches[0])
+        if needed > room:
+            raise FitError(
+                f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB beside the "
+                f"streamed model, and {room / 1e9:.2f} GB are left; give fewer --patch-tokens"
+            )
+        return reads
+
+
+def _features(read: Tensor, written: Tensor, write: Write, *, reads: bool) -> Tensor:
+    """Features (B, T, F') of which the change of the layer's output is linear."""
+    if not reads:
+        return written
+    if write.bias is None:
+        return read
+    return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
+
+
+def _features_of(write: Write, *, reads: bool) -> int:
+    """How many features a map has: what the layer reads, or what it writes."""
+    width, size = write.weight.shape
+    return int(size) + (write.bias is not None) if reads else int(width)
+
+
+def _folded(change: Tensor, write: Write, *, reads: bool) -> tuple[Tensor, Tensor | None]:
+    """The layer's new weight and bias: the change of the stream, undone by the scale."""
+    change = change.cpu()
+    weight = write.weight.cpu().double()
+    bias = None if write.bias is None else write.bias.cpu().double()
+    if not reads:
+        # The layer's output v becomes v + map v / s.
+        weight = weight + change @ weight / write.scale
+        bias = None if bias is None else bias + change @ bias / write.scale
+    elif bias is None:
+        weight = weight + change / write.scale
+    else:
+        weight = weight + change[:, :-1] / write.scale
+        bias = bias + change[:, -1] / write.scale
+    return (weight.T if write.transposed else weight).contiguous(), bias
+
+
+def _moments_for(write: Write, device: torch.device, *, reads: bool) -> list[Moments]:
+    """Empty second moments of the rows to fit and of those held out, where there is room."""
+    size = _features_of(write, reads=reads)
+    if bytes_of(size) > allowance("", device).left:
+        device = torch.device("cpu")
+    return [Moments(size, write.weight.shape[0], device) for _ in range(2)]
+
+
+def _weights(original: Tensor) -> Tensor:
+    """The weight (B, T) of each token's error: one over its mean square, float64."""
+    return 1 / original.double().square().mean(-1).clamp_min(1e-12)
+
+
+def _no_better(p: int, paths: Sequence[str]) -> str:
+    return (
+        f"no map of block {p}'s {' or '.join(paths)} is better than none on tokens held out; give "
+        "more --patch-tokens, or heal by distillation"
+    )
