@@ -262,7 +262,7 @@ def test_a_scale_of_one_value_or_none_is_still_a_scale():
 
 @pytest.mark.parametrize(("more", "expected"), [(False, [0, 1, 3]), (True, [1, 3])])
 def test_the_front_holds_what_nothing_beats(more, expected):
-    points = [(80.0, 2.0), (100.0, 0.0), (90.0, 3.0), (90.0, 1.0)]
+    points = [(80.0, 2.0), (100.0, 0.0), (90.0, 3.0), (90.0, 1.0), (95.0, 1.0)]
     if more:
         points = [(1.0, 0.5), (1.2, 0.4), (1.1, 0.6), (1.0, 0.0)]
     assert front(points, more=more) == sorted(points[k] for k in expected)

@@ -188,6 +188,11 @@ def test_other_blocks_without_leave_leave_the_model_alone(arena):
     arena.try_row(Row("", "excise {run} --blocks 0,1", code=0, makes=made))
 
 
+def test_a_model_card_may_be_edited(arena):
+    write("run/model/README.md")(arena)
+    arena.try_row(Row("", "excise {run}", code=0))
+
+
 def test_what_isingcut_wrote_is_replaced(arena):
     arena.try_row(Row("", "excise {run} --blocks 0,1 --overwrite", code=0, makes=("run/*",)))
     record = json.loads((arena.run / "model" / "isingcut.json").read_text(encoding="utf-8"))
