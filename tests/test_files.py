@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files.outputs import MARKER
+from isingcut.files import outputs
+from isingcut.files.outputs import MARKER, edges_sha256
 from isingcut.files.writing import (
     atomic_file,
     atomic_folder,
@@ -99,3 +100,13 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
 def test_a_full_or_read_only_disk_is_one_clear_line(tmp_path, code, words):
     with pytest.raises(InputError, match=words), clear_os_errors(tmp_path):
         raise OSError(code, os.strerror(code))
+
+
+@pytest.mark.parametrize(("place", "noticed"), [(0, True), (-1, True), (9, False)])
+def test_a_large_file_is_known_by_its_ends(tmp_path, monkeypatch, place, noticed):
+    monkeypatch.setattr(outputs, "_EDGE", 4)
+    content = bytearray(20)
+    (tmp_path / "a").write_bytes(content)
+    content[place] = 1
+    (tmp_path / "b").write_bytes(content)
+    assert (edges_sha256(tmp_path / "a") != edges_sha256(tmp_path / "b")) == noticed
