@@ -24,7 +24,7 @@ from isingcut.files.writing import read_document, read_json
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.load import load
 from isingcut.report.words import patch_warnings
-from isingcut.runs import patching
+from isingcut.runs import cutting
 from shared import OPTIONS, write_words
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -34,7 +34,9 @@ REMOVED = [2, 3]
 
 def job(model: Path, text: Path, out: Path, **more: Any) -> Path:
     given = {"model": str(model), "calibration": str(text), "out": str(out), "drop": "2,3"}
-    return isingcut.run(**{**OPTIONS, "energy": "fisher", "remove": 2, **given, **more})
+    # The patch is fitted on all of the text.
+    given |= {"energy": "fisher", "remove": 2, "patch_tokens": 65536}
+    return isingcut.run(**{**OPTIONS, **given, **more})
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -171,7 +173,7 @@ def test_an_interrupted_fit_leaves_the_cut_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(patching, "patch_checkpoint", stopped)
+        patched.setattr(cutting, "patch_checkpoint", stopped)
         with pytest.raises(KeyboardInterrupt):
             job(llama, text, out)
     assert not (out / "model").exists()
