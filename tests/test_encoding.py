@@ -109,11 +109,12 @@ def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
 
 
 def test_only_as_much_is_read_as_the_samples_need(tmp_path, tokenizer, monkeypatch):
-    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 2000 + "\0", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0", encoding="utf-8")
     monkeypatch.setattr(text_files, "LONGEST", 1000)
+    monkeypatch.setattr(text_files, "_PIECE", 1000)
     build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
     with pytest.raises(CalibrationError, match="NUL"):
-        build(str(tmp_path / "a.txt"), tokenizer, **{**SIZES, "samples": 10**7})
+        build(str(tmp_path / "a.txt"), tokenizer, **{**SIZES, "samples": 10**4})
 
 
 def test_a_padding_token_beyond_the_embedding_pads_with_another(tokenizer):

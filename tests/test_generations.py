@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, monkey
 
 def test_how_far_the_writing_is_is_seen(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("isingcut.console.progress.QUIET_SECONDS", 0.0)
-    task = prepare_task("gsm8k", gsm8k(tmp_path, 4))
+    task = prepare_task("gsm8k", gsm8k(tmp_path, 2))
     found = score_states(model, task, REMOVED[:2], Work(64, terminal))
     assert [s.metric for s in found] == ["exact_match,flexible-extract"] * 2
     said = capsys.readouterr().err.splitlines()
