@@ -4,13 +4,11 @@ Calls are counted by hooks that see their inputs. What is computed on the origin
 to be paid for once, however often it is repeated; every other call is to be paid for.
 """
 
-import numpy as np
 import torch
 
 from isingcut.data.tokens import TokenSet
-from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
-from tiny import tiny_model
+from tiny import random_tokens, tiny_replay
 
 N, SAMPLES, LENGTH = 6, 3, 12
 
@@ -62,8 +60,5 @@ class Calls:
 
 def counted() -> tuple[Replay, TokenSet, Calls]:
     """A tiny model, a text, and the count of what is called on it from now on."""
-    model = tiny_model("llama").requires_grad_(False)
-    replay = Replay(model, stack_modules(model, find_stack(model)))
-    rng = np.random.default_rng(0)
-    tokens = TokenSet.from_rows([rng.integers(8, 200, LENGTH).tolist() for _ in range(SAMPLES)])
+    replay, tokens = tiny_replay(), random_tokens([LENGTH] * SAMPLES)
     return replay, tokens, Calls(replay, tokens)

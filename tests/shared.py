@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,23 @@ OPTIONS: dict[str, Any] = {
     "states": 5,
     "dtype": "float32",
     "batch_tokens": 64,
+    # Tuning a patch on all of the text would take longer than the rest.
+    "patch_tokens": 1000,
 }
+
+
+def call(*arguments: Any) -> int:
+    """The exit code of the command line in this process."""
+    from isingcut.cli import main as cli
+
+    before, sys.argv = sys.argv, ["isingcut", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as e:
+        return int(e.code or 0)
+    finally:
+        sys.argv = before
+    return 0
 
 
 class Shared:

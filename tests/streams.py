@@ -4,17 +4,16 @@ import numpy as np
 import torch
 
 from isingcut.data.tokens import TokenSet
-from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
+from tiny import random_tokens, replay_of
 
 CPU = torch.device("cpu")
 
 
 def samples() -> TokenSet:
-    rng = np.random.default_rng(0)
-    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (12, 9, 12)])
+    return random_tokens((12, 9, 12))
 
 
 def some_states(n: int, count: int = 6) -> np.ndarray:
@@ -22,8 +21,7 @@ def some_states(n: int, count: int = 6) -> np.ndarray:
 
 
 def in_memory(folder) -> Replay:
-    model = load(folder, dtype="float32", device="cpu").model
-    return Replay(model, stack_modules(model, find_stack(model)))
+    return replay_of(load(folder, dtype="float32", device="cpu").model)
 
 
 def streamed(folder) -> StreamedReplay:

@@ -1,11 +1,8 @@
 """Conversations of which the assistant's tokens alone count, from the template to the losses."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,31 +31,27 @@ from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.streams import one_pass
 from isingcut.measure.work import Work, identity
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.replay import Replay
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from shared import OPTIONS, leave_speed_out
 from streams import in_memory, streamed
-from tiny import without
-
-Message = dict[str, Any]
+from tiny import replay_of, without
 
 
-def talk(*contents: str) -> list[Message]:
+def talk(*contents):
     """A user and an assistant in turn."""
     roles = ("user", "assistant")
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
-def chat_file(path: Path, count: int = 60) -> str:
+def chat_file(path, count=60):
     return write_jsonl(
         path, [{"messages": talk(f"({i})?", f"yes{i}", "why?", f"no{i} ")} for i in range(count)]
     )
 
 
-def counted_text(tokenizer: Any, tokens: TokenSet) -> list[str]:
+def counted_text(tokenizer, tokens):
     assert tokens.counted is not None
     pairs = zip(tokens.input_ids, tokens.counted, strict=True)
     return [tokenizer.decode(ids[counts]) for ids, counts in pairs]
@@ -100,10 +93,8 @@ ENDS_ITSELF = (
         (ENDS_ITSELF, talk("hi", "yes", "why"), "yes</s>"),
     ],
 )
-def test_the_assistants_words_and_the_end_of_its_turns_count(
-    template: str | None, messages: list[Message], expected: str
-) -> None:
-    tokenizer: Any = tiny_tokenizer()
+def test_the_assistants_words_and_the_end_of_its_turns_count(template, messages, expected):
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
     found = answered(messages, partial(render_chat, tokenizer))
     assert found == tokenizer.apply_chat_template(messages, tokenize=False)
@@ -113,27 +104,27 @@ def test_the_assistants_words_and_the_end_of_its_turns_count(
     assert tokens.tokens == len(tokenizer(expected).input_ids)
 
 
-def test_a_token_over_the_edge_counts_where_an_answer_begins() -> None:
+def test_a_token_over_the_edge_counts_where_an_answer_begins():
     """A tokenizer that joins a word and the space before it, as those of many models do."""
     words = ["user", "bot", " a", " b", ":", "\n", "\n\n"]
 
-    def encode(text: str, most: int | None = None) -> list[int]:
+    def encode(text, most=None):
         return [words.index(w) for w in re.findall(r" ?\w+|:|\n+", text)]
 
-    def render(messages: list[Message]) -> str:
+    def render(messages):
         names = {"user": "\nuser", "assistant": "bot"}
         return "".join(f"{names[m['role']]}: {m['content']}\n" for m in messages)
 
     found = answered(talk("a", "b", "a"), render)
     assert found == "\nuser: a\nbot: b\n\nuser: a\n"
-    given: Any = encode
+    given = encode
     row = row_of(given, found, 100)
     # The end of the line, too, is joined with what follows.
     assert [words[i] for i in row if i >= 0] == [" b"]
 
 
-def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
-    tokenizer: Any = tiny_tokenizer()
+def test_what_cannot_be_told_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
     source = f"answers:{chat_file(tmp_path / 'chat.jsonl')}"
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content | replace('yes', 'y') }}{% endfor %}"
@@ -142,14 +133,14 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     with pytest.raises(ModelError, match="not text alone"):
         answered([*talk("hi"), call], lambda messages: "")
-    far: Any = lambda text, most=None: [len(text)] * len(text)  # noqa: E731
+    far = lambda text, most=None: [len(text)] * len(text)  # noqa: E731
     whole = answered(talk("hi, hi, hi", "yes", "no"), lambda ms: "".join(m["content"] for m in ms))
     with pytest.raises(CalibrationError, match="takes a conversation apart otherwise"):
         row_of(far, whole, 100)
 
 
 @pytest.mark.parametrize("place", ["wiki", "python", "self"])
-def test_text_has_no_answers(tmp_path: Path, tokenizer: Any, place: str) -> None:
+def test_text_has_no_answers(tmp_path, tokenizer, place):
     for source in (f"answers:{place}", f"wiki=1,answers:{place}=1"):
         with pytest.raises(CalibrationError, match=f"{place} holds text and no conversations"):
             corpora.check(source)
@@ -160,9 +151,7 @@ def test_text_has_no_answers(tmp_path: Path, tokenizer: Any, place: str) -> None
     refused(f"answers:{running}", tokenizer, "holds text and no conversations")
 
 
-def test_a_source_with_answers_is_named_without_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch):
     file = chat_file(tmp_path / "chat.jsonl")
     assert parts_of(f"wiki=1,answers:{file}=1")[1] == Part(
         f"answers:{file}", "answers:chat.jsonl", 0.5
@@ -178,9 +167,7 @@ def test_a_source_with_answers_is_named_without_its_folder(
 # token sets -----------------------------------------------------------------------------
 
 
-def test_splits_keep_what_counts_on_disk_and_in_their_identity(
-    tmp_path: Path, tokenizer: Any
-) -> None:
+def test_splits_keep_what_counts_on_disk_and_in_their_identity(tmp_path, tokenizer):
     file, size = chat_file(tmp_path / "chat.jsonl"), {**SIZES, "length": 40}
     plain, found = (build(f"{word}{file}", tokenizer, **size) for word in ("", "answers:"))
     for name, tokens in found.splits.items():
@@ -188,7 +175,7 @@ def test_splits_keep_what_counts_on_disk_and_in_their_identity(
         for text in counted_text(tokenizer, tokens):
             assert re.fullmatch(r"yes(\d+)</s>no\1 </s>", text)
     assert found.sha256 != plain.sha256
-    replay: Any = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
+    replay = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
     one, other = (c.splits["energy"] for c in (plain, found))
     assert identity(replay, one) != identity(replay, other)
 
@@ -198,16 +185,14 @@ def test_splits_keep_what_counts_on_disk_and_in_their_identity(
     assert [t.tokens for t in again.splits.values()] == [t.tokens for t in found.splits.values()]
 
 
-def test_conversations_whose_answers_are_cut_off_are_passed_over(
-    tmp_path: Path, tokenizer: Any
-) -> None:
+def test_conversations_whose_answers_are_cut_off_are_passed_over(tmp_path, tokenizer):
     long = [{"messages": talk("a long question " * 3 + str(i), "yes")} for i in range(30)]
     file = write_jsonl(tmp_path / "chat.jsonl", long)
     refused(f"answers:{file}", tokenizer, r"too short.*up to 16 tokens, found 0 \(0 tokens\)")
     build(file, tokenizer, **{**SIZES, "length": 60})
 
 
-def test_shares_are_of_the_tokens_that_count(tmp_path: Path, tokenizer: Any) -> None:
+def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     file = chat_file(tmp_path / "chat.jsonl", 200)
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": f"river{i}. " * 4} for i in range(200)])
     source, size = f"{text}=1,answers:{file}=1", {**SIZES, "samples": 60, "length": 40}
@@ -230,7 +215,7 @@ def test_shares_are_of_the_tokens_that_count(tmp_path: Path, tokenizer: Any) -> 
     assert healed.train.counted is not None
 
 
-def test_pieces_and_beginnings_hold_something_that_counts(tokenizer: Any) -> None:
+def test_pieces_and_beginnings_hold_something_that_counts(tokenizer):
     encode = Encoder(tokenizer)
     asked = [~i for i in encode("q" * 300)]
     tokens = TokenSet.from_rows([asked + encode("a" * 50), encode("b" * 300)], parts=["x", "y"])
@@ -245,7 +230,7 @@ def test_pieces_and_beginnings_hold_something_that_counts(tokenizer: Any) -> Non
 # losses ---------------------------------------------------------------------------------
 
 
-def some_answers() -> TokenSet:
+def some_answers():
     rng = np.random.default_rng(0)
     rows = [rng.integers(8, 200, k).tolist() for k in (14, 9, 12)]
     for row, spans in zip(rows, [[(3, 6), (10, 14)], [(5, 9)], [(0, 12)]], strict=True):
@@ -255,7 +240,7 @@ def some_answers() -> TokenSet:
     return TokenSet.from_rows(rows)
 
 
-def directly(original: Any, cut: Any, tokens: TokenSet) -> tuple[float, float]:
+def directly(original, cut, tokens):
     """KL and NLL of whole conversations, position by position, where the next token counts."""
     kl, nll = [], []
     assert tokens.counted is not None
@@ -274,7 +259,7 @@ def directly(original: Any, cut: Any, tokens: TokenSet) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_losses_are_those_of_the_answers_in_their_context(family: str, tmp_path: Path) -> None:
+def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     """Gemma 2's head is followed by a cap, so that its logits are made sample by sample."""
     folder, tokens = tiny_checkpoint(family, tmp_path / "model"), some_answers()
     replay, removed = in_memory(folder), [1, 3]
@@ -286,12 +271,12 @@ def test_losses_are_those_of_the_answers_in_their_context(family: str, tmp_path:
         assert found.kl[0] == pytest.approx(kl, rel=1e-4)
         assert found.nll[0] == pytest.approx(nll, rel=1e-4)
         assert found.counts.tolist() == [7, 4, 11]
-    after: Any = quality(replay.model, cut, tokens, 30)
+    after = quality(replay.model, cut, tokens, 30)
     assert after.kl == pytest.approx(kl, rel=1e-4)
     assert after.after.nll == pytest.approx(nll, rel=1e-4)
 
 
-def test_gradients_are_of_the_answers(tmp_path: Path) -> None:
+def test_gradients_are_of_the_answers(tmp_path):
     """The paper's energy: x A^T A x / m, A the gradients of each sample's mean loss."""
     tokens, rows = some_answers(), []
     replay = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
@@ -315,9 +300,9 @@ def test_gradients_are_of_the_answers(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.energies(states.astype(bool)), expected, rtol=1e-3)
 
 
-def test_activations_are_compared_where_answers_are_predicted() -> None:
-    model: Any = tiny_model("llama").requires_grad_(False)
-    replay = Replay(model, stack_modules(model, find_stack(model)))
+def test_activations_are_compared_where_answers_are_predicted():
+    model = tiny_model("llama").requires_grad_(False)
+    replay = replay_of(model)
     rows = [~1, ~2, 9, ~3, ~4]
     alone, whole = TokenSet.from_rows([rows]), TokenSet.from_rows([[1, 2]])
     # Position 1 predicts the one that counts; nothing before it depends on what follows.
@@ -332,7 +317,7 @@ def test_activations_are_compared_where_answers_are_predicted() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_healing_learns_the_answers_in_their_context(family: str) -> None:
+def test_healing_learns_the_answers_in_their_context(family):
     teacher, student = tiny_model(family), tiny_model(family, seed=1)
     tokens = some_answers()
     kl, _ = directly(teacher, student, tokens)
@@ -349,9 +334,7 @@ def test_healing_learns_the_answers_in_their_context(family: str) -> None:
 # a run ----------------------------------------------------------------------------------
 
 
-def test_a_run_counts_answers_from_the_search_to_the_healing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypatch):
     leave_speed_out(monkeypatch.setattr)
     chat = chat_file(tmp_path / "chat.jsonl")
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(200)])

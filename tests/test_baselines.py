@@ -16,7 +16,6 @@ from isingcut.baselines.cbo import Cbo
 from isingcut.baselines.evopress import Evopress
 from isingcut.baselines.norm_ratio import NormRatio
 from isingcut.baselines.sleb import Sleb
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import InputError
 from isingcut.ising.states import states_of
@@ -24,9 +23,8 @@ from isingcut.measure.losses import measure
 from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.replay import Replay
 from journals import count_rows, keep_rows
-from tiny import tiny_model, without
+from tiny import random_tokens, tiny_replay, without
 
 WORK = Work(batch_tokens=30)
 SMALL = {
@@ -36,17 +34,7 @@ SMALL = {
 }
 
 
-def make(family: str = "llama") -> Replay:
-    model = tiny_model(family).requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
-
-
-def samples() -> TokenSet:
-    rng = np.random.default_rng(0)
-    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
-
-
-def part(name: str):
+def part(name):
     return SMALL[name] if name in SMALL else registry.get(name)()
 
 
@@ -57,7 +45,7 @@ def streams(replay, tokens, removed=()):
     blocks = stack_modules(model, find_stack(model))
     for s in range(tokens.samples):
         ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
-        seen: list[torch.Tensor] = []
+        seen = []
 
         def before(module, args, kept=seen):
             kept.append(args[0][0])
@@ -90,7 +78,7 @@ def test_all_baselines_are_found():
 @pytest.mark.parametrize("name", registry.names())
 @pytest.mark.parametrize("remove", [1, 3])
 def test_a_baseline_removes_as_many_as_asked_and_the_same_ones_again(name, remove):
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     first = part(name).choose(replay, tokens, remove, WORK, seed=1)
     again = part(name).choose(replay, tokens, remove, WORK, seed=1)
     assert first == again
@@ -103,11 +91,11 @@ def test_a_baseline_removes_as_many_as_asked_and_the_same_ones_again(name, remov
 @pytest.mark.parametrize("remove", [0, 6])
 def test_impossible_removals_are_refused(name, remove):
     with pytest.raises(InputError, match=f"cannot remove {remove} of 6"):
-        part(name).choose(make(), samples(), remove, WORK, seed=0)
+        part(name).choose(tiny_replay(), random_tokens(), remove, WORK, seed=0)
 
 
 def test_block_influence_and_norm_ratio_are_means_over_real_tokens():
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     boundary = torch.cat(streams(replay, tokens), dim=1)  # (N + 1, tokens, D)
     before, after = boundary[:-1], boundary[1:]
     turned = (1 - F.cosine_similarity(before, after, dim=-1)).mean(1).numpy()
@@ -122,7 +110,7 @@ def test_block_influence_and_norm_ratio_are_means_over_real_tokens():
 
 
 def test_iterative_block_influence_scores_the_cut_model():
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     order, left = [], list(range(6))
     for _ in range(3):
         boundary = torch.cat(streams(replay, tokens, sorted(order)), dim=1)
@@ -136,7 +124,7 @@ def test_iterative_block_influence_scores_the_cut_model():
 
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_the_angular_window_is_the_least_turned_one(positions):
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     angles = []
     for stream in streams(replay, tokens):
         looked = stream[:, -1:] if positions == "last" else stream
@@ -151,13 +139,13 @@ def test_the_angular_window_is_the_least_turned_one(positions):
 
 def test_a_window_of_unknown_positions_is_refused():
     with pytest.raises(InputError, match="last, all"):
-        AngularWindow("first").choose(make(), samples(), 2, WORK, seed=0)
+        AngularWindow("first").choose(tiny_replay(), random_tokens(), 2, WORK, seed=0)
 
 
 @pytest.mark.parametrize(("loss", "ends"), [("nll", True), ("kl", False)])
 def test_sleb_is_greedy_on_really_removed_blocks(loss, ends):
-    replay, tokens = make(), samples()
-    order: list[int] = []
+    replay, tokens = tiny_replay(), random_tokens()
+    order = []
     for _ in range(3):
         candidates = [i for i in range(6) if i not in order and not (ends and i in (0, 5))]
         states = states_of(6, [(*order, i) for i in candidates])
@@ -172,14 +160,14 @@ def test_sleb_is_greedy_on_really_removed_blocks(loss, ends):
 
 
 def test_sleb_keeps_the_ends_to_the_last():
-    got = Sleb().choose(make(), samples(), 4, WORK, seed=0)
+    got = Sleb().choose(tiny_replay(), random_tokens(), 4, WORK, seed=0)
     assert got.removed == (1, 2, 3, 4)
     with pytest.raises(InputError, match="1 to 4"):
-        Sleb().choose(make(), samples(), 5, WORK, seed=0)
+        Sleb().choose(tiny_replay(), random_tokens(), 5, WORK, seed=0)
 
 
 def test_the_price_is_the_blocks_that_are_run():
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     rng = np.random.default_rng(1)
     states = np.unique(rng.random((7, 6)) < 0.5, axis=0)
     states = states[(~states).any(1)]
@@ -203,7 +191,7 @@ def test_the_price_is_the_blocks_that_are_run():
 
 
 def test_ledger_losses_are_the_measured_ones():
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     states = states_of(6, [(1, 2), (4,)])
     for loss in ("kl", "nll"):
         got = open_ledger(replay, tokens, WORK, loss).losses(states, rows=[3, 1])
@@ -214,7 +202,7 @@ def test_ledger_losses_are_the_measured_ones():
 
 
 def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest():
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     energy = EmpiricalFisher().measure(replay, tokens, WORK)
     states = states_of(6, list(combinations(range(6), 3)))
     lowest = states[np.argsort(energy.energies(states))]
@@ -235,7 +223,7 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
 
 
 def test_evopress_finds_the_best_state_of_a_small_stack():
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     pairs = [(i, j) for i in range(6) for j in range(i + 1, 6)]
     kl = measure(replay, tokens, states_of(6, pairs)).kl
     everything = Evopress(generations=6, offspring=14, step_tokens=(1000, 1000), initial=2)
@@ -247,7 +235,7 @@ def test_evopress_finds_the_best_state_of_a_small_stack():
 
 def test_evopress_takes_the_published_number_of_generations():
     quick = Evopress(offspring=1, survivors=(1,), step_tokens=(1,), initial=1)
-    found = quick.choose(make(), samples(), 2, WORK, seed=0)
+    found = quick.choose(tiny_replay(), random_tokens(), 2, WORK, seed=0)
     assert found.info["generations"] == 5  # the whole part of 2 * 4 / 1.5
     published = Evopress()
     assert (published.offspring, published.initial) == (32, 64)
@@ -265,12 +253,12 @@ def test_evopress_takes_the_published_number_of_generations():
 )
 def test_evopress_refuses_inconsistent_steps(wrong):
     with pytest.raises(InputError):
-        Evopress(**wrong).choose(make(), samples(), 2, WORK, seed=0)
+        Evopress(**wrong).choose(tiny_replay(), random_tokens(), 2, WORK, seed=0)
 
 
 @pytest.mark.parametrize("name", ["sleb", "evopress"])
 def test_an_interrupted_search_goes_on_with_the_same_result_and_price(name, tmp_path):
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     work = Work(batch_tokens=30, journal=tmp_path / "j")
     first = part(name).choose(replay, tokens, 3, work, seed=0)
     keep_rows(work.journal, count_rows(work.journal) // 2)
@@ -285,6 +273,6 @@ def test_an_interrupted_search_goes_on_with_the_same_result_and_price(name, tmp_
 
 
 def test_seeds_matter_to_random_only_where_they_should():
-    replay, tokens = make(), samples()
+    replay, tokens = tiny_replay(), random_tokens()
     drawn = {registry.get("random")().choose(replay, tokens, 3, WORK, s).removed for s in range(8)}
     assert len(drawn) > 3

@@ -5,23 +5,17 @@ import torch
 from torch import nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
-from tiny import tiny_model
+from tiny import tiny_replay
 
 
-def replay_of(family: str) -> Replay:
-    model = tiny_model(family).requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
-
-
-def token_ids(replay: Replay, batch: int = 2, length: int = 12) -> torch.Tensor:
+def token_ids(replay, batch=2, length=12):
     generator = torch.Generator().manual_seed(1)
     return torch.randint(8, 200, (batch, length), generator=generator)
 
 
 def test_a_forward_set_by_others_comes_back():
-    replay = replay_of("llama")
+    replay = tiny_replay("llama")
     block = replay.blocks[1]
     original = block.forward
     calls = []

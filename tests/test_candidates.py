@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError
 from isingcut.evaluation.candidates import (
@@ -20,13 +19,11 @@ from isingcut.ising.solvers import solve
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.replay import Replay
 from isingcut.options.config import RunConfig
-from tiny import tiny_model
+from tiny import random_tokens, tiny_replay
 
 
-def flat(n: int, *rows) -> Problem:
+def flat(n, *rows):
     return Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), rows)
 
 
@@ -82,10 +79,7 @@ def test_rare_feasible_states_are_found_and_their_origin_is_said():
 @pytest.fixture
 def ranked():
     """A replay, twenty samples to rank on, a problem, its spectrum and options of `rank`."""
-    model = tiny_model("llama").requires_grad_(False)
-    replay = Replay(model, stack_modules(model, find_stack(model)))
-    rng = np.random.default_rng(0)
-    tokens = TokenSet.from_rows(rng.integers(8, 200, (24, 16)).tolist())
+    replay, tokens = tiny_replay(), random_tokens([16] * 24)
     energy = Pairwise().measure(replay, tokens.select(range(4)), Work())
     problem = Problem(energy, [count(len(replay), 2)])
     spectrum = solve(problem, k=6)

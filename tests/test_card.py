@@ -1,10 +1,5 @@
 """The model card says what was cut, how, from whom, and what was measured."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import yaml
 
@@ -20,20 +15,20 @@ N = 12
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     folder = write_run(tmp_path / "r", extras=False)
     write_json(folder / "run.json", "run", run_content("smollm2", "pairwise", N, 3, 0))
     return folder
 
 
-def front_matter(card: str) -> dict[str, Any]:
+def front_matter(card):
     _, head, _ = card.split("---\n", 2)
     parsed = yaml.safe_load(head)
     assert isinstance(parsed, dict)
     return parsed
 
 
-def test_the_card_says_what_how_and_from_whom(folder: Path) -> None:
+def test_the_card_says_what_how_and_from_whom(folder):
     chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
     card = model_card(folder, chosen["removed"])
     head = front_matter(card)
@@ -49,12 +44,12 @@ def test_the_card_says_what_how_and_from_whom(folder: Path) -> None:
     assert "GGUF" not in card
 
 
-def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder: Path) -> None:
+def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder):
     write_json(folder / "run.json", "run", run_content("smollm2", "empirical-fisher", N, 3, 0))
     assert "is that paper's empirical-Fisher estimate." in model_card(folder, [10, 11])
 
 
-def test_the_card_of_a_local_model_tells_no_path(folder: Path) -> None:
+def test_the_card_of_a_local_model_tells_no_path(folder):
     run = run_content("/home/someone/models/mine", "pairwise", N, 3, 0)
     run["provenance"]["model"] |= {"sha256": "aa11", "gguf_sha256": "cc33"}
     write_json(folder / "run.json", "run", run)
@@ -65,7 +60,7 @@ def test_the_card_of_a_local_model_tells_no_path(folder: Path) -> None:
     assert "unpacked to bfloat16" in card
 
 
-def test_the_card_without_a_ranking_claims_no_measurement(folder: Path) -> None:
+def test_the_card_without_a_ranking_claims_no_measurement(folder):
     (folder / "candidates.json").unlink()
     card = model_card(folder, [1, 2])
     assert "no measured ranking behind this choice" in card
@@ -75,9 +70,7 @@ def test_the_card_without_a_ranking_claims_no_measurement(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("held_out", "tuned"), [(None, False), ([0.5, 0.4], True), ([4, 5], False)]
 )
-def test_a_card_says_whether_a_patch_was_tuned(
-    folder: Path, held_out: list[float] | None, tuned: bool
-) -> None:
+def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
     layers = [{"block": 2, "layer": "mlp.up_proj"}]
     tuning = {"layers": layers, "steps": 9, "held_out_predictions": 99, "held_out_kl": held_out}
     found = PatchRecord.model_validate(patch(tuning=tuning if held_out else None))
@@ -86,7 +79,7 @@ def test_a_card_says_whether_a_patch_was_tuned(
     assert ("Nothing was trained by gradients" in said) != tuned
 
 
-def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder: Path) -> None:
+def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
     healed = HealingFile.model_validate(healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N))
     cut, parts = model_card(folder, [10, 11]), card_parts(folder, [10, 11])
     found = card.healed_card(parts, cut, healed)
@@ -104,7 +97,7 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder: Path) -> N
     assert "from 0.9000 to 0.5000" in other
 
 
-def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder: Path) -> None:
+def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
     parts = card_parts(folder, [10, 11]).model_copy(update={"loads_with": "AutoModelForX"})
     file = folder / "model" / "isingcut.json"
     assert card.kept_parts(folder / "model") is None

@@ -1,7 +1,5 @@
 """The ledger of fake cards, and work that goes on where their memory ends."""
 
-from __future__ import annotations
-
 import gc
 import json
 
@@ -10,33 +8,22 @@ import pytest
 import torch
 
 import isingcut
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import MemoryExhaustedError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
-from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.sharing import open_cut, share
 from isingcut.models.device import BatchLimit, device_module, pick_device
 from isingcut.models.load import load
 from isingcut.models.memory import allowance
-from isingcut.models.replay import Replay
 from isingcut.runs import pipeline
 from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model
+from shared import OPTIONS
+from tiny import random_tokens, replay_of
 
 KILO = torch.zeros(250)
-
-
-def replay_on(device, seed=0):
-    model = tiny_model("llama", seed=seed).requires_grad_(False).to(device)
-    return Replay(model, stack_modules(model, find_stack(model)))
-
-
-def samples(count=4, length=12):
-    rng = np.random.default_rng(0)
-    return TokenSet.from_rows(rng.integers(8, 200, (count, length)).tolist())
 
 
 def test_the_ledger_counts_storages_once_and_gives_them_back():
@@ -118,7 +105,7 @@ def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
         assert streamed is None
         # Buffers that no checkpoint has are equal, too.
         assert card.live == before
-        tokens = samples(1).input_ids.to(card.device)
+        tokens = random_tokens([12]).input_ids.to(card.device)
         logits = loaded.model(input_ids=tokens).logits.cpu()
     alone = load(cut, dtype="float32", device="cpu").model
     torch.testing.assert_close(logits, alone(input_ids=tokens.cpu()).logits, rtol=1e-4, atol=1e-5)
@@ -167,7 +154,7 @@ def test_work_is_split_until_it_fits_and_joined_in_order(most):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [b.input_ids.sum(1).numpy() for b in batches]
 
-    tokens = samples(8)
+    tokens = random_tokens([12] * 8)
     whole = tokens.input_ids.sum(1).numpy()
     batches = [tokens.select(range(5)), tokens.select(range(5, 8))]
     found = split_to_fit(limit, batches, compute, lambda a, b: np.concatenate([a, b]))
@@ -185,7 +172,9 @@ def test_a_single_sample_that_does_not_fit_is_an_error_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(torch.OutOfMemoryError):
-        split_to_fit(BatchLimit(torch.device("cpu")), [samples()], compute, lambda a, b: a)
+        split_to_fit(
+            BatchLimit(torch.device("cpu")), [random_tokens([12] * 4)], compute, lambda a, b: a
+        )
     with pytest.raises(torch.OutOfMemoryError):
         fewer_tokens_to_fit(BatchLimit(torch.device("cpu")), 48, 12, compute)
 
@@ -198,7 +187,9 @@ def test_another_error_is_not_tried_again():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal"):
-        split_to_fit(BatchLimit(torch.device("cpu")), [samples()], compute, lambda a, b: a)
+        split_to_fit(
+            BatchLimit(torch.device("cpu")), [random_tokens([12] * 4)], compute, lambda a, b: a
+        )
     assert calls == [1]
 
 
@@ -209,11 +200,11 @@ STATES = np.random.default_rng(1).random((5, 6)) < 0.4
 def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
     def numbers(replay):
         if job == "losses":
-            return measure(replay, samples(8), STATES, batch_tokens=96).kl_sums
-        return gate_gradients(replay, samples(8), batch_tokens=96)
+            return measure(replay, random_tokens([12] * 8), STATES, batch_tokens=96).kl_sums
+        return gate_gradients(replay, random_tokens([12] * 8), batch_tokens=96)
 
     with fake_cards() as (card,):
-        replay = replay_on(card.device)
+        replay = replay_of(tiny_model("llama").to(card.device))
         weights = card.live
         expected = numbers(replay)
         card.budget = weights + int(0.6 * (card.peak - weights))
@@ -223,19 +214,7 @@ def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
-OPTIONS = {
-    "remove": 2,
-    "energy": "fisher",
-    "states": 3,
-    "random_states": 0,
-    "samples": 3,
-    "length": 16,
-    "rank_samples": 3,
-    "report_samples": 3,
-    "dtype": "float32",
-    "patch": "none",
-    "skip_speed": True,
-}
+FEW = {"remove": 2, "energy": "fisher", "states": 3, "random_states": 0, "patch": "none"}
 
 
 def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
@@ -244,12 +223,13 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
 
     def exhausted(*args, **kwargs):
         failed.append(1)
+        # The second time the blocks come from disk.
         if len(failed) == 2:
             return evaluate(*args, **kwargs)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", exhausted)
-    options = {**OPTIONS, "model": str(model), "calibration": str(text)}
+    options = {**OPTIONS, **FEW, "model": str(model), "calibration": str(text), "skip_speed": True}
     isingcut.run(out=str(out), **options)
     assert failed == [1, 1]
     streamed = json.loads((out / "evaluation.json").read_text())

@@ -19,7 +19,7 @@ from tiny import tiny_checkpoint
 INDEX = "model.safetensors.index.json"
 
 
-def sharded(folder: Path) -> Path:
+def sharded(folder):
     """A tiny llama in two shards with an index."""
     tiny_checkpoint("llama", folder)
     tensors = load_file(folder / "model.safetensors")
@@ -34,37 +34,27 @@ def sharded(folder: Path) -> Path:
     return folder
 
 
-def change_index(folder: Path, **changes: str) -> None:
+def change_index(folder, **changes):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"].update(changes)
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def truncate(folder: Path) -> None:
+def truncate(folder):
     shard = folder / "model-00002-of-00002.safetensors"
     os.truncate(shard, shard.stat().st_size - 100)
 
 
-def lengthen(folder: Path) -> None:
+def lengthen(folder):
     with (folder / "model-00001-of-00002.safetensors").open("ab") as f:
         f.write(b"xx")
 
 
-def cut_inside_the_header(folder: Path) -> None:
+def cut_inside_the_header(folder):
     os.truncate(folder / "model-00001-of-00002.safetensors", 20)
 
 
-def missing_tensor(folder: Path) -> None:
-    change_index(
-        folder, **{"model.layers.9.mlp.up_proj.weight": "model-00001-of-00002.safetensors"}
-    )
-
-
-def missing_shard(folder: Path) -> None:
-    (folder / "model-00002-of-00002.safetensors").unlink()
-
-
-def duplicate_tensor(folder: Path) -> None:
+def duplicate_tensor(folder):
     first = folder / "model-00001-of-00002.safetensors"
     second = folder / "model-00002-of-00002.safetensors"
     tensors = load_file(second)
@@ -72,7 +62,7 @@ def duplicate_tensor(folder: Path) -> None:
     save_file({**tensors, name: value}, second)
 
 
-def duplicate_name_in_the_header(folder: Path) -> None:
+def duplicate_name_in_the_header(folder):
     shard = folder / "model-00001-of-00002.safetensors"
     data = shard.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -82,79 +72,38 @@ def duplicate_name_in_the_header(folder: Path) -> None:
     shard.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
-def wrong_shard(folder: Path) -> None:
+def wrong_shard(folder):
     change_index(folder, **{"model.norm.weight": "model-00001-of-00002.safetensors"})
 
 
-def climb_out(folder: Path) -> None:
-    change_index(folder, **{"model.norm.weight": "../secret.safetensors"})
-
-
-def link_out(folder: Path) -> None:
-    shard = folder / "model-00002-of-00002.safetensors"
-    shard.rename(folder.parent / "elsewhere.safetensors")
-    shard.symlink_to(folder.parent / "elsewhere.safetensors")
-
-
-def broken_link(folder: Path) -> None:
-    shard = folder / "model-00002-of-00002.safetensors"
-    shard.unlink()
-    shard.symlink_to(folder / "nowhere")
-
-
-def device_file(folder: Path) -> None:
-    shard = folder / "model-00002-of-00002.safetensors"
-    shard.unlink()
-    os.mkfifo(shard)
-
-
-def index_names_a_number(folder: Path) -> None:
+def index_names_a_number(folder):
     (folder / INDEX).write_text('{"weight_map": {"a": 3}}')
 
 
-def more_blocks_in_the_config(folder: Path) -> None:
+def more_blocks_in_the_config(folder):
     set_config(folder, num_hidden_layers=8)
 
 
-def fewer_blocks_in_the_config(folder: Path) -> None:
+def fewer_blocks_in_the_config(folder):
     set_config(folder, num_hidden_layers=5)
 
 
-def set_config(folder: Path, **changes: object) -> None:
+def set_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     config.update(changes)
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def only_pickles(folder: Path) -> None:
-    for path in folder.glob("model*"):
-        path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
-
-
-def an_adapter(folder: Path) -> None:
-    only_pickles(folder)
-    (folder / "adapter_model.safetensors").write_bytes(b"")
 
 
 HOSTILE = [
     (truncate, "is truncated"),
     (lengthen, "longer than its header says"),
     (cut_inside_the_header, "truncated or no safetensors"),
-    (missing_tensor, r"says that tensor 'model\.layers\.9.* but no shard has it"),
-    (missing_shard, "lacks 1 of the 2 shards"),
     (duplicate_tensor, "is in two shards"),
     (duplicate_name_in_the_header, "appears twice"),
     (wrong_shard, "but it is in model-00002"),
-    (climb_out, "leaves the checkpoint folder"),
-    (link_out, "a link that leads out of the checkpoint"),
-    (broken_link, "is missing or a broken link"),
-    (device_file, "is not a regular file"),
     (index_names_a_number, "maps tensor 'a' to 3"),
     (more_blocks_in_the_config, "says 8 blocks but the tensors .* have 6; block 6 is missing"),
     (fewer_blocks_in_the_config, "says 5 blocks but the tensors .* have 6"),
-    (only_pickles, "convert it with transformers"),
-    (an_adapter, "merge it into its base model"),
 ]
 
 
@@ -217,20 +166,6 @@ def test_a_disk_too_small_is_known_beforehand(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"are needed and 0\.00 GB are free"):
         excise(source, [1], tmp_path / "home" / "out")
     assert not (tmp_path / "home").exists()
-
-
-def test_a_cut_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
-    source = sharded(tmp_path / "source")
-    home = tmp_path / "home"
-    home.mkdir()
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("isingcut.models.cutting.checkpoint._copy_companions", stop)
-    with pytest.raises(KeyboardInterrupt):
-        excise(source, [1], home / "out")
-    assert list(home.iterdir()) == []
 
 
 def test_a_killed_cut_leaves_nothing_that_looks_finished(tmp_path):

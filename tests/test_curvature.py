@@ -16,10 +16,8 @@ from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.replay import Replay
 from journals import count_rows, keep_rows
-from tiny import tiny_model
+from tiny import random_tokens, tiny_replay
 
 # For each family the modules whose output is added to the residual stream.
 ADDED = {
@@ -28,16 +26,6 @@ ADDED = {
     "gpt2": ("attn", "mlp"),
 }
 CURVED = ["fisher", "gauss-newton", "hessian"]
-
-
-def make(family: str, dtype: torch.dtype = torch.float64) -> Replay:
-    model = tiny_model(family).to(dtype).requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
-
-
-def samples() -> TokenSet:
-    rng = np.random.default_rng(0)
-    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
 
 
 def plain_loss(replay, tokens, family, gate, loss, alpha):
@@ -105,7 +93,7 @@ STATES = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 1, 
 @pytest.mark.parametrize("gate", ["sublayer", "block"])
 @pytest.mark.parametrize("family", sorted(ADDED))
 def test_hessian_equals_autograd_of_the_plain_model(family, gate):
-    replay, tokens = make(family), samples()
+    replay, tokens = tiny_replay(family, torch.float64), random_tokens()
     g, H = independent(replay, tokens, family, gate, "nll")
     found = gate_curvature(replay, tokens, "hessian", gate=gate, batch_tokens=30)
     total = found.counts.sum()
@@ -120,7 +108,7 @@ def test_hessian_equals_autograd_of_the_plain_model(family, gate):
 @pytest.mark.parametrize("gate", ["sublayer", "block"])
 @pytest.mark.parametrize("family", sorted(ADDED))
 def test_gauss_newton_equals_the_hessian_of_the_kl(family, gate):
-    replay, tokens = make(family), samples()
+    replay, tokens = tiny_replay(family, torch.float64), random_tokens()
     g, H = independent(replay, tokens, family, gate, "kl")
     np.testing.assert_allclose(g, 0, atol=1e-12)
     energy = GaussNewton(gate=gate).measure(replay, tokens, Work(batch_tokens=30))
@@ -128,28 +116,9 @@ def test_gauss_newton_equals_the_hessian_of_the_kl(family, gate):
         assert form(energy, x) == pytest.approx(expected_form(0 * g, H, x), rel=1e-4, abs=1e-6)
 
 
-def test_hessian_equals_finite_differences():
-    replay, tokens = make("llama"), samples()
-    loss = functools.partial(plain_loss, replay, tokens, "llama", "sublayer", "nll")
-    found = gate_curvature(replay, tokens, "hessian")
-    H = found.curvature_sums.sum(0) / found.counts.sum()
-    # The norms compute in float32: a shorter step would measure their rounding.
-    step = 2e-2
-    with torch.no_grad():
-        for i, j in [(0, 0), (0, 3), (2, 5), (5, 5)]:
-            value = 0.0
-            for a in (1, -1):
-                for b in (1, -1):
-                    alpha = torch.ones(len(replay), dtype=torch.float64)
-                    alpha[i] += a * step
-                    alpha[j] += b * step
-                    value += a * b * float(loss(alpha))
-            assert H[i, j] == pytest.approx(value / (4 * step**2), rel=1e-2, abs=1e-3)
-
-
 def test_fisher_is_gauss_newton_on_average_over_the_drawn_labels():
-    replay = make("llama", torch.float32)
-    rows = samples().input_ids[0, :10].tolist()
+    replay = tiny_replay("llama")
+    rows = random_tokens().input_ids[0, :10].tolist()
     exact = GaussNewton().measure(replay, TokenSet.from_rows([rows]), Work())
     drawn = Fisher().measure(replay, TokenSet.from_rows([rows] * 2000), Work(batch_tokens=4000))
     for value, error, target in [
@@ -164,7 +133,7 @@ def test_fisher_is_gauss_newton_on_average_over_the_drawn_labels():
 
 
 def test_drawn_labels_depend_on_the_seed_and_the_sample_and_not_on_the_batches():
-    replay, tokens = make("llama", torch.float32), samples()
+    replay, tokens = tiny_replay("llama"), random_tokens()
     whole = gate_gradients(replay, tokens, label_seed=3)
     apart = gate_gradients(replay, tokens, label_seed=3, batch_tokens=1)
     np.testing.assert_allclose(whole, apart, rtol=1e-4, atol=1e-5)
@@ -174,7 +143,7 @@ def test_drawn_labels_depend_on_the_seed_and_the_sample_and_not_on_the_batches()
 
 @pytest.mark.parametrize("name", CURVED)
 def test_curvature_energies_are_symmetric_in_nats_and_deterministic(name):
-    replay, tokens = make("llama", torch.float32), samples()
+    replay, tokens = tiny_replay("llama"), random_tokens()
     part = registry.get(name)()
     first = part.measure(replay, tokens, Work(batch_tokens=30))
     again = part.measure(replay, tokens, Work(batch_tokens=30))
@@ -192,14 +161,14 @@ def test_curvature_energies_are_symmetric_in_nats_and_deterministic(name):
 
 @pytest.mark.parametrize("name", ["fisher", "gauss-newton"])
 def test_curvatures_of_the_kl_are_nowhere_negative(name):
-    replay = make("gpt2", torch.float32)
-    energy = registry.get(name)().measure(replay, samples(), Work())
+    replay = tiny_replay("gpt2")
+    energy = registry.get(name)().measure(replay, random_tokens(), Work())
     matrix = energy.J + 2 * np.diag(energy.h)
     assert np.linalg.eigvalsh(matrix).min() > -1e-5 * np.abs(matrix).max()
 
 
 def test_micro_batches_do_not_change_the_curvature_and_a_journal_brings_it_back(tmp_path):
-    replay, tokens = make("llama"), samples()
+    replay, tokens = tiny_replay("llama", torch.float64), random_tokens()
     whole = gate_curvature(replay, tokens, "hessian", batch_tokens=1000)
     journal = tmp_path / "j"
     parts = gate_curvature(replay, tokens, "hessian", batch_tokens=15, journal=journal)
@@ -212,9 +181,9 @@ def test_micro_batches_do_not_change_the_curvature_and_a_journal_brings_it_back(
 
 
 def test_the_choice_of_attention_ends_with_the_call():
-    replay = make("llama", torch.float32)
+    replay = tiny_replay("llama")
     before = torch.backends.cuda.flash_sdp_enabled()
-    gate_curvature(replay, samples().select([0]), "hessian")
+    gate_curvature(replay, random_tokens().select([0]), "hessian")
     assert torch.backends.cuda.flash_sdp_enabled() == before
     assert all(p.grad is None for p in replay.model.parameters())
 
@@ -256,20 +225,22 @@ class Never(torch.autograd.Function):
 @pytest.mark.parametrize("kernel", [Once, Never])
 @pytest.mark.parametrize("kind", ["hessian", "gauss-newton"])
 def test_what_cannot_be_differentiated_twice_is_refused(kernel, kind):
-    replay = make("llama", torch.float32)
+    replay = tiny_replay("llama")
     handle = replay.blocks[3].mlp.register_forward_hook(lambda m, a, o: kernel.apply(o))
     with pytest.raises(ArchitectureError, match="differentiated twice"):
-        gate_curvature(replay, samples().select([0]), kind)
+        gate_curvature(replay, random_tokens().select([0]), kind)
     handle.remove()
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss-newton"])
 def test_half_precision_comes_near(kind):
-    exact = gate_curvature(make("llama", torch.float32), samples(), kind).curvature_sums
-    half = gate_curvature(make("llama", torch.bfloat16), samples(), kind).curvature_sums
+    exact = gate_curvature(tiny_replay("llama"), random_tokens(), kind).curvature_sums
+    half = gate_curvature(
+        tiny_replay("llama", torch.bfloat16), random_tokens(), kind
+    ).curvature_sums
     assert np.linalg.norm(half - exact) < 0.1 * np.linalg.norm(exact)
 
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(InputError, match="gauss-newton"):
-        gate_curvature(make("llama", torch.float32), samples(), "newton")
+        gate_curvature(tiny_replay("llama"), random_tokens(), "newton")

@@ -5,51 +5,32 @@ vocabulary) is computed another way on a device. What this cannot see is said in
 `isingcut.testing.cards`.
 """
 
-from __future__ import annotations
-
-import inspect
 import itertools
-import sys
-import textwrap
-from collections.abc import Callable
 from contextlib import closing, suppress
-from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-import isingcut
 from isingcut.data import generation
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.search.evaluator import Evaluator
-from isingcut.errors import ArchitectureError
-from isingcut.evaluation import likelihoods
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.likelihoods import answer_scores
-from isingcut.healing.patch import layers
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import Rows, collate
 from isingcut.healing.training.loss import install
-from isingcut.measure import boundaries as boundary
-from isingcut.measure import curvature, gradients
 from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models import replay as blocks
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.compute import head, tuning
-from isingcut.models.cutting.verify import verify
-from isingcut.models.replay import Replay
-from isingcut.models.streaming import store
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from test_baselines import part
+from tiny import random_tokens, replay_of
 
 CPU = torch.device("cpu")
 
@@ -65,12 +46,7 @@ def folder(llama):
     return llama
 
 
-def samples() -> TokenSet:
-    rng = np.random.default_rng(0)
-    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
-
-
-def states() -> np.ndarray:
+def states():
     return np.random.default_rng(1).random((4, 6)) < 0.4
 
 
@@ -80,56 +56,56 @@ class Place:
     def __init__(self, device, folder):
         self.device, self.folder = device, folder
 
-    def model(self, family="llama", seed=0) -> Any:
+    def model(self, family="llama", seed=0):
         return tiny_model(family, seed=seed).requires_grad_(False).to(self.device)
 
-    def replay(self, family="llama") -> Replay:
+    def replay(self, family="llama"):
         model = self.model(family)
-        return Replay(model, stack_modules(model, find_stack(model)))
+        return replay_of(model)
 
-    def streamed(self) -> StreamedReplay:
+    def streamed(self):
         opened = open_model(self.folder, dtype=torch.float32, device=self.device)
         return StreamedReplay(*opened)
 
 
 def losses(place, family="llama", streamed=False):
     replay = place.streamed() if streamed else place.replay(family)
-    found = measure(replay, samples(), states(), batch_tokens=32)
+    found = measure(replay, random_tokens(), states(), batch_tokens=32)
     return np.stack([found.kl_sums, found.nll_sums])
 
 
 def gate_rows(place, family="llama", streamed=False, seed=None):
     replay = place.streamed() if streamed else place.replay(family)
-    return gate_gradients(replay, samples(), batch_tokens=32, label_seed=seed)
+    return gate_gradients(replay, random_tokens(), batch_tokens=32, label_seed=seed)
 
 
 def second(place, kind, family="llama"):
-    return gate_curvature(place.replay(family), samples(), kind).curvature_sums
+    return gate_curvature(place.replay(family), random_tokens(), kind).curvature_sums
 
 
 def searched(place):
-    evaluator = Evaluator(place.replay(), samples(), Work(32), seed=0)
+    evaluator = Evaluator(place.replay(), random_tokens(), Work(32), seed=0)
     evaluator.measure(states(), 3, "measuring")
     known = [k.sums[:3] for k in evaluator.known.values()]
     return np.concatenate([*known, evaluator.slopes(states()[0], 3), evaluator.one_pass(2)[0]])
 
 
 def streamed_slopes(place):
-    return Evaluator(place.streamed(), samples(), Work(32), seed=0).slopes(states()[0], 4)
+    return Evaluator(place.streamed(), random_tokens(), Work(32), seed=0).slopes(states()[0], 4)
 
 
 def asked(place, family="llama", streamed=False):
     replay = place.streamed() if streamed else place.replay(family)
-    rows = [(tuple(row), 1 + i % 3) for i, row in enumerate(samples().rows)]
+    rows = [(tuple(row), 1 + i % 3) for i, row in enumerate(random_tokens().rows)]
     likely, greedy = answer_scores(replay, rows, states(), Work(32))
     return np.stack([likely, greedy])
 
 
 def figures(place, streamed=False):
     if streamed:
-        found = evaluate.quality(place.streamed(), place.streamed(), samples())
+        found = evaluate.quality(place.streamed(), place.streamed(), random_tokens())
     else:
-        found = evaluate.quality(place.model(), place.model(seed=1), samples())
+        found = evaluate.quality(place.model(), place.model(seed=1), random_tokens())
     return [found.kl, found.before.nll, found.after.nll]
 
 
@@ -144,14 +120,16 @@ def written(place):
 def timed(place):
     ticks = itertools.count()
     both = {"before": place.model(), "after": place.model(seed=1)}
-    speeds = timing.speed(both, samples(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2)
+    speeds = timing.speed(
+        both, random_tokens(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2
+    )
     # Times themselves are no values to compare.
     assert all(x > 0 for x in place.replay().latency(8, 1) + place.streamed().latency(8, 1))
     return [v["prefill_tokens_per_second"] for v in speeds.values()]
 
 
 def patched(place, reads):
-    given = (place.replay(), ["attention+mlp"] * 6, samples(), [2, 3, 5], Work(32))
+    given = (place.replay(), ["attention+mlp"] * 6, random_tokens(), [2, 3, 5], Work(32))
     with mock.patch.object(_Fitting, "_reads_for", return_value=reads):
         found = fit_patches(*given)
     return np.concatenate([p.weight.cpu().numpy().ravel() for p in found.patches])
@@ -160,7 +138,7 @@ def patched(place, reads):
 def distilled(place, family="llama"):
     """Two steps against the teacher."""
     teacher, student = place.model(family), place.model(family, seed=1).requires_grad_(True).train()
-    rows = Rows(samples())
+    rows = Rows(random_tokens())
     batch = collate([rows[i] for i in range(len(rows))])
     batch = {name: value.to(place.device) for name, value in batch.items()}
     install(student, student, teacher)
@@ -178,7 +156,7 @@ def distilled(place, family="llama"):
 
 def chosen(place):
     def removed(name):
-        return part(name).choose(place.replay(), samples(), 2, Work(32), seed=0).removed
+        return part(name).choose(place.replay(), random_tokens(), 2, Work(32), seed=0).removed
 
     # The others look at nothing but measured losses.
     own = ("angular-window", "block-influence", "norm-ratio")
@@ -193,7 +171,7 @@ def spilled(place):
 
 
 # gemma2 ends in a soft cap: its head is not taken apart.
-STEPS: dict[str, Callable[[Place], Any]] = {
+STEPS = {
     "losses": losses,
     "losses, head in one": lambda p: losses(p, "gemma2"),
     "losses, streamed": lambda p: losses(p, streamed=True),
@@ -229,71 +207,7 @@ def test_a_step_keeps_to_its_device(step, folder, device):
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
 
 
-# Where something is moved, how it looks without that, and a step that must fail then.
-DROPPED = [
-    (blocks.Replay, "record", "input_ids.to(self.device)", "input_ids", "losses"),
-    (head._Fused, "__init__", "[predicted].to(device)", "[predicted]", "losses"),
-    (head._Fused, "__init__", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "losses"),
-    (head._BySample, "_sums", "[s]].to(logits.device)", "[s]]", "losses, head in one"),
-    (curvature, "_through_blocks", "device=replay.device, ", "", "hessian"),
-    (gradients, "loss_gradient", "nonzero()[:, 0].to(device)", "nonzero()[:, 0]", "gradients"),
-    (head, "_to_gradient", "draws.to(logits.device)", "draws", "gradients, drawn labels"),
-    (likelihoods, "_heads", "label[None].to(replay.device)", "label[None]", "answers"),
-    (likelihoods, "_heads", "label.to(logits.device)", "label", "answers"),
-    (evaluate, "_sums_by_sample", "[counts].to(first.device)", "[counts]", "quality"),
-    (layers, "_response", ".to(plain)", "", "patch of what is read"),
-    (_Fitting, "_sides", "mask.to(device)", "mask", "patch of what is written"),
-    (store.Store, "_settle_rest", "host.to(self.device)", "host", "losses, streamed"),
-    (boundary.Boundaries, "get", "value.to(device)", "value", "hidden states in a file"),
-]
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "there", "dropped", "step"), DROPPED, ids=[f"{x[1]} {x[2]}" for x in DROPPED]
-)
-def test_a_step_that_leaves_a_tensor_behind_fails(
-    owner, name, there, dropped, step, folder, monkeypatch
-):
-    function = getattr(owner, name)
-    source = textwrap.dedent(inspect.getsource(function))
-    assert there in source
-    made = dict(vars(sys.modules[function.__module__]))
-    exec("from __future__ import annotations\n" + source.replace(there, dropped), made)
-    monkeypatch.setattr(owner, name, made[name])
-    STEPS[step](Place(CPU, folder))
-    # The first pass over a model says in one line of ours what stopped it.
-    stopped = (MixedDevicesError, ArchitectureError)
-    with pytest.raises(stopped, match="same device"), fake_cards() as (card,):
-        STEPS[step](Place(card.device, folder))
-
-
-@pytest.mark.slow
-def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch):
-    # An operation there takes a thousand times that of a CPU: few tokens, and one doubling.
-    monkeypatch.setattr(tuning, "_MOST_TOKENS", 2 * tuning.BATCH_TOKENS)
-    monkeypatch.setattr(tuning, "_ROUNDS", 1)
-    monkeypatch.setitem(verify.__kwdefaults__, "new_tokens", 3)
-    monkeypatch.setitem(evaluate.before_and_after.__kwdefaults__, "new_tokens", 3)
-    with fake_cards() as (card,):
-        isingcut.run(
-            device=str(card.device),
-            model=str(shared.checkpoint(num_hidden_layers=4)),
-            calibration=str(text),
-            out=str(tmp_path / "run"),
-            remove=2,
-            energy="fisher",
-            states=3,
-            random_states=30,
-            samples=3,
-            length=16,
-            rank_samples=3,
-            report_samples=3,
-            dtype="float32",
-        )
-    assert str(card.device) in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
-
-
-def mixed(operation: Callable[..., Any]) -> bool:
+def mixed(operation):
     """Whether an operation on (device, CPU, number on the CPU) is refused for its devices."""
     try:
         with fake_cards() as (card,):
@@ -334,39 +248,8 @@ def test_a_mix_that_the_code_catches_is_not_forgotten():
         torch.ones(2, device=card.device) + torch.ones(2)
 
 
-def test_new_numbers_take_the_place_of_a_parameters(device):
-    layer = torch.nn.Linear(2, 1, bias=False).to(device)
-    layer.weight.data = torch.ones((1, 2), device=device)
-    assert layer(torch.ones((1, 2), device=device)).item() == 2
-    with pytest.raises(MixedDevicesError):
-        layer.weight.data = torch.ones(1, 2)
-
-
 def test_numbers_leave_the_device_by_a_copy_alone(device):
     x = torch.arange(3, device=device)
     with pytest.raises(TypeError, match=r"lazy:0 device type tensor to numpy"):
         x.numpy()
     assert x.cpu().numpy().tolist() == x.tolist() == [0, 1, 2]
-
-
-def test_autocast_halves_what_enters_products_and_a_weight_once(device):
-    layer = torch.nn.Linear(2, 2).to(device)
-    x = torch.ones((1, 2), device=device)
-    with torch.autocast(device.type, torch.bfloat16):
-        first, second = layer(x), layer(x)
-        with torch.autocast(device.type, enabled=False):
-            assert layer(x).dtype == torch.float32
-        assert torch.is_autocast_enabled(device.type)
-    assert first.dtype == torch.bfloat16
-    casts = [{f for f, _ in y.grad_fn.next_functions} for y in (first, second)]
-    assert casts[0] & casts[1]
-    first.sum().backward()
-    assert layer.weight.grad.dtype == torch.float32
-    assert not torch.is_autocast_enabled(device.type)
-
-
-def test_a_file_holds_the_numbers_of_a_card(device, tmp_path):
-    torch.save({"x": torch.ones(2, device=device)}, tmp_path / "x.pt")
-    found = torch.load(tmp_path / "x.pt", map_location="cpu", weights_only=True)
-    assert found["x"].tolist() == [1, 1]
-    assert found["x"].device.type == "cpu"

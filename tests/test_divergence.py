@@ -4,29 +4,26 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.data.tokens import TokenSet
-from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
 from isingcut.models.compute.head import OutputHead, comparison, entering
-from isingcut.models.replay import Replay
-from tiny import tiny_model
+from tiny import random_tokens, tiny_replay
 
 ROWS, WORDS = 7, 5003
 
 
-def logits(dtype: torch.dtype, size: float = 8.0) -> tuple[torch.Tensor, torch.Tensor]:
+def logits(dtype, size=8.0):
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(ROWS, WORDS, generator=generator) * size
     moved = base + torch.randn(ROWS, WORDS, generator=generator) * 0.3
     return base.to(dtype), moved.to(dtype)
 
 
-def labels() -> torch.Tensor:
+def labels():
     return torch.randint(0, WORDS, (ROWS,), generator=torch.Generator().manual_seed(4))
 
 
-def in_pieces(q: torch.Tensor, reference: torch.Tensor, columns: int, method: str) -> RowSums:
+def in_pieces(q, reference, columns, method):
     own = RowSums(labels())
     getattr(own, method)(reference, 0, None)
     sums = RowSums(labels(), own.log_z)
@@ -86,19 +83,13 @@ def test_rows_do_not_depend_on_the_number_of_threads(monkeypatch):
     np.testing.assert_array_equal(*found)
 
 
-def make(family: str) -> Replay:
-    model = tiny_model(family).requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
-
-
 @pytest.mark.parametrize(
     ("family", "plain"), [("llama", True), ("gpt2", True), ("gemma2", False), ("cohere2", False)]
 )
 def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(family, plain, monkeypatch):
     monkeypatch.setattr(head_module, "piece_elements", lambda device: 700)
-    replay = make(family)
-    rng = np.random.default_rng(0)
-    batch = TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9)])
+    replay = tiny_replay(family)
+    batch = random_tokens((14, 9))
     head = OutputHead(replay)
     assert head.plain is plain
     with torch.inference_mode():

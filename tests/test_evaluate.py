@@ -1,12 +1,8 @@
 """Perplexity, KL and their errors against plain formulas; speed and memory by their contracts."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +20,12 @@ from isingcut.models import load as models
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
+def pair():
     return tiny_model("llama"), tiny_model("llama", seed=1)
 
 
 @pytest.fixture(scope="module")
-def tokens() -> TokenSet:
+def tokens():
     generator = torch.Generator().manual_seed(0)
     rows = [
         torch.randint(6, 262, (n,), generator=generator).tolist() for n in (12, 5, 20, 12, 3, 9)
@@ -37,7 +33,7 @@ def tokens() -> TokenSet:
     return TokenSet.from_rows(rows)
 
 
-def plain_sums(first: Any, second: Any, tokens: TokenSet) -> np.ndarray[Any, Any]:
+def plain_sums(first, second, tokens):
     """(3, S): NLL of both and KL, one unpadded sample at a time, in float64."""
     columns = []
     with torch.no_grad():
@@ -52,7 +48,7 @@ def plain_sums(first: Any, second: Any, tokens: TokenSet) -> np.ndarray[Any, Any
     return np.array(columns).T
 
 
-def test_quality_agrees_with_one_sample_at_a_time(pair: Any, tokens: TokenSet) -> None:
+def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):
     found = evaluation.quality(*pair, tokens, batch_tokens=30)
     sums = plain_sums(*pair, tokens)
     counts = np.array([11, 4, 19, 11, 2, 8])
@@ -69,9 +65,7 @@ def test_quality_agrees_with_one_sample_at_a_time(pair: Any, tokens: TokenSet) -
     assert found.kl_se == pytest.approx(errors[2], rel=1e-3)
 
 
-def test_quality_depends_neither_on_batches_nor_chunks_nor_padding(
-    pair: Any, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quality_depends_neither_on_batches_nor_chunks_nor_padding(pair, tokens, monkeypatch):
     whole = evaluation.quality(*pair, tokens, batch_tokens=10_000)
     monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", 3 * 262)
     wide = torch.nn.functional.pad(tokens.input_ids, (0, 7), value=200)
@@ -81,26 +75,24 @@ def test_quality_depends_neither_on_batches_nor_chunks_nor_padding(
     assert other.after.nll == pytest.approx(whole.after.nll, rel=1e-6)
 
 
-def test_a_model_against_itself_has_no_kl(pair: Any, tokens: TokenSet) -> None:
+def test_a_model_against_itself_has_no_kl(pair, tokens):
     found = evaluation.quality(pair[0], pair[0], tokens)
     assert found.kl == pytest.approx(0.0, abs=1e-7)
     assert found.before == found.after
 
 
-def test_one_sample_has_no_standard_error(pair: Any, tokens: TokenSet) -> None:
+def test_one_sample_has_no_standard_error(pair, tokens):
     found = evaluation.quality(*pair, tokens.select([2]))
     assert found.kl_se is None
     assert found.before.perplexity_se is None
 
 
-def test_few_float32_logits_exist_at_once(
-    pair: Any, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_float32_logits_exist_at_once(pair, tokens, monkeypatch):
     monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", 4 * 262)
     sizes = []
     plain = torch.log_softmax
 
-    def watched(values: torch.Tensor, dim: int) -> torch.Tensor:
+    def watched(values, dim):
         sizes.append(len(values))
         return plain(values, dim=dim)
 
@@ -110,10 +102,10 @@ def test_few_float32_logits_exist_at_once(
     assert sum(sizes) == 2 * tokens.tokens
 
 
-def test_speed_takes_turns_and_reports_medians(pair: Any, tokens: TokenSet) -> None:
+def test_speed_takes_turns_and_reports_medians(pair, tokens):
     """On a clock that only the loop moves: readings 1, 2, 5 s in turn for each quantity."""
     ticks = itertools.count()
-    order: list[str] = []
+    order = []
     for name, model in zip(("a", "b"), pair, strict=True):
         model.register_forward_pre_hook(lambda *_, n=name: order.append(n))
     found = timing.speed(
@@ -138,19 +130,19 @@ def test_speed_takes_turns_and_reports_medians(pair: Any, tokens: TokenSet) -> N
         assert found[name]["decode_tokens_per_second_se"] == pytest.approx(0, abs=1e-9)
 
 
-def test_one_timing_has_no_error(pair: Any, tokens: TokenSet) -> None:
+def test_one_timing_has_no_error(pair, tokens):
     found = timing.speed({"a": pair[0]}, tokens.select([2]), new_tokens=2, repeats=1)["a"]
     assert found["prefill_tokens_per_second_se"] is None
     assert found["decode_tokens_per_second_se"] is None
     json.dumps(found, allow_nan=False)
 
 
-def test_a_speed_that_no_clock_can_tell_is_refused(pair: Any, tokens: TokenSet) -> None:
+def test_a_speed_that_no_clock_can_tell_is_refused(pair, tokens):
     with pytest.raises(ModelError, match=r"prefill_tokens_per_second of .*20 tokens in 0 s"):
         timing.speed({"a": pair[0]}, tokens.select([2]), new_tokens=2, clock=lambda: 1.0)
 
 
-def test_a_loss_without_a_finite_perplexity_is_refused(tokens: TokenSet) -> None:
+def test_a_loss_without_a_finite_perplexity_is_refused(tokens):
     model, loud = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():
         loud.lm_head.weight *= 1e4
@@ -159,7 +151,7 @@ def test_a_loss_without_a_finite_perplexity_is_refused(tokens: TokenSet) -> None
             evaluation.quality(*both, tokens)
 
 
-def test_decoding_never_stops_early_and_matches_uncached(pair: Any) -> None:
+def test_decoding_never_stops_early_and_matches_uncached(pair):
     model = pair[0]
     own = model.generation_config
     prompt = torch.tensor([[7, 8, 9]])
@@ -173,12 +165,12 @@ def test_decoding_never_stops_early_and_matches_uncached(pair: Any) -> None:
     assert torch.equal(out, ids[:, 3:])
 
 
-def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair: Any) -> None:
-    tokenizer: Any = tiny_tokenizer()
+def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair):
+    tokenizer = tiny_tokenizer()
     seen = []
     plain = pair[0].generate
 
-    def generate(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    def generate(ids, **options):
         seen.append(tokenizer.decode(ids[0]))
         return plain(ids, **options)
 
@@ -197,7 +189,7 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair: An
 
 
 @pytest.fixture(scope="module")
-def small_peak(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+def small_peak(llama, tmp_path_factory):
     """Of a process that was started where a trap lies."""
     place = tmp_path_factory.mktemp("trap")
     (place / "torch.py").write_text("raise SystemExit('a trap')", encoding="utf-8")
@@ -205,16 +197,14 @@ def small_peak(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
         return timing.peak_memory(llama, "float32", "cpu", tokens=16)
 
 
-def test_peak_memory_is_that_of_a_fresh_process(small_peak: int, tmp_path: Path) -> None:
+def test_peak_memory_is_that_of_a_fresh_process(small_peak, tmp_path):
     large = tiny_checkpoint("llama", tmp_path / "large", vocab_size=400_000)
     # The larger one holds 2 x 4e5 x 32 floats more; half of that leaves room for noise.
     assert timing.peak_memory(large, "float32", "cpu", tokens=16) - small_peak > 51e6
     assert small_peak > 30e6
 
 
-def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(
-    tmp_path: Path,
-) -> None:
+def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(tmp_path):
     known = EvaluationFile.model_construct(dtype="float32", device="cpu", before=1, after=2)
     both = {"before": tmp_path, "after": tmp_path}
     found = timing.with_memory(known, both, length=8)
@@ -222,9 +212,7 @@ def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(
     assert (found.before, found.after) == (1, 2)
 
 
-def test_the_process_prints_one_line_of_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_process_prints_one_line_of_json(tmp_path, capsys):
     folder = tiny_checkpoint("llama", tmp_path / "m")
     measure_process.main([str(folder), "float32", "cpu", "8", "0"])
     printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -232,36 +220,16 @@ def test_the_process_prints_one_line_of_json(
     assert printed["peak_memory_bytes"] > 50e6
 
 
-def test_disk_bytes_counts_the_weights(tmp_path: Path) -> None:
+def test_disk_bytes_counts_the_weights(tmp_path):
     folder = tiny_checkpoint("llama", tmp_path / "m")
     (folder / "notes.txt").write_text("x" * 1000)
     assert evaluation.disk_bytes(folder) == (folder / "model.safetensors").stat().st_size
 
 
-def test_what_left_out_speed_says_so(
-    tmp_path: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("new_tokens", "repeats"):
-        monkeypatch.setitem(timing.speed.__wrapped__.__kwdefaults__, name, 2)
-    folder = tiny_checkpoint("llama", tmp_path / "m")
-    loaded = models.load(folder, dtype="float32", device="cpu")
-    whole = evaluation.before_and_after(loaded, loaded, tokens, new_tokens=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "speed", lambda *a, **k: pytest.fail("measured"))
-        short = evaluation.before_and_after(loaded, loaded, tokens, new_tokens=4, skip_speed=True)
-    keys = [k for k in whole.after.content() if "second" in k]
-    assert set(timing.SPEED_KEYS) - {"peak_memory_bytes"} <= set(keys)
-    assert short.not_measured == list(timing.SPEED_KEYS)
-    plain = {k: v for k, v in whole.after.content().items() if k not in keys}
-    assert short.after.content() == plain
-
-
-def test_evaluate_fills_the_whole_document(
-    tmp_path: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
     asked = []
 
-    def memory(folder: Path, dtype: str, device: str, **options: Any) -> int:
+    def memory(folder, dtype, device, **options):
         asked.append((folder.name, dtype, device, options["tokens"]))
         return 123
 

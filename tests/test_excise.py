@@ -1,7 +1,6 @@
 """Checkpoint in, smaller checkpoint out: what is copied, renamed, rewritten and refused."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,6 @@ from transformers import AutoTokenizer
 
 from isingcut.errors import (
     ArchitectureError,
-    CheckpointError,
-    InputError,
-    OutputExistsError,
     VerificationError,
 )
 from isingcut.models.cutting.checkpoint import excise, verify
@@ -20,11 +16,11 @@ from tiny import tiny_checkpoint, tiny_model
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     return tiny_checkpoint("llama", tmp_path / "source")
 
 
-def read(path: Path):
+def read(path):
     return json.loads(path.read_text())
 
 
@@ -76,31 +72,6 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
     assert chat == "<|user|>hi</s><|assistant|>"
 
 
-def test_an_existing_output_is_kept_unless_allowed(source, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("keep")
-    for overwrite in (False, True):
-        with pytest.raises(OutputExistsError):
-            excise(source, [1], out, overwrite=overwrite)
-    assert (out / "mine").read_text() == "keep"
-    (out / "mine").unlink()
-    excise(source, [1], out, overwrite=True)
-    kept = (out / "config.json").read_bytes()
-    with pytest.raises(OutputExistsError):
-        excise(source, [1, 2], out)
-    assert (out / "config.json").read_bytes() == kept
-    excise(source, [1, 2], out, overwrite=True)
-    assert (out / "config.json").read_bytes() != kept
-
-
-@pytest.mark.parametrize("inside", ["source", "source/out", "."])
-def test_source_and_output_must_not_contain_each_other(source, tmp_path, inside):
-    with pytest.raises(InputError, match="which this command reads"):
-        excise(source, [1], tmp_path / inside, overwrite=True)
-    assert (source / "model.safetensors").exists()
-
-
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
@@ -114,11 +85,6 @@ def test_impossible_states_are_refused(source, tmp_path, removed, message):
     with pytest.raises(ArchitectureError, match=message):
         excise(source, removed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_no_such_source(tmp_path):
-    with pytest.raises(CheckpointError, match="the model's folder"):
-        excise(tmp_path / "none", [1], tmp_path / "out")
 
 
 def test_extra_prediction_heads_are_dropped(tmp_path):
@@ -148,14 +114,6 @@ def test_depth_shaped_weights_are_sliced(tmp_path):
     config = read(tmp_path / "out" / "config.json")
     assert config["num_kv_shared_layers"] == 2
     assert len(config["intermediate_size"]) == 6
-
-
-def test_a_wrong_cut_is_noticed(source, tmp_path):
-    excise(source, [1], tmp_path / "out")
-    model = tiny_model("llama")
-    assert verify(model, [1], tmp_path / "out").difference == 0.0
-    with pytest.raises(VerificationError, match="does not compute"):
-        verify(model, [2], tmp_path / "out")
 
 
 def test_invented_tensors_are_noticed(source, tmp_path):

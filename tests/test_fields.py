@@ -27,6 +27,7 @@ from isingcut.models.replay import Replay
 from isingcut.testing.architectures.conformance import check_entry, entries
 from isingcut.testing.tiny import random_model
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model
+from tiny import replay_of
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
 COMPOSITE = {
@@ -141,7 +142,7 @@ def test_a_block_that_computes_with_its_place_in_a_list_keeps_it():
 def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
     model = odd_model("glm_moe_dsa", indexer_types=["full"] * 6).requires_grad_(False)
     tokens = torch.arange(10, 26)[None]
-    recording = Replay(model, stack_modules(model, find_stack(model))).record(tokens)
+    recording = replay_of(model).record(tokens)
     stream = recording.entered
     for i in (0, 2, 3, 5):
         stream = recording.block(i, stream)

@@ -1,10 +1,6 @@
 """Texts that cut states write: against the harness, a few prompts at a time, and a kill."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +8,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.console.progress import terminal
-from isingcut.evaluation.benchmark import benchmark, forget_scores
 from isingcut.evaluation.generations import MICRO_BATCHES, Generations
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
@@ -21,7 +16,6 @@ from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.load import load
-from shared import Shared
 
 REMOVED = [(), (1,), (0, 4)]
 HOW = {"until": ["old"], "do_sample": False, "max_gen_toks": 12}
@@ -29,34 +23,33 @@ PROMPTS = ["the cat sat", "a mat", "stone " * 9, "old town rain " * 5, "rain", "
 
 
 @pytest.fixture(scope="module")
-def model(shared: Shared) -> Asked:
+def model(shared):
     folder = shared.checkpoint(seed=3, max_position_embeddings=512)
     return Asked.whole(load(folder, dtype="float32", device="cpu"))
 
 
-def requests() -> list[Instance]:
+def requests():
     how = [{**HOW, "max_gen_toks": 12 + 4 * (i % 2)} for i in range(len(PROMPTS))]
     asked = zip(PROMPTS, how, strict=True)
     return [Instance("generate_until", {}, each, i) for i, each in enumerate(asked)]
 
 
-def written(model: Asked, work: Work, state: int = 0) -> list[str]:
+def written(model, work, state=0):
     texts = Generations(model.replay, states_of(len(model.replay), REMOVED), work)
     stack = find_stack(model.loaded.model)
 
-    def write(prompts: Any, some: Any) -> list[str]:
+    def write(prompts, some):
         with skipped(model.loaded.model, stack, REMOVED[state]):
             return texts.of(state, prompts, some)
 
-    found: list[str] = Harness(model.loaded, lambda rows: [], write).generate_until(requests())
-    return found
+    return Harness(model.loaded, lambda rows: [], write).generate_until(requests())
 
 
-def kill_after(goes: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def kill_after(goes, monkeypatch):
     """Once, after so many; returns how many texts each writes."""
     counts, generate = list[int](), HFLM._model_generate
 
-    def killed(self: Any, context: torch.Tensor, **rest: Any) -> Any:
+    def killed(self, context, **rest):
         if len(counts) == goes:
             counts.append(0)
             raise KeyboardInterrupt
@@ -67,7 +60,7 @@ def kill_after(goes: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def gsm8k(folder: Path, count: int) -> Path:
+def gsm8k(folder, count):
     (folder / "gsm8k").mkdir(parents=True)
     for name, size in (("test", count), ("train", 8)):
         records = [
@@ -80,7 +73,7 @@ def gsm8k(folder: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("state", range(len(REMOVED)))
-def test_texts_are_the_harness_s(model: Asked, state: int) -> None:
+def test_texts_are_the_harness_s(model, state):
     plain = HFLM(pretrained=model.loaded.model, tokenizer=model.loaded.tokenizer, batch_size=2)
     with skipped(model.loaded.model, find_stack(model.loaded.model), REMOVED[state]):
         expected = plain.generate_until(requests(), disable_tqdm=True)
@@ -88,12 +81,10 @@ def test_texts_are_the_harness_s(model: Asked, state: int) -> None:
     assert any(expected)
 
 
-def test_prompts_of_one_go_fit_some_micro_batches(
-    model: Asked, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
     went, generate = list[torch.Size](), HFLM._model_generate
 
-    def seen(self: Any, context: torch.Tensor, **rest: Any) -> Any:
+    def seen(self, context, **rest):
         went.append(context.shape)
         return generate(self, context, **rest)
 
@@ -106,9 +97,7 @@ def test_prompts_of_one_go_fit_some_micro_batches(
     assert max(length for _, length in went) > MICRO_BATCHES * 10 / 2
 
 
-def test_a_killed_run_goes_on_at_the_texts_that_are_left(
-    model: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, monkeypatch):
     work = Work(10, journal=tmp_path / "texts.journal")
     whole = [written(model, Work(10), state) for state in (0, 1)]
     counts = kill_after(5, monkeypatch)
@@ -118,30 +107,11 @@ def test_a_killed_run_goes_on_at_the_texts_that_are_left(
     assert sum(counts) == 2 * len(PROMPTS)
 
 
-def test_how_far_the_writing_is_is_seen(
-    model: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_how_far_the_writing_is_is_seen(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("isingcut.console.progress.QUIET_SECONDS", 0.0)
-    task = prepare_task("gsm8k", gsm8k(tmp_path, 4))
+    task = prepare_task("gsm8k", gsm8k(tmp_path, 2))
     found = score_states(model, task, REMOVED[:2], Work(64, terminal))
     assert [s.metric for s in found] == ["exact_match,flexible-extract"] * 2
     said = capsys.readouterr().err.splitlines()
     assert all(line.startswith("gsm8k: ") for line in said)
     assert len(said) >= 4
-
-
-def test_a_killed_benchmark_goes_on_within_a_task(
-    model: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, kept = gsm8k(tmp_path / "data", 5), tmp_path / "kept"
-    models = {"a": model, "b": model}
-    counts = kill_after(3, monkeypatch)
-    options: dict[str, Any] = {"data": data, "kept": kept, "batch_tokens": 64}
-    with pytest.raises(KeyboardInterrupt):
-        benchmark(models, ["gsm8k"], **options)
-    assert list(kept.glob("*.journal"))
-    (row,) = benchmark(models, ["gsm8k"], **options)
-    # Both are one model: what it was asked is kept once.
-    assert (row.n, sum(counts)) == (5, 5)
-    forget_scores(kept, ["gsm8k"])
-    assert not kept.exists()

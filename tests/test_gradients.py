@@ -8,39 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_terms
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.sweep import gate_rows
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.replay import Recording, Replay
+from isingcut.models.replay import Recording
 from journals import count_rows, keep_rows
-from tiny import tiny_model
+from tiny import random_tokens, tiny_replay
 
 # For each family the modules whose output is added to the residual stream, by their names:
 # what the tests check the structural gates against.
 ADDED = {
     "llama": ("self_attn", "mlp"),
-    "qwen2": ("self_attn", "mlp"),
     "qwen3": ("self_attn", "mlp"),
     "gemma3": ("post_attention_layernorm", "post_feedforward_layernorm"),
     "gpt2": ("attn", "mlp"),
 }
 
 
-def make(family: str) -> Replay:
-    model = tiny_model(family).requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
-
-
-def samples() -> TokenSet:
-    rng = np.random.default_rng(0)
-    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
-
-
-def one_at_a_time(replay: Replay, tokens: TokenSet, family: str) -> np.ndarray:
+def one_at_a_time(replay, tokens, family):
     """Plain autograd: hooks by module name, batch 1, no padding."""
     rows = []
     for s in range(tokens.samples):
@@ -68,7 +55,7 @@ def one_at_a_time(replay: Replay, tokens: TokenSet, family: str) -> np.ndarray:
 
 @pytest.mark.parametrize("family", sorted(ADDED))
 def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
-    replay, tokens = make(family), samples()
+    replay, tokens = tiny_replay(family), random_tokens()
     expected = one_at_a_time(replay, tokens, family)
     got = gate_gradients(replay, tokens, batch_tokens=30)
     assert np.abs(expected).max() > 1e-3
@@ -77,8 +64,7 @@ def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
 
 def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypatch):
     # In bfloat16, because a norm keeps its float32 copy of the stream; a float32 one keeps itself.
-    model = tiny_model("llama").requires_grad_(False).to(torch.bfloat16)
-    replay = Replay(model, stack_modules(model, find_stack(model)))
+    replay = tiny_replay("llama", torch.bfloat16)
     streams, alive, run = [], [], Recording.block
 
     def block(self, i, hidden):
@@ -91,18 +77,18 @@ def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypa
         return torch.ones_like(stream)
 
     monkeypatch.setattr(Recording, "block", block)
-    (rows,) = gate_rows(replay, [samples()], "sublayer", toward, room=1 << 40)
+    (rows,) = gate_rows(replay, [random_tokens()], "sublayer", toward, room=1 << 40)
     assert (len(streams), alive) == (len(replay), [1])
     assert rows.abs().min() > 0
 
 
 def test_block_gate_gradients_equal_finite_differences():
-    replay, tokens = make("llama"), samples()
+    replay, tokens = tiny_replay("llama"), random_tokens()
     got = gate_gradients(replay, tokens, gate="block")
     step = 1e-2
     ids = tokens.input_ids[:1]
 
-    def loss(i: int, value: float) -> float:
+    def loss(i, value):
         with torch.no_grad():
             recording = replay.record(ids)
             stream = recording.entered
@@ -120,8 +106,8 @@ def test_block_gate_gradients_equal_finite_differences():
 @pytest.mark.parametrize("gate", ["sublayer", "block"])
 @pytest.mark.parametrize("family", sorted(ADDED))
 def test_a_closed_gate_is_the_removal(family, gate):
-    replay = make(family)
-    ids = samples().input_ids[:2]
+    replay = tiny_replay(family)
+    ids = random_tokens().input_ids[:2]
     with torch.no_grad():
         recording = replay.record(ids)
         for i in range(len(replay)):
@@ -130,8 +116,8 @@ def test_a_closed_gate_is_the_removal(family, gate):
 
 
 def test_no_parameter_gradient_is_allocated():
-    replay = make("llama")
-    gate_gradients(replay, samples())
+    replay = tiny_replay("llama")
+    gate_gradients(replay, random_tokens())
     assert all(p.grad is None for p in replay.model.parameters())
 
 
@@ -150,7 +136,7 @@ def test_the_paper_energy_is_the_quadratic_form_of_the_gradient_matrix():
 
 
 def test_empirical_fisher_is_made_of_these_rows():
-    replay, tokens = make("qwen3"), samples()
+    replay, tokens = tiny_replay("qwen3"), random_tokens()
     rows = gate_gradients(replay, tokens)
     found = EmpiricalFisher().measure(replay, tokens, Work())
     x = np.ones((1, len(replay)))
@@ -160,7 +146,7 @@ def test_empirical_fisher_is_made_of_these_rows():
 
 
 def test_rows_come_back_from_the_journal(tmp_path):
-    replay, tokens = make("llama"), samples()
+    replay, tokens = tiny_replay("llama"), random_tokens()
     journal = tmp_path / "rows.journal"
     first = gate_gradients(replay, tokens, batch_tokens=30, journal=journal)
     # Drop the last finished micro-batch and tear the one before: both are computed again.

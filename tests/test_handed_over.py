@@ -18,7 +18,10 @@ from tiny import tiny_checkpoint
 # Fifteen states of six blocks: too few to judge an energy, which no test here does.
 pytestmark = pytest.mark.filterwarnings("ignore::isingcut.runs.api.PoorEnergyWarning")
 
-OPTIONS = {"samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "dtype": "float32"}
+OPTIONS = {
+    "samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "dtype": "float32",
+    "patch_tokens": 1000,
+}  # fmt: skip
 TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 
 

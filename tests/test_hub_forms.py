@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from composites import composite, composite_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError
-from isingcut.models.architectures import cut_config, find_stack, stack_modules
+from isingcut.models.architectures import cut_config
 from isingcut.models.architectures.auto import auto_class, auto_class_of, loading_class_of
 from isingcut.models.checkpoint.read import StoredTensor
 from isingcut.models.cutting.checkpoint import excise, verify
@@ -21,7 +21,7 @@ from isingcut.models.replay import Replay
 from isingcut.testing.architectures import check_family
 from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.tiny import random_model
-from tiny import tiny_checkpoint, tiny_model
+from tiny import replay_of, tiny_checkpoint, tiny_model
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "hunyuan_vl"])
@@ -96,7 +96,7 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
 def test_blocks_that_text_does_not_run_are_named(tmp_path):
     model = composite_checkpoint("mllama", tmp_path / "source")
     with pytest.raises(ArchitectureError, match="does not run the blocks 3, "):
-        Replay(model, stack_modules(model, find_stack(model)))
+        replay_of(model)
     excise(tmp_path / "source", [0], tmp_path / "out")
     assert verify(model, [0], tmp_path / "out").difference == 0.0
 
@@ -112,14 +112,14 @@ def test_gemma_4_is_measured_where_nothing_is_shared(model_type, tmp_path):
 def test_keys_and_values_that_later_blocks_read_are_noticed():
     model = tiny_model("gemma4")
     with pytest.raises(ArchitectureError, match="beside the residual stream"):
-        Replay(model, stack_modules(model, find_stack(model)))
+        replay_of(model)
 
 
 def test_a_model_that_fails_on_text_alone_is_one_line():
     model = tiny_model("llama")
     model.lm_head.forward = lambda hidden: SimpleNamespace().image_outputs
     with pytest.raises(ArchitectureError, match="does not run on text alone"):
-        Replay(model, stack_modules(model, find_stack(model)))
+        replay_of(model)
 
 
 class Handing(nn.Module):

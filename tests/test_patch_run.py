@@ -34,7 +34,9 @@ REMOVED = [2, 3]
 
 def job(model: Path, text: Path, out: Path, **more: Any) -> Path:
     given = {"model": str(model), "calibration": str(text), "out": str(out), "drop": "2,3"}
-    return isingcut.run(**{**OPTIONS, "energy": "fisher", "remove": 2, **given, **more})
+    # The patch is fitted on all of the text.
+    given |= {"energy": "fisher", "remove": 2, "patch_tokens": 65536}
+    return isingcut.run(**{**OPTIONS, **given, **more})
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,18 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from isingcut.cli import main as cli
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import removals
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.load import load
-from isingcut.models.replay import Replay
 from isingcut.options.config import RunConfig
 from isingcut.runs.plan import DOUBT, PASSES, Prices, TimedPass, advise, command, make_plan
-from tiny import tiny_checkpoint
+from shared import call
+from tiny import random_tokens, replay_of, tiny_checkpoint
 
 LENGTH = 16
 
@@ -65,11 +61,9 @@ def stage(counted, name):
 
 def test_energies_take_the_passes_that_are_counted(llama):
     """In operations of a measurement, not in seconds."""
-    model = load(llama, dtype="float32", device="cpu").model.requires_grad_(False)
-    replay = Replay(model, stack_modules(model, find_stack(model)))
+    replay = replay_of(load(llama, dtype="float32", device="cpu").model)
     replay.attention = "eager"
-    n, rng = len(replay), np.random.default_rng(0)
-    text = TokenSet.from_rows(rng.integers(8, 200, (4, LENGTH)).tolist())
+    n, text = len(replay), random_tokens([LENGTH] * 4)
 
     def operations(run):
         with Operations() as own:
@@ -159,14 +153,8 @@ def test_where_streams_do_not_fit_the_disk_sets_the_pace():
 
 def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv",
-        ["isingcut", "plan", str(llama), "--remove", "2", "--length", "16", "--samples", "8",
-         "--dtype", "float32", "--json"],
-    )  # fmt: skip
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
+    words = ["--remove", 2, "--length", 16, "--samples", 8, "--dtype", "float32", "--json"]
+    assert call("plan", llama, *words) == 0
     found = json.loads(capsys.readouterr().out)
     assert os.listdir(tmp_path) == []
     names = [e["name"] for e in found["energies"]]
@@ -210,12 +198,3 @@ def test_advice_is_the_best_that_ends_in_an_evening(seconds, remove, energy, eff
     typed = [*start, "'a model'", *removal, "--length", "128", "--stream", "on"]
     typed += ["--energy", energy, *(["--effort", effort] if effort else [])]
     assert command(config, energy, effort) == " ".join([*typed, "--out", "'a model-run'"])
-
-
-def test_impossible_removals_are_refused_in_one_line(llama, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["isingcut", "plan", str(llama), "--remove", "99"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("isingcut: --remove must be from 1 to")

@@ -108,12 +108,12 @@ def test_what_a_killed_measurement_had_is_counted_at_once(finished, tmp_path):
     assert told == [told[0], (told[0], f"lowest KL so far {found.kl.min():.4f}")]
 
 
-def test_a_part_counts_its_share_of_a_bar() -> None:
+def test_a_part_counts_its_share_of_a_bar():
     class Bar:
-        def __init__(self) -> None:
+        def __init__(self):
             self.done, self.notes = 0.0, list[str]()
 
-        def advance(self, steps: float = 1, note: str = "") -> None:
+        def advance(self, steps=1, note=""):
             self.done += steps
             self.notes.append(note)
 

@@ -2,13 +2,11 @@
 
 import contextlib
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from composites import composite
 from isingcut.errors import ArchitectureError, VerificationError
@@ -32,7 +30,7 @@ from tiny import tiny_model, tiny_tokenizer
 LOWEST = torch.finfo(torch.float32).min
 
 
-def cut_of(model: PreTrainedModel, removed: list[int], folder: Path) -> Path:
+def cut_of(model, removed, folder):
     """The checkpoint of a model without some blocks."""
     model.save_pretrained(folder / "source")
     excise(folder / "source", removed, folder / "cut")
@@ -172,16 +170,10 @@ def test_idle_blocks_are_told_of_and_fail_the_conformance_kit(tmp_path, monkeypa
 
 
 # Families with image features that join the stream behind text blocks 0, 1 and 2.
-DEEPSTACK = [
-    "cohere_compass",
-    "granite_docling",
-    "qwen3_omni_moe_thinker",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-]
+DEEPSTACK = ["cohere_compass", "qwen3_omni_moe_thinker"]
 
 
-@pytest.mark.parametrize("family", [*DEEPSTACK, "llava", "chameleon", "granite4_vision"])
+@pytest.mark.parametrize("family", [*DEEPSTACK, "llava", "granite4_vision"])
 def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path):
     model = composite(family)
     removed = [0, 5] if family == "granite4_vision" else [3, 5]
@@ -220,7 +212,7 @@ def test_deepstack_is_found_where_only_its_class_speaks_of_it():
         cut_config(config, [2])
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "granite4_vision"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "granite4_vision"])
 def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeypatch):
     home = "isingcut.models.architectures.families"
     monkeypatch.setattr(f"{home}.kept_blocks", lambda *a: {})

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,19 +9,17 @@ from safetensors.torch import load_file, save_file
 
 from composites import composite_checkpoint
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import as_transformers_does, load
-from isingcut.models.replay import Replay
 from quantised import bitsandbytes, fp8_in_tiles, int4, mxfp4
-from tiny import tiny_checkpoint
+from tiny import replay_of, tiny_checkpoint
 
 _BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
-def assert_bytes_follow(source: Path, out: Path, kept: list[int]) -> set[str]:
+def assert_bytes_follow(source, out, kept):
     """Every tensor of the blocks that stay has the bytes it had; the dtypes among them."""
     before, after = read_checkpoint(source), read_checkpoint(out)
     old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}
@@ -39,7 +36,7 @@ def assert_bytes_follow(source: Path, out: Path, kept: list[int]) -> set[str]:
     return {tensor.dtype for tensor in after.values()}
 
 
-def quantisation(folder: Path) -> dict:
+def quantisation(folder):
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
@@ -56,7 +53,7 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
     for name, value in model.named_parameters():
         # Three bits of mantissa: half a step is 1/16 of a number.
         torch.testing.assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=2e-2)
-    assert len(Replay(model, stack_modules(model, find_stack(model)))) == 6
+    assert len(replay_of(model)) == 6
     excise(source, [0, 2], out)
     assert "F8_E4M3" in assert_bytes_follow(source, out, [1, 3, 4, 5])
     before, after = (quantisation(f)["modules_to_not_convert"] for f in (source, out))
@@ -93,7 +90,7 @@ def test_mxfp4_is_measured_as_transformers_unpacks_it(tmp_path):
     parameters = dict(model.named_parameters())
     for name, value in values.items():
         torch.testing.assert_close(parameters[name].data, value, rtol=0, atol=0)
-    assert len(Replay(model, stack_modules(model, find_stack(model)))) == 6
+    assert len(replay_of(model)) == 6
     excise(source, [0, 3], out)
     assert "U8" in assert_bytes_follow(source, out, [1, 2, 4, 5])
     assert verify(model, [0, 3], out).difference == 0.0

@@ -1,13 +1,10 @@
 """The refined search through the pipeline: one removal, a range, a budget in parameters."""
 
-import contextlib
 import json
-import sys
 
 import pytest
 
 import isingcut
-from isingcut.cli import main as cli
 from isingcut.errors import InputError
 from isingcut.files.documents.states import CandidatesFile, OnePass, OnePassLoss
 from isingcut.files.writing import read_document, read_json
@@ -16,25 +13,16 @@ from isingcut.options.config import RunConfig
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs.measuring import concrete
+from shared import OPTIONS, call
 
 pytestmark = pytest.mark.usefixtures("no_speed")
-OPTIONS = {
-    "energy": "refined",
-    "effort": "6",
-    "samples": 4,
-    "length": 16,
-    "rank_samples": 3,
-    "report_samples": 3,
-    "random_states": 30,
-    "states": 4,
-    "batch_tokens": 64,
-}
+LITTLE = {**OPTIONS, "energy": "refined", "effort": "6", "samples": 4, "states": 4}
 
 
 @pytest.fixture(scope="module")
 def inputs(shared, text):
     model = shared.checkpoint(num_hidden_layers=8)
-    return {"model": str(model), "calibration": str(text), **OPTIONS}
+    return {"model": str(model), "calibration": str(text), **LITTLE}
 
 
 @pytest.mark.parametrize(
@@ -108,15 +96,10 @@ def test_words_about_one_pass():
     assert sentence("one_pass_words", CandidatesFile.model_construct(chosen=chosen)) == ""
 
 
-def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys, monkeypatch):
+def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
     out = tmp_path / "curve"
-    arguments = ["isingcut", "run", inputs["model"], "--remove", "2..4", "--out", str(out)]
-    for key, value in inputs.items():
-        if key != "model":
-            arguments += [f"--{key.replace('_', '-')}", str(value)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
-    with contextlib.suppress(SystemExit):
-        cli.main()
+    words = [x for k, v in inputs.items() for x in (f"--{k.replace('_', '-')}", v) if k != "model"]
+    assert call("run", inputs["model"], "--remove", "2..4", "--out", out, *words, "--json") == 0
     curve = json.loads(capsys.readouterr().out)["curve"]
     assert [len(row["removed"]) for row in curve] == [2, 3, 4]
     assert (out / "remove-4" / "report.html").is_file()
@@ -135,31 +118,14 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys, monk
     assert json.loads((model / "config.json").read_text())["num_hidden_layers"] == 5
 
 
-def test_a_budget_in_parameters_can_be_searched(inputs, tmp_path):
-    out = isingcut.run(**inputs, budget="params=20%", out=str(tmp_path / "budget"))
-    chosen = read_json(out / "candidates.json", "candidates")["chosen"]
-    blocks = read_json(out / "run.json", "run")["blocks"]
-    gone = sum(blocks["blocks"][i]["parameters"] for i in chosen["removed"])
-    assert gone >= 0.2 * blocks["total_parameters"]
-
-
-@pytest.mark.parametrize("remove", ["4..2", "3..3", "2..x", "1..9", "0..3"])
-def test_ranges_that_cannot_be(inputs, tmp_path, remove):
-    with pytest.raises(InputError, match="remove"):
-        isingcut.run(**inputs, remove=remove, out=str(tmp_path / "no"))
-    assert not (tmp_path / "no").exists()
-
-
 def test_effort_belongs_to_the_search(inputs, tmp_path):
     with pytest.raises(InputError, match="--effort belongs to"):
         isingcut.run(**{**inputs, "energy": "pairwise"}, remove="3", out=str(tmp_path / "no"))
 
 
-def test_an_energy_near_a_range_is_solved_for_all_of_it(inputs, tmp_path, capsys, monkeypatch):
+def test_an_energy_near_a_range_is_solved_for_all_of_it(inputs, tmp_path, capsys):
     out = isingcut.energy(**inputs, remove="2..3", out=str(tmp_path / "near"))
-    monkeypatch.setattr(sys, "argv", ["isingcut", "solve", str(out), "--json"])
-    with contextlib.suppress(SystemExit):
-        cli.main()
+    assert call("solve", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [r["removal"] for r in found["removals"]] == ["2", "3"]
     assert found["warnings"] == []

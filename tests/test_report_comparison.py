@@ -1,9 +1,5 @@
 """The page that compares several runs, and what it says of runs that cannot be compared."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from isingcut.errors import InputError, OutputExistsError
@@ -13,11 +9,11 @@ from run_files import hamiltonian, write_comparison, write_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "run")
 
 
-def compared(*runs: Path, out: Path) -> tuple[Page, list[str]]:
+def compared(*runs, out):
     warnings = write_comparison([(r, r) for r in runs], out)
     return Page(out.read_text(encoding="utf-8")), warnings
 

@@ -1,13 +1,9 @@
 """The report in a headless Chromium: it draws, answers, fits, and can be used without a mouse."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -31,7 +27,7 @@ QUIET = [
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next((path for name in names if (path := shutil.which(name))), None)
     with sync_playwright() as p:
@@ -46,14 +42,14 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: Any) -> Path:
+def run(tmp_path_factory):
     path = write_run(tmp_path_factory.mktemp("pages") / "run")
     write_report(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def files(run: Path) -> dict[str, Path]:
+def files(run):
     """The pages to look at: a run, one of 96 blocks, and a comparison of three."""
     large = write_run(run.parent / "large", n=96, m=20, model="b-model", extras=False)
     write_report(large)
@@ -63,16 +59,13 @@ def files(run: Path) -> dict[str, Path]:
     return {"run": run / "report.html", "large": large / "report.html", "several": several}
 
 
-Open = Callable[..., Any]
-
-
 @pytest.fixture
-def show(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
+def show(browser, files):
     """Opens a page from disk; what it complains of or asks for fails the test."""
-    contexts: list[Any] = []
-    complaints: list[str] = []
+    contexts = []
+    complaints = []
 
-    def opened(name: str, size: dict[str, int] = DESK, **options: Any) -> Any:
+    def opened(name, size=DESK, **options):
         context = browser.new_context(viewport=size, **options)
         # Only a page that never answers may fail for its slowness; machines are shared.
         context.set_default_timeout(180_000)
@@ -90,13 +83,13 @@ def show(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
     assert complaints == []
 
 
-def overflow(page: Any) -> int:
+def overflow(page):
     return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
 @pytest.mark.parametrize("name", ["run", "large", "several"])
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["1280", "390"])
-def test_nothing_scrolls_sideways(show: Open, name: str, size: dict[str, int]) -> None:
+def test_nothing_scrolls_sideways(show, name, size):
     page = show(name, size)
     assert overflow(page) <= 0
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
@@ -108,7 +101,7 @@ def test_nothing_scrolls_sideways(show: Open, name: str, size: dict[str, int]) -
     assert boxes == 0
 
 
-def test_every_figure_is_drawn(show: Open) -> None:
+def test_every_figure_is_drawn(show):
     page = show("run")
     sizes = page.eval_on_selector_all(
         "figure .mark .shape",
@@ -122,7 +115,7 @@ def test_every_figure_is_drawn(show: Open) -> None:
     assert all(captions)
 
 
-def test_the_block_axis_is_one_line_through_map_fields_and_couplings(show: Open) -> None:
+def test_the_block_axis_is_one_line_through_map_fields_and_couplings(show):
     page = show("run")
     boxes = [
         page.locator(s).first.bounding_box()
@@ -133,7 +126,7 @@ def test_the_block_axis_is_one_line_through_map_fields_and_couplings(show: Open)
         assert box["width"] == pytest.approx(boxes[0]["width"], abs=1.5)
 
 
-def test_pointing_gives_values(show: Open, run: Path) -> None:
+def test_pointing_gives_values(show, run):
     page = show("run")
     tip = page.locator(".tip")
     assert tip.is_hidden()
@@ -160,7 +153,7 @@ def test_pointing_gives_values(show: Open, run: Path) -> None:
     assert tip.is_hidden()
 
 
-def test_a_click_on_a_state_shows_its_blocks_in_every_figure(show: Open, run: Path) -> None:
+def test_a_click_on_a_state_shows_its_blocks_in_every_figure(show, run):
     page = show("run")
     drawer = page.locator(".drawer")
     state = read_json(run / "candidates.json", "candidates")["candidates"][2]
@@ -181,7 +174,7 @@ def test_a_click_on_a_state_shows_its_blocks_in_every_figure(show: Open, run: Pa
     assert drawer.is_visible()
 
 
-def test_the_keyboard_reaches_everything(show: Open, run: Path) -> None:
+def test_the_keyboard_reaches_everything(show, run):
     page = show("run")
     drawer, live = page.locator(".drawer"), page.locator("#live")
     page.keyboard.press("Tab")
@@ -211,7 +204,7 @@ def test_the_keyboard_reaches_everything(show: Open, run: Path) -> None:
     assert set(stops) == {1}
 
 
-def violations(page: Any, **options: Any) -> list[tuple[str, ...]]:
+def violations(page, **options):
     """What axe calls serious or critical: rule, element and remedy."""
     found = Axe().run(page, options={"resultTypes": ["violations"], **options})
     return [
@@ -222,7 +215,7 @@ def violations(page: Any, **options: Any) -> list[tuple[str, ...]]:
     ]
 
 
-def test_axe_finds_no_serious_violation(show: Open) -> None:
+def test_axe_finds_no_serious_violation(show):
     page = show("run", color_scheme="light")
     # All data tables are made alike; axe takes long over many rows.
     for one in ("#compared", "#spectrum", "#provenance"):
@@ -233,12 +226,12 @@ def test_axe_finds_no_serious_violation(show: Open) -> None:
 
 
 @pytest.mark.parametrize("name", ["run", "several"])
-def test_axe_finds_enough_contrast_in_the_dark(show: Open, name: str) -> None:
+def test_axe_finds_enough_contrast_in_the_dark(show, name):
     page = show(name, color_scheme="dark")
     assert violations(page, runOnly={"type": "rule", "values": ["color-contrast"]}) == []
 
 
-def test_light_and_dark_follow_the_system_and_the_button(show: Open) -> None:
+def test_light_and_dark_follow_the_system_and_the_button(show):
     colour = "getComputedStyle(document.body).backgroundColor"
     light, dark = show("run", color_scheme="light"), show("run", color_scheme="dark")
     seen = light.evaluate(colour), dark.evaluate(colour)
@@ -251,14 +244,14 @@ def test_light_and_dark_follow_the_system_and_the_button(show: Open) -> None:
     assert dark.locator(".bar").is_hidden()
 
 
-def test_without_scripts_all_figures_are_there(show: Open) -> None:
+def test_without_scripts_all_figures_are_there(show):
     page = show("run", java_script_enabled=False)
     assert page.locator("#scatter-pairwise .mark").count() == 50
     assert page.locator(".heat").is_visible()
     assert page.locator("#theme").is_hidden()
 
 
-def test_wide_figures_scroll_together(show: Open) -> None:
+def test_wide_figures_scroll_together(show):
     page = show("large", PHONE)
     page.evaluate("document.querySelector('#couplings .synced').scrollLeft = 40")
     page.wait_for_function("document.querySelector('#fields .synced').scrollLeft === 40")

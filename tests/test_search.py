@@ -1,7 +1,6 @@
 """The refined search: its surrogate against direct algebra, its choice against all states."""
 
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,36 +23,33 @@ from isingcut.ising.states import blocks_of, key_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.replay import Replay
 from journals import count_rows, keep_rows
-from tiny import tiny_model
+from tiny import tiny_replay
 
 WORK = Work(batch_tokens=64)
 N = 8
 
 
 @pytest.fixture(scope="module")
-def replay() -> Replay:
-    model = tiny_model("llama", num_hidden_layers=N).requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
+def replay():
+    return tiny_replay(num_hidden_layers=N)
 
 
 @pytest.fixture(scope="module")
-def tokens() -> TokenSet:
+def tokens():
     rng = np.random.default_rng(0)
     return TokenSet.from_rows([rng.integers(1, 90, 12 + s % 3).tolist() for s in range(8)])
 
 
-def all_states(n: int, m: int) -> np.ndarray:
+def all_states(n, m):
     return states_of(n, list(combinations(range(n), m)))
 
 
-def counts(*removals: int) -> list[Target]:
+def counts(*removals):
     return [Target.count(N, m) for m in removals]
 
 
-def random_energy(n: int, seed: int) -> Hamiltonian:
+def random_energy(n, seed):
     rng = np.random.default_rng(seed)
     return Hamiltonian.from_quadratic(rng.random((n, n)))
 
@@ -61,7 +57,7 @@ def random_energy(n: int, seed: int) -> Hamiltonian:
 # the evaluator ------------------------------------------------------------------------------
 
 
-def test_evaluator_equals_measuring_at_once(replay: Replay, tokens: TokenSet) -> None:
+def test_evaluator_equals_measuring_at_once(replay, tokens):
     evaluator = Evaluator(replay, tokens, WORK, seed=3)
     states = all_states(N, 3)[:6]
     evaluator.measure(states[:4], 2, "few")
@@ -73,7 +69,7 @@ def test_evaluator_equals_measuring_at_once(replay: Replay, tokens: TokenSet) ->
     assert len(evaluator.known) == len(states)
 
 
-def test_evaluator_pays_for_each_sample_once(replay: Replay, tokens: TokenSet) -> None:
+def test_evaluator_pays_for_each_sample_once(replay, tokens):
     evaluator = Evaluator(replay, tokens, WORK, seed=0)
     states = all_states(N, 2)[:5]
     evaluator.measure(states, 3, "few")
@@ -86,9 +82,7 @@ def test_evaluator_pays_for_each_sample_once(replay: Replay, tokens: TokenSet) -
     assert paid.passes == pytest.approx((N + tree_nodes(states)) / N)
 
 
-def test_evaluator_resumes_from_its_journal(
-    replay: Replay, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluator_resumes_from_its_journal(replay, tokens, tmp_path, monkeypatch):
     work = Work(64, journal=tmp_path / "journal")
     first = Evaluator(replay, tokens, work, seed=0)
     first.measure(all_states(N, 2), 4, "pairs")
@@ -110,13 +104,11 @@ def test_evaluator_resumes_from_its_journal(
         (2, 512, [1, 2]),
     ],
 )
-def test_rungs_begin_with_few_tokens_whatever_the_text_holds(
-    samples: int, tokens: int, rungs: list[int]
-) -> None:
+def test_rungs_begin_with_few_tokens_whatever_the_text_holds(samples, tokens, rungs):
     assert plan.rungs(samples, tokens) == rungs
 
 
-def test_a_budget_target_is_searched_where_it_is_met(replay: Replay, tokens: TokenSet) -> None:
+def test_a_budget_target_is_searched_where_it_is_met(replay, tokens):
     # Blocks of weight 1 or 2, of which 4 or more must go: three or four average ones.
     weights = np.array([1.0, 2.0] * (N // 2))
     row = LinearConstraint("budget", weights, ">=", 4.0)
@@ -136,14 +128,14 @@ def test_a_budget_target_is_searched_where_it_is_met(replay: Replay, tokens: Tok
     assert row.satisfied(best[None])[0]
 
 
-def test_slopes_equal_a_small_step_of_the_gate(replay: Replay, tokens: TokenSet) -> None:
+def test_slopes_equal_a_small_step_of_the_gate(replay, tokens):
     # A removed block's slope at gate 0 and a kept one's at gate 1, against finite differences.
     state = np.zeros(N, dtype=bool)
     state[[2, 5]] = True
     found = gate_slopes(replay, tokens, state, 64)
     step = 2e-3
 
-    def loss(block: int, alpha: float) -> float:
+    def loss(block, alpha):
         total = 0.0
         with torch.no_grad():
             for batch in tokens.batches(64):
@@ -169,7 +161,7 @@ def test_slopes_equal_a_small_step_of_the_gate(replay: Replay, tokens: TokenSet)
 # the surrogate ------------------------------------------------------------------------------
 
 
-def test_surrogate_mean_is_the_gaussian_posterior() -> None:
+def test_surrogate_mean_is_the_gaussian_posterior():
     # The same posterior from explicit features and precision matrices.
     n, prior = 6, random_energy(6, 1)
     states = all_states(n, 3)[::2]
@@ -179,7 +171,7 @@ def test_surrogate_mean_is_the_gaussian_posterior() -> None:
     found = Surrogate(prior, states, losses, noise)
     pairs = list(combinations(range(n), 2))
 
-    def features(x: np.ndarray) -> np.ndarray:
+    def features(x):
         pair = np.array([x[:, i] & x[:, j] for i, j in pairs]).T
         energy = (prior.energies(x) - prior.energies(states).mean())[:, None]
         return np.hstack([np.ones((len(x), 1)), energy, x, pair]).astype(float)
@@ -199,7 +191,7 @@ def test_surrogate_mean_is_the_gaussian_posterior() -> None:
     np.testing.assert_allclose(found.deviation(every), deviation, rtol=1e-5)
 
 
-def test_surrogate_samples_have_the_posterior_moments() -> None:
+def test_surrogate_samples_have_the_posterior_moments():
     n, prior = 5, random_energy(5, 3)
     states = all_states(n, 2)[:7]
     losses = 1 + prior.energies(states) + 0.1 * np.arange(7)
@@ -212,7 +204,7 @@ def test_surrogate_samples_have_the_posterior_moments() -> None:
     np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
 
 
-def test_surrogate_corrects_a_wrong_prior() -> None:
+def test_surrogate_corrects_a_wrong_prior():
     truth, wrong = random_energy(10, 4), random_energy(10, 5)
     states = all_states(10, 4)
     rng = np.random.default_rng(0)
@@ -225,7 +217,7 @@ def test_surrogate_corrects_a_wrong_prior() -> None:
     assert np.corrcoef(wrong.energies(states[rest]), losses[rest])[0, 1] < 0.5
 
 
-def test_surrogate_of_many_states_that_cost_nothing() -> None:
+def test_surrogate_of_many_states_that_cost_nothing():
     # More of them than a quadratic form has terms for.
     states = all_states(14, 3)
     costly = states[:, 8:].sum(1)
@@ -238,7 +230,7 @@ def test_surrogate_of_many_states_that_cost_nothing() -> None:
 # proposals and estimates --------------------------------------------------------------------
 
 
-def test_exchanges_are_all_neighbours_and_feasible() -> None:
+def test_exchanges_are_all_neighbours_and_feasible():
     state = states_of(7, [(1, 4, 6)])[0]
     target = Target.of("3", [count(7, 3), *keep(7, [0])], 7)
     found = {tuple(np.flatnonzero(s)) for s in proposals.exchanges(state, target)}
@@ -246,7 +238,7 @@ def test_exchanges_are_all_neighbours_and_feasible() -> None:
     assert found == expected
 
 
-def test_estimates_carry_few_samples_over_to_all(replay: Replay, tokens: TokenSet) -> None:
+def test_estimates_carry_few_samples_over_to_all(replay, tokens):
     evaluator = Evaluator(replay, tokens, WORK, seed=0)
     states = all_states(N, 3)[:12]
     evaluator.measure(states, 2, "few")
@@ -264,9 +256,7 @@ def test_estimates_carry_few_samples_over_to_all(replay: Replay, tokens: TokenSe
 # the search ---------------------------------------------------------------------------------
 
 
-def test_search_finds_the_best_state_of_all(
-    replay: Replay, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_search_finds_the_best_state_of_all(replay, tokens, monkeypatch):
     monkeypatch.setattr(plan, "PATIENCE", 4)
     found = Search(replay, tokens, WORK, counts(2, 3, 4), 25.0).run()
     for m in (2, 3, 4):
@@ -278,35 +268,31 @@ def test_search_finds_the_best_state_of_all(
     assert found.evaluator.ledger.passes <= 25.0
 
 
-def test_search_with_enough_budget_measures_every_state(replay: Replay, tokens: TokenSet) -> None:
+def test_search_with_enough_budget_measures_every_state(replay, tokens):
     found = Search(replay, tokens, WORK, counts(2), 100.0).run()
     assert found.goals[0].exhausted
     kl = measure(replay, tokens, all_states(N, 2)).kl
     assert found.best(2) == tuple(np.flatnonzero(all_states(N, 2)[np.argmin(kl)]))
 
 
-@pytest.mark.parametrize("passes", [1.0, 1.5, 3.0, 8.0])
+@pytest.mark.parametrize("passes", [1.0, 3.0])
 @pytest.mark.parametrize("removals", [(4,), (3, 5)])
-def test_search_keeps_to_a_small_budget(
-    replay: Replay, tokens: TokenSet, passes: float, removals: tuple[int, ...]
-) -> None:
+def test_search_keeps_to_a_small_budget(replay, tokens, passes, removals):
     found = Search(replay, tokens, WORK, counts(*removals), passes).run()
     assert [len(found.best(m)) for m in removals] == list(removals)
     assert 0.5 * passes <= found.evaluator.ledger.passes <= passes
 
 
-def test_a_budget_below_any_search_still_gives_a_state(replay: Replay, tokens: TokenSet) -> None:
+def test_a_budget_below_any_search_still_gives_a_state(replay, tokens):
     search = Search(replay, tokens, WORK, counts(4), 0.01).run()
     assert len(search.best(4)) == 4
     assert [k.n for k in search.evaluator.known.values()] == [search.rungs[0]]
 
 
-def test_search_is_deterministic_and_resumes(
-    replay: Replay, tokens: TokenSet, tmp_path: Path
-) -> None:
+def test_search_is_deterministic_and_resumes(replay, tokens, tmp_path):
     journal = tmp_path / "journal"
 
-    def search(work: Work) -> Search:
+    def search(work):
         return Search(replay, tokens, work, counts(3, 4), 10.0, seed=1).run()
 
     plain = search(WORK)
@@ -317,7 +303,7 @@ def test_search_is_deterministic_and_resumes(
     assert resumed.evaluator.ledger.passes == plain.evaluator.ledger.passes
 
 
-def test_search_obeys_constraints(replay: Replay, tokens: TokenSet) -> None:
+def test_search_obeys_constraints(replay, tokens):
     target = Target.of("3 but 0", [count(N, 3), *keep(N, [0, 7])], N)
     found = Search(replay, tokens, WORK, [target], 8.0).run()
     assert not {0, 7} & set(found.best("3 but 0"))
@@ -325,7 +311,7 @@ def test_search_obeys_constraints(replay: Replay, tokens: TokenSet) -> None:
         found.best(5)
 
 
-def test_search_refuses_impossible_removals(replay: Replay, tokens: TokenSet) -> None:
+def test_search_refuses_impossible_removals(replay, tokens):
     with pytest.raises(InputError, match="expected 1 to 7"):
         counts(8)
     with pytest.raises(InputError, match="at least one"):
@@ -334,9 +320,7 @@ def test_search_refuses_impossible_removals(replay: Replay, tokens: TokenSet) ->
         Search(replay, tokens.select([0]), WORK, counts(3))
 
 
-def test_one_pass_gives_what_the_methods_of_one_pass_choose(
-    replay: Replay, tokens: TokenSet
-) -> None:
+def test_one_pass_gives_what_the_methods_of_one_pass_choose(replay, tokens):
     evaluator = Evaluator(replay, tokens, WORK, seed=0)
     for m in (1, 3, 5):
         found = one_pass_states(evaluator, Target.count(N, m), tokens.samples)
@@ -353,13 +337,13 @@ def test_one_pass_gives_what_the_methods_of_one_pass_choose(
     assert set(one_pass_states(evaluator, apart, tokens.samples)) == {"block-influence"}
 
 
-def test_the_one_pass_is_cut_short_for_a_small_budget() -> None:
+def test_the_one_pass_is_cut_short_for_a_small_budget():
     assert plan.one_pass_samples(100.0, 16) == 16
     assert plan.one_pass_samples(10.0, 16) == 8
     assert plan.one_pass_samples(0.5, 16) == 1
 
 
-def test_greedy_price_counts_a_greedy_path() -> None:
+def test_greedy_price_counts_a_greedy_path():
     # One removal of N: every single state, prefixes shared with the original.
     assert greedy_price(5, 1) == pytest.approx((4 + 3 + 2 + 1 + 0) / 5)
     assert greedy_price(30, 15) > greedy_price(30, 12) > greedy_price(30, 1)
@@ -368,7 +352,7 @@ def test_greedy_price_counts_a_greedy_path() -> None:
 # the energy ---------------------------------------------------------------------------------
 
 
-def test_refined_energy_keeps_what_was_found(replay: Replay, tokens: TokenSet) -> None:
+def test_refined_energy_keeps_what_was_found(replay, tokens):
     energy = Refined((Target.count(N, 3),), "10 passes").measure(replay, tokens, WORK)
     search = energy.meta["search"]
     (best, *_) = search["targets"]["3"]["finalists"]
@@ -378,14 +362,12 @@ def test_refined_energy_keeps_what_was_found(replay: Replay, tokens: TokenSet) -
     assert energy.unit == "nats/token"
 
 
-def test_a_search_needs_a_removal(replay: Replay, tokens: TokenSet) -> None:
+def test_a_search_needs_a_removal(replay, tokens):
     with pytest.raises(InputError, match="--remove"):
         Refined().measure(replay, tokens, WORK)
 
 
-def test_effort_in_minutes_is_settled_once(
-    replay: Replay, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_effort_in_minutes_is_settled_once(replay, tokens, tmp_path, monkeypatch):
     work = Work(64, journal=tmp_path / "journal")
     found = []
     for seconds in (4.0, 1.0):

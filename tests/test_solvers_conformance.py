@@ -120,25 +120,6 @@ def test_repair_gives_up_where_no_move_helps():
     assert repair(problem, np.array([True, False, False])) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("dimod:nowhere.Sampler", "cannot import 'nowhere'"),
-        ("dimod:dimod.Nothing", "has no 'Nothing'"),
-        ("dimod:dimod.BINARY", "is no dimod sampler"),
-        ("dimod:os.system", "is no dimod sampler"),
-        ("dimod:random.Random", "is no dimod sampler"),
-        ("dimod:.path.Class", "dimod:package.Class"),
-        ("dimod:Sampler", "dimod:package.Class"),
-        ("dimod", "needs a class"),
-    ],
-)
-def test_bad_dimod_names(name, message):
-    problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [con.count(3, 1)])
-    with pytest.raises(InputError, match=message):
-        solve(problem, name)
-
-
 @dataclass(frozen=True)
 class Fake:
     """A solver with one fault."""

@@ -1,9 +1,7 @@
-import json
-
 import numpy as np
 import pytest
 
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import InputError
 from isingcut.ising.constraints import count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -88,18 +86,3 @@ def test_save_and_load(problem, tmp_path):
     np.testing.assert_array_equal(back.energies, spectrum.energies)
     assert back.to_dict() == spectrum.to_dict()
     assert [p.name for p in tmp_path.iterdir()] == ["spectrum.json"]
-
-
-def test_load_refuses_what_it_cannot_read(tmp_path):
-    with pytest.raises(StageFileError, match="not there"):
-        Spectrum.load(tmp_path / "none.json")
-    path = tmp_path / "s.json"
-    path.write_text("{")
-    with pytest.raises(StageFileError, match="not readable as JSON"):
-        Spectrum.load(path)
-    path.write_text(json.dumps({"format": "other"}))
-    with pytest.raises(StageFileError, match="not an isingcut spectrum"):
-        Spectrum.load(path)
-    path.write_text(json.dumps({"format": "isingcut-spectrum", "version": 9}))
-    with pytest.raises(StageFileError, match="newer isingcut"):
-        Spectrum.load(path)

@@ -64,19 +64,6 @@ def test_parts_stay_in_host_memory_up_to_a_bound():
     assert buffers.allocated() == 0
 
 
-def test_a_part_that_stays_is_used_where_it_is():
-    buffers = Buffers(8, CPU)
-    buffers.bound = 8
-    part = Numbers(1)
-    places = set()
-    for _ in range(2):
-        buffers.take(part)
-        places.add(part.memory.data_ptr())
-        buffers.take(Numbers(2))
-        buffers.take(Numbers(3))
-    assert len(places) == 1
-
-
 def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(monkeypatch):
     log = []
     monkeypatch.setattr(

@@ -5,7 +5,6 @@ import weakref
 import numpy as np
 import pytest
 
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import Search, Target
 from isingcut.errors import InputError
 from isingcut.measure import ledger
@@ -21,6 +20,7 @@ from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.testing.tiny import tiny_checkpoint
 from journals import count_rows, keep_rows
 from streams import in_memory, samples, some_states, streamed
+from tiny import random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_layout")
 
@@ -149,8 +149,7 @@ def test_the_original_s_logits_of_one_micro_batch_exist_at_a_time(llama, monkeyp
 
 def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch):
     replay = streamed(tiny_checkpoint("llama", tmp_path, num_hidden_layers=8))
-    rng = np.random.default_rng(0)
-    tokens = TokenSet.from_rows([rng.integers(8, 200, 12).tolist() for _ in range(8)])
+    tokens = random_tokens([12] * 8)
     search = Search(replay, tokens, Work(24), [Target.count(8, 4)], 12.0)
     sets, rounds = [], []
     turn, together = Search._turn, measure_together

@@ -20,6 +20,7 @@ from isingcut.models.memory import Allowance, allowance, container_room, weight_
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
+from shared import OPTIONS
 from streams import CPU, samples, some_states, streamed, watch
 
 pytestmark = pytest.mark.usefixtures("one_layout")
@@ -145,15 +146,9 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.cutting.sharing.load", never)
     monkeypatch.setattr("isingcut.models.cutting.verify.reload", never)
     options = {
+        **OPTIONS,
         "model": str(llama),
         "calibration": str(text),
-        "samples": 3,
-        "length": 16,
-        "rank_samples": 2,
-        "report_samples": 2,
-        "states": 3,
-        "random_states": 30,
-        "dtype": "float32",
         "stream": "on",
     }
     folder = run(remove=2, out=str(tmp_path / "run"), also="fisher", **options)

@@ -3,13 +3,11 @@
 import signal
 
 import pytest
-import torch
 from transformers.models.auto import modeling_auto
 
-from isingcut.testing.architectures import Report, check_entry, command, conformance
-from isingcut.testing.architectures.command import outcomes, table
+from isingcut.testing.architectures import check_entry, command, conformance
 from isingcut.testing.architectures.conformance import Entry, entries
-from isingcut.testing.architectures.shrink import spread, tiny_configuration
+from isingcut.testing.architectures.shrink import tiny_configuration
 
 LLAMA = Entry("llama", "AutoModelForCausalLM")
 
@@ -41,21 +39,6 @@ def test_a_tiny_configuration_keeps_every_kind_of_block(model_type, field, kinds
     assert set(getattr(config, field, kinds)) >= kinds
     assert config.num_hidden_layers <= 8
     assert config.hidden_size == 64
-
-
-def test_parts_of_a_configuration_fit_each_other():
-    config = tiny_configuration("qwen3_vl")
-    assert config.vision_config.out_hidden_size == config.text_config.hidden_size
-    depth = config.vision_config.depth
-    assert len(set(config.vision_config.deepstack_visual_indexes)) == 3
-    assert max(config.vision_config.deepstack_visual_indexes) < depth
-    assert sum(config.text_config.rope_parameters["mrope_section"]) == 8
-
-
-def test_a_shorter_list_keeps_its_order_and_its_rare_entries():
-    assert spread(["a"] * 20 + ["b"] + ["c"] * 20, 4) == ["a", "b", "c", "c"]
-    assert spread([0, 0, 0, 1] * 10, 6).count(1) > 0
-    assert spread(list(range(40)), 3) == [0, 20, 39]
 
 
 def cut_another(source, removed, out, **options):
@@ -91,13 +74,6 @@ def test_blocks_that_return_lists_are_measured(tmp_path):
     assert report.outcome == "passed", report.reason
 
 
-def test_a_model_that_is_not_tiny_is_not_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(conformance, "_MOST_PARAMETERS", 1000)
-    report = check_entry(LLAMA, tmp_path)
-    assert report.outcome == "not built"
-    assert "too many for a tiny model" in report.reason
-
-
 def test_an_architecture_that_does_not_end_is_failed(monkeypatch, capsys):
     monkeypatch.setattr(command, "check_entry", hang)
     assert command.main(["--all", "llama", "--seconds", "0.2"]) == 1
@@ -122,29 +98,3 @@ def test_the_command_line_counts_outcomes_and_writes_them_to_a_page(tmp_path, mo
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| diffllama | refused |" in text
-
-
-def test_what_was_proven_on_text_only_is_listed_with_the_reason():
-    reports = [
-        Report("sees (image-text)", "passed"),
-        Report("blind (image-text)", "passed", rows="keep block 0", unseen="no <image> token"),
-    ]
-    shown = outcomes(reports)
-    assert "Of these, 1 take images and were proven on text only:" in shown
-    assert "- blind (image-text): no &lt;image> token" in shown
-    assert "keep block 0; proven on text only: no &lt;image> token" in table(reports)
-    assert "text only" not in outcomes(reports[:1]) + table(reports[:1])
-
-
-def test_a_page_without_the_marks_is_left_alone(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("nothing")
-    with pytest.raises(AssertionError, match="has no part between"):
-        command.replace_part(page, "outcomes", "text")
-    assert page.read_text() == "nothing"
-
-
-def test_checks_leave_the_default_dtype(tmp_path):
-    before = torch.get_default_dtype()
-    assert check_entry(LLAMA, tmp_path, states=1).outcome == "passed"
-    assert torch.get_default_dtype() == before

@@ -100,9 +100,3 @@ def test_no_other_file_uses_what_is_not_public():
         if used.search(path.read_text(encoding="utf-8"))
     }
     assert found == {"models/transformers_private.py"}
-
-
-def test_the_versions_that_changed_something_are_among_the_known_ones():
-    told = re.findall(r"^    5\.(\d+)   ", private.__doc__, re.MULTILINE)
-    assert len(told) >= 6
-    assert all(private.OLDEST <= (5, int(minor)) <= private.NEWEST for minor in told)

@@ -14,13 +14,11 @@ from isingcut.files.journal import Journal
 from isingcut.measure import losses as measure_module
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.compute import tuning
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.tuning import Tuning, tune
 from isingcut.models.device import few_threads
-from isingcut.models.replay import Replay
-from tiny import tiny_model
+from tiny import random_tokens, tiny_replay
 
 PLENTY = 1 << 34
 
@@ -29,11 +27,6 @@ PLENTY = 1 << 34
 def said(monkeypatch):
     """Threads are left alone."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def make(family: str = "llama") -> Replay:
-    model = tiny_model(family).requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
 
 
 class Clock:
@@ -58,7 +51,7 @@ def test_the_micro_batch_doubles_while_that_pays_and_fits():
         # Up to 4096 tokens a pass costs the same, as on a GPU that is not full.
         return Clock(replay, lambda name, tokens: max(1.0, tokens / 4096))
 
-    replay = make()
+    replay = tiny_replay()
     assert tune(replay, 16, attention="sdpa", memory=PLENTY, seconds=clock(replay)) == Tuning(
         "sdpa", 4096
     )
@@ -81,7 +74,7 @@ def test_a_model_whose_graph_was_measured_is_let_go():
 
 
 def test_what_is_given_is_taken_without_a_measurement():
-    replay = make()
+    replay = tiny_replay()
     clock = Clock(replay, lambda name, tokens: 1.0)
     found = tune(replay, 16, attention="eager", batch_tokens=77, memory=PLENTY, seconds=clock)
     assert found == Tuning("eager", 77)
@@ -90,11 +83,10 @@ def test_what_is_given_is_taken_without_a_measurement():
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_measurements_use_the_chosen_attention_and_agree(family):
-    replay, attention = make(family), "eager"
-    rng = np.random.default_rng(0)
-    tokens = TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in (14, 9, 14, 11)])
+    replay, attention = tiny_replay(family), "eager"
+    tokens = random_tokens()
     states = np.eye(len(replay), dtype=bool)
-    used: dict[str | None, set[str]] = {None: set(), attention: set()}
+    used = {None: set(), attention: set()}
     replay.blocks[0].register_forward_pre_hook(
         lambda module, args: used[replay.attention].add(replay.model.config._attn_implementation)
     )
@@ -110,7 +102,7 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
 
 @pytest.mark.parametrize("job", ["losses", "gradients"])
 def test_a_journal_made_with_another_attention_is_not_used(job, tmp_path, monkeypatch):
-    replay = make()
+    replay = tiny_replay()
     tokens = TokenSet.from_rows([list(range(9, 23)), list(range(30, 41))])
     computed, put = [], Journal.put
     monkeypatch.setattr(Journal, "put", lambda self, *row: (computed.append(row), put(self, *row)))
@@ -135,7 +127,7 @@ def test_an_attention_that_is_not_there_is_an_error_in_one_line():
     with (
         torch.no_grad(),
         pytest.raises(ArchitectureError, match="cannot compute attention as 'no such'"),
-        chosen_attention(make(), "no such"),
+        chosen_attention(tiny_replay(), "no such"),
     ):
         pass
 
@@ -179,7 +171,12 @@ def timed(cores, seconds):
 )
 def test_few_threads_are_taken_where_they_clearly_win(cores, seconds, chosen):
     found = tune(
-        make(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=timed(cores, seconds)
+        tiny_replay(),
+        16,
+        attention="sdpa",
+        batch_tokens=64,
+        memory=0,
+        seconds=timed(cores, seconds),
     )
     assert found == Tuning("sdpa", 64, chosen)
     assert cores == [8]
@@ -188,7 +185,7 @@ def test_few_threads_are_taken_where_they_clearly_win(cores, seconds, chosen):
 def test_threads_of_a_large_model_are_left_alone(cores, monkeypatch):
     monkeypatch.setattr(tuning, "_SMALL_WORK", 1e5)
     clock = timed(cores, lambda n: pytest.fail("timed"))
-    found = tune(make(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=clock)
+    found = tune(tiny_replay(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=clock)
     assert found == Tuning("sdpa", 64, None)
 
 
@@ -196,9 +193,9 @@ def test_threads_of_a_large_model_are_left_alone(cores, monkeypatch):
 def test_threads_that_the_environment_names_are_left_alone(cores, monkeypatch, name):
     monkeypatch.setenv(name, "8")
     clock = timed(cores, lambda n: pytest.fail("timed"))
-    assert tune(make(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=clock) == Tuning(
-        "sdpa", 64, None
-    )
+    assert tune(
+        tiny_replay(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=clock
+    ) == Tuning("sdpa", 64, None)
 
 
 @pytest.mark.parametrize(("most", "during"), [(None, 8), (3, 3), (8, 8), (64, 8)])

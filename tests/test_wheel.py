@@ -46,7 +46,7 @@ def built(tmp_path_factory):
     return base / "dist"
 
 
-def requirements(name: str, found: dict[str, importlib.metadata.Distribution]) -> None:
+def requirements(name, found):
     """Every distribution that ``name`` needs without extras, into ``found``."""
     from packaging.requirements import Requirement
 
@@ -67,7 +67,7 @@ def clean(built, tmp_path_factory):
     python = folder / "env" / "bin" / "python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "env" / "lib" / version / "site-packages"
-    found: dict[str, importlib.metadata.Distribution] = {}
+    found = {}
     requirements("isingcut", found)
     installed = Path(sysconfig.get_paths()["purelib"])
     for distribution in found.values():
@@ -92,9 +92,7 @@ def work(tmp_path_factory):
     return base
 
 
-def isingcut_in(
-    python: Path, folder: Path, *arguments: str, command: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess:
+def isingcut_in(python, folder, *arguments, command=()):
     """The installed command, or another of that environment, in ``folder``."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     return subprocess.run(

@@ -6,12 +6,35 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
+from isingcut.data.tokens import TokenSet
 from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.replay import Replay
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 __all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer", "without"]
+
+
+def replay_of(model: Any) -> Replay:
+    """The replay of a model whose weights are frozen."""
+    model.requires_grad_(False)
+    return Replay(model, stack_modules(model, find_stack(model)))
+
+
+def tiny_replay(
+    family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Replay:
+    """The replay of a tiny model of a family."""
+    return replay_of(tiny_model(family, **changes).to(dtype))
+
+
+def random_tokens(lengths: Sequence[int] = (14, 9, 14, 11)) -> TokenSet:
+    """Samples of random tokens."""
+    rng = np.random.default_rng(0)
+    return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in lengths])
 
 
 def without(model: Any, removed: Sequence[int]) -> Any:

@@ -35,6 +35,7 @@ def _make_world(base):
             length=16,
             rank_samples=3,
             report_samples=3,
+            patch_tokens=1000,
             dtype="float32",
         )
 

@@ -10,7 +10,6 @@ MEASURE = "energy {model} --out new " + SMALL + " --calibration "
 WORDS = "".join(f"Document {i}: {i * 7919 % 1000} things happened. " for i in range(60))
 LINES = "".join(json.dumps({"text": f"Document {i} {i * 7919 % 1000}"}) + "\n" for i in range(60))
 ITEMS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(60)]
-ROWS_CSV = "id,text\r\n" + "".join(f'{i},"{t}, and more"\r\n' for i, t in enumerate(ITEMS))
 CHATS = "".join(
     json.dumps(
         {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "y"}]}

@@ -5,7 +5,7 @@ import hashlib
 import json
 
 from isingcut.files.writing import write_json
-from run_files import baseline, healing
+from run_files import baseline, healing, task
 
 SOLVE = "solve {run} --remove 2 --overwrite"
 REPORT = "report {run}"
@@ -39,14 +39,12 @@ EXTRAS = {
         "healed-candidates",
         lambda: {"candidates": [HEALED], "chosen": copy.deepcopy(HEALED)},
     ),
-    "benchmarks.json": ("benchmarks", lambda: {"rows": [dict(TASK)], "engine": "lm_eval 0.4"}),
+    "benchmarks.json": (
+        "benchmarks",
+        lambda: {"rows": [task("piqa", 0.5, 0.4)], "engine": "lm_eval 0.4"},
+    ),
 }
 HEALED = {"removed": [4, 5], "kl": 0.5, "kl_se": 0.1, "kl_before": 0.7, "perplexity": 20.0}
-TASK = {
-    "task": "piqa", "metric": "acc", "n": 9, "shots": 0, "original": 0.5, "original_se": 0.1,
-    "cut": 0.4, "cut_se": 0.1, "difference": -0.1, "difference_low": -0.2,
-    "difference_high": 0.0, "p_value": 0.5, "test": "mcnemar", "more_than_noise": False,
-}  # fmt: skip
 
 
 def provide(arena, name):

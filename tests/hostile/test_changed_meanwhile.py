@@ -28,7 +28,7 @@ def back_but_changed(arena):
 def test_a_text_that_was_changed_is_not_read_on(arena):
     calibration = arena.run / "calibration.safetensors"
     measured = calibration.read_bytes()
-    run = f"run model --remove 2 {OPTIONS} --random-states 30 --out run"
+    run = f"run model --remove 2 {OPTIONS} --random-states 30 --patch-tokens 1000 --out run"
     made = {"code": 0, "makes": ("run/*",)}
     arena.try_row(Row("the text is gone", run, "", gone, **made))
     arena.try_row(Row("it is another", run, CHANGED, back_but_changed))

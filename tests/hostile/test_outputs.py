@@ -38,10 +38,6 @@ def own_model(arena):
     shutil.copytree(arena.model, arena.run / "model")
 
 
-def home_model(arena):
-    shutil.copytree(arena.model, arena.home / "model")
-
-
 def model_inside(arena):
     (arena.here / "proj").mkdir()
     shutil.copytree(arena.model, arena.here / "proj" / "model")
@@ -50,11 +46,6 @@ def model_inside(arena):
 # Where a run's folder may not be: place typed, how it came there, what is said.
 PLACES = {
     "a home folder": ("{home}", None, FOREIGN),
-    "a home with a model": (
-        "{home}",
-        lambda a: shutil.copytree(a.model, a.home / "model"),
-        FOREIGN,
-    ),
     "a link to a home": ("{here}/link", link("link", "home"), FOREIGN),
     "a hidden file": ("{here}/full", write("full/.hidden"), FOREIGN),
     "a file": ("{here}/file", write("file"), "is a file; choose a folder"),
@@ -86,114 +77,61 @@ RUNS += [
     for flag in ("", " --overwrite")
 ]
 
+EXCISE = "excise {run} --blocks 0,1 --overwrite"
+FOREIGN_FILE = "was not written by this run and stays as it is"
+OVER = "report {run} {run} --out %s --overwrite"
+SCORES = "evaluate {run}/model --original {model} --tasks piqa --out %s --overwrite"
+EDITED = "config.json in it was changed since the run wrote it"
+BEGUN = "run {model} --remove 2 --calibration {text} --length 16 --out {here}/begun"
+
+
+def edited(name):
+    """A report in which a word is another."""
+
+    def prepare(arena):
+        text = (arena.run / name).read_text("utf-8").replace("model", "modem", 1)
+        (arena.run / name).write_text(text, encoding="utf-8")
+
+    return prepare
+
+
+def linked_report(arena):
+    (arena.run / "report.md").unlink()
+    link("run/report.md", "home/diary.txt")(arena)
+
+
+def begun(arena):
+    """A run that goes on, with a report of the user's own."""
+    shutil.copytree(arena.run, arena.here / "begun")
+    write("begun/report.md")(arena)
+    (arena.here / "begun" / "candidates.json").unlink()
+
+
 # What a stage of a finished run may not replace.
 STAGES = [
-    Row(
-        "a foreign model",
-        "excise {run} --blocks 0,1 --overwrite",
-        r"its \S+ was changed",
-        own_model,
-    ),
-    Row(
-        "a file beside the weights",
-        "excise {run} --blocks 0,1 --overwrite",
-        STAYS,
-        write("run/model/notes.txt"),
-    ),
-    Row(
-        "an edited model card",
-        "excise {run} --blocks 0,1 --overwrite",
-        STAYS,
-        write("run/model/README.md"),
-    ),
-    Row(
-        "an edited config of the cut",
-        "excise {run} --blocks 0,1 --overwrite",
-        "config.json in it was changed since the run wrote it",
-        write("run/model/config.json"),
-    ),
-    Row(
-        "a link in the cut",
-        "excise {run} --blocks 0,1 --overwrite",
-        STAYS,
-        link("run/model/link", "home"),
-    ),
-    Row(
-        "a spectrum of another hand",
-        "solve {run} --remove 3 --overwrite",
-        "was not written by this run and stays as it is",
-        write("run/remove-3/spectrum.json"),
-    ),
-    Row(
-        "a baseline of another hand",
-        "baseline random {run} --overwrite",
-        "was not written by this run and stays as it is",
-        write("run/baseline-random.json"),
-    ),
-    *(
-        Row(
-            f"the user's own report.{form}",
-            "report {run}",
-            STAYS,
-            write(f"run/report.{form}", text),
-        )
-        for form, text in (("md", "mine"), ("html", "<p>mine"), ("json", '{"mine": 1}'))
-    ),
-    *(
-        Row(
-            f"an edited report.{form}",
-            "report {run}",
-            "changed since isingcut wrote it",
-            lambda arena, form=form: (arena.run / f"report.{form}").write_text(
-                (arena.run / f"report.{form}").read_text("utf-8").replace("model", "modem", 1),
-                encoding="utf-8",
-            ),
-        )
-        for form in ("md", "html", "json")
-    ),
-    Row(
-        "a report that is a link",
-        "report {run}",
-        STAYS,
-        lambda a: ((a.run / "report.md").unlink(), link("run/report.md", "home/diary.txt")(a)),
-    ),
-    Row(
-        "the user's own report, found before anything is measured",
-        "run {model} --remove 2 --calibration {text} --length 16 --out {here}/begun",
-        STAYS,
-        lambda a: (
-            shutil.copytree(a.run, a.here / "begun"),
-            write("begun/report.md")(a),
-            (a.here / "begun" / "candidates.json").unlink(),
-        ),
-    ),
-    *(
-        Row(
-            f"a comparison over {name}",
-            f"report {{run}} {{run}} --out {place} --overwrite",
-            STAYS,
-            prepare or (lambda arena: None),
-        )
-        for name, place, prepare in (
-            ("the user's page", "{here}/c.html", write("c.html")),
-            ("the text", "{text}", None),
-            ("a home folder", "{home}", None),
-            ("a link to a diary", "{here}/c.html", link("c.html", "home/diary.txt")),
-        )
-    ),
-    *(
-        Row(
-            f"benchmarks into {name}",
-            f"evaluate {{run}}/model --original {{model}} --tasks piqa --out {place} --overwrite",
-            line,
-        )
-        for name, place, line in (
-            ("the original", "{model}/config.json", OF_SOURCE),
-            ("the cut", "{run}/model/README.md", OF_SOURCE),
-            ("a diary", "{home}/diary.txt", STAYS),
-        )
-    ),
-]
+    ("a foreign model", EXCISE, r"its \S+ was changed", own_model),
+    ("a file beside the weights", EXCISE, STAYS, write("run/model/notes.txt")),
+    ("an edited model card", EXCISE, STAYS, write("run/model/README.md")),
+    ("an edited config of the cut", EXCISE, EDITED, write("run/model/config.json")),
+    ("a link in the cut", EXCISE, STAYS, link("run/model/link", "home")),
+    ("a spectrum of another hand", "solve {run} --remove 3 --overwrite", FOREIGN_FILE,
+     write("run/remove-3/spectrum.json")),
+    ("a baseline of another hand", "baseline random {run} --overwrite", FOREIGN_FILE,
+     write("run/baseline-random.json")),
+    *((f"the user's own report.{form}", "report {run}", STAYS, write(f"run/report.{form}", text))
+      for form, text in (("md", "mine"), ("html", "<p>mine"), ("json", '{"mine": 1}'))),
+    *((f"an edited report.{form}", "report {run}", "changed since isingcut wrote it",
+       edited(f"report.{form}")) for form in ("md", "html", "json")),
+    ("a report that is a link", "report {run}", STAYS, linked_report),
+    ("the user's own report, found before anything is measured", BEGUN, STAYS, begun),
+    ("a comparison over the user's page", OVER % "{here}/c.html", STAYS, write("c.html")),
+    ("a comparison over the text", OVER % "{text}", STAYS),
+    ("a comparison over a home folder", OVER % "{home}", STAYS),
+    ("a comparison over a link", OVER % "{here}/c.html", STAYS, link("c.html", "home/diary.txt")),
+    ("benchmarks into the original", SCORES % "{model}/config.json", OF_SOURCE),
+    ("benchmarks into the cut", SCORES % "{run}/model/README.md", OF_SOURCE),
+    ("benchmarks into a diary", SCORES % "{home}/diary.txt", STAYS),
+]  # fmt: skip
 # Damage that a recorded hash tells: file, and the verbs that read it.
 READERS = {
     "hamiltonian.safetensors": (
@@ -237,7 +175,7 @@ CHANGED = [
     for name, commands in READERS.items()
     for command in commands
 ]
-ROWS = [*RUNS, *STAGES, *CHANGED]
+ROWS = [*RUNS, *(Row(*row) for row in STAGES), *CHANGED]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
@@ -248,6 +186,11 @@ def test_nothing_of_the_users_is_replaced(arena, row):
 def test_other_blocks_without_leave_leave_the_model_alone(arena):
     made = ("run/run.json", "run/remove-2-blocks-0-1", "run/remove-2-blocks-0-1/*")
     arena.try_row(Row("", "excise {run} --blocks 0,1", code=0, makes=made))
+
+
+def test_a_model_card_may_be_edited(arena):
+    write("run/model/README.md")(arena)
+    arena.try_row(Row("", "excise {run}", code=0))
 
 
 def test_what_isingcut_wrote_is_replaced(arena):

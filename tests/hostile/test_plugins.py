@@ -49,5 +49,5 @@ def test_a_broken_plugin_that_nobody_named_harms_nothing(arena):
     assert all({*CONTENTS} <= {*found[room]} for room in ROOMS)
     arena.try_row(Row("solve", "solve {run} --remove 3", code=0, makes=("run/*",)))
     again = "run model --calibration text.txt --remove 2 --out run --dtype float32 --length 16"
-    sizes = "--samples 3 --rank-samples 3 --report-samples 3 --random-states 30"
+    sizes = "--samples 3 --rank-samples 3 --report-samples 3 --random-states 30 --patch-tokens 1000"
     arena.try_row(Row("run", f"{again} {sizes}", code=0, makes=("run/*",)))

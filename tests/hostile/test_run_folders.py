@@ -89,39 +89,20 @@ def replaced_model(arena):
 
 WORKS = {"code": 0, "makes": ("run/*", "moved/run/*")}
 EXCISE = "excise {run} --blocks 0,1 --overwrite"
+RANK, MOVED = "rank {run} --random-states 31 --overwrite", "excise {here}/moved/run --blocks 0,1"
+WENT = "not there any more: looked at .*--model"
 FOUND = [
     Row("from another folder", EXCISE, "", chdir_home, **WORKS),
-    Row(
-        "rank from another folder",
-        "rank {run} --random-states 31 --overwrite",
-        "",
-        chdir_home,
-        **WORKS,
-    ),
-    Row(
-        "moved with its model",
-        "excise {here}/moved/run --blocks 0,1 --overwrite",
-        "",
-        moved_together,
-        **WORKS,
-    ),
-    Row("the model went away", EXCISE, "not there any more: looked at .*--model", model_moved),
-    Row(
-        "the model went away, the run goes on",
-        f"run model {OPTIONS} --out run",
-        "not there any more: looked at model, .*--model",
-        model_moved,
-    ),
-    Row("and is named", f"{EXCISE} --model {{home}}/model-now", "", model_moved, **WORKS),
-    Row(
-        "another is named",
-        f"{EXCISE} --model {{here}}/other",
-        "made with another version .*--model",
-        other_model,
-    ),
+    Row("rank from another folder", RANK, "", chdir_home, **WORKS),
+    Row("moved with its model", MOVED + " --overwrite", "", moved_together, **WORKS),
+    Row("the model went away", EXCISE, WENT, model_moved),
+    Row("it went away, the run goes on", f"run model {OPTIONS} --out run", WENT, model_moved),
+    Row("and is named", EXCISE + " --model {home}/model-now", "", model_moved, **WORKS),
+    Row("another is named", EXCISE + " --model {here}/other", "another version .*--model",
+        other_model),
     Row("another took its place", EXCISE, "made with another version", replaced_model),
-    Row("nothing is named", f"{EXCISE} --model {{here}}/nowhere", "no model at"),
-]
+    Row("nothing is named", EXCISE + " --model {here}/nowhere", "no model at"),
+]  # fmt: skip
 ROWS = [*TRUST, *FOUND]
 
 

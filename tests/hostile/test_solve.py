@@ -261,19 +261,3 @@ def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     assert found["generation"] == short["generation"]
     line = next(x for x in shown.splitlines() if "decode, tokens/s" in x)
     assert line.count("±") == 2
-
-
-ODD = {
-    "maybe": "skip_speed must be true or false, got 'maybe'",
-    "3": "skip_speed must be true or false, got 3",
-    "[true]": r"skip_speed must be true or false, got \[True\]",
-}
-
-
-@pytest.mark.parametrize("value", ODD)
-def test_odd_values_in_yaml(arena, value):
-    def prepare(arena):
-        (arena.here / "c.yaml").write_text(f"skip-speed: {value}\n", encoding="utf-8")
-
-    command = "run {model} --remove 2 --out {here}/new --config {here}/c.yaml"
-    arena.try_row(Row(value, command, ODD[value], prepare))

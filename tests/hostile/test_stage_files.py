@@ -203,33 +203,23 @@ ROWS += [
     for name, path, value, gone, line in damages(table)
 ]
 # Verbs that read by themselves what the report reads too.
+NO_BLOCKS = edited("run.json", "blocks", drop=True)
+NO_REMOVAL = edited("model/isingcut.json", "removed", value=None)
+NO_RUN, LOOP = "not an isingcut run folder", "not an isingcut run folder|cannot be resolved"
+DANGLING = replaced("run.json", lambda f: os.symlink("nowhere", f))
+
+
+def a_loop(arena):
+    os.symlink("loop", arena.here / "loop")
+
+
 ROWS += [
-    Row("solve: run.json", SOLVE, "blocks: it is missing", edited("run.json", "blocks", drop=True)),
-    Row(
-        "push: isingcut.json",
-        "push {run}/model me/it",
-        "removed: expected a valid list",
-        edited("model/isingcut.json", "removed", value=None),
-    ),
-    Row(
-        "solve without run.json",
-        SOLVE,
-        "not an isingcut run folder",
-        lambda a: (a.run / "run.json").unlink(),
-    ),
-    Row("a run folder that is a file", "report {run}/run.json", "not an isingcut run folder"),
-    Row(
-        "a run folder that is a loop of links",
-        "report {here}/loop",
-        "not an isingcut run folder|cannot be resolved",
-        lambda a: os.symlink("loop", a.here / "loop"),
-    ),
-    Row(
-        "run.json a dangling link",
-        REPORT,
-        "not an isingcut run folder",
-        replaced("run.json", lambda f: os.symlink("nowhere", f)),
-    ),
+    Row("solve: run.json", SOLVE, "blocks: it is missing", NO_BLOCKS),
+    Row("push: isingcut.json", "push {run}/model me/it", "expected a valid list", NO_REMOVAL),
+    Row("solve without run.json", SOLVE, NO_RUN, lambda a: (a.run / "run.json").unlink()),
+    Row("a run folder that is a file", "report {run}/run.json", NO_RUN),
+    Row("a run folder that is a loop of links", "report {here}/loop", LOOP, a_loop),
+    Row("run.json a dangling link", REPORT, NO_RUN, DANGLING),
     Row("a name too long", "report {here}/" + 300 * "a", "File name too long"),
 ]
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from arena import Arena, Row, call
+from arena import Row, call
 
 import isingcut
 from isingcut.cli import main as cli
@@ -58,7 +58,7 @@ def test_debug_shows_the_place_and_keeps_the_code(arena, command):
 
 # Names --------------------------------------------------------------------------------------
 
-NAMES = ["[bold]m[/]", "[/]", "[link=x]", ":smile:", "m\x1b[31mred", "m\u202eevil", "m\x07\x9bz"]
+NAMES = ["[bold]m[/]", ":smile:", "m\x1b[31mred\u202e"]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -132,7 +132,7 @@ def in_memory(encoding):
 COMMANDS = ["solve {run} --remove 2", "inspect {model}", "ls", "--help", "solve --help"]
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp437"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_tables_come_in_any_encoding(arena, command, encoding):
     words = command.format(run=arena.run, model=arena.model).split()
@@ -142,10 +142,10 @@ def test_tables_come_in_any_encoding(arena, command, encoding):
     text = out.buffer.getvalue().decode(encoding)
     assert text.strip()
     assert "\\u" not in text
-    assert encoding == "utf-8" or words == ["ls"] or "|" in text
+    assert words == ["ls"] or "|" in text
 
 
-@pytest.mark.parametrize("columns", ["0", "1", "7", "x", "-3", "100000"])
+@pytest.mark.parametrize("columns", ["0", "7", "x", "100000"])
 @pytest.mark.parametrize("command", COMMANDS[:2])
 def test_no_terminal_is_too_narrow(arena, monkeypatch, command, columns):
     monkeypatch.setenv("COLUMNS", columns)
@@ -240,7 +240,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("name", "words"), REFUSALS.items(), ids=REFUSALS)
-def test_a_disk_that_refuses_is_one_line(arena: Arena, monkeypatch, name, words):
+def test_a_disk_that_refuses_is_one_line(arena, monkeypatch, name, words):
     def refuse(*arguments, **options):
         number = getattr(errno, name)
         raise OSError(number, os.strerror(number), str(arena.run / "report.json"))
@@ -254,7 +254,7 @@ def test_a_disk_that_refuses_is_one_line(arena: Arena, monkeypatch, name, words)
     {**REFUSALS, "EMFILE": "model.* cannot be copied to .*: Too many open files"}.items(),
     ids=REFUSALS,
 )
-def test_a_disk_that_refuses_a_copy_is_one_line(arena: Arena, monkeypatch, name, words):
+def test_a_disk_that_refuses_a_copy_is_one_line(arena, monkeypatch, name, words):
     number = getattr(errno, name)
 
     def refuse(source, target, **options):
@@ -270,41 +270,23 @@ def test_a_disk_that_refuses_a_copy_is_one_line(arena: Arena, monkeypatch, name,
     assert not (arena.here / "new").exists()
 
 
+BOTH = "report {run} {run} --out "
+LINKED = "loop|Too many levels|stays as it is|already exists|link"
+BELOW_A_FILE = "cannot write .*(File exists|Not a directory)|is no folder"
+
+
+def link(name, target):
+    return lambda arena: os.symlink(target, arena.here / name)
+
+
 PLACES = [
     Row("a run folder below a file", "report {text}/run", "not an isingcut run folder"),
     Row("a name too long", "solve {here}/" + "n" * 300, "File name too long"),
-    Row(
-        "a comparison into a file's folder",
-        "report {run} {run} --out {text}/c.html",
-        "cannot write .*(File exists|Not a directory)",
-    ),
-    Row(
-        "a comparison with a long name",
-        "report {run} {run} --out {here}/" + "n" * 300,
-        "File name too long",
-    ),
-    Row(
-        "a comparison onto a dangling link",
-        "report {run} {run} --out {here}/link.html",
-        "stays as it is|already exists|link",
-        lambda a: os.symlink("nowhere", a.here / "link.html"),
-    ),
-    Row(
-        "a comparison onto a loop of links",
-        "report {run} {run} --out {here}/loop.html",
-        "loop|Too many levels|stays as it is|already exists",
-        lambda a: os.symlink("loop.html", a.here / "loop.html"),
-    ),
-    Row(
-        "a comparison onto a folder",
-        "report {run} {run} --out {home} --overwrite",
-        "stays as it is",
-    ),
-    Row(
-        "a comparison below a file",
-        "report {run} {run} --out {home}/diary.txt/r.html",
-        "cannot write .*(File exists|Not a directory)|is no folder",
-    ),
+    Row("a comparison with a long name", BOTH + "{here}/" + "n" * 300, "File name too long"),
+    Row("a comparison onto a dangling link", BOTH + "{here}/l", LINKED, link("l", "nowhere")),
+    Row("a comparison onto a loop of links", BOTH + "{here}/l", LINKED, link("l", "l")),
+    Row("a comparison onto a folder", BOTH + "{home} --overwrite", "stays as it is"),
+    Row("a comparison below a file", BOTH + "{home}/diary.txt/r.html", BELOW_A_FILE),
 ]
 
 

@@ -1,7 +1,5 @@
 """Texts from standard input and pipes: read once."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pty

@@ -211,6 +211,7 @@ FILES = [
     ("unknown", "remov: 2", "unknown option 'remov'; did you mean 'remove'"),
     ("stream true", "stream: true", "stream must be text, got True"),
     ("stream true as a word", "stream: 'true'", "stream must be one of auto, on, off; got 'true'"),
+    ("a flag in a word", "skip-speed: maybe", "skip_speed must be true or false, got 'maybe'"),
     ("samples zero", "samples: 0", "o.yaml: samples must be at least 1, got 0"),
     ("samples in words", "samples: many", "o.yaml: samples must be a whole number, got 'many'"),
     ("samples a half", "samples: 1.5", "samples must be a whole number, got 1.5"),
