@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import isingcut
 from isingcut.data import generation
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
@@ -26,6 +27,8 @@ from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
+from isingcut.models.compute import tuning
+from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
@@ -205,6 +208,33 @@ def test_a_step_keeps_to_its_device(step, folder, device):
     expected = np.asarray(STEPS[step](Place(CPU, folder)))
     found = np.asarray(STEPS[step](Place(device, folder)))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch):
+    # An operation there takes a thousand times that of a CPU: few tokens, and one doubling.
+    monkeypatch.setattr(tuning, "_MOST_TOKENS", 2 * tuning.BATCH_TOKENS)
+    monkeypatch.setattr(tuning, "_ROUNDS", 1)
+    monkeypatch.setitem(verify.__kwdefaults__, "new_tokens", 3)
+    monkeypatch.setitem(evaluate.before_and_after.__kwdefaults__, "new_tokens", 3)
+    with fake_cards() as (card,):
+        isingcut.run(
+            device=str(card.device),
+            model=str(shared.checkpoint(num_hidden_layers=4)),
+            calibration=str(text),
+            out=str(tmp_path / "run"),
+            remove=2,
+            energy="fisher",
+            states=3,
+            random_states=30,
+            samples=3,
+            length=16,
+            rank_samples=3,
+            report_samples=3,
+            patch_tokens=100,
+            dtype="float32",
+        )
+    assert str(card.device) in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
 def mixed(operation):

@@ -1,20 +1,22 @@
 """Several processes: the same bits as one, one report of a failure, and no process left behind."""
 
+import importlib
 import json
 import os
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.run
 
 import isingcut
 from isingcut.files.journal import Journal
 from isingcut.measure.pieces import Piece, left
 from isingcut.measure.sharing import SharedJournal, forget
 from isingcut.models.processes import Processes
+from journals import count_rows
 from ranks import join, launch, say_into, start, type_in
 from tiny import tiny_checkpoint
 
@@ -112,18 +114,27 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"
 
 
-def _launcher(said, *words):
+def _launcher(said, module, *words):
     """A launcher's own process, which has torch already: it starts an interpreter per rank."""
     say_into(said)
     # As here, for the same sums.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    torch.distributed.run.main(words)
+    sys.argv = [module, *words]
+    importlib.import_module(module).main()
 
 
-def test_a_launcher_starts_all_processes(place, alone, tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+         "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+    ],
+)  # fmt: skip
+def test_both_launchers_start_all_processes(place, alone, tmp_path, launcher):
     out, said = tmp_path / "run", tmp_path / "said"
-    words = ["--nproc-per-node", 2, "-m", "isingcut", *_typed(place, out)]
-    assert join([start(_launcher, said, *map(str, words))]) == [0], said.read_text()
+    command = [*launcher, "-m", "isingcut", *_typed(place, out)]
+    assert join([start(_launcher, said, *map(str, command))]) == [0], said.read_text()
     assert said.read_text().count("2 processes share the measuring") == 1
     for name in FILES:
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
@@ -131,18 +142,18 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
 
 def _streams(place, out, said):
     say_into(said)
-    for name in ("pairwise", "fisher"):
+    for name in ("pairwise", "fisher", "refined"):
         with pytest.raises(SystemExit) as end:
             type_in(*_typed(place, out / name, name, also=False), "--stream", "on")
         assert end.value.code == 0
 
 
 def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
-    for name in ("pairwise", "fisher"):
+    for name in ("pairwise", "fisher", "refined"):
         _energy(place, tmp_path / "alone" / name, name, also=False, stream="on")
     ranks, _store = launch(2, _streams, place, tmp_path / "two", tmp_path / "said")
     assert join(ranks) == [0, 0], (tmp_path / "said").read_text()
-    for name in ("pairwise", "fisher"):
+    for name in ("pairwise", "fisher", "refined"):
         one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
         assert one.read_bytes() == two.read_bytes(), name
 
@@ -244,6 +255,81 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     _energy(place, out)
     for name in (*FILES, "hamiltonian.hessian.safetensors"):
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
+
+
+def _agent(said, function, arguments):
+    """torchrun's agent, over ranks that are forks of this process."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    say_into(said)
+    words = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    config, _command, _words = config_from_args(parse_args([*words, "none"]))
+    config.start_method = "fork"
+    elastic_launch(config, function)(*arguments)
+
+
+def _torchrun(said, function, *arguments):
+    """Let two processes fail under torchrun's agent; their lines."""
+    assert join([start(_agent, said, function, arguments)]) == [1]
+    return [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
+
+
+def _raises(arguments):
+    """Rank 1 fails with an error of ours while rank 0 computes."""
+    import isingcut.measure.losses as module
+    from isingcut.errors import ArchitectureError
+
+    def broken(*arguments):
+        if os.environ["RANK"] == "1":
+            raise ArchitectureError("this block cannot be run")
+        signal.pause()
+
+    module._measure = broken
+    type_in(*arguments)
+
+
+def test_the_reason_of_another_process_is_said_while_rank_0_computes(place, tmp_path):
+    arguments = _typed(place, tmp_path / "run", also=False)
+    lines = _torchrun(tmp_path / "said", _raises, arguments)
+    assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
+
+
+def _dies(meeting, arguments):
+    """Rank 1 is killed while rank 0 computes; each has kept a row."""
+    put = Journal.put
+
+    def watched(journal, key, row):
+        put(journal, key, row)
+        if os.environ["RANK"] == "1":
+            meeting.open("w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        meeting.open().close()
+        signal.pause()  # a computation that takes as long as it takes
+
+    Journal.put = watched
+    type_in(*arguments)
+
+
+def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
+    place, alone, tmp_path, monkeypatch
+):
+    out, meeting = tmp_path / "run", tmp_path / "meeting"
+    os.mkfifo(meeting)
+    arguments = _typed(place, out, also=False)
+    (line,) = _torchrun(tmp_path / "said", _dies, meeting, arguments)
+    assert "ended by a signal" in line
+    journals = [out / f"hamiltonian.safetensors.journal{end}" for end in ("", ".1")]
+    assert list(map(count_rows, journals)) == [1, 1]
+    measured = []
+    put = Journal.put
+    monkeypatch.setattr(
+        Journal, "put", lambda j, key, row: measured.append(key) or put(j, key, row)
+    )
+    _energy(place, out, also=False)
+    assert measured == ["1:0-21", "2:0-21"], "each process had kept one half of the first"
+    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
+    assert not list(out.glob("*.journal*"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 16])
