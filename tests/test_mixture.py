@@ -147,7 +147,9 @@ def test_text_of_the_model_can_be_a_part(tmp_path, tokenizer):
     assert [part["kind"] for part in found.meta["parts"]] == ["documents", "generated"]
 
 
-def test_a_part_that_fails_is_named(tmp_path, tokenizer):
+def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     documents = numbered(tmp_path / "a.jsonl", "river")
     short = write_jsonl(tmp_path / "b.jsonl", [{"text": "a river"}])
     talk = write_jsonl(tmp_path / "chat.jsonl", chats(3))

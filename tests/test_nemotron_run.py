@@ -8,7 +8,7 @@ import torch
 import isingcut
 from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.fp8 import load_dequantised
-from test_fp8 import PATTERN, bytes_of, nemotron
+from test_fp8 import PATTERN, nemotron
 
 OPTIONS = {
     "energy": "empirical-fisher",
@@ -21,6 +21,12 @@ OPTIONS = {
     "patch": "none",
     "dtype": "float32",
 }
+
+
+def bytes_of(tensor):
+    with tensor.file.open("rb") as f:
+        f.seek(tensor.start)
+        return f.read(tensor.size)
 
 
 @pytest.mark.slow
