@@ -10,7 +10,7 @@ import healing_speed
 
 def test_every_side_of_ours_runs_to_its_figure(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    sides = ["teacher", "student", "ours", "kept", "last", "plain"]
+    sides = ["teacher", "student", "ours", "last", "plain"]
     given = ["--length", "16", "--batch", "2", "--steps", "3", "--repeats", "1"]
     healing_speed.main(["--tiny", *given, "--sides", *sides])
     assert torch.get_num_threads() == threads
@@ -18,7 +18,6 @@ def test_every_side_of_ours_runs_to_its_figure(capsys: pytest.CaptureFixture[str
     figures = dict(line.split(": ") for line in lines if line.startswith("healing_"))
     assert set(figures) == {
         "healing_cost_over_ideal",
-        "healing_kept_over_ideal",
         "healing_last_over_full",
         "healing_speedup_over_plain",
     }
@@ -36,14 +35,12 @@ def test_the_figures_are_ratios_of_medians() -> None:
         "teacher": [1.0],
         "student": [3.0, 9.0, 3.0],
         "ours": [5.0],
-        "kept": [3.3],
         "gkd": [7.5],
     }
     found = healing_speed.figures("chat", seconds)
     assert found == pytest.approx(
         {
             "healing_cost_over_ideal_chat": 1.25,
-            "healing_kept_over_ideal_chat": 1.1,
             "healing_speedup_over_trl_chat": 1.5,
         }
     )
