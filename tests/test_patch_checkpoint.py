@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from isingcut.errors import InputError
 from isingcut.healing.job import Job
 from isingcut.healing.patch import linear
-from isingcut.healing.patch.least_squares import Moments, RidgeFit, fit_ridge
+from isingcut.healing.patch.least_squares import Moments, RidgeFit, bytes_of, fit_ridge
 from isingcut.healing.patch.linear import fit_patches, patch_checkpoint
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import LoadedModel, load
+from isingcut.models.memory import Allowance
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
@@ -103,6 +105,28 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     assert record == expected
     a, b = (tmp_path / n / "model.safetensors" for n in ("in-memory", "streamed"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path, "llama", (2, 3))
+    name = "model.layers.1.mlp.down_proj.weight"
+    width = job.teacher.model.config.hidden_size
+    before = job.teacher.model.get_parameter(name).detach().double()
+
+    def outside_row_space(folder: Path) -> float:
+        weight = load_file(folder / "model.safetensors")[name].double()
+        return float((weight - weight @ torch.linalg.pinv(before) @ before).abs().max())
+
+    assert patch_checkpoint(job, tmp_path / "reads")["maps"] == "reads"
+    assert outside_row_space(tmp_path / "reads") > 1e-3
+    monkeypatch.setattr(linear, "allowance", lambda *given: Allowance(bytes_of(width), 0))
+    record = patch_checkpoint(job, tmp_path / "writes")
+    assert record["maps"] == "writes"
+    assert record["cuts"][0]["held_out_error_left"] < 1
+    # W' = (1 + T) W.
+    assert outside_row_space(tmp_path / "writes") < 1e-5
 
 
 def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(

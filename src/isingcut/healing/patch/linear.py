@@ -83,10 +83,12 @@ class Fitted:
     Attributes:
         patches: one for each cut that has one, in their order.
         unpatched: the other cuts, ``{"removed": [first, last], "reason": why}`` each.
+        maps: ``"reads"``, or ``"writes"`` where memory had no room for all of what a layer reads.
     """
 
     patches: list[Patch]
     unpatched: list[dict[str, Any]]
+    maps: str
 
 
 def fit_patches(
@@ -117,7 +119,7 @@ def fit_patches(
         raise FitError("a patch needs at least two samples: one is held out to choose it")
     cuts = runs(removed)
     batches = tokens.batches(work.batch_tokens)
-    found = Fitted([], [])
+    patches, unpatched = list[Patch](), list[dict[str, Any]]()
     total = len(batches) * (2 * cuts[-1][1] + 2 - len(removed))
     with (
         torch.inference_mode(),
@@ -127,12 +129,12 @@ def fit_patches(
         for first, last in cuts:
             patch = fitting.fit_cut(first, last)
             if isinstance(patch, Patch):
-                found.patches.append(patch)
+                patches.append(patch)
             else:
-                found.unpatched.append({"removed": [first, last], "reason": patch})
-    if not found.patches:
-        raise ArchitectureError(_reasons(found.unpatched))
-    return found
+                unpatched.append({"removed": [first, last], "reason": patch})
+    if not patches:
+        raise ArchitectureError(_reasons(unpatched))
+    return Fitted(patches, unpatched, fitting.maps)
 
 
 def patch_checkpoint(job: Job, out: Path) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def patch_checkpoint(job: Job, out: Path) -> dict[str, Any]:
         else:
             proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
     return {
-        "maps": "reads",
+        "maps": fitted.maps,
         "changed": any(p.record["changed"] for p in stored),
         "cuts": [p.record for p in fitted.patches],
         "tuning": tuning,
@@ -269,6 +271,7 @@ class _Fitting:
         self._original = [r.entered for r in self._recordings]
         self._patched = list(self._original)
         self._at = 0
+        self.maps = "reads"
 
     def fit_cut(self, first: int, last: int) -> Patch | str:
         """The patch of the cut that removes blocks ``first`` to ``last``; or why it has none."""
@@ -469,6 +472,7 @@ class _Fitting:
         width, size = write.weight.shape
         host = allowance("", torch.device("cpu")).left
         reads = bytes_of(_features_of(write, reads=True)) <= host
+        self.maps = self.maps if reads else "writes"
         if not reads and bytes_of(width) > host:
             raise FitError(
                 f"fitting a patch to a stream of {width} channels needs "
