@@ -60,3 +60,4 @@ def arena(world, tmp_path, monkeypatch):
 def smaller_bounds(monkeypatch):
     """The same bounds, reached sooner."""
     monkeypatch.setattr("isingcut.data.text_files.RECORD", 1 << 19)
+    monkeypatch.setattr("isingcut.data.text_files.UNPACKED", 1 << 21)

@@ -111,6 +111,7 @@ CONTENTS = [
     ("a.txt.gz", "a bomb of NULs", packed(bytes(1 << 24)), NUL),
     ("a.txt.gz", "a bomb of marks", packed(b"\xef\xbb\xbf"), "a.txt.gz is too short"),
     ("a.jsonl.gz", "a bomb of one line", packed(b" " * (1 << 24)), "line 1 is longer than 524288"),
+    ("a.jsonl.gz", "a bomb of lines", packed(b"\n" * (1 << 24)), "unpacks to more than 2097152"),
     ("a.json.gz", "a bomb", packed(b"[" + b" " * (1 << 24)), "a.json.gz has more than 524288"),
 ]
 HELD = [

@@ -29,6 +29,8 @@ Record = tuple[str, dict[str, Any]]
 FORMATS = (".txt", ".jsonl", ".json", ".csv")
 RECORD = SMALL
 """Bytes that one record, and a whole .json, may have."""
+UNPACKED = 1 << 30
+"""Bytes that a .gz may unpack to."""
 _PIECE = 1 << 16
 
 
@@ -190,7 +192,7 @@ def text_file(path: Path, name: str) -> TextFile:
         stream: io.BufferedReader = failed.enter_context(io.BufferedReader(raw))
         known = suffix in FORMATS
         if packed or (not known and stream.peek(1).startswith(b"\x1f")):
-            unpacked: Any = gzip.GzipFile(fileobj=stream)
+            unpacked: Any = _Unpacked(fileobj=stream)
             # Closed with it, as a file that gzip opens by itself.
             unpacked.myfileobj = stream
             stream = io.BufferedReader(unpacked)
@@ -199,6 +201,19 @@ def text_file(path: Path, name: str) -> TextFile:
             suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
         failed.pop_all()
     return TextFile(name, suffix, stream)
+
+
+class _Unpacked(gzip.GzipFile):
+    """What a .gz holds, `UNPACKED` bytes at most."""
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        if self.tell() > UNPACKED:
+            raise CalibrationError(
+                f"a .gz unpacks to more than {UNPACKED} bytes; take a part of it (zcat, head -c), "
+                "or unpack it to a plain file"
+            )
+        return count
 
 
 class _Descriptor(io.RawIOBase):
