@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -41,7 +42,7 @@ ALLOCATION = ("report", "rank", "energy")
 Rows = dict[str, list[Row]]
 
 
-class Text:
+class Text(ABC):
     """One text, from which samples of full length are counted first and made at the end.
 
     Attributes:
@@ -63,13 +64,13 @@ class Text:
         self._counts[split] += 1
         return self._length
 
+    @abstractmethod
     def rows(self) -> Rows:
         """The samples that were asked for, by split.
 
         Raises:
             CalibrationError: too short.
         """
-        raise NotImplementedError
 
 
 class Conversations(Text):
