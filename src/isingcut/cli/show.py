@@ -18,7 +18,7 @@ from isingcut.files.documents.states import BaselineFile, CandidatesFile, Correl
 from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
-from isingcut.report.rows import plus_minus
+from isingcut.report.rows import RANKING, kl_of, labelled, plus_minus
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import (
     correlation_text,
@@ -91,7 +91,7 @@ def show_ranking(found: CandidatesFile) -> None:
             screen.print(f"without {blocks}: {', '.join(shown)}", soft_wrap=True)
     screen.print(
         f"chosen: blocks {listed(chosen.removed)} (state {chosen.position} by energy, "
-        f"{chosen.why}): KL {chosen.kl:.4f} nats/token",
+        f"{chosen.why}): {labelled('KL', 'cut', RANKING)} {kl_of(chosen).text()} nats/token",
         soft_wrap=True,
     )
 
@@ -112,7 +112,8 @@ def show_baseline(found: BaselineFile, file: Path) -> None:
     """What a baseline chose, what that is worth and what it cost."""
     screen = console()
     screen.print(
-        f"{found.baseline}: blocks {listed(found.removed)}: KL {found.kl:.4f} nats/token; found "
+        f"{found.baseline}: blocks {listed(found.removed)}: {labelled('KL', 'cut', RANKING)} "
+        f"{kl_of(found).text()} nats/token; found "
         f"with {found.passes:.3g} forward passes over {found.tokens_searched} tokens",
         soft_wrap=True,
     )
@@ -176,8 +177,8 @@ def run_data(files: RunFiles) -> dict[str, Any]:
         "checkpoint": str(files.product),
         "report": str(target / "report.md"),
         "html": str(target / "report.html"),
-        "report_kb": report_kb(target / "report.html"),
-        "chosen": ranking.chosen.content(),
+        "verdict": files.verdict,
+        "chosen": {**ranking.chosen.content(), "split": "rank", "model": "cut"},
         "fidelity": ranking.fidelity.kl.content(),
         "fidelity_of_others": {k: v.kl.content() for k, v in ranking.fidelity_of_others.items()},
         "proven": ranking.proven,
@@ -193,6 +194,8 @@ def curve_data(folder: Path) -> list[dict[str, Any]]:
         {
             "remove": r.remove,
             "removed": r.chosen.removed,
+            "split": "rank",
+            "model": "cut",
             **{k: getattr(r.chosen, k) for k in ("kl", "kl_se", "nll", "nll_se")},
             "spearman": r.fidelity.kl.spearman,
             "report": str(page) if (page := file.with_name("report.html")).is_file() else None,
@@ -246,8 +249,9 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 def show_curve(folder: Path) -> None:
     """Quality against blocks removed, and how to cut one of the states out."""
-    table = Table(title="the best state of each size, on unseen text")
-    for heading in ("removed", "KL, nats/token", "perplexity", "blocks"):
+    table = Table(title="the best state of each size, on the text that chose it")
+    names = [labelled(name, "cut", RANKING) for name in ("KL, nats/token", "perplexity")]
+    for heading in ("removed", *names, "blocks"):
         table.add_column(heading, justify="left" if heading == "blocks" else "right")
     rows = curve_data(folder)
     for row in rows:
@@ -274,11 +278,6 @@ def perplexity(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
-def report_kb(page: Path) -> float:
-    """Size of a page in kB of 1,000 bytes."""
-    return round(page.stat().st_size / 1000, 1)
-
-
 def show_run(files: RunFiles, *, generation: bool = False) -> None:
     """Everything a finished run has to say; with ``generation`` also one text before and after."""
     screen = console()
@@ -289,8 +288,8 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     screen.print(f"checkpoint: {files.product}", soft_wrap=True)
     page = files.target / "report.html"
     screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
-    screen.print(f"report_kb: {report_kb(page)}", soft_wrap=True)
     if generation and (texts := files.evaluation.generation) is not None:
         screen.print(f"prompt:   {texts.prompt}", soft_wrap=True)
         screen.print(f"original: {texts.before}", soft_wrap=True)
         screen.print(f"{files.last + ':':9} {texts.after}", soft_wrap=True)
+    screen.print(files.verdict.replace("`", ""), soft_wrap=True)

@@ -285,20 +285,19 @@ def report(
         return _compare(directories, out or Path("compare.html"), options)
     if out is not None:
         raise InputError("--out names the page that compares several runs; give two DIRs or more")
-    from isingcut.cli.show import report_kb, show_lines
+    from isingcut.cli.show import show_lines
     from isingcut.runs import solving
 
     folder, config = reopen(directories[0], options)
     file = solving.report(folder, config.removal)
     page = file.with_suffix(".html")
-    data = {"report": str(file), "html": str(page), "report_kb": report_kb(page)}
-    lines = [str(page), str(file), f"report_kb: {data['report_kb']}"]
-    return Answer(data, lambda: show_lines(lines), brief=str(file))
+    data = {"report": str(file), "html": str(page)}
+    return Answer(data, lambda: show_lines([str(page), str(file)]), brief=str(file))
 
 
 def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Answer:
     """One page of several runs; a folder `remove-SPEC` inside a run stands for that removal."""
-    from isingcut.cli.show import report_kb, show_lines
+    from isingcut.cli.show import show_lines
     from isingcut.report.write import write_comparison
     from isingcut.runs.folder import MANIFEST
 
@@ -314,13 +313,8 @@ def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Ans
             )
         places.append((folder.path, target))
     warnings = write_comparison(places, out, overwrite=bool(options.get("overwrite")))
-    data = {
-        "comparison": str(out),
-        "folders": [str(target) for _, target in places],
-        "report_kb": report_kb(out),
-    }
-    lines = [str(out), f"report_kb: {data['report_kb']}"]
-    return Answer(data, lambda: show_lines(lines), brief=str(out), warnings=warnings)
+    data = {"comparison": str(out), "folders": [str(target) for _, target in places]}
+    return Answer(data, lambda: show_lines([str(out)]), brief=str(out), warnings=warnings)
 
 
 @verb("remove", "budget", group=RESULT)

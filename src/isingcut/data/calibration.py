@@ -330,6 +330,26 @@ def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple
     return wanted
 
 
+def sample_text(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+    model: PreTrainedModel | None = None,
+) -> TokenSet:
+    """Samples of one text source that holds no conversations; see `build` for the arguments.
+
+    Raises:
+        CalibrationError: unreadable, malformed or too short, in one line.
+    """
+    encode = Encoder(tokenizer, model)
+    text = Packed(read(source, tokenizer, seed), encode, length, set())
+    for _ in range(samples):
+        text.take("report")
+    return TokenSet.from_rows(text.rows()["report"], encode.pad, [])
+
+
 def build(
     source: str,
     tokenizer: PreTrainedTokenizerBase,

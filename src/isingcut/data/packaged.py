@@ -49,7 +49,21 @@ def python() -> Iterator[str]:
             yield file.read(_CODE)
 
 
-PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wiki": wiki, "python": python}
+def manual() -> Iterator[str]:
+    """Python's language reference, as `help()` shows it: prose that is always there."""
+    from pydoc_data.topics import topics
+
+    for _, text in sorted(topics.items()):
+        yield text
+
+
+PACKAGED: dict[str, Callable[[], Iterator[str]]] = {
+    "wiki": wiki,
+    "python": python,
+    "manual": manual,
+}
+UNLIKE = "manual"
+"""What a report judges the models on besides the report split, unless they were cut on it."""
 
 HUB = {
     "web": "HuggingFaceFW/fineweb-edu/sample-10BT",

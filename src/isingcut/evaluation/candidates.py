@@ -19,11 +19,12 @@ from isingcut.files.documents.states import (
     MeasuredLoss,
     MeasuredState,
 )
+from isingcut.files.writing import without_infinities
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import Bools, Floats, States, blocks_of, key_of
-from isingcut.measure.losses import Measurement, measure
+from isingcut.measure.losses import Measurement, measure, standard_error
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -83,6 +84,9 @@ def rank(
         chosen, why = int(np.argmin(measured.kl)), "lowest measured KL"
     energy = problem.hamiltonian
     rows = _rows(measured, energy, tokens.rows_by_part)
+    above = measured.kl_sums - measured.kl_sums[np.argmin(measured.kl)]
+    for row, error in zip(rows, standard_error(above, measured.counts), strict=True):
+        row.above_lowest_se = without_infinities(float(error))
     return CandidatesFile(
         remove=remove,
         unit="nats/token",

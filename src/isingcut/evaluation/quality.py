@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,7 @@ def before_and_after(
     cut: LoadedModel | StreamedReplay,
     tokens: TokenSet,
     *,
+    elsewhere: Mapping[str, TokenSet] = MappingProxyType({}),
     batch_tokens: int = BATCH_TOKENS,
     prompt: str = "Explain in two sentences why the sky is blue.",
     new_tokens: int = 48,
@@ -72,6 +74,7 @@ def before_and_after(
     Args:
         original: in memory, or streamed on the same buffers as the cut.
         tokens: the report split.
+        elsewhere: further texts by name, judged one by one.
         batch_tokens: tokens computed at a time.
         prompt: for one greedy generation of at most ``new_tokens`` by each model.
         skip_speed: leave out speed; ``not_measured`` names the keys.
@@ -95,6 +98,12 @@ def before_and_after(
         rest["generation"] = Generation(prompt=prompt, **texts)
     if found.parts:
         rest["parts"] = found.parts
+    rest["elsewhere"] = {}
+    for name, text in elsewhere.items():
+        of_text = dict(quality(first, second, text, batch_tokens, progress=progress))
+        del of_text["parts"]
+        scores = PartScores(samples=text.samples, tokens=text.tokens, **of_text)
+        rest["elsewhere"][name] = scores
     for name, side in both.items():
         rest[name] = ModelScores(
             **dict(getattr(found, name)),
@@ -108,6 +117,7 @@ def before_and_after(
         tokens=tokens.tokens,
         kl=found.kl,
         kl_se=found.kl_se,
+        nll_change_se=found.nll_change_se,
         device=str(original.device),
         dtype=str(original.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -240,6 +250,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     nll_before, nll_after, kl = (sums.sum(1) / counts.sum()).tolist()
     errors = standard_error(sums, counts).tolist()
+    change = float(standard_error(sums[1] - sums[0], counts))
     parts = {}
     for name, rows in tokens.rows_by_part.items():
         own = tokens.select(rows)
@@ -251,6 +262,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
         after=perplexity(nll_after, errors[1]),
         kl=kl,
         kl_se=without_infinities(errors[2]),
+        nll_change_se=without_infinities(change),
         parts=parts,
     )
 

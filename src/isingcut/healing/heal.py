@@ -66,7 +66,7 @@ def heal(
     """Heal a cut checkpoint with the original as the teacher.
 
     Args:
-        config: all options; or give them by name (`student`, `teacher` and `out` at least).
+        config: all options; or give them by name (`student` and `out` at least).
         progress: where progress is shown.
         sources: further files that were read for this call; the output never replaces one.
 
@@ -81,12 +81,18 @@ def heal(
         raise InputError("give either a HealConfig or options by name (student=...), not both")
     progress = as_progress(progress)
     config = (config or options_from(HealConfig, options, "isingcut.healing.heal")).validate()
-    for name in ("student", "teacher", "out"):
+    for name in ("student", "out"):
         if not getattr(config, name):
             raise InputError(f"healing needs --{name}" if name != "student" else "no STUDENT given")
     corpora.check(config.text)
     student, out = user_path(config.student), user_path(config.out)
     known = recorded_removal(student)
+    if not config.teacher:
+        if known is None or known.original is None:
+            raise InputError(
+                f"{student} does not say which model it was cut from; name that with --teacher"
+            )
+        config = config.replace(teacher=known.original["name"])
     sources = [*sources_of(config), *sources]
     check_places(config, out, sources)
     start = start_of(student)

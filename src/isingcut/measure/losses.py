@@ -248,7 +248,7 @@ class _Task:
         return n + int(self._nodes[piece.first : piece.last].sum())
 
     def fill(self, key: str) -> str:
-        """Take in what the journal has of a piece; the lowest KL so far, in words."""
+        """Take in what the journal has of a piece; the lowest running mean of KL, in words."""
         piece, row, order = Piece.read(key), self.kept.get(key), self._order
         assert row is not None
         places, found = self.batches[piece.batch].index.numpy(), order[piece.first : piece.last]
@@ -258,7 +258,7 @@ class _Task:
         self._seen[found[:, None], places] = True
         # Samples that a state was not measured on yet count nothing on either side.
         mean = self._sums[0, :-1].sum(1) / np.maximum(1, self._seen @ self._counts)
-        return f"lowest KL so far {mean[self._seen.any(1)].min():.4f}"
+        return f"lowest running mean of KL {mean[self._seen.any(1)].min():.4f}"
 
     def finish(self) -> None:
         """Take in what other processes measured."""

@@ -71,8 +71,8 @@ class RunConfig(Options):
         TEXT,
         "Text to measure on: a .txt, .jsonl, .json or .csv file (also as .gz), - for standard "
         "input, a datasets name, 'web', 'instruct' or 'maths' (of the hub), 'wiki', 'python' (its "
-        "library's code) or 'self'; answers:SOURCE counts only the assistant's part of a chat; or "
-        "a mixture by shares of tokens.",
+        "library's code), 'manual' (its reference) or 'self'; answers:SOURCE counts only the "
+        "assistant's part of a chat; or a mixture by shares of tokens.",
         "calibration",
     )
     samples: Count | None = option(

@@ -16,7 +16,7 @@ from isingcut.ising.states import Floats, states_of
 from isingcut.report.blocks import block_ticks
 from isingcut.report.figures import AXES, Axis, points_of, scatter_figure
 from isingcut.report.render import render_page
-from isingcut.report.rows import kl_of
+from isingcut.report.rows import CUT_RANKING, kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import number_states
 from isingcut.report.svg import Figure, Scale, span, whisker
@@ -133,7 +133,7 @@ def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:
         words,
         plot,
         f"{axis.title} against KL.",
-        ("run", "removal", axis.label, "KL, nats/token"),
+        ("run", "removal", axis.label, f"KL ({CUT_RANKING}), nats/token"),
         rows,
         [(f"tone-{run.tone}", run.name) for run, points in found if points],
     )

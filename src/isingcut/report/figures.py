@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from isingcut.files.documents.scores import HealingFile
 from isingcut.files.documents.states import MeasuredState
 from isingcut.ising.states import states_of
-from isingcut.report.rows import Value, kl_of
+from isingcut.report.rows import CUT_RANKING, Value, kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book
 from isingcut.report.svg import Figure, Plot, x_span, y_span
@@ -81,7 +81,7 @@ def scatter_figure(files: RunFiles, name: str, states: Book, *, link: bool = Tru
         x_span(energies, log=True),
         y_span(ends, log=True),
         f"energy {name}, {energy.unit}",
-        "measured KL, nats/token",
+        f"KL ({CUT_RANKING}), nats/token",
     )
     for state, kl, value in sorted(shown, key=lambda t: t[0].chosen):
         random = state.kind == "random"
@@ -175,7 +175,7 @@ class Axis:
             x_span([self.whole, *(p.at for p in points)]),
             y_span([0.0, *(p.loss.high for p in points)], zero=True),
             self.label,
-            "KL to the original, nats/token",
+            f"KL ({CUT_RANKING}), nats/token",
         )
 
 
@@ -269,7 +269,7 @@ def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
         sentence("removals_words", points),
         plot,
         f"{axis.title} against KL.",
-        ("removal", axis.label, "KL, nats/token", "how known", "blocks removed"),
+        ("removal", axis.label, f"KL ({CUT_RANKING}), nats/token", "how known", "blocks removed"),
         rows,
         list(legend.items()),
     )

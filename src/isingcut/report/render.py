@@ -65,9 +65,10 @@ def _environment() -> jinja2.Environment:
 
 
 def code(text: str) -> Markup:
-    """Escaped text in which `...` becomes code and, outside it, the sign of a number a minus."""
+    """Escaped text in which `...` becomes code; elsewhere signs are minuses and units stay put."""
     parts = str(escape(text)).split("`")
     plain = [re.sub(r"(?<![\w.-])-(?=\d)", "−", p) for p in parts[::2]]
+    plain = [re.sub(r"(?<=\d) (?=%)|(?<=\d) (?=±)|(?<=±) ", "\u00a0", p) for p in plain]
     marked = [f"<code>{p}</code>" for p in parts[1::2]]
     return Markup("".join(a + b for a, b in itertools.zip_longest(plain, marked, fillvalue="")))
 

@@ -23,9 +23,22 @@ Figures = Mapping[str, Any]
 """The figures of one model by their keys, each with its error under ``KEY_se``."""
 
 
+RANKING, UNSEEN = "ranking text", "unseen text"
+"""The texts that figures are measured on: what chose the state, and what nothing was chosen on."""
+
+
+def labelled(quantity: str, model: str, text: str) -> str:
+    """The name of a figure, with the model and the text that it was measured on."""
+    return f"{quantity} ({model}, {text})"
+
+
+CUT_RANKING = f"cut, {RANKING}"
+"""How the states of a ranking are measured: as exact cuts, on the text that chooses."""
+
+
 def plus_minus(figure: float, error: float | None, form: str = ".4f") -> str:
     """A figure with its standard error, where there is one."""
-    return f"{figure:{form}}" + ("" if error is None else f" ± {error:{form}}")
+    return f"{figure:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
 @dataclass(frozen=True)
@@ -59,19 +72,21 @@ class Difference:
     Attributes:
         figure: in percent of the first model's, or in the row's own unit.
         percent: which of the two.
+        error: its standard error, where the models were compared sample by sample.
         low, high: ends of its 95 % interval, where the models were compared in pairs.
     """
 
     figure: float
     percent: bool = False
+    error: float | None = None
     low: float | None = None
     high: float | None = None
 
     def __str__(self) -> str:
         if self.percent:
-            return f"{self.figure:+.1f} %"
+            return f"{plus_minus(self.figure, self.error, '+.1f')} %"
         interval = "" if self.low is None else f" ({self.low:+.3f} to {self.high:+.3f})"
-        return f"{self.figure:+.4f}{interval}"
+        return plus_minus(self.figure, self.error, "+.4f") + interval
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,9 @@ def evaluation_rows(evaluation: EvaluationFile, *, last: str = "cut") -> list[Ro
     for name, part in evaluation.parts.items():
         ways = {way: found.parts[name] for way, found in between.items() if name in found.parts}
         rows += _rows_of_part(name, _compared(part, ways, last))
+    for name, text in evaluation.elsewhere.items():
+        ways = {k: of[name] for k, found in between.items() if name in (of := found.elsewhere)}
+        rows += _rows_of_part(f"{name} (not calibrated on)", _compared(text, ways, last))
     sizes = {"original": dict(evaluation.before), last: dict(evaluation.after)}
     return rows + [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
 
@@ -177,7 +195,12 @@ def _compared(
     return {
         "original": {**dict(found.before), "kl": 0.0},
         **{name: dict(model) for name, model in between.items()},
-        last: {**dict(found.after), "kl": found.kl, "kl_se": found.kl_se},
+        last: {
+            **dict(found.after),
+            "kl": found.kl,
+            "kl_se": found.kl_se,
+            "change_se": found.nll_change_se,
+        },
     }
 
 
@@ -238,11 +261,13 @@ def _row(
     a, b = values[first], list(values.values())[-1]
     if a is None or b is None:
         return Row(key, label, unit, form, dict.fromkeys(values))
-    difference = None
+    difference, error = None, list(models.values())[-1].get("change_se")
     if key == "nll":
-        difference = Difference(b.figure - a.figure)
+        difference = Difference(b.figure - a.figure, error=error)
     elif a.figure:
-        difference = Difference(100 * (b.figure / a.figure - 1), percent=True)
+        ratio = b.figure / a.figure
+        error = 100 * ratio * error if key == "perplexity" and error is not None else None
+        difference = Difference(100 * (ratio - 1), percent=True, error=error)
     return Row(key, label, unit, form, values, difference)
 
 

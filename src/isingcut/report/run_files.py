@@ -237,6 +237,11 @@ class RunFiles:
         return "" if self.removed is None else sentence("summary", self, self.removed)
 
     @property
+    def verdict(self) -> str:
+        """What a reader must know to decide; empty before a choice."""
+        return "" if self.removed is None else sentence("verdict", self)
+
+    @property
     def last(self) -> str:
         """What the final model is."""
         if self.healed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -18,11 +19,14 @@ from isingcut.files.documents.states import (
     PatchRecord,
     SpectrumFile,
 )
-from isingcut.report.rows import kl_of, plus_minus
+from isingcut.report.rows import CUT_RANKING, kl_of, plus_minus
 
 
 def numbers(blocks: Sequence[int]) -> str:
-    """Block numbers as a list in words."""
+    """Block numbers as a list in words, neighbours as a range."""
+    whole = len(blocks) > 2 and blocks[-1] - blocks[0] == len(blocks) - 1
+    if whole and all(b > a for a, b in pairwise(blocks)):
+        return f"{blocks[0]} to {blocks[-1]}"
     listed = [str(b) for b in blocks]
     return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
 
@@ -89,6 +93,7 @@ def _sentences() -> TemplateModule:
         "known_rows": _known_rows,
         "correlation_text": correlation_text,
         "plus_minus": plus_minus,
+        "CUT_RANKING": CUT_RANKING,
     }
     return environment.get_template("words.j2").module
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from isingcut.data.calibration import sample_text
+from isingcut.data.mixture import places_in
+from isingcut.data.packaged import UNLIKE
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation import candidates
 from isingcut.evaluation.benchmark import forget_scores
@@ -42,6 +45,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
+from isingcut.models.text_alone import text_model
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
 from isingcut.runs.benchmarking import (
@@ -180,13 +184,15 @@ def evaluate(
         folder.check(checkpoint)
         tokens = splits_of(folder)["report"]
         session.tuned(folder)
-        beside = _beside(session, checkpoint, tokens)
+        elsewhere = _unlike(session, tokens)
+        beside = _beside(session, checkpoint, tokens, elsewhere)
         cut, streamed = session.open_cut(checkpoint)
         progress = session.progress
         found = before_and_after(
             session.streamed[1] if session.streaming else session.loaded,
             streamed or cut,
             tokens,
+            elsewhere=elsewhere,
             batch_tokens=session.tuning.batch_tokens,
             skip_speed=skip,
             progress=progress,
@@ -214,7 +220,19 @@ def evaluate(
     )
 
 
-def _beside(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, Any]:
+def _unlike(session: Session, tokens: TokenSet) -> dict[str, TokenSet]:
+    """A quarter as many samples of a text that is no part of the calibration, by its name."""
+    config, loaded = session.config, session.loaded
+    if UNLIKE in places_in(config.calibration):
+        return {}
+    wanted, length = max(4, tokens.samples // 4), int(tokens.input_ids.shape[1])
+    model = text_model(loaded.model)
+    return {UNLIKE: sample_text(UNLIKE, loaded.tokenizer, wanted, length, config.seed, model)}
+
+
+def _beside(
+    session: Session, checkpoint: Path, tokens: TokenSet, elsewhere: Mapping[str, TokenSet]
+) -> dict[str, Any]:
     """What an evaluation says besides: what the last model is, and the models on the way to it."""
     model = checkpoint.with_name("model")
     record = read_document(model / "isingcut.json", CutRecord)
@@ -225,7 +243,12 @@ def _beside(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, A
     if patch is not None and patch.unpatched:
         found["unpatched"] = patch.unpatched
     if last != "cut":
-        found["cut"] = _exact_cut(session, record.removed, tokens)
+        found["cut"] = exact = _exact_cut(session, record.removed, tokens)
+        for name, text in elsewhere.items():
+            cut = _exact_cut(session, record.removed, text)
+            exact.elsewhere[name] = FurtherPart(
+                **cut.model_dump(include=set(FurtherPart.model_fields))
+            )
     if healed and changed:
         original = session.streamed[1] if session.streaming else session.loaded.model
         loaded, streamed = session.open_cut(model)
@@ -233,8 +256,13 @@ def _beside(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, A
         patched = streamed or loaded.model
         scores = quality(original, patched, tokens, size, progress=session.progress)
         parts = {name: FurtherPart(**_after(part)) for name, part in scores.parts.items()}
-        mixed: dict[str, Any] = {"parts": parts} if parts else {}
-        found["patched"] = FurtherScores(**_after(scores), **mixed)
+        further = {
+            name: FurtherPart(
+                **_after(quality(original, patched, text, size, progress=session.progress))
+            )
+            for name, text in elsewhere.items()
+        }
+        found["patched"] = FurtherScores(**_after(scores), parts=parts, elsewhere=further)
     return found
 
 

@@ -51,12 +51,17 @@ class TextSize(Strict):
 
 
 class PairScores(Strict):
-    """The original and another model on the same text."""
+    """The original and another model on the same text.
+
+    Attributes:
+        nll_change_se: standard error of the difference of both NLLs, sample by sample.
+    """
 
     before: Perplexity
     after: Perplexity
     kl: Number
     kl_se: Positive | None
+    nll_change_se: Positive | None = None
 
 
 class PartScores(PairScores, TextSize):
@@ -80,12 +85,14 @@ class FurtherScores(FurtherPart):
     """The same on all of the text, and by part where it is a mixture."""
 
     parts: dict[str, FurtherPart] = Field(default_factory=dict)
+    elsewhere: dict[str, FurtherPart] = Field(default_factory=dict)
 
 
 class EvaluationFile(Document):
     """`evaluation.json`; older ones do not say what the last model is.
 
     Attributes:
+        elsewhere: the models on texts that nothing was chosen or fitted on, nor anything like them.
         not_measured: keys of speed and memory that were left out.
         streamed: a model was read from disk block by block, and so has no speed.
     """
@@ -101,7 +108,9 @@ class EvaluationFile(Document):
     after: ModelScores
     kl: Number
     kl_se: Positive | None
+    nll_change_se: Positive | None = None
     parts: dict[str, PartScores] = Field(default_factory=dict)
+    elsewhere: dict[str, PartScores] = Field(default_factory=dict)
     generation: Generation | None
     device: str
     dtype: str

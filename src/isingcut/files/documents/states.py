@@ -147,9 +147,14 @@ class SpectrumFile(Document):
 
 
 class MeasuredState(MeasuredLoss, Level):
-    """A state with its energy and its measured losses, by part where the text is a mixture."""
+    """A state with its energy and its measured losses, by part where the text is a mixture.
+
+    Attributes:
+        above_lowest_se: standard error of its KL minus the lowest, sample by sample.
+    """
 
     parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
+    above_lowest_se: Positive | None = None
 
 
 class ChosenState(MeasuredState):
