@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -73,6 +73,21 @@ OF_RUN = (
     "overwrite",
 )
 """Options of the verbs that work on a finished energy and need the model."""
+
+
+_PANELS = {
+    "Start with these": "remove budget out calibration quick effort heal tasks device memory_limit "
+    "config overwrite",
+    "What to remove": "keep drop",
+    "Text": "samples length rank_samples report_samples seed",
+    "Model and machine": "dtype attention batch_tokens stream trust_remote_code",
+    "Choosing": "energy also linear solver states diverse solve_seconds random_states choose",
+    "Repair": "patch patch_tokens keep_cut heal_top heal_options",
+    "Judging": "data questions skip_speed",
+}
+"""The options of a run by the headings of its help, in order."""
+_LONG = 15
+"""A verb with more options than this shows them under headings."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,8 @@ def verb(
                 raise typer.Exit(130) from None
             _give(called, answer, as_json=as_json, quiet=quiet)
 
+        if of is RunConfig and len(names) > _LONG:
+            parameters = _in_panels(parameters)
         setattr(command, "__signature__", inspect.Signature([*parameters, *_OUTPUT]))  # noqa: B010
         app.command(called, cls=_Command, rich_help_panel=group)(command)
         return handler
@@ -200,6 +217,17 @@ def _parameter(of: type[Options], asked: str, *, repeated: bool) -> inspect.Para
         default=None,
         annotation=Annotated[(list[kind] if repeated else kind) | None, info],
     )
+
+
+def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
+    """The parameters in the order of `_PANELS`, each option under its heading."""
+    headings = {name: panel for panel, names in _PANELS.items() for name in names.split()}
+    for parameter in parameters:
+        info = get_args(parameter.annotation)[1]
+        if isinstance(info, typer.models.OptionInfo):
+            info.rich_help_panel = headings[parameter.name]
+    order = ["model", *headings]
+    return sorted(parameters, key=lambda parameter: order.index(parameter.name))
 
 
 def _checked(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def check_output(
     if not overwrite:
         raise OutputExistsError(
             f"the output {path} already exists and nothing was written; "
-            "choose another --out or pass --overwrite"
+            "choose another place, or overwrite it (--overwrite, overwrite=True)"
         )
     foreign = foreign_in(path) if path.is_dir() else _foreign_file(path)
     if foreign is not None:

@@ -57,7 +57,7 @@ def clear_os_errors(target: Path) -> Iterator[None]:
             ) from e
         if (code := _code_of(e)) in _REFUSED:
             raise InputError(
-                f"cannot write {target}: {os.strerror(code)}; choose an --out that you may write to"
+                f"cannot write {target}: {os.strerror(code)}; choose a place that you may write to"
             ) from e
         raise
 

@@ -53,6 +53,13 @@ class Spectrum:
     unit: str = "arbitrary"
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        proof = "proven lowest" if self.proven else "best found, not proven"
+        lines = [f"{len(self)} states by {self.solver or 'no solver'}, {proof}; {self.unit}"]
+        for k, energy in enumerate(self.energies):
+            lines.append(f"{k:4} {energy:11.5g}  without {' '.join(map(str, self.removed(k)))}")
+        return "\n".join(lines)
+
     @classmethod
     def from_states(
         cls,

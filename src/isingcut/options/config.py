@@ -46,6 +46,20 @@ STAGES = (
 """The stages of a run, in order. An option belongs to the first stage it can change."""
 
 
+QUICK: dict[str, Any] = {
+    "samples": 8,
+    "length": 128,
+    "rank_samples": 8,
+    "report_samples": 16,
+    "effort": "15",
+    "states": 8,
+    "random_states": 0,
+    "patch_tokens": 8192,
+    "skip_speed": True,
+}
+"""What `quick` replaces where an option is left at its default."""
+
+
 @dataclass(frozen=True)
 class RunConfig(Options):
     """Options of one run; every field is also a CLI option and a key of `run.yaml`.
@@ -208,6 +222,13 @@ class RunConfig(Options):
         volatile=True,
     )
 
+    quick: bool = option(
+        False,
+        "A first look in about a tenth of the time: less text, a shorter search, a smaller patch, no "
+        "speed; the figures are marked as rough.",
+        "report",
+    )
+
     overwrite: bool = option(False, "Replace an existing output.", "report", volatile=True)
 
     @property
@@ -244,6 +265,10 @@ class RunConfig(Options):
         heal: Any = self.heal
         if isinstance(heal, bool):
             object.__setattr__(self, "heal", "all" if heal else "")
+        for name, value in QUICK.items() if self.quick else ():
+            own = name != "effort" or self.energy in ("auto", "refined")
+            if own and getattr(self, name) == self.__dataclass_fields__[name].default:
+                object.__setattr__(self, name, value)
         super().__post_init__()
         if both := {*self.keep.numbers} & {*self.drop.numbers}:
             raise InputError(

@@ -52,8 +52,11 @@ class HealConfig(Options):
     """
 
     student: Place = option("", "The cut checkpoint's folder.", argument=True)
-    teacher: Place = option("", "The original: folder, hub id, .gguf file or 'smollm2' (default: the one that the "
-        "checkpoint's record names).")
+    teacher: Place = option(
+        "",
+        "The original: folder, hub id, .gguf file or 'smollm2' (default: the one that the "
+        "checkpoint's record names).",
+    )
     out: Place = option("", "Folder for the healed checkpoint.")
     text: Place = option(
         TEXT,

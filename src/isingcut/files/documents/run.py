@@ -106,6 +106,7 @@ class Config(Strict):
     seed: int
     budget: str = ""
     linear: bool = False
+    quick: bool = False
 
 
 class StageOptions(Strict):
