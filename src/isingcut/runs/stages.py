@@ -243,12 +243,15 @@ def _beside(
     if patch is not None and patch.unpatched:
         found["unpatched"] = patch.unpatched
     if last != "cut":
-        found["cut"] = exact = _exact_cut(session, record.removed, tokens)
-        for name, text in elsewhere.items():
-            cut = _exact_cut(session, record.removed, text)
-            exact.elsewhere[name] = FurtherPart(
-                **cut.model_dump(include=set(FurtherPart.model_fields))
+        exact = _exact_cut(session, record.removed, tokens)
+        figures = set(FurtherPart.model_fields)
+        further = {
+            name: FurtherPart(
+                **_exact_cut(session, record.removed, text).model_dump(include=figures)
             )
+            for name, text in elsewhere.items()
+        }
+        found["cut"] = exact.model_copy(update={"elsewhere": further})
     if healed and changed:
         original = session.streamed[1] if session.streaming else session.loaded.model
         loaded, streamed = session.open_cut(model)
