@@ -65,7 +65,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models: Path, tmp_path: Pa
     # This text is made of ten words, and its tokens are letters.
     unpatched, alike = healing_warnings(HealingFile.model_validate(found))
     assert unpatched.startswith("not patched: block 0 is removed")
-    assert "of the report text stands in another split too" in alike
+    assert "of the report text is in another split too" in alike
     assert (len(found["steps"]), found["options"]["patch"]) == (1, "none")
     for asked in ({"patch": "linear"}, {"patch": None, "method": "none"}):
         with pytest.raises(ArchitectureError, match="block 0 is removed"):

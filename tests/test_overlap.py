@@ -81,7 +81,7 @@ def test_a_run_says_how_much_its_splits_share(leaking, llama, tmp_path, no_speed
         assert 0.05 < shares["report"] < 0.5
         (line,) = [x for x in capsys.readouterr().err.splitlines() if "another split" in x]
         assert line.startswith("isingcut: warning: ")
-        assert f"{shares['report']:.0%} of the report text stands in another split too" in line
+        assert f"{shares['report']:.0%} of the report text is in another split too" in line
 
 
 def test_ordinary_text_is_not_warned_of(finished):

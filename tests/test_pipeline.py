@@ -186,4 +186,4 @@ def test_solving_far_from_where_an_energy_was_corrected_is_said(llama, text, tmp
     assert call("solve", out, "--remove", 2) == 0
     assert "corrected near" not in capsys.readouterr().err
     assert call("solve", out, "--remove", 3) == 0
-    assert "corrected near 2; for 3 it is less sure" in capsys.readouterr().err
+    assert "corrected near 2 and is less accurate for 3" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert f"{len(solved)} states by " in page
     assert f"With them {shown.searched} that the search had measured." in page
-    assert "named by hand" not in page
+    assert "You named them" not in page
     assert f"gave {len(ranked)} candidates: the lowest states" in page
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 5

@@ -55,7 +55,7 @@ def test_a_finished_run_is_told_from_its_files(folder):
     assert page.startswith("# a-model without 3 of its 12 blocks\n")
     a, b, c = chosen["removed"]
     assert f"Blocks {a}, {b} and {c} of 12 (numbered from 0) are removed." in page
-    assert f"energy {chosen['energy']:.4g} nats/token, for this reason: lowest measured KL" in page
+    assert f"energy {chosen['energy']:.4g} nats/token. Reason: lowest measured KL" in page
     table = section(page, "Before and after")
     assert "| perplexity | 20.00 ± 0.50 | 29.00 ± 0.50 | +45.0 % |" in table
     assert "| KL to the original, nats/token | 0 | 0.9000 ± 0.0100 |  |" in table
@@ -175,7 +175,7 @@ def test_another_removal_has_its_own_report_and_commands(folder):
 def test_blocks_named_by_hand_are_not_given_a_reason(folder):
     change(folder / "model" / "isingcut.json", "removal", removed=[0, 2])
     page = page_of(folder)
-    assert "Blocks 0 and 2 of 12 (numbered from 0) are removed. They were named by hand" in page
+    assert "Blocks 0 and 2 of 12 (numbered from 0) are removed. You named them" in page
     assert "lowest measured KL" not in page
     assert "`*` marks" not in page
 
@@ -227,7 +227,7 @@ def test_an_energy_that_prices_the_choice_far_too_low_is_a_warning(energy, unit,
     )
     lines = words.ranking_warnings(energy, found)
     assert len(lines) == bool(said)
-    assert all(said in x and "0.6 nats per token, measured were 1.5" in x for x in lines)
+    assert all(said in x and "0.6 nats per token; the measured KL is 1.5" in x for x in lines)
 
 
 def test_generated_text_cannot_break_out_of_its_block(folder):
@@ -250,14 +250,14 @@ def test_a_patch_is_told_with_its_text_and_its_proof():
         "700 tokens of standard input (4 samples that the energy was measured on and 3 oth" in said
     )
     assert "on text they differ by 1.0e-07" in said
-    assert "asked for" not in said
+    assert "--patch-tokens is" not in said
     short = {**patch()["text"], "short": "the source has no more"}
     refused = [{"removed": [0, 0], "reason": "nothing stands before it"}]
     said = words.sentence(
         "patch_story", PatchRecord.model_validate(patch(text=short, unpatched=refused))
     )
     assert "each cut that can take one" in said
-    assert "900 were asked for, but the source has no more" in said
+    assert "--patch-tokens is 900, but the source has no more" in said
 
 
 def test_what_is_not_patched_is_said_once_or_cut_by_cut():

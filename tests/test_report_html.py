@@ -201,7 +201,7 @@ def test_a_healed_run_shows_the_healed_model(tmp_path):
     assert (
         "this one was then the best (KL 0.2500 ± 0.0100 nats per token, before 0.9000)" in page.text
     )
-    assert "named by hand, not chosen" not in page.text
+    assert "You named them" not in page.text
     assert "A linear patch was fitted at each cut (alone it brings the KL to 0.7500" in page.text
     assert "Distillation from the original ( lora ) over 15,360 tokens." in page.text
     assert "0 1 2 spectrum 0.9000 0.2500 ± 0.0100 chosen" in page.text
