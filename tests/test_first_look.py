@@ -19,7 +19,6 @@ from isingcut.files.writing import read_document, read_json
 from isingcut.ising.spectrum import Spectrum
 from isingcut.measure.losses import measure
 from isingcut.options.config import RunConfig
-from isingcut.report.words import one_pass_words
 from isingcut.runs import demo
 from run_files import change, write_report, write_run
 from shared import call
@@ -53,17 +52,6 @@ def test_differences_come_with_their_paired_errors(finished):
     assert 0 < found.nll_change_se < found.before.nll_se + found.after.nll_se
     page = (finished / "report.md").read_text(encoding="utf-8")
     assert re.search(r"\| perplexity \|.* [+-][\d.]+ ± [\d.]+ % \|", page)
-
-
-def test_what_a_search_won_has_its_error(tmp_path):
-    folder = write_run(tmp_path / "r", extras=False)
-    ranking = read_document(folder / "candidates.json", CandidatesFile)
-    row = ranking.candidates[1].content() | {"kl": ranking.chosen.kl + 0.1, "above_lowest_se": 0.08}
-    quick = {"states": [row | {"method": "window"}], "passes": 1.0, "search_passes": 30.0}
-    content = ranking.content() | {"one_pass": quick | {"searched_for": 1}}
-    words = one_pass_words(CandidatesFile.model_validate(content))
-    assert "won 0.1000 ± 0.0800 of that" in words
-    assert "does not separate the two" in words
 
 
 def test_progress_does_not_call_a_running_mean_the_lowest_so_far(llama):

@@ -82,17 +82,19 @@ def test_words_about_one_pass():
         )
 
     measured = {"kl": 0.5, "kl_se": 0.01, "method": "angular-window", "removed": [4, 5]}
+    measured["above_lowest_se"] = 0.08
     row = OnePassLoss.model_construct(**measured)
     other = row.model_copy(update={"kl": 0.8, "method": "block-influence", "removed": [1, 2]})
     chosen = row.model_copy(update={"removed": [2, 5], "kl": 0.4})
     said = words(chosen)
-    assert "(`angular-window`, without 4 5; 1 pass) has KL 0.5" in said
-    assert said.endswith("128 passes over its text have won 0.1, 20% of it.")
+    assert "1 pass of the original (`angular-window`, without 4 5) has KL 0.5" in said
+    assert "won 0.1000 ± 0.0800 of that, 20 %; this text does not separate the two." in said
+    assert said.endswith("The search read its text 128 times.")
     same = words(row, 3)
-    assert same.startswith("The search ended where one pass ends: 128 passes over its text for 3")
-    assert same.endswith("than the state that `angular-window` gives after 1 pass.")
+    assert same.startswith("The search found no better state than `angular-window` gives after 1")
+    assert same.endswith("read its text 128 times, for 3 removals.")
     worse = words(chosen.model_copy(update={"kl": 0.6}))
-    assert worse.endswith("the choice was not made by KL.")
+    assert worse.endswith("The choice was not made by KL.")
     assert sentence("one_pass_words", CandidatesFile.model_construct(chosen=chosen)) == ""
 
 
