@@ -1,5 +1,4 @@
 """The command line.
 
-`main` the program, `verb` what verbs share, `verbs` and `healing` the verbs, `show` `show_scores`
-what they print.
+`main` the program, `verb` what verbs share, `verbs` the verbs, `show` what they print.
 """

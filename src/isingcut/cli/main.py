@@ -52,9 +52,8 @@ def _root(
     del version, debug
 
 
-# Each file adds its verbs to the application; the order is that of `isingcut --help`.
-for _group in ("verbs", "healing"):
-    importlib.import_module(f"isingcut.cli.{_group}")
+# Adds the verbs to the application, in the order of `isingcut --help`.
+importlib.import_module("isingcut.cli.verbs")
 
 _program: Any = typer.main.get_command(app)
 

@@ -1,7 +1,7 @@
 """What every verb shares: its options, `--json`, `--quiet`, its warnings, a reopened run folder.
 
 A verb is a function in one of the files beside this one, decorated with `verb`. It returns an
-`Answer`; in which form that is printed is decided here, so that no verb prints by itself.
+`Output`; in which form that is printed is decided here, so that no verb prints by itself.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ _LONG = 15
 
 
 @dataclass(frozen=True)
-class Answer:
+class Output:
     """What a verb has to say.
 
     Args:
@@ -136,7 +136,7 @@ def verb(
     name: str | None = None,
     of: type[Options] = RunConfig,
     together: bool = False,
-) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+) -> Callable[[Callable[..., Output]], Callable[..., Output]]:
     """Make a handler a verb of the command line, with the named options of a configuration class.
 
     Args:
@@ -153,7 +153,7 @@ def verb(
     terminal's, or a silent one under `--quiet`.
     """
 
-    def decorate(handler: Callable[..., Answer]) -> Callable[..., Answer]:
+    def decorate(handler: Callable[..., Output]) -> Callable[..., Output]:
         called = name or handler.__name__
         if together:
             TOGETHER.add(called)
@@ -176,11 +176,11 @@ def verb(
             aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
             try:
                 with aside:
-                    answer = handler(**typed)
+                    output = handler(**typed)
             except KeyboardInterrupt:
                 say("isingcut: interrupted; the same command goes on from here")
                 raise typer.Exit(130) from None
-            _give(called, answer, as_json=as_json, quiet=quiet)
+            _print_output(called, output, as_json=as_json, quiet=quiet)
 
         if of is RunConfig and len(names) > _LONG:
             parameters = _in_panels(parameters)
@@ -260,17 +260,17 @@ _OUTPUT = (
 )
 
 
-def _give(called: str, answer: Answer, *, as_json: bool, quiet: bool) -> None:
-    warnings = list(dict.fromkeys(answer.warnings))
+def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) -> None:
+    warnings = list(dict.fromkeys(output.warnings))
     with printing():
         if as_json:
-            document = without_infinities({"verb": called, **answer.data, "warnings": warnings})
+            document = without_infinities({"verb": called, **output.data, "warnings": warnings})
             print(json.dumps(document, indent=1, allow_nan=False))
         elif quiet:
-            if answer.brief:
-                print(printable(answer.brief))
+            if output.brief:
+                print(printable(output.brief))
         else:
-            answer.show()
+            output.show()
     for warning in warnings:
         say(f"isingcut: warning: {warning}")
 

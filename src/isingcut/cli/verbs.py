@@ -1,8 +1,9 @@
-"""The verbs, each a stage or several, in the order of `isingcut --help`; `healing` has its own."""
+"""The verbs, each a stage or several, in the order of `isingcut --help`."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +15,11 @@ from isingcut.cli.verb import (
     RESULT,
     STAGES,
     WHOLE,
-    Answer,
     Blocks,
     ConfigFile,
     Folder,
     OneBased,
+    Output,
     collect,
     given,
     part_names,
@@ -28,11 +29,17 @@ from isingcut.cli.verb import (
 )
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
+from isingcut.files.locks import locked
+from isingcut.files.outputs import check_output
+from isingcut.files.writing import read_document, write_document
+from isingcut.healing import RECORD
 from isingcut.models.processes import Processes
 from isingcut.options.config import RunConfig
+from isingcut.options.declaration import from_yaml
+from isingcut.options.healing import HealConfig
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from isingcut.files.documents.scores import BenchmarksFile
 
 _FIELDS = dataclasses.fields(RunConfig)
 _ALL = tuple(f.name for f in _FIELDS)
@@ -47,7 +54,7 @@ _MEASURE = tuple(
 
 
 @verb(*_ALL, group=WHOLE, together=True)
-def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
+def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """Measure, solve, rank, cut, patch, evaluate and report.
 
     Example: isingcut run smollm2 --remove 6 --out my-run
@@ -63,11 +70,11 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
 
     rows = curve_data(target)
     data = {"folder": str(target), "curve": rows}
-    return Answer(data, lambda: show_curve(target), brief=str(target))
+    return Output(data, lambda: show_curve(target), brief=str(target))
 
 
 @verb("out", "overwrite", group=WHOLE, together=True)
-def demo(progress: Any, **options: Any) -> Answer:
+def demo(progress: Any, **options: Any) -> Output:
     """SmolLM2-135M loses 6 of its 30 blocks, with the evidence, in a few minutes.
 
     Example: isingcut demo
@@ -77,13 +84,13 @@ def demo(progress: Any, **options: Any) -> Answer:
     return _finished(run_demo(**given(options), progress=progress), generation=True)
 
 
-def _finished(target: Path, *, generation: bool = False) -> Answer:
+def _finished(target: Path, *, generation: bool = False) -> Output:
     from isingcut.cli.show import finished, run_data, show_run
     from isingcut.report.words import healing_warnings
 
     files = finished(target)
     healing = [] if files.healing is None else healing_warnings(files.healing)
-    return Answer(
+    return Output(
         run_data(files),
         lambda: show_run(files, generation=generation),
         brief=str(files.product),
@@ -92,7 +99,7 @@ def _finished(target: Path, *, generation: bool = False) -> Answer:
 
 
 @verb(*_MEASURE, group=STAGES, together=True)
-def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
+def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """Measure the Hamiltonian once; `solve` then answers every removal in seconds.
 
     With --remove or --budget the measurement also searches near that removal.
@@ -107,7 +114,7 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     folder = pipeline.energy(collect(config, options), progress=progress)
     data = energy_data(folder)
     warnings = overlap_warnings(text.overlap if (text := RunFiles(folder).calibration) else {})
-    return Answer(data, lambda: show_energy(data), brief=data["hamiltonian"], warnings=warnings)
+    return Output(data, lambda: show_energy(data), brief=data["hamiltonian"], warnings=warnings)
 
 
 _SOLVE = (
@@ -117,7 +124,7 @@ _SOLVE = (
 
 
 @verb(*_SOLVE, repeat=("remove",), group=STAGES)
-def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
+def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     """Find the low-energy states of a measured Hamiltonian, for any number of removals.
 
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
@@ -147,7 +154,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
         for removal, spectrum, file in found
     ]
     meta = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load).meta
-    return Answer(
+    return Output(
         {"removals": removals},
         show,
         brief="\n".join(str(file) for *_, file in found),
@@ -156,7 +163,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
 
 
 @verb("random_states", "choose", "tasks", "data", "questions", *OF_RUN, group=STAGES, together=True)
-def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
+def rank(directory: Folder, progress: Any, **options: Any) -> Output:
     """Measure the candidates beside random states: the choice, and how good the energy is.
 
     Example: isingcut rank my-run --remove 8
@@ -169,7 +176,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Answer:
     session = pipeline.session_of(folder, config, progress, Processes.join())
     found = stages.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
-    return Answer(
+    return Output(
         {"file": str(file), **found.content()},
         lambda: show_ranking(found),
         brief=",".join(map(str, found.chosen.removed)),
@@ -194,7 +201,7 @@ def baseline(
         typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method; repeatable."),
     ] = None,
     **options: Any,
-) -> Answer:
+) -> Output:
     """Let a published method choose on the run's text, and measure its choice for comparison.
 
     Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
@@ -208,7 +215,7 @@ def baseline(
     session = pipeline.session_of(folder, config, progress, Processes.join())
     found = comparison.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
-    return Answer(
+    return Output(
         {"file": str(file), **found.content()},
         lambda: show_baseline(found, file),
         brief=str(file),
@@ -226,7 +233,7 @@ def excise(
         typer.Option(metavar="FILE", help="Also cut this GGUF of the same model, to model.gguf."),
     ] = None,
     **options: Any,
-) -> Answer:
+) -> Output:
     """Write the chosen state as a plain Hugging Face checkpoint, verified and patched.
 
     Examples: isingcut excise my-run --remove 8;
@@ -234,7 +241,6 @@ def excise(
     """
     from isingcut.cli.show import show_lines
     from isingcut.files.documents.states import CutRecord
-    from isingcut.files.writing import read_document
     from isingcut.report.words import patch_warnings
     from isingcut.runs import cutting, pipeline, solving
 
@@ -261,7 +267,156 @@ def excise(
     record = read_document(written[0] / "isingcut.json", CutRecord)
     remarks = [] if record.proof is None else record.proof.remarks
     warnings = [*remarks, *patch_warnings(record)]
-    return Answer(data, lambda: show_lines(lines), brief=lines[0], warnings=warnings)
+    return Output(data, lambda: show_lines(lines), brief=lines[0], warnings=warnings)
+
+
+@verb(*HealConfig.__dataclass_fields__, group=RESULT, of=HealConfig, together=True)
+def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
+    """Win back quality of a cut checkpoint: closed-form patch, then distillation.
+
+    Interrupted? Type the same command again. Several processes:
+    torchrun --nproc-per-node 2 -m isingcut heal ...
+
+    Example: isingcut heal my-run/model --teacher smollm2 --out healed
+    """
+    from isingcut.cli.show import show_healing
+    from isingcut.files.documents.scores import HealingFile
+    from isingcut.healing.heal import heal as run_heal
+    from isingcut.report.words import healing_warnings
+
+    values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
+    folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
+    if os.environ.get("RANK", "0") != "0":
+        # Of several processes one has the last word.
+        raise typer.Exit
+    found = read_document(folder / RECORD, HealingFile)
+    return Output(
+        {"checkpoint": str(folder), **found.content()},
+        lambda: show_healing(found, folder),
+        brief=str(folder),
+        warnings=healing_warnings(found),
+    )
+
+
+@verb("skip_speed", *OF_RUN, group=STAGES)
+def evaluate(
+    directory: Folder,
+    progress: Any,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Also benchmarks, comma-separated: tasks of lm-evaluation-harness; with --data "
+            "our own (isingcut ls has them, and 'all'); or .jsonl files of questions."
+        ),
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with the questions; without it, the hub's."),
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="At most so many questions a task.")
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="DIR is a checkpoint; compare it with this model."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --original: file for the benchmarks.")
+    ] = None,
+    blocks: Blocks = None,
+    one_based: OneBased = False,
+    **options: Any,
+) -> Output:
+    """Compare the original and the final model: unseen text, speed, memory, benchmarks.
+
+    Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
+    """
+    from isingcut.cli.show import show_benchmarks, show_evaluation
+    from isingcut.evaluation.questions import check_tasks
+    from isingcut.report.words import patch_warnings
+    from isingcut.runs import benchmarking, pipeline, stages
+    from isingcut.runs.cutting import product
+    from isingcut.runs.folder import MANIFEST
+
+    names = _named(tasks, data, questions)
+    if original is not None:
+        if blocks is not None:
+            raise InputError("--blocks names a state of a run; --original compares a checkpoint")
+        if not names:
+            raise InputError("--original compares benchmarks; name some with --tasks")
+        scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
+        return Output(
+            {"benchmarks": {"file": str(file), **scores.content()}},
+            lambda: show_benchmarks(scores, file),
+            brief=str(file),
+        )
+    if out is not None:
+        raise InputError("--out goes with --original; a run folder keeps its benchmarks.json")
+    if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
+        raise InputError(
+            f"{directory} is a checkpoint, not a run folder; to compare it with the model it was "
+            "made from, add --original MODEL and --tasks"
+        )
+    names = check_tasks(names, data, questions) if names else []
+    folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
+    session = pipeline.session_of(folder, config, progress)
+    found = stages.evaluate(session, folder, removed)
+    target = product(folder, config, removed).parent
+    output: dict[str, Any] = {"file": str(target / "evaluation.json"), **found.content()}
+    rows: BenchmarksFile | None = None
+    if names:
+        rows = benchmarking.benchmarks(
+            session, folder, names, removed, data=data, questions=questions
+        )
+        output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
+
+    def show() -> None:
+        last = found.last or ("healed" if (target / "healed").is_dir() else "cut")
+        show_evaluation(found, last=last)
+        if rows is not None:
+            show_benchmarks(rows, target / "benchmarks.json", last=last)
+
+    warnings = patch_warnings(found)
+    return Output(output, show, brief=f"{found.kl:.4f}", warnings=warnings)
+
+
+def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:
+    """The tasks that were typed, not yet known to be any."""
+    from isingcut.evaluation.questions import split_names
+
+    names = split_names(tasks)
+    if not names and (tasks or data is not None or questions is not None):
+        raise InputError("--tasks names no benchmark, which --data and --questions are for")
+    return names
+
+
+def _of_checkpoint(
+    folder: Path,
+    original: str,
+    names: list[str],
+    data: Path | None,
+    questions: int | None,
+    out: Path | None,
+    options: dict[str, Any],
+) -> tuple[BenchmarksFile, Path]:
+    """Compare a checkpoint that lies anywhere with the model it was made from."""
+    from isingcut.evaluation.questions import check_tasks
+    from isingcut.runs.benchmarking import score_both
+    from isingcut.runs.session import Session
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no checkpoint (no config.json in it)")
+    file = out or folder.parent / f"{folder.name}-benchmarks.json"
+    typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
+    config = RunConfig(**{**typed, "model": original}).validate()
+    sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
+    check_output(file, overwrite=config.overwrite, sources=sources)
+    # The harness takes seconds to say which tasks it knows.
+    names = check_tasks(names, data, questions)
+    with locked(file):
+        content = score_both(Session(config), folder, names, data=data, questions=questions)
+        write_document(file, content, seal=True)
+    return content, file
 
 
 @verb("remove", "budget", "overwrite", group=STAGES)
@@ -275,7 +430,7 @@ def report(
         typer.Option(metavar="FILE", help="The page of several runs (default: compare.html)."),
     ] = None,
     **options: Any,
-) -> Answer:
+) -> Output:
     """Write report.html, report.md and report.json, or one page that compares several runs.
 
     Example: isingcut report my-run
@@ -292,10 +447,10 @@ def report(
     file = solving.report(folder, config.removal)
     page = file.with_suffix(".html")
     data = {"report": str(file), "html": str(page)}
-    return Answer(data, lambda: show_lines([str(page), str(file)]), brief=str(file))
+    return Output(data, lambda: show_lines([str(page), str(file)]), brief=str(file))
 
 
-def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Answer:
+def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Output:
     """One page of several runs; a folder `remove-SPEC` inside a run stands for that removal."""
     from isingcut.cli.show import show_lines
     from isingcut.report.write import write_comparison
@@ -314,7 +469,7 @@ def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Ans
         places.append((folder.path, target))
     warnings = write_comparison(places, out, overwrite=bool(options.get("overwrite")))
     data = {"comparison": str(out), "folders": [str(target) for _, target in places]}
-    return Answer(data, lambda: show_lines([str(out)]), brief=str(out), warnings=warnings)
+    return Output(data, lambda: show_lines([str(out)]), brief=str(out), warnings=warnings)
 
 
 @verb("remove", "budget", group=RESULT)
@@ -329,7 +484,7 @@ def push(
         bool, typer.Option("--dry-run", help="List what would be uploaded, and upload nothing.")
     ] = False,
     **options: Any,
-) -> Answer:
+) -> Output:
     """Upload the cut checkpoint to the Hugging Face Hub, with its model card.
 
     Example: isingcut push my-run me/my-model-cut --private
@@ -359,13 +514,13 @@ def push(
             *(f"{f['name']}: {decimal(f['bytes'])}" for f in data["files"]),
             f"{decimal(whole)} of {checkpoint} would go to {repository}; nothing was uploaded",
         ]
-        return Answer(data, lambda: show_lines(shown), brief=shown[-1])
+        return Output(data, lambda: show_lines(shown), brief=shown[-1])
     url = interop_hub.push(checkpoint, repository, private=private, message=message)
-    return Answer({**data, "url": url}, lambda: show_lines([url]), brief=url)
+    return Output({**data, "url": url}, lambda: show_lines([url]), brief=url)
 
 
 @verb("model", "trust_remote_code", name="inspect", group=LOOK)
-def inspect_blocks(**options: Any) -> Answer:
+def inspect_blocks(**options: Any) -> Output:
     """Show a model's blocks, what each costs and which states are legal, without its weights.
 
     Example: isingcut inspect smollm2
@@ -377,20 +532,21 @@ def inspect_blocks(**options: Any) -> Answer:
     config = RunConfig(**given(options)).validate()
     trust = config.trust_remote_code
     found = inspect_model(resolve(config.model, trust_remote_code=trust), trust_remote_code=trust)
-    return Answer(
+    return Output(
         inspection_data(found), lambda: show_inspection(found), brief=str(len(found.stack))
     )
 
 
 _PLAN = (
     "model", "remove", "budget", "quick", "effort", "samples", "length", "rank_samples",
-    "report_samples", "states", "random_states", "patch", "patch_tokens", "heal", "heal_top", "heal_options",
-    "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit", "trust_remote_code",
+    "report_samples", "states", "random_states", "patch", "patch_tokens", "heal", "heal_top",
+    "heal_options", "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit",
+    "trust_remote_code",
 )  # fmt: skip
 
 
 @verb(*_PLAN, group=LOOK)
-def plan(**options: Any) -> Answer:
+def plan(**options: Any) -> Output:
     """Say what each energy would take on this machine, from a timed pass; runs nothing.
 
     Example: isingcut plan smollm2 --remove 6
@@ -399,11 +555,11 @@ def plan(**options: Any) -> Answer:
     from isingcut.runs.plan import make_plan
 
     found = make_plan(RunConfig(**given(options)).validate())
-    return Answer(found, lambda: show_plan(found), brief=found["command"])
+    return Output(found, lambda: show_plan(found), brief=found["command"])
 
 
 @verb(name="ls", group=LOOK)
-def list_parts() -> Answer:
+def list_parts() -> Output:
     """List the energies, the solvers, the baselines and the benchmark tasks.
 
     Example: isingcut ls
@@ -417,4 +573,4 @@ def list_parts() -> Answer:
     parts = {r.room: r.names() for r in (energies, solvers, baselines)}
     parts["tasks"] = task_names()
     lines = [f"{room}: {', '.join(names)}" for room, names in parts.items()]
-    return Answer(parts, lambda: show_lines(lines), brief="\n".join(lines))
+    return Output(parts, lambda: show_lines(lines), brief="\n".join(lines))
