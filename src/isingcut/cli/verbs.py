@@ -75,7 +75,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
 @verb("out", "overwrite", group=WHOLE, together=True)
 def demo(progress: Any, **options: Any) -> Output:
-    """SmolLM2-135M loses 6 of its 30 blocks, with the evidence, in a few minutes.
+    """SmolLM2-135M loses 8 of its 30 blocks, with the evidence, in a few minutes.
 
     Example: isingcut demo
     """
