@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from isingcut.models.architectures.auto import auto_class
+from isingcut.models.load import auto_class
 from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.configurations import _DEEPSEEK, BASE
 from isingcut.testing.tiny import random_model, tiny_tokenizer

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.models.architectures import cut_config, find_stack, legality, skipped, text_config
-from isingcut.models.architectures.surgery import rename_pattern, renumbering
+from isingcut.models.architectures.blocks import find_stack, skipped, text_config
+from isingcut.models.architectures.cuts import cut_config, legality, rename_pattern, renumbering
 from isingcut.models.inspect import inspect_model
 from isingcut.testing.architectures import check_family, legal_states
 from isingcut.testing.configurations import FAMILIES
@@ -247,5 +247,5 @@ def test_inspection_says_why_a_model_is_refused(tmp_path):
 
 
 def test_data_classes_come_without_torch():
-    code = "import sys, isingcut.models.architectures.base; assert 'torch' not in sys.modules"
+    code = "import sys, isingcut.models.architectures.blocks; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

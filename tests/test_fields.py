@@ -8,21 +8,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.models.architectures import (
-    cut_config,
-    families,
-    fields,
-    find_stack,
-    legality,
-    skipped,
-    stack_modules,
-    surgery,
-)
-from isingcut.models.architectures.same_blocks import check_same_blocks
-from isingcut.models.architectures.text_part import config_object
+from isingcut.models.architectures import cuts as surgery
+from isingcut.models.architectures import families, fields
+from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
+from isingcut.models.architectures.cuts import cut_config, legality
+from isingcut.models.architectures.fields import config_object
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import relative_difference, verify
-from isingcut.models.inspect import inspect_model
+from isingcut.models.inspect import check_same_blocks, inspect_model
 from isingcut.models.replay import Replay
 from isingcut.testing.architectures.conformance import check_entry, entries
 from isingcut.testing.tiny import random_model

@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 import isingcut
 from isingcut.cli.main import app
 from isingcut.errors import ArchitectureError
-from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.gguf import cut_gguf
-from isingcut.models.cutting.gguf_patch import Changed, changed_tensors, laid_out, repacked
+from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, laid_out, repacked
+from isingcut.models.gguf_files import read_gguf
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS
 

@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from composites import composite, composite_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError
-from isingcut.models.architectures import cut_config
-from isingcut.models.architectures.auto import auto_class, auto_class_of, loading_class_of
-from isingcut.models.checkpoint.read import StoredTensor
+from isingcut.models.architectures.cuts import cut_config
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fit import block_prefix
 from isingcut.models.inspect import inspect_model
+from isingcut.models.load import auto_class, auto_class_of, loading_class_of
 from isingcut.models.replay import Replay
+from isingcut.models.safetensors_files import StoredTensor
 from isingcut.testing.architectures import check_family
 from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.tiny import random_model

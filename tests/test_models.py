@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from tests.tiny import tiny_checkpoint
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.models import device, from_gguf
+from isingcut.models import device
+from isingcut.models import gguf_files as from_gguf
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
-from isingcut.models.architectures.auto import loading_class_of
 from isingcut.models.inspect import inspect_model
+from isingcut.models.load import loading_class_of
 from isingcut.models.sources import hub_id, model_identity, resolve
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import isingcut
-from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.fp8 import load_dequantised
+from isingcut.models.safetensors_files import read_checkpoint
 from test_fp8 import PATTERN, nemotron
 
 OPTIONS = {

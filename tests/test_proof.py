@@ -11,11 +11,12 @@ import torch
 from composites import composite
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.files.writing import read_json
-from isingcut.models.architectures import cut_config, find_stack, legality
+from isingcut.models.architectures.blocks import find_stack
+from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.images import process_images
 from isingcut.models.cutting.verify import (
     check_generation,
+    process_images,
     random_tokens,
     relative_difference,
     verify,

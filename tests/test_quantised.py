@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from composites import composite_checkpoint
 from isingcut.errors import ArchitectureError
-from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import as_transformers_does, load
+from isingcut.models.safetensors_files import read_checkpoint
 from quantised import bitsandbytes, fp8_in_tiles, int4, mxfp4
 from tiny import replay_of, tiny_checkpoint
 

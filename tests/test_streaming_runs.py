@@ -15,8 +15,8 @@ from isingcut.measure.losses import measure
 from isingcut.models.cutting import verify
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify_streamed
+from isingcut.models.device import Allowance, allowance, container_room, weight_bytes
 from isingcut.models.load import load
-from isingcut.models.memory import Allowance, allowance, container_room, weight_bytes
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_layout")
 
 
 def test_memory_allowed_and_needed(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.models.memory._used_and_free", lambda device: (1000, 5000))
+    monkeypatch.setattr("isingcut.models.device._used_and_free", lambda device: (1000, 5000))
     assert allowance("", CPU) == Allowance(5000, 1000)
     assert allowance("50%", CPU).left == 2500
     assert allowance("3KB", CPU) == Allowance(3000, 1000)

@@ -9,12 +9,17 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.evaluation.quality import quality
 from isingcut.healing.training.loss import install
-from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import (
+    find_stack,
+    image_needed,
+    skipped,
+    stack_modules,
+    text_model,
+)
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, reload, verify, verify_streamed
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.models.text_alone import image_needed, text_model
 from isingcut.testing.images import invent_images
 
 INSIDE = {

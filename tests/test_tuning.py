@@ -15,9 +15,9 @@ from isingcut.measure import losses as measure_module
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.compute import tuning
-from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.tuning import Tuning, tune
 from isingcut.models.device import few_threads
+from isingcut.models.replay import chosen_attention
 from tiny import random_tokens, tiny_replay
 
 PLENTY = 1 << 34

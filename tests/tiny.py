@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from isingcut.data.tokens import TokenSet
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 

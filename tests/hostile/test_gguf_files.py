@@ -24,7 +24,7 @@ from gguf_files import (
 )
 
 from isingcut.files.locks import locked
-from isingcut.models import from_gguf
+from isingcut.models import gguf_files as from_gguf
 from shared import snapshot
 
 LOOK = "inspect {here}/m.gguf"

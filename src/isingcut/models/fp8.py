@@ -16,9 +16,7 @@ import torch
 
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
-from isingcut.models.architectures.auto import auto_class
-from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
-from isingcut.models.transformers_private import model_classes
+from isingcut.models.safetensors_files import StoredTensor, read_checkpoint
 
 DTYPES = {
     "F64": torch.float64,
@@ -146,28 +144,6 @@ def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         for name, tensor in stored.items()
         if name.rpartition(".")[2] not in _DROPPED and not _is_scale(name, stored)
     }
-
-
-def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model of an FP8 checkpoint with plain weights, and what transformers says of loading it.
-
-    Whatever transformers raises passes.
-    """
-    from transformers import AutoConfig, GenerationConfig
-
-    raw = read_config(folder)
-    configs: Any = AutoConfig
-    config = configs.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    weights = dict(dequantised(folder, raw, dtype))
-    kind = model_classes(auto_class(config))[type(config)]
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval(), report
 
 
 def _is_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:

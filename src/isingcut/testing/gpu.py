@@ -33,7 +33,7 @@ from isingcut.healing.heal import heal as healing
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.device import device_module, pick_device, synchronise
 from isingcut.models.load import load
 from isingcut.models.replay import Replay

@@ -24,7 +24,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.healing.patch.files import StoredLayers
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.testing.architectures.command import replace_part

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import lcm
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
-from isingcut.models.architectures.base import BlockStack
-from isingcut.models.architectures.fields import STAY, TWO_STAY, of_type
-from isingcut.models.architectures.text_part import config_object
+from isingcut.models.architectures.fields import STAY, TWO_STAY, config_object, of_type
+
+if TYPE_CHECKING:
+    from isingcut.models.architectures.blocks import BlockStack
 
 # Their config class turns the last block into full attention, whatever it was.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}

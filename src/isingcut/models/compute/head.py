@@ -25,8 +25,13 @@ from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Floats
-from isingcut.models.compute.divergence import RowSums
-from isingcut.models.compute.kernels import bits, compiled_for, in_threads, softmax_gradient
+from isingcut.models.compute.divergence import (
+    RowSums,
+    bits,
+    compiled_for,
+    in_threads,
+    softmax_gradient,
+)
 from isingcut.models.replay import Recording, Replay
 
 

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isingcut.models.architectures import text_config
-from isingcut.models.compute.attention import chosen_attention
+from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import few_threads, synchronise
-from isingcut.models.replay import Recording, Replay
+from isingcut.models.replay import Recording, Replay, chosen_attention
 from isingcut.options.types import BATCH_TOKENS
 
 # A choice must win this much: less is noise, and the default needs no explanation.

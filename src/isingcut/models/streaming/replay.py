@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import InputError
-from isingcut.models.architectures import find_stack, stack_modules, text_config
-from isingcut.models.device import synchronise
-from isingcut.models.memory import Allowance, allowance
-from isingcut.models.parts import BLOCK_STREAMS
-from isingcut.models.replay import Replay
-from isingcut.models.streaming.buffers import Buffers
-from isingcut.models.streaming.skeleton import build_skeleton
-from isingcut.models.streaming.store import Store
-from isingcut.models.text_alone import language_model
+from isingcut.models.architectures.blocks import (
+    find_stack,
+    language_model,
+    stack_modules,
+    text_config,
+)
+from isingcut.models.device import Allowance, allowance, synchronise
+from isingcut.models.load import build_skeleton
+from isingcut.models.replay import BLOCK_STREAMS, Replay
+from isingcut.models.streaming.store import Buffers, Store
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet
