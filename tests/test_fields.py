@@ -8,8 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.models.architectures import cuts as surgery
-from isingcut.models.architectures import families, fields
+from isingcut.models.architectures import cuts, families, fields
 from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
@@ -189,7 +188,7 @@ def test_what_no_table_says_shows_in_a_smaller_model_without_weights(family, mon
     config, stack = model.config.to_dict(), find_stack(model)
     monkeypatch.setattr(fields, "DEPTH_POWERS", {})
     monkeypatch.setattr(families, "STAY", {})
-    monkeypatch.setattr(surgery, "UNCUTTABLE", {})
+    monkeypatch.setattr(cuts, "UNCUTTABLE", {})
     with pytest.raises(ArchitectureError, match="block 1 would be another one as block 0"):
         check_same_blocks(config, stack, [])
 

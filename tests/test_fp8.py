@@ -13,8 +13,8 @@ from isingcut.healing.job import Job
 from isingcut.healing.patch.linear import patch_checkpoint
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise, verify
-from isingcut.models.fp8 import dequantise, dequantised, fp8_layout, load_dequantised
-from isingcut.models.load import load
+from isingcut.models.fp8 import dequantise, dequantised, fp8_layout
+from isingcut.models.load import load, load_dequantised
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.healing import HealConfig

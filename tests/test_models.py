@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from tests.tiny import tiny_checkpoint
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.models import device
-from isingcut.models import gguf_files as from_gguf
+from isingcut.models import device, gguf_files
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
@@ -166,14 +165,14 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(tmp_path, mon
         (folder / "half").write_text("done")
         raise ModelError("cannot")
 
-    monkeypatch.setattr(from_gguf, "_numbers", lambda path: 0)
-    monkeypatch.setattr(from_gguf, "_convert", fails)
+    monkeypatch.setattr(gguf_files, "_numbers", lambda path: 0)
+    monkeypatch.setattr(gguf_files, "_convert", fails)
     with pytest.raises(ModelError, match="cannot"):
         resolve(str(file))
     assert not (tmp_path / "cache").exists()
     calls = []
     monkeypatch.setattr(
-        from_gguf,
+        gguf_files,
         "_convert",
         lambda path, folder, held: calls.append(tiny_checkpoint("llama", folder)),
     )

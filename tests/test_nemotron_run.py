@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import isingcut
-from isingcut.models.fp8 import load_dequantised
+from isingcut.models.load import load_dequantised
 from isingcut.models.safetensors_files import read_checkpoint
 from test_fp8 import PATTERN, nemotron
 

@@ -201,7 +201,7 @@ def as_transformers_does(
         another shape are for the caller to refuse. Whatever transformers raises passes.
     """
     if fp8_layout(folder, read_config(folder)):
-        return _load_dequantised(folder, dtype)
+        return load_dequantised(folder, dtype)
     loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {}
     if device is not None and device.type != "cpu":
@@ -224,7 +224,7 @@ def as_transformers_does(
     return model.eval(), found
 
 
-def _load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model of an FP8 checkpoint with plain weights, and what transformers says of loading it.
 
     Whatever transformers raises passes.

@@ -365,7 +365,7 @@ class Replay:
 
         ids = input_ids.to(self.device)
         stubs = [stub(i) for i in range(len(self.blocks))]
-        with self._replaced(stubs), contextlib.suppress(_StackReached):
+        with replaced_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
             self.text(input_ids=ids, use_cache=False)
         entered = calls[0].hidden
         assert entered is not None
@@ -374,21 +374,29 @@ class Replay:
         return Recording(self, ids, entered, calls)
 
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
-        """Seconds that each block takes for one sequence of ``length`` tokens (median)."""
+        """Seconds that each block takes for one sequence of ``length`` tokens (median).
+
+        Of streamed blocks with the same tensors one is timed.
+        """
+        kinds: Sequence[Any] = range(len(self))
+        if self.streamed:
+            kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks]
+        examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
         ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
-        rounds = []
+        seconds: dict[Any, float] = {}
         with torch.inference_mode():
             recording = self.record(ids)
-            for _ in range(repeats + 1):
-                stream, times = recording.entered, []
-                for i in range(len(self)):
+            for i in self.store.sweep(sorted(examples.values())):
+                assert isinstance(i, int)
+                times = []
+                for _ in range(repeats + 1):
                     began = time.perf_counter()
-                    stream = recording.block(i, stream)
+                    recording.block(i, recording.entered)
                     synchronise(self.device)
                     times.append(time.perf_counter() - began)
-                rounds.append(times)
-        # The first round warms up.
-        return [statistics.median(per_block) for per_block in zip(*rounds[1:], strict=True)]
+                # The first one warms up.
+                seconds[kinds[i]] = statistics.median(times[1:])
+        return [seconds[kind] for kind in kinds]
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
@@ -396,7 +404,8 @@ class Replay:
         def stub(i: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._as_output(i, hidden)
 
-        with self._replaced([stub(i) for i in range(len(self.blocks))]):
+        stubs = [stub(i) for i in range(len(self.blocks))]
+        with replaced_forwards(self.blocks, stubs):
             logits: Tensor = self.text(input_ids=input_ids, use_cache=False).logits
         return logits
 
@@ -404,20 +413,23 @@ class Replay:
         rest = self._rest[i]
         return hidden if rest is None else (hidden, *rest)
 
-    @contextlib.contextmanager
-    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Swap every block's `forward`; an instance attribute set by others (hooks) comes back."""
-        before = [b.__dict__.get("forward") for b in self.blocks]
-        try:
-            for block, forward in zip(self.blocks, forwards, strict=True):
-                block.__dict__["forward"] = forward
-            yield
-        finally:
-            for block, old in zip(self.blocks, before, strict=True):
-                if old is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.__dict__["forward"] = old
+
+@contextlib.contextmanager
+def replaced_forwards(
+    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Swap the `forward` of modules; an instance attribute set by others (hooks) comes back."""
+    before = [m.__dict__.get("forward") for m in modules]
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            if old is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = old
 
 
 class Recording:

@@ -358,14 +358,6 @@ class Store:
         """Bytes of one part in memory."""
         return self._parts[part].size
 
-    def like(self, part: Part) -> tuple[Any, ...]:
-        """What two blocks of equal cost have in common: their tensors' names and shapes."""
-        plan = self._parts[part].plan
-        return tuple(
-            (name.partition(f".{part}.")[2], plan.targets[target][0].shape)
-            for name, target in sorted(plan.names.items())
-        )
-
     def _on_demand(self, part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
