@@ -62,15 +62,24 @@ def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
     return "modelopt" if algorithm == "FP8" else None
 
 
+def torch_dtype(stored: StoredTensor) -> torch.dtype:
+    """The dtype of a stored tensor.
+
+    Raises:
+        CheckpointError: torch cannot hold it.
+    """
+    if stored.dtype not in DTYPES:
+        raise CheckpointError(f"tensor {stored.name!r} has the dtype {stored.dtype}, not readable")
+    return DTYPES[stored.dtype]
+
+
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """The values of one stored tensor, in its own dtype.
 
     Raises:
         CheckpointError: a dtype that torch cannot hold, or a file that became shorter.
     """
-    if stored.dtype not in DTYPES:
-        raise CheckpointError(f"tensor {stored.name!r} has the dtype {stored.dtype}, not readable")
-    data, dtype = stored.data(), DTYPES[stored.dtype]
+    data, dtype = stored.data(), torch_dtype(stored)
     if not data:
         return torch.empty(stored.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)

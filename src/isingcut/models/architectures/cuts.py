@@ -49,50 +49,10 @@ _ELSEWHERE = re.compile(
     r"resampler|adapter|former|merger|mtp|nextn|perceiver"
 )
 
-_WORDS = ("layer_types", "layers_block_type", "mlp_layer_types")
-_PERIODS = ("attn_layer_period", "expert_layer_period")
-_OFFSETS = ("attn_layer_offset", "expert_layer_offset", "decoder_sparse_step")
 # A part of a configuration that has one of these is another model, and counts blocks of its own.
 _OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_type"}
 # Their own code renumbers what these hold, or it is about something else.
 _CLOSED = {"quantization_config", *fields.MAPS, *fields.NOT_PER_LAYER}
-
-
-def check_fields(text: Mapping[str, Any]) -> None:
-    """Refuse a per-layer field of another form than the table says.
-
-    Model classes check the fields that they know; others stand in a configuration unread.
-
-    Args:
-        text: a part of a configuration that speaks of the decoder's blocks.
-
-    Raises:
-        ArchitectureError: a list is none, an index is no number, or a map has other keys.
-    """
-    forms: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
-        (_WORDS, _is_words, "a list of words"),
-        (fields.SLICE, _is_listed, "a list with an entry per block"),
-        ((*fields.INDICES, *fields.INDICES_FROM_1), _are_indices, "a list of numbers"),
-        (fields.SOURCES, _are_whole, "a list with a block number per block"),
-        (fields.MAPS, _is_numbered, "a map by block number"),
-        ((*fields.PREFIX, *fields.LAST), _is_whole_or_each, "a whole number"),
-        ((*fields.SUFFIX, *fields.MTP, *_OFFSETS), _is_whole, "a whole number"),
-        (tuple(fields.DEPTH_POWERS), _is_number, "a number"),
-        (_PERIODS, lambda v: _is_whole(v) and v > 0, "a whole number above 0"),
-        (fields.CYCLE, lambda v: isinstance(v, list) and bool(v), "a list with an entry or more"),
-    ]
-    for names, fits, wanted in forms:
-        for name in names:
-            if text.get(name) is not None and not fits(text[name]):
-                raise ArchitectureError(
-                    f"the configuration field {name!r} must be {wanted}; got {text[name]!r:.60}"
-                )
-    shared = "num_kv_shared_layers"
-    if text.get(shared) and not isinstance(text.get("layer_types"), list):
-        raise ArchitectureError(
-            f"the configuration has {shared}={text[shared]} and no list 'layer_types', which says "
-            "whose keys and values are shared; write it out"
-        )
 
 
 def refuse_unknown(part: Mapping[Any, Any], count: int, heads: int, *, decoder: bool) -> None:
@@ -142,37 +102,6 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_whole(value)
-
-
-def _are_whole(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_whole, value))
-
-
-def _are_indices(value: Any) -> bool:
-    return _are_whole(value) or (
-        isinstance(value, str)
-        and all(word.strip().isdecimal() for word in value.split(",") if word)
-    )
-
-
-def _is_whole_or_each(value: Any) -> bool:
-    return _is_whole(value) or _are_whole(value)
-
-
-def _is_listed(value: Any) -> bool:
-    return isinstance(value, (list, str, int, float))
-
-
-def _is_words(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _is_numbered(value: Any) -> bool:
-    return isinstance(value, dict) and all(str(key).isdecimal() for key in value)
-
-
 def speaking_parts(
     config: dict[str, Any], text: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -203,49 +132,59 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
     """Change, in place, the per-layer fields of one part of a configuration.
 
     Args:
-        part: as from `speaking_parts`, its fields in the forms that `check_fields` asks for.
+        part: as from `speaking_parts`.
         count: blocks before the cut.
         mapping: old block number to new, for those that stay.
 
     Raises:
-        ArchitectureError: a list is too short, or a period cannot be said of the kept blocks.
+        ArchitectureError: a field has another form than the table says, a list is too short, or a
+            period cannot be said of the kept blocks.
     """
-    kept = list(mapping)
-    gone = [i for i in range(count) if i not in mapping]
     model_type = part.get("model_type", "")
     _, often = of_type(COUNTED_BY, model_type) or ("", 1)
     per_modality = of_type(PER_MODALITY, model_type) or ()
-    for key in list(part):
-        value = part[key]
+    for key, value in part.items():
         if value is None or key in per_modality:
             continue
-        if key in fields.COUNT and value == count:
-            part[key] = len(kept)
-        elif key in fields.COUNT and value == count * often:
-            part[key] = len(kept) * often
-        elif key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
-            part[key] = _sliced(key, value, kept, count)
-        elif key in fields.INDICES:
-            part[key] = _renumbered(value, mapping, first=0)
-        elif key in fields.INDICES_FROM_1:
-            part[key] = _renumbered(value, mapping, first=1)
-        elif key in fields.SOURCES:
-            part[key] = [mapping[i] for i in _sliced(key, value, kept, count)]
-        elif key in fields.MAPS:
-            part[key] = {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
-        elif key in fields.PREFIX:
-            part[key] = _each(value, lambda v: v - sum(i < v for i in gone))
-        elif key in fields.LAST:
-            part[key] = _each(value, lambda v: v - sum(i <= v for i in gone))
-        elif key in fields.SUFFIX:
-            part[key] = value - sum(i >= count - value for i in gone)
-        elif key in fields.DEPTH_POWERS:
-            part[key] = value * (count / len(kept)) ** fields.DEPTH_POWERS[key]
-        elif key in fields.CYCLE:
-            part[key] = [value[i % len(value)] for i in kept]
-        elif key in fields.MTP:
-            part[key] = 0
+        try:
+            part[key] = _cut_field(key, value, count, mapping, often)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ArchitectureError(
+                f"the configuration field {key!r} has a form that isingcut does not know; got "
+                f"{value!r:.60}"
+            ) from error
     _drop_generators(part)
+
+
+def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often: int) -> Any:
+    """What a field holds after the cut; whatever is raised for one of another form passes."""
+    kept = list(mapping)
+    gone = [i for i in range(count) if i not in mapping]
+    if key in fields.COUNT and value in (count, count * often):
+        return value // count * len(kept)
+    if key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
+        return _sliced(key, value, kept, count)
+    if key in fields.INDICES:
+        return _renumbered(value, mapping, first=0)
+    if key in fields.INDICES_FROM_1:
+        return _renumbered(value, mapping, first=1)
+    if key in fields.SOURCES:
+        return [mapping[i] for i in _sliced(key, value, kept, count)]
+    if key in fields.MAPS:
+        return {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
+    if key in fields.PREFIX:
+        return _each(value, lambda v: v - sum(i < v for i in gone))
+    if key in fields.LAST:
+        return _each(value, lambda v: v - sum(i <= v for i in gone))
+    if key in fields.SUFFIX:
+        return value - sum(i >= count - value for i in gone)
+    if key in fields.DEPTH_POWERS:
+        return value * (count / len(kept)) ** fields.DEPTH_POWERS[key]
+    if key in fields.CYCLE:
+        return [value[i % len(value)] for i in kept]
+    if key in fields.PERIODS and value < 1:
+        raise ValueError("a period of nothing")
+    return 0 if key in fields.MTP else value
 
 
 def _drop_generators(part: dict[str, Any]) -> None:
@@ -333,8 +272,8 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     new_read, new_types = _as_read(result)
     if new_types != kept_types:
         raise ArchitectureError(
-            f"transformers would read the kept blocks as {_short(new_types)}, but they are "
-            f"{_short(kept_types)}"
+            f"transformers would read the kept blocks as {new_types!r:.60}, but they are "
+            f"{kept_types!r:.60}"
         )
     if read == count and new_read != len(mapping):
         raise ArchitectureError(
@@ -423,14 +362,15 @@ def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]
     match = _NUMBERED.search(entry)
     if match is None or any(word in entry[: match.start()] for word in (*OTHER_STACKS, "mtp")):
         return [entry]
-    number = match.group(3)
+    number, head = match.group(3), entry[: match.start(3)]
     if number.isdigit():
         old = int(number)
         # A glob straight after the digits ("layers.1*") also names 10 to 19.
         if entry[match.end() :].startswith("*") and not entry.startswith("re:"):
             number += "*"
         else:
-            return [_put(entry, match, str(mapping[old]))] if old in mapping else []
+            rest = entry[match.end(3) :]
+            return [f"{head}{mapping[old]}{rest}"] if old in mapping else []
     if number in {"*", r"\d+", "[0-9]+"}:
         return [entry]
     if entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
@@ -439,14 +379,8 @@ def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]
             "exactly; write one entry per block"
         )
     old_numbers = [i for i in range(count) if fnmatch.fnmatchcase(str(i), number)]
-    tail = entry[match.start(3) + len(number) :]
-    rest = tail if tail else ".*"
-    head = entry[: match.start(3)]
+    rest = entry[match.start(3) + len(number) :] or ".*"
     return [f"{head}{mapping[i]}{rest}" for i in old_numbers if i in mapping]
-
-
-def _put(entry: str, match: re.Match[str], number: str) -> str:
-    return entry[: match.start(3)] + number + entry[match.end(3) :]
 
 
 def refuse_packing(config: Mapping[str, Any]) -> None:
@@ -544,7 +478,8 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
         raise ArchitectureError(reason)
     heads = extra_heads(text)
     for part, decoder in speaking_parts(config, text):
-        check_fields(part)
+        # Cut of nothing: whether each field has a form that is known.
+        cut_fields(dict(part), count, {i: i for i in range(count)})
         refuse_unknown(part, count, heads, decoder=decoder)
     derived = config_object(config)
     if derived is not None:
@@ -564,8 +499,3 @@ def extra_heads(text: Mapping[str, Any]) -> int:
     """Heads for further tokens that some checkpoints number on after the blocks."""
     found = [text.get(key) for key in fields.MTP]
     return max((n for n in found if isinstance(n, int)), default=0)
-
-
-def _short(value: Any) -> str:
-    words = repr(value)
-    return words if len(words) <= 60 else words[:57] + "..."

@@ -115,6 +115,11 @@ def _kept_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
         return {i: reason for i, kind in enumerate(types) if kind == "hybrid"}
     shared = text.get("num_kv_shared_layers")
     if isinstance(shared, int) and 0 < shared < count:
+        if not isinstance(text.get("layer_types"), list):
+            raise ArchitectureError(
+                f"the configuration has num_kv_shared_layers={shared} and no list 'layer_types', "
+                "which says whose keys and values are shared; write it out"
+            )
         return _key_value_producers(text["layer_types"], count - shared)
     return {}
 

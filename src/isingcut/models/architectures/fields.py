@@ -168,14 +168,16 @@ DEEPSTACK = ("deepstack_visual_indexes",)
 # Numbers of the text blocks in front of which features join, or pairs that end in such a number.
 IMAGE_ENTRIES = ("deepstack_layer_map", "spatial_target_layers")
 
+# A block of a kind comes every so many.
+PERIODS = ("attn_layer_period", "expert_layer_period")
+
 # What only `families` reads; defaults are written out like those of the table.
 OF_FAMILIES = (
     "attention_types",
     "attn_layer_offset",
-    "attn_layer_period",
     "decoder_sparse_step",
     "expert_layer_offset",
-    "expert_layer_period",
+    *PERIODS,
 )
 
 # What a configuration class may derive, and a cut then has to change.

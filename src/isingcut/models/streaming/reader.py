@@ -33,6 +33,7 @@ from isingcut.models.fp8 import (
     read_tensor,
     scale_of,
     tile_of,
+    torch_dtype,
     weights_of,
 )
 from isingcut.models.loading import refuse_infinite, wrong_shape
@@ -44,20 +45,6 @@ REST = "rest"
 """What is neither a block, the embedding nor the head: norms, position embeddings, buffers."""
 # Where a tensor starts in a buffer: what vector instructions and matrix kernels want.
 _ALIGN = 64
-
-
-@dataclass(frozen=True)
-class ModelTensor:
-    """One parameter or buffer of the model."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -106,9 +93,9 @@ class Converted:
 
 @dataclass(frozen=True)
 class Group:
-    """Targets that are filled together, and how."""
+    """Targets that are filled together, without their numbers, and how."""
 
-    targets: tuple[ModelTensor, ...]
+    targets: Mapping[str, Tensor]
     steps: tuple[Copied | Converted, ...]
 
 
@@ -124,22 +111,26 @@ class PartPlan:
     """
 
     steps: tuple[Copied | Converted, ...]
-    targets: Mapping[str, tuple[ModelTensor, int]]
+    targets: Mapping[str, tuple[Tensor, int]]
     names: Mapping[str, str]
     size: int
 
 
 def plan_parts(
-    folder: Path, model: Any, blocks: Sequence[str], dtype: torch.dtype, *, fp8: bool = False
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    model: Any,
+    blocks: Sequence[str],
+    dtype: torch.dtype,
 ) -> tuple[dict[Part, PartPlan], list[str]]:
     """What fills each block, the embedding, the head and the rest of a model.
 
     Args:
-        folder: the checkpoint; only its headers are read.
+        folder: the checkpoint, for messages.
+        stored: its tensors.
         model: its skeleton.
         blocks: paths of the block modules.
         dtype: the model's.
-        fp8: weights may be float8, with scales beside them.
 
     Returns:
         the plan of each part, and the names of stored tensors that the model has no use for.
@@ -148,8 +139,8 @@ def plan_parts(
         ModelError: tensors are missing from the checkpoint, or have other shapes.
     """
     names = Names(model, dtype)
-    groups, unexpected = _groups(folder, names, fp8)
-    group_of = {t.name: group for group in groups for t in group.targets}
+    groups, unexpected = _groups(folder, stored, names)
+    group_of = {name: group for group in groups for name in group.targets}
     kept = _resolved(folder, names, set(group_of))
     paths = _paths(model, blocks)
     members: dict[Part, dict[str, str]] = {p: {} for p in (*range(len(blocks)), EMBED, HEAD, REST)}
@@ -176,12 +167,12 @@ def _paths(model: Any, blocks: Sequence[str]) -> dict[str, Part]:
 def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan:
     """Give every target of a part its place; one that has two names is there once."""
     groups = {id(group_of[t]): group_of[t] for t in names.values()}.values()
-    targets: dict[str, tuple[ModelTensor, int]] = {}
+    targets: dict[str, tuple[Tensor, int]] = {}
     size = 0
-    for target in (t for group in groups for t in group.targets):
+    for name, target in (item for group in groups for item in group.targets.items()):
         start = -(-size // _ALIGN) * _ALIGN
-        targets[target.name] = (target, start)
-        size = start + target.size
+        targets[name] = (target, start)
+        size = start + target.nbytes
     return PartPlan(tuple(s for group in groups for s in group.steps), targets, names, size)
 
 
@@ -192,13 +183,13 @@ def _resolved(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
         ModelError: nothing in the checkpoint fills a parameter.
     """
     kept = {name: name for name in names.tensors if name in there}
-    for this, that in names.ties().items():
+    for this, that in names.ties.items():
         # Either may be the stored one; where both are, transformers ties them only if equal.
         if this not in there and that in there:
             kept[this] = that
         elif that not in there and this in there:
             kept[that] = this
-    for this, that in names.ties().items():
+    for this, that in names.ties.items():
         if this not in kept and that in kept:
             kept[this] = kept[that]
     missing = sorted(n for n in names.tensors if n not in kept and not names.may_miss(n))
@@ -210,11 +201,10 @@ def _resolved(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
     return kept
 
 
-def _groups(folder: Path, names: Names, fp8: bool) -> tuple[list[Group], list[str]]:
+def _groups(
+    folder: Path, stored: Mapping[str, StoredTensor], names: Names
+) -> tuple[list[Group], list[str]]:
     """Every stored tensor that the model has, by what it fills; and those it does not have."""
-    stored = read_checkpoint(folder)
-    if fp8:
-        stored = weights_of(stored)
     unexpected: list[str] = []
     alone: list[Group] = []
     together: dict[str, list[tuple[str, StoredTensor]]] = {}
@@ -228,10 +218,9 @@ def _groups(folder: Path, names: Names, fp8: bool) -> tuple[list[Group], list[st
         if pattern is not None:
             together.setdefault(target, []).append((pattern, tensor))
             continue
-        wanted = tuple(names.tensors[target].shape)
-        _same_shape(folder, name, tensor.shape, wanted)
-        made = ModelTensor(target, names.dtype_of(target), wanted)
-        alone.append(Group((made,), (Copied(tensor, target),)))
+        _same_shape(folder, name, tensor.shape, tuple(names.tensors[target].shape))
+        made = torch.empty(tensor.shape, dtype=names.dtype_of(target), device="meta")
+        alone.append(Group({target: made}, (Copied(tensor, target),)))
     joined = [_joined(folder, first, members, names) for first, members in together.items()]
     return alone + joined, unexpected
 
@@ -240,19 +229,15 @@ def _joined(
     folder: Path, first: str, members: Sequence[tuple[str, StoredTensor]], names: Names
 ) -> Group:
     """Tensors of one converter: as slices of its target where it only stacks and joins them."""
-    converter = names.converter(members[0][0])
+    converter = names.converters[members[0][0]]
     dtype = names.dtype_of(first)
     conversion = Converted(tuple(members), dtype, first, converter, names.model)
     made = conversion.run(
         [torch.empty(source.shape, dtype=dtype, device="meta") for _, source in members]
     )
-    targets = tuple(
-        ModelTensor(name, dtype, tuple(value.shape))
-        for name, value in made.items()
-        if name in names.tensors
-    )
-    for target in targets:
-        _same_shape(folder, target.name, target.shape, tuple(names.tensors[target.name].shape))
+    targets = {name: value.to(dtype) for name, value in made.items() if name in names.tensors}
+    for name, target in targets.items():
+        _same_shape(folder, name, tuple(target.shape), tuple(names.tensors[name].shape))
     slices = _slices(converter, members, first) if len(targets) == len(made) == 1 else None
     return Group(targets, tuple(slices) if slices else (conversion,))
 
@@ -327,7 +312,8 @@ class Reader:
         self._stage = bytearray(_STAGE)
         self._lock = threading.Lock()
         self._checked: set[Part] = set()
-        self.plans, self.unexpected = plan_parts(folder, model, blocks, dtype, fp8=self._fp8)
+        stored = weights_of(self._stored) if self._fp8 else self._stored
+        self.plans, self.unexpected = plan_parts(folder, stored, model, blocks, dtype)
         self.bytes_read = 0
 
     def fill(self, part: Part, buffer: Tensor) -> dict[str, Tensor]:
@@ -397,7 +383,7 @@ class Reader:
 
     def _cast(self, source: StoredTensor, flat: Tensor) -> None:
         """Read and convert a few numbers at a time."""
-        dtype = _torch_dtype(source)
+        dtype = torch_dtype(source)
         step = _STAGE // dtype.itemsize
         for first in range(0, len(flat), step):
             count = min(step, len(flat) - first)
@@ -413,7 +399,7 @@ class Reader:
     def _dequantise(self, source: StoredTensor, view: Tensor) -> None:
         """A few rows (or experts) at a time, so that no float32 copy of a weight exists."""
         scale = self._tensor(scale_of(source.name, self._stored))
-        dtype = _torch_dtype(source)
+        dtype = torch_dtype(source)
         width = source.size // source.shape[0]
         per = _rows_per_scale(scale, source.shape, self._tile)
         rows = max(1, _STAGE // (width * per)) * per if per else source.shape[0]
@@ -456,15 +442,9 @@ class Reader:
 def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
     """The targets of a part as views of its buffer."""
     return {
-        name: buffer[start : start + target.size].view(target.dtype).view(target.shape)
+        name: buffer[start : start + target.nbytes].view(target.dtype).view(target.shape)
         for name, (target, start) in plan.targets.items()
     }
-
-
-def _torch_dtype(source: StoredTensor) -> torch.dtype:
-    if source.dtype not in DTYPES:
-        raise CheckpointError(f"tensor {source.name!r} has the dtype {source.dtype}, not readable")
-    return DTYPES[source.dtype]
 
 
 def _rows_per_scale(scale: Tensor, shape: tuple[int, ...], tile: tuple[int, int] | None) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,29 +24,6 @@ from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module, synchronise
 from isingcut.models.replay import EMBED, HEAD, Part, Reading
 from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
-
-
-class Fillable(Protocol):
-    """One part of one model.
-
-    Attributes:
-        size: bytes.
-        hits: how often it was found in host memory.
-        misses: how often it was read from its files.
-    """
-
-    size: int
-    hits: int
-    misses: int
-
-    def fill(self, buffer: Tensor) -> None:
-        """Read the part into host memory. Called by the reading thread."""
-
-    def install(self, memory: Tensor) -> None:
-        """Let the model use the part, which lies in ``memory`` on its device."""
-
-    def remove(self) -> None:
-        """Let the model forget the part."""
 
 
 class _Buffer:
@@ -68,7 +45,7 @@ class _Buffer:
     def _host(self) -> Tensor:
         return _host_memory(self._size, self._device)
 
-    def load(self, part: Fillable, kept: Tensor | None) -> Tensor:
+    def load(self, part: StoredPart, kept: Tensor | None) -> Tensor:
         """The part on its device, from where it is kept, else from its files. In the thread."""
         host = kept
         if host is None:
@@ -109,6 +86,7 @@ class Buffers:
     Attributes:
         bound: bytes of the parts that may stay in host memory. The first ones that fit do, and none
             makes room for another: in sweeps the least recently used part is needed next.
+        kept: parts that stay in host memory.
         reading: seconds that the thread has read.
         stalled: seconds that computing has waited for a part.
     """
@@ -118,19 +96,15 @@ class Buffers:
         self.bound = 0
         self.reading = self.stalled = 0.0
         self._buffers: list[_Buffer] = []
-        self._kept: WeakKeyDictionary[Fillable, Tensor] = WeakKeyDictionary()
-        self._held: list[Fillable | None] = [None, None]
+        self.kept: WeakKeyDictionary[StoredPart, Tensor] = WeakKeyDictionary()
+        self._held: list[StoredPart | None] = [None, None]
         self._recent = 1
-        self._pending: tuple[Fillable, int, Future[Tensor]] | None = None
+        self._pending: tuple[StoredPart, int, Future[Tensor]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="isingcut-reader")
 
-    def holds(self, part: Fillable) -> bool:
+    def holds(self, part: StoredPart) -> bool:
         """Whether a part is installed."""
         return any(held is part for held in self._held)
-
-    def keeps(self, part: Fillable) -> bool:
-        """Whether a part stays in host memory."""
-        return part in self._kept
 
     def allocated(self) -> int:
         """Bytes of the device's memory that parts take: on a CPU those that stay."""
@@ -143,9 +117,9 @@ class Buffers:
             self._settle()
             self.bound = bound
             while self._kept_bytes() > bound:
-                self._kept.popitem()
+                self.kept.popitem()
 
-    def take(self, part: Fillable) -> None:
+    def take(self, part: StoredPart) -> None:
         """Install a part; the one taken before it stays, an older one goes."""
         for index, held in enumerate(self._held):
             if held is part:
@@ -166,7 +140,7 @@ class Buffers:
             part.install(memory)
         self._held[index], self._recent = part, index
 
-    def expect(self, part: Fillable) -> None:
+    def expect(self, part: StoredPart) -> None:
         """Start to read a part into the buffer that is not in use; what was there goes."""
         if self.holds(part) or (self._pending is not None and self._pending[0] is part):
             return
@@ -182,7 +156,7 @@ class Buffers:
         synchronise(self.device)
         self._buffers.clear()
 
-    def _submit(self, part: Fillable) -> None:
+    def _submit(self, part: StoredPart) -> None:
         if not self._buffers:
             with torch.inference_mode(False):
                 self._buffers = [_Buffer(self.size, self.device) for _ in range(2)]
@@ -192,13 +166,13 @@ class Buffers:
 
         def load() -> Tensor:
             began = time.perf_counter()
-            kept = self._kept.get(part)
+            kept = self.kept.get(part)
             if kept is None:
                 part.misses += 1
                 if self._kept_bytes() + _bytes_of(part.size, self.device) <= self.bound:
                     kept = _host_memory(part.size, self.device)
                     part.fill(kept)
-                    self._kept[part] = kept
+                    self.kept[part] = kept
             else:
                 part.hits += 1
             memory = buffer.load(part, kept)
@@ -225,7 +199,7 @@ class Buffers:
             self._held[index] = None
 
     def _kept_bytes(self) -> int:
-        return sum(_bytes_of(len(kept), self.device) for kept in self._kept.values())
+        return sum(_bytes_of(len(kept), self.device) for kept in self.kept.values())
 
 
 def _host_memory(size: int, device: torch.device) -> Tensor:
@@ -344,7 +318,7 @@ class Store:
     @property
     def in_place(self) -> bool:
         """Whether a CPU keeps all parts, which are then used where they are."""
-        kept = all(self.buffers.keeps(self._parts[part]) for part in self.order)
+        kept = all(self._parts[part] in self.buffers.kept for part in self.order)
         return kept and self.device.type == "cpu"
 
     def reading(self) -> Reading:
@@ -379,7 +353,13 @@ class Store:
 
 
 class StoredPart:
-    """One part of one model, for `Buffers`."""
+    """One part of one model, for `Buffers`.
+
+    Attributes:
+        size: bytes.
+        hits: how often it was found in host memory.
+        misses: how often it was read from its files.
+    """
 
     hits = misses = 0
 
