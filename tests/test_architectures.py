@@ -158,8 +158,8 @@ def test_what_is_not_understood_is_named(changes, message):
         ("gemma3n", [4], "read the keys and values of this sliding_attention block"),
         ("gemma4", [7], "has to be full attention in this family"),
         ("rwkv", [0], "normalises the embeddings"),
-        ("rwkv", [1, 2, 3, 4, 5], "block 0 cannot stay alone"),
-        ("jamba", [1], "remove whole periods of 4 blocks"),
+        ("rwkv", [1, 2, 3, 4, 5], "keep two"),
+        ("jamba", [1], "kinds repeat every 4 blocks"),
     ],
 )
 def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed, message):

@@ -112,7 +112,7 @@ def test_a_block_that_reads_an_earlier_one_goes_before_it_does(family, source, r
     rows = legality(model.config, stack)
     legal = [all(row.satisfied(states[k : k + 1])[0] for row in rows) for k in range(3)]
     assert legal == [False, True, True]
-    with pytest.raises(ArchitectureError, match=f"block {source} cannot be removed while block"):
+    with pytest.raises(ArchitectureError, match=f"keep {source} for {reader} "):
         cut_config(model.config.to_dict(), [source, *readers[:-1]])
     with pytest.raises(ArchitectureError, match="beside the residual stream"):
         Replay(model, stack_modules(model, stack))

@@ -218,6 +218,7 @@ def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeyp
     home = "isingcut.models.architectures.families"
     monkeypatch.setattr(f"{home}.kept_blocks", lambda *a: {})
     monkeypatch.setattr(f"{home}.move_images", lambda *a: None)
+    monkeypatch.setattr(f"{home}._image_places", lambda *a: ([], ""))
     model = composite(family)
     cut = cut_of(model, [1], tmp_path)
     with pytest.raises(VerificationError, match=r"without blocks \[1\] on text and an image"):

@@ -184,7 +184,9 @@ def converted(path: Path) -> Path:
     target = gguf_cache() / digest
     if target.is_dir():
         return _unchanged(target, path)
-    held = _numbers(path)
+    header = read_gguf(path)
+    header.check_blocks()
+    numbers = sum(int(tensor.n_elements) for tensor in header.tensors.values())
     try:
         # One at a time: what a killed one left has the size of a model, and is cleared.
         with locked(target.parent, inside=True, wait=True):
@@ -193,10 +195,11 @@ def converted(path: Path) -> Path:
                 return _unchanged(target, path)
             # Overwriting, because a file system may have no locks.
             with atomic_folder(target, overwrite=True) as temporary:
-                _convert(path, temporary, held)
+                _convert(path, temporary, numbers)
     except InputError as e:
+        why = str(getattr(e.__cause__, "strerror", None) or e).lower()
         raise ModelError(
-            f"the converted model cannot be kept in {target.parent}: {_words(e)}; set "
+            f"the converted model cannot be kept in {target.parent}: {why}; set "
             "ISINGCUT_CACHE to a folder with space that you may write to"
         ) from e
     return target
@@ -213,19 +216,7 @@ def _unchanged(target: Path, path: Path) -> Path:
     return target
 
 
-def _words(error: InputError) -> str:
-    cause = error.__cause__
-    return str(getattr(cause, "strerror", None) or error).lower()
-
-
-def _numbers(path: Path) -> int:
-    """How many numbers the file's tensors hold, once its header and its blocks are whole."""
-    header = read_gguf(path)
-    header.check_blocks()
-    return sum(tensor.n_elements for tensor in header.tensors.values())
-
-
-def _convert(path: Path, folder: Path, held: int) -> None:
+def _convert(path: Path, folder: Path, numbers: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -235,7 +226,7 @@ def _convert(path: Path, folder: Path, held: int) -> None:
         loading(f"{path.name} with transformers"),
         # One of its progress bars has no switch.
         contextlib.redirect_stderr(io.StringIO()),
-        bounded_structure(most_numbers(held), path.name),
+        bounded_structure(most_numbers(numbers), path.name),
     ):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model, found = loader.from_pretrained(

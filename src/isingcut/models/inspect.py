@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, 
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
 from isingcut.models.fit import bounded_structure, by_block, check_sizes, examine
-from isingcut.models.load import auto_class
+from isingcut.models.load import auto_class, load_config
 from isingcut.models.loading import loading, quiet_transformers
 from isingcut.models.safetensors_files import StoredTensor
 
@@ -223,18 +223,16 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         CheckpointError: the configuration or a header is damaged.
         ArchitectureError: it has no block stack.
     """
-    from transformers import AutoConfig
-
-    folder, configs = Path(folder), cast(Any, AutoConfig)
+    folder = Path(folder)
     seen = examine(folder, weights=False)
     if seen.mismatch:
         raise ModelError(seen.mismatch)
-    with loading(f"the model in {folder}"):
-        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # Kernels of the quantisation need a GPU; the structure does not.
-        config.__dict__.pop("quantization_config", None)
-        with bounded_structure(seen.most_numbers, str(folder)), torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    # Kernels of the quantisation need a GPU; the structure does not.
+    config.__dict__.pop("quantization_config", None)
+    bounds = bounded_structure(seen.most_numbers, str(folder))
+    with loading(f"the model in {folder}"), bounds, torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)
     refusal, rows = "", []

@@ -83,26 +83,27 @@ def _loads_alone(own: Any, config: Any) -> bool:
     )
 
 
-def auto_class_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """`auto_class` of the configuration in a checkpoint folder."""
-    return auto_class(_config_of(folder, trust_remote_code))
-
-
 def loading_class_of(folder: Path, *, trust_remote_code: bool = False) -> str:
     """The name of the class that loads a checkpoint in transformers where isingcut is not."""
-    config = _config_of(folder, trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     name: str = auto_class(config).__name__
     return _ALONE.get(type(config), name)
 
 
-def _config_of(folder: Path, trust: bool) -> Any:
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's configuration, as transformers reads it.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        ModelError: transformers cannot read it.
+    """
     from transformers import AutoConfig
 
     configs: Any = AutoConfig
     # First, as transformers would look for a folder that was deleted on the hub.
     read_config(folder)
     with loading(f"the configuration in {folder}"):
-        return configs.from_pretrained(folder, trust_remote_code=trust)
+        return configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
@@ -202,7 +203,7 @@ def as_transformers_does(
     """
     if fp8_layout(folder, read_config(folder)):
         return load_dequantised(folder, dtype)
-    loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
+    loader = auto_class(load_config(folder, trust_remote_code=trust_remote_code))
     options: dict[str, Any] = {}
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
@@ -229,14 +230,11 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, A
 
     Whatever transformers raises passes.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    raw = read_config(folder)
-    configs: Any = AutoConfig
-    config = configs.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    weights = dict(dequantised(folder, raw, dtype))
+    config = load_config(folder)
+    config.__dict__.pop("quantization_config", None)
+    weights = dict(dequantised(folder, read_config(folder), dtype))
     kind = model_classes(auto_class(config))[type(config)]
     model, report = kind.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
@@ -275,15 +273,13 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
         ModelError: transformers cannot build it, its configuration and its tensors do not fit
             each other, or its weights are packed in a way that can only be loaded whole.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    configs: Any = AutoConfig
     seen = check_fit(folder)
     _refuse_packed(folder, seen.config)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config.__dict__.pop("quantization_config", None)
     with loading(f"the model in {folder}"), bounded_structure(seen.most_numbers, str(folder)):
-        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
         config.name_or_path = str(folder)
         factory = auto_class(config)
         with torch.device("meta"):

@@ -99,20 +99,6 @@ _HANDED_ON = (
 )
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What the blocks of a model return.
-
-    Attributes:
-        rest: for each block, what stands behind the stream in the tuple it returns; None where it
-            returns the stream alone.
-        bytes_per_token: of the residual stream, at its widest.
-    """
-
-    rest: tuple[tuple[Any, ...] | None, ...]
-    bytes_per_token: int
-
-
 class BlockCall:
     """The arguments that a block was called with, its hidden states apart.
 
@@ -149,8 +135,14 @@ class BlockCall:
         return block(hidden, *self.args, **self.kwargs)
 
 
-def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device) -> Outputs:
-    """Run four tokens through a model and look at its blocks.
+def learn_outputs(
+    model: Any, blocks: Sequence[nn.Module], device: torch.device
+) -> tuple[list[tuple[Any, ...] | None], int]:
+    """Run four tokens through a model and look at what its blocks return.
+
+    Returns:
+        for each block, what stands behind the stream in the tuple it returns, None where it returns
+        the stream alone; and the bytes of a token's residual stream, at its widest.
 
     Raises:
         ArchitectureError: the blocks do not pass one residual stream on, and nothing else; or the
@@ -207,8 +199,7 @@ def learn_outputs(model: Any, blocks: Sequence[nn.Module], device: torch.device)
     _refuse_uncalled(blocks, [module for module, _ in calls])
     if any(watched.handed_on for watched in shared.values()):
         raise ArchitectureError(_HANDED_ON)
-    width = max(s[0, 0].numel() * s.element_size() for s in streams)
-    return Outputs(tuple(rest), width)
+    return rest, max(s[0, 0].numel() * s.element_size() for s in streams)
 
 
 def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -> None:
@@ -316,8 +307,7 @@ class Replay:
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
         self.text = text_model(model)
-        outputs = learn_outputs(self.text, self.blocks, self.device)
-        self.bytes_per_token, self._rest = outputs.bytes_per_token, outputs.rest
+        self._rest, self.bytes_per_token = learn_outputs(self.text, self.blocks, self.device)
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -133,7 +133,6 @@ def _download(name: str, trust_remote_code: bool) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
-        RepositoryNotFoundError,
     )
 
     # The HTTP library's own base class: hub versions are built on different ones.
@@ -152,11 +151,6 @@ def _download(name: str, trust_remote_code: bool) -> Path:
             f"the hub model {name} asks for its licence to be accepted; accept it on "
             f"https://huggingface.co/{name} and type: hf auth login"
         ) from e
-    except RepositoryNotFoundError as e:
-        raise ModelError(
-            f"no model {name!r}: there is no such local folder, and the hub has no public model "
-            f"of that name; {_EXPECTED}"
-        ) from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
         raise ModelError(
             f"no model {name!r}: there is no such local folder, it is not in the local hub cache, "
@@ -166,20 +160,19 @@ def _download(name: str, trust_remote_code: bool) -> Path:
     except (OSError, transport_error) as e:
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
-            f"({first_line(e)}); give the folder of a local model, or run again to go on"
+            f"({first_line(e)}); {_EXPECTED}, or run again to go on"
         ) from e
     return _checked_folder(Path(folder))
 
 
 def _checked_folder(folder: Path) -> Path:
     """``folder`` itself, once it is known to hold a checkpoint whose files can be read."""
-    adapter = folder / "adapter_config.json"
-    if is_there(adapter):
+    if is_there(folder / "adapter_config.json"):
         raise ModelError(
             f"{folder} holds a PEFT adapter, not a model; merge it into its base model first, in "
-            "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
-            f"{_base_of(adapter)}), {str(folder)!r}).merge_and_unload().save_pretrained('merged'), "
-            "and give that folder (a merged model: delete its adapter_config.json)"
+            "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
+            f"{str(folder)!r}).merge_and_unload().save_pretrained('merged'), and give that folder "
+            "(a merged model: delete its adapter_config.json)"
         )
     if not is_there(folder / "config.json"):
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
@@ -246,12 +239,6 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
             f"the weights in {folder} were changed while they were read, so that nothing measured "
             "meanwhile was kept; let nobody write there, and start in a new folder with --out"
         )
-
-
-def _base_of(adapter: Path) -> str:
-    told = load_json(adapter, "the adapter's", ModelError, infinite=True)
-    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
-    return repr(base if isinstance(base, str) and base else "BASE")
 
 
 @contextlib.contextmanager

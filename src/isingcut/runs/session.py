@@ -84,7 +84,7 @@ class Session:
                     batch_tokens=self.config.batch_tokens,
                     memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
                 )
-                record = {"asked": asked, **found.as_dict()}
+                record = {"asked": asked, **dataclasses.asdict(found)}
                 provenance.setdefault("computed", {})[device] = record
                 folder.save()
             return record

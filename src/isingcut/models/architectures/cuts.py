@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import families, fields
 from isingcut.models.architectures.fields import (
     COUNTED_BY,
     PER_MODALITY,
-    TWO_STAY,
     UNCUTTABLE,
     config_object,
     count_of,
@@ -225,6 +226,8 @@ def _each(value: Any, change: Callable[[int], int]) -> Any:
     return [change(v) for v in value] if isinstance(value, list) else change(value)
 
 
+# Kinds of mixer that write keys and values.
+_CACHED = {"attention", "sliding-attention", "chunked-attention"}
 _LIST_NAMES = r"(?:layers|layer|h|blocks|block|blk)"
 # "model.layers.3.mlp", "re:.*layers\\.3\\.mlp", "layers.1*": the number after the list's name.
 _NUMBERED = re.compile(
@@ -252,23 +255,19 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     mapping = renumbering(count, removed)
     _refuse_unclear(result, text, count)
     families.write_out(text, count)
-    must_stay = families.kept_blocks(result, text, count)
-    for old in sorted(set(must_stay) - set(mapping)):
-        raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
-    if len(mapping) == 1 and (reason := of_type(TWO_STAY, text.get("model_type"))):
-        raise ArchitectureError(f"block {next(iter(mapping))} cannot stay alone: {reason}")
-    for block, source, reason in families.sources(text, count):
-        if block in mapping and source not in mapping:
+    state = np.array([[i not in mapping for i in range(count)]])
+    for row in families.legality(result, text, count):
+        if not row.satisfied(state)[0]:
             raise ArchitectureError(
-                f"block {source} cannot be removed while block {block} stays: {reason}"
+                f"blocks {', '.join(map(str, removed))} cannot be removed: {row.describe()}"
             )
     families.move_images(result, count, mapping)
     read, types = _as_read(config)
     for part, _ in speaking_parts(result, text):
         cut_fields(part, count, mapping)
-    families.follow(text, count, mapping)
+    if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
+        text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
     kept_types = [types[i] for i in mapping] if types else []
-    families.check_last(text, kept_types)
     new_read, new_types = _as_read(result)
     if new_types != kept_types:
         raise ArchitectureError(
@@ -281,10 +280,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
             f"{len(mapping)} stay"
         )
     if families.keeps_attention(types) and not families.keeps_attention(kept_types):
-        raise ArchitectureError(
-            "every attention block would be removed; keep at least one, because generation reads "
-            "the sequence length from an attention cache"
-        )
+        raise ArchitectureError(f"every attention block would be removed; {families.ATTENTION}")
     for part in (result, text) if text is not result else (result,):
         quantisation = part.get("quantization_config")
         if isinstance(quantisation, dict):
@@ -306,7 +302,8 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     text = materialise(whole)
     refuse_packing(whole)
     _refuse_unclear(whole, text, len(stack))
-    return families.legality(whole, text, stack)
+    attention = [i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))]
+    return families.legality(whole, text, len(stack), attention)
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:

@@ -252,10 +252,9 @@ class RowSums:
     def __init__(self, labels: Tensor, reference_log_z: Tensor | None = None) -> None:
         self._labels, self._reference_log_z = labels, reference_log_z
         rows, device = len(labels), labels.device
-        self._wide = torch.float32 if device.type == "mps" else torch.float64
         self._top = torch.full((rows,), -torch.inf, device=device)
-        self._total = torch.zeros(rows, dtype=self._wide, device=device)
-        self._difference = torch.zeros(rows, dtype=self._wide, device=device)
+        self._total = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._difference = torch.zeros(rows, dtype=torch.float64, device=device)
         self._picked = torch.zeros(rows, device=device)
 
     def add(self, logits: Tensor, offset: int = 0, reference: Tensor | None = None) -> None:
@@ -294,15 +293,15 @@ class RowSums:
         found = q.gather(1, label.clamp(0, q.shape[1] - 1)[:, None])[:, 0].float()
         self._picked = torch.where(inside, found, self._picked)
         top = torch.maximum(self._top, q.amax(1).float())
-        exponentials = (q - top[:, None]).exp_().sum(1, dtype=self._wide)
-        self._total = self._total * (self._top.to(self._wide) - top).exp() + exponentials
+        exponentials = (q - top[:, None]).exp_().sum(1, dtype=torch.float64)
+        self._total = self._total * (self._top.double() - top).exp() + exponentials
         self._top = top
         if reference is not None:
             assert self._reference_log_z is not None
             same = _wide(reference)
             p = (same - self._reference_log_z.to(same.dtype)[:, None]).exp_()
             apart = torch.where(same > -3.0e38, same - q, 0.0)
-            self._difference += torch.linalg.vecdot(p, apart).to(self._wide)
+            self._difference += torch.linalg.vecdot(p, apart).double()
 
     @property
     def log_z(self) -> Tensor:
