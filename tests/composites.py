@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText
 
-from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.tiny import random_model, tiny_tokenizer
+from sweep.shrink import tiny_configuration
 
 
 def composite(family: str, factory: Any = AutoModelForImageTextToText, **changes: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from isingcut.models.load import auto_class
-from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.configurations import _DEEPSEEK, BASE
 from isingcut.testing.tiny import random_model, tiny_tokenizer
+from sweep.shrink import tiny_configuration
 
 LINEAR: dict[str, Any] = {"linear_head_dim": 8, "linear_num_heads": 4}
 GATED: dict[str, Any] = {

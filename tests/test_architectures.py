@@ -16,8 +16,8 @@ from isingcut.errors import ArchitectureError, ModelError
 from isingcut.models.architectures.blocks import find_stack, skipped, text_config
 from isingcut.models.architectures.cuts import cut_config, legality, rename_pattern, renumbering
 from isingcut.models.inspect import inspect_model
-from isingcut.testing.architectures import check_family, legal_states
 from isingcut.testing.configurations import FAMILIES
+from sweep.conformance import check_family, legal_states
 from tiny import tiny_checkpoint, tiny_model
 
 FAST = ["llama", "qwen2_moe", "smollm3", "gemma3", "gpt2", "nemotron_h", "opt"]

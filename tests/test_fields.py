@@ -16,9 +16,9 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import relative_difference, verify
 from isingcut.models.inspect import check_same_blocks, inspect_model
 from isingcut.models.replay import Replay
-from isingcut.testing.architectures.conformance import check_entry, entries
 from isingcut.testing.tiny import random_model
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model
+from sweep.conformance import check_entry, entries
 from tiny import replay_of
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}

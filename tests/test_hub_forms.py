@@ -18,9 +18,9 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.load import auto_class, load_config, loading_class_of
 from isingcut.models.replay import Replay
 from isingcut.models.safetensors_files import StoredTensor
-from isingcut.testing.architectures import check_family
-from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.tiny import random_model
+from sweep.conformance import check_family
+from sweep.shrink import tiny_configuration
 from tiny import replay_of, tiny_checkpoint, tiny_model
 
 

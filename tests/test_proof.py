@@ -24,8 +24,8 @@ from isingcut.models.cutting.verify import (
 )
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.report.run_files import RunFiles
-from isingcut.testing.architectures import check_family
-from isingcut.testing.images import invent_images
+from sweep.conformance import check_family
+from sweep.images import invent_images
 from tiny import tiny_model, tiny_tokenizer
 
 LOWEST = torch.finfo(torch.float32).min
@@ -164,7 +164,7 @@ def test_idle_blocks_are_told_of_and_fail_the_conformance_kit(tmp_path, monkeypa
         "tiny_checkpoint": lambda family, folder, **k: model.save_pretrained(folder),
         "check_gates": lambda *a: True,
     }.items():
-        monkeypatch.setattr(f"isingcut.testing.architectures.conformance.{name}", stand_in)
+        monkeypatch.setattr(f"sweep.conformance.{name}", stand_in)
     report = check_family("llama", tmp_path / "kit", states=1)
     assert report.outcome == "failed"
     assert "cannot tell this cut from others" in report.reason

@@ -5,9 +5,10 @@ import signal
 import pytest
 from transformers.models.auto import modeling_auto
 
-from isingcut.testing.architectures import check_entry, command, conformance
-from isingcut.testing.architectures.conformance import Entry, entries
-from isingcut.testing.architectures.shrink import tiny_configuration
+from sweep import __main__ as command
+from sweep import conformance
+from sweep.conformance import Entry, check_entry, entries
+from sweep.shrink import tiny_configuration
 
 LLAMA = Entry("llama", "AutoModelForCausalLM")
 

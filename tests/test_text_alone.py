@@ -20,7 +20,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, reload, verify, verify_streamed
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.images import invent_images
+from sweep.images import invent_images
 
 INSIDE = {
     "blip": "BlipTextLMHeadModel",
