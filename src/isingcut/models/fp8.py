@@ -122,6 +122,16 @@ def dequantise(
     return values * factor
 
 
+def read_plain(
+    name: str, stored: Mapping[str, StoredTensor], block: tuple[int, int] | None
+) -> torch.Tensor:
+    """The values of one stored tensor, those of float8 times their scale and in float32."""
+    value = read_tensor(stored[name])
+    if not stored[name].dtype.startswith("F8_"):
+        return value
+    return dequantise(value, read_tensor(scale_of(name, stored)), block)
+
+
 def dequantised(
     folder: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -138,12 +148,8 @@ def dequantised(
     stored = read_checkpoint(folder)
     block = tile_of(config)
     for name, tensor in weights_of(stored).items():
-        value = read_tensor(tensor)
-        if not tensor.dtype.startswith("F8_"):
-            yield name, value.to(dtype) if tensor.dtype in ("BF16", "F16") else value
-            continue
-        scale = scale_of(name, stored)
-        yield name, dequantise(value, read_tensor(scale), block).to(dtype)
+        value = read_plain(name, stored, block)
+        yield name, value.to(dtype) if tensor.dtype.startswith(("F8_", "BF16", "F16")) else value
 
 
 def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

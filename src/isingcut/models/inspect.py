@@ -12,8 +12,9 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +200,9 @@ class Inspection:
         return rows
 
 
-def _costs(block: Block) -> tuple[int, ...]:
-    return (
-        block.parameters,
-        block.active_parameters,
-        block.bytes,
-        block.kv_bytes_per_token,
-        block.state_bytes,
-    )
+_costs: Callable[[Block], tuple[int, ...]] = attrgetter(
+    "parameters", "active_parameters", "bytes", "kv_bytes_per_token", "state_bytes"
+)
 
 
 def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspection:

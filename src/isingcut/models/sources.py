@@ -251,9 +251,15 @@ def save_loaded_model(
         InputError: no transformers model, no tokenizer, or a model that cannot be saved whole.
         ModelError: saving it failed.
     """
+    from transformers import PreTrainedTokenizerBase
+
     _check_model(given)
-    _check_tokenizer(tokenizer)
-    assert tokenizer is not None
+    if tokenizer is None:
+        raise InputError("a loaded model needs its tokenizer: prune(model, tokenizer=...)")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
+        )
     with temporary_folder() as place:
         folder = place / "model"
         try:
@@ -322,14 +328,3 @@ def _beside_weights(module: Any) -> str | None:
     if any(not str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks):
         return "has forward hooks; remove them (handle.remove())"
     return None
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    from transformers import PreTrainedTokenizerBase
-
-    if tokenizer is None:
-        raise InputError("a loaded model needs its tokenizer: prune(model, tokenizer=...)")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise InputError(
-            f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
-        )

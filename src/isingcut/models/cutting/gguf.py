@@ -28,7 +28,7 @@ from isingcut.files.outputs import refuse_source
 from isingcut.files.writing import atomic_file
 from isingcut.models.architectures.cuts import depth, renumbering, written_out
 from isingcut.models.fit import block_prefix
-from isingcut.models.fp8 import dequantise, read_tensor, scale_of, tile_of
+from isingcut.models.fp8 import read_plain, read_tensor, tile_of
 from isingcut.models.gguf_files import GgufHeader, block_of, read_gguf
 from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
 
@@ -174,18 +174,14 @@ def changed_tensors(
 
 class _Side:
     def __init__(self, folder: Path) -> None:
-        self._config = read_config(folder)
+        config = read_config(folder)
+        self._tile = tile_of(config)
         self.stored: Mapping[str, StoredTensor] = read_checkpoint(folder)
-        self.count = depth(written_out(self._config))
+        self.count = depth(written_out(config))
         self.prefix = block_prefix(self.stored.values(), self.count)
 
     def values(self, name: str) -> NDArray[np.float32]:
-        tensor = self.stored[name]
-        value = read_tensor(tensor)
-        if tensor.dtype.startswith("F8_"):
-            scale = read_tensor(scale_of(name, self.stored))
-            value = dequantise(value, scale, tile_of(self._config))
-        found: NDArray[np.float32] = value.float().numpy()
+        found: NDArray[np.float32] = read_plain(name, self.stored, self._tile).float().numpy()
         return found
 
 
@@ -245,19 +241,11 @@ def repacked(
         source, out: the GGUF file before and after.
         changed: tensors by their names in ``source``.
     """
-    import gguf
-
-    def kept(name: str) -> str:
-        place = block_of(name)
-        assert place is not None
-        block, rest = place
-        return f"blk.{block - sum(i < block for i in removed)}.{rest}"
-
-    before = {t.name: t for t in gguf.GGUFReader(source).tensors}
-    after = {t.name: t for t in gguf.GGUFReader(out).tensors}
+    before, after = read_gguf(source), read_gguf(out).tensors
+    mapping = renumbering(before.number("block_count"), removed)
     found = []
     for old, values in changed.items():
-        was, now = before[old], after[kept(old)]
+        was, now = before.tensors[old], after[_new_name(old, mapping) or old]
         wanted = laid_out(source, was, values)
         error = _difference(_unpacked(now), wanted)
         found.append(Repacked(now.name, was.tensor_type.name, now.tensor_type.name, error))

@@ -27,7 +27,6 @@ from torch import Tensor
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures.blocks import language_model
 from isingcut.models.fp8 import (
-    DTYPES,
     dequantise,
     fp8_layout,
     read_tensor,
@@ -336,7 +335,7 @@ class Reader:
                 if isinstance(step, Copied):
                     self._copy(step.source, step.place(views[step.target]))
                     continue
-                values = [self._value(source).to(step.dtype) for _, source in step.sources]
+                values = [self._value(source, step.dtype) for _, source in step.sources]
                 for name, value in step.run(values).items():
                     if name in views:
                         views[name].copy_(value)
@@ -369,56 +368,44 @@ class Reader:
                     self._files.popitem()[1].close()
 
     def _copy(self, source: StoredTensor, view: Tensor) -> None:
+        """Read and convert a few rows (or experts) at a time: no weight is there in float32."""
         if not view.numel():
             return
         if not view.is_contiguous():
-            view.copy_(self._value(source))
-        elif source.dtype.startswith("F8_"):
-            self._dequantise(source, view)
-        elif DTYPES.get(source.dtype) is view.dtype:
+            view.copy_(self._value(source, view.dtype))
+            return
+        dtype = torch_dtype(source)
+        if dtype is view.dtype:
             plain: Any = view.view(-1).view(torch.uint8).numpy()
             self._read(source, 0, memoryview(plain))
-        else:
-            self._cast(source, view.view(-1))
-
-    def _cast(self, source: StoredTensor, flat: Tensor) -> None:
-        """Read and convert a few numbers at a time."""
-        dtype = torch_dtype(source)
-        step = _STAGE // dtype.itemsize
-        for first in range(0, len(flat), step):
-            count = min(step, len(flat) - first)
-            data = memoryview(self._stage)[: count * dtype.itemsize]
-            self._read(source, first * dtype.itemsize, data)
-            values = torch.frombuffer(data, dtype=dtype)
-            flat[first : first + count].copy_(self._narrowed(source, values))
-
-    def _narrowed(self, source: StoredTensor, values: Tensor) -> Tensor:
-        """An FP8 checkpoint's other weights pass through the model's dtype first."""
-        return values.to(self._dtype) if self._fp8 and source.dtype in ("BF16", "F16") else values
-
-    def _dequantise(self, source: StoredTensor, view: Tensor) -> None:
-        """A few rows (or experts) at a time, so that no float32 copy of a weight exists."""
-        scale = self._tensor(scale_of(source.name, self._stored))
-        dtype = torch_dtype(source)
-        width = source.size // source.shape[0]
-        per = _rows_per_scale(scale, source.shape, self._tile)
-        rows = max(1, _STAGE // (width * per)) * per if per else source.shape[0]
-        for first in range(0, source.shape[0], rows):
-            last = min(first + rows, source.shape[0])
-            data = bytearray((last - first) * width)
-            self._read(source, first * width, memoryview(data))
-            piece = torch.frombuffer(data, dtype=dtype).view(last - first, *source.shape[1:])
-            own = scale.ndim and scale.shape[0] > 1 and rows < source.shape[0]
-            factor = scale[first // per : -(-last // per)] if own else scale
-            view[first:last].copy_(dequantise(piece, factor, self._tile).to(self._dtype))
-
-    def _value(self, source: StoredTensor) -> Tensor:
-        """One stored tensor whole, as plain numbers."""
-        value = self._tensor(source)
-        if source.dtype.startswith("F8_"):
+            return
+        packed = source.dtype.startswith("F8_")
+        # The weights of an FP8 checkpoint pass through the model's dtype first.
+        narrowed = packed or (self._fp8 and source.dtype in ("BF16", "F16"))
+        shape = source.shape if packed else (source.size // dtype.itemsize,)
+        width, per = source.size // shape[0], 1
+        if packed:
             scale = self._tensor(scale_of(source.name, self._stored))
-            return dequantise(value, scale, self._tile).to(self._dtype)
-        return self._narrowed(source, value)
+            per = _rows_per_scale(scale, shape, self._tile)
+        rows = max(1, _STAGE // (width * per)) * per if per else shape[0]
+        view = view.view(shape)
+        for first in range(0, shape[0], rows):
+            last = min(first + rows, shape[0])
+            size = (last - first) * width
+            data = memoryview(self._stage)[:size] if size <= _STAGE else memoryview(bytearray(size))
+            self._read(source, first * width, data)
+            piece = torch.frombuffer(data, dtype=dtype).view(last - first, *shape[1:])
+            if packed:
+                own = scale.ndim and scale.shape[0] > 1 and rows < shape[0]
+                factor = scale[first // per : -(-last // per)] if own else scale
+                piece = dequantise(piece, factor, self._tile)
+            view[first:last].copy_(piece.to(self._dtype) if narrowed else piece)
+
+    def _value(self, source: StoredTensor, dtype: torch.dtype) -> Tensor:
+        """One stored tensor whole, as plain numbers."""
+        found = torch.empty(source.shape, dtype=dtype)
+        self._copy(source, found)
+        return found
 
     def _tensor(self, source: StoredTensor) -> Tensor:
         self.bytes_read += source.size
