@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from isingcut.models.safetensors_files import read_checkpoint
 
 _FP8_MAX = 448.0
 _TILE = 16
@@ -174,3 +177,23 @@ def _rewrite(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = told()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+_BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")
+
+
+def assert_bytes_follow(source, out, kept):
+    """Every tensor of the blocks that stay has the bytes it had; the dtypes among them."""
+    before, after = read_checkpoint(source), read_checkpoint(out)
+    old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}
+    for name, tensor in after.items():
+        was = before[name if "visual" in name else old[name]]
+        assert (tensor.dtype, tensor.shape, tensor.data()) == (was.dtype, was.shape, was.data())
+    stays = {
+        name
+        for name in before
+        if "mtp" not in name
+        and ("visual" in name or not (m := _BLOCK.search(name)) or int(m.group()) in kept)
+    }
+    assert len(after) == len(stays)
+    return {tensor.dtype for tensor in after.values()}

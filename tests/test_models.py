@@ -87,7 +87,7 @@ def test_hub_downloads_leave_pickles_and_code_behind(folder, monkeypatch):
 
 def test_pickle_weights_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="only pickle weights") as caught:
+    with pytest.raises(ModelError, match="pickle weights can run code") as caught:
         resolve(str(folder))
     one_line(caught)
 

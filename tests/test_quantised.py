@@ -12,28 +12,8 @@ from isingcut.errors import ArchitectureError
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import as_transformers_does, load
-from isingcut.models.safetensors_files import read_checkpoint
-from quantised import bitsandbytes, fp8_in_tiles, int4, mxfp4
+from quantised import assert_bytes_follow, bitsandbytes, fp8_in_tiles, int4, mxfp4
 from tiny import replay_of, tiny_checkpoint
-
-_BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")
-
-
-def assert_bytes_follow(source, out, kept):
-    """Every tensor of the blocks that stay has the bytes it had; the dtypes among them."""
-    before, after = read_checkpoint(source), read_checkpoint(out)
-    old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}
-    for name, tensor in after.items():
-        was = before[name if "visual" in name else old[name]]
-        assert (tensor.dtype, tensor.shape, tensor.data()) == (was.dtype, was.shape, was.data())
-    stays = {
-        name
-        for name in before
-        if "mtp" not in name
-        and ("visual" in name or not (m := _BLOCK.search(name)) or int(m.group()) in kept)
-    }
-    assert len(after) == len(stays)
-    return {tensor.dtype for tensor in after.values()}
 
 
 def quantisation(folder):

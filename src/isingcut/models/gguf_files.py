@@ -184,9 +184,7 @@ def converted(path: Path) -> Path:
     target = gguf_cache() / digest
     if target.is_dir():
         return _unchanged(target, path)
-    header = read_gguf(path)
-    header.check_blocks()
-    numbers = sum(int(tensor.n_elements) for tensor in header.tensors.values())
+    numbers = _numbers(path)
     try:
         # One at a time: what a killed one left has the size of a model, and is cleared.
         with locked(target.parent, inside=True, wait=True):
@@ -214,6 +212,13 @@ def _unchanged(target: Path, path: Path) -> Path:
             f"{target} and run again"
         )
     return target
+
+
+def _numbers(path: Path) -> int:
+    """How many numbers the file's tensors hold, once its header and its blocks are whole."""
+    header = read_gguf(path)
+    header.check_blocks()
+    return sum(tensor.n_elements for tensor in header.tensors.values())
 
 
 def _convert(path: Path, folder: Path, numbers: int) -> None:

@@ -156,15 +156,10 @@ def weight_files(folder: Path) -> list[Path]:
 def no_weights(folder: Path) -> str:
     """What a folder holds in the place of safetensors, and what to do."""
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHERS)
-    if "adapter_model.safetensors" in others:
-        return f"{folder} holds an adapter, not a model; merge it into its base model first"
-    pickles = [name for name in others if not name.endswith((".gguf", ".safetensors"))]
     there = f"only {', '.join(others[:3])}" if others else "no weights"
-    if pickles:
-        there = f"only pickle weights ({pickles[0]}), which can run code"
     return (
-        f"{folder} has {there}; expected {SINGLE} or {INDEX}: convert it with transformers, "
-        "from_pretrained(...).save_pretrained(...)"
+        f"{folder} has {there}; expected {SINGLE} or {INDEX}, for pickle weights can run code: "
+        "convert it with transformers, from_pretrained(...).save_pretrained(...)"
     )
 
 

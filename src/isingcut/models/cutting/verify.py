@@ -402,7 +402,7 @@ def verify(
     """
     source_model.eval()
     if cut is None:
-        cut, streamed = _opened(source_model, removed, out, trust_remote_code=trust_remote_code)
+        cut, streamed = _opened(source_model, removed, out, trust_remote_code)
         if streamed:
             prompts, new_tokens = 1, min(new_tokens, _STREAMED_TOKENS)
     tokens = random_tokens(source_model, 2, length)
@@ -503,50 +503,33 @@ def verify_streamed(
 
     Complexity: the original is read twice, the cut model once and twice per new token.
     """
-    cut = _streamed(
-        out, source.dtype, source.device, source.store.buffers, trust_remote_code=trust_remote_code
-    )
+    cut = _streamed(out, source.model, trust_remote_code, source.store.buffers)
     return verify(
         source.model, removed, out, cut=cut, prompts=1, new_tokens=new_tokens, images=images
     )
 
 
-def _opened(
-    source_model: Any, removed: Sequence[int], out: Path, *, trust_remote_code: bool
-) -> tuple[Any, bool]:
+def _opened(model: Any, removed: Sequence[int], out: Path, trust: bool) -> tuple[Any, bool]:
     """A cut beside its resident original, and whether it is streamed because both do not fit."""
-    dtype, device = source_model.dtype, source_model.device
-    if fits(out, dtype):
-        cut = reload(out, dtype=dtype, trust_remote_code=trust_remote_code)
+    if fits(out, model.dtype):
+        cut = reload(out, dtype=model.dtype, trust_remote_code=trust)
         cut.requires_grad_(False)
-        if share(cut, source_model, removed):
+        if share(cut, model, removed):
             return cut, False
         del cut
-    return _streamed(out, dtype, device, None, trust_remote_code=trust_remote_code), True
+    return _streamed(out, model, trust), True
 
 
-def _streamed(
-    out: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    buffers: Buffers | None,
-    *,
-    trust_remote_code: bool,
-) -> Any:
+def _streamed(out: Path, original: Any, trust: bool, buffers: Buffers | None = None) -> Any:
     """A cut whose blocks are read from disk when they are run.
 
     Raises:
         VerificationError: it does not load, or holds tensors that it has no use for.
     """
+    place = {"dtype": original.dtype, "device": original.device}
     try:
         with quiet_transformers():
-            cut, store, _ = open_model(
-                out,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                buffers=buffers,
-            )
+            cut, store, _ = open_model(out, **place, trust_remote_code=trust, buffers=buffers)
     except (ModelError, CheckpointError) as error:
         raise VerificationError(f"the checkpoint {out} does not load: {error}") from error
     if store.reader.unexpected:

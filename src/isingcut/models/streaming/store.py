@@ -346,10 +346,7 @@ class Store:
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[leaf] = buffer.to(self.device)
-        rest = self._parts[REST]
-        host = torch.empty(rest.size, dtype=torch.uint8)
-        rest.fill(host)
-        rest.install(host.to(self.device))
+        self.keep(REST)
 
 
 class StoredPart:
