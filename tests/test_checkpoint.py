@@ -19,7 +19,7 @@ from isingcut.models.safetensors_files import (
     read_header,
     write_checkpoint,
 )
-from tiny import tiny_checkpoint
+from tiny import edited_config, tiny_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -94,9 +94,8 @@ def fewer_blocks_in_the_config(folder):
 
 
 def set_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    config.update(changes)
-    (folder / "config.json").write_text(json.dumps(config))
+    with edited_config(folder) as config:
+        config.update(changes)
 
 
 HOSTILE = [

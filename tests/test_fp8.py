@@ -19,7 +19,7 @@ from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.healing import HealConfig
 from quantised import assert_bytes_follow
-from tiny import tiny_checkpoint, tiny_model
+from tiny import edited_config, edited_tensors, tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
@@ -28,7 +28,7 @@ FP8_MAX = 448.0
 
 
 def quantise(folder, layout, skip=()):
-    """Turn the linear weights of a checkpoint into float8 with scales; returns what was written."""
+    """Turn the linear weights of a checkpoint into float8 with scales."""
     tensors = load_file(folder / "model.safetensors")
     out = {}
     for name, value in tensors.items():
@@ -52,28 +52,25 @@ def quantise(folder, layout, skip=()):
             out[f"{stem}.input_scale"] = torch.tensor(0.5)
         out[name] = (value / spread).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     save_file(out, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    if layout == "fp8":
-        config["quantization_config"] = {
-            "quant_method": "fp8",
-            "weight_block_size": [16, 16],
-            "modules_to_not_convert": ["lm_head", "model.layers.0.mlp", "model.layers.4.mlp"],
-        }
-    elif layout == "compressed-tensors":
-        weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
-        config["quantization_config"] = {
-            "quant_method": "compressed-tensors",
-            "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
-            "ignore": ["lm_head", "re:.*layers\\.5\\.mlp.*"],
-        }
-    else:
+    if layout == "modelopt":
         quantisation = {
             "quant_algo": "FP8",
             "exclude_modules": ["lm_head", "backbone.layers.5.mixer*", "backbone.layers.12*"],
         }
         (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantisation}))
-    (folder / "config.json").write_text(json.dumps(config))
-    return out
+        return
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    with edited_config(folder) as config:
+        config["quantization_config"] = {
+            "fp8": {
+                "weight_block_size": [16, 16],
+                "modules_to_not_convert": ["lm_head", "model.layers.0.mlp", "model.layers.4.mlp"],
+            },
+            "compressed-tensors": {
+                "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+                "ignore": ["lm_head", "re:.*layers\\.5\\.mlp.*"],
+            },
+        }[layout] | {"quant_method": layout}
 
 
 @pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
@@ -151,9 +148,9 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
 
 def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):
     source = tiny_checkpoint("llama", tmp_path / "source")
-    tensors = quantise(source, "modelopt")
-    del tensors["model.layers.2.mlp.up_proj.weight_scale"]
-    save_file(tensors, source / "model.safetensors")
+    quantise(source, "modelopt")
+    with edited_tensors(source) as tensors:
+        del tensors["model.layers.2.mlp.up_proj.weight_scale"]
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight' has no scale"):
         dict(dequantised(source, {}, torch.float32))
 
@@ -178,11 +175,10 @@ def nemotron(folder):
     """A tiny 52-block Nemotron-H in ModelOpt FP8, configured as the real checkpoint is."""
     kinds = [KINDS[letter] for letter in PATTERN]
     tiny_checkpoint("nemotron_h", folder, layers_block_type=kinds)
-    config = json.loads((folder / "config.json").read_text())
-    del config["layers_block_type"]
-    config["hybrid_override_pattern"] = PATTERN
-    config["num_hidden_layers"] = len(PATTERN)
-    (folder / "config.json").write_text(json.dumps(config))
+    with edited_config(folder) as config:
+        del config["layers_block_type"]
+        config["hybrid_override_pattern"] = PATTERN
+        config["num_hidden_layers"] = len(PATTERN)
     quantise(folder, "modelopt", skip=("conv1d",))
     return folder
 

@@ -19,6 +19,7 @@ from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, lai
 from isingcut.models.gguf_files import read_gguf
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS
+from tiny import edited_tensors
 
 Kind = gguf.GGMLQuantizationType
 
@@ -74,11 +75,10 @@ def model_and_file(folder, kind, *, turned=False):
 def patched(source, out):
     """The model without blocks 2 and 3, other numbers in the layer before them."""
     excise(source, [2, 3], out)
-    tensors = load_file(out / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(tensors[DOWN].shape, generator=generator) * tensors[DOWN].std()
-    tensors[DOWN] = tensors[DOWN] + 0.3 * noise
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(out) as tensors:
+        noise = torch.randn(tensors[DOWN].shape, generator=generator) * tensors[DOWN].std()
+        tensors[DOWN] = tensors[DOWN] + 0.3 * noise
     return tensors[DOWN]
 
 

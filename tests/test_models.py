@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import tiny_checkpoint
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models import device, gguf_files
@@ -20,6 +19,7 @@ from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import loading_class_of
 from isingcut.models.sources import hub_id, model_identity, resolve
+from tiny import edited_config, tiny_checkpoint
 
 
 @pytest.fixture
@@ -146,14 +146,13 @@ def test_the_trial_takes_the_faster_dtype(monkeypatch, slow):
 def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path):
     first = model_identity(folder)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    config = json.loads((copy / "config.json").read_text())
-    config["transformers_version"] = "0.0"
-    (copy / "config.json").write_text(json.dumps(config))
+    with edited_config(copy) as config:
+        config["transformers_version"] = "0.0"
     assert model_identity(copy) == first
     other = tiny_checkpoint("llama", tmp_path / "other", seed=1)
     assert model_identity(other)["sha256"] != first["sha256"]
-    config["rope_theta"] = 5.0
-    (copy / "config.json").write_text(json.dumps(config))
+    with edited_config(copy) as config:
+        config["rope_theta"] = 5.0
     assert model_identity(copy)["sha256"] != first["sha256"]
 
 

@@ -4,15 +4,13 @@ import contextlib
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from composites import composite
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.files.writing import read_json
-from isingcut.models.architectures.blocks import find_stack
-from isingcut.models.architectures.cuts import cut_config, legality
+from isingcut.models.architectures.cuts import cut_config
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import (
     check_generation,
@@ -26,7 +24,7 @@ from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.report.run_files import RunFiles
 from sweep.conformance import check_family
 from sweep.images import invent_images
-from tiny import tiny_model, tiny_tokenizer
+from tiny import forbids, tiny_model, tiny_tokenizer
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -184,14 +182,6 @@ def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path)
     assert [c.difference for c in proof.comparisons] == [0.0, 0.0]
     assert all(c.wrong > 0.1 for c in proof.comparisons)
     assert proof.remarks == ()
-
-
-def forbids(model, removed):
-    """Whether a row of legality forbids a state."""
-    stack = find_stack(model)
-    state = np.zeros((1, len(stack)), dtype=bool)
-    state[0, removed] = True
-    return not all(row.satisfied(state)[0] for row in legality(model.config, stack))
 
 
 @pytest.mark.parametrize("family", DEEPSTACK)

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from composites import composite_checkpoint
 from isingcut.errors import ArchitectureError
@@ -13,7 +12,7 @@ from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import as_transformers_does, load
 from quantised import assert_bytes_follow, bitsandbytes, fp8_in_tiles, int4, mxfp4
-from tiny import replay_of, tiny_checkpoint
+from tiny import edited_tensors, replay_of, tiny_checkpoint
 
 
 def quantisation(folder):
@@ -24,9 +23,8 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     plain = composite_checkpoint("qwen3_5_moe", source)
     fp8_in_tiles(source)
-    tensors = load_file(source / "model.safetensors")
-    tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 4)
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(source) as tensors:
+        tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 4)
     model, found = as_transformers_does(source, torch.float32)
     assert not found["missing_keys"]
     wanted = dict(plain.named_parameters())

@@ -1,6 +1,5 @@
 """Weights read block by block are those that transformers loads, whatever the file holds."""
 
-import json
 import shutil
 from collections import Counter
 
@@ -17,6 +16,7 @@ from isingcut.models.streaming.reader import Reader
 from isingcut.testing.tiny import tiny_checkpoint
 from streams import samples, some_states, streamed
 from test_fp8 import quantise
+from tiny import edited_config
 
 
 def everything(folder, dtype):
@@ -98,9 +98,8 @@ def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):
 
 def test_weights_that_can_only_be_loaded_whole_are_refused(tmp_path):
     folder = tiny_checkpoint("llama", tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "hqq", "quant_config": {}}
-    (folder / "config.json").write_text(json.dumps(config))
+    with edited_config(folder) as config:
+        config["quantization_config"] = {"quant_method": "hqq", "quant_config": {}}
     with pytest.raises(ModelError, match="packed by 'hqq'"):
         build_skeleton(folder, torch.float32)
 
