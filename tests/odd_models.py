@@ -9,8 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from isingcut.models.load import auto_class
-from isingcut.testing.configurations import _DEEPSEEK, BASE
-from isingcut.testing.tiny import random_model, tiny_tokenizer
+from isingcut.testing.tiny import _DEEPSEEK, BASE, random_model, tiny_tokenizer
 from sweep.shrink import tiny_configuration
 
 LINEAR: dict[str, Any] = {"linear_head_dim": 8, "linear_num_heads": 4}

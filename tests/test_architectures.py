@@ -14,7 +14,7 @@ from isingcut.errors import ArchitectureError, ModelError
 from isingcut.models.architectures.blocks import find_stack, skipped, text_config
 from isingcut.models.architectures.cuts import cut_config, rename_pattern, renumbering
 from isingcut.models.inspect import inspect_model
-from isingcut.testing.configurations import FAMILIES
+from isingcut.testing.tiny import FAMILIES
 from sweep.conformance import check_family
 from tiny import edited_config, forbids, tiny_checkpoint, tiny_model
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from isingcut.errors import InputError
-from isingcut.testing.configurations import FAMILIES
 from isingcut.testing.patches import replace_part
+from isingcut.testing.tiny import FAMILIES
 from sweep.conformance import Report, check_entry, check_family, entries
 
 OUTCOMES = ("passed", "refused", "failed", "not built")

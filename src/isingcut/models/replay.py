@@ -274,7 +274,7 @@ class Replay:
         store: its weights; None: they are in memory.
 
     Attributes:
-        text: what of the model is given token ids (`text_alone.py`).
+        text: what of the model is given token ids (`text_model`).
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention; None keeps what was loaded.
         threads: with how many threads at most; None: with those that torch takes.

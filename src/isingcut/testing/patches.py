@@ -27,8 +27,7 @@ from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
-from isingcut.testing.configurations import FAMILIES, VOCABULARY
-from isingcut.testing.tiny import tiny_checkpoint
+from isingcut.testing.tiny import FAMILIES, VOCABULARY, tiny_checkpoint
 
 _SAMPLES, _LENGTH = 96, 32
 
