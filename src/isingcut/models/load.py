@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
 from isingcut.models.device import pick_device, pick_dtype
@@ -244,25 +242,6 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, A
     return model.eval(), report
 
 
-@contextlib.contextmanager
-def without_weights() -> Iterator[None]:
-    """Modules built meanwhile keep their parameters on the meta device, and real buffers.
-
-    Rotary frequencies and masks are buffers that no checkpoint holds: they have to be computed.
-    """
-
-    def on_meta(owner: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        if parameter.is_meta:
-            return parameter
-        moved = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        vars(moved).update(vars(parameter))
-        return moved
-
-    hook: Any = on_meta
-    with register_module_parameter_registration_hook(hook):
-        yield
-
-
 def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The model of a checkpoint folder: parameters on the meta device, buffers real.
 
@@ -273,6 +252,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
         ModelError: transformers cannot build it, its configuration and its tensors do not fit
             each other, or its weights are packed in a way that can only be loaded whole.
     """
+    from accelerate import init_empty_weights
     from transformers import GenerationConfig
 
     seen = check_fit(folder)
@@ -286,8 +266,10 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
             # First without any memory: what its buffers would take is real below.
             factory.from_config(config, trust_remote_code=trust_remote_code)
     with loading(f"the model in {folder}"):
-        with without_weights(), torch.random.fork_rng(devices=[]):
+        # Rotary frequencies and masks are buffers that no checkpoint holds: they are computed.
+        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             model = factory.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model.tie_weights()
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
