@@ -198,10 +198,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
             # MXFP4: two numbers a byte.
             total += 2 * tensor.size * dtype.itemsize
         elif tensor.dtype.startswith(("F", "BF")):
-            count = 1
-            for side in tensor.shape:
-                count *= side
-            total += count * dtype.itemsize
+            total += math.prod(tensor.shape) * dtype.itemsize
         else:
             total += tensor.size
     return total

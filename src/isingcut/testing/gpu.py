@@ -244,15 +244,8 @@ def crowded(place: Place) -> str:
 
 
 CHECKS: dict[str, Callable[[Place], str]] = {
-    "agree": agree,
-    "run": run,
-    "half": half,
-    "streamed": streamed,
-    "twice": twice,
-    "processes": processes,
-    "heal": heal,
-    "experts": experts,
-    "crowded": crowded,
+    check.__name__: check
+    for check in (agree, run, half, streamed, twice, processes, heal, experts, crowded)
 }
 
 
