@@ -55,26 +55,12 @@ def lengthen(folder):
         f.write(b"xx")
 
 
-def cut_inside_the_header(folder):
-    os.truncate(folder / "model-00001-of-00002.safetensors", 20)
-
-
 def duplicate_tensor(folder):
     first = folder / "model-00001-of-00002.safetensors"
     second = folder / "model-00002-of-00002.safetensors"
     tensors = load_file(second)
     name, value = next(iter(load_file(first).items()))
     save_file({**tensors, name: value}, second)
-
-
-def duplicate_name_in_the_header(folder):
-    shard = folder / "model-00001-of-00002.safetensors"
-    data = shard.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + length].rstrip()
-    name, entry = next((k, v) for k, v in json.loads(header).items() if k != "__metadata__")
-    header = header[:-1] + f",{json.dumps(name)}:{json.dumps(entry)}}}".encode()
-    shard.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
 def wrong_shard(folder):
@@ -101,9 +87,7 @@ def set_config(folder, **changes):
 HOSTILE = [
     (truncate, "is truncated"),
     (lengthen, "longer than its header says"),
-    (cut_inside_the_header, "truncated or no safetensors"),
     (duplicate_tensor, "is in two shards"),
-    (duplicate_name_in_the_header, "appears twice"),
     (wrong_shard, "but it is in model-00002"),
     (index_names_a_number, "maps tensor 'a' to 3"),
     (more_blocks_in_the_config, "says 8 blocks but the tensors .* have 6; block 6 is missing"),
@@ -133,17 +117,6 @@ def test_links_of_a_hub_cache_are_followed(tmp_path):
     excise(snapshot, [1], tmp_path / "out")
     assert len(read_checkpoint(tmp_path / "out")) == len(read_checkpoint(snapshot)) - 9
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
-
-
-def test_a_read_only_target_is_one_line(tmp_path, monkeypatch):
-    source = sharded(tmp_path / "source")
-
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    with pytest.raises(InputError, match=r"cannot write .*Permission denied"):
-        excise(source, [1], tmp_path / "locked" / "out")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):

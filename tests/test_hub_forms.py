@@ -9,7 +9,6 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from composites import composite, composite_checkpoint
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.models.architectures.cuts import cut_config
 from isingcut.models.cutting.checkpoint import excise, verify
@@ -19,6 +18,7 @@ from isingcut.models.load import auto_class, load_config, loading_class_of
 from isingcut.models.replay import Replay
 from isingcut.models.safetensors_files import StoredTensor
 from isingcut.testing.tiny import random_model
+from odd_models import composite, composite_checkpoint
 from sweep.conformance import check_family
 from sweep.shrink import tiny_configuration
 from tiny import replay_of, tiny_checkpoint, tiny_model

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from composites import composite
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.files.writing import read_json
 from isingcut.models.architectures.cuts import cut_config
@@ -22,6 +21,7 @@ from isingcut.models.cutting.verify import (
 )
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.report.run_files import RunFiles
+from odd_models import composite
 from sweep.conformance import check_family
 from sweep.images import invent_images
 from tiny import forbids, tiny_model, tiny_tokenizer

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from composites import composite_checkpoint
 from isingcut.errors import ArchitectureError
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import as_transformers_does, load
+from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, bitsandbytes, fp8_in_tiles, int4, mxfp4
 from tiny import edited_tensors, replay_of, tiny_checkpoint
 

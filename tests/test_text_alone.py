@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from composites import composite, composite_checkpoint
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.evaluation.quality import quality
@@ -20,6 +19,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, reload, verify, verify_streamed
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
+from odd_models import composite, composite_checkpoint
 from sweep.images import invent_images
 
 INSIDE = {
