@@ -53,7 +53,6 @@ def excise(
     removed: Sequence[int],
     out: Path,
     *,
-    overwrite: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
@@ -63,18 +62,17 @@ def excise(
         source: a Hugging Face folder with safetensors (one file, or shards with an index).
         removed: block numbers, in any order.
         out: the new folder; it appears only when it is whole.
-        overwrite: allow ``out`` to be replaced.
         max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
         extra_files: further text files, name to content, for example a model card.
 
     Raises:
-        OutputExistsError: ``out`` exists and ``overwrite`` is false.
+        OutputExistsError: ``out`` exists.
         ArchitectureError: the configuration cannot be cut exactly, or the state is illegal.
         CheckpointError: the checkpoint is damaged or contradicts itself.
         InputError: ``out`` cannot be written, or lies inside ``source``.
     """
     source, out = Path(source), Path(out)
-    check_output(out, overwrite=overwrite, sources=[source])
+    check_output(out, overwrite=False, sources=[source])
     config = read_config(source)
     stored = read_checkpoint(source)
     new_config = cuts.cut_config(config, removed)
@@ -83,7 +81,7 @@ def excise(
     mapping = cuts.renumbering(count, removed)
     tensors = plan(stored, text, mapping)
     _refuse_full_disk(out, sum(t.size for t in tensors))
-    with clear_os_errors(out), atomic_folder(out, overwrite=overwrite) as folder:
+    with clear_os_errors(out), atomic_folder(out, overwrite=False) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
         _copy_companions(source, folder, mapping, count)
         for name, content in (extra_files or {}).items():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.blocks import language_model
-from isingcut.models.device import device_module, synchronise
+from isingcut.models.device import device_module
 from isingcut.models.replay import EMBED, HEAD, Part, Reading
 from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
 
@@ -146,15 +146,6 @@ class Buffers:
             return
         self._settle()
         self._submit(part)
-
-    def clear(self) -> None:
-        """Free the device's memory; it comes back when a part is next needed."""
-        self._settle()
-        for index in range(2):
-            self._drop(index)
-        # A copy may still be on its way into memory that is about to be given away.
-        synchronise(self.device)
-        self._buffers.clear()
 
     def _submit(self, part: StoredPart) -> None:
         if not self._buffers:
