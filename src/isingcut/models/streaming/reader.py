@@ -10,13 +10,11 @@ memory, and a buffer of the reader's own has a known size.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -282,7 +280,6 @@ def _same_shape(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[i
 
 # Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.
 _STAGE = 4 * 2**20
-_START = 64
 
 
 class Reader:
@@ -330,7 +327,9 @@ class Reader:
         """
         plan = self.plans[part]
         views = plan_views(plan, buffer)
-        with torch.no_grad(), self._opened():
+        # A part may be kept for good while a thread reads the next one.
+        with self._lock, torch.no_grad(), contextlib.ExitStack() as self._opened:
+            self._files.clear()
             for step in plan.steps:
                 if isinstance(step, Copied):
                     self._copy(step.source, step.place(views[step.target]))
@@ -343,29 +342,6 @@ class Reader:
             refuse_infinite(views.items(), self._folder)
             self._checked.add(part)
         return {name: views[target] for name, target in plan.names.items()}
-
-    @cached_property
-    def starts(self) -> str:
-        """A hash of the first bytes of every stored tensor: it tells fine-tunes of a base apart."""
-        digest = hashlib.sha256()
-        data = memoryview(bytearray(_START))
-        with self._opened():
-            for tensor in self._stored.values():
-                start = data[: min(_START, tensor.size)]
-                self._read(tensor, 0, start)
-                digest.update(f"{tensor.name}:{tensor.dtype}:{tensor.shape}:".encode() + start)
-        return digest.hexdigest()
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[None]:
-        """Files that are opened meanwhile are closed at the end."""
-        # A measurement may ask for `starts` while a thread reads the next part.
-        with self._lock:
-            try:
-                yield
-            finally:
-                while self._files:
-                    self._files.popitem()[1].close()
 
     def _copy(self, source: StoredTensor, view: Tensor) -> None:
         """Read and convert a few rows (or experts) at a time: no weight is there in float32."""
@@ -415,7 +391,7 @@ class Reader:
         """Fill ``data`` with a tensor's bytes from ``first`` on."""
         file = self._files.get(source.file)
         if file is None:
-            file = self._files[source.file] = FileIO(source.file)
+            file = self._files[source.file] = self._opened.enter_context(FileIO(source.file))
         file.seek(source.start + first)
         done = 0
         while done < len(data):

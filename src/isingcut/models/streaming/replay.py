@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from isingcut.models.architectures.blocks import (
 from isingcut.models.device import Allowance, allowance
 from isingcut.models.load import build_skeleton
 from isingcut.models.replay import BLOCK_STREAMS, Replay, replaced_forwards
+from isingcut.models.sources import model_identity
 from isingcut.models.streaming.store import Buffers, Store
 
 if TYPE_CHECKING:
@@ -97,7 +99,12 @@ class StreamedReplay(Replay):
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, cheaply, for the fingerprint of a journal."""
         config: Any = self.model.config
-        return {"model": config.to_dict(), "starts": self.store.reader.starts, "streamed": True}
+        return {"model": config.to_dict(), "sha256": self._digest, "streamed": True}
+
+    @cached_property
+    def _digest(self) -> str:
+        digest: str = model_identity(self.folder)["sha256"]
+        return digest
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
