@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import CheckpointError
@@ -18,59 +17,12 @@ from isingcut.models.load import load, load_dequantised
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.healing import HealConfig
-from quantised import assert_bytes_follow
+from quantised import assert_bytes_follow, quantise
 from tiny import edited_config, edited_tensors, tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
-FP8_MAX = 448.0
-
-
-def quantise(folder, layout, skip=()):
-    """Turn the linear weights of a checkpoint into float8 with scales."""
-    tensors = load_file(folder / "model.safetensors")
-    out = {}
-    for name, value in tensors.items():
-        linear = name.endswith("proj.weight") and value.ndim == 2
-        if not linear or any(word in name for word in skip):
-            out[name] = value
-            continue
-        stem = name.removesuffix(".weight")
-        if layout == "fp8":
-            rows, columns = -(-value.shape[0] // 16), -(-value.shape[1] // 16)
-            scale = torch.rand(rows, columns) * 0.01 + 0.005
-            spread = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
-            spread = spread[: value.shape[0], : value.shape[1]]
-            out[f"{stem}.weight_scale_inv"] = scale
-        elif layout == "compressed-tensors":
-            spread = value.abs().amax(1, keepdim=True) / FP8_MAX
-            out[f"{stem}.weight_scale"] = spread.contiguous()
-        else:
-            spread = value.abs().max() / FP8_MAX
-            out[f"{stem}.weight_scale"] = spread
-            out[f"{stem}.input_scale"] = torch.tensor(0.5)
-        out[name] = (value / spread).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    save_file(out, folder / "model.safetensors")
-    if layout == "modelopt":
-        quantisation = {
-            "quant_algo": "FP8",
-            "exclude_modules": ["lm_head", "backbone.layers.5.mixer*", "backbone.layers.12*"],
-        }
-        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantisation}))
-        return
-    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
-    with edited_config(folder) as config:
-        config["quantization_config"] = {
-            "fp8": {
-                "weight_block_size": [16, 16],
-                "modules_to_not_convert": ["lm_head", "model.layers.0.mlp", "model.layers.4.mlp"],
-            },
-            "compressed-tensors": {
-                "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
-                "ignore": ["lm_head", "re:.*layers\\.5\\.mlp.*"],
-            },
-        }[layout] | {"quant_method": layout}
 
 
 @pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])

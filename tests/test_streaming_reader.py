@@ -14,8 +14,8 @@ from isingcut.models.load import build_skeleton, load
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
 from isingcut.testing.tiny import tiny_checkpoint
+from quantised import quantise
 from streams import samples, some_states, streamed
-from test_fp8 import quantise
 from tiny import edited_config
 
 
