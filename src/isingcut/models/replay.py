@@ -21,7 +21,7 @@ import time
 from collections import UserDict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,31 +65,20 @@ class Reading:
         return Reading(self.disk - before.disk, self.memory - before.memory)
 
 
-class Weights(Protocol):
-    """The weights of a model."""
+class Weights:
+    """The weights of a model: here in memory, so that opening a part costs nothing."""
 
     @property
     def in_place(self) -> bool:
         """Whether every part is used where it stays: opening costs nothing, graphs may hold it."""
+        return True
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
         """Open parts in this order, each for one turn of the loop."""
-
-    def reading(self) -> Reading:
-        """How often the weights were read so far."""
-
-
-class Resident:
-    """The weights of a model in memory: opening a part costs nothing."""
-
-    in_place = True
-
-    def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
-        """The parts, one after the other."""
         return iter(order)
 
     def reading(self) -> Reading:
-        """Never."""
+        """How often the weights were read so far."""
         return Reading()
 
 
@@ -300,7 +289,7 @@ class Replay:
         stop_rescaling(model)
         self.blocks = list(blocks)
         self.device = device or next(model.parameters()).device
-        self.store = store or Resident()
+        self.store = store or Weights()
         self.attention: str | None = None
         self.threads: int | None = None
         self.limit = BatchLimit(self.device)

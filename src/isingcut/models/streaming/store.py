@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module
-from isingcut.models.replay import EMBED, HEAD, Part, Reading
+from isingcut.models.replay import EMBED, HEAD, Part, Reading, Weights
 from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
 
 
@@ -202,7 +202,7 @@ def _bytes_of(size: int, device: torch.device) -> int:
     return 1 << (size - 1).bit_length() if device.type == "cuda" else size
 
 
-class Store:
+class Store(Weights):
     """The weights of one model on disk, of which a part or two are installed at a time.
 
     A block, the embedding or the head that is called while it is not installed is read first,
