@@ -38,7 +38,7 @@ studies-test: $(VENV)/.dev
 
 # Cut every decoder of transformers as a tiny random model and verify the result.
 architectures: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m isingcut.testing architectures --all
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m sweep --all
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from isingcut.cli import main as command_line
 from isingcut.errors import IsingcutError
 from isingcut.evaluation import quality, speed
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.compute import tuning
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming import replay as streamed

@@ -26,9 +26,8 @@ from isingcut.data.tokens import TokenSet
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients
 from isingcut.models import load as models
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.compute.attention import chosen_attention
-from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.architectures.blocks import find_stack, stack_modules
+from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
 from isingcut.models.sources import resolve
 
 

@@ -22,9 +22,8 @@ from gradients import attention_of, options, prepare
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
-from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead, comparison
-from isingcut.models.replay import Replay
+from isingcut.models.replay import Replay, chosen_attention
 
 
 def parts(replay: Replay, tokens: TokenSet, batch_tokens: int) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models import load as models
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig

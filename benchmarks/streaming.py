@@ -40,7 +40,7 @@ from isingcut.measure.losses import measure
 from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models import load as models
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.device import pick_dtype
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import resolve

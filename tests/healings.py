@@ -14,8 +14,8 @@ import pytest
 from isingcut.console.progress import Bar
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
-from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_checkpoint

@@ -1,17 +1,17 @@
-"""Tiny random models of families that have something per-layer of their own.
+"""Tiny random models of families that have something per-layer of their own, or that take images.
 
 `ODD` holds those whose form on hubs (`HUB`) is another; the others are derived by rule.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from isingcut.models.architectures.auto import auto_class
-from isingcut.testing.architectures.shrink import tiny_configuration
-from isingcut.testing.configurations import _DEEPSEEK, BASE
-from isingcut.testing.tiny import random_model, tiny_tokenizer
+from isingcut.models.load import auto_class
+from isingcut.testing.tiny import _DEEPSEEK, BASE, random_model, tiny_tokenizer
+from sweep.shrink import tiny_configuration
 
 LINEAR: dict[str, Any] = {"linear_head_dim": 8, "linear_num_heads": 4}
 GATED: dict[str, Any] = {
@@ -124,4 +124,34 @@ def odd_checkpoint(model_type: str, folder: Path, **changes: Any) -> Any:
     model = odd_model(model_type, **changes)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def composite(family: str, factory: Any = AutoModelForImageTextToText, **changes: Any) -> Any:
+    """A tiny random float32 model of a multimodal family, or of the part another class builds.
+
+    Args:
+        changes: configuration fields to set.
+    """
+    config = tiny_configuration(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return random_model(factory, config).requires_grad_(False)
+
+
+def composite_checkpoint(family: str, folder: Path, *, flat: bool = False) -> Any:
+    """Save `composite` and a tokenizer to ``folder``; the model.
+
+    Args:
+        flat: with the text's fields at the root of ``config.json``, as hubs hold it.
+    """
+    model = composite(family)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    if flat:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.pop("text_config")
+        for of_class in ("model_type", "architectures"):
+            text.pop(of_class, None)
+        (folder / "config.json").write_text(json.dumps({**text, **config}), encoding="utf-8")
     return model

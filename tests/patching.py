@@ -14,7 +14,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.healing.patch.files import Patch
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from isingcut.models.safetensors_files import read_checkpoint
+from tiny import edited_config, edited_tensors
 
 _FP8_MAX = 448.0
 _TILE = 16
@@ -18,49 +22,71 @@ _GROUP = 16
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
+def quantise(folder: Path, layout: str, skip: Sequence[str] = ()) -> None:
+    """Turn the linear weights of a checkpoint into float8 with scales."""
+    tensors = load_file(folder / "model.safetensors")
+    out = {}
+    for name, value in tensors.items():
+        linear = name.endswith("proj.weight") and value.ndim == 2
+        if not linear or any(word in name for word in skip):
+            out[name] = value
+            continue
+        stem = name.removesuffix(".weight")
+        if layout == "fp8":
+            rows, columns = -(-value.shape[0] // _TILE), -(-value.shape[1] // _TILE)
+            scale = torch.rand(rows, columns) * 0.01 + 0.005
+            spread = scale.repeat_interleave(_TILE, 0).repeat_interleave(_TILE, 1)
+            spread = spread[: value.shape[0], : value.shape[1]]
+            out[f"{stem}.weight_scale_inv"] = scale
+        elif layout == "compressed-tensors":
+            spread = value.abs().amax(1, keepdim=True) / _FP8_MAX
+            out[f"{stem}.weight_scale"] = spread.contiguous()
+        else:
+            spread = value.abs().max() / _FP8_MAX
+            out[f"{stem}.weight_scale"] = spread
+            out[f"{stem}.input_scale"] = torch.tensor(0.5)
+        out[name] = (value / spread).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    save_file(out, folder / "model.safetensors")
+    if layout == "modelopt":
+        quantisation = {
+            "quant_algo": "FP8",
+            "exclude_modules": ["lm_head", "backbone.layers.5.mixer*", "backbone.layers.12*"],
+        }
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantisation}))
+        return
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    with edited_config(folder) as config:
+        config["quantization_config"] = {
+            "fp8": {
+                "weight_block_size": [_TILE, _TILE],
+                "modules_to_not_convert": ["lm_head", "model.layers.0.mlp", "model.layers.4.mlp"],
+            },
+            "compressed-tensors": {
+                "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+                "ignore": ["lm_head", "re:.*layers\\.5\\.mlp.*"],
+            },
+        }[layout] | {"quant_method": layout}
+
+
 def fp8_in_tiles(folder: Path) -> None:
     """Experts apart, each weight in float8 with a scale a tile, as Qwen publishes its MoE models.
 
     Embeddings, norms, routers and small projections stay as they are, and are listed.
     """
-    kept: list[str] = []
-
-    def pack(name: str, value: Tensor) -> dict[str, Tensor]:
-        module = name.removesuffix(".weight")
-        if not name.endswith("proj.weight") or "visual" in name:
-            if value.ndim == 2 and "layers." in name:
-                kept.append(module)
-            return {name: value}
-        rows, columns = (-(-n // _TILE) for n in value.shape)
-        padded = torch.zeros(rows * _TILE, columns * _TILE)
-        padded[: value.shape[0], : value.shape[1]] = value
-        tiles = padded.view(rows, _TILE, columns, _TILE)
-        scale = tiles.abs().amax((1, 3)) / _FP8_MAX
-        spread = scale.repeat_interleave(_TILE, 0).repeat_interleave(_TILE, 1)
-        whole = (padded / spread)[: value.shape[0], : value.shape[1]]
-        return {
-            name: whole.to(torch.float8_e4m3fn).contiguous(),
-            f"{module}.weight_scale_inv": scale.contiguous(),
-        }
-
-    tensors = {}
-    for name, value in load_file(folder / "model.safetensors").items():
-        head, dot, last = name.rpartition(".experts.")
-        if dot and value.ndim == 3:
-            tensors.update(_one_by_one(f"{head}.experts", last, value))
-        else:
-            tensors[name] = value
-    _rewrite(
-        folder,
-        tensors,
-        pack,
-        lambda: {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [_TILE, _TILE],
-            "modules_to_not_convert": ["lm_head", "model.visual.blocks.1.mlp", *sorted(kept)],
-        },
-    )
+    with edited_tensors(folder) as tensors:
+        for name in list(tensors):
+            head, dot, last = name.rpartition(".experts.")
+            if dot and tensors[name].ndim == 3:
+                tensors.update(_one_by_one(f"{head}.experts", last, tensors.pop(name)))
+        kept = [
+            name.removesuffix(".weight")
+            for name, value in tensors.items()
+            if value.ndim == 2 and "layers." in name and not name.endswith("proj.weight")
+        ]
+    quantise(folder, "fp8", skip=("visual",))
+    with edited_config(folder) as config:
+        whole = ["lm_head", "model.visual.blocks.1.mlp", *sorted(kept)]
+        config["quantization_config"] |= {"modules_to_not_convert": whole}
 
 
 def _one_by_one(head: str, last: str, value: Tensor) -> dict[str, Tensor]:
@@ -174,3 +200,23 @@ def _rewrite(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = told()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+_BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")
+
+
+def assert_bytes_follow(source, out, kept):
+    """Every tensor of the blocks that stay has the bytes it had; the dtypes among them."""
+    before, after = read_checkpoint(source), read_checkpoint(out)
+    old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}
+    for name, tensor in after.items():
+        was = before[name if "visual" in name else old[name]]
+        assert (tensor.dtype, tensor.shape, tensor.data()) == (was.dtype, was.shape, was.data())
+    stays = {
+        name
+        for name in before
+        if "mtp" not in name
+        and ("visual" in name or not (m := _BLOCK.search(name)) or int(m.group()) in kept)
+    }
+    assert len(after) == len(stays)
+    return {tensor.dtype for tensor in after.values()}

@@ -22,7 +22,7 @@ from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from journals import count_rows, keep_rows
 from tiny import random_tokens, tiny_replay, without
 

@@ -14,9 +14,8 @@ from isingcut.measure.losses import measure
 from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.sharing import open_cut, share
-from isingcut.models.device import BatchLimit, device_module, pick_device
+from isingcut.models.device import BatchLimit, allowance, device_module, pick_device
 from isingcut.models.load import load
-from isingcut.models.memory import allowance
 from isingcut.runs import pipeline
 from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model

@@ -11,10 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from isingcut.errors import CheckpointError, InputError
-from isingcut.models.checkpoint.read import read_checkpoint, read_header
-from isingcut.models.checkpoint.write import NewTensor, copy_bytes, write_checkpoint
 from isingcut.models.cutting.checkpoint import excise
-from tiny import tiny_checkpoint
+from isingcut.models.safetensors_files import (
+    NewTensor,
+    copy_bytes,
+    read_checkpoint,
+    read_header,
+    write_checkpoint,
+)
+from tiny import edited_config, tiny_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -50,26 +55,12 @@ def lengthen(folder):
         f.write(b"xx")
 
 
-def cut_inside_the_header(folder):
-    os.truncate(folder / "model-00001-of-00002.safetensors", 20)
-
-
 def duplicate_tensor(folder):
     first = folder / "model-00001-of-00002.safetensors"
     second = folder / "model-00002-of-00002.safetensors"
     tensors = load_file(second)
     name, value = next(iter(load_file(first).items()))
     save_file({**tensors, name: value}, second)
-
-
-def duplicate_name_in_the_header(folder):
-    shard = folder / "model-00001-of-00002.safetensors"
-    data = shard.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + length].rstrip()
-    name, entry = next((k, v) for k, v in json.loads(header).items() if k != "__metadata__")
-    header = header[:-1] + f",{json.dumps(name)}:{json.dumps(entry)}}}".encode()
-    shard.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
 def wrong_shard(folder):
@@ -89,17 +80,14 @@ def fewer_blocks_in_the_config(folder):
 
 
 def set_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    config.update(changes)
-    (folder / "config.json").write_text(json.dumps(config))
+    with edited_config(folder) as config:
+        config.update(changes)
 
 
 HOSTILE = [
     (truncate, "is truncated"),
     (lengthen, "longer than its header says"),
-    (cut_inside_the_header, "truncated or no safetensors"),
     (duplicate_tensor, "is in two shards"),
-    (duplicate_name_in_the_header, "appears twice"),
     (wrong_shard, "but it is in model-00002"),
     (index_names_a_number, "maps tensor 'a' to 3"),
     (more_blocks_in_the_config, "says 8 blocks but the tensors .* have 6; block 6 is missing"),
@@ -131,17 +119,6 @@ def test_links_of_a_hub_cache_are_followed(tmp_path):
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
 
 
-def test_a_read_only_target_is_one_line(tmp_path, monkeypatch):
-    source = sharded(tmp_path / "source")
-
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    with pytest.raises(InputError, match=r"cannot write .*Permission denied"):
-        excise(source, [1], tmp_path / "locked" / "out")
-
-
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     source = sharded(tmp_path / "source")
     home = tmp_path / "home"
@@ -153,7 +130,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("isingcut.models.checkpoint.write.copy_bytes", fill)
+    monkeypatch.setattr("isingcut.models.safetensors_files.copy_bytes", fill)
     with pytest.raises(InputError, match="no space left on the disk"):
         excise(source, [1, 3], home / "out", max_shard_bytes=30_000)
     assert list(home.iterdir()) == []
@@ -218,7 +195,7 @@ def test_mixed_dtypes_stay_aligned_and_loadable(tmp_path):
 
 @pytest.mark.parametrize("chunk", [32 * 2**20, 50, 10])
 def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("isingcut.models.checkpoint.write._CHUNK", chunk)
+    monkeypatch.setattr("isingcut.models.safetensors_files._CHUNK", chunk)
     value = torch.arange(7 * 12, dtype=torch.int16).reshape(7, 12)
     save_file({"x": value, "y": value.T.contiguous()}, tmp_path / "in.safetensors")
     x, y = sorted(read_header(tmp_path / "in.safetensors"), key=lambda t: t.name)

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -382,32 +381,3 @@ def test_few_micro_batches_are_parted_for_many_processes():
     assert len(left([], 64, 100, 4, 0.03)) == 64
     # No state at all still needs the original's own losses.
     assert [p.key for p in left([], 1, 0, 4, 0.03)] == ["0:0-0"]
-
-
-def wait_for_the_other(place, patience):
-    say_into(place)
-    from isingcut.models import processes
-
-    processes.BEAT, processes.PATIENCE = 0.1, patience
-    joined = processes.Processes.join()
-    joined.wait()
-    place.with_name(f"{joined.rank}.joined").touch()
-    if joined.rank:
-        # A machine that vanishes: it neither answers nor closes its connections.
-        os.kill(os.getpid(), signal.SIGSTOP)
-    joined.wait()
-
-
-def test_a_process_whose_machine_vanishes_is_not_waited_for(tmp_path):
-    said = tmp_path / "said"
-    said.touch()
-    started, _store = launch(2, wait_for_the_other, said, 1.5)
-    until = time.monotonic() + 60
-    while "sign of life" not in said.read_text() and time.monotonic() < until:
-        time.sleep(0.1)
-    # Its end of the pipes keeps the first one from being joined.
-    os.kill(started[1].pid, signal.SIGKILL)
-    started[0].join(60)
-    assert started[0].exitcode == 1
-    assert "rank 1 of 2 has given no sign of life for" in said.read_text()
-    assert (tmp_path / "0.joined").exists()

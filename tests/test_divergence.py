@@ -71,7 +71,7 @@ def test_masked_words_have_no_weight_and_nan_is_not_lost(method):
 
 def test_rows_do_not_depend_on_the_number_of_threads(monkeypatch):
     reference, q = logits(torch.bfloat16)
-    monkeypatch.setattr("isingcut.models.compute.kernels._WORTH_A_THREAD", 1000)
+    monkeypatch.setattr("isingcut.models.compute.divergence._WORTH_A_THREAD", 1000)
     before = torch.get_num_threads()
     found = []
     try:

@@ -2,32 +2,23 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.models.architectures import (
-    cut_config,
-    families,
-    fields,
-    find_stack,
-    legality,
-    skipped,
-    stack_modules,
-    surgery,
-)
-from isingcut.models.architectures.same_blocks import check_same_blocks
-from isingcut.models.architectures.text_part import config_object
+from isingcut.models.architectures import cuts, families, fields
+from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
+from isingcut.models.architectures.cuts import cut_config, legality
+from isingcut.models.architectures.fields import config_object
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import relative_difference, verify
-from isingcut.models.inspect import inspect_model
+from isingcut.models.inspect import check_same_blocks, inspect_model
 from isingcut.models.replay import Replay
-from isingcut.testing.architectures.conformance import check_entry, entries
 from isingcut.testing.tiny import random_model
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model
-from tiny import replay_of
+from sweep.conformance import check_entry, entries
+from tiny import edited_config, forbids, replay_of
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
 COMPOSITE = {
@@ -59,10 +50,10 @@ def test_a_family_with_something_of_its_own_is_cut_exactly(name, tmp_path):
 @pytest.mark.parametrize(("family", "removed"), [(f, [0, 3]) for f in HUB])
 def test_the_form_that_hubs_hold_is_cut_exactly(family, removed, tmp_path):
     model = odd_checkpoint(family, tmp_path / "source")
-    file = tmp_path / "source" / "config.json"
-    written = json.loads(file.read_text(encoding="utf-8"))
-    hub = {"architectures": written["architectures"], **HUB[family]}
-    file.write_text(json.dumps(hub), encoding="utf-8")
+    with edited_config(tmp_path / "source") as config:
+        hub = {"architectures": config["architectures"], **HUB[family]}
+        config.clear()
+        config.update(hub)
     assert inspect_model(tmp_path / "source").refusal == ""
     excise(tmp_path / "source", removed, tmp_path / "out")
     proof = verify(model, removed, tmp_path / "out", new_tokens=4)
@@ -113,14 +104,10 @@ def test_a_block_that_reads_an_earlier_one_goes_before_it_does(family, source, r
     model = odd_model(family, **READERS.get(family, {}))
     stack = find_stack(model)
     readers = list(range(source + 1, reader + 1))
-    states = np.zeros((3, len(stack)), dtype=bool)
-    states[0, [source, *readers[:-1]]] = True
-    states[1, [source, *readers]] = True
-    states[2, readers] = True
-    rows = legality(model.config, stack)
-    legal = [all(row.satisfied(states[k : k + 1])[0] for row in rows) for k in range(3)]
-    assert legal == [False, True, True]
-    with pytest.raises(ArchitectureError, match=f"block {source} cannot be removed while block"):
+    assert forbids(model, [source, *readers[:-1]])
+    assert not forbids(model, [source, *readers])
+    assert not forbids(model, readers)
+    with pytest.raises(ArchitectureError, match=f"keep {source} for {reader} "):
         cut_config(model.config.to_dict(), [source, *readers[:-1]])
     with pytest.raises(ArchitectureError, match="beside the residual stream"):
         Replay(model, stack_modules(model, stack))
@@ -196,7 +183,7 @@ def test_what_no_table_says_shows_in_a_smaller_model_without_weights(family, mon
     config, stack = model.config.to_dict(), find_stack(model)
     monkeypatch.setattr(fields, "DEPTH_POWERS", {})
     monkeypatch.setattr(families, "STAY", {})
-    monkeypatch.setattr(surgery, "UNCUTTABLE", {})
+    monkeypatch.setattr(cuts, "UNCUTTABLE", {})
     with pytest.raises(ArchitectureError, match="block 1 would be another one as block 0"):
         check_same_blocks(config, stack, [])
 

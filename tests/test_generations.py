@@ -14,7 +14,7 @@ from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Asked, score_states
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, skipped
+from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.models.load import load
 
 REMOVED = [(), (1,), (0, 4)]

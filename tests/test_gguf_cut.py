@@ -4,36 +4,24 @@ import gguf
 import numpy as np
 import pytest
 
+from gguf_files import write_gguf
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.models.cutting.gguf import cut_gguf
 
 
 def make(path, architecture="llama", blocks=4, **extra):
     """A tiny GGUF file with one packed (Q8_0) and one plain tensor per block."""
-    generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(blocks)
-    writer.add_context_length(128)
-    writer.add_head_count_kv([1 + i for i in range(blocks)])
-    writer.add_token_list([b"a", b"b", b"c", b"d"])
-    writer.add_bool("llama.flag", True)
-    for key, value in extra.items():
-        name = f"{architecture}.{key}"
-        (writer.add_array if isinstance(value, list) else writer.add_uint32)(name, value)
-    plain = generator.standard_normal((8, 64)).astype(np.float32)
-    writer.add_tensor("token_embd.weight", plain)
+    generator, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    numbers = generator.standard_normal((blocks + 1, 8, 64)).astype(np.float32)
+    held = {"token_embd.weight": numbers[-1]}
     for i in range(blocks):
-        values = generator.standard_normal((8, 64)).astype(np.float32)
-        packed = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(
-            f"blk.{i}.ffn_up.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0
-        )
-        writer.add_tensor(f"blk.{i}.attn_norm.weight", values[0])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        held[f"blk.{i}.ffn_up.weight"] = (gguf.quantize(numbers[i], kind), kind)
+        held[f"blk.{i}.attn_norm.weight"] = numbers[i, 0]
+    heads = {"attention.head_count_kv": [1 + i for i in range(blocks)]}
+    metadata = {"block_count": blocks, "context_length": 128, **heads, "flag": True, **extra}
+    tokens = [b"a", b"b", b"c", b"d"]
+    more = {"architecture": architecture, "more": lambda writer: writer.add_token_list(tokens)}
+    return write_gguf(path, metadata, held, **more)
 
 
 def test_blocks_are_renumbered_and_bytes_kept(tmp_path):

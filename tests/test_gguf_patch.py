@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import isingcut
+from gguf_files import NUMBERS, named, write_gguf
 from isingcut.cli.main import app
 from isingcut.errors import ArchitectureError
-from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.gguf import cut_gguf
-from isingcut.models.cutting.gguf_patch import Changed, changed_tensors, laid_out, repacked
+from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, laid_out, repacked
+from isingcut.models.gguf_files import read_gguf
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS
+from tiny import edited_tensors
 
 Kind = gguf.GGMLQuantizationType
 
@@ -40,34 +41,18 @@ def model_and_file(folder, kind, *, turned=False):
     """A tiny llama and its GGUF file, the down-projections in one type."""
     source = tiny_checkpoint("llama", folder / "model", intermediate_size=256)
     tensors = load_file(source / "model.safetensors")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 6)
-    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
-    for key, value in {
-        "block_count": 6,
-        "context_length": 128,
-        "embedding_length": 32,
-        "feed_forward_length": 256,
-        "attention.head_count": 4,
-        "attention.head_count_kv": 2,
-    }.items():
-        writer.add_uint32(f"llama.{key}", value)
-    for name, value in tensors.items():
-        theirs = names.get_name(name, try_suffixes=(".weight",))
+    held = named({name: value.numpy() for name, value in tensors.items()})
+    for name, theirs in zip(tensors, held, strict=True):
         if "down_proj" not in name:
-            writer.add_tensor(theirs, value.numpy())
             continue
         if kind == Kind.Q6_K:
-            packed = six_bits(tuple(value.shape))
+            packed = six_bits(held[theirs].shape)
             tensors[name] = torch.from_numpy(gguf.dequantize(packed, kind))
         else:
-            packed = gguf.quantize(value.numpy(), kind)
-        if turned:
-            packed = np.ascontiguousarray(packed[::-1])
-        writer.add_tensor(theirs, packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            packed = gguf.quantize(held[theirs], kind)
+        held[theirs] = (np.ascontiguousarray(packed[::-1]) if turned else packed, kind)
+    metadata = {"block_count": 6, **NUMBERS, "feed_forward_length": 256}
+    write_gguf(folder / "m.gguf", metadata, held)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     return source, folder / "m.gguf"
 
@@ -75,11 +60,10 @@ def model_and_file(folder, kind, *, turned=False):
 def patched(source, out):
     """The model without blocks 2 and 3, other numbers in the layer before them."""
     excise(source, [2, 3], out)
-    tensors = load_file(out / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(tensors[DOWN].shape, generator=generator) * tensors[DOWN].std()
-    tensors[DOWN] = tensors[DOWN] + 0.3 * noise
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(out) as tensors:
+        noise = torch.randn(tensors[DOWN].shape, generator=generator) * tensors[DOWN].std()
+        tensors[DOWN] = tensors[DOWN] + 0.3 * noise
     return tensors[DOWN]
 
 

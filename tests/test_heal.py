@@ -31,10 +31,10 @@ from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.healing.training import memory, train
 from isingcut.healing.training.student import last_parameters
-from isingcut.models.architectures import find_stack
-from isingcut.models.checkpoint.read import read_checkpoint
+from isingcut.models.architectures.blocks import find_stack
+from isingcut.models.device import Allowance
 from isingcut.models.load import load
-from isingcut.models.memory import Allowance
+from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.transformers_private import checkpointing
 from isingcut.testing.tiny import tiny_model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from isingcut.healing.training.batches import collate
 from isingcut.healing.training.loss import install, split_head
 from isingcut.healing.training.student import narrow, prepare_training
-from isingcut.models.architectures import find_stack
+from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.compute import divergence as kl
 from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_model

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import tiny_checkpoint
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.models import device, from_gguf
+from isingcut.models import device, gguf_files
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
-from isingcut.models.architectures.auto import loading_class_of
 from isingcut.models.inspect import inspect_model
+from isingcut.models.load import loading_class_of
 from isingcut.models.sources import hub_id, model_identity, resolve
+from tiny import edited_config, tiny_checkpoint
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_hub_downloads_leave_pickles_and_code_behind(folder, monkeypatch):
 
 def test_pickle_weights_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="only pickle weights") as caught:
+    with pytest.raises(ModelError, match="pickle weights can run code") as caught:
         resolve(str(folder))
     one_line(caught)
 
@@ -146,14 +146,13 @@ def test_the_trial_takes_the_faster_dtype(monkeypatch, slow):
 def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path):
     first = model_identity(folder)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    config = json.loads((copy / "config.json").read_text())
-    config["transformers_version"] = "0.0"
-    (copy / "config.json").write_text(json.dumps(config))
+    with edited_config(copy) as config:
+        config["transformers_version"] = "0.0"
     assert model_identity(copy) == first
     other = tiny_checkpoint("llama", tmp_path / "other", seed=1)
     assert model_identity(other)["sha256"] != first["sha256"]
-    config["rope_theta"] = 5.0
-    (copy / "config.json").write_text(json.dumps(config))
+    with edited_config(copy) as config:
+        config["rope_theta"] = 5.0
     assert model_identity(copy)["sha256"] != first["sha256"]
 
 
@@ -165,14 +164,14 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(tmp_path, mon
         (folder / "half").write_text("done")
         raise ModelError("cannot")
 
-    monkeypatch.setattr(from_gguf, "_numbers", lambda path: 0)
-    monkeypatch.setattr(from_gguf, "_convert", fails)
+    monkeypatch.setattr(gguf_files, "_numbers", lambda path: 0)
+    monkeypatch.setattr(gguf_files, "_convert", fails)
     with pytest.raises(ModelError, match="cannot"):
         resolve(str(file))
     assert not (tmp_path / "cache").exists()
     calls = []
     monkeypatch.setattr(
-        from_gguf,
+        gguf_files,
         "_convert",
         lambda path, folder, held: calls.append(tiny_checkpoint("llama", folder)),
     )

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import isingcut
-from isingcut.models.checkpoint.read import read_checkpoint
-from isingcut.models.fp8 import load_dequantised
+from isingcut.models.load import load_dequantised
+from quantised import assert_bytes_follow
 from test_fp8 import PATTERN, nemotron
 
 OPTIONS = {
@@ -21,12 +21,6 @@ OPTIONS = {
     "patch": "none",
     "dtype": "float32",
 }
-
-
-def bytes_of(tensor):
-    with tensor.file.open("rb") as f:
-        f.seek(tensor.start)
-        return f.read(tensor.size)
 
 
 @pytest.mark.slow
@@ -48,12 +42,7 @@ def test_counts_per_kind_leave_a_52_block_fp8_model(tmp_path):
     kept = [i for i in range(52) if i not in removed]
     config = json.loads((out / "config.json").read_text())
     assert config["hybrid_override_pattern"] == "".join(PATTERN[i] for i in kept)
-    before, after = read_checkpoint(source), read_checkpoint(out)
-    for name, tensor in after.items():
-        head, found, tail = name.partition("layers.")
-        number, _, rest = tail.partition(".")
-        old = f"{head}layers.{kept[int(number)]}.{rest}" if found else name
-        assert bytes_of(tensor) == bytes_of(before[old])
+    assert_bytes_follow(source, out, kept)
     model, _ = load_dequantised(out, torch.float32)
     tokens = torch.arange(10, 20)[None]
     mask = torch.ones_like(tokens)

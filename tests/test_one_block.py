@@ -3,7 +3,7 @@
 import pytest
 
 from isingcut.files.writing import read_json
-from isingcut.models.architectures import find_stack
+from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model

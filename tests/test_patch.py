@@ -13,7 +13,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.healing.patch.files import Patch, apply_patches, runs
 from isingcut.healing.patch.least_squares import Moments, fit_ridge
-from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
 from isingcut.testing.tiny import tiny_model
 from patching import fitted, streams, tokens, watched
 

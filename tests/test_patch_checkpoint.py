@@ -16,10 +16,10 @@ from isingcut.healing.patch import linear
 from isingcut.healing.patch.least_squares import Moments, RidgeFit, bytes_of, fit_ridge
 from isingcut.healing.patch.linear import fit_patches, patch_checkpoint
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.device import Allowance
 from isingcut.models.load import LoadedModel, load
-from isingcut.models.memory import Allowance
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
@@ -147,7 +147,7 @@ def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(
 def test_the_written_checkpoint_is_plain_and_computes_the_patch(
     family: str, tmp_path: Path
 ) -> None:
-    from isingcut.models.checkpoint.read import read_checkpoint
+    from isingcut.models.safetensors_files import read_checkpoint
 
     removed = (3,) if family == "nemotron_h" else (2, 3)
     job = job_of(tmp_path, family, removed)

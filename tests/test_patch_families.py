@@ -16,11 +16,10 @@ from isingcut.healing.patch import linear
 from isingcut.healing.patch.files import Patch, apply_patches
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
 from isingcut.healing.patch.least_squares import Moments
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.testing import patches
-from isingcut.testing.configurations import FAMILIES
-from isingcut.testing.tiny import tiny_model
+from isingcut.testing.tiny import FAMILIES, tiny_model
 from patching import fitted, tokens
 
 

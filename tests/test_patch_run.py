@@ -21,7 +21,7 @@ from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents.scores import EvaluationFile
 from isingcut.files.writing import read_document, read_json
-from isingcut.models.architectures import find_stack, skipped
+from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.models.load import load
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting

@@ -17,7 +17,7 @@ from isingcut.errors import (
     OutputExistsError,
 )
 from isingcut.files.writing import read_json
-from isingcut.models.architectures import find_stack, skipped
+from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS, call
 

@@ -4,18 +4,16 @@ import contextlib
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from composites import composite
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.files.writing import read_json
-from isingcut.models.architectures import cut_config, find_stack, legality
+from isingcut.models.architectures.cuts import cut_config
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.images import process_images
 from isingcut.models.cutting.verify import (
     check_generation,
+    process_images,
     random_tokens,
     relative_difference,
     verify,
@@ -23,9 +21,10 @@ from isingcut.models.cutting.verify import (
 )
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.report.run_files import RunFiles
-from isingcut.testing.architectures import check_family
-from isingcut.testing.images import invent_images
-from tiny import tiny_model, tiny_tokenizer
+from odd_models import composite
+from sweep.conformance import check_family
+from sweep.images import invent_images
+from tiny import forbids, tiny_model, tiny_tokenizer
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -163,7 +162,7 @@ def test_idle_blocks_are_told_of_and_fail_the_conformance_kit(tmp_path, monkeypa
         "tiny_checkpoint": lambda family, folder, **k: model.save_pretrained(folder),
         "check_gates": lambda *a: True,
     }.items():
-        monkeypatch.setattr(f"isingcut.testing.architectures.conformance.{name}", stand_in)
+        monkeypatch.setattr(f"sweep.conformance.{name}", stand_in)
     report = check_family("llama", tmp_path / "kit", states=1)
     assert report.outcome == "failed"
     assert "cannot tell this cut from others" in report.reason
@@ -183,14 +182,6 @@ def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path)
     assert [c.difference for c in proof.comparisons] == [0.0, 0.0]
     assert all(c.wrong > 0.1 for c in proof.comparisons)
     assert proof.remarks == ()
-
-
-def forbids(model, removed):
-    """Whether a row of legality forbids a state."""
-    stack = find_stack(model)
-    state = np.zeros((1, len(stack)), dtype=bool)
-    state[0, removed] = True
-    return not all(row.satisfied(state)[0] for row in legality(model.config, stack))
 
 
 @pytest.mark.parametrize("family", DEEPSTACK)
@@ -217,6 +208,7 @@ def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeyp
     home = "isingcut.models.architectures.families"
     monkeypatch.setattr(f"{home}.kept_blocks", lambda *a: {})
     monkeypatch.setattr(f"{home}.move_images", lambda *a: None)
+    monkeypatch.setattr(f"{home}._image_places", lambda *a: ([], ""))
     model = composite(family)
     cut = cut_of(model, [1], tmp_path)
     with pytest.raises(VerificationError, match=r"without blocks \[1\] on text and an image"):

@@ -5,35 +5,14 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from composites import composite_checkpoint
 from isingcut.errors import ArchitectureError
-from isingcut.models.checkpoint.read import read_checkpoint
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import as_transformers_does, load
-from quantised import bitsandbytes, fp8_in_tiles, int4, mxfp4
-from tiny import replay_of, tiny_checkpoint
-
-_BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")
-
-
-def assert_bytes_follow(source, out, kept):
-    """Every tensor of the blocks that stay has the bytes it had; the dtypes among them."""
-    before, after = read_checkpoint(source), read_checkpoint(out)
-    old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}
-    for name, tensor in after.items():
-        was = before[name if "visual" in name else old[name]]
-        assert (tensor.dtype, tensor.shape, tensor.data()) == (was.dtype, was.shape, was.data())
-    stays = {
-        name
-        for name in before
-        if "mtp" not in name
-        and ("visual" in name or not (m := _BLOCK.search(name)) or int(m.group()) in kept)
-    }
-    assert len(after) == len(stays)
-    return {tensor.dtype for tensor in after.values()}
+from odd_models import composite_checkpoint
+from quantised import assert_bytes_follow, bitsandbytes, fp8_in_tiles, int4, mxfp4
+from tiny import edited_tensors, replay_of, tiny_checkpoint
 
 
 def quantisation(folder):
@@ -44,9 +23,8 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     plain = composite_checkpoint("qwen3_5_moe", source)
     fp8_in_tiles(source)
-    tensors = load_file(source / "model.safetensors")
-    tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 4)
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(source) as tensors:
+        tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 4)
     model, found = as_transformers_does(source, torch.float32)
     assert not found["missing_keys"]
     wanted = dict(plain.named_parameters())

@@ -5,7 +5,7 @@ import concurrent.futures
 import pytest
 import torch
 
-from isingcut.models.streaming.buffers import Buffers
+from isingcut.models.streaming.store import Buffers
 from isingcut.testing import cards
 
 CPU = torch.device("cpu")

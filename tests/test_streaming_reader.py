@@ -1,6 +1,5 @@
 """Weights read block by block are those that transformers loads, whatever the file holds."""
 
-import json
 import shutil
 from collections import Counter
 
@@ -10,14 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.measure.losses import measure
-from isingcut.models.architectures import find_stack
-from isingcut.models.load import load
+from isingcut.models.architectures.blocks import find_stack
+from isingcut.models.load import build_skeleton, load
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
-from isingcut.models.streaming.skeleton import build_skeleton
 from isingcut.testing.tiny import tiny_checkpoint
+from quantised import quantise
 from streams import samples, some_states, streamed
-from test_fp8 import quantise
+from tiny import edited_config
 
 
 def everything(folder, dtype):
@@ -75,7 +74,7 @@ def test_reads_shards_and_old_names(tmp_path):
 
 
 def test_experts_are_read_into_their_place_and_other_conversions_are_transformers_own(tmp_path):
-    from isingcut.models.streaming.plan import Converted, Copied
+    from isingcut.models.streaming.reader import Converted, Copied
 
     for family in ("mixtral", "nemotron_h", "ernie4_5_moe"):
         folder = tiny_checkpoint(family, tmp_path / family)
@@ -89,7 +88,7 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
 
 
 def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.models.streaming.plan._slices", lambda *a: None)
+    monkeypatch.setattr("isingcut.models.streaming.reader._slices", lambda *a: None)
     folder = tiny_checkpoint("mixtral", tmp_path)
     model = load(folder, dtype="float32", device="cpu").model
     found = everything(folder, torch.float32)
@@ -99,15 +98,15 @@ def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):
 
 def test_weights_that_can_only_be_loaded_whole_are_refused(tmp_path):
     folder = tiny_checkpoint("llama", tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "hqq", "quant_config": {}}
-    (folder / "config.json").write_text(json.dumps(config))
+    with edited_config(folder) as config:
+        config["quantization_config"] = {"quant_method": "hqq", "quant_config": {}}
     with pytest.raises(ModelError, match="packed by 'hqq'"):
         build_skeleton(folder, torch.float32)
 
 
 def test_a_file_that_became_shorter_is_noticed_by_who_waits_for_it(tmp_path):
     replay = streamed(tiny_checkpoint("llama", tmp_path))
+    replay.store.buffers.keep_at_most(0)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="ended early"):

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import isingcut
 from isingcut.errors import InputError, VerificationError
@@ -15,19 +14,20 @@ from isingcut.measure.losses import measure
 from isingcut.models.cutting import verify
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify_streamed
+from isingcut.models.device import Allowance, allowance, container_room, weight_bytes
 from isingcut.models.load import load
-from isingcut.models.memory import Allowance, allowance, container_room, weight_bytes
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
 from shared import OPTIONS
 from streams import CPU, samples, some_states, streamed, watch
+from tiny import edited_tensors
 
 pytestmark = pytest.mark.usefixtures("one_layout")
 
 
 def test_memory_allowed_and_needed(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.models.memory._used_and_free", lambda device: (1000, 5000))
+    monkeypatch.setattr("isingcut.models.device._used_and_free", lambda device: (1000, 5000))
     assert allowance("", CPU) == Allowance(5000, 1000)
     assert allowance("50%", CPU).left == 2500
     assert allowance("3KB", CPU) == Allowance(3000, 1000)
@@ -109,8 +109,8 @@ def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, tmp_path, monkeyp
 
 def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
     shutil.copytree(cut, tmp_path / "bad")
-    tensors = load_file(cut / "model.safetensors")
-    save_file({**tensors, "model.extra.weight": torch.zeros(1)}, tmp_path / "bad/model.safetensors")
+    with edited_tensors(tmp_path / "bad") as tensors:
+        tensors["model.extra.weight"] = torch.zeros(1)
     with pytest.raises(VerificationError, match=r"unexpected keys: model\.extra\.weight"):
         verify_streamed(streamed(llama), [1, 4], tmp_path / "bad")
     (tmp_path / "bad" / "model.safetensors").unlink()

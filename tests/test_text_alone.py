@@ -4,18 +4,23 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from composites import composite, composite_checkpoint
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.evaluation.quality import quality
 from isingcut.healing.training.loss import install
-from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import (
+    find_stack,
+    image_needed,
+    skipped,
+    stack_modules,
+    text_model,
+)
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, reload, verify, verify_streamed
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.models.text_alone import image_needed, text_model
-from isingcut.testing.images import invent_images
+from odd_models import composite, composite_checkpoint
+from sweep.images import invent_images
 
 INSIDE = {
     "blip": "BlipTextLMHeadModel",
@@ -67,13 +72,6 @@ def test_a_model_that_runs_on_text_is_given_it_whole(family):
     model = composite(family)
     assert text_model(model) is model
     assert image_needed(model) == ""
-
-
-def test_the_whole_and_the_language_model_inside_agree_on_text():
-    model = composite("kosmos-2.5")
-    tokens = random_tokens(model, 2, 12)
-    whole, inside = (m(input_ids=tokens, use_cache=False) for m in (model, model.text_model))
-    assert torch.equal(whole.logits, inside.logits)
 
 
 def test_an_encoder_decoder_inside_is_refused():

@@ -7,32 +7,49 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import isingcut
 from isingcut.errors import ModelError
 from isingcut.models import transformers_private as private
+from tiny import tiny_model
 
+LOADING = "transformers.core_model_loading"
 # (name, what stands first in its signature): by place, because 5.10 renamed an argument.
 CALLED = {
-    private._MAPPING: ["model", "key_mapping", "hf_quantizer"],
-    private._ORDER: ["s"],
-    private._RENAME: [
+    "transformers.conversion_mapping:get_model_conversion_mapping": [
+        "model",
+        "key_mapping",
+        "hf_quantizer",
+    ],
+    f"{LOADING}:dot_natural_key": ["s"],
+    f"{LOADING}:rename_source_key": [
         "source_key",
         "weight_renamings",
         "weight_converters",
         "base_model_prefix",
         "meta_state_dict",
     ],
-    f"{private._CONVERTER}.add_tensor": [
+    f"{LOADING}:WeightConverter.add_tensor": [
         "self",
         "target_key",
         "source_key",
         "source_pattern",
         "future",
     ],
-    f"{private._CONVERTER}.convert": ["self", "layer_name", "model", "config"],
+    f"{LOADING}:WeightConverter.convert": ["self", "layer_name", "model", "config"],
     "transformers:PreTrainedModel._get_dtype_plan": ["self", "dtype"],
 }
+NAMES = (
+    f"{LOADING}:WeightRenaming",
+    "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
+    "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
+    "transformers:PreTrainedModel._hf_peft_config_loaded",
+    "transformers:AutoModelForCausalLM._model_mapping",
+    "transformers:PreTrainedConfig._attn_implementation",
+    "transformers:Trainer._save_checkpoint",
+    "transformers:TrainingArguments.n_gpu",
+)
 
 
 def installed():
@@ -46,46 +63,22 @@ def test_the_installed_version_is_one_that_was_looked_at():
     )
 
 
-@pytest.mark.parametrize("name", private.NAMES)
-def test_what_is_needed_is_there(name):
+@pytest.mark.parametrize("name", [*NAMES, *CALLED])
+def test_what_is_used_is_there_and_takes_what_it_is_given(name):
     try:
-        pkgutil.resolve_name(name)
+        found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError) as e:
         pytest.fail(
             f"transformers {version('transformers')} moved or dropped {name}: {e}", pytrace=False
         )
+    wanted = CALLED.get(name, [])
+    assert not wanted or list(inspect.signature(found).parameters)[: len(wanted)] == wanted
 
 
-@pytest.mark.parametrize("name", CALLED)
-def test_what_is_called_takes_what_it_is_given(name):
-    assert name in private.NAMES
-    found = list(inspect.signature(pkgutil.resolve_name(name)).parameters)
-    wanted = CALLED[name]
-    assert found[: len(wanted)] == wanted, (
-        f"transformers {version('transformers')} calls the arguments of {name} {found}"
-    )
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "transformers.no_such_module:anything",
-        "transformers.core_model_loading:NoSuchThing",
-        f"{private._CONVERTER}.no_such_method",
-    ],
-)
-def test_a_name_that_is_gone_is_one_line_that_says_what_to_do(name):
-    with pytest.raises(ModelError) as e:
-        private.private(name)
-    said = str(e.value)
-    assert "\n" not in said
-    for part in (
-        name.replace(":", "."),
-        version("transformers"),
-        "install one of 5.10 to 5.24",
-        "--stream off",
-    ):
-        assert part in said
+def test_a_loader_that_is_gone_is_one_line_that_says_what_to_do(monkeypatch):
+    monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
+    with pytest.raises(ModelError, match=r"install one of 5\.10 to 5\.24, or pass --stream off"):
+        private.Names(tiny_model("llama"), torch.float32)
 
 
 def test_no_other_file_uses_what_is_not_public():

@@ -17,7 +17,7 @@ from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.healing.patch.tuning import split_samples, tune
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import tiny_model
 

@@ -15,9 +15,9 @@ from isingcut.measure import losses as measure_module
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.compute import tuning
-from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.tuning import Tuning, tune
 from isingcut.models.device import few_threads
+from isingcut.models.replay import chosen_attention
 from tiny import random_tokens, tiny_replay
 
 PLENTY = 1 << 34
@@ -182,20 +182,15 @@ def test_few_threads_are_taken_where_they_clearly_win(cores, seconds, chosen):
     assert cores == [8]
 
 
-def test_threads_of_a_large_model_are_left_alone(cores, monkeypatch):
-    monkeypatch.setattr(tuning, "_SMALL_WORK", 1e5)
+@pytest.mark.parametrize("said", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", ""])
+def test_threads_of_a_large_model_and_those_that_are_named_are_left_alone(cores, monkeypatch, said):
+    if said:
+        monkeypatch.setenv(said, "8")
+    else:
+        monkeypatch.setattr(tuning, "_SMALL_WORK", 1e5)
     clock = timed(cores, lambda n: pytest.fail("timed"))
     found = tune(tiny_replay(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=clock)
     assert found == Tuning("sdpa", 64, None)
-
-
-@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
-def test_threads_that_the_environment_names_are_left_alone(cores, monkeypatch, name):
-    monkeypatch.setenv(name, "8")
-    clock = timed(cores, lambda n: pytest.fail("timed"))
-    assert tune(
-        tiny_replay(), 16, attention="sdpa", batch_tokens=64, memory=0, seconds=clock
-    ) == Tuning("sdpa", 64, None)
 
 
 @pytest.mark.parametrize(("most", "during"), [(None, 8), (3, 3), (8, 8), (64, 8)])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from isingcut.data.tokens import TokenSet
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
+from isingcut.models.architectures.cuts import legality
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -29,6 +34,30 @@ def tiny_replay(
 ) -> Replay:
     """The replay of a tiny model of a family."""
     return replay_of(tiny_model(family, **changes).to(dtype))
+
+
+def forbids(model: Any, removed: Sequence[int]) -> bool:
+    """Whether a row of legality forbids a state."""
+    stack = find_stack(model)
+    state = np.zeros((1, len(stack)), dtype=bool)
+    state[0, list(removed)] = True
+    return not all(row.satisfied(state)[0] for row in legality(model.config, stack))
+
+
+@contextmanager
+def edited_config(folder: Path) -> Iterator[dict[str, Any]]:
+    """The ``config.json`` of a folder, written back once it was changed."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    yield config
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@contextmanager
+def edited_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a folder's one file, written back once they were changed."""
+    tensors = load_file(folder / "model.safetensors")
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def random_tokens(lengths: Sequence[int] = (14, 9, 14, 11)) -> TokenSet:

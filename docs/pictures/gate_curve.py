@@ -17,7 +17,7 @@ import torch
 from isingcut.data.calibration import build
 from isingcut.measure.gates import gated_block
 from isingcut.models import load as models
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.models.sources import resolve
 

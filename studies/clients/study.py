@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isingcut.models.architectures import find_stack, skipped
+from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.sources import PACKAGED, resolve

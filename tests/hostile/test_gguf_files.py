@@ -24,7 +24,7 @@ from gguf_files import (
 )
 
 from isingcut.files.locks import locked
-from isingcut.models import from_gguf
+from isingcut.models import gguf_files
 from shared import snapshot
 
 LOOK = "inspect {here}/m.gguf"
@@ -172,22 +172,22 @@ def test_a_conversion_clears_what_killed_ones_left(arena):
 def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
     file()(arena)
     arrived, found, converted = threading.Event(), [], []
-    numbers, convert = from_gguf._numbers, from_gguf._convert
+    numbers, convert = gguf_files._numbers, gguf_files._convert
 
     def noted(path):
         if threading.current_thread() is other:
             arrived.set()
         return numbers(path)
 
-    monkeypatch.setattr(from_gguf, "_numbers", noted)
-    monkeypatch.setattr(from_gguf, "_convert", lambda *a: converted.append(a) or convert(*a))
+    monkeypatch.setattr(gguf_files, "_numbers", noted)
+    monkeypatch.setattr(gguf_files, "_convert", lambda *a: converted.append(a) or convert(*a))
     other = threading.Thread(
-        target=lambda: found.append(from_gguf.converted(arena.here / "m.gguf"))
+        target=lambda: found.append(gguf_files.converted(arena.here / "m.gguf"))
     )
-    with locked(from_gguf.gguf_cache(), inside=True):
+    with locked(gguf_files.gguf_cache(), inside=True):
         other.start()
         assert arrived.wait(60)
-        mine = from_gguf.converted(arena.here / "m.gguf")
+        mine = gguf_files.converted(arena.here / "m.gguf")
     other.join(60)
     assert found == [mine]
     assert len(converted) == 1

@@ -14,9 +14,9 @@ import isingcut
 from isingcut.errors import MemoryExhaustedError
 from isingcut.healing.heal import heal
 from isingcut.memory import is_memory_exhausted
+from isingcut.models.architectures.blocks import on_text_alone
 from isingcut.models.cutting import verify
 from isingcut.models.loading import loading
-from isingcut.models.text_alone import on_text_alone
 
 TOO_MANY = 10**15
 

@@ -64,13 +64,13 @@ CONFIGS = [
 ]
 # Fields that the model's class does not read, and a cut would.
 UNREAD = [
-    ("mlp layers in a number", {"mlp_only_layers": 3}, "'mlp_only_layers' must be a list of num"),
-    ("window layers in words", {"max_window_layers": "x"}, "'max_window_layers' must be a whole"),
+    ("mlp layers in a number", {"mlp_only_layers": 3}, "'mlp_only_layers' has a form that"),
+    ("window layers in words", {"max_window_layers": "x"}, "'max_window_layers' has a form that"),
     ("shared layers alone", {"num_kv_shared_layers": 2}, "no list 'layer_types'"),
-    ("a period of nothing", {"attn_layer_period": 0}, "'attn_layer_period' must be a whole number"),
-    ("a list per block of words", {"moe_layer_freq": {}}, "'moe_layer_freq' must be a list"),
-    ("blocks by name", {"layer_overrides": {"first": 1}}, "must be a map by block number"),
-    ("no block type", {"block_types": []}, "'block_types' must be a list with an entry"),
+    ("a period of nothing", {"attn_layer_period": 0}, "'attn_layer_period' has a form that"),
+    ("a list per block of words", {"moe_layer_freq": {}}, "moe_layer_freq has 0 entries for 6"),
+    ("blocks by name", {"layer_overrides": {"first": 1}}, "'layer_overrides' has a form that"),
+    ("no block type", {"block_types": []}, "'block_types' has a form that"),
 ]
 BILLION = b'{"num_hidden_layers": ' + b"9" * 100_000 + b"}"
 DEEP = "nested deeper than 200"
@@ -98,13 +98,10 @@ FILES = [
     ("no weights", removed(WEIGHTS), "has no weights"),
     (
         "an adapter",
-        both(
-            written("adapter_config.json", '{"base_model_name_or_path": "org/base"}'),
-            removed("config.json"),
-        ),
-        r"PEFT adapter.*from_pretrained\('org/base'\).*merge_and_unload",
+        both(written("adapter_config.json", "{}"), removed("config.json")),
+        r"PEFT adapter.*from_pretrained\(BASE\).*merge_and_unload",
     ),
-    ("an adapter beside a model", written("adapter_config.json", "{}"), "PEFT adapter.*'BASE'"),
+    ("an adapter beside a model", written("adapter_config.json", "{}"), "PEFT adapter"),
     ("an index that is a list", sharded(lambda i: [1]), "has no 'weight_map'"),
     ("an index that leaves", sharded(lambda i: {"weight_map": {UP: "../text.txt"}}), "leaves the"),
     (

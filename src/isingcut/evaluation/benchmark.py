@@ -22,7 +22,7 @@ from isingcut.evaluation.scores import Asked, Scores, score
 from isingcut.files.documents.scores import TaskRow, TextScores
 from isingcut.files.writing import fingerprint
 from isingcut.measure.work import Work
-from isingcut.models.architectures import text_config
+from isingcut.models.architectures.blocks import text_config
 from isingcut.models.sources import model_identity
 from isingcut.options.types import BATCH_TOKENS
 

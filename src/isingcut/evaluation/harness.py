@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from isingcut.data.generation import finite_logits
 from isingcut.evaluation.generations import Prompt, Writer
 from isingcut.evaluation.likelihoods import Answer, Row
-from isingcut.models.text_alone import text_model
+from isingcut.models.architectures.blocks import text_model
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel

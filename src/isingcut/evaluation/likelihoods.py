@@ -21,8 +21,7 @@ from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
-from isingcut.models.compute.attention import chosen_attention
-from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
 
 Row = tuple[tuple[int, ...], int]
 """Token ids, two or more, and the number of them, at the end, that are the answer."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from isingcut.data.generation import decode_tokens
+from isingcut.models.architectures.blocks import text_model
 from isingcut.models.device import device_module
 from isingcut.models.load import load
-from isingcut.models.text_alone import text_model
 
 
 def main(arguments: list[str]) -> None:

@@ -29,15 +29,13 @@ from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.pace import chunks
 from isingcut.measure.splitting import split_to_fit
-from isingcut.models.architectures import find_stack
-from isingcut.models.checkpoint.read import weight_files
+from isingcut.models.architectures.blocks import find_stack, text_model
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
-from isingcut.models.not_finite import not_finite
-from isingcut.models.parts import HEAD
-from isingcut.models.replay import Recording
+from isingcut.models.load import not_finite
+from isingcut.models.replay import HEAD, Recording
+from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.models.text_alone import text_model
 from isingcut.options.types import BATCH_TOKENS
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from isingcut.evaluation.likelihoods import Answer, Answers, Row
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
 from isingcut.models.replay import Replay
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from isingcut.files.inputs import user_path
 from isingcut.files.outputs import check_output, refuse_source
 from isingcut.healing.trainer_file import check_optimiser
 from isingcut.healing.work_folder import refuse_foreign, work_of
-from isingcut.models.checkpoint.read import PLAIN, read_checkpoint
 from isingcut.models.device import pick_device
 from isingcut.models.processes import launched
+from isingcut.models.safetensors_files import PLAIN, read_checkpoint
 from isingcut.options.healing import HealConfig
 
 

@@ -43,7 +43,7 @@ from isingcut.healing.work_folder import (
     work_of,
 )
 from isingcut.memory import convert_memory_errors
-from isingcut.models.architectures import find_stack, text_config
+from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load

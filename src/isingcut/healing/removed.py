@@ -22,12 +22,12 @@ from isingcut.files.inputs import load_json
 from isingcut.healing import RECORD as HEALED
 from isingcut.healing.checks import check_last
 from isingcut.healing.patch.files import RECORD
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.architectures.surgery import depth, extra_heads, written_out
-from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
+from isingcut.models.architectures.blocks import find_stack, stack_modules
+from isingcut.models.architectures.cuts import depth, extra_heads, written_out
 from isingcut.models.fit import by_block, check_fit
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
+from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
 from isingcut.models.sources import model_identity
 from isingcut.options.healing import HealConfig
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.models.compute import kernels
+from isingcut.models.compute.divergence import bits, compiled_for, fill_row_dots
 from isingcut.models.replay import Recording
 
 GATES = ("sublayer", "block")
@@ -70,9 +70,9 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """(B,) float32: the scalar products of the samples of ``a`` and ``b`` (B, ...)."""
     a, b = a.flatten(1), b.flatten(1)
     # A backward pass that is itself differentiated needs operations that can be.
-    if kernels.compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
+    if compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
         out = torch.empty(len(a))
-        kernels.fill_row_dots(kernels.bits(a), kernels.bits(b), out.numpy())
+        fill_row_dots(bits(a), bits(b), out.numpy())
         return out
     return (a.float() * b.float()).sum(1)
 

@@ -23,9 +23,8 @@ from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.sweep import gate_chunks, gate_rows
 from isingcut.measure.work import identity
-from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead, loss_gradient
-from isingcut.models.replay import Recording, Replay, reuse_freed_memory
+from isingcut.models.replay import Recording, Replay, chosen_attention, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
 
 

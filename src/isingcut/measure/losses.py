@@ -35,9 +35,8 @@ from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, own_blocks, walk
 from isingcut.measure.work import Work, identity
-from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import Comparison, OutputHead, comparison
-from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
 from isingcut.options.types import BATCH_TOKENS
 
 __all__ = ["Measurement", "measure", "measure_together", "standard_error"]

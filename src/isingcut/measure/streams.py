@@ -16,7 +16,7 @@ from isingcut.ising.states import Floats, States, blocks_of
 from isingcut.measure.pace import chunks
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.work import Work
-from isingcut.models.not_finite import not_finite
+from isingcut.models.load import not_finite
 from isingcut.models.replay import Replay
 
 # Of a micro-batch: what entered the blocks, what enters one and what leaves it.

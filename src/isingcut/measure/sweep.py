@@ -21,8 +21,7 @@ from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.gates import gated_block, row_dots
 from isingcut.measure.graphs import Graphs, gated
 from isingcut.measure.pace import chunks
-from isingcut.models.parts import BLOCK_STREAMS, EMBED, HEAD
-from isingcut.models.replay import Recording, Replay
+from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Recording, Replay
 
 Toward = Callable[[Recording, TokenSet, Tensor, Tensor], Tensor]
 """Gradient (B, T, D) of the summed sample losses in the stream that leaves the blocks: from the

@@ -1,19 +1,22 @@
-"""Which device a model computes on, in which dtype and with how many threads."""
+"""Which device a model computes on, in which dtype, with how many threads and how much memory."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError
-from isingcut.options.spellings import parse_device
+from isingcut.models.safetensors_files import read_checkpoint
+from isingcut.options.spellings import Memory, parse_device
 
 if TYPE_CHECKING:
     import torch
@@ -143,3 +146,90 @@ def _bfloat16_is_faster() -> bool:
                 torch.nn.functional.linear(a, b)
                 seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
     return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+# Of the free memory, when no limit is given: the rest is for the system and for estimates' errors.
+_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """Memory that a measurement may take, in bytes.
+
+    Attributes:
+        total: of the whole process on a CPU, of all allocations on a GPU.
+        used: what was taken already when this was asked.
+    """
+
+    total: int
+    used: int
+
+    @property
+    def left(self) -> int:
+        """What weights and hidden states may still take."""
+        return max(0, self.total - self.used)
+
+
+def allowance(limit: str, device: torch.device) -> Allowance:
+    """The memory allowed on a device.
+
+    Args:
+        limit: as ``"8GB"`` or ``"50%"`` (of what is free); empty takes 80 % of what is free.
+            Processes that a launcher started on one machine have equal parts of a share.
+
+    Raises:
+        InputError: the limit cannot be read.
+    """
+    used, free = _used_and_free(device)
+    allowed = Memory(limit)
+    if allowed.amount is not None:
+        return Allowance(int(allowed.amount), used)
+    share = allowed.share or _SHARE
+    if device.type == "cpu":
+        share /= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return Allowance(used + int(share * free), used)
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights once loaded in ``dtype``, from its headers."""
+    total = 0
+    for tensor in read_checkpoint(folder).values():
+        if tensor.dtype == "U8" and tensor.name.endswith("_blocks"):
+            # MXFP4: two numbers a byte.
+            total += 2 * tensor.size * dtype.itemsize
+        elif tensor.dtype.startswith(("F", "BF")):
+            total += math.prod(tensor.shape) * dtype.itemsize
+        else:
+            total += tensor.size
+    return total
+
+
+def _used_and_free(device: torch.device) -> tuple[int, int]:
+    module = device_module(device)
+    if module is not None:
+        free, _ = module.mem_get_info(device)
+        used = module.memory_allocated(device)
+        return used, int(free) + module.memory_reserved(device) - used
+    import psutil
+
+    own = int(psutil.Process(os.getpid()).memory_info().rss)
+    return own, min(int(psutil.virtual_memory().available), container_room())
+
+
+def container_room(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes a container's control group still allows; a huge number outside of any."""
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = (root / limit).read_text(encoding="ascii").strip()
+            now = int((root / usage).read_text(encoding="ascii"))
+            stat = (root / limit).with_name("memory.stat").read_text(encoding="ascii")
+        except (OSError, ValueError):
+            continue
+        if most.isdigit():
+            # Cached file pages count as usage, but are given up when memory is wanted.
+            cached = [int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")]
+            return max(0, int(most) - now + sum(cached))
+    return 1 << 62

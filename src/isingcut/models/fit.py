@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.models.architectures.surgery import (
+from isingcut.models.architectures.cuts import (
     OTHER_STACKS,
     depth,
     extra_heads,
@@ -22,8 +22,8 @@ from isingcut.models.architectures.surgery import (
     uncuttable,
     written_out,
 )
-from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
 from isingcut.models.loading import wrong_shape
+from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,7 @@ import torch
 
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
-from isingcut.models.architectures.auto import auto_class
-from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
-from isingcut.models.transformers_private import model_classes
+from isingcut.models.safetensors_files import StoredTensor, read_checkpoint
 
 DTYPES = {
     "F64": torch.float64,
@@ -64,15 +62,24 @@ def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
     return "modelopt" if algorithm == "FP8" else None
 
 
+def torch_dtype(stored: StoredTensor) -> torch.dtype:
+    """The dtype of a stored tensor.
+
+    Raises:
+        CheckpointError: torch cannot hold it.
+    """
+    if stored.dtype not in DTYPES:
+        raise CheckpointError(f"tensor {stored.name!r} has the dtype {stored.dtype}, not readable")
+    return DTYPES[stored.dtype]
+
+
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """The values of one stored tensor, in its own dtype.
 
     Raises:
         CheckpointError: a dtype that torch cannot hold, or a file that became shorter.
     """
-    if stored.dtype not in DTYPES:
-        raise CheckpointError(f"tensor {stored.name!r} has the dtype {stored.dtype}, not readable")
-    data, dtype = stored.data(), DTYPES[stored.dtype]
+    data, dtype = stored.data(), torch_dtype(stored)
     if not data:
         return torch.empty(stored.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)
@@ -115,6 +122,16 @@ def dequantise(
     return values * factor
 
 
+def read_plain(
+    name: str, stored: Mapping[str, StoredTensor], block: tuple[int, int] | None
+) -> torch.Tensor:
+    """The values of one stored tensor, those of float8 times their scale and in float32."""
+    value = read_tensor(stored[name])
+    if not stored[name].dtype.startswith("F8_"):
+        return value
+    return dequantise(value, read_tensor(scale_of(name, stored)), block)
+
+
 def dequantised(
     folder: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -131,12 +148,8 @@ def dequantised(
     stored = read_checkpoint(folder)
     block = tile_of(config)
     for name, tensor in weights_of(stored).items():
-        value = read_tensor(tensor)
-        if not tensor.dtype.startswith("F8_"):
-            yield name, value.to(dtype) if tensor.dtype in ("BF16", "F16") else value
-            continue
-        scale = scale_of(name, stored)
-        yield name, dequantise(value, read_tensor(scale), block).to(dtype)
+        value = read_plain(name, stored, block)
+        yield name, value.to(dtype) if tensor.dtype.startswith(("F8_", "BF16", "F16")) else value
 
 
 def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -146,28 +159,6 @@ def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         for name, tensor in stored.items()
         if name.rpartition(".")[2] not in _DROPPED and not _is_scale(name, stored)
     }
-
-
-def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model of an FP8 checkpoint with plain weights, and what transformers says of loading it.
-
-    Whatever transformers raises passes.
-    """
-    from transformers import AutoConfig, GenerationConfig
-
-    raw = read_config(folder)
-    configs: Any = AutoConfig
-    config = configs.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    weights = dict(dequantised(folder, raw, dtype))
-    kind = model_classes(auto_class(config))[type(config)]
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval(), report
 
 
 def _is_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:

@@ -1,25 +1,141 @@
-"""What `isingcut inspect` shows: blocks, costs and legal states, without loading weights."""
+"""What `isingcut inspect` shows: blocks, costs and legal states, without loading weights.
+
+Whether the blocks that stay would be built as they were: a table of fields says what is known. What
+it lacks - a scale made of the depth, a layer that only the first block has - shows when the smaller
+model is built on the meta device beside the whole one and their blocks are compared, module by
+module.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.ising.constraints import LinearConstraint
-from isingcut.models.architectures.auto import auto_class
-from isingcut.models.architectures.base import Block, BlockStack
-from isingcut.models.architectures.discover import find_stack, text_config
-from isingcut.models.architectures.same_blocks import check_same_blocks
-from isingcut.models.architectures.surgery import legality
-from isingcut.models.checkpoint.read import StoredTensor
+from isingcut.models.architectures import fields
+from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, text_config
+from isingcut.models.architectures.cuts import cut_config, legality
+from isingcut.models.architectures.fields import config_object
 from isingcut.models.fit import bounded_structure, by_block, check_sizes, examine
-from isingcut.models.loading import loading
+from isingcut.models.load import auto_class, load_config
+from isingcut.models.loading import loading, quiet_transformers
+from isingcut.models.safetensors_files import StoredTensor
+
+# A block's own number is meant to change.
+_NUMBER = re.compile(r"(layer|block)_?(idx|id|index|num|number|block_map)$")
+# So are copies of fields that the table cuts, which the block itself reads at its own number.
+_CUT = {
+    *fields.GENERATORS,
+    *fields.SLICE,
+    *fields.INDICES,
+    *fields.PREFIX,
+    *fields.LAST,
+    *fields.SUFFIX,
+    *fields.CYCLE,
+    *fields.MTP,
+}
+_PLAIN = (bool, int, float, str, type(None))
+# States that are tried: runs of neighbours of at most so many blocks.
+_LONGEST = 16
+
+
+def check_same_blocks(
+    config: dict[str, Any], stack: BlockStack, rows: Sequence[LinearConstraint]
+) -> None:
+    """Cut the first legal run of blocks from a configuration and compare those that stay.
+
+    One state tells: every later block has another number then, and the depth is another.
+
+    Args:
+        config: a checkpoint's ``config.json``.
+        stack: the model's blocks.
+        rows: what every state has to obey.
+
+    Raises:
+        ArchitectureError: a block would be built otherwise; the message names what differs.
+    """
+    removed = _first_legal(len(stack), rows)
+    whole = config_object(config)
+    if removed is None or whole is None:
+        return  # nothing can go, or code of its own: the proof of the cut is left
+    before, after = _built(whole), _built(config_object(cut_config(config, removed)))
+    place = find_stack(before).path
+    old, new = (list(model.get_submodule(place).children()) for model in (before, after))
+    kept = [i for i in range(len(old)) if i not in removed]
+    for number, i in enumerate(kept):
+        difference = _difference(old[i], new[number])
+        if difference:
+            raise ArchitectureError(
+                f"block {i} would be another one as block {number} of a smaller model: "
+                f"{difference}; it depends on the number of the block or on the depth, and "
+                "isingcut knows no field that keeps it"
+            )
+
+
+def _first_legal(n: int, rows: Sequence[LinearConstraint]) -> list[int] | None:
+    for size in range(1, min(_LONGEST, n - 1) + 1):
+        for start in range(n - size + 1):
+            state = np.zeros((1, n), dtype=bool)
+            state[0, start : start + size] = True
+            if all(row.satisfied(state)[0] for row in rows):
+                return list(range(start, start + size))
+    return None
+
+
+def _built(config: Any) -> nn.Module:
+    with quiet_transformers(), torch.device("meta"):
+        model: nn.Module = auto_class(config).from_config(copy.deepcopy(config))
+    return model
+
+
+def _difference(old: nn.Module, new: nn.Module) -> str:
+    """What tells two blocks apart in words; empty where nothing does."""
+    left, right = dict(old.named_modules()), dict(new.named_modules())
+    for name in left.keys() ^ right.keys():
+        return f"{name} is there in only one of both"
+    for name, module in left.items():
+        other = right[name]
+        place = f"{name}." if name else ""
+        if type(module) is not type(other):
+            return f"{name} is {type(module).__name__} and would be {type(other).__name__}"
+        for key, value in _shapes(module).items():
+            if value != (found := _shapes(other).get(key)):
+                return f"{place}{key} has the shape {value} and would have {found}"
+        for key, value in vars(module).items():
+            if _NUMBER.search(key) or key in _CUT or not _is_plain(value):
+                continue
+            if not _equal(value, found := vars(other).get(key)):
+                return f"{place}{key} is {value!r:.40} and would be {found!r:.40}"
+    return ""
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: tuple(tensor.shape) for name, tensor in own}
+
+
+def _equal(value: Any, found: Any) -> bool:
+    if isinstance(value, float) and isinstance(found, float):
+        return math.isclose(value, found, rel_tol=1e-12)  # a scale that was rescaled
+    return bool(value == found)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
 
 
 @dataclass(frozen=True)
@@ -84,14 +200,9 @@ class Inspection:
         return rows
 
 
-def _costs(block: Block) -> tuple[int, ...]:
-    return (
-        block.parameters,
-        block.active_parameters,
-        block.bytes,
-        block.kv_bytes_per_token,
-        block.state_bytes,
-    )
+_costs: Callable[[Block], tuple[int, ...]] = attrgetter(
+    "parameters", "active_parameters", "bytes", "kv_bytes_per_token", "state_bytes"
+)
 
 
 def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
@@ -108,18 +219,16 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         CheckpointError: the configuration or a header is damaged.
         ArchitectureError: it has no block stack.
     """
-    from transformers import AutoConfig
-
-    folder, configs = Path(folder), cast(Any, AutoConfig)
+    folder = Path(folder)
     seen = examine(folder, weights=False)
     if seen.mismatch:
         raise ModelError(seen.mismatch)
-    with loading(f"the model in {folder}"):
-        config = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # Kernels of the quantisation need a GPU; the structure does not.
-        config.__dict__.pop("quantization_config", None)
-        with bounded_structure(seen.most_numbers, str(folder)), torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    # Kernels of the quantisation need a GPU; the structure does not.
+    config.__dict__.pop("quantization_config", None)
+    bounds = bounded_structure(seen.most_numbers, str(folder))
+    with loading(f"the model in {folder}"), bounds, torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)
     refusal, rows = "", []

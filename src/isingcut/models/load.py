@@ -1,23 +1,107 @@
-"""From a checkpoint folder to a frozen model in memory."""
+"""From a checkpoint folder to a frozen model: in memory, or a skeleton without its weights."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from isingcut.errors import ModelError
-from isingcut.models.architectures.auto import auto_class_of
-from isingcut.models.checkpoint.read import read_config
+from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
 from isingcut.models.device import pick_device, pick_dtype
 from isingcut.models.fit import bounded_structure, check_fit
-from isingcut.models.fp8 import fp8_layout, load_dequantised
+from isingcut.models.fp8 import dequantised, fp8_layout
 from isingcut.models.loading import loading, refuse_incomplete, refuse_infinite
+from isingcut.models.safetensors_files import read_config
+from isingcut.models.transformers_private import model_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Configuration classes that no auto class of transformers lists, and what builds their models;
+# registered in this process alone.
+_ALONE: dict[type, str] = {}
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that builds the model that a configuration's ``architectures`` names.
+
+    Where that says nothing, the causal one if both know ``config``. A multimodal model that the
+    image-text-to-text class builds has a text decoder, and is called with text alone.
+
+    Args:
+        config: a loaded configuration.
+
+    Raises:
+        ArchitectureError: neither knows it.
+    """
+    import transformers
+
+    factories: list[Any] = [
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+    ]
+    remote = getattr(config, "auto_map", None) or {}
+    if named := [f for f in factories if f.__name__ in remote]:
+        return named[0]
+    known = [f for f in factories if type(config) in model_classes(f)]
+    # Of a multimodal checkpoint the causal class may be one that only its text part fits.
+    saved = getattr(config, "architectures", None) or []
+    for factory in known:
+        if model_classes(factory)[type(config)].__name__ in saved:
+            return factory
+    if known:
+        return known[0]
+    for name in saved:
+        own: Any = getattr(transformers, name, None)
+        if _loads_alone(own, config):
+            factories[0].register(type(config), own, exist_ok=True)
+            _ALONE[type(config)] = own.__name__
+            return factories[0]
+    raise ArchitectureError(
+        f"transformers has no text-generating decoder of the model type {config.model_type!r}; "
+        "isingcut cuts decoders with one stack of residual blocks"
+    )
+
+
+def _loads_alone(own: Any, config: Any) -> bool:
+    """Whether a class builds a text-generating model that no auto class lists.
+
+    Such is the decoder of a multimodal model, saved without the rest.
+    """
+    return (
+        getattr(own, "config_class", None) is type(config)
+        and own.can_generate()
+        and own.main_input_name == "input_ids"
+        and not getattr(config, "is_encoder_decoder", False)
+    )
+
+
+def loading_class_of(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """The name of the class that loads a checkpoint in transformers where isingcut is not."""
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    name: str = auto_class(config).__name__
+    return _ALONE.get(type(config), name)
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's configuration, as transformers reads it.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        ModelError: transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    configs: Any = AutoConfig
+    # First, as transformers would look for a folder that was deleted on the hub.
+    read_config(folder)
+    with loading(f"the configuration in {folder}"):
+        return configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
@@ -117,7 +201,7 @@ def as_transformers_does(
     """
     if fp8_layout(folder, read_config(folder)):
         return load_dequantised(folder, dtype)
-    loader = auto_class_of(folder, trust_remote_code=trust_remote_code)
+    loader = auto_class(load_config(folder, trust_remote_code=trust_remote_code))
     options: dict[str, Any] = {}
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
@@ -137,3 +221,93 @@ def as_transformers_does(
         output_loading_info=True,
     )
     return model.eval(), found
+
+
+def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model of an FP8 checkpoint with plain weights, and what transformers says of loading it.
+
+    Whatever transformers raises passes.
+    """
+    from transformers import GenerationConfig
+
+    config = load_config(folder)
+    config.__dict__.pop("quantization_config", None)
+    weights = dict(dequantised(folder, read_config(folder), dtype))
+    kind = model_classes(auto_class(config))[type(config)]
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval(), report
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The model of a checkpoint folder: parameters on the meta device, buffers real.
+
+    Args:
+        dtype: of its floating-point parameters, but for those the family keeps in float32.
+
+    Raises:
+        ModelError: transformers cannot build it, its configuration and its tensors do not fit
+            each other, or its weights are packed in a way that can only be loaded whole.
+    """
+    from accelerate import init_empty_weights
+    from transformers import GenerationConfig
+
+    seen = check_fit(folder)
+    _refuse_packed(folder, seen.config)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config.__dict__.pop("quantization_config", None)
+    with loading(f"the model in {folder}"), bounded_structure(seen.most_numbers, str(folder)):
+        config.name_or_path = str(folder)
+        factory = auto_class(config)
+        with torch.device("meta"):
+            # First without any memory: what its buffers would take is real below.
+            factory.from_config(config, trust_remote_code=trust_remote_code)
+    with loading(f"the model in {folder}"):
+        # Rotary frequencies and masks are buffers that no checkpoint holds: they are computed.
+        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+            model = factory.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _refuse_packed(folder: Path, raw: Mapping[str, Any]) -> None:
+    packed = raw.get("quantization_config")
+    if packed and not fp8_layout(folder, raw):
+        method = packed.get("quant_method") or packed.get("quant_algo") or "unknown"
+        raise ModelError(
+            f"the weights in {folder} are packed by {method!r}, which can only be loaded whole; "
+            "pass --stream off, or give a checkpoint in bfloat16, float32 or FP8"
+        )
+
+
+_SHOWN = 12
+
+
+def not_finite(
+    model: Any, what: str, ids: Sequence[int], removed: Sequence[int] = ()
+) -> ModelError:
+    """An error that says what of a model is not finite.
+
+    Args:
+        what: for example ``"the loss"``.
+        ids: tokens of the text that it was computed on; the first few are shown, as text where the
+            model's folder has a tokenizer.
+        removed: blocks that it ran without.
+    """
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    first = list(ids[:_SHOWN])
+    shown: Any = first
+    with contextlib.suppress(IsingcutError):
+        shown = load_tokenizer(Path(name)).decode(first)
+    without = f" without blocks {', '.join(map(str, removed))}" if len(removed) else ""
+    return ModelError(
+        f"{what} of {name}{without} is NaN or infinite on the text that begins {shown!r}; "
+        + NOT_FINITE
+    )

@@ -21,17 +21,16 @@ _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 
 @contextlib.contextmanager
-def loading(what: str, error: type[IsingcutError] = ModelError) -> Iterator[None]:
+def loading(what: str) -> Iterator[None]:
     """Turn all that a library raises meanwhile into one error that says what was read.
 
     A configuration, a tokenizer or a file that others wrote can make a library fail in any way.
 
     Args:
         what: what is read, for example ``"the tokenizer in my-model"``.
-        error: the kind of error that is raised.
 
     Raises:
-        error: the library failed; our own errors pass.
+        ModelError: the library failed; our own errors pass.
         MemoryExhaustedError: memory is used up.
     """
     try:
@@ -43,16 +42,16 @@ def loading(what: str, error: type[IsingcutError] = ModelError) -> Iterator[None
     except Exception as e:
         raise_if_exhausted(e)
         if "trust_remote_code=True" in str(e):
-            raise error(
+            raise ModelError(
                 f"cannot load {what}: it needs Python code of its own, which runs only if you "
                 "trust it; read its .py files, then pass --trust-remote-code"
             ) from e
-        raise error(f"cannot load {what}: {one_line(e)}") from e
+        raise ModelError(f"cannot load {what}: {one_line(e)}") from e
     except BaseException as e:
         # A panic of a library written in Rust is no `Exception`.
         if type(e).__name__ != "PanicException":
             raise
-        raise error(f"cannot load {what}: {one_line(e)}") from e
+        raise ModelError(f"cannot load {what}: {one_line(e)}") from e
 
 
 def one_line(error: BaseException) -> str:

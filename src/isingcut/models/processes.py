@@ -10,14 +10,10 @@ exchange is small and lies in main memory.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
 import socket
-import sys
-import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,12 +22,6 @@ from isingcut.errors import RankError
 
 T = TypeVar("T")
 
-BEAT = 20.0
-"""Seconds between two signs of life of a process."""
-PATIENCE = 600.0
-"""Seconds without a sign of life after which a process counts as gone. One that dies closes its
-connections, which is noticed at once: this is for a machine that vanishes."""
-_ENDED = b"ended"
 # Waiting for a process that lives has no limit: rank 0 may work alone for days.
 _ANY_TIME = timedelta(days=3650)
 
@@ -74,10 +64,6 @@ class Processes:
         elif dist.get_backend() != "gloo":
             group = dist.new_group(backend="gloo", timeout=_ANY_TIME)
         found = cls(dist.get_rank(), dist.get_world_size(), group)
-        atexit.register(_end, found.rank)
-        threading.Thread(
-            target=_watch, args=(found.rank, found.size), name="isingcut-beat", daemon=True
-        ).start()
         if torch.cuda.is_available() and found.local_rank < torch.cuda.device_count():
             # "cuda" without a number means this one from here on.
             torch.cuda.set_device(found.local_rank)
@@ -130,42 +116,6 @@ class Processes:
 
 ALONE = Processes()
 """One process."""
-
-
-# Signs of life ------------------------------------------------------------------------
-
-
-def _end(rank: int) -> None:
-    """Say that this process ends as it should."""
-    with contextlib.suppress(RuntimeError):
-        _board().set(f"isingcut/beat/{rank}", _ENDED.decode())
-
-
-def _watch(rank: int, size: int, every: float | None = None, patience: float | None = None) -> None:
-    """Give signs of life for good, and end this process where another gives none any more."""
-    every, patience = every or BEAT, patience or PATIENCE
-    seen: dict[int, tuple[bytes, float]] = {}
-    board, count = None, 0
-    while True:
-        now, count = time.monotonic(), count + 1
-        with contextlib.suppress(RuntimeError):
-            board = board or _board()
-            board.set(f"isingcut/beat/{rank}", str(count))
-            for other in range(size):
-                key = f"isingcut/beat/{other}"
-                beat = board.get(key) if board.check([key]) else b""
-                if other not in seen or beat in (_ENDED, b"") or seen[other][0] != beat:
-                    seen[other] = beat, now
-        gone = [other for other, (_, at) in seen.items() if now - at > patience]
-        if gone:
-            text = (
-                f"rank {gone[0]} of {size} has given no sign of life for {patience:.0f} seconds; "
-                "what is finished is kept, the same command goes on"
-            )
-            leave_word(1, text)
-            print(f"isingcut: {text}", file=sys.stderr, flush=True)
-            os._exit(1)
-        time.sleep(every)
 
 
 # Last words ---------------------------------------------------------------------------

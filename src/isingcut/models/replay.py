@@ -5,6 +5,10 @@ of that is rebuilt here: the model runs once with its blocks stubbed, what each 
 called with is recorded, and block i is later called with the same arguments and other hidden
 states. So everything below works for any architecture whose blocks pass one residual stream
 on, and a state whose first removed block is i can reuse the hidden states that entered i.
+
+A *part* is a block, the input embedding or the output head. A model that is read from disk has a
+store that holds two of them at a time (`streaming.store`); here is the store of a model whose
+parts are always open, so that whoever sweeps over a model need not ask which of the two it is.
 """
 
 from __future__ import annotations
@@ -14,20 +18,235 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
+from isingcut.errors import ArchitectureError
+from isingcut.memory import raise_if_exhausted
+from isingcut.models.architectures.blocks import on_text_alone, text_model
 from isingcut.models.architectures.families import stop_rescaling
-from isingcut.models.device import BatchLimit, synchronise
-from isingcut.models.first_pass import BlockCall, learn_outputs
-from isingcut.models.memory import allowance
-from isingcut.models.parts import Resident, Weights
+from isingcut.models.device import BatchLimit, allowance, synchronise
+from isingcut.models.loading import quiet_transformers
 from isingcut.models.processes import ALONE, Processes
-from isingcut.models.text_alone import text_model
+from isingcut.models.transformers_private import attention_of
+
+Part = int | str
+EMBED, HEAD = "embed", "head"
+
+# What a block holds beside its input while it computes, in residual streams: queries, keys and
+# values, an MLP four times as wide three times over, float32 norms, and all of it for backward.
+BLOCK_STREAMS = 64
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How often a streamed model was read, in sweeps over all of its weights.
+
+    Attributes:
+        disk: from the checkpoint.
+        memory: from parts that host memory keeps.
+    """
+
+    disk: float = 0.0
+    memory: float = 0.0
+
+    @property
+    def sweeps(self) -> float:
+        """From anywhere."""
+        return self.disk + self.memory
+
+    def __sub__(self, before: Reading) -> Reading:
+        return Reading(self.disk - before.disk, self.memory - before.memory)
+
+
+class Weights:
+    """The weights of a model: here in memory, so that opening a part costs nothing."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every part is used where it stays: opening costs nothing, graphs may hold it."""
+        return True
+
+    def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
+        """Open parts in this order, each for one turn of the loop."""
+        return iter(order)
+
+    def reading(self) -> Reading:
+        """How often the weights were read so far."""
+        return Reading()
+
+
+_NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
+_HANDED_ON = (
+    f"blocks hand something on to later blocks beside the residual stream: {_NOT_ONE_AT_A_TIME}"
+)
+
+
+class BlockCall:
+    """The arguments that a block was called with, its hidden states apart.
+
+    Attributes:
+        hidden: the residual stream; None once it is not needed any more.
+    """
+
+    def __init__(
+        self, hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool
+    ) -> None:
+        self.hidden, self.args, self.kwargs, self.keyword = hidden, args, kwargs, keyword
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> BlockCall:
+        """The call of block ``i``.
+
+        Raises:
+            ArchitectureError: there are no hidden states where they are expected.
+        """
+        if args and isinstance(args[0], Tensor):
+            return cls(args[0], args[1:], kwargs, keyword=False)
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            return cls(kwargs["hidden_states"], args, rest, keyword=True)
+        raise ArchitectureError(
+            f"block {i} was called without hidden states as its first argument or as "
+            "'hidden_states'; such a block cannot be replayed"
+        )
+
+    def repeat(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """What the block returns for other hidden states."""
+        if self.keyword:
+            return block(*self.args, hidden_states=hidden, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
+
+
+def learn_outputs(
+    model: Any, blocks: Sequence[nn.Module], device: torch.device
+) -> tuple[list[tuple[Any, ...] | None], int]:
+    """Run four tokens through a model and look at what its blocks return.
+
+    Returns:
+        for each block, what stands behind the stream in the tuple it returns, None where it returns
+        the stream alone; and the bytes of a token's residual stream, at its widest.
+
+    Raises:
+        ArchitectureError: the blocks do not pass one residual stream on, and nothing else; or the
+            model does not run on text alone.
+    """
+    ids = torch.zeros((1, 4), dtype=torch.long, device=device)
+    streams: list[Tensor] = []
+    rest: list[tuple[Any, ...] | None] = []
+    calls: list[tuple[nn.Module, BlockCall]] = []
+    shared: dict[int, _Shared] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        for name, value in kwargs.items():
+            if isinstance(value, MutableMapping):
+                watched = shared.setdefault(id(value), _Shared(value))
+                watched.block = len(calls)
+                kwargs = {**kwargs, name: watched}
+        call = BlockCall.split(args, kwargs, len(rest))
+        stream = call.hidden
+        assert stream is not None
+        if streams and stream is not streams[-1] and not torch.equal(stream, streams[-1]):
+            raise ArchitectureError(
+                f"the model changes the residual stream before block {len(rest)} "
+                f"({type(module).__name__}): {_NOT_ONE_AT_A_TIME}"
+            )
+        calls.append((module, call))
+        return args, kwargs
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        stream = output[0] if isinstance(output, (list, tuple)) and output else output
+        if not isinstance(stream, Tensor):
+            raise ArchitectureError(
+                f"block {len(rest)} ({type(module).__name__}) returns {type(output).__name__}; "
+                "expected hidden states, or a tuple that starts with them"
+            )
+        if stream.shape[:2] != ids.shape:
+            raise ArchitectureError(
+                f"block {len(rest)} ({type(module).__name__}) passes on a stream of shape "
+                f"{list(stream.shape)}, expected (batch, tokens, width): {_NOT_ONE_AT_A_TIME}"
+            )
+        if _reads_another(calls[-1][1], module, stream, rest):
+            raise ArchitectureError(_HANDED_ON)
+        streams.append(stream)
+        rest.append(tuple(output[1:]) if isinstance(output, (list, tuple)) else None)
+
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
+    handles += [b.register_forward_hook(after) for b in blocks]
+    try:
+        with torch.no_grad(), on_text_alone(model):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _refuse_uncalled(blocks, [module for module, _ in calls])
+    if any(watched.handed_on for watched in shared.values()):
+        raise ArchitectureError(_HANDED_ON)
+    return rest, max(s[0, 0].numel() * s.element_size() for s in streams)
+
+
+def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -> None:
+    silent = [i for i, block in enumerate(blocks) if not any(block is c for c in called)]
+    if silent:
+        raise ArchitectureError(
+            f"text alone does not run the blocks {', '.join(map(str, silent))}, so what they are "
+            "worth cannot be measured (they may read images): such blocks can be cut, but not "
+            "measured"
+        )
+    if len(called) != len(blocks):
+        raise ArchitectureError(
+            f"{len(blocks)} blocks were found, but a forward pass made {len(called)} calls of "
+            "them; each must be called exactly once"
+        )
+
+
+def _reads_another(
+    call: BlockCall, block: nn.Module, stream: Tensor, rest: Sequence[tuple[Any, ...] | None]
+) -> bool:
+    """Whether a block needs a tensor that an earlier one returned beside the stream.
+
+    Some are handed one that they leave alone, so the block runs again without.
+    """
+    beside = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
+    if not any(id(v) in beside for v in (*call.args, *call.kwargs.values())):
+        return False
+    assert call.hidden is not None
+    args = tuple(None if id(v) in beside else v for v in call.args)
+    kwargs = {k: None if id(v) in beside else v for k, v in call.kwargs.items()}
+    without = BlockCall(call.hidden, args, kwargs, call.keyword)
+    try:
+        output = without.repeat(block.forward, call.hidden)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise_if_exhausted(error)
+        return True
+    return not torch.equal(output[0] if isinstance(output, (list, tuple)) else output, stream)
+
+
+class _Shared(UserDict[Any, Any]):
+    """A mapping that all blocks are given, and whether one reads what another wrote there.
+
+    Gemma 4 lets the last block of each type write, whether or not a later one reads.
+    """
+
+    def __init__(self, value: MutableMapping[Any, Any]) -> None:
+        self.data: Any = value
+        self.block = 0
+        self.handed_on = False
+        self._writer: dict[Any, int] = {}
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self._writer[key] = self.block
+        self.data[key] = item
+
+    def __getitem__(self, key: Any) -> Any:
+        self.handed_on |= self._writer.get(key, self.block) != self.block
+        return self.data[key]
 
 
 class _StackReached(Exception):
@@ -44,7 +263,7 @@ class Replay:
         store: its weights; None: they are in memory.
 
     Attributes:
-        text: what of the model is given token ids (`text_alone.py`).
+        text: what of the model is given token ids (`text_model`).
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention; None keeps what was loaded.
         threads: with how many threads at most; None: with those that torch takes.
@@ -70,15 +289,14 @@ class Replay:
         stop_rescaling(model)
         self.blocks = list(blocks)
         self.device = device or next(model.parameters()).device
-        self.store = store or Resident()
+        self.store = store or Weights()
         self.attention: str | None = None
         self.threads: int | None = None
         self.limit = BatchLimit(self.device)
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
         self.text = text_model(model)
-        outputs = learn_outputs(self.text, self.blocks, self.device)
-        self.bytes_per_token, self._rest = outputs.bytes_per_token, outputs.rest
+        self._rest, self.bytes_per_token = learn_outputs(self.text, self.blocks, self.device)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -126,7 +344,7 @@ class Replay:
 
         ids = input_ids.to(self.device)
         stubs = [stub(i) for i in range(len(self.blocks))]
-        with self._replaced(stubs), contextlib.suppress(_StackReached):
+        with replaced_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
             self.text(input_ids=ids, use_cache=False)
         entered = calls[0].hidden
         assert entered is not None
@@ -135,21 +353,29 @@ class Replay:
         return Recording(self, ids, entered, calls)
 
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
-        """Seconds that each block takes for one sequence of ``length`` tokens (median)."""
+        """Seconds that each block takes for one sequence of ``length`` tokens (median).
+
+        Of streamed blocks with the same tensors one is timed.
+        """
+        kinds: Sequence[Any] = range(len(self))
+        if self.streamed:
+            kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks]
+        examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
         ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
-        rounds = []
+        seconds: dict[Any, float] = {}
         with torch.inference_mode():
             recording = self.record(ids)
-            for _ in range(repeats + 1):
-                stream, times = recording.entered, []
-                for i in range(len(self)):
+            for i in self.store.sweep(sorted(examples.values())):
+                assert isinstance(i, int)
+                times = []
+                for _ in range(repeats + 1):
                     began = time.perf_counter()
-                    stream = recording.block(i, stream)
+                    recording.block(i, recording.entered)
                     synchronise(self.device)
                     times.append(time.perf_counter() - began)
-                rounds.append(times)
-        # The first round warms up.
-        return [statistics.median(per_block) for per_block in zip(*rounds[1:], strict=True)]
+                # The first one warms up.
+                seconds[kinds[i]] = statistics.median(times[1:])
+        return [seconds[kind] for kind in kinds]
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
@@ -157,7 +383,8 @@ class Replay:
         def stub(i: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._as_output(i, hidden)
 
-        with self._replaced([stub(i) for i in range(len(self.blocks))]):
+        stubs = [stub(i) for i in range(len(self.blocks))]
+        with replaced_forwards(self.blocks, stubs):
             logits: Tensor = self.text(input_ids=input_ids, use_cache=False).logits
         return logits
 
@@ -165,20 +392,23 @@ class Replay:
         rest = self._rest[i]
         return hidden if rest is None else (hidden, *rest)
 
-    @contextlib.contextmanager
-    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Swap every block's `forward`; an instance attribute set by others (hooks) comes back."""
-        before = [b.__dict__.get("forward") for b in self.blocks]
-        try:
-            for block, forward in zip(self.blocks, forwards, strict=True):
-                block.__dict__["forward"] = forward
-            yield
-        finally:
-            for block, old in zip(self.blocks, before, strict=True):
-                if old is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.__dict__["forward"] = old
+
+@contextlib.contextmanager
+def replaced_forwards(
+    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Swap the `forward` of modules; an instance attribute set by others (hooks) comes back."""
+    before = [m.__dict__.get("forward") for m in modules]
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            if old is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = old
 
 
 class Recording:
@@ -223,3 +453,32 @@ def reuse_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
+    """Let a model compute attention as ``name``, or as its replay says, for a while.
+
+    Raises:
+        ArchitectureError: the model has no such implementation.
+    """
+    model, wanted = replay.model, name or replay.attention
+    before = attention_of(model)
+    if wanted is None or wanted == before:
+        yield
+        return
+    reason = f"it computes it as {before!r}"
+    try:
+        with quiet_transformers():
+            model.set_attn_implementation(wanted)  # type: ignore[operator]
+    except (ValueError, ImportError, AttributeError) as e:
+        reason = " ".join(str(e).split())
+    if attention_of(model) != wanted:
+        raise ArchitectureError(
+            f"{type(model).__name__} cannot compute attention as {wanted!r} ({reason}); "
+            "choose another with --attention"
+        )
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]

@@ -1,4 +1,7 @@
-"""What a user calls a model becomes a local checkpoint folder, without loading torch."""
+"""What a user gives as a model becomes a local checkpoint folder, without loading torch.
+
+A loaded model that a Python caller hands over is saved once, and held as that folder.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,24 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from isingcut.data import held
-from isingcut.errors import IsingcutError, ModelError, first_line
+from isingcut.data.held import hold
+from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
-from isingcut.models.checkpoint.read import HEADER_LIMIT, no_weights, read_config, weight_files
-from isingcut.models.from_gguf import converted, gguf_cache
+from isingcut.files.writing import temporary_folder
+from isingcut.memory import raise_if_exhausted
+from isingcut.models.gguf_files import converted, gguf_cache
+from isingcut.models.loading import quiet_transformers
+from isingcut.models.safetensors_files import HEADER_LIMIT, no_weights, read_config, weight_files
+from isingcut.models.transformers_private import has_adapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 PACKAGED = "smollm2"
 PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -120,7 +133,6 @@ def _download(name: str, trust_remote_code: bool) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
-        RepositoryNotFoundError,
     )
 
     # The HTTP library's own base class: hub versions are built on different ones.
@@ -139,11 +151,6 @@ def _download(name: str, trust_remote_code: bool) -> Path:
             f"the hub model {name} asks for its licence to be accepted; accept it on "
             f"https://huggingface.co/{name} and type: hf auth login"
         ) from e
-    except RepositoryNotFoundError as e:
-        raise ModelError(
-            f"no model {name!r}: there is no such local folder, and the hub has no public model "
-            f"of that name; {_EXPECTED}"
-        ) from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
         raise ModelError(
             f"no model {name!r}: there is no such local folder, it is not in the local hub cache, "
@@ -153,20 +160,19 @@ def _download(name: str, trust_remote_code: bool) -> Path:
     except (OSError, transport_error) as e:
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
-            f"({first_line(e)}); give the folder of a local model, or run again to go on"
+            f"({first_line(e)}); {_EXPECTED}, or run again to go on"
         ) from e
     return _checked_folder(Path(folder))
 
 
 def _checked_folder(folder: Path) -> Path:
     """``folder`` itself, once it is known to hold a checkpoint whose files can be read."""
-    adapter = folder / "adapter_config.json"
-    if is_there(adapter):
+    if is_there(folder / "adapter_config.json"):
         raise ModelError(
             f"{folder} holds a PEFT adapter, not a model; merge it into its base model first, in "
-            "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
-            f"{_base_of(adapter)}), {str(folder)!r}).merge_and_unload().save_pretrained('merged'), "
-            "and give that folder (a merged model: delete its adapter_config.json)"
+            "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
+            f"{str(folder)!r}).merge_and_unload().save_pretrained('merged'), and give that folder "
+            "(a merged model: delete its adapter_config.json)"
         )
     if not is_there(folder / "config.json"):
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
@@ -235,7 +241,90 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
         )
 
 
-def _base_of(adapter: Path) -> str:
-    told = load_json(adapter, "the adapter's", ModelError, infinite=True)
-    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
-    return repr(base if isinstance(base, str) and base else "BASE")
+@contextlib.contextmanager
+def save_loaded_model(
+    given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    """Save a loaded model into a temporary folder and hold that; gives its name.
+
+    Raises:
+        InputError: no transformers model, no tokenizer, or a model that cannot be saved whole.
+        ModelError: saving it failed.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    _check_model(given)
+    if tokenizer is None:
+        raise InputError("a loaded model needs its tokenizer: prune(model, tokenizer=...)")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
+        )
+    with temporary_folder() as place:
+        folder = place / "model"
+        try:
+            with quiet_transformers():
+                given.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        except Exception as e:
+            raise_if_exhausted(e)
+            raise ModelError(
+                f"saving the loaded model into {folder} failed ({first_line(e)}); save it with "
+                "save_pretrained yourself and give that folder"
+            ) from e
+        digest = model_identity(folder)["sha256"][:16]
+        with hold(f"{type(given).__name__} in memory ({digest})", folder) as name:
+            yield name
+
+
+def _check_model(given: Any) -> None:
+    from transformers import PreTrainedModel
+
+    advice = "save_pretrained it into a folder and give that"
+    if not isinstance(given, PreTrainedModel):
+        raise InputError(
+            "model must be a folder, a hub id, a .gguf file or a loaded transformers model, got "
+            f"{type(given).__name__} (merge the adapters of a PEFT model first: "
+            "merge_and_unload)"
+        )
+    if has_adapters(given):
+        raise InputError(
+            f"this {type(given).__name__} has adapters loaded, which are no part of its blocks; "
+            "merge them with PEFT (merge_and_unload) and give the merged model"
+        )
+    quantised = getattr(given.config, "quantization_config", None) is not None
+    # Torch's own quantisation puts modules in place of the layers, and says so nowhere else.
+    packed = any("quantized" in type(module).__module__ for module in given.modules())
+    if quantised or packed or getattr(given, "hf_quantizer", None) is not None:
+        raise InputError(
+            f"this {type(given).__name__} is quantised in memory, so its blocks cannot be saved "
+            "as they were; give the folder or hub id of the model before quantisation"
+        )
+    if any(p.device.type == "meta" for p in given.parameters()):
+        raise InputError(
+            f"this {type(given).__name__} has weights that are not in memory (offloaded); "
+            f"give the folder it was loaded from, or {advice}"
+        )
+    for name, module in given.named_modules():
+        found = _beside_weights(module)
+        if found is not None:
+            raise InputError(
+                f"{name or 'the model'} ({type(module).__name__}) {found}, or give the model's "
+                "folder: only what save_pretrained writes is measured"
+            )
+
+
+def _beside_weights(module: Any) -> str | None:
+    """What changes a module's output and is not saved with it, and what to do; None for nothing."""
+    if hasattr(module, "_hf_hook"):
+        return (
+            "has its forward replaced by a hook of accelerate, as device_map sets over several "
+            "devices; load it without device_map"
+        )
+    if "forward" in vars(module):
+        return "has its forward replaced; load the model anew"
+    # transformers' own record outputs, or act in training alone.
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if any(not str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks):
+        return "has forward hooks; remove them (handle.remove())"
+    return None

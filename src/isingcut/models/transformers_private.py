@@ -13,7 +13,6 @@ What changed there in the versions that are known to work, 5.10 to 5.24:
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
 import re
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -24,47 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 OLDEST, NEWEST = (5, 10), (5, 24)
-
-_MAPPING = "transformers.conversion_mapping:get_model_conversion_mapping"
-_CONVERTER = "transformers.core_model_loading:WeightConverter"
-_RENAMING = "transformers.core_model_loading:WeightRenaming"
-_ORDER = "transformers.core_model_loading:dot_natural_key"
-_RENAME = "transformers.core_model_loading:rename_source_key"
-NAMES = (
-    _MAPPING,
-    _CONVERTER,
-    f"{_CONVERTER}.add_tensor",
-    f"{_CONVERTER}.convert",
-    _RENAMING,
-    _ORDER,
-    _RENAME,
-    "transformers:PreTrainedModel._get_dtype_plan",
-    "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
-    "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
-    "transformers:PreTrainedModel._hf_peft_config_loaded",
-    "transformers:AutoModelForCausalLM._model_mapping",
-    "transformers:PreTrainedConfig._attn_implementation",
-    "transformers:Trainer._save_checkpoint",
-    "transformers:TrainingArguments.n_gpu",
-)
-"""Everything of it that must be there, for the test that says what a new version took away."""
-
-
-def private(name: str) -> Any:
-    """What transformers has under a name (``module:path``) that it may move in any version.
-
-    Raises:
-        ModelError: this version has it no more.
-    """
-    try:
-        return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as e:
-        oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
-        raise ModelError(
-            f"transformers {version('transformers')} has no {name.replace(':', '.')}, with which "
-            f"weights are read one block at a time; install one of {oldest} to {newest}, or pass "
-            "--stream off"
-        ) from e
 
 
 def model_classes(factory: Any) -> Any:
@@ -107,17 +65,35 @@ class Names:
         model: without its weights is enough.
         dtype: the model's.
 
+    Attributes:
+        order: the key by which stored names are sorted.
+        converters: the conversion that each pattern belongs to.
+        tensors: the model's, by name.
+        ties: names of tensors that are another one: ``{this: that}``.
+
     Raises:
         ModelError: this version of transformers has another loader.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._rename, self.order = private(_RENAME), private(_ORDER)
-        renaming, converter = private(_RENAMING), private(_CONVERTER)
-        mapping = private(_MAPPING)(model, None, None)
+        try:
+            from transformers import conversion_mapping, core_model_loading
+
+            loader: Any = core_model_loading
+            self._rename, self.order = loader.rename_source_key, loader.dot_natural_key
+            renaming, converter = loader.WeightRenaming, loader.WeightConverter
+            mapping = conversion_mapping.get_model_conversion_mapping(model, None, None)
+        except (ImportError, AttributeError) as e:
+            oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+            raise ModelError(
+                f"transformers {version('transformers')} reads checkpoints otherwise ({e}), so "
+                f"weights cannot be read one block at a time; install one of {oldest} to {newest}, "
+                "or pass --stream off"
+            ) from e
         self._renamings = [m for m in mapping if isinstance(m, renaming)]
         self._converters = [m for m in mapping if isinstance(m, converter)]
-        self._converter_of = {p: c for c in self._converters for p in c.source_patterns}
+        self.converters = {p: c for c in self._converters for p in c.source_patterns}
+        self.ties: dict[str, str] = dict(model.all_tied_weights_keys)
         self._prefix = model.base_model_prefix
         self.model = model
         self.tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
@@ -132,10 +108,6 @@ class Names:
             name, pattern = self._rename(stored, [], [], self._prefix, self.tensors)
         return str(name), pattern
 
-    def converter(self, pattern: str) -> Any:
-        """The conversion that a pattern belongs to."""
-        return self._converter_of[pattern]
-
     def dtype_of(self, target: str) -> torch.dtype:
         """The dtype that the model has a tensor in."""
         import torch
@@ -143,10 +115,6 @@ class Names:
         if any(pattern.search(target) for pattern in self._widened):
             return torch.float32
         return self.tensors[target].dtype
-
-    def ties(self) -> dict[str, str]:
-        """Names of tensors that are another one: ``{this: that}``."""
-        return dict(self.model.all_tied_weights_keys)
 
     def may_be_extra(self, target: str) -> bool:
         """Whether a stored tensor without a place in the model is one transformers drops too."""

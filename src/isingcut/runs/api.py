@@ -32,8 +32,8 @@ from isingcut.files.writing import atomic_folder, read_document, temporary_folde
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.memory import convert_memory_errors
-from isingcut.models import handed_over
 from isingcut.models.processes import Processes
+from isingcut.models.sources import save_loaded_model
 from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
 from isingcut.runs import cutting, pipeline, solving, stages
@@ -387,7 +387,7 @@ def prune(
         config = pipeline.checked(None, asked, "isingcut.prune")
         if loaded is not None:
             # Last, as saving a large one takes long.
-            config = config.replace(model=kept.enter_context(handed_over.model(loaded, tokenizer)))
+            config = config.replace(model=kept.enter_context(save_loaded_model(loaded, tokenizer)))
         opened = pipeline.open_session(config, shown, processes, need_removal=True)
         with opened as (session, folder):
             rankings = pipeline.measure_and_rank(session, folder)

@@ -31,18 +31,18 @@ from isingcut.files.writing import (
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import RECORD
 from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
-from isingcut.models.architectures.auto import loading_class_of
-from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
-from isingcut.models.cutting.gguf import cut_gguf
-from isingcut.models.cutting.gguf_patch import (
+from isingcut.models.cutting.gguf import (
     Changed,
     Repacked,
     changed_tensors,
     check_same_model,
+    cut_gguf,
     repacked,
 )
 from isingcut.models.cutting.verify import verify, verify_streamed
+from isingcut.models.gguf_files import read_gguf
+from isingcut.models.load import loading_class_of
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug

@@ -21,7 +21,7 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.sharing import forget
 from isingcut.measure.work import Work
-from isingcut.models.text_alone import text_model
+from isingcut.models.architectures.blocks import text_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.removal import each_removal, removal_rows

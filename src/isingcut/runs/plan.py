@@ -26,12 +26,11 @@ from isingcut.evaluation.candidates import few_samples
 from isingcut.healing.recipe import sizes
 from isingcut.measure.curvature import KINDS
 from isingcut.measure.tree import tree_nodes
-from isingcut.models.architectures import text_config
+from isingcut.models.architectures.blocks import text_config
 from isingcut.models.compute.head import OutputHead, comparison
-from isingcut.models.device import pick_device, pick_dtype
+from isingcut.models.device import pick_device, pick_dtype, weight_bytes
 from isingcut.models.inspect import Inspection, inspect_model
-from isingcut.models.memory import weight_bytes
-from isingcut.models.parts import BLOCK_STREAMS, EMBED, HEAD
+from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import parse_healing

@@ -18,13 +18,12 @@ from isingcut.files.documents.states import CutRecord
 from isingcut.files.writing import read_document
 from isingcut.models import device as devices
 from isingcut.models import load as models
-from isingcut.models.architectures import find_stack, legality, stack_modules, text_config
-from isingcut.models.architectures.base import BlockStack
-from isingcut.models.architectures.same_blocks import check_same_blocks
+from isingcut.models.architectures.blocks import BlockStack, find_stack, stack_modules, text_config
+from isingcut.models.architectures.cuts import legality
 from isingcut.models.compute.tuning import Tuning, tune
 from isingcut.models.cutting.sharing import open_cut
-from isingcut.models.device import pick_device
-from isingcut.models.memory import allowance, weight_bytes
+from isingcut.models.device import allowance, pick_device, weight_bytes
+from isingcut.models.inspect import check_same_blocks
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
@@ -85,7 +84,7 @@ class Session:
                     batch_tokens=self.config.batch_tokens,
                     memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
                 )
-                record = {"asked": asked, **found.as_dict()}
+                record = {"asked": asked, **dataclasses.asdict(found)}
                 provenance.setdefault("computed", {})[device] = record
                 folder.save()
             return record

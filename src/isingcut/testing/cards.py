@@ -275,8 +275,6 @@ class _Stream:
 
     def wait_event(self, event: Any) -> None: ...
 
-    def wait_stream(self, stream: Any) -> None: ...
-
     def record(self, stream: Any = None) -> None: ...
 
     def synchronize(self) -> None: ...
@@ -416,7 +414,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 f"Expected a generator on {card.device} for {func}, found a CPU one"
             )
         if card:
-            kwargs = {**kwargs, "device": torch.device("cpu"), **_unpinned(kwargs)}
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
     plain_args, plain_kwargs = tree.tree_map_only(_Tensor, lambda x: x.values, (args, kwargs))
     if card and func.overloadpacket is _aten.histc and not plain_args[0].is_floating_point():
         # CUDA counts integers, the CPU's kernel does not.
@@ -429,10 +429,6 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if written:
         return written[0] if len(written) == 1 else tuple(written)
     return tree.tree_map_only(Tensor, lambda x: _Tensor(x, card), out)
-
-
-def _unpinned(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"pin_memory": False} if kwargs.get("pin_memory") else {}
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

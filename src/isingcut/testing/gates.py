@@ -16,7 +16,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients
-from isingcut.models.architectures import BlockStack, stack_modules
+from isingcut.models.architectures.blocks import BlockStack, stack_modules
 from isingcut.models.cutting.verify import relative_difference
 from isingcut.models.replay import Recording, Replay
 

@@ -33,7 +33,7 @@ from isingcut.healing.heal import heal as healing
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.device import device_module, pick_device, synchronise
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
@@ -244,15 +244,8 @@ def crowded(place: Place) -> str:
 
 
 CHECKS: dict[str, Callable[[Place], str]] = {
-    "agree": agree,
-    "run": run,
-    "half": half,
-    "streamed": streamed,
-    "twice": twice,
-    "processes": processes,
-    "heal": heal,
-    "experts": experts,
-    "crowded": crowded,
+    check.__name__: check
+    for check in (agree, run, half, streamed, twice, processes, heal, experts, crowded)
 }
 
 

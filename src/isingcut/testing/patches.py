@@ -24,12 +24,10 @@ from isingcut.errors import ArchitectureError
 from isingcut.healing.patch.files import StoredLayers
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
-from isingcut.testing.architectures.command import replace_part
-from isingcut.testing.configurations import FAMILIES, VOCABULARY
-from isingcut.testing.tiny import tiny_checkpoint
+from isingcut.testing.tiny import FAMILIES, VOCABULARY, tiny_checkpoint
 
 _SAMPLES, _LENGTH = 96, 32
 
@@ -135,3 +133,12 @@ def main(arguments: Sequence[str]) -> int:
     print(f"patches_none: {sum(not row.layer for row in kinds)}")
     print(f"patches_not_measured: {sum(isinstance(rows, str) for rows in found.values())}")
     return 0
+
+
+def replace_part(path: Path, mark: str, text: str) -> None:
+    """Put ``text`` between ``<!-- mark -->`` and ``<!-- end of mark -->`` of a page."""
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(start)
+    _, closed, after = rest.partition(end)
+    assert closed, f"{path} has no part between {start} and {end}"
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")

@@ -1,4 +1,7 @@
-"""Tiny random models of every supported family, with a tiny tokenizer, made offline."""
+"""Tiny random models of every supported family, with a tiny tokenizer, made offline.
+
+Per-layer fields of their configurations differ along the depth.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,248 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from isingcut.testing.configurations import BASE, FAMILIES
+VOCABULARY = 256 + 6
+
+BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_MOE: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+_DEEPSEEK: dict[str, Any] = {
+    "head_dim": None,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+_MAMBA: dict[str, Any] = {"state_size": 8, "conv_kernel": 4, "expand": 2, "time_step_rank": 4}
+_HYBRID: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+
+# What each family needs beside, or instead of, the base; None takes a base field away.
+# Per-layer fields are set so that they differ along the depth.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama4": {
+        "model_type": "llama4_text",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 3,
+        "attention_chunk_size": 8,
+    },
+    "qwen2": {
+        "head_dim": None,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 3,
+    },
+    "qwen2_moe": {
+        **_MOE,
+        "head_dim": None,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 4,
+    },
+    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4},
+    "qwen3_moe": {**_MOE, "decoder_sparse_step": 1, "mlp_only_layers": [0, 4]},
+    "qwen3_next": {
+        **_MOE,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "mlp_only_layers": [1],
+    },
+    "mistral": {"sliding_window": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 8,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 8,
+    },
+    "gemma3n": {
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "num_kv_shared_layers": 3,
+        "sliding_window": 8,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0],
+        "intermediate_size": [48, 48, 32, 48, 48, 32, 48, 48],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+    },
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "num_kv_shared_layers": 3,
+        "sliding_window": 8,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "phi3": {"head_dim": None},
+    "gpt2": {},
+    "gpt_neo": {
+        "num_layers": 6,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 3]],
+        "window_size": 8,
+        "num_key_value_heads": None,
+        "num_attention_heads": None,
+        "num_hidden_layers": None,
+        "head_dim": None,
+    },
+    "gpt_neox": {"head_dim": None, "num_key_value_heads": None},
+    "opt": {
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "head_dim": None,
+        "num_key_value_heads": None,
+        "intermediate_size": None,
+    },
+    "bloom": {"n_layer": 6, "n_head": 4, "num_hidden_layers": None, "head_dim": None},
+    "falcon": {"head_dim": None, "num_key_value_heads": None},
+    "starcoder2": {"head_dim": None, "sliding_window": 8},
+    "olmo2": {"head_dim": None},
+    "olmo3": {"head_dim": None, "sliding_window": 8},
+    "smollm3": {
+        "head_dim": None,
+        "no_rope_layer_interval": 3,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+    },
+    "cohere2": {"sliding_window": 8},
+    "exaone4": {"sliding_window": 8, "sliding_window_pattern": 3},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 2,
+    },
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 4,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "mamba": {**_MAMBA, "intermediate_size": None, "head_dim": None},
+    "mamba2": {
+        "state_size": 8,
+        "num_heads": 8,
+        "head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "intermediate_size": None,
+    },
+    "falcon_mamba": {**_MAMBA, "intermediate_size": None, "head_dim": None},
+    "jamba": {
+        "head_dim": None,
+        "num_hidden_layers": 12,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "bamba": {**_HYBRID, "head_dim": None, "attn_layer_indices": [1, 4]},
+    "falcon_h1": {**_HYBRID, "mamba_d_ssm": 64, "head_dim": None},
+    "zamba2": {
+        "head_dim": None,
+        "num_hidden_layers": 8,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba"] * 2,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "chunk_size": 8,
+        "num_mem_blocks": 2,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 4,
+        "num_key_value_heads": 4,
+    },
+    "granitemoehybrid": {
+        **_HYBRID,
+        "head_dim": None,
+        "layer_types": ["mamba", "mamba", "attention"] * 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+    },
+    "nemotron_h": {
+        "num_hidden_layers": None,
+        "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba", "moe", "attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "lfm2": {
+        "head_dim": None,
+        "layer_types": ["conv", "full_attention", "conv"] * 2,
+        "full_attn_idxs": [1, 4],
+        "block_multiple_of": 8,
+    },
+    "recurrent_gemma": {
+        "lru_width": 32,
+        "attention_window_size": 8,
+        "num_key_value_heads": 1,
+        "head_dim": None,
+    },
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128, "rescale_every": 2},
+}
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.writing import atomic_folder
 from isingcut.healing.patch.float8 import replace_float8
-from isingcut.models.architectures.surgery import depth, renumbering, written_out
-from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config
+from isingcut.models.architectures.cuts import depth, renumbering, written_out
 from isingcut.models.fit import block_prefix
 from isingcut.models.fp8 import DTYPES, fp8_layout
 from isingcut.models.replay import Replay
+from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
 
 RECORD = "isingcut.json"
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")

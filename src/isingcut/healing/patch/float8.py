@@ -13,16 +13,17 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isingcut.models.checkpoint.read import (
+from isingcut.models.fp8 import fp8_layout
+from isingcut.models.safetensors_files import (
     INDEX,
     SINGLE,
+    NewTensor,
     StoredTensor,
     read_checkpoint,
     read_config,
     read_header,
+    write_file,
 )
-from isingcut.models.checkpoint.write import NewTensor, write_file
-from isingcut.models.fp8 import fp8_layout
 
 _LISTS = {
     "fp8": "modules_to_not_convert",

@@ -60,9 +60,9 @@ from isingcut.healing.patch.tuning import STEP_TOKENS, split_samples, tune
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.cutting.verify import verify, verify_streamed
-from isingcut.models.memory import allowance
+from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
 
 CANNOT = (ArchitectureError, FitError)

@@ -31,8 +31,8 @@ from isingcut.healing.patch.layers import list_linear_layers, list_writers
 from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
+from isingcut.models.device import allowance
 from isingcut.models.loading import one_line
-from isingcut.models.memory import allowance
 from isingcut.models.replay import Recording, Replay
 
 HELD_OUT_EVERY = 8

@@ -34,11 +34,10 @@ from isingcut.healing.training.batches import TimedSteps
 from isingcut.healing.training.student import trained_weights
 from isingcut.healing.training.train import lower_rate, step_times, train
 from isingcut.healing.work_folder import keep_result
-from isingcut.models.architectures import text_config
+from isingcut.models.architectures.blocks import text_config, text_model
 from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import quiet_transformers
-from isingcut.models.text_alone import text_model
 from isingcut.options.spellings import parse_healing
 
 # Written by the training run, or by `save_pretrained` anew: not copied from the start.

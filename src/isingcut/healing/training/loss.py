@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isingcut.models.architectures import text_config
+from isingcut.models.architectures.blocks import text_config, text_model
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
 from isingcut.models.compute.head import entering
-from isingcut.models.text_alone import text_model
 
 
 def split_head(model: Any) -> tuple[Any, Any] | None:

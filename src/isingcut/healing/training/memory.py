@@ -18,11 +18,10 @@ from isingcut.healing.job import Job
 from isingcut.healing.trainer_file import is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.architectures import find_stack, text_config
+from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.tuning import kept_bytes
-from isingcut.models.device import BatchLimit
-from isingcut.models.memory import allowance
+from isingcut.models.device import BatchLimit, allowance
 from isingcut.options.types import BATCH_TOKENS
 
 # More tokens at a time save nothing that is worth their memory.

@@ -13,9 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from isingcut.healing.checks import check_last
-from isingcut.models.architectures import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack, stack_modules, text_model
 from isingcut.models.cutting.verify import reload
-from isingcut.models.text_alone import text_model
 from isingcut.options.healing import HealConfig
 
 

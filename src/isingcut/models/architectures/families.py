@@ -1,8 +1,8 @@
 """The few families that need more than the table in `fields`.
 
-A family may write out what a period stands for before the table is applied, set what follows
-from the kept blocks afterwards, forbid states with linear rows for the solver, and compute what
-happens between its blocks otherwise. Families are found by the fields they use, or by model type.
+A family may write out what a period stands for before the table is applied, forbid states with
+linear rows for the solver, and compute what happens between its blocks otherwise. Families are
+found by the fields they use, or by model type.
 
 A model whose images enter between its text blocks counts those blocks by their place in the stack,
 in the vision tower's part or at the root of its configuration. Text alone never shows it.
@@ -21,24 +21,18 @@ from numpy.typing import NDArray
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
-from isingcut.models.architectures.base import BlockStack
-from isingcut.models.architectures.fields import STAY, TWO_STAY, of_type
-from isingcut.models.architectures.text_part import config_object
+from isingcut.models.architectures.fields import STAY, TWO_STAY, config_object, of_type
 
 # Their config class turns the last block into full attention, whatever it was.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
 _LAST_REASON = "the last block has to be full attention in this family"
 
-# Kinds of mixer that write keys and values.
-_CACHED = {"attention", "sliding-attention", "chunked-attention"}
-
+ATTENTION = (
+    "one attention block stays, because generation reads the sequence length from an attention "
+    "cache"
+)
 _RECEIVES = "image features (DeepStack) join the stream behind the first {} blocks, by their number"
 _ENTERS = "image features join the stream in front of blocks {}, each at a place of its own"
-
-_JAMBA_PERIODS = (
-    ("attn_layer_period", "attn_layer_offset"),
-    ("expert_layer_period", "expert_layer_offset"),
-)
 
 
 def write_out(text: dict[str, Any], count: int) -> None:
@@ -50,44 +44,10 @@ def write_out(text: dict[str, Any], count: int) -> None:
         text["decoder_sparse_step"] = 1
 
 
-def follow(text: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
-    """Set, in place, what follows from the kept blocks after the table was applied.
-
-    Raises:
-        ArchitectureError: the kept blocks cannot be described by the family's configuration.
-    """
-    if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
-        text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
-    if _has_periods(text):
-        for period_name, offset_name in _JAMBA_PERIODS:
-            pattern = [i % text[period_name] == text[offset_name] for i in range(count)]
-            fitted = _fit_period([pattern[i] for i in mapping], text[period_name])
-            if fitted is None:
-                raise ArchitectureError(
-                    f"the kept blocks do not repeat with any {period_name}: remove whole periods "
-                    f"of {_jamba_period(text)} blocks"
-                )
-            text[period_name], text[offset_name] = fitted
-
-
-def _fit_period(pattern: list[bool], preferred: int) -> tuple[int, int] | None:
-    """(period, offset) with pattern[i] == (i % period == offset), the preferred period first."""
-    n = len(pattern)
-    for period in [preferred, *range(1, n + 2)]:
-        for offset in range(period):
-            if all(pattern[i] == (i % period == offset) for i in range(n)):
-                return period, offset
-    return None
-
-
 def _has_periods(text: dict[str, Any]) -> bool:
     """Whether periods say what blocks are; Zamba has one beside the list that it stands for."""
     listed = isinstance(text.get("layers_block_type"), list)
-    return not listed and all(isinstance(text.get(p), int) for pair in _JAMBA_PERIODS for p in pair)
-
-
-def _jamba_period(text: dict[str, Any]) -> int:
-    return lcm(*(int(text[p]) for p, _ in _JAMBA_PERIODS))
+    return not listed and all(isinstance(text.get(name), int) for name in fields.PERIODS)
 
 
 def kept_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dict[int, str]:
@@ -114,6 +74,11 @@ def _kept_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
         return {i: reason for i, kind in enumerate(types) if kind == "hybrid"}
     shared = text.get("num_kv_shared_layers")
     if isinstance(shared, int) and 0 < shared < count:
+        if not isinstance(text.get("layer_types"), list):
+            raise ArchitectureError(
+                f"the configuration has num_kv_shared_layers={shared} and no list 'layer_types', "
+                "which says whose keys and values are shared; write it out"
+            )
         return _key_value_producers(text["layer_types"], count - shared)
     return {}
 
@@ -153,16 +118,6 @@ def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
     }
 
 
-def check_last(text: dict[str, Any], types: list[str]) -> None:
-    """Refuse kept blocks of these types whose last one the config class would turn into another.
-
-    Raises:
-        ArchitectureError: the last block would be read as full attention and is not.
-    """
-    if text.get("model_type") in _LAST_IS_FULL and types and types[-1] != "full_attention":
-        raise ArchitectureError(f"{_LAST_REASON}, and the last kept one is {types[-1]}")
-
-
 def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
     """A block of another type only stays where a full-attention block after it stays."""
     n, rows = len(types), []
@@ -183,19 +138,15 @@ def keeps_attention(types: list[str]) -> bool:
 
 
 def legality(
-    config: dict[str, Any], text: dict[str, Any], stack: BlockStack
+    config: dict[str, Any], text: dict[str, Any], n: int, attention: Sequence[int] = ()
 ) -> list[LinearConstraint]:
-    """The linear rows that every state of this model has to obey.
+    """The linear rows that follow from a configuration, which every state has to obey.
 
     Args:
         config, text: as of `kept_blocks`.
-        stack: the model's blocks.
+        n: blocks of the decoder.
+        attention: those that fill an attention cache, where they are known.
     """
-    n = len(stack)
-
-    def one_of(name: str, blocks: Sequence[int], reason: str) -> LinearConstraint:
-        return LinearConstraint(name, _unit(n, blocks), "<=", float(len(blocks) - 1), reason)
-
     rows = [
         LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
         for i, reason in kept_blocks(config, text, n).items()
@@ -204,21 +155,21 @@ def legality(
         row = _unit(n, [source])
         row[i] = -1.0
         rows.append(LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason))
-    attention = [i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))]
     if 0 < len(attention) < n:
-        reason = (
-            "at least one attention block stays, because generation reads the sequence length from "
-            "an attention cache"
-        )
-        rows.append(one_of("keep attention", attention, reason))
+        rows.append(_keep_one(n, "attention", attention, f"at least {ATTENTION}"))
     if why := of_type(TWO_STAY, text.get("model_type")):
         rows.append(LinearConstraint("keep two", np.ones(n), "<=", n - 2.0, why))
     if text.get("model_type") in _LAST_IS_FULL:
         rows.extend(_full_attention_last(list(text["layer_types"])))
     if _has_periods(text):
-        rows.extend(_whole_periods(n, _jamba_period(text)))
+        rows.extend(_whole_periods(n, lcm(*(int(text[p]) for p in fields.PERIODS))))
     places, reason = _image_places(config, n)
-    return rows + [one_of(f"keep {_words(place)}", place, reason) for place in places]
+    return rows + [_keep_one(n, _words(place), place, reason) for place in places]
+
+
+def _keep_one(n: int, name: str, blocks: Sequence[int], reason: str) -> LinearConstraint:
+    """The row that one of these blocks stays."""
+    return LinearConstraint(f"keep {name}", _unit(n, blocks), "<=", len(blocks) - 1.0, reason)
 
 
 def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
@@ -251,15 +202,8 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
     Args:
         config: a whole checkpoint's configuration.
         count: blocks of its decoder.
-        mapping: old block number to new, of those that stay.
-
-    Raises:
-        ArchitectureError: features would join behind the last block, or where others do.
+        mapping: old block number to new, of those that stay, as `legality` asks for.
     """
-    places, reason = _image_places(config, count)
-    for place in places:
-        if not any(i in mapping for i in place):
-            raise ArchitectureError(f"{_words(place)} has to stay: {reason}")
 
     def moved(block: int) -> int:
         if not 0 <= block < count:

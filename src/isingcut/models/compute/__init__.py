@@ -1,5 +1,5 @@
 """Inner loops.
 
-`head` the output head with the loss, `divergence` `kernels` KL and NLL from logits, `attention`
-another attention for a while, `tuning` what suits this machine.
+`head` the output head with the loss, `divergence` KL and NLL from logits, `tuning` what suits this
+machine.
 """

@@ -14,26 +14,219 @@ size 10 to 30, would cost float32 four digits of the KL.
 
 p is not kept but computed again from l, which has half its bytes in bfloat16: on a CPU one more
 exponential costs less than reading p from memory.
+
+On CPUs, compiled loops read logits in bfloat16 or float32 once. Arrays of logits are passed as
+their bits (`bits`): numba knows no bfloat16.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from llvmlite import ir
+from numba import njit
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from isingcut.ising.states import Floats
-from isingcut.models.compute.kernels import (
-    accumulate,
-    bits,
-    compiled_for,
-    in_threads,
-    softmax_difference,
-)
+
+# Columns whose exponentials are summed in float32, before float64 takes the sum.
+_BLOCK = 2048
+# Rows times columns that are worth a second thread.
+_WORTH_A_THREAD = 1 << 17
+
+_f = np.float32
+_LOG2_E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
+_LOWEST, _HALF, _ONE = _f(-87.0), _f(0.5), _f(1.0)
+# exp(r) = 1 + r + r^2 (1/2 + r/6 + ...) on |r| <= ln(2) / 2: the coefficients of Cephes' expf.
+_C0, _C1, _C2 = _f(1.9875691500e-4), _f(1.3981999507e-3), _f(8.3334519073e-3)
+_C3, _C4, _C5 = _f(4.1665795894e-2), _f(1.6666665459e-1), _f(5.0000001201e-1)
+_FINITE = _f(-3.0e38)
+
+
+def _float_of(context: Any, bits: Any) -> Any:
+    """The float32 whose bits, or whose upper 16 bits, an int32 or int16 holds."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (value,) = arguments
+        word = ir.IntType(32)
+        if bits.bitwidth == 16:
+            value = builder.shl(builder.zext(value, word), ir.Constant(word, 16))
+        return builder.bitcast(value, ir.FloatType())
+
+    return types.float32(bits), code
+
+
+def _integer_in_order(context: Any, bits: Any) -> Any:
+    """A float's bits as an integer of the same order; its own inverse.
+
+    A maximum over integers is vectorised by the compiler, one over floats is not: it would have to
+    keep NaN in its place.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (value,) = arguments
+        width = bits.bitwidth
+        kind = ir.IntType(width)
+        sign = builder.ashr(value, ir.Constant(kind, width - 1))
+        return builder.xor(value, builder.and_(sign, ir.Constant(kind, 2 ** (width - 1) - 1)))
+
+    return bits(bits), code
+
+
+def _bits_of(context: Any, value: Any, like: Any) -> Any:
+    """A float32's bits in the type of ``like``: for int16 rounded to bfloat16, ties to even."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        found = builder.bitcast(arguments[0], word)
+        if like.bitwidth == 16:
+            upper = ir.Constant(word, 16)
+            odd = builder.and_(builder.lshr(found, upper), ir.Constant(word, 1))
+            found = builder.add(found, builder.add(odd, ir.Constant(word, 0x7FFF)))
+            found = builder.trunc(builder.lshr(found, upper), ir.IntType(16))
+        return found
+
+    return like(value, like), code
+
+
+value_of: Any = intrinsic(_float_of)
+stored_as: Any = intrinsic(_bits_of)
+in_order: Any = intrinsic(_integer_in_order)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def exp_of(x):  # type: ignore[no-untyped-def]
+    """exp(x) in float32 for x <= 0, to about 1e-7; NaN stays NaN."""
+    x = _LOWEST if x < _LOWEST else x
+    n = np.int32(x * _LOG2_E - _HALF)
+    f = np.float32(n)
+    r = x - f * _LN2_HIGH - f * _LN2_LOW
+    y = ((((_C0 * r + _C1) * r + _C2) * r + _C3) * r + _C4) * r + _C5
+    y = y * (r * r) + r + _ONE
+    return y * value_of(np.int32((n + np.int32(127)) << np.int32(23)))
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
+    """Of one row's piece: sum exp(q - top), and sum p (l - q) where there is a reference."""
+    total = np.float32(0)
+    difference = np.float32(0)
+    if reference.shape[0] == 0:
+        for v in range(q.shape[0]):
+            total += exp_of(value_of(q[v]) - top)
+    else:
+        for v in range(q.shape[0]):
+            x, y = value_of(q[v]), value_of(reference[v])
+            total += exp_of(x - top)
+            # A masked word has l = -inf and no weight.
+            apart = y - x if y > _FINITE else np.float32(0)
+            difference += exp_of(y - log_z) * apart
+    return total, difference
+
+
+@njit(cache=True, nogil=True)
+def accumulate(  # type: ignore[no-untyped-def]
+    q, reference, offset, log_z, labels, top, total, difference, picked, first, last
+):
+    """Take the columns q, which are columns ``offset`` and on of the vocabulary, into the sums."""
+    columns = q.shape[1]
+    for t in range(first, last):
+        label = labels[t] - offset
+        if 0 <= label < columns:
+            picked[t] = value_of(q[t, label])
+        for a in range(0, columns, _BLOCK):
+            b = min(a + _BLOCK, columns)
+            piece = q[t, a:b]
+            largest = in_order(piece[0])
+            for v in range(b - a):
+                # Not max(): it would widen the integers.
+                largest = in_order(piece[v]) if in_order(piece[v]) > largest else largest
+            new = max(top[t], value_of(in_order(largest)))
+            exponentials, apart = _sums(piece, reference[t, a:b], new, np.float32(log_z[t]))
+            total[t] = total[t] * np.exp(np.float64(top[t]) - np.float64(new)) + exponentials
+            difference[t] += apart
+            top[t] = new
+
+
+@njit(cache=True, nogil=True)
+def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore[no-untyped-def]
+    """Put scale (softmax - one-hot) in the place of the logits, rows ``first`` to ``last``."""
+    for t in range(first, last):
+        row, z, s = logits[t], np.float32(log_z[t]), scale[t]
+        at_label = (exp_of(value_of(row[labels[t]]) - z) - _ONE) * s
+        for v in range(row.shape[0]):
+            row[v] = stored_as(exp_of(value_of(row[v]) - z) * s, row[v])
+        row[labels[t]] = stored_as(at_label, row[labels[t]])
+
+
+@njit(cache=True, nogil=True)
+def softmax_difference(logits, log_z, reference, reference_log_z, out, first, last):  # type: ignore[no-untyped-def]
+    """softmax(logits) - softmax(reference) into ``out``, rows ``first`` to ``last``."""
+    for t in range(first, last):
+        q, p, row = logits[t], reference[t], out[t]
+        z, y = np.float32(log_z[t]), np.float32(reference_log_z[t])
+        for v in range(row.shape[0]):
+            row[v] = stored_as(exp_of(value_of(q[v]) - z) - exp_of(value_of(p[v]) - y), row[v])
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for k in range(a.shape[0]):
+        total += value_of(a[k]) * value_of(b[k])
+    return total
+
+
+@njit(cache=True, nogil=True)
+def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
+    """The scalar product of each row of ``a`` with that of ``b``, summed in float64."""
+    for t in range(a.shape[0]):
+        total = 0.0
+        for k in range(0, a.shape[1], _BLOCK):
+            total += _dot(a[t, k : k + _BLOCK], b[t, k : k + _BLOCK])
+        out[t] = total
+
+
+def bits(x: Tensor) -> npt.NDArray[Any]:
+    """The numbers' bits as int16 (bfloat16) or int32 (float32, to which other types are put).
+
+    Shares the tensor's memory where its type is one of the two and it is contiguous.
+    """
+    x = x.detach().contiguous()
+    if x.dtype == torch.bfloat16:
+        return np.asarray(x.view(torch.int16).numpy())
+    return np.asarray(x.float().view(torch.int32).numpy())
+
+
+def compiled_for(x: Tensor) -> bool:
+    """Whether the compiled loops are meant for a tensor: others stay on their device."""
+    return x.device.type == "cpu" and x.dtype != torch.float64
+
+
+def in_threads(part: Callable[[int, int], None], rows: int, elements: int) -> None:
+    """Call ``part(first, last)`` for all rows, shared among threads where they are worth it."""
+    threads = min(torch.get_num_threads(), 1 + elements // _WORTH_A_THREAD)
+    if threads == 1:
+        part(0, rows)
+        return
+    bounds = np.linspace(0, rows, threads + 1).astype(int).tolist()
+    list(_pool(torch.get_num_threads(), os.getpid()).map(part, bounds[:-1], bounds[1:]))
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    # Of this process: a fork inherits the object, but not its threads.
+    return ThreadPoolExecutor(threads, thread_name_prefix="isingcut-vocabulary")
+
 
 CHUNK_ELEMENTS = 1 << 26
 """Elements of logits looked at together, at most."""
@@ -59,10 +252,9 @@ class RowSums:
     def __init__(self, labels: Tensor, reference_log_z: Tensor | None = None) -> None:
         self._labels, self._reference_log_z = labels, reference_log_z
         rows, device = len(labels), labels.device
-        self._wide = torch.float32 if device.type == "mps" else torch.float64
         self._top = torch.full((rows,), -torch.inf, device=device)
-        self._total = torch.zeros(rows, dtype=self._wide, device=device)
-        self._difference = torch.zeros(rows, dtype=self._wide, device=device)
+        self._total = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._difference = torch.zeros(rows, dtype=torch.float64, device=device)
         self._picked = torch.zeros(rows, device=device)
 
     def add(self, logits: Tensor, offset: int = 0, reference: Tensor | None = None) -> None:
@@ -101,15 +293,15 @@ class RowSums:
         found = q.gather(1, label.clamp(0, q.shape[1] - 1)[:, None])[:, 0].float()
         self._picked = torch.where(inside, found, self._picked)
         top = torch.maximum(self._top, q.amax(1).float())
-        exponentials = (q - top[:, None]).exp_().sum(1, dtype=self._wide)
-        self._total = self._total * (self._top.to(self._wide) - top).exp() + exponentials
+        exponentials = (q - top[:, None]).exp_().sum(1, dtype=torch.float64)
+        self._total = self._total * (self._top.double() - top).exp() + exponentials
         self._top = top
         if reference is not None:
             assert self._reference_log_z is not None
             same = _wide(reference)
             p = (same - self._reference_log_z.to(same.dtype)[:, None]).exp_()
             apart = torch.where(same > -3.0e38, same - q, 0.0)
-            self._difference += torch.linalg.vecdot(p, apart).to(self._wide)
+            self._difference += torch.linalg.vecdot(p, apart).double()
 
     @property
     def log_z(self) -> Tensor:

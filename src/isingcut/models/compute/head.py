@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,13 @@ from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Floats
-from isingcut.models.compute.divergence import RowSums
-from isingcut.models.compute.kernels import bits, compiled_for, in_threads, softmax_gradient
+from isingcut.models.compute.divergence import (
+    RowSums,
+    bits,
+    compiled_for,
+    in_threads,
+    softmax_gradient,
+)
 from isingcut.models.replay import Recording, Replay
 
 
@@ -142,34 +147,12 @@ class OutputHead:
         return weight
 
 
-class Comparison(Protocol):
-    """The original model on one micro-batch, to compare cut models with.
+class _Fused:
+    """Rows of all samples together; keeps the original's logits (R, V) in the model's dtype.
 
     Attributes:
-        nll: (B,) its negative log-likelihood, summed over each sample's tokens, nats.
+        nll: (B,) the original's negative log-likelihood, summed over each sample's tokens, nats.
     """
-
-    nll: Floats
-
-    def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
-        """(B,) KL(original || other) and (B,) the other's NLL, summed over a sample's tokens.
-
-        Args:
-            stream: (B, T, D), the other's, as it leaves the blocks.
-        """
-        ...
-
-
-def comparison(
-    head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
-) -> Comparison:
-    """Compare with the original model, whose stream (B, T, D) leaves the blocks."""
-    kind = _Fused if head.plain else _BySample
-    return kind(head, recording, stream, batch)
-
-
-class _Fused:
-    """Rows of all samples together; keeps the original's logits (R, V) in the model's dtype."""
 
     def __init__(
         self, head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
@@ -206,6 +189,11 @@ class _Fused:
         return np.asarray(np.bincount(self._sample, values, self._samples), dtype=np.float64)
 
     def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
+        """(B,) KL(original || other) and (B,) the other's NLL, summed over a sample's tokens.
+
+        Args:
+            stream: (B, T, D), the other's, as it leaves the blocks.
+        """
         inputs = self._inputs(stream)
         sums = RowSums(self._labels, self._log_z)
         for (a, b), reference in zip(self._pieces, self._logits, strict=True):
@@ -215,7 +203,7 @@ class _Fused:
 
 
 class _BySample:
-    """The model's own logits, one sample after the other; keeps the original's (T, V)."""
+    """The same by the model's own logits, sample after sample; keeps the original's (T, V)."""
 
     def __init__(
         self, head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
@@ -257,6 +245,18 @@ class _BySample:
             for s, original in enumerate(self._originals)
         ]
         return np.array([x.kl.sum() for x in found]), np.array([x.nll.sum() for x in found])
+
+
+Comparison = _Fused | _BySample
+"""The original model on one micro-batch, to compare cut models with."""
+
+
+def comparison(
+    head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
+) -> Comparison:
+    """Compare with the original model, whose stream (B, T, D) leaves the blocks."""
+    kind = _Fused if head.plain else _BySample
+    return kind(head, recording, stream, batch)
 
 
 def _buffer_elements(device: torch.device) -> int:

@@ -7,7 +7,6 @@ mostly wait for each other.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isingcut.models.architectures import text_config
-from isingcut.models.compute.attention import chosen_attention
+from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import few_threads, synchronise
-from isingcut.models.replay import Recording, Replay
+from isingcut.models.replay import Recording, Replay, chosen_attention
 from isingcut.options.types import BATCH_TOKENS
 
 # A choice must win this much: less is noise, and the default needs no explanation.
@@ -50,10 +48,6 @@ class Tuning:
     attention: str | None = None
     batch_tokens: int = BATCH_TOKENS
     threads: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `run.json`."""
-        return dataclasses.asdict(self)
 
 
 def tune(
@@ -165,7 +159,9 @@ def _batch(
     """Double the micro-batch as long as that pays and its gradients fit the memory."""
     # Measured losses keep the original's logits; gradients keep what they go back through.
     words = getattr(text_config(replay.model), "vocab_size", None)
-    logits = (words if isinstance(words, int) else 0) * _element(replay)
+    logits = (words if isinstance(words, int) else 0) * next(
+        replay.model.parameters()
+    ).element_size()
     each = max(_saved_bytes(replay, attention, length), logits)
     most = memory // max(1, each)
     tokens = BATCH_TOKENS
@@ -206,10 +202,6 @@ def kept_bytes(model: nn.Module, run: Callable[[], object]) -> int:
         alive = run()
     del alive
     return sum(kept.values())
-
-
-def _element(replay: Replay) -> int:
-    return next(replay.model.parameters()).element_size()
 
 
 def _through(recording: Recording, blocks: Sequence[int], stream: Tensor) -> Tensor:

@@ -18,13 +18,18 @@ from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.inputs import load_json
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import atomic_folder, clear_os_errors
-from isingcut.models.architectures import surgery
+from isingcut.models.architectures import cuts
 from isingcut.models.architectures.fields import DEPTH_SHAPED
-from isingcut.models.architectures.surgery import renumbering
-from isingcut.models.checkpoint.read import StoredTensor, contained, read_checkpoint, read_config
-from isingcut.models.checkpoint.write import NewTensor, write_checkpoint
 from isingcut.models.cutting.verify import verify
 from isingcut.models.fit import block_prefix
+from isingcut.models.safetensors_files import (
+    NewTensor,
+    StoredTensor,
+    contained,
+    read_checkpoint,
+    read_config,
+    write_checkpoint,
+)
 
 __all__ = ["excise", "plan", "verify"]
 
@@ -48,7 +53,6 @@ def excise(
     removed: Sequence[int],
     out: Path,
     *,
-    overwrite: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
@@ -58,27 +62,26 @@ def excise(
         source: a Hugging Face folder with safetensors (one file, or shards with an index).
         removed: block numbers, in any order.
         out: the new folder; it appears only when it is whole.
-        overwrite: allow ``out`` to be replaced.
         max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
         extra_files: further text files, name to content, for example a model card.
 
     Raises:
-        OutputExistsError: ``out`` exists and ``overwrite`` is false.
+        OutputExistsError: ``out`` exists.
         ArchitectureError: the configuration cannot be cut exactly, or the state is illegal.
         CheckpointError: the checkpoint is damaged or contradicts itself.
         InputError: ``out`` cannot be written, or lies inside ``source``.
     """
     source, out = Path(source), Path(out)
-    check_output(out, overwrite=overwrite, sources=[source])
+    check_output(out, overwrite=False, sources=[source])
     config = read_config(source)
     stored = read_checkpoint(source)
-    new_config = surgery.cut_config(config, removed)
-    text = surgery.written_out(config)
-    count = surgery.depth(text)
-    mapping = renumbering(count, removed)
+    new_config = cuts.cut_config(config, removed)
+    text = cuts.written_out(config)
+    count = cuts.depth(text)
+    mapping = cuts.renumbering(count, removed)
     tensors = plan(stored, text, mapping)
     _refuse_full_disk(out, sum(t.size for t in tensors))
-    with clear_os_errors(out), atomic_folder(out, overwrite=overwrite) as folder:
+    with clear_os_errors(out), atomic_folder(out, overwrite=False) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
         _copy_companions(source, folder, mapping, count)
         for name, content in (extra_files or {}).items():
@@ -101,8 +104,8 @@ def plan(
     Raises:
         CheckpointError: the tensors have another number of blocks than the configuration.
     """
-    count = surgery.depth(dict(text))
-    prefix = block_prefix(stored.values(), count, surgery.extra_heads(text))
+    count = cuts.depth(dict(text))
+    prefix = block_prefix(stored.values(), count, cuts.extra_heads(text))
     rules = DEPTH_SHAPED.get(str(text.get("model_type")), ())
     tensors = []
     for name, tensor in stored.items():
@@ -149,7 +152,7 @@ def _copy_companions(source: Path, folder: Path, mapping: dict[int, int], count:
             continue
         real = contained(source, name)
         if name in _QUANTISATION_FILES:
-            content = surgery.cut_quantisation(
+            content = cuts.cut_quantisation(
                 load_json(real, "the quantisation file", CheckpointError), mapping, count
             )
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

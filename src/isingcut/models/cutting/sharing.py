@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isingcut.models.architectures import find_stack
+from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import LoadedModel, load
-from isingcut.models.memory import allowance, weight_bytes
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 
 _CHUNK_BYTES = 64 * 2**20

@@ -1,7 +1,14 @@
-"""The proof of a cut: the reloaded checkpoint computes what the skipped original does."""
+"""The proof of a cut: the reloaded checkpoint computes what the skipped original does.
+
+A model that takes images is shown two prompts with an image each, beside text. The checkpoint's own
+processor makes them; where none loads, a cut is proven on text only.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,24 +17,162 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures import find_stack, skipped, text_config
-from isingcut.models.architectures.families import stop_rescaling
-from isingcut.models.cutting.images import (
-    ImageInputs,
-    logits_of,
-    process_images,
-    reserved_tokens,
-    takes_images,
+from isingcut.models.architectures.blocks import (
+    find_stack,
+    image_needed,
+    language_model,
+    on_text_alone,
+    skipped,
+    text_config,
+    text_model,
 )
+from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.sharing import fits, share
 from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import one_line, quiet_transformers
-from isingcut.models.streaming.buffers import Buffers
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.models.text_alone import image_needed, language_model, on_text_alone, text_model
+from isingcut.models.streaming.store import Buffers
+
+ImageInputs = dict[str, Tensor]
+
+_PIXELS = ("pixel_values", "image_patches", "flattened_patches", "aspect_ratio_ids")
+_RESERVED = re.compile(r"_token(_id|_index)?$")
+# Logits are compared at the end of a prompt, behind the image, where all of it is seen.
+_KEPT = 32
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_PROCESSOR_SIDE = 64
+_QUESTION = "What is in this picture, and why?"
+
+
+def parameters(function: Any) -> set[str]:
+    """Names of a function's parameters, whatever decorates it."""
+    return set(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+def takes_images(model: Any) -> bool:
+    """Whether a model's forward pass has a place for images."""
+    return any(name in parameters(model.forward) for name in _PIXELS)
+
+
+def process_images(
+    model: Any, folder: Path, words: Tensor, *, trust_remote_code: bool = False
+) -> ImageInputs:
+    """Two prompts of the processor in a checkpoint's folder, which the model takes.
+
+    Args:
+        model: it takes images.
+        folder: its checkpoint.
+        words: (2, T) token ids; a processor brings its own.
+
+    Raises:
+        ModelError: there is no processor, it does not load, or the model does not take its prompts.
+    """
+    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        raise ModelError("the checkpoint has no processor")
+    return try_images(model, lambda: _processed(folder, trust_remote_code))
+
+
+def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
+    """Two prompts, once the model has taken them.
+
+    The rows differ in their images alone; a model that does not notice took none of them.
+
+    Raises:
+        ModelError: it does not take them, or making them failed.
+    """
+    accepted = parameters(model.forward)
+    try:
+        with torch.no_grad(), quiet_transformers():
+            inputs = {key: value for key, value in make().items() if key in accepted}
+            if "logits_to_keep" in accepted:
+                inputs["logits_to_keep"] = torch.tensor(_KEPT)
+            logits = logits_of(model, inputs)
+    except Exception as error:
+        raise_if_exhausted(error)
+        raise ModelError(one_line(error)) from error
+    if logits.shape[0] != 2 or torch.equal(logits[0, -1], logits[1, -1]):
+        raise ModelError("another image gives the same logits")
+    return inputs
+
+
+def logits_of(model: Any, inputs: ImageInputs) -> Tensor:
+    """Logits of prompts with images."""
+    given: dict[str, Any] = on_device_of(model, inputs)
+    if "logits_to_keep" in given:
+        given["logits_to_keep"] = int(given["logits_to_keep"])
+    with _forgotten(model):
+        logits: Tensor = model(**given, use_cache=False).logits
+    return logits
+
+
+@contextlib.contextmanager
+def _forgotten(model: Any) -> Iterator[None]:
+    """Take back what modules note down meanwhile: Qwen-VL keeps an image's positions for later."""
+    before = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            vars(module)[name] = value
+
+
+def on_device_of(model: Any, inputs: ImageInputs) -> ImageInputs:
+    """Inputs on the device of a model, and in its dtype."""
+    return {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for key, value in inputs.items()
+    }
+
+
+def _processed(folder: Path, trust: bool) -> ImageInputs:
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    factory: Any = AutoProcessor
+    processor = factory.from_pretrained(folder, trust_remote_code=trust)
+    shape = (2, _PROCESSOR_SIDE, _PROCESSOR_SIDE, 3)
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    prompt = _processor_prompt(processor)
+    return dict(
+        processor(
+            text=[prompt, prompt],
+            images=[[Image.fromarray(image)] for image in noise],
+            return_tensors="pt",
+            padding=True,
+        )
+    )
+
+
+def _processor_prompt(processor: Any) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
+    token: str = processor.image_token
+    if getattr(processor, "chat_template", None):
+        said: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        if token in said:
+            return said
+    return f"{token} {_QUESTION}"
+
+
+def reserved_tokens(config: Any) -> set[int]:
+    """Token ids that a configuration gives a meaning of their own, those of images among them."""
+    found = {v for k, v in vars(config).items() if _RESERVED.search(k) and isinstance(v, int)}
+    table = getattr(config, "vocabulary_map", None)
+    if isinstance(table, dict):
+        found |= {i for name, i in table.items() if name.startswith(("<image>", "IMGIMG"))}
+    return found
+
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _HALF_TOLERANCE = 2e-2
@@ -257,7 +402,7 @@ def verify(
     """
     source_model.eval()
     if cut is None:
-        cut, streamed = _opened(source_model, removed, out, trust_remote_code=trust_remote_code)
+        cut, streamed = _opened(source_model, removed, out, trust_remote_code)
         if streamed:
             prompts, new_tokens = 1, min(new_tokens, _STREAMED_TOKENS)
     tokens = random_tokens(source_model, 2, length)
@@ -358,50 +503,33 @@ def verify_streamed(
 
     Complexity: the original is read twice, the cut model once and twice per new token.
     """
-    cut = _streamed(
-        out, source.dtype, source.device, source.store.buffers, trust_remote_code=trust_remote_code
-    )
+    cut = _streamed(out, source.model, trust_remote_code, source.store.buffers)
     return verify(
         source.model, removed, out, cut=cut, prompts=1, new_tokens=new_tokens, images=images
     )
 
 
-def _opened(
-    source_model: Any, removed: Sequence[int], out: Path, *, trust_remote_code: bool
-) -> tuple[Any, bool]:
+def _opened(model: Any, removed: Sequence[int], out: Path, trust: bool) -> tuple[Any, bool]:
     """A cut beside its resident original, and whether it is streamed because both do not fit."""
-    dtype, device = source_model.dtype, source_model.device
-    if fits(out, dtype):
-        cut = reload(out, dtype=dtype, trust_remote_code=trust_remote_code)
+    if fits(out, model.dtype):
+        cut = reload(out, dtype=model.dtype, trust_remote_code=trust)
         cut.requires_grad_(False)
-        if share(cut, source_model, removed):
+        if share(cut, model, removed):
             return cut, False
         del cut
-    return _streamed(out, dtype, device, None, trust_remote_code=trust_remote_code), True
+    return _streamed(out, model, trust), True
 
 
-def _streamed(
-    out: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    buffers: Buffers | None,
-    *,
-    trust_remote_code: bool,
-) -> Any:
+def _streamed(out: Path, original: Any, trust: bool, buffers: Buffers | None = None) -> Any:
     """A cut whose blocks are read from disk when they are run.
 
     Raises:
         VerificationError: it does not load, or holds tensors that it has no use for.
     """
+    place = {"dtype": original.dtype, "device": original.device}
     try:
         with quiet_transformers():
-            cut, store, _ = open_model(
-                out,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                buffers=buffers,
-            )
+            cut, store, _ = open_model(out, **place, trust_remote_code=trust, buffers=buffers)
     except (ModelError, CheckpointError) as error:
         raise VerificationError(f"the checkpoint {out} does not load: {error}") from error
     if store.reader.unexpected:

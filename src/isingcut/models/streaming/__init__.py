@@ -1,11 +1,10 @@
 """Streaming: a model that is larger than memory, one block at a time from its safetensors.
 
-    skeleton   the model without weights; its plan says which stored tensors fill which block
-    reader     the stored bytes of one part, converted, into a buffer
+    reader     which stored tensors fill which part, and their bytes, converted, in a buffer
     store      two such buffers: one part in use while a thread fills the other
     replay     a checkpoint opened in this way, its blocks as in `isingcut.models.replay.Replay`
 
 What is neither a block nor the embedding nor the head (final norm, position
 embeddings, rotary buffers) is small and stays. So the peak is two parts and the hidden states
-that `memory` allows, whatever the model's size.
+that the memory allows, whatever the model's size.
 """

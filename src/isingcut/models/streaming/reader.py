@@ -1,4 +1,7 @@
-"""The stored tensors of one part, as the model wants them, in a buffer that is used again.
+"""Which stored tensors fill which part of a model, and reading them into a buffer.
+
+The names and conversions (a list of experts that becomes one tensor, say) are transformers'
+own, so that a streamed block has the numbers that `from_pretrained` gives it.
 
 Plain file reads, not memory maps: what was mapped and read would stay in the process's resident
 memory, and a buffer of the reader's own has a known size.
@@ -7,10 +10,11 @@ memory, and a buffer of the reader's own has a known size.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import re
 import threading
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,16 +22,264 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isingcut.errors import CheckpointError
-from isingcut.models.checkpoint.read import StoredTensor, read_checkpoint, read_config
-from isingcut.models.fp8 import DTYPES, dequantise, fp8_layout, read_tensor, scale_of, tile_of
-from isingcut.models.loading import refuse_infinite
-from isingcut.models.parts import Part
-from isingcut.models.streaming.plan import Copied, PartPlan, plan_parts
+from isingcut.errors import CheckpointError, ModelError
+from isingcut.models.architectures.blocks import language_model
+from isingcut.models.fp8 import (
+    dequantise,
+    fp8_layout,
+    read_tensor,
+    scale_of,
+    tile_of,
+    torch_dtype,
+    weights_of,
+)
+from isingcut.models.loading import refuse_infinite, wrong_shape
+from isingcut.models.replay import EMBED, HEAD, Part
+from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
+from isingcut.models.transformers_private import Names
+
+REST = "rest"
+"""What is neither a block, the embedding nor the head: norms, position embeddings, buffers."""
+# Where a tensor starts in a buffer: what vector instructions and matrix kernels want.
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A stored tensor that is a target, or that is one slice of it.
+
+    Attributes:
+        item: which item of a stack it is, for a target that stacks a list.
+        axis: where joined tensors meet; None where nothing is joined.
+        first: position on that axis.
+    """
+
+    source: StoredTensor
+    target: str
+    item: int | None = None
+    axis: int | None = None
+    first: int = 0
+
+    def place(self, target: torch.Tensor) -> torch.Tensor:
+        """The view of the target that the stored tensor fills."""
+        view = target if self.item is None else target[self.item]
+        if self.axis is None:
+            return view
+        return view.narrow(self.axis, self.first, self.source.shape[self.axis])
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Stored tensors that become targets through one of transformers' conversions."""
+
+    sources: tuple[tuple[str, StoredTensor], ...]
+    dtype: torch.dtype
+    first: str
+    converter: Any
+    model: Any
+
+    def run(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The targets' values from those of the sources."""
+        converter = deepcopy(self.converter)
+        for (pattern, source), value in zip(self.sources, values, strict=True):
+            # A callable, because that is what the loader itself hands over without threads.
+            converter.add_tensor(self.first, source.name, pattern, lambda value=value: value)
+        out = converter.convert(self.first, model=self.model, config=self.model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in out.items()}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Targets that are filled together, without their numbers, and how."""
+
+    targets: Mapping[str, Tensor]
+    steps: tuple[Copied | Converted, ...]
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """All that fills one part.
+
+    Attributes:
+        steps: what to read.
+        targets: what is filled, with the byte at which each starts in the part's buffer.
+        names: every name that a target has in this part of the model.
+        size: bytes of the buffer.
+    """
+
+    steps: tuple[Copied | Converted, ...]
+    targets: Mapping[str, tuple[Tensor, int]]
+    names: Mapping[str, str]
+    size: int
+
+
+def plan_parts(
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    model: Any,
+    blocks: Sequence[str],
+    dtype: torch.dtype,
+) -> tuple[dict[Part, PartPlan], list[str]]:
+    """What fills each block, the embedding, the head and the rest of a model.
+
+    Args:
+        folder: the checkpoint, for messages.
+        stored: its tensors.
+        model: its skeleton.
+        blocks: paths of the block modules.
+        dtype: the model's.
+
+    Returns:
+        the plan of each part, and the names of stored tensors that the model has no use for.
+
+    Raises:
+        ModelError: tensors are missing from the checkpoint, or have other shapes.
+    """
+    names = Names(model, dtype)
+    groups, unexpected = _groups(folder, stored, names)
+    group_of = {name: group for group in groups for name in group.targets}
+    kept = _resolved(folder, names, set(group_of))
+    paths = _paths(model, blocks)
+    members: dict[Part, dict[str, str]] = {p: {} for p in (*range(len(blocks)), EMBED, HEAD, REST)}
+    for name, target in kept.items():
+        stems = (name[: dot.start()] for dot in re.finditer(r"\.", name))
+        part = next((paths[stem] for stem in stems if stem in paths), REST)
+        members[part][name] = target
+    return {part: _layout(found, group_of) for part, found in members.items()}, unexpected
+
+
+def _paths(model: Any, blocks: Sequence[str]) -> dict[str, Part]:
+    paths: dict[str, Part] = {path: i for i, path in enumerate(blocks)}
+    decoder = language_model(model)
+    outer = {
+        id(decoder.get_input_embeddings()): EMBED,
+        id(decoder.get_output_embeddings()): HEAD,
+    }
+    for name, module in model.named_modules():
+        if id(module) in outer:
+            paths[name] = outer[id(module)]
+    return paths
+
+
+def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan:
+    """Give every target of a part its place; one that has two names is there once."""
+    groups = {id(group_of[t]): group_of[t] for t in names.values()}.values()
+    targets: dict[str, tuple[Tensor, int]] = {}
+    size = 0
+    for name, target in (item for group in groups for item in group.targets.items()):
+        start = -(-size // _ALIGN) * _ALIGN
+        targets[name] = (target, start)
+        size = start + target.nbytes
+    return PartPlan(tuple(s for group in groups for s in group.steps), targets, names, size)
+
+
+def _resolved(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
+    """The target behind each name in the model; names that are tied have one target.
+
+    Raises:
+        ModelError: nothing in the checkpoint fills a parameter.
+    """
+    kept = {name: name for name in names.tensors if name in there}
+    for this, that in names.ties.items():
+        # Either may be the stored one; where both are, transformers ties them only if equal.
+        if this not in there and that in there:
+            kept[this] = that
+        elif that not in there and this in there:
+            kept[that] = this
+    for this, that in names.ties.items():
+        if this not in kept and that in kept:
+            kept[this] = kept[that]
+    missing = sorted(n for n in names.tensors if n not in kept and not names.may_miss(n))
+    if missing:
+        raise ModelError(
+            f"the checkpoint in {folder} lacks {len(missing)} tensors of its architecture, first "
+            f"{missing[0]}; the config and the weights do not belong together"
+        )
+    return kept
+
+
+def _groups(
+    folder: Path, stored: Mapping[str, StoredTensor], names: Names
+) -> tuple[list[Group], list[str]]:
+    """Every stored tensor that the model has, by what it fills; and those it does not have."""
+    unexpected: list[str] = []
+    alone: list[Group] = []
+    together: dict[str, list[tuple[str, StoredTensor]]] = {}
+    for name in sorted(stored, key=names.order):
+        tensor = stored[name]
+        target, pattern = names.target(name)
+        if target not in names.tensors:
+            if not names.may_be_extra(target):
+                unexpected.append(name)
+            continue
+        if pattern is not None:
+            together.setdefault(target, []).append((pattern, tensor))
+            continue
+        _same_shape(folder, name, tensor.shape, tuple(names.tensors[target].shape))
+        made = torch.empty(tensor.shape, dtype=names.dtype_of(target), device="meta")
+        alone.append(Group({target: made}, (Copied(tensor, target),)))
+    joined = [_joined(folder, first, members, names) for first, members in together.items()]
+    return alone + joined, unexpected
+
+
+def _joined(
+    folder: Path, first: str, members: Sequence[tuple[str, StoredTensor]], names: Names
+) -> Group:
+    """Tensors of one converter: as slices of its target where it only stacks and joins them."""
+    converter = names.converters[members[0][0]]
+    dtype = names.dtype_of(first)
+    conversion = Converted(tuple(members), dtype, first, converter, names.model)
+    made = conversion.run(
+        [torch.empty(source.shape, dtype=dtype, device="meta") for _, source in members]
+    )
+    targets = {name: value.to(dtype) for name, value in made.items() if name in names.tensors}
+    for name, target in targets.items():
+        _same_shape(folder, name, tuple(target.shape), tuple(names.tensors[name].shape))
+    slices = _slices(converter, members, first) if len(targets) == len(made) == 1 else None
+    return Group(targets, tuple(slices) if slices else (conversion,))
+
+
+def _slices(
+    converter: Any, members: Sequence[tuple[str, StoredTensor]], target: str
+) -> list[Copied] | None:
+    """Where each tensor goes in the target; None for a conversion that computes more."""
+    kinds = [type(op).__name__ for op in converter.operations]
+    if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"]):
+        return None
+    stacked, joined = kinds[0] == "MergeModulelist", kinds[-1] == "Concatenate"
+    if stacked and converter.operations[0].dim != 0:
+        return None
+    axis = None
+    if joined:
+        # Of one item, without the axis along which items are stacked.
+        axis = converter.operations[-1].dim - (1 if stacked else 0)
+        if axis < 0:
+            return None
+    by_pattern: dict[str, list[StoredTensor]] = {}
+    for pattern, source in members:
+        by_pattern.setdefault(pattern, []).append(source)
+    out: list[Copied] = []
+    first = 0
+    for pattern in converter.source_patterns:
+        items = by_pattern.get(pattern, [])
+        if axis is not None and not stacked:
+            for source in items:
+                out.append(Copied(source, target, axis=axis, first=first))
+                first += source.shape[axis]
+            continue
+        out += [Copied(s, target, item=k, axis=axis, first=first) for k, s in enumerate(items)]
+        if axis is not None and items:
+            first += items[0].shape[axis]
+    return out
+
+
+def _same_shape(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise ModelError(wrong_shape(name, folder, found, wanted))
+
 
 # Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.
 _STAGE = 4 * 2**20
-_START = 64
 
 
 class Reader:
@@ -56,7 +308,8 @@ class Reader:
         self._stage = bytearray(_STAGE)
         self._lock = threading.Lock()
         self._checked: set[Part] = set()
-        self.plans, self.unexpected = plan_parts(folder, model, blocks, dtype, fp8=self._fp8)
+        stored = weights_of(self._stored) if self._fp8 else self._stored
+        self.plans, self.unexpected = plan_parts(folder, stored, model, blocks, dtype)
         self.bytes_read = 0
 
     def fill(self, part: Part, buffer: Tensor) -> dict[str, Tensor]:
@@ -74,12 +327,14 @@ class Reader:
         """
         plan = self.plans[part]
         views = plan_views(plan, buffer)
-        with torch.no_grad(), self._opened():
+        # A part may be kept for good while a thread reads the next one.
+        with self._lock, torch.no_grad(), contextlib.ExitStack() as self._opened:
+            self._files.clear()
             for step in plan.steps:
                 if isinstance(step, Copied):
                     self._copy(step.source, step.place(views[step.target]))
                     continue
-                values = [self._value(source).to(step.dtype) for _, source in step.sources]
+                values = [self._value(source, step.dtype) for _, source in step.sources]
                 for name, value in step.run(values).items():
                     if name in views:
                         views[name].copy_(value)
@@ -88,80 +343,45 @@ class Reader:
             self._checked.add(part)
         return {name: views[target] for name, target in plan.names.items()}
 
-    @cached_property
-    def starts(self) -> str:
-        """A hash of the first bytes of every stored tensor: it tells fine-tunes of a base apart."""
-        digest = hashlib.sha256()
-        data = memoryview(bytearray(_START))
-        with self._opened():
-            for tensor in self._stored.values():
-                start = data[: min(_START, tensor.size)]
-                self._read(tensor, 0, start)
-                digest.update(f"{tensor.name}:{tensor.dtype}:{tensor.shape}:".encode() + start)
-        return digest.hexdigest()
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[None]:
-        """Files that are opened meanwhile are closed at the end."""
-        # A measurement may ask for `starts` while a thread reads the next part.
-        with self._lock:
-            try:
-                yield
-            finally:
-                while self._files:
-                    self._files.popitem()[1].close()
-
     def _copy(self, source: StoredTensor, view: Tensor) -> None:
+        """Read and convert a few rows (or experts) at a time: no weight is there in float32."""
         if not view.numel():
             return
         if not view.is_contiguous():
-            view.copy_(self._value(source))
-        elif source.dtype.startswith("F8_"):
-            self._dequantise(source, view)
-        elif DTYPES.get(source.dtype) is view.dtype:
+            view.copy_(self._value(source, view.dtype))
+            return
+        dtype = torch_dtype(source)
+        if dtype is view.dtype:
             plain: Any = view.view(-1).view(torch.uint8).numpy()
             self._read(source, 0, memoryview(plain))
-        else:
-            self._cast(source, view.view(-1))
-
-    def _cast(self, source: StoredTensor, flat: Tensor) -> None:
-        """Read and convert a few numbers at a time."""
-        dtype = _torch_dtype(source)
-        step = _STAGE // dtype.itemsize
-        for first in range(0, len(flat), step):
-            count = min(step, len(flat) - first)
-            data = memoryview(self._stage)[: count * dtype.itemsize]
-            self._read(source, first * dtype.itemsize, data)
-            values = torch.frombuffer(data, dtype=dtype)
-            flat[first : first + count].copy_(self._narrowed(source, values))
-
-    def _narrowed(self, source: StoredTensor, values: Tensor) -> Tensor:
-        """An FP8 checkpoint's other weights pass through the model's dtype first."""
-        return values.to(self._dtype) if self._fp8 and source.dtype in ("BF16", "F16") else values
-
-    def _dequantise(self, source: StoredTensor, view: Tensor) -> None:
-        """A few rows (or experts) at a time, so that no float32 copy of a weight exists."""
-        scale = self._tensor(scale_of(source.name, self._stored))
-        dtype = _torch_dtype(source)
-        width = source.size // source.shape[0]
-        per = _rows_per_scale(scale, source.shape, self._tile)
-        rows = max(1, _STAGE // (width * per)) * per if per else source.shape[0]
-        for first in range(0, source.shape[0], rows):
-            last = min(first + rows, source.shape[0])
-            data = bytearray((last - first) * width)
-            self._read(source, first * width, memoryview(data))
-            piece = torch.frombuffer(data, dtype=dtype).view(last - first, *source.shape[1:])
-            own = scale.ndim and scale.shape[0] > 1 and rows < source.shape[0]
-            factor = scale[first // per : -(-last // per)] if own else scale
-            view[first:last].copy_(dequantise(piece, factor, self._tile).to(self._dtype))
-
-    def _value(self, source: StoredTensor) -> Tensor:
-        """One stored tensor whole, as plain numbers."""
-        value = self._tensor(source)
-        if source.dtype.startswith("F8_"):
+            return
+        packed = source.dtype.startswith("F8_")
+        # The weights of an FP8 checkpoint pass through the model's dtype first.
+        narrowed = packed or (self._fp8 and source.dtype in ("BF16", "F16"))
+        shape = source.shape if packed else (source.size // dtype.itemsize,)
+        width, per = source.size // shape[0], 1
+        if packed:
             scale = self._tensor(scale_of(source.name, self._stored))
-            return dequantise(value, scale, self._tile).to(self._dtype)
-        return self._narrowed(source, value)
+            per = _rows_per_scale(scale, shape, self._tile)
+        rows = max(1, _STAGE // (width * per)) * per if per else shape[0]
+        view = view.view(shape)
+        for first in range(0, shape[0], rows):
+            last = min(first + rows, shape[0])
+            size = (last - first) * width
+            data = memoryview(self._stage)[:size] if size <= _STAGE else memoryview(bytearray(size))
+            self._read(source, first * width, data)
+            piece = torch.frombuffer(data, dtype=dtype).view(last - first, *shape[1:])
+            if packed:
+                own = scale.ndim and scale.shape[0] > 1 and rows < shape[0]
+                factor = scale[first // per : -(-last // per)] if own else scale
+                piece = dequantise(piece, factor, self._tile)
+            view[first:last].copy_(piece.to(self._dtype) if narrowed else piece)
+
+    def _value(self, source: StoredTensor, dtype: torch.dtype) -> Tensor:
+        """One stored tensor whole, as plain numbers."""
+        found = torch.empty(source.shape, dtype=dtype)
+        self._copy(source, found)
+        return found
 
     def _tensor(self, source: StoredTensor) -> Tensor:
         self.bytes_read += source.size
@@ -171,7 +391,7 @@ class Reader:
         """Fill ``data`` with a tensor's bytes from ``first`` on."""
         file = self._files.get(source.file)
         if file is None:
-            file = self._files[source.file] = FileIO(source.file)
+            file = self._files[source.file] = self._opened.enter_context(FileIO(source.file))
         file.seek(source.start + first)
         done = 0
         while done < len(data):
@@ -185,15 +405,9 @@ class Reader:
 def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
     """The targets of a part as views of its buffer."""
     return {
-        name: buffer[start : start + target.size].view(target.dtype).view(target.shape)
+        name: buffer[start : start + target.nbytes].view(target.dtype).view(target.shape)
         for name, (target, start) in plan.targets.items()
     }
-
-
-def _torch_dtype(source: StoredTensor) -> torch.dtype:
-    if source.dtype not in DTYPES:
-        raise CheckpointError(f"tensor {source.name!r} has the dtype {source.dtype}, not readable")
-    return DTYPES[source.dtype]
 
 
 def _rows_per_scale(scale: Tensor, shape: tuple[int, ...], tile: tuple[int, int] | None) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import statistics
-import time
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import InputError
-from isingcut.models.architectures import find_stack, stack_modules, text_config
-from isingcut.models.device import synchronise
-from isingcut.models.memory import Allowance, allowance
-from isingcut.models.parts import BLOCK_STREAMS
-from isingcut.models.replay import Replay
-from isingcut.models.streaming.buffers import Buffers
-from isingcut.models.streaming.skeleton import build_skeleton
-from isingcut.models.streaming.store import Store
-from isingcut.models.text_alone import language_model
+from isingcut.models.architectures.blocks import (
+    find_stack,
+    language_model,
+    stack_modules,
+    text_config,
+)
+from isingcut.models.device import Allowance, allowance
+from isingcut.models.load import build_skeleton
+from isingcut.models.replay import BLOCK_STREAMS, Replay, replaced_forwards
+from isingcut.models.sources import model_identity
+from isingcut.models.streaming.store import Buffers, Store
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet
@@ -100,37 +99,19 @@ class StreamedReplay(Replay):
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, cheaply, for the fingerprint of a journal."""
         config: Any = self.model.config
-        return {"model": config.to_dict(), "starts": self.store.reader.starts, "streamed": True}
+        return {"model": config.to_dict(), "sha256": self._digest, "streamed": True}
+
+    @cached_property
+    def _digest(self) -> str:
+        digest: str = model_identity(self.folder)["sha256"]
+        return digest
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
         width = int(self._embedding.weight.shape[-1])
         stand_in = hidden.new_zeros((*input_ids.shape, width))
-        with _forward(self._embedding, lambda *args, **kwargs: stand_in):
+        with replaced_forwards([self._embedding], [lambda *args, **kwargs: stand_in]):
             return super().tail(hidden, input_ids)
-
-    def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
-        """Seconds that each block takes for one sequence of ``length`` tokens (median).
-
-        Of blocks with the same tensors one is timed.
-        """
-        kinds = [self.store.like(i) for i in range(len(self))]
-        examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
-        ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
-        seconds: dict[Any, float] = {}
-        with torch.inference_mode():
-            recording = self.record(ids)
-            for i in self.store.sweep(sorted(examples.values())):
-                assert isinstance(i, int)
-                times = []
-                for _ in range(repeats + 1):
-                    began = time.perf_counter()
-                    recording.block(i, recording.entered)
-                    synchronise(self.device)
-                    times.append(time.perf_counter() - began)
-                # The first one warms up.
-                seconds[kinds[i]] = statistics.median(times[1:])
-        return [seconds[kind] for kind in kinds]
 
     def room(self, batch: TokenSet) -> int:
         """Bytes that hidden states kept between blocks may take.
@@ -161,19 +142,6 @@ class StreamedReplay(Replay):
             return room
         self.store.buffers.keep_at_most(room // 2)
         return room - self.store.buffers.bound
-
-
-@contextlib.contextmanager
-def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 def open_model(

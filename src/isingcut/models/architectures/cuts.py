@@ -5,22 +5,229 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import families, fields
-from isingcut.models.architectures.base import BlockStack
-from isingcut.models.architectures.field_cuts import (
-    check_fields,
-    cut_fields,
-    refuse_unknown,
-    speaking_parts,
+from isingcut.models.architectures.fields import (
+    COUNTED_BY,
+    PER_MODALITY,
+    UNCUTTABLE,
+    config_object,
+    count_of,
+    counted_by,
+    of_type,
+    text_part,
 )
-from isingcut.models.architectures.fields import TWO_STAY, UNCUTTABLE, counted_by, of_type
-from isingcut.models.architectures.text_part import config_object, count_of, text_part
 
+if TYPE_CHECKING:
+    from isingcut.models.architectures.blocks import BlockStack
+
+_KNOWN = {
+    *fields.WRITTEN_OUT,
+    *fields.MAPS,
+    *fields.SLICE_OR_SCALAR,
+    *fields.GENERATORS,
+    *fields.DEEPSTACK,
+    *fields.IMAGE_ENTRIES,
+    *fields.NOT_PER_LAYER,
+}
+# Names of what may count or index blocks; layer norms, layer drop and layer scales do not.
+_BLOCKS = r"(^|_)(layers?|blocks?|depth)(_(?!norm|drop|scale)|$)"
+_COUNTS = re.compile(_BLOCKS)
+_LAYERISH = re.compile(rf"{_BLOCKS}|_idx|_ids$|indices|idxs|indexes|deepstack")
+_PERIODISH = re.compile(
+    r"layer.*(period|offset|interval|freq|step|every|_index)|(period|interval|every).*layer"
+)
+_PATTERNISH = re.compile(r"pattern|types|layers|blocks")
+# Words in names, outside the decoder's part, of what counts something else.
+_ELSEWHERE = re.compile(
+    r"vision|visual(?!_index)|image|video|audio|speech|vit|tower|encoder|projector|connector|"
+    r"resampler|adapter|former|merger|mtp|nextn|perceiver"
+)
+
+# A part of a configuration that has one of these is another model, and counts blocks of its own.
+_OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_type"}
+# Their own code renumbers what these hold, or it is about something else.
+_CLOSED = {"quantization_config", *fields.MAPS, *fields.NOT_PER_LAYER}
+
+
+def refuse_unknown(part: Mapping[Any, Any], count: int, heads: int, *, decoder: bool) -> None:
+    """Refuse a field that is not in the table and looks as if it counted or indexed blocks.
+
+    Args:
+        part: a part of a configuration that speaks of the decoder's blocks.
+        count: blocks of the decoder.
+        heads: its heads for further tokens, which some lists have entries for as well.
+        decoder: it is the decoder's own part, or inside it; elsewhere only names tell.
+
+    Raises:
+        ArchitectureError: there is one; the message names it.
+    """
+    for key, value in part.items():
+        if not isinstance(key, str):
+            continue  # a table of numbers, which a configuration object may hold
+        if key in _KNOWN or key.startswith("_") or "token_id" in key:
+            continue
+        if not decoder and _ELSEWHERE.search(key):
+            continue
+        if _speaks_of_blocks(key, value, count, {count, count + heads} if decoder else set()):
+            raise ArchitectureError(
+                f"the configuration field {key!r} looks per-layer (value {value!r:.60}) and "
+                "isingcut does not know what it means; add it to architectures/fields.py"
+            )
+
+
+def _speaks_of_blocks(key: str, value: Any, count: int, lengths: set[int]) -> bool:
+    if isinstance(value, (list, tuple)):
+        flat = [v for item in value for v in (item if isinstance(item, (list, tuple)) else [item])]
+        numbers = bool(flat) and all(_is_whole(i) and -count <= i <= count for i in flat)
+        return len(value) in lengths or (numbers and bool(_LAYERISH.search(key)))
+    if isinstance(value, dict):
+        return bool(value) and bool(_LAYERISH.search(key)) and all(str(k).isdigit() for k in value)
+    if isinstance(value, str):
+        listed = bool(re.fullmatch(r"\d+(,\d+)+", value)) and bool(_LAYERISH.search(key))
+        return listed or (len(value) in lengths and bool(_PATTERNISH.search(key)))
+    if _is_whole(value):
+        return (value > 1 and bool(_PERIODISH.search(key))) or (
+            value > 0 and bool(_COUNTS.search(key))
+        )
+    return False
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def speaking_parts(
+    config: dict[str, Any], text: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The decoder's part of a configuration, the root, and what lies in these and is no model
+    of its own: where fields speak of the decoder's blocks; each with whether it is the decoder's.
+
+    Args:
+        config: the whole configuration.
+        text: the decoder's part of it.
+    """
+    for part in (text, *_within(text, text)):
+        yield part, True
+    if config is not text:
+        for part in (config, *_within(config, text)):
+            yield part, False
+
+
+def _within(part: dict[str, Any], text: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for key, value in part.items():
+        if not isinstance(value, dict) or value is text or key in _CLOSED:
+            continue
+        if not _OWN & value.keys():
+            yield value
+            yield from _within(value, text)
+
+
+def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> None:
+    """Change, in place, the per-layer fields of one part of a configuration.
+
+    Args:
+        part: as from `speaking_parts`.
+        count: blocks before the cut.
+        mapping: old block number to new, for those that stay.
+
+    Raises:
+        ArchitectureError: a field has another form than the table says, a list is too short, or a
+            period cannot be said of the kept blocks.
+    """
+    model_type = part.get("model_type", "")
+    _, often = of_type(COUNTED_BY, model_type) or ("", 1)
+    per_modality = of_type(PER_MODALITY, model_type) or ()
+    for key, value in part.items():
+        if value is None or key in per_modality:
+            continue
+        try:
+            part[key] = _cut_field(key, value, count, mapping, often)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ArchitectureError(
+                f"the configuration field {key!r} has a form that isingcut does not know; got "
+                f"{value!r:.60}"
+            ) from error
+    _drop_generators(part)
+
+
+def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often: int) -> Any:
+    """What a field holds after the cut; whatever is raised for one of another form passes."""
+    kept = list(mapping)
+    gone = [i for i in range(count) if i not in mapping]
+    if key in fields.COUNT and value in (count, count * often):
+        return value // count * len(kept)
+    if key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
+        return _sliced(key, value, kept, count)
+    if key in fields.INDICES:
+        return _renumbered(value, mapping, first=0)
+    if key in fields.INDICES_FROM_1:
+        return _renumbered(value, mapping, first=1)
+    if key in fields.SOURCES:
+        return [mapping[i] for i in _sliced(key, value, kept, count)]
+    if key in fields.MAPS:
+        return {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
+    if key in fields.PREFIX:
+        return _each(value, lambda v: v - sum(i < v for i in gone))
+    if key in fields.LAST:
+        return _each(value, lambda v: v - sum(i <= v for i in gone))
+    if key in fields.SUFFIX:
+        return value - sum(i >= count - value for i in gone)
+    if key in fields.DEPTH_POWERS:
+        return value * (count / len(kept)) ** fields.DEPTH_POWERS[key]
+    if key in fields.CYCLE:
+        return [value[i % len(value)] for i in kept]
+    if key in fields.PERIODS and value < 1:
+        raise ValueError("a period of nothing")
+    return 0 if key in fields.MTP else value
+
+
+def _drop_generators(part: dict[str, Any]) -> None:
+    for key, replacement in fields.GENERATORS.items():
+        if part.get(key) is None:
+            part.pop(key, None)
+        elif part.get(replacement) is not None:
+            del part[key]
+        elif isinstance(part[key], int) and part[key] in (0, 1):
+            continue  # every block the same
+        else:
+            raise ArchitectureError(
+                f"{key}={part[key]!r} repeats with the block number and {replacement} is not "
+                f"given; write {replacement} out in the configuration"
+            )
+
+
+def _sliced(key: str, value: Any, kept: list[int], count: int) -> Any:
+    if isinstance(value, (int, float, bool)):
+        return value  # e.g. moe_layer_freq = 1: every block the same
+    if len(value) < count:
+        raise ArchitectureError(
+            f"{key} has {len(value)} entries for {count} blocks; expected one per block"
+        )
+    return "".join(value[i] for i in kept) if isinstance(value, str) else [value[i] for i in kept]
+
+
+def _renumbered(value: Any, mapping: dict[int, int], *, first: int) -> Any:
+    """A list of block numbers, or a text of them, after the cut; what it counts from is kept."""
+    if isinstance(value, str):
+        numbers = [int(word) for word in value.split(",") if word.strip()]
+        return ",".join(map(str, _renumbered(numbers, mapping, first=first)))
+    return [mapping[i - first] + first for i in value if i - first in mapping]
+
+
+def _each(value: Any, change: Callable[[int], int]) -> Any:
+    """A number changed, or each of a list (a modality each)."""
+    return [change(v) for v in value] if isinstance(value, list) else change(value)
+
+
+# Kinds of mixer that write keys and values.
+_CACHED = {"attention", "sliding-attention", "chunked-attention"}
 _LIST_NAMES = r"(?:layers|layer|h|blocks|block|blk)"
 # "model.layers.3.mlp", "re:.*layers\\.3\\.mlp", "layers.1*": the number after the list's name.
 _NUMBERED = re.compile(
@@ -48,28 +255,24 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     mapping = renumbering(count, removed)
     _refuse_unclear(result, text, count)
     families.write_out(text, count)
-    must_stay = families.kept_blocks(result, text, count)
-    for old in sorted(set(must_stay) - set(mapping)):
-        raise ArchitectureError(f"block {old} cannot be removed: {must_stay[old]}")
-    if len(mapping) == 1 and (reason := of_type(TWO_STAY, text.get("model_type"))):
-        raise ArchitectureError(f"block {next(iter(mapping))} cannot stay alone: {reason}")
-    for block, source, reason in families.sources(text, count):
-        if block in mapping and source not in mapping:
+    state = np.array([[i not in mapping for i in range(count)]])
+    for row in families.legality(result, text, count):
+        if not row.satisfied(state)[0]:
             raise ArchitectureError(
-                f"block {source} cannot be removed while block {block} stays: {reason}"
+                f"blocks {', '.join(map(str, removed))} cannot be removed: {row.describe()}"
             )
     families.move_images(result, count, mapping)
     read, types = _as_read(config)
     for part, _ in speaking_parts(result, text):
         cut_fields(part, count, mapping)
-    families.follow(text, count, mapping)
+    if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
+        text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
     kept_types = [types[i] for i in mapping] if types else []
-    families.check_last(text, kept_types)
     new_read, new_types = _as_read(result)
     if new_types != kept_types:
         raise ArchitectureError(
-            f"transformers would read the kept blocks as {_short(new_types)}, but they are "
-            f"{_short(kept_types)}"
+            f"transformers would read the kept blocks as {new_types!r:.60}, but they are "
+            f"{kept_types!r:.60}"
         )
     if read == count and new_read != len(mapping):
         raise ArchitectureError(
@@ -77,10 +280,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
             f"{len(mapping)} stay"
         )
     if families.keeps_attention(types) and not families.keeps_attention(kept_types):
-        raise ArchitectureError(
-            "every attention block would be removed; keep at least one, because generation reads "
-            "the sequence length from an attention cache"
-        )
+        raise ArchitectureError(f"every attention block would be removed; {families.ATTENTION}")
     for part in (result, text) if text is not result else (result,):
         quantisation = part.get("quantization_config")
         if isinstance(quantisation, dict):
@@ -102,7 +302,8 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     text = materialise(whole)
     refuse_packing(whole)
     _refuse_unclear(whole, text, len(stack))
-    return families.legality(whole, text, stack)
+    attention = [i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))]
+    return families.legality(whole, text, len(stack), attention)
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
@@ -158,14 +359,15 @@ def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]
     match = _NUMBERED.search(entry)
     if match is None or any(word in entry[: match.start()] for word in (*OTHER_STACKS, "mtp")):
         return [entry]
-    number = match.group(3)
+    number, head = match.group(3), entry[: match.start(3)]
     if number.isdigit():
         old = int(number)
         # A glob straight after the digits ("layers.1*") also names 10 to 19.
         if entry[match.end() :].startswith("*") and not entry.startswith("re:"):
             number += "*"
         else:
-            return [_put(entry, match, str(mapping[old]))] if old in mapping else []
+            rest = entry[match.end(3) :]
+            return [f"{head}{mapping[old]}{rest}"] if old in mapping else []
     if number in {"*", r"\d+", "[0-9]+"}:
         return [entry]
     if entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
@@ -174,14 +376,8 @@ def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]
             "exactly; write one entry per block"
         )
     old_numbers = [i for i in range(count) if fnmatch.fnmatchcase(str(i), number)]
-    tail = entry[match.start(3) + len(number) :]
-    rest = tail if tail else ".*"
-    head = entry[: match.start(3)]
+    rest = entry[match.start(3) + len(number) :] or ".*"
     return [f"{head}{mapping[i]}{rest}" for i in old_numbers if i in mapping]
-
-
-def _put(entry: str, match: re.Match[str], number: str) -> str:
-    return entry[: match.start(3)] + number + entry[match.end(3) :]
 
 
 def refuse_packing(config: Mapping[str, Any]) -> None:
@@ -279,7 +475,8 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
         raise ArchitectureError(reason)
     heads = extra_heads(text)
     for part, decoder in speaking_parts(config, text):
-        check_fields(part)
+        # Cut of nothing: whether each field has a form that is known.
+        cut_fields(dict(part), count, {i: i for i in range(count)})
         refuse_unknown(part, count, heads, decoder=decoder)
     derived = config_object(config)
     if derived is not None:
@@ -299,8 +496,3 @@ def extra_heads(text: Mapping[str, Any]) -> int:
     """Heads for further tokens that some checkpoints number on after the blocks."""
     found = [text.get(key) for key in fields.MTP]
     return max((n for n in found if isinstance(n, int)), default=0)
-
-
-def _short(value: Any) -> str:
-    words = repr(value)
-    return words if len(words) <= 60 else words[:57] + "..."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import ModelError
-from isingcut.models.cutting.images import ImageInputs, on_device_of, parameters, try_images
+from isingcut.models.cutting.verify import ImageInputs, on_device_of, parameters, try_images
 
 _TOKENS = (
     "image_token_id",

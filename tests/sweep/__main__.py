@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 
 from isingcut.errors import InputError
-from isingcut.testing.architectures.conformance import Report, check_entry, check_family, entries
-from isingcut.testing.configurations import FAMILIES
+from isingcut.testing.patches import replace_part
+from isingcut.testing.tiny import FAMILIES
+from sweep.conformance import Report, check_entry, check_family, entries
 
 OUTCOMES = ("passed", "refused", "failed", "not built")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check families, or everything that transformers has; 1 when one failed, 2 for a bad name."""
-    parser = argparse.ArgumentParser(prog="python -m isingcut.testing architectures")
+    parser = argparse.ArgumentParser(prog="python -m sweep")
     parser.add_argument("names", nargs="*", help="families; with --all model types")
     parser.add_argument("--all", action="store_true", help="every decoder of transformers")
     parser.add_argument("--states", type=int, help="states cut: 6 of a family, else 2")
@@ -156,10 +157,5 @@ def _cell(words: str) -> str:
     return words.replace("|", "/").replace("\n", " ").replace("<", "&lt;")
 
 
-def replace_part(path: Path, mark: str, text: str) -> None:
-    """Put ``text`` between ``<!-- mark -->`` and ``<!-- end of mark -->`` of a page."""
-    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(start)
-    _, closed, after = rest.partition(end)
-    assert closed, f"{path} has no part between {start} and {end}"
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

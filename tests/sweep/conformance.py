@@ -13,23 +13,18 @@ from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, InputError, IsingcutError, VerificationError
 from isingcut.ising.states import blocks_of
-from isingcut.models.architectures import (
-    BlockStack,
-    find_stack,
-    legality,
-    skipped,
-    stack_modules,
-)
+from isingcut.models.architectures.blocks import BlockStack, find_stack, skipped, stack_modules
+from isingcut.models.architectures.cuts import legality
 from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import Replay
-from isingcut.testing.architectures.shrink import tiny_configuration
 from isingcut.testing.gates import check_gates
-from isingcut.testing.images import invent_images
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
+from sweep.images import invent_images
+from sweep.shrink import tiny_configuration
 
 _TOLERANCE = 1e-5
 # As many as the sliding windows of the tiny models are wide.

@@ -1,4 +1,4 @@
-"""GGUF files of the arena's tiny model, whole and hostile."""
+"""GGUF files of tiny models, whole and hostile."""
 
 import struct
 from functools import cache
@@ -19,45 +19,64 @@ def named(held):
     return {NAMES.get_name(n, try_suffixes=(".weight",)): t for n, t in held.items()}
 
 
-def write(path: Path, held, *, architecture="llama", blocks=6, **changes) -> None:
-    """A file of float32 tensors with metadata of a tiny llama; None leaves a key out."""
+def write_gguf(
+    path: Path, metadata, held, *, architecture="llama", more=lambda writer: None
+) -> Path:
+    """A file of these tensors, plain or with their type, and the architecture's own metadata.
+
+    Args:
+        metadata: None leaves a key out.
+        more: what else the writer is to do.
+    """
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    numbers = {
-        "block_count": blocks,
-        "context_length": 128,
-        "embedding_length": 32,
-        "feed_forward_length": 48,
-        "attention.head_count": 4,
-        "attention.head_count_kv": 2,
-        "rope.dimension_count": 8,
-        "vocab_size": 262,
-        **changes,
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
     }
-    for key, value in numbers.items():
-        name = f"{architecture}.{key}"
-        if isinstance(value, str):
-            writer.add_string(name, value)
-        elif isinstance(value, float):
-            writer.add_float32(name, value)
-        elif value is not None:
-            writer.add_uint32(name, value)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "c"]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 3)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    for key, value in metadata.items():
+        if value is not None:
+            add[type(value)](f"{architecture}.{key}", value)
+    more(writer)
     for name, tensor in held.items():
-        writer.add_tensor(name, tensor)
+        data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+NUMBERS = {
+    "context_length": 128,
+    "embedding_length": 32,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+}
+
+
+def write(path: Path, held, *, architecture="llama", blocks=6, **changes) -> None:
+    """A file of float32 tensors with metadata of a tiny llama."""
+    size = {"feed_forward_length": 48, "rope.dimension_count": 8, "vocab_size": 262}
+    metadata = {"block_count": blocks, **NUMBERS, **size, **changes}
+
+    def more(writer):
+        writer.add_name("tiny")
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_freq_base(10000.0)
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "c"]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 3)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+
+    write_gguf(path, metadata, held, architecture=architecture, more=more)
 
 
 def file(edit=lambda held: None, **metadata):

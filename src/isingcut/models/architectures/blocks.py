@@ -1,0 +1,455 @@
+"""The stack of residual blocks of any transformers decoder, found by its structure.
+
+Finding it runs nothing, so a model on the meta device is enough. What a block is and costs is read
+from its modules and its config. `skipped` lets a model run with some blocks passing the stream
+through: the reference for a cut.
+
+Most models are given text whole; BLIP's classes do not run without pixels. The language model
+inside them is a causal one of its own, with embedding, blocks and head, and computes on text what
+the whole model would (`text_model`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from isingcut.errors import ArchitectureError, IsingcutError
+from isingcut.memory import raise_if_exhausted
+from isingcut.models.architectures.fields import count_of
+from isingcut.models.loading import one_line
+
+
+@dataclass(frozen=True)
+class Block:
+    """One removable block of the residual stream.
+
+    Args:
+        index: position in the stack, from 0.
+        path: module path in the loaded model, for example ``"model.layers.3"``.
+        kind: what it does, parts joined by ``+``: ``"attention+mlp"``,
+            ``"sliding-attention+moe"``, ``"mamba2"``, ``"mlp"``, ...
+        parameters: number of parameters.
+        bytes: their size in the dtype they are held in.
+        active_parameters: parameters one token touches (top-k of the experts).
+        kv_bytes_per_token: key and value cache per token, in the model's dtype.
+        state_bytes: recurrent and convolution state per sequence, in the model's dtype.
+    """
+
+    index: int
+    path: str
+    kind: str
+    parameters: int
+    bytes: int
+    active_parameters: int
+    kv_bytes_per_token: int
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """All removable blocks of a model, in the order the residual stream meets them."""
+
+    path: str
+    blocks: tuple[Block, ...]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every block, in order."""
+        return tuple(block.kind for block in self.blocks)
+
+
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "num_selected_experts",
+)
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+
+
+def describe(module: nn.Module, index: int, path: str, config: Any) -> Block:
+    """The block's kind and its costs.
+
+    Args:
+        module: the block.
+        index: its position in the stack.
+        path: its module path.
+        config: the decoder's configuration.
+    """
+    parameters = {id(p): p for p in module.parameters()}.values()
+    total = sum(p.numel() for p in parameters)
+    mixers = _mixers(module, index, config)
+    names = list(dict.fromkeys(name for name, _, _ in mixers if name))
+    feed_forward = _feed_forward(module)
+    kind = "+".join([*names, *([feed_forward] if feed_forward else [])]) or "other"
+    return Block(
+        index=index,
+        path=path,
+        kind=kind,
+        parameters=total,
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        active_parameters=total - _idle_expert_parameters(module, config),
+        kv_bytes_per_token=sum(kv for _, kv, _ in mixers),
+        state_bytes=sum(state for _, _, state in mixers),
+    )
+
+
+def _own(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters(recurse=False))
+
+
+def _itemsize(module: nn.Module) -> int:
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.element_size() >= 2:
+            return parameter.element_size()
+    return 2
+
+
+def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, int]]:
+    """(kind, KV bytes per token, state bytes) of all that mixes tokens, outermost first.
+
+    What a module does decides, and not its name alone: one that is called attention and holds a
+    recurrence is that recurrence, and one that holds other mixers only wraps them.
+    """
+    recurrence = _recurrence(module)
+    if recurrence is not None:
+        return [recurrence]
+    inside = [m for child in module.children() for m in _mixers(child, index, config)]
+    name = type(module).__name__.lower()
+    keys = getattr(module, "wk", None)
+    if "indexer" in name and isinstance(keys, nn.Linear):
+        inside.append(("", keys.out_features * _itemsize(module), 0))
+    # Short convolutions stand inside some attentions (Inkling); what holds more only wraps it.
+    if any(kind not in ("", "conv") for kind, _, _ in inside) or "mask" in name:
+        return inside
+    children = dict(module.named_children())
+    if "shortconv" in name and "conv" in children:
+        return [("conv", 0, _conv_state(children["conv"]) * _itemsize(module)), *inside]
+    if _is_attention(name, children):
+        kind = f"{_span(module, index, config)}attention"
+        return [(kind, _kv_elements(module, config) * _itemsize(module), 0), *inside]
+    return inside
+
+
+def _recurrence(module: nn.Module) -> tuple[str, int, int] | None:
+    own = _own(module)
+    if "A_log" in own or ("time_decay" in own and "time_first" in own):
+        return _recurrent(module, own, _itemsize(module))
+    if "recurrent_param" in own:
+        return "recurrent", 0, own["recurrent_param"].numel() * _itemsize(module)
+    # Its decay may be a module of its own (Kimi Delta Attention), beside the convolution.
+    gate = next((g for c in module.children() if "A_log" in (g := _own(c))), None)
+    if gate is not None and any(name.startswith("conv") for name, _ in module.named_children()):
+        return _recurrent(module, gate, _itemsize(module))
+    return None
+
+
+def _is_attention(name: str, children: dict[str, nn.Module]) -> bool:
+    if "attention" not in name and "attn" not in name and not name.endswith("mla"):
+        return False
+    linears = [c for c in children.values() if hasattr(c, "weight") or list(c.parameters())]
+    return bool(linears)
+
+
+def _span(module: nn.Module, index: int, config: Any) -> str:
+    types = getattr(config, "layer_types", None)
+    label = types[index] if isinstance(types, list) and index < len(types) else ""
+    if "sliding" in label:
+        return "sliding-"
+    if "chunked" in label:
+        return "chunked-"
+    if label:
+        return ""
+    window = getattr(module, "sliding_window", None)
+    return "sliding-" if isinstance(window, int) and window > 0 else ""
+
+
+def _recurrent(module: nn.Module, own: dict[str, torch.Tensor], size: int) -> tuple[str, int, int]:
+    convolution = next((c for n, c in module.named_children() if n.startswith("conv")), None)
+    conv = _conv_state(convolution) if convolution is not None else 0
+    if "A_log" not in own:
+        return "rwkv", 0, 5 * own["time_decay"].numel() * size
+    if "D" not in own:  # gated delta rule: a key x value matrix per head
+        heads = own["A_log"].numel()
+        width = getattr(module, "head_dim", 0)
+        key, value = (int(getattr(module, f"head_{s}_dim", width)) for s in "kv")
+        return "linear-attention", 0, (conv + heads * key * value) * size
+    if own["A_log"].ndim > 1:
+        return "mamba", 0, (conv + own["A_log"].numel()) * size
+    heads = own["A_log"].numel()
+    state = heads * int(getattr(module, "head_dim", 0)) * int(getattr(module, "ssm_state_size", 0))
+    return "mamba2", 0, (conv + state) * size
+
+
+def _conv_state(convolution: nn.Module) -> int:
+    weight = getattr(convolution, "weight", None)
+    return weight.shape[0] * weight.shape[-1] if isinstance(weight, torch.Tensor) else 0
+
+
+def _kv_elements(module: nn.Module, config: Any) -> int:
+    """Key and value numbers that transformers caches for one token in one attention."""
+    projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
+    widths = [getattr(p, "out_features", None) for p in projections if p is not None]
+    if widths and all(isinstance(w, int) for w in widths):
+        # Without a value projection the keys serve as values (or the layer reads another's).
+        return sum(int(w) for w in widths if w is not None) * (2 if len(widths) == 1 else 1)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        groups = 1
+    if getattr(config, "kv_lora_rank", None):
+        key = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
+        return heads * (key + int(config.v_head_dim))
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
+    return 2 * groups * width
+
+
+def _feed_forward(block: nn.Module) -> str | None:
+    experts = any(
+        name.rsplit(".", 1)[-1] == "experts" and list(module.parameters())
+        for name, module in block.named_modules()
+    )
+    if experts:
+        return "moe"
+    for name, module in block.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        kind = type(module).__name__.lower()
+        if (
+            "mlp" in kind
+            or "feedforward" in kind
+            or last in {"mlp", "feed_forward", "ffn", "fc1", "shared_mlp"}
+        ) and list(module.parameters()):
+            return "mlp"
+    return None
+
+
+def _idle_expert_parameters(block: nn.Module, config: Any) -> int:
+    """Parameters of routed experts that one token does not visit."""
+    top_k = next((v for k in _TOP_K if isinstance(v := getattr(config, k, None), int)), None)
+    idle = 0
+    for name, module in block.named_modules():
+        if name.rsplit(".", 1)[-1] != "experts":
+            continue
+        size = sum(p.numel() for p in module.parameters())
+        count = _expert_count(module, config)
+        if size and count and top_k and top_k < count:
+            idle += size - size * top_k // count
+    return idle
+
+
+def _expert_count(module: nn.Module, config: Any) -> int | None:
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    stacked = next((p.shape[0] for p in module.parameters() if p.ndim == 3), None)
+    if stacked is not None:
+        return int(stacked)
+    return next((v for k in _EXPERTS if isinstance(v := getattr(config, k, None), int)), None)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the decoder: the model's own, or its text part's.
+
+    Raises:
+        ArchitectureError: the model carries no configuration.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ArchitectureError(
+            f"expected a transformers model with a config, got {type(model).__name__}"
+        )
+    getter = getattr(config, "get_text_config", None)
+    return getter(decoder=True) if getter is not None else config
+
+
+def find_stack(model: nn.Module) -> BlockStack:
+    """The ModuleList whose items carry the residual stream, with every block described.
+
+    The list has as many items as the decoder's config says; among several, lists inside
+    the decoder win over lists outside it, then the one with most parameters wins.
+
+    Raises:
+        ArchitectureError: an encoder-decoder model, or no such list.
+    """
+    config = text_config(model)
+    for whose, said in (("is", model.config), ("holds", config)):
+        if getattr(said, "is_encoder_decoder", False):
+            raise ArchitectureError(
+                f"{type(model).__name__} {whose} an encoder-decoder: isingcut cuts decoders with "
+                "one stack of residual blocks"
+            )
+    count = count_of(config)
+    path = _stack_path(model, count)
+    if path is None:
+        raise ArchitectureError(
+            f"{type(model).__name__} has no recognisable block stack: expected one ModuleList "
+            f"of {count} blocks, as its config says"
+        )
+    modules = list(model.get_submodule(path).children())
+    blocks = tuple(
+        describe(module, index, f"{path}.{index}", _of_block(config, index))
+        for index, module in enumerate(modules)
+    )
+    return BlockStack(path=path, blocks=blocks)
+
+
+def _of_block(config: Any, index: int) -> Any:
+    """The configuration of one block; families like Gemma 4 have one for each."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def stack_modules(model: nn.Module, stack: BlockStack) -> list[nn.Module]:
+    """The block modules of ``model``, in order.
+
+    Raises:
+        ArchitectureError: the model has no such stack (it was found on another model).
+    """
+    try:
+        return [model.get_submodule(block.path) for block in stack.blocks]
+    except AttributeError as error:
+        raise ArchitectureError(
+            f"{type(model).__name__} has no blocks at {stack.path!r}: {error}"
+        ) from error
+
+
+def _stack_path(model: nn.Module, count: int | None) -> str | None:
+    if count is None:
+        return None
+    decoder = _decoder_path(model)
+    best: tuple[bool, int, str] | None = None
+    accepted: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != count:
+            continue
+        if any(path.startswith(outer + ".") for outer in accepted):
+            continue  # experts and the like: a list inside a block is not a stack
+        accepted.append(path)
+        inside = decoder == "" or path.startswith(decoder + ".")
+        size = sum(p.numel() for p in module.parameters())
+        if best is None or (inside, size) > best[:2]:
+            best = (inside, size, path)
+    return best[2] if best else None
+
+
+def _decoder_path(model: nn.Module) -> str:
+    """Where transformers says that the decoder is, or the root."""
+    getter = getattr(model, "get_decoder", None)
+    decoder: nn.Module | None = getter() if getter is not None else None
+    if decoder is None or decoder is model:
+        return ""
+    return next((str(path) for path, module in model.named_modules() if module is decoder), "")
+
+
+@contextmanager
+def skipped(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
+    """Within the block, every removed block hands on the hidden states it was given.
+
+    The block still runs, and only its output is replaced: caches stay consistent and the
+    output keeps its form (tensor or tuple). So this is exact but saves no time.
+
+    Raises:
+        ArchitectureError: a block number that does not exist.
+    """
+    outside = [i for i in removed if not 0 <= i < len(stack)]
+    if outside:
+        raise ArchitectureError(f"blocks are 0 to {len(stack) - 1}; got {outside}")
+    modules = stack_modules(model, stack)
+    handles = [
+        modules[i].register_forward_hook(_pass_through, with_kwargs=True) for i in sorted(removed)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pass_through(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if isinstance(output, torch.Tensor):
+        return hidden
+    return (hidden, *output[1:])
+
+
+# Why a model that holds a language model of its own does not run on text alone; empty: it does.
+_REASONS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def text_model(model: Any) -> Any:
+    """What of a model is given text: itself, or the language model inside where it needs an image.
+
+    One that holds none of its own is not tried, and fails where it is used.
+    """
+    return language_model(model) if image_needed(model) else model
+
+
+def language_model(model: Any) -> Any:
+    """The causal language model inside a model that owns its blocks; the model where none does."""
+    if not isinstance(model, nn.Module):
+        return model
+    inner = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path and getattr(module, "can_generate", bool)()
+    ]
+    if not inner:
+        return model
+    stack = find_stack(model)
+    return next((module for path, module in inner if stack.path.startswith(f"{path}.")), model)
+
+
+def image_needed(model: Any) -> str:
+    """Why a model is given text by way of the language model inside it; empty where it is not.
+
+    Four tokens are tried, once for each model.
+    """
+    inner = language_model(model)
+    if inner is model:
+        return ""
+    if model not in _REASONS:
+        ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
+        reason = ""
+        try:
+            with torch.no_grad(), on_text_alone(model):
+                model(input_ids=ids, use_cache=False)
+        except ArchitectureError as error:
+            reason = one_line(error.__cause__ or error)
+        _REASONS[model] = reason
+    return _REASONS[model]
+
+
+@contextlib.contextmanager
+def on_text_alone(model: Any) -> Iterator[None]:
+    """Turn what a model raises meanwhile, being given text only, into one line.
+
+    Raises:
+        ArchitectureError: it raised something.
+    """
+    try:
+        yield
+    except (torch.AcceleratorError, IsingcutError):
+        raise  # the machine's fault, or said already
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise_if_exhausted(error)
+        raise ArchitectureError(
+            f"{type(model).__name__} does not run on text alone, so that it can be neither "
+            f"measured nor proven: {one_line(error)}"
+        ) from error

@@ -1,0 +1,254 @@
+"""A GGUF file as the package `gguf` reads it: its metadata, and the tensors of its blocks.
+
+Converted, it is an ordinary bfloat16 Hugging Face folder in the cache.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isingcut.errors import CheckpointError, InputError, ModelError
+from isingcut.files.inputs import regular_file, user_path
+from isingcut.files.locks import locked
+from isingcut.files.outputs import foreign_in
+from isingcut.files.writing import atomic_folder
+from isingcut.models.fit import bounded_structure, most_numbers
+from isingcut.models.loading import (
+    loading,
+    one_line,
+    quiet_transformers,
+    refuse_incomplete,
+    refuse_infinite,
+)
+from isingcut.models.transformers_private import unpacked
+
+_BLOCK = re.compile(r"^blk\.(\d{1,6})\.(.+)$")
+
+
+@dataclass(frozen=True, eq=False)
+class GgufHeader:
+    """What a GGUF file says of itself.
+
+    Attributes:
+        reader: gguf's, with its tensors mapped into memory.
+        tensors: gguf's, by name.
+    """
+
+    path: Path
+    reader: Any
+    tensors: dict[str, Any]
+
+    def value(self, key: str) -> Any:
+        """A value of the metadata; None where there is none."""
+        field = self.reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    @property
+    def big_endian(self) -> bool:
+        """The order of its bytes, seen from a little-endian machine."""
+        return bool(self.reader.byte_order == "S")
+
+    @property
+    def architecture(self) -> str:
+        """Its name in llama.cpp.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        name = self.value("general.architecture")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name):
+            raise CheckpointError(
+                f"{self.path} has no metadata 'general.architecture' that names an architecture"
+            )
+        return name
+
+    def number(self, key: str) -> int:
+        """A whole number at least 1 of the architecture's own metadata.
+
+        Raises:
+            CheckpointError: it is missing or none.
+        """
+        full = f"{self.architecture}.{key}"
+        value = self.value(full)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(
+                f"{self.path} has no metadata {full!r} with a whole number above 0"
+            )
+        return value
+
+    def check_blocks(self) -> int:
+        """The number of blocks.
+
+        Raises:
+            CheckpointError: the metadata says another one, or a block lacks a tensor that its like
+                neighbours have.
+        """
+        count = self.number("block_count")
+        found: dict[int, set[str]] = {}
+        for place in filter(None, map(block_of, self.tensors)):
+            found.setdefault(place[0], set()).add(place[1])
+        if len(found) != count or max(found) != count - 1:
+            raise CheckpointError(
+                f"{self.path} says {count} blocks but has tensors of {len(found)}: damaged or split"
+            )
+        # The kinds of a hybrid each have tensors that the others lack, so that a block whose
+        # tensors are some of another's is no kind of its own.
+        for block, names in sorted(found.items()):
+            for like, others in sorted(found.items()):
+                if names < others:
+                    raise CheckpointError(
+                        f"{self.path} lacks the tensor blk.{block}.{min(others - names)}, which "
+                        f"block {like} has; the file is incomplete: get it again"
+                    )
+        return count
+
+
+def block_of(name: str) -> tuple[int, str] | None:
+    """The block that a tensor is in, and its name there; None for one outside all blocks."""
+    match = _BLOCK.match(name)
+    return None if match is None else (int(match[1]), match[2])
+
+
+def read_gguf(path: Path) -> GgufHeader:
+    """Read a GGUF file's metadata, and map its tensors.
+
+    Raises:
+        CheckpointError: no plain file, no GGUF file, or a damaged or truncated one.
+    """
+    from gguf.gguf_reader import GGUFReader
+
+    class Reader(GGUFReader):
+        """Believes no length that the file is too short for."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
+            found = super()._get(offset, dtype, count, *rest, **more)
+            if len(found) < count:
+                raise ValueError("it ends early")
+            return found
+
+    regular_file(path, "the GGUF file", CheckpointError)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader = Reader(path)
+    except Exception as error:
+        # Its counts and lengths may be any numbers.
+        words = one_line(error)
+        raise CheckpointError(f"{path} is damaged or no GGUF file: {words}") from error
+    return GgufHeader(path, reader, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def gguf_cache() -> Path:
+    """Where converted files are kept, by their hash: in `$ISINGCUT_CACHE`, else the platform's.
+
+    Folders of the name ``gguf`` are of versions that completed a file with random numbers.
+    """
+    home = Path.home()
+    if override := os.environ.get("ISINGCUT_CACHE"):
+        return user_path(override) / "gguf-2"
+    if os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif (home / "Library" / "Caches").is_dir():
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "isingcut" / "gguf-2"
+
+
+def converted(path: Path) -> Path:
+    """The folder of the converted file, made on first use; it is named after the content's hash.
+
+    Every weight is unpacked to bfloat16: a cut of a quantised file is a plain checkpoint.
+
+    Raises:
+        ModelError: not a GGUF file, one that lacks a tensor of its architecture, or of an
+            architecture transformers cannot convert; or the folder was changed since.
+        CheckpointError: a damaged or truncated file.
+    """
+    regular_file(path, "the GGUF file", ModelError)
+    with path.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
+        f.seek(0)
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    target = gguf_cache() / digest
+    if target.is_dir():
+        return _unchanged(target, path)
+    numbers = _numbers(path)
+    try:
+        # One at a time: what a killed one left has the size of a model, and is cleared.
+        with locked(target.parent, inside=True, wait=True):
+            if target.is_dir():
+                # Another process has made it meanwhile.
+                return _unchanged(target, path)
+            # Overwriting, because a file system may have no locks.
+            with atomic_folder(target, overwrite=True) as temporary:
+                _convert(path, temporary, numbers)
+    except InputError as e:
+        why = str(getattr(e.__cause__, "strerror", None) or e).lower()
+        raise ModelError(
+            f"the converted model cannot be kept in {target.parent}: {why}; set "
+            "ISINGCUT_CACHE to a folder with space that you may write to"
+        ) from e
+    return target
+
+
+def _unchanged(target: Path, path: Path) -> Path:
+    """The folder of the converted file, once it is known to be as it was made."""
+    changed = foreign_in(target)
+    if changed is not None:
+        raise ModelError(
+            f"the model converted from {path.name} is not as it was made: {changed}; delete "
+            f"{target} and run again"
+        )
+    return target
+
+
+def _numbers(path: Path) -> int:
+    """How many numbers the file's tensors hold, once its header and its blocks are whole."""
+    header = read_gguf(path)
+    header.check_blocks()
+    return sum(tensor.n_elements for tensor in header.tensors.values())
+
+
+def _convert(path: Path, folder: Path, numbers: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loader: Any = AutoModelForCausalLM
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with (
+        loading(f"{path.name} with transformers"),
+        # One of its progress bars has no switch.
+        contextlib.redirect_stderr(io.StringIO()),
+        bounded_structure(most_numbers(numbers), path.name),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model, found = loader.from_pretrained(
+            **source,
+            **unpacked(),
+            dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    refuse_incomplete(found, path)
+    refuse_infinite(model.named_parameters(), path)
+    # With a quantiser attached, `save_pretrained` refuses.
+    for trace in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if hasattr(model, trace):
+            delattr(model, trace)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,17 @@
+"""The sweep: every decoder of transformers cut, reloaded and compared, as a tiny random model.
+
+    PYTHONPATH=tests python -m sweep                   the families of `testing.configurations`
+    PYTHONPATH=tests python -m sweep llama gemma2      some of them
+    PYTHONPATH=tests python -m sweep --all             every decoder that transformers has
+    PYTHONPATH=tests python -m sweep --all qwen3_vl    the entries of some model types
+
+For one architecture: its blocks are found (also on the meta device), replayed blocks give a
+forward pass, gate gradients agree with autograd and with finite differences, and several random
+legal states, with the first and the last block among them, are cut at the checkpoint, reloaded
+with plain transformers and compared with the original with those blocks skipped. Each runs in a
+process of its own with a limit of memory and time.
+
+    conformance   what transformers has, the checks of one architecture, and its report
+    shrink        a tiny configuration of any configuration class, by rule
+    images        two prompts with an image each, made by rule
+"""
