@@ -13,11 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import make
-from isingcut.ising.solvers._reduced import reduce
-from isingcut.ising.states import Bools
 
 Times = tuple[float | None, float | None]
 Rival = Callable[[Problem, float, float], Times]
@@ -52,17 +49,6 @@ def dwave(sampler: str, reads: int, **options: int) -> Rival:
     return rival
 
 
-def exhaustive(problem: Problem, seconds: float, target: float) -> Times:
-    """Our enumeration, where it can be done in the time (about 5 ns a state)."""
-    began = time.perf_counter()
-    try:
-        make("exhaustive", limit=int(seconds * 1e8)).solve(problem, 1)
-    except InputError:
-        return None, None
-    took = time.perf_counter() - began
-    return took, took
-
-
 def scip(problem: Problem, seconds: float, target: float) -> Times:
     """SCIP through pyscipopt on the linearised products, with the count times each variable."""
     from pyscipopt import Eventhdlr, Model, quicksum
@@ -73,20 +59,19 @@ def scip(problem: Problem, seconds: float, target: float) -> Times:
     model.hideOutput()
     model.setParam("limits/time", seconds)
     x = [model.addVar(vtype="B") for _ in range(n)]
-    exclusive = reduce(problem).exclusive
     y = {}
     for i in range(n):
         for j in range(i + 1, n):
-            if ham.J[i, j] and not exclusive[i, j]:
+            if ham.J[i, j]:
                 y[i, j] = v = model.addVar(lb=0, ub=1, vtype="C")
                 model.addCons(v <= x[i])
                 model.addCons(v <= x[j])
                 model.addCons(v >= x[i] + x[j] - 1)
     _add_rows(problem, lambda terms: quicksum(a * x[i] for i, a in terms), model.addCons)
     m = _count(problem)
-    if m is not None and len(y) == (n * (n - 1) - exclusive.sum()) // 2:
+    if m is not None and len(y) == n * (n - 1) // 2:
         for i in range(n):
-            others = quicksum(y[min(i, j), max(i, j)] for j in _others(i, exclusive))
+            others = quicksum(y[min(i, j), max(i, j)] for j in range(n) if j != i)
             model.addCons(others == (m - 1) * x[i])
     model.setObjective(
         quicksum(ham.h[i] * x[i] for i in range(n))
@@ -122,13 +107,12 @@ def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
     scale = 1e7 / max(np.abs(ham.h).max(), np.abs(ham.J).max())
     model = cp_model.CpModel()
     x = [model.new_bool_var("") for _ in range(n)]
-    exclusive = reduce(problem).exclusive
     terms, weights = list(x), [round(v * scale) for v in ham.h]
     y = {}
     for i in range(n):
         for j in range(i + 1, n):
             weight = round(ham.J[i, j] * scale)
-            if weight and not exclusive[i, j]:
+            if weight:
                 y[i, j] = v = model.new_bool_var("")
                 model.add_implication(v, x[i])
                 model.add_implication(v, x[j])
@@ -137,9 +121,9 @@ def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
                 weights.append(weight)
     _add_rows(problem, lambda t: sum(int(a) * x[i] for i, a in t), model.add)
     m = _count(problem)
-    if m is not None and len(y) == (n * (n - 1) - exclusive.sum()) // 2:
+    if m is not None and len(y) == n * (n - 1) // 2:
         for i in range(n):
-            others = [y[min(i, j), max(i, j)] for j in _others(i, exclusive)]
+            others = [y[min(i, j), max(i, j)] for j in range(n) if j != i]
             model.add(sum(others) == (m - 1) * x[i])
     model.minimize(cp_model.LinearExpr.weighted_sum(terms, weights))
     solver = cp_model.CpSolver()
@@ -169,18 +153,12 @@ def _add_rows(problem: Problem, expression: Callable, add: Callable) -> None:  #
             add(expression(terms) <= round(row.rhs))
 
 
-def _others(i: int, exclusive: Bools) -> list[int]:
-    """The variables that can be 1 beside variable i."""
-    return [j for j in range(exclusive.shape[0]) if j != i and not exclusive[i, j]]
-
-
 def _count(problem: Problem) -> int | None:
     low, high = problem.cardinality
     return low if low == high else None
 
 
 RIVALS: dict[str, Rival] = {
-    "exhaustive": exhaustive,
     "dwave tabu": dwave("TabuSampler", 2, timeout=20),
     "dwave anneal": dwave("SimulatedAnnealingSampler", 10, num_sweeps=1000),
     "scip": scip,

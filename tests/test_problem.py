@@ -91,9 +91,6 @@ def test_cqm_with_quadratic_constraint_is_refused():
         Problem.from_cqm(cqm)
 
 
-GROUPS = np.array([[1.0, 1, 1, 0, 0], [0, 0, 1, 1, 0]])
-
-
 @pytest.mark.parametrize("sense", ["<=", ">="])
 def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sense):
     import dimod
@@ -105,19 +102,6 @@ def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sens
     sample = dimod.ExactSolver().sample(bqm).first
     state = np.array([[sample.sample[i] for i in range(5)]])
     assert problem.feasible(state)[0]
-    x = all_states(5)
-    x = x[problem.feasible(x)]
-    assert sample.energy == pytest.approx(problem.hamiltonian.energies(x).min(), abs=1e-9)
-
-
-def test_at_most_one_of_a_group_is_penalised_by_pairs_without_slack():
-    import dimod
-
-    groups = [con.LinearConstraint(f"g{i}", row, "<=", 1) for i, row in enumerate(GROUPS)]
-    problem = Problem(hamiltonian(5), [con.count(5, 2), *groups])
-    bqm, _ = problem.to_bqm()
-    assert set(bqm.variables) == set(range(5))
-    sample = dimod.ExactSolver().sample(bqm).first
     x = all_states(5)
     x = x[problem.feasible(x)]
     assert sample.energy == pytest.approx(problem.hamiltonian.energies(x).min(), abs=1e-9)

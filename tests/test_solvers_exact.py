@@ -1,5 +1,3 @@
-import threading
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,18 +7,16 @@ from isingcut.errors import InfeasibleError, InputError
 from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers import solve, tabu
-from isingcut.ising.solvers._reduced import reduce
-from isingcut.ising.solvers.branching import loop as _loop
-from isingcut.ising.solvers.branching.relaxation import Dual, spin_matrix
-from isingcut.ising.solvers.branching.sdp import sdp_bound, split_bounds
+from isingcut.ising.solvers import exact, solve, tabu
+from isingcut.ising.solvers._relaxation import SIGNS, Relaxation, Subproblem, spin_matrix
+from isingcut.ising.solvers.base import reduce
 
 
 @pytest.fixture
 def tree_only(monkeypatch):
     """Almost no enumeration, so that small problems exercise the semidefinite tree."""
-    monkeypatch.setattr(_loop, "ROOT_BUDGET", 1)
-    monkeypatch.setattr(_loop, "NODE_BUDGET", 1)
+    monkeypatch.setattr(exact, "ROOT_BUDGET", 1)
+    monkeypatch.setattr(exact, "NODE_BUDGET", 1)
 
 
 def brute_force(problem, k):
@@ -105,8 +101,8 @@ def test_exact_equals_brute_force(problem, k):
 @given(problems(8), st.sampled_from([1, 5]))
 def test_the_semidefinite_tree_equals_brute_force(problem, k):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_loop, "ROOT_BUDGET", 5)
-        patch.setattr(_loop, "NODE_BUDGET", 5)
+        patch.setattr(exact, "ROOT_BUDGET", 5)
+        patch.setattr(exact, "NODE_BUDGET", 5)
         assert_the_k_best(problem, k, threads=1)
 
 
@@ -115,14 +111,13 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
 def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind, nodes):
     # The pool starts empty: a state that a wrong bound drops is missing from the answer.
     monkeypatch.setattr(tabu, "search", lambda r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0))
-    monkeypatch.setattr(_loop, "ROOT_BUDGET", nodes)
-    monkeypatch.setattr(_loop, "NODE_BUDGET", nodes)
+    monkeypatch.setattr(exact, "ROOT_BUDGET", nodes)
+    monkeypatch.setattr(exact, "NODE_BUDGET", nodes)
     cap = con.LinearConstraint("cap", np.arange(13) % 4, "<=", 7.0)
     for seed, m in enumerate((3, 5, 9)):
         ham = hamiltonian(kind, 13, seed)
         assert_the_k_best(Problem(ham, [con.count(13, m)]), 4, threads=1)
         assert_the_k_best(Problem(ham, [con.count(13, m), cap]), 4, threads=1)
-        assert_the_k_best(Problem(ham, [con.count(13, m - 2), *apart(13)]), 4, threads=1)
         assert_the_k_best(Problem(ham, [con.count(13, 3), cap, *apart(13)]), 4, threads=1)
 
 
@@ -131,8 +126,7 @@ def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind
 def test_tree_and_enumeration_agree(tree_only, kind, m):
     problem = Problem(hamiltonian(kind, 18, 1), [con.count(18, m)])
     got = solve(problem, "exact", k=25)
-    wanted = solve(problem, "exhaustive", k=25)
-    np.testing.assert_allclose(got.energies, wanted.energies, atol=1e-9)
+    np.testing.assert_allclose(got.energies, brute_force(problem, 25), atol=1e-9)
     assert got.proven
     assert got.info["evaluations"] > 0
 
@@ -146,75 +140,29 @@ def test_bounds_are_bounds():
     s = np.column_stack([np.ones(len(x)), 2 * x - 1.0])
     energies = ham.energies(x)
     np.testing.assert_allclose(np.einsum("si,ij,sj->s", s, C, s), energies, atol=1e-12)
-    N = n + 1
-    rows = np.ones((1, N))
-    rows[0, 0] = -(2 * m - n)
-    y, z, mu = np.zeros(N), np.zeros(2000), np.zeros(0)
-    cuts, kinds = np.zeros((2000, 3), dtype=np.int16), np.zeros(2000, dtype=np.int8)
-    seen = np.zeros((N, N, N), dtype=np.uint8)
-    centre, none = np.zeros((N, N)), np.zeros((0, N))
-    bound, count, _ = sdp_bound(
-        C,
-        rows,
-        none,
-        y,
-        z,
-        mu,
-        cuts,
-        kinds,
-        0,
-        0,
-        np.array([np.inf]),
-        np.zeros(1, dtype=np.int64),
-        seen,
-        centre,
-        15,
-        20,
-        200,
-        0.01 / N,
-        -1.0,
-    )
-    assert not seen.any()
-    assert bound <= energies.min() + 1e-9
-    assert bound > energies.min() - 0.05 * abs(energies.min())
-    splits = np.full((2, N), -np.inf)
-    split_bounds(C, rows, none, y, z, mu, cuts, kinds, count, splits)
+    energies -= ham.c
+    lowest = energies.min()
+    reduced = reduce(Problem(ham, [con.count(n, m)]))
+    relaxation = Relaxation(reduced, np.array([lowest + 0.1]), np.zeros(1, dtype=np.int64))
+    part = Subproblem(ham.h, ham.J, np.full(n, -1, dtype=np.int8), m)
+    bound, splits, dual = relaxation.bound(part, m, relaxation.start(None, part, m))
+    assert lowest - 0.05 * abs(lowest) < bound <= lowest + 1e-9
+    assert np.isfinite(splits).all()
     for i in range(n):
         for value in (0, 1):
-            assert splits[value, i + 1] <= energies[x[:, i] == value].min() + 1e-9
+            assert splits[value, i] <= energies[x[:, i] == value].min() + 1e-9
     # Multipliers handed down to a child still give a bound of the child.
-    dual = Dual(
-        np.arange(n), 0, y, mu, z[:count], cuts[:count], kinds[:count], centre.astype(np.float32)
-    )
     for i, value in ((0, 0), (5, 1), (11, 1)):
         fixed = np.full(n, -1, dtype=np.int8)
         fixed[i] = value
         child = dual.restrict(fixed)
         W = s[x[:, i] == value]
-        kept = np.delete(np.arange(N), i + 1)
-        table = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
-        a = W[:, kept][:, child.cuts.astype(int)]
+        a = W[:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts]
         pairs = np.stack([a[..., 0] * a[..., 1], a[..., 0] * a[..., 2], a[..., 1] * a[..., 2]], -1)
-        assert (1 + (pairs * table[child.kinds]).sum(axis=-1) >= 0).all()
+        assert (1 + (pairs * SIGNS[child.kinds]).sum(axis=-1) >= 0).all()
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
-        assert child.y.sum() == pytest.approx(dual.y.sum())
-        assert child.cuts.max() < N - 1
-
-
-def test_rows_that_only_keep_variables_apart_become_pairs():
-    n = 6
-    cap = con.LinearConstraint("cap", np.array([3.0, 2.0, 2.0, 0, 0, 0]), "<=", 4.0)
-    twice = con.LinearConstraint("least", -2.0 * np.eye(n)[3] - 2.0 * np.eye(n)[5], ">=", -3.0)
-    reduced = reduce(Problem(hamiltonian("psd", n, 0), [con.count(n, 2), cap, twice]))
-    # 3 + 2 > 4 keeps 0 apart from 1 and from 2, yet 1 and 2 may go together.
-    assert np.argwhere(np.triu(reduced.exclusive)).tolist() == [[0, 1], [0, 2], [3, 5]]
-    assert reduced.A.tolist() == [[3.0, 2.0, 2.0, 0, 0, 0]]
-    x = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
-    wanted = Problem(hamiltonian("psd", n, 0), [con.count(n, 2), cap, twice]).feasible(x)
-    np.testing.assert_array_equal(reduced.as_problem().feasible(x), wanted)
-    path = reduce(Problem(hamiltonian("psd", n, 0), [con.count(n, 2), *apart(n)]))
-    assert path.A.shape == (0, n)
-    assert not path.J[path.exclusive].any()
+        assert child.x[:n].sum() == pytest.approx(dual.x[: n + 1].sum())
+        assert len(child.cuts)
 
 
 def test_limits_return_the_best_so_far_with_a_bound():
@@ -230,18 +178,14 @@ def test_limits_return_the_best_so_far_with_a_bound():
 def test_interrupting_returns_the_best_so_far(monkeypatch):
     problem = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 28)])
 
-    def interrupt(self, timeout=None):
-        raise KeyboardInterrupt
+    calls, wait = iter([KeyboardInterrupt]), exact.wait
 
-    real = threading.Condition.wait
-    main = threading.main_thread()
+    def interrupt(*arguments):
+        for error in calls:
+            raise error
+        return wait(*arguments)
 
-    def wait(self, timeout=None):
-        if threading.current_thread() is main and isinstance(timeout, float):
-            raise KeyboardInterrupt
-        return real(self, timeout)
-
-    monkeypatch.setattr(threading.Condition, "wait", wait)
+    monkeypatch.setattr(exact, "wait", interrupt)
     spectrum = solve(problem, "exact", k=10)
     assert not spectrum.proven
     assert spectrum.info["stopped"] == "interrupted"

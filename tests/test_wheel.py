@@ -146,7 +146,7 @@ ENERGY = (
     "--length", "16", "--rank-samples", "3", "--report-samples", "3", "--json",
 )  # fmt: skip
 INSPECT = ("inspect", "model", "--json")
-SOLVE = ("solve", "run", "--remove", "3", "--solver", "exhaustive", "--json")
+SOLVE = ("solve", "run", "--remove", "3", "--solver", "exact", "--json")
 ONE_BY_ONE = """
 import contextlib, io, json, sys
 from isingcut.cli.main import main

@@ -7,7 +7,6 @@ are found by a deletion filter, so that the message names a set none of which is
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -179,8 +178,7 @@ class Problem:
         return cls(Hamiltonian.from_bqm(bqm, **rest), rows)
 
     def to_bqm(self, penalty: float | None = None, slack_bits: int = 8) -> Penalised:
-        """The penalty form: violations squared are added to the energy, inequalities get slack,
-        except "at most one of these", where each pair is penalised.
+        """The penalty form: violations squared are added to the energy, inequalities get slack.
 
         Args:
             penalty: weight of a squared violation, each row first scaled so that its smallest
@@ -207,11 +205,6 @@ class Problem:
                 (int(i), float(row.coefficients[i] / unit)) for i in support
             ]
             rhs = row.rhs / unit
-            if row.sense == "<=" and all(a == 1 for _, a in terms) and 1 <= rhs < 2:
-                # At most one of these: each pair is penalised, and no slack is needed.
-                pairs = itertools.combinations([i for i, _ in terms], 2)
-                bqm.add_quadratic_from((i, j, penalty) for i, j in pairs)
-                continue
             if row.sense != "==":
                 values = np.array([a for _, a in terms])
                 reach_row = (

@@ -62,6 +62,7 @@ registry = Solvers(
     "solver",
     "ising",
     gone={
+        "exhaustive": "use exact",
         "anneal": "use dimod:dwave.samplers.SimulatedAnnealingSampler",
         "tabu-qubo": "use dimod:dwave.samplers.TabuSampler",
     },

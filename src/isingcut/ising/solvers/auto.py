@@ -1,22 +1,19 @@
-"""Choose the solver: enumeration where it is instant, the exact search where it is likely to end
-in time, else the heuristic and a bound."""
+"""Choose the solver: the exact search where it is likely to end in time, else the heuristic and a
+bound."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._reduced import reduce
-from isingcut.ising.solvers.base import Solution
+from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.solvers.exact import Exact
-from isingcut.ising.solvers.exhaustive import Exhaustive
 from isingcut.ising.solvers.tabu import Tabu
 
 __all__ = ["Auto"]
 
-INSTANT_STATES = 1_000_000
 # Up to here the exact search finished within minutes on the families of benchmarks/solvers.py.
 LIKELY_BLOCKS = 130
 LIKELY_STATES = 10**17
@@ -24,7 +21,7 @@ LIKELY_STATES = 10**17
 
 @dataclass(frozen=True)
 class Auto:
-    """Enumeration, the exact search within a time limit, or tabu search with a proven bound.
+    """The exact search within a time limit, or tabu search with a proven bound.
 
     Args:
         seconds: time allowed; None lets the exact search run to its end whatever the size.
@@ -37,25 +34,15 @@ class Auto:
     def solve(self, problem: Problem, k: int) -> Solution:
         """Up to ``k`` low-energy states; ``info["chosen"]`` names the solver."""
         reduced = reduce(problem)
-        if reduced.count_states() <= INSTANT_STATES:
-            return _named(Exhaustive(INSTANT_STATES).solve(problem, k), "exhaustive")
         likely = reduced.n <= LIKELY_BLOCKS or reduced.count_states() <= LIKELY_STATES
+        chosen = "exact"
         if self.seconds is None or likely:
             found = Exact(seconds=self.seconds, seed=self.seed).solve(problem, k)
-            return _named(found, "exact")
-        heuristic = Tabu(seed=self.seed, seconds=self.seconds / 4).solve(problem, k)
-        relaxed = Exact(seconds=self.seconds / 2, nodes=8, seed=self.seed).solve(problem, k)
-        if relaxed.proven:
-            return _named(relaxed, "exact")
-        states = np.concatenate([heuristic.states, relaxed.states])
-        info = {**relaxed.info, **heuristic.info}
-        return _named(Solution(states, relaxed.lower_bound, False, info), "tabu")
-
-
-def _named(solution: Solution, name: str) -> Solution:
-    return Solution(
-        solution.states,
-        solution.lower_bound,
-        solution.proven,
-        {**solution.info, "chosen": name},
-    )
+        else:
+            heuristic = Tabu(seed=self.seed, seconds=self.seconds / 4).solve(problem, k)
+            found = Exact(seconds=self.seconds / 2, nodes=8, seed=self.seed).solve(problem, k)
+            if not found.proven:
+                chosen = "tabu"
+                states = np.concatenate([heuristic.states, found.states])
+                found = replace(found, states=states, info={**found.info, **heuristic.info})
+        return replace(found, info={**found.info, "chosen": chosen})

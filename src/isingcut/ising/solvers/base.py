@@ -1,13 +1,23 @@
-"""What a solver is: a frozen dataclass of options with `solve(problem, k)`."""
+"""What a solver is given, what it works on, and what it returns.
+
+A solver is a frozen dataclass of options with `solve(problem, k)`. It works on the problem with
+fixed blocks gone, tied blocks merged and rows tightened (`reduce`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from isingcut.ising.problem import Problem
-from isingcut.ising.states import States
+import numpy as np
+from numpy.typing import NDArray
+
+from isingcut.ising.constraints import LinearConstraint, count
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem, is_count
+from isingcut.ising.states import Floats, States
 
 NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
 
@@ -40,3 +50,162 @@ class Solver(Protocol):
             InfeasibleError: the problem has no feasible state.
         """
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """Minimise c + h.y + sum_{i<j} J_ij y_i y_j over y in {0,1}^V with m_low <= sum y <= m_high and
+    low <= A y <= high; V <= N variables, each one block or a group that goes together.
+
+    ``lift`` (V, N) and ``base`` (N,) give the state back: x = base + y @ lift.
+    """
+
+    h: Floats
+    J: Floats
+    c: float
+    A: Floats
+    low: Floats
+    high: Floats
+    m_low: int
+    m_high: int
+    lift: NDArray[np.int8]
+    base: NDArray[np.int8]
+
+    @property
+    def n(self) -> int:
+        """Number of free variables V."""
+        return int(self.h.shape[0])
+
+    def expand(self, y: NDArray[np.generic]) -> States:
+        """States (S, N) of reduced states (S, V)."""
+        x = self.base[None] + np.asarray(y, dtype=np.int8) @ self.lift
+        return x.astype(np.bool_)
+
+    def shrink(self, states: States) -> NDArray[np.uint8]:
+        """Reduced states (S, V) of feasible states (S, N)."""
+        first = np.argmax(self.lift, axis=1) if self.n else np.zeros(0, dtype=np.int64)
+        return np.asarray(states)[:, first].astype(np.uint8)
+
+    def as_problem(self) -> Problem:
+        """The same as a `Problem` over the V variables (without c)."""
+        rows = _as_rows(self.A, self.low, self.high)
+        if self.m_low == self.m_high:
+            rows.insert(0, count(self.n, self.m_low))
+        return Problem(Hamiltonian(self.h, self.J), rows)
+
+    def count_states(self) -> int:
+        """How many states have an allowed number of ones; not all of them obey the rows."""
+        return sum(math.comb(self.n, m) for m in range(self.m_low, self.m_high + 1))
+
+
+def reduce(problem: Problem) -> Reduced:
+    """Fix what the rows force, merge what they tie, and derive the range of the count.
+
+    Raises:
+        InfeasibleError: there is no feasible state.
+    """
+    # Not at the top: `--help` needs none of it.
+    from scipy.sparse.csgraph import connected_components
+
+    problem.check()
+    n = problem.n
+    tied = [row for row in problem.constraints if _is_tie(row)]
+    kept = [row for row in problem.constraints if not _is_tie(row)]
+    graph = np.zeros((n, n), dtype=np.bool_)
+    for row in tied:
+        graph[tuple(np.flatnonzero(row.coefficients))] = True
+    classes, group = connected_components(graph, directed=False)
+    lift = (np.arange(classes)[:, None] == group).astype(np.int8)
+    wide = lift.astype(np.float64)
+    matrix = np.array([row.coefficients for row in kept]).reshape(len(kept), n) @ wide.T
+    interval: Floats = np.array([row.interval() for row in kept]).reshape(len(kept), 2)
+    fixed = np.full(classes, -1, dtype=np.int8)
+    propagate(matrix, interval[:, 0], interval[:, 1], fixed)
+    free = fixed < 0
+    ones = (fixed == 1).astype(np.int8)
+    base = ones @ lift
+    lift = lift[free]
+    shift = matrix @ ones
+    low, high = interval[:, 0] - shift, interval[:, 1] - shift
+    matrix = matrix[:, free]
+    useful = (np.minimum(matrix, 0).sum(axis=1) < low) | (np.maximum(matrix, 0).sum(axis=1) > high)
+
+    ham = problem.hamiltonian
+    field = ham.h + ham.J @ base
+    wide = lift.astype(np.float64)
+    J = wide @ ham.J @ wide.T
+    h = wide @ field + np.diagonal(J) / 2
+    np.fill_diagonal(J, 0.0)
+    c = ham.energy(base)
+
+    v = int(free.sum())
+    m_low, m_high = 0, v
+    rows: list[int] = []
+    for r in np.flatnonzero(useful):
+        values = matrix[r]
+        centre = (low[r] + high[r]) / 2
+        if v and np.isfinite(centre):
+            as_row = LinearConstraint("", values, "==", centre)
+            if is_count(as_row):
+                m = round(centre / values[0])
+                m_low, m_high = max(m_low, m), min(m_high, m)
+                continue
+        rows.append(int(r))
+    if rows and m_low < m_high:
+        blank = Hamiltonian(np.zeros(v), np.zeros((v, v)))
+        m_low, m_high = Problem(blank, _as_rows(matrix[rows], low[rows], high[rows])).cardinality
+    return Reduced(
+        np.ascontiguousarray(h),
+        np.ascontiguousarray(J),
+        c,
+        np.ascontiguousarray(matrix[rows]),
+        np.ascontiguousarray(low[rows]),
+        np.ascontiguousarray(high[rows]),
+        m_low,
+        m_high,
+        lift,
+        base.astype(np.int8),
+    )
+
+
+def _is_tie(row: LinearConstraint) -> bool:
+    """Whether a row says x_a = x_b of two blocks."""
+    values = row.coefficients[row.coefficients != 0]
+    return row.sense == "==" and row.rhs == 0 and values.size == 2 and not values.sum()
+
+
+def _as_rows(matrix: Floats, lows: Floats, highs: Floats) -> list[LinearConstraint]:
+    """The constraints low <= A y <= high."""
+    rows = []
+    for r, (row, low, high) in enumerate(zip(matrix, lows, highs, strict=True)):
+        if high - low <= 4e-9 * max(1.0, float(np.abs(row).sum())):
+            rows.append(LinearConstraint(f"row {r}", row, "==", (low + high) / 2))
+            continue
+        if np.isfinite(low):
+            rows.append(LinearConstraint(f"row {r} low", row, ">=", low))
+        if np.isfinite(high):
+            rows.append(LinearConstraint(f"row {r} high", row, "<=", high))
+    return rows
+
+
+def propagate(matrix: Floats, low: Floats, high: Floats, fixed: NDArray[np.int8]) -> bool:
+    """Fix, in place, the free variables (-1) that a row forces; False if a row cannot be met."""
+    while True:
+        free = fixed < 0
+        settled = matrix @ (fixed == 1)
+        rest = matrix * free
+        least = settled + np.minimum(rest, 0).sum(axis=1)
+        most = settled + np.maximum(rest, 0).sum(axis=1)
+        if (least > high).any() or (most < low).any():
+            return False
+        # The unfavourable value of one variable moves the row's extreme by its coefficient.
+        over = least[:, None] + np.abs(rest) > high[:, None]
+        under = most[:, None] - np.abs(rest) < low[:, None]
+        not_one = (((rest > 0) & over) | ((rest < 0) & under)).any(axis=0)
+        not_zero = (((rest < 0) & over) | ((rest > 0) & under)).any(axis=0)
+        if (not_one & not_zero).any():
+            return False
+        if not (not_one | not_zero).any():
+            return True
+        fixed[not_one] = 0
+        fixed[not_zero] = 1

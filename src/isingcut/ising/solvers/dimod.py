@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from isingcut.errors import InputError, IsingcutError, MissingExtraError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._reduced import reduce
-from isingcut.ising.solvers.base import NO_CLASS, Solution
+from isingcut.ising.solvers.base import NO_CLASS, Solution, reduce
 from isingcut.ising.states import Bools, Floats, States
 
 __all__ = ["Dimod"]

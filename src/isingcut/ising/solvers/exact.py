@@ -1,28 +1,40 @@
 """Exact branch and bound: the K best states with a proof.
 
 Two engines share the tree. A node that is small enough is enumerated depth first with a cheap
-combinatorial bound (`dfs`); any other gets a semidefinite bound with triangle inequalities
-(`sdp`) that starts from its parent's multipliers, is left as soon as it proves the node hopeless,
-and fixes variables whose other value it proves hopeless. Nodes are taken best bound first by all
-threads. The search starts from the K states of a tabu search, so that the first bound already
-competes with a good threshold.
+combinatorial bound (`_enumeration`); any other gets a semidefinite bound with triangle inequalities
+(`_relaxation`) that starts from its parent's multipliers, is left as soon as it proves the node
+hopeless, and fixes variables whose other value it proves hopeless. Nodes are taken best bound
+first by all threads. The search starts from the K states of a tabu search, so that the first bound
+already competes with a good threshold.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 import os
-from dataclasses import dataclass
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._reduced import reduce
-from isingcut.ising.solvers.base import Solution
-from isingcut.ising.solvers.branching.loop import BranchAndBound
+from isingcut.ising.solvers import tabu
+from isingcut.ising.solvers._enumeration import enumerate_below
+from isingcut.ising.solvers._relaxation import Dual, Relaxation, Subproblem, spin_matrix
+from isingcut.ising.solvers.base import Reduced, Solution, propagate, reduce
+from isingcut.ising.states import Floats
 
 __all__ = ["Exact"]
+
+# Nodes of one enumeration, tuned on the families of benchmarks/solvers.py.
+ROOT_BUDGET = 1_000_000
+NODE_BUDGET = 60_000
 
 
 @dataclass(frozen=True)
@@ -53,24 +65,269 @@ class Exact:
             raise InputError("exact needs threads >= 0 and a time limit above 0")
         reduced = reduce(problem)
         threads = self.threads or os.cpu_count() or 1
-        search = BranchAndBound(reduced, k, self.seed, self.memory_mb)
-        search.warm_start(problem)
+        search = _BranchAndBound(reduced, min(k, reduced.count_states()), self.memory_mb)
+        search.warm_start(problem, self.seed)
         # Our threads fill the cores; BLAS threads of their own would only wait for each other.
         with threadpool_limits(limits=1, user_api="blas"):
             search.run(threads, self.seconds, self.nodes)
         states = search.pool.states(reduced.n)
         energies = search.energies(states)
-        frontier = search.frontier()
+        # Every feasible state that is not in the pool has at least this energy.
+        frontier = min((node.bound for node in search.open), default=np.inf)
         info = {
             "nodes": search.nodes,
-            "enumerated": search.leaves.visited,
+            "enumerated": search.visited,
             "evaluations": search.relaxation.evaluations,
-            "open_nodes": search.open_nodes(),
+            "open_nodes": len(search.open),
             # So many of the states, from the lowest, are proven to hold their rank.
             "proven_states": int((energies <= frontier).sum()),
             "stopped": search.stopped,
             "threads": threads,
         }
-        bound = min(frontier, search.pool.best)
+        bound = min(frontier, energies.min(initial=np.inf))
         lower = None if np.isneginf(bound) else bound * search.scale + reduced.c
         return Solution(reduced.expand(states), lower, search.stopped is None, info)
+
+
+class _Pool:
+    """K best states with a falling threshold.
+
+    ``threshold`` (1,) is an array that compiled code reads while other threads lower it: only
+    states with an energy below it are still wanted.
+
+    Args:
+        k: how many states.
+        tolerance: energies closer than this count as equal.
+    """
+
+    def __init__(self, k: int, tolerance: float) -> None:
+        self.k, self.tolerance = k, tolerance
+        self.threshold = np.array([np.inf])
+        self._heap: list[tuple[float, bytes]] = []
+        self._known: set[bytes] = set()
+        self._lock = threading.Lock()
+
+    def add(self, energies: Floats, states: NDArray[np.uint8]) -> None:
+        """Merge states (S, V) with their energies."""
+        with self._lock:
+            for energy, state in zip(energies.tolist(), states, strict=True):
+                key = state.tobytes()
+                if key in self._known:
+                    continue
+                if len(self._heap) < self.k:
+                    heapq.heappush(self._heap, (-energy, key))
+                elif energy < -self._heap[0][0]:
+                    _, gone = heapq.heapreplace(self._heap, (-energy, key))
+                    self._known.discard(gone)
+                else:
+                    continue
+                self._known.add(key)
+            if len(self._heap) == self.k:
+                self.threshold[0] = min(self.threshold[0], -self._heap[0][0] - self.tolerance)
+
+    def states(self, width: int) -> NDArray[np.uint8]:
+        """The states (S, V)."""
+        rows = [np.frombuffer(key, dtype=np.uint8) for _, key in self._heap]
+        return np.array(rows, dtype=np.uint8).reshape(len(rows), width)
+
+
+@dataclass(order=True)
+class _Node:
+    """A subproblem: ``fixed`` (V,) is 0, 1 or -1 (free), and ``m`` ones in all."""
+
+    bound: float
+    serial: int
+    fixed: NDArray[np.int8] = field(compare=False)
+    m: int = field(compare=False)
+    dual: Dual | None = field(compare=False, default=None)
+
+
+class _BranchAndBound:
+    """State shared by the threads; all energies are divided by ``scale`` and lack ``reduced.c``."""
+
+    def __init__(self, reduced: Reduced, k: int, memory_mb: float) -> None:
+        self.reduced = reduced
+        self.k = k
+        n = reduced.n
+        C = spin_matrix(reduced.h, reduced.J, 0.0)
+        self.scale = float(np.abs(np.linalg.eigvalsh(C)).max()) or 1.0
+        self.h, self.J = reduced.h / self.scale, reduced.J / self.scale
+        size = float(np.abs(self.h).sum() + np.abs(self.J).sum() / 2)
+        self.pool = _Pool(k, 1e-12 * size)
+        self.stop = np.zeros(1, dtype=np.int64)
+        self.stopped: str | None = None
+        self.nodes = self.visited = 0
+        self.relaxation = Relaxation(reduced, self.pool.threshold, self.stop)
+        self.open: list[_Node] = []
+        self._most_stored = int(memory_mb * 1e6 / (4.0 * (n + 1) ** 2 + 40 * 1500 + 2000))
+        self._serial = 0
+        # Share of enumerations that finished within their budget, by log2 of the state count.
+        self._luck: dict[int, float] = {}
+
+    def warm_start(self, problem: Problem, seed: int) -> None:
+        """Fill the pool by tabu search and open one root per number of ones."""
+        r = self.reduced
+        restarts = 20 if r.count_states() > 1_000_000 else 2
+        # A longer list is filled by the enumeration; tabu search compares with each state of it.
+        states, _ = tabu.search(r, min(self.k, 1000), restarts, 0, seed, None, problem)
+        self.pool.add(self.energies(states), states)
+        for m in range(r.m_low, r.m_high + 1):
+            self._push(_Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m))
+
+    def energies(self, states: NDArray[np.uint8]) -> Floats:
+        """Energies (S,) of reduced states (S, V), scaled."""
+        x = states.astype(np.float64)
+        result: Floats = x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
+        return result
+
+    def _simple_bound(self, m: int) -> float:
+        if m == 0:
+            return 0.0
+        rest = self.J + np.diag(np.full(len(self.J), np.inf))
+        half = 0.5 * np.sort(rest, axis=1)[:, : m - 1].sum(axis=1)
+        return float(np.sort(self.h + half)[:m].sum())
+
+    def _push(self, node: _Node) -> None:
+        self._serial += 1
+        node.serial = self._serial
+        if len(self.open) >= self._most_stored:
+            node.dual = None
+        heapq.heappush(self.open, node)
+
+    def run(self, threads: int, seconds: float | None, nodes: int | None) -> None:
+        """Work until the tree is empty or a limit is reached."""
+        began = time.perf_counter()
+        running: dict[Future[list[_Node] | None], _Node] = {}
+        with ThreadPoolExecutor(threads) as workers:
+            try:
+                while True:
+                    while self.open and len(running) < threads and not self.stopped:
+                        if nodes is not None and self.nodes >= nodes:
+                            self._halt("node limit")
+                            break
+                        node = heapq.heappop(self.open)
+                        if node.bound < self.pool.threshold[0]:
+                            self.nodes += 1
+                            running[workers.submit(self._process, node)] = node
+                    if not running:
+                        return
+                    left = math.inf if seconds is None else seconds - time.perf_counter() + began
+                    if left <= 0:
+                        self._halt("time limit")
+                    try:
+                        done, _ = wait(running, max(0.01, min(left, 0.2)), FIRST_COMPLETED)
+                    except KeyboardInterrupt:
+                        self._halt("interrupted")
+                        continue
+                    for future in done:
+                        node, children = running.pop(future), future.result()
+                        for child in [node] if children is None else children:
+                            self._push(child)
+            finally:
+                self.stop[0] = 1
+
+    def _halt(self, reason: str) -> None:
+        self.stopped = self.stopped or reason
+        self.stop[0] = 1
+
+    # one node -----------------------------------------------------------------------------
+
+    def _process(self, node: _Node) -> list[_Node] | None:
+        """The children of a node, none if it is settled; None if stopped before the end."""
+        fixed, dual, bound = node.fixed.copy(), node.dual, node.bound
+        r = self.reduced
+        matrix = np.vstack([np.ones(r.n), r.A])
+        low, high = np.append(node.m - 0.5, r.low), np.append(node.m + 0.5, r.high)
+        while True:
+            if not propagate(matrix, low, high, fixed):
+                return []
+            part = Subproblem(self.h, self.J, fixed, node.m)
+            free = part.free
+            if not free.size:
+                states = fixed[None].astype(np.uint8)
+                self.pool.add(self.energies(states), states)
+                return []
+            if self._enumerate(part, free.size == r.n):
+                return []
+            if self.stop[0]:
+                return None
+            dual = self.relaxation.start(dual, part, node.m)
+            lower, splits, dual = self.relaxation.bound(part, node.m, dual)
+            node.bound = bound = max(bound, lower)
+            if self.stop[0]:
+                return None
+            threshold = float(self.pool.threshold[0])
+            if bound >= threshold:
+                return []
+            down, up = splits
+            forced_down, forced_up = up >= threshold, down >= threshold
+            if (forced_down & forced_up).any():
+                return []
+            if forced_down.any() or forced_up.any():
+                fixed[free[forced_down]] = 0
+                fixed[free[forced_up]] = 1
+                continue
+            weak = np.minimum(up, down) - bound
+            strong = np.maximum(up, down) - bound
+            mean = dual.centre[0, 1:]
+            score = np.maximum(weak, 0) + 0.2 * np.maximum(strong, 0)
+            score = score / (score.max() or 1.0) + (1 - np.abs(mean))
+            pick = int(np.argmax(score))
+            children = []
+            for value, estimate in ((0, down[pick]), (1, up[pick])):
+                child = fixed.copy()
+                child[free[pick]] = value
+                lower = max(bound, float(estimate))
+                children.append(_Node(lower, 0, child, node.m, dual.restrict(child)))
+            return children
+
+    def _enumerate(self, part: Subproblem, root: bool) -> bool:
+        """Enumerate a subproblem, unless that tends to fail at its size; False if it was not."""
+        n, left = part.free.size, part.left
+        difficulty = round(4 * math.log2(math.comb(n, left)))
+        luck = self._luck.get(difficulty, 1.0)
+        if not root and luck < 0.15:
+            self._luck[difficulty] = luck + 0.002
+            return False
+        r, h, J, base = self.reduced, part.h, part.J, part.base
+        # Costly blocks first: choosing one is soon refuted, and the cheap ones that remain
+        # for the end are few.
+        order = np.argsort(-(h + J.sum(axis=1) * (left / n) / 2))
+        A = r.A[:, part.free[order]]
+        shift = r.A @ (part.fixed == 1)
+        low, high = r.low - shift, r.high - shift
+        h, J = h[order], J[np.ix_(order, order)]
+        flip = 2 * left > n
+        if flip:
+            # The same problem in x -> 1 - x has fewer ones to place.
+            base += float(h.sum() + J.sum() / 2)
+            h = -(h + J.sum(axis=1))
+            total = A.sum(axis=1)
+            A, low, high = -A, low - total, high - total
+            order, h, J, A = order[::-1], h[::-1], J[::-1, ::-1], A[:, ::-1]
+            left = n - left
+        energies = np.full(self.k, np.inf)
+        best = np.zeros((self.k, n), dtype=np.uint8)
+        complete, visited = enumerate_below(
+            np.ascontiguousarray(h),
+            np.ascontiguousarray(J),
+            np.ascontiguousarray(A),
+            low,
+            high,
+            left,
+            base,
+            self.pool.threshold,
+            self.stop,
+            ROOT_BUDGET if root else NODE_BUDGET,
+            energies,
+            best,
+        )
+        self.visited += int(visited)
+        if not root:
+            self._luck[difficulty] = luck + 0.1 * (float(complete) - luck)
+        found = np.isfinite(energies)
+        if found.any():
+            states = np.repeat((part.fixed == 1).astype(np.uint8)[None], int(found.sum()), axis=0)
+            states[:, part.free[order]] = 1 - best[found] if flip else best[found]
+            self.pool.add(energies[found], states)
+        return bool(complete)

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers._reduced import Reduced, reduce
-from isingcut.ising.solvers.base import Solution
+from isingcut.ising.solvers.base import Reduced, Solution, reduce
 
 
 @njit(cache=True, nogil=True)
@@ -73,12 +72,9 @@ def _violation(sums, low, high):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def tabu_walk(  # type: ignore[no-untyped-def]
-    h, J, exclusive, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
+    h, J, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
 ):
-    """One tabu search from ``x`` (changed in place); what it meets goes into the pool.
-
-    States with two ``exclusive`` (V, V) variables do not; J must be a penalty there.
-    """
+    """One tabu search from ``x`` (changed in place); what it meets goes into the pool."""
     n = h.shape[0]
     rows = A.shape[0]
     random = np.uint64(2 * seed + 1)
@@ -87,13 +83,8 @@ def tabu_walk(  # type: ignore[no-untyped-def]
     m = 0
     key = np.uint64(0)
     sums = np.zeros(rows)
-    # Pairs of ones that exclude each other, and for each variable the ones that exclude it.
-    clashes = 0
-    near = np.zeros(n, dtype=np.int64)
     for i in range(n):
         if x[i]:
-            clashes += near[i]
-            near += exclusive[i]
             energy += local[i]
             m += 1
             key ^= keys[i]
@@ -123,7 +114,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
     best_seen = np.inf
     for step in range(1, steps + 1):
         expand = False
-        if violation == 0.0 and clashes == 0:
+        if violation == 0.0:
             expand = _insert(x, energy, key, pool_energies, pool, hashes)
             best_seen = min(best_seen, energy)
         n1 = 0
@@ -166,8 +157,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
                         if b >= 0:
                             trial[r] += A[r, into]
                     change = _violation(trial, low, high)
-                alone = b < 0 or near[into] == (a >= 0 and exclusive[out, into])
-                if expand and alone and change == 0.0 and energy + delta < pool_energies[0]:
+                if expand and change == 0.0 and energy + delta < pool_energies[0]:
                     other = key
                     if a >= 0:
                         neighbour[out] = 0
@@ -208,8 +198,6 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             neighbour[best_out] = 0
             key ^= keys[best_out]
             m -= 1
-            near -= exclusive[best_out]
-            clashes -= near[best_out]
             for j in range(n):
                 local[j] -= J[best_out, j]
             for r in range(rows):
@@ -223,8 +211,6 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             neighbour[best_in] = 1
             key ^= keys[best_in]
             m += 1
-            clashes += near[best_in]
-            near += exclusive[best_in]
             for j in range(n):
                 local[j] += J[best_in, j]
             for r in range(rows):
@@ -289,15 +275,10 @@ def search(
     hashes = np.zeros(k, dtype=np.uint64)
     rng = np.random.default_rng(seed)
     keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
-    rows = reduced.A.shape[0] or reduced.exclusive.any()
-    start = reduced.shrink(problem.a_state()[None])[0] if rows else None
+    start = reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
     size = np.abs(reduced.A).max(axis=1, initial=0.0)
     A = reduced.A / size[:, None]
     low, high = reduced.low / size, reduced.high / size
-    # No swap can outbid two variables that exclude each other.
-    reach = float((np.abs(reduced.h) + np.abs(reduced.J).sum(axis=1)).max(initial=0.0)) or 1.0
-    J = reduced.J + reach * reduced.exclusive
-    exclusive = reduced.exclusive.astype(np.int64)
     steps = steps or 20 * n + 500
     restarts = restarts or 8 + 1600 // max(n, 1)
     began = time.perf_counter()
@@ -315,8 +296,7 @@ def search(
             x[rng.permutation(n)[:m]] = 1
         tabu_walk(
             reduced.h,
-            J,
-            exclusive,
+            reduced.J,
             A,
             low,
             high,

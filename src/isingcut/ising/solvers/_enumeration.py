@@ -111,8 +111,7 @@ def enumerate_below(  # type: ignore[no-untyped-def]
     """Collect the lowest states with energy below the threshold.
 
     Args:
-        h, J: the subproblem in the order of decision, J infinite between variables of which
-            only one may be 1; A, low, high: its rows (R, N).
+        h, J: the subproblem in the order of decision; A, low, high: its rows (R, N).
         m: ones to place, at least 1; base: energy of what is fixed.
         threshold: (1,) shared and falling: states must have base + energy below it.
         stop: (1,) shared flag; budget: most nodes to visit.

@@ -1,0 +1,315 @@
+"""Lower bounds by semidefinite relaxation, valid at every step of their computation.
+
+In spins, with s_0 = 1, the energy of a subproblem is <C, Y> for Y = s s^T. The relaxation keeps
+diag(Y) = 1, Y positive semidefinite, Y a = 0 for each equality row a.s = 0 (all products of the
+row with a variable), g.Y_0 >= 0 for inequality rows, and triangle inequalities. The rows Y a = 0
+are eliminated: Y = V Y' V^T with V an orthonormal basis of the rows' complement. The Lagrangian
+dual in y (diagonal), z >= 0 (triangles) and mu >= 0 (inequality rows) is
+
+    sum(y) - sum(z) + min { <Z, Y> : Y psd, trace Y = N },   Z = C - Diag(y) - B*(z) - G*(mu)
+
+whose last term is N min(0, smallest eigenvalue of V^T Z V): a true bound for any y and z, mu >= 0.
+It is maximised by the proximal method (J. Malick, J. Povh, F. Rendl, A. Wiegele, "Regularization
+methods for semidefinite programming", SIAM J. Optim. 20, 2009): the trace gives way to
+sigma / 2 ||Y - centre||^2, which makes the dual smooth; L-BFGS-B climbs it for a few steps; Y
+becomes the next centre, and violated triangles are added. Bounds from such a relaxation inside
+branch and bound for this kind of problem: J. Malick, F. Roupin, "Solving k-cluster problems to
+optimality with semidefinite programming", Math. Programming B 136, 2012.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from scipy.linalg import null_space
+from scipy.optimize import Bounds, minimize
+
+from isingcut.ising.solvers.base import Reduced
+from isingcut.ising.states import Floats
+
+SIGNS = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+"""Of a triangle's kind: the signs of Y_ij, Y_ik and Y_jk, whose sum stays at -1 or above."""
+
+# Tuned on the families of benchmarks/solvers.py.
+SIGMA = 0.01
+ROUNDS = 12
+ITERATIONS = 20
+CUTS_PER_ROUND = 400
+GIVE_UP = 0.12
+LEAST_VIOLATION = 0.01
+
+
+@njit(cache=True, nogil=True)
+def _triangle(X, i, j, k, kind):  # type: ignore[no-untyped-def]
+    signs = SIGNS[kind]
+    return signs[0] * X[i, j] + signs[1] * X[i, k] + signs[2] * X[j, k]
+
+
+@njit(cache=True, nogil=True)
+def _slack_matrix(C, ineq, x, cuts, kinds):  # type: ignore[no-untyped-def]
+    """Z = C - Diag(y) - B*(z) - G*(mu) for x = (y, z, mu)."""
+    size, count = C.shape[0], cuts.shape[0]
+    Z = C - np.diag(x[:size])
+    for t in range(count):
+        i, j, k = cuts[t]
+        signs = 0.5 * x[size + t] * SIGNS[kinds[t]]
+        Z[i, j] -= signs[0]
+        Z[j, i] -= signs[0]
+        Z[i, k] -= signs[1]
+        Z[k, i] -= signs[1]
+        Z[j, k] -= signs[2]
+        Z[k, j] -= signs[2]
+    for q in range(ineq.shape[0]):
+        row = 0.5 * x[size + count + q] * ineq[q]
+        Z[0] -= row
+        Z[:, 0] -= row
+    return Z
+
+
+@njit(cache=True, nogil=True)
+def _evaluate(C, V, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[no-untyped-def]
+    """Minus the augmented dual function; fills its gradient g and the primal matrix X."""
+    size, count = C.shape[0], cuts.shape[0]
+    Z = _slack_matrix(C, ineq, x, cuts, kinds) - sigma * centre
+    lam, U = np.linalg.eigh(V.T @ Z @ V)
+    negative = np.searchsorted(lam, 0.0)
+    W = V @ (U[:, :negative] * np.sqrt(-lam[:negative] / sigma))
+    X[:, :] = W @ W.T
+    g[:size] = np.diag(X) - 1.0
+    for t in range(count):
+        g[size + t] = 1.0 + _triangle(X, cuts[t, 0], cuts[t, 1], cuts[t, 2], kinds[t])
+    for q in range(ineq.shape[0]):
+        g[size + count + q] = (ineq[q] * X[0]).sum()
+    norm = (lam[:negative] ** 2).sum()
+    return norm / (2.0 * sigma) - x[:size].sum() + x[size : size + count].sum()
+
+
+@njit(cache=True, nogil=True)
+def _violated(X):  # type: ignore[no-untyped-def]
+    """Triangles (T, 4) that X violates, as i < j < k and their kind, and by how much (T,)."""
+    size = X.shape[0]
+    triangles, amount = np.zeros((0, 4), dtype=np.int64), np.zeros(0)
+    for fill in (False, True):
+        count = 0
+        for i in range(size):
+            for j in range(i + 1, size):
+                for k in range(j + 1, size):
+                    for kind in range(4):
+                        violation = -1.0 - _triangle(X, i, j, k, kind)
+                        if violation > LEAST_VIOLATION:
+                            if fill:
+                                triangles[count] = (i, j, k, kind)
+                                amount[count] = violation
+                            count += 1
+        if not fill:
+            triangles, amount = np.zeros((count, 4), dtype=np.int64), np.zeros(count)
+    return triangles, amount
+
+
+def _names(cuts: NDArray[np.int64], kinds: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """A number for each triangle."""
+    i, j, k = cuts.T
+    return np.asarray(((i * size + j) * size + k) * 4 + kinds)
+
+
+@dataclass(eq=False)
+class Dual:
+    """Multipliers of a relaxation over the variables ``free`` (index 0 is the constant spin).
+
+    Attributes:
+        x: y (N,), z (T,) and mu (G,) in one vector.
+        cuts: (T, 3) the triangles' spins, ascending; ``kinds`` (T,) their signs.
+        centre: (N, N) the proximal centre: the primal matrix of the last step.
+    """
+
+    free: NDArray[np.int64]
+    x: Floats
+    cuts: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+    centre: NDArray[np.float32]
+
+    def restrict(self, fixed: NDArray[np.int8]) -> Dual:
+        """The same multipliers where more variables are fixed (0 or 1 in ``fixed``).
+
+        A fixed spin equals plus or minus the constant spin, so its row merges into row 0 and a
+        triangle through it becomes one through 0; triangles that lose two spins say nothing.
+        """
+        values, size = fixed[self.free], self.free.size + 1
+        stays = values < 0
+        y, z, mu = np.split(self.x, [size, size + len(self.cuts)])
+        place = np.append(0, np.cumsum(stays) * stays)
+        sign = np.append(1, np.where(stays, 1, 2 * values.astype(np.int64) - 1))
+        new, s = place[self.cuts], sign[self.cuts]
+        alive = (np.diff(np.sort(new, axis=1), axis=1) > 0).all(axis=1) & (z > 0)
+        new, s = new[alive], s[alive]
+        # Pairs (ij, ik, jk) leave out the spins k, j and i; flipping a spin flips its two pairs.
+        pairs = SIGNS[self.kinds[alive]] * s[:, [0, 0, 1]] * s[:, [1, 2, 2]]
+        order = np.argsort(new, axis=1)
+        pairs = np.take_along_axis(pairs[:, ::-1], order, axis=1)[:, ::-1]
+        kept = np.flatnonzero(np.append(True, stays))
+        return Dual(
+            self.free[stays],
+            np.concatenate([np.bincount(place, y, len(kept)), z[alive], mu]),
+            np.take_along_axis(new, order, axis=1),
+            2 * (pairs[:, 0] < 0) + (pairs[:, 1] < 0),
+            self.centre[np.ix_(kept, kept)],
+        )
+
+
+class Subproblem:
+    """What is left of a node: base + h.x + sum J x x over the ``free`` variables, ``left`` ones.
+
+    Args:
+        h, J: of all variables.
+        fixed: (V,) 0, 1 or -1 (free).
+        m: ones in all.
+    """
+
+    def __init__(self, h: Floats, J: Floats, fixed: NDArray[np.int8], m: int) -> None:
+        free, ones = np.flatnonzero(fixed < 0), fixed == 1
+        self.fixed, self.free = fixed, free
+        self.h: Floats = h[free] + J[np.ix_(free, ones)].sum(axis=1)
+        self.J: Floats = J[np.ix_(free, free)]
+        self.base = float(h[ones].sum() + J[np.ix_(ones, ones)].sum() / 2)
+        self.left = m - int(ones.sum())
+
+
+def spin_matrix(h: Floats, J: Floats, constant: float) -> Floats:
+    """C (N, N) with <C, s s^T> = constant + h.x + sum_{i<j} J_ij x_i x_j for s = (1, 2 x - 1)."""
+    n = h.shape[0]
+    C = np.zeros((n + 1, n + 1))
+    rows = J.sum(axis=1)
+    C[1:, 1:] = J / 8
+    C[0, 1:] = C[1:, 0] = h / 4 + rows / 8
+    C[0, 0] = constant + h.sum() / 2 + rows.sum() / 8
+    return C
+
+
+class Relaxation:
+    """Bounds subproblems of one reduced problem; threads share it.
+
+    Args:
+        rows: the reduced problem, for its rows.
+        threshold: (1,) read at every round: a bound is not needed beyond it.
+        stop: (1,) shared flag.
+    """
+
+    def __init__(self, rows: Reduced, threshold: Floats, stop: NDArray[np.int64]) -> None:
+        self.rows = rows
+        self.threshold = threshold
+        self.stop = stop
+        self.evaluations = 0
+        size = np.abs(rows.A).sum(axis=1, initial=0.0)
+        self._equal = rows.high - rows.low <= 4e-9 * np.maximum(1.0, size)
+        self._roots: dict[int, Dual] = {}
+
+    def start(self, dual: Dual | None, part: Subproblem, m: int) -> Dual:
+        """Multipliers to begin with: the parent's, else the root's, else none."""
+        dual = dual or self._roots.get(m)
+        if dual is None:
+            size, none = part.free.size + 1, np.zeros(0, dtype=np.int64)
+            x = np.zeros(size + 2 * self.rows.A.shape[0])
+            centre = np.zeros((size, size), dtype=np.float32)
+            return Dual(part.free, x, none.reshape(0, 3), none, centre)
+        return dual if dual.free.size == part.free.size else dual.restrict(part.fixed)
+
+    def spin_rows(self, part: Subproblem) -> tuple[Floats, Floats]:
+        """V (N, N - R), and inequality rows g.s >= 0 (2 A, N) with s = (1, spins)."""
+        r = self.rows
+        shift = r.A @ (part.fixed == 1)
+        A = r.A[:, part.free]
+
+        def spin(coefficients: Floats, rhs: Floats) -> Floats:
+            # a.x = a.(s + 1) / 2, so a.x - rhs is (a.s + sum(a) - 2 rhs) / 2.
+            rows = np.column_stack([coefficients.sum(axis=1) - 2 * rhs, coefficients])
+            return np.asarray(rows / np.maximum(np.abs(rows).max(axis=1), 1e-300)[:, None])
+
+        middle = (r.low + r.high)[self._equal] / 2
+        ones = spin(np.ones((1, part.free.size)), np.array([float(part.left)]))
+        equal = np.vstack([ones, spin(A[self._equal], middle - shift[self._equal])])
+        low = np.where(np.isfinite(r.low), r.low, shift + np.minimum(A, 0).sum(axis=1))
+        high = np.where(np.isfinite(r.high), r.high, shift + np.maximum(A, 0).sum(axis=1))
+        ineq = np.vstack([spin(A, low - shift), -spin(A, high - shift)])
+        # In one memory order: each other one is compiled anew, for ten seconds.
+        return np.ascontiguousarray(null_space(equal, rcond=1e-6)), np.ascontiguousarray(ineq)
+
+    def bound(self, part: Subproblem, m: int, dual: Dual) -> tuple[float, Floats, Dual]:
+        """Lower bound, lower bounds (2, V) for each value of each variable, multipliers.
+
+        The bound is improved until it reaches the threshold or stalls.
+        """
+        size = part.free.size + 1
+        C = spin_matrix(part.h, part.J, part.base)
+        V, ineq = self.spin_rows(part)
+        x, cuts, kinds = dual.x, dual.cuts, dual.kinds
+        centre, X = dual.centre.astype(np.float64), np.zeros((size, size))
+
+        sigma = SIGMA / size
+
+        def value(scaled: Floats) -> tuple[float, Floats]:
+            # So scaled the second derivatives are near 1.
+            self.evaluations += 1
+            g = np.zeros(scaled.size)
+            f = _evaluate(C, V, ineq, sigma * scaled, cuts, kinds, sigma, centre, X, g)
+            return f / sigma, g
+
+        best, splits = -np.inf, np.full((2, size - 1), -np.inf)
+        for turn in range(ROUNDS):
+            found = minimize(
+                value,
+                x / sigma,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=Bounds(np.where(np.arange(x.size) < size, -np.inf, 0.0), np.inf),
+                options={"maxiter": ITERATIONS, "maxcor": 12, "ftol": 0.0, "gtol": 0.0},
+            )
+            x, centre = sigma * found.x, X.copy()
+            z = x[size : size + len(cuts)]
+            lam, U = np.linalg.eigh(V.T @ _slack_matrix(C, ineq, x, cuts, kinds) @ V)
+            dual_sum = float(x[:size].sum() - z.sum())
+            lower = dual_sum + size * min(0.0, float(lam[0]))
+            gain, best = lower - best, max(lower, best)
+            left = float(self.threshold[0]) - best
+            if left <= 0 or self.stop[0]:
+                break
+            if turn + 1 == ROUNDS or (turn >= 2 and gain < GIVE_UP * left):
+                splits = _split_bounds(dual_sum, lam, V @ U)
+                break
+            kept, (triangles, amount) = z > 0, _violated(X)
+            cuts, kinds = cuts[kept], kinds[kept]
+            known = _names(cuts, kinds, size)
+            new = ~np.isin(_names(triangles[:, :3], triangles[:, 3], size), known)
+            triangles, amount = triangles[new], amount[new]
+            picked = triangles[np.argsort(-amount, kind="stable")[:CUTS_PER_ROUND]]
+            x = np.concatenate([x[:size], z[kept], np.zeros(len(picked)), x[size + z.size :]])
+            cuts, kinds = np.vstack([cuts, picked[:, :3]]), np.append(kinds, picked[:, 3])
+            if not len(picked):
+                splits = _split_bounds(dual_sum, lam, V @ U)
+                break
+        new_dual = Dual(part.free, x, cuts, kinds, centre.astype(np.float32))
+        self._roots.setdefault(m, new_dual)
+        return best, splits, new_dual
+
+
+def _split_bounds(base: float, lam: Floats, W: Floats) -> Floats:
+    """Lower bounds (2, N) for s_i = -1 and s_i = +1 from the eigenvectors W of a slack matrix.
+
+    On binary s the energy is at least s^T Z s + sum(y) - sum(z). With Z + delta I positive
+    definite on the rows' complement, its minimum over real s with s_0 = 1 and s_i fixed is a
+    Schur complement of the inverse, for all i at once after one eigenvalue decomposition; delta
+    costs delta N. Several delta are tried, every one is valid.
+    """
+    best = np.full((2, len(W) - 1), -np.inf)
+    for power in range(5):
+        delta = max(0.0, -lam[0]) + max(abs(lam[0]), 1e-9) * 4.0 ** (power - 2)
+        scaled = W / (lam + delta)
+        a, b, c = W[0] @ scaled[0], scaled[1:] @ W[0], (W[1:] * scaled[1:]).sum(axis=1)
+        det = a * c - b * b
+        for side, sign in enumerate((-1.0, 1.0)):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                value = base - delta * len(W) + (c - 2 * sign * b + a) / det
+            best[side] = np.where(det > 1e-12 * a * c, np.maximum(best[side], value), best[side])
+    return best
