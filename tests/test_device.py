@@ -18,10 +18,10 @@ from isingcut.data import generation
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
-from isingcut.evaluation.likelihoods import answer_scores
+from isingcut.evaluation.answers import answer_scores
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import Rows, collate
-from isingcut.healing.training.loss import install
+from isingcut.healing.training.student import install
 from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients

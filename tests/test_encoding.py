@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrating import SIZES, chats, decoded, refused, sentences, write_jsonl
-from isingcut.data import encoder, text_files
+from isingcut.data import text_files
+from isingcut.data import tokens as encoder
 from isingcut.data.calibration import build
-from isingcut.data.chat_templates import render_chat
-from isingcut.data.encoder import Encoder
+from isingcut.data.conversations import render_chat
+from isingcut.data.tokens import Encoder
 from isingcut.errors import CalibrationError, ModelError
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 

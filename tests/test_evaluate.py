@@ -12,7 +12,6 @@ from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from isingcut.data.calibration import TokenSet
 from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
 from isingcut.errors import ModelError
-from isingcut.evaluation import measure_process
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.files.documents.scores import EvaluationFile
@@ -214,7 +213,7 @@ def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(tm
 
 def test_the_process_prints_one_line_of_json(tmp_path, capsys):
     folder = tiny_checkpoint("llama", tmp_path / "m")
-    measure_process.main([str(folder), "float32", "cpu", "8", "0"])
+    timing.main([str(folder), "float32", "cpu", "8", "0"])
     printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     # This process has run for a while: its peak is at least what it holds now.
     assert printed["peak_memory_bytes"] > 50e6

@@ -8,7 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.console.progress import terminal
-from isingcut.evaluation.generations import MICRO_BATCHES, Generations
+from isingcut.evaluation.answers import MICRO_BATCHES, Generations
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Asked, score_states

@@ -27,9 +27,11 @@ from isingcut.errors import (
     StageFileError,
 )
 from isingcut.evaluation.quality import quality
+from isingcut.files.documents.scores import HealingMemory
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
-from isingcut.healing.training import memory, train
+from isingcut.healing.training import batches as memory
+from isingcut.healing.training import train
 from isingcut.healing.training.student import last_parameters
 from isingcut.models.architectures import find_stack
 from isingcut.models.checkpoint.read import read_checkpoint
@@ -143,10 +145,10 @@ def test_conversations_learn_the_same_in_any_micro_batches(models: Path, tmp_pat
 def test_activations_are_recomputed_where_one_sample_leaves_no_room(
     models: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans: list[memory.MemoryPlan] = []
+    plans: list[HealingMemory] = []
     real = memory.plan_memory
 
-    def noted(*given: Any, **rest: Any) -> memory.MemoryPlan:
+    def noted(*given: Any, **rest: Any) -> HealingMemory:
         plans.append(real(*given, **rest))
         return plans[-1]
 

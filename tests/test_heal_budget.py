@@ -15,7 +15,7 @@ from isingcut.errors import InputError, IsingcutError
 from isingcut.files.writing import read_json
 from isingcut.healing import recipe
 from isingcut.healing.heal import heal
-from isingcut.healing.training import distill
+from isingcut.healing.training import train
 from isingcut.options.config import RunConfig
 from isingcut.options.healing import HealConfig
 from isingcut.runs.healing_options import heal_config
@@ -83,9 +83,9 @@ def test_a_time_is_turned_into_steps_once(
 ) -> None:
     # A step takes 0.6 seconds, and each of its tokens 5 milliseconds.
     times = [(64, 9.0), (64, 0.92), (64, 0.95), (512, 9.0), (512, 3.2), (512, 3.16)]
-    monkeypatch.setattr(distill, "step_times", lambda job: times)
+    monkeypatch.setattr(train, "step_times", lambda job: times)
     # What passes before is no part of this budget: the clock stands.
-    monkeypatch.setattr(distill.time, "monotonic", lambda: 1.0)
+    monkeypatch.setattr(train.time, "monotonic", lambda: 1.0)
     config = spending(models, tmp_path / "a", "0.25m", trainer=four(tmp_path))
     whole = heal(config)
     found = bought(whole)
@@ -95,7 +95,7 @@ def test_a_time_is_turned_into_steps_once(
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     # Another speed would give another schedule.
-    monkeypatch.setattr(distill, "step_times", lambda job: [(n, 3 * s) for n, s in times])
+    monkeypatch.setattr(train, "step_times", lambda job: [(n, 3 * s) for n, s in times])
     heal(config)
     assert bought(tmp_path / "b") == found
     assert curve(tmp_path / "b") == curve(whole)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from healings import Killed, curve, flags_of, killing, models, options, stored
 from isingcut.data.tokens import TokenSet
-from isingcut.files.documents.scores import HealingFile
+from isingcut.files.documents.scores import HealingCheck, HealingFile, HealingStop
 from isingcut.files.writing import read_document, read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
-from isingcut.healing.judging import Domains, Race, Verdict, difference
-from isingcut.healing.training.train import loss_at_the_end
+from isingcut.healing.job import Domains, Race, difference
 from isingcut.report.words import healing_warnings, sentence
 from ranks import join, launch, say_into, type_in
 
@@ -26,17 +24,17 @@ EIGHT = {"max_steps": 8}
 TEXT = TokenSet.from_rows([[1] * 11] * 8, parts=["a", "b"] * 4)
 
 
-def check(step: int, a: float, b: float, noise: float = 0.0) -> dict[str, Any]:
+def check(step: int, a: float, b: float, noise: float = 0.0) -> HealingCheck:
     """KL a and b on the two parts; the first samples of both are above the last by the noise."""
     each = np.repeat(np.array([1, 1, -1, -1]) * noise, 2)
-    return {"step": step, "kl_sums": (10 * (np.tile([a, b], 4) + each)).tolist()}
+    return HealingCheck(step=step, kl_sums=(10 * (np.tile([a, b], 4) + each)).tolist())
 
 
 def test_a_difference_is_paired() -> None:
     counts = np.full(8, 10)
-    mean, error = difference(check(0, 1, 1, 9)["kl_sums"], check(0, 2, 2, 9)["kl_sums"], counts)
+    mean, error = difference(check(0, 1, 1, 9).kl_sums, check(0, 2, 2, 9).kl_sums, counts)
     assert (mean, error) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-12))
-    mean, error = difference(check(0, 1, 1)["kl_sums"], check(0, 1, 1, 2)["kl_sums"], counts)
+    mean, error = difference(check(0, 1, 1).kl_sums, check(0, 1, 1, 2).kl_sums, counts)
     assert error == pytest.approx(2 / np.sqrt(7))
 
 
@@ -67,7 +65,7 @@ def test_a_candidate_far_behind_is_dropped() -> None:
     leader = [check(0, 1, 1), check(5, 0.5, 0.5, 1), check(10, 0.3, 0.3)]
     behind, near = [check(0, 2, 2), check(5, 0.9, 0.9, 1)], [check(5, 0.6, 0.5, 2)]
     found = Race(TEXT, leader).verdict(behind)
-    assert found == Verdict("behind by 0.4000 ± 0.0000 nats at step 5")
+    assert found == HealingStop(why="behind by 0.4000 ± 0.0000 nats at step 5", kept=None)
     assert Race(TEXT, leader).verdict(behind[:1]) is None
     assert Race(TEXT, leader).verdict(near) is None
     assert Race(TEXT, leader).verdict([check(7, 9, 9)]) is None
@@ -77,9 +75,9 @@ def test_a_candidate_far_behind_is_dropped() -> None:
 class Stops(Domains):
     """Ends every training at its third check."""
 
-    def verdict(self, checks: Sequence[Mapping[str, Any]]) -> Verdict | None:
-        assert [c["step"] for c in checks] == [0, 2, 4, 6][: len(checks)]
-        return Verdict("enough", 2) if len(checks) == 3 else None
+    def verdict(self, checks: Sequence[HealingCheck]) -> HealingStop | None:
+        assert [c.step for c in checks] == [0, 2, 4, 6][: len(checks)]
+        return HealingStop(why="enough", kept=2) if len(checks) == 3 else None
 
 
 def test_checks_are_the_divergence_on_text_held_out(models: Path, tmp_path: Path) -> None:
@@ -119,7 +117,7 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        Stops, "verdict", lambda self, checks: Verdict("no", 0) if checks[2:] else None
+        Stops, "verdict", lambda self, checks: HealingStop(why="no", kept=0) if checks[2:] else None
     )
     monkeypatch.setattr(home, "Domains", Stops)
     out = heal(options(models, tmp_path / "out", EIGHT))
@@ -127,15 +125,6 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
     found = read_json(out / "healing.json", "healing")
     assert found["stopped"] == {"why": "no", "kept": 0}
     assert found["after"]["kl"] == found["before"]["kl"]
-
-
-def test_the_last_loss_is_foretold_by_a_power_law() -> None:
-    losses = [9.0, *(2.0 * step**-0.25 for step in range(2, 41))]
-    assert loss_at_the_end(losses[:7], 40) is None
-    assert loss_at_the_end(losses[:15], 80) is None
-    # The first step, of the warm-up, has no say.
-    assert loss_at_the_end(losses[:10], 40) == pytest.approx(losses[-1])
-    assert loss_at_the_end([1.0, 1.0, *range(2, 12)], 20) is None
 
 
 def _stopped(said: Path, *arguments: object) -> None:

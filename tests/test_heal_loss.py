@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from isingcut.healing.training.batches import collate
-from isingcut.healing.training.loss import install, split_head
-from isingcut.healing.training.student import narrow, prepare_training
+from isingcut.healing.training.student import install, narrow, prepare_training, split_head
 from isingcut.models.architectures import find_stack
 from isingcut.models.compute import divergence as kl
 from isingcut.options.healing import HealConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.evaluation.likelihoods import Answers, answer_scores
+from isingcut.evaluation.answers import Answers, answer_scores
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Asked, certainties, score, score_states, tempered
 from isingcut.ising.states import states_of

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from isingcut.data import healing_text
-from isingcut.data.overlap import overlap
-from isingcut.data.tokens import TokenSet
+from isingcut.data.tokens import TokenSet, overlap
 from isingcut.files.writing import read_json
 from isingcut.report.words import overlap_warnings
 from shared import call, write_words

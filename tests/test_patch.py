@@ -71,8 +71,8 @@ def test_one_cut_solves_its_least_squares_problem(reads: bool) -> None:
     weights = 1 / target.square().mean(-1)
     features = x if reads else written
     root = weights.sqrt()[:, None]
-    strength = patch.record["ridge"]
-    assert patch.record["tokens"] == int(text.mask.sum())
+    strength = patch.record.ridge
+    assert patch.record.tokens == int(text.mask.sum())
     ridge = strength * torch.diagonal((features * weights[:, None]).T @ features).mean()
     size = features.shape[1]
     rows = torch.cat([features * root, ridge.sqrt() * torch.eye(size).double()])
@@ -98,7 +98,7 @@ def test_later_cuts_are_fitted_on_the_model_patched_so_far() -> None:
     x, out = seen["read"][text.mask], seen["stream"][text.mask]
     weights = 1 / target.square().mean(-1)
     change = second.weight - model.model.layers[3].mlp.down_proj.weight.double()
-    ridge = second.record["ridge"] * torch.diagonal((x * weights[:, None]).T @ x).mean()
+    ridge = second.record.ridge * torch.diagonal((x * weights[:, None]).T @ x).mean()
     left = (target - out - x @ change.T) * weights[:, None]
     # Stationary: the gradient of the objective vanishes at the fitted change.
     torch.testing.assert_close(left.T @ x, ridge * change, rtol=1e-3, atol=1e-3)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from isingcut.errors import InputError
 from isingcut.healing.job import Job
 from isingcut.healing.patch import linear
+from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.healing.patch.least_squares import Moments, RidgeFit, bytes_of, fit_ridge
-from isingcut.healing.patch.linear import fit_patches, patch_checkpoint
+from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
@@ -44,10 +45,10 @@ def job_of(folder: Path, family: str, removed: tuple[int, ...], **options: Any) 
 def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path: Path) -> None:
     job = job_of(tmp_path, "llama", (0, 1, 4))
     record = patch_checkpoint(job, tmp_path / "patched")
-    assert [c["removed"] for c in record["cuts"]] == [[4, 4]]
-    (left,) = record["unpatched"]
-    assert left["removed"] == [0, 1]
-    assert left["reason"].startswith("block 0 is removed, so that nothing stands before")
+    assert [c.removed for c in record.cuts] == [[4, 4]]
+    (left,) = record.unpatched
+    assert left.removed == [0, 1]
+    assert left.reason.startswith("block 0 is removed, so that nothing stands before")
 
 
 def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(
@@ -77,7 +78,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(
     x, out = seen["read"][mask], seen["stream"][mask]
     weights = 1 / target.square().mean(-1)
     change = alone.weight - model.model.layers[3].mlp.down_proj.weight.double()
-    ridge = alone.record["ridge"] * torch.diagonal((x * weights[:, None]).T @ x).mean()
+    ridge = alone.record.ridge * torch.diagonal((x * weights[:, None]).T @ x).mean()
     left = (target - out - x @ change.T) * weights[:, None]
     torch.testing.assert_close(left.T @ x, ridge * change, rtol=1e-3, atol=1e-3)
 
@@ -123,8 +124,8 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
     assert outside_row_space(tmp_path / "reads") > 1e-3
     monkeypatch.setattr(linear, "allowance", lambda *given: Allowance(bytes_of(width), 0))
     record = patch_checkpoint(job, tmp_path / "writes")
-    assert record["maps"] == "writes"
-    assert record["cuts"][0]["held_out_error_left"] < 1
+    assert record.maps == "writes"
+    assert record.cuts[0].held_out_error_left < 1
     # W' = (1 + T) W.
     assert outside_row_space(tmp_path / "writes") < 1e-5
 
@@ -152,8 +153,8 @@ def test_the_written_checkpoint_is_plain_and_computes_the_patch(
     removed = (3,) if family == "nemotron_h" else (2, 3)
     job = job_of(tmp_path, family, removed)
     record = patch_checkpoint(job, tmp_path / "patched")
-    assert [c["removed"] for c in record["cuts"]] == [[removed[0], removed[-1]]]
-    assert record["cuts"][0]["held_out_error_left"] < 1
+    assert [c.removed for c in record.cuts] == [[removed[0], removed[-1]]]
+    assert record.cuts[0].held_out_error_left < 1
     before, after = (read_checkpoint(tmp_path / n) for n in ("cut", "patched"))
     assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
         n: (t.shape, t.dtype) for n, t in after.items()
@@ -164,7 +165,7 @@ def test_the_written_checkpoint_is_plain_and_computes_the_patch(
         return content
 
     changed = {n for n in before if data(before[n]) != data(after[n])}
-    layer = record["cuts"][0]["layer"]
+    layer = record.cuts[0].layer
     assert {n.rsplit(".", 1)[1] for n in changed} <= {"weight", "bias"}
     assert all(n.rsplit(".", 1)[0].endswith(layer) for n in changed)
     assert changed

@@ -87,7 +87,7 @@ def test_half_precision_does_not_hide_who_absorbs() -> None:
     # One channel of the stream far larger than the others, as in large models.
     model.get_input_embeddings().weight.data[:, 5] = 300.0
     (patch,) = fitted(model, [3], tokens())
-    assert (patch.path, patch.record["exact"]) == ("mlp.down_proj", True)
+    assert (patch.path, patch.record.exact) == ("mlp.down_proj", True)
     for family in ("gemma2", "mixtral"):
         model = tiny_model(family).to(torch.bfloat16)
         model.get_input_embeddings().weight.data[:, 5] = 300.0
@@ -107,7 +107,7 @@ def test_half_precision_does_not_hide_gains(family: str) -> None:
         # A stream so large that what is written to it is rounded to a few steps.
         model.get_input_embeddings().weight.data *= 40
         (patch,) = fitted(model.to(dtype), [2], tokens(64))
-        left.append(patch.record["held_out_error_left"])
+        left.append(patch.record.held_out_error_left)
     assert left[1] == pytest.approx(left[0], rel=0.03)
 
 
@@ -158,11 +158,11 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
     with monkeypatch.context() as only:
         only.setattr(Moments, "absorb", lambda fit, held: None)
         (patch,) = fitted(model, [2], text, reads=reads)
-    assert patch.record["exact"] is False
+    assert patch.record.exact is False
     held = text.select(range(3, 64, 4))
     plain = block_error(model, [], 1, 2, held)
     left = block_error(model, [patch], 1, 2, held) / plain
-    assert left == pytest.approx(patch.record["held_out_error_left"], rel=1e-4)
+    assert left == pytest.approx(patch.record.held_out_error_left, rel=1e-4)
     assert left < 1
     (patch,) = fitted(model, [2], text, reads=reads)
     unseen = tokens(32, seed=5)

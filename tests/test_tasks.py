@@ -13,8 +13,7 @@ import pytest
 
 from isingcut.errors import InputError
 from isingcut.evaluation import questions as local_tasks
-from isingcut.evaluation.benchmark import benchmark, row
-from isingcut.evaluation.paired import compare_scores, mcnemar
+from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar, row
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Asked, score
 from isingcut.models.load import load
@@ -258,7 +257,7 @@ def test_rows_resume_and_refuse_other_questions(models, tmp_path, monkeypatch):
     def broken(*arguments, **rest):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr("isingcut.evaluation.likelihoods._scores", broken)
+    monkeypatch.setattr("isingcut.evaluation.answers._scores", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]
     monkeypatch.undo()
     scores = score(models["original"], prepare_task("arc_easy", tmp_path, None))

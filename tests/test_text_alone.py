@@ -8,7 +8,7 @@ from composites import composite, composite_checkpoint
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.healing.training.loss import install
+from isingcut.healing.training.student import install
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, reload, verify, verify_streamed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,15 @@ import pytest
 from healings import trainer_file
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
-from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates
+from isingcut.files.documents.scores import (
+    ComparedCandidate,
+    HealedCandidates,
+    HealingRecipe,
+    HealingStop,
+)
 from isingcut.files.documents.states import BaselineFile, CandidatesFile, MeasuredState
 from isingcut.files.writing import read_document, read_json, write_json
-from isingcut.healing.judging import Race, Verdict
-from isingcut.healing.recipe import Recipe
+from isingcut.healing.job import Race
 from isingcut.options.config import RunConfig
 from isingcut.options.healing import HealConfig
 from isingcut.runs import healing_stages, pipeline, trials
@@ -166,8 +169,10 @@ def test_a_small_budget_compares_nothing(
     session, opened = reopened(folder, tried)
     session.config = session.config.replace(heal_top=None)
     monkeypatch.setattr(trials, "text_of", lambda *given: TEXT)
-    recipe = dataclasses.asdict(Recipe(10, 4, 256, 3e-4, 10240, 8.0, 0.1))
-    given: list[tuple[Recipe | None, int]] = []
+    recipe = HealingRecipe(
+        steps=10, batch=4, length=256, learning_rate=3e-4, tokens=10240, seconds=8.0, epochs=0.1
+    )
+    given: list[tuple[HealingRecipe | None, int]] = []
 
     def train(session: Any, few: HealConfig, removed: Any, text: HealingText, *rest: Any) -> Any:
         given.append((rest[-1], int(text.train.mask.sum(1).max())))
@@ -181,12 +186,11 @@ def test_a_small_budget_compares_nothing(
     assert len(rows) == 1
     # Half of its steps, half of its time.
     assert rows[0]["seconds"] == 4.0
-    recipe["steps"] = 40
+    recipe.steps = 40
     given.clear()
     rows = trials._trials(session, opened, healing, pool)
     assert [row["seconds"] for row in rows] == [1.0] * 3
-    first = Recipe(**recipe)
-    assert given == [(None, 1024), (first, 256), (first, 256)]
+    assert given == [(None, 1024), (recipe, 256), (recipe, 256)]
 
 
 def test_a_candidate_that_is_behind_is_dropped_on_the_way(
@@ -194,10 +198,10 @@ def test_a_candidate_that_is_behind_is_dropped_on_the_way(
 ) -> None:
     real = Race.verdict
 
-    def behind(self: Race, checks: Any) -> Verdict | None:
+    def behind(self: Race, checks: Any) -> HealingStop | None:
         assert real(self, checks[:1]) is None
         leads = not self._leader
-        return None if leads or checks[-1]["step"] != 2 else Verdict("behind")
+        return None if leads or checks[-1].step != 2 else HealingStop(why="behind", kept=None)
 
     monkeypatch.setattr(Race, "verdict", behind)
     leave_speed_out(monkeypatch.setattr)

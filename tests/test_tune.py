@@ -12,10 +12,10 @@ import torch
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
-from isingcut.healing.patch import tuning
+from isingcut.healing.patch import checkpoint as tuning
+from isingcut.healing.patch.checkpoint import split_samples, tune
 from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.linear import fit_patches
-from isingcut.healing.patch.tuning import split_samples, tune
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.replay import Replay
@@ -65,7 +65,7 @@ def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(
     monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
     monkeypatch.setattr(tuning, "RATE", 0.002)
     found = tuned(model, text)
-    kl = found.record["held_out_kl"]
+    kl = found.record.held_out_kl
     assert min(kl) < kl[0]
     assert divergence(model, text, found) == pytest.approx(min(kl), rel=1e-3)
     assert {p.block for p in found.patches} == {1, 4}
@@ -75,7 +75,7 @@ def test_what_wins_nothing_on_samples_held_out_is_not_kept(monkeypatch: pytest.M
     monkeypatch.setattr(tuning, "RATE", 30.0)
     model, text = tiny_model("llama"), tokens()
     found = tuned(model, text)
-    kl = found.record["held_out_kl"]
+    kl = found.record.held_out_kl
     assert min(kl[1:]) > kl[0]
     assert [(p.block, p.path) for p in found.patches] == [(1, "mlp.down_proj")]
     assert divergence(model, text, found) == pytest.approx(kl[0], rel=1e-3)
@@ -93,8 +93,8 @@ def test_cuts_at_the_first_and_the_last_block_have_one_neighbour() -> None:
     model, text = tiny_model("llama"), tokens()
     removed = (0, 3, 5)
     found = tuned(model, text, removed)
-    assert {layer["block"] for layer in found.record["layers"]} == {1, 2, 4}
-    kl = found.record["held_out_kl"]
+    assert {layer.block for layer in found.record.layers} == {1, 2, 4}
+    kl = found.record.held_out_kl
     assert divergence(model, text, found, removed) == pytest.approx(min(kl), rel=1e-3)
 
 
@@ -112,7 +112,7 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(
     ]
     square = [blocks[i].get_submodule("self_attn.q_proj") for i in (1, 4)]
     room.left = tuning.BYTES * sum(m.weight.numel() for m in [*both, *square])
-    paths = {layer["layer"] for layer in tuned(model, tokens()).record["layers"]}
+    paths = {layer.layer for layer in tuned(model, tokens()).record.layers}
     assert {"self_attn.o_proj", "mlp.down_proj"} <= paths
     assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
 

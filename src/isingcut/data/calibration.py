@@ -21,13 +21,11 @@ import numpy as np
 import torch
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.answers import row_of
+from isingcut.data.conversations import row_of
 from isingcut.data.corpora import Corpus, is_new, read, text_hashes
-from isingcut.data.encoder import Encoder
 from isingcut.data.generation import sample_from_model
 from isingcut.data.mixture import Part, Turns, name_part, parts_of
-from isingcut.data.overlap import overlap
-from isingcut.data.tokens import Row, TokenSet, count_tokens, distinct
+from isingcut.data.tokens import Encoder, Row, TokenSet, count_tokens, distinct, overlap
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
 from isingcut.files.tensors import read_tensors, tensor_header

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.chat_templates import render_chat
-from isingcut.data.encoder import Encoder
-from isingcut.data.tokens import distinct
+from isingcut.data.conversations import render_chat
+from isingcut.data.tokens import Encoder, distinct
 from isingcut.errors import NOT_FINITE, CalibrationError, ModelError
 
 if TYPE_CHECKING:

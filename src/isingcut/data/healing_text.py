@@ -7,13 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from isingcut.data.answers import row_of
+from isingcut.data.conversations import row_of
 from isingcut.data.corpora import Corpus, is_new, read, refuse_changed
-from isingcut.data.encoder import Encoder
 from isingcut.data.mixture import Part, Turns, name_part, parts_of, places_in
-from isingcut.data.overlap import overlap
 from isingcut.data.text_files import only_once
-from isingcut.data.tokens import Row, TokenSet, count_tokens, distinct, ids_of
+from isingcut.data.tokens import Encoder, Row, TokenSet, count_tokens, distinct, ids_of, overlap
 from isingcut.errors import CalibrationError, IsingcutError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from isingcut.data.encoder import LONGEST, cut
+from isingcut.data.tokens import LONGEST, cut
 from isingcut.errors import CalibrationError, first_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.generations import Generations, Prompt, Writer
-from isingcut.evaluation.likelihoods import Answer, Answers, Row
+from isingcut.evaluation.answers import Answer, Answers, Generations, Prompt, Row, Writer
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work

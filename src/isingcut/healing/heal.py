@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,24 +22,33 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents.scores import HealingFile, PairScores
+from isingcut.files.documents.scores import (
+    HealedPart,
+    HealedScores,
+    HealingFile,
+    HealingRecipe,
+    HealOptions,
+    PairScores,
+    PatchScores,
+)
+from isingcut.files.documents.states import PatchRecord
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.writing import atomic_folder, read_document, write_json
+from isingcut.files.writing import atomic_folder, read_document, write_document
 from isingcut.healing import RECORD
-from isingcut.healing.checks import check_places, check_training, sources_of
-from isingcut.healing.job import Job
-from isingcut.healing.judging import Domains, Judge
-from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
-from isingcut.healing.recipe import Recipe
+from isingcut.healing.job import Domains, Job, Judge
+from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
+from isingcut.healing.recipe import check_training
 from isingcut.healing.removed import check_pair, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import (
+    check_places,
     claim_work,
     described_options,
     identity_of,
     keep_result,
+    sources_of,
     work_of,
 )
 from isingcut.memory import convert_memory_errors
@@ -159,7 +168,7 @@ def heal_checkpoint(
     progress: Progress = silent,
     *,
     judge: Judge | None = None,
-    recipe: Recipe | None = None,
+    recipe: HealingRecipe | None = None,
     processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
     stamps: Sequence[tuple[Path, Any]] = (),
@@ -202,12 +211,13 @@ def heal_checkpoint(
     processes.wait()
     with claim_work(work, identity) if job.leads else contextlib.nullcontext():
         processes.wait()
-        done, content = _healed(job, text)
+        done, record = _healed(job, text)
         if job.leads:
             for folder, stamp in stamps:
                 check_unchanged(folder, stamp)
-            write_json(done / RECORD, "healing", content)
-            card, record = done / "README.md", read_document(done / RECORD, HealingFile)
+            assert record is not None
+            write_document(done / RECORD, record)
+            card = done / "README.md"
             if card.is_file():
                 written = card.read_text(encoding="utf-8")
                 card.write_text(healed_card(parts, written, record), encoding="utf-8")
@@ -218,76 +228,68 @@ def heal_checkpoint(
     return read_document(out / RECORD, HealingFile)
 
 
-def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
+def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     """Patch and distil into the work folder.
 
     Returns:
-        the healed checkpoint, and what `healing.json` says; empty but in the process of rank 0.
+        the healed checkpoint, and its `healing.json` in the process of rank 0.
     """
     config, work, student, main = job.config, job.work, job.start, job.leads
     began = time.monotonic()
     record: dict[str, Any] = {}
-    before: dict[str, Any] = {}
     if main:
-        before = keep_result(work / "before.json", lambda: _scores(job, student, text.report))
+        record["before"] = keep_result(
+            work / "before.json", HealedScores, lambda: _scores(job, student, text.report)
+        )
     start = start_of(student)
     if config.patch in ("linear", "tuned") or (config.patch is None and start == "cut"):
         patched = work / "patched"
 
-        def make() -> dict[str, Any]:
+        def make() -> PatchScores:
             found = _patch(job, patched)
-            figures = {"scores": _scores(job, patched, text.report)} if found["cuts"] else {}
-            return {**found, **figures}
+            scored = PatchScores(**found.content())
+            if found.cuts:
+                scored.scores = _scores(job, patched, text.report)
+            return scored
 
         if main:
-            found = keep_result(work / "patched.json", make)
-            record = {"patch": found} if found["cuts"] else {"unpatched": found["unpatched"]}
+            found = keep_result(work / "patched.json", PatchScores, make)
+            record |= {"patch": found} if found.cuts else {"unpatched": found.unpatched}
         job.processes.wait()
         if patched.is_dir():
             job = dataclasses.replace(job, start=patched)
-    done, distilled = work / "done", {}
+    done = work / "done"
     if main:
         shutil.rmtree(done, ignore_errors=True)
     if config.method != "none":
         # Needs packages that are optional.
-        from isingcut.healing.training.distill import distill
+        from isingcut.healing.training.train import distill
 
-        distilled = distill(job, done)
+        record |= distill(job, done)
     elif main:
         shutil.copytree(job.start, done)
     if not main:
-        return done, {}
-    return done, {
-        "steps": distilled.pop("steps", []),
-        "before": before,
-        "after": _scores(job, done, text.report),
-        **record,
-        **distilled,
-        "start": start,
-        "removed": list(job.removed),
-        "of": len(find_stack(job.teacher.model)),
-        "length": sample_length(config, job.teacher.model),
-        "report_samples": text.report.samples,
-        "report_tokens": text.report.tokens,
-        "overlap": {"report": text.overlap},
-        "options": {
-            **described_options(config),
-            "patch": (config.patch or "linear") if "patch" in record else "none",
-        },
-        "seconds": round(time.monotonic() - began, 1),
-        "provenance": {
-            **versions(),
-            "teacher": _named(job.teacher.folder),
-            "student": _named(student),
-        },
-    }
+        return done, None
+    models = {"teacher": job.teacher.folder, "student": student}
+    named = {k: {"name": folder.name, **model_identity(folder)} for k, folder in models.items()}
+    patch = (config.patch or "linear") if "patch" in record else "none"
+    return done, HealingFile(
+        **{"steps": [], **record},
+        after=_scores(job, done, text.report),
+        start=start,
+        removed=list(job.removed),
+        of=len(find_stack(job.teacher.model)),
+        length=sample_length(config, job.teacher.model),
+        report_samples=text.report.samples,
+        report_tokens=text.report.tokens,
+        overlap={"report": text.overlap},
+        options=HealOptions(**{**described_options(config), "patch": patch}),
+        seconds=round(time.monotonic() - began, 1),
+        provenance={**versions(), **named},
+    )
 
 
-def _named(folder: Path) -> dict[str, Any]:
-    return {"name": folder.name, **model_identity(folder)}
-
-
-def start_of(student: Path) -> str:
+def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
     """What a checkpoint is by its records: ``cut`` exactly, ``patched``, or ``healed``."""
     if (student / RECORD).exists():
         return "healed"
@@ -296,7 +298,7 @@ def start_of(student: Path) -> str:
     return "patched" if patched else "cut"
 
 
-def _patch(job: Job, out: Path) -> dict[str, Any]:
+def _patch(job: Job, out: Path) -> PatchRecord:
     """Patch into ``out``; where that cannot be, and the options do not name it, say why.
 
     Raises:
@@ -313,14 +315,16 @@ def _patch(job: Job, out: Path) -> dict[str, Any]:
         return unpatched(job.removed, e)
 
 
-def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
+def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     """Perplexity and KL to the original of a checkpoint on the held-out text."""
     trust, model = job.config.trust_remote_code, job.teacher.model
     cut, streamed = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
     other = streamed or cut.model
     found = quality(model, other, report, job.config.batch_tokens, progress=job.progress)
-    parts = {name: _figures(part) for name, part in found.parts.items()}
-    return {**_figures(found), **({"parts": parts} if parts else {})}
+    scores = HealedScores(**_figures(found))
+    if found.parts:
+        scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}
+    return scores
 
 
 def _figures(found: PairScores) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isingcut.data.encoder import Encoder
+from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
 from isingcut.files.inputs import load_json
 from isingcut.healing import RECORD as HEALED
-from isingcut.healing.checks import check_last
 from isingcut.healing.patch.files import RECORD
+from isingcut.healing.recipe import check_last
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.architectures.surgery import depth, extra_heads, written_out
 from isingcut.models.checkpoint.read import PLAIN, StoredTensor, read_checkpoint, read_config

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from isingcut.data.held import hold
+from isingcut.data.mixture import hold
 from isingcut.errors import InputError, ModelError, first_line
 from isingcut.files.writing import temporary_folder
 from isingcut.memory import raise_if_exhausted

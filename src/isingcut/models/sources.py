@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from isingcut.data import held
+from isingcut.data.mixture import find_held, is_held_name
 from isingcut.errors import IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.models.checkpoint.read import HEADER_LIMIT, no_weights, read_config, weight_files
@@ -51,7 +51,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
         return _resolve_packaged(trust_remote_code)
-    if (folder := held.find(name)) is not None:
+    if (folder := find_held(name)) is not None:
         return _checked_folder(folder)
     path = user_path(name)
     if is_there(path) and path.is_dir():
@@ -70,7 +70,7 @@ def hub_id(name: str) -> str | None:
     """The hub id behind a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
-    if held.is_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
+    if is_held_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
         return None
     return name
 

@@ -17,7 +17,12 @@ import numpy.typing as npt
 
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import pieces
-from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates, HealingFile
+from isingcut.files.documents.scores import (
+    ComparedCandidate,
+    HealedCandidates,
+    HealingFile,
+    HealingRecipe,
+)
 from isingcut.files.documents.states import BaselineFile, MeasuredState
 from isingcut.files.writing import (
     fingerprint,
@@ -27,8 +32,8 @@ from isingcut.files.writing import (
 )
 from isingcut.healing import RECORD
 from isingcut.healing.heal import heal_checkpoint
-from isingcut.healing.judging import Race, beginnings, difference
-from isingcut.healing.recipe import Recipe, usual_recipe
+from isingcut.healing.job import Race, beginnings, difference
+from isingcut.healing.recipe import usual_recipe
 from isingcut.healing.work_folder import claim_work
 from isingcut.ising.states import swaps
 from isingcut.models.cutting.checkpoint import excise
@@ -84,14 +89,14 @@ def _trials(
     few = _few(healing, text, len(pool))
     text = dataclasses.replace(text, report=split)
     rows: list[dict[str, Any]] = []
-    recipe: Recipe | None = None
+    recipe: HealingRecipe | None = None
     for one in pool:
         removed = [int(i) for i in one["removed"]]
         leader = min(rows, key=_order)["checks"] if rows else None
         tried = _tried(session, few, removed, text, Race(split, leader), folder, recipe)
         if recipe is None and "recipe" in tried:
             # The same steps on the same text for the others, whatever the clock says then.
-            recipe = Recipe(**tried["recipe"])
+            recipe = tried["recipe"]
             text = dataclasses.replace(text, train=pieces(text.train, recipe.length))
         seconds = tried["seconds"]
         if recipe is not None and recipe.seconds is not None:
@@ -111,7 +116,7 @@ def _tried(
     text: HealingText,
     judge: Race,
     folder: RunFolder,
-    recipe: Recipe | None,
+    recipe: HealingRecipe | None,
 ) -> dict[str, Any]:
     """One candidate, healed for a few steps and measured; kept, so that a kill loses one."""
     work = folder.target(session.config.removal) / ".heal-top" / "-".join(map(str, removed))
@@ -128,9 +133,9 @@ def _tried(
         "steps": len(found.steps),
         "tokens": found.tokens_seen,
         "seconds": found.seconds,
-        "checks": [check.content() for check in found.checks],
+        "checks": found.checks,
         "dropped": found.stopped and found.stopped.why,
-        **({"recipe": found.recipe.content()} if found.recipe is not None else {}),
+        **({"recipe": found.recipe} if found.recipe is not None else {}),
     }
 
 
@@ -143,13 +148,13 @@ def _beside(
     row: Mapping[str, Any], best: Mapping[str, Any], counts: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
     """A candidate with its difference to the best one, at the last step that both were judged."""
-    theirs = {check["step"]: check["kl_sums"] for check in best["checks"]}
+    theirs = {check.step: check.kl_sums for check in best["checks"]}
     found = {name: value for name, value in row.items() if name != "checks"}
-    shared = [check for check in row["checks"] if check["step"] in theirs]
+    shared = [check for check in row["checks"] if check.step in theirs]
     if row is best or not shared:
         return {**found, "difference": None, "difference_se": None}
     last = shared[-1]
-    mean, error = difference(theirs[last["step"]], last["kl_sums"], counts)
+    mean, error = difference(theirs[last.step], last.kl_sums, counts)
     return {**found, "difference": mean, "difference_se": without_infinities(error)}
 
 

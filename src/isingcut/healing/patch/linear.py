@@ -30,22 +30,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
-from isingcut.healing.job import Job
+from isingcut.errors import ArchitectureError, FitError
+from isingcut.files.documents.states import PatchedCut, UnpatchedCut
 from isingcut.healing.patch.files import (
     Patch,
     StoredLayers,
     apply_patches,
     find_obstacle,
     runs,
-    write_patched,
 )
 from isingcut.healing.patch.layers import (
     Gained,
@@ -56,17 +53,10 @@ from isingcut.healing.patch.layers import (
     token_gains,
 )
 from isingcut.healing.patch.least_squares import Moments, RidgeFit, bytes_of, fit_ridge
-from isingcut.healing.patch.tuning import STEP_TOKENS, split_samples, tune
-from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
-from isingcut.memory import convert_memory_errors
-from isingcut.models.architectures import find_stack, stack_modules
-from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.memory import allowance
 from isingcut.models.replay import Replay
 
-CANNOT = (ArchitectureError, FitError)
-"""Why a patch is left out where no option names it: the model, or too little text or memory."""
 _HELD_OUT_EVERY = 4
 _CANDIDATES = 2
 """How many layers are fitted where none writes straight to the stream."""
@@ -82,12 +72,12 @@ class Fitted:
 
     Attributes:
         patches: one for each cut that has one, in their order.
-        unpatched: the other cuts, ``{"removed": [first, last], "reason": why}`` each.
+        unpatched: the other cuts, and why.
         maps: ``"reads"``, or ``"writes"`` where memory had no room for all of what a layer reads.
     """
 
     patches: list[Patch]
-    unpatched: list[dict[str, Any]]
+    unpatched: list[UnpatchedCut]
     maps: str
 
 
@@ -119,7 +109,7 @@ def fit_patches(
         raise FitError("a patch needs at least two samples: one is held out to choose it")
     cuts = runs(removed)
     batches = tokens.batches(work.batch_tokens)
-    patches, unpatched = list[Patch](), list[dict[str, Any]]()
+    patches, unpatched = list[Patch](), list[UnpatchedCut]()
     total = len(batches) * (2 * cuts[-1][1] + 2 - len(removed))
     with (
         torch.inference_mode(),
@@ -131,114 +121,16 @@ def fit_patches(
             if isinstance(patch, Patch):
                 patches.append(patch)
             else:
-                unpatched.append({"removed": [first, last], "reason": patch})
+                unpatched.append(UnpatchedCut(removed=[first, last], reason=patch))
     if not patches:
-        raise ArchitectureError(_reasons(unpatched))
+        each = [f"{_blocks(*cut.removed)}: {cut.reason}" for cut in unpatched]
+        whole = f"no cut can absorb a patch; {'; '.join(each)}"
+        raise ArchitectureError(unpatched[0].reason if len(unpatched) == 1 else whole)
     return Fitted(patches, unpatched, fitting.maps)
-
-
-def patch_checkpoint(job: Job, out: Path) -> dict[str, Any]:
-    """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it.
-
-    Returns:
-        what was done, JSON-able.
-
-    Raises:
-        ArchitectureError, FitError: as `fit_patches`; nothing was written.
-    """
-    model = job.teacher.model
-    stack = find_stack(model)
-    replay = job.replay or Replay(model, stack_modules(model, stack))
-    tokens = _first(job.tokens, job.config.patch_tokens)
-    work = Work(job.config.batch_tokens, job.progress)
-    layers = StoredLayers(job.start, job.removed)
-    held_out, tuning = None, None
-    if job.config.tunes:
-        tokens, held_out, tuning = _split(job, tokens)
-
-    def fit_with(count: int) -> Fitted:
-        work = Work(count, job.progress)
-        return fit_patches(replay, stack.kinds, tokens, job.removed, work, layers)
-
-    longest = int(tokens.mask.sum(1).max())
-    fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
-    patches = fitted.patches
-    if held_out is not None:
-        patches, tuning = _tuned(job, replay, tokens, held_out, patches, work, layers)
-    stored = write_patched(layers, patches, out)
-    trust = job.config.trust_remote_code
-    with apply_patches(replay.blocks, stored):
-        if job.replay is None:
-            proof = verify(model, job.removed, out, trust_remote_code=trust)
-        else:
-            proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
-    return {
-        "maps": fitted.maps,
-        "changed": any(p.record["changed"] for p in stored),
-        "cuts": [p.record for p in fitted.patches],
-        "tuning": tuning,
-        "unpatched": fitted.unpatched,
-        "proof": proof.record,
-    }
-
-
-def unpatched(removed: Sequence[int], why: Exception) -> dict[str, Any]:
-    """The record of a patch that no cut of a state could take."""
-    reasons = [{"removed": list(ends), "reason": str(why)} for ends in runs(removed)]
-    return {"cuts": [], "changed": False, "unpatched": reasons}
-
-
-def _split(job: Job, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None, dict[str, Any] | None]:
-    """What to fit and tune on, and what to hold out; all, nothing and why, where none is tuned."""
-    if job.replay is not None:
-        why = "the model is streamed from disk, and tuning needs it whole"
-        return tokens, None, {"left_out": why}
-    try:
-        return *split_samples(tokens), None
-    except FitError as e:
-        return tokens, None, {"left_out": str(e)}
-
-
-def _tuned(
-    job: Job,
-    replay: Replay,
-    tokens: TokenSet,
-    held_out: TokenSet,
-    patches: list[Patch],
-    work: Work,
-    layers: StoredLayers,
-) -> tuple[list[Patch], dict[str, Any]]:
-    """Patches that were tuned, and how; the given ones and why where that cannot be."""
-
-    def tune_with(count: int) -> tuple[list[Patch], dict[str, Any]]:
-        return tune(replay, tokens, held_out, job.removed, patches, work, layers, at_a_time=count)
-
-    longest = int(tokens.mask.sum(1).max())
-    try:
-        with convert_memory_errors():
-            return fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tune_with)
-    except FitError as e:
-        return patches, {"left_out": str(e)}
-    except MemoryExhaustedError:
-        return patches, {"left_out": f"{replay.device} has no memory left to tune the patch"}
-
-
-def _reasons(unpatched: Sequence[dict[str, Any]]) -> str:
-    if len(unpatched) == 1:
-        return str(unpatched[0]["reason"])
-    each = (f"{_blocks(*cut['removed'])}: {cut['reason']}" for cut in unpatched)
-    return f"no cut can absorb a patch; {'; '.join(each)}"
 
 
 def _blocks(first: int, last: int) -> str:
     return f"block {first}" if first == last else f"blocks {first} to {last}"
-
-
-def _first(tokens: TokenSet, most: int) -> TokenSet:
-    """The first samples, two at least, of about ``most`` tokens together."""
-    seen = tokens.mask.sum(1).cumsum(0)
-    rows = max(2, int((seen < most).sum()) + 1)
-    return tokens.select(range(min(rows, tokens.samples)))
 
 
 # The cuts of a state ------------------------------------------------------------------
@@ -386,7 +278,8 @@ class _Fitting:
 
         def left(change: Tensor) -> float:
             weight, bias = _folded(change, gained.write, reads=reads)
-            patch = Patch(p, gained.write.path, weight, bias, {})
+            path = gained.write.path
+            patch = Patch(p, path, weight, bias, PatchedCut(block=p, layer=path))
             return self._error(p, entered, patch) / before
 
         fit, held = self._moments(p, entered, gained, reads=reads)
@@ -434,15 +327,15 @@ class _Fitting:
         exact: bool,
     ) -> Patch:
         weight, bias = _folded(found.map, write, reads=reads)
-        record = {
-            "removed": [p + 1, last],
-            "block": p,
-            "layer": write.path,
-            "ridge": found.strength,
-            "held_out_error_left": found.held_out,
-            "exact": exact,
-            "tokens": self._tokens,
-        }
+        record = PatchedCut(
+            removed=[p + 1, last],
+            block=p,
+            layer=write.path,
+            ridge=found.strength,
+            held_out_error_left=found.held_out,
+            exact=exact,
+            tokens=self._tokens,
+        )
         return Patch(p, write.path, weight, bias, record)
 
     def _sides(self, b: int) -> tuple[Tensor, Tensor]:
