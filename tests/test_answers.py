@@ -186,7 +186,7 @@ def test_splits_keep_what_counts_on_disk_and_in_their_identity(tmp_path, tokeniz
 def test_conversations_whose_answers_are_cut_off_are_passed_over(tmp_path, tokenizer):
     long = [{"messages": talk("a long question " * 3 + str(i), "yes")} for i in range(30)]
     file = write_jsonl(tmp_path / "chat.jsonl", long)
-    refused(f"answers:{file}", tokenizer, r"too short.*up to 16 tokens, found 0 \(0 tokens\)")
+    refused(f"answers:{file}", tokenizer, "too short.*found 0;")
     build(file, tokenizer, **{**SIZES, "length": 60})
 
 

@@ -116,7 +116,7 @@ def written(place):
     model, tokenizer = place.model(), tiny_tokenizer()
     prompt = generation.prompt_ids(tokenizer, "hello")
     text = generation.generate_text(model, tokenizer, prompt, 8)
-    sampled = generation.sample_from_model(model, tokenizer, {"energy": 3}, 8, 0)["energy"]
+    sampled = list(itertools.islice(generation.sample_from_model(model, tokenizer, 3, 8, 0), 3))
     return [*text.encode(), *np.ravel(sampled)]
 
 

@@ -94,7 +94,7 @@ def _read(
     if source in HUB:
         return corpus(source, _dataset(source, seed), lambda rows: rows)
     _check_one(source)
-    path, name = user_path(source), _name(source)
+    path, name = user_path(source), words_for(source)
     if source == "-" or _is_file(path):
         file = text_file(path, name)
         if file.format == ".txt":
@@ -173,7 +173,7 @@ def _check_one(source: str) -> None:
         return
     path = user_path(source)
     if source == "-" or _is_file(path):
-        text_files.check(path, _name(source), _SOURCES)
+        text_files.check(path, words_for(source), _SOURCES)
         return
     named_as_file = path.name.lower().removesuffix(".gz").endswith(FORMATS)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
@@ -184,7 +184,7 @@ def _check_one(source: str) -> None:
         raise CalibrationError(f"there is no calibration file {source!r}; {_SOURCES}")
 
 
-def _name(source: str) -> str:
+def words_for(source: str) -> str:
     return "standard input" if source == "-" else source
 
 
