@@ -122,7 +122,7 @@ def heal(
         if known is None:
             removed = removal_by_weights(student, teacher, trust_remote_code=trust)
         else:
-            removed = known.removed
+            removed = tuple(sorted(known.removed))
         text = healing_text.build(
             config.text,
             teacher.tokenizer,

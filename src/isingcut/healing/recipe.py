@@ -33,9 +33,13 @@ _FIXED = re.compile(
     "metric_for.*|greater_is_better|load_best.*|save_(?!steps).*|enable_jit_checkpoint|"
     "resume_from.*|restore_.*|ignore_data_skip|seed|data_seed|use_cpu|local_rank|do_.*|debug|"
     "auto_find_batch_size|remove_unused_columns|label_.*|train_sampling.*|length_column_name|"
-    "dataloader_drop_last|parallelism_config|use_cache"
+    "dataloader_.*|parallelism_config|use_cache"
 )
 """What a healing decides: where it writes and sends, what it judges, which samples it takes."""
+_POSITIVE = {
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "num_train_epochs"),
+}
 _NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -69,11 +73,8 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
         except ValidationError as e:
             why = e.errors(include_url=False)[0]["msg"].lower()
             raise InputError(f"{path}: {name}: {why}, got {str(value)[:60]!r}") from e
-    for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if values.get(name, 1) < 1:
-            raise InputError(f"{path}: {name} must be at least 1, got {values[name]}")
-    for name in ("learning_rate", "num_train_epochs"):
-        if values.get(name, 1) <= 0:
+    for name in _POSITIVE & values.keys():
+        if values[name] <= 0:
             raise InputError(f"{path}: {name} must be above 0, got {values[name]}")
     return values
 

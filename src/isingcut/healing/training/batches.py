@@ -104,8 +104,11 @@ class Steps(Sampler[list[int]]):
         return replace(self, micro_batches=fewest + int(costs[fewest - 1 :].argmin()))
 
 
-@dataclass(frozen=True)
-class TimedSteps(Sampler[list[int]]):
+SMALL = 3
+"""Of the steps whose time is taken, those of one sample."""
+
+
+def timed_steps(samples: int, several: int, rank: int, size: int) -> list[list[int]]:
     """Steps whose time is taken, each one micro-batch: three of one sample, two of several.
 
     Args:
@@ -113,23 +116,11 @@ class TimedSteps(Sampler[list[int]]):
         several: how many one process computes at a time.
         rank, size: of this process, of how many.
     """
-
-    samples: int
-    several: int
-    rank: int
-    size: int
-    steps: int = 5
-    micro_batches: int = 1
-    small: int = 3
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.steps):
-            count = 1 if step < self.small else self.several
-            first = (step * self.size + self.rank) * self.several
-            yield [i % self.samples for i in range(first, first + count)]
+    found = []
+    for step, count in enumerate([1] * SMALL + [several] * 2):
+        first = (step * size + rank) * several
+        found.append([i % samples for i in range(first, first + count)])
+    return found
 
 
 def _needed(lengths: Sequence[int], most: int) -> int:
@@ -222,35 +213,6 @@ _MOST = {"cpu": 2048, "cuda": 16384}
 _COUNTED, _COUNTED_APART = 512, 32
 # Bytes of a trained number.
 _GRADIENT, _MOMENTS = 4, 8
-_ACTIVATIONS = "activations of one sample"
-
-
-@dataclass(frozen=True)
-class _Activations:
-    """Bytes that a forward pass leaves for the backward pass.
-
-    Attributes:
-        each: of a token.
-        again: of a token where the blocks are computed again.
-        fixed: whatever the tokens, such as weights in the dtype that is computed in.
-        vocabulary: words of the model.
-        logit: of each of them.
-    """
-
-    each: float
-    again: float
-    fixed: float
-    vocabulary: int
-    logit: int
-
-    def of(self, tokens: int, *, recompute: bool) -> float:
-        """Of so many tokens, the loss included."""
-        return self.around(tokens) + tokens * (self.again if recompute else self.each)
-
-    def around(self, tokens: int) -> float:
-        """Of so many tokens, what is not in proportion to them."""
-        # Logits of both models, and the gradient of the loss.
-        return self.fixed + 3 * self.logit * min(CHUNK_ELEMENTS, self.vocabulary * tokens)
 
 
 def plan_memory(
@@ -274,14 +236,23 @@ def plan_memory(
     settings, device = trainer_settings(job.config), job.teacher.device
     longest = int(job.tokens.mask.sum(1).max())
     wanted = min(_MOST.get(device.type, BATCH_TOKENS), longest * batch)
-    kept, terms = _activations(job, student, row), _terms(job, student, settings)
+    each, again, fixed = _activations(job, student, row)
+    terms = _terms(job, student, settings)
+    words, logit = int(text_config(job.teacher.model).vocab_size), job.teacher.dtype.itemsize
+
+    def around(tokens: int) -> float:
+        """Of activations what is not in proportion to the tokens, the loss included."""
+        # Logits of both models, and the gradient of the loss.
+        return fixed + 3 * logit * min(CHUNK_ELEMENTS, words * tokens)
+
     here = terms["teacher"] + (terms["weights"] if placed else 0)
     needed = sum(terms.values()) - here
-    room = allowance("", device).left - needed - kept.around(max(wanted, longest))
+    room = allowance("", device).left - needed - around(max(wanted, longest))
     names = ("gradient_checkpointing", "activation_checkpointing")
     said = [settings[name] for name in names if settings.get(name) is not None]
-    recompute = said[0] if said else room < kept.each * longest
-    terms[_ACTIVATIONS] = kept.of(longest, recompute=recompute)
+    recompute = said[0] if said else room < each * longest
+    of_token = again if recompute else each
+    terms["activations of one sample"] = around(longest) + longest * of_token
     total = allowance("100%", device).left + here
     if not is_sharded(settings) and (sum(terms.values()) > total or not placed):
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items())
@@ -291,7 +262,7 @@ def plan_memory(
             f"({parts}), and {device} has {total / 1e9:.3g} GB for it; give {lora}a smaller "
             "--length or a device with more memory"
         )
-    most = max(longest, min(wanted, int(room / (kept.again if recompute else kept.each))))
+    most = max(longest, min(wanted, int(room / of_token)))
     if "gradient_accumulation_steps" in settings:
         most = settings.get("per_device_train_batch_size", 8) * longest
     return HealingMemory(most=most, recompute=recompute)
@@ -320,12 +291,19 @@ def _storages(model: nn.Module) -> dict[tuple[torch.device, int], int]:
     return {(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}
 
 
-def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> _Activations:
-    """Counted on a sample; where memory ends even so, no more than what enters the blocks."""
+def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float, float, float]:
+    """Bytes that a forward pass leaves for the backward pass.
+
+    Counted on a sample; where memory ends even so, no more than what enters the blocks.
+
+    Returns:
+        of a token; the same where the blocks are computed again; whatever the tokens, such as
+        weights in the dtype that is computed in.
+    """
     device = next(student.parameters()).device
-    text, logit = text_config(job.teacher.model), job.teacher.dtype.itemsize
+    text = text_config(job.teacher.model)
     blocks = len(find_stack(job.teacher.model)) - len(job.removed)
-    vocabulary, entering = int(text.vocab_size), 4 * blocks * int(text.hidden_size)
+    entering = 4 * blocks * int(text.hidden_size)
     half = job.teacher.dtype == torch.bfloat16
 
     def counted(length: int) -> tuple[float, float]:
@@ -343,8 +321,8 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> _Activations
             raise
         each, fixed = float(entering), 0.0
     # The gradient of the logits is formed with them and never computed again.
-    again = each / blocks + entering + logit * vocabulary
-    return _Activations(each, again, fixed, vocabulary, logit)
+    logits = job.teacher.dtype.itemsize * int(text.vocab_size)
+    return each, each / blocks + entering + logits, fixed
 
 
 def _kept(student: Any, row: dict[str, Tensor], tokens: int, *, half: bool) -> int:

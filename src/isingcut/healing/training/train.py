@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import pieces
@@ -58,11 +58,12 @@ from isingcut.healing.recipe import (
     usual_recipe,
 )
 from isingcut.healing.training.batches import (
+    SMALL,
     Rows,
     Steps,
-    TimedSteps,
     collate,
     plan_memory,
+    timed_steps,
 )
 from isingcut.healing.training.student import (
     install,
@@ -100,7 +101,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     """
     recipe = job.recipe or usual_recipe(job.config, job.tokens, job.processes.size)
     job = dataclasses.replace(job, recipe=recipe)
-    watch = Watch(job, "healing", recipe.batch)
+    watch = Watch(job, recipe.batch)
     last = _last_state(job)
     if last is not None:
         known = read_document(last / CURVE, HealingCurve)
@@ -142,10 +143,10 @@ def step_times(job: Job) -> list[tuple[int, float]]:
     """Tokens and seconds of steps that come to nothing: of one sample, then of many."""
     size = job.processes.size
     batch = 64 * size
-    watch = Watch(job, "timing", batch, timing=True)
+    watch = Watch(job, batch, timing=True)
     with _student(job, batch) as (student, rows, plan):
         longest = int(job.tokens.mask.sum(1).max())
-        order = TimedSteps(len(rows), max(1, plan.most // longest), job.processes.rank, size)
+        order = timed_steps(len(rows), max(1, plan.most // longest), job.processes.rank, size)
         _run(job, student, rows, plan, order, watch)
     counts = [0, *(step.tokens for step in watch.curve)]
     found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
@@ -195,7 +196,7 @@ def _run(
     student: Any,
     rows: Rows,
     plan: HealingMemory,
-    order: Steps | TimedSteps,
+    order: Steps | list[list[int]],
     watch: Watch,
     last: Path | None = None,
 ) -> None:
@@ -214,13 +215,10 @@ def _run(
         model=student,
         args=_arguments(job, plan, order, watch.batch, saved=not watch.timing),
         train_dataset=rows,
-        data_collator=collate,
         compute_loss_func=summed,
         callbacks=[watch],
     )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-            trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except ImportError as e:
@@ -240,9 +238,10 @@ def _last_state(job: Job) -> Path | None:
 
 
 def _arguments(
-    job: Job, plan: HealingMemory, order: Steps | TimedSteps, batch: int, *, saved: bool
+    job: Job, plan: HealingMemory, order: Steps | list[list[int]], batch: int, *, saved: bool
 ) -> TrainingArguments:
-    config, size, steps = job.config, job.processes.size, order.steps
+    parts = order.micro_batches if isinstance(order, Steps) else 1
+    config, size, steps = job.config, job.processes.size, len(order) // parts
     device, rate = job.teacher.device, job.recipe.learning_rate if job.recipe else 2e-5
     settings: dict[str, Any] = {
         "learning_rate": rate,
@@ -252,12 +251,11 @@ def _arguments(
         "save_steps": _between_saves(job, steps, batch),
         "bf16": job.teacher.dtype == torch.bfloat16,
         **(checkpointing() if plan.recompute else {}),
-        "dataloader_pin_memory": device.type == "cuda",
         **({"ddp_find_unused_parameters": False} if size > 1 else {}),
         **trainer_settings(config),
         "output_dir": str(job.work / "trainer"),
-        "per_device_train_batch_size": -(-batch // (size * order.micro_batches)),
-        "gradient_accumulation_steps": order.micro_batches,
+        "per_device_train_batch_size": -(-batch // (size * parts)),
+        "gradient_accumulation_steps": parts,
         "max_steps": steps,
         "logging_strategy": "no",
         "save_strategy": "steps" if saved else "no",
@@ -297,22 +295,17 @@ class OurTrainer(Trainer):
         order: this process's micro-batches.
     """
 
-    def __init__(self, order: Steps | TimedSteps, **rest: Any) -> None:
+    def __init__(self, order: Steps | list[list[int]], **rest: Any) -> None:
         super().__init__(**rest)
         self.order = order
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Micro-batches as they are: what is dealt to this process already is not dealt again."""
-        arguments: Any = self.args
-        workers = arguments.dataloader_num_workers
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=self.order,
             collate_fn=collate,
-            num_workers=workers,
-            pin_memory=arguments.dataloader_pin_memory,
-            persistent_workers=bool(workers and arguments.dataloader_persistent_workers),
-            prefetch_factor=arguments.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.device.type == "cuda",
         )
 
     def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
@@ -331,13 +324,12 @@ class Watch(TrainerCallback):
     """Keeps the loss curve, shows progress, judges, and refuses a loss that is no number.
 
     Args:
-        words: what is shown.
         batch: sequences of a step, over all processes.
         timing: nothing is trained to be kept.
     """
 
-    def __init__(self, job: Job, words: str, batch: int, *, timing: bool = False) -> None:
-        self.job, self.words, self.batch, self.timing = job, words, batch, timing
+    def __init__(self, job: Job, batch: int, *, timing: bool = False) -> None:
+        self.job, self.batch, self.timing = job, batch, timing
         device = job.teacher.device
         self.bar: Bar | None = None
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -357,9 +349,9 @@ class Watch(TrainerCallback):
         self.began = time.monotonic()
         if self.job.leads:
             longest = int(self.job.tokens.mask.sum(1).max())
-            words = f"{self.words}, {state.max_steps} steps"
-            if not self.timing:
-                words += f" of {self.batch} x {longest} tokens"
+            words = f"healing, {state.max_steps} steps of {self.batch} x {longest} tokens"
+            if self.timing:
+                words = f"timing, {state.max_steps} steps"
             self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
             if state.global_step:
                 self.bar.advance(state.global_step)
@@ -499,8 +491,7 @@ def _pace(job: Job) -> tuple[float, float]:
         shutil.rmtree(trial, ignore_errors=True)
     # The first step of a size compiles and allocates; of the others the fastest was not disturbed.
     (n, s), (m, t) = (
-        min(part[1:], key=lambda step: step[1])
-        for part in (times[: TimedSteps.small], times[TimedSteps.small :])
+        min(part[1:], key=lambda step: step[1]) for part in (times[:SMALL], times[SMALL:])
     )
     token = (t - s) / (m - n) if m > n and t > s else t / m
     return max(0.0, t - token * m), token
