@@ -12,6 +12,7 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.healing.patch.files import Patch
+from isingcut.healing.patch.layers import Write
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
@@ -30,7 +31,12 @@ def fitted(
     """Patches of what a layer reads, or of what it writes, as where memory is short."""
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
-    with mock.patch.object(_Fitting, "_reads_for", return_value=reads):
+
+    def chosen(fitting: _Fitting, writes: Sequence[Write]) -> None:
+        for write in writes:
+            write.reads = reads
+
+    with mock.patch.object(_Fitting, "_choose_maps", chosen):
         return fit_patches(replay, stack.kinds, text, removed, Work(96)).patches
 
 

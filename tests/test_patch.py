@@ -12,7 +12,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.healing.patch.files import Patch, apply_patches, runs
-from isingcut.healing.patch.least_squares import Moments, fit_ridge
+from isingcut.healing.patch.linear import Moments, fit_ridge
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.testing.tiny import tiny_model
 from patching import fitted, streams, tokens, watched

@@ -14,8 +14,7 @@ from isingcut.errors import InputError
 from isingcut.healing.job import Job
 from isingcut.healing.patch import linear
 from isingcut.healing.patch.checkpoint import patch_checkpoint
-from isingcut.healing.patch.least_squares import Moments, RidgeFit, bytes_of, fit_ridge
-from isingcut.healing.patch.linear import fit_patches
+from isingcut.healing.patch.linear import Moments, RidgeFit, bytes_of, fit_patches, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise

@@ -15,7 +15,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.healing.patch import linear
 from isingcut.healing.patch.files import Patch, apply_patches
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
-from isingcut.healing.patch.least_squares import Moments
+from isingcut.healing.patch.linear import Moments
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.testing import patches
