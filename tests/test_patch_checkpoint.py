@@ -65,7 +65,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
     found = fit_patches(replay, stack.kinds, tokens(), [2, 4], Work(96))
-    assert [(c["removed"], c["reason"][:39]) for c in found.unpatched] == [
+    assert [(c.removed, c.reason[:39]) for c in found.unpatched] == [
         ([2, 2], "no map of block 1's mlp.down_proj is be")
     ]
     (alone,) = found.patches
@@ -119,7 +119,7 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
         weight = load_file(folder / "model.safetensors")[name].double()
         return float((weight - weight @ torch.linalg.pinv(before) @ before).abs().max())
 
-    assert patch_checkpoint(job, tmp_path / "reads")["maps"] == "reads"
+    assert patch_checkpoint(job, tmp_path / "reads").maps == "reads"
     assert outside_row_space(tmp_path / "reads") > 1e-3
     monkeypatch.setattr(linear, "allowance", lambda *given: Allowance(bytes_of(width), 0))
     record = patch_checkpoint(job, tmp_path / "writes")

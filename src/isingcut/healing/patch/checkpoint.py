@@ -83,24 +83,37 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     tokens = _first(job.tokens, job.config.patch_tokens)
     work = Work(job.config.batch_tokens, job.progress)
     layers = StoredLayers(job.start, job.removed)
-    held_out, tuning = None, None
+    held_out, why = None, ""
     if job.config.tunes:
         try:
             if job.replay is not None:
                 raise FitError("the model is streamed from disk, and tuning needs it whole")
             tokens, held_out = split_samples(tokens)
         except FitError as e:
-            tuning = PatchTuning(left_out=str(e))
+            why = str(e)
 
     def fit_with(count: int) -> Fitted:
         work = Work(count, job.progress)
         return fit_patches(replay, stack.kinds, tokens, job.removed, work, layers)
 
+    def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
+        given = (job.removed, fitted.patches, work, layers)
+        assert held_out is not None
+        return tune(replay, tokens, held_out, *given, at_a_time=count)
+
     longest = int(tokens.mask.sum(1).max())
     fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
-    patches = fitted.patches
+    patches, tuning = fitted.patches, None
     if held_out is not None:
-        patches, tuning = _tuned(job, replay, tokens, held_out, patches, work, layers)
+        try:
+            with convert_memory_errors():
+                patches, tuning = fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tune_with)
+        except FitError as e:
+            why = str(e)
+        except MemoryExhaustedError:
+            why = f"{replay.device} has no memory left to tune the patch"
+    if why:
+        tuning = PatchTuning(left_out=why)
     stored = write_patched(layers, patches, out)
     trust = job.config.trust_remote_code
     with apply_patches(replay.blocks, stored):
@@ -122,31 +135,6 @@ def unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
     """The record of a patch that no cut of a state could take."""
     reasons = [UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)]
     return PatchRecord(cuts=[], changed=False, unpatched=reasons)
-
-
-def _tuned(
-    job: Job,
-    replay: Replay,
-    tokens: TokenSet,
-    held_out: TokenSet,
-    patches: list[Patch],
-    work: Work,
-    layers: StoredLayers,
-) -> tuple[list[Patch], PatchTuning]:
-    """Patches that were tuned, and how; the given ones and why where that cannot be."""
-
-    def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
-        return tune(replay, tokens, held_out, job.removed, patches, work, layers, at_a_time=count)
-
-    longest = int(tokens.mask.sum(1).max())
-    try:
-        with convert_memory_errors():
-            return fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tune_with)
-    except FitError as e:
-        why = str(e)
-    except MemoryExhaustedError:
-        why = f"{replay.device} has no memory left to tune the patch"
-    return patches, PatchTuning(left_out=why)
 
 
 def _first(tokens: TokenSet, most: int) -> TokenSet:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +166,6 @@ class StoredLayers:
         return found is not None and found.dtype in _FLOAT8
 
 
-def as_stored(patch: Patch, layer: tuple[StoredTensor, StoredTensor | None]) -> Patch:
-    """The patch rounded to the dtypes it is stored in: bfloat16 in the place of float8."""
-    weight, bias = layer
-    dtype = torch.bfloat16 if weight.dtype in _FLOAT8 else DTYPES[weight.dtype]
-    rounded = patch.weight.to(dtype)
-    offset = None
-    if bias is not None and patch.bias is not None:
-        offset = patch.bias.to(DTYPES[bias.dtype])
-    return Patch(patch.block, patch.path, rounded, offset, patch.record)
-
-
 def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> list[Patch]:
     """A copy of a cut checkpoint with the patched layers; the others keep their bytes.
 
@@ -194,23 +183,28 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     layers = [
         stored.layer(p.block, p.path, p.weight.shape, bias=p.bias is not None) for p in patches
     ]
-    rounded = [as_stored(p, pair) for p, pair in zip(patches, layers, strict=True)]
     float8: dict[str, Tensor] = {}
+    written = []
     with atomic_folder(out) as temporary:
         shutil.copytree(stored.folder, temporary, dirs_exist_ok=True)
-        for patch, (weight, bias) in zip(rounded, layers, strict=True):
-            if weight.dtype in _FLOAT8:
-                float8[weight.name] = patch.weight.detach().cpu()
+        for patch, (weight, bias) in zip(patches, layers, strict=True):
+            plain = weight.dtype not in _FLOAT8
+            values = patch.weight.to(DTYPES[weight.dtype] if plain else torch.bfloat16)
+            offset = None
+            if plain:
+                changed = _overwrite(temporary, weight, values)
+            else:
+                float8[weight.name] = values.detach().cpu()
                 patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
                 changed = True
-            else:
-                changed = _overwrite(temporary, weight, patch.weight)
             if bias is not None and patch.bias is not None:
-                changed = _overwrite(temporary, bias, patch.bias) or changed
+                offset = patch.bias.to(DTYPES[bias.dtype])
+                changed = _overwrite(temporary, bias, offset) or changed
             patch.record.changed = changed
+            written.append(replace(patch, weight=values, bias=offset))
         if float8:
             replace_float8(temporary, float8)
-    return rounded
+    return written
 
 
 def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
@@ -232,40 +226,32 @@ def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iter
     A layer has its new weights only while it is called, so that a streamed block, whose weights
     come and go, has them too.
     """
-    handles: list[Any] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for patch in patches:
             layer = blocks[patch.block].get_submodule(patch.path)
-            swap = _Swap(patch)
-            handles.append(layer.register_forward_pre_hook(swap.enter))
-            handles.append(layer.register_forward_hook(swap.leave, always_call=True))
+            new = {"weight": patch.weight} | ({} if patch.bias is None else {"bias": patch.bias})
+            enter, leave = _swaps(new)
+            undo.callback(layer.register_forward_pre_hook(enter).remove)
+            undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-class _Swap:
-    """The weights of one patch, put into its layer for the time of a call."""
+def _swaps(new: dict[str, Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that put new parameters into a layer for the time of a call."""
+    before: dict[str, Any] = {}
 
-    def __init__(self, patch: Patch) -> None:
-        self._patch = patch
-        self._before: dict[str, Any] = {}
-        self._placed: dict[str, nn.Parameter] = {}
-
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: Any) -> None:
         own: dict[str, Any] = module._parameters
-        for name, value in (("weight", self._patch.weight), ("bias", self._patch.bias)):
-            if value is not None:
-                self._before[name] = own[name]
-                if name not in self._placed:
-                    placed = nn.Parameter(value.to(own[name]), requires_grad=False)
-                    self._placed[name] = placed
-                own[name] = self._placed[name]
+        for name, value in new.items():
+            before[name] = own[name]
+            if not isinstance(value, nn.Parameter):
+                new[name] = nn.Parameter(value.to(own[name]), requires_grad=False)
+            own[name] = new[name]
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(self._before)
-        self._before = {}
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(before)
+
+    return enter, leave
 
 
 @dataclass(frozen=True, eq=False)
