@@ -112,11 +112,6 @@ def test_the_clock_is_read_on_real_steps(models: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_steps_and_a_budget_exclude_each_other(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="give one of them"):
-        heal(options(models, tmp_path / "a", effort="5M tokens"))
-
-
 def test_a_runs_budget_is_that_of_its_healing() -> None:
     config = RunConfig(model="m", remove="2")
     assert (config.heal, config.replace(heal=True).heal) == ("", "all")
