@@ -23,11 +23,7 @@ from healings import (
     trainer_file,
 )
 from isingcut.data.healing_text import build
-from isingcut.errors import (
-    ArchitectureError,
-    InputError,
-    StageFileError,
-)
+from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents.scores import HealingFile, HealingMemory
 from isingcut.files.writing import read_json

@@ -8,18 +8,7 @@ import socket
 
 import pytest
 from arena import Row
-from sample_texts import (
-    GONE,
-    ITEMS,
-    LINES,
-    MEASURE,
-    NUL,
-    SMALL,
-    UTF8,
-    WORDS,
-    packed,
-    written,
-)
+from sample_texts import GONE, ITEMS, LINES, MEASURE, NUL, SMALL, UTF8, WORDS, packed, written
 from transformers import AutoTokenizer
 
 from isingcut.data import text_files

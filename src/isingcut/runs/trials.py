@@ -24,12 +24,7 @@ from isingcut.files.documents.scores import (
     HealingRecipe,
 )
 from isingcut.files.documents.states import BaselineFile, MeasuredState
-from isingcut.files.writing import (
-    fingerprint,
-    read_document,
-    without_infinities,
-    write_document,
-)
+from isingcut.files.writing import fingerprint, read_document, without_infinities, write_document
 from isingcut.healing import RECORD
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.healing.job import Race, beginnings, difference

@@ -42,12 +42,7 @@ from isingcut.files.documents.scores import (
     Step,
 )
 from isingcut.files.outputs import mark
-from isingcut.files.writing import (
-    atomic_folder,
-    clear_os_errors,
-    read_document,
-    write_document,
-)
+from isingcut.files.writing import atomic_folder, clear_os_errors, read_document, write_document
 from isingcut.healing.job import Job
 from isingcut.healing.recipe import (
     SHORT,
@@ -57,14 +52,7 @@ from isingcut.healing.recipe import (
     trainer_settings,
     usual_recipe,
 )
-from isingcut.healing.training.batches import (
-    SMALL,
-    Rows,
-    Steps,
-    collate,
-    plan_memory,
-    timed_steps,
-)
+from isingcut.healing.training.batches import SMALL, Rows, Steps, collate, plan_memory, timed_steps
 from isingcut.healing.training.student import (
     install,
     load_student,
