@@ -26,7 +26,6 @@ from isingcut.files.documents.scores import (
     HealedPart,
     HealedScores,
     HealingFile,
-    HealingRecipe,
     HealOptions,
     PairScores,
     PatchScores,
@@ -38,7 +37,7 @@ from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.writing import atomic_folder, read_document, write_document
 from isingcut.healing import RECORD
-from isingcut.healing.job import Domains, Job, Judge
+from isingcut.healing.job import Domains, Job
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
 from isingcut.healing.recipe import check_training
 from isingcut.healing.removed import check_pair, recorded_removal, removal_by_weights
@@ -55,8 +54,8 @@ from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
-from isingcut.models.load import LoadedModel, load
-from isingcut.models.processes import ALONE, Processes
+from isingcut.models.load import load
+from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import LENGTH, HealConfig
@@ -132,8 +131,8 @@ def heal(
             seed=config.seed,
             model=teacher.model,
         )
-        parts = (teacher, removed, student, text, out, progress)
-        heal_checkpoint(config, *parts, processes=processes, sources=sources, stamps=stamps)
+        job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
+        heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
         torch.distributed.destroy_process_group()
     return out
@@ -159,17 +158,10 @@ def sample_length(config: HealConfig, model: Any) -> int:
 
 
 def heal_checkpoint(
-    config: HealConfig,
-    teacher: LoadedModel,
-    removed: Sequence[int],
-    student: Path,
+    job: Job,
     text: HealingText,
     out: Path,
-    progress: Progress = silent,
     *,
-    judge: Judge | None = None,
-    recipe: HealingRecipe | None = None,
-    processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
     stamps: Sequence[tuple[Path, Any]] = (),
 ) -> HealingFile:
@@ -179,9 +171,8 @@ def heal_checkpoint(
     sees to it that no other process writes there.
 
     Args:
-        judge: looks at the training; without one it ends where a domain of the text gets worse.
-        recipe: of the training, instead of what the options say.
-        processes: that train together.
+        job: its text and work folder are set here; without a judge it ends where a domain of the
+            text gets worse.
         sources: what ``out`` must not be, contain or lie in.
         stamps: of folders whose weights must not change before the end (`weights_stamp`).
 
@@ -189,24 +180,14 @@ def heal_checkpoint(
         OutputExistsError: ``out`` is there.
         StageFileError: the work in progress belongs to other options.
     """
-    sources = [student, teacher.folder, *sources]
+    config, processes, student, work = job.config, job.processes, job.start, work_of(out)
+    sources = [student, job.teacher.folder, *sources]
     check_places(config, out, sources)
     parts = kept_parts(student)
-    work = work_of(out)
-    identity = identity_of(config, teacher, removed, student, text)
-    job = Job(
-        teacher,
-        tuple(removed),
-        student,
-        text.train,
-        work,
-        config,
-        silent if processes.rank else progress,
-        None,
-        processes,
-        judge or Domains(text.report),
-        recipe,
-    )
+    identity = identity_of(job, text)
+    shown = silent if processes.rank else job.progress
+    judge = job.judge or Domains(text.report)
+    job = dataclasses.replace(job, tokens=text.train, work=work, progress=shown, judge=judge)
     # Every process has looked at the places before rank 0 writes there.
     processes.wait()
     with claim_work(work, identity) if job.leads else contextlib.nullcontext():

@@ -43,7 +43,7 @@ from isingcut.options.healing import HealConfig
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText
-    from isingcut.models.load import LoadedModel
+    from isingcut.healing.job import Job
 
 D = TypeVar("D", bound=Document)
 
@@ -69,14 +69,9 @@ def described_options(config: HealConfig) -> dict[str, Any]:
     }
 
 
-def identity_of(
-    config: HealConfig,
-    teacher: LoadedModel,
-    removed: Sequence[int],
-    student: Path,
-    text: HealingText,
-) -> str:
+def identity_of(job: Job, text: HealingText) -> str:
     """What the work of a healing depends on."""
+    config, teacher = job.config, job.teacher
     options = {k: v for k, v in described_options(config).items() if k != "device"}
     settings = trainer_settings(config)
     settings.pop("save_steps", None)
@@ -85,8 +80,8 @@ def identity_of(
         {
             "options": {**options, "trainer": settings},
             "teacher": model_identity(teacher.folder)["sha256"],
-            "student": model_identity(student)["sha256"],
-            "removed": list(removed),
+            "student": model_identity(job.start)["sha256"],
+            "removed": list(job.removed),
             "tokens": fingerprint([tokens.input_ids.tolist() for tokens in both]),
             "counted": [None if t.counted is None else t.counted.tolist() for t in both],
             "dtype": str(teacher.dtype),

@@ -27,7 +27,7 @@ from isingcut.files.documents.states import BaselineFile, MeasuredState
 from isingcut.files.writing import fingerprint, read_document, without_infinities, write_document
 from isingcut.healing import RECORD
 from isingcut.healing.heal import heal_checkpoint
-from isingcut.healing.job import Race, beginnings, difference
+from isingcut.healing.job import Job, Race, beginnings, difference
 from isingcut.healing.recipe import usual_recipe
 from isingcut.healing.work_folder import claim_work
 from isingcut.ising.states import swaps
@@ -119,8 +119,8 @@ def _tried(
     if not cut.exists():
         excise(session.source, removed, cut)
     if not out.exists():
-        given = (few, session.loaded, removed, cut, text, out, session.progress)
-        heal_checkpoint(*given, judge=judge, recipe=recipe)
+        given = (session.loaded, tuple(removed), cut, text.train, out, few, session.progress)
+        heal_checkpoint(Job(*given, judge=judge, recipe=recipe), text, out)
     found = read_document(out / RECORD, HealingFile)
     return {
         "removed": list(removed),
