@@ -398,13 +398,11 @@ def _tokenised(
 
 def _packed(documents: Iterator[list[int]], encode: Encoder, length: int) -> Iterator[Row]:
     """Full samples out of documents that follow one another; the first begins a document."""
-    prefix, separator = encode.start, encode.separator
+    prefix, between = encode.start, encode("\n\n")
     body = length - len(prefix)
     left: list[int] = []
-    between: list[int] = []
-    for ids in documents:
-        left += between + ids
-        between = separator
+    for number, ids in enumerate(documents):
+        left += (between if number else []) + ids
         while len(left) >= body:
             yield prefix + left[:body]
             left = left[body:]

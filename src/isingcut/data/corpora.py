@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-_Value = tuple[str, Any]
-_Order = Callable[[Iterator[_Value]], Iterator[_Value]]
 _ABSENT = object()
 Kind = Literal["text", "documents", "chat"]
 
@@ -82,26 +80,23 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
 def _read(
     source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool = False
 ) -> Corpus:
-    def corpus(name: str, records: Iterator[Record], order: _Order) -> Corpus:
-        return _records_corpus(name, records, tokenizer, order, answers=answers)
-
-    shuffled = partial(_shuffled, seed=seed)
     if source in PACKAGED:
         return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
+    name, path = words_for(source), user_path(source)
+    records: Iterator[Record]
     if (texts := find_held(source)) is not None:
-        listed = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
-        return corpus(source, listed, shuffled)
-    if source in HUB:
-        return corpus(source, _dataset(source, seed), lambda rows: rows)
-    _check_one(source)
-    path, name = user_path(source), words_for(source)
-    if source == "-" or _is_file(path):
+        records = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
+    elif source == "-" or (source not in HUB and _is_file(path)):
+        _check_one(source)
         file = text_file(path, name)
         if file.format == ".txt":
             return Corpus(name, "text", file.pieces())
-        return corpus(name, file.records(), shuffled)
-    # A hub data set may be huge: its rows arrive shuffled within a buffer instead.
-    return corpus(source, _dataset(source, seed), lambda rows: rows)
+        records = file.records()
+    else:
+        _check_one(source)
+        # Its rows arrive shuffled within a buffer: a hub data set may be huge.
+        records, seed = _dataset(source, seed), -1
+    return _records_corpus(name, records, tokenizer, seed, answers=answers)
 
 
 def _no_answers(place: str) -> CalibrationError:
@@ -202,11 +197,15 @@ def _records_corpus(
     source: str,
     records: Iterator[Record],
     tokenizer: PreTrainedTokenizerBase,
-    order: _Order,
+    seed: int,
     *,
     answers: bool,
 ) -> Corpus:
-    """Documents or conversations, whichever the first record is; all must be of that kind."""
+    """Documents or conversations, whichever the first record is; all must be of that kind.
+
+    Args:
+        seed: of their order; negative for that in which they come.
+    """
     first = next(records, None)
     if first is None:
         raise CalibrationError(f"{source} is empty: it has no records; give a longer one")
@@ -229,7 +228,7 @@ def _records_corpus(
 
     def texts() -> Iterator[str]:
         render = partial(render_chat, tokenizer)
-        for place, value in order(values):
+        for place, value in values if seed < 0 else _shuffled(values, seed):
             if value is _ABSENT:
                 raise CalibrationError(f"{place} has no {key!r}, which the first record has")
             if key == "text":

@@ -286,11 +286,6 @@ class Encoder:
         return self.checked([bos]) if begins else []
 
     @property
-    def separator(self) -> list[int]:
-        """What stands between documents that are packed together: an empty line."""
-        return self("\n\n")
-
-    @property
     def pad(self) -> int:
         """The token that fills a batch up; no result depends on it."""
         pad = self.tokenizer.pad_token_id

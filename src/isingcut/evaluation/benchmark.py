@@ -287,10 +287,6 @@ class _Contender:
     def asked(self) -> int:
         return sum(map(len, self.scores.values()))
 
-    def right(self) -> Floats:
-        """(n,) scores, task after task."""
-        return np.array([score for scores in self.scores.values() for score in scores])
-
 
 def looks(total: int) -> list[int]:
     """Numbers of questions asked at each look, ascending; the last is all of them."""
@@ -422,7 +418,10 @@ def _lowest_of_the_best(left: Sequence[_Contender]) -> _Contender:
 
 def _row(contender: _Contender, best: _Contender) -> AskedCandidate:
     asked = contender.asked
-    certain = [c for values in contender.certainties.values() for c in values]
+    right, certain = (
+        [value for values in by_task.values() for value in values]
+        for by_task in (contender.scores, contender.certainties)
+    )
     mean, error, p = None, None, None
     if contender is not best and asked:
         own, others = (
@@ -436,7 +435,7 @@ def _row(contender: _Contender, best: _Contender) -> AskedCandidate:
     return AskedCandidate(
         removed=list(contender.removed),
         questions=asked,
-        accuracy=float(contender.right().mean()) if asked else None,
+        accuracy=float(np.mean(right)) if asked else None,
         certainty=float(np.mean(certain)) if asked else None,
         dropped=contender.out,
         difference=mean,

@@ -173,23 +173,11 @@ def quiet() -> Iterator[None]:
 _FOLDER = Path(__file__).parent / "tasks"
 _LARGEST = 2**28
 _MOST_CHOICES = 64
-# Of a user's file: the text as it stands, and each choice's log-likelihood by its length.
-_OF_FILE: dict[str, Any] = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{context}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "answer",
-    "metric_list": [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True}
-        for name in ("acc", "acc_norm")
-    ],
-    "num_fewshot": 0,
-}
 
 
 def task_names() -> list[str]:
     """All local tasks."""
-    return sorted(p.stem for p in _FOLDER.glob("*.yaml"))
+    return sorted(p.stem for p in _FOLDER.glob("[a-z]*.yaml"))
 
 
 def is_file(name: str) -> bool:
@@ -207,7 +195,7 @@ def _read_file(path: Path, questions: int | None) -> Prepared:
         InputError: it is missing or damaged.
     """
     asked = _spaced(_asked(path, "multiple_choice", {}), questions)
-    config = {**copy.deepcopy(_OF_FILE), "task": path.stem, "test_split": "test"}
+    config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
     config["custom_dataset"] = _dataset(asked, [])
     return Prepared(path.name, "acc_norm", file_sha256(path), configurations=[config])
 
@@ -225,12 +213,9 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
         UnknownNameError: no such task.
         InputError: its file is missing or damaged.
     """
-    import yaml
-
-    path = _FOLDER / f"{name}.yaml"
     if name not in task_names():
         raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(task_names())}")
-    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = _configuration(name)
     own = config.pop("isingcut")
     kind, by = str(config["output_type"]), own.get("by")
     asked = _questions(data, own, questions, kind)
@@ -255,6 +240,13 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
             one["fewshot_split"] = "fewshot"
         configurations.append(one)
     return Prepared(name, str(own["metric"]), "local", configurations=configurations)
+
+
+def _configuration(name: str) -> dict[str, Any]:
+    import yaml
+
+    found: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return found
 
 
 def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
@@ -284,13 +276,13 @@ def _questions(
     data: Path, own: dict[str, Any], most: int | None, kind: str
 ) -> list[dict[str, Any]]:
     stem = own["test"]
-    subsets = {
-        int(p.stem.rpartition("_sub")[2]): p
+    subsets = sorted(
+        (int(size), p)
         for p in data.glob(f"{stem}_sub[0-9]*.jsonl")
-        if p.stem.rpartition("_sub")[2].isdigit()
-    }
-    large = [size for size in sorted(subsets) if most is not None and size >= most]
-    return _spaced(_asked(subsets[large[0]] if large else _only(data, stem), kind, own), most)
+        if (size := p.stem.rpartition("_sub")[2]).isdigit()
+    )
+    large = [file for size, file in subsets if most is not None and size >= most]
+    return _spaced(_asked(large[0] if large else _only(data, stem), kind, own), most)
 
 
 def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:

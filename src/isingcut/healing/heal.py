@@ -30,7 +30,6 @@ from isingcut.files.documents.scores import (
     PairScores,
     PatchScores,
 )
-from isingcut.files.documents.states import PatchRecord
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_changed
@@ -227,11 +226,16 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         patched = work / "patched"
 
         def make() -> PatchScores:
-            found = _patch(job, patched)
-            scored = PatchScores(**found.content())
-            if found.cuts:
-                scored.scores = _scores(job, patched, text.report)
-            return scored
+            shutil.rmtree(patched, ignore_errors=True)
+            try:
+                found = PatchScores(**patch_checkpoint(job, patched).content())
+            except (*CANNOT, VerificationError) as e:
+                shutil.rmtree(patched, ignore_errors=True)
+                if config.patch is not None:
+                    raise
+                return PatchScores(**unpatched(job.removed, e).content())
+            found.scores = _scores(job, patched, text.report)
+            return found
 
         if main:
             found = keep_result(work / "patched.json", PatchScores, make)
@@ -277,23 +281,6 @@ def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
     parts = kept_parts(student)
     patched = parts is not None and parts.patch is not None and parts.patch.cuts
     return "patched" if patched else "cut"
-
-
-def _patch(job: Job, out: Path) -> PatchRecord:
-    """Patch into ``out``; where that cannot be, and the options do not name it, say why.
-
-    Raises:
-        ArchitectureError, FitError: `--patch linear` was given, and no cut can be patched.
-        VerificationError: the same, and the checkpoint is not exactly the cut.
-    """
-    shutil.rmtree(out, ignore_errors=True)
-    try:
-        return patch_checkpoint(job, out)
-    except (*CANNOT, VerificationError) as e:
-        shutil.rmtree(out, ignore_errors=True)
-        if job.config.patch is not None:
-            raise
-        return unpatched(job.removed, e)
 
 
 def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
