@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +42,7 @@ from isingcut.testing.tiny import tiny_model
 __all__ = ["healed", "models"]
 
 
-def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models: Path, healed: Path) -> None:
+def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     found = read_json(healed / "healing.json", "healing")
     assert [s["step"] for s in found["steps"]] == [1, 2, 3, 4]
     assert found["steps"][-1]["tokens"] == found["tokens_seen"] == 4 * 4 * 31
@@ -58,7 +57,7 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models: Path, hea
     assert len(find_stack(loaded.model)) == 4
 
 
-def test_the_first_loss_is_the_divergence_of_the_cut_model(models: Path, tmp_path: Path) -> None:
+def test_the_first_loss_is_the_divergence_of_the_cut_model(models, tmp_path):
     text = build(
         str(models / "text.jsonl"),
         load(models / "teacher").tokenizer,
@@ -79,9 +78,7 @@ def test_the_first_loss_is_the_divergence_of_the_cut_model(models: Path, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "last:2"])
-def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
-    models: Path, healed: Path, tmp_path: Path, method: str
-) -> None:
+def test_a_killed_healing_resumes_to_the_same_curve_and_weights(models, healed, tmp_path, method):
     whole = healed if method == "full" else heal(options(models, tmp_path / "a", method=method))
     config = options(models, tmp_path / "b", method=method)
     with pytest.raises(Killed):
@@ -97,7 +94,7 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
         assert pair[0] == pair[1], name
 
 
-def test_the_last_blocks_and_the_head_alone_are_trained(models: Path, tmp_path: Path) -> None:
+def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="last:1"))
     found = read_json(out / "healing.json", "healing")
     assert found["after"]["kl"] < found["before"]["kl"]
@@ -110,7 +107,7 @@ def test_the_last_blocks_and_the_head_alone_are_trained(models: Path, tmp_path: 
     assert found["trained_parameters"] == total
 
 
-def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last() -> None:
+def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last():
     model = tiny_model("gemma2")
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.requires_grad_(False)
@@ -123,7 +120,7 @@ def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last() -> Non
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_conversations_learn_the_same_in_any_micro_batches(models: Path, tmp_path: Path) -> None:
+def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
     lines = [
         {"messages": [{"role": "user", "content": "cold river " * (1 + i % 5) + str(i)}]}
         for i in range(40)
@@ -143,19 +140,19 @@ def test_conversations_learn_the_same_in_any_micro_batches(models: Path, tmp_pat
 
 
 def test_activations_are_recomputed_where_one_sample_leaves_no_room(
-    models: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    models, healed, tmp_path, monkeypatch
+):
     plans: list[HealingMemory] = []
     real = memory.plan_memory
 
-    def noted(*given: Any, **rest: Any) -> HealingMemory:
+    def noted(*given, **rest):
         plans.append(real(*given, **rest))
         return plans[-1]
 
     monkeypatch.setattr(train, "plan_memory", noted)
     settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 3e-3}
 
-    def planned(name: str, **more: Any) -> Path:
+    def planned(name, **more):
         file = trainer_file(tmp_path / name, {**settings, **more})
         return heal(options(models, tmp_path / name, trainer=file))
 
@@ -169,7 +166,7 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_lora_is_merged_into_a_plain_checkpoint(models: Path, tmp_path: Path) -> None:
+def test_lora_is_merged_into_a_plain_checkpoint(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="lora:4"))
     found = read_json(out / "healing.json", "healing")
     assert found["after"]["kl"] < found["before"]["kl"]
@@ -179,7 +176,7 @@ def test_lora_is_merged_into_a_plain_checkpoint(models: Path, tmp_path: Path) ->
     assert found["trained_parameters"] < total
 
 
-def test_training_in_half_precision(models: Path, tmp_path: Path) -> None:
+def test_training_in_half_precision(models, tmp_path):
     half = load(models / "student", dtype="bfloat16", device="cpu")
     half.model.save_pretrained(tmp_path / "half")
     for name in ("isingcut.json", "tokenizer.json", "tokenizer_config.json"):
@@ -193,14 +190,14 @@ def test_training_in_half_precision(models: Path, tmp_path: Path) -> None:
     assert found["after"]["kl"] < found["before"]["kl"]
 
 
-def test_further_training_arguments(models: Path, tmp_path: Path) -> None:
+def test_further_training_arguments(models, tmp_path):
     heal(options(models, tmp_path / "out", {"max_steps": 1, "adam_beta2": 0.95}))
 
 
 ONCE = {"max_steps": 1}
 
 
-def test_patch_and_distillation_together(models: Path, tmp_path: Path) -> None:
+def test_patch_and_distillation_together(models, tmp_path):
     out = heal(options(models, tmp_path / "out", {"max_steps": 2}, patch="linear"))
     found = read_json(out / "healing.json", "healing")
     assert found["patch"]["scores"]["kl"] < found["before"]["kl"]
@@ -211,7 +208,7 @@ def test_patch_and_distillation_together(models: Path, tmp_path: Path) -> None:
     assert other["steps"] == []
 
 
-def test_the_patch_is_the_default_once(models: Path, tmp_path: Path) -> None:
+def test_the_patch_is_the_default_once(models, tmp_path):
     default: dict[str, Any] = {"patch": None, "method": "none"}
     out = heal(options(models, tmp_path / "out", **default))
     found = read_json(out / "healing.json", "healing")
@@ -226,7 +223,7 @@ def test_the_patch_is_the_default_once(models: Path, tmp_path: Path) -> None:
     assert "patch" not in further
 
 
-def test_where_nothing_can_be_patched_healing_goes_on(models: Path, tmp_path: Path) -> None:
+def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     headless = tmp_path / "headless"
     record = json.dumps({"removed": [0], "of": 6})
     excise(models / "teacher", [0], headless, extra_files={"isingcut.json": record})
@@ -243,9 +240,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models: Path, tmp_path: Pa
             heal(options(models, tmp_path / "no", **given, **asked))
 
 
-def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(
-    models: Path, tmp_path: Path
-) -> None:
+def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(models, tmp_path):
     student = tmp_path / "trained"
     trained = load(models / "student", dtype="float32", device="cpu")
     with torch.no_grad():
@@ -259,9 +254,7 @@ def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(
     assert "logits" in found["unpatched"][0]["reason"]
 
 
-def test_a_cut_by_another_tool_is_recognised_by_its_weights(
-    models: Path, healed: Path, tmp_path: Path
-) -> None:
+def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_path):
     foreign = tmp_path / "foreign"
     shutil.copytree(models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json"))
     out = heal(options(models, tmp_path / "out", student=str(foreign)))
@@ -272,7 +265,7 @@ def test_a_cut_by_another_tool_is_recognised_by_its_weights(
     assert read_json(again / "healing.json", "healing")["removed"] == [2, 3]
 
 
-def test_other_weights_are_not_taken_for_a_cut(models: Path, tmp_path: Path) -> None:
+def test_other_weights_are_not_taken_for_a_cut(models, tmp_path):
     merged = load(models / "student", dtype="float32", device="cpu")
     with torch.no_grad():
         next(iter(merged.model.get_submodule("model.layers.2").parameters())).mul_(1.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,21 +22,21 @@ from isingcut.runs.healing_options import heal_config
 __all__ = ["models"]
 
 
-def bought(folder: Path) -> dict[str, Any]:
+def bought(folder):
     found: dict[str, Any] = read_json(folder / "healing.json", "healing")["recipe"]
     return found
 
 
-def spending(models: Path, out: Path, effort: str, **changes: Any) -> HealConfig:
+def spending(models, out, effort, **changes):
     return options(models, out, effort=effort, **{"length": 64, "trainer": "", **changes})
 
 
-def four(out: Path, **more: Any) -> str:
+def four(out, **more):
     """A trainer file of four sequences a step."""
     return trainer_file(out, {"per_device_train_batch_size": 4, "save_steps": 2, **more})
 
 
-def test_small_budgets_make_many_small_steps(tmp_path: Path) -> None:
+def test_small_budgets_make_many_small_steps(tmp_path):
     steps = []
     for tokens in (20_000, 80_000, 1_300_000, 50_000_000):
         batch, length, rate = recipe.sizes(HealConfig(), tokens, width=576)
@@ -53,7 +52,7 @@ def test_small_budgets_make_many_small_steps(tmp_path: Path) -> None:
     assert recipe.sizes(HealConfig(), 20_000, width=576, processes=3)[0] == 3
 
 
-def test_samples_are_cut_into_pieces_that_begin_as_they_do() -> None:
+def test_samples_are_cut_into_pieces_that_begin_as_they_do():
     whole = TokenSet.from_rows([[7, *range(10, 19)], [7, 30, 31, 32, 33]], parts=["a", "b"])
     found = pieces(whole, 5)
     rows = [ids[m].tolist() for ids, m in zip(found.input_ids, found.mask, strict=True)]
@@ -65,7 +64,7 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do() -> None:
     assert other.input_ids.tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
-def test_a_budget_in_tokens_is_spent(models: Path, tmp_path: Path) -> None:
+def test_a_budget_in_tokens_is_spent(models, tmp_path):
     out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=four(tmp_path)))
     found = bought(out)
     assert (found["steps"], found["batch"], found["length"]) == (5, 4, 64)
@@ -78,9 +77,7 @@ def test_a_budget_in_tokens_is_spent(models: Path, tmp_path: Path) -> None:
     assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
 
 
-def test_a_time_is_turned_into_steps_once(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
     # A step takes 0.6 seconds, and each of its tokens 5 milliseconds.
     times = [(64, 9.0), (64, 0.92), (64, 0.95), (512, 9.0), (512, 3.2), (512, 3.16)]
     monkeypatch.setattr(train, "step_times", lambda job: times)
@@ -102,7 +99,7 @@ def test_a_time_is_turned_into_steps_once(
     assert stored(tmp_path / "b") == stored(whole)
 
 
-def test_the_clock_is_read_on_real_steps(models: Path, tmp_path: Path) -> None:
+def test_the_clock_is_read_on_real_steps(models, tmp_path):
     # The text ends long before this time does, on any machine.
     out = heal(spending(models, tmp_path / "out", "2h"))
     found = bought(out)
@@ -112,7 +109,7 @@ def test_the_clock_is_read_on_real_steps(models: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_runs_budget_is_that_of_its_healing() -> None:
+def test_a_runs_budget_is_that_of_its_healing():
     config = RunConfig(model="m", remove="2")
     assert (config.heal, config.replace(heal=True).heal) == ("", "all")
     assert RunConfig(heal=False) == RunConfig()  # type: ignore[arg-type]
@@ -133,7 +130,7 @@ def test_a_runs_budget_is_that_of_its_healing() -> None:
         (["--heal=9"], "--heal: '9': expected a time"),
     ],
 )
-def test_a_switch_may_have_a_budget_behind_it(words: list[str], line: str, tmp_path: Path) -> None:
+def test_a_switch_may_have_a_budget_behind_it(words, line, tmp_path):
     model, rest = str(tmp_path / "gone"), ["--remove", "2", "--out", str(tmp_path / "o")]
     for command in (["run", model, *rest, *words], ["run", *rest, *words, model]):
         done = CliRunner().invoke(app, command)

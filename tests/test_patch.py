@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.healing.job import Job
 from isingcut.healing.patch import linear
 from isingcut.healing.patch.checkpoint import patch_checkpoint
-from isingcut.healing.patch.files import Patch, apply_patches, runs
-from isingcut.healing.patch.linear import Moments, RidgeFit, bytes_of, fit_patches, fit_ridge
+from isingcut.healing.patch.files import apply_patches, runs
+from isingcut.healing.patch.linear import Moments, bytes_of, fit_patches, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
@@ -32,14 +29,14 @@ from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from patching import fitted, streams, tokens, watched
 
 
-def test_runs_are_maximal() -> None:
+def test_runs_are_maximal():
     assert runs([9, 4, 5, 7, 6, 0]) == [(0, 0), (4, 7), (9, 9)]
 
 
-def test_ridge_solution_is_that_of_the_augmented_least_squares_problem() -> None:
+def test_ridge_solution_is_that_of_the_augmented_least_squares_problem():
     generator = torch.Generator().manual_seed(1)
 
-    def normal(*shape: int) -> Tensor:
+    def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     x, weights = normal(60, 5), torch.rand(60, generator=generator, dtype=torch.float64) + 0.1
@@ -57,7 +54,7 @@ def test_ridge_solution_is_that_of_the_augmented_least_squares_problem() -> None
     assert 0 < found.held_out < 1
 
 
-def test_useless_features_give_no_map() -> None:
+def test_useless_features_give_no_map():
     generator = torch.Generator().manual_seed(2)
     sides = []
     for _ in range(2):
@@ -71,7 +68,7 @@ def test_useless_features_give_no_map() -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_one_cut_solves_its_least_squares_problem(reads: bool) -> None:
+def test_one_cut_solves_its_least_squares_problem(reads):
     model, text, removed = tiny_model("llama"), tokens(), [2, 3]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     (patch,) = fitted(model, removed, text, reads=reads)
@@ -96,7 +93,7 @@ def test_one_cut_solves_its_least_squares_problem(reads: bool) -> None:
     torch.testing.assert_close(patch.weight, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_later_cuts_are_fitted_on_the_model_patched_so_far() -> None:
+def test_later_cuts_are_fitted_on_the_model_patched_so_far():
     model, text = tiny_model("llama"), tokens()
     first, second = fitted(model, [1, 4], text)
     stack = find_stack(model)
@@ -118,14 +115,14 @@ def test_later_cuts_are_fitted_on_the_model_patched_so_far() -> None:
     torch.testing.assert_close(left.T @ x, ridge * change, rtol=1e-3, atol=1e-3)
 
 
-def test_a_patch_brings_unseen_text_closer() -> None:
+def test_a_patch_brings_unseen_text_closer():
     model, removed = tiny_model("llama"), [2, 4]
     unseen = tokens(4, seed=5)
     patches = fitted(model, removed, tokens(64))
     stack = find_stack(model)
     target = streams(model, unseen, 5)
 
-    def distance(with_patches: Sequence[Patch]) -> float:
+    def distance(with_patches):
         with (
             apply_patches(stack_modules(model, stack), with_patches),
             skipped(model, stack, removed),
@@ -138,7 +135,7 @@ def test_a_patch_brings_unseen_text_closer() -> None:
     assert distance(patches) < 0.9 * distance([])
 
 
-def test_padding_has_no_say() -> None:
+def test_padding_has_no_say():
     model, text = tiny_model("llama"), tokens()
     other = TokenSet(text.input_ids.masked_fill(~text.mask, 99), text.mask, text.index)
     (one,), (two,) = (fitted(model, [3], t) for t in (text, other))
@@ -152,9 +149,7 @@ def test_padding_has_no_say() -> None:
         ([0, 2], "^no cut can absorb a patch; block 0: block 0 is .*; block 2: block 1 .* shared"),
     ],
 )
-def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(
-    removed: list[int], reason: str
-) -> None:
+def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(removed, reason):
     model: Any = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
@@ -163,12 +158,12 @@ def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(
         fitted(model, removed, tokens())
 
 
-def test_a_single_sample_is_refused() -> None:
+def test_a_single_sample_is_refused():
     with pytest.raises(InputError, match="at least two samples"):
         fitted(tiny_model("llama"), [3], tokens(1))
 
 
-def job_of(folder: Path, family: str, removed: tuple[int, ...], **options: Any) -> Job:
+def job_of(folder, family, removed, **options):
     source = tiny_checkpoint(family, folder / "source", **options)
     excise(source, removed, folder / "cut")
     return Job(
@@ -181,7 +176,7 @@ def job_of(folder: Path, family: str, removed: tuple[int, ...], **options: Any) 
     )
 
 
-def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path: Path) -> None:
+def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path):
     job = job_of(tmp_path, "llama", (0, 1, 4))
     record = patch_checkpoint(job, tmp_path / "patched")
     assert [c.removed for c in record.cuts] == [[4, 4]]
@@ -190,12 +185,10 @@ def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path: Path) 
     assert left.reason.startswith("block 0 is removed, so that nothing stands before")
 
 
-def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
     model, calls = tiny_model("llama"), []
 
-    def first_fails(fit: Moments, held_out: Moments) -> RidgeFit | None:
+    def first_fails(fit, held_out):
         calls.append(fit)
         if len(calls) == 1:
             return None
@@ -224,8 +217,8 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(
 
 @pytest.mark.parametrize(("family", "again"), [("llama", 0), ("gemma2", 1)])
 def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
-    family: str, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    family, again, tmp_path, monkeypatch
+):
     removed = (0, 2, 3)
     job = job_of(tmp_path, family, removed)
     expected = patch_checkpoint(job, tmp_path / "in-memory")
@@ -248,14 +241,14 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
 
 
 def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     job = job_of(tmp_path, "llama", (2, 3))
     name = "model.layers.1.mlp.down_proj.weight"
     width = job.teacher.model.config.hidden_size
     before = job.teacher.model.get_parameter(name).detach().double()
 
-    def outside_row_space(folder: Path) -> float:
+    def outside_row_space(folder):
         weight = load_file(folder / "model.safetensors")[name].double()
         return float((weight - weight @ torch.linalg.pinv(before) @ before).abs().max())
 
@@ -269,9 +262,7 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
     assert outside_row_space(tmp_path / "writes") < 1e-5
 
 
-def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(tmp_path, monkeypatch):
     source = tiny_checkpoint("llama", tmp_path / "source")
     teacher, replay = load_streamed(source, dtype="float32", device="cpu")
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
@@ -284,9 +275,7 @@ def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(
     "family",
     ["llama", "gpt2", "gpt_neox", "nemotron_h", "gemma3", "olmo2", "qwen3_moe", "gpt_oss", "rwkv"],
 )
-def test_the_written_checkpoint_is_plain_and_computes_the_patch(
-    family: str, tmp_path: Path
-) -> None:
+def test_the_written_checkpoint_is_plain_and_computes_the_patch(family, tmp_path):
     from isingcut.models.checkpoint.read import read_checkpoint
 
     removed = (3,) if family == "nemotron_h" else (2, 3)
@@ -299,7 +288,7 @@ def test_the_written_checkpoint_is_plain_and_computes_the_patch(
         n: (t.shape, t.dtype) for n, t in after.items()
     }
 
-    def data(t: Any) -> bytes:
+    def data(t):
         content: bytes = t.file.read_bytes()[t.start : t.start + t.size]
         return content
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.healing.patch import linear
-from isingcut.healing.patch.files import Patch, apply_patches
+from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
 from isingcut.healing.patch.linear import Moments
 from isingcut.models.architectures import find_stack, stack_modules
@@ -33,14 +30,14 @@ from patching import fitted, tokens
         ("mamba2", "mixer.out_proj"),
     ],
 )
-def test_families_that_absorb(family: str, path: str) -> None:
+def test_families_that_absorb(family, path):
     model, text = tiny_model(family), tokens(16)
     (patch,) = fitted(model, [3], text)
     assert patch.path == path
     assert block_error(model, [patch], 2, 3, text) < block_error(model, [], 2, 3, text)
 
 
-def test_the_scale_of_a_family_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scale_of_a_family_is_found(monkeypatch):
     monkeypatch.setitem(FAMILIES, "granite", {"head_dim": None, "residual_multiplier": 0.5})
     model = tiny_model("granite")
     stack = find_stack(model)
@@ -55,7 +52,7 @@ def test_the_scale_of_a_family_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert block_error(model, [patch], 2, 3, text) < block_error(model, [], 2, 3, text)
 
 
-def test_half_precision_does_not_hide_who_absorbs() -> None:
+def test_half_precision_does_not_hide_who_absorbs():
     model = tiny_model("llama").to(torch.bfloat16)
     # One channel of the stream far larger than the others, as in large models.
     model.get_input_embeddings().weight.data[:, 5] = 300.0
@@ -73,7 +70,7 @@ def test_half_precision_does_not_hide_who_absorbs() -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
-def test_half_precision_does_not_hide_gains(family: str) -> None:
+def test_half_precision_does_not_hide_gains(family):
     left = []
     for dtype in (torch.float32, torch.bfloat16):
         model: Any = tiny_model(family)
@@ -84,18 +81,18 @@ def test_half_precision_does_not_hide_gains(family: str) -> None:
     assert left[1] == pytest.approx(left[0], rel=0.03)
 
 
-def block_error(model: Any, patches: Sequence[Patch], p: int, last: int, text: TokenSet) -> float:
+def block_error(model, patches, p, last, text):
     """Weighted squares between the original's stream after a cut and that after block p."""
     found: dict[str, Tensor] = {}
     blocks = stack_modules(model, find_stack(model))
 
-    def keep(name: str) -> Any:
-        def hook(m: Any, args: Any, output: Any) -> None:
+    def keep(name):
+        def hook(m, args, output):
             found[name] = (output[0] if isinstance(output, tuple) else output).double()
 
         return hook
 
-    def run(name: str, block: int) -> None:
+    def run(name, block):
         handle = blocks[block].register_forward_hook(keep(name))
         with torch.no_grad():
             model(text.input_ids, use_cache=False)
@@ -124,8 +121,8 @@ APPROXIMATE = [
 @pytest.mark.parametrize("family", APPROXIMATE)
 @pytest.mark.parametrize("reads", [True, False])
 def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute(
-    family: str, reads: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    family, reads, monkeypatch
+):
     model, text = tiny_model(family), tokens(64)
     # The map of the rows to fit alone, whose error on the others the record tells.
     with monkeypatch.context() as only:
@@ -142,7 +139,7 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
     assert block_error(model, [patch], 1, 2, unseen) < block_error(model, [], 1, 2, unseen)
 
 
-def test_gains_are_those_of_the_norm_behind_the_layer() -> None:
+def test_gains_are_those_of_the_norm_behind_the_layer():
     model = tiny_model("olmo2")
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
@@ -160,25 +157,21 @@ def test_gains_are_those_of_the_norm_behind_the_layer() -> None:
     assert float(((found - expected) / expected).abs().median()) < 0.05
 
 
-def test_a_layer_behind_experts_that_leaves_nothing_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_layer_behind_experts_that_leaves_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(linear._Fitting, "_error", lambda *_: 1.0)
     reason = r"no map of block 1's mlp.down_proj or self_attn.o_proj is better than none"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("gemma2"), [2], tokens())
 
 
-def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
     monkeypatch.setattr(linear, "gained_writes", lambda *args: [])
     reason = r"block 1 \(attention\+moe\) cannot absorb a patch: no linear layer of it writes to"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("mixtral"), [2], tokens())
 
 
-def test_the_kit_shows_which_layer_absorbs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_kit_shows_which_layer_absorbs(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- patches -->\nold\n<!-- end of patches -->\nafter\n")
     assert patches.main(["nemotron_h", "qwen3_moe", "gemma4", "--docs", str(page)]) == 0
