@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -87,8 +86,7 @@ def flags_of(config):
 
 
 def curve(folder):
-    steps: list[dict[str, Any]] = read_json(folder / "healing.json", "healing")["steps"]
-    return steps
+    return read_json(folder / "healing.json", "healing")["steps"]
 
 
 @pytest.fixture(scope="module")

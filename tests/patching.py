@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.healing.patch.linear import _Fitting, fit_patches
@@ -37,7 +36,7 @@ def fitted(model, removed, text, *, reads=True):
 @contextmanager
 def watched(model, block, path):
     """Streams and the layer's input in an ordinary forward pass."""
-    found: dict[str, Tensor] = {}
+    found = {}
     module = model.model.layers[block]
 
     def inner(m, args, output):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from healings import (
 from isingcut.data.healing_text import build
 from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents.scores import HealingFile, HealingMemory
+from isingcut.files.documents.scores import HealingFile
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
@@ -142,7 +141,7 @@ def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
 def test_activations_are_recomputed_where_one_sample_leaves_no_room(
     models, healed, tmp_path, monkeypatch
 ):
-    plans: list[HealingMemory] = []
+    plans = []
     real = memory.plan_memory
 
     def noted(*given, **rest):
@@ -209,7 +208,7 @@ def test_patch_and_distillation_together(models, tmp_path):
 
 
 def test_the_patch_is_the_default_once(models, tmp_path):
-    default: dict[str, Any] = {"patch": None, "method": "none"}
+    default = {"patch": None, "method": "none"}
     out = heal(options(models, tmp_path / "out", **default))
     found = read_json(out / "healing.json", "healing")
     assert found["options"]["patch"] == "tuned"
@@ -227,7 +226,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     headless = tmp_path / "headless"
     record = json.dumps({"removed": [0], "of": 6})
     excise(models / "teacher", [0], headless, extra_files={"isingcut.json": record})
-    given: dict[str, Any] = {"training": ONCE, "student": str(headless)}
+    given = {"training": ONCE, "student": str(headless)}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = read_json(out / "healing.json", "healing")
     # This text is made of ten words, and its tokens are letters.

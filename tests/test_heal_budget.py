@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from typer.testing import CliRunner
 
@@ -23,8 +21,7 @@ __all__ = ["models"]
 
 
 def bought(folder):
-    found: dict[str, Any] = read_json(folder / "healing.json", "healing")["recipe"]
-    return found
+    return read_json(folder / "healing.json", "healing")["recipe"]
 
 
 def spending(models, out, effort, **changes):
@@ -112,7 +109,7 @@ def test_the_clock_is_read_on_real_steps(models, tmp_path):
 def test_a_runs_budget_is_that_of_its_healing():
     config = RunConfig(model="m", remove="2")
     assert (config.heal, config.replace(heal=True).heal) == ("", "all")
-    assert RunConfig(heal=False) == RunConfig()  # type: ignore[arg-type]
+    assert RunConfig(heal=False) == RunConfig()
     assert heal_config(config.replace(heal="10min")).effort == "10min"
     assert heal_config(config.replace(heal=True)).effort == ""
     with pytest.raises(InputError, match=r"--heal: 'soon': expected a time \(10min, 2h\), tokens"):

@@ -127,7 +127,7 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(models, tmp
 
 def _stopped(said, *arguments):
     say_into(said)
-    home.Domains = Stops  # type: ignore[misc]
+    home.Domains = Stops
     type_in(*arguments)
 
 
@@ -188,7 +188,7 @@ def _two_minds(config, dtypes, said):
     say_into(said)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     rank = os.environ["RANK"]
-    device._bfloat16_is_faster = lambda: rank == "0"  # type: ignore[assignment]
+    device._bfloat16_is_faster = lambda: rank == "0"
     torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
 
     def noted(folder, **options):
@@ -197,7 +197,7 @@ def _two_minds(config, dtypes, said):
             dtypes.with_suffix(f".{rank}").write_text(str(loaded.dtype))
         return loaded
 
-    home.load = noted  # type: ignore[assignment]
+    home.load = noted
     home.heal(config)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +71,7 @@ def test_chunks_of_the_vocabulary_change_nothing():
     results = []
     for elements in (1 << 20, 2 * 17):
         head, read = weight.clone().requires_grad_(), stream.clone().requires_grad_()
-        sizes: list[int] = []
+        sizes = []
 
         def student_head(h, head=head, sizes=sizes):
             sizes.append(len(h))
@@ -86,7 +85,7 @@ def test_chunks_of_the_vocabulary_change_nothing():
             chunk_elements=elements,
             vocabulary=17,
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         results.append((loss.detach(), head.grad, read.grad, sizes))
     torch.testing.assert_close(results[0][:3], results[1][:3])
     # None is computed again in the backward pass.
@@ -124,7 +123,7 @@ def test_the_loss_counts_real_predictions_only(family, parts):
     ],
 )
 def test_frozen_weights_are_narrowed_only_where_no_value_changes(method, family, changes, ends):
-    plain: Any = tiny_model(family, **changes)
+    plain = tiny_model(family, **changes)
     for parameter in plain.parameters():
         parameter.data = parameter.bfloat16().float()
     # One weight that bfloat16 cannot hold stays as it is.

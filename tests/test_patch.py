@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -150,7 +149,7 @@ def test_padding_has_no_say():
     ],
 )
 def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(removed, reason):
-    model: Any = tiny_model("llama")
+    model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
         layer.self_attn.o_proj.weight = model.model.layers[0].self_attn.o_proj.weight
@@ -224,7 +223,7 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     expected = patch_checkpoint(job, tmp_path / "in-memory")
     teacher, replay = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
     replay.store.buffers.keep_at_most(0)
-    read: list[Any] = []
+    read = []
     fill = StoredPart.fill
     monkeypatch.setattr(StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b)))
     stack = find_stack(teacher.model)

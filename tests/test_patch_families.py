@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from isingcut.errors import ArchitectureError
 from isingcut.healing.patch import linear
@@ -73,7 +70,7 @@ def test_half_precision_does_not_hide_who_absorbs():
 def test_half_precision_does_not_hide_gains(family):
     left = []
     for dtype in (torch.float32, torch.bfloat16):
-        model: Any = tiny_model(family)
+        model = tiny_model(family)
         # A stream so large that what is written to it is rounded to a few steps.
         model.get_input_embeddings().weight.data *= 40
         (patch,) = fitted(model.to(dtype), [2], tokens(64))
@@ -83,7 +80,7 @@ def test_half_precision_does_not_hide_gains(family):
 
 def block_error(model, patches, p, last, text):
     """Weighted squares between the original's stream after a cut and that after block p."""
-    found: dict[str, Tensor] = {}
+    found = {}
     blocks = stack_modules(model, find_stack(model))
 
     def keep(name):
@@ -143,7 +140,7 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
     model = tiny_model("olmo2")
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
-    block: Any = replay.blocks[1]
+    block = replay.blocks[1]
     with torch.no_grad():
         recording = replay.record(tokens(64).input_ids)
         entered = recording.block(0, recording.entered)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,8 +43,7 @@ def weights_of(checkpoint):
 
 
 def patch_of(checkpoint):
-    found: dict[str, Any] = read_json(checkpoint / "isingcut.json", "removal")["patch"]
-    return found
+    return read_json(checkpoint / "isingcut.json", "removal")["patch"]
 
 
 @pytest.fixture(scope="module")

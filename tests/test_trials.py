@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from healings import trainer_file
@@ -161,7 +159,7 @@ def test_a_small_budget_compares_nothing(folder, tried, monkeypatch):
     recipe = HealingRecipe(
         steps=10, batch=4, length=256, learning_rate=3e-4, tokens=10240, seconds=8.0, epochs=0.1
     )
-    given: list[tuple[HealingRecipe | None, int]] = []
+    given = []
 
     def train(session, few, removed, text, *rest):
         given.append((rest[-1], int(text.train.mask.sum(1).max())))
@@ -217,7 +215,7 @@ def test_what_a_search_began_with_is_not_measured_again(folder, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trials, "compare", compare)
-    pools: list[list[dict[str, Any]]] = []
+    pools = []
     monkeypatch.setattr(trials, "_trials", lambda *given: pools.append(given[-1]) or stop())
     given = {"heal": True, "heal_top": 3, "energy": "refined", "samples": 4, "rank_samples": 4}
     with pytest.raises(KeyboardInterrupt):
