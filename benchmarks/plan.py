@@ -16,7 +16,7 @@ from typing import Any
 
 from isingcut.data.calibration import build
 from isingcut.energies.pairwise import removals
-from isingcut.evaluation.measure_process import resident_peak
+from isingcut.evaluation.speed import resident_peak
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure

@@ -34,7 +34,7 @@ from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.search import Search, Target
-from isingcut.evaluation.measure_process import resident_peak
+from isingcut.evaluation.speed import resident_peak
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.tree import tree_nodes

@@ -20,6 +20,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.scores import Asked, score_states
 from isingcut.healing.heal import heal_checkpoint
+from isingcut.healing.job import Job
 from isingcut.models import load as models
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.healing import HealConfig
@@ -87,7 +88,8 @@ class RepairStudy(ModelStudy):
                 # Four samples are enough for the record; the judged texts say what it won.
                 text = dataclasses.replace(self.text, report=self.text.report.select(range(4)))
                 config = self._config(folder, stage, steps)
-                heal_checkpoint(config, self.original, list(removed), start, text, out)
+                job = Job(self.original, tuple(removed), start, text.train, out, config)
+                heal_checkpoint(job, text, out)
             record = read(out / "healing.json")
             found = {
                 "removed": list(removed),

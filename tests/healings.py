@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from isingcut.console.progress import Bar
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
@@ -24,7 +20,7 @@ REMOVED = (2, 3)
 WORDS = ["cold", "river", "ran", "below", "stone", "bridge", "while", "old", "farmers", "spoke"]
 
 
-def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
+def write_text(path, documents=60, seed=0):
     rng = np.random.default_rng(seed)
     lines = [
         json.dumps({"text": " ".join(rng.choice(WORDS, 12)) + f" {i}."}) for i in range(documents)
@@ -34,7 +30,7 @@ def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     """`teacher`, `student` (blocks 2 and 3 cut out) and `text.jsonl`."""
     folder = tmp_path_factory.mktemp("heal")
     teacher = tiny_checkpoint("llama", folder / "teacher")
@@ -53,7 +49,7 @@ TRAINING = {
 }
 
 
-def trainer_file(out: Path, settings: dict[str, Any]) -> str:
+def trainer_file(out, settings):
     """A file for `--trainer` beside an output."""
     file = out.parent / "trainer" / f"{out.name}.yaml"
     file.parent.mkdir(exist_ok=True)
@@ -61,9 +57,7 @@ def trainer_file(out: Path, settings: dict[str, Any]) -> str:
     return str(file)
 
 
-def options(
-    models: Path, out: Path, training: dict[str, Any] | None = None, **changes: Any
-) -> HealConfig:
+def options(models, out, training=None, **changes):
     """Options of a short healing.
 
     Args:
@@ -85,19 +79,18 @@ def options(
     return options_from(HealConfig, {**base, **changes}, "test")
 
 
-def flags_of(config: HealConfig) -> list[str]:
+def flags_of(config):
     """The same options, but for the student, as one types them."""
     typed = {k: v for k, v in vars(config).items() if v not in (None, False, "") and k != "student"}
     return [f"--{k.replace('_', '-')}={v}" for k, v in typed.items()]
 
 
-def curve(folder: Path) -> list[dict[str, Any]]:
-    steps: list[dict[str, Any]] = read_json(folder / "healing.json", "healing")["steps"]
-    return steps
+def curve(folder):
+    return read_json(folder / "healing.json", "healing")["steps"]
 
 
 @pytest.fixture(scope="module")
-def healed(models: Path) -> Path:
+def healed(models):
     return heal(options(models, models / "healed"))
 
 
@@ -105,15 +98,15 @@ class Killed(Exception):
     pass
 
 
-def killing(after: int) -> Callable[..., Any]:
+def killing(after):
     """A progress that raises when the training has made so many steps."""
 
     @contextlib.contextmanager
-    def progress(description: str, total: float) -> Iterator[Bar]:
+    def progress(description, total):
         class _Bar:
             done = 0.0
 
-            def advance(self, steps: float = 1, note: str = "") -> None:
+            def advance(self, steps=1, note=""):
                 self.done += steps
                 if description.startswith("healing") and self.done >= after:
                     raise Killed
@@ -123,10 +116,10 @@ def killing(after: int) -> Callable[..., Any]:
     return progress
 
 
-def stored(folder: Path) -> dict[str, bytes]:
+def stored(folder):
     found = read_checkpoint(folder).items()
     return {n: t.file.read_bytes()[t.start : t.start + t.size] for n, t in found}
 
 
-def shapes(folder: Path) -> dict[str, Any]:
+def shapes(folder):
     return {n: (t.shape, t.dtype) for n, t in read_checkpoint(folder).items()}

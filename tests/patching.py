@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
-from isingcut.healing.patch.files import Patch
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
 
 
-def tokens(samples: int = 12, length: int = 24, seed: int = 0) -> TokenSet:
+def tokens(samples=12, length=24, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(8, 262, (samples, length), generator=generator).tolist()
     return TokenSet.from_rows([row[: length - 3 * (i % 3)] for i, row in enumerate(rows)])
 
 
-def fitted(
-    model: Any, removed: Sequence[int], text: TokenSet, *, reads: bool = True
-) -> list[Patch]:
+def fitted(model, removed, text, *, reads=True):
     """Patches of what a layer reads, or of what it writes, as where memory is short."""
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
-    with mock.patch.object(_Fitting, "_reads_for", return_value=reads):
+
+    def chosen(fitting, writes):
+        for write in writes:
+            write.reads = reads
+
+    with mock.patch.object(_Fitting, "_choose_maps", chosen):
         return fit_patches(replay, stack.kinds, text, removed, Work(96)).patches
 
 
 @contextmanager
-def watched(model: Any, block: int, path: str) -> Iterator[dict[str, Tensor]]:
+def watched(model, block, path):
     """Streams and the layer's input in an ordinary forward pass."""
-    found: dict[str, Tensor] = {}
+    found = {}
     module = model.model.layers[block]
 
-    def inner(m: Any, args: Any, output: Any) -> None:
+    def inner(m, args, output):
         found["read"], found["written"] = args[0].double(), output.double()
 
-    def outer(m: Any, args: Any, output: Any) -> None:
+    def outer(m, args, output):
         found["stream"] = (output[0] if isinstance(output, tuple) else output).double()
 
     handles = [
@@ -57,7 +56,7 @@ def watched(model: Any, block: int, path: str) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def streams(model: Any, text: TokenSet, block: int) -> Tensor:
+def streams(model, text, block):
     """What leaves a block of the intact model, (tokens, D), real tokens only."""
     with watched(model, block, "mlp.down_proj") as found, torch.no_grad():
         model(text.input_ids, use_cache=False)

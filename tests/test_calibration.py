@@ -86,7 +86,7 @@ def test_one_long_document_is_split_by_ranges(tmp_path, tokenizer):
 def test_documents_that_would_have_to_be_shared_are_too_few(tmp_path, tokenizer):
     records = [{"text": str(i) * 45} for i in range(4)]
     message = refused(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short")
-    assert "found 180 in 4 documents (the three splits may not share a document)" in message
+    assert "no document may be in two splits, found 7;" in message
 
 
 # bad files ----------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_exactly_enough_text_is_enough(tmp_path, tokenizer):
     file.write_text("x" * 160, encoding="utf-8")
     assert build(str(file), tokenizer, **SIZES).splits["energy"].tokens == 5 * 15
     file.write_text("x" * 159, encoding="utf-8")
-    refused(str(file), tokenizer, "need 160 tokens, found 159")
+    refused(str(file), tokenizer, "samples of 16 tokens were asked for, found 9;")
 
 
 def test_counts_and_length_are_checked(tokenizer):

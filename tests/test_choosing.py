@@ -8,8 +8,8 @@ import pytest
 
 import isingcut
 from isingcut.errors import InputError
-from isingcut.evaluation import choosing
-from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half, looks
+from isingcut.evaluation import benchmark as choosing
+from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.questions import prepare_task, question_key
 from isingcut.evaluation.scores import Asked, score
 from isingcut.files.documents.states import ByTasks
@@ -219,7 +219,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
 def test_a_killed_choice_goes_on_from_what_was_scored(
     llama, text, questions, tmp_path, monkeypatch
 ):
-    from isingcut.evaluation import likelihoods
+    from isingcut.evaluation import answers as likelihoods
     from isingcut.runs import benchmarking
 
     more = questions.with_name("more.jsonl")
@@ -239,7 +239,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         with monkeypatch.context() as patch:
             if len(calls) == 3:
                 # What was answered is not asked again.
-                patch.setattr("isingcut.evaluation.likelihoods._scores", None)
+                patch.setattr("isingcut.evaluation.answers._scores", None)
             return whole(model, task, *given, **rest)
 
     def noted(*given):
@@ -278,15 +278,10 @@ def test_options_that_do_not_go_together(options, said):
         RunConfig(model="m", remove="2", **options).validate()
 
 
-def test_what_cannot_be_asked(questions, tmp_path):
-    config = RunConfig(model="m", remove="2", choose="tasks", tasks="missing.jsonl")
-    with pytest.raises(InputError, match=r"missing\.jsonl"):
-        check_asked(config)
-    (tmp_path / "bad.jsonl").write_text('{"context": "a", "choices": ["b"], "answer": 0}')
-    with pytest.raises(InputError, match="2 to 64 'choices'"):
-        check_asked(config.replace(tasks=str(tmp_path / "bad.jsonl")))
+def test_what_cannot_be_asked(questions):
+    config = RunConfig(model="m", remove="2..3", tasks=str(questions))
     with pytest.raises(InputError, match="a range cuts none"):
-        check_asked(config.replace(choose="measured", remove="2..3", tasks=str(questions)))
+        check_asked(config)
 
 
 def test_a_streamed_model_answers_alike(llama, text, questions, tmp_path):

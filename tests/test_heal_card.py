@@ -15,7 +15,9 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.healing.job import Job
 from isingcut.healing.removed import removal_by_weights
-from isingcut.healing.training import loss, memory, train
+from isingcut.healing.training import batches as memory
+from isingcut.healing.training import student as loss
+from isingcut.healing.training import train
 from isingcut.models.cutting.sharing import share
 from isingcut.models.load import load
 from isingcut.models.processes import Processes

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from healings import Killed, curve, flags_of, killing, models, options, stored
+from healings import Killed, curve, flags_of, healed, killing, models, options, stored
 from isingcut.data.tokens import TokenSet
-from isingcut.files.documents.scores import HealingFile
+from isingcut.files.documents.scores import HealingCheck, HealingFile, HealingStop
 from isingcut.files.writing import read_document, read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
-from isingcut.healing.judging import Domains, Race, Verdict, difference
-from isingcut.healing.training.train import loss_at_the_end
+from isingcut.healing.job import Domains, Race, difference
+from isingcut.models.load import load
 from isingcut.report.words import healing_warnings, sentence
 from ranks import join, launch, say_into, type_in
 
-__all__ = ["models"]
+__all__ = ["healed", "models"]
 
 EIGHT = {"max_steps": 8}
 TEXT = TokenSet.from_rows([[1] * 11] * 8, parts=["a", "b"] * 4)
 
 
-def check(step: int, a: float, b: float, noise: float = 0.0) -> dict[str, Any]:
+def check(step, a, b, noise=0.0):
     """KL a and b on the two parts; the first samples of both are above the last by the noise."""
     each = np.repeat(np.array([1, 1, -1, -1]) * noise, 2)
-    return {"step": step, "kl_sums": (10 * (np.tile([a, b], 4) + each)).tolist()}
+    return HealingCheck(step=step, kl_sums=(10 * (np.tile([a, b], 4) + each)).tolist())
 
 
-def test_a_difference_is_paired() -> None:
+def test_a_difference_is_paired():
     counts = np.full(8, 10)
-    mean, error = difference(check(0, 1, 1, 9)["kl_sums"], check(0, 2, 2, 9)["kl_sums"], counts)
+    mean, error = difference(check(0, 1, 1, 9).kl_sums, check(0, 2, 2, 9).kl_sums, counts)
     assert (mean, error) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-12))
-    mean, error = difference(check(0, 1, 1)["kl_sums"], check(0, 1, 1, 2)["kl_sums"], counts)
+    mean, error = difference(check(0, 1, 1).kl_sums, check(0, 1, 1, 2).kl_sums, counts)
     assert error == pytest.approx(2 / np.sqrt(7))
 
 
-def test_a_part_that_gets_worse_ends_a_healing() -> None:
+def test_a_part_that_gets_worse_ends_a_healing():
     judge = Domains(TEXT)
     start, better = check(0, 1, 1), check(5, 0.5, 0.9)
     found = judge.verdict([start, better, check(10, 0.2, 1.2)])
@@ -63,11 +63,11 @@ def test_a_part_that_gets_worse_ends_a_healing() -> None:
     assert "are kept: the model got worse" in whole.why
 
 
-def test_a_candidate_far_behind_is_dropped() -> None:
+def test_a_candidate_far_behind_is_dropped():
     leader = [check(0, 1, 1), check(5, 0.5, 0.5, 1), check(10, 0.3, 0.3)]
     behind, near = [check(0, 2, 2), check(5, 0.9, 0.9, 1)], [check(5, 0.6, 0.5, 2)]
     found = Race(TEXT, leader).verdict(behind)
-    assert found == Verdict("behind by 0.4000 ± 0.0000 nats at step 5")
+    assert found == HealingStop(why="behind by 0.4000 ± 0.0000 nats at step 5", kept=None)
     assert Race(TEXT, leader).verdict(behind[:1]) is None
     assert Race(TEXT, leader).verdict(near) is None
     assert Race(TEXT, leader).verdict([check(7, 9, 9)]) is None
@@ -77,12 +77,12 @@ def test_a_candidate_far_behind_is_dropped() -> None:
 class Stops(Domains):
     """Ends every training at its third check."""
 
-    def verdict(self, checks: Sequence[Mapping[str, Any]]) -> Verdict | None:
-        assert [c["step"] for c in checks] == [0, 2, 4, 6][: len(checks)]
-        return Verdict("enough", 2) if len(checks) == 3 else None
+    def verdict(self, checks):
+        assert [c.step for c in checks] == [0, 2, 4, 6][: len(checks)]
+        return HealingStop(why="enough", kept=2) if len(checks) == 3 else None
 
 
-def test_checks_are_the_divergence_on_text_held_out(models: Path, tmp_path: Path) -> None:
+def test_checks_are_the_divergence_on_text_held_out(models, tmp_path):
     out = heal(options(models, tmp_path / "out"))
     found = read_json(out / "healing.json", "healing")
     assert [c["step"] for c in found["checks"]] == [0, 2, 4]
@@ -92,9 +92,7 @@ def test_checks_are_the_divergence_on_text_held_out(models: Path, tmp_path: Path
     assert "stopped" not in found
 
 
-def test_the_weights_of_the_check_before_are_kept(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_weights_of_the_check_before_are_kept(models, tmp_path, monkeypatch):
     monkeypatch.setattr(home, "Domains", Stops)
     out = heal(options(models, tmp_path / "out", EIGHT))
     found = read_json(out / "healing.json", "healing")
@@ -115,11 +113,9 @@ def test_the_weights_of_the_check_before_are_kept(
         assert stored(Path(config.out)) == stored(out)
 
 
-def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(models, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Stops, "verdict", lambda self, checks: Verdict("no", 0) if checks[2:] else None
+        Stops, "verdict", lambda self, checks: HealingStop(why="no", kept=0) if checks[2:] else None
     )
     monkeypatch.setattr(home, "Domains", Stops)
     out = heal(options(models, tmp_path / "out", EIGHT))
@@ -129,22 +125,13 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
     assert found["after"]["kl"] == found["before"]["kl"]
 
 
-def test_the_last_loss_is_foretold_by_a_power_law() -> None:
-    losses = [9.0, *(2.0 * step**-0.25 for step in range(2, 41))]
-    assert loss_at_the_end(losses[:7], 40) is None
-    assert loss_at_the_end(losses[:15], 80) is None
-    # The first step, of the warm-up, has no say.
-    assert loss_at_the_end(losses[:10], 40) == pytest.approx(losses[-1])
-    assert loss_at_the_end([1.0, 1.0, *range(2, 12)], 20) is None
-
-
-def _stopped(said: Path, *arguments: object) -> None:
+def _stopped(said, *arguments):
     say_into(said)
-    home.Domains = Stops  # type: ignore[misc]
+    home.Domains = Stops
     type_in(*arguments)
 
 
-def test_two_processes_stop_together(models: Path, tmp_path: Path) -> None:
+def test_two_processes_stop_together(models, tmp_path):
     config = options(models, tmp_path / "out", {**EIGHT, "per_device_train_batch_size": 1})
     flags = flags_of(config)
     said = tmp_path / "said"
@@ -154,3 +141,70 @@ def test_two_processes_stop_together(models: Path, tmp_path: Path) -> None:
     assert (found["processes"], found["stopped"]["kept"]) == (2, 2)
     kl = sum(found["checks"][1]["kl_sums"]) / found["report_tokens"]
     assert found["after"]["kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def _types(said, *arguments):
+    """The command line, in one of the processes of a launcher."""
+    say_into(said)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    type_in(*arguments)
+
+
+def test_two_processes_train_as_one_does(models, healed, tmp_path):
+    """Same global batch, half of it in each of two gloo processes."""
+    config = options(models, tmp_path / "out", {"per_device_train_batch_size": 1})
+    flags = flags_of(config)
+    said = tmp_path / "said"
+    ranks, _store = launch(2, _types, said, "--debug", "heal", config.student, *flags)
+    assert join(ranks) == [0, 0], said.read_text()
+    found = read_json(tmp_path / "out" / "healing.json", "healing")
+    assert found["processes"] == 2
+    for mine, theirs in zip(found["steps"], curve(healed), strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    one, two = (load(f, dtype="float32").model.state_dict() for f in (healed, tmp_path / "out"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_patch_as_one_does(models, tmp_path):
+    one = heal(options(models, tmp_path / "one", method="none", patch="linear"))
+    config, said = options(models, tmp_path / "two", method="none", patch="linear"), tmp_path / "s"
+    ranks, _store = launch(2, _heals, said, config)
+    assert join(ranks) == [0, 0], said.read_text()
+    assert stored(one) == stored(tmp_path / "two")
+
+
+def _heals(said, config):
+    say_into(said)
+    heal(config)
+
+
+def _two_minds(config, dtypes, said):
+    """Heal, where only rank 0's trial finds bfloat16 faster; which dtype the teacher has."""
+    from isingcut.healing import heal as home
+    from isingcut.models import device
+
+    say_into(said)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    rank = os.environ["RANK"]
+    device._bfloat16_is_faster = lambda: rank == "0"
+    torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
+
+    def noted(folder, **options):
+        loaded = load(folder, **options)
+        if str(folder).endswith("teacher"):
+            dtypes.with_suffix(f".{rank}").write_text(str(loaded.dtype))
+        return loaded
+
+    home.load = noted
+    home.heal(config)
+
+
+def test_processes_heal_in_the_dtype_that_the_main_one_picks(models, tmp_path):
+    config = options(models, tmp_path / "out", {"max_steps": 1}, dtype="auto")
+    said = tmp_path / "said"
+    ranks, _store = launch(2, _two_minds, config, tmp_path / "dtype", said)
+    assert join(ranks) == [0, 0], said.read_text()
+    picked = {(tmp_path / f"dtype.{rank}").read_text() for rank in (0, 1)}
+    assert picked == {"torch.bfloat16"}

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from isingcut.healing.training.batches import collate
-from isingcut.healing.training.loss import install, split_head
-from isingcut.healing.training.student import narrow, prepare_training
+from isingcut.healing.training.batches import Steps, collate, divisions
+from isingcut.healing.training.student import install, narrow, prepare_training, split_head
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.compute import divergence as kl
 from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_model
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
+def normal(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def reference(student: Tensor, teacher: Tensor) -> Tensor:
+def reference(student, teacher):
     logq = torch.log_softmax(student, -1)
     logp = torch.log_softmax(teacher, -1)
     return (logp.exp() * (logp - logq)).sum()
 
 
 @pytest.fixture(params=["compiled", "torch"])
-def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def loops(request, monkeypatch):
     """Both forms of the loss, over few rows at a time."""
     for name in ("_BUFFER_ELEMENTS", "_CACHED_ELEMENTS"):
         monkeypatch.setattr(kl, name, 3 * 17)
@@ -39,7 +38,7 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 @pytest.mark.usefixtures("loops")
-def test_divergence_and_its_gradient() -> None:
+def test_divergence_and_its_gradient():
     student, teacher = normal(7, 17), normal(7, 17, seed=1)
     exact, ours = student.clone().requires_grad_(), student.float().requires_grad_()
     expected = reference(exact, teacher)
@@ -52,7 +51,7 @@ def test_divergence_and_its_gradient() -> None:
     torch.testing.assert_close(ours.grad.double(), 3 * exact.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_half_precision_gives_the_loss_of_its_own_logits() -> None:
+def test_half_precision_gives_the_loss_of_its_own_logits():
     student, teacher = normal(6, 4099).bfloat16(), normal(6, 4099, seed=1).bfloat16()
     ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     found, expected = kl.divergence(ours, teacher), reference(exact, teacher.double())
@@ -65,16 +64,16 @@ def test_half_precision_gives_the_loss_of_its_own_logits() -> None:
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2**-8, atol=1e-6)
 
 
-def test_chunks_of_the_vocabulary_change_nothing() -> None:
+def test_chunks_of_the_vocabulary_change_nothing():
     weight = normal(17, 8).float()
     other = normal(17, 8, seed=1).float()
     stream, teacher = normal(7, 8, seed=2).float(), normal(7, 8, seed=3).float()
     results = []
     for elements in (1 << 20, 2 * 17):
         head, read = weight.clone().requires_grad_(), stream.clone().requires_grad_()
-        sizes: list[int] = []
+        sizes = []
 
-        def student_head(h: Tensor, head: Tensor = head, sizes: list[int] = sizes) -> Tensor:
+        def student_head(h, head=head, sizes=sizes):
             sizes.append(len(h))
             return h @ head.T
 
@@ -86,7 +85,7 @@ def test_chunks_of_the_vocabulary_change_nothing() -> None:
             chunk_elements=elements,
             vocabulary=17,
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         results.append((loss.detach(), head.grad, read.grad, sizes))
     torch.testing.assert_close(results[0][:3], results[1][:3])
     # None is computed again in the backward pass.
@@ -94,7 +93,7 @@ def test_chunks_of_the_vocabulary_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(("family", "parts"), [("llama", True), ("gemma2", False)])
-def test_the_loss_counts_real_predictions_only(family: str, parts: bool) -> None:
+def test_the_loss_counts_real_predictions_only(family, parts):
     teacher, student = tiny_model(family), tiny_model(family, seed=1)
     assert (split_head(student) is not None) == parts
     rows = [torch.arange(9, 9 + n) for n in (12, 5, 2)]
@@ -123,10 +122,8 @@ def test_the_loss_counts_real_predictions_only(family: str, parts: bool) -> None
         ("last:1", "gpt2", {"tie_word_embeddings": True}, torch.bfloat16),
     ],
 )
-def test_frozen_weights_are_narrowed_only_where_no_value_changes(
-    method: str, family: str, changes: dict[str, Any], ends: torch.dtype
-) -> None:
-    plain: Any = tiny_model(family, **changes)
+def test_frozen_weights_are_narrowed_only_where_no_value_changes(method, family, changes, ends):
+    plain = tiny_model(family, **changes)
     for parameter in plain.parameters():
         parameter.data = parameter.bfloat16().float()
     # One weight that bfloat16 cannot hold stays as it is.
@@ -137,7 +134,7 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
     model = prepare_training(plain, HealConfig(method=method))
     ids = torch.arange(12)[None]
 
-    def found() -> tuple[Tensor, list[Tensor]]:
+    def found():
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -155,3 +152,65 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
     assert len(weights) == 2 - tied
     assert odd.weight.dtype == torch.float32
     assert even.weight.dtype == torch.bfloat16
+
+
+LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 400, 64)]
+
+
+def order(rank=0, size=1, most=1024, steps=16):
+    return Steps(LENGTHS, 8, steps, rank, size, 3, most).divide()
+
+
+def padded(rows):
+    return len(rows) * max(LENGTHS[i] for i in rows)
+
+
+def test_parts_have_the_least_padding():
+    lengths = [9, 8, 7, 3, 2, 1]
+    for count, (cost, found) in enumerate(divisions(lengths, 6, 99), 1):
+        ways = itertools.combinations(range(1, 6), count - 1)
+        edges = [[0, *way, 6] for way in ways]
+        least = min(sum(lengths[a] * (b - a) for a, b in itertools.pairwise(e)) for e in edges)
+        assert sum(lengths[p.start] * (p.stop - p.start) for p in found) == least
+        assert cost == pytest.approx(least, rel=1e-3)
+        assert [i for p in found for i in range(p.start, p.stop)] == list(range(6))
+
+
+def test_parts_that_are_too_large_are_none():
+    costs = [cost for cost, _ in divisions([5] * 8, 4, 15)]
+    assert np.isinf(costs[:2]).all()
+    assert np.isfinite(costs[2:]).all()
+    # A sample that is too long by itself is a part of its own.
+    *_, (cost, found) = divisions([40, 5, 5], 2, 15)
+    assert found == [slice(0, 1), slice(1, 3)]
+    assert np.isfinite(cost)
+
+
+def test_every_sample_is_read_once_an_epoch_with_little_padding():
+    found = order()
+    micro = list(found)
+    assert len(micro) == len(found) == 16 * found.micro_batches
+    read = [i for rows in micro for i in rows]
+    assert sorted(read[:64]) == sorted(read[64:]) == list(range(64))
+    assert max(padded(rows) for rows in micro) <= 1024
+    real = sum(LENGTHS[i] for i in read)
+    assert sum(map(padded, micro)) < 1.15 * real
+    assert [sorted(rows) for rows in order()] == [sorted(rows) for rows in micro]
+
+
+def test_processes_share_each_step_of_one():
+    def steps(found):
+        rows, n = list(found), found.micro_batches
+        return [list(itertools.chain(*rows[a : a + n])) for a in range(0, len(rows), n)]
+
+    alone = steps(order())
+    ranks = [order(rank, 2) for rank in (0, 1)]
+    assert ranks[0].micro_batches == ranks[1].micro_batches
+    for whole, *halves in zip(alone, *map(steps, ranks), strict=True):
+        assert sorted(itertools.chain(*halves)) == sorted(whole)
+        assert len(halves[0]) == len(halves[1])
+
+
+def test_samples_of_one_length_are_shared_out_evenly():
+    found = Steps([32] * 10, 8, 2, 0, 1, 0, 3 * 32).divide()
+    assert [len(rows) for rows in found] == [2, 3, 3] * 2

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -24,7 +21,7 @@ from test_tasks import arc, lines
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     tiny_checkpoint("llama", place / "model")
     write_text(place / "text.jsonl", 200)
@@ -38,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def config(folder: Path, name: str, **changes: Any) -> RunConfig:
+def config(folder, name, **changes):
     return RunConfig(
         model=str(folder / "model"),
         remove="2",
@@ -59,13 +56,13 @@ def config(folder: Path, name: str, **changes: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> Iterator[Path]:
+def run(folder):
     with pytest.MonkeyPatch.context() as patched:
         leave_speed_out(patched.setattr)
         yield pipeline.run(config(folder, "run", heal=True, heal_top=2))
 
 
-def test_a_run_chooses_among_healed_candidates_and_heals(run: Path) -> None:
+def test_a_run_chooses_among_healed_candidates_and_heals(run):
     chosen = read_json(run / "healed-candidates.json", "healed-candidates")
     rows = chosen["candidates"]
     assert len(rows) == 2
@@ -95,17 +92,15 @@ def test_a_run_chooses_among_healed_candidates_and_heals(run: Path) -> None:
     assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
 
 
-def test_the_same_command_does_nothing_again(
-    folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*arguments: Any, **rest: Any) -> Any:
+def test_the_same_command_does_nothing_again(folder, run, monkeypatch):
+    def refused(*arguments, **rest):
         raise AssertionError("healed again")
 
     monkeypatch.setattr("isingcut.runs.healing_stages.heal_checkpoint", refused)
     pipeline.run(config(folder, "run", heal=True, heal_top=2))
 
 
-def test_benchmarks_of_a_run_from_the_command_line(folder: Path, run: Path) -> None:
+def test_benchmarks_of_a_run_from_the_command_line(folder, run):
     command = ["evaluate", str(run), "--tasks", "arc_easy,wikitext2"]
     command += ["--data", str(folder / "data"), "--json"]
     done = CliRunner().invoke(app, command)
@@ -119,7 +114,7 @@ def test_benchmarks_of_a_run_from_the_command_line(folder: Path, run: Path) -> N
     assert set(row) >= {"task", "metric", "original", "original_se", "cut", "cut_se", "n"}
 
 
-def test_a_checkpoint_against_its_original(folder: Path, run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_against_its_original(folder, run, tmp_path):
     command = ["evaluate", str(run / "healed"), "--original", str(folder / "model")]
     command += ["--tasks", "arc_easy", "--data", str(folder / "data")]
     command += ["--out", str(tmp_path / "scores.json"), "--device", "cpu"]
@@ -129,13 +124,13 @@ def test_a_checkpoint_against_its_original(folder: Path, run: Path, tmp_path: Pa
     assert read_json(tmp_path / "scores.json", "benchmarks")["rows"][0]["n"] == 6
 
 
-def test_a_checkpoint_given_as_a_run_is_told_how_to_be_compared(run: Path) -> None:
+def test_a_checkpoint_given_as_a_run_is_told_how_to_be_compared(run):
     done = CliRunner().invoke(app, ["evaluate", str(run / "healed"), "--tasks", "arc_easy"])
     assert isinstance(done.exception, InputError)
     assert "add --original MODEL" in str(done.exception)
 
 
-def test_heal_from_the_command_line(folder: Path, run: Path, tmp_path: Path) -> None:
+def test_heal_from_the_command_line(folder, run, tmp_path):
     command = ["heal", str(run / "model"), "--teacher", str(folder / "model")]
     command += ["--text", str(folder / "text.jsonl"), "--length", "32", "--report-samples", "2"]
     command += ["--samples", "4", "--effort", "100 tokens", "--device", "cpu"]
@@ -147,8 +142,8 @@ def test_heal_from_the_command_line(folder: Path, run: Path, tmp_path: Path) -> 
     assert (tmp_path / "healed" / "healing.json").exists()
 
 
-def test_what_a_run_refuses_before_it_measures(folder: Path, tmp_path: Path) -> None:
-    def refused(**changes: Any) -> str:
+def test_what_a_run_refuses_before_it_measures(folder, tmp_path):
+    def refused(**changes):
         with pytest.raises(InputError) as caught:
             pipeline.run(config(folder, "never", **changes))
         assert not (folder / "never").exists()
@@ -157,11 +152,10 @@ def test_what_a_run_refuses_before_it_measures(folder: Path, tmp_path: Path) -> 
     (tmp_path / "bad.yaml").write_text("teacher: x\n", encoding="utf-8")
     assert "set by the run itself" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
     assert "give --heal or --patch too" in refused(heal_top=2, patch="none")
-    assert "--patch must be one of" in refused(patch="cubic")
     assert "range of removals" in refused(heal=True, remove="1..2")
 
 
-def test_a_streamed_model_is_not_healed(folder: Path) -> None:
+def test_a_streamed_model_is_not_healed(folder):
     from isingcut.runs.healing_options import check
 
     session = Session(config(folder, "never", heal=True, stream="on"))

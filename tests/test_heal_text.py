@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from healings import WORDS, write_text
 from isingcut.data.healing_text import build
@@ -14,7 +12,7 @@ from isingcut.errors import CalibrationError
 from isingcut.testing.tiny import tiny_tokenizer
 
 
-def test_no_document_is_trained_on_and_reported(tmp_path: Path) -> None:
+def test_no_document_is_trained_on_and_reported(tmp_path):
     from isingcut.data.calibration import build as calibrate
 
     source, tokenizer = str(write_text(tmp_path / "text.jsonl", 80)), tiny_tokenizer()
@@ -23,7 +21,7 @@ def test_no_document_is_trained_on_and_reported(tmp_path: Path) -> None:
     )
     found = build(source, tokenizer, samples=None, report_samples=3, length=48, seed=3, used=used)
 
-    def numbers(rows: Tensor) -> set[str]:
+    def numbers(rows):
         text = " ".join(tokenizer.decode(row) for row in rows)
         return {w for w in text.replace(".", " ").split() if w.isdigit()}
 
@@ -38,7 +36,7 @@ def test_no_document_is_trained_on_and_reported(tmp_path: Path) -> None:
         build(source, tokenizer, samples=900, report_samples=2, length=48, seed=3)
 
 
-def test_conversations_of_a_calibration_are_left_out(tmp_path: Path) -> None:
+def test_conversations_of_a_calibration_are_left_out(tmp_path):
     from isingcut.data.calibration import build as calibrate
 
     path = tmp_path / "chat.jsonl"

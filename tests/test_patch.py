@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.healing.patch.files import Patch, apply_patches, runs
-from isingcut.healing.patch.least_squares import Moments, fit_ridge
+from isingcut.healing.job import Job
+from isingcut.healing.patch import linear
+from isingcut.healing.patch.checkpoint import patch_checkpoint
+from isingcut.healing.patch.files import apply_patches, runs
+from isingcut.healing.patch.linear import Moments, bytes_of, fit_patches, fit_ridge
+from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
-from isingcut.testing.tiny import tiny_model
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.device import Allowance
+from isingcut.models.load import LoadedModel, load
+from isingcut.models.replay import Replay
+from isingcut.models.streaming.replay import load_streamed
+from isingcut.models.streaming.store import StoredPart
+from isingcut.options.healing import HealConfig
+from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from patching import fitted, streams, tokens, watched
 
 
-def test_runs_are_maximal() -> None:
+def test_runs_are_maximal():
     assert runs([9, 4, 5, 7, 6, 0]) == [(0, 0), (4, 7), (9, 9)]
 
 
-def test_ridge_solution_is_that_of_the_augmented_least_squares_problem() -> None:
+def test_ridge_solution_is_that_of_the_augmented_least_squares_problem():
     generator = torch.Generator().manual_seed(1)
 
-    def normal(*shape: int) -> Tensor:
+    def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     x, weights = normal(60, 5), torch.rand(60, generator=generator, dtype=torch.float64) + 0.1
@@ -43,7 +53,7 @@ def test_ridge_solution_is_that_of_the_augmented_least_squares_problem() -> None
     assert 0 < found.held_out < 1
 
 
-def test_useless_features_give_no_map() -> None:
+def test_useless_features_give_no_map():
     generator = torch.Generator().manual_seed(2)
     sides = []
     for _ in range(2):
@@ -57,7 +67,7 @@ def test_useless_features_give_no_map() -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_one_cut_solves_its_least_squares_problem(reads: bool) -> None:
+def test_one_cut_solves_its_least_squares_problem(reads):
     model, text, removed = tiny_model("llama"), tokens(), [2, 3]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     (patch,) = fitted(model, removed, text, reads=reads)
@@ -71,8 +81,8 @@ def test_one_cut_solves_its_least_squares_problem(reads: bool) -> None:
     weights = 1 / target.square().mean(-1)
     features = x if reads else written
     root = weights.sqrt()[:, None]
-    strength = patch.record["ridge"]
-    assert patch.record["tokens"] == int(text.mask.sum())
+    strength = patch.record.ridge
+    assert patch.record.tokens == int(text.mask.sum())
     ridge = strength * torch.diagonal((features * weights[:, None]).T @ features).mean()
     size = features.shape[1]
     rows = torch.cat([features * root, ridge.sqrt() * torch.eye(size).double()])
@@ -82,7 +92,7 @@ def test_one_cut_solves_its_least_squares_problem(reads: bool) -> None:
     torch.testing.assert_close(patch.weight, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_later_cuts_are_fitted_on_the_model_patched_so_far() -> None:
+def test_later_cuts_are_fitted_on_the_model_patched_so_far():
     model, text = tiny_model("llama"), tokens()
     first, second = fitted(model, [1, 4], text)
     stack = find_stack(model)
@@ -98,20 +108,20 @@ def test_later_cuts_are_fitted_on_the_model_patched_so_far() -> None:
     x, out = seen["read"][text.mask], seen["stream"][text.mask]
     weights = 1 / target.square().mean(-1)
     change = second.weight - model.model.layers[3].mlp.down_proj.weight.double()
-    ridge = second.record["ridge"] * torch.diagonal((x * weights[:, None]).T @ x).mean()
+    ridge = second.record.ridge * torch.diagonal((x * weights[:, None]).T @ x).mean()
     left = (target - out - x @ change.T) * weights[:, None]
     # Stationary: the gradient of the objective vanishes at the fitted change.
     torch.testing.assert_close(left.T @ x, ridge * change, rtol=1e-3, atol=1e-3)
 
 
-def test_a_patch_brings_unseen_text_closer() -> None:
+def test_a_patch_brings_unseen_text_closer():
     model, removed = tiny_model("llama"), [2, 4]
     unseen = tokens(4, seed=5)
     patches = fitted(model, removed, tokens(64))
     stack = find_stack(model)
     target = streams(model, unseen, 5)
 
-    def distance(with_patches: Sequence[Patch]) -> float:
+    def distance(with_patches):
         with (
             apply_patches(stack_modules(model, stack), with_patches),
             skipped(model, stack, removed),
@@ -124,7 +134,7 @@ def test_a_patch_brings_unseen_text_closer() -> None:
     assert distance(patches) < 0.9 * distance([])
 
 
-def test_padding_has_no_say() -> None:
+def test_padding_has_no_say():
     model, text = tiny_model("llama"), tokens()
     other = TokenSet(text.input_ids.masked_fill(~text.mask, 99), text.mask, text.index)
     (one,), (two,) = (fitted(model, [3], t) for t in (text, other))
@@ -138,10 +148,8 @@ def test_padding_has_no_say() -> None:
         ([0, 2], "^no cut can absorb a patch; block 0: block 0 is .*; block 2: block 1 .* shared"),
     ],
 )
-def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(
-    removed: list[int], reason: str
-) -> None:
-    model: Any = tiny_model("llama")
+def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(removed, reason):
+    model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
         layer.self_attn.o_proj.weight = model.model.layers[0].self_attn.o_proj.weight
@@ -149,6 +157,146 @@ def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(
         fitted(model, removed, tokens())
 
 
-def test_a_single_sample_is_refused() -> None:
+def test_a_single_sample_is_refused():
     with pytest.raises(InputError, match="at least two samples"):
         fitted(tiny_model("llama"), [3], tokens(1))
+
+
+def job_of(folder, family, removed, **options):
+    source = tiny_checkpoint(family, folder / "source", **options)
+    excise(source, removed, folder / "cut")
+    return Job(
+        load(source, dtype="float32", device="cpu"),
+        removed,
+        folder / "cut",
+        tokens(32),
+        folder / "work",
+        HealConfig(patch="linear", patch_tokens=4096),
+    )
+
+
+def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path):
+    job = job_of(tmp_path, "llama", (0, 1, 4))
+    record = patch_checkpoint(job, tmp_path / "patched")
+    assert [c.removed for c in record.cuts] == [[4, 4]]
+    (left,) = record.unpatched
+    assert left.removed == [0, 1]
+    assert left.reason.startswith("block 0 is removed, so that nothing stands before")
+
+
+def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
+    model, calls = tiny_model("llama"), []
+
+    def first_fails(fit, held_out):
+        calls.append(fit)
+        if len(calls) == 1:
+            return None
+        return fit_ridge(fit, held_out)
+
+    monkeypatch.setattr(linear, "fit_ridge", first_fails)
+    stack = find_stack(model)
+    replay = Replay(model, stack_modules(model, stack))
+    found = fit_patches(replay, stack.kinds, tokens(), [2, 4], Work(96))
+    assert [(c.removed, c.reason[:39]) for c in found.unpatched] == [
+        ([2, 2], "no map of block 1's mlp.down_proj is be")
+    ]
+    (alone,) = found.patches
+    # As if the first cut could not be patched: fitted on the cut model as it is.
+    target = streams(model, tokens(), 4)
+    with skipped(model, stack, [2]), watched(model, 3, alone.path) as seen, torch.no_grad():
+        model(tokens().input_ids, use_cache=False)
+    mask = tokens().mask
+    x, out = seen["read"][mask], seen["stream"][mask]
+    weights = 1 / target.square().mean(-1)
+    change = alone.weight - model.model.layers[3].mlp.down_proj.weight.double()
+    ridge = alone.record.ridge * torch.diagonal((x * weights[:, None]).T @ x).mean()
+    left = (target - out - x @ change.T) * weights[:, None]
+    torch.testing.assert_close(left.T @ x, ridge * change, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "again"), [("llama", 0), ("gemma2", 1)])
+def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
+    family, again, tmp_path, monkeypatch
+):
+    removed = (0, 2, 3)
+    job = job_of(tmp_path, family, removed)
+    expected = patch_checkpoint(job, tmp_path / "in-memory")
+    teacher, replay = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
+    replay.store.buffers.keep_at_most(0)
+    read = []
+    fill = StoredPart.fill
+    monkeypatch.setattr(StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b)))
+    stack = find_stack(teacher.model)
+    text = tokens(32)
+    fit_patches(replay, stack.kinds, text, removed, Work(96))
+    # Block 0 may have been read ahead; blocks behind the last cut are not needed. What answers by
+    # gains is read again, once its target is known.
+    assert [read.count(i) for i in range(1, 6)] == [1 + again, 1, 1, 0, 0]
+    job = dataclasses.replace(job, teacher=teacher, replay=replay)
+    record = patch_checkpoint(job, tmp_path / "streamed")
+    assert record == expected
+    a, b = (tmp_path / n / "model.safetensors" for n in ("in-memory", "streamed"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_reads(
+    tmp_path, monkeypatch
+):
+    job = job_of(tmp_path, "llama", (2, 3))
+    name = "model.layers.1.mlp.down_proj.weight"
+    width = job.teacher.model.config.hidden_size
+    before = job.teacher.model.get_parameter(name).detach().double()
+
+    def outside_row_space(folder):
+        weight = load_file(folder / "model.safetensors")[name].double()
+        return float((weight - weight @ torch.linalg.pinv(before) @ before).abs().max())
+
+    assert patch_checkpoint(job, tmp_path / "reads").maps == "reads"
+    assert outside_row_space(tmp_path / "reads") > 1e-3
+    monkeypatch.setattr(linear, "allowance", lambda *given: Allowance(bytes_of(width), 0))
+    record = patch_checkpoint(job, tmp_path / "writes")
+    assert record.maps == "writes"
+    assert record.cuts[0].held_out_error_left < 1
+    # W' = (1 + T) W.
+    assert outside_row_space(tmp_path / "writes") < 1e-5
+
+
+def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(tmp_path, monkeypatch):
+    source = tiny_checkpoint("llama", tmp_path / "source")
+    teacher, replay = load_streamed(source, dtype="float32", device="cpu")
+    monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
+    kinds = find_stack(teacher.model).kinds
+    with pytest.raises(InputError, match=r"on 252 tokens needs .* left; give fewer --patch-tokens"):
+        fit_patches(replay, kinds, tokens(), [3], Work(96))
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt2", "gpt_neox", "nemotron_h", "gemma3", "olmo2", "qwen3_moe", "gpt_oss", "rwkv"],
+)
+def test_the_written_checkpoint_is_plain_and_computes_the_patch(family, tmp_path):
+    from isingcut.models.safetensors_files import read_checkpoint
+
+    removed = (3,) if family == "nemotron_h" else (2, 3)
+    job = job_of(tmp_path, family, removed)
+    record = patch_checkpoint(job, tmp_path / "patched")
+    assert [c.removed for c in record.cuts] == [[removed[0], removed[-1]]]
+    assert record.cuts[0].held_out_error_left < 1
+    before, after = (read_checkpoint(tmp_path / n) for n in ("cut", "patched"))
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
+        n: (t.shape, t.dtype) for n, t in after.items()
+    }
+
+    def data(t):
+        content: bytes = t.file.read_bytes()[t.start : t.start + t.size]
+        return content
+
+    changed = {n for n in before if data(before[n]) != data(after[n])}
+    layer = record.cuts[0].layer
+    assert {n.rsplit(".", 1)[1] for n in changed} <= {"weight", "bias"}
+    assert all(n.rsplit(".", 1)[0].endswith(layer) for n in changed)
+    assert changed
+    loaded: LoadedModel = load(tmp_path / "patched", dtype="float32", device="cpu")
+    assert sum(p.numel() for p in loaded.model.parameters()) == sum(
+        p.numel() for p in load(tmp_path / "cut", dtype="float32").model.parameters()
+    )

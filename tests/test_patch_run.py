@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,29 +31,28 @@ pytestmark = pytest.mark.usefixtures("no_speed")
 REMOVED = [2, 3]
 
 
-def job(model: Path, text: Path, out: Path, **more: Any) -> Path:
+def job(model, text, out, **more):
     given = {"model": str(model), "calibration": str(text), "out": str(out), "drop": "2,3"}
     # The patch is fitted on all of the text.
     given |= {"energy": "fisher", "remove": 2, "patch_tokens": 65536}
     return isingcut.run(**{**OPTIONS, **given, **more})
 
 
-def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+def weights_of(checkpoint):
     return load_file(checkpoint / "model.safetensors")
 
 
-def patch_of(checkpoint: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(checkpoint / "isingcut.json", "removal")["patch"]
-    return found
+def patch_of(checkpoint):
+    return read_json(checkpoint / "isingcut.json", "removal")["patch"]
 
 
 @pytest.fixture(scope="module")
-def run(shared: Any, llama: Path, text: Path) -> Path:
+def run(shared, llama, text):
     found: Path = shared.folder("patched", lambda place: job(llama, text, place, keep_cut=True))
     return found
 
 
-def test_the_model_is_the_cut_with_other_weights_beside_it(run: Path, llama: Path) -> None:
+def test_the_model_is_the_cut_with_other_weights_beside_it(run, llama):
     found = patch_of(run / "model")
     (cut,), tuning = found["cuts"], found["tuning"]
     assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
@@ -75,9 +73,7 @@ def test_the_model_is_the_cut_with_other_weights_beside_it(run: Path, llama: Pat
         torch.testing.assert_close(kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(
-    run: Path, llama: Path
-) -> None:
+def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(run, llama):
     found = read_json(run / "evaluation.json", "evaluation")
     assert found["last"] == "patched"
     assert found["kl"] < found["cut"]["kl"]
@@ -94,7 +90,7 @@ def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(
     assert fitted["short"] == "the source has no more"
 
 
-def test_report_card_and_terminal_show_all_three(run: Path) -> None:
+def test_report_card_and_terminal_show_all_three(run):
     markdown = (run / "report.md").read_text(encoding="utf-8")
     assert "| | original | cut | patched | change |" in markdown
     assert "The patch wins back" in markdown
@@ -112,7 +108,7 @@ def test_report_card_and_terminal_show_all_three(run: Path) -> None:
     assert heads == ["original", "cut", "patched", "change"]
 
 
-def test_without_it_the_run_gives_the_exact_cut(run: Path, llama: Path, tmp_path: Path) -> None:
+def test_without_it_the_run_gives_the_exact_cut(run, llama, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none"])
@@ -127,7 +123,7 @@ def test_without_it_the_run_gives_the_exact_cut(run: Path, llama: Path, tmp_path
     assert "patch" not in read_json(out / "model" / "isingcut.json", "removal")
 
 
-def test_blocks_by_hand_are_patched_as_well(run: Path, tmp_path: Path) -> None:
+def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     done = CliRunner().invoke(app, ["excise", str(out), "--blocks", "1,4", "--json"])
@@ -143,9 +139,7 @@ def test_blocks_by_hand_are_patched_as_well(run: Path, tmp_path: Path) -> None:
     assert "patch" not in read_json(made / "isingcut.json", "removal")
 
 
-def test_where_no_layer_can_take_a_map_one_line_says_why(
-    llama: Path, text: Path, tmp_path: Path
-) -> None:
+def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):
     command = ["run", str(llama), "--out", str(tmp_path / "run"), "--calibration", str(text)]
     for name, value in {**OPTIONS, "energy": "fisher", "remove": 1, "drop": 0}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
@@ -164,12 +158,10 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(
     assert "no weight was trained" in (out / "model" / "README.md").read_text(encoding="utf-8")
 
 
-def test_an_interrupted_fit_leaves_the_cut_and_goes_on(
-    run: Path, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_fit_leaves_the_cut_and_goes_on(run, llama, text, tmp_path, monkeypatch):
     out = tmp_path / "run"
 
-    def stopped(*_: Any) -> Any:
+    def stopped(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -181,7 +173,7 @@ def test_an_interrupted_fit_leaves_the_cut_and_goes_on(
     assert stages["cut"]["done"]
     assert not stages["model"]["done"]
 
-    def again(*_: Any, **__: Any) -> Any:
+    def again(*_, **__):
         raise AssertionError("cut again")
 
     monkeypatch.setattr("isingcut.runs.cutting.write_checkpoint", again)
@@ -192,14 +184,14 @@ def test_an_interrupted_fit_leaves_the_cut_and_goes_on(
         assert torch.equal(weights_of(out / "model")[name], tensor)
 
 
-def test_a_cut_that_was_changed_is_not_deleted(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_a_cut_that_was_changed_is_not_deleted(llama, text, tmp_path):
     out = job(llama, text, tmp_path / "run", keep_cut=True)
     (out / "cut" / "notes.txt").write_text("mine")
     job(llama, text, out)
     assert (out / "cut" / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_from_before_the_patch_stays_unpatched(run: Path, tmp_path: Path) -> None:
+def test_a_folder_from_before_the_patch_stays_unpatched(run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     manifest = json.loads((out / "run.json").read_text(encoding="utf-8"))
@@ -214,9 +206,7 @@ def test_a_folder_from_before_the_patch_stays_unpatched(run: Path, tmp_path: Pat
     ).read_bytes()
 
 
-def test_a_streamed_model_is_patched_block_by_block(
-    llama: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
     out = job(llama, text, tmp_path / "run", stream="on")
     assert "streamed from disk" in patch_of(out / "model")["tuning"]["left_out"]
     fitted = job(llama, text, tmp_path / "fitted", patch="linear")
@@ -228,22 +218,20 @@ def test_a_streamed_model_is_patched_block_by_block(
         assert streamed["cut"][name] == pytest.approx(whole["cut"][name], rel=1e-3)
 
 
-def test_too_little_text_for_the_fit_is_said(
-    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_text_for_the_fit_is_said(llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.runs.cutting.to_fit", _one_sample)
     out = job(llama, text, tmp_path / "run")
     (warning,) = patch_warnings(read_document(out / "evaluation.json", EvaluationFile))
     assert "at least two samples" in warning
 
 
-def _one_sample(*given: Any) -> FittingText:
+def _one_sample(*given):
     found = to_fit(*given)
     return FittingText(found.tokens.select([0]), 1, "")
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
-def test_texts_that_are_gone_leave_those_of_the_energy(llama: Path, tmp_path: Path) -> None:
+def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     words = write_words(tmp_path / "t.txt").read_text().split()
     texts = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
     made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from isingcut.errors import InputError
-from isingcut.evaluation import questions as local_tasks
-from isingcut.evaluation.benchmark import benchmark, row
-from isingcut.evaluation.paired import compare_scores, mcnemar
+from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar, row
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Asked, score
 from isingcut.models.load import load
@@ -258,7 +256,7 @@ def test_rows_resume_and_refuse_other_questions(models, tmp_path, monkeypatch):
     def broken(*arguments, **rest):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr("isingcut.evaluation.likelihoods._scores", broken)
+    monkeypatch.setattr("isingcut.evaluation.answers._scores", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]
     monkeypatch.undo()
     scores = score(models["original"], prepare_task("arc_easy", tmp_path, None))
@@ -272,10 +270,8 @@ def test_questions_come_from_the_fixed_subset(tmp_path):
     lines(tmp_path / "arc_easy" / "test_sub10.jsonl", records[5:15])
 
     def chosen(most):
-        task = local_tasks.read_task("arc_easy", tmp_path, most)
-        (configuration,) = task.configurations
+        (configuration,) = prepare_task("arc_easy", tmp_path, most).configurations
         data = configuration["custom_dataset"]()["test"]
-        assert task.questions == len(data)
         return list(data["context"])
 
     texts = [r["context"] for r in records]
@@ -290,7 +286,7 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
     shown = [{**mmlu(10 + i)[1], "subject": s} for i in range(5) for s in "ab"]
     lines(tmp_path / "mmlu" / "test.jsonl", both)
     lines(tmp_path / "mmlu" / "dev.jsonl", shown)
-    task = local_tasks.read_task("mmlu", tmp_path)
+    task = prepare_task("mmlu", tmp_path)
     assert [c["task"] for c in task.configurations] == ["mmlu_a", "mmlu_b"]
     for c, subject in zip(task.configurations, "ab", strict=True):
         data = c["custom_dataset"]()
@@ -298,7 +294,7 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
         assert c["description"].endswith(f"about {subject}.\n\n")
     lines(tmp_path / "mmlu" / "dev.jsonl", shown[:7])
     with pytest.raises(InputError, match="4 examples about a; mmlu shows 5"):
-        local_tasks.read_task("mmlu", tmp_path)
+        prepare_task("mmlu", tmp_path)
 
 
 def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.healing.training.loss import install
+from isingcut.healing.training.student import install
 from isingcut.models.architectures.blocks import (
     find_stack,
     image_needed,

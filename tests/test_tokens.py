@@ -1,10 +1,25 @@
 """Token sets and their batches: every sample once, little padding, the same batches every time."""
 
+import copy
+import tempfile
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isingcut.data.tokens import TokenSet
+from calibrating import SIZES, chats, decoded, refused, sentences, write_jsonl
+from isingcut.data import healing_text, text_files
+from isingcut.data import tokens as encoder
+from isingcut.data.calibration import build
+from isingcut.data.conversations import render_chat
+from isingcut.data.tokens import Encoder, TokenSet, overlap
+from isingcut.errors import CalibrationError, ModelError
+from isingcut.files.writing import read_json
+from isingcut.report.words import overlap_warnings
+from isingcut.testing.tiny import tiny_model, tiny_tokenizer
+from shared import call, write_words
 
 
 def of_lengths(lengths):
@@ -55,3 +70,206 @@ def test_padding_is_on_the_right_and_never_predicted():
     part = tokens.select([2, 1])
     assert part.input_ids.tolist() == [[9, 9], [8, 3]]
     assert part.index.tolist() == [0, 1]
+
+
+NGRAMS = {"samples": 4, "rank_samples": 4, "report_samples": 4, "length": 64}
+
+
+def counted(tokens, others, size):
+    """The same by sets of tuples."""
+
+    def grams(split):
+        kept = split.mask if split.counted is None else split.counted
+        return [
+            tuple(row[i : i + size].tolist())
+            for row, counts in zip(split.input_ids, kept, strict=True)
+            for i in range(len(row) - size + 1)
+            if counts[i + size - 1]
+        ]
+
+    seen = {gram for other in others for gram in grams(other)}
+    own = grams(tokens)
+    return sum(gram in seen for gram in own) / len(own)
+
+
+@pytest.mark.parametrize(("length", "size"), [(16, 8), (40, 16), (70, 32)])
+def test_the_share_is_that_of_a_plain_count(length, size):
+    rng = np.random.default_rng(length)
+    passage = rng.integers(0, 90, 40).tolist()
+
+    def split(rows):
+        found = []
+        for _ in range(rows):
+            row = rng.integers(0, 90, length).tolist()
+            # At another place in each, and cut short by the end of some.
+            at = int(rng.integers(0, length))
+            found.append([*row[:at], *passage][:length])
+        # Context that does not count.
+        found[0] = [~i for i in found[0][: length // 2]] + found[0][length // 2 :]
+        return TokenSet.from_rows(found)
+
+    first, *others = split(30), split(9), split(20)
+    share = overlap(first, others)
+    assert share == counted(first, others, size)
+    assert 0.05 < share < 0.9
+
+
+def test_samples_too_short_for_chance_share_nothing():
+    same = TokenSet.from_rows([[1] * 15])
+    assert overlap(same, [same]) == 0.0
+    assert overlap(TokenSet.from_rows([[1] * 16]), [TokenSet.from_rows([[1] * 3])]) == 0.0
+
+
+@pytest.fixture
+def leaking(tmp_path):
+    """A text of which one passage comes again and again."""
+    words = write_words(tmp_path / "words.txt").read_text(encoding="utf-8")
+    parts = [words[i : i + 150] + words[-90:] for i in range(0, 3000, 150)]
+    path = tmp_path / "leaking.txt"
+    path.write_text(" ".join(parts), encoding="utf-8")
+    return path
+
+
+def test_a_run_says_how_much_its_splits_share(leaking, llama, tmp_path, no_speed, capsys):
+    out = tmp_path / "run"
+    options = [llama, "--calibration", leaking, "--out", out, "--energy", "pairwise", "--quiet"]
+    for name, value in NGRAMS.items():
+        options += [f"--{name.replace('_', '-')}", value]
+    further = ["--remove", 1, "--states", 3, "--random-states", 30, "--patch", "none"]
+    for verb, words in {"energy": options, "run": options + further}.items():
+        assert call(verb, *words) == 0
+        shares = read_json(out / "run.json", "run")["provenance"]["calibration"]["overlap"]
+        assert shares.keys() == {"rank", "report"}
+        assert 0.05 < shares["report"] < 0.5
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if "another split" in x]
+        assert line.startswith("isingcut: warning: ")
+        assert f"{shares['report']:.0%} of the report text is in another split too" in line
+
+
+def test_ordinary_text_is_not_warned_of(finished):
+    provenance = read_json(finished / "run.json", "run")["provenance"]
+    assert provenance["calibration"]["overlap"] == {"rank": 0.0, "report": 0.0}
+    assert overlap_warnings(provenance["calibration"]["overlap"]) == []
+    assert overlap_warnings({"rank": 0.019}) == []
+
+
+def test_a_healing_knows_what_its_report_shares(leaking, tokenizer):
+    text = healing_text.build(
+        str(leaking), tokenizer, samples=20, report_samples=9, length=64, seed=0
+    )
+    assert text.overlap == counted(text.report, [text.train], 32) > 0.1
+
+
+# chats --------------------------------------------------------------------------------
+
+
+def test_each_conversation_is_one_sample_through_the_template(tmp_path, tokenizer):
+    records = chats(12)
+    found = build(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, **SIZES)
+    rendered = {
+        tokenizer.decode(
+            tokenizer(
+                tokenizer.apply_chat_template(r["messages"], tokenize=False),
+                add_special_tokens=False,
+            ).input_ids[:16]
+        )
+        for r in records
+    }
+    texts = [t for s in found.splits.values() for t in decoded(tokenizer, s)]
+    assert len(texts) == len(set(texts)) == 10
+    assert set(texts) <= rendered
+    assert any(not bool(s.mask.all()) for s in found.splits.values())
+
+
+def test_conversations_equal_within_the_kept_length_count_once(tmp_path, tokenizer):
+    start = "the same long beginning "
+    records = [{"messages": [{"role": "user", "content": start + str(i)}]} for i in range(30)]
+    message = refused(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short")
+    assert "were asked for, found 1;" in message
+
+
+def test_messages_need_a_chat_template(tmp_path):
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    refused(write_jsonl(tmp_path / "a.jsonl", chats(12)), bare, "no chat template")
+
+
+def test_what_a_template_refuses_is_one_line():
+    own = tiny_tokenizer()
+    own.chat_template = "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
+    with pytest.raises(ModelError, match=r"refuses these messages \(.*\)$") as caught:
+        render_chat(own, [{"role": "user", "content": "a"}])
+    assert "\n" not in str(caught.value)
+    own.chat_template = "{{ messages[0].content }}{{ add_generation_prompt }}"
+    found = render_chat(own, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+    assert found == "aTrue"
+
+
+# pieces -------------------------------------------------------------------------------
+
+
+def test_long_texts_are_cut_at_white_space_and_lose_nothing(tokenizer, monkeypatch):
+    text = "".join(sentences(40)) + "x" * 500
+    whole = Encoder(tokenizer)(text)
+    monkeypatch.setattr(encoder, "LONGEST", 100)
+    monkeypatch.setattr(encoder, "_NEAR", 30)
+    pieces = list(encoder.split_text(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 100
+    assert all(p[0] == " " or "x" in p for p in pieces[1:])
+    assert Encoder(tokenizer)(text) == whole
+    assert Encoder(tokenizer)(text, 150) == whole[:150]
+    assert list(encoder.split_text("")) == [""]
+    assert list(encoder.split_text(text[:100])) == [text[:100]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text(alphabet="ab \n\r\u00e9", max_size=40), max_size=30),
+    st.integers(1, 60),
+    st.integers(50, 90),
+)
+def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
+    """Lines within the bound come as `readlines` gives them, longer ones in bounded pieces."""
+    text = "".join(parts)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        path = Path(folder) / "a.txt"
+        path.write_text(text, encoding="utf-8", newline="")
+        patch.setattr(text_files, "_PIECE", piece)
+        patch.setattr(text_files, "LONGEST", longest)
+        found = list(text_files.text_file(path, "a.txt").pieces())
+        expected = []
+        with path.open(encoding="utf-8", newline="") as file:
+            while lines := file.readlines(piece):
+                expected.append("".join(lines))
+    assert "".join(found) == text
+    if all(len(line) < longest for line in text.splitlines(keepends=True)):
+        assert found == expected
+    else:
+        assert max(map(len, found)) <= piece + 2 * longest
+
+
+def test_only_as_much_is_read_as_the_samples_need(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0", encoding="utf-8")
+    monkeypatch.setattr(text_files, "LONGEST", 1000)
+    monkeypatch.setattr(text_files, "_PIECE", 1000)
+    build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
+    with pytest.raises(CalibrationError, match="NUL"):
+        build(str(tmp_path / "a.txt"), tokenizer, **{**SIZES, "samples": 10**4})
+
+
+def test_a_padding_token_beyond_the_embedding_pads_with_another(tokenizer):
+    model = tiny_model("llama")
+    assert Encoder(tokenizer, model).pad == tokenizer.pad_token_id
+    wider = copy.deepcopy(tokenizer)
+    wider.add_special_tokens({"pad_token": "<filling>"})
+    assert wider.pad_token_id == 262
+    assert Encoder(wider, model).pad == 0
+    assert Encoder(wider).pad == 262
+    with pytest.raises(CalibrationError, match=r"'<filling>' with number 262, but .* 262 rows"):
+        Encoder(wider, model)("a <filling>")
+    model.resize_token_embeddings(263)
+    assert 262 in Encoder(wider, model)("a <filling>")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from healings import trainer_file
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
-from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates
+from isingcut.files.documents.scores import (
+    ComparedCandidate,
+    HealedCandidates,
+    HealingRecipe,
+    HealingStop,
+)
 from isingcut.files.documents.states import BaselineFile, CandidatesFile, MeasuredState
 from isingcut.files.writing import read_document, read_json, write_json
-from isingcut.healing.judging import Race, Verdict
-from isingcut.healing.recipe import Recipe
+from isingcut.healing.job import Race
 from isingcut.options.config import RunConfig
 from isingcut.options.healing import HealConfig
 from isingcut.runs import healing_stages, pipeline, trials
@@ -31,7 +30,7 @@ TEXT = HealingText(
 )
 
 
-def heal_options(place: Path, name: str, **settings: Any) -> Path:
+def heal_options(place, name, **settings):
     """A file of options with a trainer file of four samples a step."""
     trainer = trainer_file(place / name, {"per_device_train_batch_size": 4, **settings})
     options = place / f"{name}.yaml"
@@ -40,7 +39,7 @@ def heal_options(place: Path, name: str, **settings: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tried(folder: Path) -> Iterator[Path]:
+def tried(folder):
     """A run that healed in a budget of tokens and compared three candidates before."""
     options = heal_options(folder, "budget", learning_rate=0.003)
     with pytest.MonkeyPatch.context() as patched:
@@ -55,7 +54,7 @@ def tried(folder: Path) -> Iterator[Path]:
         yield pipeline.run(config(folder, "tried", **given))
 
 
-def test_three_candidates_are_tried_within_a_third(tried: Path) -> None:
+def test_three_candidates_are_tried_within_a_third(tried):
     found = read_json(tried / "healed-candidates.json", "healed-candidates")
     rows = found["candidates"]
     assert len(rows) == 3
@@ -81,14 +80,14 @@ def test_three_candidates_are_tried_within_a_third(tried: Path) -> None:
     assert "3 candidates were healed for 7 steps on the same text" in report
 
 
-def test_a_second_call_loads_no_model(folder: Path, tried: Path) -> None:
+def test_a_second_call_loads_no_model(folder, tried):
     session, opened = reopened(folder, tried)
     found = read_document(tried / "healed-candidates.json", HealedCandidates)
     assert trials.choose(session, opened) == found
     assert "loaded" not in vars(session)
 
 
-def reopened(folder: Path, run: Path) -> Any:
+def reopened(folder, run):
     from isingcut.runs.folder import RunFolder
     from isingcut.runs.session import Session
 
@@ -108,14 +107,7 @@ def reopened(folder: Path, run: Path) -> Any:
         (6, [2, 3], [[4, 5], [2, 3], [8, 9], [6, 7], [4, 6], [4, 8]]),
     ],
 )
-def test_the_pool_is_diverse(
-    count: int,
-    influence: list[int],
-    wanted: list[list[int]],
-    folder: Path,
-    tried: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_pool_is_diverse(count, influence, wanted, folder, tried, monkeypatch):
     session, opened = reopened(folder, tried)
     rows = [([4, 6], 1.1), ([4, 5], 1.0), ([8, 9], 1.3), ([4, 8], 1.2)]
     measured = [MeasuredState.model_construct(removed=blocks, kl=kl) for blocks, kl in rows]
@@ -142,13 +134,13 @@ def test_the_pool_is_diverse(
         ({"method": "none"}, ""),
     ],
 )
-def test_what_a_trial_may_take(options: dict[str, Any], effort: str, tmp_path: Path) -> None:
+def test_what_a_trial_may_take(options, effort, tmp_path):
     if "max_steps" in options:
         options = {"trainer": trainer_file(tmp_path / "t", options)}
     assert trials._few(HealConfig(**options), TEXT, 3).effort == effort
 
 
-def test_the_rest_of_a_budget_is_the_healings() -> None:
+def test_the_rest_of_a_budget_is_the_healings():
     spent = ((1000, 30.0), (500, 15.0))
     rows = [ComparedCandidate.model_construct(tokens=t, seconds=s) for t, s in spent]
     assert healing_stages._left("10ktokens", rows) == "8500tokens"
@@ -159,17 +151,17 @@ def test_the_rest_of_a_budget_is_the_healings() -> None:
     assert healing_stages._left("1500tokens", rows) == "500tokens"
 
 
-def test_a_small_budget_compares_nothing(
-    folder: Path, tried: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_budget_compares_nothing(folder, tried, monkeypatch):
     """And where it does, the others train as the first did, whatever the clock says."""
     session, opened = reopened(folder, tried)
     session.config = session.config.replace(heal_top=None)
     monkeypatch.setattr(trials, "text_of", lambda *given: TEXT)
-    recipe = dataclasses.asdict(Recipe(10, 4, 256, 3e-4, 10240, 8.0, 0.1))
-    given: list[tuple[Recipe | None, int]] = []
+    recipe = HealingRecipe(
+        steps=10, batch=4, length=256, learning_rate=3e-4, tokens=10240, seconds=8.0, epochs=0.1
+    )
+    given = []
 
-    def train(session: Any, few: HealConfig, removed: Any, text: HealingText, *rest: Any) -> Any:
+    def train(session, few, removed, text, *rest):
         given.append((rest[-1], int(text.train.mask.sum(1).max())))
         row = {"removed": list(removed), "kl": 1.0, "steps": 5, "tokens": 9, "seconds": 99.0}
         return {**row, "dropped": None, "checks": [], **({} if rest[-1] else {"recipe": recipe})}
@@ -181,23 +173,20 @@ def test_a_small_budget_compares_nothing(
     assert len(rows) == 1
     # Half of its steps, half of its time.
     assert rows[0]["seconds"] == 4.0
-    recipe["steps"] = 40
+    recipe.steps = 40
     given.clear()
     rows = trials._trials(session, opened, healing, pool)
     assert [row["seconds"] for row in rows] == [1.0] * 3
-    first = Recipe(**recipe)
-    assert given == [(None, 1024), (first, 256), (first, 256)]
+    assert given == [(None, 1024), (recipe, 256), (recipe, 256)]
 
 
-def test_a_candidate_that_is_behind_is_dropped_on_the_way(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_candidate_that_is_behind_is_dropped_on_the_way(folder, tmp_path, monkeypatch):
     real = Race.verdict
 
-    def behind(self: Race, checks: Any) -> Verdict | None:
+    def behind(self, checks):
         assert real(self, checks[:1]) is None
         leads = not self._leader
-        return None if leads or checks[-1]["step"] != 2 else Verdict("behind")
+        return None if leads or checks[-1].step != 2 else HealingStop(why="behind", kept=None)
 
     monkeypatch.setattr(Race, "verdict", behind)
     leave_speed_out(monkeypatch.setattr)
@@ -211,24 +200,22 @@ def test_a_candidate_that_is_behind_is_dropped_on_the_way(
     assert "dropped" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_old_files_of_healed_candidates_are_read(tmp_path: Path) -> None:
+def test_old_files_of_healed_candidates_are_read(tmp_path):
     row = {"removed": [1], "kl": 1.0, "kl_se": None, "perplexity": 3.0, "kl_before": 2.0}
     file = tmp_path / "healed-candidates.json"
     write_json(file, "healed-candidates", {"candidates": [row], "chosen": row})
     assert read_json(file, "healed-candidates")["chosen"] == row
 
 
-def test_what_a_search_began_with_is_not_measured_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def compare(*_: object) -> None:
+def test_what_a_search_began_with_is_not_measured_again(folder, monkeypatch):
+    def compare(*_):
         raise AssertionError("one pass is in the ranking already")
 
-    def stop(*_: object) -> None:
+    def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trials, "compare", compare)
-    pools: list[list[dict[str, Any]]] = []
+    pools = []
     monkeypatch.setattr(trials, "_trials", lambda *given: pools.append(given[-1]) or stop())
     given = {"heal": True, "heal_top": 3, "energy": "refined", "samples": 4, "rank_samples": 4}
     with pytest.raises(KeyboardInterrupt):
@@ -241,7 +228,7 @@ def test_what_a_search_began_with_is_not_measured_again(
     assert quick & set(states[:2])
 
 
-def test_how_many_are_tried() -> None:
+def test_how_many_are_tried():
     plain = RunConfig(model="m", remove="2")
     assert plain.tried == 0
     assert plain.replace(heal="10min").tried == 3
@@ -257,7 +244,7 @@ def test_how_many_are_tried() -> None:
     assert plain.replace(heal="10min", choose="ground", heal_top=2).tried == 2
 
 
-def test_the_python_api_takes_the_choice_after_healing(tried: Path) -> None:
+def test_the_python_api_takes_the_choice_after_healing(tried):
     found = read_json(tried / "healed-candidates.json", "healed-candidates")
     assert open_run(tried).config.heal == "9ktokens"
     assert found["chosen"]["removed"] == read_json(tried / "healing.json", "healing")["removed"]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
-from isingcut.healing.patch import tuning
+from isingcut.healing.patch import checkpoint as tuning
+from isingcut.healing.patch.checkpoint import split_samples, tune
 from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.linear import fit_patches
-from isingcut.healing.patch.tuning import split_samples, tune
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
 from isingcut.models.replay import Replay
@@ -24,13 +22,13 @@ from isingcut.testing.tiny import tiny_model
 REMOVED = (2, 3)
 
 
-def tokens(samples: int = 16, length: int = 24) -> TokenSet:
+def tokens(samples=16, length=24):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(8, 262, (samples, length), generator=generator).tolist()
     return TokenSet.from_rows([row[: length - 3 * (i % 3)] for i, row in enumerate(rows)])
 
 
-def tuned(model: Any, text: TokenSet, removed: Sequence[int] = REMOVED) -> Any:
+def tuned(model, text, removed=REMOVED):
     stack = find_stack(model)
     replay = Replay(model, stack_modules(model, stack))
     patches = []
@@ -41,7 +39,7 @@ def tuned(model: Any, text: TokenSet, removed: Sequence[int] = REMOVED) -> Any:
     return SimpleNamespace(patches=found, record=record)
 
 
-def divergence(model: Any, text: TokenSet, found: Any, removed: Sequence[int] = REMOVED) -> float:
+def divergence(model, text, found, removed=REMOVED):
     """KL(original || patched) of plain forward passes over the samples held out."""
     stack, total, count = find_stack(model), 0.0, 0
     for s in range(7, text.samples, 8):
@@ -57,31 +55,29 @@ def divergence(model: Any, text: TokenSet, found: Any, removed: Sequence[int] = 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
-def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(
-    monkeypatch: pytest.MonkeyPatch, family: str
-) -> None:
+def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(monkeypatch, family):
     # Every sample four times, so that what is learnt holds on those held out.
     model, text = tiny_model(family), tokens(16).select(torch.arange(16).repeat_interleave(4))
     monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
     monkeypatch.setattr(tuning, "RATE", 0.002)
     found = tuned(model, text)
-    kl = found.record["held_out_kl"]
+    kl = found.record.held_out_kl
     assert min(kl) < kl[0]
     assert divergence(model, text, found) == pytest.approx(min(kl), rel=1e-3)
     assert {p.block for p in found.patches} == {1, 4}
 
 
-def test_what_wins_nothing_on_samples_held_out_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_wins_nothing_on_samples_held_out_is_not_kept(monkeypatch):
     monkeypatch.setattr(tuning, "RATE", 30.0)
     model, text = tiny_model("llama"), tokens()
     found = tuned(model, text)
-    kl = found.record["held_out_kl"]
+    kl = found.record.held_out_kl
     assert min(kl[1:]) > kl[0]
     assert [(p.block, p.path) for p in found.patches] == [(1, "mlp.down_proj")]
     assert divergence(model, text, found) == pytest.approx(kl[0], rel=1e-3)
 
 
-def test_the_original_stays_as_it_was() -> None:
+def test_the_original_stays_as_it_was():
     model = tiny_model("llama")
     before = {name: p.clone() for name, p in model.named_parameters()}
     tuned(model, tokens())
@@ -89,18 +85,16 @@ def test_the_original_stays_as_it_was() -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_cuts_at_the_first_and_the_last_block_have_one_neighbour() -> None:
+def test_cuts_at_the_first_and_the_last_block_have_one_neighbour():
     model, text = tiny_model("llama"), tokens()
     removed = (0, 3, 5)
     found = tuned(model, text, removed)
-    assert {layer["block"] for layer in found.record["layers"]} == {1, 2, 4}
-    kl = found.record["held_out_kl"]
+    assert {layer.block for layer in found.record.layers} == {1, 2, 4}
+    kl = found.record.held_out_kl
     assert divergence(model, text, found, removed) == pytest.approx(min(kl), rel=1e-3)
 
 
-def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch):
     room = type("Room", (), {"left": 0})()
     monkeypatch.setattr(tuning, "allowance", lambda *given: room)
     with pytest.raises(FitError, match="GB of host memory"):
@@ -112,20 +106,20 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(
     ]
     square = [blocks[i].get_submodule("self_attn.q_proj") for i in (1, 4)]
     room.left = tuning.BYTES * sum(m.weight.numel() for m in [*both, *square])
-    paths = {layer["layer"] for layer in tuned(model, tokens()).record["layers"]}
+    paths = {layer.layer for layer in tuned(model, tokens()).record.layers}
     assert {"self_attn.o_proj", "mlp.down_proj"} <= paths
     assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
 
 
-def test_three_samples_are_too_few() -> None:
+def test_three_samples_are_too_few():
     with pytest.raises(FitError, match="4 samples or more"):
         tuned(tiny_model("llama"), tokens(3))
 
 
-def test_weights_of_wider_models_move_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_wider_models_move_less(monkeypatch):
     rates, adam = list[float](), torch.optim.AdamW
 
-    def seen(groups: Any, lr: float, **rest: Any) -> Any:
+    def seen(groups, lr, **rest):
         rates.append(lr)
         return adam(groups, lr=lr, **rest)
 

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 from arena import Row
+
 from gguf_files import (
     LIST,
     WORD,
@@ -22,7 +23,6 @@ from gguf_files import (
     pair,
     raw,
 )
-
 from isingcut.files.locks import locked
 from isingcut.models import gguf_files
 from shared import snapshot

@@ -124,7 +124,7 @@ def test_the_advice_after_no_number_works(arena, saved):
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("isingcut.healing.training.distill._publish", FULL),
+        ("isingcut.healing.training.train._publish", FULL),
         ("isingcut.healing.heal.healed_card", FULL),
         (
             "isingcut.healing.training.train.OurTrainer.save_model",
@@ -195,7 +195,7 @@ def exact_cut(arena):
 
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     from isingcut.healing.patch import linear
-    from isingcut.healing.patch.least_squares import RidgeFit
+    from isingcut.healing.patch.linear import RidgeFit
 
     def too_small(fit, held_out):
         return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)

@@ -65,17 +65,17 @@ BENCHMARKS += rows(
     [
         (f"questions: {name}", evaluate(), line, prepare)
         for name, line, prepare in (
-            ("no JSON", "line 2: it is no JSON", asked(GOOD, "{")),
-            ("a list", "line 2: expected an object", asked(GOOD, "[1]")),
-            ("no number", "line 2: it is no JSON", asked(GOOD, '{"answer": NaN}')),
-            ("nested", "line 2: it is no JSON .*nested", asked(GOOD, "[" * 100000)),
+            ("no JSON", "line 2 is not valid JSON", asked(GOOD, "{")),
+            ("a list", "line 2 must be a JSON object", asked(GOOD, "[1]")),
+            ("no number", "line 2 is not valid JSON", asked(GOOD, '{"answer": NaN}')),
+            ("nested", "line 2 is not valid JSON: .*nested", asked(GOOD, "[" * 100000)),
             ("nothing", "holds no questions", asked("")),
             ("a pipe", "is a pipe; expected a plain file", special(os.mkfifo)),
             ("a folder", "is a folder; expected a plain file", special(os.mkdir)),
             ("huge", "has 268435457 bytes; expected at most", special(huge)),
             (
                 "not UTF-8",
-                "is not UTF-8 text",
+                "line 1 is not UTF-8",
                 special(lambda p: p.write_bytes(b'{"context": "\xff"}')),
             ),
             ("a link to nothing", "is a link to nothing", special(lambda p: p.symlink_to("gone"))),

@@ -8,18 +8,7 @@ import socket
 
 import pytest
 from arena import Row
-from sample_texts import (
-    GONE,
-    ITEMS,
-    LINES,
-    MEASURE,
-    NUL,
-    SMALL,
-    UTF8,
-    WORDS,
-    packed,
-    written,
-)
+from sample_texts import GONE, ITEMS, LINES, MEASURE, NUL, SMALL, UTF8, WORDS, packed, written
 from transformers import AutoTokenizer
 
 from isingcut.data import text_files
@@ -44,14 +33,14 @@ def broken(content, at):
     return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
 
 
-NO_OBJECT, NO_STRING = "line 1 must be a JSON object .*found ", "'text' must be a string, found "
+NO_OBJECT, NO_STRING = "line 1 must be a JSON object, found ", "'text' must be a string, found "
 NO_MESSAGES, HALF = "'messages' must be a list of objects", b'{"text": "a \\ud83d b"}\n'
 NO_ROLE = b'{"messages": [{"content": "a"}]}\n'
 HALF_CHAT = b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n'
 TWO_LINES = b'{"text": "a"}\n{"text": \n'
 CONTENTS = [
     ("a.txt", "empty", b"", "a.txt is too short: .*found 0;"),
-    ("a.txt", "one word", b"word", "a.txt is too short: .*found 4;"),
+    ("a.txt", "one word", b"word", "a.txt is too short: .*found 0;"),
     ("a.txt", "a mark and no more", b"\xef\xbb\xbf", "a.txt is too short: .*found 0;"),
     ("a.txt", "latin-1", WORDS.encode() + "é".encode("latin-1") + b"!", UTF8.format(0xE9)),
     ("a.txt", "utf-16", WORDS.encode("utf-16"), UTF8.format(0xFF)),

@@ -4,16 +4,16 @@ The split `energy` builds the Hamiltonian, `rank` orders the candidates and `rep
 figures that are published. No document (nor its duplicate) is in two of them. Tokens are given out
 in the order report, rank, energy, so the reported text stays the same when the energy is measured
 on more samples.
+
+Healing reads splits of its own with the same readers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,11 @@ import numpy as np
 import torch
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.answers import row_of
-from isingcut.data.corpora import Corpus, is_new, read, text_hashes
-from isingcut.data.encoder import Encoder
+from isingcut.data.conversations import row_of
+from isingcut.data.corpora import Corpus, is_new, read, refuse_changed, text_hashes, words_for
 from isingcut.data.generation import sample_from_model
-from isingcut.data.mixture import Part, Turns, name_part, parts_of
-from isingcut.data.overlap import overlap
-from isingcut.data.tokens import Row, TokenSet, count_tokens, distinct
+from isingcut.data.mixture import Part, Turns, name_part, parts_of, place_of
+from isingcut.data.tokens import Encoder, Row, TokenSet, count_tokens, distinct, ids_of, overlap
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
 from isingcut.files.tensors import read_tensors, tensor_header
@@ -36,199 +34,10 @@ from isingcut.files.writing import atomic_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
 SPLITS = ("energy", "rank", "report")
-ALLOCATION = ("report", "rank", "energy")
-
-Rows = dict[str, list[Row]]
-
-
-class Text(ABC):
-    """One text, from which samples of full length are counted first and made at the end.
-
-    Attributes:
-        facts: what is known of it, JSON-able.
-    """
-
-    def __init__(self, kind: str, length: int) -> None:
-        self.facts: dict[str, Any] = {"kind": kind}
-        self._length = length
-        self._counts = dict.fromkeys(ALLOCATION, 0)
-
-    def take(self, split: str) -> int:
-        """Ask for one more sample of a split, in the order of `ALLOCATION`; gives the number of its
-        tokens that count.
-
-        Raises:
-            CalibrationError: too short, if that is known by now.
-        """
-        self._counts[split] += 1
-        return self._length
-
-    @abstractmethod
-    def rows(self) -> Rows:
-        """The samples that were asked for, by split.
-
-        Raises:
-            CalibrationError: too short.
-        """
-
-
-class Conversations(Text):
-    """One sample a conversation; those that agree in all their kept tokens count once.
-
-    Args:
-        corpus: of kind ``"chat"``.
-        length: tokens that are kept of one.
-        counts: samples of all splits.
-        share: of their tokens that this text has.
-        seen: texts that other parts of a mixture have; see `corpora.is_new`.
-    """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        encode: Encoder,
-        length: int,
-        counts: Mapping[str, int],
-        share: float,
-        seen: set[int],
-    ) -> None:
-        super().__init__(corpus.kind, length)
-        self._name, self._wanted, self._share = corpus.name, counts, share
-        self._rows: Rows = {name: [] for name in ALLOCATION}
-        self._stream = distinct(
-            row_of(encode, text, length) for text in corpus.documents if is_new(text, seen)
-        )
-
-    def take(self, split: str) -> int:
-        row = next(self._stream, None)
-        if row is None:
-            raise CalibrationError(self._too_short())
-        self._rows[split].append(row)
-        return count_tokens(row)
-
-    def rows(self) -> Rows:
-        return self._rows
-
-    def _too_short(self) -> str:
-        found = [len(row) for split in self._rows.values() for row in split]
-        needed = f"{sum(self._wanted.values())} different conversations"
-        if self._share < 1:
-            needed = f"{self._share:.0%} of their tokens from different conversations"
-        return (
-            f"{self._name} is too short: {_words(self._wanted)} samples need {needed} of up to "
-            f"{self._length} tokens, found {len(found)} ({sum(found)} tokens); give more, or "
-            "lower --samples, --rank-samples or --report-samples"
-        )
-
-
-class Generated(Text):
-    """Text of the model's own.
-
-    Args:
-        make: rows for counts by split.
-    """
-
-    def __init__(self, make: Callable[[Mapping[str, int]], Rows], length: int) -> None:
-        super().__init__("generated", length)
-        self._make = make
-
-    def rows(self) -> Rows:
-        return self._make(self._counts)
-
-
-class Packed(Text):
-    """Full-length samples out of running text or of concatenated documents.
-
-    Args:
-        corpus: not of kind ``"chat"``.
-        length: tokens of a sample.
-        seen: texts that other parts of a mixture have; see `corpora.is_new`.
-    """
-
-    def __init__(self, corpus: Corpus, encode: Encoder, length: int, seen: set[int]) -> None:
-        super().__init__(corpus.kind, length)
-        self._corpus, self._encode, self._seen = corpus, encode, seen
-
-    def rows(self) -> Rows:
-        corpus, encode, counts = self._corpus, self._encode, self._counts
-        prefix = encode.start
-        body = self._length - len(prefix)
-        needs = {name: counts[name] * body for name in ALLOCATION}
-        # No sample uses more of one document than all samples together need.
-        most = sum(needs.values())
-        documents: list[list[int]] = []
-        read = 0
-
-        def tokenised() -> Iterator[list[int]]:
-            nonlocal read
-            for text in corpus.documents:
-                if ids := encode(text, most):
-                    read += 1
-                    # Pieces of a running text may be alike, documents may not.
-                    if corpus.kind == "text" or is_new(text, self._seen):
-                        documents.append(ids)
-                        yield ids
-
-        streams = None
-        if corpus.kind == "documents":
-            streams = _by_document(tokenised(), needs, encode.separator)
-        # Running text, and one or two documents, which cannot fill three splits.
-        if streams is None and len(documents) < len(needs):
-            streams = _by_range(itertools.chain(list(documents), tokenised()), needs)
-        if streams is None:
-            raise CalibrationError(_too_short(corpus, documents, counts, self._length, most))
-        if corpus.kind == "documents":
-            self.facts["documents"] = read
-        return {
-            name: [prefix + ids[i : i + body] for i in range(0, needs[name], body)]
-            for name, ids in streams.items()
-        }
-
-
-def _by_document(
-    documents: Iterator[list[int]], needs: Mapping[str, int], separator: list[int]
-) -> dict[str, list[int]] | None:
-    """Whole documents to one split after the other; None when they run out."""
-    streams: dict[str, list[int]] = {}
-    for name, need in needs.items():
-        taken: list[int] = []
-        while len(taken) < need:
-            ids = next(documents, None)
-            if ids is None:
-                return None
-            taken += (separator if taken else []) + ids
-        streams[name] = taken[:need]
-    return streams
-
-
-def _by_range(pieces: Iterable[list[int]], needs: Mapping[str, int]) -> dict[str, list[int]] | None:
-    """Consecutive token ranges to one split after the other; None when they run out."""
-    stream = itertools.chain.from_iterable(pieces)
-    streams = {name: list(islice(stream, need)) for name, need in needs.items()}
-    return streams if all(len(streams[name]) == need for name, need in needs.items()) else None
-
-
-def _too_short(
-    corpus: Corpus, documents: list[list[int]], counts: Mapping[str, int], length: int, needed: int
-) -> str:
-    found = sum(map(len, documents))
-    held = f"{found} in {len(documents)} documents" if corpus.kind == "documents" else str(found)
-    why = " (the three splits may not share a document)" if found >= needed else ""
-    return (
-        f"{corpus.name} is too short: {_words(counts)} samples of {length} tokens need {needed} "
-        f"tokens, found {held}{why}; give more text, or lower --length, --samples, "
-        "--rank-samples or --report-samples"
-    )
-
-
-def _words(counts: Mapping[str, int]) -> str:
-    return " + ".join(f"{counts[name]} {name}" for name in SPLITS)
-
 
 __all__ = ["SPLITS", "Calibration", "TokenSet", "build"]
-
-_KIND = "calibration"
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +79,7 @@ class Calibration:
             if tokens.counted is not None:
                 tensors[f"{name}.counted"] = tokens.counted.contiguous()
         header = {
-            "format": f"isingcut-{_KIND}",
+            "format": "isingcut-calibration",
             "version": 1,
             "source": self.source,
             "sha256": self.sha256,
@@ -287,7 +96,7 @@ class Calibration:
         Raises:
             StageFileError: missing, damaged, not a calibration file, or of a newer version.
         """
-        header, arrays = read_tensors(path, _KIND, _wanted)
+        header, arrays = read_tensors(path, "calibration", _wanted)
         splits = {}
         for name in SPLITS:
             ids, mask = arrays[f"{name}.input_ids"], arrays[f"{name}.mask"]
@@ -328,26 +137,6 @@ def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple
         if f"{name}.counted" in shapes:
             wanted[f"{name}.counted"] = ("BOOL", shape)
     return wanted
-
-
-def sample_text(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    length: int,
-    seed: int,
-    model: PreTrainedModel | None = None,
-) -> TokenSet:
-    """Samples of one text source that holds no conversations; see `build` for the arguments.
-
-    Raises:
-        CalibrationError: unreadable, malformed or too short, in one line.
-    """
-    encode = Encoder(tokenizer, model)
-    text = Packed(read(source, tokenizer, seed), encode, length, set())
-    for _ in range(samples):
-        text.take("report")
-    return TokenSet.from_rows(text.rows()["report"], encode.pad, [])
 
 
 def build(
@@ -397,66 +186,247 @@ def build(
     # Before it is read: what is changed meanwhile is noticed by whoever reads on.
     hashes = text_hashes(source)
     encode = Encoder(tokenizer, model)
-    seen: set[int] = set()
+    needed = sum(counts.values())
 
-    def generate(wanted: Mapping[str, int]) -> Rows:
+    def generate() -> Iterator[Row]:
         if model is None:
             raise InputError("the calibration source 'self' needs the model to sample from")
-        return sample_from_model(model, tokenizer, wanted, length, seed, progress)
+        return sample_from_model(model, tokenizer, needed, length, seed, progress)
 
-    def opened(part: Part) -> Text:
-        if part.source == "self":
-            return Generated(generate, length)
-        corpus = read(part.source, tokenizer, seed)
-        if corpus.kind == "chat":
-            return Conversations(corpus, encode, length, counts, part.share, seen)
-        return Packed(corpus, encode, length, seen)
-
-    texts: list[Text] = []
-    for part in parts:
-        with name_part(part, parts):
-            texts.append(opened(part))
-    order = {
-        name: _order(parts, texts, name, counts[name], Turns(parts, length, f"{seed} {name}"))
-        for name in ALLOCATION
-    }
-    rows = []
-    for part, text in zip(parts, texts, strict=True):
-        with name_part(part, parts):
-            rows.append(text.rows())
-    splits = {}
-    for name in SPLITS:
-        left_over = [iter(of_part[name]) for of_part in rows]
-        names = [parts[i].name for i in order[name]] if len(parts) > 1 else []
-        samples_of = [next(left_over[i]) for i in order[name]]
-        splits[name] = TokenSet.from_rows(samples_of, encode.pad, names)
-    energy, rank, report = (splits[name] for name in SPLITS)
+    texts = open_parts(
+        parts, encode, length, seed, len(SPLITS), most=needed * length, generate=generate
+    )
+    drawn: dict[str, Drawn] = {}
+    for number, (name, count) in enumerate(counts.items()):
+        drawn[name], ended = draw_split(parts, texts, number, length, f"{seed} {name}", count)
+        if ended is not None:
+            found = sum(i == ended for each in drawn.values() for i, _ in each)
+            with name_part(parts[ended], parts):
+                raise _too_short(parts[ended], texts[ended].facts["kind"], counts, length, found)
+    splits = {name: tokens_of(drawn[name], parts, encode.pad) for name in SPLITS}
+    energy, rank, report = splits.values()
     shared = {"rank": overlap(rank, [energy]), "report": overlap(report, [energy, rank])}
     meta: dict[str, Any] = {"seed": seed, "length": length, "texts": hashes, "overlap": shared}
     if len(parts) == 1:
         meta |= texts[0].facts
     else:
+        tokens = [0] * len(parts)
+        for i, row in itertools.chain.from_iterable(drawn.values()):
+            tokens[i] += len(row)
         meta["kind"] = "mixture"
         meta["parts"] = [
-            {**vars(part), **text.facts, "tokens": _tokens(of_part)}
-            for part, text, of_part in zip(parts, texts, rows, strict=True)
+            {**vars(part), **text.facts, "tokens": count}
+            for part, text, count in zip(parts, texts, tokens, strict=True)
         ]
-        meta["part_of_sample"] = order
+        meta["part_of_sample"] = {name: [i for i, _ in each] for name, each in drawn.items()}
     return Calibration(splits, source, meta)
 
 
-def _order(
-    parts: Sequence[Part], texts: Sequence[Text], split: str, samples: int, turns: Turns
-) -> list[int]:
-    """The part that each sample of a split is of; conversations, whose lengths decide, are read."""
-    found = []
-    for left in range(samples, 0, -1):
-        i = turns.next(left)
+def _too_short(
+    part: Part, kind: str, counts: Mapping[str, int], length: int, found: int
+) -> CalibrationError:
+    wanted = " + ".join(f"{counts[name]} {name}" for name in SPLITS)
+    share = "" if part.share == 1 else f", {part.share:.0%} of their tokens from it,"
+    apart = ", and no document may be in two splits" if kind == "documents" else ""
+    return CalibrationError(
+        f"{words_for(place_of(part.source))} is too short: {wanted} samples of {length} tokens"
+        f"{share} were asked for{apart}, found {found}; give more text, or lower --length, "
+        "--samples, --rank-samples or --report-samples"
+    )
+
+
+Drawn = list[tuple[int, Row]]
+"""Samples, each with the part that it is from."""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenText:
+    """One text of a mixture, read as far as its readers are iterated.
+
+    Attributes:
+        facts: what is known of it, JSON-able: ``kind``, and the ``documents`` read so far.
+        readers: of its samples, one for each split.
+    """
+
+    facts: dict[str, Any]
+    readers: Sequence[Iterator[Row]]
+
+
+def open_parts(
+    parts: Sequence[Part],
+    encode: Encoder,
+    length: int,
+    seed: int,
+    splits: int,
+    *,
+    used: Calibration | None = None,
+    most: int | None = None,
+    generate: Callable[[], Iterator[Row]] | None = None,
+) -> list[OpenText]:
+    """Each part with a reader for each split.
+
+    Full samples come out of running text, or of documents that follow one another; a conversation
+    is one sample, cut at ``length``, and those that agree in all their kept tokens count once. The
+    readers of documents each begin with a new one; where there are fewer documents than splits,
+    consecutive ranges of them are read instead.
+
+    Args:
+        used: a calibration whose text is left out; documents only where the seed is the same.
+        most: tokens that are needed of one document.
+        generate: samples of ``"self"``; None where real text is needed.
+
+    Raises:
+        CalibrationError: unreadable; or a file that was changed since the calibration was made.
+    """
+    seen: set[int] = set()
+    corpora: list[Corpus | None] = []
+    for part in parts:
+        with name_part(part, parts):
+            if used is not None:
+                refuse_changed(used.meta.get("texts", {}), part.source)
+            if part.source != "self":
+                corpora.append(corpus := read(part.source, encode.tokenizer, seed))
+                # In all parts before one is read on, which must not repeat what was measured on.
+                _skip_documents(corpus, encode, used, part.source, seed, seen)
+            elif generate is None:
+                raise CalibrationError("healing needs real text, not 'self'")
+            else:
+                corpora.append(None)
+    opened = []
+    for part, text in zip(parts, corpora, strict=True):
+        facts: dict[str, Any] = {"kind": "generated" if text is None else text.kind}
+        with name_part(part, parts):
+            if text is None:
+                assert generate is not None
+                rows = generate()
+            elif text.kind == "chat":
+                rows = _conversations(text, encode, length, used, seen)
+            elif text.kind == "text":
+                known = int(_facts(used, part.source).get("tokens", 0))
+                rows = _pieces(map(encode, text.documents), encode, length, known)
+            else:
+                documents = _tokenised(text, encode, seen, most, facts)
+                first = list(itertools.islice(documents, splits))
+                documents = itertools.chain(first, documents)
+                if len(first) == splits:
+                    each = [_packed(documents, encode, length) for _ in range(splits)]
+                    opened.append(OpenText(facts, each))
+                    continue
+                rows = _pieces(documents, encode, length)
+        opened.append(OpenText(facts, [rows] * splits))
+    return opened
+
+
+def draw(
+    parts: Sequence[Part], readers: Sequence[Iterator[Row]], turns: Turns, count: int | None = None
+) -> Iterator[tuple[int, Row]]:
+    """Samples of all parts in turn, each with its part, until there are ``count`` or one ends."""
+    drawn = 0
+    while count is None or drawn < count:
+        i = turns.next(None if count is None else count - drawn)
         with name_part(parts[i], parts):
-            turns.took(i, texts[i].take(split))
-        found.append(i)
-    return found
+            row = next(readers[i], None)
+        if row is None:
+            return
+        turns.took(i, count_tokens(row))
+        drawn += 1
+        yield i, row
 
 
-def _tokens(rows: Rows) -> int:
-    return sum(len(row) for split in rows.values() for row in split)
+def draw_split(
+    parts: Sequence[Part],
+    texts: Sequence[OpenText],
+    split: int,
+    length: int,
+    seed: str,
+    count: int | None,
+) -> tuple[Drawn, int | None]:
+    """The samples of one split, and the part that ended before there were ``count``."""
+    turns = Turns(parts, length, seed)
+    drawn = list(draw(parts, [text.readers[split] for text in texts], turns, count))
+    if len(drawn) == count:
+        return drawn, None
+    return drawn, turns.next(None if count is None else count - len(drawn))
+
+
+def tokens_of(drawn: Drawn, parts: Sequence[Part], pad: int) -> TokenSet:
+    """Samples as a set, padded with the token ``pad``."""
+    names = [parts[i].name for i, _ in drawn] if len(parts) > 1 else []
+    return TokenSet.from_rows([row for _, row in drawn], pad, names)
+
+
+def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
+    """What a calibration says of its text, or of the part of it, that is from a source."""
+    if used is None:
+        return {}
+    if used.source == source:
+        tokens = sum(int(split.mask.sum()) for split in used.splits.values())
+        return {**used.meta, "tokens": tokens}
+    parts: Sequence[Mapping[str, Any]] = used.meta.get("parts", ())
+    return next((part for part in parts if part["source"] == source), {})
+
+
+def _skip_documents(
+    corpus: Corpus,
+    encode: Encoder,
+    used: Calibration | None,
+    source: str,
+    seed: int,
+    seen: set[int],
+) -> None:
+    """Pass over the documents that a calibration read; another seed has them in another order."""
+    if used is None or corpus.kind != "documents" or used.meta.get("seed") != seed:
+        return
+    left = int(_facts(used, source).get("documents", 0))
+    while left and (text := next(corpus.documents, None)) is not None:
+        is_new(text, seen)
+        # Counted as `_tokenised` counts them: those that have tokens.
+        left -= bool(encode(text, 1))
+
+
+def _tokenised(
+    corpus: Corpus, encode: Encoder, seen: set[int], most: int | None, facts: dict[str, Any]
+) -> Iterator[list[int]]:
+    """The documents that no other part of the mixture has; ``facts`` counts all that were read."""
+    facts["documents"] = 0
+    for text in corpus.documents:
+        if ids := encode(text, most):
+            facts["documents"] += 1
+            if is_new(text, seen):
+                yield ids
+
+
+def _packed(documents: Iterator[list[int]], encode: Encoder, length: int) -> Iterator[Row]:
+    """Full samples out of documents that follow one another; the first begins a document."""
+    prefix, between = encode.start, encode("\n\n")
+    body = length - len(prefix)
+    left: list[int] = []
+    for number, ids in enumerate(documents):
+        left += (between if number else []) + ids
+        while len(left) >= body:
+            yield prefix + left[:body]
+            left = left[body:]
+
+
+def _pieces(
+    texts: Iterable[list[int]], encode: Encoder, length: int, skipped: int = 0
+) -> Iterator[Row]:
+    """Full samples out of a running text, behind its first tokens."""
+    prefix = encode.start
+    body = length - len(prefix)
+    tokens = itertools.islice(itertools.chain.from_iterable(texts), skipped, None)
+    while len(piece := list(itertools.islice(tokens, body))) == body:
+        yield prefix + piece
+
+
+def _conversations(
+    corpus: Corpus, encode: Encoder, length: int, used: Calibration | None, seen: set[int]
+) -> Iterator[Row]:
+    """One sample a conversation, but none that a calibration holds, whatever counts of it there."""
+    taken: set[tuple[int, ...]] = set()
+    cut = int(used.meta["length"]) if used is not None else 0
+    for split in used.splits.values() if used is not None else ():
+        taken |= set(map(ids_of, split.rows))
+    most = max(cut, length)
+    rows = (row_of(encode, text, most) for text in corpus.documents if is_new(text, seen))
+    return distinct(row[:length] for row in rows if ids_of(row[:cut]) not in taken)

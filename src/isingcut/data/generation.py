@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.chat_templates import render_chat
-from isingcut.data.encoder import Encoder
-from isingcut.data.tokens import distinct
+from isingcut.data.conversations import render_chat
+from isingcut.data.tokens import Encoder, Row, distinct
 from isingcut.errors import NOT_FINITE, CalibrationError, ModelError
 
 if TYPE_CHECKING:
@@ -107,16 +105,19 @@ _ATTEMPTS = 4
 def sample_from_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    counts: Mapping[str, int],
+    needed: int,
     length: int,
     seed: int,
     progress: Progress = silent,
-) -> dict[str, list[list[int]]]:
-    """Distinct samples of exactly ``length`` tokens per split, at temperature 1 from BOS.
+) -> Iterator[Row]:
+    """Distinct samples of exactly ``length`` tokens, at temperature 1 from BOS.
 
     Sampling goes on past an end-of-sequence token, as packed text does. The samples form one
-    sequence, which depends on the model and the seed only; the splits take theirs from it in
-    the order of ``counts``. Cost: ``length`` cached decoding steps per 32 samples.
+    sequence, which depends on the model and the seed only. Cost: ``length`` cached decoding steps
+    per 32 samples.
+
+    Args:
+        needed: that are read of it, at most.
 
     Raises:
         CalibrationError: the tokenizer has no token to start from, or the model repeats itself.
@@ -130,8 +131,8 @@ def sample_from_model(
             "--calibration"
         )
     Encoder(tokenizer, model).checked([start])
-    needed = sum(counts.values())
     batches = -(-needed // _ROWS)
+    found = 0
     with progress("sampling text from the model", batches) as bar:
 
         def sampled() -> Iterator[list[int]]:
@@ -139,15 +140,12 @@ def sample_from_model(
                 yield from _sampled(model, start, length, seed * 1_000_003 + batch)
                 bar.advance(1)
 
-        stream = distinct(sampled())
-        rows = {name: list(islice(stream, count)) for name, count in counts.items()}
-    found = sum(map(len, rows.values()))
-    if found < needed:
-        raise CalibrationError(
-            f"the model repeats itself: sampling it gave {found} different samples of {length} "
-            f"tokens, {needed} are needed; raise --length or choose another --calibration"
-        )
-    return rows
+        for found, row in enumerate(distinct(sampled()), 1):  # noqa: B007
+            yield row
+    raise CalibrationError(
+        f"the model repeats itself: sampling it gave {found} different samples of {length} "
+        f"tokens, {needed} are needed; raise --length or choose another --calibration"
+    )
 
 
 @torch.no_grad()

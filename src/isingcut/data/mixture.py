@@ -1,21 +1,87 @@
-"""How texts are spelled: mixtures ``SOURCE=WEIGHT,SOURCE=WEIGHT``, and ``answers:SOURCE``.
+"""How texts are named: mixtures ``SOURCE=WEIGHT,SOURCE=WEIGHT``, ``answers:SOURCE``, and objects.
 
-The parts, where each is read from, and whose sample is next.
+A model or a list of texts that a Python caller passes has a name, with a hash of its content, that
+stands in the options and in `run.json` where a path would. It is found under that name as long as
+the call lasts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from isingcut.data import held
-from isingcut.errors import CalibrationError, IsingcutError
+from isingcut.errors import CalibrationError, InputError, IsingcutError
 from isingcut.files.inputs import user_path
+
+_NAME = re.compile(r".* in memory \([0-9a-f]{16}\)")
+_held: dict[str, list[Any]] = {}
+
+
+def is_held_name(word: str) -> bool:
+    """Whether a word is the name of something handed over, held or not."""
+    return _NAME.fullmatch(word) is not None
+
+
+def find_held(name: str) -> Any:
+    """What is held under a name: a folder or a list of texts; None for any other word.
+
+    Raises:
+        InputError: a name of that form, of something that is held no more.
+    """
+    if not is_held_name(name):
+        return None
+    if not _held.get(name):
+        raise InputError(
+            f"{name!r} was handed over in Python and is not kept; hand it over there again, or "
+            "write it to disk and give its path"
+        )
+    return _held[name][-1]
+
+
+@contextlib.contextmanager
+def hold_texts(given: Sequence[str]) -> Iterator[str]:
+    """Hold a list of texts; gives its name.
+
+    Raises:
+        CalibrationError: no list of strings, or an empty one.
+    """
+    if not isinstance(given, list | tuple):
+        raise CalibrationError(
+            f"calibration must be a source's name or a list of texts, got {type(given).__name__}"
+        )
+    if not given:
+        raise CalibrationError("calibration is an empty list; give texts")
+    digest = hashlib.sha256()
+    for number, text in enumerate(given):
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"calibration must be a list of strings, but text {number} is of type "
+                f"{type(text).__name__}"
+            )
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(encoded)}:".encode() + encoded)
+    with hold(f"{len(given)} texts in memory ({digest.hexdigest()[:16]})", list(given)) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def hold(name: str, thing: Any) -> Iterator[str]:
+    """Hold a thing under a name for as long as the context is open."""
+    # A list, because two runs may hold the same thing at a time.
+    _held.setdefault(name, []).append(thing)
+    try:
+        yield name
+    finally:
+        _held[name].pop()
+
 
 ANSWERS = "answers:"
 """Before a source of conversations: only the assistant's tokens count."""
@@ -44,7 +110,7 @@ def parts_of(source: str) -> tuple[Part, ...]:
     Raises:
         CalibrationError: a part without a positive weight, without a name, or named twice.
     """
-    if "=" not in source or held.is_name(source) or _exists(source):
+    if "=" not in source or is_held_name(source) or _exists(source):
         return (Part(source, source, 1.0),)
     named = _weighted(source)
     sources = [name for name, _ in named]

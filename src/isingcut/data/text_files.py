@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from isingcut.data.encoder import LONGEST, cut
-from isingcut.errors import CalibrationError, first_line
+from isingcut.data.tokens import LONGEST, cut
+from isingcut.errors import CalibrationError, IsingcutError, first_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
 
 Record = tuple[str, dict[str, Any]]
@@ -86,30 +86,7 @@ class TextFile:
 
     def _jsonl(self) -> Iterator[Record]:
         with clear_errors(self.name), self._bytes as file:
-            number = 0
-            while raw := file.readline(RECORD + 1):
-                number += 1
-                where = f"{self.name} line {number}"
-                if len(raw) > RECORD:
-                    raise CalibrationError(
-                        f"{where} is longer than {RECORD} bytes; expected one record a line"
-                    )
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                except UnicodeDecodeError as e:
-                    raise CalibrationError(f"{where} is not UTF-8; save the file as UTF-8") from e
-                if not line:
-                    continue
-                try:
-                    record = parse_json(line)
-                except ValueError as e:
-                    raise CalibrationError(f"{where} is not valid JSON: {first_line(e)}") from e
-                if not isinstance(record, dict):
-                    raise CalibrationError(
-                        f"{where} must be a JSON object with 'text' or 'messages', "
-                        f"found {type(record).__name__}"
-                    )
-                yield where, record
+            yield from json_lines(file, self.name)
 
     def _json(self) -> Iterator[Record]:
         with clear_errors(self.name), self._bytes as file:
@@ -169,6 +146,34 @@ class TextFile:
             f"{self.name} must have a column 'text', or only one; its first line names {held} "
             "(columns are separated by commas)"
         )
+
+
+def json_lines(
+    file: BinaryIO, name: str, error: type[IsingcutError] = CalibrationError
+) -> Iterator[Record]:
+    """The objects in JSON lines, blank lines left out.
+
+    Args:
+        name: what messages call the file.
+        error: that is raised of what is none.
+    """
+    number = 0
+    while raw := file.readline(RECORD + 1):
+        number += 1
+        where = f"{name} line {number}"
+        if len(raw) > RECORD:
+            raise error(f"{where} is longer than {RECORD} bytes; expected one record a line")
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            record = parse_json(line) if line else {}
+        except UnicodeDecodeError as e:
+            raise error(f"{where} is not UTF-8; save the file as UTF-8") from e
+        except ValueError as e:
+            raise error(f"{where} is not valid JSON: {first_line(e)}") from e
+        if not isinstance(record, dict):
+            raise error(f"{where} must be a JSON object, found {type(record).__name__}")
+        if line:
+            yield where, record
 
 
 def only_once(source: str) -> bool:

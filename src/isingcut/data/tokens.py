@@ -1,11 +1,25 @@
-"""Samples of tokens with their padding masks, and batches of like length."""
+"""Text to token ids; samples of tokens with their padding masks, and batches of like length.
+
+A tokenizer needs some 300 bytes for every character that it is given at a time; a longer text is
+cut before white space, where tokenizers of words cut anyway.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+from isingcut.errors import CalibrationError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 Row = list[int]
 """Token ids of a sample; one that is context and does not count stands as its complement, ~id."""
@@ -190,3 +204,144 @@ def distinct(rows: Iterable[Sequence[int]]) -> Iterator[Row]:
         if has_prediction(row) and row not in seen:
             seen.add(row)
             yield list(row)
+
+
+LONGEST = 1 << 20
+"""Characters that are tokenised at a time."""
+
+_NEAR = 1 << 16
+_LAST_SPACE = re.compile(r"\s(?=\S*\Z)")
+
+
+def cut(text: str) -> int:
+    """Where a text that goes on ends well: before its last white space, if that is near its end."""
+    tail = max(1, len(text) - _NEAR)
+    found = _LAST_SPACE.search(text, tail)
+    return found.start() if found else len(text)
+
+
+def split_text(text: str) -> Iterator[str]:
+    """A text in pieces of at most `LONGEST` characters; a shorter one is whole."""
+    start = 0
+    while len(text) - start > LONGEST:
+        end = start + cut(text[start : start + LONGEST])
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+class Encoder:
+    """A tokenizer, and how many tokens the model it is used with knows.
+
+    Args:
+        tokenizer: any of transformers.
+        model: its embedding's rows bound the token ids; None bounds them by nothing.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._rows = None if model is None else _rows(model)
+
+    def __call__(self, text: str, most: int | None = None) -> list[int]:
+        """The token ids of a text, without special ones around it.
+
+        Args:
+            most: leave off what comes after so many tokens.
+
+        Raises:
+            CalibrationError: the tokenizer cannot take the text, or the model a token of it.
+        """
+        ids: list[int] = []
+        for piece in split_text(text):
+            ids += self.checked(_ids(self.tokenizer, piece, special=False))
+            if most is not None and len(ids) >= most:
+                return ids[:most]
+        return ids
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """``ids`` themselves, if the model's embedding has a row for each.
+
+        Raises:
+            CalibrationError: names the token that it lacks.
+        """
+        largest = max(ids, default=0)
+        if self._rows is not None and largest >= self._rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise CalibrationError(
+                f"the tokenizer gives the text a token {token!r} with number {largest}, but the "
+                f"model's embedding has only {self._rows} rows: the token was added to the "
+                "tokenizer and not to the model. Resize the model "
+                "(model.resize_token_embeddings(len(tokenizer)), then save it), use the tokenizer "
+                "it was trained with, or choose text without that token"
+            )
+        return ids
+
+    @property
+    def start(self) -> list[int]:
+        """``[BOS]`` where the tokenizer starts every text with it, else empty."""
+        bos = self.tokenizer.bos_token_id
+        begins = bos is not None and _ids(self.tokenizer, "a", special=True)[:1] == [bos]
+        return self.checked([bos]) if begins else []
+
+    @property
+    def pad(self) -> int:
+        """The token that fills a batch up; no result depends on it."""
+        pad = self.tokenizer.pad_token_id
+        # Fine-tunes often add one that the model has no row for.
+        return 0 if pad is None or (self._rows is not None and pad >= self._rows) else int(pad)
+
+
+def _rows(model: PreTrainedModel) -> int:
+    """Rows of the input embedding, whose weights may be on disk still."""
+    embedding: Any = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    try:
+        # verbose=False: a text longer than the model's context is cut into samples afterwards.
+        ids: Iterable[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except MemoryError:
+        raise
+    except BaseException as e:
+        # A panic of the tokenizers library, which is written in Rust, is no `Exception`.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise CalibrationError(
+            f"the model's tokenizer fails on the text {shown!r} ({first_line(e)}); its "
+            "tokenizer.json is damaged or of another version: use the one it was published with"
+        ) from e
+    return list(ids)
+
+
+# Tokens of an n-gram: the longest that is at most half of a sample. Of 32 tokens, hardly a sentence
+# comes twice by chance.
+_SIZES = (32, 16, 8)
+
+
+def overlap(tokens: TokenSet, others: Sequence[TokenSet]) -> float:
+    """Share of the n-grams of a split that stand in another one too; 0 where samples are too short.
+
+    A passage that stands in several splits makes figures on the later ones too good. Documents that
+    are equal as a whole never come into two splits; passages inside them may. N-grams that end in a
+    token that does not count are left out.
+
+    Complexity: linear in the tokens of all.
+    """
+    longest = int(tokens.mask.sum(1).max())
+    size = next((n for n in _SIZES if n <= longest // 2), 0)
+    own = Counter(_ngrams(tokens, size)) if size else Counter[bytes]()
+    found = {n for other in others for n in (_ngrams(other, size) if own else ()) if n in own}
+    return sum(own[n] for n in found) / own.total() if own else 0.0
+
+
+def _ngrams(tokens: TokenSet, size: int) -> Iterator[bytes]:
+    """The bytes of all n-grams of a size."""
+    counted = tokens.mask if tokens.counted is None else tokens.counted
+    for ids, counts in zip(tokens.input_ids.numpy(), counted.numpy(), strict=True):
+        data, width = ids.tobytes(), ids.itemsize
+        for start in np.flatnonzero(counts[size - 1 :]).tolist():
+            yield data[width * start : width * (start + size)]

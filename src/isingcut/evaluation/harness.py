@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.data.generation import finite_logits
-from isingcut.evaluation.generations import Prompt, Writer
-from isingcut.evaluation.likelihoods import Answer, Row
+from isingcut.evaluation.answers import Answer, Prompt, Row, Writer
 from isingcut.models.architectures.blocks import text_model
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +79,15 @@ def before_and_after(
     both = {"before": original, "after": cut}
     first, second = (m if isinstance(m, StreamedReplay) else m.model for m in both.values())
     found = quality(first, second, tokens, batch_tokens, progress=progress)
-    speeds: dict[str, dict[str, Any]] = {}
+    speeds: Mapping[str, Mapping[str, Any]] = {}
     rest: dict[str, Any] = {"generation": None, "streamed": True}
     if not isinstance(cut, StreamedReplay) and not isinstance(original, StreamedReplay):
         models = {"before": original, "after": cut}
         if not skip_speed:
-            speeds = _speeds(models, tokens, progress)
+            with progress("speed", 1) as bar:
+                plain = {name: text_model(m.model) for name, m in models.items()}
+                speeds = speed(plain, tokens.select([0]))
+                bar.advance(1)
         # Once for both: a chat template is rendered by a process of its own.
         ids, texts = prompt_ids(original.tokenizer, prompt), {}
         with progress("one generation", len(both)) as bar:
@@ -107,7 +109,7 @@ def before_and_after(
             **dict(getattr(found, name)),
             **speeds.get(name, {}),
             parameters=sum(p.numel() for p in side.model.parameters()),
-            bytes=disk_bytes(side.folder),
+            bytes=sum(file.stat().st_size for file in weight_files(side.folder)),
             blocks=len(find_stack(side.model)),
         )
     return EvaluationFile(
@@ -121,15 +123,6 @@ def before_and_after(
         threads=torch.get_num_threads(),
         **rest,
     )
-
-
-def _speeds(
-    both: Mapping[str, LoadedModel], tokens: TokenSet, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    with progress("speed", 1) as bar:
-        found = speed({k: text_model(m.model) for k, m in both.items()}, tokens.select([0]))
-        bar.advance(1)
-    return {name: dict(figures) for name, figures in found.items()}
 
 
 def quality(
@@ -290,8 +283,3 @@ def perplexity(nll: float, error: float | None) -> Perplexity:
         nll=nll,
         nll_se=None if error is None else without_infinities(error),
     )
-
-
-def disk_bytes(folder: Path) -> int:
-    """Bytes of the checkpoint's weights on disk."""
-    return sum(file.stat().st_size for file in weight_files(folder))

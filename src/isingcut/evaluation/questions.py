@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from isingcut.data.text_files import json_lines
 from isingcut.errors import InputError, MissingExtraError, UnknownNameError
-from isingcut.files.inputs import parse_json, read_text, user_path
+from isingcut.files.inputs import read_bytes, user_path
 from isingcut.files.outputs import file_sha256
 from isingcut.files.writing import fingerprint
 
@@ -32,19 +33,29 @@ WIKITEXT = "wikitext2"
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A task by name, and how to make the harness's objects of it (anew for each model).
+    """A task by name.
 
     Attributes:
         metric: that is reported; None for the harness's usual one.
         source: where its questions are from.
         limit: at most so many questions of each of its objects; None where that is seen to.
+        configurations: of the harness, one or one a subject, with `custom_dataset`; None for one of
+            the harness's own tasks.
     """
 
     name: str
     metric: str | None
-    make: Callable[[], dict[str, Any]]
     source: str
     limit: int | None = None
+    configurations: Sequence[dict[str, Any]] | None = None
+
+    def make(self) -> dict[str, Any]:
+        """The harness's objects of it, anew for each model."""
+        if self.configurations is None:
+            return _hub(self.name)
+        from lm_eval.api.task import ConfigurableTask
+
+        return {c["task"]: ConfigurableTask(config=dict(c)) for c in self.configurations}
 
     def keys(self, made: dict[str, Any]) -> dict[str, list[str]]:
         """The questions of what `make` gave, each by its key, in their order."""
@@ -83,19 +94,12 @@ def split_names(tasks: str) -> list[str]:
 def prepare_task(name: str, data: Path | None, questions: int | None = None) -> Prepared:
     """A task by name: a file, one of ours with ``data``, else one of the harness's from the hub."""
     if is_file(name):
-        path = user_path(name)
-        local, source = read_file(path, questions), file_sha256(path)
-    elif data is None:
-        return Prepared(name, None, lambda: _hub(name), "hub", questions)
-    else:
-        local, source = read_task(name, data, questions), "local"
-
-    def make() -> dict[str, Any]:
-        from lm_eval.api.task import ConfigurableTask
-
-        return {c["task"]: ConfigurableTask(config=dict(c)) for c in local.configurations}
-
-    return Prepared(local.name, local.metric, make, source)
+        return _read_file(user_path(name), questions)
+    return (
+        Prepared(name, None, "hub", questions)
+        if data is None
+        else _read_task(name, data, questions)
+    )
 
 
 def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) -> list[str]:
@@ -118,10 +122,8 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
             if data is None:
                 raise InputError("wikitext2 is read from a folder of questions; give it as --data")
             articles(data)
-        elif is_file(name):
-            read_file(user_path(name), questions)
-        elif data is not None:
-            read_task(name, data, questions)
+        elif is_file(name) or data is not None:
+            prepare_task(name, data, questions)
         else:
             _refuse_unknown(name)
     return names
@@ -171,40 +173,11 @@ def quiet() -> Iterator[None]:
 _FOLDER = Path(__file__).parent / "tasks"
 _LARGEST = 2**28
 _MOST_CHOICES = 64
-# Of a user's file: the text as it stands, and each choice's log-likelihood by its length.
-_OF_FILE: dict[str, Any] = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{context}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "answer",
-    "metric_list": [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True}
-        for name in ("acc", "acc_norm")
-    ],
-    "num_fewshot": 0,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class LocalTask:
-    """One of our task files with its questions.
-
-    Attributes:
-        name: of the file.
-        metric: the harness's metric that is reported.
-        configurations: harness configurations, one or one a subject, with `custom_dataset`.
-        questions: how many there are in all.
-    """
-
-    name: str
-    metric: str
-    configurations: list[dict[str, Any]]
-    questions: int
 
 
 def task_names() -> list[str]:
     """All local tasks."""
-    return sorted(p.stem for p in _FOLDER.glob("*.yaml"))
+    return sorted(p.stem for p in _FOLDER.glob("[a-z]*.yaml"))
 
 
 def is_file(name: str) -> bool:
@@ -212,7 +185,7 @@ def is_file(name: str) -> bool:
     return name.endswith(".jsonl")
 
 
-def read_file(path: Path, questions: int | None = None) -> LocalTask:
+def _read_file(path: Path, questions: int | None) -> Prepared:
     """A task over a user's own file: ``context``, ``choices`` and ``answer``, its number from 0.
 
     Args:
@@ -222,13 +195,12 @@ def read_file(path: Path, questions: int | None = None) -> LocalTask:
         InputError: it is missing or damaged.
     """
     asked = _spaced(_asked(path, "multiple_choice", {}), questions)
-    config = {**copy.deepcopy(_OF_FILE), "task": path.stem, "test_split": "test"}
-    return LocalTask(
-        path.name, "acc_norm", [{**config, "custom_dataset": _dataset(asked, [])}], len(asked)
-    )
+    config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
+    config["custom_dataset"] = _dataset(asked, [])
+    return Prepared(path.name, "acc_norm", file_sha256(path), configurations=[config])
 
 
-def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
+def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     """A local task over the questions in a data folder.
 
     Args:
@@ -241,12 +213,9 @@ def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
         UnknownNameError: no such task.
         InputError: its file is missing or damaged.
     """
-    import yaml
-
-    path = _FOLDER / f"{name}.yaml"
     if name not in task_names():
         raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(task_names())}")
-    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = _configuration(name)
     own = config.pop("isingcut")
     kind, by = str(config["output_type"]), own.get("by")
     asked = _questions(data, own, questions, kind)
@@ -270,7 +239,14 @@ def read_task(name: str, data: Path, questions: int | None = None) -> LocalTask:
         if shots:
             one["fewshot_split"] = "fewshot"
         configurations.append(one)
-    return LocalTask(name, str(own["metric"]), configurations, len(asked))
+    return Prepared(name, str(own["metric"]), "local", configurations=configurations)
+
+
+def _configuration(name: str) -> dict[str, Any]:
+    import yaml
+
+    found: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return found
 
 
 def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
@@ -300,13 +276,13 @@ def _questions(
     data: Path, own: dict[str, Any], most: int | None, kind: str
 ) -> list[dict[str, Any]]:
     stem = own["test"]
-    subsets = {
-        int(p.stem.rpartition("_sub")[2]): p
+    subsets = sorted(
+        (int(size), p)
         for p in data.glob(f"{stem}_sub[0-9]*.jsonl")
-        if p.stem.rpartition("_sub")[2].isdigit()
-    }
-    large = [size for size in sorted(subsets) if most is not None and size >= most]
-    return _spaced(_asked(subsets[large[0]] if large else _only(data, stem), kind, own), most)
+        if (size := p.stem.rpartition("_sub")[2]).isdigit()
+    )
+    large = [file for size, file in subsets if most is not None and size >= most]
+    return _spaced(_asked(large[0] if large else _only(data, stem), kind, own), most)
 
 
 def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
@@ -317,29 +293,6 @@ def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any
     return [found[i] for i in picks]
 
 
-def records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The records of a JSON lines file, each with the number of its line.
-
-    Raises:
-        InputError: missing, damaged, empty or larger than 256 MiB.
-    """
-    text = read_text(path, "the file of questions", limit=_LARGEST)
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line)
-        except ValueError as e:
-            raise InputError(f"{path}, line {number}: it is no JSON ({e})") from e
-        if not isinstance(record, dict):
-            raise InputError(f"{path}, line {number}: expected an object, got {line.strip()[:60]}")
-        found.append((number, record))
-    if not found:
-        raise InputError(f"{path} holds no questions")
-    return found
-
-
 def _asked(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
     """The records of a file, of each the fields that a task reads.
 
@@ -348,19 +301,23 @@ def _asked(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
         own: our part of the task file.
 
     Raises:
-        InputError: a field is missing or of a wrong type; the message has the line.
+        InputError: missing, damaged, empty or larger than 256 MiB; or a field is missing or of a
+            wrong type, with the line.
     """
     texts = {"loglikelihood": ["text"], "generate_until": ["context", "solution"]}
     needed = [*texts.get(kind, ["context"]), *([own["by"]] if "by" in own else [])]
     found = []
-    for number, record in records(path):
+    fields = needed if kind in texts else [*needed, "choices", "answer"]
+    content = read_bytes(path, "the file of questions", limit=_LARGEST)
+    for where, record in json_lines(io.BytesIO(content), str(path), InputError):
         wrong = _wrong_text(record, needed, own)
         if wrong is None and kind not in texts:
             wrong = _wrong_choice(record, own)
         if wrong is not None:
-            raise InputError(f"{path}, line {number}: {wrong}")
-        fields = needed if kind in texts else [*needed, "choices", "answer"]
+            raise InputError(f"{where}: {wrong}")
         found.append({name: record[name] for name in fields})
+    if not found:
+        raise InputError(f"{path} holds no questions")
     return found
 
 
@@ -388,18 +345,5 @@ def _wrong_choice(record: dict[str, Any], own: dict[str, Any]) -> str | None:
 
 
 def articles(data: Path) -> list[str]:
-    """The articles of WikiText-2's test text in a data folder.
-
-    Raises:
-        InputError: the file is missing or damaged, or a line has no text.
-    """
-    path = data / "wikitext2" / "test_raw.jsonl"
-    found = []
-    for number, record in records(path):
-        text = record.get("text")
-        if not isinstance(text, str):
-            raise InputError(
-                f"{path}, line {number}: expected a text 'text', got {repr(text)[:60]}"
-            )
-        found.append(text)
-    return found
+    """The articles of WikiText-2's test text in a data folder; errors as for questions."""
+    return [r["text"] for r in _asked(data / "wikitext2" / "test_raw.jsonl", "loglikelihood", {})]

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.generations import Generations, Prompt, Writer
-from isingcut.evaluation.likelihoods import Answer, Answers, Row
+from isingcut.evaluation.answers import Answer, Answers, Generations, Prompt, Row, Writer
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
@@ -181,12 +180,9 @@ def _asked(model: Harness, task: Prepared, wanted: Callable[[str], bool] | None)
 
 def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The usual metric of a hub task."""
-    present = {f"{m},{s['filter']}" for _, s in samples for m in s["metrics"]}
+    present = {f"{m},{s['filter']}": s[m] for _, s in samples for m in s["metrics"]}
     for metric in (*_PREFERRED, *sorted(present)):
-        if metric in present and isinstance(
-            next(s for _, s in samples if metric.partition(",")[0] in s)[metric.partition(",")[0]],
-            int | float,
-        ):
+        if isinstance(present.get(metric), int | float):
             return metric
     raise InputError(f"{task} has no score by question that could be compared")
 

@@ -1,4 +1,8 @@
-"""How fast two models read and write, and how much memory each needs."""
+"""How fast two models read and write, and how much memory each needs.
+
+`python -m isingcut.evaluation.speed FOLDER DTYPE DEVICE TOKENS TRUST` measures peak memory in a
+process of its own, because a peak never goes down again.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,13 @@ from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.files.documents.scores import EvaluationFile
-from isingcut.models.device import synchronise
+from isingcut.models.architectures.blocks import text_model
+from isingcut.models.device import device_module, synchronise
+from isingcut.models.load import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _DECODE_PROMPT = 16
 # Of a median over that of a mean, for normal errors: sqrt(pi / 2).
@@ -157,7 +164,7 @@ def peak_memory(
         sys.executable,
         "-P",
         "-m",
-        "isingcut.evaluation.measure_process",
+        __name__,
         str(folder),
         dtype,
         device,
@@ -168,3 +175,36 @@ def peak_memory(
     if done.returncode:
         return None
     return int(json.loads(done.stdout.strip().splitlines()[-1])[MEMORY_KEY])
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and print ``{"peak_memory_bytes": ...}``."""
+    folder, dtype, device, tokens, trust = arguments
+    loaded = load(Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1")
+    prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
+    decode_tokens(text_model(loaded.model), prompt, 4)
+    module = device_module(loaded.device)
+    peak = resident_peak() if module is None else module.max_memory_allocated(loaded.device)
+    print(json.dumps({"peak_memory_bytes": peak}))
+
+
+def resident_peak() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Unlike ru_maxrss, this does not start from the parent's peak.
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,32 +22,44 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents.scores import HealingFile, PairScores
+from isingcut.files.documents.scores import (
+    HealedPart,
+    HealedScores,
+    HealingFile,
+    HealOptions,
+    PairScores,
+    PatchScores,
+)
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.writing import atomic_folder, read_document, write_json
+from isingcut.files.writing import atomic_folder, read_document, write_document
 from isingcut.healing import RECORD
-from isingcut.healing.checks import check_places, check_training, sources_of
-from isingcut.healing.job import Job
-from isingcut.healing.judging import Domains, Judge
-from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
-from isingcut.healing.recipe import Recipe
-from isingcut.healing.removed import check_pair, recorded_removal, removal_by_weights
+from isingcut.healing.job import Domains, Job
+from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
+from isingcut.healing.recipe import check_training
+from isingcut.healing.removed import (
+    check_pair,
+    original_of,
+    recorded_removal,
+    removal_by_weights,
+)
 from isingcut.healing.work_folder import (
+    check_places,
     claim_work,
     described_options,
     identity_of,
     keep_result,
+    sources_of,
     work_of,
 )
 from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
-from isingcut.models.load import LoadedModel, load
-from isingcut.models.processes import ALONE, Processes
+from isingcut.models.load import load
+from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.declaration import options_from
 from isingcut.options.healing import LENGTH, HealConfig
@@ -88,11 +100,12 @@ def heal(
     student, out = user_path(config.student), user_path(config.out)
     known = recorded_removal(student)
     if not config.teacher:
-        if known is None or known.original is None:
+        original = None if known is None else original_of(known).get("name")
+        if original is None:
             raise InputError(
                 f"{student} does not say which model it was cut from; name that with --teacher"
             )
-        config = config.replace(teacher=known.original["name"])
+        config = config.replace(teacher=original)
     sources = [*sources_of(config), *sources]
     check_places(config, out, sources)
     start = start_of(student)
@@ -119,7 +132,7 @@ def heal(
         if known is None:
             removed = removal_by_weights(student, teacher, trust_remote_code=trust)
         else:
-            removed = known.removed
+            removed = tuple(sorted(known.removed))
         text = healing_text.build(
             config.text,
             teacher.tokenizer,
@@ -129,8 +142,8 @@ def heal(
             seed=config.seed,
             model=teacher.model,
         )
-        parts = (teacher, removed, student, text, out, progress)
-        heal_checkpoint(config, *parts, processes=processes, sources=sources, stamps=stamps)
+        job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
+        heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
         torch.distributed.destroy_process_group()
     return out
@@ -156,17 +169,10 @@ def sample_length(config: HealConfig, model: Any) -> int:
 
 
 def heal_checkpoint(
-    config: HealConfig,
-    teacher: LoadedModel,
-    removed: Sequence[int],
-    student: Path,
+    job: Job,
     text: HealingText,
     out: Path,
-    progress: Progress = silent,
     *,
-    judge: Judge | None = None,
-    recipe: Recipe | None = None,
-    processes: Processes = ALONE,
     sources: Sequence[str | os.PathLike[str]] = (),
     stamps: Sequence[tuple[Path, Any]] = (),
 ) -> HealingFile:
@@ -176,9 +182,8 @@ def heal_checkpoint(
     sees to it that no other process writes there.
 
     Args:
-        judge: looks at the training; without one it ends where a domain of the text gets worse.
-        recipe: of the training, instead of what the options say.
-        processes: that train together.
+        job: its text and work folder are set here; without a judge it ends where a domain of the
+            text gets worse.
         sources: what ``out`` must not be, contain or lie in.
         stamps: of folders whose weights must not change before the end (`weights_stamp`).
 
@@ -186,34 +191,25 @@ def heal_checkpoint(
         OutputExistsError: ``out`` is there.
         StageFileError: the work in progress belongs to other options.
     """
-    sources = [student, teacher.folder, *sources]
+    config, processes, student, work = job.config, job.processes, job.start, work_of(out)
+    sources = [student, job.teacher.folder, *sources]
     check_places(config, out, sources)
     parts = kept_parts(student)
-    work = work_of(out)
-    identity = identity_of(config, teacher, removed, student, text)
-    job = Job(
-        teacher,
-        tuple(removed),
-        student,
-        text.train,
-        work,
-        config,
-        silent if processes.rank else progress,
-        None,
-        processes,
-        judge or Domains(text.report),
-        recipe,
-    )
+    identity = identity_of(job, text)
+    shown = silent if processes.rank else job.progress
+    judge = job.judge or Domains(text.report)
+    job = dataclasses.replace(job, tokens=text.train, work=work, progress=shown, judge=judge)
     # Every process has looked at the places before rank 0 writes there.
     processes.wait()
     with claim_work(work, identity) if job.leads else contextlib.nullcontext():
         processes.wait()
-        done, content = _healed(job, text)
+        done, record = _healed(job, text)
         if job.leads:
             for folder, stamp in stamps:
                 check_unchanged(folder, stamp)
-            write_json(done / RECORD, "healing", content)
-            card, record = done / "README.md", read_document(done / RECORD, HealingFile)
+            assert record is not None
+            write_document(done / RECORD, record)
+            card = done / "README.md"
             if card.is_file():
                 written = card.read_text(encoding="utf-8")
                 card.write_text(healed_card(parts, written, record), encoding="utf-8")
@@ -224,76 +220,73 @@ def heal_checkpoint(
     return read_document(out / RECORD, HealingFile)
 
 
-def _healed(job: Job, text: HealingText) -> tuple[Path, dict[str, Any]]:
+def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     """Patch and distil into the work folder.
 
     Returns:
-        the healed checkpoint, and what `healing.json` says; empty but in the process of rank 0.
+        the healed checkpoint, and its `healing.json` in the process of rank 0.
     """
     config, work, student, main = job.config, job.work, job.start, job.leads
     began = time.monotonic()
     record: dict[str, Any] = {}
-    before: dict[str, Any] = {}
     if main:
-        before = keep_result(work / "before.json", lambda: _scores(job, student, text.report))
+        record["before"] = keep_result(
+            work / "before.json", HealedScores, lambda: _scores(job, student, text.report)
+        )
     start = start_of(student)
     if config.patch in ("linear", "tuned") or (config.patch is None and start == "cut"):
         patched = work / "patched"
 
-        def make() -> dict[str, Any]:
-            found = _patch(job, patched)
-            figures = {"scores": _scores(job, patched, text.report)} if found["cuts"] else {}
-            return {**found, **figures}
+        def make() -> PatchScores:
+            shutil.rmtree(patched, ignore_errors=True)
+            try:
+                found = PatchScores(**patch_checkpoint(job, patched).content())
+            except (*CANNOT, VerificationError) as e:
+                shutil.rmtree(patched, ignore_errors=True)
+                if config.patch is not None:
+                    raise
+                return PatchScores(**unpatched(job.removed, e).content())
+            found.scores = _scores(job, patched, text.report)
+            return found
 
         if main:
-            found = keep_result(work / "patched.json", make)
-            record = {"patch": found} if found["cuts"] else {"unpatched": found["unpatched"]}
+            found = keep_result(work / "patched.json", PatchScores, make)
+            record |= {"patch": found} if found.cuts else {"unpatched": found.unpatched}
         job.processes.wait()
         if patched.is_dir():
             job = dataclasses.replace(job, start=patched)
-    done, distilled = work / "done", {}
+    done = work / "done"
     if main:
         shutil.rmtree(done, ignore_errors=True)
     if config.method != "none":
         # Needs packages that are optional.
-        from isingcut.healing.training.distill import distill
+        from isingcut.healing.training.train import distill
 
-        distilled = distill(job, done)
+        record |= distill(job, done)
     elif main:
         shutil.copytree(job.start, done)
     if not main:
-        return done, {}
-    return done, {
-        "steps": distilled.pop("steps", []),
-        "before": before,
-        "after": _scores(job, done, text.report),
-        **record,
-        **distilled,
-        "start": start,
-        "removed": list(job.removed),
-        "of": len(find_stack(job.teacher.model)),
-        "length": sample_length(config, job.teacher.model),
-        "report_samples": text.report.samples,
-        "report_tokens": text.report.tokens,
-        "overlap": {"report": text.overlap},
-        "options": {
-            **described_options(config),
-            "patch": (config.patch or "linear") if "patch" in record else "none",
-        },
-        "seconds": round(time.monotonic() - began, 1),
-        "provenance": {
-            **versions(),
-            "teacher": _named(job.teacher.folder),
-            "student": _named(student),
-        },
-    }
+        return done, None
+    models = {"teacher": job.teacher.folder, "student": student}
+    named = {k: {"name": folder.name, **model_identity(folder)} for k, folder in models.items()}
+    patch = (config.patch or "linear") if "patch" in record else "none"
+    return done, HealingFile(
+        **{"steps": [], **record},
+        after=_scores(job, done, text.report),
+        start=start,
+        removed=list(job.removed),
+        of=len(find_stack(job.teacher.model)),
+        length=sample_length(config, job.teacher.model),
+        report_samples=text.report.samples,
+        report_tokens=text.report.tokens,
+        overlap={"report": text.overlap},
+        options=HealOptions(**{**described_options(config), "patch": patch}),
+        seconds=round(time.monotonic() - began, 1),
+        provenance={**versions(), **named},
+    )
 
 
-def _named(folder: Path) -> dict[str, Any]:
-    return {"name": folder.name, **model_identity(folder)}
-
-
-def start_of(student: Path) -> str:
+def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
     """What a checkpoint is by its records: ``cut`` exactly, ``patched``, or ``healed``."""
     if (student / RECORD).exists():
         return "healed"
@@ -302,31 +295,16 @@ def start_of(student: Path) -> str:
     return "patched" if patched else "cut"
 
 
-def _patch(job: Job, out: Path) -> dict[str, Any]:
-    """Patch into ``out``; where that cannot be, and the options do not name it, say why.
-
-    Raises:
-        ArchitectureError, FitError: `--patch linear` was given, and no cut can be patched.
-        VerificationError: the same, and the checkpoint is not exactly the cut.
-    """
-    shutil.rmtree(out, ignore_errors=True)
-    try:
-        return patch_checkpoint(job, out)
-    except (*CANNOT, VerificationError) as e:
-        shutil.rmtree(out, ignore_errors=True)
-        if job.config.patch is not None:
-            raise
-        return unpatched(job.removed, e)
-
-
-def _scores(job: Job, folder: Path, report: TokenSet) -> dict[str, Any]:
+def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     """Perplexity and KL to the original of a checkpoint on the held-out text."""
     trust, model = job.config.trust_remote_code, job.teacher.model
     cut, streamed = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
     other = streamed or cut.model
     found = quality(model, other, report, job.config.batch_tokens, progress=job.progress)
-    parts = {name: _figures(part) for name, part in found.parts.items()}
-    return {**_figures(found), **({"parts": parts} if parts else {})}
+    scores = HealedScores(**_figures(found))
+    if found.parts:
+        scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}
+    return scores
 
 
 def _figures(found: PairScores) -> dict[str, Any]:

@@ -1,18 +1,141 @@
-"""How long a model is trained: optimiser steps, their size, and the learning rate.
+"""How a model is trained: the file of `--trainer`, the steps, their size, and the learning rate.
 
-A budget of tokens or of time decides them where the `--trainer` file leaves them open.
+The file holds transformers' TrainingArguments, but for where it writes or sends. A budget of tokens
+or of time decides what it leaves open.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
 
 from isingcut.data.tokens import TokenSet, pieces
-from isingcut.healing.trainer_file import trainer_settings
+from isingcut.errors import InputError
+from isingcut.files.documents.scores import HealingRecipe
+from isingcut.files.inputs import user_path
+from isingcut.models.device import pick_device
+from isingcut.models.loading import one_line
+from isingcut.models.processes import launched
+from isingcut.models.safetensors_files import PLAIN, read_checkpoint
 from isingcut.options.healing import LENGTH, HealConfig
+from isingcut.options.yaml_file import load_yaml
+
+_FIXED = re.compile(
+    "output_dir|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|log.*|disable_tqdm|"
+    "eval_.*|.*_eval|.*_eval_.*|prediction_loss_only|include_.*|batch_eval_metrics|"
+    "metric_for.*|greater_is_better|load_best.*|save_(?!steps).*|enable_jit_checkpoint|"
+    "resume_from.*|restore_.*|ignore_data_skip|seed|data_seed|use_cpu|local_rank|do_.*|debug|"
+    "auto_find_batch_size|remove_unused_columns|label_.*|train_sampling.*|length_column_name|"
+    "dataloader_.*|parallelism_config|use_cache"
+)
+"""What a healing decides: where it writes and sends, what it judges, which samples it takes."""
+_POSITIVE = {
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "num_train_epochs"),
+}
+_NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
+
+
+def trainer_settings(config: HealConfig) -> dict[str, Any]:
+    """`TrainingArguments` from the file of `--trainer`; nothing where there is none.
+
+    Raises:
+        InputError: not readable, a name that may not be set there, or a value of a wrong type.
+    """
+    if not config.trainer:
+        return {}
+    # Not at the top: it takes seconds, and most healings have no such file.
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from transformers import TrainingArguments
+
+    path, types = user_path(config.trainer), get_type_hints(TrainingArguments)
+    values = load_yaml(path)
+    names = [f.name for f in fields(TrainingArguments) if not _FIXED.fullmatch(f.name)]
+    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    for name, value in values.items():
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"{path}: --trainer cannot set {str(name)[:60]!r}; {hint}options of `isingcut "
+                f"heal` are given as such, and what writes or sends elsewhere is fixed; it may "
+                f"set: {', '.join(names)}"
+            )
+        try:
+            TypeAdapter(types[name], config=strict).validate_python(value)
+        except ValidationError as e:
+            why = e.errors(include_url=False)[0]["msg"].lower()
+            raise InputError(f"{path}: {name}: {why}, got {str(value)[:60]!r}") from e
+    for name in _POSITIVE & values.keys():
+        if values[name] <= 0:
+            raise InputError(f"{path}: {name} must be above 0, got {values[name]}")
+    return values
+
+
+def check_training(config: HealConfig, student: Path | None = None) -> None:
+    """Refuse training options that cannot work, and weights that cannot be trained.
+
+    Args:
+        student: None where it does not exist yet.
+
+    Raises:
+        InputError: with the option and what it expects.
+    """
+    if config.method == "none":
+        return
+    if (index := pick_device(config.device).index) and not launched():
+        raise InputError(
+            "the Trainer takes the first GPU that it sees; type CUDA_VISIBLE_DEVICES="
+            f"{index} before the command and --device cuda"
+        )
+    if config.trainer:
+        _check_optimiser(config)
+    if student is not None:
+        stored_dtype(student)
+
+
+def _check_optimiser(config: HealConfig) -> None:
+    """Refuse an optimiser or a schedule that transformers cannot make with the file's settings."""
+    import torch
+    from transformers import Trainer, TrainingArguments, get_scheduler
+    from transformers.training_args import OptimizerNames
+
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    args: Any = SimpleNamespace(**defaults | trainer_settings(config))
+    if args.lr_scheduler_type in _NEVER_FALL:
+        raise InputError(
+            f"{config.trainer}: lr_scheduler_type {args.lr_scheduler_type} falls when an "
+            "evaluation says so, and healing makes none; choose another, for example cosine"
+        )
+    try:
+        args.optim = OptimizerNames(args.optim)
+        optimiser: Any = torch.optim.SGD([torch.zeros(1)])
+        if args.optim_target_modules is None:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            optimiser = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        further = args.lr_scheduler_kwargs or {}
+        get_scheduler(args.lr_scheduler_type, optimiser, 1, 10, scheduler_specific_kwargs=further)
+    except (TypeError, ValueError, AttributeError, KeyError, ImportError) as e:
+        raise InputError(
+            f"{config.trainer}: transformers refuses the optimiser (optim, adam_*) or the schedule "
+            f"(lr_scheduler_type, lr_scheduler_kwargs): {one_line(e)}"
+        ) from e
+
+
+def is_sharded(settings: Mapping[str, Any]) -> bool:
+    """Whether FSDP or DeepSpeed shards the training, and so places its parts on the devices."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
+    return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in map(
+        str.lower, launched
+    )
+
 
 EPOCHS = 4.0
 """How often a budget may read its text: more repeats than it teaches."""
@@ -26,30 +149,7 @@ _MOST, _STEPS = 16384, 40
 _CALM = 2048
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a training does.
-
-    Attributes:
-        steps: optimiser steps; the schedule ends with them.
-        batch: sequences of a step, over all processes.
-        length: tokens of a sequence, the longest.
-        learning_rate: the highest.
-        tokens: of all steps, about.
-        seconds: that they take by the clock of the first steps; None of a budget in tokens.
-        epochs: how often the text is read.
-    """
-
-    steps: int
-    batch: int
-    length: int
-    learning_rate: float
-    tokens: int
-    seconds: float | None
-    epochs: float
-
-
-def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> Recipe:
+def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> HealingRecipe:
     """Of a training without a budget: the paper's, 2e-5 and one epoch; LoRA's rate is 2e-4."""
     settings = trainer_settings(config)
     batch = _batch(settings, processes) or processes * math.ceil(_BATCH / processes)
@@ -58,7 +158,15 @@ def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> Reci
     samples = steps * batch
     tokens = int(samples * int(text.mask.sum()) / text.samples)
     length = int(text.mask.sum(1).max())
-    return Recipe(steps, batch, length, float(rate), tokens, None, samples / text.samples)
+    return HealingRecipe(
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=float(rate),
+        tokens=tokens,
+        seconds=None,
+        epochs=samples / text.samples,
+    )
 
 
 def sizes(
@@ -98,7 +206,7 @@ def bought_recipe(
     *,
     width: int,
     processes: int = 1,
-) -> Recipe:
+) -> HealingRecipe:
     """What a budget is spent on.
 
     Args:
@@ -124,14 +232,14 @@ def bought_recipe(
         if seconds is not None:
             wanted = max(0.0, seconds) / (token + each / step)
     steps = min(max(1, int(min(most, wanted) / step)), _steps(cut, batch, epochs))
-    return Recipe(
-        steps,
-        batch,
-        length,
-        rate,
-        int(steps * step),
-        None if seconds is None else steps * (each + token * step),
-        steps * batch / cut.samples,
+    return HealingRecipe(
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=rate,
+        tokens=int(steps * step),
+        seconds=None if seconds is None else steps * (each + token * step),
+        epochs=steps * batch / cut.samples,
     )
 
 
@@ -146,3 +254,31 @@ def _batch(settings: Mapping[str, Any], processes: int) -> int | None:
 
 def _steps(text: TokenSet, batch: int, epochs: float) -> int:
     return max(1, math.ceil(math.ceil(text.samples / batch) * epochs))
+
+
+def check_last(config: HealConfig, blocks: int) -> None:
+    """Refuse to train more blocks than a cut model has.
+
+    Raises:
+        InputError: with how many there are.
+    """
+    if config.last is not None and config.last > blocks:
+        raise InputError(f"--method {config.method}: the cut model has {blocks} blocks; give fewer")
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that holds most of a checkpoint's weights, by its name in a file.
+
+    Raises:
+        InputError: quantised weights, which cannot be trained.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in read_checkpoint(folder).values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    name = max(sizes, key=lambda k: sizes[k])
+    if name not in PLAIN:
+        raise InputError(
+            f"{folder} holds {name} weights, which cannot be trained; cut and heal the unquantised "
+            "model (the teacher may be quantised)"
+        )
+    return name

@@ -9,19 +9,21 @@ user's own loop): blocks that were kept are kept to the bit.
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from isingcut.data.encoder import Encoder
+from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
+from isingcut.files.documents.scores import HealingFile
+from isingcut.files.documents.states import CutRecord
 from isingcut.files.inputs import load_json
 from isingcut.healing import RECORD as HEALED
-from isingcut.healing.checks import check_last
 from isingcut.healing.patch.files import RECORD
+from isingcut.healing.recipe import check_last
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.architectures.cuts import depth, extra_heads, written_out
 from isingcut.models.fit import by_block, check_fit
@@ -32,24 +34,12 @@ from isingcut.models.sources import model_identity
 from isingcut.options.healing import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
-_DEEPEST = 100_000
 _EDGE, _TENSORS = 512, 32
 """Elements at either end of a tensor, and tensors of a block, that tell blocks apart."""
 
 
-@dataclass(frozen=True)
-class Removal:
-    """What a cut checkpoint says of itself.
-
-    Attributes:
-        removed: the blocks that it lacks, ascending.
-        of: how many blocks the original has.
-        original: `models.model_identity` of the original, with its name; None in older records.
-    """
-
-    removed: tuple[int, ...]
-    of: int
-    original: dict[str, Any] | None = None
+Removal = CutRecord | HealingFile
+"""What a checkpoint says of itself: the blocks that it lacks, of how many."""
 
 
 def recorded_removal(folder: Path) -> Removal | None:
@@ -64,22 +54,30 @@ def recorded_removal(folder: Path) -> Removal | None:
     if name is None:
         return None
     record = load_json(folder / name, "the record of the cut")
+    kind: type[Removal] = CutRecord if name == RECORD else HealingFile
     try:
-        removed, of = record["removed"], record["of"]
-        known = record.get("model") if name == RECORD else record["provenance"].get("teacher")
-        whole = all(type(i) is int for i in (*removed, of))
-        if not whole or not 0 < len(removed) < of <= _DEEPEST or len(set(removed)) < len(removed):
-            raise ValueError(f"blocks {str(removed)[:60]} of {str(of)[:20]}")
-        if min(removed) < 0 or max(removed) >= of:
-            raise ValueError(f"block {max(removed, key=abs)} of {of}")
-        if known is not None and not all(isinstance(known[k], str) for k in ("sha256", "name")):
-            raise TypeError("the original's hash is no text")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        found, why = kind.model_validate(record), ""
+        original = original_of(found)
+        if not 0 < len(found.removed) < found.of or max(found.removed) >= found.of:
+            why = f"blocks {found.removed} of {found.of}"
+        elif original and not all(isinstance(original.get(k), str) for k in ("sha256", "name")):
+            why = "the original's hash is no text"
+    except ValidationError as e:
+        why = e.errors(include_url=False)[0]["msg"]
+    if why:
         raise InputError(
-            f"{folder / name} is no readable record of a cut ({type(e).__name__}: {e}); delete it "
-            "to have the blocks found by their weights"
-        ) from e
-    return Removal(tuple(sorted(removed)), of, known)
+            f"{folder / name} is no readable record of a cut ({why:.200}); delete it to have the "
+            "blocks found by their weights"
+        )
+    return found
+
+
+def original_of(removal: Removal) -> dict[str, Any]:
+    """`models.model_identity` of the original, with its name; empty in older records."""
+    if isinstance(removal, CutRecord):
+        return removal.model
+    found: dict[str, Any] = removal.provenance.get("teacher") or {}
+    return found
 
 
 def check_pair(config: HealConfig, student: Path, removal: Removal | None, teacher: Path) -> None:
@@ -139,9 +137,10 @@ def _check_original(student: Path, removal: Removal, name: str, teacher: Path) -
     Raises:
         InputError: it is another model; the message names both.
     """
-    if removal.original is None:
+    wanted = original_of(removal)
+    if not wanted:
         return
-    wanted, found = removal.original, model_identity(teacher)
+    found = model_identity(teacher)
     if any(wanted.get(k) == found.get(k) is not None for k in ("sha256", "gguf_sha256")):
         return
     raise InputError(

@@ -19,30 +19,35 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from isingcut.data.mixture import places_in
 from isingcut.errors import InputError, IsingcutError, ModelError, StageFileError
-from isingcut.files.outputs import MARKER, foreign_in
+from isingcut.files.documents import Document
+from isingcut.files.documents.scores import HealingCurve, HealingWork
+from isingcut.files.inputs import user_path
+from isingcut.files.outputs import MARKER, check_output, foreign_in, refuse_source
 from isingcut.files.writing import (
     clear_leftovers,
     clear_os_errors,
     disk_is_full,
     fingerprint,
     is_leftover,
-    read_json,
-    without_header,
-    write_json,
+    read_document,
+    write_document,
 )
-from isingcut.healing.trainer_file import trainer_settings
+from isingcut.healing.recipe import trainer_settings
 from isingcut.memory import convert_memory_errors
 from isingcut.models.sources import model_identity
 from isingcut.options.healing import HealConfig
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText
-    from isingcut.models.load import LoadedModel
+    from isingcut.healing.job import Job
 
-_IDENTITY, _KIND = "identity.json", "healing-work"
+D = TypeVar("D", bound=Document)
+
+_IDENTITY = "identity.json"
 _FILES = ("before.json", "patched.json", "recipe.json", "memory.json")
 _FOLDERS = ("patched", "trial", "trainer", "done")
 CURVE = "healing-curve.json"
@@ -64,14 +69,9 @@ def described_options(config: HealConfig) -> dict[str, Any]:
     }
 
 
-def identity_of(
-    config: HealConfig,
-    teacher: LoadedModel,
-    removed: Sequence[int],
-    student: Path,
-    text: HealingText,
-) -> str:
+def identity_of(job: Job, text: HealingText) -> str:
     """What the work of a healing depends on."""
+    config, teacher = job.config, job.teacher
     options = {k: v for k, v in described_options(config).items() if k != "device"}
     settings = trainer_settings(config)
     settings.pop("save_steps", None)
@@ -80,8 +80,8 @@ def identity_of(
         {
             "options": {**options, "trainer": settings},
             "teacher": model_identity(teacher.folder)["sha256"],
-            "student": model_identity(student)["sha256"],
-            "removed": list(removed),
+            "student": model_identity(job.start)["sha256"],
+            "removed": list(job.removed),
             "tokens": fingerprint([tokens.input_ids.tolist() for tokens in both]),
             "counted": [None if t.counted is None else t.counted.tolist() for t in both],
             "dtype": str(teacher.dtype),
@@ -96,9 +96,29 @@ def complete_states(trainer: Path) -> list[Path]:
         step = path.name.rpartition("-")[2]
         if step.isdigit() and (path / MARKER).is_file() and foreign_in(path) is None:
             with contextlib.suppress(StageFileError):
-                read_json(path / CURVE, "healing-curve")
+                read_document(path / CURVE, HealingCurve)
                 found[int(step)] = path
     return [found[step] for step in sorted(found)]
+
+
+def sources_of(config: HealConfig) -> list[Path]:
+    """What a healing reads, of what its options name on disk."""
+    names = (config.student, config.teacher, *places_in(config.text), config.trainer)
+    return [user_path(name) for name in names if name]
+
+
+def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathLike[str]]) -> None:
+    """Refuse an output, or its work folder, that must not be written.
+
+    Raises:
+        InputError, OutputExistsError: as `outputs.check_output`.
+        StageFileError: something else is where the unfinished work would be kept.
+    """
+    work = work_of(out)
+    check_output(out, overwrite=config.overwrite, sources=sources)
+    refuse_source(work, sources)
+    if os.path.lexists(work):
+        _owner(work)
 
 
 @contextlib.contextmanager
@@ -124,7 +144,7 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
         release(work)
     with clear_os_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-    write_json(work / _IDENTITY, _KIND, {"work": identity})
+    write_document(work / _IDENTITY, HealingWork(work=identity))
     clear_leftovers(work)
     try:
         with convert_memory_errors():
@@ -145,22 +165,11 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
     release(work)
 
 
-def keep_result(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def keep_result(file: Path, model: type[D], make: Callable[[], D]) -> D:
     """What an interrupted healing has written to a file, or else is made now and written."""
-    kind = f"healing-{file.stem}"
     if not file.exists():
-        write_json(file, kind, make())
-    return without_header(read_json(file, kind))
-
-
-def refuse_foreign(work: Path) -> None:
-    """Refuse a folder in the place of the work folder that isingcut did not make.
-
-    Raises:
-        StageFileError: it is there, not empty, and no healing's.
-    """
-    if os.path.lexists(work):
-        _owner(work)
+        write_document(file, make())
+    return read_document(file, model)
 
 
 def release(work: Path) -> None:
@@ -179,8 +188,8 @@ def _owner(work: Path) -> str | None:
     if not work.is_symlink() and work.is_dir():
         if all(map(is_leftover, work.iterdir())):
             return None
-        with contextlib.suppress(StageFileError, KeyError):
-            return str(read_json(work / _IDENTITY, _KIND)["work"])
+        with contextlib.suppress(StageFileError):
+            return read_document(work / _IDENTITY, HealingWork).work
     raise StageFileError(
         f"{work}, where healing keeps its unfinished work, is there and no healing of this version "
         "of isingcut made it; nothing was touched: move it away, or choose another --out"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Progress, as_progress
-from isingcut.data import held
+from isingcut.data.mixture import hold_texts
 from isingcut.errors import InputError
 from isingcut.files.documents.states import CandidatesFile, CutRecord, MeasuredState
 from isingcut.files.inputs import user_path
@@ -379,7 +379,7 @@ def prune(
     # What the run needs beside its folder goes with the returned object.
     with contextlib.ExitStack() as kept:
         if not isinstance(options.get("calibration", ""), str):
-            options["calibration"] = kept.enter_context(held.hold_texts(options["calibration"]))
+            options["calibration"] = kept.enter_context(hold_texts(options["calibration"]))
         if out is None:
             out = kept.enter_context(temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__

@@ -8,8 +8,15 @@ from typing import Any
 
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
-from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of, text_scores
-from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half
+from isingcut.evaluation.benchmark import (
+    benchmark,
+    choose_by_questions,
+    contenders,
+    draw_half,
+    forget_scores,
+    journal_of,
+    text_scores,
+)
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import Asked, Scores, score_states
 from isingcut.files.documents.scores import BenchmarksFile

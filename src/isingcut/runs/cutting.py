@@ -6,7 +6,6 @@ the calibration's text. Where no layer can take a map, the exact cut stays, and 
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,14 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
 from isingcut.data.mixture import describe_source
 from isingcut.errors import InputError
-from isingcut.files.documents.states import CutProof, CutRecord, PatchedCut, PatchRecord, TunedLayer
+from isingcut.files.documents.states import (
+    CutProof,
+    CutRecord,
+    FittedText,
+    PatchedCut,
+    PatchRecord,
+    TunedLayer,
+)
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
 from isingcut.files.writing import (
@@ -29,8 +35,8 @@ from isingcut.files.writing import (
     temporary_prefix,
 )
 from isingcut.healing.job import Job
+from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
 from isingcut.healing.patch.files import RECORD
-from isingcut.healing.patch.linear import CANNOT, patch_checkpoint, unpatched
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import (
     Changed,
@@ -315,15 +321,14 @@ def _write(
     with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
         try:
-            found = _patched(session, folder, removed, cut, temporary)
+            patch = _patched(session, folder, removed, cut, temporary)
         except CANNOT as e:
-            found = unpatched(removed, e)
+            patch = unpatched(removed, e)
             if keep:
                 shutil.copytree(cut, temporary)
             else:
                 cut.rename(temporary)
         record = read_document(temporary / RECORD, CutRecord)
-        patch = PatchRecord.model_validate_json(json.dumps(found))
         assert record.card is not None
         card = record.card.model_copy(update={"patch": patch})
         with clear_os_errors(out):
@@ -332,7 +337,7 @@ def _write(
 
 def _patched(
     session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, out: Path
-) -> dict[str, Any]:
+) -> PatchRecord:
     """What was fitted, on which text, and how it was proven.
 
     Raises:
@@ -350,19 +355,15 @@ def _patched(
         session.progress,
         session.streamed[1] if session.streaming else None,
     )
-    found = patch_checkpoint(job, out)
-    return {
-        "unpatched": [],
-        **found,
-        "text": {
-            "source": describe_source(used),
-            "samples": text.tokens.samples,
-            "searched": text.searched,
-            "tokens": int(text.tokens.mask.sum()),
-            "asked": session.config.patch_tokens,
-            "short": text.short,
-        },
-    }
+    fitted = FittedText(
+        source=describe_source(used),
+        samples=text.tokens.samples,
+        searched=text.searched,
+        tokens=int(text.tokens.mask.sum()),
+        asked=session.config.patch_tokens,
+        short=text.short,
+    )
+    return patch_checkpoint(job, out).model_copy(update={"text": fitted})
 
 
 def _text(session: Session, folder: RunFolder) -> FittingText:

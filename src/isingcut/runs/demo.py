@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.packaged import WIKI_PACKAGE, has_wiki
+from isingcut.data.corpora import WIKI_PACKAGE, has_wiki
 from isingcut.errors import InputError, ModelError
 from isingcut.models.sources import PACKAGED, PACKAGED_PACKAGE, resolve
 from isingcut.options.config import RunConfig

@@ -8,7 +8,7 @@ from isingcut.data.mixture import places_in
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.healing.checks import check_training
+from isingcut.healing.recipe import check_training
 from isingcut.models.processes import launched
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml, options_from

@@ -19,6 +19,7 @@ from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates,
 from isingcut.files.writing import read_document
 from isingcut.healing import RECORD
 from isingcut.healing.heal import heal_checkpoint, sample_length
+from isingcut.healing.job import Job
 from isingcut.options.healing import HealConfig
 from isingcut.options.spellings import parse_healing
 from isingcut.runs.folder import RunFolder
@@ -71,7 +72,8 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
             read_document(target / RECORD, HealingFile)
         text = text_of(session, folder, healing)
         ours = healing.replace(overwrite=True)
-        heal_checkpoint(ours, session.loaded, removed, start, text, path, session.progress)
+        given = (session.loaded, tuple(removed), start, text.train, path, ours, session.progress)
+        heal_checkpoint(Job(*given), text, path)
         shutil.copyfile(path / RECORD, target / RECORD)
 
     return folder.stage("heal", target / HEALED, options, make, lambda path: path)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.data.calibration import sample_text
+from isingcut.data.calibration import build
+from isingcut.data.corpora import UNLIKE
 from isingcut.data.mixture import places_in
-from isingcut.data.packaged import UNLIKE
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation import candidates
 from isingcut.evaluation.benchmark import forget_scores
@@ -45,7 +45,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
-from isingcut.models.text_alone import text_model
+from isingcut.models.architectures.blocks import text_model
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
 from isingcut.runs.benchmarking import (
@@ -225,9 +225,17 @@ def _unlike(session: Session, tokens: TokenSet) -> dict[str, TokenSet]:
     config, loaded = session.config, session.loaded
     if UNLIKE in places_in(config.calibration):
         return {}
-    wanted, length = max(4, tokens.samples // 4), int(tokens.input_ids.shape[1])
-    model = text_model(loaded.model)
-    return {UNLIKE: sample_text(UNLIKE, loaded.tokenizer, wanted, length, config.seed, model)}
+    built = build(
+        UNLIKE,
+        loaded.tokenizer,
+        samples=1,
+        rank_samples=1,
+        report_samples=max(4, tokens.samples // 4),
+        length=int(tokens.input_ids.shape[1]),
+        seed=config.seed,
+        model=text_model(loaded.model),
+    )
+    return {UNLIKE: built.splits["report"]}
 
 
 def _beside(

@@ -17,18 +17,18 @@ import numpy.typing as npt
 
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import pieces
-from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates, HealingFile
-from isingcut.files.documents.states import BaselineFile, MeasuredState
-from isingcut.files.writing import (
-    fingerprint,
-    read_document,
-    without_infinities,
-    write_document,
+from isingcut.files.documents.scores import (
+    ComparedCandidate,
+    HealedCandidates,
+    HealingFile,
+    HealingRecipe,
 )
+from isingcut.files.documents.states import BaselineFile, MeasuredState
+from isingcut.files.writing import fingerprint, read_document, without_infinities, write_document
 from isingcut.healing import RECORD
 from isingcut.healing.heal import heal_checkpoint
-from isingcut.healing.judging import Race, beginnings, difference
-from isingcut.healing.recipe import Recipe, usual_recipe
+from isingcut.healing.job import Job, Race, beginnings, difference
+from isingcut.healing.recipe import usual_recipe
 from isingcut.healing.work_folder import claim_work
 from isingcut.ising.states import swaps
 from isingcut.models.cutting.checkpoint import excise
@@ -84,14 +84,14 @@ def _trials(
     few = _few(healing, text, len(pool))
     text = dataclasses.replace(text, report=split)
     rows: list[dict[str, Any]] = []
-    recipe: Recipe | None = None
+    recipe: HealingRecipe | None = None
     for one in pool:
         removed = [int(i) for i in one["removed"]]
         leader = min(rows, key=_order)["checks"] if rows else None
         tried = _tried(session, few, removed, text, Race(split, leader), folder, recipe)
         if recipe is None and "recipe" in tried:
             # The same steps on the same text for the others, whatever the clock says then.
-            recipe = Recipe(**tried["recipe"])
+            recipe = tried["recipe"]
             text = dataclasses.replace(text, train=pieces(text.train, recipe.length))
         seconds = tried["seconds"]
         if recipe is not None and recipe.seconds is not None:
@@ -111,7 +111,7 @@ def _tried(
     text: HealingText,
     judge: Race,
     folder: RunFolder,
-    recipe: Recipe | None,
+    recipe: HealingRecipe | None,
 ) -> dict[str, Any]:
     """One candidate, healed for a few steps and measured; kept, so that a kill loses one."""
     work = folder.target(session.config.removal) / ".heal-top" / "-".join(map(str, removed))
@@ -119,8 +119,8 @@ def _tried(
     if not cut.exists():
         excise(session.source, removed, cut)
     if not out.exists():
-        given = (few, session.loaded, removed, cut, text, out, session.progress)
-        heal_checkpoint(*given, judge=judge, recipe=recipe)
+        given = (session.loaded, tuple(removed), cut, text.train, out, few, session.progress)
+        heal_checkpoint(Job(*given, judge=judge, recipe=recipe), text, out)
     found = read_document(out / RECORD, HealingFile)
     return {
         "removed": list(removed),
@@ -128,9 +128,9 @@ def _tried(
         "steps": len(found.steps),
         "tokens": found.tokens_seen,
         "seconds": found.seconds,
-        "checks": [check.content() for check in found.checks],
+        "checks": found.checks,
         "dropped": found.stopped and found.stopped.why,
-        **({"recipe": found.recipe.content()} if found.recipe is not None else {}),
+        **({"recipe": found.recipe} if found.recipe is not None else {}),
     }
 
 
@@ -143,13 +143,13 @@ def _beside(
     row: Mapping[str, Any], best: Mapping[str, Any], counts: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
     """A candidate with its difference to the best one, at the last step that both were judged."""
-    theirs = {check["step"]: check["kl_sums"] for check in best["checks"]}
+    theirs = {check.step: check.kl_sums for check in best["checks"]}
     found = {name: value for name, value in row.items() if name != "checks"}
-    shared = [check for check in row["checks"] if check["step"] in theirs]
+    shared = [check for check in row["checks"] if check.step in theirs]
     if row is best or not shared:
         return {**found, "difference": None, "difference_se": None}
     last = shared[-1]
-    mean, error = difference(theirs[last["step"]], last["kl_sums"], counts)
+    mean, error = difference(theirs[last.step], last.kl_sums, counts)
     return {**found, "difference": mean, "difference_se": without_infinities(error)}
 
 

@@ -78,8 +78,8 @@ def absorbers(family: str, folder: Path) -> list[Absorbs]:
             found.append(Absorbs(kind, reason=str(refusal)))
             continue
         record = fitted.patches[0].record
-        left = float(record["held_out_error_left"])
-        found.append(Absorbs(kind, str(record["layer"]), bool(record["exact"]), left))
+        assert record.held_out_error_left is not None
+        found.append(Absorbs(kind, record.layer, record.exact, record.held_out_error_left))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -152,7 +152,17 @@ class Step(Strict):
 
 
 class HealingRecipe(Document):
-    """What a healing's budget of tokens or of time bought."""
+    """What a training does, as its options say or as a budget of tokens or of time bought it.
+
+    Attributes:
+        steps: optimiser steps; the schedule ends with them.
+        batch: sequences of a step, over all processes.
+        length: tokens of a sequence, the longest.
+        learning_rate: the highest.
+        tokens: of all steps, about.
+        seconds: that they take by the clock of the first steps; None of a budget in tokens.
+        epochs: how often the text is read.
+    """
 
     kind: ClassVar = "healing-recipe"
     steps: Some
@@ -205,7 +215,9 @@ class HealingFile(Document):
     removed: Blocks
     of: Some
     length: Some | None = None
+    report_samples: Count = 0
     report_tokens: Count
+    provenance: dict[str, Any] = Field(default_factory=dict)
     seconds: Positive = 0.0
     overlap: dict[str, Positive] = Field(default_factory=dict)
     options: HealOptions
@@ -228,7 +240,12 @@ class HealingCurve(Document):
 
 
 class HealingMemory(Document):
-    """How a training is computed on its machine."""
+    """How a training is computed in the memory there is.
+
+    Attributes:
+        most: tokens of a micro-batch, padding included; a single sample may have more.
+        recompute: activations are computed again in the backward pass.
+    """
 
     kind: ClassVar = "healing-memory"
     most: Some

@@ -1,25 +1,114 @@
-"""Put new weights into a copy of a checkpoint: single tensors replaced, other bytes kept."""
+"""Put new weights into a copy of a checkpoint: single tensors replaced, other bytes kept.
+
+A patched layer of an FP8 checkpoint is stored in bfloat16 and listed as not quantised. Its scales
+go.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
+from isingcut.files.documents.states import PatchedCut
 from isingcut.files.writing import atomic_folder
-from isingcut.healing.patch.float8 import replace_float8
 from isingcut.models.architectures.cuts import depth, renumbering, written_out
 from isingcut.models.fit import block_prefix
 from isingcut.models.fp8 import DTYPES, fp8_layout
 from isingcut.models.replay import Replay
-from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
+from isingcut.models.safetensors_files import (
+    INDEX,
+    PLAIN,
+    SINGLE,
+    NewTensor,
+    StoredTensor,
+    read_checkpoint,
+    read_config,
+    read_header,
+    write_file,
+)
+
+_LISTS = {
+    "fp8": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
+    "modelopt": "exclude_modules",
+}
+_BESIDE = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
+_MODELOPT = "hf_quant_config.json"
+
+
+def replace_float8(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Put plain weights in the place of float8 ones.
+
+    Args:
+        folder: a checkpoint that is ours to change.
+        weights: the new values of stored tensors, by their names ``MODULE.weight``, in the dtype
+            that they are stored in from now on.
+    """
+    modules = [name.removesuffix(".weight") for name in weights]
+    config = read_config(folder)
+    layout = fp8_layout(folder, config)
+    assert layout is not None
+    stored = read_checkpoint(folder)
+    dropped = {f"{module}.{scale}" for module in modules for scale in _BESIDE} & stored.keys()
+    # A scale may be in another shard than its weight.
+    for file in {stored[name].file for name in (*weights, *dropped)}:
+        own = [t for t in stored.values() if t.file == file and t.name not in dropped]
+        _rewrite(file, own, {t.name: weights[t.name] for t in own if t.name in weights})
+    _note_index(folder, dropped)
+    _list(folder / "config.json", config, "quantization_config", layout, modules)
+    if (folder / _MODELOPT).is_file():
+        told = json.loads((folder / _MODELOPT).read_text(encoding="utf-8"))
+        _list(folder / _MODELOPT, told, "quantization", layout, modules)
+
+
+def _rewrite(file: Path, tensors: Sequence[StoredTensor], weights: Mapping[str, Tensor]) -> None:
+    """One safetensors file again, with some tensors of other values and dtypes."""
+    if not tensors:
+        file.unlink()
+        return
+    values, whole = file.with_suffix(".values"), file.with_suffix(".whole")
+    save_file({name: value.contiguous() for name, value in weights.items()}, values)
+    new = {t.name: t for t in read_header(values)}
+    write_file(whole, [NewTensor(t.name, new.get(t.name, t)) for t in tensors], {"format": "pt"})
+    values.unlink()
+    whole.replace(file)
+
+
+def _note_index(folder: Path, dropped: set[str]) -> None:
+    if (folder / SINGLE).exists():
+        return
+    path = folder / INDEX
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k not in dropped}
+    files = {folder / file for file in index["weight_map"].values()}
+    total = sum(tensor.size for file in files for tensor in read_header(file))
+    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _list(
+    file: Path, whole: dict[str, Any], part: str, layout: str, modules: Sequence[str]
+) -> None:
+    """Name the modules among those that are not quantised, wherever such a list stands."""
+    told = whole.get(part)
+    if not isinstance(told, dict):
+        return
+    names = [n for n in _LISTS.values() if isinstance(told.get(n), list)] or [_LISTS[layout]]
+    for name in names:
+        # Without a list, readers leave the output head out by themselves; with one they do not.
+        told[name] = [*(told.get(name) or ["lm_head"]), *modules]
+    file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
 
 RECORD = "isingcut.json"
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -78,17 +167,6 @@ class StoredLayers:
         return found is not None and found.dtype in _FLOAT8
 
 
-def as_stored(patch: Patch, layer: tuple[StoredTensor, StoredTensor | None]) -> Patch:
-    """The patch rounded to the dtypes it is stored in: bfloat16 in the place of float8."""
-    weight, bias = layer
-    dtype = torch.bfloat16 if weight.dtype in _FLOAT8 else DTYPES[weight.dtype]
-    rounded = patch.weight.to(dtype)
-    offset = None
-    if bias is not None and patch.bias is not None:
-        offset = patch.bias.to(DTYPES[bias.dtype])
-    return Patch(patch.block, patch.path, rounded, offset, patch.record)
-
-
 def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> list[Patch]:
     """A copy of a cut checkpoint with the patched layers; the others keep their bytes.
 
@@ -106,23 +184,28 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     layers = [
         stored.layer(p.block, p.path, p.weight.shape, bias=p.bias is not None) for p in patches
     ]
-    rounded = [as_stored(p, pair) for p, pair in zip(patches, layers, strict=True)]
     float8: dict[str, Tensor] = {}
+    written = []
     with atomic_folder(out) as temporary:
         shutil.copytree(stored.folder, temporary, dirs_exist_ok=True)
-        for patch, (weight, bias) in zip(rounded, layers, strict=True):
-            if weight.dtype in _FLOAT8:
-                float8[weight.name] = patch.weight.detach().cpu()
-                patch.record["stored"] = "bfloat16, not quantised"
-                changed = True
+        for patch, (weight, bias) in zip(patches, layers, strict=True):
+            plain = weight.dtype not in _FLOAT8
+            values = patch.weight.to(DTYPES[weight.dtype] if plain else torch.bfloat16)
+            offset = None
+            if plain:
+                changed = _overwrite(temporary, weight, values)
             else:
-                changed = _overwrite(temporary, weight, patch.weight)
+                float8[weight.name] = values.detach().cpu()
+                patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
+                changed = True
             if bias is not None and patch.bias is not None:
-                changed = _overwrite(temporary, bias, patch.bias) or changed
-            patch.record["changed"] = changed
+                offset = patch.bias.to(DTYPES[bias.dtype])
+                changed = _overwrite(temporary, bias, offset) or changed
+            patch.record.changed = changed
+            written.append(replace(patch, weight=values, bias=offset))
         if float8:
             replace_float8(temporary, float8)
-    return rounded
+    return written
 
 
 def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
@@ -144,40 +227,32 @@ def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iter
     A layer has its new weights only while it is called, so that a streamed block, whose weights
     come and go, has them too.
     """
-    handles: list[Any] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for patch in patches:
             layer = blocks[patch.block].get_submodule(patch.path)
-            swap = _Swap(patch)
-            handles.append(layer.register_forward_pre_hook(swap.enter))
-            handles.append(layer.register_forward_hook(swap.leave, always_call=True))
+            new = {"weight": patch.weight} | ({} if patch.bias is None else {"bias": patch.bias})
+            enter, leave = _swaps(new)
+            undo.callback(layer.register_forward_pre_hook(enter).remove)
+            undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-class _Swap:
-    """The weights of one patch, put into its layer for the time of a call."""
+def _swaps(new: dict[str, Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that put new parameters into a layer for the time of a call."""
+    before: dict[str, Any] = {}
 
-    def __init__(self, patch: Patch) -> None:
-        self._patch = patch
-        self._before: dict[str, Any] = {}
-        self._placed: dict[str, nn.Parameter] = {}
-
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: Any) -> None:
         own: dict[str, Any] = module._parameters
-        for name, value in (("weight", self._patch.weight), ("bias", self._patch.bias)):
-            if value is not None:
-                self._before[name] = own[name]
-                if name not in self._placed:
-                    placed = nn.Parameter(value.to(own[name]), requires_grad=False)
-                    self._placed[name] = placed
-                own[name] = self._placed[name]
+        for name, value in new.items():
+            before[name] = own[name]
+            if not isinstance(value, nn.Parameter):
+                new[name] = nn.Parameter(value.to(own[name]), requires_grad=False)
+            own[name] = new[name]
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(self._before)
-        self._before = {}
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(before)
+
+    return enter, leave
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,14 +265,14 @@ class Patch:
         weight: (D, F), or (F, D) for a transposed layer: as the layer holds it. On the CPU, in
             float64 where it was fitted, float32 where it was tuned, or as it is stored.
         bias: (D,), None for a layer without one.
-        record: what was fitted, JSON-able.
+        record: what was fitted.
     """
 
     block: int
     path: str
     weight: Tensor
     bias: Tensor | None
-    record: dict[str, Any]
+    record: PatchedCut
 
 
 def runs(removed: Sequence[int]) -> list[tuple[int, int]]:

@@ -36,7 +36,7 @@ _DEAD = 1e-3
 """Channels with less than this share of the largest gain take no part."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Write:
     """The last linear layer of a block that writes straight to the residual stream.
 
@@ -49,6 +49,7 @@ class Write:
         transposed: the layer is GPT-2's `Conv1D`, which holds its weight as (F, D).
         weight: the weight as (D, F).
         bias: the bias (D,); None for a layer without one.
+        reads: a patch maps what the layer reads; else what it writes.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Write:
     transposed: bool
     weight: Tensor
     bias: Tensor | None
+    reads: bool = True
 
     @classmethod
     def of(cls, path: str, module: Any, scale: float) -> Write:
@@ -71,6 +73,33 @@ class Write:
             weight.T if transposed else weight,
             None if bias is None else bias.detach().clone(),
         )
+
+    @property
+    def mapped(self) -> int:
+        """How many features a map has."""
+        width, size = self.weight.shape
+        return int(size) + (self.bias is not None) if self.reads else int(width)
+
+    def features(self, read: Tensor, written: Tensor) -> Tensor:
+        """Features (B, T, F') of which the change of the layer's output is linear."""
+        if not self.reads:
+            return written
+        if self.bias is None:
+            return read
+        return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
+
+    def fold(self, change: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer's new weight and bias: the change of the stream, undone by the scale."""
+        change, weight = change.cpu(), self.weight.cpu().double()
+        bias = None if self.bias is None else self.bias.cpu().double()
+        if not self.reads:
+            # The layer's output v becomes v + map v / s.
+            weight = weight + change @ weight / self.scale
+            bias = None if bias is None else bias + change @ bias / self.scale
+        else:
+            weight = weight + change[:, : weight.shape[1]] / self.scale
+            bias = None if bias is None else bias + change[:, -1] / self.scale
+        return (weight.T if self.transposed else weight).contiguous(), bias
 
 
 @dataclass

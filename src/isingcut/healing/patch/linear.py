@@ -24,29 +24,26 @@ patched, y from the original, so that a later patch also mends what earlier ones
 Source: the idea of ReplaceMe, arXiv 2505.02819, section 2 (one run of blocks, T of the second kind,
 its least-squares objective). Ours differs in the weight, in the first kind, in the held-out
 ridge and in treating several cuts.
+
+The maps are fitted by ridge regression from normal equations, its strength chosen on held-out rows.
+Rows are never kept: only their second moments are, in float64, so memory does not grow with the
+number of tokens. Cost: F (F + D) per row to accumulate, F^3 / 3 + 3 D F^2 for every ridge tried,
+about five of them. Memory: three (F, F) matrices, for a layer that reads F = 14,336 numbers 4.9 GB;
+they are in host memory where a device has no room for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
-from isingcut.healing.job import Job
-from isingcut.healing.patch.files import (
-    Patch,
-    StoredLayers,
-    apply_patches,
-    find_obstacle,
-    runs,
-    write_patched,
-)
+from isingcut.errors import ArchitectureError, FitError
+from isingcut.files.documents.states import PatchedCut, UnpatchedCut
+from isingcut.healing.patch.files import Patch, StoredLayers, apply_patches, find_obstacle, runs
 from isingcut.healing.patch.layers import (
     Gained,
     Write,
@@ -55,18 +52,10 @@ from isingcut.healing.patch.layers import (
     observe,
     token_gains,
 )
-from isingcut.healing.patch.least_squares import Moments, RidgeFit, bytes_of, fit_ridge
-from isingcut.healing.patch.tuning import STEP_TOKENS, split_samples, tune
-from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
-from isingcut.memory import convert_memory_errors
-from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
 
-CANNOT = (ArchitectureError, FitError)
-"""Why a patch is left out where no option names it: the model, or too little text or memory."""
 _HELD_OUT_EVERY = 4
 _CANDIDATES = 2
 """How many layers are fitted where none writes straight to the stream."""
@@ -82,12 +71,12 @@ class Fitted:
 
     Attributes:
         patches: one for each cut that has one, in their order.
-        unpatched: the other cuts, ``{"removed": [first, last], "reason": why}`` each.
+        unpatched: the other cuts, and why.
         maps: ``"reads"``, or ``"writes"`` where memory had no room for all of what a layer reads.
     """
 
     patches: list[Patch]
-    unpatched: list[dict[str, Any]]
+    unpatched: list[UnpatchedCut]
     maps: str
 
 
@@ -119,7 +108,7 @@ def fit_patches(
         raise FitError("a patch needs at least two samples: one is held out to choose it")
     cuts = runs(removed)
     batches = tokens.batches(work.batch_tokens)
-    patches, unpatched = list[Patch](), list[dict[str, Any]]()
+    patches, unpatched = list[Patch](), list[UnpatchedCut]()
     total = len(batches) * (2 * cuts[-1][1] + 2 - len(removed))
     with (
         torch.inference_mode(),
@@ -131,114 +120,16 @@ def fit_patches(
             if isinstance(patch, Patch):
                 patches.append(patch)
             else:
-                unpatched.append({"removed": [first, last], "reason": patch})
+                unpatched.append(UnpatchedCut(removed=[first, last], reason=patch))
     if not patches:
-        raise ArchitectureError(_reasons(unpatched))
+        each = [f"{_blocks(*cut.removed)}: {cut.reason}" for cut in unpatched]
+        whole = f"no cut can absorb a patch; {'; '.join(each)}"
+        raise ArchitectureError(unpatched[0].reason if len(unpatched) == 1 else whole)
     return Fitted(patches, unpatched, fitting.maps)
-
-
-def patch_checkpoint(job: Job, out: Path) -> dict[str, Any]:
-    """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it.
-
-    Returns:
-        what was done, JSON-able.
-
-    Raises:
-        ArchitectureError, FitError: as `fit_patches`; nothing was written.
-    """
-    model = job.teacher.model
-    stack = find_stack(model)
-    replay = job.replay or Replay(model, stack_modules(model, stack))
-    tokens = _first(job.tokens, job.config.patch_tokens)
-    work = Work(job.config.batch_tokens, job.progress)
-    layers = StoredLayers(job.start, job.removed)
-    held_out, tuning = None, None
-    if job.config.tunes:
-        tokens, held_out, tuning = _split(job, tokens)
-
-    def fit_with(count: int) -> Fitted:
-        work = Work(count, job.progress)
-        return fit_patches(replay, stack.kinds, tokens, job.removed, work, layers)
-
-    longest = int(tokens.mask.sum(1).max())
-    fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
-    patches = fitted.patches
-    if held_out is not None:
-        patches, tuning = _tuned(job, replay, tokens, held_out, patches, work, layers)
-    stored = write_patched(layers, patches, out)
-    trust = job.config.trust_remote_code
-    with apply_patches(replay.blocks, stored):
-        if job.replay is None:
-            proof = verify(model, job.removed, out, trust_remote_code=trust)
-        else:
-            proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
-    return {
-        "maps": fitted.maps,
-        "changed": any(p.record["changed"] for p in stored),
-        "cuts": [p.record for p in fitted.patches],
-        "tuning": tuning,
-        "unpatched": fitted.unpatched,
-        "proof": proof.record,
-    }
-
-
-def unpatched(removed: Sequence[int], why: Exception) -> dict[str, Any]:
-    """The record of a patch that no cut of a state could take."""
-    reasons = [{"removed": list(ends), "reason": str(why)} for ends in runs(removed)]
-    return {"cuts": [], "changed": False, "unpatched": reasons}
-
-
-def _split(job: Job, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None, dict[str, Any] | None]:
-    """What to fit and tune on, and what to hold out; all, nothing and why, where none is tuned."""
-    if job.replay is not None:
-        why = "the model is streamed from disk, and tuning needs it whole"
-        return tokens, None, {"left_out": why}
-    try:
-        return *split_samples(tokens), None
-    except FitError as e:
-        return tokens, None, {"left_out": str(e)}
-
-
-def _tuned(
-    job: Job,
-    replay: Replay,
-    tokens: TokenSet,
-    held_out: TokenSet,
-    patches: list[Patch],
-    work: Work,
-    layers: StoredLayers,
-) -> tuple[list[Patch], dict[str, Any]]:
-    """Patches that were tuned, and how; the given ones and why where that cannot be."""
-
-    def tune_with(count: int) -> tuple[list[Patch], dict[str, Any]]:
-        return tune(replay, tokens, held_out, job.removed, patches, work, layers, at_a_time=count)
-
-    longest = int(tokens.mask.sum(1).max())
-    try:
-        with convert_memory_errors():
-            return fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tune_with)
-    except FitError as e:
-        return patches, {"left_out": str(e)}
-    except MemoryExhaustedError:
-        return patches, {"left_out": f"{replay.device} has no memory left to tune the patch"}
-
-
-def _reasons(unpatched: Sequence[dict[str, Any]]) -> str:
-    if len(unpatched) == 1:
-        return str(unpatched[0]["reason"])
-    each = (f"{_blocks(*cut['removed'])}: {cut['reason']}" for cut in unpatched)
-    return f"no cut can absorb a patch; {'; '.join(each)}"
 
 
 def _blocks(first: int, last: int) -> str:
     return f"block {first}" if first == last else f"blocks {first} to {last}"
-
-
-def _first(tokens: TokenSet, most: int) -> TokenSet:
-    """The first samples, two at least, of about ``most`` tokens together."""
-    seen = tokens.mask.sum(1).cumsum(0)
-    rows = max(2, int((seen < most).sum()) + 1)
-    return tokens.select(range(min(rows, tokens.samples)))
 
 
 # The cuts of a state ------------------------------------------------------------------
@@ -283,8 +174,8 @@ class _Fitting:
                 entered = self._patched
                 write = self._find_straight(p)
                 if write is not None:
-                    reads = self._reads_for(write)
-                    seen = self._observe(p, write, reads=reads)
+                    self._choose_maps([write])
+                    seen = self._observe(p, write)
             if i < p or (i == p and write is None):
                 self._patched = self._after(i, self._patched)
             self._original = self._after(i, self._original)
@@ -294,7 +185,7 @@ class _Fitting:
             return _NOTHING_BEFORE
         if write is None:
             return self._fit_approximately(p, last, entered)
-        return self._fit_exactly(p, last, write, seen, reads=reads)
+        return self._fit_exactly(p, last, write, seen)
 
     def _find_straight(self, p: int) -> Write | None:
         """A layer that writes straight to the stream and can take new weights, if there is one."""
@@ -304,33 +195,24 @@ class _Fitting:
             return None
         return write
 
-    def _observe(self, p: int, write: Write, *, reads: bool) -> list[tuple[Tensor, Tensor]]:
+    def _observe(self, p: int, write: Write) -> list[tuple[Tensor, Tensor]]:
         """Of each batch the output (B, T, D) of block p in the patched model, and the features
         (B, T, F') of which a change of it is linear."""
         found = []
         for recording, stream in zip(self._recordings, self._patched, strict=True):
             output, read, written = observe(recording, p, stream, write)
-            found.append((output, _features(read, written, write, reads=reads)))
+            found.append((output, write.features(read, written)))
         return found
 
     def _fit_exactly(
-        self,
-        p: int,
-        last: int,
-        write: Write,
-        seen: Sequence[tuple[Tensor, Tensor]],
-        *,
-        reads: bool,
+        self, p: int, last: int, write: Write, seen: Sequence[tuple[Tensor, Tensor]]
     ) -> Patch | str:
         """The patch of a layer that writes straight to the stream: least squares, solved once."""
         device = self._original[0].device
-        moments = _moments_for(write, device, reads=reads)
+        moments = self._moments_for(write)
         for b, (output, x) in enumerate(seen):
-            target = self._original[b].double() - output.double()
-            weights = _weights(self._original[b])
-            for side, rows in zip(moments, self._sides(b), strict=True):
-                side.add(x[rows], target[rows], weights[rows])
-        found = fit_ridge(moments[0], moments[1])
+            self._add(moments, b, x, self._original[b].double() - output.double())
+        found = fit_ridge(*moments)
         self._patched = [output for output, _ in seen]
         if found is None:
             return _no_better(p, [write.path])
@@ -338,7 +220,7 @@ class _Fitting:
         self._patched = [
             (output.double() + x.double() @ change.T).to(output.dtype) for output, x in seen
         ]
-        return self._patch(p, last, write, found, reads=reads, exact=True)
+        return self._patch(p, last, write, found, exact=True)
 
     def _fit_approximately(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
         """The patch of a layer that writes to the stream but for a gain: the one of two that
@@ -358,14 +240,14 @@ class _Fitting:
                 else:
                     usable.append(gained)
             tried = usable[:_CANDIDATES]
-            reads = all(self._reads_for(gained.write) for gained in tried)
+            self._choose_maps([gained.write for gained in tried])
             for gained in tried:
-                found = self._solve(p, entered, gained, reads=reads)
+                found = self._solve(p, entered, gained)
                 if found is not None and (best is None or found.held_out < best[0].held_out):
                     best = found, gained.write
             if best is not None:
                 found, write = best
-                patch = self._patch(p, last, write, found, reads=reads, exact=False)
+                patch = self._patch(p, last, write, found, exact=False)
                 with apply_patches(self._replay.blocks, [patch]):
                     self._patched = self._after(p, entered)
         if patch is not None:
@@ -378,37 +260,27 @@ class _Fitting:
             "distillation instead"
         )
 
-    def _solve(
-        self, p: int, entered: Sequence[Tensor], gained: Gained, *, reads: bool
-    ) -> RidgeFit | None:
+    def _solve(self, p: int, entered: Sequence[Tensor], gained: Gained) -> RidgeFit | None:
         """The best map of one layer, judged by what the block computes with it."""
         before = self._error(p, entered, None)
 
         def left(change: Tensor) -> float:
-            weight, bias = _folded(change, gained.write, reads=reads)
-            patch = Patch(p, gained.write.path, weight, bias, {})
-            return self._error(p, entered, patch) / before
+            path = gained.write.path
+            record = PatchedCut(block=p, layer=path)
+            return (
+                self._error(p, entered, Patch(p, path, *gained.write.fold(change), record)) / before
+            )
 
-        fit, held = self._moments(p, entered, gained, reads=reads)
-        return fit_ridge(fit, held, left)
-
-    def _moments(
-        self, p: int, entered: Sequence[Tensor], gained: Gained, *, reads: bool
-    ) -> list[Moments]:
-        """Second moments of the rows to fit and of those held out."""
-        moments = _moments_for(gained.write, self._original[0].device, reads=reads)
+        moments = self._moments_for(gained.write)
         alive = gained.channels != 0
         gains = torch.where(alive, gained.channels, 1.0)
         for b, recording in enumerate(self._recordings):
             output, read, written = observe(recording, p, entered[b], gained.write)
             tokens = token_gains(recording, p, entered[b], gained, written)
-            x = _features(read, written, gained.write, reads=reads).double()
+            x = gained.write.features(read, written).double()
             target = (self._original[b].double() - output.double()) / gains
-            target = torch.where(alive, target, 0.0)
-            weights = _weights(self._original[b])
-            for side, rows in zip(moments, self._sides(b), strict=True):
-                side.add((x * tokens[..., None])[rows], target[rows], weights[rows])
-        return moments
+            self._add(moments, b, x * tokens[..., None], torch.where(alive, target, 0.0))
+        return fit_ridge(*moments, left)
 
     def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
         """Weighted squares left on the rows held out, block p run with the patch."""
@@ -423,27 +295,31 @@ class _Fitting:
                 total += float((squares * _weights(self._original[b]))[rows].sum())
         return total
 
-    def _patch(
-        self,
-        p: int,
-        last: int,
-        write: Write,
-        found: RidgeFit,
-        *,
-        reads: bool,
-        exact: bool,
-    ) -> Patch:
-        weight, bias = _folded(found.map, write, reads=reads)
-        record = {
-            "removed": [p + 1, last],
-            "block": p,
-            "layer": write.path,
-            "ridge": found.strength,
-            "held_out_error_left": found.held_out,
-            "exact": exact,
-            "tokens": self._tokens,
-        }
-        return Patch(p, write.path, weight, bias, record)
+    def _patch(self, p: int, last: int, write: Write, found: RidgeFit, *, exact: bool) -> Patch:
+        record = PatchedCut(
+            removed=[p + 1, last],
+            block=p,
+            layer=write.path,
+            ridge=found.strength,
+            held_out_error_left=found.held_out,
+            exact=exact,
+            tokens=self._tokens,
+        )
+        return Patch(p, write.path, *write.fold(found.map), record)
+
+    def _moments_for(self, write: Write) -> tuple[Moments, Moments]:
+        """Empty second moments of the rows to fit and of those held out, where there is room."""
+        device = self._original[0].device
+        if bytes_of(write.mapped) > allowance("", device).left:
+            device = torch.device("cpu")
+        width = write.weight.shape[0]
+        return Moments(write.mapped, width, device), Moments(write.mapped, width, device)
+
+    def _add(self, moments: Sequence[Moments], b: int, x: Tensor, target: Tensor) -> None:
+        """Count the features and targets of batch ``b`` in."""
+        weights = _weights(self._original[b])
+        for side, rows in zip(moments, self._sides(b), strict=True):
+            side.add(x[rows], target[rows], weights[rows])
 
     def _sides(self, b: int) -> tuple[Tensor, Tensor]:
         """Which real tokens (B, T) of batch ``b`` are to fit, and which are held out."""
@@ -463,71 +339,35 @@ class _Fitting:
             assert isinstance(i, int)
             yield i
 
-    def _reads_for(self, write: Write) -> bool:
-        """Whether to map what a layer reads; where its moments do not fit, what it writes.
+    def _choose_maps(self, writes: Sequence[Write]) -> None:
+        """Map what layers read; where the moments of that do not fit, what they write.
 
         Raises:
             FitError: neither fits, or the streams of so many tokens do not beside a streamed model.
         """
-        width, size = write.weight.shape
         host = allowance("", torch.device("cpu")).left
-        reads = bytes_of(_features_of(write, reads=True)) <= host
-        self.maps = self.maps if reads else "writes"
-        if not reads and bytes_of(width) > host:
-            raise FitError(
-                f"fitting a patch to a stream of {width} channels needs "
-                f"{bytes_of(width) / 1e9:.1f} GB of host memory, and {host / 1e9:.1f} GB are free"
-            )
-        stream = sum(self._replay.stream_bytes(batch) for batch in self._batches)
-        # Both models' streams, a block's output and what its layer reads.
-        needed = stream * (3 + size / width)
-        room = self._replay.room(self._batches[0])
-        if needed > room:
-            raise FitError(
-                f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB beside the "
-                f"streamed model, and {room / 1e9:.2f} GB are left; give fewer --patch-tokens"
-            )
-        return reads
-
-
-def _features(read: Tensor, written: Tensor, write: Write, *, reads: bool) -> Tensor:
-    """Features (B, T, F') of which the change of the layer's output is linear."""
-    if not reads:
-        return written
-    if write.bias is None:
-        return read
-    return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
-
-
-def _features_of(write: Write, *, reads: bool) -> int:
-    """How many features a map has: what the layer reads, or what it writes."""
-    width, size = write.weight.shape
-    return int(size) + (write.bias is not None) if reads else int(width)
-
-
-def _folded(change: Tensor, write: Write, *, reads: bool) -> tuple[Tensor, Tensor | None]:
-    """The layer's new weight and bias: the change of the stream, undone by the scale."""
-    change = change.cpu()
-    weight = write.weight.cpu().double()
-    bias = None if write.bias is None else write.bias.cpu().double()
-    if not reads:
-        # The layer's output v becomes v + map v / s.
-        weight = weight + change @ weight / write.scale
-        bias = None if bias is None else bias + change @ bias / write.scale
-    elif bias is None:
-        weight = weight + change / write.scale
-    else:
-        weight = weight + change[:, :-1] / write.scale
-        bias = bias + change[:, -1] / write.scale
-    return (weight.T if write.transposed else weight).contiguous(), bias
-
-
-def _moments_for(write: Write, device: torch.device, *, reads: bool) -> list[Moments]:
-    """Empty second moments of the rows to fit and of those held out, where there is room."""
-    size = _features_of(write, reads=reads)
-    if bytes_of(size) > allowance("", device).left:
-        device = torch.device("cpu")
-    return [Moments(size, write.weight.shape[0], device) for _ in range(2)]
+        if any(bytes_of(write.mapped) > host for write in writes):
+            self.maps = "writes"
+            for write in writes:
+                write.reads = False
+        for write in writes:
+            width, size = write.weight.shape
+            if bytes_of(write.mapped) > host:
+                raise FitError(
+                    f"fitting a patch to a stream of {width} channels needs "
+                    f"{bytes_of(width) / 1e9:.1f} GB of host memory, and {host / 1e9:.1f} GB are "
+                    "free"
+                )
+            stream = sum(self._replay.stream_bytes(batch) for batch in self._batches)
+            # Both models' streams, a block's output and what its layer reads.
+            needed = stream * (3 + size / width)
+            room = self._replay.room(self._batches[0])
+            if needed > room:
+                raise FitError(
+                    f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB beside "
+                    f"the streamed model, and {room / 1e9:.2f} GB are left; give fewer "
+                    "--patch-tokens"
+                )
 
 
 def _weights(original: Tensor) -> Tensor:
@@ -540,3 +380,118 @@ def _no_better(p: int, paths: Sequence[str]) -> str:
         f"no map of block {p}'s {' or '.join(paths)} is better than none on tokens held out; give "
         "more --patch-tokens, or heal by distillation"
     )
+
+
+STRENGTHS = tuple(10.0**k for k in range(-7, 3))
+"""Ridge strengths tried, relative to the mean eigenvalue of the features' second moments."""
+_SMALL = 1e-200
+"""A mean eigenvalue of nothing, so that features which are all zero can be solved for."""
+
+
+class Moments:
+    """Weighted second moments of features x (n, F) and targets t (n, D), float64."""
+
+    def __init__(self, features: int, targets: int, device: torch.device) -> None:
+        options = {"dtype": torch.float64, "device": device}
+        self.xx = torch.zeros((features, features), **options)  # type: ignore[call-overload]
+        self.tx = torch.zeros((targets, features), **options)  # type: ignore[call-overload]
+        self.tt = torch.zeros((), **options)  # type: ignore[call-overload]
+        self.rows = 0
+
+    def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
+        """Count rows in, each with its weight (n,)."""
+        place = self.xx.device
+        x, t, weights = x.to(place).double(), t.to(place).double(), weights.to(place).double()
+        weighted = t * weights[:, None]
+        self.xx.addmm_((x * weights[:, None]).T, x)
+        self.tx.addmm_(weighted.T, x)
+        self.tt += (weighted * t).sum()
+        self.rows += len(x)
+
+    def absorb(self, other: Moments) -> None:
+        """Count all rows of others in."""
+        self.xx += other.xx
+        self.tx += other.tx
+        self.tt += other.tt
+        self.rows += other.rows
+
+
+def bytes_of(features: int) -> int:
+    """Memory of a fit: the second moments of both sets of rows, and a factor of one of them."""
+    return 3 * 8 * features**2
+
+
+@dataclass(frozen=True)
+class RidgeFit:
+    """A fitted map and how it was chosen.
+
+    Attributes:
+        map: (D, F) float64; t is approximated by map x.
+        strength: ridge strength relative to the mean eigenvalue.
+        held_out: share of the held-out error that is left by a map of the other rows alone.
+    """
+
+    map: Tensor
+    strength: float
+    held_out: float
+
+
+def fit_ridge(
+    fit: Moments, held_out: Moments, left: Callable[[Tensor], float] | None = None
+) -> RidgeFit | None:
+    """Minimise sum |t - map x|^2 + ridge |map|^2 on the fit, the ridge chosen on held-out rows.
+
+    The map of the chosen strength is then fitted to both sets of rows together: ``fit`` holds all
+    of them afterwards.
+
+    Args:
+        left: share of the held-out error that a map leaves; None: of the held-out squares.
+
+    Returns:
+        None where no map is better than none.
+    """
+
+    def squares_left(found: Tensor) -> float:
+        cross = (found * held_out.tx).sum()
+        squares = ((found @ held_out.xx) * found).sum()
+        return float((held_out.tt - 2 * cross + squares) / held_out.tt)
+
+    strength, error = best_strength(lambda s: (left or squares_left)(ridge_map(fit, s)))
+    # Not a number is no gain either.
+    if not error < 1:
+        return None
+    fit.absorb(held_out)
+    return RidgeFit(ridge_map(fit, strength), strength, error)
+
+
+def best_strength(left: Callable[[float], float]) -> tuple[float, float]:
+    """The ridge strength with the least error, found by walking downhill from the middle.
+
+    Args:
+        left: the error of a strength.
+
+    Returns:
+        the strength and its error.
+    """
+    known: dict[int, float] = {}
+
+    def error(k: int) -> float:
+        if not 0 <= k < len(STRENGTHS):
+            return float("inf")
+        if k not in known:
+            known[k] = left(STRENGTHS[k])
+        return known[k]
+
+    at = len(STRENGTHS) // 2
+    while error(next_to := min((at - 1, at + 1), key=error)) < error(at):
+        at = next_to
+    return STRENGTHS[at], error(at)
+
+
+def ridge_map(rows: Moments, strength: float) -> Tensor:
+    """The map (D, F) of one ridge strength."""
+    ridged = rows.xx.clone()
+    diagonal = ridged.diagonal()
+    diagonal += strength * diagonal.mean().clamp_min(_SMALL)
+    torch.linalg.cholesky(ridged, out=ridged)
+    return torch.cholesky_solve(rows.tx.T, ridged).T

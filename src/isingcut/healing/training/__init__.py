@@ -1,4 +1,3 @@
-"""Distillation: `distill` from a budget to a checkpoint, `train` on transformers' Trainer,
-`student` what is trained, `loss` its objective, `batches` what is computed together, `memory` how
-much of it at a time.
+"""Distillation: `train` from a budget to a checkpoint on transformers' Trainer, `student` what is
+trained and its loss, `batches` what is computed together, and how much at a time.
 """

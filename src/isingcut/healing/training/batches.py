@@ -1,22 +1,38 @@
-"""Which samples are computed together: an optimiser step's in parts of like length.
+"""Which samples are computed together, and how many, for the memory there is.
 
-A step takes its samples in a shuffled order. They are sorted by length,
-dealt to the processes, and cut into micro-batches so that little padding is computed: what a step
-learns is the same in any order and in any parts. Every step has as many micro-batches as every
-other, in every process, as gradient accumulation and sharded models ask for.
+A step takes its samples in a shuffled order. They are sorted by length, dealt to the processes, and
+cut into micro-batches so that little padding is computed: what a step learns is the same in any
+order and in any parts. Every step has as many micro-batches as every other, in every process, as
+gradient accumulation and sharded models ask for.
+
+How much is computed at a time, and what twice, changes what is learned by no more than rounding. It
+is decided once for a training, which goes on with it when it is resumed. A training that cannot fit
+is refused before it begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError
+from isingcut.files.documents.scores import HealingMemory
+from isingcut.healing.job import Job
+from isingcut.healing.recipe import is_sharded, trainer_settings
+from isingcut.measure.splitting import fewer_tokens_to_fit
+from isingcut.memory import is_memory_exhausted
+from isingcut.models.architectures.blocks import find_stack, text_config
+from isingcut.models.compute.divergence import CHUNK_ELEMENTS
+from isingcut.models.compute.tuning import kept_bytes
+from isingcut.models.device import BatchLimit, allowance
+from isingcut.options.types import BATCH_TOKENS
 
 # A further micro-batch casts the weights and adds up their gradients once more: about as much work
 # as so many tokens.
@@ -87,8 +103,11 @@ class Steps(Sampler[list[int]]):
         return replace(self, micro_batches=fewest + int(costs[fewest - 1 :].argmin()))
 
 
-@dataclass(frozen=True)
-class TimedSteps(Sampler[list[int]]):
+SMALL = 3
+"""Of the steps whose time is taken, those of one sample."""
+
+
+def timed_steps(samples: int, several: int, rank: int, size: int) -> list[list[int]]:
     """Steps whose time is taken, each one micro-batch: three of one sample, two of several.
 
     Args:
@@ -96,23 +115,11 @@ class TimedSteps(Sampler[list[int]]):
         several: how many one process computes at a time.
         rank, size: of this process, of how many.
     """
-
-    samples: int
-    several: int
-    rank: int
-    size: int
-    steps: int = 5
-    micro_batches: int = 1
-    small: int = 3
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.steps):
-            count = 1 if step < self.small else self.several
-            first = (step * self.size + self.rank) * self.several
-            yield [i % self.samples for i in range(first, first + count)]
+    found = []
+    for step, count in enumerate([1] * SMALL + [several] * 2):
+        first = (step * size + rank) * several
+        found.append([i % samples for i in range(first, first + count)])
+    return found
 
 
 def _needed(lengths: Sequence[int], most: int) -> int:
@@ -197,3 +204,128 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     # The first token of a row is never predicted; the count of the others scales the loss.
     labels[:, 0] = -100
     return {**batch, "attention_mask": mask, "labels": labels}
+
+
+# More tokens at a time save nothing that is worth their memory.
+_MOST = {"cpu": 2048, "cuda": 16384}
+# Of the sample whose activations are counted, and of one that is counted on the CPU for a GPU.
+_COUNTED, _COUNTED_APART = 512, 32
+# Bytes of a trained number.
+_GRADIENT, _MOMENTS = 4, 8
+
+
+def plan_memory(
+    job: Job, student: Any, row: dict[str, Tensor], batch: int, *, placed: bool = True
+) -> HealingMemory:
+    """The plan for this machine's memory, where the `--trainer` file leaves it open.
+
+    Args:
+        student: the model that is trained, its loss installed, its attention chosen.
+        row: the batch of the longest sample.
+        batch: sequences of an optimiser step, over all processes.
+        placed: the student is on its device; else it is on the CPU, because it does not fit or
+            for FSDP or DeepSpeed to shard.
+
+    Raises:
+        InputError: the training does not fit, even with one sample at a time. One that is sharded
+            is not refused: FSDP and DeepSpeed may keep parts of it in host memory.
+
+    Complexity: the forward passes of 768 tokens.
+    """
+    settings, device = trainer_settings(job.config), job.teacher.device
+    longest = int(job.tokens.mask.sum(1).max())
+    wanted = min(_MOST.get(device.type, BATCH_TOKENS), longest * batch)
+    each, again, fixed = _activations(job, student, row)
+    terms = _terms(job, student, settings)
+    words, logit = int(text_config(job.teacher.model).vocab_size), job.teacher.dtype.itemsize
+
+    def around(tokens: int) -> float:
+        """Of activations what is not in proportion to the tokens, the loss included."""
+        # Logits of both models, and the gradient of the loss.
+        return fixed + 3 * logit * min(CHUNK_ELEMENTS, words * tokens)
+
+    here = terms["teacher"] + (terms["weights"] if placed else 0)
+    needed = sum(terms.values()) - here
+    room = allowance("", device).left - needed - around(max(wanted, longest))
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    said = [settings[name] for name in names if settings.get(name) is not None]
+    recompute = said[0] if said else room < each * longest
+    of_token = again if recompute else each
+    terms["activations of one sample"] = around(longest) + longest * of_token
+    total = allowance("100%", device).left + here
+    if not is_sharded(settings) and (sum(terms.values()) > total or not placed):
+        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items())
+        lora = "" if job.config.lora_rank else "--method lora, "
+        raise InputError(
+            f"training with --method {job.config.method} takes {sum(terms.values()) / 1e9:.3g} GB "
+            f"({parts}), and {device} has {total / 1e9:.3g} GB for it; give {lora}a smaller "
+            "--length or a device with more memory"
+        )
+    most = max(longest, min(wanted, int(room / of_token)))
+    if "gradient_accumulation_steps" in settings:
+        most = settings.get("per_device_train_batch_size", 8) * longest
+    return HealingMemory(most=most, recompute=recompute)
+
+
+def _terms(job: Job, student: nn.Module, settings: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes of what a training keeps on the device of each process."""
+    ranks = job.processes.size if is_sharded(settings) else 1
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad) / ranks
+    # Others of transformers' optimisers keep less.
+    optimiser = str(settings.get("optim", "adamw_torch"))
+    teacher = _storages(job.teacher.model)
+    own = [size for place, size in _storages(student).items() if place not in teacher]
+    return {
+        "weights": sum(own) / ranks,
+        "gradients": _GRADIENT * trained,
+        "moments": _MOMENTS * trained if optimiser.startswith("adamw_torch") else 0,
+        "teacher": sum(teacher.values()),
+    }
+
+
+def _storages(model: nn.Module) -> dict[tuple[torch.device, int], int]:
+    """Bytes of each storage that a model's tensors are in."""
+    tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    storages = ((t.device, t.untyped_storage()) for t in tensors)
+    return {(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}
+
+
+def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float, float, float]:
+    """Bytes that a forward pass leaves for the backward pass.
+
+    Counted on a sample; where memory ends even so, no more than what enters the blocks.
+
+    Returns:
+        of a token; the same where the blocks are computed again; whatever the tokens, such as
+        weights in the dtype that is computed in.
+    """
+    device = next(student.parameters()).device
+    text = text_config(job.teacher.model)
+    blocks = len(find_stack(job.teacher.model)) - len(job.removed)
+    entering = 4 * blocks * int(text.hidden_size)
+    half = job.teacher.dtype == torch.bfloat16
+
+    def counted(length: int) -> tuple[float, float]:
+        few = max(1, length // 2)
+        less, more = (_kept(student, row, n, half=half) for n in (few, length))
+        each = max(1.0, (more - less) / max(1, length - few))
+        return each, max(0.0, less - each * few)
+
+    length = _COUNTED if device.type == job.teacher.device.type else _COUNTED_APART
+    length = min(length, row["input_ids"].shape[1])
+    try:
+        each, fixed = fewer_tokens_to_fit(BatchLimit(device), length, 1, counted)
+    except Exception as e:
+        if not is_memory_exhausted(e):
+            raise
+        each, fixed = float(entering), 0.0
+    # The gradient of the logits is formed with them and never computed again.
+    logits = job.teacher.dtype.itemsize * int(text.vocab_size)
+    return each, each / blocks + entering + logits, fixed
+
+
+def _kept(student: Any, row: dict[str, Tensor], tokens: int, *, half: bool) -> int:
+    device = next(student.parameters()).device
+    given = {k: v[:, :tokens].to(device) for k, v in row.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return kept_bytes(student, lambda: student(**given, alone=True)["loss"])

@@ -1,4 +1,18 @@
-"""The training loop of a distillation: transformers' Trainer with our loss, data and records."""
+"""Train the cut model to give the original's next-token distributions, on transformers' Trainer.
+
+The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. `accelerate
+launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and resuming work as they do
+for the Trainer. Full fine-tuning trains all weights in float32; `last:N` those of the last N
+blocks, the final norm and the head; LoRA trains small matrices beside all linear layers and is
+merged into the weights at the end.
+
+A time is turned into steps by the training itself, on the clock: a few steps of the least and of
+the most tokens that are computed at a time are made, with all that belongs to a step. What was
+decided is kept in the work folder, so that a healing that goes on later has the same schedule.
+
+Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
+1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
+"""
 
 from __future__ import annotations
 
@@ -7,34 +21,55 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from isingcut.console.progress import Bar
+from isingcut.data.tokens import pieces
 from isingcut.errors import InputError, ModelError
+from isingcut.files.documents.scores import (
+    HealingCheck,
+    HealingCurve,
+    HealingMemory,
+    HealingRecipe,
+    HealingStop,
+    Step,
+)
 from isingcut.files.outputs import mark
-from isingcut.files.writing import clear_os_errors, read_json, write_json
+from isingcut.files.writing import atomic_folder, clear_os_errors, read_document, write_document
 from isingcut.healing.job import Job
-from isingcut.healing.judging import Verdict
-from isingcut.healing.recipe import usual_recipe
-from isingcut.healing.trainer_file import is_sharded, trainer_settings
-from isingcut.healing.training.batches import Rows, Steps, TimedSteps, collate
-from isingcut.healing.training.loss import install
-from isingcut.healing.training.memory import MemoryPlan, plan_memory
-from isingcut.healing.training.student import load_student, narrow, prepare_training
+from isingcut.healing.recipe import (
+    SHORT,
+    bought_recipe,
+    is_sharded,
+    stored_dtype,
+    trainer_settings,
+    usual_recipe,
+)
+from isingcut.healing.training.batches import SMALL, Rows, Steps, collate, plan_memory, timed_steps
+from isingcut.healing.training.student import (
+    install,
+    load_student,
+    narrow,
+    prepare_training,
+    trained_weights,
+)
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
+from isingcut.models.architectures.blocks import text_config, text_model
 from isingcut.models.cutting.sharing import share
+from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.device import BatchLimit
+from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.transformers_private import checkpointing
+from isingcut.options.spellings import parse_healing
 
 # Trained tokens that a check is worth its time after.
 _EACH_CHECK = 100_000
@@ -53,12 +88,12 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     """
     recipe = job.recipe or usual_recipe(job.config, job.tokens, job.processes.size)
     job = dataclasses.replace(job, recipe=recipe)
-    watch = Watch(job, "healing", recipe.batch)
+    watch = Watch(job, recipe.batch)
     last = _last_state(job)
     if last is not None:
-        known = read_json(last / CURVE, "healing-curve")
-        watch.curve, watch.checks = known["steps"], known["checks"]
-        watch.trained = known["trained_parameters"]
+        known = read_document(last / CURVE, HealingCurve)
+        watch.curve, watch.checks = known.steps, known.checks
+        watch.trained = known.trained_parameters
     # A kill behind the last state leaves what follows from it to be done here.
     if watch.judge() is None and len(watch.curve) < recipe.steps:
         with _student(job, recipe.batch) as (student, rows, plan):
@@ -76,17 +111,17 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         # The student and its optimiser, before anything takes their place.
         del student
         BatchLimit(job.teacher.device).release()
-    step = watch.curve[-1]["step"]
+    step = watch.curve[-1].step
     if watch.verdict and watch.verdict.kept is not None:
         step = watch.verdict.kept
     found = {
         "steps": watch.curve,
-        "tokens_seen": watch.curve[-1]["tokens"],
+        "tokens_seen": watch.curve[-1].tokens,
         "samples": job.tokens.samples,
         "processes": job.processes.size,
         "trained_parameters": watch.trained,
         "checks": watch.checks,
-        **({"stopped": dataclasses.asdict(watch.verdict)} if watch.verdict else {}),
+        **({"stopped": watch.verdict} if watch.verdict else {}),
     }
     return found, job.work / "trainer" / f"checkpoint-{step}"
 
@@ -95,18 +130,18 @@ def step_times(job: Job) -> list[tuple[int, float]]:
     """Tokens and seconds of steps that come to nothing: of one sample, then of many."""
     size = job.processes.size
     batch = 64 * size
-    watch = Watch(job, "timing", batch, timing=True)
+    watch = Watch(job, batch, timing=True)
     with _student(job, batch) as (student, rows, plan):
         longest = int(job.tokens.mask.sum(1).max())
-        order = TimedSteps(len(rows), max(1, plan.most // longest), job.processes.rank, size)
+        order = timed_steps(len(rows), max(1, plan.most // longest), job.processes.rank, size)
         _run(job, student, rows, plan, order, watch)
-    counts = [0, *(step["tokens"] for step in watch.curve)]
+    counts = [0, *(step.tokens for step in watch.curve)]
     found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
     return job.processes.decide(lambda: found)
 
 
 @contextlib.contextmanager
-def _student(job: Job, batch: int) -> Iterator[tuple[Any, Rows, MemoryPlan]]:
+def _student(job: Job, batch: int) -> Iterator[tuple[Any, Rows, HealingMemory]]:
     """The model to train, with its loss installed and its attention chosen, its samples and plan.
 
     On one device it is a second tree of modules over the teacher's weights: only what is trained,
@@ -130,24 +165,25 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, Rows, MemoryPlan]]:
         install(student, plain, teacher)
     rows = Rows(job.tokens)
 
-    def make() -> dict[str, Any]:
-        found = plan_memory(job, student, rows.longest(), batch, placed=placed)
-        return dataclasses.asdict(found)
+    def make() -> HealingMemory:
+        return plan_memory(job, student, rows.longest(), batch, placed=placed)
 
     def plan() -> dict[str, Any]:
         # As it was when it was begun; a student that finds no room now is refused, whatever was.
-        return keep_result(job.work / "memory.json", make) if placed or sharded else make()
+        kept = placed or sharded
+        file = job.work / "memory.json"
+        return (keep_result(file, HealingMemory, make) if kept else make()).content()
 
     with quiet_transformers():
-        yield student, rows, MemoryPlan(**job.processes.decide(plan))
+        yield student, rows, HealingMemory(**job.processes.decide(plan))
 
 
 def _run(
     job: Job,
     student: Any,
     rows: Rows,
-    plan: MemoryPlan,
-    order: Steps | TimedSteps,
+    plan: HealingMemory,
+    order: Steps | list[list[int]],
     watch: Watch,
     last: Path | None = None,
 ) -> None:
@@ -166,13 +202,10 @@ def _run(
         model=student,
         args=_arguments(job, plan, order, watch.batch, saved=not watch.timing),
         train_dataset=rows,
-        data_collator=collate,
         compute_loss_func=summed,
         callbacks=[watch],
     )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-            trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except ImportError as e:
@@ -192,9 +225,10 @@ def _last_state(job: Job) -> Path | None:
 
 
 def _arguments(
-    job: Job, plan: MemoryPlan, order: Steps | TimedSteps, batch: int, *, saved: bool
+    job: Job, plan: HealingMemory, order: Steps | list[list[int]], batch: int, *, saved: bool
 ) -> TrainingArguments:
-    config, size, steps = job.config, job.processes.size, order.steps
+    parts = order.micro_batches if isinstance(order, Steps) else 1
+    config, size, steps = job.config, job.processes.size, len(order) // parts
     device, rate = job.teacher.device, job.recipe.learning_rate if job.recipe else 2e-5
     settings: dict[str, Any] = {
         "learning_rate": rate,
@@ -204,12 +238,11 @@ def _arguments(
         "save_steps": _between_saves(job, steps, batch),
         "bf16": job.teacher.dtype == torch.bfloat16,
         **(checkpointing() if plan.recompute else {}),
-        "dataloader_pin_memory": device.type == "cuda",
         **({"ddp_find_unused_parameters": False} if size > 1 else {}),
         **trainer_settings(config),
         "output_dir": str(job.work / "trainer"),
-        "per_device_train_batch_size": -(-batch // (size * order.micro_batches)),
-        "gradient_accumulation_steps": order.micro_batches,
+        "per_device_train_batch_size": -(-batch // (size * parts)),
+        "gradient_accumulation_steps": parts,
         "max_steps": steps,
         "logging_strategy": "no",
         "save_strategy": "steps" if saved else "no",
@@ -242,20 +275,6 @@ def _refused(error: Exception) -> InputError:
     return InputError(f"transformers refuses the training arguments: {one_line(error)}")
 
 
-def loss_at_the_end(losses: Sequence[float], steps: int) -> float | None:
-    """An estimate of the last steps' loss: a power law through those so far, without the warm-up.
-
-    None as long as they are fewer than eight or than a fifth of all, or where they do not fall.
-    """
-    made = len(losses)
-    if made < max(8, steps / 5):
-        return None
-    first = max(2, made // 10)
-    step = np.log(np.arange(first, made + 1))
-    slope, constant = np.polyfit(step, np.log(np.maximum(losses[first - 1 :], 1e-30)), 1)
-    return None if slope >= 0 else float(np.exp(constant + slope * math.log(steps)))
-
-
 class OurTrainer(Trainer):
     """Saves states that a kill or a full disk leaves whole or recognisably unfinished.
 
@@ -263,22 +282,17 @@ class OurTrainer(Trainer):
         order: this process's micro-batches.
     """
 
-    def __init__(self, order: Steps | TimedSteps, **rest: Any) -> None:
+    def __init__(self, order: Steps | list[list[int]], **rest: Any) -> None:
         super().__init__(**rest)
         self.order = order
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Micro-batches as they are: what is dealt to this process already is not dealt again."""
-        arguments: Any = self.args
-        workers = arguments.dataloader_num_workers
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=self.order,
             collate_fn=collate,
-            num_workers=workers,
-            pin_memory=arguments.dataloader_pin_memory,
-            persistent_workers=bool(workers and arguments.dataloader_persistent_workers),
-            prefetch_factor=arguments.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.device.type == "cuda",
         )
 
     def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
@@ -297,22 +311,21 @@ class Watch(TrainerCallback):
     """Keeps the loss curve, shows progress, judges, and refuses a loss that is no number.
 
     Args:
-        words: what is shown.
         batch: sequences of a step, over all processes.
         timing: nothing is trained to be kept.
     """
 
-    def __init__(self, job: Job, words: str, batch: int, *, timing: bool = False) -> None:
-        self.job, self.words, self.batch, self.timing = job, words, batch, timing
+    def __init__(self, job: Job, batch: int, *, timing: bool = False) -> None:
+        self.job, self.batch, self.timing = job, batch, timing
         device = job.teacher.device
         self.bar: Bar | None = None
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.curve: list[dict[str, Any]] = []
+        self.curve: list[Step] = []
         self.seconds: list[float] = []
         self.began = time.monotonic()
-        self.checks: list[dict[str, Any]] = []
+        self.checks: list[HealingCheck] = []
         self.trained = 0
-        self.verdict: Verdict | None = None
+        self.verdict: HealingStop | None = None
         self.shown: Any = contextlib.ExitStack()
 
     def count(self, loss: Tensor, predictions: Tensor) -> None:
@@ -323,9 +336,9 @@ class Watch(TrainerCallback):
         self.began = time.monotonic()
         if self.job.leads:
             longest = int(self.job.tokens.mask.sum(1).max())
-            words = f"{self.words}, {state.max_steps} steps"
-            if not self.timing:
-                words += f" of {self.batch} x {longest} tokens"
+            words = f"healing, {state.max_steps} steps of {self.batch} x {longest} tokens"
+            if self.timing:
+                words = f"timing, {state.max_steps} steps"
             self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
             if state.global_step:
                 self.bar.advance(state.global_step)
@@ -343,15 +356,11 @@ class Watch(TrainerCallback):
         self.seconds.append(now - self.began)
         self.began = now
         loss = total / max(1.0, predictions)
-        before = self.curve[-1]["tokens"] if self.curve else 0
-        self.curve.append(
-            {"step": state.global_step, "tokens": before + int(predictions), "loss": loss}
-        )
         self._refuse_no_number(loss, state.global_step)
+        before = self.curve[-1].tokens if self.curve else 0
+        self.curve.append(Step(step=state.global_step, tokens=before + int(predictions), loss=loss))
         if self.bar is not None:
-            end = loss_at_the_end([c["loss"] for c in self.curve], state.max_steps)
-            about = "" if end is None else f", at the end about {end:.2f}"
-            self.bar.advance(1, f"loss {loss:.4f}{about}")
+            self.bar.advance(1, f"loss {loss:.4f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         # The other processes have written their random states, too.
@@ -359,8 +368,10 @@ class Watch(TrainerCallback):
         self.check(rest["model"], state.global_step)
         if self.job.leads:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            found = {"steps": self.curve, "checks": self.checks, "trained_parameters": self.trained}
-            write_json(folder / CURVE, "healing-curve", found)
+            found = HealingCurve(
+                steps=self.curve, checks=self.checks, trained_parameters=self.trained
+            )
+            write_document(folder / CURVE, found)
             mark(folder)
         if self.judge() is not None:
             control.should_training_stop = True
@@ -381,13 +392,13 @@ class Watch(TrainerCallback):
         for value in sums:
             self._refuse_no_number(value, step)
         sums = self.job.processes.decide(lambda: sums)
-        self.checks.append({"step": step, "kl_sums": sums})
+        self.checks.append(HealingCheck(step=step, kl_sums=sums))
 
     def _refuse_no_number(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
             raise ModelError(f"the loss of step {step} is {loss}; {lower_rate(self.job)}")
 
-    def judge(self) -> Verdict | None:
+    def judge(self) -> HealingStop | None:
         """What the checks so far say, kept as `verdict`."""
         if self.checks and self.job.judge is not None:
             self.verdict = self.job.judge.verdict(self.checks)
@@ -401,3 +412,101 @@ def lower_rate(job: Job) -> str:
     """What to do about numbers that are none."""
     rate = "" if job.recipe is None else f", here {job.recipe.learning_rate:g}"
     return f"set a lower learning_rate in the --trainer file{rate}"
+
+
+# Written by the training run, or by `save_pretrained` anew: not copied from the start.
+_REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
+# Of the time that is left: states are written and judged, too, and no clock is exact.
+_USED = 0.85
+
+
+def distill(job: Job, out: Path) -> dict[str, Any]:
+    """Train from the job's start and write ``out``, a plain checkpoint of the same shape and dtype.
+
+    An interrupted training goes on from its last save. Every process calls this, and the one of
+    rank 0 writes.
+
+    Returns:
+        what was done, as `healing.json` keeps it.
+    """
+    budget = job.recipe is None and any(parse_healing(job.config.effort))
+    if budget:
+        job = _spend(job)
+    found, trained = train(job)
+    if job.leads:
+        if "stopped" in found and found["stopped"].kept == 0:
+            shutil.copytree(job.start, out)
+        else:
+            _publish(job, trained, out)
+    job.processes.wait()
+    if budget:
+        found["recipe"] = job.recipe
+    return found
+
+
+def _spend(job: Job) -> Job:
+    """The job with its budget turned into a recipe, and its text into samples of that length."""
+    began = time.monotonic()
+    tokens, seconds = parse_healing(job.config.effort)
+    file, pace = job.work / "recipe.json", (0.0, 0.0)
+    if seconds is not None and not job.processes.decide(file.exists):
+        pace = _pace(job)
+        seconds = _USED * (seconds - (time.monotonic() - began))
+
+    def make() -> HealingRecipe:
+        return bought_recipe(
+            job.config,
+            job.tokens,
+            tokens,
+            seconds,
+            pace,
+            width=int(text_config(job.teacher.model).hidden_size),
+            processes=job.processes.size,
+        )
+
+    kept = job.processes.decide(lambda: keep_result(file, HealingRecipe, make).content())
+    recipe = HealingRecipe(**kept)
+    return dataclasses.replace(job, recipe=recipe, tokens=pieces(job.tokens, recipe.length))
+
+
+def _pace(job: Job) -> tuple[float, float]:
+    """Seconds of a step whatever its size, and of each of its tokens, measured in all processes."""
+    trial = job.work / "trial"
+    text = pieces(job.tokens, SHORT)
+    times = step_times(dataclasses.replace(job, tokens=text, work=trial))
+    if job.leads:
+        shutil.rmtree(trial, ignore_errors=True)
+    # The first step of a size compiles and allocates; of the others the fastest was not disturbed.
+    (n, s), (m, t) = (
+        min(part[1:], key=lambda step: step[1]) for part in (times[:SMALL], times[SMALL:])
+    )
+    token = (t - s) / (m - n) if m > n and t > s else t / m
+    return max(0.0, t - token * m), token
+
+
+def _publish(job: Job, trained: Path, out: Path) -> None:
+    """The trained weights as a plain checkpoint in the start's dtype, verified."""
+    dtype = DTYPES[stored_dtype(job.start)]
+    trust = job.config.trust_remote_code
+    weights = trained_weights(job.start, trained, job.config)
+    if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
+        raise ModelError(f"the last step left weights that are no numbers; {lower_rate(job)}")
+    # Into a model that transformers loaded in that dtype: it keeps some tensors in float32.
+    model = reload(job.start, dtype=dtype, trust_remote_code=trust)
+    model.load_state_dict(weights)
+    tokens = random_tokens(model, 2, 24)
+    with atomic_folder(out) as temporary, quiet_transformers():
+        model.save_pretrained(temporary)
+        for path in sorted(job.start.iterdir()):
+            copied = path.suffix != ".safetensors" and path.name not in _REWRITTEN
+            if path.is_file() and copied:
+                shutil.copyfile(path, temporary / path.name)
+        again = reload(temporary, dtype=dtype, trust_remote_code=trust)
+        with torch.no_grad():
+            same = torch.equal(text_model(model)(tokens).logits, text_model(again)(tokens).logits)
+        if not same:
+            raise ModelError(
+                f"the healed model computes something else when it is loaded again from {out}, "
+                "where it was deleted"
+            )
+        check_generation(text_model(again), tokens[:1], 8, str(out))

@@ -1,5 +1,6 @@
-"""Tune a patch: a few steps on the loss itself, for the layers beside each cut.
+"""Patch a checkpoint: fit a map at each cut, tune the layers beside it, write and verify.
 
+Tuning takes a few steps on the loss itself, for the layers beside each cut.
 Least squares at a cut brings the residual stream as near to the original's as one layer can, and
 knows nothing of what the rest of the model makes of the error that is left. So the linear layers of
 the blocks before and behind each cut go on from there, for
@@ -18,6 +19,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,16 +27,38 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import FitError
-from isingcut.healing.patch.files import Patch, StoredLayers, find_obstacle, runs
+from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
+from isingcut.files.documents.states import (
+    CutProof,
+    PatchedCut,
+    PatchRecord,
+    PatchTuning,
+    TunedLayer,
+    UnpatchedCut,
+)
+from isingcut.healing.job import Job
+from isingcut.healing.patch.files import (
+    Patch,
+    StoredLayers,
+    apply_patches,
+    find_obstacle,
+    runs,
+    write_patched,
+)
 from isingcut.healing.patch.layers import list_linear_layers, list_writers
+from isingcut.healing.patch.linear import Fitted, fit_patches
+from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
-from isingcut.memory import raise_if_exhausted
+from isingcut.memory import convert_memory_errors, raise_if_exhausted
+from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.compute.divergence import divergence
+from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.device import allowance
 from isingcut.models.loading import one_line
 from isingcut.models.replay import Recording, Replay
 
+CANNOT = (ArchitectureError, FitError)
+"""Why a patch is left out where no option names it: the model, or too little text or memory."""
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4
 EPOCHS = 2
@@ -45,6 +69,79 @@ BYTES = 20
 RATE, WIDTH = 0.004, 576
 """The highest change of a weight in one step, over the root mean square of its layer's weights, in
 a model whose stream is so wide; in wider ones it is less, since more of them change at once."""
+
+
+def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
+    """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it.
+
+    Raises:
+        ArchitectureError, FitError: as `fit_patches`; nothing was written.
+    """
+    model = job.teacher.model
+    stack = find_stack(model)
+    replay = job.replay or Replay(model, stack_modules(model, stack))
+    tokens = _first(job.tokens, job.config.patch_tokens)
+    work = Work(job.config.batch_tokens, job.progress)
+    layers = StoredLayers(job.start, job.removed)
+    held_out, why = None, ""
+    if job.config.tunes:
+        try:
+            if job.replay is not None:
+                raise FitError("the model is streamed from disk, and tuning needs it whole")
+            tokens, held_out = split_samples(tokens)
+        except FitError as e:
+            why = str(e)
+
+    def fit_with(count: int) -> Fitted:
+        work = Work(count, job.progress)
+        return fit_patches(replay, stack.kinds, tokens, job.removed, work, layers)
+
+    def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
+        given = (job.removed, fitted.patches, work, layers)
+        assert held_out is not None
+        return tune(replay, tokens, held_out, *given, at_a_time=count)
+
+    longest = int(tokens.mask.sum(1).max())
+    fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
+    patches, tuning = fitted.patches, None
+    if held_out is not None:
+        try:
+            with convert_memory_errors():
+                patches, tuning = fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tune_with)
+        except FitError as e:
+            why = str(e)
+        except MemoryExhaustedError:
+            why = f"{replay.device} has no memory left to tune the patch"
+    if why:
+        tuning = PatchTuning(left_out=why)
+    stored = write_patched(layers, patches, out)
+    trust = job.config.trust_remote_code
+    with apply_patches(replay.blocks, stored):
+        if job.replay is None:
+            proof = verify(model, job.removed, out, trust_remote_code=trust)
+        else:
+            proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
+    return PatchRecord(
+        maps=fitted.maps,
+        changed=any(p.record.changed for p in stored),
+        cuts=[p.record for p in fitted.patches],
+        tuning=tuning,
+        unpatched=fitted.unpatched,
+        proof=CutProof(**proof.record),
+    )
+
+
+def unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
+    """The record of a patch that no cut of a state could take."""
+    reasons = [UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)]
+    return PatchRecord(cuts=[], changed=False, unpatched=reasons)
+
+
+def _first(tokens: TokenSet, most: int) -> TokenSet:
+    """The first samples, two at least, of about ``most`` tokens together."""
+    seen = tokens.mask.sum(1).cumsum(0)
+    rows = max(2, int((seen < most).sum()) + 1)
+    return tokens.select(range(min(rows, tokens.samples)))
 
 
 def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
@@ -73,7 +170,7 @@ def tune(
     stored: StoredLayers | None = None,
     *,
     at_a_time: int = STEP_TOKENS,
-) -> tuple[list[Patch], dict[str, Any]]:
+) -> tuple[list[Patch], PatchTuning]:
     """Go on from fitted patches.
 
     Cost: one pass of the original over the tokens, and `EPOCHS` forward and backward passes of the
@@ -92,7 +189,7 @@ def tune(
         at_a_time: tokens that are computed at a time; it changes rounding alone.
 
     Returns:
-        all layers that are not the original's now; and what was done and won, JSON-able.
+        all layers that are not the original's now; and what was done and won.
 
     Raises:
         FitError: too little memory, or the model cannot be differentiated.
@@ -143,13 +240,13 @@ def tune(
                 kl.append(held.divergence(suffix))
                 if kl[-1] == min(kl):
                     best = {key: layer.weight.detach().clone() for key, layer in tuned.items()}
-    record = {
-        "layers": [{"block": block, "layer": path} for block, path in best],
-        "steps": steps,
-        "predictions": EPOCHS * train.predictions,
-        "held_out_predictions": held.predictions,
-        "held_out_kl": kl,
-    }
+    record = PatchTuning(
+        layers=[TunedLayer(block=block, layer=path) for block, path in best],
+        steps=steps,
+        predictions=EPOCHS * train.predictions,
+        held_out_predictions=held.predictions,
+        held_out_kl=kl,
+    )
     new = [tuned[key].patch(key, weight) for key, weight in best.items()]
     return [p for p in patches if (p.block, p.path) not in best] + new, record
 
@@ -215,8 +312,8 @@ class _Layer:
 
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
         bias = None if self.bias is None else self.bias.cpu()
-        record = {} if self.fitted is None else self.fitted.record
-        return Patch(*key, weight, bias, record)
+        record = PatchedCut(block=key[0], layer=key[1])
+        return Patch(*key, weight, bias, record if self.fitted is None else self.fitted.record)
 
 
 @dataclass(eq=False)

@@ -1,12 +1,15 @@
-"""Likelihoods of answers under many states at once: prefixes shared, equal beginnings run once.
+"""Answers of many states of one model: likelihoods of given ones, and texts that a state writes.
 
 rows of tokens that end in answers -> blocks, each node of the states' tree once -> the head, at the
 positions that an answer is read from and nowhere else
+
+Texts are written a few prompts at a time, each kept as it comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +18,10 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
+from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Bools, Floats, States
 from isingcut.measure.pace import chunks
-from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.splitting import halve_to_fit, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
@@ -193,3 +197,67 @@ def _heads(replay: Replay, stream: Tensor, labels: Tensor) -> tuple[Floats, Floa
         likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
         best.append((logits.argmax(-1) == label).double())
     return torch.cat(likely).cpu().numpy(), torch.cat(best).cpu().numpy()
+
+
+Prompt = tuple[tuple[int, ...], dict[str, Any]]
+"""Token ids, and how the text behind them is written, JSON-able."""
+Writer = Callable[[Sequence[int]], Sequence[str]]
+"""The texts behind some prompts, named by their positions, all written together."""
+
+MICRO_BATCHES = 4
+"""Whose tokens the prompts of one go may fill: a step takes hardly longer for more texts."""
+
+
+class Generations:
+    """The texts of several states of one model, in a journal.
+
+    Args:
+        replay: the model's blocks.
+        states: (S, N) bool.
+        work: how much is written together; finished texts are kept in its journal.
+        description: of the bar that is shown meanwhile.
+    """
+
+    def __init__(
+        self, replay: Replay, states: States, work: Work, description: str = "writing"
+    ) -> None:
+        self.replay, self.states, self.work, self.description = replay, states, work, description
+
+    def of(self, state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
+        """One state's texts; those that the journal has are not written again.
+
+        Args:
+            prompts: the same for each of the states.
+            write: has the state write.
+        """
+        told = {"prompts": [[*p] for p in prompts], "states": np.packbits(self.states).tolist()}
+        kept = Journal(self.work.journal, fingerprint({**self.replay.identity(), **told}))
+        keys = [f"{state}/{i}" for i in range(len(prompts))]
+        left = [i for i, key in enumerate(keys) if kept.get(key) is None]
+        with self.work.progress(self.description, len(prompts)) as bar:
+            bar.advance(len(prompts) - len(left))
+            for some in _together(prompts, left, MICRO_BATCHES * self.work.batch_tokens):
+                texts = halve_to_fit(self.replay.limit, some, write)
+                for i, text in zip(some, texts, strict=True):
+                    kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))
+                bar.advance(len(some))
+        return [_text(kept.get(key)) for key in keys]
+
+
+def _text(row: npt.NDArray[np.float64] | None) -> str:
+    """What a row of the journal says, a number for each byte."""
+    assert row is not None
+    return bytes(row.astype(np.uint8)).decode()
+
+
+def _together(prompts: Sequence[Prompt], left: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Positions of prompts written alike, long ones first, as many at a time as fit padded."""
+    alike: dict[str, list[int]] = {}
+    for i in left:
+        alike.setdefault(fingerprint(prompts[i][1]), []).append(i)
+    for group in alike.values():
+        order = sorted(group, key=lambda i: -len(prompts[i][0]))
+        while order:
+            count = max(1, most // max(1, len(prompts[order[0]][0])))
+            yield order[:count]
+            order = order[count:]

@@ -1,4 +1,4 @@
-"""Conversations of which only the assistant's answers count; all else is context.
+"""Conversations through a model's chat template, and the assistant's answers in them.
 
 A template may rewrite what it is given (Qwen3 drops the reasoning of earlier turns, Phi ends the
 last one otherwise), so that the beginnings of a conversation need not begin the whole. The answers
@@ -10,11 +10,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from isingcut.data.encoder import Encoder
-from isingcut.data.tokens import Row
-from isingcut.errors import CalibrationError, ModelError
+from isingcut.data.tokens import Encoder, Row
+from isingcut.errors import CalibrationError, ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
+) -> str:
+    """The text of one conversation.
+
+    Args:
+        options: those of `apply_chat_template`, for example ``add_generation_prompt``.
+
+    Raises:
+        ModelError: the template refuses the messages.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as e:
+        # A template is a program that somebody else wrote; it may fail in any way.
+        said = "".join(c if c.isprintable() else "?" for c in first_line(e)[:300])
+        raise ModelError(f"the model's chat template refuses these messages ({said})") from e
+
 
 Render = Callable[[list[dict[str, Any]]], str]
 
