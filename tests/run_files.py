@@ -19,7 +19,6 @@ KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
 _STAGES = {
     "spectrum.json": "solve",
     "candidates.json": "rank",
-    "healed-candidates.json": "heal",
     "evaluation.json": "evaluate",
     "benchmarks.json": "benchmarks",
     "model": "excise",

@@ -270,7 +270,6 @@ def test_a_question_has_one_key_in_every_task(questions):
     [
         ({"choose": "tasks"}, "--tasks names no benchmark"),
         ({"questions": 5}, "--tasks names no benchmark"),
-        ({"choose": "tasks", "tasks": "a.jsonl", "heal_top": 2}, "both choose"),
     ],
 )
 def test_options_that_do_not_go_together(options, said):

@@ -105,19 +105,19 @@ def test_a_budget_of_healing_buys_tokens_and_steps():
     counted = prices()
     assert counted.healing() is None
     assert stage(counted, "heal") is None
-    counted.config = counted.config.replace(heal="30ktokens")
+    counted.config = counted.config.replace(heal="20ktokens")
     found = counted.healing()
-    # A third goes to candidates; two numbers wide, so that the rate is not lowered.
-    assert (found["tokens"], found["trial_tokens"]) == (20_000, 10_000)
+    # Two numbers wide, so that the rate is not lowered.
+    assert found["tokens"] == 20_000
     assert (found["steps"], found["batch"], found["length"]) == (39, 2, 256)
     assert found["learning_rate"] == 1.5e-4
     # The original, then three times the half of it.
     each = 6 + 3 * 0.5 * 6
-    assert found["seconds"] == 30_000 * each
+    assert found["seconds"] == 20_000 * each
     healed = stage(counted, "heal")
-    assert (healed["seconds"], healed["samples"]) == (30_000 * each, 78)
+    assert (healed["seconds"], healed["samples"]) == (20_000 * each, 78)
     assert healed["memory"] == 1000 + 60 + 16 * 0.5 * 15 + 64 * 100
-    counted.config = counted.config.replace(heal="2h", heal_top=0)
+    counted.config = counted.config.replace(heal="2h")
     assert stage(counted, "heal")["seconds"] == pytest.approx(7200)
     counted.config = counted.config.replace(heal=True)
     assert "a budget (--heal 10min) says how long" in stage(counted, "heal")["impossible"]

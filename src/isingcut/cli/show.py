@@ -229,12 +229,10 @@ def show_plan(plan: dict[str, Any]) -> None:
             table.add_row(e["name"], str(e["samples"] or ""), *figures)
         screen.print(table)
     if healing := plan["healing"]:
-        trials = healing["trial_tokens"]
         screen.print(
             f"--heal {healing['budget']}: about {healing['tokens']:,} tokens in "
             f"{healing['steps']:,} steps of {healing['batch']} x {healing['length']}, rate "
-            f"up to {healing['learning_rate']:g}"
-            + (f"; {trials:,} for candidates before" if trials else ""),
+            f"up to {healing['learning_rate']:g}",
             soft_wrap=True,
         )
     screen.print(

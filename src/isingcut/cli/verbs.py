@@ -390,7 +390,7 @@ def inspect_blocks(**options: Any) -> Answer:
 
 _PLAN = (
     "model", "remove", "budget", "effort", "samples", "length", "rank_samples", "report_samples",
-    "states", "random_states", "patch", "patch_tokens", "heal", "heal_top", "heal_options",
+    "states", "random_states", "patch", "patch_tokens", "heal", "heal_options",
     "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit", "trust_remote_code",
 )  # fmt: skip
 

@@ -37,8 +37,6 @@ from isingcut.options.types import (
     reads,
 )
 
-# A third of a shorter healing, shared by three candidates, ends before their speed is known.
-_SECONDS_FOR_TRIALS = 540.0
 STAGES = (
     *("model", "calibration", "energy", "solve", "rank"),
     *("excise", "heal", "evaluate", "report"),
@@ -192,11 +190,6 @@ class RunConfig(Options):
         metavar="BUDGET",
         bare="all",
     )
-    heal_top: Annotated[int, Bounds(ge=0, le=1000)] | None = option(
-        None,
-        "Heal so many candidates for a few steps first, and choose after it (default: 3 with "
-        "--heal of nine minutes or more, unless --choose says another way; 0: none).",
-    )
     heal_options: Place = option(
         "", "YAML file with options of `isingcut heal` (text, steps, method, ...)."
     )
@@ -214,16 +207,6 @@ class RunConfig(Options):
     def removal(self) -> str:
         """What is removed, in one word: `remove`, or the budget where only that is given."""
         return self.remove or self.budget
-
-    @property
-    def tried(self) -> int:
-        """Candidates that are healed for a few steps; of one alone nothing can be chosen."""
-        asked = self.heal_top
-        if asked is None:
-            seconds = parse_healing(self.heal)[1]
-            enough = seconds is None or seconds >= _SECONDS_FOR_TRIALS
-            asked = 3 if self.heal and self.choose == "measured" and enough else 0
-        return asked if asked > 1 else 0
 
     def stage_options(self, last: str) -> dict[str, Any]:
         """The options that can change the result of stage ``last`` or of one before it."""
@@ -260,10 +243,6 @@ class RunConfig(Options):
             raise InputError(
                 "no model was given; expected a folder, a hub id, a .gguf or 'smollm2'"
             )
-        if self.heal_top and not (self.heal or self.patch != "none"):
-            raise InputError("--heal-top compares healed candidates; give --heal or --patch too")
-        if self.choose == "tasks" and self.heal_top:
-            raise InputError("--choose tasks and --heal-top both choose; give one of them")
         if not self.tasks and (self.choose == "tasks" or self.data or self.questions):
             raise InputError("--tasks names no benchmark to ask questions of; name some")
         return self

@@ -12,7 +12,6 @@ from typing import Any
 
 from isingcut.files.documents.scores import (
     BenchmarksFile,
-    ComparedCandidate,
     EvaluationFile,
     HealingFile,
     PartScores,
@@ -253,7 +252,7 @@ def _value(found: Figures, key: str, scale: float) -> Value | None:
     return Value(figure / scale, None if error is None else error / scale)
 
 
-def kl_of(row: MeasuredLoss | BaselineFile | ComparedCandidate) -> Value:
+def kl_of(row: MeasuredLoss | BaselineFile) -> Value:
     """The measured KL of a state."""
     return Value(row.kl, row.kl_se)
 

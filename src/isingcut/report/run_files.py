@@ -16,7 +16,6 @@ from isingcut.files.documents.run import BlockCosts, CalibrationText, RunFile, S
 from isingcut.files.documents.scores import (
     BenchmarksFile,
     EvaluationFile,
-    HealedCandidates,
     HealingFile,
 )
 from isingcut.files.documents.states import (
@@ -112,11 +111,6 @@ class RunFiles:
     def evaluation(self) -> EvaluationFile | None:
         """`evaluation.json`."""
         return self._document("evaluation.json", EvaluationFile)
-
-    @cached_property
-    def healed_candidates(self) -> HealedCandidates | None:
-        """`healed-candidates.json`: candidates compared after a little healing."""
-        return self._document("healed-candidates.json", HealedCandidates)
 
     @cached_property
     def benchmarks(self) -> BenchmarksFile | None:

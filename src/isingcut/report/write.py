@@ -115,7 +115,7 @@ def report_view(files: RunFiles) -> dict[str, Any]:
 def _facts(files: RunFiles) -> dict[str, Any]:
     """The facts of the page as data."""
     run, energy = files.run.content(), files.hamiltonian
-    names = ("spectrum", "candidates", "evaluation", "patch", "healing", "healed_candidates")
+    names = ("spectrum", "candidates", "evaluation", "patch", "healing")
     documents = {name: getattr(files, name) for name in (*names, "benchmarks")}
     return {
         "model": run["provenance"]["model"],

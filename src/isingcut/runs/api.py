@@ -172,9 +172,6 @@ class Run:
     def chosen(self) -> State:
         """The state that was chosen, and that `save` cuts.
 
-        With the option ``heal_top`` the choice is made again after healing, when `save` or
-        `evaluate` is called; this stays the choice of the ranking.
-
         Examples:
             >>> isingcut.open_run("my-run").chosen.kl > 0
             True

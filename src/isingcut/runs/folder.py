@@ -155,7 +155,9 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The options the folder was made with."""
-        stored = {k: v for k, v in self.manifest["config"].items() if k != "trust_remote_code"}
+        # Trust is never stored now, and candidates are no longer healed to choose among them.
+        gone = ("trust_remote_code", "heal_top")
+        stored = {k: v for k, v in self.manifest["config"].items() if k not in gone}
         # A folder that was made before there was a patch has none.
         found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))

@@ -18,7 +18,6 @@ from isingcut.runs.removal import each_removal
 if TYPE_CHECKING:
     from isingcut.runs.session import Session
 
-CHOICE = "healed-candidates.json"
 HEALED = "healed"
 
 
@@ -74,9 +73,7 @@ def check_options(config: RunConfig) -> None:
         InputError: as `heal_config`, or a text that cannot be healed with.
     """
     if config.heal:
-        distil_config(config)
-    if config.heal or config.tried:
-        _check_text(config, heal_config(config))
+        _check_text(config, distil_config(config))
     elif config.patch != "none":
         heal_config(config)
 
@@ -87,7 +84,7 @@ def check(session: Session) -> None:
     The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
     """
     config = session.config
-    if not (config.heal or config.tried):
+    if not config.heal:
         return
     healing = heal_config(config)
     check_training(healing)

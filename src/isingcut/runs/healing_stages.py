@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
-from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates, HealingFile
+from isingcut.files.documents.scores import HealingFile
 from isingcut.files.writing import read_document
 from isingcut.healing import RECORD
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.options.healing import HealConfig
-from isingcut.options.spellings import parse_healing
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.healing_options import CHOICE, HEALED, distil_config
+from isingcut.runs.healing_options import HEALED, distil_config
 from isingcut.runs.measuring import upstream
 from isingcut.runs.session import Session
 
@@ -60,9 +58,6 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     start = target / "model"
     made = folder.record(start)
     removed = list(map(int, made["options"]["removed"]))
-    if config.tried:
-        tried = folder.load(target / CHOICE, lambda p: read_document(p, HealedCandidates))
-        healing = healing.replace(effort=_left(healing.effort, tried.candidates))
     options = {**training_options(folder, healing), "model": made["fingerprint"]}
 
     def make(path: Path) -> None:
@@ -75,15 +70,3 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
         shutil.copyfile(path / RECORD, target / RECORD)
 
     return folder.stage("heal", target / HEALED, options, make, lambda path: path)
-
-
-def _left(effort: str, tried: Sequence[ComparedCandidate]) -> str:
-    """What trials of candidates have left over of a budget; a third, however long they took."""
-    tokens, seconds = parse_healing(effort)
-    if seconds is not None:
-        left = max(seconds / 3, seconds - sum(row.seconds for row in tried))
-        return f"{left / 60:.6f}min"
-    if tokens is not None:
-        left = max(tokens / 3, tokens - sum(row.tokens for row in tried))
-        return f"{max(1, int(left))}tokens"
-    return effort

@@ -24,7 +24,7 @@ from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
-from isingcut.runs import healing_options, healing_stages, trials
+from isingcut.runs import healing_options, healing_stages
 from isingcut.runs.benchmarking import check_asked, check_whole, data_of, score_tasks
 from isingcut.runs.cutting import make_model
 from isingcut.runs.folder import MANIFEST, RunFolder
@@ -95,7 +95,6 @@ def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
 
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     """The final checkpoint in the run folder, patched and healed where the options say so."""
-    trials.choose(session, folder)
     model = make_model(session, folder)
     return healing_stages.heal(session, folder) or model
 

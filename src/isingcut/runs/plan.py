@@ -40,7 +40,6 @@ from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.removal import each_removal, removal_rows
 from isingcut.runs.session import Session
-from isingcut.runs.trials import SHARE
 
 ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
 EVENING = 8.0
@@ -213,13 +212,11 @@ class Prices:
         tokens = seconds / each if seconds is not None else tokens
         if tokens is None:
             return None
-        trials = int(tokens * SHARE) if c.tried else 0
-        left, width = int(tokens) - trials, self.stream // self.store.dtype.itemsize
+        left, width = int(tokens), self.stream // self.store.dtype.itemsize
         batch, length, rate = sizes(heal_config(c), left, width=width)
         return {
             "budget": c.heal,
             "tokens": left,
-            "trial_tokens": trials,
             "steps": max(1, left // (batch * length)),
             "batch": batch,
             "length": length,

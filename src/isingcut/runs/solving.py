@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.documents.scores import HealedCandidates
 from isingcut.files.documents.states import CandidatesFile
 from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -22,7 +21,6 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
 from isingcut.report.write import write_report
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.healing_options import CHOICE
 from isingcut.runs.removal import make_problem
 
 
@@ -93,20 +91,8 @@ def load_candidates(path: Path) -> CandidatesFile:
 
 
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
-    """The blocks that the ranking of one removal chose, or the healed candidates after it."""
-    after = chosen_after_healing(folder, config)
-    if after is not None:
-        return after
+    """The blocks that the ranking of one removal chose."""
     found = folder.load(needs(folder, config, "candidates.json", "rank"), load_candidates)
-    return found.chosen.removed
-
-
-def chosen_after_healing(folder: RunFolder, config: RunConfig) -> list[int] | None:
-    """The blocks that the healed candidates chose, None where none were compared."""
-    if not config.tried:
-        return None
-    file = folder.target(config.removal) / CHOICE
-    found = folder.load(file, lambda p: read_document(p, HealedCandidates))
     return found.chosen.removed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -224,37 +224,6 @@ class HealingMemory(Document):
     kind: ClassVar = "healing-memory"
     most: Some
     recompute: bool
-
-
-class TrainedCandidate(Strict):
-    """A candidate after a little healing."""
-
-    removed: Blocks
-    kl: Number
-    kl_se: Positive | None
-    perplexity: Positive
-
-
-class ComparedCandidate(TrainedCandidate):
-    """The same beside its KL before healing and beside the best; older files say less."""
-
-    steps: Count = 0
-    tokens: Count = 0
-    seconds: Positive = 0.0
-    dropped: str | None = None
-    recipe: HealingRecipe | None = None
-    kl_before: Number
-    source: str = "spectrum"
-    difference: Number | None = None
-    difference_se: Positive | None = None
-
-
-class HealedCandidates(Document):
-    """`healed-candidates.json`."""
-
-    kind: ClassVar = "healed-candidates"
-    candidates: Annotated[list[ComparedCandidate], Field(min_length=1)]
-    chosen: ComparedCandidate
 
 
 class AskedTask(Strict):
