@@ -17,7 +17,7 @@ from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fp8 import dequantise, dequantised, fp8_layout, load_dequantised
 from isingcut.models.load import load
 from isingcut.models.streaming.replay import load_streamed
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 from tiny import tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.

@@ -13,7 +13,7 @@ from isingcut.healing.training.loss import install, split_head
 from isingcut.healing.training.student import narrow, prepare_training
 from isingcut.models.architectures import find_stack
 from isingcut.models.compute import divergence as kl
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import tiny_model
 
 

@@ -13,7 +13,7 @@ from healings import curve, flags_of, healed, models, options, stored
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.load import load
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 from ranks import join, launch, say_into, type_in
 
 __all__ = ["healed", "models"]

@@ -34,7 +34,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.measure.losses import standard_error
-from isingcut.options.types import TEXT
+from isingcut.options.config import TEXT
 from studies.healing.summary import OURS, PEERS, STAGES, show
 from studies.runner import Content, Part, numbers, read
 from studies.runner_choices import Setting, choose, cost

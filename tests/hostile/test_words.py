@@ -15,10 +15,8 @@ from arena import Arena, Row
 
 import isingcut
 from isingcut.errors import IsingcutError
-from isingcut.options.config import RunConfig
-from isingcut.options.declaration import flag, from_yaml
-from isingcut.options.healing import HealConfig
-from isingcut.options.yaml_file import load_yaml
+from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.declaration import flag, from_yaml, load_yaml
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"

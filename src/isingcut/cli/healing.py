@@ -26,9 +26,8 @@ from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output
 from isingcut.files.writing import read_document, write_document
 from isingcut.healing import RECORD
-from isingcut.options.config import RunConfig
+from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import from_yaml
-from isingcut.options.healing import HealConfig
 
 if TYPE_CHECKING:
     from isingcut.files.documents.scores import BenchmarksFile

@@ -24,7 +24,7 @@ from isingcut.files.writing import fingerprint
 from isingcut.measure.work import Work
 from isingcut.models.architectures import text_config
 from isingcut.models.sources import model_identity
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel

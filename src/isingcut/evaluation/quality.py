@@ -37,7 +37,7 @@ from isingcut.models.parts import HEAD
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.text_alone import text_model
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

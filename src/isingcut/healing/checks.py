@@ -15,7 +15,7 @@ from isingcut.healing.work_folder import refuse_foreign, work_of
 from isingcut.models.checkpoint.read import PLAIN, read_checkpoint
 from isingcut.models.device import pick_device
 from isingcut.models.processes import launched
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 
 def sources_of(config: HealConfig) -> list[Path]:

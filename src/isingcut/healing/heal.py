@@ -49,8 +49,8 @@ from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
+from isingcut.options.config import LENGTH, HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.options.healing import LENGTH, HealConfig
 from isingcut.report.card import healed_card, kept_parts
 
 

@@ -12,7 +12,7 @@ from isingcut.healing.recipe import Recipe
 from isingcut.models.load import LoadedModel
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 
 @dataclass(frozen=True, eq=False)

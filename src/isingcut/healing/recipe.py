@@ -12,7 +12,7 @@ from typing import Any
 
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.healing.trainer_file import trainer_settings
-from isingcut.options.healing import LENGTH, HealConfig
+from isingcut.options.config import LENGTH, HealConfig
 
 EPOCHS = 4.0
 """How often a budget may read its text: more repeats than it teaches."""

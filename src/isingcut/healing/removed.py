@@ -29,7 +29,7 @@ from isingcut.models.fit import by_block, check_fit
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
 from isingcut.models.sources import model_identity
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
 _DEEPEST = 100_000

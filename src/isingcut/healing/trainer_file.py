@@ -14,8 +14,8 @@ from typing import Any, get_type_hints
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.models.loading import one_line
-from isingcut.options.healing import HealConfig
-from isingcut.options.yaml_file import load_yaml
+from isingcut.options.config import HealConfig
+from isingcut.options.declaration import load_yaml
 
 __all__ = ["check_optimiser", "is_sharded", "read_trainer_file", "trainer_settings"]
 

@@ -36,7 +36,7 @@ from isingcut.files.writing import (
 from isingcut.healing.trainer_file import trainer_settings
 from isingcut.memory import convert_memory_errors
 from isingcut.models.sources import model_identity
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText

@@ -26,7 +26,7 @@ from isingcut.measure.work import identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import OutputHead, loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 
 def gate_gradients(

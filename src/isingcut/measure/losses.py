@@ -38,7 +38,7 @@ from isingcut.measure.work import Work, identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.compute.head import Comparison, OutputHead, comparison
 from isingcut.models.replay import Replay, reuse_freed_memory
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 __all__ = ["Measurement", "measure", "measure_together", "standard_error"]
 

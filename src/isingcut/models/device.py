@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError
-from isingcut.options.spellings import parse_device
+from isingcut.options.spellings import Device
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        name = parse_device(device)
+        name = Device(device)
     except InputError as e:
         raise InputError(f"--device: {e}") from e
     chosen = torch.device(name)

@@ -20,8 +20,7 @@ from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import shown
-from isingcut.options.yaml_file import parse_yaml
+from isingcut.options.declaration import parse_yaml, shown
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import samples_of, splits_of, upstream
 from isingcut.runs.removal import removal_rows

@@ -43,14 +43,14 @@ from isingcut.models.cutting.gguf_patch import (
     repacked,
 )
 from isingcut.models.cutting.verify import verify, verify_streamed
-from isingcut.options.config import RunConfig
+from isingcut.options.config import RunConfig, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
-from isingcut.runs.healing_options import HEALED, patch_config
 from isingcut.runs.measuring import upstream
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates
 
+HEALED = "healed"
 CUT = "cut"
 """The folder of the exact cut, where `model/` is the patched one."""
 

@@ -24,7 +24,7 @@ from isingcut.models.processes import ALONE, Processes
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
-from isingcut.runs import healing_options, healing_stages
+from isingcut.runs import healing
 from isingcut.runs.benchmarking import check_asked, check_whole, data_of, score_tasks
 from isingcut.runs.cutting import make_model
 from isingcut.runs.folder import MANIFEST, RunFolder
@@ -96,7 +96,7 @@ def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     """The final checkpoint in the run folder, patched and healed where the options say so."""
     model = make_model(session, folder)
-    return healing_stages.heal(session, folder) or model
+    return healing.heal(session, folder) or model
 
 
 def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
@@ -166,7 +166,7 @@ def open_session(
     for name in names(config.also):
         energy_part(config, name)
     solvers.check(config.solver)
-    healing_options.check_options(config)
+    healing.check_options(config)
     tasks = check_asked(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
@@ -203,7 +203,7 @@ def _lead(
         for one in each_removal(config):
             removal_rows(blocks, one)
     if need_removal:
-        healing_options.check(session)
+        healing.check(session)
     calibration = build_calibration(session) if before is None else None
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
     if config.dtype == "auto" and folder.dtype is None:

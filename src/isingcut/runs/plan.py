@@ -33,9 +33,7 @@ from isingcut.models.inspect import Inspection, inspect_model
 from isingcut.models.memory import weight_bytes
 from isingcut.models.parts import BLOCK_STREAMS, EMBED, HEAD
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.options.config import RunConfig
-from isingcut.options.spellings import parse_healing
-from isingcut.runs.healing_options import heal_config
+from isingcut.options.config import RunConfig, heal_config
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.removal import each_removal, removal_rows
@@ -206,7 +204,7 @@ class Prices:
     def healing(self) -> dict[str, Any] | None:
         """What a budget of healing buys, about; None without one, or where it is all of a text."""
         c, forward = self.config, self.timed.seconds
-        tokens, seconds = parse_healing(c.heal)
+        tokens, seconds = c.heal.tokens, c.heal.seconds
         # A pass of the original, then forward and back through what stays.
         each = forward * (1 + 3 * self.left)
         tokens = seconds / each if seconds is not None else tokens

@@ -29,8 +29,7 @@ from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
-from isingcut.options.config import RunConfig
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS, RunConfig
 from isingcut.runs.folder import RunFolder
 
 

@@ -39,7 +39,6 @@ from isingcut.models.cutting.verify import check_generation, random_tokens, relo
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.text_alone import text_model
-from isingcut.options.spellings import parse_healing
 
 # Written by the training run, or by `save_pretrained` anew: not copied from the start.
 _REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -56,7 +55,8 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
     Returns:
         what was done, as `healing.json` keeps it.
     """
-    budget = job.recipe is None and any(parse_healing(job.config.effort))
+    effort = job.config.effort
+    budget = job.recipe is None and bool(effort.tokens or effort.seconds)
     if budget:
         job = _spend(job)
     found, trained = train(job)
@@ -74,7 +74,7 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
 def _spend(job: Job) -> Job:
     """The job with its budget turned into a recipe, and its text into samples of that length."""
     began = time.monotonic()
-    tokens, seconds = parse_healing(job.config.effort)
+    tokens, seconds = job.config.effort.tokens, job.config.effort.seconds
     file, pace = job.work / "recipe.json", (0.0, 0.0)
     if seconds is not None and not job.processes.decide(file.exists):
         pace = _pace(job)

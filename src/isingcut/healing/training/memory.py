@@ -23,7 +23,7 @@ from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.tuning import kept_bytes
 from isingcut.models.device import BatchLimit
 from isingcut.models.memory import allowance
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 # More tokens at a time save nothing that is worth their memory.
 _MOST = {"cpu": 2048, "cuda": 16384}

@@ -16,7 +16,7 @@ from isingcut.healing.checks import check_last
 from isingcut.models.architectures import find_stack, stack_modules
 from isingcut.models.cutting.verify import reload
 from isingcut.models.text_alone import text_model
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from isingcut.models.architectures import text_config
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.device import few_threads, synchronise
 from isingcut.models.replay import Recording, Replay
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 # A choice must win this much: less is noise, and the default needs no explanation.
 _GAIN = 1.05
