@@ -12,7 +12,7 @@ from isingcut.evaluation import choosing
 from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.questions import prepare_task, question_key
 from isingcut.evaluation.scores import Asked, score
-from isingcut.files.documents.states import ByTasks
+from isingcut.files.documents import ByTasks
 from isingcut.files.writing import read_json
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig

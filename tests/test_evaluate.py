@@ -15,7 +15,7 @@ from isingcut.errors import ModelError
 from isingcut.evaluation import measure_process
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
-from isingcut.files.documents.scores import EvaluationFile
+from isingcut.files.documents import EvaluationFile
 from isingcut.models import load as models
 
 

@@ -17,7 +17,7 @@ from isingcut.errors import (
     ModelError,
     OutputExistsError,
 )
-from isingcut.files.documents.scores import HealingFile
+from isingcut.files.documents import HealingFile
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise

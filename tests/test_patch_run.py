@@ -19,7 +19,7 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents.scores import EvaluationFile
+from isingcut.files.documents import EvaluationFile
 from isingcut.files.writing import read_document, read_json
 from isingcut.models.architectures import find_stack, skipped
 from isingcut.models.load import load

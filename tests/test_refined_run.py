@@ -6,7 +6,7 @@ import pytest
 
 import isingcut
 from isingcut.errors import InputError
-from isingcut.files.documents.states import CandidatesFile, OnePass, OnePassLoss
+from isingcut.files.documents import CandidatesFile, OnePass, OnePassLoss
 from isingcut.files.writing import read_document, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig

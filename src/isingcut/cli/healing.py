@@ -30,7 +30,7 @@ from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import from_yaml
 
 if TYPE_CHECKING:
-    from isingcut.files.documents.scores import BenchmarksFile
+    from isingcut.files.documents import BenchmarksFile
 
 
 @verb(*HealConfig.__dataclass_fields__, group=RESULT, of=HealConfig, together=True)
@@ -43,7 +43,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     Example: isingcut heal my-run/model --teacher smollm2 --out healed
     """
     from isingcut.cli.show_scores import show_healing
-    from isingcut.files.documents.scores import HealingFile
+    from isingcut.files.documents import HealingFile
     from isingcut.healing.heal import heal as run_heal
     from isingcut.report.words import healing_warnings
 

@@ -14,7 +14,7 @@ from isingcut.cli.show_scores import show_evaluation
 from isingcut.console.printing import printable
 from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
-from isingcut.files.documents.states import BaselineFile, CandidatesFile, Correlations
+from isingcut.files.documents import BaselineFile, CandidatesFile, Correlations
 from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from isingcut.console.rich_console import console
-from isingcut.files.documents.scores import BenchmarksFile, EvaluationFile, HealingFile
+from isingcut.files.documents import BenchmarksFile, EvaluationFile, HealingFile
 from isingcut.report.rows import Row, benchmark_rows, evaluation_rows, healing_rows
 
 

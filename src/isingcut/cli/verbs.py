@@ -233,7 +233,7 @@ def excise(
     isingcut excise my-run --blocks 3,4,9 --one-based
     """
     from isingcut.cli.show import show_lines
-    from isingcut.files.documents.states import CutRecord
+    from isingcut.files.documents import CutRecord
     from isingcut.files.writing import read_document
     from isingcut.report.words import patch_warnings
     from isingcut.runs import cutting, pipeline, solving

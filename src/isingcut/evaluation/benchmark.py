@@ -19,7 +19,7 @@ from isingcut.evaluation.paired import compare_scores
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
 from isingcut.evaluation.scores import Asked, Scores, score
-from isingcut.files.documents.scores import TaskRow, TextScores
+from isingcut.files.documents import TaskRow, TextScores
 from isingcut.files.writing import fingerprint
 from isingcut.measure.work import Work
 from isingcut.models.architectures import text_config

@@ -26,7 +26,7 @@ import numpy as np
 from isingcut.errors import InputError
 from isingcut.evaluation.paired import p_value
 from isingcut.evaluation.scores import Scores
-from isingcut.files.documents.states import AskedCandidate, ByTasks, MeasuredState
+from isingcut.files.documents import AskedCandidate, ByTasks, MeasuredState
 from isingcut.ising.states import Floats, swaps
 
 FIRST, GROWTH = 50, 1.5

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from isingcut.files.documents.scores import PairedScores
+from isingcut.files.documents import PairedScores
 from isingcut.ising.states import Floats
 
 RESAMPLES = 10_000

@@ -15,14 +15,14 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed
-from isingcut.files.documents.scores import (
+from isingcut.files.documents import (
     EvaluationFile,
     Generation,
     MixedScores,
     ModelScores,
     PartScores,
+    Perplexity,
 )
-from isingcut.files.documents.states import Perplexity
 from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error

@@ -22,7 +22,7 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents.scores import HealingFile, PairScores
+from isingcut.files.documents import HealingFile, PairScores
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_changed

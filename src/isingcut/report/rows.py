@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from isingcut.files.documents.scores import (
+from isingcut.files.documents import (
+    BaselineFile,
     BenchmarksFile,
     EvaluationFile,
     HealingFile,
+    MeasuredLoss,
     PartScores,
+    Perplexity,
 )
-from isingcut.files.documents.states import BaselineFile, MeasuredLoss, Perplexity
 
 Figures = Mapping[str, Any]
 """The figures of one model by their keys, each with its error under ``KEY_se``."""

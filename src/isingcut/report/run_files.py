@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import TypeVar
 
 from isingcut.files import documents
-from isingcut.files.documents.run import BlockCosts, CalibrationText, RunFile, StageRecord
-from isingcut.files.documents.scores import (
-    BenchmarksFile,
-    EvaluationFile,
-    HealingFile,
-)
-from isingcut.files.documents.states import (
+from isingcut.files.documents import (
     BaselineFile,
+    BenchmarksFile,
+    BlockCosts,
+    CalibrationText,
     CandidatesFile,
     CutProof,
     CutRecord,
     EnergyMeta,
+    EvaluationFile,
+    HealingFile,
     Judged,
     MeasuredState,
     PatchRecord,
     Ranked,
+    RunFile,
     SpectrumFile,
+    StageRecord,
 )
 from isingcut.files.outputs import check_recorded
 from isingcut.files.writing import read_document

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.progress import Progress, as_progress
 from isingcut.data import held
 from isingcut.errors import InputError
-from isingcut.files.documents.states import CandidatesFile, CutRecord, MeasuredState
+from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState
 from isingcut.files.inputs import user_path
 from isingcut.files.locks import locked
 from isingcut.files.outputs import check_output

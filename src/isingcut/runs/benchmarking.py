@@ -12,8 +12,7 @@ from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of, 
 from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import Asked, Scores, score_states
-from isingcut.files.documents.scores import BenchmarksFile
-from isingcut.files.documents.states import ByTasks, CandidatesFile, MeasuredState
+from isingcut.files.documents import BenchmarksFile, ByTasks, CandidatesFile, MeasuredState
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import fingerprint, read_document, write_document
 from isingcut.measure.work import Work

@@ -13,7 +13,7 @@ from typing import Any
 
 from isingcut.baselines import registry
 from isingcut.errors import InputError
-from isingcut.files.documents.states import BaselineFile, CandidatesFile
+from isingcut.files.documents import BaselineFile, CandidatesFile
 from isingcut.files.writing import read_document, write_document
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure

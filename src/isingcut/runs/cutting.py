@@ -17,7 +17,7 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
 from isingcut.data.mixture import describe_source
 from isingcut.errors import InputError
-from isingcut.files.documents.states import CutProof, CutRecord, PatchedCut, PatchRecord, TunedLayer
+from isingcut.files.documents import CutProof, CutRecord, PatchedCut, PatchRecord, TunedLayer
 from isingcut.files.inputs import regular_file
 from isingcut.files.outputs import file_sha256, refuse_source
 from isingcut.files.writing import (

@@ -13,7 +13,7 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.mixture import places_in
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
-from isingcut.files.documents.scores import HealingFile
+from isingcut.files.documents import HealingFile
 from isingcut.files.writing import read_document
 from isingcut.healing import RECORD
 from isingcut.healing.checks import check_training

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from isingcut.errors import InputError, StageFileError, first_line
-from isingcut.files.documents.states import CutRecord
+from isingcut.files.documents import CutRecord
 from isingcut.files.outputs import MARKER
 from isingcut.files.writing import read_document
 

@@ -14,7 +14,7 @@ from typing import Any
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, StageFileError
-from isingcut.files.documents.states import CandidatesFile
+from isingcut.files.documents import CandidatesFile
 from isingcut.files.locks import locked
 from isingcut.files.outputs import refuse_source
 from isingcut.ising.solvers import registry as solvers

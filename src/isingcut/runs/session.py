@@ -14,7 +14,7 @@ from typing import Any
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
-from isingcut.files.documents.states import CutRecord
+from isingcut.files.documents import CutRecord
 from isingcut.files.writing import read_document
 from isingcut.models import device as devices
 from isingcut.models import load as models

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.documents.states import CandidatesFile
+from isingcut.files.documents import CandidatesFile
 from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem

@@ -22,18 +22,16 @@ from isingcut.evaluation.quality import (
 )
 from isingcut.evaluation.questions import split_names
 from isingcut.evaluation.speed import with_memory
-from isingcut.files.documents.scores import (
-    EvaluationFile,
-    FurtherPart,
-    FurtherScores,
-    PairScores,
-)
-from isingcut.files.documents.states import (
+from isingcut.files.documents import (
     CandidatesFile,
     ChosenState,
     CutRecord,
+    EvaluationFile,
+    FurtherPart,
+    FurtherScores,
     OnePass,
     OnePassLoss,
+    PairScores,
 )
 from isingcut.files.writing import read_document, write_document
 from isingcut.ising.hamiltonian import Hamiltonian
