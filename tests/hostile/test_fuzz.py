@@ -16,7 +16,7 @@ from arena import call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isingcut.files.outputs import file_sha256
+from isingcut.files.writing import file_sha256
 from shared import leave_speed_out, snapshot
 
 MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))

@@ -23,7 +23,7 @@ from gguf_files import (
     raw,
 )
 
-from isingcut.files.locks import locked
+from isingcut.files.writing import locked
 from isingcut.models import from_gguf
 from shared import snapshot
 

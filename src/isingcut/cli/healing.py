@@ -22,9 +22,7 @@ from isingcut.cli.verb import (
     verb,
 )
 from isingcut.errors import InputError
-from isingcut.files.locks import locked
-from isingcut.files.outputs import check_output
-from isingcut.files.writing import read_document, write_document
+from isingcut.files.writing import check_output, locked, read_document, write_document
 from isingcut.healing import RECORD
 from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import from_yaml

@@ -30,8 +30,7 @@ from isingcut.data.overlap import overlap
 from isingcut.data.tokens import Row, TokenSet, count_tokens, distinct
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
-from isingcut.files.tensors import read_tensors, tensor_header
-from isingcut.files.writing import atomic_file
+from isingcut.files.writing import atomic_file, read_tensors, tensor_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ A stage builds the object, the file is its dump (`writing.write_document`), and 
 (`writing.read_document`) has the object again. A model names what version 1 always has, with
 types, sizes and ranges, so that whoever reads a document may rely on it. What else a file has is
 let through: older and newer files of the same version still open. The headers of safetensors
-files (`tensors`) are documents too.
+files (`writing.read_tensors`) are documents too.
 """
 
 from __future__ import annotations

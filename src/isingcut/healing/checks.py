@@ -9,7 +9,7 @@ from pathlib import Path
 from isingcut.data.mixture import places_in
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.files.outputs import check_output, refuse_source
+from isingcut.files.writing import check_output, refuse_source
 from isingcut.healing.trainer_file import check_optimiser
 from isingcut.healing.work_folder import refuse_foreign, work_of
 from isingcut.models.checkpoint.read import PLAIN, read_checkpoint

@@ -24,10 +24,8 @@ from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import HealingFile, PairScores
 from isingcut.files.inputs import user_path
-from isingcut.files.locks import locked
-from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.writing import atomic_folder, read_document, write_json
+from isingcut.files.writing import atomic_folder, locked, read_document, refuse_changed, write_json
 from isingcut.healing import RECORD
 from isingcut.healing.checks import check_places, check_training, sources_of
 from isingcut.healing.job import Job

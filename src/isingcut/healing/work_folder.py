@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, IsingcutError, ModelError, StageFileError
-from isingcut.files.outputs import MARKER, foreign_in
 from isingcut.files.writing import (
+    MARKER,
     clear_leftovers,
     clear_os_errors,
     disk_is_full,
     fingerprint,
+    foreign_in,
     is_leftover,
     read_json,
     without_header,

@@ -11,9 +11,7 @@ from typing import Any
 
 from isingcut.errors import InputError, ModelError
 from isingcut.files.inputs import regular_file, user_path
-from isingcut.files.locks import locked
-from isingcut.files.outputs import foreign_in
-from isingcut.files.writing import atomic_folder
+from isingcut.files.writing import atomic_folder, foreign_in, locked
 from isingcut.models.checkpoint.gguf_header import read_gguf
 from isingcut.models.fit import bounded_structure, most_numbers
 from isingcut.models.loading import loading, quiet_transformers, refuse_incomplete, refuse_infinite

@@ -31,8 +31,7 @@ from isingcut.files.documents import (
     SpectrumFile,
     StageRecord,
 )
-from isingcut.files.outputs import check_recorded
-from isingcut.files.writing import read_document
+from isingcut.files.writing import check_recorded, read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.rows import Row, evaluation_rows
 from isingcut.report.words import (

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.files.outputs import check_output
-from isingcut.files.writing import write_json, write_sealed
+from isingcut.files.writing import check_output, write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.report.blocks import (

@@ -26,9 +26,13 @@ from isingcut.data import held
 from isingcut.errors import InputError
 from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState
 from isingcut.files.inputs import user_path
-from isingcut.files.locks import locked
-from isingcut.files.outputs import check_output
-from isingcut.files.writing import atomic_folder, read_document, temporary_folder
+from isingcut.files.writing import (
+    atomic_folder,
+    check_output,
+    locked,
+    read_document,
+    temporary_folder,
+)
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.memory import convert_memory_errors

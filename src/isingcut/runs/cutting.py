@@ -19,13 +19,14 @@ from isingcut.data.mixture import describe_source
 from isingcut.errors import InputError
 from isingcut.files.documents import CutProof, CutRecord, PatchedCut, PatchRecord, TunedLayer
 from isingcut.files.inputs import regular_file
-from isingcut.files.outputs import file_sha256, refuse_source
 from isingcut.files.writing import (
     atomic_folder,
     clear_os_errors,
     document_text,
+    file_sha256,
     fingerprint,
     read_document,
+    refuse_source,
     temporary_prefix,
 )
 from isingcut.healing.job import Job

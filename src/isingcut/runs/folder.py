@@ -26,22 +26,21 @@ from isingcut.data.mixture import places_in
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
 from isingcut.files import documents
 from isingcut.files.inputs import user_path
-from isingcut.files.locks import is_locked, locked
-from isingcut.files.outputs import (
+from isingcut.files.provenance import model_path, sources_of, versions
+from isingcut.files.writing import (
     changed_since,
     check_output,
     check_recorded,
+    delete,
     file_sha256,
+    fingerprint,
     folder_hash,
     foreign_in,
-    refuse_source,
-)
-from isingcut.files.provenance import model_path, sources_of, versions
-from isingcut.files.writing import (
-    delete,
-    fingerprint,
     is_leftover,
+    is_locked,
+    locked,
     read_json,
+    refuse_source,
     without_header,
     write_json,
 )

@@ -7,8 +7,7 @@ from typing import Any, cast
 
 from isingcut.errors import InputError, StageFileError, first_line
 from isingcut.files.documents import CutRecord
-from isingcut.files.outputs import MARKER
-from isingcut.files.writing import read_document
+from isingcut.files.writing import MARKER, read_document
 
 _RECORD = "isingcut.json"
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token that may write)"

@@ -15,8 +15,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.files.documents import CandidatesFile
-from isingcut.files.locks import locked
-from isingcut.files.outputs import refuse_source
+from isingcut.files.writing import locked, refuse_source
 from isingcut.ising.solvers import registry as solvers
 from isingcut.memory import convert_memory_errors
 from isingcut.models.inspect import inspect_model

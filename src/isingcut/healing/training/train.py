@@ -19,8 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from isingcut.console.progress import Bar
 from isingcut.errors import InputError, ModelError
-from isingcut.files.outputs import mark
-from isingcut.files.writing import clear_os_errors, read_json, write_json
+from isingcut.files.writing import clear_os_errors, mark, read_json, write_json
 from isingcut.healing.job import Job
 from isingcut.healing.judging import Verdict
 from isingcut.healing.recipe import usual_recipe

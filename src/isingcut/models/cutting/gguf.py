@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isingcut.errors import ArchitectureError, CheckpointError, OutputExistsError
-from isingcut.files.outputs import refuse_source
-from isingcut.files.writing import atomic_file
+from isingcut.files.writing import atomic_file, refuse_source
 from isingcut.models.architectures.surgery import renumbering
 from isingcut.models.checkpoint.gguf_header import GgufHeader, block_of, read_gguf
 from isingcut.models.cutting.gguf_patch import Changed, laid_out, pack
