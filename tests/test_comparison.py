@@ -11,9 +11,9 @@ from isingcut.errors import InputError, UnknownNameError
 from isingcut.files.writing import read_json
 from isingcut.measure.losses import measure
 from isingcut.runs import pipeline
-from isingcut.runs.comparison import baseline_part
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
+from isingcut.runs.stages import baseline_part
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def evaluate(
     from isingcut.cli.show_scores import show_benchmarks, show_evaluation
     from isingcut.evaluation.questions import check_tasks
     from isingcut.report.words import patch_warnings
-    from isingcut.runs import benchmarking, pipeline, stages
+    from isingcut.runs import pipeline, stages
     from isingcut.runs.cutting import product
     from isingcut.runs.folder import MANIFEST
 
@@ -126,9 +126,7 @@ def evaluate(
     answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **found.content()}
     rows: BenchmarksFile | None = None
     if names:
-        rows = benchmarking.benchmarks(
-            session, folder, names, removed, data=data, questions=questions
-        )
+        rows = stages.benchmarks(session, folder, names, removed, data=data, questions=questions)
         answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
 
     def show() -> None:
@@ -162,8 +160,8 @@ def _of_checkpoint(
 ) -> tuple[BenchmarksFile, Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
     from isingcut.evaluation.questions import check_tasks
-    from isingcut.runs.benchmarking import score_both
     from isingcut.runs.session import Session
+    from isingcut.runs.stages import score_both
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no checkpoint (no config.json in it)")

@@ -53,7 +53,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Answer:
     Example: isingcut run smollm2 --remove 6 --out my-run
     """
     from isingcut.runs import pipeline
-    from isingcut.runs.removal import each_removal
+    from isingcut.runs.solving import each_removal
 
     wanted = collect(config, options)
     target = pipeline.run(wanted, progress=progress)
@@ -126,7 +126,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Answer:
     from isingcut.ising.hamiltonian import Hamiltonian
     from isingcut.report.words import search_warnings
     from isingcut.runs import solving
-    from isingcut.runs.removal import each_removal
+    from isingcut.runs.solving import each_removal
 
     found = []
     for remove in options.pop("remove") or [None]:
@@ -200,13 +200,13 @@ def baseline(
     Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
     """
     from isingcut.cli.show import show_baseline
-    from isingcut.runs import comparison, pipeline
+    from isingcut.runs import pipeline, stages
 
     # What was typed is looked at before the run folder is.
-    comparison.baseline_part(name, settings or [])
+    stages.baseline_part(name, settings or [])
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
-    found = comparison.compare(session, folder, name, settings or [])
+    found = stages.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Answer(
         {"file": str(file), **found.content()},

@@ -23,8 +23,8 @@ from isingcut.options.config import HealConfig, RunConfig, distil_config, heal_c
 from isingcut.runs.cutting import HEALED
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import upstream
-from isingcut.runs.removal import each_removal
 from isingcut.runs.session import Session
+from isingcut.runs.solving import each_removal
 
 
 def check_options(config: RunConfig) -> None:

@@ -24,8 +24,8 @@ from isingcut.measure.work import Work
 from isingcut.models.text_alone import text_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.removal import each_removal, removal_rows
 from isingcut.runs.session import Session
+from isingcut.runs.solving import each_removal, removal_rows
 
 
 def names(text: str) -> list[str]:

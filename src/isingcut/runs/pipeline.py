@@ -24,7 +24,6 @@ from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
 from isingcut.runs import healing
-from isingcut.runs.benchmarking import check_asked, check_whole, data_of, score_tasks
 from isingcut.runs.cutting import make_model
 from isingcut.runs.folder import MANIFEST, RunFolder
 from isingcut.runs.measuring import (
@@ -35,10 +34,9 @@ from isingcut.runs.measuring import (
     measure_energy,
     names,
 )
-from isingcut.runs.removal import each_removal, kept_and_dropped, removal_rows
 from isingcut.runs.session import Session, part, take_up
-from isingcut.runs.solving import report, solve
-from isingcut.runs.stages import evaluate, rank
+from isingcut.runs.solving import each_removal, kept_and_dropped, removal_rows, report, solve
+from isingcut.runs.stages import check_asked, check_whole, data_of, evaluate, rank, score_tasks
 
 
 @convert_memory_errors()

@@ -36,8 +36,8 @@ from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import RunConfig, heal_config
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
-from isingcut.runs.removal import each_removal, removal_rows
 from isingcut.runs.session import Session
+from isingcut.runs.solving import each_removal, removal_rows
 
 ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
 EVENING = 8.0

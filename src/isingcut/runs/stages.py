@@ -1,60 +1,292 @@
-"""The stages that measure states and models: `rank` and `evaluate`.
+"""The stages that measure states and models: `rank`, `evaluate`, `benchmarks` and `baseline`.
 
 Each writes its file of the run folder and does nothing when that file is there, made with the
-same options (`RunFolder.stage`).
+same options (`RunFolder.stage`). A baseline sees the samples that built the energy; its choice is
+measured on the split that ranks the candidates, so that both compare as they stand.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from isingcut.baselines import registry
+from isingcut.console.progress import Part
 from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError
 from isingcut.evaluation import candidates
-from isingcut.evaluation.benchmark import forget_scores
+from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of, text_scores
+from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half
 from isingcut.evaluation.quality import (
     before_and_after,
     perplexity,
     quality,
 )
-from isingcut.evaluation.questions import split_names
+from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
+from isingcut.evaluation.scores import Asked, Scores, score_states
 from isingcut.evaluation.speed import with_memory
 from isingcut.files.documents import (
+    BaselineFile,
+    BenchmarksFile,
+    ByTasks,
     CandidatesFile,
     ChosenState,
     CutRecord,
     EvaluationFile,
     FurtherPart,
     FurtherScores,
+    MeasuredState,
     OnePass,
     OnePassLoss,
     PairScores,
 )
-from isingcut.files.writing import read_document, write_document
+from isingcut.files.inputs import user_path
+from isingcut.files.writing import fingerprint, read_document, write_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.sharing import forget
+from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
-from isingcut.report.words import chosen_by_tasks
-from isingcut.runs.benchmarking import (
-    asked_options,
-    check_asked,
-    check_whole,
-    choose_by_tasks,
-    data_of,
-    last_blocks,
-)
+from isingcut.options.declaration import parse_yaml, shown
+from isingcut.report.words import chosen_by_tasks, listed
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.measuring import names, other_path, splits_of, upstream, work_of
+from isingcut.runs.measuring import names, other_path, samples_of, splits_of, upstream, work_of
 from isingcut.runs.session import Session
-from isingcut.runs.solving import load_candidates, needs, problem_of, solve_options
+from isingcut.runs.solving import (
+    each_removal,
+    load_candidates,
+    needs,
+    problem_of,
+    removal_rows,
+    solve_options,
+)
+
+
+def check_asked(config: RunConfig) -> list[str]:
+    """Refuse tasks of a run's options that cannot be asked, before a model is loaded.
+
+    Returns:
+        their names, each once.
+
+    Raises:
+        InputError, MissingExtraError: as `questions.check_tasks`, or there is nothing to choose by,
+            or to score.
+    """
+    if not config.tasks:
+        return []
+    if config.choose != "tasks" and len(each_removal(config)) > 1:
+        raise InputError("--tasks scores a checkpoint, and a range cuts none; leave it out")
+    names = check_tasks(split_names(config.tasks), data_of(config), config.questions)
+    if config.choose == "tasks" and names == [WIKITEXT]:
+        raise InputError("wikitext2 is a text; to --choose by --tasks takes one with questions")
+    return names
+
+
+def check_whole(
+    session: Session, tasks: Sequence[str], data: Path | None, questions: int | None
+) -> None:
+    """Refuse tasks that take the whole model where it is streamed.
+
+    Args:
+        tasks, data, questions: as in `benchmarks`.
+
+    Raises:
+        InputError: a text to read, or a task whose answers are written.
+    """
+    if not tasks or not session.streaming:
+        return
+    for name in tasks:
+        if name == WIKITEXT or prepare_task(name, data, questions).generates:
+            raise InputError(
+                f"{name} takes the whole model, which does not fit the memory allowed; raise "
+                "--memory-limit, or leave it out of --tasks"
+            )
+
+
+def asked_options(config: RunConfig) -> dict[str, Any]:
+    """What a choice by questions depends on; nothing where the choice is another."""
+    if config.choose != "tasks":
+        return {}
+    return {name: getattr(config, name) for name in ("tasks", "data", "questions", "seed")}
+
+
+def data_of(config: RunConfig) -> Path | None:
+    """The folder of the questions that a run's options name."""
+    return user_path(config.data) if config.data else None
+
+
+def last_blocks(size: int, count: int) -> list[int]:
+    """So many at the end of a stack of ``size``."""
+    return list(range(size - count, size))
+
+
+def choose_by_tasks(
+    session: Session, rows: Sequence[MeasuredState], kept: Path
+) -> tuple[int, ByTasks]:
+    """The best of a few candidates on half of the questions of the run's tasks.
+
+    Each is the original with its blocks skipped: no checkpoint is written.
+
+    Args:
+        rows: of `candidates.json`.
+        kept: folder of journals.
+
+    Returns:
+        its position in ``rows``, and how it was chosen.
+    """
+    config = session.config
+    tasks = {
+        task.name: task
+        for name in check_asked(config)
+        if name != WIKITEXT
+        for task in [prepare_task(name, data_of(config), config.questions)]
+    }
+    pool = {name: task.pool() for name, task in tasks.items()}
+    last = last_blocks(len(session.stack), len(rows[0].removed))
+    best = contenders(rows, last)
+    drawn = draw_half(pool, config.seed)
+    model = Asked(session.loaded, session.replay)
+    # Fewer where one is ahead early.
+    most = len(best) * sum(map(len, drawn.values()))
+    with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
+
+        def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
+            journal = journal_of(kept, tasks[name], model.loaded, [*left, *keys])
+            part = Part(bar, len(keys) * len(left))
+            work = Work(session.tuning.batch_tokens, part, journal)
+            only = frozenset(keys).__contains__
+            found = score_states(model, tasks[name], left, work, wanted=only)
+            right, blocks = max(
+                (float(s.values.mean()), listed(r)) for s, r in zip(found, left, strict=True)
+            )
+            part.finish(f"without {blocks} {right:.0%} of {name}")
+            return found
+
+        position, found = choose_by_questions([rows[i].removed for i in best], drawn, ask)
+    return best[position], found
+
+
+def left_out(folder: RunFolder, config: RunConfig) -> list[str]:
+    """The questions that chose a run's state, which may not judge it."""
+    ranked = folder.target(config.removal) / "candidates.json"
+    if folder.finished(ranked) is None:
+        return []
+    found = folder.load(ranked, lambda path: read_document(path, CandidatesFile)).by_tasks
+    return [] if found is None else found.asked
+
+
+def score_tasks(session: Session, folder: RunFolder) -> None:
+    """Stage `benchmarks` on the tasks of a run's options, where it has some."""
+    config = session.config
+    if names := list(dict.fromkeys(split_names(config.tasks))):
+        benchmarks(session, folder, names, data=data_of(config), questions=config.questions)
+
+
+def benchmarks(
+    session: Session,
+    folder: RunFolder,
+    tasks: Sequence[str],
+    removed: Sequence[int] | None = None,
+    *,
+    data: Path | None = None,
+    questions: int | None = None,
+) -> BenchmarksFile:
+    """Stage `benchmarks`: `benchmarks.json`, both models on the same questions.
+
+    Args:
+        tasks: task names, see `benchmark.benchmark`; ``wikitext2`` is its perplexity.
+        removed: the cut model is the one without these blocks, instead of the chosen one.
+        data: folder of the questions; None uses the hub.
+        questions: at most so many a task.
+    """
+    config = session.config
+    checkpoint = product(folder, config, removed)
+    made = folder.manifest["stages"].get(str(checkpoint.relative_to(folder.path)))
+    if made is None or not checkpoint.exists():
+        raise InputError(f"there is no {checkpoint}; excise (and heal) first")
+    but = left_out(folder, config)
+    options = {
+        "model": made["fingerprint"],
+        "tasks": list(tasks),
+        "questions": questions,
+        "data": data is not None,
+        **({"left_out": fingerprint(but)} if but else {}),
+    }
+
+    work = checkpoint.with_name(".benchmarks")
+
+    def make(path: Path) -> None:
+        session.tuned(folder)
+        content = score_both(
+            session, checkpoint, tasks, data=data, questions=questions, but=but, kept=work
+        )
+        write_document(path, content)
+
+    return folder.stage(
+        "benchmarks",
+        checkpoint.with_name("benchmarks.json"),
+        options,
+        make,
+        lambda path: read_document(path, BenchmarksFile),
+        forget=lambda: forget_scores(work, tasks),
+    )
+
+
+def score_both(
+    session: Session,
+    checkpoint: Path,
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    questions: int | None = None,
+    but: Sequence[str] = (),
+    kept: Path | None = None,
+) -> BenchmarksFile:
+    """What `benchmarks.json` says: the session's model and a checkpoint cut from it.
+
+    Args:
+        tasks: as in `benchmarks`, known to the harness.
+        but: questions to leave out, by their keys.
+        kept: folder of journals; None keeps nothing.
+    """
+    from importlib.metadata import version
+
+    check_whole(session, tasks, data, questions)
+    batch_tokens = session.tuning.batch_tokens
+    original = Asked(session.loaded, session.replay)
+    loaded, streamed = session.open_cut(checkpoint)
+    cut = Asked.whole(loaded) if streamed is None else Asked(loaded, streamed)
+    if streamed is None:
+        cut.replay.attention = original.replay.attention
+    models = {"original": original, "cut": cut}
+    rows = benchmark(
+        models,
+        [t for t in tasks if t != WIKITEXT],
+        data=data,
+        questions=questions,
+        but=but,
+        batch_tokens=batch_tokens,
+        kept=kept,
+        progress=session.progress,
+    )
+    found: dict[str, Any] = {"left_out": len(but)} if but else {}
+    if WIKITEXT in tasks:
+        found["wikitext2"] = text_scores(
+            {name: model.loaded for name, model in models.items()},
+            data,
+            questions,
+            batch_tokens=batch_tokens,
+            progress=session.progress,
+        )
+    return BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
 
 
 def rank(session: Session, folder: RunFolder) -> CandidatesFile:
@@ -262,3 +494,127 @@ def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> Fu
 
 def _with_perplexity(losses: dict[str, Any]) -> dict[str, Any]:
     return {**dict(perplexity(losses["nll"], losses["nll_se"])), **losses}
+
+
+_LARGEST = 1_000_000
+
+
+def baseline_part(name: str, settings: Sequence[str]) -> Any:
+    """The baseline called ``name`` with settings as ``option=value`` texts.
+
+    Raises:
+        InputError: no such option, a value of another type than its default's, or a number
+            above a million.
+    """
+    part = registry.get(name)
+    known = {f.name: f.default for f in dataclasses.fields(part)}
+    chosen: dict[str, Any] = {}
+    for setting in settings:
+        option, equals, text = setting.partition("=")
+        option = option.strip().replace("-", "_")
+        if not equals or option not in known:
+            listed = ", ".join(known) or "none"
+            raise InputError(f"--set {shown(setting)}: expected OPTION=VALUE; {name} has: {listed}")
+        try:
+            value = parse_yaml(text)
+        except ValueError as e:
+            raise InputError(f"--set {shown(setting)} is not a readable value ({e})") from e
+        if isinstance(value, list):
+            value = tuple(value)
+        # Only a number may stand where the default is left to the method.
+        expected = int if known[option] is None else type(known[option])
+        items = value if isinstance(value, tuple) and expected is tuple else ()
+        if type(value) is not expected or any(type(v) is not int for v in items):
+            raise InputError(
+                f"--set {shown(setting)}: expected a value like {known[option]!r}, "
+                f"got {shown(text)}"
+            )
+        if any(isinstance(v, int) and abs(v) > _LARGEST for v in (value, *items)):
+            raise InputError(f"--set {shown(setting)}: numbers end at {_LARGEST:,}")
+        chosen[option] = value
+    return part(**chosen)
+
+
+def compare(
+    session: Session, folder: RunFolder, name: str, settings: Sequence[str] = ()
+) -> BaselineFile:
+    """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
+
+    A method knows numbers of blocks only: where the removal is a budget or a number per kind, it
+    removes as many as the run's chosen state, and ``violated`` says what it breaks.
+
+    Returns:
+        The file: what is removed, with its losses on the ranking split, the price in passes and
+        heads (see `isingcut.baselines.base.Outcome`), and the constraints of the run that the
+        method does not know and breaks.
+    """
+    config = session.config
+    part = baseline_part(name, settings)
+    count = _count(folder, config)
+    rows = removal_rows(folder.manifest["blocks"], config)
+    samples = samples_of(config, config.energy)
+    target = folder.target(config.removal)
+    options = upstream(folder) | {
+        "baseline": name,
+        "options": repr(part),
+        "remove": count,
+        "rows": [row.name for row in rows],
+        "samples": samples,
+        "seed": config.seed,
+        "dtype": str(session.loaded.dtype),
+    }
+
+    def make(path: Path) -> None:
+        splits = splits_of(folder)
+        searched = splits["energy"].select(range(samples))
+        with session.computing(folder):
+            work = Work(session.tuning.batch_tokens, session.progress, journal)
+            outcome = part.choose(session.replay, searched, count, work, config.seed)
+            found = measure(
+                session.replay,
+                splits["rank"],
+                states_of(len(session.replay), [outcome.removed]),
+                batch_tokens=work.batch_tokens,
+                progress=work.progress,
+                description="measuring the choice",
+            )
+        content = BaselineFile(
+            baseline=name,
+            options=dataclasses.asdict(part),
+            settings=list(settings),
+            removed=list(outcome.removed),
+            **found.losses(0),
+            passes=outcome.passes,
+            heads=outcome.heads,
+            tokens_searched=searched.tokens,
+            tokens_judged=int(found.counts.sum()),
+            violated=[row.name for row in rows if not row.satisfied(found.states)[0]],
+            info=outcome.info,
+        )
+        write_document(path, content)
+
+    file = target / f"baseline-{name}.json"
+    journal = file.with_name(file.name + ".journal")
+    return folder.stage(
+        "baseline",
+        file,
+        options,
+        make,
+        lambda path: read_document(path, BaselineFile),
+        together=True,
+        forget=lambda: forget(journal),
+    )
+
+
+def _count(folder: RunFolder, config: RunConfig) -> int:
+    """How many blocks go: the number asked for, else as many as the run's chosen state has."""
+    if config.remove.counts:
+        return config.remove.counts[0]
+    ranked = folder.target(config.removal) / "candidates.json"
+    if not ranked.exists():
+        raise InputError(
+            f"a baseline removes a plain number of blocks, and nothing was chosen yet for "
+            f"{config.removal!r} to take it from; give --remove like 6, or rank first"
+        )
+    found = folder.load(ranked, lambda path: read_document(path, CandidatesFile))
+    return len(found.chosen.removed)
