@@ -687,6 +687,7 @@ class SplitSize(Strict):
 
     samples: Count
     tokens: Count
+    parts: dict[str, SplitSize] = Field(default_factory=dict)
 
 
 class CalibrationText(Strict):
@@ -766,6 +767,7 @@ class StageOptions(Strict):
     remove: str | int | None = None
     budget: str = ""
     removed: Blocks | None = None
+    texts: dict[str, Any] | None = None
 
 
 class StageRecord(Strict):
@@ -834,7 +836,7 @@ class BlockList(Strict):
 
 
 class RunFile(Document):
-    """`run.json`."""
+    """`run.json`: options, provenance, blocks, and one record per stage by its file's name."""
 
     kind: ClassVar = "run"
     config: Config

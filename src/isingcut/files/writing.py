@@ -38,7 +38,7 @@ from isingcut.files.inputs import load_json, parse_json, read_text, regular_file
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from isingcut.files.documents import Document
+    from isingcut.files.documents import Document, StageRecord
 
 D = TypeVar("D", bound="Document")
 
@@ -549,7 +549,7 @@ def _hash(files: dict[str, str]) -> str:
 # Stages of a run folder ------------------------------------------------------------------
 
 
-def check_recorded(stages: Mapping[str, Any], folder: Path, file: Path) -> None:
+def check_recorded(stages: Mapping[str, StageRecord], folder: Path, file: Path) -> None:
     """Refuse a file of a run folder that is not as the run wrote it.
 
     Args:
@@ -561,8 +561,8 @@ def check_recorded(stages: Mapping[str, Any], folder: Path, file: Path) -> None:
     record = stages.get(str(file.relative_to(folder)))
     if record is None:
         raise StageFileError(f"{file} was not written by this run; move it away")
-    if not record["done"]:
-        raise StageFileError(f"{file} is not finished; run its stage again: {record['stage']}")
+    if not record.done:
+        raise StageFileError(f"{file} is not finished; run its stage again: {record.stage}")
     changed = changed_since(file, record)
     if changed is not None:
         raise StageFileError(
@@ -571,19 +571,18 @@ def check_recorded(stages: Mapping[str, Any], folder: Path, file: Path) -> None:
         )
 
 
-def changed_since(file: Path, record: Mapping[str, Any]) -> str | None:
+def changed_since(file: Path, record: StageRecord) -> str | None:
     """How a file or folder differs from what was recorded, in words; None where it does not.
 
     A stage that was interrupted recorded no hash, nor did earlier versions for folders.
     """
-    recorded = record.get("sha256")
-    if recorded is None:
+    if record.sha256 is None:
         return None
     if file.is_dir():
-        return changed_in(file, recorded)
+        return changed_in(file, record.sha256)
     if not file.is_file():
         return "it is no plain file"
-    return None if file_sha256(file) == recorded else "its hash is another"
+    return None if file_sha256(file) == record.sha256 else "its hash is another"
 
 
 def file_sha256(path: Path) -> str:

@@ -67,7 +67,6 @@ class RunFiles:
     ) -> None:
         self.folder, self.target = folder, target or folder
         self.run = run or read_document(folder / "run.json", RunFile)
-        self._stages = self.run.content()["stages"]
 
     def record(self, path: Path) -> StageRecord | None:
         """What `run.json` says of a file or folder that a finished stage wrote."""
@@ -85,10 +84,13 @@ class RunFiles:
         if made_with:
             if self.record(self.target / made_with) is None:
                 return None
-        elif self.record(path) is None and path.relative_to(self.folder).as_posix() in self._stages:
+        elif (
+            self.record(path) is None
+            and path.relative_to(self.folder).as_posix() in self.run.stages
+        ):
             return None
         else:
-            check_recorded(self._stages, self.folder, path)
+            check_recorded(self.run.stages, self.folder, path)
         found = read(path)
         documents.check_blocks(path, found, len(self.blocks))
         return found

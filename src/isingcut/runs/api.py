@@ -119,7 +119,7 @@ class Run:
             >>> isingcut.open_run("my-run").blocks
             10
         """
-        return len(self._folder.manifest["blocks"]["blocks"])
+        return len(self._folder.run.blocks.blocks)
 
     @cached_property
     def hamiltonian(self) -> Hamiltonian:

@@ -73,9 +73,8 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
     target = folder.target(config.removal)
     if removed is None or folder.overwrite:
         return target
-    stages = folder.manifest["stages"]
-    cut = (stages.get(str((target / name).relative_to(folder.path))) for name in _OF_STATE)
-    there = [record["options"]["removed"] for record in cut if record is not None]
+    cut = [folder.recorded(target / name) for name in _OF_STATE]
+    there = [record.options.removed or [] for record in cut if record is not None]
     ranked = target / "candidates.json"
     if not there and ranked.exists():
         there = [folder.load(ranked, load_candidates).chosen.removed]
@@ -110,8 +109,8 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
 def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
     """Where the checkpoint without these blocks is, of the folders that it can have."""
     for place in (folder.target(config.removal), _own_place(folder, config, removed)):
-        made = folder.manifest["stages"].get(str((place / "model").relative_to(folder.path)))
-        if made and made["done"] and sorted(made["options"]["removed"]) == sorted(removed):
+        made = folder.recorded(place / "model")
+        if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
             return place
     named = ",".join(map(str, sorted(removed)))
     raise InputError(
@@ -174,7 +173,7 @@ def write_checkpoint(
         record = CutRecord(
             removed=blocks,
             of=len(session.stack),
-            model=folder.manifest["provenance"]["model"],
+            model=folder.run.provenance.model.content(),
             card=parts,
             proof=CutProof(**proof.record),
         )
@@ -199,7 +198,7 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header = read_gguf(source)
     header.check_blocks()
     # The file that the run was made from needs no comparison; another packing of it does.
-    if folder.manifest["provenance"]["model"].get("gguf_sha256") != file_sha256(source):
+    if folder.run.provenance.model.gguf_sha256 != file_sha256(source):
         check_same_model(header, session.source)
 
 

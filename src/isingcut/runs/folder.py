@@ -24,7 +24,15 @@ from typing import Any, TypeVar
 
 from isingcut.data.mixture import places_in
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
-from isingcut.files import documents
+from isingcut.files.documents import (
+    BlockList,
+    Config,
+    ModelIdentity,
+    Provenance,
+    RunFile,
+    StageRecord,
+    check_blocks,
+)
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, sources_of, versions
 from isingcut.files.writing import (
@@ -39,10 +47,9 @@ from isingcut.files.writing import (
     is_leftover,
     is_locked,
     locked,
-    read_json,
+    read_document,
     refuse_source,
-    without_header,
-    write_json,
+    write_document,
 )
 from isingcut.memory import exhausted_error, is_memory_exhausted
 from isingcut.models.processes import ALONE
@@ -63,7 +70,7 @@ class RunFolder:
 
     Args:
         path: the run folder.
-        manifest: the content of run.json.
+        run: the content of run.json.
         overwrite: what was made with other options may be replaced.
 
     Attributes:
@@ -75,8 +82,8 @@ class RunFolder:
         check_model: refuses a model whose weights were changed since a session opened it.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.path, self.manifest, self.overwrite = path, manifest, overwrite
+    def __init__(self, path: Path, run: RunFile, *, overwrite: bool = False) -> None:
+        self.path, self.run, self.overwrite = path, run, overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
         self.make_room: Callable[[], bool] = lambda: False
@@ -85,7 +92,7 @@ class RunFolder:
 
     @classmethod
     def create_or_open(
-        cls, path: Path, config: RunConfig, model: dict[str, Any], blocks: dict[str, Any]
+        cls, path: Path, config: RunConfig, model: ModelIdentity, blocks: BlockList
     ) -> RunFolder:
         """The folder for a run of ``config``: new, or an earlier one of the same model.
 
@@ -96,24 +103,33 @@ class RunFolder:
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
-            before = folder.manifest["provenance"]["model"]
-            if before["sha256"] != model["sha256"]:
+            before = folder.run.provenance.model
+            if before.sha256 != model.sha256:
                 if not config.overwrite:
                     raise OutputExistsError(
-                        f"{path} holds a run of another model ({before['name']}); "
+                        f"{path} holds a run of another model ({before.name}); "
                         "choose another --out or pass --overwrite"
                     )
                 # What was written stays known, so that it may be replaced, and nothing else.
-                for record in folder.manifest["stages"].values():
-                    record.update(fingerprint="", done=False)
-                folder.manifest["blocks"] = blocks
+                for record in folder.run.stages.values():
+                    record.fingerprint, record.done = "", False
+                folder.run.blocks = blocks
             if not folder.config.removal or config.overwrite:
-                folder.manifest["config"] = options
+                folder.run.config = Config(**options)
+            made = folder.run.provenance.content()
         else:
-            manifest: dict[str, Any] = {"config": options, "stages": {}, "blocks": blocks}
-            manifest |= {"provenance": versions(), "complete": False}
-            folder = cls(path, manifest, overwrite=config.overwrite)
-        folder.manifest["provenance"].update(model=model, **model_path(path, config.model))
+            made = versions()
+            origin = Provenance(**made, model=model)
+            run = RunFile(
+                config=Config(**options),
+                stages={},
+                blocks=blocks,
+                provenance=origin,
+                complete=False,
+            )
+            folder = cls(path, run, overwrite=config.overwrite)
+        made |= {"model": model, **model_path(path, config.model)}
+        folder.run.provenance = Provenance(**made)
         folder.typed_solver = config.solver
         folder.save()
         return folder
@@ -148,15 +164,14 @@ class RunFolder:
                 f"{path} is not an isingcut run folder (no {MANIFEST} in it); "
                 "make one with: isingcut energy MODEL --out DIR"
             )
-        manifest = read_json(path / MANIFEST, "run")
-        return cls(path, manifest, overwrite=overwrite)
+        return cls(path, read_document(path / MANIFEST, RunFile), overwrite=overwrite)
 
     @property
     def config(self) -> RunConfig:
         """The options the folder was made with."""
         # Trust is never stored now, and candidates are no longer healed to choose among them.
         gone = ("trust_remote_code", "heal_top")
-        stored = {k: v for k, v in self.manifest["config"].items() if k not in gone}
+        stored = {k: v for k, v in self.run.config.content().items() if k not in gone}
         # A folder that was made before there was a patch has none.
         found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
@@ -164,8 +179,9 @@ class RunFolder:
     @property
     def sources(self) -> list[Path]:
         """What the run was made from, where it lies on this machine."""
-        places = self.manifest["provenance"].get("model_path", {}).values()
-        return [*read_by(self.config), *(self.path / p for p in places)]
+        seen = self.run.provenance.model_path
+        places = [] if seen is None else [self.path / seen.absolute, self.path / seen.relative]
+        return [*read_by(self.config), *places]
 
     def model_places(self, name: str) -> list[str]:
         """Where the run's model may be: as it was named, else where it was seen from this folder.
@@ -176,10 +192,10 @@ class RunFolder:
         Raises:
             ModelError: it was a local one, and is at none of these places.
         """
-        places = self.manifest["provenance"].get("model_path")
-        if places is None or name != self.manifest["config"]["model"]:
+        places = self.run.provenance.model_path
+        if places is None or name != self.run.config.model:
             return [name]
-        seen = dict.fromkeys([name, places["absolute"], str(self.path / places["relative"])])
+        seen = dict.fromkeys([name, places.absolute, str(self.path / places.relative)])
         there = [place for place in seen if user_path(place).exists()]
         if not there:
             raise ModelError(
@@ -188,16 +204,10 @@ class RunFolder:
             )
         return there
 
-    @property
-    def dtype(self) -> str | None:
-        """What `--dtype auto` once stood for in this run; None before it was asked."""
-        found = self.manifest["provenance"].get("dtype")
-        return None if found is None else str(found)
-
     def save(self) -> None:
         """Write run.json."""
         if not self.processes.rank:
-            write_json(self.path / MANIFEST, "run", without_header(self.manifest))
+            write_document(self.path / MANIFEST, self.run)
 
     def target(self, remove: str) -> Path:
         """The folder for the files of one removal: the run's own, or one of its own name."""
@@ -211,7 +221,7 @@ class RunFolder:
         Raises:
             StageFileError: this run did not write it, or it was changed since.
         """
-        check_recorded(self.manifest["stages"], self.path, file)
+        check_recorded(self.run.stages, self.path, file)
 
     def load(self, file: Path, read: Callable[[Path], T]) -> T:
         """What the file or folder of a finished stage holds, once it passed `check`.
@@ -220,16 +230,19 @@ class RunFolder:
         """
         self.check(file)
         found = read(file)
-        documents.check_blocks(file, found, len(self.manifest["blocks"]["blocks"]))
+        check_blocks(file, found, len(self.run.blocks.blocks))
         return found
 
-    def finished(self, file: Path) -> dict[str, Any] | None:
-        """The record of the stage that wrote a file or folder; None where that is not finished."""
-        found: dict[str, Any] | None = self.manifest["stages"].get(str(file.relative_to(self.path)))
-        there = found is not None and found["done"] and os.path.lexists(file)
-        return found if there else None
+    def recorded(self, file: Path) -> StageRecord | None:
+        """The record of the stage that writes a file or folder; None where it never began."""
+        return self.run.stages.get(str(file.relative_to(self.path)))
 
-    def record(self, file: Path) -> dict[str, Any]:
+    def finished(self, file: Path) -> StageRecord | None:
+        """The record of the stage that wrote a file or folder; None where that is not finished."""
+        found = self.recorded(file)
+        return found if found is not None and found.done and os.path.lexists(file) else None
+
+    def record(self, file: Path) -> StageRecord:
         """The record of the finished stage that wrote a file or folder.
 
         Raises:
@@ -253,11 +266,10 @@ class RunFolder:
 
     def _is_made(self, file: Path, options: dict[str, Any]) -> bool:
         record = self.finished(file)
-        return record is not None and record["fingerprint"] == self._fingerprint(options)
+        return record is not None and record.fingerprint == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
-        model = self.manifest["provenance"]["model"]["sha256"]
-        return fingerprint({**options, "model": model})
+        return fingerprint({**options, "model": self.run.provenance.model.sha256})
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -268,7 +280,7 @@ class RunFolder:
         """
         with locked(self.path, inside=True) as first:
             if first:
-                self.manifest = read_json(self.path / MANIFEST, "run")
+                self.run = read_document(self.path / MANIFEST, RunFile)
             yield
 
     def stage(
@@ -309,18 +321,18 @@ class RunFolder:
                     # Of a kill right after the record.
                     forget()
                 self.processes.decide(lambda: False)
-                self.processes.decide(lambda: self.manifest)
+                self.share()
                 return self.load(file, load)
             key = str(file.relative_to(self.path))
             wanted = self._fingerprint(options)
-            record = self.manifest["stages"].get(key)
+            record = self.recorded(file)
             if os.path.lexists(file):
                 if record is None:
                     raise OutputExistsError(
                         f"{file} was not written by this run and stays as it is; move it away"
                     )
                 fits = [wanted] if completes is None else [wanted, self._fingerprint(completes)]
-                if record["fingerprint"] not in fits and not self.overwrite:
+                if record.fingerprint not in fits and not self.overwrite:
                     raise OutputExistsError(
                         f"{file} was made with other options ({_difference(record, options)}); "
                         "choose another --out, or pass --overwrite to replace it"
@@ -333,12 +345,13 @@ class RunFolder:
                     )
                 if file.is_dir():
                     check_output(file, overwrite=True)
-            self.manifest["stages"][key] = {
+            begun: dict[str, Any] = {
                 "stage": name,
                 "fingerprint": wanted,
                 "options": options,
                 "done": False,
             }
+            self.run.stages[key] = StageRecord.model_validate(begun)
             self.save()
             began = time.monotonic()
             self.processes.decide(lambda: together)
@@ -349,14 +362,12 @@ class RunFolder:
             except BaseException as e:
                 self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
                 raise
-            self.manifest["stages"][key].update(
-                done=True,
-                seconds=round(time.monotonic() - began, 3),
-                **self.memory_record(),
-                sha256=folder_hash(file) if file.is_dir() else file_sha256(file),
-            )
+            begun |= {"done": True, "seconds": round(time.monotonic() - began, 3)}
+            begun |= {"sha256": folder_hash(file) if file.is_dir() else file_sha256(file)}
+            begun |= self.memory_record()
+            self.run.stages[key] = StageRecord.model_validate(begun)
             self.save()
-            self.processes.decide(lambda: self.manifest)
+            self.share()
             forget()
             return load(file)
 
@@ -389,14 +400,14 @@ class RunFolder:
 
     def drop(self, file: Path) -> None:
         """Delete a folder that a stage wrote, with its record; one that was changed since stays."""
-        key = str(file.relative_to(self.path))
-        if key not in self.manifest["stages"]:
+        record = self.recorded(file)
+        if record is None:
             return
         if file.is_dir():
-            if changed_since(file, self.manifest["stages"][key]) or foreign_in(file):
+            if changed_since(file, record) or foreign_in(file):
                 return
             delete(file)
-        del self.manifest["stages"][key]
+        del self.run.stages[str(file.relative_to(self.path))]
         self.save()
 
     def _follow(self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]) -> T:
@@ -404,26 +415,28 @@ class RunFolder:
         if self.processes.decide(bool):
             with tempfile.TemporaryDirectory() as aside:
                 make(Path(aside) / file.name)
-        self.manifest = self.processes.decide(dict)
+        self.share()
         return self.load(file, load)
 
-    def _give_up(
-        self, key: str, file: Path, before: dict[str, Any] | None, *, refused: bool
-    ) -> None:
+    def share(self) -> None:
+        """Let all processes know what rank 0 has of run.json."""
+        self.run = RunFile.model_validate(self.processes.decide(lambda: self.run.content()))
+
+    def _give_up(self, key: str, file: Path, before: StageRecord | None, *, refused: bool) -> None:
         """Let the record of a stage that failed be what it was, where its file still is."""
-        if before is not None and before["done"] and os.path.lexists(file):
+        if before is not None and before.done and os.path.lexists(file):
             if changed_since(file, before) is not None:
                 return
-            self.manifest["stages"][key] = before
+            self.run.stages[key] = before
         elif before is None and refused:
-            del self.manifest["stages"][key]
+            del self.run.stages[key]
         else:
             return
         self.save()
 
 
-def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:
-    before = record.get("options", {})
+def _difference(record: StageRecord, options: dict[str, Any]) -> str:
+    before = record.options.content()
     changed = [
         f"{k}: {before.get(k)!r} there, {options.get(k)!r} now"
         for k in dict.fromkeys([*options, *before])

@@ -90,11 +90,11 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     target = folder.target(config.removal)
     start = target / "model"
     made = folder.record(start)
-    removed = list(map(int, made["options"]["removed"]))
+    removed = made.options.removed or []
     plain = dataclasses.asdict(healing)
     for name in ("student", "teacher", "out", "device", "trust_remote_code", "overwrite"):
         del plain[name]
-    options = {**plain, **upstream(folder), "model": made["fingerprint"]}
+    options = {**plain, **upstream(folder), "model": made.fingerprint}
 
     def make(path: Path) -> None:
         if (target / RECORD).exists():

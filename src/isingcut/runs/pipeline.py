@@ -14,7 +14,7 @@ from typing import Any
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, StageFileError
-from isingcut.files.documents import CandidatesFile
+from isingcut.files.documents import CandidatesFile, RunFile
 from isingcut.files.writing import locked, refuse_source
 from isingcut.ising.solvers import registry as solvers
 from isingcut.memory import convert_memory_errors
@@ -35,7 +35,14 @@ from isingcut.runs.measuring import (
     names,
 )
 from isingcut.runs.session import Session, part, take_up
-from isingcut.runs.solving import each_removal, kept_and_dropped, removal_rows, report, solve
+from isingcut.runs.solving import (
+    describe_blocks,
+    each_removal,
+    kept_and_dropped,
+    removal_rows,
+    report,
+    solve,
+)
 from isingcut.runs.stages import check_asked, check_whole, data_of, evaluate, rank, score_tasks
 
 
@@ -67,8 +74,8 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     with open_session(wanted, progress, processes, need_removal=True) as (session, folder):
         several = each_removal(wanted)
         target = folder.path if len(several) > 1 else folder.target(wanted.removal)
-        if folder.manifest.get("complete") and target == folder.path:
-            folder.manifest["complete"] = False
+        if target == folder.path:
+            folder.run.complete = False
         measure_and_rank(session, folder)
         if not processes.rank:
             _finish(session, folder, several)
@@ -105,7 +112,7 @@ def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -
     for config in several:
         report(folder, config.removal)
     if len(several) > 1 or folder.target(several[0].removal) == folder.path:
-        folder.manifest["complete"] = True
+        folder.run.complete = True
         folder.save()
 
 
@@ -190,7 +197,7 @@ def _lead(
     if need_removal:
         for one in each_removal(config):
             check_report(out if before is None else before.target(one.removal))
-    session = Session(config, progress, before.dtype if before else None)
+    session = Session(config, progress, before.run.provenance.dtype if before else None)
     refuse_source(out, [session.source])
     check_whole(session, tasks, data_of(config), config.questions)
     check_by_config(session.source, config, needed=need_removal)
@@ -203,12 +210,12 @@ def _lead(
         healing.check(session)
     calibration = build_calibration(session) if before is None else None
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
-    if config.dtype == "auto" and folder.dtype is None:
-        folder.manifest["provenance"]["dtype"] = session.dtype
+    if config.dtype == "auto" and folder.run.provenance.dtype is None:
+        folder.run.provenance.dtype = session.dtype
         folder.save()
     folder.processes = processes
     session.serve(folder)
-    processes.decide(lambda: folder.manifest)
+    folder.share()
     calibrate(session, folder, calibration)
     return session, folder
 
@@ -221,7 +228,7 @@ def _follow(
     take_up(session, processes)
     # Loaded while rank 0 makes the folder.
     _ = session.replay
-    folder = RunFolder(Path(config.out), processes.decide(dict))
+    folder = RunFolder(Path(config.out), RunFile.model_validate(processes.decide(dict)))
     if not folder.path.is_dir():
         raise InputError(
             f"{folder.path} is not seen from here; name an --out that all machines share"
@@ -248,11 +255,7 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
     if found.refusal:
         raise ArchitectureError(found.refusal)
     if needed or config.removal:
-        blocks = {
-            "blocks": [vars(b) for b in found.stack.blocks],
-            "legality": [vars(row) for row in found.rows],
-            "total_parameters": found.parameters,
-        }
+        blocks = describe_blocks(found.stack, found.rows, found.parameters, 0)
         several = each_removal(config)
         # A range that is too long is refused by its end, not after solving for all before it.
         for one in several[-1:] + several[:-1]:
@@ -278,15 +281,15 @@ def session_of(
         StageFileError: the model found under that name is another one now.
     """
     folder.processes = processes
-    folder.manifest = processes.decide(lambda: folder.manifest)
-    made_with = folder.manifest["provenance"]["model"]
+    folder.share()
+    made_with = folder.run.provenance.model
     for place in folder.model_places(config.model):
-        session = Session(config.replace(model=place), progress, folder.dtype)
-        if session.identity["sha256"] == made_with["sha256"]:
+        session = Session(config.replace(model=place), progress, folder.run.provenance.dtype)
+        if session.identity.sha256 == made_with.sha256:
             break
     else:
         raise StageFileError(
-            f"{folder.path} was made with another version of {made_with['name']!r} than is at "
+            f"{folder.path} was made with another version of {made_with.name!r} than is at "
             f"{place}; name the one it was made with with --model, or start a new run folder"
         )
     session.serve(folder)

@@ -37,7 +37,7 @@ from isingcut.options.config import RunConfig, heal_config
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.session import Session
-from isingcut.runs.solving import each_removal, removal_rows
+from isingcut.runs.solving import describe_blocks, each_removal, removal_rows
 
 ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
 EVENING = 8.0
@@ -131,15 +131,10 @@ class Prices:
         """How many blocks go: of a budget as many as it takes; a fifth where nothing is said."""
         if not self.config.removal:
             return max(1, self.n // 5)
-        described = {
-            "blocks": [
-                {**vars(b), "latency_seconds": seconds}
-                for b, seconds in zip(found.stack.blocks, self.timed.latency, strict=True)
-            ],
-            "legality": [vars(row) for row in found.rows],
-            "total_parameters": found.parameters,
-            "total_bytes": sum(b.bytes for b in found.stack.blocks) + found.other_bytes,
-        }
+        size = sum(b.bytes for b in found.stack.blocks) + found.other_bytes
+        described = describe_blocks(
+            found.stack, found.rows, found.parameters, size, self.timed.latency
+        )
         last = each_removal(self.config)[-1]
         return Target.of(last.removal, removal_rows(described, last), self.n).size
 

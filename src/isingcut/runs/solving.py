@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from isingcut.errors import InfeasibleError, InputError, StageFileError
-from isingcut.files.documents import CandidatesFile
+from isingcut.files.documents import BlockCosts, BlockList, CandidatesFile, LegalityRow
 from isingcut.files.writing import read_document
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
@@ -28,6 +28,9 @@ from isingcut.options.spellings import Budget, Removal
 from isingcut.report.write import write_report
 from isingcut.runs.folder import RunFolder
 
+if TYPE_CHECKING:
+    from isingcut.models.architectures.base import BlockStack
+
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
     """The options of each removal: themselves, or one a number of a range such as `4..15`."""
@@ -36,7 +39,7 @@ def each_removal(config: RunConfig) -> list[RunConfig]:
 
 
 def removal_rows(
-    blocks: Mapping[str, Any], config: RunConfig, *, early: bool = False
+    blocks: BlockList, config: RunConfig, *, early: bool = False
 ) -> list[LinearConstraint]:
     """All constraints of one removal, for the blocks that `run.json` describes.
 
@@ -53,7 +56,7 @@ def removal_rows(
             f"--remove {config.remove} is a range, which only `run` and the search take; "
             "give one number here"
         )
-    kinds = [b["kind"] for b in blocks["blocks"]]
+    kinds = [b.kind for b in blocks.blocks]
     n = len(kinds)
     if n == 1:
         raise InputError("this model has one block, which stays: none can be removed")
@@ -63,7 +66,7 @@ def removal_rows(
         most = np.ones(n)
         counts = [LinearConstraint("some stay", most, "<=", n - 1, "not every block goes")]
     others = kept_and_dropped(n, config)
-    others += [LinearConstraint(**row) for row in blocks["legality"]]
+    others += [LinearConstraint(**dict(row)) for row in blocks.legality]
     budgets = [b for b in config.budget.parts if b.quantity.early or not early]
     bounds = [budget_row(blocks, b) for b in budgets]
     plain = Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), [*counts, *others])
@@ -87,11 +90,11 @@ def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
     return [*rows.keep(n, config.keep.numbers), *rows.drop(n, config.drop.numbers)]
 
 
-def budget_row(blocks: Mapping[str, Any], wanted: Budget) -> LinearConstraint:
+def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
     """One `--budget`: at least this much of a quantity is removed."""
     quantity = wanted.quantity
-    costs = [b[quantity.cost] for b in blocks["blocks"]]
-    total = float(blocks[quantity.whole]) if quantity.whole else float(sum(costs))
+    costs = [getattr(b, quantity.cost) for b in blocks.blocks]
+    total = float(getattr(blocks, quantity.whole)) if quantity.whole else float(sum(costs))
     return rows.budget(wanted.name, costs, share=wanted.share, amount=wanted.amount, total=total)
 
 
@@ -130,19 +133,32 @@ def count_rows(kinds: Sequence[str], remove: Removal) -> list[LinearConstraint]:
     return rows.kind_counts(kinds, remove.kinds)
 
 
-def make_problem(hamiltonian: Hamiltonian, blocks: dict[str, Any], config: RunConfig) -> Problem:
-    """The constrained problem of one removal.
+def describe_blocks(
+    stack: BlockStack,
+    legal: Iterable[LinearConstraint],
+    parameters: int,
+    size: int,
+    seconds: Sequence[float] = (),
+) -> BlockList:
+    """Blocks and legality rows as `run.json` keeps them, so that solving needs no model.
 
-    Raises:
-        InfeasibleError: the Hamiltonian is of another number of blocks, or the rows clash.
+    Args:
+        parameters: of the whole model; ``size`` its bytes, 0 where they are not known.
+        seconds: of each block for a token, where they were timed.
     """
-    n = len(blocks["blocks"])
-    if hamiltonian.n != n:
-        raise InfeasibleError(
-            f"the Hamiltonian is over {hamiltonian.n} blocks, the model has {n}; "
-            "measure it again for this model"
-        )
-    return Problem(hamiltonian, removal_rows(blocks, config))
+    times: Sequence[float | None] = seconds or [None] * len(stack)
+    return BlockList(
+        path=stack.path,
+        blocks=[
+            BlockCosts(**vars(block), latency_seconds=time)
+            for block, time in zip(stack.blocks, times, strict=True)
+        ],
+        total_parameters=parameters,
+        total_bytes=size,
+        legality=[
+            LegalityRow(**{**vars(row), "coefficients": row.coefficients.tolist()}) for row in legal
+        ],
+    )
 
 
 def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
@@ -173,7 +189,7 @@ def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
 def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
     """The constrained problem of one removal of this folder's Hamiltonian."""
     hamiltonian = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
-    return make_problem(hamiltonian, folder.manifest["blocks"], config)
+    return Problem(hamiltonian, removal_rows(folder.run.blocks, config))
 
 
 def _solver_options(config: RunConfig) -> dict[str, Any]:
@@ -185,14 +201,14 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 
 
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    record = folder.manifest["stages"].get("hamiltonian.safetensors")
-    if record is None or not record["done"]:
+    record = folder.recorded(folder.path / "hamiltonian.safetensors")
+    if record is None or not record.done:
         raise StageFileError(
             f"the energy of {folder.path} is not finished; "
             f"run: isingcut energy MODEL --out {folder.path}"
         )
     keys = ("remove", "budget", "keep", "drop", "solver", "states", "diverse", "seed")
-    return {"energy": record["fingerprint"]} | {k: getattr(config, k) for k in keys}
+    return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
 
 
 def needs(folder: RunFolder, config: RunConfig, name: str, stage: str) -> Path:

@@ -209,12 +209,12 @@ def benchmarks(
     """
     config = session.config
     checkpoint = product(folder, config, removed)
-    made = folder.manifest["stages"].get(str(checkpoint.relative_to(folder.path)))
+    made = folder.recorded(checkpoint)
     if made is None or not checkpoint.exists():
         raise InputError(f"there is no {checkpoint}; excise (and heal) first")
     but = left_out(folder, config)
     options = {
-        "model": made["fingerprint"],
+        "model": made.fingerprint,
         "tasks": list(tasks),
         "questions": questions,
         "data": data is not None,
@@ -401,7 +401,7 @@ def evaluate(
     checkpoint = product(folder, config, removed)
     excised = folder.record(checkpoint)
     file = checkpoint.with_name("evaluation.json")
-    whole = {"model": excised["fingerprint"], **upstream(folder)}
+    whole = {"model": excised.fingerprint, **upstream(folder)}
     without_speed = {**whole, "skip_speed": True}
     # What lacks speed may be made anew; what has it already holds all that was asked for.
     skip = config.skip_speed and not folder.made_with(file, whole)
@@ -551,7 +551,7 @@ def compare(
     config = session.config
     part = baseline_part(name, settings)
     count = _count(folder, config)
-    rows = removal_rows(folder.manifest["blocks"], config)
+    rows = removal_rows(folder.run.blocks, config)
     samples = samples_of(config, config.energy)
     target = folder.target(config.removal)
     options = upstream(folder) | {
