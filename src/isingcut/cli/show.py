@@ -218,24 +218,14 @@ def show_plan(plan: dict[str, Any]) -> None:
         ("stages", "stage", f"the other stages, {plan['remove']} blocks removed"),
     ):
         table = Table(name, title=title, title_justify="left")
-        for column in ("samples", "time", "between", "memory", "disk"):
+        for column in ("samples", "time", "memory"):
             table.add_column(column, justify="right")
         for e in plan[key]:
-            between = f"{duration(e['low'])} and {duration(e['high'])}"
-            sizes = decimal(e["memory"]), decimal(e["disk"])
-            figures = (
-                [e["impossible"]] if e["impossible"] else [duration(e["seconds"]), between, *sizes]
-            )
+            figures = [e["impossible"] or duration(e["seconds"]), decimal(e["memory"])]
             table.add_row(e["name"], str(e["samples"] or ""), *figures)
         screen.print(table)
-    if healing := plan["healing"]:
-        screen.print(
-            f"--heal {healing['budget']}: about {healing['tokens']:,} tokens in "
-            f"{healing['steps']:,} steps of {healing['batch']} x {healing['length']}, rate "
-            f"up to {healing['learning_rate']:g}",
-            soft_wrap=True,
-        )
     screen.print(
+        f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}\n"
         f"recommended: {plan['recommended']}, {duration(plan['seconds'])} in all: {plan['why']}\n"
         f"{plan['command']}",
         soft_wrap=True,
