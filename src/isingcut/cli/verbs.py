@@ -215,7 +215,7 @@ def baseline(
     )
 
 
-@verb("patch", "patch_tokens", "keep_cut", *OF_RUN, group=STAGES)
+@verb("patch", "patch_tokens", *OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,

@@ -202,7 +202,6 @@ class RunConfig(Options):
     patch_tokens: PatchTokens = option(
         32768, "Tokens that the patch is fitted on: those that built --energy, then further ones."
     )
-    keep_cut: bool = option(False, "Keep the exact cut too, unpatched, in the folder cut.")
     heal: Training = option(
         Training(),
         "Then distil the original into the cut model, for a time (10min), for so many tokens "

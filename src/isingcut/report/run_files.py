@@ -255,12 +255,6 @@ class RunFiles:
         return (self.target / "healed").is_dir()
 
     @property
-    def exact(self) -> bool:
-        """The exact cut is there beside the patched one."""
-        exact = self.target / "cut"
-        return exact.is_dir() and self.record(exact) is not None
-
-    @property
     def gguf(self) -> bool:
         """A cut GGUF file is there."""
         return (self.target / "model.gguf").is_file()

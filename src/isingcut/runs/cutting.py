@@ -7,7 +7,6 @@ the calibration's text. Where no layer can take a map, the exact cut stays, and 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,11 +51,9 @@ from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, load_candidates
 
 HEALED = "healed"
-CUT = "cut"
-"""The folder of the exact cut, where `model/` is the patched one."""
 
 # What is made of one state.
-_OF_STATE = ("model", CUT, "model.gguf")
+_OF_STATE = ("model", "model.gguf")
 # Of a list of blocks in the name of a folder; a hash stands for more.
 _LONGEST_NAME = 100
 
@@ -117,29 +114,6 @@ def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int])
         f"{folder.path} has no checkpoint without the blocks {named}; "
         f"type: isingcut excise {folder.path} --blocks {named}"
     )
-
-
-def excise(
-    session: Session,
-    folder: RunFolder,
-    removed: Sequence[int] | None = None,
-    *,
-    name: str = "model",
-) -> Path:
-    """Stage `excise`: the exact cut, verified against the original with the same blocks skipped.
-
-    Args:
-        removed: these blocks instead of the chosen ones; see `place_of` for where they go.
-        name: of its folder there.
-    """
-    blocks = list(removed) if removed is not None else chosen_blocks(folder, session.config)
-    options = {"removed": blocks}
-
-    def make(path: Path) -> None:
-        write_checkpoint(session, folder, blocks, path, overwrite=True)
-
-    file = place_of(folder, session.config, removed) / name
-    return folder.stage("excise", file, options, make, lambda path: path)
 
 
 def write_checkpoint(
@@ -241,33 +215,22 @@ def excise_gguf(
 def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
     """`model/` of one state: the exact cut, proven, and patched where the options say so.
 
-    The exact cut is kept beside it as `cut/` with the option ``keep_cut``, and until the patched
-    one is finished.
-
     Args:
         removed: these blocks instead of the chosen ones; see `place_of` for where they go.
     """
     config = session.config
-    if config.patch == "none":
-        return excise(session, folder, removed)
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
-    place = place_of(folder, config, removed)
-    healing = patch_config(config)
-    how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
-    options = {"removed": blocks, "patch": {**how, **upstream(folder)}}
+    stage, options = "excise", dict[str, Any](removed=blocks)
+    if config.patch != "none":
+        healing = patch_config(config)
+        how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
+        stage, options["patch"] = "patch", {**how, **upstream(folder)}
 
     def make(path: Path) -> None:
-        cut = excise(session, folder, removed, name=CUT)
-        _write(session, folder, blocks, cut, path, keep=config.keep_cut, overwrite=True)
+        write_model(session, folder, blocks, path, overwrite=True)
 
-    def drop() -> None:
-        if not config.keep_cut:
-            folder.drop(place / CUT)
-
-    model = folder.stage("patch", place / "model", options, make, lambda path: path, forget=drop)
-    if config.keep_cut:
-        excise(session, folder, removed, name=CUT)
-    return model
+    file = place_of(folder, config, removed) / "model"
+    return folder.stage(stage, file, options, make, lambda path: path)
 
 
 def write_model(
@@ -278,7 +241,7 @@ def write_model(
     *,
     overwrite: bool = False,
 ) -> None:
-    """The same outside the run folder, which learns nothing of it.
+    """The same anywhere: the patched checkpoint, or the exact cut where nothing can be patched.
 
     Raises:
         OutputExistsError: ``out`` is there and ``overwrite`` is false.
@@ -290,44 +253,23 @@ def write_model(
     with clear_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = tempfile.TemporaryDirectory(".part", temporary_prefix(out), out.parent)
+    sources = [session.source, *folder.sources]
     with aside as place:
-        cut = Path(place) / CUT
+        cut = Path(place) / "cut"
         write_checkpoint(session, folder, removed, cut)
-        _write(session, folder, removed, cut, out, keep=False, overwrite=overwrite)
-
-
-def _write(
-    session: Session,
-    folder: RunFolder,
-    removed: Sequence[int],
-    cut: Path,
-    out: Path,
-    *,
-    keep: bool,
-    overwrite: bool,
-) -> None:
-    """The patched checkpoint at ``out``, with its record and card; unpatched where it must be.
-
-    Args:
-        keep: leave ``cut`` where it is, whatever comes of it.
-    """
-    sources = [session.source, *folder.sources, cut]
-    with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
-        temporary.rmdir()
-        try:
-            found = _patched(session, folder, removed, cut, temporary)
-        except CANNOT as e:
-            found = unpatched(removed, e)
-            if keep:
-                shutil.copytree(cut, temporary)
-            else:
+        with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
+            temporary.rmdir()
+            try:
+                found = _patched(session, folder, removed, cut, temporary)
+            except CANNOT as e:
+                found = unpatched(removed, e)
                 cut.rename(temporary)
-        record = read_document(temporary / RECORD, CutRecord)
-        patch = PatchRecord.model_validate_json(json.dumps(found))
-        assert record.card is not None
-        card = record.card.model_copy(update={"patch": patch})
-        with clear_os_errors(out):
-            write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
+            record = read_document(temporary / RECORD, CutRecord)
+            patch = PatchRecord.model_validate_json(json.dumps(found))
+            assert record.card is not None
+            card = record.card.model_copy(update={"patch": patch})
+            with clear_os_errors(out):
+                write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
 
 
 def _patched(

@@ -5,7 +5,7 @@
     hamiltonian.safetensors    the energy (others: hamiltonian.NAME.safetensors)
     spectrum.json              \\
     candidates.json             | of the run's own removal; another removal of the same
-    model/, cut/, healed/       | Hamiltonian has them in a folder remove-SPEC/
+    model/, healed/             | Hamiltonian has them in a folder remove-SPEC/
     evaluation.json             |
     report.md, .json, .html    /
 """
@@ -43,7 +43,6 @@ from isingcut.files.writing import (
     file_sha256,
     fingerprint,
     folder_hash,
-    foreign_in,
     is_leftover,
     is_locked,
     locked,
@@ -169,8 +168,8 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The options the folder was made with."""
-        # Trust is never stored now, and candidates are no longer healed to choose among them.
-        gone = ("trust_remote_code", "heal_top")
+        # Options of earlier versions; trust is given anew each time.
+        gone = ("trust_remote_code", "heal_top", "keep_cut")
         stored = {k: v for k, v in self.run.config.content().items() if k not in gone}
         # A folder that was made before there was a patch has none.
         found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
@@ -397,18 +396,6 @@ class RunFolder:
         if not self.make_room():
             raise exhausted
         return False
-
-    def drop(self, file: Path) -> None:
-        """Delete a folder that a stage wrote, with its record; one that was changed since stays."""
-        record = self.recorded(file)
-        if record is None:
-            return
-        if file.is_dir():
-            if changed_since(file, record) or foreign_in(file):
-                return
-            delete(file)
-        del self.run.stages[str(file.relative_to(self.path))]
-        self.save()
 
     def _follow(self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]) -> T:
         """The result of a stage that rank 0 writes, and this process may take part in making."""
