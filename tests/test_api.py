@@ -18,7 +18,7 @@ from isingcut.files.documents import CutRecord
 from isingcut.files.writing import read_document, read_json
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
-from isingcut.runs import api
+from isingcut.runs import pipeline as api
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, say_into, start
 from shared import leave_speed_out, write_words

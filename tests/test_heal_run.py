@@ -98,7 +98,7 @@ def test_the_same_command_does_nothing_again(
     def refused(*arguments: Any, **rest: Any) -> Any:
         raise AssertionError("healed again")
 
-    monkeypatch.setattr("isingcut.runs.healing.heal_checkpoint", refused)
+    monkeypatch.setattr("isingcut.runs.cutting.heal_checkpoint", refused)
     pipeline.run(config(folder, "run", heal=True))
 
 
@@ -158,8 +158,8 @@ def test_what_a_run_refuses_before_it_measures(folder: Path, tmp_path: Path) -> 
 
 
 def test_a_streamed_model_is_not_healed(folder: Path) -> None:
-    from isingcut.runs.healing import check
+    from isingcut.runs.cutting import check_healing
 
     session = Session(config(folder, "never", heal=True, stream="on"))
     with pytest.raises(InputError, match="cannot be healed in the run"):
-        check(session)
+        check_healing(session)
