@@ -120,13 +120,16 @@ def evaluate(
         )
     names = check_tasks(names, data, questions) if names else []
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
+    if names:
+        asked = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
+        config = config.replace(**asked)
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder, removed)
     target = product(folder, config, removed).parent
     answer: dict[str, Any] = {"file": str(target / "evaluation.json"), **found.content()}
     rows: BenchmarksFile | None = None
     if names:
-        rows = stages.benchmarks(session, folder, names, removed, data=data, questions=questions)
+        rows = stages.benchmarks(session, folder, removed)
         answer["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
 
     def show() -> None:
@@ -167,12 +170,13 @@ def _of_checkpoint(
         raise InputError(f"{folder} is no checkpoint (no config.json in it)")
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
     typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
-    config = RunConfig(**{**typed, "model": original}).validate()
+    asked = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
+    config = RunConfig(**{**typed, **asked, "model": original}).validate()
     sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to say which tasks it knows.
-    names = check_tasks(names, data, questions)
+    check_tasks(names, data, questions)
     with locked(file):
-        content = score_both(Session(config), folder, names, data=data, questions=questions)
+        content = score_both(Session(config), folder)
         write_document(file, content, seal=True)
     return content, file

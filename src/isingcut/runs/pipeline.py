@@ -74,7 +74,7 @@ from isingcut.runs.solving import (
     report,
     solve,
 )
-from isingcut.runs.stages import check_asked, check_whole, data_of, evaluate, rank, score_tasks
+from isingcut.runs.stages import benchmarks, check_asked, check_whole, evaluate, rank
 
 
 @convert_memory_errors()
@@ -139,7 +139,8 @@ def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -
     if len(several) == 1:
         cut_and_heal(session, folder)
         evaluate(session, folder)
-        score_tasks(session, folder)
+        if session.config.tasks:
+            benchmarks(session, folder)
     for config in several:
         report(folder, config.removal)
     if len(several) > 1 or folder.target(several[0].removal) == folder.path:
@@ -202,21 +203,20 @@ def open_session(
         energy_part(config, name)
     solvers.check(config.solver)
     check_healing_options(config)
-    tasks = check_asked(config)
+    check_asked(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     if not (out / MANIFEST).is_file():
         # Before a file of ours is open, which may get the number of a pipe that is gone.
         corpora.check(config.calibration)
     with locked(out, inside=True):
-        yield _lead(config, progress, processes, tasks, need_removal=need_removal)
+        yield _lead(config, progress, processes, need_removal=need_removal)
 
 
 def _lead(
     config: RunConfig,
     progress: Progress,
     processes: Processes,
-    tasks: Sequence[str],
     *,
     need_removal: bool,
 ) -> tuple[Session, RunFolder]:
@@ -230,7 +230,7 @@ def _lead(
             check_report(out if before is None else before.target(one.removal))
     session = Session(config, progress, before.run.provenance.dtype if before else None)
     refuse_source(out, [session.source])
-    check_whole(session, tasks, data_of(config), config.questions)
+    check_whole(session)
     check_by_config(session.source, config, needed=need_removal)
     take_up(session, processes)
     blocks = session.describe_blocks()

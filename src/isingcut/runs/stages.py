@@ -42,7 +42,6 @@ from isingcut.files.documents import (
     MeasuredState,
     OnePass,
     OnePassLoss,
-    PairScores,
 )
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import fingerprint, read_document, write_document
@@ -61,6 +60,7 @@ from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import names, other_path, samples_of, splits_of, upstream, work_of
 from isingcut.runs.session import Session
 from isingcut.runs.solving import (
+    chosen_blocks,
     each_removal,
     load_candidates,
     needs,
@@ -90,32 +90,19 @@ def check_asked(config: RunConfig) -> list[str]:
     return names
 
 
-def check_whole(
-    session: Session, tasks: Sequence[str], data: Path | None, questions: int | None
-) -> None:
-    """Refuse tasks that take the whole model where it is streamed.
-
-    Args:
-        tasks, data, questions: as in `benchmarks`.
+def check_whole(session: Session) -> None:
+    """Refuse tasks of a session's options that take the whole model where it is streamed.
 
     Raises:
         InputError: a text to read, or a task whose answers are written.
     """
-    if not tasks or not session.streaming:
-        return
-    for name in tasks:
-        if name == WIKITEXT or prepare_task(name, data, questions).generates:
+    config = session.config
+    for name in split_names(config.tasks) if config.tasks and session.streaming else ():
+        if name == WIKITEXT or prepare_task(name, data_of(config), config.questions).generates:
             raise InputError(
                 f"{name} takes the whole model, which does not fit the memory allowed; raise "
                 "--memory-limit, or leave it out of --tasks"
             )
-
-
-def asked_options(config: RunConfig) -> dict[str, Any]:
-    """What a choice by questions depends on; nothing where the choice is another."""
-    if config.choose != "tasks":
-        return {}
-    return {name: getattr(config, name) for name in ("tasks", "data", "questions", "seed")}
 
 
 def data_of(config: RunConfig) -> Path | None:
@@ -174,61 +161,36 @@ def choose_by_tasks(
     return best[position], found
 
 
-def left_out(folder: RunFolder, config: RunConfig) -> list[str]:
-    """The questions that chose a run's state, which may not judge it."""
-    ranked = folder.target(config.removal) / "candidates.json"
-    if folder.finished(ranked) is None:
-        return []
-    found = folder.load(ranked, lambda path: read_document(path, CandidatesFile)).by_tasks
-    return [] if found is None else found.asked
-
-
-def score_tasks(session: Session, folder: RunFolder) -> None:
-    """Stage `benchmarks` on the tasks of a run's options, where it has some."""
-    config = session.config
-    if names := list(dict.fromkeys(split_names(config.tasks))):
-        benchmarks(session, folder, names, data=data_of(config), questions=config.questions)
-
-
 def benchmarks(
-    session: Session,
-    folder: RunFolder,
-    tasks: Sequence[str],
-    removed: Sequence[int] | None = None,
-    *,
-    data: Path | None = None,
-    questions: int | None = None,
+    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
 ) -> BenchmarksFile:
-    """Stage `benchmarks`: `benchmarks.json`, both models on the same questions.
+    """Stage `benchmarks`: `benchmarks.json`, both models on the questions of the options' tasks.
 
     Args:
-        tasks: task names, see `benchmark.benchmark`; ``wikitext2`` is its perplexity.
         removed: the cut model is the one without these blocks, instead of the chosen one.
-        data: folder of the questions; None uses the hub.
-        questions: at most so many a task.
     """
     config = session.config
     checkpoint = product(folder, config, removed)
     made = folder.recorded(checkpoint)
     if made is None or not checkpoint.exists():
         raise InputError(f"there is no {checkpoint}; excise (and heal) first")
-    but = left_out(folder, config)
+    ranked = folder.target(config.removal) / "candidates.json"
+    chosen = folder.finished(ranked) and folder.load(ranked, load_candidates).by_tasks
+    # Questions that chose a run's state may not judge it.
+    but = chosen.asked if chosen else []
+    tasks = list(dict.fromkeys(split_names(config.tasks)))
     options = {
         "model": made.fingerprint,
-        "tasks": list(tasks),
-        "questions": questions,
-        "data": data is not None,
+        "tasks": tasks,
+        "questions": config.questions,
+        "data": bool(config.data),
         **({"left_out": fingerprint(but)} if but else {}),
     }
-
     work = checkpoint.with_name(".benchmarks")
 
     def make(path: Path) -> None:
         session.tuned(folder)
-        content = score_both(
-            session, checkpoint, tasks, data=data, questions=questions, but=but, kept=work
-        )
-        write_document(path, content)
+        write_document(path, score_both(session, checkpoint, but=but, kept=work))
 
     return folder.stage(
         "benchmarks",
@@ -243,24 +205,23 @@ def benchmarks(
 def score_both(
     session: Session,
     checkpoint: Path,
-    tasks: Sequence[str],
     *,
-    data: Path | None = None,
-    questions: int | None = None,
     but: Sequence[str] = (),
     kept: Path | None = None,
 ) -> BenchmarksFile:
     """What `benchmarks.json` says: the session's model and a checkpoint cut from it.
 
     Args:
-        tasks: as in `benchmarks`, known to the harness.
         but: questions to leave out, by their keys.
         kept: folder of journals; None keeps nothing.
     """
     from importlib.metadata import version
 
-    check_whole(session, tasks, data, questions)
-    batch_tokens = session.tuning.batch_tokens
+    check_whole(session)
+    config = session.config
+    tasks = list(dict.fromkeys(split_names(config.tasks)))
+    given: dict[str, Any] = {"batch_tokens": session.tuning.batch_tokens}
+    given["progress"] = session.progress
     original = Asked(session.loaded, session.replay)
     loaded, streamed = session.open_cut(checkpoint)
     cut = Asked.whole(loaded) if streamed is None else Asked(loaded, streamed)
@@ -270,22 +231,16 @@ def score_both(
     rows = benchmark(
         models,
         [t for t in tasks if t != WIKITEXT],
-        data=data,
-        questions=questions,
+        data=data_of(config),
+        questions=config.questions,
         but=but,
-        batch_tokens=batch_tokens,
         kept=kept,
-        progress=session.progress,
+        **given,
     )
     found: dict[str, Any] = {"left_out": len(but)} if but else {}
     if WIKITEXT in tasks:
-        found["wikitext2"] = text_scores(
-            {name: model.loaded for name, model in models.items()},
-            data,
-            questions,
-            batch_tokens=batch_tokens,
-            progress=session.progress,
-        )
+        both = {name: model.loaded for name, model in models.items()}
+        found["wikitext2"] = text_scores(both, data_of(config), config.questions, **given)
     return BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
 
 
@@ -301,9 +256,11 @@ def rank(session: Session, folder: RunFolder) -> CandidatesFile:
         "random_states": config.random_states,
         "choose": config.choose,
         "also": sorted(others),
-        **asked_options(config),
     }
-    check_whole(session, check_asked(config), data_of(config), config.questions)
+    if config.choose == "tasks":
+        options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
+    check_asked(config)
+    check_whole(session)
     journal, scores = target / "candidates.journal", target / ".asked"
 
     def make(path: Path) -> None:
@@ -462,34 +419,35 @@ def _beside(session: Session, checkpoint: Path, tokens: TokenSet) -> dict[str, A
         size = session.tuning.batch_tokens
         patched = streamed or loaded.model
         scores = quality(original, patched, tokens, size, progress=session.progress)
-        parts = {name: FurtherPart(**_after(part)) for name, part in scores.parts.items()}
-        mixed: dict[str, Any] = {"parts": parts} if parts else {}
-        found["patched"] = FurtherScores(**_after(scores), **mixed)
+        figures, *parts = (
+            {**dict(one.after), "kl": one.kl, "kl_se": one.kl_se}
+            for one in (scores, *scores.parts.values())
+        )
+        found["patched"] = _by_part(figures, dict(zip(scores.parts, parts, strict=True)))
     return found
 
 
-def _after(scores: PairScores) -> dict[str, Any]:
-    return {**dict(scores.after), "kl": scores.kl, "kl_se": scores.kl_se}
+def _by_part(figures: Mapping[str, Any], parts: Mapping[str, Any]) -> FurtherScores:
+    mixed = {name: FurtherPart(**part) for name, part in parts.items()}
+    given: dict[str, Any] = {"parts": mixed} if mixed else {}
+    return FurtherScores(**figures, **given)
 
 
 def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> FurtherScores:
     """The scores of the exact cut: of the original with its blocks skipped."""
-    state = np.zeros((1, len(session.replay)), dtype=bool)
-    state[0, list(removed)] = True
     measured = measure(
         session.replay,
         tokens,
-        state,
+        states_of(len(session.replay), [removed]),
         batch_tokens=session.tuning.batch_tokens,
         progress=session.progress,
         description="perplexity and KL of the exact cut",
     )
     parts = {
-        name: FurtherPart(**_with_perplexity(measured.of_samples(rows).losses(0)))
+        name: _with_perplexity(measured.of_samples(rows).losses(0))
         for name, rows in tokens.rows_by_part.items()
     }
-    mixed: dict[str, Any] = {"parts": parts} if parts else {}
-    return FurtherScores(**_with_perplexity(measured.losses(0)), **mixed)
+    return _by_part(_with_perplexity(measured.losses(0)), parts)
 
 
 def _with_perplexity(losses: dict[str, Any]) -> dict[str, Any]:
@@ -550,7 +508,8 @@ def compare(
     """
     config = session.config
     part = baseline_part(name, settings)
-    count = _count(folder, config)
+    counts = config.remove.counts
+    count = counts[0] if counts else len(chosen_blocks(folder, config))
     rows = removal_rows(folder.run.blocks, config)
     samples = samples_of(config, config.energy)
     target = folder.target(config.removal)
@@ -604,17 +563,3 @@ def compare(
         together=True,
         forget=lambda: forget(journal),
     )
-
-
-def _count(folder: RunFolder, config: RunConfig) -> int:
-    """How many blocks go: the number asked for, else as many as the run's chosen state has."""
-    if config.remove.counts:
-        return config.remove.counts[0]
-    ranked = folder.target(config.removal) / "candidates.json"
-    if not ranked.exists():
-        raise InputError(
-            f"a baseline removes a plain number of blocks, and nothing was chosen yet for "
-            f"{config.removal!r} to take it from; give --remove like 6, or rank first"
-        )
-    found = folder.load(ranked, lambda path: read_document(path, CandidatesFile))
-    return len(found.chosen.removed)
