@@ -246,8 +246,12 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = F
     Args:
         seal: say in the file itself that isingcut wrote it, where no `run.json` does.
     """
+    document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
+    if seal:
+        document["seal"] = _hash(document)
     with atomic_file(path) as temporary:
-        temporary.write_text(_text_of(kind, content, seal=seal), encoding="utf-8")
+        text = json.dumps(document, indent=1, allow_nan=False)
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def write_sealed(path: Path, content: str) -> None:
@@ -256,21 +260,9 @@ def write_sealed(path: Path, content: str) -> None:
         temporary.write_text(sealed(content), encoding="utf-8")
 
 
-def _text_of(kind: str, content: dict[str, Any], *, seal: bool = False) -> str:
-    document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
-    if seal:
-        document["seal"] = seal_of(document)
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
-
-
 def write_document(path: Path, document: Document, *, seal: bool = False) -> None:
     """Write a document as the results file that `read_document` reads."""
     write_json(path, document.kind, document.content(), seal=seal)
-
-
-def document_text(document: Document) -> str:
-    """What `write_document` writes, unsealed."""
-    return _text_of(document.kind, document.content())
 
 
 def read_document(path: Path, model: type[D]) -> D:
@@ -542,8 +534,8 @@ def edges_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash(files: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _hash(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # Stages of a run folder ------------------------------------------------------------------
@@ -602,34 +594,22 @@ def sealed(content: str) -> str:
 
 
 def _foreign_file(path: Path) -> str | None:
-    """Why a file is not one that isingcut wrote and nobody changed; None where it is."""
-    ours = "nothing in it says that isingcut wrote it"
+    """Why a file is not one that isingcut wrote and nobody changed; None where it is.
+
+    The seal of a JSON document is the hash of all its other keys.
+    """
     try:
         text = read_text(path, "the output")
-    except IsingcutError:
-        return ours
-    if path.suffix == ".json":
-        return _foreign_json(text)
-    body, _, last = text.removesuffix("\n").rpartition("\n")
-    match = _SEAL.search(last)
-    if match is None:
-        return ours
-    intact = hashlib.sha256(f"{body}\n".encode()).hexdigest() == match[1]
-    return None if intact else "it was changed since isingcut wrote it"
-
-
-def _foreign_json(text: str) -> str | None:
-    try:
-        document = json.loads(text)
-        seal = document.pop("seal")
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        if path.suffix == ".json":
+            document = parse_json(text)
+            seal, found = document.pop("seal"), _hash(document)
+        else:
+            body, _, last = text.removesuffix("\n").rpartition("\n")
+            found = hashlib.sha256(f"{body}\n".encode()).hexdigest()
+            seal = _SEAL.findall(last)[0]
+    except (IsingcutError, ValueError, LookupError, AttributeError, TypeError):
         return "nothing in it says that isingcut wrote it"
-    return None if seal == seal_of(document) else "it was changed since isingcut wrote it"
-
-
-def seal_of(document: dict[str, object]) -> str:
-    """The seal of a JSON document: the hash of all its other keys."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return None if seal == found else "it was changed since isingcut wrote it"
 
 
 # Locks -----------------------------------------------------------------------------------
@@ -789,9 +769,9 @@ def read_tensors(
                     raise documents.damaged(path, f"the tensor {key} is missing")
                 found = (slices[key].get_dtype(), shapes[key])
                 if found != (dtype, shape):
-                    raise documents.damaged(
-                        path, f"{key}: expected {dtype} of shape {shape}, got {_told(*found)}"
-                    )
+                    came = f"{found[0]} of shape {found[1]}"[:120]
+                    expected = f"expected {dtype} of shape {shape}, got {came}"
+                    raise documents.damaged(path, f"{key}: {expected}")
                 arrays[key] = file.get_tensor(key)
     except (SafetensorError, OSError, ValueError) as e:
         raise documents.damaged(path, f"not a readable safetensors file ({e})") from e
@@ -799,7 +779,3 @@ def read_tensors(
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise documents.damaged(path, f"{key} holds values that are not finite")
     return header, arrays
-
-
-def _told(dtype: str, shape: Shape) -> str:
-    return f"{dtype} of shape {shape}"[:120]

@@ -34,12 +34,12 @@ from isingcut.files.inputs import regular_file
 from isingcut.files.writing import (
     atomic_folder,
     clear_os_errors,
-    document_text,
     file_sha256,
     fingerprint,
     read_document,
     refuse_source,
     temporary_prefix,
+    write_document,
 )
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.checks import check_training
@@ -175,7 +175,7 @@ def write_checkpoint(
 def write_record(checkpoint: Path, record: CutRecord) -> None:
     """The record of a cut beside its weights, and the model card that it holds."""
     assert record.card is not None
-    (checkpoint / RECORD).write_text(document_text(record), encoding="utf-8")
+    write_document(checkpoint / RECORD, record)
     (checkpoint / "README.md").write_text(model_card(record.card), encoding="utf-8")
 
 
