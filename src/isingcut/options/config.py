@@ -57,11 +57,6 @@ TEXT = "wiki=0.75,python=0.25"
 """Prose and code, without a network: a patch fitted on prose alone makes code worse."""
 BATCH_TOKENS = 1024
 """Tokens computed at a time where neither an option nor a timing says another number."""
-STAGES = (
-    *("model", "calibration", "energy", "solve", "rank"),
-    *("excise", "heal", "evaluate", "report"),
-)
-"""The stages of a run, in order. An option belongs to the first stage it can change."""
 
 
 @dataclass(frozen=True)
@@ -124,34 +119,30 @@ class RunConfig(Options):
         False, "empirical-fisher only: add the gradient term the paper leaves out.", "energy"
     )
     dtype: Dtype = option("auto", "auto, float32 or bfloat16.", "energy")
-    device: Device = option("auto", "auto, cpu, cuda or cuda:N.", "energy", volatile=True)
+    device: Device = option("auto", "auto, cpu, cuda or cuda:N.", "energy")
     attention: Literal["auto", "sdpa", "eager"] = option(
         "auto",
         "How measurements compute attention: sdpa, eager, or auto (as transformers chooses).",
         "energy",
-        volatile=True,
     )
     batch_tokens: Tokens | None = option(
         None,
         "Tokens computed at a time (default: timed, and kept for the run).",
         "energy",
-        volatile=True,
     )
     stream: Literal["auto", "on", "off"] = option(
         "auto",
         "Read the blocks from disk one after the other: on, off, or auto (where the weights do "
         "not fit the memory allowed).",
         "energy",
-        volatile=True,
     )
     memory_limit: Memory = option(
         Memory(),
         "Memory for the weights and hidden states, as 8GB or 50% (default: 80% of what is free).",
         "energy",
-        volatile=True,
     )
     trust_remote_code: bool = option(
-        False, "Allow the model's own Python code to run.", "model", volatile=True, typed=True
+        False, "Allow the model's own Python code to run.", "model", typed=True
     )
 
     solver: str = option("auto", "How low-energy states are found.", "solve", room="ising.solvers")
@@ -167,7 +158,7 @@ class RunConfig(Options):
         0, "Candidates at least this many swaps apart (0: any).", "solve"
     )
     solve_seconds: Annotated[float, Bounds(ge=0, le=3600 * 24 * 365)] = option(
-        60.0, "Time allowed for the solver.", "solve", volatile=True
+        60.0, "Time allowed for the solver.", "solve"
     )
     keep: BlockList = option(BlockList(), "Blocks that must stay, for example 0,1,29.", "solve")
     drop: BlockList = option(BlockList(), "Blocks that must go.", "solve")
@@ -217,24 +208,14 @@ class RunConfig(Options):
         False,
         "Leave out speed and memory, the longest part for a small model; `evaluate` can add them.",
         "evaluate",
-        volatile=True,
     )
 
-    overwrite: bool = option(False, "Replace an existing output.", "report", volatile=True)
+    overwrite: bool = option(False, "Replace an existing output.", "report")
 
     @property
     def removal(self) -> str:
         """What is removed, in one word: `remove`, or the budget where only that is given."""
         return self.remove or self.budget
-
-    def stage_options(self, last: str) -> dict[str, Any]:
-        """The options that can change the result of stage ``last`` or of one before it."""
-        reach = STAGES.index(last)
-        return {
-            name: getattr(self, name)
-            for name, f in self.__dataclass_fields__.items()
-            if STAGES.index(f.metadata["stage"]) <= reach and not f.metadata["volatile"]
-        }
 
     if TYPE_CHECKING:
 
@@ -332,11 +313,9 @@ class HealConfig(Options):
 
     batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens computed at a time when measuring.")
     dtype: Dtype = option("auto", "auto, float32 or bfloat16.")
-    device: Device = option("auto", "auto, cpu, cuda or cuda:N.", volatile=True)
-    trust_remote_code: bool = option(
-        False, "Allow the models' own Python code to run.", volatile=True, typed=True
-    )
-    overwrite: bool = option(False, "Replace an existing output.", volatile=True)
+    device: Device = option("auto", "auto, cpu, cuda or cuda:N.")
+    trust_remote_code: bool = option(False, "Allow the models' own Python code to run.", typed=True)
+    overwrite: bool = option(False, "Replace an existing output.")
 
     @property
     def last(self) -> int | None:

@@ -44,7 +44,7 @@ _WRONG = {
 }
 """What pydantic finds, in our words."""
 _FURTHER: dict[str, Any] = {"room": "", "bare": "", "metavar": None}
-_FURTHER |= dict.fromkeys(("typed", "argument", "volatile"), False)
+_FURTHER |= dict.fromkeys(("typed", "argument"), False)
 
 
 def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:
@@ -58,7 +58,6 @@ def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any
             ``typed``: given on every command line or in every call, never read from a file.
             ``argument``: the command line takes it by position. ``metavar``: its value's name in
             the help. ``bare``: its value where the command line has the option without an amount.
-            ``volatile``: it changes how a result is computed, and not the result.
     """
     metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)

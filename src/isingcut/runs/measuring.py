@@ -111,11 +111,8 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
     def make(path: Path) -> None:
         (built or build_calibration(session)).save(path)
 
-    options = {
-        k: v
-        for k, v in config.stage_options("calibration").items()
-        if k not in ("model", "samples")
-    } | {"samples": _samples(config)}
+    names = ("calibration", "length", "rank_samples", "report_samples", "seed")
+    options = {k: getattr(config, k) for k in names} | {"samples": _samples(config)}
     file = folder.path / "calibration.safetensors"
     if not folder.processes.rank:
         options |= _texts(folder, file, config, built)
