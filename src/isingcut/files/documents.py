@@ -422,13 +422,6 @@ class Generation(Strict):
     after: str
 
 
-class TextSize(Strict):
-    """The size of a text."""
-
-    samples: Some
-    tokens: Some
-
-
 class PairScores(Strict):
     """The original and another model on the same text."""
 
@@ -438,8 +431,11 @@ class PairScores(Strict):
     kl_se: Positive | None
 
 
-class PartScores(PairScores, TextSize):
+class PartScores(PairScores):
     """The same on one part of a mixture."""
+
+    samples: Some
+    tokens: Some
 
 
 class MixedScores(PairScores):
@@ -605,14 +601,6 @@ class HealingMemory(Document):
     recompute: bool
 
 
-class AskedTask(Strict):
-    """A benchmark task."""
-
-    task: str
-    metric: str
-    shots: Count
-
-
 class PairedScores(Strict):
     """Two models on the same questions.
 
@@ -637,8 +625,12 @@ class PairedScores(Strict):
     more_than_noise: bool
 
 
-class TaskRow(PairedScores, AskedTask):
+class TaskRow(PairedScores):
     """The scores of both models on one benchmark task."""
+
+    task: str
+    metric: str
+    shots: Count
 
 
 class TextScores(Strict):
@@ -887,14 +879,9 @@ def check_blocks(path: Path, found: Any, blocks: int) -> None:
     Raises:
         StageFileError: another N, or a block that the model does not have.
     """
-    bits = getattr(found, "states", None)
-    if isinstance(found, Document):
-        n, highest = (
-            getattr(found, "n", getattr(found, "of", blocks)),
-            max(_named(found), default=-1),
-        )
-    else:
-        n, highest = getattr(found, "n", blocks) if bits is None else int(bits.shape[1]), -1
+    shape = getattr(getattr(found, "states", None), "shape", None)
+    n = int(shape[1]) if shape else getattr(found, "n", getattr(found, "of", blocks))
+    highest = max(_named(found), default=-1)
     if n != blocks:
         raise damaged(path, f"it is over {n} blocks, the run's model has {blocks}")
     if highest >= blocks:
