@@ -18,7 +18,7 @@ from typing import Any
 
 from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
-from isingcut.data.healing_text import FittingText, to_fit
+from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import describe_source, places_in
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
@@ -297,7 +297,9 @@ def _patched(
     Raises:
         ArchitectureError, FitError: nothing can be patched, with the reason.
     """
-    loaded, used, text = session.loaded, session.config.calibration, _text(session, folder)
+    loaded, used = session.loaded, session.config.calibration
+    own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
+    text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
     how = patch_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
     job = Job(
         loaded,
@@ -322,12 +324,6 @@ def _patched(
             "short": text.short,
         },
     }
-
-
-def _text(session: Session, folder: RunFolder) -> FittingText:
-    loaded = session.loaded
-    used = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    return to_fit(used, loaded.tokenizer, session.config.patch_tokens, loaded.model)
 
 
 def check_healing_options(config: RunConfig) -> None:

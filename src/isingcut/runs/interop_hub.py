@@ -74,16 +74,11 @@ def listing(checkpoint: Path, repository: str) -> list[dict[str, Any]]:
         InputError: the repository's name is none.
     """
     _checked(checkpoint, repository)
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        DEFAULT_IGNORE_PATTERNS,
-        filter_repo_objects,
-    )
-
-    found = sorted(p for p in checkpoint.rglob("*") if p.is_file())
-    names = [p.relative_to(checkpoint).as_posix() for p in found]
     # The marker says on this machine that the folder is ours, and nothing to others.
-    sent = filter_repo_objects(names, ignore_patterns=[MARKER, *DEFAULT_IGNORE_PATTERNS])
-    return [{"name": name, "bytes": (checkpoint / name).stat().st_size} for name in sent]
+    found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
+    return [
+        {"name": p.relative_to(checkpoint).as_posix(), "bytes": p.stat().st_size} for p in found
+    ]
 
 
 def _checked(checkpoint: Path, repository: str) -> CutRecord:
