@@ -18,8 +18,8 @@ from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import weight_bytes
+from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.options.healing import HealConfig
 from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 

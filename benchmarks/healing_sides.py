@@ -29,7 +29,7 @@ from isingcut.models.cutting.verify import reload
 from isingcut.models.load import load
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.sources import resolve
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 from isingcut.options.spellings import BlockList
 from isingcut.testing.tiny import tiny_checkpoint
 

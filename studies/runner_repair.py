@@ -23,7 +23,7 @@ from isingcut.healing.heal import heal_checkpoint
 from isingcut.healing.job import Job
 from isingcut.models import load as models
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 from studies.runner import Content, Part, read
 from studies.runner_models import ModelStudy, State, key, loss_row
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from isingcut.options.config import RunConfig
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig, RunConfig
 from studies.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]

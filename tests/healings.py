@@ -12,8 +12,8 @@ from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.safetensors_files import read_checkpoint
+from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_checkpoint
 
 REMOVED = (2, 3)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.files.outputs import file_sha256
-from isingcut.files.writing import read_json, without_header, write_json
+from isingcut.files.writing import file_sha256, read_json, without_header, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card
@@ -19,7 +18,6 @@ KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
 _STAGES = {
     "spectrum.json": "solve",
     "candidates.json": "rank",
-    "healed-candidates.json": "heal",
     "evaluation.json": "evaluate",
     "benchmarks.json": "benchmarks",
     "model": "excise",

@@ -348,7 +348,6 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
         remove="2",
         effort="6",
         heal=True,
-        heal_top=1,
         keep="0",
         **{**OPTIONS, "length": 40, "rank_samples": 4, "report_samples": 6},
     )

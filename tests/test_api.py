@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import isingcut
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files.writing import read_json
+from isingcut.files.documents import CutRecord
+from isingcut.files.writing import read_document, read_json
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
-from isingcut.runs import api, interop_hub
+from isingcut.runs import pipeline as api
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, say_into, start
 from shared import leave_speed_out, write_words
@@ -127,7 +128,7 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     assert "no weight was trained" not in card
     assert card.index("## Patched") < card.index("## Source")
     assert not (patched / "healing.json").exists()
-    record = interop_hub.cut_record(patched)
+    record = read_document(patched / "isingcut.json", CutRecord)
     assert record.removed == list(run.chosen.removed)
     assert record.patch.changed
     weights = (patched / "model.safetensors").read_bytes()
@@ -145,7 +146,7 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     assert (healed / "healing.json").is_file()
     assert (healed / "model.safetensors").read_bytes() != weights
     # All weights are trained next, so that the patch is fitted and not tuned.
-    fitted = interop_hub.cut_record(tmp_path / "run" / "model").patch
+    fitted = read_document(tmp_path / "run" / "model" / "isingcut.json", CutRecord).patch
     assert record.patch.tuning.steps
     assert fitted.changed
     assert fitted.tuning is None

@@ -4,8 +4,7 @@ import pytest
 import yaml
 
 from isingcut.errors import StageFileError
-from isingcut.files.documents.scores import HealingFile
-from isingcut.files.documents.states import CardParts, PatchRecord
+from isingcut.files.documents import CardParts, HealingFile, PatchRecord
 from isingcut.files.writing import read_json, write_json
 from isingcut.report import card
 from isingcut.report.run_files import RunFiles

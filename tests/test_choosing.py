@@ -12,12 +12,12 @@ from isingcut.evaluation import benchmark as choosing
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.questions import prepare_task, question_key
 from isingcut.evaluation.scores import Asked, score
-from isingcut.files.documents.states import ByTasks
+from isingcut.files.documents import ByTasks
 from isingcut.files.writing import read_json
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
-from isingcut.runs.benchmarking import check_asked
+from isingcut.runs.stages import check_asked
 from shared import OPTIONS
 
 pytestmark = [
@@ -220,7 +220,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     llama, text, questions, tmp_path, monkeypatch
 ):
     from isingcut.evaluation import answers as likelihoods
-    from isingcut.runs import benchmarking
+    from isingcut.runs import stages
 
     more = questions.with_name("more.jsonl")
     lines = questions.read_text(encoding="utf-8").splitlines()
@@ -230,7 +230,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         "tasks": f"{questions},{more}",
         "out": str(tmp_path / "run"),
     }
-    whole, compute, calls, computed = benchmarking.score_states, likelihoods._scores, [], []
+    whole, compute, calls, computed = stages.score_states, likelihoods._scores, [], []
 
     def counted(model, task, *given, **rest):
         calls.append(task.name)
@@ -246,7 +246,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         computed.append(calls[-1])
         return compute(*given)
 
-    monkeypatch.setattr(benchmarking, "score_states", counted)
+    monkeypatch.setattr(stages, "score_states", counted)
     monkeypatch.setattr(likelihoods, "_scores", noted)
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options)
@@ -270,7 +270,6 @@ def test_a_question_has_one_key_in_every_task(questions):
     [
         ({"choose": "tasks"}, "--tasks names no benchmark"),
         ({"questions": 5}, "--tasks names no benchmark"),
-        ({"choose": "tasks", "tasks": "a.jsonl", "heal_top": 2}, "both choose"),
     ],
 )
 def test_options_that_do_not_go_together(options, said):

@@ -13,8 +13,7 @@ import yaml
 
 import isingcut
 from isingcut.cli import main as cli
-from isingcut.files.outputs import MARKER
-from isingcut.files.writing import read_json
+from isingcut.files.writing import MARKER, read_json
 from isingcut.report.card import card_parts, model_card
 from shared import call
 
@@ -177,7 +176,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     def removed(place):
         return read_json(place / "model" / "isingcut.json", "removal")["removed"]
 
-    own, chosen = isingcut.files.outputs.folder_hash(run / "model"), removed(run)
+    own, chosen = isingcut.files.writing.folder_hash(run / "model"), removed(run)
     named = [[0, 1], [2, 3]] if chosen not in ([0, 1], [2, 3]) else [[0, 4], [1, 5]]
     for blocks in named:
         typed = ",".join(map(str, blocks))
@@ -186,7 +185,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
             place / "model"
         )
         assert removed(place) == blocks
-    assert isingcut.files.outputs.folder_hash(run / "model") == own
+    assert isingcut.files.writing.folder_hash(run / "model") == own
     # The chosen state by its blocks is the chosen state.
     typed = ",".join(map(str, chosen))
     assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(run / "model")

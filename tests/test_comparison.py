@@ -11,9 +11,9 @@ from isingcut.errors import InputError, UnknownNameError
 from isingcut.files.writing import read_json
 from isingcut.measure.losses import measure
 from isingcut.runs import pipeline
-from isingcut.runs.comparison import baseline_part
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
+from isingcut.runs.stages import baseline_part
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_where_a_number_is_not_asked_for_as_many_go_as_were_chosen(capsys, folde
     shutil.copytree(folder, out)
     code, shown = call(capsys, "baseline", "random", out, "--budget", "params=30%")
     assert code == 2
-    assert "rank first" in shown
+    assert f"type: isingcut rank {out} --budget params=30%" in shown
     for verb in ("solve", "rank"):
         assert call(capsys, verb, out, "--budget", "params=30%")[0] == 0
     assert call(capsys, "baseline", "random", out, "--budget", "params=30%")[0] == 0

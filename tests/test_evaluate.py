@@ -13,7 +13,7 @@ from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
 from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
-from isingcut.files.documents.scores import EvaluationFile
+from isingcut.files.documents import EvaluationFile
 from isingcut.models import load as models
 
 

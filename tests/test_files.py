@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files import outputs
-from isingcut.files.outputs import MARKER, edges_sha256
+from isingcut.files import writing
 from isingcut.files.writing import (
+    MARKER,
     atomic_file,
     atomic_folder,
     clear_os_errors,
+    edges_sha256,
     read_json,
     write_json,
 )
@@ -104,7 +105,7 @@ def test_a_full_or_read_only_disk_is_one_clear_line(tmp_path, code, words):
 
 @pytest.mark.parametrize(("place", "noticed"), [(0, True), (-1, True), (9, False)])
 def test_a_large_file_is_known_by_its_ends(tmp_path, monkeypatch, place, noticed):
-    monkeypatch.setattr(outputs, "_EDGE", 4)
+    monkeypatch.setattr(writing, "_EDGE", 4)
     content = bytearray(20)
     (tmp_path / "a").write_bytes(content)
     content[place] = 1

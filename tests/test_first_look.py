@@ -13,8 +13,7 @@ import pytest
 import isingcut
 from isingcut.cli import show
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files.documents.scores import EvaluationFile
-from isingcut.files.documents.states import CandidatesFile
+from isingcut.files.documents import CandidatesFile, EvaluationFile
 from isingcut.files.writing import read_document, read_json
 from isingcut.ising.spectrum import Spectrum
 from isingcut.measure.losses import measure

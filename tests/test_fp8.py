@@ -16,7 +16,7 @@ from isingcut.models.fp8 import dequantise, dequantised, fp8_layout
 from isingcut.models.load import load, load_dequantised
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.streaming.replay import load_streamed
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 from quantised import assert_bytes_follow, quantise
 from tiny import edited_config, edited_tensors, tiny_checkpoint, tiny_model
 

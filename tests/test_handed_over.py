@@ -16,7 +16,7 @@ from shared import leave_speed_out
 from tiny import tiny_checkpoint
 
 # Fifteen states of six blocks: too few to judge an energy, which no test here does.
-pytestmark = pytest.mark.filterwarnings("ignore::isingcut.runs.api.PoorEnergyWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::isingcut.runs.pipeline.PoorEnergyWarning")
 
 OPTIONS = {
     "samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "dtype": "float32",

@@ -23,7 +23,7 @@ from healings import (
 from isingcut.data.healing_text import build
 from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents.scores import HealingFile
+from isingcut.files.documents import HealingFile
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory

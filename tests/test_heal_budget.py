@@ -13,9 +13,7 @@ from isingcut.files.writing import read_json
 from isingcut.healing import recipe
 from isingcut.healing.heal import heal
 from isingcut.healing.training import train
-from isingcut.options.config import RunConfig
-from isingcut.options.healing import HealConfig
-from isingcut.runs.healing_options import heal_config
+from isingcut.options.config import HealConfig, RunConfig, heal_config
 
 __all__ = ["models"]
 

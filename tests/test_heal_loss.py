@@ -12,7 +12,7 @@ from isingcut.healing.training.batches import Steps, collate, divisions
 from isingcut.healing.training.student import install, narrow, prepare_training, split_head
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.compute import divergence as kl
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import tiny_model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -59,16 +60,13 @@ def config(folder, name, **changes):
 def run(folder):
     with pytest.MonkeyPatch.context() as patched:
         leave_speed_out(patched.setattr)
-        yield pipeline.run(config(folder, "run", heal=True, heal_top=2))
+        yield pipeline.run(config(folder, "run", heal=True))
 
 
-def test_a_run_chooses_among_healed_candidates_and_heals(run):
-    chosen = read_json(run / "healed-candidates.json", "healed-candidates")
-    rows = chosen["candidates"]
-    assert len(rows) == 2
-    assert chosen["chosen"] == min(rows, key=lambda r: r["kl"])
+def test_a_run_heals_what_the_ranking_chose(run: Path) -> None:
+    chosen = read_json(run / "candidates.json", "candidates")["chosen"]
     cut = json.loads((run / "model" / "isingcut.json").read_text(encoding="utf-8"))
-    assert cut["removed"] == chosen["chosen"]["removed"]
+    assert cut["removed"] == chosen["removed"]
     assert cut["patch"]["cuts"]
     found = read_json(run / "healing.json", "healing")
     assert found["removed"] == cut["removed"]
@@ -96,8 +94,8 @@ def test_the_same_command_does_nothing_again(folder, run, monkeypatch):
     def refused(*arguments, **rest):
         raise AssertionError("healed again")
 
-    monkeypatch.setattr("isingcut.runs.healing_stages.heal_checkpoint", refused)
-    pipeline.run(config(folder, "run", heal=True, heal_top=2))
+    monkeypatch.setattr("isingcut.runs.cutting.heal_checkpoint", refused)
+    pipeline.run(config(folder, "run", heal=True))
 
 
 def test_benchmarks_of_a_run_from_the_command_line(folder, run):
@@ -151,13 +149,13 @@ def test_what_a_run_refuses_before_it_measures(folder, tmp_path):
 
     (tmp_path / "bad.yaml").write_text("teacher: x\n", encoding="utf-8")
     assert "set by the run itself" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
-    assert "give --heal or --patch too" in refused(heal_top=2, patch="none")
+    assert "--patch must be one of" in refused(patch="cubic")
     assert "range of removals" in refused(heal=True, remove="1..2")
 
 
-def test_a_streamed_model_is_not_healed(folder):
-    from isingcut.runs.healing_options import check
+def test_a_streamed_model_is_not_healed(folder: Path) -> None:
+    from isingcut.runs.cutting import check_healing
 
     session = Session(config(folder, "never", heal=True, stream="on"))
     with pytest.raises(InputError, match="cannot be healed in the run"):
-        check(session)
+        check_healing(session)

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.outputs import MARKER, mark
+from isingcut.files.writing import MARKER, mark
 from isingcut.runs import interop_hub
 
 # The hub ---------------------------------------------------------------------------------

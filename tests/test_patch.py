@@ -23,7 +23,7 @@ from isingcut.models.load import LoadedModel, load
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from patching import fitted, streams, tokens, watched
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents.scores import EvaluationFile
+from isingcut.files.documents import EvaluationFile
 from isingcut.files.writing import read_document, read_json
 from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.models.load import load
@@ -47,19 +48,36 @@ def patch_of(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def run(shared, llama, text):
-    found: Path = shared.folder("patched", lambda place: job(llama, text, place, keep_cut=True))
+def run(shared: Any, llama: Path, text: Path) -> Path:
+    found: Path = shared.folder("patched", lambda place: job(llama, text, place))
     return found
 
 
-def test_the_model_is_the_cut_with_other_weights_beside_it(run, llama):
+@pytest.fixture(scope="module")
+def exact(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exact cut of the same run."""
+    out = tmp_path_factory.mktemp("exact") / "run"
+    shutil.copytree(run, out)
+    done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none"])
+    assert isinstance(done.exception, OutputExistsError)
+    assert "patch: None there" not in str(done.exception)
+    assert "patch: {" in str(done.exception)
+    done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none", "--overwrite"])
+    assert done.exit_code == 0, done.output
+    assert "patch" not in read_json(out / "model" / "isingcut.json", "removal")
+    return out / "model"
+
+
+def test_the_model_is_the_cut_with_other_weights_beside_it(
+    run: Path, exact: Path, llama: Path
+) -> None:
     found = patch_of(run / "model")
     (cut,), tuning = found["cuts"], found["tuning"]
     assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
     assert cut["held_out_error_left"] < 1
-    exact, patched = weights_of(run / "cut"), weights_of(run / "model")
-    assert exact.keys() == patched.keys()
-    changed = [name for name in exact if not torch.equal(exact[name], patched[name])]
+    plain, patched = weights_of(exact), weights_of(run / "model")
+    assert plain.keys() == patched.keys()
+    changed = [name for name in plain if not torch.equal(plain[name], patched[name])]
     assert min(tuning["held_out_kl"]) < tuning["held_out_kl"][0]
     # Of blocks 1 and 4, which are 1 and 2 now.
     new = {1: 1, 4: 2}
@@ -67,19 +85,21 @@ def test_the_model_is_the_cut_with_other_weights_beside_it(run, llama):
     assert set(changed) == tuned >= {"model.layers.1.mlp.down_proj.weight"}
     assert len(tuned) == 2 * 7
     original = load(llama, dtype="float32", device="cpu").model
-    kept = AutoModelForCausalLM.from_pretrained(run / "cut", dtype=torch.float32).eval()
+    kept = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
     ids = torch.arange(5, 21)[None]
     with torch.no_grad(), skipped(original, find_stack(original), REMOVED):
         torch.testing.assert_close(kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(run, llama):
+def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(
+    run: Path, exact: Path, llama: Path
+) -> None:
     found = read_json(run / "evaluation.json", "evaluation")
     assert found["last"] == "patched"
     assert found["kl"] < found["cut"]["kl"]
     # The exact cut's figures are those of its checkpoint.
     calibration = Calibration.load(run / "calibration.safetensors")
-    models = (load(m, dtype="float32", device="cpu").model for m in (llama, run / "cut"))
+    models = (load(m, dtype="float32", device="cpu").model for m in (llama, exact))
     scores = quality(*models, calibration.splits["report"])
     assert found["cut"]["kl"] == pytest.approx(scores.kl, rel=1e-4)
     assert found["cut"]["perplexity"] == pytest.approx(scores.after.perplexity, rel=1e-4)
@@ -98,7 +118,6 @@ def test_report_card_and_terminal_show_all_three(run):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert 'id="patched"' in page
     assert 'class="meter patched"' in page
-    assert "The exact cut, its weights untouched, is in <code>cut/</code>" in page
     card = (run / "model" / "README.md").read_text(encoding="utf-8")
     assert "The exact cut was proven before" in card
     assert "none of them in the splits that rank and report" in card
@@ -108,22 +127,7 @@ def test_report_card_and_terminal_show_all_three(run):
     assert heads == ["original", "cut", "patched", "change"]
 
 
-def test_without_it_the_run_gives_the_exact_cut(run, llama, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none"])
-    assert isinstance(done.exception, OutputExistsError)
-    assert "patch: None there" not in str(done.exception)
-    assert "patch: {" in str(done.exception)
-    done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none", "--overwrite"])
-    assert done.exit_code == 0, done.output
-    assert (out / "model/model.safetensors").read_bytes() == (
-        run / "cut/model.safetensors"
-    ).read_bytes()
-    assert "patch" not in read_json(out / "model" / "isingcut.json", "removal")
-
-
-def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
+def test_blocks_by_hand_are_patched_as_well(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(run, out)
     done = CliRunner().invoke(app, ["excise", str(out), "--blocks", "1,4", "--json"])
@@ -131,8 +135,6 @@ def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
     made = Path(json.loads(done.stdout)["checkpoint"])
     assert made.parent.name == "remove-2-blocks-1-4"
     assert [cut["removed"] for cut in patch_of(made)["cuts"]] == [[1, 1], [4, 4]]
-    # The folder was made with --keep-cut.
-    assert made.with_name("cut").exists()
     plain = ["excise", str(out), "--blocks", "1,5", "--patch", "none", "--json"]
     done = CliRunner().invoke(app, plain)
     made = Path(json.loads(done.stdout)["checkpoint"])
@@ -154,11 +156,12 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):
     assert warning[1:] in (out / "model" / "README.md").read_text(encoding="utf-8")
     assert warning in (out / "report.md").read_text(encoding="utf-8")
     assert isingcut.open_run(out).warnings[-1] == warning
-    assert not (out / "cut").exists()
     assert "no weight was trained" in (out / "model" / "README.md").read_text(encoding="utf-8")
 
 
-def test_an_interrupted_fit_leaves_the_cut_and_goes_on(run, llama, text, tmp_path, monkeypatch):
+def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
+    run: Path, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
 
     def stopped(*_):
@@ -168,42 +171,27 @@ def test_an_interrupted_fit_leaves_the_cut_and_goes_on(run, llama, text, tmp_pat
         patched.setattr(cutting, "patch_checkpoint", stopped)
         with pytest.raises(KeyboardInterrupt):
             job(llama, text, out)
-    assert not (out / "model").exists()
-    stages = read_json(out / "run.json", "run")["stages"]
-    assert stages["cut"]["done"]
-    assert not stages["model"]["done"]
-
-    def again(*_, **__):
-        raise AssertionError("cut again")
-
-    monkeypatch.setattr("isingcut.runs.cutting.write_checkpoint", again)
+    assert not [p for p in out.iterdir() if "model" in p.name]
+    assert not read_json(out / "run.json", "run")["stages"]["model"]["done"]
     job(llama, text, out)
-    assert not (out / "cut").exists()
     assert weights_of(out / "model").keys() == weights_of(run / "model").keys()
     for name, tensor in weights_of(run / "model").items():
         assert torch.equal(weights_of(out / "model")[name], tensor)
 
 
-def test_a_cut_that_was_changed_is_not_deleted(llama, text, tmp_path):
-    out = job(llama, text, tmp_path / "run", keep_cut=True)
-    (out / "cut" / "notes.txt").write_text("mine")
-    job(llama, text, out)
-    assert (out / "cut" / "notes.txt").read_text() == "mine"
-
-
-def test_a_folder_from_before_the_patch_stays_unpatched(run, tmp_path):
+def test_a_folder_from_before_the_patch_stays_unpatched(
+    run: Path, exact: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(run, out)
     manifest = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    for name in ("patch", "patch_tokens", "keep_cut"):
+    for name in ("patch", "patch_tokens"):
         del manifest["config"][name]
     (out / "run.json").write_text(json.dumps(manifest), encoding="utf-8")
     found = isingcut.open_run(out)
     assert found.config.patch == "none"
     saved = found.save(tmp_path / "saved")
-    assert (saved / "model.safetensors").read_bytes() == (
-        run / "cut/model.safetensors"
-    ).read_bytes()
+    assert (saved / "model.safetensors").read_bytes() == (exact / "model.safetensors").read_bytes()
 
 
 def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):

@@ -167,9 +167,9 @@ def test_a_budget_decides_how_many_blocks_go(finished, tmp_path):
     folder = isingcut.runs.folder.RunFolder.open(out)
     config = folder.config.replace(remove="", budget="params=30%")
     spectrum = isingcut.runs.solving.solve(folder, config)
-    blocks = folder.manifest["blocks"]
-    costs = np.array([b["parameters"] for b in blocks["blocks"]])
-    assert (spectrum.states @ costs >= 0.3 * blocks["total_parameters"]).all()
+    blocks = folder.run.blocks
+    costs = np.array([b.parameters for b in blocks.blocks])
+    assert (spectrum.states @ costs >= 0.3 * blocks.total_parameters).all()
     assert folder.target(config.removal) == out / "remove-params-30_"
 
 

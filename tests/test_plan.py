@@ -16,7 +16,7 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
-from isingcut.runs.plan import DOUBT, PASSES, Prices, TimedPass, advise, command, make_plan
+from isingcut.runs.plan import PASSES, Prices, TimedPass, advise, command, make_plan
 from shared import call
 from tiny import random_tokens, replay_of, tiny_checkpoint
 
@@ -49,7 +49,7 @@ def prices(timed=None, **given):
         timed=TimedPass((1.0,) * 4, 2.0, 0.1) if timed is None else timed,
         n=4, remove=2, weights=60, batch=64, logits=400, stream=8, graph=100, streamed=False,
         room=0, memory=SimpleNamespace(used=1000, total=10**9),
-        store=SimpleNamespace(largest=10, dtype=torch.float32), left=0.5, stored=30,
+        store=SimpleNamespace(largest=10, dtype=torch.float32), left=0.5,
     )  # fmt: skip
     vars(found).update(given)
     return found
@@ -77,7 +77,7 @@ def test_energies_take_the_passes_that_are_counted(llama):
             took = operations(lambda kind=name: gate_curvature(replay, text, kind, batch_tokens=64))
         else:
             took = operations(lambda: gate_gradients(replay, text, batch_tokens=64))
-        assert passes / DOUBT < took / one < passes * DOUBT, name
+        assert passes / 2 < took / one < passes * 2, name
 
 
 def test_a_measurement_costs_its_blocks_heads_and_texts():
@@ -101,27 +101,21 @@ def test_a_patch_costs_passes_over_its_text():
     assert stage(counted, "patch") is None
 
 
-def test_a_budget_of_healing_buys_tokens_and_steps():
+def test_a_budget_of_healing_takes_its_tokens_or_its_time():
     counted = prices()
-    assert counted.healing() is None
     assert stage(counted, "heal") is None
-    counted.config = counted.config.replace(heal="30ktokens")
-    found = counted.healing()
-    # A third goes to candidates; two numbers wide, so that the rate is not lowered.
-    assert (found["tokens"], found["trial_tokens"]) == (20_000, 10_000)
-    assert (found["steps"], found["batch"], found["length"]) == (39, 2, 256)
-    assert found["learning_rate"] == 1.5e-4
     # The original, then three times the half of it.
     each = 6 + 3 * 0.5 * 6
-    assert found["seconds"] == 30_000 * each
+    counted.config = counted.config.replace(heal="20ktokens")
     healed = stage(counted, "heal")
-    assert (healed["seconds"], healed["samples"]) == (30_000 * each, 78)
+    assert (healed["seconds"], healed["samples"]) == (20_000 * each, 19)
     assert healed["memory"] == 1000 + 60 + 16 * 0.5 * 15 + 64 * 100
-    counted.config = counted.config.replace(heal="2h", heal_top=0)
+    counted.config = counted.config.replace(heal="2h")
     assert stage(counted, "heal")["seconds"] == pytest.approx(7200)
     counted.config = counted.config.replace(heal=True)
     assert "a budget (--heal 10min) says how long" in stage(counted, "heal")["impossible"]
-    assert counted.healing() is None
+    counted.streamed, counted.room = True, 1
+    assert "whole model in memory" in stage(counted, "heal")["impossible"]
 
 
 def test_a_search_costs_its_passes_or_its_minutes():
@@ -162,13 +156,13 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, ca
         "empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined",
     ]  # fmt: skip
     for line in found["energies"] + found["stages"]:
-        assert 0 < line["low"] <= line["seconds"] <= line["high"], line["name"]
-        assert line["memory"] > 0
+        assert min(line["seconds"], line["memory"]) > 0, line["name"]
     assert [s["name"] for s in found["stages"]] == ["load", "rank", "excise", "patch", "evaluate"]
     # As given for one energy, as each energy's own otherwise: here for all, as a run would.
     assert {e["samples"] for e in found["energies"]} == {8}
     assert found["command"].startswith(f"isingcut run {llama} --remove 2 --samples 8 --length 16")
     assert found["remove"] == 2
+    assert 0 < found["checkpoint"] < found["weights"]
 
 
 def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 import isingcut
 from isingcut.errors import InputError
-from isingcut.files.documents.states import CandidatesFile, OnePass, OnePassLoss
+from isingcut.files.documents import CandidatesFile, OnePass, OnePassLoss
 from isingcut.files.writing import read_document, read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
@@ -110,13 +110,13 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
     assert set(search["targets"]) == {"2", "3", "4"}
     assert search["passes"] <= 6 + 1
     # A number of the range can be cut afterwards, without measuring again.
-    from isingcut.runs.cutting import excise
+    from isingcut.runs.cutting import make_model
     from isingcut.runs.folder import RunFolder
     from isingcut.runs.pipeline import session_of
 
     folder = RunFolder.open(out)
-    config = folder.config.replace(remove="3")
-    model = excise(session_of(folder, config), folder)
+    config = folder.config.replace(remove="3", patch="none")
+    model = make_model(session_of(folder, config), folder)
     assert json.loads((model / "config.json").read_text())["num_hidden_layers"] == 5
 
 

@@ -8,12 +8,13 @@ import sys
 import pytest
 from markdown_it import MarkdownIt
 
-from isingcut.files.documents.scores import EvaluationFile, FurtherScores
-from isingcut.files.documents.states import (
+from isingcut.files.documents import (
     CandidatesFile,
     ChosenState,
     Correlations,
     CutRecord,
+    EvaluationFile,
+    FurtherScores,
     Judged,
     PatchRecord,
     SpectrumFile,

@@ -72,7 +72,7 @@ def test_a_comparison_that_exists_is_not_replaced(run, tmp_path):
 
 
 def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
-    from isingcut.cli.verbs import report
+    from isingcut.runs.solving import report
 
     monkeypatch.chdir(tmp_path)
     answer = report([run, run / "remove-2"])

@@ -181,12 +181,6 @@ def test_blocks_named_by_hand_have_a_row_of_their_own(tmp_path):
 def test_a_healed_run_shows_the_healed_model(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "healed").mkdir()
-    rows = [
-        {"removed": removed, "kl": kl, "kl_se": 0.01, "kl_before": 0.9, "perplexity": 25.0}
-        for removed, kl in (([0, 1, 2], 0.25), ([3, 4, 5], 0.5))
-    ]
-    content = {"candidates": rows, "chosen": rows[0]}
-    write_json(run / "healed-candidates.json", "healed-candidates", content)
     write_json(run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
     healing = read_json(run / "healing.json", "healing")
     healing |= {"tokens_seen": 15360, "report_tokens": 999}
@@ -195,16 +189,8 @@ def test_a_healed_run_shows_the_healed_model(tmp_path):
     page = page_of(run)
     assert 'from_pretrained("run/healed")' in page.text
     assert "quantity original healed change" in page.text
-    assert (
-        "2 candidates were healed for a few steps on the same text and measured again" in page.text
-    )
-    assert (
-        "this one was then the best (KL 0.2500 ± 0.0100 nats per token, before 0.9000)" in page.text
-    )
-    assert "You named them" not in page.text
     assert "A linear patch was fitted at each cut (alone it brings the KL to 0.7500" in page.text
     assert "Distillation from the original ( lora ) over 15,360 tokens." in page.text
-    assert "0 1 2 spectrum 0.9000 0.2500 ± 0.0100 chosen" in page.text
 
 
 def test_names_and_texts_cannot_become_markup(tmp_path):

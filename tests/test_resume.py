@@ -10,9 +10,14 @@ import pytest
 
 import isingcut
 from isingcut.files.journal import Journal
-from isingcut.files.locks import locked
-from isingcut.files.outputs import MARKER
-from isingcut.files.writing import atomic_file, atomic_folder, is_leftover, lock_beside
+from isingcut.files.writing import (
+    MARKER,
+    atomic_file,
+    atomic_folder,
+    is_leftover,
+    lock_beside,
+    locked,
+)
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import say_into, start
 from shared import leave_speed_out, write_words

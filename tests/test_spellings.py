@@ -3,8 +3,7 @@
 import pytest
 
 from isingcut.errors import InputError
-from isingcut.options import spellings
-from isingcut.options.spellings import BlockList, Budget, Budgets, Effort, Memory, Removal
+from isingcut.options.spellings import BlockList, Budget, Budgets, Effort, Memory, Removal, Training
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_what_is_no_memory(text):
     ],
 )
 def test_healings(text, wanted):
-    assert spellings.parse_healing(text) == wanted
+    assert (Training(text).tokens, Training(text).seconds) == wanted
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_healings(text, wanted):
 )  # fmt: skip
 def test_what_is_no_healing(text):
     with pytest.raises(InputError, match="expected a time"):
-        spellings.parse_healing(text)
+        Training(text)
 
 
 @pytest.mark.parametrize(

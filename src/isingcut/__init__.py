@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from isingcut.ising.solvers import solve
     from isingcut.ising.spectrum import Spectrum
     from isingcut.options.config import RunConfig
-    from isingcut.runs.api import PoorEnergyWarning, Run, State, open_run, prune
-    from isingcut.runs.pipeline import energy, run
+    from isingcut.runs.pipeline import (
+        PoorEnergyWarning,
+        Run,
+        State,
+        energy,
+        open_run,
+        prune,
+        run,
+    )
 
 __all__ = [
     "Hamiltonian",
@@ -42,16 +49,16 @@ __all__ = [
 
 _HOMES = {
     "Hamiltonian": "ising.hamiltonian",
-    "PoorEnergyWarning": "runs.api",
+    "PoorEnergyWarning": "runs.pipeline",
     "Problem": "ising.problem",
-    "Run": "runs.api",
+    "Run": "runs.pipeline",
     "RunConfig": "options.config",
     "Spectrum": "ising.spectrum",
-    "State": "runs.api",
+    "State": "runs.pipeline",
     "__version__": "files.provenance",
     "energy": "runs.pipeline",
-    "open_run": "runs.api",
-    "prune": "runs.api",
+    "open_run": "runs.pipeline",
+    "prune": "runs.pipeline",
     "run": "runs.pipeline",
     "solve": "ising.solvers",
 }

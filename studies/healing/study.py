@@ -4,7 +4,7 @@ The states are chosen on `--state-tokens`, ours with the passes of a greedy path
 gives them ({"9": {"isingcut": [...], "block-influence": [...], ...}}). Each is cut, patched by
 least squares and distilled with the same text, steps and seed: Wikipedia leads, conversations and
 Python code. Of our state there is the tuned patch too, which is the product's default without a
-distillation. What is healed for us is chosen as `run --heal-top` does: our state and the two that
+distillation. What is healed for us is chosen by a trial: our state and the two that
 one pass finds are healed for `--top-steps`, judged on text held out of the training, and the one of
 lowest KL is healed for long. All is judged at every stage on text that nothing was chosen, fitted
 or trained on. `--model coder` is the second model: give it `--results` of its own.
@@ -34,7 +34,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.measure.losses import standard_error
-from isingcut.options.types import TEXT
+from isingcut.options.config import TEXT
 from studies.healing.summary import OURS, PEERS, STAGES, show
 from studies.runner import Content, Part, numbers, read
 from studies.runner_choices import Setting, choose, cost

@@ -1,6 +1,5 @@
 """Ways to damage the files of a run folder, as whoever made the folder could have."""
 
-import copy
 import hashlib
 import json
 
@@ -35,16 +34,11 @@ EXTRAS = {
         "healing",
         lambda: healing([{"step": 1, "tokens": 64, "loss": 2.0}], [4, 5], 6),
     ),
-    "healed-candidates.json": (
-        "healed-candidates",
-        lambda: {"candidates": [HEALED], "chosen": copy.deepcopy(HEALED)},
-    ),
     "benchmarks.json": (
         "benchmarks",
         lambda: {"rows": [task("piqa", 0.5, 0.4)], "engine": "lm_eval 0.4"},
     ),
 }
-HEALED = {"removed": [4, 5], "kl": 0.5, "kl_se": 0.1, "kl_before": 0.7, "perplexity": 20.0}
 
 
 def provide(arena, name):

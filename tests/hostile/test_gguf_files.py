@@ -23,7 +23,7 @@ from gguf_files import (
     pair,
     raw,
 )
-from isingcut.files.locks import locked
+from isingcut.files.writing import locked
 from isingcut.models import gguf_files
 from shared import snapshot
 

@@ -7,7 +7,7 @@ import shutil
 from heal_rows import config, first_weight, heal, parametrised, record, rows, tensors
 from model_files import both, overflow
 
-from isingcut.files.outputs import MARKER
+from isingcut.files.writing import MARKER
 from isingcut.testing.tiny import tiny_checkpoint
 
 

@@ -10,7 +10,7 @@ from arena import Row
 from heal_rows import first_weight, heal, record, tensors
 from model_files import both
 
-from isingcut.files.outputs import mark
+from isingcut.files.writing import mark
 from isingcut.models.cutting.checkpoint import excise
 
 

@@ -78,10 +78,9 @@ def interrupted(arena, monkeypatch):
 
 PLACES = {
     "a user's own file": (lambda f: f.write_text("mine", encoding="utf-8"), "not a journal"),
-    "nothing": (lambda f: f.touch(), "is not a journal of isingcut"),
     "the earlier form": (
         lambda f: f.write_text('{"format": "isingcut-journal", "fingerprint": "a"}\n'),
-        "of an earlier version of isingcut; finish with that version, or delete it",
+        "of this version of isingcut; finish with the version that wrote it, or move it away",
     ),
     "a folder": (lambda f: f.mkdir(), "is a folder; expected a plain file"),
     "a pipe": (os.mkfifo, "is a pipe; expected a plain file"),

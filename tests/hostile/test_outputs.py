@@ -10,7 +10,7 @@ from arena import Row, call
 
 import isingcut
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files.outputs import check_output
+from isingcut.files.writing import check_output
 from shared import snapshot
 
 STAYS = r"stays as it is: .*--overwrite replaces only what isingcut wrote"

@@ -158,11 +158,6 @@ options a list :: options :: [] :: options: expected a valid dictionary
 no scores after :: after :: null :: after: expected a valid dictionary
 tokens a text :: report_tokens :: "9" :: report_tokens: expected a valid integer
 """,
-    "healed-candidates.json": r"""
-none :: candidates :: [] :: candidates: List should have at least 1
-a choice beyond :: chosen removed :: [6] :: names block 6
-no loss before :: candidates 0 kl_before :: null :: kl_before: expected
-""",
     "benchmarks.json": r"""
 rows a dict :: rows :: {} :: rows: expected a valid list
 a score null :: rows 0 cut :: null :: rows.0.cut: expected a valid number

@@ -10,7 +10,7 @@ from arena import Row
 from safetensors.numpy import save_file
 from stage_files import REPORT, SOLVE, record, replaced
 
-from isingcut.files.tensors import tensor_header
+from isingcut.files.writing import tensor_header
 
 
 def tensors(name, change, header=None):

@@ -16,8 +16,7 @@ from arena import Row
 from heal_rows import heal
 
 from isingcut.errors import BusyError
-from isingcut.files.locks import locked
-from isingcut.files.writing import LOCK, lock_beside
+from isingcut.files.writing import LOCK, lock_beside, locked
 from ranks import join, launch, say_into, start, type_in
 from shared import leave_speed_out
 
@@ -202,7 +201,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
         raise OSError(code, os.strerror(code))
 
     # Where no file can be written no lock is needed.
-    monkeypatch.setattr("isingcut.files.locks.FileLock.acquire", refused)
+    monkeypatch.setattr("isingcut.files.writing.FileLock.acquire", refused)
     (tmp_path / ".run.json.isingcut-1.part").touch()
     for _ in range(2):
         with locked(tmp_path, inside=True) as first, locked(tmp_path, inside=True) as again:

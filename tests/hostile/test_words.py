@@ -15,10 +15,8 @@ from arena import Arena, Row
 
 import isingcut
 from isingcut.errors import IsingcutError
-from isingcut.options.config import RunConfig
-from isingcut.options.declaration import flag, from_yaml
-from isingcut.options.healing import HealConfig
-from isingcut.options.yaml_file import load_yaml
+from isingcut.options.config import HealConfig, RunConfig
+from isingcut.options.declaration import flag, from_yaml, load_yaml
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"
@@ -58,33 +56,22 @@ def test_every_number_has_both_ends(kind):
 WORDS = [
     ("--remove two", "--remove: cannot read 'two' as a removal"),
     ("--remove 0", "--remove: '0' removes nothing"),
-    ("--remove=-1", "--remove: cannot read '-1'"),
-    ("--remove 1.5", "--remove: cannot read '1.5'"),
     ("--remove 1..1000000000", "--remove: '1000000000' is too large; .* end at 99,999"),
-    ("--remove 1..99999999", "--remove: '99999999' is too large"),
     ("--remove 5..3", "--remove: '5..3' is no range"),
-    ("--remove 4..4", "--remove: '4..4' is no range"),
     (f"--remove {LONG}", r"--remove: '9+\.\.\.' is too large"),
     ("--remove attention=2,attention=3", "kind 'attention' occurs twice"),
     ("--remove attention=0", "--remove: 'attention=0' removes nothing"),
-    ("--remove attention=999999", "--remove: '999999' is too large"),
-    ("--remove attention+mlp", r"--remove: cannot read 'attention\+mlp'"),
     ("--budget zorp=5", "--budget: .*unknown quantity 'zorp'; known: params, bytes, kv, latency"),
     ("--budget params", "--budget: cannot read 'params' as a budget"),
     ("--budget params=15", "it has no unit; write params=15% or params=15M"),
     ("--remove 20%", "write a share as --budget params=20%"),
     ("--budget params=0", "--budget: .*'0' is nothing; give more than 0"),
-    ("--budget params=0%", "--budget: .*'0%' is nothing"),
     ("--budget params=101%", "--budget: .*between 0% and 100%"),
     ("--budget params=-5", "--budget: .*'-5' is no share"),
-    ("--budget params=nan", "--budget: .*'nan' is no share"),
-    (f"--budget params={LONG}", "--budget: .*is no share"),
     ("--budget params=5parsecs", "--budget: .*unknown unit 'parsecs'"),
     ("--budget latency=5GB", "--budget: .*unknown unit 'GB'; known: %, s, ms, us"),
     ("--budget params=5%,params=6%", "--budget: 'params' occurs twice"),
     ("--keep 0-900000000", "--keep: '900000000' is too large; .* end at 99,999"),
-    ("--drop 0-900000000", "--drop: '900000000' is too large"),
-    ("--keep 3-1", "--keep: cannot read '3-1' as block numbers"),
     ("--drop zero", "--drop: cannot read 'zero' as block numbers"),
     ("--keep 1,2 --drop 2-4", "--keep and --drop both name block 2"),
     ("--energy zorp", "unknown energy 'zorp'"),
@@ -92,14 +79,9 @@ WORDS = [
     ("--also auto", "'auto' is no energy of its own"),
     ("--solver zorp", "unknown solver 'zorp'"),
     ("--effort zorp", "--effort: 'zorp': expected passes"),
-    ("--effort 0min", "--effort: '0min': expected passes"),
-    ("--effort nan", "--effort: 'nan': expected passes"),
     ("--effort 99999999999", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: an amount like 8GB .*'much'"),
-    ("--memory-limit 0GB", "--memory-limit: .*'0GB' is nothing"),
-    ("--memory-limit 8ms", "--memory-limit: .*unknown unit 'ms'"),
     ("--device CUDA", "--device: must be auto, cpu, cuda or cuda:N; got 'CUDA'"),
-    ("--device cuda:x", "--device: must be auto.*got 'cuda:x'"),
     ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
     ("--stream maybe", "--stream must be one of auto, on, off; got 'maybe'"),
     ("--attention flash", "--attention must be one of auto, sdpa"),
@@ -143,8 +125,6 @@ OTHERS = [
     ("evaluate gone --memory-limit much", "--memory-limit: an amount like"),
     ("report gone --budget params=0", "'0' is nothing"),
     ("push gone me/it --remove two", "--remove: cannot read 'two'"),
-    ("plan gone --budget zorp=5", "unknown quantity 'zorp'"),
-    ("plan gone --effort zorp", "--effort: 'zorp'"),
     ("plan gone --memory-limit much", "--memory-limit: an amount like"),
     ("energy gone --out new --keep 0-900000000", "--keep: '900000000' is too large"),
     ("baseline zorp gone", "unknown baseline 'zorp'"),
@@ -157,7 +137,6 @@ OTHERS = [
     ("excise gone --blocks 0-1000000000", "'1000000000' is too large; .* end at 99,999"),
     (f"excise gone --blocks {LONG}", "is too large"),
     ("excise gone --blocks three", "cannot read 'three' as block numbers"),
-    ("excise gone --blocks 3,8-5", "cannot read '3,8-5' as block numbers"),
 ]
 
 

@@ -14,8 +14,14 @@ from rich.table import Table
 from isingcut.console.printing import printable
 from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
-from isingcut.files.documents.scores import BenchmarksFile, EvaluationFile, HealingFile
-from isingcut.files.documents.states import BaselineFile, CandidatesFile, Correlations
+from isingcut.files.documents import (
+    BaselineFile,
+    BenchmarksFile,
+    CandidatesFile,
+    Correlations,
+    EvaluationFile,
+    HealingFile,
+)
 from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
@@ -231,26 +237,14 @@ def show_plan(plan: dict[str, Any]) -> None:
         ("stages", "stage", f"the other stages, {plan['remove']} blocks removed"),
     ):
         table = Table(name, title=title, title_justify="left")
-        for column in ("samples", "time", "between", "memory", "disk"):
+        for column in ("samples", "time", "memory"):
             table.add_column(column, justify="right")
         for e in plan[key]:
-            between = f"{duration(e['low'])} and {duration(e['high'])}"
-            sizes = decimal(e["memory"]), decimal(e["disk"])
-            figures = (
-                [e["impossible"]] if e["impossible"] else [duration(e["seconds"]), between, *sizes]
-            )
+            figures = [e["impossible"] or duration(e["seconds"]), decimal(e["memory"])]
             table.add_row(e["name"], str(e["samples"] or ""), *figures)
         screen.print(table)
-    if healing := plan["healing"]:
-        trials = healing["trial_tokens"]
-        screen.print(
-            f"--heal {healing['budget']}: about {healing['tokens']:,} tokens in "
-            f"{healing['steps']:,} steps of {healing['batch']} x {healing['length']}, rate "
-            f"up to {healing['learning_rate']:g}"
-            + (f"; {trials:,} for candidates before" if trials else ""),
-            soft_wrap=True,
-        )
     screen.print(
+        f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}\n"
         f"recommended: {plan['recommended']}, {duration(plan['seconds'])} in all: {plan['why']}\n"
         f"{plan['command']}",
         soft_wrap=True,

@@ -325,7 +325,7 @@ def reopen_at(
         typed = BlockList(blocks).numbers
     except InputError as e:
         raise InputError(f"--blocks: {e}") from e
-    total = len(RunFolder.open(directory).manifest["blocks"]["blocks"])
+    total = len(RunFolder.open(directory).run.blocks.blocks)
     named = [block - one_based for block in typed]
     if named[0] < 0 or named[-1] >= total:
         raise InputError(

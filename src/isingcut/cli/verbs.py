@@ -29,17 +29,14 @@ from isingcut.cli.verb import (
 )
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.files.locks import locked
-from isingcut.files.outputs import check_output
-from isingcut.files.writing import read_document, write_document
+from isingcut.files.writing import check_output, locked, read_document, write_document
 from isingcut.healing import RECORD
 from isingcut.models.processes import Processes
-from isingcut.options.config import RunConfig
+from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import from_yaml
-from isingcut.options.healing import HealConfig
 
 if TYPE_CHECKING:
-    from isingcut.files.documents.scores import BenchmarksFile
+    from isingcut.files.documents import BenchmarksFile
 
 _FIELDS = dataclasses.fields(RunConfig)
 _ALL = tuple(f.name for f in _FIELDS)
@@ -60,7 +57,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     Example: isingcut run smollm2 --remove 6 --out my-run
     """
     from isingcut.runs import pipeline
-    from isingcut.runs.removal import each_removal
+    from isingcut.runs.solving import each_removal
 
     wanted = collect(config, options)
     target = pipeline.run(wanted, progress=progress)
@@ -133,7 +130,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     from isingcut.ising.hamiltonian import Hamiltonian
     from isingcut.report.words import search_warnings
     from isingcut.runs import solving
-    from isingcut.runs.removal import each_removal
+    from isingcut.runs.solving import each_removal
 
     found = []
     for remove in options.pop("remove") or [None]:
@@ -207,13 +204,13 @@ def baseline(
     Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
     """
     from isingcut.cli.show import show_baseline
-    from isingcut.runs import comparison, pipeline
+    from isingcut.runs import pipeline, stages
 
     # What was typed is looked at before the run folder is.
-    comparison.baseline_part(name, settings or [])
+    stages.baseline_part(name, settings or [])
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
-    found = comparison.compare(session, folder, name, settings or [])
+    found = stages.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Output(
         {"file": str(file), **found.content()},
@@ -222,7 +219,7 @@ def baseline(
     )
 
 
-@verb("patch", "patch_tokens", "keep_cut", *OF_RUN, group=STAGES)
+@verb("patch", "patch_tokens", *OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,
@@ -240,7 +237,7 @@ def excise(
     isingcut excise my-run --blocks 3,4,9 --one-based
     """
     from isingcut.cli.show import show_lines
-    from isingcut.files.documents.states import CutRecord
+    from isingcut.files.documents import CutRecord
     from isingcut.report.words import patch_warnings
     from isingcut.runs import cutting, pipeline, solving
 
@@ -280,7 +277,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     Example: isingcut heal my-run/model --teacher smollm2 --out healed
     """
     from isingcut.cli.show import show_healing
-    from isingcut.files.documents.scores import HealingFile
+    from isingcut.files.documents import HealingFile
     from isingcut.healing.heal import heal as run_heal
     from isingcut.report.words import healing_warnings
 
@@ -334,7 +331,7 @@ def evaluate(
     from isingcut.cli.show import show_benchmarks, show_evaluation
     from isingcut.evaluation.questions import check_tasks
     from isingcut.report.words import patch_warnings
-    from isingcut.runs import benchmarking, pipeline, stages
+    from isingcut.runs import pipeline, stages
     from isingcut.runs.cutting import product
     from isingcut.runs.folder import MANIFEST
 
@@ -359,15 +356,16 @@ def evaluate(
         )
     names = check_tasks(names, data, questions) if names else []
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
+    if names:
+        asked = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
+        config = config.replace(**asked)
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder, removed)
     target = product(folder, config, removed).parent
     output: dict[str, Any] = {"file": str(target / "evaluation.json"), **found.content()}
     rows: BenchmarksFile | None = None
     if names:
-        rows = benchmarking.benchmarks(
-            session, folder, names, removed, data=data, questions=questions
-        )
+        rows = stages.benchmarks(session, folder, removed)
         output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
 
     def show() -> None:
@@ -401,20 +399,21 @@ def _of_checkpoint(
 ) -> tuple[BenchmarksFile, Path]:
     """Compare a checkpoint that lies anywhere with the model it was made from."""
     from isingcut.evaluation.questions import check_tasks
-    from isingcut.runs.benchmarking import score_both
     from isingcut.runs.session import Session
+    from isingcut.runs.stages import score_both
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no checkpoint (no config.json in it)")
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
     typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
-    config = RunConfig(**{**typed, "model": original}).validate()
+    asked = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
+    config = RunConfig(**{**typed, **asked, "model": original}).validate()
     sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to say which tasks it knows.
-    names = check_tasks(names, data, questions)
+    check_tasks(names, data, questions)
     with locked(file):
-        content = score_both(Session(config), folder, names, data=data, questions=questions)
+        content = score_both(Session(config), folder)
         write_document(file, content, seal=True)
     return content, file
 
@@ -539,9 +538,8 @@ def inspect_blocks(**options: Any) -> Output:
 
 _PLAN = (
     "model", "remove", "budget", "quick", "effort", "samples", "length", "rank_samples",
-    "report_samples", "states", "random_states", "patch", "patch_tokens", "heal", "heal_top",
-    "heal_options", "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit",
-    "trust_remote_code",
+    "report_samples", "states", "random_states", "patch", "patch_tokens", "heal", "heal_options",
+    "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit", "trust_remote_code",
 )  # fmt: skip
 
 

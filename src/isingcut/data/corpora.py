@@ -25,7 +25,7 @@ from isingcut.data.mixture import find_held, is_held_name, name_part, parts_of, 
 from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import user_path
-from isingcut.files.outputs import edges_sha256, file_sha256
+from isingcut.files.writing import edges_sha256, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -38,14 +38,20 @@ from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
 from isingcut.evaluation.scores import Asked, Scores, score
-from isingcut.files.documents.scores import PairedScores, TaskRow, TextScores
-from isingcut.files.documents.states import AskedCandidate, ByTasks, MeasuredState
+from isingcut.files.documents import (
+    AskedCandidate,
+    ByTasks,
+    MeasuredState,
+    PairedScores,
+    TaskRow,
+    TextScores,
+)
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Floats, swaps
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.sources import model_identity
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InfeasibleError
-from isingcut.files.documents.states import (
+from isingcut.files.documents import (
     CandidatesFile,
     ChosenState,
     Correlations,

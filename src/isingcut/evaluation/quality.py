@@ -15,14 +15,14 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed
-from isingcut.files.documents.scores import (
+from isingcut.files.documents import (
     EvaluationFile,
     Generation,
     MixedScores,
     ModelScores,
     PartScores,
+    Perplexity,
 )
-from isingcut.files.documents.states import Perplexity
 from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
@@ -35,7 +35,7 @@ from isingcut.models.load import not_finite
 from isingcut.models.replay import HEAD, Recording
 from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

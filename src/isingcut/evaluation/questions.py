@@ -24,8 +24,7 @@ import numpy as np
 from isingcut.data.text_files import json_lines
 from isingcut.errors import InputError, MissingExtraError, UnknownNameError
 from isingcut.files.inputs import read_bytes, user_path
-from isingcut.files.outputs import file_sha256
-from isingcut.files.writing import fingerprint
+from isingcut.files.writing import file_sha256, fingerprint
 
 WIKITEXT = "wikitext2"
 """The perplexity that stands among the tasks and has no questions."""

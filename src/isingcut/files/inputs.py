@@ -171,13 +171,8 @@ def _refuse_deep(value: Any) -> None:
 
 
 def _named(mode: int) -> str:
-    kinds = {
-        "a folder": stat.S_ISDIR,
-        "a pipe": stat.S_ISFIFO,
-        "a device": lambda m: stat.S_ISCHR(m) or stat.S_ISBLK(m),
-        "a socket": stat.S_ISSOCK,
-    }
-    return next((name for name, test in kinds.items() if test(mode)), "no plain file")
+    kinds = {"d": "a folder", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
+    return kinds.get(stat.filemode(mode)[0], "no plain file")
 
 
 def _reason(error: Exception) -> str:

@@ -20,7 +20,6 @@ from isingcut.files.writing import atomic_file, clear_os_errors
 Row = npt.NDArray[np.float64]
 
 _BEGIN = b'{"format": "isingcut-journal", "version": 2, "of": "'
-_EARLIER = (b"SQLite format 3\0", b'{"format": "isingcut-journal"')
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 """What reading a row of anything may raise."""
 
@@ -101,12 +100,9 @@ def _read_lines(path: Path) -> list[bytes]:
     """
     regular_file(path, "the journal", StageFileError)
     content = path.read_bytes()
-    ours = not path.is_symlink()
-    if ours and content.startswith(_BEGIN):
-        return content.split(b"\n")
-    if ours and content.startswith(_EARLIER):
+    if path.is_symlink() or not content.startswith(_BEGIN):
         raise StageFileError(
-            f"{path} is of an earlier version of isingcut; finish with that version, or delete "
-            "it, and what it holds is measured again"
+            f"{path} is not a journal of this version of isingcut; finish with the version that "
+            "wrote it, or move it away, and what it holds is measured again"
         )
-    raise StageFileError(f"{path} is not a journal of isingcut; move it away or delete it")
+    return content.split(b"\n")

@@ -22,7 +22,7 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents.scores import (
+from isingcut.files.documents import (
     HealedPart,
     HealedScores,
     HealingFile,
@@ -31,10 +31,14 @@ from isingcut.files.documents.scores import (
     PatchScores,
 )
 from isingcut.files.inputs import user_path
-from isingcut.files.locks import locked
-from isingcut.files.outputs import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.writing import atomic_folder, read_document, write_document
+from isingcut.files.writing import (
+    atomic_folder,
+    locked,
+    read_document,
+    refuse_changed,
+    write_document,
+)
 from isingcut.healing import RECORD
 from isingcut.healing.job import Domains, Job
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
@@ -61,8 +65,8 @@ from isingcut.models.device import dtype_name
 from isingcut.models.load import load
 from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
+from isingcut.options.config import LENGTH, HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.options.healing import LENGTH, HealConfig
 from isingcut.report.card import healed_card, kept_parts
 
 

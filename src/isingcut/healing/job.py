@@ -17,13 +17,13 @@ import numpy.typing as npt
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
-from isingcut.files.documents.scores import HealingCheck, HealingRecipe, HealingStop
+from isingcut.files.documents import HealingCheck, HealingRecipe, HealingStop
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.models.load import LoadedModel
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 # Tokens of each sample that are looked at.
 _LENGTH = 256

@@ -18,14 +18,14 @@ from typing import Any, get_type_hints
 
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError
-from isingcut.files.documents.scores import HealingRecipe
+from isingcut.files.documents import HealingRecipe
 from isingcut.files.inputs import user_path
 from isingcut.models.device import pick_device
 from isingcut.models.loading import one_line
 from isingcut.models.processes import launched
 from isingcut.models.safetensors_files import PLAIN, read_checkpoint
-from isingcut.options.healing import LENGTH, HealConfig
-from isingcut.options.yaml_file import load_yaml
+from isingcut.options.config import LENGTH, HealConfig
+from isingcut.options.declaration import load_yaml
 
 _FIXED = re.compile(
     "output_dir|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|log.*|disable_tqdm|"

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
-from isingcut.files.documents.scores import HealingFile
-from isingcut.files.documents.states import CutRecord
+from isingcut.files.documents import CutRecord, HealingFile
 from isingcut.files.inputs import load_json
 from isingcut.healing import RECORD as HEALED
 from isingcut.healing.patch.files import RECORD
@@ -31,7 +30,7 @@ from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
 from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
 from isingcut.models.sources import model_identity
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
 _EDGE, _TENSORS = 512, 32

@@ -23,23 +23,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from isingcut.data.mixture import places_in
 from isingcut.errors import InputError, IsingcutError, ModelError, StageFileError
-from isingcut.files.documents import Document
-from isingcut.files.documents.scores import HealingCurve, HealingWork
+from isingcut.files.documents import Document, HealingCurve, HealingWork
 from isingcut.files.inputs import user_path
-from isingcut.files.outputs import MARKER, check_output, foreign_in, refuse_source
 from isingcut.files.writing import (
+    MARKER,
+    check_output,
     clear_leftovers,
     clear_os_errors,
     disk_is_full,
     fingerprint,
+    foreign_in,
     is_leftover,
     read_document,
+    refuse_source,
     write_document,
 )
 from isingcut.healing.recipe import trainer_settings
 from isingcut.memory import convert_memory_errors
 from isingcut.models.sources import model_identity
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText

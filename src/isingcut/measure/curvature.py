@@ -41,7 +41,7 @@ from isingcut.measure.streams import check_finite
 from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead, loss_gradient
 from isingcut.models.replay import Recording, Replay, reuse_freed_memory
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 _ADVICE = (
     "expected plain PyTorch operations: use the energy 'fisher', which takes first derivatives, "

@@ -25,7 +25,7 @@ from isingcut.measure.sweep import gate_chunks, gate_rows
 from isingcut.measure.work import identity
 from isingcut.models.compute.head import OutputHead, loss_gradient
 from isingcut.models.replay import Recording, Replay, chosen_attention, reuse_freed_memory
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 
 def gate_gradients(

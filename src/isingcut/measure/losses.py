@@ -37,7 +37,7 @@ from isingcut.measure.tree import in_order, own_blocks, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.compute.head import Comparison, OutputHead, comparison
 from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 __all__ = ["Measurement", "measure", "measure_together", "standard_error"]
 

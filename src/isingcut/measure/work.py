@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Progress, silent
 from isingcut.files.writing import fingerprint
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet

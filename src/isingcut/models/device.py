@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError
 from isingcut.models.safetensors_files import read_checkpoint
-from isingcut.options.spellings import Memory, parse_device
+from isingcut.options.spellings import Device, Memory
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        name = parse_device(device)
+        name = Device(device)
     except InputError as e:
         raise InputError(f"--device: {e}") from e
     chosen = torch.device(name)

@@ -19,9 +19,7 @@ from typing import Any
 
 from isingcut.errors import CheckpointError, InputError, ModelError
 from isingcut.files.inputs import regular_file, user_path
-from isingcut.files.locks import locked
-from isingcut.files.outputs import foreign_in
-from isingcut.files.writing import atomic_folder
+from isingcut.files.writing import atomic_folder, foreign_in, locked
 from isingcut.models.fit import bounded_structure, most_numbers
 from isingcut.models.loading import (
     loading,

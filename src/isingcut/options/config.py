@@ -1,49 +1,62 @@
 """Every option of a run: its type, default, help and the first stage it touches.
 
-The command line, `run.yaml` and Python take what is declared here (healing: `healing.py`); an
-option has no other default.
+The command line, `run.yaml` and Python take what is declared here; an option has no other
+default.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from annotated_types import Interval as Bounds
+
 from isingcut.errors import InputError
-from isingcut.options.declaration import Options, option
+from isingcut.files.inputs import user_path
+from isingcut.options.declaration import Options, Then, from_yaml, load_yaml, option, options_from
 from isingcut.options.spellings import (
     LAST_BLOCK,
     BlockList,
     Budgets,
+    Device,
     Effort,
     Memory,
     Removal,
-    parse_healing,
-)
-from isingcut.options.types import (
-    TEXT,
-    Bounds,
-    Count,
-    Device,
-    Dtype,
-    Few,
-    Length,
-    Patch,
-    PatchTokens,
-    Place,
-    RandomStates,
-    Seed,
-    Tokens,
-    reads,
+    Training,
 )
 
-# A third of a shorter healing, shared by three candidates, ends before their speed is known.
-_SECONDS_FOR_TRIALS = 540.0
-STAGES = (
-    *("model", "calibration", "energy", "solve", "rank"),
-    *("excise", "heal", "evaluate", "report"),
-)
-"""The stages of a run, in order. An option belongs to the first stage it can change."""
+
+def _at_home(text: str) -> str:
+    return str(user_path(text)) if text.startswith("~") else text
+
+
+Count = Annotated[int, Bounds(ge=1, le=1_000_000)]
+Few = Annotated[int, Bounds(ge=2, le=1_000_000)]
+Tokens = Annotated[int, Bounds(ge=1, le=2**20)]
+Length = Annotated[int, Bounds(ge=8, le=2**20)]
+Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
+Place = Annotated[str, Then(_at_home)]
+"""A path, or something else that never begins with ``~``."""
+Dtype = Literal["auto", "float32", "bfloat16"]
+Patch = Literal["none", "linear", "tuned"]
+
+
+def _enough(number: int) -> int:
+    if 0 < number < LEAST_STATES:
+        raise ValueError(f"must be 0 or at least {LEAST_STATES}, got {number}")
+    return number
+
+
+LEAST_STATES = 30
+"""Random states that judge an energy; of fewer a correlation says little."""
+RandomStates = Annotated[int, Bounds(ge=0, le=100_000), Then(_enough)]
+PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
+TEXT = "wiki=0.75,python=0.25"
+"""Prose and code, without a network: a patch fitted on prose alone makes code worse."""
+BATCH_TOKENS = 1024
+"""Tokens computed at a time where neither an option nor a timing says another number."""
 
 
 QUICK: dict[str, Any] = {
@@ -120,34 +133,30 @@ class RunConfig(Options):
         False, "empirical-fisher only: add the gradient term the paper leaves out.", "energy"
     )
     dtype: Dtype = option("auto", "auto, float32 or bfloat16.", "energy")
-    device: Device = option("auto", "auto, cpu, cuda or cuda:N.", "energy", volatile=True)
+    device: Device = option("auto", "auto, cpu, cuda or cuda:N.", "energy")
     attention: Literal["auto", "sdpa", "eager"] = option(
         "auto",
         "How measurements compute attention: sdpa, eager, or auto (as transformers chooses).",
         "energy",
-        volatile=True,
     )
     batch_tokens: Tokens | None = option(
         None,
         "Tokens computed at a time (default: timed, and kept for the run).",
         "energy",
-        volatile=True,
     )
     stream: Literal["auto", "on", "off"] = option(
         "auto",
         "Read the blocks from disk one after the other: on, off, or auto (where the weights do "
         "not fit the memory allowed).",
         "energy",
-        volatile=True,
     )
     memory_limit: Memory = option(
         Memory(),
         "Memory for the weights and hidden states, as 8GB or 50% (default: 80% of what is free).",
         "energy",
-        volatile=True,
     )
     trust_remote_code: bool = option(
-        False, "Allow the model's own Python code to run.", "model", volatile=True, typed=True
+        False, "Allow the model's own Python code to run.", "model", typed=True
     )
 
     solver: str = option("auto", "How low-energy states are found.", "solve", room="ising.solvers")
@@ -163,7 +172,7 @@ class RunConfig(Options):
         0, "Candidates at least this many swaps apart (0: any).", "solve"
     )
     solve_seconds: Annotated[float, Bounds(ge=0, le=3600 * 24 * 365)] = option(
-        60.0, "Time allowed for the solver.", "solve", volatile=True
+        60.0, "Time allowed for the solver.", "solve"
     )
     keep: BlockList = option(BlockList(), "Blocks that must stay, for example 0,1,29.", "solve")
     drop: BlockList = option(BlockList(), "Blocks that must go.", "solve")
@@ -198,18 +207,12 @@ class RunConfig(Options):
     patch_tokens: PatchTokens = option(
         32768, "Tokens that the patch is fitted on: those that built --energy, then further ones."
     )
-    keep_cut: bool = option(False, "Keep the exact cut too, unpatched, in the folder cut.")
-    heal: Annotated[str, reads(parse_healing)] = option(
-        "",
+    heal: Training = option(
+        Training(),
         "Then distil the original into the cut model, for a time (10min), for so many tokens "
         "(5Mtokens), or over all of its text (all; --heal alone means that).",
         metavar="BUDGET",
         bare="all",
-    )
-    heal_top: Annotated[int, Bounds(ge=0, le=1000)] | None = option(
-        None,
-        "Heal so many candidates for a few steps first, and choose after it (default: 3 with "
-        "--heal of nine minutes or more, unless --choose says another way; 0: none).",
     )
     heal_options: Place = option(
         "", "YAML file with options of `isingcut heal` (text, steps, method, ...)."
@@ -219,7 +222,6 @@ class RunConfig(Options):
         False,
         "Leave out speed and memory, the longest part for a small model; `evaluate` can add them.",
         "evaluate",
-        volatile=True,
     )
 
     quick: bool = option(
@@ -229,31 +231,12 @@ class RunConfig(Options):
         "report",
     )
 
-    overwrite: bool = option(False, "Replace an existing output.", "report", volatile=True)
+    overwrite: bool = option(False, "Replace an existing output.", "report")
 
     @property
     def removal(self) -> str:
         """What is removed, in one word: `remove`, or the budget where only that is given."""
         return self.remove or self.budget
-
-    @property
-    def tried(self) -> int:
-        """Candidates that are healed for a few steps; of one alone nothing can be chosen."""
-        asked = self.heal_top
-        if asked is None:
-            seconds = parse_healing(self.heal)[1]
-            enough = seconds is None or seconds >= _SECONDS_FOR_TRIALS
-            asked = 3 if self.heal and self.choose == "measured" and enough else 0
-        return asked if asked > 1 else 0
-
-    def stage_options(self, last: str) -> dict[str, Any]:
-        """The options that can change the result of stage ``last`` or of one before it."""
-        reach = STAGES.index(last)
-        return {
-            name: getattr(self, name)
-            for name, f in self.__dataclass_fields__.items()
-            if STAGES.index(f.metadata["stage"]) <= reach and not f.metadata["volatile"]
-        }
 
     if TYPE_CHECKING:
 
@@ -285,10 +268,156 @@ class RunConfig(Options):
             raise InputError(
                 "no model was given; expected a folder, a hub id, a .gguf or 'smollm2'"
             )
-        if self.heal_top and not (self.heal or self.patch != "none"):
-            raise InputError("--heal-top compares healed candidates; give --heal or --patch too")
-        if self.choose == "tasks" and self.heal_top:
-            raise InputError("--choose tasks and --heal-top both choose; give one of them")
         if not self.tasks and (self.choose == "tasks" or self.data or self.questions):
             raise InputError("--tasks names no benchmark to ask questions of; name some")
         return self
+
+
+LENGTH = 1024
+"""Tokens of a sample where no option says another number."""
+_NUMBERED = re.compile(r"(last|lora):([1-9]\d{0,4})")
+
+
+def _method(name: str) -> str:
+    if name not in ("full", "lora", "none") and not _NUMBERED.fullmatch(name):
+        raise ValueError(
+            "must be one of full, last:N (the last N blocks, as last:3), lora or lora:RANK, none; "
+            f"got {name!r}"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class HealConfig(Options):
+    """Options of healing a cut model; every field is also an option of `isingcut heal`.
+
+    Examples:
+        >>> isingcut.options.config.HealConfig(method="lora:8").lora_rank
+        8
+    """
+
+    student: Place = option("", "The cut checkpoint's folder.", argument=True)
+    teacher: Place = option(
+        "",
+        "The original: folder, hub id, .gguf file or 'smollm2' (default: the one that the "
+        "checkpoint's record names).",
+    )
+    out: Place = option("", "Folder for the healed checkpoint.")
+    text: Place = option(
+        TEXT,
+        "Text to heal with: whatever --calibration takes, but 'self'.",
+    )
+    samples: Count | None = option(None, "Samples of that text (default: all).")
+    length: Length | None = option(
+        None, "Tokens per sample (default: 1024; a small --effort trains on pieces of that)."
+    )
+    report_samples: Few = option(16, "Other samples, for the figures before and after.")
+    seed: Seed = option(0, "Seed of every random choice.")
+
+    patch: Patch | None = option(
+        None,
+        "linear: fold a least-squares map into the block before each cut; tuned: then tune the "
+        "layers beside the cuts; or none (default: linear where it can be, once; with --method "
+        "none tuned).",
+    )
+    patch_tokens: PatchTokens = option(65536, "Tokens of the text that the patch is fitted on.")
+
+    method: Annotated[str, Then(_method)] = option(
+        "full",
+        "full (all weights), last:N (the last N blocks and the head), lora (of rank 16) or "
+        "lora:RANK, or none (patch only).",
+    )
+    effort: Training = option(
+        Training(),
+        "How long to train: a time (30m, 2h) or tokens (10M tokens); default: once over the text.",
+    )
+    trainer: Place = option(
+        "",
+        "YAML file of transformers' TrainingArguments (learning_rate, max_steps, optim, fsdp, "
+        "deepspeed).",
+    )
+    other_teacher: bool = option(
+        False, "Take a teacher that is not the model which the cut's record names."
+    )
+
+    batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens computed at a time when measuring.")
+    dtype: Dtype = option("auto", "auto, float32 or bfloat16.")
+    device: Device = option("auto", "auto, cpu, cuda or cuda:N.")
+    trust_remote_code: bool = option(False, "Allow the models' own Python code to run.", typed=True)
+    overwrite: bool = option(False, "Replace an existing output.")
+
+    @property
+    def last(self) -> int | None:
+        """How many blocks are trained, the last ones; None where all are."""
+        return int(self.method[5:]) if self.method.startswith("last:") else None
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of the LoRA matrices; 0 for another method."""
+        return int(self.method[5:] or 16) if self.method.startswith("lora") else 0
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a fitted patch is tuned; no use where all that it changes is trained next."""
+        return self.patch == "tuned" or (self.patch is None and self.method == "none")
+
+    def validate(self) -> HealConfig:
+        """These options, if they go together as a whole.
+
+        Raises:
+            InputError: options that exclude each other, or a `trainer` file that cannot be read.
+        """
+        if self.method == "none" and self.patch == "none":
+            raise InputError("--method none without a --patch leaves nothing to do")
+        settings = load_yaml(Path(self.trainer)) if self.trainer else {}
+        if "max_steps" in settings and (self.effort.tokens or self.effort.seconds):
+            raise InputError(
+                f"--effort and max_steps in {self.trainer} both say how long to train; give one of "
+                "them"
+            )
+        return self
+
+
+def heal_config(config: RunConfig) -> HealConfig:
+    """Healing options of a run: those of `heal_options`, and what the run itself says.
+
+    Raises:
+        InputError: an option that the run sets, or one that does not exist.
+    """
+    values = from_yaml(HealConfig, user_path(config.heal_options)) if config.heal_options else {}
+    set_by_run = {"student", "teacher", "out", "device", "trust_remote_code", "overwrite"}
+    set_by_run |= {"other_teacher", "patch", "patch_tokens", "effort"}
+    taken = sorted(set_by_run & values.keys())
+    if taken:
+        raise InputError(
+            f"{config.heal_options}: {', '.join(taken)} is set by the run itself; leave it out"
+        )
+    base = {
+        "text": config.calibration,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        **({"batch_tokens": config.batch_tokens} if config.batch_tokens else {}),
+    }
+    found = options_from(HealConfig, {**base, **values}, config.heal_options or "healing")
+    return found.replace(
+        patch="none" if config.patch == "none" else None,
+        patch_tokens=config.patch_tokens,
+        method=found.method if config.heal else "none",
+        effort="" if config.heal == "all" else config.heal,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def patch_config(config: RunConfig) -> HealConfig:
+    """The same for the patch of the checkpoint that is cut, which `--heal` trains on from."""
+    return heal_config(config).replace(patch="linear" if config.heal else config.patch)
+
+
+def distil_config(config: RunConfig) -> HealConfig:
+    """The same for what follows the patch of the checkpoint that was cut.
+
+    Raises:
+        InputError: options that exclude each other.
+    """
+    return heal_config(config).replace(patch="none").validate()

@@ -13,13 +13,22 @@ import functools
 import importlib
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Self,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 from isingcut.errors import InputError
-from isingcut.options.yaml_file import load_yaml
+from isingcut.files.inputs import read_text
 
 _AS_TEXT = (str, Path, numbers.Real, list, tuple)
 _WRONG = {
@@ -35,7 +44,7 @@ _WRONG = {
 }
 """What pydantic finds, in our words."""
 _FURTHER: dict[str, Any] = {"room": "", "bare": "", "metavar": None}
-_FURTHER |= dict.fromkeys(("typed", "argument", "volatile"), False)
+_FURTHER |= dict.fromkeys(("typed", "argument"), False)
 
 
 def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:
@@ -49,10 +58,22 @@ def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any
             ``typed``: given on every command line or in every call, never read from a file.
             ``argument``: the command line takes it by position. ``metavar``: its value's name in
             the help. ``bare``: its value where the command line has the option without an amount.
-            ``volatile``: it changes how a result is computed, and not the result.
     """
     metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+# Pydantic is imported when the first value is checked, so none of its own annotations stand here.
+@dataclass(frozen=True)
+class Then:
+    """What a function makes of a value of the right type; it raises ValueError to refuse it."""
+
+    function: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic import AfterValidator
+
+        return AfterValidator(self.function).__get_pydantic_core_schema__(source, handler)
 
 
 class OptionError(InputError):
@@ -242,3 +263,79 @@ def shown(value: Any) -> str:
         return "a number of more than 60 digits"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# YAML
+
+_LARGEST_YAML = 64 * 1024
+_PLAIN_VALUES = {
+    "null": r"|~|null|Null|NULL",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]*\.[0-9]+|[0-9]+\.|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
+}
+"""How a plain value of each type is written; what is none of them is a word."""
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file of options.
+
+    Raises:
+        InputError: no plain UTF-8 file of at most 64 KiB, not readable as YAML, or no mapping.
+    """
+    text = read_text(path, "the options file", limit=_LARGEST_YAML)
+    try:
+        content = parse_yaml(text)
+    except ValueError as e:
+        raise InputError(f"{path} is not a readable YAML file: {e}") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold 'option: value' lines, found {type(content).__name__}")
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one YAML document.
+
+    Raises:
+        ValueError: not YAML, an alias, a tag, a name twice, or nested too deeply.
+    """
+    # Not at the top: `--help` needs none of it.
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except yaml.YAMLError as e:
+        raise ValueError(" ".join(str(e).split())) from e
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+@functools.cache
+def _loader() -> Any:
+    import yaml
+
+    safe: Any = yaml.SafeLoader
+
+    class Loader(safe):  # type: ignore[misc]
+        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+        yaml_constructors = {  # noqa: RUF012
+            tag: make
+            for tag, make in safe.yaml_constructors.items()
+            if tag is None or tag.rpartition(":")[2] in (*_PLAIN_VALUES, "str", "seq", "map")
+        }
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read here")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [str(key.value) for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise yaml.YAMLError(f"{twice[0]!r} appears twice")
+            return super().construct_mapping(node, deep)
+
+    for tag, pattern in _PLAIN_VALUES.items():
+        whole = re.compile(f"(?:{pattern})$")
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, None)
+    return Loader

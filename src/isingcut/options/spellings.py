@@ -225,6 +225,50 @@ class BlockList(Spelling):
         self.numbers = sorted(found)
 
 
+class Training(Spelling):
+    """How long to heal: ``"5Mtokens"``, ``"10min"``, or ``"all"`` and nothing for all of a text.
+
+    Attributes:
+        tokens, seconds: one of them, or None both.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        self.tokens: float | None = None
+        self.seconds: float | None = None
+        words = text.strip()
+        if words.lower() in ("", "all"):
+            return
+        # Of the one letter m only the small one is minutes: 5M may be meant as tokens.
+        match = re.fullmatch(
+            r"(\d{1,15}(?:\.\d{0,12})?)\s*"
+            r"(?:([kmgKMG]?)\s*(?i:tokens|token|tok)|((?i:minutes|min|hours|h)|m))",
+            words,
+        )
+        amount = float(match[1]) if match else 0.0
+        if match is not None and match[3]:
+            amount *= 60.0 if match[3].lower() in ("hours", "h") else 1.0
+            if 0 < amount <= _LONGEST_EFFORT:
+                self.seconds = 60 * amount
+                return
+        elif match is not None:
+            amount *= _PLAIN.get(match[2].lower(), 1.0)
+            if 1 <= amount <= _MOST_TOKENS:
+                self.tokens = amount
+                return
+        raise InputError(
+            f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, of "
+            f"at most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"
+        )
+
+
+class Device(Spelling):
+    """A device's name as torch spells it."""
+
+    def __init__(self, text: str = "auto") -> None:
+        if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}})?", text):
+            raise InputError(f"must be auto, cpu, cuda or cuda:N; got {_cut(text)}")
+
+
 def _measure(
     text: str, units: Mapping[str, float], what: str, name: str, example: str
 ) -> tuple[float | None, float | None]:
@@ -245,49 +289,6 @@ def _measure(
         known = ", ".join(["%", *units])
         raise InputError(f"{what}: unknown unit {_cut(match[2])}; known: {known}")
     return None, value * units[unit]
-
-
-def parse_healing(text: str) -> tuple[float | None, float | None]:
-    """``"5Mtokens"`` -> (5e6, None) tokens; ``"10min"`` -> (None, 600.0) seconds.
-
-    ``"all"`` and nothing, for all of a text, give (None, None).
-
-    Raises:
-        InputError: none of these, or an amount out of bounds.
-    """
-    words = text.strip()
-    if words.lower() in ("", "all"):
-        return None, None
-    # Of the one letter m only the small one is minutes: 5M may be meant as tokens.
-    match = re.fullmatch(
-        r"(\d{1,15}(?:\.\d{0,12})?)\s*"
-        r"(?:([kmgKMG]?)\s*(?i:tokens|token|tok)|((?i:minutes|min|hours|h)|m))",
-        words,
-    )
-    amount = float(match[1]) if match else 0.0
-    if match is not None and match[3]:
-        amount *= 60.0 if match[3].lower() in ("hours", "h") else 1.0
-        if 0 < amount <= _LONGEST_EFFORT:
-            return None, 60 * amount
-    elif match is not None:
-        amount *= _PLAIN.get(match[2].lower(), 1.0)
-        if 1 <= amount <= _MOST_TOKENS:
-            return amount, None
-    raise InputError(
-        f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, of at "
-        f"most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"
-    )
-
-
-def parse_device(text: str) -> str:
-    """A device's name as torch spells it.
-
-    Raises:
-        InputError: not auto, cpu, cuda, cuda:N or another type that torch computes on.
-    """
-    if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}})?", text):
-        raise InputError(f"must be auto, cpu, cuda or cuda:N; got {_cut(text)}")
-    return text
 
 
 def _bounded(digits: str) -> int:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from isingcut.data.mixture import describe_source
 from isingcut.errors import StageFileError
-from isingcut.files.documents.scores import HealingFile
-from isingcut.files.documents.states import CardParts, CutRecord
+from isingcut.files.documents import CardParts, CutRecord, HealingFile
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import read_document
 from isingcut.models.sources import hub_id

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isingcut.files.documents.states import ChosenState
+from isingcut.files.documents import ChosenState
 from isingcut.ising.states import Floats, states_of
 from isingcut.report.blocks import block_ticks
 from isingcut.report.figures import AXES, Axis, points_of, scatter_figure

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isingcut.files.documents.scores import HealingFile
-from isingcut.files.documents.states import MeasuredState
+from isingcut.files.documents import HealingFile, MeasuredState
 from isingcut.ising.states import states_of
 from isingcut.report.rows import CUT_RANKING, Value, kl_of
 from isingcut.report.run_files import RunFiles

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from isingcut.files.documents.scores import (
+from isingcut.files.documents import (
+    BaselineFile,
     BenchmarksFile,
-    ComparedCandidate,
     EvaluationFile,
     HealingFile,
+    MeasuredLoss,
     PartScores,
+    Perplexity,
 )
-from isingcut.files.documents.states import BaselineFile, MeasuredLoss, Perplexity
 
 Figures = Mapping[str, Any]
 """The figures of one model by their keys, each with its error under ``KEY_se``."""
@@ -278,7 +279,7 @@ def _value(found: Figures, key: str, scale: float) -> Value | None:
     return Value(figure / scale, None if error is None else error / scale)
 
 
-def kl_of(row: MeasuredLoss | BaselineFile | ComparedCandidate) -> Value:
+def kl_of(row: MeasuredLoss | BaselineFile) -> Value:
     """The measured KL of a state."""
     return Value(row.kl, row.kl_se)
 

@@ -12,27 +12,26 @@ from pathlib import Path
 from typing import TypeVar
 
 from isingcut.files import documents
-from isingcut.files.documents.run import BlockCosts, CalibrationText, RunFile, StageRecord
-from isingcut.files.documents.scores import (
-    BenchmarksFile,
-    EvaluationFile,
-    HealedCandidates,
-    HealingFile,
-)
-from isingcut.files.documents.states import (
+from isingcut.files.documents import (
     BaselineFile,
+    BenchmarksFile,
+    BlockCosts,
+    CalibrationText,
     CandidatesFile,
     CutProof,
     CutRecord,
     EnergyMeta,
+    EvaluationFile,
+    HealingFile,
     Judged,
     MeasuredState,
     PatchRecord,
     Ranked,
+    RunFile,
     SpectrumFile,
+    StageRecord,
 )
-from isingcut.files.outputs import check_recorded
-from isingcut.files.writing import read_document
+from isingcut.files.writing import check_recorded, read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report.rows import Row, evaluation_rows
 from isingcut.report.words import (
@@ -68,7 +67,6 @@ class RunFiles:
     ) -> None:
         self.folder, self.target = folder, target or folder
         self.run = run or read_document(folder / "run.json", RunFile)
-        self._stages = self.run.content()["stages"]
 
     def record(self, path: Path) -> StageRecord | None:
         """What `run.json` says of a file or folder that a finished stage wrote."""
@@ -86,10 +84,13 @@ class RunFiles:
         if made_with:
             if self.record(self.target / made_with) is None:
                 return None
-        elif self.record(path) is None and path.relative_to(self.folder).as_posix() in self._stages:
+        elif (
+            self.record(path) is None
+            and path.relative_to(self.folder).as_posix() in self.run.stages
+        ):
             return None
         else:
-            check_recorded(self._stages, self.folder, path)
+            check_recorded(self.run.stages, self.folder, path)
         found = read(path)
         documents.check_blocks(path, found, len(self.blocks))
         return found
@@ -112,11 +113,6 @@ class RunFiles:
     def evaluation(self) -> EvaluationFile | None:
         """`evaluation.json`."""
         return self._document("evaluation.json", EvaluationFile)
-
-    @cached_property
-    def healed_candidates(self) -> HealedCandidates | None:
-        """`healed-candidates.json`: candidates compared after a little healing."""
-        return self._document("healed-candidates.json", HealedCandidates)
 
     @cached_property
     def benchmarks(self) -> BenchmarksFile | None:
@@ -262,12 +258,6 @@ class RunFiles:
     def healed(self) -> bool:
         """A healed checkpoint is there; the evaluation is then of it."""
         return (self.target / "healed").is_dir()
-
-    @property
-    def exact(self) -> bool:
-        """The exact cut is there beside the patched one."""
-        exact = self.target / "cut"
-        return exact.is_dir() and self.record(exact) is not None
 
     @property
     def gguf(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isingcut.files.documents.states import BaselineFile, MeasuredState
+from isingcut.files.documents import BaselineFile, MeasuredState
 from isingcut.ising.states import states_of
 from isingcut.report.rows import Value, kl_of
 from isingcut.report.run_files import RunFiles

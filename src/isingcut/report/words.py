@@ -11,10 +11,10 @@ from typing import Any
 import jinja2
 from jinja2.environment import TemplateModule
 
-from isingcut.files.documents.scores import HealingFile
-from isingcut.files.documents.states import (
+from isingcut.files.documents import (
     CandidatesFile,
     Correlations,
+    HealingFile,
     MeasuredState,
     PatchRecord,
     SpectrumFile,

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.files.outputs import check_output
-from isingcut.files.writing import write_json, write_sealed
+from isingcut.files.writing import check_output, write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.report.blocks import (
@@ -115,7 +114,7 @@ def report_view(files: RunFiles) -> dict[str, Any]:
 def _facts(files: RunFiles) -> dict[str, Any]:
     """The facts of the page as data."""
     run, energy = files.run.content(), files.hamiltonian
-    names = ("spectrum", "candidates", "evaluation", "patch", "healing", "healed_candidates")
+    names = ("spectrum", "candidates", "evaluation", "patch", "healing")
     documents = {name: getattr(files, name) for name in (*names, "benchmarks")}
     return {
         "model": run["provenance"]["model"],

@@ -1,8 +1,7 @@
 """A run.
 
-`folder` its files, `session` its model and the processes that share it,
-`removal` what may go; one function a stage in `measuring` (text and energy), `solving` (solve and
-report, without torch), `stages` (rank and evaluate), `cutting`, `healing_stages`
-(`healing_options`), `trials`, `benchmarking` and `comparison`; `pipeline` the whole job, `api` the
-Python door, `interop_hub` the hub, `plan` what it would take, `demo`.
+`folder` its files, `solving` what may go and the stages that need no model (without torch),
+`session` its model and the processes that share it, `measuring` text and energy, `cutting` the
+model that is cut, patched and healed, `stages` what is measured of states and models, `pipeline`
+the whole job and the Python door, `interop_hub` the hub, `plan` what it would take, `demo`.
 """

@@ -1,42 +1,52 @@
-"""Stages `excise` and `patch`: the checkpoint of one state, or its GGUF file, each proven.
+"""Stages `excise`, `patch` and `heal`: the checkpoint of one state, or its GGUF file, each proven.
 
 The exact cut comes first; the patch folds a linear map into the block before each cut, fitted on
-the calibration's text. Where no layer can take a map, the exact cut stays, and says why.
+the calibration's text. Where no layer can take a map, the exact cut stays, and says why. Healing
+distils the original into the patched model; whether it can is looked at before anything is
+measured.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
-from isingcut.data.healing_text import FittingText, to_fit
-from isingcut.data.mixture import describe_source
+from isingcut.data.healing_text import to_fit
+from isingcut.data.mixture import describe_source, places_in
+from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
-from isingcut.files.documents.states import (
+from isingcut.files.documents import (
     CutProof,
     CutRecord,
     FittedText,
+    HealingFile,
     PatchedCut,
     PatchRecord,
     TunedLayer,
 )
 from isingcut.files.inputs import regular_file
-from isingcut.files.outputs import file_sha256, refuse_source
 from isingcut.files.writing import (
     atomic_folder,
     clear_os_errors,
-    document_text,
+    file_sha256,
     fingerprint,
     read_document,
+    refuse_source,
     temporary_prefix,
+    write_document,
 )
+from isingcut.healing import RECORD as HEALING
+from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.job import Job
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
 from isingcut.healing.patch.files import RECORD
+from isingcut.healing.recipe import check_training
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import (
     Changed,
@@ -49,19 +59,18 @@ from isingcut.models.cutting.gguf import (
 from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import loading_class_of
-from isingcut.options.config import RunConfig
+from isingcut.models.processes import launched
+from isingcut.options.config import HealConfig, RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
-from isingcut.runs.healing_options import HEALED, patch_config
 from isingcut.runs.measuring import upstream
 from isingcut.runs.session import Session
-from isingcut.runs.solving import chosen_blocks, load_candidates
+from isingcut.runs.solving import chosen_blocks, each_removal, load_candidates
 
-CUT = "cut"
-"""The folder of the exact cut, where `model/` is the patched one."""
+HEALED = "healed"
 
 # What is made of one state.
-_OF_STATE = ("model", CUT, "model.gguf")
+_OF_STATE = ("model", "model.gguf")
 # Of a list of blocks in the name of a folder; a hash stands for more.
 _LONGEST_NAME = 100
 
@@ -78,9 +87,8 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
     target = folder.target(config.removal)
     if removed is None or folder.overwrite:
         return target
-    stages = folder.manifest["stages"]
-    cut = (stages.get(str((target / name).relative_to(folder.path))) for name in _OF_STATE)
-    there = [record["options"]["removed"] for record in cut if record is not None]
+    cut = [folder.recorded(target / name) for name in _OF_STATE]
+    there = [record.options.removed or [] for record in cut if record is not None]
     ranked = target / "candidates.json"
     if not there and ranked.exists():
         there = [folder.load(ranked, load_candidates).chosen.removed]
@@ -115,37 +123,14 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
 def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
     """Where the checkpoint without these blocks is, of the folders that it can have."""
     for place in (folder.target(config.removal), _own_place(folder, config, removed)):
-        made = folder.manifest["stages"].get(str((place / "model").relative_to(folder.path)))
-        if made and made["done"] and sorted(made["options"]["removed"]) == sorted(removed):
+        made = folder.recorded(place / "model")
+        if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
             return place
     named = ",".join(map(str, sorted(removed)))
     raise InputError(
         f"{folder.path} has no checkpoint without the blocks {named}; "
         f"type: isingcut excise {folder.path} --blocks {named}"
     )
-
-
-def excise(
-    session: Session,
-    folder: RunFolder,
-    removed: Sequence[int] | None = None,
-    *,
-    name: str = "model",
-) -> Path:
-    """Stage `excise`: the exact cut, verified against the original with the same blocks skipped.
-
-    Args:
-        removed: these blocks instead of the chosen ones; see `place_of` for where they go.
-        name: of its folder there.
-    """
-    blocks = list(removed) if removed is not None else chosen_blocks(folder, session.config)
-    options = {"removed": blocks}
-
-    def make(path: Path) -> None:
-        write_checkpoint(session, folder, blocks, path, overwrite=True)
-
-    file = place_of(folder, session.config, removed) / name
-    return folder.stage("excise", file, options, make, lambda path: path)
 
 
 def write_checkpoint(
@@ -179,7 +164,7 @@ def write_checkpoint(
         record = CutRecord(
             removed=blocks,
             of=len(session.stack),
-            model=folder.manifest["provenance"]["model"],
+            model=folder.run.provenance.model.content(),
             card=parts,
             proof=CutProof(**proof.record),
         )
@@ -190,7 +175,7 @@ def write_checkpoint(
 def write_record(checkpoint: Path, record: CutRecord) -> None:
     """The record of a cut beside its weights, and the model card that it holds."""
     assert record.card is not None
-    (checkpoint / RECORD).write_text(document_text(record), encoding="utf-8")
+    write_document(checkpoint / RECORD, record)
     (checkpoint / "README.md").write_text(model_card(record.card), encoding="utf-8")
 
 
@@ -204,7 +189,7 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header = read_gguf(source)
     header.check_blocks()
     # The file that the run was made from needs no comparison; another packing of it does.
-    if folder.manifest["provenance"]["model"].get("gguf_sha256") != file_sha256(source):
+    if folder.run.provenance.model.gguf_sha256 != file_sha256(source):
         check_same_model(header, session.source)
 
 
@@ -247,33 +232,22 @@ def excise_gguf(
 def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
     """`model/` of one state: the exact cut, proven, and patched where the options say so.
 
-    The exact cut is kept beside it as `cut/` with the option ``keep_cut``, and until the patched
-    one is finished.
-
     Args:
         removed: these blocks instead of the chosen ones; see `place_of` for where they go.
     """
     config = session.config
-    if config.patch == "none":
-        return excise(session, folder, removed)
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
-    place = place_of(folder, config, removed)
-    healing = patch_config(config)
-    how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
-    options = {"removed": blocks, "patch": {**how, **upstream(folder)}}
+    stage, options = "excise", dict[str, Any](removed=blocks)
+    if config.patch != "none":
+        healing = patch_config(config)
+        how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
+        stage, options["patch"] = "patch", {**how, **upstream(folder)}
 
     def make(path: Path) -> None:
-        cut = excise(session, folder, removed, name=CUT)
-        _write(session, folder, blocks, cut, path, keep=config.keep_cut, overwrite=True)
+        write_model(session, folder, blocks, path, overwrite=True)
 
-    def drop() -> None:
-        if not config.keep_cut:
-            folder.drop(place / CUT)
-
-    model = folder.stage("patch", place / "model", options, make, lambda path: path, forget=drop)
-    if config.keep_cut:
-        excise(session, folder, removed, name=CUT)
-    return model
+    file = place_of(folder, config, removed) / "model"
+    return folder.stage(stage, file, options, make, lambda path: path)
 
 
 def write_model(
@@ -284,7 +258,7 @@ def write_model(
     *,
     overwrite: bool = False,
 ) -> None:
-    """The same outside the run folder, which learns nothing of it.
+    """The same anywhere: the patched checkpoint, or the exact cut where nothing can be patched.
 
     Raises:
         OutputExistsError: ``out`` is there and ``overwrite`` is false.
@@ -296,43 +270,22 @@ def write_model(
     with clear_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = tempfile.TemporaryDirectory(".part", temporary_prefix(out), out.parent)
+    sources = [session.source, *folder.sources]
     with aside as place:
-        cut = Path(place) / CUT
+        cut = Path(place) / "cut"
         write_checkpoint(session, folder, removed, cut)
-        _write(session, folder, removed, cut, out, keep=False, overwrite=overwrite)
-
-
-def _write(
-    session: Session,
-    folder: RunFolder,
-    removed: Sequence[int],
-    cut: Path,
-    out: Path,
-    *,
-    keep: bool,
-    overwrite: bool,
-) -> None:
-    """The patched checkpoint at ``out``, with its record and card; unpatched where it must be.
-
-    Args:
-        keep: leave ``cut`` where it is, whatever comes of it.
-    """
-    sources = [session.source, *folder.sources, cut]
-    with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
-        temporary.rmdir()
-        try:
-            patch = _patched(session, folder, removed, cut, temporary)
-        except CANNOT as e:
-            patch = unpatched(removed, e)
-            if keep:
-                shutil.copytree(cut, temporary)
-            else:
+        with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
+            temporary.rmdir()
+            try:
+                patch = _patched(session, folder, removed, cut, temporary)
+            except CANNOT as e:
+                patch = unpatched(removed, e)
                 cut.rename(temporary)
-        record = read_document(temporary / RECORD, CutRecord)
-        assert record.card is not None
-        card = record.card.model_copy(update={"patch": patch})
-        with clear_os_errors(out):
-            write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
+            record = read_document(temporary / RECORD, CutRecord)
+            assert record.card is not None
+            card = record.card.model_copy(update={"patch": patch})
+            with clear_os_errors(out):
+                write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
 
 
 def _patched(
@@ -343,7 +296,9 @@ def _patched(
     Raises:
         ArchitectureError, FitError: nothing can be patched, with the reason.
     """
-    loaded, used, text = session.loaded, session.config.calibration, _text(session, folder)
+    loaded, used = session.loaded, session.config.calibration
+    own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
+    text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
     how = patch_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
     job = Job(
         loaded,
@@ -366,7 +321,93 @@ def _patched(
     return patch_checkpoint(job, out).model_copy(update={"text": fitted})
 
 
-def _text(session: Session, folder: RunFolder) -> FittingText:
-    loaded = session.loaded
-    used = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    return to_fit(used, loaded.tokenizer, session.config.patch_tokens, loaded.model)
+def check_healing_options(config: RunConfig) -> None:
+    """Refuse healing options that cannot work, before any model is read.
+
+    Raises:
+        InputError: as `heal_config`, or a text that cannot be healed with.
+    """
+    if config.heal:
+        _check_text(config, distil_config(config))
+    elif config.patch != "none":
+        heal_config(config)
+
+
+def check_healing(session: Session) -> None:
+    """Refuse before anything is written what healing would refuse at the end.
+
+    The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
+    """
+    config = session.config
+    if not config.heal:
+        return
+    healing = heal_config(config)
+    check_training(healing)
+    if len(each_removal(config)) > 1:
+        raise InputError(
+            "a run over a range of removals cuts no checkpoint, so there is none to heal; "
+            "give one number with --remove"
+        )
+    if launched():
+        raise InputError(
+            "healing inside a run is done by one process; heal the cut model afterwards with: "
+            "torchrun ... -m isingcut heal"
+        )
+    if session.streaming:
+        raise InputError(
+            "a model that is streamed from disk cannot be healed in the run: training needs the "
+            "weights in memory; heal the cut model with `isingcut heal` on a larger machine"
+        )
+
+
+def _check_text(config: RunConfig, healing: HealConfig) -> None:
+    sources = places_in(healing.text)
+    if "self" in sources:
+        raise InputError(
+            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
+        )
+    measured = places_in(config.calibration)
+    if pipes := [source for source in sources if source in measured and only_once(source)]:
+        raise InputError(
+            f"healing needs more of the text than was measured on, but {pipes[0]} is a pipe, "
+            "which can be read once; write it into a file, or name another text in a file given "
+            "as --heal-options (text: FILE)"
+        )
+
+
+def heal(session: Session, folder: RunFolder) -> Path | None:
+    """Stage `heal`: `healed/`, distilled from `model/`, and `healing.json`. None without it."""
+    config = session.config
+    if not config.heal:
+        return None
+    healing = distil_config(config)
+    target = folder.target(config.removal)
+    start = target / "model"
+    made = folder.record(start)
+    removed = made.options.removed or []
+    plain = dataclasses.asdict(healing)
+    for name in ("student", "teacher", "out", "device", "trust_remote_code", "overwrite"):
+        del plain[name]
+    options = {**plain, **upstream(folder), "model": made.fingerprint}
+
+    def make(path: Path) -> None:
+        if (target / HEALING).exists():
+            # Replaced at the end; what is no record of a healing is refused now.
+            read_document(target / HEALING, HealingFile)
+        # That no split of the run holds.
+        text = healing_text.build(
+            healing.text,
+            session.loaded.tokenizer,
+            samples=healing.samples,
+            report_samples=healing.report_samples,
+            length=sample_length(healing, session.loaded.model),
+            seed=healing.seed,
+            used=folder.load(folder.path / "calibration.safetensors", Calibration.load),
+            model=session.loaded.model,
+        )
+        ours = healing.replace(overwrite=True)
+        given = (session.loaded, tuple(removed), start, text.train, path, ours, session.progress)
+        heal_checkpoint(Job(*given), text, path)
+        shutil.copyfile(path / HEALING, target / HEALING)
+
+    return folder.stage("heal", target / HEALED, options, make, lambda path: path)

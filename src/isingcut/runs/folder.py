@@ -5,7 +5,7 @@
     hamiltonian.safetensors    the energy (others: hamiltonian.NAME.safetensors)
     spectrum.json              \\
     candidates.json             | of the run's own removal; another removal of the same
-    model/, cut/, healed/       | Hamiltonian has them in a folder remove-SPEC/
+    model/, healed/             | Hamiltonian has them in a folder remove-SPEC/
     evaluation.json             |
     report.md, .json, .html    /
 """
@@ -24,26 +24,31 @@ from typing import Any, TypeVar
 
 from isingcut.data.mixture import places_in
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
-from isingcut.files import documents
+from isingcut.files.documents import (
+    BlockList,
+    Config,
+    ModelIdentity,
+    Provenance,
+    RunFile,
+    StageRecord,
+    check_blocks,
+)
 from isingcut.files.inputs import user_path
-from isingcut.files.locks import is_locked, locked
-from isingcut.files.outputs import (
+from isingcut.files.provenance import model_path, sources_of, versions
+from isingcut.files.writing import (
     changed_since,
     check_output,
     check_recorded,
-    file_sha256,
-    folder_hash,
-    foreign_in,
-    refuse_source,
-)
-from isingcut.files.provenance import model_path, sources_of, versions
-from isingcut.files.writing import (
     delete,
+    file_sha256,
     fingerprint,
+    folder_hash,
     is_leftover,
-    read_json,
-    without_header,
-    write_json,
+    is_locked,
+    locked,
+    read_document,
+    refuse_source,
+    write_document,
 )
 from isingcut.memory import exhausted_error, is_memory_exhausted
 from isingcut.models.processes import ALONE
@@ -64,7 +69,7 @@ class RunFolder:
 
     Args:
         path: the run folder.
-        manifest: the content of run.json.
+        run: the content of run.json.
         overwrite: what was made with other options may be replaced.
 
     Attributes:
@@ -76,8 +81,8 @@ class RunFolder:
         check_model: refuses a model whose weights were changed since a session opened it.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.path, self.manifest, self.overwrite = path, manifest, overwrite
+    def __init__(self, path: Path, run: RunFile, *, overwrite: bool = False) -> None:
+        self.path, self.run, self.overwrite = path, run, overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
         self.make_room: Callable[[], bool] = lambda: False
@@ -86,7 +91,7 @@ class RunFolder:
 
     @classmethod
     def create_or_open(
-        cls, path: Path, config: RunConfig, model: dict[str, Any], blocks: dict[str, Any]
+        cls, path: Path, config: RunConfig, model: ModelIdentity, blocks: BlockList
     ) -> RunFolder:
         """The folder for a run of ``config``: new, or an earlier one of the same model.
 
@@ -97,24 +102,33 @@ class RunFolder:
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
-            before = folder.manifest["provenance"]["model"]
-            if before["sha256"] != model["sha256"]:
+            before = folder.run.provenance.model
+            if before.sha256 != model.sha256:
                 if not config.overwrite:
                     raise OutputExistsError(
-                        f"{path} holds a run of another model ({before['name']}); "
+                        f"{path} holds a run of another model ({before.name}); "
                         "choose another --out or pass --overwrite"
                     )
                 # What was written stays known, so that it may be replaced, and nothing else.
-                for record in folder.manifest["stages"].values():
-                    record.update(fingerprint="", done=False)
-                folder.manifest["blocks"] = blocks
+                for record in folder.run.stages.values():
+                    record.fingerprint, record.done = "", False
+                folder.run.blocks = blocks
             if not folder.config.removal or config.overwrite:
-                folder.manifest["config"] = options
+                folder.run.config = Config(**options)
+            made = folder.run.provenance.content()
         else:
-            manifest: dict[str, Any] = {"config": options, "stages": {}, "blocks": blocks}
-            manifest |= {"provenance": versions(), "complete": False}
-            folder = cls(path, manifest, overwrite=config.overwrite)
-        folder.manifest["provenance"].update(model=model, **model_path(path, config.model))
+            made = versions()
+            origin = Provenance(**made, model=model)
+            run = RunFile(
+                config=Config(**options),
+                stages={},
+                blocks=blocks,
+                provenance=origin,
+                complete=False,
+            )
+            folder = cls(path, run, overwrite=config.overwrite)
+        made |= {"model": model, **model_path(path, config.model)}
+        folder.run.provenance = Provenance(**made)
         folder.typed_solver = config.solver
         folder.save()
         return folder
@@ -149,13 +163,14 @@ class RunFolder:
                 f"{path} is not an isingcut run folder (no {MANIFEST} in it); "
                 "make one with: isingcut energy MODEL --out DIR"
             )
-        manifest = read_json(path / MANIFEST, "run")
-        return cls(path, manifest, overwrite=overwrite)
+        return cls(path, read_document(path / MANIFEST, RunFile), overwrite=overwrite)
 
     @property
     def config(self) -> RunConfig:
         """The options the folder was made with."""
-        stored = {k: v for k, v in self.manifest["config"].items() if k != "trust_remote_code"}
+        # Options of earlier versions; trust is given anew each time.
+        gone = ("trust_remote_code", "heal_top", "keep_cut")
+        stored = {k: v for k, v in self.run.config.content().items() if k not in gone}
         # A folder that was made before there was a patch has none.
         found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
@@ -163,8 +178,9 @@ class RunFolder:
     @property
     def sources(self) -> list[Path]:
         """What the run was made from, where it lies on this machine."""
-        places = self.manifest["provenance"].get("model_path", {}).values()
-        return [*read_by(self.config), *(self.path / p for p in places)]
+        seen = self.run.provenance.model_path
+        places = [] if seen is None else [self.path / seen.absolute, self.path / seen.relative]
+        return [*read_by(self.config), *places]
 
     def model_places(self, name: str) -> list[str]:
         """Where the run's model may be: as it was named, else where it was seen from this folder.
@@ -175,10 +191,10 @@ class RunFolder:
         Raises:
             ModelError: it was a local one, and is at none of these places.
         """
-        places = self.manifest["provenance"].get("model_path")
-        if places is None or name != self.manifest["config"]["model"]:
+        places = self.run.provenance.model_path
+        if places is None or name != self.run.config.model:
             return [name]
-        seen = dict.fromkeys([name, places["absolute"], str(self.path / places["relative"])])
+        seen = dict.fromkeys([name, places.absolute, str(self.path / places.relative)])
         there = [place for place in seen if user_path(place).exists()]
         if not there:
             raise ModelError(
@@ -187,16 +203,10 @@ class RunFolder:
             )
         return there
 
-    @property
-    def dtype(self) -> str | None:
-        """What `--dtype auto` once stood for in this run; None before it was asked."""
-        found = self.manifest["provenance"].get("dtype")
-        return None if found is None else str(found)
-
     def save(self) -> None:
         """Write run.json."""
         if not self.processes.rank:
-            write_json(self.path / MANIFEST, "run", without_header(self.manifest))
+            write_document(self.path / MANIFEST, self.run)
 
     def target(self, remove: str) -> Path:
         """The folder for the files of one removal: the run's own, or one of its own name."""
@@ -210,7 +220,7 @@ class RunFolder:
         Raises:
             StageFileError: this run did not write it, or it was changed since.
         """
-        check_recorded(self.manifest["stages"], self.path, file)
+        check_recorded(self.run.stages, self.path, file)
 
     def load(self, file: Path, read: Callable[[Path], T]) -> T:
         """What the file or folder of a finished stage holds, once it passed `check`.
@@ -219,16 +229,19 @@ class RunFolder:
         """
         self.check(file)
         found = read(file)
-        documents.check_blocks(file, found, len(self.manifest["blocks"]["blocks"]))
+        check_blocks(file, found, len(self.run.blocks.blocks))
         return found
 
-    def finished(self, file: Path) -> dict[str, Any] | None:
-        """The record of the stage that wrote a file or folder; None where that is not finished."""
-        found: dict[str, Any] | None = self.manifest["stages"].get(str(file.relative_to(self.path)))
-        there = found is not None and found["done"] and os.path.lexists(file)
-        return found if there else None
+    def recorded(self, file: Path) -> StageRecord | None:
+        """The record of the stage that writes a file or folder; None where it never began."""
+        return self.run.stages.get(str(file.relative_to(self.path)))
 
-    def record(self, file: Path) -> dict[str, Any]:
+    def finished(self, file: Path) -> StageRecord | None:
+        """The record of the stage that wrote a file or folder; None where that is not finished."""
+        found = self.recorded(file)
+        return found if found is not None and found.done and os.path.lexists(file) else None
+
+    def record(self, file: Path) -> StageRecord:
         """The record of the finished stage that wrote a file or folder.
 
         Raises:
@@ -252,11 +265,10 @@ class RunFolder:
 
     def _is_made(self, file: Path, options: dict[str, Any]) -> bool:
         record = self.finished(file)
-        return record is not None and record["fingerprint"] == self._fingerprint(options)
+        return record is not None and record.fingerprint == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
-        model = self.manifest["provenance"]["model"]["sha256"]
-        return fingerprint({**options, "model": model})
+        return fingerprint({**options, "model": self.run.provenance.model.sha256})
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -267,7 +279,7 @@ class RunFolder:
         """
         with locked(self.path, inside=True) as first:
             if first:
-                self.manifest = read_json(self.path / MANIFEST, "run")
+                self.run = read_document(self.path / MANIFEST, RunFile)
             yield
 
     def stage(
@@ -308,18 +320,18 @@ class RunFolder:
                     # Of a kill right after the record.
                     forget()
                 self.processes.decide(lambda: False)
-                self.processes.decide(lambda: self.manifest)
+                self.share()
                 return self.load(file, load)
             key = str(file.relative_to(self.path))
             wanted = self._fingerprint(options)
-            record = self.manifest["stages"].get(key)
+            record = self.recorded(file)
             if os.path.lexists(file):
                 if record is None:
                     raise OutputExistsError(
                         f"{file} was not written by this run and stays as it is; move it away"
                     )
                 fits = [wanted] if completes is None else [wanted, self._fingerprint(completes)]
-                if record["fingerprint"] not in fits and not self.overwrite:
+                if record.fingerprint not in fits and not self.overwrite:
                     raise OutputExistsError(
                         f"{file} was made with other options ({_difference(record, options)}); "
                         "choose another --out, or pass --overwrite to replace it"
@@ -332,12 +344,13 @@ class RunFolder:
                     )
                 if file.is_dir():
                     check_output(file, overwrite=True)
-            self.manifest["stages"][key] = {
+            begun: dict[str, Any] = {
                 "stage": name,
                 "fingerprint": wanted,
                 "options": options,
                 "done": False,
             }
+            self.run.stages[key] = StageRecord.model_validate(begun)
             self.save()
             began = time.monotonic()
             self.processes.decide(lambda: together)
@@ -348,14 +361,12 @@ class RunFolder:
             except BaseException as e:
                 self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
                 raise
-            self.manifest["stages"][key].update(
-                done=True,
-                seconds=round(time.monotonic() - began, 3),
-                **self.memory_record(),
-                sha256=folder_hash(file) if file.is_dir() else file_sha256(file),
-            )
+            begun |= {"done": True, "seconds": round(time.monotonic() - began, 3)}
+            begun |= {"sha256": folder_hash(file) if file.is_dir() else file_sha256(file)}
+            begun |= self.memory_record()
+            self.run.stages[key] = StageRecord.model_validate(begun)
             self.save()
-            self.processes.decide(lambda: self.manifest)
+            self.share()
             forget()
             return load(file)
 
@@ -386,43 +397,33 @@ class RunFolder:
             raise exhausted
         return False
 
-    def drop(self, file: Path) -> None:
-        """Delete a folder that a stage wrote, with its record; one that was changed since stays."""
-        key = str(file.relative_to(self.path))
-        if key not in self.manifest["stages"]:
-            return
-        if file.is_dir():
-            if changed_since(file, self.manifest["stages"][key]) or foreign_in(file):
-                return
-            delete(file)
-        del self.manifest["stages"][key]
-        self.save()
-
     def _follow(self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]) -> T:
         """The result of a stage that rank 0 writes, and this process may take part in making."""
         if self.processes.decide(bool):
             with tempfile.TemporaryDirectory() as aside:
                 make(Path(aside) / file.name)
-        self.manifest = self.processes.decide(dict)
+        self.share()
         return self.load(file, load)
 
-    def _give_up(
-        self, key: str, file: Path, before: dict[str, Any] | None, *, refused: bool
-    ) -> None:
+    def share(self) -> None:
+        """Let all processes know what rank 0 has of run.json."""
+        self.run = RunFile.model_validate(self.processes.decide(lambda: self.run.content()))
+
+    def _give_up(self, key: str, file: Path, before: StageRecord | None, *, refused: bool) -> None:
         """Let the record of a stage that failed be what it was, where its file still is."""
-        if before is not None and before["done"] and os.path.lexists(file):
+        if before is not None and before.done and os.path.lexists(file):
             if changed_since(file, before) is not None:
                 return
-            self.manifest["stages"][key] = before
+            self.run.stages[key] = before
         elif before is None and refused:
-            del self.manifest["stages"][key]
+            del self.run.stages[key]
         else:
             return
         self.save()
 
 
-def _difference(record: dict[str, Any], options: dict[str, Any]) -> str:
-    before = record.get("options", {})
+def _difference(record: StageRecord, options: dict[str, Any]) -> str:
+    before = record.options.content()
     changed = [
         f"{k}: {before.get(k)!r} there, {options.get(k)!r} now"
         for k in dict.fromkeys([*options, *before])

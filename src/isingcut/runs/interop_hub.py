@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from isingcut.errors import InputError, StageFileError, first_line
-from isingcut.files.documents.states import CutRecord
-from isingcut.files.outputs import MARKER
-from isingcut.files.writing import read_document
+from isingcut.files.documents import CutRecord
+from isingcut.files.writing import MARKER, read_document
 
 _RECORD = "isingcut.json"
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token that may write)"
@@ -56,16 +55,13 @@ def push(
             commit_message=words,
             ignore_patterns=[MARKER],
         )
-    except LocalTokenNotFoundError as e:
-        raise InputError(f"the hub needs to know who you are; {_LOGIN}") from e
-    except HfHubHTTPError as e:
-        refused = getattr(e.response, "status_code", None) in (401, 403)
-        hint = f"; {_LOGIN}" if refused else ""
-        raise InputError(f"the hub refused {repository}: {first_line(e)}{hint}") from e
     except (OSError, ValueError, transport_error) as e:
-        # The network, or a card whose header is no YAML or whose text is not UTF-8.
+        # Also a card whose header is no YAML or whose text is not UTF-8.
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        refused = isinstance(e, LocalTokenNotFoundError) or status in (401, 403)
+        hint = _LOGIN if refused else "run again"
         raise InputError(
-            f"uploading {checkpoint} to {repository} failed ({first_line(e)}); run again"
+            f"uploading {checkpoint} to {repository} failed ({first_line(e)}); {hint}"
         ) from e
     return str(made.url)
 
@@ -78,42 +74,27 @@ def listing(checkpoint: Path, repository: str) -> list[dict[str, Any]]:
         InputError: the repository's name is none.
     """
     _checked(checkpoint, repository)
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        DEFAULT_IGNORE_PATTERNS,
-        filter_repo_objects,
-    )
-
-    found = sorted(p for p in checkpoint.rglob("*") if p.is_file())
-    names = [p.relative_to(checkpoint).as_posix() for p in found]
     # The marker says on this machine that the folder is ours, and nothing to others.
-    sent = filter_repo_objects(names, ignore_patterns=[MARKER, *DEFAULT_IGNORE_PATTERNS])
-    return [{"name": name, "bytes": (checkpoint / name).stat().st_size} for name in sent]
+    found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
+    return [
+        {"name": p.relative_to(checkpoint).as_posix(), "bytes": p.stat().st_size} for p in found
+    ]
 
 
 def _checked(checkpoint: Path, repository: str) -> CutRecord:
     """The record of a cut whose folder and repository are what they should be."""
-    record = cut_record(checkpoint)
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    if repository.count("/") != 1:
-        raise InputError(f"expected a repository like owner/name, got {repository!r}")
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as e:
-        raise InputError(f"expected a repository like owner/name: {first_line(e)}") from e
-    return record
-
-
-def cut_record(checkpoint: Path) -> CutRecord:
-    """What `excise` noted beside the weights: which blocks of how many are gone.
-
-    Raises:
-        StageFileError: the folder was not written by isingcut, or is not whole.
-    """
     if not (checkpoint / "config.json").is_file() or not (checkpoint / _RECORD).is_file():
         raise StageFileError(
             f"{checkpoint} is not a checkpoint that isingcut wrote (no {_RECORD} in it); "
             "cut one first: isingcut excise RUN"
         )
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as e:
+        raise InputError(f"expected a repository like owner/name: {first_line(e)}") from e
+    if "/" not in repository:
+        raise InputError(f"expected a repository like owner/name, got {repository!r}")
     return read_document(checkpoint / _RECORD, CutRecord)

@@ -18,14 +18,15 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
+from isingcut.files.documents import CalibrationText, SplitSize, WeightsRead
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.sharing import forget
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import text_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.removal import each_removal, removal_rows
 from isingcut.runs.session import Session
+from isingcut.runs.solving import each_removal, removal_rows
 
 
 def names(text: str) -> list[str]:
@@ -110,21 +111,18 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
     def make(path: Path) -> None:
         (built or build_calibration(session)).save(path)
 
-    options = {
-        k: v
-        for k, v in config.stage_options("calibration").items()
-        if k not in ("model", "samples")
-    } | {"samples": _samples(config)}
+    names = ("calibration", "length", "rank_samples", "report_samples", "seed")
+    options = {k: getattr(config, k) for k in names} | {"samples": _samples(config)}
     file = folder.path / "calibration.safetensors"
     if not folder.processes.rank:
         options |= _texts(folder, file, config, built)
     found = folder.stage("calibration", file, options, make, Calibration.load)
-    folder.manifest["provenance"]["calibration"] = {
-        "source": found.source,
-        "sha256": found.sha256,
-        "splits": {k: _size(split) for k, split in found.splits.items()},
-        "overlap": found.meta.get("overlap", {}),
-    }
+    folder.run.provenance.calibration = CalibrationText(
+        source=found.source,
+        sha256=found.sha256,
+        splits={k: _size(split) for k, split in found.splits.items()},
+        overlap=found.meta.get("overlap", {}),
+    )
     folder.save()
     return found
 
@@ -140,22 +138,21 @@ def _texts(
     record = folder.finished(file)
     if built is not None:
         return {"texts": built.meta["texts"]}
-    if record is not None and "texts" not in record["options"]:
+    known = record.options.texts if record else {}
+    if known is None:
         # Of an older isingcut.
         return {}
-    known = record["options"]["texts"] if record else {}
     if not folder.overwrite:
         refuse_changed(known, config.calibration)
     known = {place: known[place] for place in places_in(config.calibration) if place in known}
     return {"texts": known | text_hashes(config.calibration)}
 
 
-def _size(split: TokenSet) -> dict[str, Any]:
+def _size(split: TokenSet) -> SplitSize:
     """Samples and predictions of a split; of a mixture, those of each part too."""
-    size: dict[str, Any] = {"samples": split.samples, "tokens": split.tokens}
-    if rows := split.rows_by_part:
-        size["parts"] = {name: _size(split.select(own)) for name, own in rows.items()}
-    return size
+    rows = split.rows_by_part
+    parts = {"parts": {name: _size(split.select(own)) for name, own in rows.items()}}
+    return SplitSize(samples=split.samples, tokens=split.tokens, **(parts if rows else {}))
 
 
 def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
@@ -204,8 +201,12 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
             measured = part.measure(session.replay, split.select(own), work)
         reading = store.reading() - before
         if reading.sweeps:
-            record = {"sweeps": reading.sweeps, "from_memory": reading.memory / reading.sweeps}
-            folder.manifest["provenance"].setdefault("reading", {})[name] = record
+            share = reading.memory / reading.sweeps
+            made, record = (
+                folder.run.provenance,
+                WeightsRead(sweeps=reading.sweeps, from_memory=share),
+            )
+            made.reading = {**made.reading, name: record}
         measured.save(path)
 
     return folder.stage(
@@ -223,18 +224,18 @@ def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
     """What a search looks for: every removal that the options ask for."""
     if not config.removal:
         return ()
-    blocks = folder.manifest["blocks"]
+    blocks = folder.run.blocks
     return tuple(
-        Target.of(one.removal, removal_rows(blocks, one), len(blocks["blocks"]))
+        Target.of(one.removal, removal_rows(blocks, one), len(blocks.blocks))
         for one in each_removal(config)
     )
 
 
 def upstream(folder: RunFolder) -> dict[str, Any]:
     """What ties a stage's file to the calibration it was made on."""
-    calibration = folder.manifest["stages"].get("calibration.safetensors")
+    calibration = folder.recorded(folder.path / "calibration.safetensors")
     if calibration is None:
         raise StageFileError(
             f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"
         )
-    return {"calibration": calibration["fingerprint"]}
+    return {"calibration": calibration.fingerprint}

@@ -1,32 +1,61 @@
-"""`run` does the whole job, `energy` its first half; both check everything before they write.
+"""Whole jobs, `run` and its first half, `energy`; and the Python door, `prune` and `open_run`.
 
-text -> token batches -> Hamiltonian -> spectrum -> measured candidates
-     -> exact cut -> patched checkpoint -> scores -> report
+    text -> token batches -> Hamiltonian -> spectrum -> measured candidates
+         -> exact cut -> patched checkpoint -> scores -> report
+
+    run = isingcut.prune("my-model", remove=8)
+    run.spectrum
+    run.save("smaller-model")
+
+Everything is checked before the first file is written, and rests on a run folder, so that a run
+started in Python can be looked at, reported or continued in a shell, and the other way round.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+import shutil
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from isingcut.console.progress import Progress, silent
+from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora
+from isingcut.data.mixture import hold_texts
 from isingcut.errors import ArchitectureError, InputError, StageFileError
-from isingcut.files.documents.states import CandidatesFile
-from isingcut.files.locks import locked
-from isingcut.files.outputs import refuse_source
+from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState, RunFile
+from isingcut.files.inputs import user_path
+from isingcut.files.writing import (
+    atomic_folder,
+    check_output,
+    locked,
+    read_document,
+    refuse_source,
+    temporary_folder,
+)
+from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.solvers import registry as solvers
+from isingcut.ising.spectrum import Spectrum
 from isingcut.memory import convert_memory_errors
 from isingcut.models.inspect import inspect_model
 from isingcut.models.processes import ALONE, Processes
+from isingcut.models.sources import save_loaded_model
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
+from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
 from isingcut.report.write import check_report
-from isingcut.runs import healing_options, healing_stages, trials
-from isingcut.runs.benchmarking import check_asked, check_whole, data_of, score_tasks
-from isingcut.runs.cutting import make_model
+from isingcut.runs.cutting import (
+    check_healing,
+    check_healing_options,
+    heal,
+    make_model,
+    write_model,
+)
 from isingcut.runs.folder import MANIFEST, RunFolder
 from isingcut.runs.measuring import (
     build_calibration,
@@ -36,10 +65,17 @@ from isingcut.runs.measuring import (
     measure_energy,
     names,
 )
-from isingcut.runs.removal import each_removal, kept_and_dropped, removal_rows
 from isingcut.runs.session import Session, part, take_up
-from isingcut.runs.solving import report, solve
-from isingcut.runs.stages import evaluate, rank
+from isingcut.runs.solving import (
+    describe_blocks,
+    each_removal,
+    kept_and_dropped,
+    load_candidates,
+    removal_rows,
+    report,
+    solve,
+)
+from isingcut.runs.stages import benchmarks, check_asked, check_whole, evaluate, rank
 
 
 @convert_memory_errors()
@@ -70,8 +106,8 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     with open_session(wanted, progress, processes, need_removal=True) as (session, folder):
         several = each_removal(wanted)
         target = folder.path if len(several) > 1 else folder.target(wanted.removal)
-        if folder.manifest.get("complete") and target == folder.path:
-            folder.manifest["complete"] = False
+        if target == folder.path:
+            folder.run.complete = False
         measure_and_rank(session, folder)
         if not processes.rank:
             _finish(session, folder, several)
@@ -95,9 +131,8 @@ def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
 
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     """The final checkpoint in the run folder, patched and healed where the options say so."""
-    trials.choose(session, folder)
     model = make_model(session, folder)
-    return healing_stages.heal(session, folder) or model
+    return heal(session, folder) or model
 
 
 def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
@@ -105,11 +140,12 @@ def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -
     if len(several) == 1:
         cut_and_heal(session, folder)
         evaluate(session, folder)
-        score_tasks(session, folder)
+        if session.config.tasks:
+            benchmarks(session, folder)
     for config in several:
         report(folder, config.removal)
     if len(several) > 1 or folder.target(several[0].removal) == folder.path:
-        folder.manifest["complete"] = True
+        folder.run.complete = True
         folder.save()
 
 
@@ -167,22 +203,21 @@ def open_session(
     for name in names(config.also):
         energy_part(config, name)
     solvers.check(config.solver)
-    healing_options.check_options(config)
-    tasks = check_asked(config)
+    check_healing_options(config)
+    check_asked(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     if not (out / MANIFEST).is_file():
         # Before a file of ours is open, which may get the number of a pipe that is gone.
         corpora.check(config.calibration)
     with locked(out, inside=True):
-        yield _lead(config, progress, processes, tasks, need_removal=need_removal)
+        yield _lead(config, progress, processes, need_removal=need_removal)
 
 
 def _lead(
     config: RunConfig,
     progress: Progress,
     processes: Processes,
-    tasks: Sequence[str],
     *,
     need_removal: bool,
 ) -> tuple[Session, RunFolder]:
@@ -194,9 +229,9 @@ def _lead(
     if need_removal:
         for one in each_removal(config):
             check_report(out if before is None else before.target(one.removal))
-    session = Session(config, progress, before.dtype if before else None)
+    session = Session(config, progress, before.run.provenance.dtype if before else None)
     refuse_source(out, [session.source])
-    check_whole(session, tasks, data_of(config), config.questions)
+    check_whole(session)
     check_by_config(session.source, config, needed=need_removal)
     take_up(session, processes)
     blocks = session.describe_blocks()
@@ -204,15 +239,15 @@ def _lead(
         for one in each_removal(config):
             removal_rows(blocks, one)
     if need_removal:
-        healing_options.check(session)
+        check_healing(session)
     calibration = build_calibration(session) if before is None else None
     folder = RunFolder.create_or_open(out, config, session.identity, blocks)
-    if config.dtype == "auto" and folder.dtype is None:
-        folder.manifest["provenance"]["dtype"] = session.dtype
+    if config.dtype == "auto" and folder.run.provenance.dtype is None:
+        folder.run.provenance.dtype = session.dtype
         folder.save()
     folder.processes = processes
     session.serve(folder)
-    processes.decide(lambda: folder.manifest)
+    folder.share()
     calibrate(session, folder, calibration)
     return session, folder
 
@@ -225,7 +260,7 @@ def _follow(
     take_up(session, processes)
     # Loaded while rank 0 makes the folder.
     _ = session.replay
-    folder = RunFolder(Path(config.out), processes.decide(dict))
+    folder = RunFolder(Path(config.out), RunFile.model_validate(processes.decide(dict)))
     if not folder.path.is_dir():
         raise InputError(
             f"{folder.path} is not seen from here; name an --out that all machines share"
@@ -252,11 +287,7 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
     if found.refusal:
         raise ArchitectureError(found.refusal)
     if needed or config.removal:
-        blocks = {
-            "blocks": [vars(b) for b in found.stack.blocks],
-            "legality": [vars(row) for row in found.rows],
-            "total_parameters": found.parameters,
-        }
+        blocks = describe_blocks(found.stack, found.rows, found.parameters, 0)
         several = each_removal(config)
         # A range that is too long is refused by its end, not after solving for all before it.
         for one in several[-1:] + several[:-1]:
@@ -282,17 +313,411 @@ def session_of(
         StageFileError: the model found under that name is another one now.
     """
     folder.processes = processes
-    folder.manifest = processes.decide(lambda: folder.manifest)
-    made_with = folder.manifest["provenance"]["model"]
+    folder.share()
+    made_with = folder.run.provenance.model
     for place in folder.model_places(config.model):
-        session = Session(config.replace(model=place), progress, folder.dtype)
-        if session.identity["sha256"] == made_with["sha256"]:
+        session = Session(config.replace(model=place), progress, folder.run.provenance.dtype)
+        if session.identity.sha256 == made_with.sha256:
             break
     else:
         raise StageFileError(
-            f"{folder.path} was made with another version of {made_with['name']!r} than is at "
+            f"{folder.path} was made with another version of {made_with.name!r} than is at "
             f"{place}; name the one it was made with with --model, or start a new run folder"
         )
     session.serve(folder)
     take_up(session, processes)
     return session
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class State:
+    """One measured state of a model's blocks.
+
+    Attributes:
+        removed: the blocks that go, ascending, numbered from 0.
+        energy: what the Hamiltonian says of it, in the Hamiltonian's unit.
+        kl: KL(original || cut), nats per token, on text the energy has not seen.
+        kl_se: its standard error over samples; None for a single sample.
+        nll: negative log-likelihood, nats per token.
+        position: place among the candidates by energy, 0 for the lowest.
+
+    Examples:
+        >>> run = isingcut.open_run("my-run")
+        >>> list(run.chosen.removed) == run.spectrum.removed(run.chosen.position)
+        True
+    """
+
+    removed: tuple[int, ...]
+    energy: float
+    kl: float
+    kl_se: float | None
+    nll: float
+    position: int
+
+
+class Run:
+    """One removal of a measured model: its spectrum, its choice, and what can be made of it.
+
+    Made by `prune` or `open_run`. What is not there yet is made when it is first asked for, and
+    kept in the run folder.
+
+    Examples:
+        >>> isingcut.open_run("my-run")
+        <isingcut run of my-model: 3 of 10 blocks go>
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, session: Callable[[], Session]
+    ) -> None:
+        self._folder, self._open, self.config = folder, session, config
+
+    @cached_property
+    def _session(self) -> Session:
+        return self._open()
+
+    def __repr__(self) -> str:
+        go = " go" if self.config.removal.isdecimal() else ""
+        what = f"{self.config.removal} of {self.blocks} blocks{go}"
+        return f"<isingcut run of {self.config.model}: {what}>"
+
+    @property
+    def path(self) -> Path:
+        """The folder that holds this removal's files.
+
+        Examples:
+            >>> isingcut.open_run("my-run").path
+            PosixPath('my-run')
+        """
+        return self._folder.target(self.config.removal)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the original has.
+
+        Examples:
+            >>> isingcut.open_run("my-run").blocks
+            10
+        """
+        return len(self._folder.run.blocks.blocks)
+
+    @cached_property
+    def hamiltonian(self) -> Hamiltonian:
+        """The measured energy.
+
+        Examples:
+            >>> isingcut.open_run("my-run").hamiltonian.unit
+            'nats/token'
+        """
+        return self._folder.load(self._folder.path / "hamiltonian.safetensors", Hamiltonian.load)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The low-energy states, ranked.
+
+        Examples:
+            >>> len(isingcut.open_run("my-run").spectrum)
+            20
+        """
+        return solve(self._folder, self.config)
+
+    @cached_property
+    def ranking(self) -> dict[str, Any]:
+        """The content of candidates.json: candidates and random states with their losses.
+
+        Examples:
+            >>> run = isingcut.open_run("my-run")
+            >>> len(run.ranking["candidates"]) == len(run.spectrum)
+            True
+        """
+        return self._ranked.content()
+
+    @cached_property
+    @convert_memory_errors()
+    def _ranked(self) -> CandidatesFile:
+        file = self.path / "candidates.json"
+        if self._folder.finished(file) is not None:
+            # Reading what is there needs no model.
+            return self._folder.load(file, load_candidates)
+        return solve_and_rank(self._session, self._folder)
+
+    @property
+    def candidates(self) -> list[State]:
+        """The spectrum's states as measured, in the order of their energy.
+
+        Examples:
+            >>> run = isingcut.open_run("my-run")
+            >>> min(run.candidates, key=lambda s: s.kl) == run.chosen
+            True
+        """
+        return [_state(row, k) for k, row in enumerate(self._ranked.candidates)]
+
+    @property
+    def chosen(self) -> State:
+        """The state that was chosen, and that `save` cuts.
+
+        Examples:
+            >>> isingcut.open_run("my-run").chosen.kl > 0
+            True
+        """
+        return _state(self._ranked.chosen, self._ranked.chosen.position)
+
+    @property
+    def curve(self) -> list[State]:
+        """The chosen state of every removal that was ranked in this folder, fewest blocks first.
+
+        Examples:
+            >>> [len(state.removed) for state in isingcut.open_run("my-run").curve]
+            [3]
+        """
+        home = self._folder.path
+        files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
+        chosen = [self._folder.load(f, load_candidates).chosen for f in files if f.exists()]
+        states = [_state(row, row.position) for row in chosen]
+        return sorted(states, key=lambda s: (len(s.removed), s.kl))
+
+    @property
+    def fidelity(self) -> dict[str, Any]:
+        """How well the energy ranked measured KL: ``spearman`` and ``kendall`` with their
+        intervals (``_low``, ``_high``), and ``n`` states.
+
+        Examples:
+            >>> isingcut.open_run("my-run").fidelity["n"]
+            60
+        """
+        return self._ranked.fidelity.kl.content()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before trusting the choice, and what to do; empty where all is well.
+
+        Examples:
+            >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
+            []
+        """
+        far = search_warnings(self.hamiltonian.meta, [self.config.removal])
+        return far + ranking_warnings(self.config.energy, self._ranked) + self._unpatched()
+
+    def _unpatched(self) -> list[str]:
+        """Why a checkpoint that is there could not be patched."""
+        model = self.path / "model"
+        if self._folder.finished(model) is None:
+            return []
+        record = self._folder.load(model, lambda p: read_document(p / "isingcut.json", CutRecord))
+        return patch_warnings(record)
+
+    def at(self, remove: int | str) -> Run:
+        """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.
+
+        Examples:
+            >>> isingcut.open_run("my-run").at(4).spectrum.states.sum(axis=1).tolist()[:2]
+            [4, 4]
+        """
+        config = self.config.replace(remove=remove, budget="")
+        return Run(self._folder, config, lambda: self._session.at(config))
+
+    @convert_memory_errors()
+    def save(
+        self, out: str | Path, *, blocks: Sequence[int] | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write the smaller model, a plain Hugging Face checkpoint with a model card.
+
+        The cut is reloaded and proven to compute what the original does with the same blocks
+        skipped; then it is patched (``patch="none"`` leaves that out), and the same is shown of
+        the patched one. With the option ``heal`` that is distilled, and the result is written.
+
+        Args:
+            out: the new folder.
+            blocks: cut these instead of the chosen ones; they are patched, not distilled.
+            overwrite: ``out`` may be replaced.
+
+        Raises:
+            OutputExistsError: ``out`` is there.
+            BusyError: another process writes there.
+            VerificationError: the proof failed; nothing was kept.
+
+        Examples:
+            >>> run = isingcut.open_run("my-run")
+            >>> sorted(p.name for p in run.save("by-hand", blocks=[1, 4]).glob("*.safetensors"))
+            ['model.safetensors']
+        """
+        target = user_path(out)
+        removed = None if blocks is None else _numbers(blocks)
+        sources = [self._session.source, *self._folder.sources, self._folder.path]
+        check_output(target, overwrite=overwrite, sources=sources)
+        with locked(target):
+            if removed is None and (self.config.patch != "none" or self.config.heal):
+                product = self._product()
+                with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
+                    shutil.copytree(product, temporary, dirs_exist_ok=True)
+                return target
+            removed = list(self.chosen.removed) if removed is None else removed
+            write_model(self._session, self._folder, removed, target, overwrite=overwrite)
+        return target
+
+    def _product(self) -> Path:
+        """The final checkpoint in the run folder."""
+        _ = self._ranked
+        return cut_and_heal(self._session, self._folder)
+
+    @convert_memory_errors()
+    def evaluate(self) -> dict[str, Any]:
+        """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
+
+        The smaller model is the patched one, or the one distilled from it.
+
+        Returns:
+            the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``; of a
+            patched model also the exact ``cut``, of a distilled one what was ``patched``.
+
+        Examples:
+            >>> found = isingcut.open_run("my-run").evaluate()
+            >>> found["after"]["blocks"], found["before"]["blocks"]
+            (7, 10)
+        """
+        self._product()
+        return evaluate(self._session, self._folder).content()
+
+    def report(self) -> Path:
+        """Write the report of what is there so far; the path of its Markdown.
+
+        Examples:
+            >>> isingcut.open_run("my-run").report().name
+            'report.md'
+        """
+        return report(self._folder, self.config.removal)
+
+
+def _numbers(blocks: Sequence[int]) -> list[int]:
+    try:
+        if found := sorted({operator.index(b) for b in blocks}):
+            return found
+    except TypeError:
+        pass
+    raise InputError(f"blocks must be a list of block numbers, got {blocks!r:.60}")
+
+
+def _state(row: MeasuredState, position: int) -> State:
+    return State(tuple(row.removed), row.energy, row.kl, row.kl_se, row.nll, position)
+
+
+class PoorEnergyWarning(UserWarning):
+    """The energy ranked measured losses poorly; the message says how poorly and what to do."""
+
+
+@convert_memory_errors()
+def prune(
+    model: str | Path | PreTrainedModel,
+    remove: int | str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    out: str | Path | None = None,
+    progress: Progress | bool = False,
+    **options: Any,
+) -> Run:
+    """Measure the energy of a model's blocks, solve for the best removals, measure those, choose.
+
+    Args:
+        model: a Hugging Face folder, a hub id, a ``.gguf`` file, ``"smollm2"``, or a
+            loaded transformers model, which is saved into a temporary folder that goes with the
+            returned object.
+        remove: how many blocks go (8), how many of each kind (``"attention=2,moe=3"``), or a
+            range (``"4..15"``, see `Run.curve` and `Run.at`); may be left out where a ``budget``
+            is given.
+        tokenizer: the one of a loaded model.
+        out: the run folder; what is finished there is not measured again. Without one, a
+            temporary folder that goes with the returned object.
+        progress: True shows bars on stderr; or any `isingcut.console.progress.Progress`.
+        options: every other field of `RunConfig`; ``calibration`` may be a list of texts too.
+
+    Returns:
+        the run; no checkpoint is written before `Run.save`.
+
+    Raises:
+        IsingcutError: bad input, in one line; nothing was written.
+
+    Warns:
+        PoorEnergyWarning: the energy ranked the measured states poorly.
+
+    Examples:
+        >>> run = isingcut.prune(
+        ...     "my-model", remove=3, calibration="my-text.txt", samples=4, length=16
+        ... )
+        >>> len(run.chosen.removed)
+        3
+        >>> run.spectrum.proven
+        True
+        >>> run.save("smaller-model").name
+        'smaller-model'
+    """
+    shown = as_progress(progress)
+    loaded = None if isinstance(model, str | Path) else model
+    processes = Processes.join()
+    if processes.size > 1 and (loaded is not None or out is None):
+        raise InputError("several processes need one model on disk and one run folder: name both")
+    if tokenizer is not None and loaded is None:
+        raise InputError("tokenizer belongs to a loaded model; a folder or hub id has its own")
+    # What the run needs beside its folder goes with the returned object.
+    with contextlib.ExitStack() as kept:
+        if not isinstance(options.get("calibration", ""), str):
+            options["calibration"] = kept.enter_context(hold_texts(options["calibration"]))
+        if out is None:
+            out = kept.enter_context(temporary_folder()) / "run"
+        named = model if loaded is None else type(loaded).__name__
+        asked = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
+        config = checked(None, asked, "isingcut.prune")
+        if loaded is not None:
+            # Last, as saving a large one takes long.
+            config = config.replace(model=kept.enter_context(save_loaded_model(loaded, tokenizer)))
+        opened = open_session(config, shown, processes, need_removal=True)
+        with opened as (session, folder):
+            rankings = measure_and_rank(session, folder)
+        run = Run(folder, config, lambda: session)
+        weakref.finalize(run, kept.pop_all().close)
+    if processes.rank:
+        return run
+    said = [text for found in rankings for text in ranking_warnings(config.energy, found)]
+    for text in dict.fromkeys(said):
+        warnings.warn(text, PoorEnergyWarning, stacklevel=3)
+    return run
+
+
+def open_run(
+    folder: str | Path,
+    remove: int | str | None = None,
+    *,
+    model: str | Path | None = None,
+    progress: Progress | bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Run:
+    """A finished or half-finished run folder, whether Python or the command line made it.
+
+    Args:
+        folder: the run folder.
+        remove: one of its removals; by default the one it was made for.
+        model: where its model is now; by default where it was, seen from here, as an absolute
+            path, or from the run folder.
+        progress: as in `prune`.
+        overwrite: outputs made with other options may be replaced.
+        trust_remote_code: allow the model's own code to run; no run folder remembers it.
+
+    Raises:
+        StageFileError: not a run folder, or a damaged one.
+
+    Examples:
+        >>> isingcut.open_run("my-run").blocks
+        10
+    """
+    shown = as_progress(progress)
+    found = RunFolder.open(user_path(folder), overwrite=overwrite)
+    changed: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    if model is not None:
+        changed["model"] = model
+    if remove is not None:
+        changed |= {"remove": remove, "budget": ""}
+    config = found.config.replace(**changed).validate()
+    return Run(found, config, lambda: session_of(found, config, shown))

@@ -22,8 +22,6 @@ import torch
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import removals
 from isingcut.energies.search import Target, greedy_price
-from isingcut.evaluation.candidates import few_samples
-from isingcut.healing.recipe import sizes
 from isingcut.measure.curvature import KINDS
 from isingcut.measure.tree import tree_nodes
 from isingcut.models.architectures.blocks import text_config
@@ -32,20 +30,15 @@ from isingcut.models.device import pick_device, pick_dtype, weight_bytes
 from isingcut.models.inspect import Inspection, inspect_model
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.options.config import RunConfig
-from isingcut.options.spellings import parse_healing
-from isingcut.runs.healing_options import heal_config
+from isingcut.options.config import LENGTH, RunConfig
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
-from isingcut.runs.removal import each_removal, removal_rows
 from isingcut.runs.session import Session
-from isingcut.runs.trials import SHARE
+from isingcut.runs.solving import describe_blocks, each_removal, removal_rows
 
 ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
 EVENING = 8.0
 """Hours that a run may take before the recommendation turns to less."""
-DOUBT = 2.0
-"""How far off an estimate may be, up or down: passes are counted, and few parts are timed."""
 PASSES = {"empirical-fisher": 2.5, "fisher": 2.5, "gauss-newton": 1.0, "hessian": 2.0}
 """Forward passes of an energy of derivatives; of a matrix, for each of its rows."""
 _PATCH = {"linear": 3, "tuned": 8}
@@ -121,10 +114,10 @@ class Prices:
         self.n, self.stream = len(replay), replay.bytes_per_token
         self.weights = weight_bytes(session.source, self.store.dtype)
         self.logits = int(text.vocab_size) * self.store.dtype.itemsize
-        self.remove = self._removed(found)
         blocks = sum(b.bytes for b in found.stack.blocks)
-        self.stored = int(blocks * (1 - self.remove / self.n) + found.other_bytes)
-        self.left = self.stored / (blocks + found.other_bytes)
+        self.whole = blocks + found.other_bytes
+        self.remove = self._removed(found)
+        self.left = 1 - blocks / self.whole * self.remove / self.n
         # What a backward pass keeps of each token: half of what the work of a block may take.
         self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
         self.room = replay.room(batch) if self.streamed else 0
@@ -133,15 +126,9 @@ class Prices:
         """How many blocks go: of a budget as many as it takes; a fifth where nothing is said."""
         if not self.config.removal:
             return max(1, self.n // 5)
-        described = {
-            "blocks": [
-                {**vars(b), "latency_seconds": seconds}
-                for b, seconds in zip(found.stack.blocks, self.timed.latency, strict=True)
-            ],
-            "legality": [vars(row) for row in found.rows],
-            "total_parameters": found.parameters,
-            "total_bytes": sum(b.bytes for b in found.stack.blocks) + found.other_bytes,
-        }
+        described = describe_blocks(
+            found.stack, found.rows, found.parameters, self.whole, self.timed.latency
+        )
         last = each_removal(self.config)[-1]
         return Target.of(last.removal, removal_rows(described, last), self.n).size
 
@@ -172,59 +159,41 @@ class Prices:
         """What comes before and after the energy."""
         c, held, forward = self.config, self._held(), self.timed.seconds
         reading, work = self.timed.reading * self.weights, self.batch * self.logits
-        random_states = c.random_states * len(few_samples(c.rank_samples)) / c.rank_samples
-        states = (c.states + math.ceil(random_states), self.n)
+        # Random states are measured on a quarter of the text.
+        states = (c.states + c.random_states // 4, self.n)
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
         # A checkpoint is read, written, and read again to be proven.
         found = [
             _estimate("load", 0, reading, held),
             self._states("rank", order < self.remove, c.rank_samples),
-            _estimate("excise", 0, 3 * reading, held, self.stored),
+            _estimate("excise", 0, 3 * reading, held),
         ]
         if c.patch != "none":
             passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
             seconds = 3 * reading + passes * c.patch_tokens * forward
             memory = held + 4 * c.patch_tokens * self.stream
-            samples = -(-c.patch_tokens // c.length)
-            found.append(_estimate("patch", samples, seconds, memory, self.stored))
+            found.append(_estimate("patch", -(-c.patch_tokens // c.length), seconds, memory))
         if c.heal:
-            why = "needs the whole model in memory" if self.streamed else ""
-            healing = self.healing()
-            if healing is None or why:
-                why = why or "as long as its text is; a budget (--heal 10min) says how long"
-                found.append(_estimate("heal", 0, impossible=why))
-            else:
-                trained = _TRAINED * self.left * self.weights / self.store.dtype.itemsize
-                memory = held + trained + self.batch * self.graph
-                samples = healing["steps"] * healing["batch"]
-                found.append(_estimate("heal", samples, healing["seconds"], memory, 2 * trained))
+            found.append(self._healing())
         # The original, the exact cut and what was made of it; memory is that of two new processes.
         seconds = 3 * c.report_samples * c.length * forward + 2 * reading
         found.append(_estimate("evaluate", c.report_samples, seconds, held + 4 * work))
         return found
 
-    def healing(self) -> dict[str, Any] | None:
-        """What a budget of healing buys, about; None without one, or where it is all of a text."""
-        c, forward = self.config, self.timed.seconds
-        tokens, seconds = parse_healing(c.heal)
+    def _healing(self) -> dict[str, Any]:
+        """What a budget of healing takes and buys, where it is not all of a text."""
+        tokens, seconds = self.config.heal.tokens, self.config.heal.seconds
         # A pass of the original, then forward and back through what stays.
-        each = forward * (1 + 3 * self.left)
-        tokens = seconds / each if seconds is not None else tokens
-        if tokens is None:
-            return None
-        trials = int(tokens * SHARE) if c.tried else 0
-        left, width = int(tokens) - trials, self.stream // self.store.dtype.itemsize
-        batch, length, rate = sizes(heal_config(c), left, width=width)
-        return {
-            "budget": c.heal,
-            "tokens": left,
-            "trial_tokens": trials,
-            "steps": max(1, left // (batch * length)),
-            "batch": batch,
-            "length": length,
-            "learning_rate": rate,
-            "seconds": tokens * each,
-        }
+        each = self.timed.seconds * (1 + 3 * self.left)
+        if self.streamed:
+            return _estimate("heal", 0, impossible="needs the whole model in memory")
+        if tokens is None and seconds is None:
+            why = "as long as its text is; a budget (--heal 10min) says how long"
+            return _estimate("heal", 0, impossible=why)
+        tokens = tokens if seconds is None else seconds / each
+        trained = _TRAINED * self.left * self.weights / self.store.dtype.itemsize
+        memory = self._held() + trained + self.batch * self.graph
+        return _estimate("heal", int(tokens or 0) // LENGTH, (tokens or 0) * each, memory)
 
     def _states(self, name: str, states: Any, samples: int) -> dict[str, Any]:
         """The losses of states, which pay for every block of their tree once."""
@@ -257,17 +226,11 @@ class Prices:
 
 
 def _estimate(
-    name: str,
-    samples: int,
-    seconds: float = 0.0,
-    memory: float = 0,
-    disk: float = 0,
-    impossible: str = "",
+    name: str, samples: int, seconds: float = 0.0, memory: float = 0, impossible: str = ""
 ) -> dict[str, Any]:
-    """One line of a plan: bytes, and the seconds with the range that they should lie in."""
+    """One line of a plan, memory in bytes; why it cannot be, where it cannot."""
     found = {"name": name, "samples": samples, "impossible": impossible}
-    found |= {"seconds": seconds, "low": seconds / DOUBT, "high": seconds * DOUBT}
-    return found | {"memory": int(memory), "disk": int(disk)}
+    return found | {"seconds": seconds, "memory": int(memory)}
 
 
 def make_plan(config: RunConfig) -> dict[str, Any]:
@@ -277,10 +240,9 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         config: `model`; `remove` or `budget` where the stages after the energy are of interest.
 
     Returns:
-        what `plan --json` prints: ``weights`` and ``allowed`` in bytes of memory, ``forward`` in
-        tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages``,
-        ``healing``, what its budget buys, or None, and ``seconds`` of the whole run that
-        ``command`` starts.
+        what `plan --json` prints: ``weights``, ``allowed`` and ``checkpoint`` in bytes, ``forward``
+        in tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages``, and
+        ``seconds`` of the whole run that ``command`` starts.
 
     Raises:
         IsingcutError: no such model, it cannot be measured, or an impossible removal.
@@ -298,12 +260,12 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "dtype": str(prices.store.dtype).removeprefix("torch."),
         "weights": prices.weights,
         "allowed": prices.memory.total,
+        "checkpoint": int(prices.left * prices.whole),
         "streamed": prices.streamed,
         "forward": 1 / prices.timed.seconds,
         "reading": 1 / max(1e-15, prices.timed.reading),
         "energies": energies,
         "stages": stages,
-        "healing": prices.healing(),
         "recommended": recommended,
         "seconds": seconds[recommended] + rest,
         "why": why,

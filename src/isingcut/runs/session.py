@@ -14,7 +14,7 @@ from typing import Any
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
-from isingcut.files.documents.states import CutRecord
+from isingcut.files.documents import Asked, BlockList, Computed, CutRecord, ModelIdentity
 from isingcut.files.writing import read_document
 from isingcut.models import device as devices
 from isingcut.models import load as models
@@ -28,9 +28,9 @@ from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
-from isingcut.options.config import RunConfig
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS, RunConfig
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.solving import describe_blocks
 
 
 class Session:
@@ -70,13 +70,12 @@ class Session:
         """Take the choice that a run recorded; time one for this device where it has none."""
         if self.streaming:
             return
-        asked = {"attention": self.config.attention, "batch_tokens": self.config.batch_tokens}
-        device = str(self.replay.device)
-        provenance = folder.manifest["provenance"]
+        asked = Asked(attention=self.config.attention, batch_tokens=self.config.batch_tokens)
+        device, made = str(self.replay.device), folder.run.provenance
 
         def recorded() -> dict[str, Any]:
-            record: dict[str, Any] | None = provenance.get("computed", {}).get(device)
-            if record is None or record["asked"] != asked:
+            record = made.computed.get(device)
+            if record is None or record.asked != asked:
                 found = tune(
                     self.replay,
                     self.config.length,
@@ -84,13 +83,13 @@ class Session:
                     batch_tokens=self.config.batch_tokens,
                     memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
                 )
-                record = {"asked": asked, **dataclasses.asdict(found)}
-                provenance.setdefault("computed", {})[device] = record
+                record = Computed(asked=asked, **dataclasses.asdict(found))
+                made.computed = {**made.computed, device: record}
                 folder.save()
-            return record
+            return record.content()
 
-        record = self.processes.decide(recorded)
-        self.tuning = Tuning(record["attention"], record["batch_tokens"], record.get("threads"))
+        record = Computed.model_validate(self.processes.decide(recorded))
+        self.tuning = Tuning(record.attention, record.batch_tokens, record.threads)
         self.replay.attention, self.replay.threads = self.tuning.attention, self.tuning.threads
 
     @contextlib.contextmanager
@@ -123,9 +122,9 @@ class Session:
         check_unchanged(self.source, self._stamp)
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> ModelIdentity:
         """Name and hash of the model."""
-        return {**model_identity(self.source), "name": self.config.model}
+        return ModelIdentity(**{**model_identity(self.source), "name": self.config.model})
 
     @cached_property
     def streaming(self) -> bool:
@@ -226,33 +225,16 @@ class Session:
         replay.processes = self.processes
         return replay
 
-    def describe_blocks(self) -> dict[str, Any]:
-        """Blocks and legality rows as `run.json` keeps them, so that solving needs no model."""
+    def describe_blocks(self) -> BlockList:
+        """Blocks and legality rows as `run.json` keeps them."""
         model = self.loaded.model
         legal = legality(model.config, self.stack)
         check_same_blocks(model.config.to_dict(), self.stack, legal)
         longest = getattr(text_config(model), "max_position_embeddings", None) or 128
         seconds = self.replay.latency(min(128, int(longest)))
         parameters = list(model.parameters())
-        return {
-            "path": self.stack.path,
-            "blocks": [
-                {**dataclasses.asdict(b), "latency_seconds": t}
-                for b, t in zip(self.stack.blocks, seconds, strict=True)
-            ],
-            "total_parameters": sum(p.numel() for p in parameters),
-            "total_bytes": sum(p.numel() * p.element_size() for p in parameters),
-            "legality": [
-                {
-                    "name": r.name,
-                    "coefficients": r.coefficients.tolist(),
-                    "sense": r.sense,
-                    "rhs": r.rhs,
-                    "reason": r.reason,
-                }
-                for r in legal
-            ],
-        }
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        return describe_blocks(self.stack, legal, sum(p.numel() for p in parameters), size, seconds)
 
 
 def take_up(session: Session, processes: Processes) -> None:
@@ -273,7 +255,7 @@ def take_up(session: Session, processes: Processes) -> None:
     if processes.local_rank == 0:
         _ = session.identity
     processes.wait()
-    if session.identity["sha256"] != chosen.pop("sha256"):
+    if session.identity.sha256 != chosen.pop("sha256"):
         raise ModelError(
             f"{session.config.model!r} is another model on this machine than on that of rank 0; "
             "give every machine the same files"
@@ -292,7 +274,7 @@ def _choices(session: Session, size: int) -> dict[str, Any]:
     # A launcher with the wrong options starts one process without a word.
     if session.progress is not silent:
         say(f"{size} processes share the measuring")
-    found = {"sha256": session.identity["sha256"], "dtype": session.dtype}
+    found = {"sha256": session.identity.sha256, "dtype": session.dtype}
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = pick_device(session.config.device)
     if device.type != "cuda" and beside > 1 and not session.config.memory_limit:

@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
-from isingcut.files.documents.states import (
+from isingcut.files.documents import (
     CutProof,
     PatchedCut,
     PatchRecord,

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.files.documents.states import PatchedCut
+from isingcut.files.documents import PatchedCut
 from isingcut.files.writing import atomic_folder
 from isingcut.models.architectures.cuts import depth, renumbering, written_out
 from isingcut.models.fit import block_prefix

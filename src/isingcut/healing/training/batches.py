@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.files.documents.scores import HealingMemory
+from isingcut.files.documents import HealingMemory
 from isingcut.healing.job import Job
 from isingcut.healing.recipe import is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit
@@ -32,7 +32,7 @@ from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.tuning import kept_bytes
 from isingcut.models.device import BatchLimit, allowance
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 # A further micro-batch casts the weights and adds up their gradients once more: about as much work
 # as so many tokens.

@@ -22,7 +22,7 @@ from isingcut.models.architectures.blocks import find_stack, stack_modules, text
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
 from isingcut.models.compute.head import entering
 from isingcut.models.cutting.verify import reload
-from isingcut.options.healing import HealConfig
+from isingcut.options.config import HealConfig
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import pieces
 from isingcut.errors import InputError, ModelError
-from isingcut.files.documents.scores import (
+from isingcut.files.documents import (
     HealingCheck,
     HealingCurve,
     HealingMemory,
@@ -41,8 +41,13 @@ from isingcut.files.documents.scores import (
     HealingStop,
     Step,
 )
-from isingcut.files.outputs import mark
-from isingcut.files.writing import atomic_folder, clear_os_errors, read_document, write_document
+from isingcut.files.writing import (
+    atomic_folder,
+    clear_os_errors,
+    mark,
+    read_document,
+    write_document,
+)
 from isingcut.healing.job import Job
 from isingcut.healing.recipe import (
     SHORT,
@@ -69,7 +74,6 @@ from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.transformers_private import checkpointing
-from isingcut.options.spellings import parse_healing
 
 # Trained tokens that a check is worth its time after.
 _EACH_CHECK = 100_000
@@ -429,7 +433,8 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
     Returns:
         what was done, as `healing.json` keeps it.
     """
-    budget = job.recipe is None and any(parse_healing(job.config.effort))
+    effort = job.config.effort
+    budget = job.recipe is None and bool(effort.tokens or effort.seconds)
     if budget:
         job = _spend(job)
     found, trained = train(job)
@@ -447,7 +452,7 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
 def _spend(job: Job) -> Job:
     """The job with its budget turned into a recipe, and its text into samples of that length."""
     began = time.monotonic()
-    tokens, seconds = parse_healing(job.config.effort)
+    tokens, seconds = job.config.effort.tokens, job.config.effort.seconds
     file, pace = job.work / "recipe.json", (0.0, 0.0)
     if seconds is not None and not job.processes.decide(file.exists):
         pace = _pace(job)

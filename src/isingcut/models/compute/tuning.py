@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import few_threads, synchronise
 from isingcut.models.replay import Recording, Replay, chosen_attention
-from isingcut.options.types import BATCH_TOKENS
+from isingcut.options.config import BATCH_TOKENS
 
 # A choice must win this much: less is noise, and the default needs no explanation.
 _GAIN = 1.05

@@ -16,8 +16,7 @@ from typing import Any
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.inputs import load_json
-from isingcut.files.outputs import check_output
-from isingcut.files.writing import atomic_folder, clear_os_errors
+from isingcut.files.writing import atomic_folder, check_output, clear_os_errors
 from isingcut.models.architectures import cuts
 from isingcut.models.architectures.fields import DEPTH_SHAPED
 from isingcut.models.cutting.verify import verify

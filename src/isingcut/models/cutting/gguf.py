@@ -24,8 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError, OutputExistsError
-from isingcut.files.outputs import refuse_source
-from isingcut.files.writing import atomic_file
+from isingcut.files.writing import atomic_file, refuse_source
 from isingcut.models.architectures.cuts import depth, renumbering, written_out
 from isingcut.models.fit import block_prefix
 from isingcut.models.fp8 import read_plain, read_tensor, tile_of

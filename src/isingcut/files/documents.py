@@ -1,0 +1,947 @@
+"""What each JSON file of a run folder and of a cut checkpoint holds: one pydantic model a kind.
+
+A stage builds the object, the file is its dump (`writing.write_document`), and who reads the file
+(`writing.read_document`) has the object again. A model names what version 1 always has, with
+types, sizes and ranges, so that whoever reads a document may rely on it. What else a file has is
+let through: older and newer files of the same version still open. The headers of safetensors
+files (`writing.read_tensors`) are documents too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from isingcut.errors import StageFileError
+
+_MOST_CELLS = 2**28
+
+# A number whose square and sums are finite too: a report scales, adds and draws them.
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Field(ge=0, le=1e30)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Some = Annotated[int, Field(ge=1, le=10**18)]
+Scalar = str | int | float | bool | None
+
+
+def _check_distinct(blocks: list[int]) -> list[int]:
+    if len(set(blocks)) < len(blocks):
+        raise ValueError("a block is named twice")
+    return blocks
+
+
+Index = Annotated[int, Field(ge=0, le=2**31)]
+Blocks = Annotated[list[Index], Field(max_length=2**20), AfterValidator(_check_distinct)]
+
+
+class Strict(BaseModel):
+    """An object inside a document: strict types, finite numbers, unknown keys let through."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    def content(self) -> dict[str, Any]:
+        """What it was made of, JSON-able: keys that were not given are left out."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Document(Strict):
+    """A whole file, or the header of one, whose ``format`` is ``isingcut-KIND``."""
+
+    kind: ClassVar[str] = ""
+
+
+class MeasuredLoss(Strict):
+    """KL and NLL in nats per token, with standard errors over samples."""
+
+    kl: Number
+    kl_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+
+
+class Perplexity(Strict):
+    """A model on some text."""
+
+    perplexity: Positive
+    perplexity_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+
+
+class PatchedCut(Strict):
+    """What was folded into the block before one cut; older files do not say whether it changed."""
+
+    removed: list[Index] | None = None
+    block: Index
+    layer: str
+    ridge: Number | None = None
+    held_out_error_left: Number | None = None
+    exact: bool = False
+    tokens: Count | None = None
+    changed: bool = True
+
+
+class TunedLayer(Strict):
+    """A layer beside a cut."""
+
+    block: Index
+    layer: str
+
+
+class PatchTuning(Strict):
+    """What tuning a patch came to, KL before and after each reading; or why there was none."""
+
+    left_out: str = ""
+    layers: list[TunedLayer] = Field(default_factory=list)
+    steps: Count = 0
+    predictions: Count = 0
+    held_out_predictions: Count = 0
+    held_out_kl: list[Number] = Field(default_factory=list)
+
+
+class UnpatchedCut(Strict):
+    """A cut without a patch: its first and last block, and why."""
+
+    removed: list[Index]
+    reason: str
+
+
+class CutProof(Strict):
+    """What the comparison of a checkpoint with its original showed."""
+
+    inputs: str
+    difference: Positive
+    remarks: list[str]
+
+
+class Level(Strict):
+    """A state with its energy."""
+
+    removed: Blocks
+    energy: Number
+
+
+class Ranked(Level):
+    """A state of a spectrum."""
+
+    rank: Count
+
+
+class SpectrumFile(Document):
+    """`spectrum.json`.
+
+    Attributes:
+        searched: how many of the states a search had measured; in the file there are none.
+    """
+
+    kind: ClassVar = "spectrum"
+    n: Annotated[int, Field(ge=1, le=2**20)]
+    unit: str
+    solver: str
+    seconds: Positive
+    proven: bool
+    lower_bound: Number | None
+    info: dict[str, Any]
+    states: Annotated[list[Ranked], Field(min_length=1)]
+    searched: Count = 0
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        if len(self.states) * self.n > _MOST_CELLS:
+            raise ValueError(f"{len(self.states)} states of {self.n} blocks are too many")
+        if any(b >= self.n for s in self.states for b in s.removed):
+            raise ValueError(f"a state lacks a block that is not among the {self.n}")
+        return self
+
+
+class MeasuredState(MeasuredLoss, Level):
+    """A state with its energy and its measured losses, by part where the text is a mixture.
+
+    Attributes:
+        above_lowest_se: standard error of its KL minus the lowest, sample by sample.
+    """
+
+    parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
+    above_lowest_se: Positive | None = None
+
+
+class ChosenState(MeasuredState):
+    """The state that was chosen."""
+
+    position: Count
+    why: str
+
+
+class Correlations(Strict):
+    """How well an energy ranks losses; the ends of intervals over states."""
+
+    n: Count
+    spearman: Number | None
+    spearman_low: Number | None
+    spearman_high: Number | None
+    kendall: Number | None
+    kendall_low: Number | None
+    kendall_high: Number | None
+
+
+class Judged(Strict):
+    """The correlations of one energy with each loss."""
+
+    kl: Correlations
+    nll: Correlations | None = None
+    kl_random_only: Correlations | None = None
+
+
+class AskedCandidate(Strict):
+    """A candidate that was asked questions, against the one that was chosen."""
+
+    removed: Blocks
+    questions: Count
+    accuracy: Number | None
+    # Older files chose by the share of right answers.
+    certainty: Number | None = None
+    dropped: bool
+    difference: Number | None
+    difference_se: Positive | None
+    p_value: Positive | None
+
+
+class ByTasks(Strict):
+    """A choice among candidates by questions.
+
+    Attributes:
+        tasks: their names; ``by_task`` how many questions of each were asked, ``asked`` their keys.
+        ahead: all other candidates were dropped.
+        alpha: chance of dropping one wrongly.
+        looks: how often they were compared, of ``looks_planned``.
+    """
+
+    ahead: bool
+    alpha: Positive
+    looks: Count
+    looks_planned: Count
+    by_task: dict[str, Count]
+    asked: list[str]
+    candidates: Annotated[list[AskedCandidate], Field(min_length=1)]
+    tasks: list[str]
+
+
+class OnePassState(Strict):
+    """What a method that runs the original once would remove."""
+
+    method: str
+    removed: Blocks
+
+
+class OnePassLoss(MeasuredState):
+    """The same, measured."""
+
+    method: str
+
+
+class OnePass(Strict):
+    """What one pass chooses, and what was paid for it and for the search."""
+
+    states: list[OnePassLoss]
+    passes: Positive
+    search_passes: Positive
+    searched_for: Some
+
+
+class CandidatesFile(Document):
+    """`candidates.json`."""
+
+    kind: ClassVar = "candidates"
+    remove: str
+    unit: str
+    energy_unit: str
+    samples: Some
+    tokens: Some
+    candidates: Annotated[list[MeasuredState], Field(min_length=1)]
+    random: list[MeasuredState]
+    # Older files measured them on all tokens, and do not say so.
+    random_tokens: Count | None = None
+    random_distribution: str = ""
+    fidelity: Judged
+    fidelity_of_others: dict[str, Judged]
+    chosen: ChosenState
+    original: dict[str, Number] = Field(default_factory=dict)
+    proven: bool
+    solver: str = ""
+    one_pass: OnePass | None = None
+    by_tasks: ByTasks | None = None
+
+
+class BaselineFile(Document):
+    """`baseline-NAME.json`."""
+
+    kind: ClassVar = "baseline"
+    baseline: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    settings: list[str] = Field(default_factory=list)
+    removed: Blocks
+    kl: Number
+    kl_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+    passes: Positive
+    heads: Positive = 0.0
+    tokens_searched: Count
+    tokens_judged: Count = 0
+    violated: list[str]
+    info: dict[str, Any] = Field(default_factory=dict)
+
+
+class FittedText(Strict):
+    """The text that a patch was fitted on."""
+
+    source: str
+    samples: Count
+    searched: Count
+    tokens: Count
+    asked: Count
+    short: str
+
+
+class PatchRecord(Strict):
+    """What was patched of a cut, on which text, and how that was proven."""
+
+    unpatched: list[UnpatchedCut]
+    maps: str = ""
+    changed: bool
+    cuts: list[PatchedCut]
+    tuning: PatchTuning | None = None
+    proof: CutProof | None = None
+    text: FittedText | None = None
+
+
+class CardParts(Strict):
+    """The parts of a cut checkpoint's model card."""
+
+    base_model: str | None
+    name: str
+    removed: Blocks
+    total: Some
+    how: str
+    measured: str
+    from_gguf: bool
+    # Records that an earlier version wrote lack it.
+    loads_with: Annotated[str, Field(pattern=r"^[A-Za-z]\w{0,99}$")] = "AutoModelForCausalLM"
+    isingcut: str
+    energy: str
+    rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    proof: str = "text"
+    patch: PatchRecord | None = None
+
+
+class CutRecord(Document):
+    """`isingcut.json` beside the weights of a cut checkpoint."""
+
+    kind: ClassVar = "removal"
+    removed: Blocks
+    of: Annotated[int, Field(ge=1, le=2**20)]
+    model: dict[str, Scalar] = Field(default_factory=dict)
+    card: CardParts | None = None
+    proof: CutProof | None = None
+    patch: PatchRecord | None = None
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        if any(b >= self.of for b in self.removed):
+            raise ValueError(f"a block is removed that is not among the {self.of}")
+        return self
+
+
+class Finalist(Strict):
+    """A state that a search measured last."""
+
+    removed: Blocks
+
+
+class SearchTarget(Strict):
+    """What a search found for one removal."""
+
+    finalists: list[Finalist]
+    one_pass: list[OnePassState] = Field(default_factory=list)
+
+
+class SearchRecord(Strict):
+    """What a search for low states paid and found."""
+
+    targets: dict[str, SearchTarget]
+    passes: Positive | None = None
+    one_pass_passes: Positive | None = None
+
+
+class EnergyMeta(Strict):
+    """The provenance of an energy, as far as it is read."""
+
+    search: SearchRecord | None = None
+    tokens: Count | None = None
+    loss: str | None = None
+    passes: Positive | None = None
+    blocks_run: Count | None = None
+
+
+class HamiltonianHeader(Document):
+    """The header of `hamiltonian.safetensors`."""
+
+    kind: ClassVar = "hamiltonian"
+    unit: str
+    meta: EnergyMeta
+
+
+class CalibrationHeader(Document):
+    """The header of `calibration.safetensors`."""
+
+    kind: ClassVar = "calibration"
+    source: str
+    sha256: str
+    meta: dict[str, Any]
+
+
+# Evaluations, healings and benchmarks
+
+
+class ModelScores(Perplexity):
+    """One of the two models of an evaluation; a streamed one has no speeds and no memory."""
+
+    prefill_tokens_per_second: Positive | None = None
+    prefill_tokens_per_second_se: Positive | None = None
+    decode_tokens_per_second: Positive | None = None
+    decode_tokens_per_second_se: Positive | None = None
+    parameters: Some
+    bytes: Some
+    blocks: Some
+    peak_memory_bytes: Count | None = None
+
+
+class Generation(Strict):
+    """One text by both models."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+class PairScores(Strict):
+    """The original and another model on the same text.
+
+    Attributes:
+        nll_change_se: standard error of the difference of both NLLs, sample by sample.
+    """
+
+    before: Perplexity
+    after: Perplexity
+    kl: Number
+    kl_se: Positive | None
+    nll_change_se: Positive | None = None
+
+
+class PartScores(PairScores):
+    """The same on one part of a mixture."""
+
+    samples: Some
+    tokens: Some
+
+
+class MixedScores(PairScores):
+    """The same on all of the text, and by part where it is a mixture."""
+
+    parts: dict[str, PartScores] = Field(default_factory=dict)
+
+
+class FurtherPart(Perplexity):
+    """A model between the original and the last one, on one part of a mixture."""
+
+    kl: Number
+    kl_se: Positive | None
+
+
+class FurtherScores(FurtherPart):
+    """The same on all of the text, and by part where it is a mixture."""
+
+    parts: dict[str, FurtherPart] = Field(default_factory=dict)
+    elsewhere: dict[str, FurtherPart] = Field(default_factory=dict)
+
+
+class EvaluationFile(Document):
+    """`evaluation.json`; older ones do not say what the last model is.
+
+    Attributes:
+        elsewhere: the models on texts that nothing was chosen or fitted on, nor anything like them.
+        not_measured: keys of speed and memory that were left out.
+        streamed: a model was read from disk block by block, and so has no speed.
+    """
+
+    kind: ClassVar = "evaluation"
+    last: Literal["cut", "patched", "healed"] | None = None
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    cut: FurtherScores | None = None
+    patched: FurtherScores | None = None
+    samples: Some
+    tokens: Some
+    before: ModelScores
+    after: ModelScores
+    kl: Number
+    kl_se: Positive | None
+    nll_change_se: Positive | None = None
+    parts: dict[str, PartScores] = Field(default_factory=dict)
+    elsewhere: dict[str, PartScores] = Field(default_factory=dict)
+    generation: Generation | None
+    device: str
+    dtype: str
+    threads: Some | None = None
+    not_measured: list[str] = Field(default_factory=list)
+    streamed: bool = False
+
+
+class HealedPart(FurtherPart):
+    """The cut model on text held out, or on one part of it, before or after healing."""
+
+    original_perplexity: Positive
+
+
+class HealedScores(HealedPart, Document):
+    """The same on all of it, and by part where it is a mixture."""
+
+    kind: ClassVar = "healing-before"
+    parts: dict[str, HealedPart] = Field(default_factory=dict)
+
+
+class PatchScores(Document):
+    """What the linear patch alone came to; no scores where nothing could be patched."""
+
+    kind: ClassVar = "healing-patched"
+    scores: HealedScores | None = None
+    changed: bool = True
+    cuts: list[PatchedCut] = Field(default_factory=list)
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    tuning: PatchTuning | None = None
+
+
+class Step(Strict):
+    """A point of the training curve."""
+
+    step: Count
+    tokens: Count
+    loss: Number
+
+
+class HealingRecipe(Document):
+    """What a training does, as its options say or as a budget of tokens or of time bought it.
+
+    Attributes:
+        steps: optimiser steps; the schedule ends with them.
+        batch: sequences of a step, over all processes.
+        length: tokens of a sequence, the longest.
+        learning_rate: the highest.
+        tokens: of all steps, about.
+        seconds: that they take by the clock of the first steps; None of a budget in tokens.
+        epochs: how often the text is read.
+    """
+
+    kind: ClassVar = "healing-recipe"
+    steps: Some
+    batch: Some
+    length: Some
+    learning_rate: Positive
+    tokens: Count
+    seconds: Positive | None
+    epochs: Positive
+
+
+class HealingCheck(Strict):
+    """The KL to the original of each sample held out, summed, at a step of a training."""
+
+    step: Count
+    kl_sums: list[Number]
+
+
+class HealingStop(Strict):
+    """Why a training ended early, and of which step its weights are; None: of its last."""
+
+    why: str
+    kept: Count | None
+
+
+class HealOptions(Strict):
+    """The options of a healing."""
+
+    __pydantic_extra__: dict[str, Scalar]
+    patch: str
+    method: str
+    effort: str = ""
+    length: Count | None = None
+
+
+class HealingFile(Document):
+    """`healing.json`."""
+
+    kind: ClassVar = "healing"
+    steps: list[Step]
+    before: HealedScores
+    after: HealedScores
+    patch: PatchScores | None = None
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    start: Literal["cut", "patched", "healed"] = "cut"
+    tokens_seen: Count = 0
+    recipe: HealingRecipe | None = None
+    checks: list[HealingCheck] = Field(default_factory=list)
+    stopped: HealingStop | None = None
+    removed: Blocks
+    of: Some
+    length: Some | None = None
+    report_samples: Count = 0
+    report_tokens: Count
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    seconds: Positive = 0.0
+    overlap: dict[str, Positive] = Field(default_factory=dict)
+    options: HealOptions
+
+
+class HealingWork(Document):
+    """`identity.json` of an unfinished healing: what it depends on."""
+
+    kind: ClassVar = "healing-work"
+    work: str
+
+
+class HealingCurve(Document):
+    """The training curve up to a saved state."""
+
+    kind: ClassVar = "healing-curve"
+    steps: list[Step]
+    checks: list[HealingCheck]
+    trained_parameters: Count
+
+
+class HealingMemory(Document):
+    """How a training is computed in the memory there is.
+
+    Attributes:
+        most: tokens of a micro-batch, padding included; a single sample may have more.
+        recompute: activations are computed again in the backward pass.
+    """
+
+    kind: ClassVar = "healing-memory"
+    most: Some
+    recompute: bool
+
+
+class PairedScores(Strict):
+    """Two models on the same questions.
+
+    Attributes:
+        original, cut: mean scores.
+        difference: of the second to the first, with the ends of its 95 % interval.
+        n: questions.
+        p_value: of no difference, two-sided, by the test ``mcnemar`` or ``bootstrap``.
+        more_than_noise: at the 5 % level, for this comparison alone.
+    """
+
+    original: Number
+    original_se: Positive | None
+    cut: Number
+    cut_se: Positive | None
+    difference: Number
+    difference_low: Number
+    difference_high: Number
+    n: Count
+    p_value: Number
+    test: str = ""
+    more_than_noise: bool
+
+
+class TaskRow(PairedScores):
+    """The scores of both models on one benchmark task."""
+
+    task: str
+    metric: str
+    shots: Count
+
+
+class TextScores(Strict):
+    """Both models on WikiText-2."""
+
+    samples: Count = 0
+    tokens: Count
+    original: Perplexity
+    cut: Perplexity
+    kl: Number
+    kl_se: Positive | None = None
+
+
+class BenchmarksFile(Document):
+    """`benchmarks.json`."""
+
+    kind: ClassVar = "benchmarks"
+    rows: list[TaskRow]
+    engine: str
+    left_out: Count = 0
+    wikitext2: TextScores | None = None
+
+
+class ReportFile(Document):
+    """`report.json`, which nothing reads again."""
+
+    kind: ClassVar = "report"
+
+
+# `run.json`
+
+_MOST_BLOCKS = 4096
+"""More blocks than any model has; what is drawn of a run grows with their square."""
+
+
+class ModelIdentity(Strict):
+    """The identity of the model that a run is of."""
+
+    name: str
+    sha256: str
+    gguf_sha256: str | None = None
+
+
+class SplitSize(Strict):
+    """The size of one token split."""
+
+    samples: Count
+    tokens: Count
+    parts: dict[str, SplitSize] = Field(default_factory=dict)
+
+
+class CalibrationText(Strict):
+    """The text of a run."""
+
+    source: str
+    sha256: str
+    splits: dict[str, SplitSize]
+    overlap: dict[str, Positive] = Field(default_factory=dict)
+
+
+class Asked(Strict):
+    """How measurements were asked to be computed."""
+
+    attention: str
+    batch_tokens: Some | None
+
+
+class Computed(Strict):
+    """How measurements were computed on one device."""
+
+    asked: Asked
+    # Of any other name transformers would fetch code from the hub.
+    attention: Literal["sdpa", "eager", "causal"] | None
+    batch_tokens: Some
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+
+
+class Places(Strict):
+    """Where a local model lay when it was read."""
+
+    absolute: str
+    relative: str
+
+
+class WeightsRead(Strict):
+    """How often a streamed model was read, and which share of that came from host memory."""
+
+    sweeps: Positive
+    from_memory: Positive
+
+
+class Provenance(Strict):
+    """Where the figures of a run come from."""
+
+    isingcut: str
+    python: str
+    torch: str
+    transformers: str
+    platform: str
+    cpu: str
+    command_line: str
+    created: str
+    model: ModelIdentity
+    calibration: CalibrationText | None = None
+    computed: dict[str, Computed] = Field(default_factory=dict)
+    reading: dict[str, WeightsRead] = Field(default_factory=dict)
+    model_path: Places | None = None
+    dtype: str | None = None
+
+
+class Config(Strict):
+    """The options of a run; `RunConfig` knows the rest."""
+
+    __pydantic_extra__: dict[str, Scalar]
+    model: str
+    remove: str = ""
+    energy: str
+    seed: int
+    budget: str = ""
+    linear: bool = False
+    quick: bool = False
+
+
+class StageOptions(Strict):
+    """What a stage was made with, as far as it is read."""
+
+    remove: str | int | None = None
+    budget: str = ""
+    removed: Blocks | None = None
+    texts: dict[str, Any] | None = None
+
+
+class StageRecord(Strict):
+    """The record of one stage."""
+
+    stage: str
+    done: bool
+    fingerprint: str
+    options: StageOptions
+    seconds: Positive | None = None
+    sha256: str | None = None
+    # Where memory was short: the blocks were read from disk, so many tokens computed at a time.
+    streamed: bool = False
+    most_tokens: Some | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.done and self.seconds is None:
+            raise ValueError("a finished stage needs its seconds")
+        if self.stage == "excise" and self.options.removed is None:
+            raise ValueError("a cut needs the blocks that are removed")
+        return self
+
+
+class BlockCosts(Strict):
+    """One block and its costs."""
+
+    index: Index
+    kind: str
+    parameters: Count
+    bytes: Count
+    active_parameters: Count = 0
+    kv_bytes_per_token: Count = 0
+    state_bytes: Count = 0
+    latency_seconds: Positive | None = None
+
+
+class LegalityRow(Strict):
+    """A constraint that the architecture asks for; what `constraints.LinearConstraint` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    coefficients: list[Number]
+    sense: Literal["==", "<=", ">="]
+    rhs: Number
+    reason: str = ""
+
+
+class BlockList(Strict):
+    """The blocks of the model."""
+
+    path: str
+    blocks: Annotated[list[BlockCosts], Field(min_length=1, max_length=_MOST_BLOCKS)]
+    total_parameters: Count
+    total_bytes: Count
+    legality: list[LegalityRow]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if [b.index for b in self.blocks] != list(range(len(self.blocks))):
+            raise ValueError("the blocks are not numbered from 0 in their order")
+        if any(len(row.coefficients) != len(self.blocks) for row in self.legality):
+            raise ValueError(f"legality needs a coefficient for each of {len(self.blocks)} blocks")
+        return self
+
+
+class RunFile(Document):
+    """`run.json`: options, provenance, blocks, and one record per stage by its file's name."""
+
+    kind: ClassVar = "run"
+    config: Config
+    stages: dict[str, StageRecord]
+    blocks: BlockList
+    provenance: Provenance
+    complete: bool = False
+
+    @model_validator(mode="after")
+    def _below(self) -> Self:
+        n = len(self.blocks.blocks)
+        if any(b >= n for s in self.stages.values() if s.done for b in s.options.removed or ()):
+            raise ValueError(f"a stage removes a block that is not among the {n}")
+        return self
+
+
+# Reading them
+
+KINDS: dict[str, type[Document]] = {
+    model.kind: model
+    for model in tuple(globals().values())
+    if isinstance(model, type) and issubclass(model, Document) and model.kind
+}
+"""The models by the kind in a document's ``format``, ``isingcut-KIND``."""
+
+
+def parse_content(path: Path, kind: str, content: dict[str, Any]) -> Document:
+    """The object of a document's content.
+
+    Raises:
+        StageFileError: a part is missing, or of a wrong type, size or range; the first is named.
+    """
+    try:
+        return KINDS[kind].model_validate(content)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise damaged(path, f"{place}: {_words(first)}" if place else _words(first)) from None
+
+
+def check_blocks(path: Path, found: Any, blocks: int) -> None:
+    """Refuse the content of a run's file that is of another number of blocks than the run.
+
+    Args:
+        found: a document, a `Spectrum` or a `Hamiltonian`; anything else has no blocks.
+        blocks: N of `run.json`.
+
+    Raises:
+        StageFileError: another N, or a block that the model does not have.
+    """
+    shape = getattr(getattr(found, "states", None), "shape", None)
+    n = int(shape[1]) if shape else getattr(found, "n", getattr(found, "of", blocks))
+    highest = max(_named(found), default=-1)
+    if n != blocks:
+        raise damaged(path, f"it is over {n} blocks, the run's model has {blocks}")
+    if highest >= blocks:
+        raise damaged(path, f"it names block {highest}, the run's model has {blocks}")
+
+
+def _named(value: Any) -> Iterator[int]:
+    """Every block that a document names."""
+    if isinstance(value, Strict):
+        value = dict(value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (inner or ()) if key == "removed" else _named(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _named(inner)
+
+
+def damaged(path: Path, what: str) -> StageFileError:
+    """The error about a file whose content cannot be used."""
+    return StageFileError(
+        f"{path} is damaged: {what}; restore it, or delete it and run its stage again"
+    )
+
+
+def _words(error: Any) -> str:
+    if error["type"] == "missing":
+        return "it is missing"
+    words = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    found = error["input"]
+    return words + (f", got {repr(found)[:60]}" if isinstance(found, Scalar) else "")
