@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import isingcut
-from isingcut.ising import constraints
+from isingcut import constraints
 
 model = os.environ.get("TOUR_MODEL", "smollm2")
 text = os.environ.get("TOUR_TEXT", "wiki")

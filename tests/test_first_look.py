@@ -19,6 +19,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.measure.losses import measure
 from isingcut.options.config import RunConfig
 from isingcut.runs import demo
+from isingcut.runs.plan import make_plan
 from run_files import change, write_report, write_run
 from shared import call
 from streams import in_memory, samples
@@ -129,3 +130,28 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
     assert printed().endswith(verdict.replace("`", ""))
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     assert show.run_data(show.finished(run))["verdict"].startswith(verdict[:40])
+
+
+def test_a_plan_for_a_card_needs_the_configuration_alone(llama, tmp_path, printed):
+    shutil.copy(llama / "config.json", tmp_path)
+    assert call("plan", tmp_path, "--remove", "2", "--length", "32", "--card", "l4") == 0
+    text = printed()
+    assert "on l4" in text
+    assert "nothing was timed" in text
+    slow, fast = (make_plan(RunConfig(model=str(tmp_path), length=32), c) for c in ("l4", "h100"))
+    assert slow["forward"] < fast["forward"]
+    assert call("inspect", tmp_path) == 0
+    assert call("plan", tmp_path, "--card", "abacus") == 2
+
+
+def test_a_hub_model_is_looked_at_without_its_weights(monkeypatch, llama, tmp_path):
+    wanted = []
+    shutil.copy(llama / "config.json", tmp_path)
+
+    def download(name, *, allow_patterns, ignore_patterns):
+        wanted.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert call("inspect", "someone/llama") == 0
+    assert wanted == ["*.json"]

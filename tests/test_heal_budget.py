@@ -94,6 +94,19 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
     assert stored(tmp_path / "b") == stored(whole)
 
 
+def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path):
+    with pytest.raises(InputError, match=r"too short: judging .*10 steps .*give --effort 1min"):
+        heal(spending(models, tmp_path / "out", "0.0001min"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_of_time_pays_for_the_judging_too(models, tmp_path, monkeypatch):
+    spent = []
+    monkeypatch.setattr(train, "_spend", lambda job: spent.append(job.spent) or job)
+    heal(spending(models, tmp_path / "out", "1h", method="full", trainer=four(tmp_path)))
+    assert spent[0] > 0
+
+
 def test_the_clock_is_read_on_real_steps(models, tmp_path):
     # The text ends long before this time does, on any machine.
     out = heal(spending(models, tmp_path / "out", "2h"))

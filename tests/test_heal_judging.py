@@ -15,7 +15,7 @@ from isingcut.files.documents import HealingCheck, HealingFile, HealingStop
 from isingcut.files.writing import read_document, read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
-from isingcut.healing.job import Domains, Race, difference
+from isingcut.healing.job import Domains, difference
 from isingcut.models.load import load
 from isingcut.report.words import healing_warnings, sentence
 from ranks import join, launch, say_into, type_in
@@ -61,17 +61,6 @@ def test_a_part_that_gets_worse_ends_a_healing():
     whole = Domains(TokenSet.from_rows([[1] * 11] * 8)).verdict([start, better, check(10, 2, 2)])
     assert whole is not None
     assert "are kept: the model got worse" in whole.why
-
-
-def test_a_candidate_far_behind_is_dropped():
-    leader = [check(0, 1, 1), check(5, 0.5, 0.5, 1), check(10, 0.3, 0.3)]
-    behind, near = [check(0, 2, 2), check(5, 0.9, 0.9, 1)], [check(5, 0.6, 0.5, 2)]
-    found = Race(TEXT, leader).verdict(behind)
-    assert found == HealingStop(why="behind by 0.4000 ± 0.0000 nats at step 5", kept=None)
-    assert Race(TEXT, leader).verdict(behind[:1]) is None
-    assert Race(TEXT, leader).verdict(near) is None
-    assert Race(TEXT, leader).verdict([check(7, 9, 9)]) is None
-    assert Race(TEXT, None).verdict(behind) is None
 
 
 class Stops(Domains):

@@ -225,11 +225,15 @@ def show_plan(plan: dict[str, Any]) -> None:
     """The table of energies, the stages after them, and what to type."""
     screen = console()
     where = "read from disk block by block" if plan["streamed"] else "in memory"
+    probe, trust = f"timed in {duration(plan['probe_seconds'])}", "are right within a factor of 2"
+    if plan["card"]:
+        probe = "from the card's data sheet"
+        trust = "assume 40 % of the card's stated operations; nothing was timed"
     screen.print(
         f"{plan['model']}: {plan['blocks']} blocks, {decimal(plan['weights'])} as {plan['dtype']}, "
         f"{where} (allowed: {decimal(plan['allowed'])}) on {plan['device']}\n"
         f"forward {plan['forward']:.0f} tokens/s, weights from disk {decimal(int(plan['reading']))}"
-        f"/s; probed in {duration(plan['probe_seconds'])}, one process",
+        f"/s; {probe}; one process",
         soft_wrap=True,
     )
     for key, name, title in (
@@ -244,7 +248,7 @@ def show_plan(plan: dict[str, Any]) -> None:
             table.add_row(e["name"], str(e["samples"] or ""), *figures)
         screen.print(table)
     screen.print(
-        f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}\n"
+        f"times {trust}; the checkpoint has {decimal(plan['checkpoint'])}\n"
         f"recommended: {plan['recommended']}, {duration(plan['seconds'])} in all: {plan['why']}\n"
         f"{plan['command']}",
         soft_wrap=True,

@@ -80,9 +80,9 @@ _PANELS = {
     "config overwrite",
     "What to remove": "keep drop",
     "Text": "samples length rank_samples report_samples seed",
-    "Model and machine": "dtype attention batch_tokens stream trust_remote_code",
+    "Model and machine": "card dtype attention batch_tokens stream trust_remote_code",
     "Choosing": "energy also linear solver states diverse solve_seconds random_states choose",
-    "Repair": "patch patch_tokens keep_cut heal_top heal_options",
+    "Repair": "patch patch_tokens heal_options",
     "Judging": "data questions skip_speed",
 }
 """The options of a run by the headings of its help, in order."""

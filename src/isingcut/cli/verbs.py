@@ -530,7 +530,8 @@ def inspect_blocks(**options: Any) -> Output:
 
     config = RunConfig(**given(options)).validate()
     trust = config.trust_remote_code
-    found = inspect_model(resolve(config.model, trust_remote_code=trust), trust_remote_code=trust)
+    source = resolve(config.model, trust_remote_code=trust, weights=False)
+    found = inspect_model(source, trust_remote_code=trust)
     return Output(
         inspection_data(found), lambda: show_inspection(found), brief=str(len(found.stack))
     )
@@ -544,15 +545,22 @@ _PLAN = (
 
 
 @verb(*_PLAN, group=LOOK)
-def plan(**options: Any) -> Output:
-    """Say what each energy would take on this machine, from a timed pass; runs nothing.
+def plan(
+    card: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Plan for this GPU, from config.json alone: h100, ..."),
+    ] = "",
+    **options: Any,
+) -> Output:
+    """Estimate time and memory of each energy and stage, from a timed pass; runs nothing.
 
-    Example: isingcut plan smollm2 --remove 6
+    Examples: isingcut plan smollm2 --remove 6;
+    isingcut plan meta-llama/Llama-3.1-8B --remove 8 --card h100
     """
     from isingcut.cli.show import show_plan
     from isingcut.runs.plan import make_plan
 
-    found = make_plan(RunConfig(**given(options)).validate())
+    found = make_plan(RunConfig(**given(options)).validate(), card)
     return Output(found, lambda: show_plan(found), brief=found["command"])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from isingcut.console.progress import Progress, as_progress, silent
+from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
@@ -40,9 +41,9 @@ from isingcut.files.writing import (
     write_document,
 )
 from isingcut.healing import RECORD
-from isingcut.healing.job import Domains, Job
+from isingcut.healing.job import Domains, Job, beginnings
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
-from isingcut.healing.recipe import check_training
+from isingcut.healing.recipe import LEAST_STEPS, SHORT, check_training
 from isingcut.healing.removed import (
     check_pair,
     original_of,
@@ -234,9 +235,12 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     began = time.monotonic()
     record: dict[str, Any] = {}
     if main:
+        if not (work / "before.json").exists():
+            _check_effort(job, text.report)
         record["before"] = keep_result(
             work / "before.json", HealedScores, lambda: _scores(job, student, text.report)
         )
+    judging = time.monotonic() - began
     start = start_of(student)
     if config.patch in ("linear", "tuned") or (config.patch is None and start == "cut"):
         patched = work / "patched"
@@ -266,7 +270,9 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         # Needs packages that are optional.
         from isingcut.healing.training.train import distill
 
-        record |= distill(job, done)
+        # The same judging comes once more, after the training.
+        spent = time.monotonic() - began + judging
+        record |= distill(dataclasses.replace(job, spent=spent), done)
     elif main:
         shutil.copytree(job.start, done)
     if not main:
@@ -288,6 +294,33 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         seconds=round(time.monotonic() - began, 1),
         provenance={**versions(), **named},
     )
+
+
+def _check_effort(job: Job, report: TokenSet) -> None:
+    """Refuse a time in which no useful training fits, by the pace of one forward pass.
+
+    Raises:
+        InputError: with a time that is enough, about.
+    """
+    seconds = job.config.effort.seconds
+    if seconds is None or job.config.method == "none":
+        return
+    sample = beginnings(report).select([0])
+    times = []
+    for _ in range(2):
+        began = time.monotonic()
+        quality(job.teacher.model, job.teacher.model, sample, job.config.batch_tokens)
+        times.append(time.monotonic() - began)
+    token = min(times) / (2 * int(sample.mask.sum()))
+    # Both models, before and after; a step runs the student forth and back, and the teacher.
+    judging, training = 4 * token * int(report.mask.sum()), 4 * token * LEAST_STEPS * SHORT
+    if seconds < judging + training:
+        enough = math.ceil((judging + training) / 60 + 0.5)
+        raise InputError(
+            f"--effort {job.config.effort} is too short: judging the model before and after takes "
+            f"about {duration(judging)} here, and {LEAST_STEPS} steps of training "
+            f"{duration(training)}; give --effort {enough}min or more, or fewer --report-samples"
+        )
 
 
 def start_of(student: Path) -> Literal["cut", "patched", "healed"]:

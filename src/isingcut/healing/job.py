@@ -1,7 +1,7 @@
 """One cut model to heal, and who looks at its training.
 
-A judge ends a training where it goes wrong, or is behind a rival. It looks at checks: the KL to the
-original of each sample held out, as the training's own loss has it. They are made where states are
+A judge ends a training where it goes wrong. It looks at checks: the KL to the original of each
+sample held out, as the training's own loss has it. They are made where states are
 saved, so that a healing which goes on from a state knows those before it.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +28,6 @@ from isingcut.options.config import HealConfig
 _LENGTH = 256
 _ERRORS = 2.0
 """Standard errors of a paired difference that are more than noise here."""
-
-
-class Judge(Protocol):
-    """Text held out, and the decision on it."""
-
-    tokens: TokenSet
-
-    def verdict(self, checks: Sequence[HealingCheck]) -> HealingStop | None:
-        """Whether to end.
-
-        Args:
-            checks: from step 0 on, of each sample in nats.
-        """
-        ...
 
 
 def beginnings(tokens: TokenSet) -> TokenSet:
@@ -104,31 +89,6 @@ class Domains:
         return None
 
 
-class Race:
-    """Ends the training of a candidate that is behind the best one so far, at the same step.
-
-    Args:
-        tokens: text that both are judged on.
-        leader: the checks of the best candidate; None for the first.
-    """
-
-    def __init__(self, tokens: TokenSet, leader: Sequence[HealingCheck] | None) -> None:
-        self.tokens = beginnings(tokens)
-        self._leader = {check.step: check for check in leader or ()}
-
-    def verdict(self, checks: Sequence[HealingCheck]) -> HealingStop | None:
-        now = checks[-1]
-        theirs = self._leader.get(now.step)
-        if theirs is None or not now.step:
-            return None
-        counts = self.tokens.predicted.sum(1).numpy()
-        mean, error = difference(theirs.kl_sums, now.kl_sums, counts)
-        if mean > _ERRORS * error:
-            why = f"behind by {mean:.4f} ± {error:.4f} nats at step {now.step}"
-            return HealingStop(why=why, kept=None)
-        return None
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
     """One cut model to heal.
@@ -145,6 +105,7 @@ class Job:
         processes: that train together.
         judge: looks at a training on text held out; None: it runs to its end.
         recipe: of the training; None: what the options say.
+        spent: seconds of a budget of time that go to loading, judging and patching.
     """
 
     teacher: LoadedModel
@@ -156,8 +117,9 @@ class Job:
     progress: Progress = silent
     replay: StreamedReplay | None = None
     processes: Processes = ALONE
-    judge: Judge | None = None
+    judge: Domains | None = None
     recipe: HealingRecipe | None = None
+    spent: float = 0.0
 
     @property
     def leads(self) -> bool:

@@ -141,6 +141,8 @@ EPOCHS = 4.0
 """How often a budget may read its text: more repeats than it teaches."""
 SHORT = 256
 """Tokens of a sample, the fewest."""
+LEAST_STEPS = 10
+"""Steps of a training that is worth its judging."""
 # Sequences of a step where nothing says another number.
 _BATCH = 16
 # Tokens of the largest step, and about as many steps as few tokens are divided into.

@@ -47,13 +47,14 @@ _READ_BY_TRANSFORMERS = (
 )
 
 
-def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
+def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
     """The local folder (config.json, safetensors, tokenizer) of any kind of model name.
 
     Args:
         name: a folder, a hub id, a `.gguf` file or ``"smollm2"``; a local path wins over a hub
             id of the same spelling.
         trust_remote_code: also download the repository's Python files.
+        weights: also download the weights.
 
     Raises:
         ModelError: no such model, or it has no safetensors or config.
@@ -62,12 +63,12 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
     if not name.strip():
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
-        return _resolve_packaged(trust_remote_code)
+        return _resolve_packaged(trust_remote_code, weights)
     if (folder := find_held(name)) is not None:
         return _checked_folder(folder)
     path = user_path(name)
     if is_there(path) and path.is_dir():
-        return _checked_folder(path)
+        return _checked_folder(path, weights)
     if is_there(path):
         regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
@@ -75,7 +76,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
         return converted(path)
     if _looks_like_a_path(name):
         raise ModelError(f"there is no model at {name}; {_EXPECTED}")
-    return _download(name, trust_remote_code)
+    return _download(name, trust_remote_code, weights)
 
 
 def hub_id(name: str) -> str | None:
@@ -106,7 +107,7 @@ def _looks_like_a_path(name: str) -> bool:
     )
 
 
-def _resolve_packaged(trust_remote_code: bool) -> Path:
+def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
     """SmolLM2-135M-Instruct out of its data package, else from the hub."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         # The package is only ever read as data: importing it would need llama.cpp bindings.
@@ -116,7 +117,7 @@ def _resolve_packaged(trust_remote_code: bool) -> Path:
             if located.suffix == ".gguf" and located.is_file():
                 return converted(located)
     try:
-        return _download(PACKAGED_HUB_ID, trust_remote_code)
+        return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
     except ModelError as e:
         raise ModelError(
             f"{PACKAGED!r} needs its weights, which are neither in an installed package nor on a "
@@ -124,7 +125,7 @@ def _resolve_packaged(trust_remote_code: bool) -> Path:
         ) from e
 
 
-def _download(name: str, trust_remote_code: bool) -> Path:
+def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -137,10 +138,11 @@ def _download(name: str, trust_remote_code: bool) -> Path:
     # The HTTP library's own base class: hub versions are built on different ones.
     transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     code = ("*.py",) if trust_remote_code else ()
+    files = _HUB_FILES if weights else ("*.json",)
     try:
         folder = snapshot_download(
             name,
-            allow_patterns=[*_HUB_FILES, *code],
+            allow_patterns=[*files, *code],
             ignore_patterns=list(_HUB_IGNORE),
         )
     except HFValidationError as e:
@@ -161,10 +163,10 @@ def _download(name: str, trust_remote_code: bool) -> Path:
             f"there is no local folder {name}, and downloading it from the hub failed "
             f"({first_line(e)}); {_EXPECTED}, or run again to go on"
         ) from e
-    return _checked_folder(Path(folder))
+    return _checked_folder(Path(folder), weights)
 
 
-def _checked_folder(folder: Path) -> Path:
+def _checked_folder(folder: Path, weights: bool = True) -> Path:
     """``folder`` itself, once it is known to hold a checkpoint whose files can be read."""
     if is_there(folder / "adapter_config.json"):
         raise ModelError(
@@ -183,7 +185,7 @@ def _checked_folder(folder: Path) -> Path:
         # A pipe would be waited for.
         if path.suffix in _LOADED and not path.is_dir():
             regular_file(path, "the model's", ModelError)
-    if not weight_files(folder):
+    if weights and not weight_files(folder):
         raise ModelError(no_weights(folder))
     return folder
 

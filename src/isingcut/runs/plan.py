@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,53 @@ import torch
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import removals
 from isingcut.energies.search import Target, greedy_price
+from isingcut.errors import InputError
 from isingcut.measure.curvature import KINDS
 from isingcut.measure.tree import tree_nodes
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.compute.head import OutputHead, comparison
-from isingcut.models.device import pick_device, pick_dtype, weight_bytes
+from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes
 from isingcut.models.inspect import Inspection, inspect_model
+from isingcut.models.load import load_config
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD
+from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, RunConfig
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.session import Session
 from isingcut.runs.solving import describe_blocks, each_removal, removal_rows
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a vendor's data sheet says of a GPU.
+
+    Attributes:
+        memory: bytes.
+        flops: dense bfloat16 operations per second.
+        bandwidth: bytes of its memory per second.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+CARDS = {
+    "a10": Card(24e9, 125e12, 0.6e12),
+    "a100": Card(80e9, 312e12, 2.0e12),
+    "b200": Card(180e9, 2250e12, 8.0e12),
+    "h100": Card(80e9, 989e12, 3.35e12),
+    "h200": Card(141e9, 989e12, 4.8e12),
+    "l4": Card(24e9, 121e12, 0.3e12),
+    "l40s": Card(48e9, 362e12, 0.86e12),
+    "rtx4090": Card(24e9, 165e12, 1.0e12),
+    "rtx5090": Card(32e9, 210e12, 1.79e12),
+}
+REACHED, READING, CARD_BATCH = 0.4, 2e9, 8192
+"""Assumed of every card: the share of its operations that a pass reaches, bytes per second from
+disk, and tokens computed at a time."""
 
 ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
 EVENING = 8.0
@@ -92,8 +127,47 @@ def time_pass(replay: StreamedReplay, batch: TokenSet) -> TimedPass:
 class Prices:
     """What the energies and stages of one model take: a timed pass, times how many there are."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config, session = config, Session(config)
+    def __init__(self, config: RunConfig, card: str = "") -> None:
+        self.config = config
+        if card:
+            self._on_card(card)
+        else:
+            self._timed_here()
+
+    def _on_card(self, name: str) -> None:
+        """Passes of a card's stated speed, from the model's configuration alone."""
+        if name not in CARDS:
+            raise InputError(f"--card must be one of {', '.join(CARDS)}; got {name!r}")
+        config, card = self.config, CARDS[name]
+        trust = config.trust_remote_code
+        source = resolve(config.model, trust_remote_code=trust, weights=False)
+        check_by_config(source, config, needed=False)
+        found = inspect_model(source, trust_remote_code=trust)
+        text = load_config(source, trust_remote_code=trust).get_text_config()
+        size, flops = torch.bfloat16.itemsize, REACHED * card.flops
+        self.batch = config.batch_tokens or CARD_BATCH
+        head = int(text.vocab_size) * int(text.hidden_size)
+        latency = [
+            max(2 * b.active_parameters / flops, size * b.parameters / card.bandwidth / self.batch)
+            for b in found.stack.blocks
+        ]
+        self.timed = TimedPass(latency, 2 * head / flops, 1 / READING)
+        self.n, self.stream = len(found.stack), size * int(text.hidden_size)
+        self.whole = self.weights = size * found.parameters
+        allowed, largest = int(0.8 * card.memory), max(b.parameters for b in found.stack.blocks)
+        self.streamed = config.stream == "on" or (
+            config.stream == "auto" and self.weights > allowed
+        )
+        self.memory = Allowance(allowed, 0)
+        self.store: Any = SimpleNamespace(
+            device=name, dtype=torch.bfloat16, largest=size * max(largest, head)
+        )
+        self._count(found, size * sum(b.parameters for b in found.stack.blocks), text)
+        self.room = allowed - 2 * self.store.largest
+
+    def _timed_here(self) -> None:
+        """A pass that is timed on this machine."""
+        config, session = self.config, Session(self.config)
         check_by_config(session.source, config, needed=False)
         self.streamed, device = session.streaming, pick_device(config.device)
         trust = config.trust_remote_code
@@ -113,14 +187,18 @@ class Prices:
         self.timed = time_pass(replay, batch)
         self.n, self.stream = len(replay), replay.bytes_per_token
         self.weights = weight_bytes(session.source, self.store.dtype)
-        self.logits = int(text.vocab_size) * self.store.dtype.itemsize
         blocks = sum(b.bytes for b in found.stack.blocks)
         self.whole = blocks + found.other_bytes
+        self._count(found, blocks, text)
+        self.room = replay.room(batch) if self.streamed else 0
+
+    def _count(self, found: Inspection, blocks: int, text: Any) -> None:
+        """What goes and what stays, of so many bytes of blocks."""
+        self.logits = int(text.vocab_size) * self.store.dtype.itemsize
         self.remove = self._removed(found)
         self.left = 1 - blocks / self.whole * self.remove / self.n
         # What a backward pass keeps of each token: half of what the work of a block may take.
         self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
-        self.room = replay.room(batch) if self.streamed else 0
 
     def _removed(self, found: Inspection) -> int:
         """How many blocks go: of a budget as many as it takes; a fifth where nothing is said."""
@@ -233,11 +311,12 @@ def _estimate(
     return found | {"seconds": seconds, "memory": int(memory)}
 
 
-def make_plan(config: RunConfig) -> dict[str, Any]:
+def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
     """Time a pass of a model and estimate every energy at its default samples.
 
     Args:
         config: `model`; `remove` or `budget` where the stages after the energy are of interest.
+        card: one of `CARDS`: plan for it, from the model's configuration alone.
 
     Returns:
         what `plan --json` prints: ``weights``, ``allowed`` and ``checkpoint`` in bytes, ``forward``
@@ -248,7 +327,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         IsingcutError: no such model, it cannot be measured, or an impossible removal.
     """
     began = time.perf_counter()
-    prices = Prices(config)
+    prices = Prices(config, card)
     energies, stages = [prices.energy(name) for name in ENERGIES], prices.stages()
     seconds, rest = {e["name"]: e["seconds"] for e in energies}, sum(s["seconds"] for s in stages)
     recommended, effort, why = advise(config, seconds, rest)
@@ -270,6 +349,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "seconds": seconds[recommended] + rest,
         "why": why,
         "command": command(config, recommended, effort),
+        "card": card or None,
         "probe_seconds": time.perf_counter() - began,
     }
 

@@ -456,7 +456,7 @@ def _spend(job: Job) -> Job:
     file, pace = job.work / "recipe.json", (0.0, 0.0)
     if seconds is not None and not job.processes.decide(file.exists):
         pace = _pace(job)
-        seconds = _USED * (seconds - (time.monotonic() - began))
+        seconds = _USED * (seconds - job.spent - (time.monotonic() - began))
 
     def make() -> HealingRecipe:
         return bought_recipe(
