@@ -172,6 +172,7 @@ def text_scores(
         cut=found.after,
         kl=found.kl,
         kl_se=found.kl_se,
+        nll_change_se=found.nll_change_se,
     )
 
 

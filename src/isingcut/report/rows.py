@@ -263,6 +263,9 @@ def _row(
     if a is None or b is None:
         return Row(key, label, unit, form, dict.fromkeys(values))
     difference, error = None, list(models.values())[-1].get("change_se")
+    if first != "original":
+        # Both were compared with the original, and not with each other sample by sample.
+        return Row(key, label, unit, form, values)
     if key == "nll":
         difference = Difference(b.figure - a.figure, error=error)
     elif a.figure:
