@@ -673,6 +673,7 @@ class TextScores(Strict):
     cut: Perplexity
     kl: Number
     kl_se: Positive | None = None
+    nll_change_se: Positive | None = None
 
 
 class BenchmarksFile(Document):

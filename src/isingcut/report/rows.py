@@ -304,7 +304,8 @@ def benchmark_rows(found: BenchmarksFile, *, last: str = "cut") -> list[Row]:
         whole = max(1.0, *(v.figure for v in values.values()))
         rows.append(Row(r.task, r.task, "", ".4f", values, difference, notes, whole))
     if (text := found.wikitext2) is not None:
-        models = {"original": dict(text.original), last: dict(text.cut)}
+        cut = {**dict(text.cut), "change_se": text.nll_change_se}
+        models = {"original": dict(text.original), last: cut}
         row = _row("perplexity", "WikiText-2", "", ".2f", 1.0, models)
         notes = ["perplexity", f"{text.tokens} tokens", f"KL {text.kl:.4f} nats/token"]
         rows.append(replace(row, notes=notes))
