@@ -38,6 +38,8 @@ from isingcut.options.declaration import from_yaml
 if TYPE_CHECKING:
     from isingcut.files.documents import BenchmarksFile
 
+CUT_ON_RANKING = {"split": "rank", "model": "cut"}
+"""What the figures of a ranking are of."""
 _FIELDS = dataclasses.fields(RunConfig)
 _ALL = tuple(f.name for f in _FIELDS)
 # What a search looks near is said before anything is measured.
@@ -174,7 +176,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
     found = stages.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
     return Output(
-        {"file": str(file), **found.content()},
+        {"file": str(file), **CUT_ON_RANKING, **found.content()},
         lambda: show_ranking(found),
         brief=",".join(map(str, found.chosen.removed)),
         warnings=ranking_warnings(config.energy, found),
@@ -213,7 +215,7 @@ def baseline(
     found = stages.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Output(
-        {"file": str(file), **found.content()},
+        {"file": str(file), **CUT_ON_RANKING, **found.content()},
         lambda: show_baseline(found, file),
         brief=str(file),
     )
@@ -362,7 +364,7 @@ def evaluate(
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder, removed)
     target = product(folder, config, removed).parent
-    output: dict[str, Any] = {"file": str(target / "evaluation.json"), **found.content()}
+    output = {"file": str(target / "evaluation.json"), "split": "report", **found.content()}
     rows: BenchmarksFile | None = None
     if names:
         rows = stages.benchmarks(session, folder, removed)
