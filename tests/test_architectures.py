@@ -16,7 +16,7 @@ from isingcut.models.architectures.cuts import cut_config, rename_pattern, renum
 from isingcut.models.inspect import inspect_model
 from isingcut.testing.tiny import FAMILIES
 from sweep.conformance import check_family
-from tiny import edited_config, forbids, tiny_checkpoint, tiny_model
+from tiny import edit_config, forbids, tiny_checkpoint, tiny_model
 
 FAST = ["llama", "qwen2_moe", "smollm3", "gemma3", "gpt2", "nemotron_h", "opt"]
 
@@ -225,7 +225,7 @@ def test_inspection_reads_no_weights(tmp_path):
 def test_inspection_says_why_a_model_is_refused(tmp_path):
     source = tiny_checkpoint("gpt2", tmp_path / "a", scale_attn_by_inverse_layer_idx=True)
     assert "block number" in inspect_model(source).refusal
-    with edited_config(source) as config:
+    with edit_config(source) as config:
         config["model_type"] = "none-such"
     with pytest.raises(ModelError, match="does not recognize this architecture"):
         inspect_model(source)

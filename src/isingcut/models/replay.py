@@ -344,7 +344,7 @@ class Replay:
 
         ids = input_ids.to(self.device)
         stubs = [stub(i) for i in range(len(self.blocks))]
-        with replaced_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
+        with replace_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
             self.text(input_ids=ids, use_cache=False)
         entered = calls[0].hidden
         assert entered is not None
@@ -384,7 +384,7 @@ class Replay:
             return lambda *args, **kwargs: self._as_output(i, hidden)
 
         stubs = [stub(i) for i in range(len(self.blocks))]
-        with replaced_forwards(self.blocks, stubs):
+        with replace_forwards(self.blocks, stubs):
             logits: Tensor = self.text(input_ids=input_ids, use_cache=False).logits
         return logits
 
@@ -394,7 +394,7 @@ class Replay:
 
 
 @contextlib.contextmanager
-def replaced_forwards(
+def replace_forwards(
     modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
 ) -> Iterator[None]:
     """Swap the `forward` of modules; an instance attribute set by others (hooks) comes back."""
