@@ -21,16 +21,11 @@ from tiny import edit_config, forbids, tiny_checkpoint, tiny_model
 FAST = ["llama", "qwen2_moe", "smollm3", "gemma3", "gpt2", "nemotron_h", "opt"]
 
 
-@pytest.mark.parametrize("family", FAST)
-def test_conformance_of_some_families(family, tmp_path):
-    report = check_family(family, tmp_path, states=2)
-    assert report.outcome == "passed", report.reason
-    assert report.states == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(FAST)))
-def test_conformance_of_every_family(family, tmp_path):
+@pytest.mark.parametrize(
+    "family",
+    [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)],
+)
+def test_conformance_of_a_family(family, tmp_path):
     report = check_family(family, tmp_path, states=2)
     expected = "refused" if family in {"gemma3n", "gemma4"} else "passed"
     assert report.outcome == expected, report.reason
