@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.blocks import on_text_alone, text_model
-from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.architectures.blocks import on_text_alone, stop_rescaling, text_model
 from isingcut.models.device import BatchLimit, allowance, synchronise
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.processes import ALONE, Processes
