@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isingcut.models.safetensors_files import read_checkpoint
-from tiny import edited_config, edited_tensors
+from tiny import edit_config, edit_tensors
 
 _FP8_MAX = 448.0
 _TILE = 16
@@ -55,7 +55,7 @@ def quantise(folder: Path, layout: str, skip: Sequence[str] = ()) -> None:
         (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantisation}))
         return
     weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
-    with edited_config(folder) as config:
+    with edit_config(folder) as config:
         config["quantization_config"] = {
             "fp8": {
                 "weight_block_size": [_TILE, _TILE],
@@ -73,7 +73,7 @@ def fp8_in_tiles(folder: Path) -> None:
 
     Embeddings, norms, routers and small projections stay as they are, and are listed.
     """
-    with edited_tensors(folder) as tensors:
+    with edit_tensors(folder) as tensors:
         for name in list(tensors):
             head, dot, last = name.rpartition(".experts.")
             if dot and tensors[name].ndim == 3:
@@ -84,7 +84,7 @@ def fp8_in_tiles(folder: Path) -> None:
             if value.ndim == 2 and "layers." in name and not name.endswith("proj.weight")
         ]
     quantise(folder, "fp8", skip=("visual",))
-    with edited_config(folder) as config:
+    with edit_config(folder) as config:
         whole = ["lm_head", "model.visual.blocks.1.mlp", *sorted(kept)]
         config["quantization_config"] |= {"modules_to_not_convert": whole}
 

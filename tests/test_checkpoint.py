@@ -19,7 +19,7 @@ from isingcut.models.safetensors_files import (
     read_header,
     write_checkpoint,
 )
-from tiny import edited_config, tiny_checkpoint
+from tiny import edit_config, tiny_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -80,7 +80,7 @@ def fewer_blocks_in_the_config(folder):
 
 
 def set_config(folder, **changes):
-    with edited_config(folder) as config:
+    with edit_config(folder) as config:
         config.update(changes)
 
 

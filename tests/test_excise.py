@@ -13,7 +13,7 @@ from isingcut.errors import (
 )
 from isingcut.models.cutting.checkpoint import excise, verify
 from quantised import assert_bytes_follow
-from tiny import edited_tensors, tiny_checkpoint, tiny_model
+from tiny import edit_tensors, tiny_checkpoint, tiny_model
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_impossible_states_are_refused(source, tmp_path, removed, message):
 
 def test_extra_prediction_heads_are_dropped(tmp_path):
     source = tiny_checkpoint("deepseek_v3", tmp_path / "source", num_mtp_layers=1)
-    with edited_tensors(source) as tensors:
+    with edit_tensors(source) as tensors:
         last = {n: t for n, t in tensors.items() if n.startswith("model.layers.5.")}
         tensors.update({n.replace("layers.5.", "layers.6."): t.clone() for n, t in last.items()})
         tensors["model.layers.6.eh_proj.weight"] = torch.zeros(32, 64)
@@ -110,7 +110,7 @@ def test_depth_shaped_weights_are_sliced(tmp_path):
 def test_invented_tensors_are_noticed(source, tmp_path):
     out = tmp_path / "out"
     excise(source, [1], out)
-    with edited_tensors(out) as tensors:
+    with edit_tensors(out) as tensors:
         del tensors["model.layers.2.mlp.up_proj.weight"]
     with pytest.raises(VerificationError, match=r"missing keys: model\.layers\.2\.mlp\.up_proj"):
         verify(tiny_model("llama"), [1], out)

@@ -18,7 +18,7 @@ from isingcut.models.replay import Replay
 from isingcut.testing.tiny import random_model
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model
 from sweep.conformance import check_entry, entries
-from tiny import edited_config, forbids, replay_of
+from tiny import edit_config, forbids, replay_of
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
 COMPOSITE = {
@@ -50,7 +50,7 @@ def test_a_family_with_something_of_its_own_is_cut_exactly(name, tmp_path):
 @pytest.mark.parametrize(("family", "removed"), [(f, [0, 3]) for f in HUB])
 def test_the_form_that_hubs_hold_is_cut_exactly(family, removed, tmp_path):
     model = odd_checkpoint(family, tmp_path / "source")
-    with edited_config(tmp_path / "source") as config:
+    with edit_config(tmp_path / "source") as config:
         hub = {"architectures": config["architectures"], **HUB[family]}
         config.clear()
         config.update(hub)

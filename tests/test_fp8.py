@@ -18,7 +18,7 @@ from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.config import HealConfig
 from quantised import assert_bytes_follow, quantise
-from tiny import edited_config, edited_tensors, tiny_checkpoint, tiny_model
+from tiny import edit_config, edit_tensors, tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
@@ -101,7 +101,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
 def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):
     source = tiny_checkpoint("llama", tmp_path / "source")
     quantise(source, "modelopt")
-    with edited_tensors(source) as tensors:
+    with edit_tensors(source) as tensors:
         del tensors["model.layers.2.mlp.up_proj.weight_scale"]
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight' has no scale"):
         dict(dequantised(source, {}, torch.float32))
@@ -127,7 +127,7 @@ def nemotron(folder):
     """A tiny 52-block Nemotron-H in ModelOpt FP8, configured as the real checkpoint is."""
     kinds = [KINDS[letter] for letter in PATTERN]
     tiny_checkpoint("nemotron_h", folder, layers_block_type=kinds)
-    with edited_config(folder) as config:
+    with edit_config(folder) as config:
         del config["layers_block_type"]
         config["hybrid_override_pattern"] = PATTERN
         config["num_hidden_layers"] = len(PATTERN)

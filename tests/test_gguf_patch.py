@@ -20,7 +20,7 @@ from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, lai
 from isingcut.models.gguf_files import read_gguf
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS
-from tiny import edited_tensors
+from tiny import edit_tensors
 
 Kind = gguf.GGMLQuantizationType
 
@@ -61,7 +61,7 @@ def patched(source, out):
     """The model without blocks 2 and 3, other numbers in the layer before them."""
     excise(source, [2, 3], out)
     generator = torch.Generator().manual_seed(1)
-    with edited_tensors(out) as tensors:
+    with edit_tensors(out) as tensors:
         noise = torch.randn(tensors[DOWN].shape, generator=generator) * tensors[DOWN].std()
         tensors[DOWN] = tensors[DOWN] + 0.3 * noise
     return tensors[DOWN]

@@ -18,11 +18,9 @@ from isingcut.healing.removed import removal_by_weights
 from isingcut.healing.training import batches as memory
 from isingcut.healing.training import student as loss
 from isingcut.healing.training import train
-from isingcut.models.cutting.sharing import share
 from isingcut.models.load import load
 from isingcut.models.processes import Processes
 from isingcut.testing.cards import fake_cards
-from isingcut.testing.tiny import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -140,12 +138,3 @@ def test_blocks_are_found_by_their_weights_with_one_model_on_the_device(models, 
     before = card.live
     assert removal_by_weights(student, teacher) == REMOVED
     assert card.peak == before
-
-
-def test_weights_that_a_model_halves_in_place_are_halved_once():
-    models = [tiny_model("rwkv", rescale_every=2).requires_grad_(False) for _ in range(2)]
-    ids = torch.arange(9, 21)[None]
-    expected = tiny_model("rwkv", rescale_every=0)(ids).logits
-    assert share(*models, [])
-    for model in models:
-        torch.testing.assert_close(model(ids).logits, expected)

@@ -19,7 +19,7 @@ from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import loading_class_of
 from isingcut.models.sources import hub_id, model_identity, resolve
-from tiny import edited_config, tiny_checkpoint
+from tiny import edit_config, tiny_checkpoint
 
 
 @pytest.fixture
@@ -146,12 +146,12 @@ def test_the_trial_takes_the_faster_dtype(monkeypatch, slow):
 def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path):
     first = model_identity(folder)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    with edited_config(copy) as config:
+    with edit_config(copy) as config:
         config["transformers_version"] = "0.0"
     assert model_identity(copy) == first
     other = tiny_checkpoint("llama", tmp_path / "other", seed=1)
     assert model_identity(other)["sha256"] != first["sha256"]
-    with edited_config(copy) as config:
+    with edit_config(copy) as config:
         config["rope_theta"] = 5.0
     assert model_identity(copy)["sha256"] != first["sha256"]
 

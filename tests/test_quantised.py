@@ -12,7 +12,7 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.load import as_transformers_does, load
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, bitsandbytes, fp8_in_tiles, int4, mxfp4
-from tiny import edited_tensors, replay_of, tiny_checkpoint
+from tiny import edit_tensors, replay_of, tiny_checkpoint
 
 
 def quantisation(folder):
@@ -23,7 +23,7 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     plain = composite_checkpoint("qwen3_5_moe", source)
     fp8_in_tiles(source)
-    with edited_tensors(source) as tensors:
+    with edit_tensors(source) as tensors:
         tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 4)
     model, found = as_transformers_does(source, torch.float32)
     assert not found["missing_keys"]

@@ -18,7 +18,7 @@ from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_checkpoint
 from streams import in_memory, samples, some_states, streamed, watch
-from tiny import edited_tensors
+from tiny import edit_tensors
 
 pytestmark = pytest.mark.usefixtures("one_layout")
 
@@ -53,7 +53,7 @@ def test_the_head_s_layout_changes_gradients_by_rounding_alone(llama, monkeypatc
 
 def test_a_fine_tune_of_the_same_model_has_another_fingerprint(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "tuned")
-    with edited_tensors(tmp_path / "tuned") as tensors:
+    with edit_tensors(tmp_path / "tuned") as tensors:
         tensors["model.layers.3.mlp.up_proj.weight"] *= 1.01
     assert streamed(llama).identity() == streamed(llama).identity()
     assert streamed(llama).identity() != streamed(tmp_path / "tuned").identity()

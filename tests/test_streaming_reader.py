@@ -16,7 +16,7 @@ from isingcut.models.streaming.reader import Reader
 from isingcut.testing.tiny import tiny_checkpoint
 from quantised import quantise
 from streams import samples, some_states, streamed
-from tiny import edited_config
+from tiny import edit_config
 
 
 def everything(folder, dtype):
@@ -98,7 +98,7 @@ def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):
 
 def test_weights_that_can_only_be_loaded_whole_are_refused(tmp_path):
     folder = tiny_checkpoint("llama", tmp_path)
-    with edited_config(folder) as config:
+    with edit_config(folder) as config:
         config["quantization_config"] = {"quant_method": "hqq", "quant_config": {}}
     with pytest.raises(ModelError, match="packed by 'hqq'"):
         build_skeleton(folder, torch.float32)

@@ -21,7 +21,7 @@ from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
 from shared import OPTIONS
 from streams import CPU, samples, some_states, streamed, watch
-from tiny import edited_tensors
+from tiny import edit_tensors
 
 pytestmark = pytest.mark.usefixtures("one_layout")
 
@@ -109,7 +109,7 @@ def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, tmp_path, monkeyp
 
 def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
     shutil.copytree(cut, tmp_path / "bad")
-    with edited_tensors(tmp_path / "bad") as tensors:
+    with edit_tensors(tmp_path / "bad") as tensors:
         tensors["model.extra.weight"] = torch.zeros(1)
     with pytest.raises(VerificationError, match=r"unexpected keys: model\.extra\.weight"):
         verify_streamed(streamed(llama), [1, 4], tmp_path / "bad")

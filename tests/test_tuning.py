@@ -55,7 +55,7 @@ def test_the_micro_batch_doubles_while_that_pays_and_fits():
     assert tune(replay, 16, attention="sdpa", memory=PLENTY, seconds=clock(replay)) == Tuning(
         "sdpa", 4096
     )
-    each = tuning._saved_bytes(replay, "sdpa", 16)
+    each = tuning._saved_bytes(replay, 16)
     assert each > len(replay) * replay.model.config.hidden_size * 4
     found = tune(replay, 16, attention="sdpa", memory=2500 * each, seconds=clock(replay))
     assert found.batch_tokens == 2048

@@ -45,7 +45,7 @@ def forbids(model: Any, removed: Sequence[int]) -> bool:
 
 
 @contextmanager
-def edited_config(folder: Path) -> Iterator[dict[str, Any]]:
+def edit_config(folder: Path) -> Iterator[dict[str, Any]]:
     """The ``config.json`` of a folder, written back once it was changed."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     yield config
@@ -53,7 +53,7 @@ def edited_config(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def edited_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+def edit_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of a folder's one file, written back once they were changed."""
     tensors = load_file(folder / "model.safetensors")
     yield tensors

@@ -42,8 +42,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isingcut.models.architectures.blocks import find_stack, skipped
-from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.architectures.blocks import find_stack, skipped, stop_rescaling
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.sources import PACKAGED, resolve
 from studies.clients.models import SUBJECTS, Subject, make_files

@@ -48,16 +48,8 @@ CONFIGS = [
     ("an unknown layer type", {"layer_types": ["of_a_kind"] * 6}, LAYER_TYPE),
     ("an unknown activation", {"hidden_act": "swishish"}, "cannot load the model in .*'swishish'"),
     ("an unknown model type", {"model_type": "lama"}, "has model type `lama` but Transformers"),
-    (
-        "a list of model types",
-        {"model_type": ["llama"]},
-        r"model_type=\['llama'\]; expected a text",
-    ),
-    (
-        "an encoder-decoder",
-        {"model_type": "t5"},
-        "no text-generating decoder of the model type 't5'",
-    ),
+    ("a list of model types", {"model_type": ["llama"]}, r"=\['llama'\]; expected a text"),
+    ("an encoder-decoder", {"model_type": "t5"}, "no text-generating decoder of .* type 't5'"),
     ("quantised in a word", {"quantization_config": "fp8"}, "config='fp8'; expected an object"),
     ("a map that is a list", {"per_layer_config": [1]}, f"{INVALID}.*has no attribute 'items'"),
     ("code of its own", RUNS, "runs only if you trust it; .* pass --trust-remote-code"),
@@ -88,11 +80,7 @@ FILES = [
     ("a device for weights", linked(WEIGHTS, "/dev/zero"), "model.safetensors is a device"),
     ("a pipe for a template", pipe("chat_template.jinja"), "chat_template.jinja is a pipe"),
     ("a dangling config", linked("config.json", "nowhere"), "missing or a broken link"),
-    (
-        "a dangling weight file",
-        linked(WEIGHTS, "nowhere"),
-        "model.safetensors is a link to nothing",
-    ),
+    ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a link to nothing"),
     ("weights linked to themselves", linked(WEIGHTS, WEIGHTS), "model.safetensors cannot be read"),
     ("weights of another folder", linked(WEIGHTS, "/etc/passwd"), "leads out of the checkpoint"),
     ("no weights", removed(WEIGHTS), "has no weights"),
@@ -104,27 +92,15 @@ FILES = [
     ("an adapter beside a model", written("adapter_config.json", "{}"), "PEFT adapter"),
     ("an index that is a list", sharded(lambda i: [1]), "has no 'weight_map'"),
     ("an index that leaves", sharded(lambda i: {"weight_map": {UP: "../text.txt"}}), "leaves the"),
-    (
-        "an index of long names",
-        sharded(lambda i: {"weight_map": {UP: "x" * 5000}}),
-        "lacks 1 of the",
-    ),
+    ("long names", sharded(lambda i: {"weight_map": {UP: "x" * 5000}}), "lacks 1 of the"),
     ("an index of a folder", sharded(lambda i: {"weight_map": {UP: "."}}), "leaves the checkpoint"),
     (
         "an index with more",
         sharded(lambda i: {"weight_map": {"more": next(iter(i["weight_map"].values()))}}),
         "says that tensor 'more' is in",
     ),
-    (
-        "a header of gigabytes",
-        written(WEIGHTS, (2**40).to_bytes(8, "little") + bytes(99)),
-        "header of",
-    ),
-    (
-        "a header of noise",
-        written(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99),
-        "header is dam",
-    ),
+    ("a huge header", written(WEIGHTS, (2**40).to_bytes(8, "little") + bytes(99)), "header of"),
+    ("a noisy header", written(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99), "is damaged"),
     ("a deep header", written(WEIGHTS, (20000).to_bytes(8, "little") + b"[" * 20000), DEEP),
     ("an empty weight file", written(WEIGHTS, b""), "truncated or no safetensors"),
     ("a header that is a list", written(WEIGHTS, b"\x02" + bytes(7) + b"[]"), "is no object"),
@@ -136,11 +112,7 @@ FILES = [
     ("another shape", entry(shape=[31]), "does not fill its"),
     ("a dtype that is a list", entry(dtype=["F32"]), r"unknown dtype \['F32'\]"),
     ("offsets elsewhere", entry(data_offsets=[10**9, 10**9 + 128]), "header is damaged"),
-    (
-        "an entry that is a number",
-        header(lambda h: h.update({"model.norm.weight": 3})),
-        "is damaged",
-    ),
+    ("an entry in digits", header(lambda h: h.update({"model.norm.weight": 3})), "is damaged"),
     ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
     ("a hole in the blocks", tensors(lambda t: without(t, "layers.3.")), "none of block 3"),
@@ -148,11 +120,7 @@ FILES = [
 # What `inspect` does not read: numbers, and names of single tensors.
 LOADED = [
     ("NaN", number(UP, np.nan), f"{UP} .* holds NaN or infinity"),
-    (
-        "infinity",
-        number("model.norm.weight", -np.inf),
-        "model.norm.weight .* holds NaN or infinity",
-    ),
+    ("infinity", number("model.norm.weight", -np.inf), "norm.weight .* holds NaN or infinity"),
     ("a missing tensor", tensors(lambda t: without(t, UP)), f"lacks 1 tensors .* {UP}"),
     (
         "another shape",
@@ -163,17 +131,9 @@ LOADED = [
     ("a block fewer", tensors(lambda t: without(t, ".5.")), "6 blocks and .* has tensors of 5"),
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
     ("no tokenizer", removed("tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
-    (
-        "a tokenizer of noise",
-        written("tokenizer.json", b"\x00\xff" * 99),
-        "cannot load the tokenizer",
-    ),
+    ("a noisy tokenizer", written("tokenizer.json", b"\x00\xff" * 99), "load the tokenizer"),
     ("a deep tokenizer", deep("tokenizer.json"), "cannot load the tokenizer"),
-    (
-        "a tokenizer without a model",
-        written("tokenizer.json", '{"version": "1.0"}'),
-        "the tokenizer",
-    ),
+    ("no model in it", written("tokenizer.json", '{"version": "1.0"}'), "load the tokenizer"),
 ]
 # A few of each sort, on the verbs that measure more.
 RUN = "run {model} --remove 2 --calibration {text} --samples 2 --length 16 --out {here}/new"

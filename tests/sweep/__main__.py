@@ -20,6 +20,8 @@ from isingcut.testing.patches import replace_part
 from isingcut.testing.tiny import FAMILIES
 from sweep.conformance import Report, check_entry, check_family, entries
 
+# Of one architecture.
+_SECONDS, _BYTES = 600, 4 * 10**9
 OUTCOMES = ("passed", "refused", "failed", "not built")
 
 
@@ -31,8 +33,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--states", type=int, help="states cut: 6 of a family, else 2")
     parser.add_argument("--docs", type=Path, help="also write the outcomes to this Markdown file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="memory of a process")
-    parser.add_argument("--seconds", type=float, default=600.0, help="time for one architecture")
     options = parser.parse_args(list(arguments))
     with tempfile.TemporaryDirectory() as room:
         try:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         except InputError as error:
             print(error)
             return 2
-        reports = _run(tasks, options)
+        reports = _run(tasks, options.workers)
     shown = outcomes if options.all else table
     print(shown(reports))
     if options.docs:
@@ -51,19 +51,18 @@ def main(arguments: Sequence[str]) -> int:
     return int(any(r.outcome == "failed" for r in reports))
 
 
-def _run(tasks: Mapping[str, Callable[[], Report]], options: argparse.Namespace) -> list[Report]:
+def _run(tasks: Mapping[str, Callable[[], Report]], workers: int) -> list[Report]:
     """The reports, in order, each made in a process of its own: forked, so that torch and
     transformers are imported once."""
     reports: list[Report] = []
-    limits = (options.gigabytes,)
     context = multiprocessing.get_context("fork")
-    with context.Pool(options.workers, _limit, limits, maxtasksperchild=1) as pool:
+    with context.Pool(workers, _limit, maxtasksperchild=1) as pool:
         pending = {name: pool.apply_async(task) for name, task in tasks.items()}
         for name, result in pending.items():
             try:
-                report = result.get(options.seconds)
+                report = result.get(_SECONDS)
             except multiprocessing.TimeoutError:
-                reason = f"no result within {options.seconds:g} s: too slow, or its process died"
+                reason = f"no result within {_SECONDS} s: too slow, or its process died"
                 report = Report(name, "failed", reason=reason)
             reports.append(report)
             print(
@@ -74,11 +73,11 @@ def _run(tasks: Mapping[str, Callable[[], Report]], options: argparse.Namespace)
     return reports
 
 
-def _limit(gigabytes: float) -> None:
+def _limit() -> None:
     """Let a process that takes much more memory than it has now fail, and print nothing."""
     if sys.platform.startswith("linux"):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        most = pages * resource.getpagesize() + int(gigabytes * 1e9)
+        most = pages * resource.getpagesize() + _BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     torch.set_num_threads(1)
     quiet = os.open(os.devnull, os.O_WRONLY)

@@ -13,9 +13,14 @@ from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, InputError, IsingcutError, VerificationError
 from isingcut.ising.states import blocks_of
-from isingcut.models.architectures.blocks import BlockStack, find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import (
+    BlockStack,
+    find_stack,
+    skipped,
+    stack_modules,
+    stop_rescaling,
+)
 from isingcut.models.architectures.cuts import legality
-from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
 from isingcut.models.inspect import inspect_model

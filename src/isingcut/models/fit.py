@@ -55,30 +55,11 @@ class Checkpoint:
     Attributes:
         config: its ``config.json``.
         stored: its tensors; empty without weights.
-        count: blocks that its configuration says.
-        found: blocks that it has tensors of; None where none are numbered.
-        uncuttable: why a model of its type cannot be cut; else empty.
     """
 
     folder: Path
     config: dict[str, Any]
     stored: Mapping[str, StoredTensor]
-    count: int
-    found: int | None
-    uncuttable: str
-
-    @property
-    def mismatch(self) -> str:
-        """What is wrong where the two numbers of blocks differ; else empty."""
-        if self.found is None or self.found == self.count:
-            return ""
-        if self.uncuttable:
-            return self.uncuttable
-        return (
-            f"config.json says {self.count} blocks and the checkpoint has tensors of {self.found}; "
-            f"say {self.found} in {self.folder / 'config.json'}, or get the weights that belong to "
-            "it"
-        )
 
     @property
     def most_numbers(self) -> int:
@@ -93,16 +74,17 @@ def most_numbers(stored: int) -> int:
     return _MORE * stored + _SPARE
 
 
-def examine(folder: Path, *, weights: bool = True) -> Checkpoint:
+def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
     """Read a checkpoint's configuration and headers, within bounds.
 
     Args:
-        weights: there must be some.
+        weights: there must be some, and of a packing that is read.
 
     Raises:
         CheckpointError: either is damaged, or a block has no tensors.
-        ModelError: a number in the configuration is larger than any model's.
-        ArchitectureError: no valid configuration of its family.
+        ModelError: a number in the configuration is larger than any model's, or it says another
+            number of blocks than there are tensors of; the message has both.
+        ArchitectureError: no valid configuration of its family, or weights that cannot be read.
     """
     config = read_config(folder)
     for name, kind in _FORMS.items():
@@ -113,36 +95,28 @@ def examine(folder: Path, *, weights: bool = True) -> Checkpoint:
             )
     _refuse_huge(folder, config)
     stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
+    if weights:
+        refuse_packing(config)
     text = written_out(config)
-    count = depth(text)
-    heads = extra_heads(text)
+    count, heads = depth(text), extra_heads(text)
     numbers = _stack(stored.values(), count, heads)[1]
-    if not numbers or config.get("is_encoder_decoder"):
-        return Checkpoint(folder, config, stored, count, None, uncuttable(text))
-    found = max(numbers) + 1
-    if count <= found <= count + heads:
-        found = count
-    gap = min(set(range(found)) - numbers, default=None)
-    if gap is not None:
-        raise CheckpointError(
-            f"the checkpoint in {folder} has tensors of blocks up to {max(numbers)}, but none of "
-            f"block {gap}; complete the download"
-        )
-    return Checkpoint(folder, config, stored, count, found, uncuttable(text))
-
-
-def check_fit(folder: Path) -> Checkpoint:
-    """`examine`, and refuse another number of blocks than the configuration says.
-
-    Raises:
-        ArchitectureError: the weights are packed in a way that is not read.
-        ModelError: the numbers differ; the message has both.
-    """
-    seen = examine(folder)
-    refuse_packing(seen.config)
-    if seen.mismatch:
-        raise ModelError(f"nothing was measured: {seen.mismatch}")
-    return seen
+    if numbers and not config.get("is_encoder_decoder"):
+        found = max(numbers) + 1
+        if count <= found <= count + heads:
+            found = count
+        gap = min(set(range(found)) - numbers, default=None)
+        if gap is not None:
+            raise CheckpointError(
+                f"the checkpoint in {folder} has tensors of blocks up to {max(numbers)}, but none "
+                f"of block {gap}; complete the download"
+            )
+        if found != count:
+            raise ModelError(
+                uncuttable(text)
+                or f"config.json says {count} blocks and the checkpoint has tensors of {found}; "
+                f"say {found} in {folder / 'config.json'}, or get the weights that belong to it"
+            )
+    return Checkpoint(folder, config, stored)
 
 
 def check_sizes(seen: Checkpoint, model: Any) -> None:

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from isingcut.errors import ArchitectureError, ModelError
+from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
 from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, text_config
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
-from isingcut.models.fit import bounded_structure, by_block, check_sizes, examine
+from isingcut.models.fit import bounded_structure, by_block, check_fit, check_sizes
 from isingcut.models.load import auto_class, load_config
 from isingcut.models.loading import loading, quiet_transformers
 from isingcut.models.safetensors_files import StoredTensor
@@ -220,9 +220,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         ArchitectureError: it has no block stack.
     """
     folder = Path(folder)
-    seen = examine(folder, weights=False)
-    if seen.mismatch:
-        raise ModelError(seen.mismatch)
+    seen = check_fit(folder, weights=False)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     # Kernels of the quantisation need a GPU; the structure does not.
     config.__dict__.pop("quantization_config", None)

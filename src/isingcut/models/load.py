@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
+from isingcut.models.architectures.blocks import stop_rescaling
 from isingcut.models.device import pick_device, pick_dtype
 from isingcut.models.fit import bounded_structure, check_fit
 from isingcut.models.fp8 import dequantised, fp8_layout
@@ -220,6 +221,7 @@ def as_transformers_does(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    stop_rescaling(model)
     return model.eval(), found
 
 
@@ -270,6 +272,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             model = factory.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model.tie_weights()
+        stop_rescaling(model)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.blocks import on_text_alone, text_model
-from isingcut.models.architectures.families import stop_rescaling
+from isingcut.models.architectures.blocks import on_text_alone, stop_rescaling, text_model
 from isingcut.models.device import BatchLimit, allowance, synchronise
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.processes import ALONE, Processes
@@ -344,7 +343,7 @@ class Replay:
 
         ids = input_ids.to(self.device)
         stubs = [stub(i) for i in range(len(self.blocks))]
-        with replaced_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
+        with replace_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
             self.text(input_ids=ids, use_cache=False)
         entered = calls[0].hidden
         assert entered is not None
@@ -384,7 +383,7 @@ class Replay:
             return lambda *args, **kwargs: self._as_output(i, hidden)
 
         stubs = [stub(i) for i in range(len(self.blocks))]
-        with replaced_forwards(self.blocks, stubs):
+        with replace_forwards(self.blocks, stubs):
             logits: Tensor = self.text(input_ids=input_ids, use_cache=False).logits
         return logits
 
@@ -394,7 +393,7 @@ class Replay:
 
 
 @contextlib.contextmanager
-def replaced_forwards(
+def replace_forwards(
     modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
 ) -> Iterator[None]:
     """Swap the `forward` of modules; an instance attribute set by others (hooks) comes back."""

@@ -255,11 +255,10 @@ def save_loaded_model(
     from transformers import PreTrainedTokenizerBase
 
     _check_model(given)
-    if tokenizer is None:
-        raise InputError("a loaded model needs its tokenizer: prune(model, tokenizer=...)")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(
-            f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
+            "a loaded model needs its tokenizer, prune(model, tokenizer=...): expected a "
+            f"transformers tokenizer, got {type(tokenizer).__name__}"
         )
     with temporary_folder() as place:
         folder = place / "model"
@@ -307,25 +306,13 @@ def _check_model(given: Any) -> None:
             f"give the folder it was loaded from, or {advice}"
         )
     for name, module in given.named_modules():
-        found = _beside_weights(module)
-        if found is not None:
+        # transformers' own record outputs, or act in training alone.
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        others = [h for h in hooks if not str(h.__module__).startswith("transformers.")]
+        if others or "forward" in vars(module):
             raise InputError(
-                f"{name or 'the model'} ({type(module).__name__}) {found}, or give the model's "
-                "folder: only what save_pretrained writes is measured"
+                f"{name or 'the model'} ({type(module).__name__}) has a hook or another forward "
+                "than its class (accelerate puts one there for a device_map over several devices); "
+                "remove it, load the model anew without device_map, or give its folder: only what "
+                "save_pretrained writes is measured"
             )
-
-
-def _beside_weights(module: Any) -> str | None:
-    """What changes a module's output and is not saved with it, and what to do; None for nothing."""
-    if hasattr(module, "_hf_hook"):
-        return (
-            "has its forward replaced by a hook of accelerate, as device_map sets over several "
-            "devices; load it without device_map"
-        )
-    if "forward" in vars(module):
-        return "has its forward replaced; load the model anew"
-    # transformers' own record outputs, or act in training alone.
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    if any(not str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks):
-        return "has forward hooks; remove them (handle.remove())"
-    return None

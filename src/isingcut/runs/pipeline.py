@@ -296,8 +296,8 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
         kept_and_dropped(len(found.stack), config)
     if found.positions is not None and config.length > found.positions:
         raise InputError(
-            f"--length {config.length} is more than the {found.positions} positions this model has; "
-            f"give --length {found.positions} or less"
+            f"--length {config.length} is more than this model's {found.positions} positions; give "
+            f"--length {found.positions} or less"
         )
 
 

@@ -356,6 +356,17 @@ def _decoder_path(model: nn.Module) -> str:
     return next((str(path) for path, module in model.named_modules() if module is decoder), "")
 
 
+def stop_rescaling(model: Any) -> None:
+    """Let RWKV compute without halving the stream every few blocks, from before its first pass on.
+
+    The halving keeps half precision in range and is neutral but for the epsilon in the norms;
+    it happens between the blocks, so blocks that are run one at a time would miss it.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "rescale_every", None):
+        config.rescale_every = 0
+
+
 @contextmanager
 def skipped(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
     """Within the block, every removed block hands on the hidden states it was given.

@@ -1,8 +1,7 @@
 """The few families that need more than the table in `fields`.
 
-A family may write out what a period stands for before the table is applied, forbid states with
-linear rows for the solver, and compute what happens between its blocks otherwise. Families are
-found by the fields they use, or by model type.
+A family may write out what a period stands for before the table is applied, or forbid states with
+linear rows for the solver. Families are found by the fields they use, or by model type.
 
 A model whose images enter between its text blocks counts those blocks by their place in the stack,
 in the vision tower's part or at the root of its configuration. Text alone never shows it.
@@ -250,22 +249,3 @@ def _found(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tup
                 yield from walk(value, (*path, key))
 
     return walk(config if derived is None else derived.to_dict(), ())
-
-
-def stop_rescaling(model: Any) -> None:
-    """Let RWKV compute without halving the stream every few blocks, from now on.
-
-    The halving keeps half precision in range and is neutral but for the epsilon in the norms;
-    it happens between the blocks, so blocks that are run one at a time would miss it.
-    """
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "rescale_every", None):
-        return
-    for module in model.modules():
-        if getattr(module, "layers_are_rescaled", False):
-            # Weights are halved by block number for inference; training takes that back.
-            training = module.training
-            module.train(True)
-            module._rescale_layers()
-            module.train(training)
-    config.rescale_every = 0

@@ -35,6 +35,9 @@ _SMALL_WORK = 1e11
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+_Timer = Callable[[Callable[[], None]], float]
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How measurements are computed.
@@ -57,7 +60,7 @@ def tune(
     attention: str | None = None,
     batch_tokens: int | None = None,
     memory: int,
-    seconds: Callable[[Callable[[], None]], float] | None = None,
+    seconds: _Timer | None = None,
 ) -> Tuning:
     """Choose what is not given, by timing a few of the model's blocks.
 
@@ -77,11 +80,12 @@ def tune(
     seconds = seconds or _stopwatch(replay)
     pass_tokens = min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
     threads = None
-    if _threads_possible(replay, pass_tokens):
-        threads = _threads(_probe(replay, attention, pass_tokens, length), seconds)
-    if batch_tokens is None:
-        with few_threads(threads):
-            batch_tokens = _batch(replay, attention, length, memory, seconds)
+    with chosen_attention(replay, attention):
+        if _threads_possible(replay, pass_tokens):
+            threads = _threads(_probe(replay, pass_tokens, length), seconds)
+        if batch_tokens is None:
+            with few_threads(threads):
+                batch_tokens = _batch(replay, length, memory, seconds)
     return Tuning(attention, batch_tokens, threads)
 
 
@@ -94,7 +98,7 @@ def _threads_possible(replay: Replay, tokens: int) -> bool:
     return 2.0 * weights * tokens <= _SMALL_WORK
 
 
-def _threads(run: Callable[[], None], seconds: Callable[[Callable[[], None]], float]) -> int | None:
+def _threads(run: Callable[[], None], seconds: _Timer) -> int | None:
     """Half the threads as long as that is no slower; None where it does not clearly win."""
 
     def limited(count: int) -> Callable[[], None]:
@@ -116,21 +120,21 @@ def _threads(run: Callable[[], None], seconds: Callable[[Callable[[], None]], fl
     return count if count < most and slow > _GAIN * quick else None
 
 
-def _probe(replay: Replay, name: str | None, tokens: int, length: int) -> Callable[[], None]:
+def _probe(replay: Replay, tokens: int, length: int) -> Callable[[], None]:
     """A pass through some blocks, spread over the model."""
-    recording, some = _recorded(replay, name, tokens, length), _some_blocks(replay)
+    recording, some = _recorded(replay, tokens, length), _some_blocks(replay)
 
     def run() -> None:
-        with torch.inference_mode(), chosen_attention(replay, name):
+        with torch.inference_mode():
             _through(recording, some, recording.entered)
 
     return run
 
 
-def _recorded(replay: Replay, name: str | None, tokens: int, length: int) -> Recording:
+def _recorded(replay: Replay, tokens: int, length: int) -> Recording:
     rows = max(1, tokens // length)
     ids = torch.zeros((rows, length), dtype=torch.long, device=replay.device)
-    with torch.no_grad(), chosen_attention(replay, name):
+    with torch.no_grad():
         return replay.record(ids)
 
 
@@ -139,9 +143,7 @@ def _some_blocks(replay: Replay) -> list[int]:
     return sorted({round(k * (n - 1) / (_BLOCKS - 1)) for k in range(_BLOCKS)})
 
 
-def _fastest(
-    probes: dict[Any, Callable[[], None]], seconds: Callable[[Callable[[], None]], float]
-) -> dict[Any, float]:
+def _fastest(probes: dict[Any, Callable[[], None]], seconds: _Timer) -> dict[Any, float]:
     """Shortest time of each, interleaved: other work on the machine only ever adds."""
     for run in probes.values():
         run()
@@ -149,24 +151,18 @@ def _fastest(
     return {key: min(r[key] for r in rounds) for key in probes}
 
 
-def _batch(
-    replay: Replay,
-    attention: str | None,
-    length: int,
-    memory: int,
-    seconds: Callable[[Callable[[], None]], float],
-) -> int:
+def _batch(replay: Replay, length: int, memory: int, seconds: _Timer) -> int:
     """Double the micro-batch as long as that pays and its gradients fit the memory."""
     # Measured losses keep the original's logits; gradients keep what they go back through.
     words = getattr(text_config(replay.model), "vocab_size", None)
     logits = (words if isinstance(words, int) else 0) * next(
         replay.model.parameters()
     ).element_size()
-    each = max(_saved_bytes(replay, attention, length), logits)
+    each = max(_saved_bytes(replay, length), logits)
     most = memory // max(1, each)
     tokens = BATCH_TOKENS
     while 2 * tokens <= min(most, _MOST_TOKENS):
-        probes = {k: _probe(replay, attention, k, length) for k in (tokens, 2 * tokens)}
+        probes = {k: _probe(replay, k, length) for k in (tokens, 2 * tokens)}
         took = _fastest(probes, seconds)
         if took[tokens] < _WORTH_SECONDS and replay.device.type == "cpu":
             break
@@ -176,13 +172,12 @@ def _batch(
     return tokens
 
 
-def _saved_bytes(replay: Replay, attention: str | None, length: int) -> int:
+def _saved_bytes(replay: Replay, length: int) -> int:
     """Bytes per token that a backward pass through all blocks keeps."""
     # One sample.
-    recording, some = _recorded(replay, attention, length, length), _some_blocks(replay)
-    with chosen_attention(replay, attention):
-        entered = recording.entered.detach().requires_grad_(True)
-        saved = kept_bytes(replay.model, lambda: _through(recording, some, entered))
+    recording, some = _recorded(replay, length, length), _some_blocks(replay)
+    entered = recording.entered.detach().requires_grad_(True)
+    saved = kept_bytes(replay.model, lambda: _through(recording, some, entered))
     return saved * len(replay) // (len(some) * length)
 
 
@@ -210,7 +205,7 @@ def _through(recording: Recording, blocks: Sequence[int], stream: Tensor) -> Ten
     return stream
 
 
-def _stopwatch(replay: Replay) -> Callable[[Callable[[], None]], float]:
+def _stopwatch(replay: Replay) -> _Timer:
     def seconds(run: Callable[[], None]) -> float:
         synchronise(replay.device)
         began = time.perf_counter()

@@ -360,9 +360,8 @@ def cut_gguf(
         raise OutputExistsError(f"{out} already exists; nothing was written")
     header = read_gguf(source)
     count = header.number("block_count")
-    _refuse(header)
     mapping = renumbering(count, removed)
-    _refuse_depth(header.architecture, count, len(mapping))
+    _refuse(header, count, len(mapping))
     header.check_blocks()
     if changed and header.big_endian:
         raise ArchitectureError(
@@ -374,8 +373,8 @@ def cut_gguf(
     reader = header.reader
     fields = {k: header.value(k) for k in reader.fields if not k.startswith("GGUF.")}
     architecture = header.architecture
-    _refuse_unwritable(source, architecture, fields)
-    windows = _windows(source, architecture, fields, count)
+    _refuse_unwritable(header, fields)
+    windows = _windows(header, fields, count)
     if windows is not None:
         fields.pop(f"{architecture}.{_WINDOWS}", None)
     values = {k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()}
@@ -409,7 +408,7 @@ def cut_gguf(
         writer.close()
 
 
-def _refuse(header: GgufHeader) -> None:
+def _refuse(header: GgufHeader, before: int, after: int) -> None:
     architecture = header.architecture
     if architecture not in _CUTTABLE:
         raise ArchitectureError(
@@ -425,9 +424,6 @@ def _refuse(header: GgufHeader) -> None:
     parts = header.value("split.count")
     if isinstance(parts, int) and parts > 1:
         raise CheckpointError(f"{header.path} is one part of a split file; merge the parts first")
-
-
-def _refuse_depth(architecture: str, before: int, after: int) -> None:
     known = _KNOWN_BY_DEPTH.get(architecture, set()) & {before, after}
     if known:
         raise ArchitectureError(
@@ -437,10 +433,9 @@ def _refuse_depth(architecture: str, before: int, after: int) -> None:
         )
 
 
-def _windows(
-    source: Path, architecture: str, fields: dict[str, Any], count: int
-) -> list[bool] | None:
+def _windows(header: GgufHeader, fields: dict[str, Any], count: int) -> list[bool] | None:
     """Which blocks have a sliding window, where llama.cpp counts that and no list says it."""
+    architecture = header.architecture
     period = _WINDOW_PERIODS.get(architecture)
     if period is None:
         return None
@@ -451,23 +446,23 @@ def _windows(
         return None
     if not isinstance(stored, int) or stored < 0:
         raise CheckpointError(
-            f"{source}: expected a period or one entry for each of {count} blocks as its metadata "
-            f"'{architecture}.{_WINDOWS}', got {stored!r:.60}"
+            f"{header.path}: expected a period or one entry for each of {count} blocks as its "
+            f"metadata '{architecture}.{_WINDOWS}', got {stored!r:.60}"
         )
     return [stored == 0 or i % stored < stored - 1 for i in range(count)]
 
 
-def _refuse_unwritable(source: Path, architecture: str, fields: dict[str, Any]) -> None:
+def _refuse_unwritable(header: GgufHeader, fields: dict[str, Any]) -> None:
     for key, value in fields.items():
         if value == []:
             raise CheckpointError(
-                f"{source} has an empty list as its metadata {key!r}, and the package gguf writes "
-                "none; take the key out first"
+                f"{header.path} has an empty list as its metadata {key!r}, and the package gguf "
+                "writes none; take the key out first"
             )
-        prefix = key.removeprefix(f"{architecture}.") in _PREFIX
+        prefix = key.removeprefix(f"{header.architecture}.") in _PREFIX
         if prefix and not isinstance(value, int):
             raise CheckpointError(
-                f"{source}: expected a whole number as its metadata {key!r}, got {value!r:.60}"
+                f"{header.path}: expected a whole number as its metadata {key!r}, got {value!r:.60}"
             )
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.models.architectures.blocks import find_stack
-from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
@@ -67,9 +66,6 @@ def share(
 
     Complexity: each tensor of the cut is read once, and copied to the device in chunks.
     """
-    for model in (cut, original):
-        # In place, and each of them would.
-        stop_rescaling(model)
     device = device or original.device
     theirs = {name: t for name, t in _named_tensors(original) if t.device.type == device.type}
     named = _original_names(cut, original, removed)

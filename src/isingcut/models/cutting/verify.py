@@ -30,7 +30,6 @@ from isingcut.models.architectures.blocks import (
     text_config,
     text_model,
 )
-from isingcut.models.architectures.families import stop_rescaling
 from isingcut.models.cutting.sharing import fits, share
 from isingcut.models.load import as_transformers_does
 from isingcut.models.loading import one_line, quiet_transformers
@@ -406,8 +405,6 @@ def verify(
         if streamed:
             prompts, new_tokens = 1, min(new_tokens, _STREAMED_TOKENS)
     tokens = random_tokens(source_model, 2, length)
-    for model in (source_model, cut):
-        stop_rescaling(model)
     stack = find_stack(source_model)
     allowed = tolerance(source_model.dtype)
 

@@ -17,16 +17,14 @@ from isingcut.models.architectures.blocks import (
     stack_modules,
     text_config,
 )
-from isingcut.models.device import Allowance, allowance
-from isingcut.models.load import build_skeleton
-from isingcut.models.replay import BLOCK_STREAMS, Replay, replaced_forwards
+from isingcut.models.device import Allowance, allowance, pick_device, pick_dtype
+from isingcut.models.load import LoadedModel, build_skeleton, load_tokenizer
+from isingcut.models.replay import BLOCK_STREAMS, Replay, replace_forwards
 from isingcut.models.sources import model_identity
 from isingcut.models.streaming.store import Buffers, Store
 
 if TYPE_CHECKING:
     from isingcut.data.tokens import TokenSet
-from isingcut.models.device import pick_device, pick_dtype
-from isingcut.models.load import LoadedModel, load_tokenizer
 
 
 def load_streamed(
@@ -110,7 +108,7 @@ class StreamedReplay(Replay):
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
         width = int(self._embedding.weight.shape[-1])
         stand_in = hidden.new_zeros((*input_ids.shape, width))
-        with replaced_forwards([self._embedding], [lambda *args, **kwargs: stand_in]):
+        with replace_forwards([self._embedding], [lambda *args, **kwargs: stand_in]):
             return super().tail(hidden, input_ids)
 
     def room(self, batch: TokenSet) -> int:
