@@ -15,7 +15,7 @@ def test_every_decoder_of_transformers_is_there():
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     assert len({entry.name for entry in found}) == len(found) == len(causal) + len(images)
-    assert [e.name for e in entries(["gemma3"])] == ["gemma3", "gemma3 (image-text)"]
+    assert {"gemma3", "gemma3 (image-text)"} <= {e.name for e in found}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """The sweep: every decoder of transformers cut, reloaded and compared, as a tiny random model.
 
-    PYTHONPATH=tests python -m sweep                   the families of `testing.configurations`
-    PYTHONPATH=tests python -m sweep llama gemma2      some of them
-    PYTHONPATH=tests python -m sweep --all             every decoder that transformers has
-    PYTHONPATH=tests python -m sweep --all qwen3_vl    the entries of some model types
+    PYTHONPATH=tests python -m sweep            every decoder that transformers has, and every
+                                                family of `isingcut.testing.tiny`
+    PYTHONPATH=tests python -m sweep qwen3_vl   those of some model types
 
 For one architecture: its blocks are found (also on the meta device), replayed blocks give a
 forward pass, gate gradients agree with autograd and with finite differences, and several random
