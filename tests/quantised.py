@@ -115,25 +115,16 @@ def int4(folder: Path) -> None:
             f"{module}.weight_shape": torch.tensor(value.shape),
         }
 
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "strategy": "group",
-        "group_size": _GROUP,
-        "symmetric": True,
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": _GROUP}
+    targets = {"weights": {**weights, "symmetric": True}, "targets": ["re:.*mlp.*"]}
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": targets},
+        "ignore": ["lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(6))],
     }
-    _rewrite(
-        folder,
-        load_file(folder / "model.safetensors"),
-        pack,
-        lambda: {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"weights": weights, "targets": ["re:.*mlp.*"]}},
-            "ignore": ["lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(6))],
-        },
-    )
+    _rewrite(folder, pack, quantisation)
 
 
 def mxfp4(folder: Path) -> dict[str, Tensor]:
@@ -162,44 +153,20 @@ def mxfp4(folder: Path) -> dict[str, Tensor]:
             f"{name}_scales": (exponent + 127).to(torch.uint8),
         }
 
-    _rewrite(
-        folder,
-        load_file(folder / "model.safetensors"),
-        pack,
-        lambda: {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-        },
-    )
+    whole = ["layers.*.self_attn", "layers.*.mlp.router", "embed_tokens"]
+    names = [*(f"model.{name}" for name in whole), "lm_head"]
+    _rewrite(folder, pack, {"quant_method": "mxfp4", "modules_to_not_convert": names})
     return values
 
 
-def bitsandbytes(folder: Path) -> None:
-    """Only the configuration of such a checkpoint: nothing of its weights is read."""
-    _rewrite(
-        folder,
-        load_file(folder / "model.safetensors"),
-        lambda name, value: {name: value},
-        lambda: {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    )
-
-
 def _rewrite(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    pack: Callable[[str, Tensor], dict[str, Tensor]],
-    told: Callable[[], dict[str, Any]],
+    folder: Path, pack: Callable[[str, Tensor], dict[str, Tensor]], quantisation: dict[str, Any]
 ) -> None:
+    tensors = load_file(folder / "model.safetensors")
     packed = {new: v for name, value in tensors.items() for new, v in pack(name, value).items()}
     save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = told()
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with edit_config(folder) as config:
+        config["quantization_config"] = quantisation
 
 
 _BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")

@@ -12,6 +12,7 @@ import io
 import re
 import resource
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from isingcut.cli import main as cli
-from shared import snapshot
+from shared import leave_speed_out, snapshot
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,21 @@ class Arena:
         }
         assert not changed, f"changed or made: {sorted(changed)}\n{told}"
         return out
+
+
+def make_arena(world: Path, folder: Path, patch: pytest.MonkeyPatch) -> Arena:
+    """A copy of the world, as the working folder, with HOME and the cache in it."""
+    here = Path(shutil.copytree(world, folder / "here", symlinks=True))
+    manifest = here / "run" / "run.json"
+    # The run was made here, as far as it knows.
+    text = manifest.read_text(encoding="utf-8").replace(str(world), str(here))
+    manifest.write_text(text, encoding="utf-8")
+    patch.chdir(here)
+    for name, value in {"HOME": "home", "ISINGCUT_CACHE": "home/cache"}.items():
+        patch.setenv(name, str(here / value))
+    patch.setenv("COLUMNS", "200")
+    leave_speed_out(patch.setattr)
+    return Arena(here)
 
 
 def glob_to_regex(pattern: str) -> str:

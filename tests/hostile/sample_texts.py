@@ -19,10 +19,6 @@ CHATS = "".join(
 )
 
 
-def written(name, content):
-    return lambda arena: (arena.here / name).write_bytes(content)
-
-
 def packed(content):
     return gzip.compress(content, mtime=0)
 

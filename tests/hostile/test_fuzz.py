@@ -6,18 +6,17 @@ draws so many new examples for each test; what it finds is to become a row of a 
 
 import json
 import os
-import shutil
-import struct
 import tempfile
 from pathlib import Path
 
 import pytest
-from arena import call
+from arena import call, make_arena
+from damage import WEIGHTS, changed, edited, header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stage_files import record
 
-from isingcut.files.writing import file_sha256
-from shared import leave_speed_out, snapshot
+from shared import snapshot
 
 MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))
 # What a command that ends well may write or replace.
@@ -93,71 +92,29 @@ def damage(draw, most):
     return spoil
 
 
-class Place:
-    """A copy of the world for one example."""
-
-    def __init__(self, world, here):
-        self.here = Path(shutil.copytree(world, here / "here"))
-        run = self.here / "run" / "run.json"
-        text = run.read_text(encoding="utf-8").replace(str(world), str(self.here))
-        run.write_text(text, encoding="utf-8")
-
-    def edit(self, name, edit):
-        """Change a JSON file."""
-        path = self.here / name
-        document = edit(json.loads(path.read_text(encoding="utf-8")))
-        path.write_text(json.dumps(document), encoding="utf-8")
-
-    def spoil(self, name, spoil):
-        """Change a file's bytes."""
-        path = self.here / name
-        path.write_bytes(spoil(path.read_bytes()))
-
-    def header(self, name, edit, length):
-        """Change the header of a safetensors file, and the length that it says the header has."""
-        path = self.here / name
-        data = path.read_bytes()
-        end = 8 + int.from_bytes(data[:8], "little")
-        said = json.dumps(edit(json.loads(data[8:end]))).encode()
-        path.write_bytes(struct.pack("<Q", length(len(said)) % 2**64) + said + data[end:])
-
-    def record(self, name):
-        """Let the run take a changed file for its own."""
-        run = self.here / "run" / "run.json"
-        document = json.loads(run.read_text(encoding="utf-8"))
-        document["stages"][name]["sha256"] = file_sha256(self.here / "run" / name)
-        run.write_text(json.dumps(document), encoding="utf-8")
-
-    def survives(self, command, codes=(0, 2)):
-        """The command ends with 0, or with 2 and one line, and nothing of the user's is changed."""
-        before = snapshot(self.here)
-        code, out, err = call(command.format(here=self.here).split(), 120, 2500)
-        told = f"isingcut {command}\nexit {code}\n{out[-1500:]}\n{err[-6000:]}"
-        assert code in codes, told
-        assert "Traceback" not in out + err, told
-        assert "internal error" not in (out + err).lower(), told
-        after = snapshot(self.here)
-        changed = {n for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
-        allowed = MADE if code == 0 else MADE[:1]
-        left = {n for n in changed if not n.startswith(allowed) and n not in ("home", "home/cache")}
-        assert not left, f"changed or made: {sorted(left)}\n{told}"
-
-
 @pytest.fixture(scope="module")
-def place(world):
-    """Makes a `Place`, and takes it away with the context."""
+def survives(world):
+    """Damage a copy of the world and type a command: it ends with 0, or with 2 and one line, and
+    nothing of the user's is changed."""
 
-    def make(run):
+    def survive(command, *steps, codes=(0, 2)):
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            made = Place(world, Path(folder))
-            patch.chdir(made.here)
-            patch.setenv("HOME", str(made.here / "home"))
-            patch.setenv("ISINGCUT_CACHE", str(made.here / "home" / "cache"))
-            patch.setenv("COLUMNS", "200")
-            leave_speed_out(patch.setattr)
-            run(made)
+            arena = make_arena(world, Path(folder), patch)
+            for step in steps:
+                step(arena)
+            before = snapshot(arena.here)
+            code, out, err = call(command.split(), 120, 2500)
+            told = f"isingcut {command}\nexit {code}\n{out[-1500:]}\n{err[-6000:]}"
+            assert code in codes, told
+            assert "Traceback" not in out + err, told
+            assert "internal error" not in (out + err).lower(), told
+            after = snapshot(arena.here)
+            names = (before.keys() | after.keys()) - {"home", "home/cache"}
+            allowed = MADE if code == 0 else MADE[:1]
+            left = {n for n in names if before.get(n) != after.get(n) and not n.startswith(allowed)}
+            assert not left, f"changed or made: {sorted(left)}\n{told}"
 
-    return make
+    return survive
 
 
 def fuzzed(examples):
@@ -173,21 +130,14 @@ def fuzzed(examples):
 
 
 MODEL_FILES = ["config.json"] * 3 + ["tokenizer.json", "tokenizer_config.json"]
-LOOK = "inspect {here}/model"
-ENERGY = (
-    "energy {here}/model --calibration {here}/text.txt --samples 2 --length 16 --energy fisher "
-    "--out {here}/new"
-)
+LOOK = "inspect model"
+ENERGY = "energy model --calibration text.txt --samples 2 --length 16 --energy fisher --out new"
 
 
 @fuzzed(15)
 @given(edits(), st.sampled_from(MODEL_FILES), st.sampled_from([LOOK, LOOK, ENERGY]))
-def test_model_files(place, edit, name, command):
-    def run(at):
-        at.edit(f"model/{name}", edit)
-        at.survives(command)
-
-    place(run)
+def test_model_files(survives, edit, name, command):
+    survives(command, edited(f"model/{name}", edit))
 
 
 LENGTHS = st.sampled_from(
@@ -197,32 +147,24 @@ LENGTHS = st.sampled_from(
 
 @fuzzed(15)
 @given(
-    st.one_of(
-        st.tuples(edits(), LENGTHS).map(
-            lambda two: lambda at, name: at.header(name, two[0], two[1])
-        ),
-        damage(4000).map(lambda spoil: lambda at, name: at.spoil(name, spoil)),
-    ),
-    st.sampled_from([LOOK, ENERGY, "excise {here}/run --blocks 0,1 --overwrite"]),
+    st.builds(lambda edit, length: header(edit, WEIGHTS, length), edits(), LENGTHS)
+    | damage(4000).map(lambda spoil: changed(WEIGHTS, spoil)),
+    st.sampled_from([LOOK, ENERGY, "excise run --blocks 0,1 --overwrite"]),
 )
-def test_safetensors(place, change, command):
-    def run(at):
-        change(at, "model/model.safetensors")
-        at.survives(command)
-
-    place(run)
+def test_safetensors(survives, damaged, command):
+    survives(command, damaged)
 
 
-RANK, REPORT = "rank {here}/run", "report {here}/run"
-SOLVE, MORE = "solve {here}/run", "solve {here}/run --remove 3"
-EXCISE, EVALUATE = "excise {here}/run", "evaluate {here}/run"
+RANK, REPORT, SOLVE, EXCISE, EVALUATE = (
+    f"{verb} run" for verb in ("rank", "report", "solve", "excise", "evaluate")
+)
 STAGES = {
     "candidates.json": [RANK, REPORT, EXCISE],
     "spectrum.json": [SOLVE, RANK, REPORT],
     "evaluation.json": [REPORT, EVALUATE],
     "run.json": [SOLVE, RANK, REPORT, EXCISE, EVALUATE],
     "calibration.safetensors": [RANK, REPORT],
-    "hamiltonian.safetensors": [SOLVE, MORE, RANK, REPORT],
+    "hamiltonian.safetensors": [SOLVE, f"{SOLVE} --remove 3", RANK, REPORT],
 }
 PAIRS = [(name, command) for name, commands in STAGES.items() for command in commands]
 
@@ -230,47 +172,28 @@ PAIRS = [(name, command) for name, commands in STAGES.items() for command in com
 def within(edit):
     """Change the document that the header of a stage file holds as a text."""
 
-    def change(header):
-        document = edit(json.loads(header["__metadata__"]["isingcut"]))
-        header["__metadata__"]["isingcut"] = json.dumps(document)
-        return header
+    def change(content):
+        document = edit(json.loads(content["__metadata__"]["isingcut"]))
+        content["__metadata__"]["isingcut"] = json.dumps(document)
 
     return change
 
 
 @fuzzed(30)
 @given(st.sampled_from(PAIRS), edits(), damage(2000), st.integers(0, 4))
-def test_stage_files(place, which, edit, spoil, how):
+def test_stage_files(survives, which, edit, spoil, how):
     name, command = which
-
-    def run(at):
-        if not how:
-            at.spoil(f"run/{name}", spoil)
-        elif name.endswith(".json"):
-            at.edit(f"run/{name}", edit)
-        elif how == 1:
-            at.header(f"run/{name}", edit, lambda n: n)
-        else:
-            at.header(f"run/{name}", within(edit), lambda n: n)
-        if name != "run.json":
-            at.record(name)
-        at.survives(command)
-
-    place(run)
+    file = f"run/{name}"
+    if not how:
+        damaged = changed(file, spoil)
+    elif name.endswith(".json"):
+        damaged = edited(file, edit)
+    else:
+        damaged = header(edit if how == 1 else within(edit), file)
+    survives(command, damaged, lambda arena: record(arena, name))
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        LOOK,
-        ENERGY,
-        *sorted({command for _, command in PAIRS}),
-    ],
-)
-def test_unharmed_files_are_accepted(place, command):
-    def run(at):
-        for name in STAGES.keys() - {"run.json"}:
-            at.record(name)
-        at.survives(command, (0,))
-
-    place(run)
+@pytest.mark.parametrize("command", [LOOK, ENERGY, *sorted({command for _, command in PAIRS})])
+def test_unharmed_files_are_accepted(survives, command):
+    steps = [lambda arena, name=name: record(arena, name) for name in STAGES]
+    survives(command, *steps, codes=(0,))

@@ -1,7 +1,6 @@
 """GGUF files: believed in nothing that their bytes contradict, and never completed or half-cut."""
 
 import hashlib
-import os
 import resource
 import shutil
 import struct
@@ -9,6 +8,7 @@ import threading
 
 import pytest
 from arena import Row
+from damage import linked, pipe, written
 
 from gguf_files import (
     LIST,
@@ -27,6 +27,7 @@ from isingcut.files.writing import locked
 from isingcut.models import gguf_files
 from shared import snapshot
 
+FILE = "m.gguf"
 LOOK = "inspect {here}/m.gguf"
 CUT = "excise {run} --gguf {here}/m.gguf"
 ENERGY = "energy {here}/m.gguf --calibration {text} --samples 2 --length 16 --out {here}/new"
@@ -42,16 +43,6 @@ def ones(held):
 def seventh(held):
     """Tensors of a block more than the metadata says."""
     held["blk.6.ffn_up.weight"] = held[UP]
-
-
-def linked(target):
-    """A link in the file's place."""
-    return lambda arena: (arena.here / "m.gguf").symlink_to(target)
-
-
-def words(content):
-    """Other bytes in the file's place."""
-    return lambda arena: (arena.here / "m.gguf").write_bytes(content)
 
 
 def empty_list(data):
@@ -75,7 +66,7 @@ HEADERS = [
     ("zero blocks", file(block_count=0), "'llama.block_count' with a whole number above 0"),
     ("half of the file", changed(lambda d: d[: len(d) // 2]), BAD + "it ends early"),
     ("all but one byte", changed(lambda d: d[:-40]), BAD + "it ends early"),
-    ("the magic alone", words(b"GGUF"), BAD + "it ends early"),
+    ("the magic alone", written(FILE, b"GGUF"), BAD + "it ends early"),
     ("version 9", at(4, "I", 9), BAD + ".*version 9"),
     ("exa-many tensors", at(8, "Q", 2**60), BAD),
     ("exa-many keys", at(16, "Q", 2**60), BAD),
@@ -88,12 +79,12 @@ HEADERS = [
     ("a tensor beyond the end", raw([], [info(shape=(2**40,))]), BAD + "it ends early"),
     ("no architecture", raw([], [info()]), "no metadata 'general.architecture'"),
     ("architecture in digits", raw([pair("general.architecture", WORD, bytes(4))]), "no metad"),
-    ("a dangling file", linked("nowhere"), "m.gguf is a link to nothing"),
-    ("a device", linked("/dev/zero"), "m.gguf is a device; expected a plain file"),
-    ("a pipe", lambda arena: os.mkfifo(arena.here / "m.gguf"), "m.gguf is a pipe"),
+    ("a dangling file", linked(FILE, "nowhere"), "m.gguf is a link to nothing"),
+    ("a device", linked(FILE, "/dev/zero"), "m.gguf is a device; expected a plain file"),
+    ("a pipe", pipe(FILE), "m.gguf is a pipe"),
     ("a folder", lambda arena: (arena.here / "m.gguf").mkdir(), "no config.json|is a folder"),
-    ("an empty file", words(b""), "no(t a)? GGUF file"),
-    ("another format", words(b"PK\x03\x04" + bytes(100)), "no(t a)? GGUF file"),
+    ("an empty file", written(FILE, b""), "no(t a)? GGUF file"),
+    ("another format", written(FILE, b"PK\x03\x04" + bytes(100)), "no(t a)? GGUF file"),
 ]
 # What only building the model shows.
 CONVERTED = [

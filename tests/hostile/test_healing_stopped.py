@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 from arena import Row
-from heal_rows import first_weight, heal, record, tensors
-from model_files import both
+from damage import both, number
+from heal_rows import heal, record
 
 from isingcut.files.writing import mark
 from isingcut.models.cutting.checkpoint import excise
@@ -144,7 +144,7 @@ def test_a_full_disk_after_the_training(arena, monkeypatch, place, error):
 
 
 def test_another_teacher_may_stand_for_the_original(arena):
-    first = tensors("model", lambda t: first_weight(t, 1.0))
+    first = number("model.layers.0.mlp.down_proj.weight", 1.0)
     types(arena, heal("--other-teacher"), prepare=first)
     assert len(curve(arena)) == 2
 

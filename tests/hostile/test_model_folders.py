@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from arena import Row
-from model_files import (
+from damage import (
+    CONFIG,
     ENERGY,
     WEIGHTS,
     both,
@@ -27,7 +28,8 @@ from model_files import (
 
 LOOK = "inspect {model}"
 UP = "model.layers.2.mlp.up_proj.weight"
-INDEX = "model.safetensors.index.json"
+TOKENIZER = "model/tokenizer.json"
+INDEX = "model/model.safetensors.index.json"
 
 INVALID = "the configuration is not a valid llama configuration: "
 FILLS = "describes a model with more than .* which its weights cannot fill"
@@ -67,29 +69,29 @@ UNREAD = [
 BILLION = b'{"num_hidden_layers": ' + b"9" * 100_000 + b"}"
 DEEP = "nested deeper than 200"
 FILES = [
-    ("a deep config", deep("config.json"), DEEP),
+    ("a deep config", deep(CONFIG), DEEP),
     ("a deep index", both(sharded(), deep(INDEX)), DEEP),
-    ("a deep generation config", deep("generation_config.json"), DEEP),
-    ("a config that is a list", written("config.json", "[]"), "is not a JSON object"),
-    ("a config of NaN", written("config.json", '{"a": NaN}'), "NaN is not JSON"),
-    ("a config in two minds", written("config.json", '{"a": 1, "a": 2}'), "'a' appears twice"),
-    ("a config of digits", written("config.json", BILLION), "not readable as JSON"),
-    ("a pipe for a config", pipe("config.json"), "config.json is not a regular file"),
-    ("a device for a config", linked("config.json", "/dev/zero"), "not a regular file"),
+    ("a deep generation config", deep("model/generation_config.json"), DEEP),
+    ("a config that is a list", written(CONFIG, "[]"), "is not a JSON object"),
+    ("a config of NaN", written(CONFIG, '{"a": NaN}'), "NaN is not JSON"),
+    ("a config in two minds", written(CONFIG, '{"a": 1, "a": 2}'), "'a' appears twice"),
+    ("a config of digits", written(CONFIG, BILLION), "not readable as JSON"),
+    ("a pipe for a config", pipe(CONFIG), "config.json is not a regular file"),
+    ("a device for a config", linked(CONFIG, "/dev/zero"), "not a regular file"),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
     ("a device for weights", linked(WEIGHTS, "/dev/zero"), "model.safetensors is a device"),
-    ("a pipe for a template", pipe("chat_template.jinja"), "chat_template.jinja is a pipe"),
-    ("a dangling config", linked("config.json", "nowhere"), "missing or a broken link"),
+    ("a pipe for a template", pipe("model/chat_template.jinja"), "chat_template.jinja is a pipe"),
+    ("a dangling config", linked(CONFIG, "nowhere"), "missing or a broken link"),
     ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a link to nothing"),
     ("weights linked to themselves", linked(WEIGHTS, WEIGHTS), "model.safetensors cannot be read"),
     ("weights of another folder", linked(WEIGHTS, "/etc/passwd"), "leads out of the checkpoint"),
     ("no weights", removed(WEIGHTS), "has no weights"),
     (
         "an adapter",
-        both(written("adapter_config.json", "{}"), removed("config.json")),
+        both(written("model/adapter_config.json", "{}"), removed(CONFIG)),
         r"PEFT adapter.*from_pretrained\(BASE\).*merge_and_unload",
     ),
-    ("an adapter beside a model", written("adapter_config.json", "{}"), "PEFT adapter"),
+    ("an adapter beside a model", written("model/adapter_config.json", "{}"), "PEFT adapter"),
     ("an index that is a list", sharded(lambda i: [1]), "has no 'weight_map'"),
     ("an index that leaves", sharded(lambda i: {"weight_map": {UP: "../text.txt"}}), "leaves the"),
     ("long names", sharded(lambda i: {"weight_map": {UP: "x" * 5000}}), "lacks 1 of the"),
@@ -130,10 +132,10 @@ LOADED = [
     ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
     ("a block fewer", tensors(lambda t: without(t, ".5.")), "6 blocks and .* has tensors of 5"),
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
-    ("no tokenizer", removed("tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
-    ("a noisy tokenizer", written("tokenizer.json", b"\x00\xff" * 99), "load the tokenizer"),
-    ("a deep tokenizer", deep("tokenizer.json"), "cannot load the tokenizer"),
-    ("no model in it", written("tokenizer.json", '{"version": "1.0"}'), "load the tokenizer"),
+    ("no tokenizer", removed(TOKENIZER, "model/tokenizer_config.json"), "has no tokenizer"),
+    ("a noisy tokenizer", written(TOKENIZER, b"\x00\xff" * 99), "load the tokenizer"),
+    ("a deep tokenizer", deep(TOKENIZER), "cannot load the tokenizer"),
+    ("no model in it", written(TOKENIZER, '{"version": "1.0"}'), "load the tokenizer"),
 ]
 # A few of each sort, on the verbs that measure more.
 RUN = "run {model} --remove 2 --calibration {text} --samples 2 --length 16 --out {here}/new"
@@ -145,7 +147,7 @@ SOME = [
     ("a billion blocks", config(num_hidden_layers=10**9), MORE),
     ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
     ("a huge width", config(hidden_size=10**7), FILLS),
-    ("a deep config", deep("config.json"), DEEP),
+    ("a deep config", deep(CONFIG), DEEP),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
     ("NaN", number(UP, np.nan), f"{UP} .* holds NaN or infinity"),
     ("code of its own", config(**RUNS), "runs only if you trust it; .* pass --trust-remote-code"),
@@ -212,7 +214,7 @@ def _rows():
         yield Row(f"run: {what}", RUN, line, prepare)
         yield Row(f"heal: {what}", HEAL, OF_PAIR.get(what, line), prepare)
     for what, command, line in NAMES:
-        yield Row(what, command, line, lambda arena: (arena.here / "dangling").symlink_to("no"))
+        yield Row(what, command, line, linked("dangling", "no"))
 
 
 ROWS = list(_rows())
@@ -224,4 +226,4 @@ def test_a_models_folder_is_read_within_bounds(arena, row):
 
 
 def test_inspect_needs_no_tokenizer(arena):
-    arena.try_row(Row("bare", LOOK, "6 blocks", removed("tokenizer.json"), code=0))
+    arena.try_row(Row("bare", LOOK, "6 blocks", removed(TOKENIZER), code=0))

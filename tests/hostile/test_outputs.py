@@ -7,6 +7,7 @@ from hashlib import sha256
 
 import pytest
 from arena import Row, call
+from damage import changed, config, linked, written
 
 import isingcut
 from isingcut.errors import InputError, OutputExistsError
@@ -16,20 +17,6 @@ from shared import snapshot
 STAYS = r"stays as it is: .*--overwrite replaces only what isingcut wrote"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
 OF_SOURCE = r"the output .* (is|contains|lies in) .*, which this command reads; nothing was written"
-
-
-def link(name, target):
-    return lambda arena: (arena.here / name).symlink_to(arena.here / target)
-
-
-def write(name, content="mine\n"):
-    def prepare(arena):
-        path = arena.here / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        path.write_text(content, encoding="utf-8")
-
-    return prepare
 
 
 def own_model(arena):
@@ -46,15 +33,15 @@ def model_inside(arena):
 # Where a run's folder may not be: place typed, how it came there, what is said.
 PLACES = {
     "a home folder": ("{home}", None, FOREIGN),
-    "a link to a home": ("{here}/link", link("link", "home"), FOREIGN),
-    "a hidden file": ("{here}/full", write("full/.hidden"), FOREIGN),
-    "a file": ("{here}/file", write("file"), "is a file; choose a folder"),
+    "a link to a home": ("{here}/link", linked("link", "home"), FOREIGN),
+    "a hidden file": ("{here}/full", written("full/.hidden"), FOREIGN),
+    "a file": ("{here}/file", written("file"), "is a file; choose a folder"),
     "the model": ("{model}", None, OF_SOURCE),
     "inside the model": ("{model}/out", None, OF_SOURCE),
     "around the model": ("{here}", None, OF_SOURCE),
-    "a link to the model": ("{here}/link", link("link", "model"), OF_SOURCE),
+    "a link to the model": ("{here}/link", linked("link", "model"), OF_SOURCE),
     "the text": ("{text}", None, OF_SOURCE),
-    "a link to the text": ("{here}/link", link("link", "text.txt"), OF_SOURCE),
+    "a link to the text": ("{here}/link", linked("link", "text.txt"), OF_SOURCE),
 }
 RUNS = [
     Row(
@@ -85,49 +72,36 @@ EDITED = "config.json in it was changed since the run wrote it"
 BEGUN = "run {model} --remove 2 --calibration {text} --length 16 --out {here}/begun"
 
 
-def edited(name):
-    """A report in which a word is another."""
-
-    def prepare(arena):
-        text = (arena.run / name).read_text("utf-8").replace("model", "modem", 1)
-        (arena.run / name).write_text(text, encoding="utf-8")
-
-    return prepare
-
-
-def linked_report(arena):
-    (arena.run / "report.md").unlink()
-    link("run/report.md", "home/diary.txt")(arena)
-
-
 def begun(arena):
     """A run that goes on, with a report of the user's own."""
     shutil.copytree(arena.run, arena.here / "begun")
-    write("begun/report.md")(arena)
+    written("begun/report.md")(arena)
     (arena.here / "begun" / "candidates.json").unlink()
 
 
 # What a stage of a finished run may not replace.
 STAGES = [
     ("a foreign model", EXCISE, r"its \S+ was changed", own_model),
-    ("a file beside the weights", EXCISE, STAYS, write("run/model/notes.txt")),
-    ("an edited model card", EXCISE, STAYS, write("run/model/README.md")),
-    ("an edited config of the cut", EXCISE, EDITED, write("run/model/config.json")),
-    ("a link in the cut", EXCISE, STAYS, link("run/model/link", "home")),
+    ("a file beside the weights", EXCISE, STAYS, written("run/model/notes.txt")),
+    ("an edited model card", EXCISE, STAYS, written("run/model/README.md")),
+    ("an edited config of the cut", EXCISE, EDITED, written("run/model/config.json")),
+    ("a link in the cut", EXCISE, STAYS, linked("run/model/link", "home")),
     ("a spectrum of another hand", "solve {run} --remove 3 --overwrite", FOREIGN_FILE,
-     write("run/remove-3/spectrum.json")),
+     written("run/remove-3/spectrum.json")),
     ("a baseline of another hand", "baseline random {run} --overwrite", FOREIGN_FILE,
-     write("run/baseline-random.json")),
-    *((f"the user's own report.{form}", "report {run}", STAYS, write(f"run/report.{form}", text))
+     written("run/baseline-random.json")),
+    *((f"the user's own report.{form}", "report {run}", STAYS, written(f"run/report.{form}", text))
       for form, text in (("md", "mine"), ("html", "<p>mine"), ("json", '{"mine": 1}'))),
     *((f"an edited report.{form}", "report {run}", "changed since isingcut wrote it",
-       edited(f"report.{form}")) for form in ("md", "html", "json")),
-    ("a report that is a link", "report {run}", STAYS, linked_report),
+       changed(f"run/report.{form}", lambda b: b.replace(b"model", b"modem", 1)))
+      for form in ("md", "html", "json")),
+    ("a report that is a link", "report {run}", STAYS,
+     linked("run/report.md", "home/diary.txt")),
     ("the user's own report, found before anything is measured", BEGUN, STAYS, begun),
-    ("a comparison over the user's page", OVER % "{here}/c.html", STAYS, write("c.html")),
+    ("a comparison over the user's page", OVER % "{here}/c.html", STAYS, written("c.html")),
     ("a comparison over the text", OVER % "{text}", STAYS),
     ("a comparison over a home folder", OVER % "{home}", STAYS),
-    ("a comparison over a link", OVER % "{here}/c.html", STAYS, link("c.html", "home/diary.txt")),
+    ("a comparison over a link", OVER % "{here}/c.html", STAYS, linked("c.html", "home/diary.txt")),
     ("benchmarks into the original", SCORES % "{model}/config.json", OF_SOURCE),
     ("benchmarks into the cut", SCORES % "{run}/model/README.md", OF_SOURCE),
     ("benchmarks into a diary", SCORES % "{home}/diary.txt", STAYS),
@@ -154,15 +128,11 @@ READERS = {
 def flip(name):
     """One byte in the middle of a file is another: still readable, where it was a digit."""
 
-    def prepare(arena):
-        path = arena.run / name
-        content = bytearray(path.read_bytes())
+    def change(content):
         digits = [i for i, b in enumerate(content) if chr(b) in "12345678"]
-        place = digits[len(digits) // 2] if name.endswith("json") else len(content) - 3
-        content[place] ^= 1
-        path.write_bytes(content)
+        content[digits[len(digits) // 2] if name.endswith("json") else -3] ^= 1
 
-    return prepare
+    return changed(f"run/{name}", change)
 
 
 CHANGED = [
@@ -189,7 +159,7 @@ def test_other_blocks_without_leave_leave_the_model_alone(arena):
 
 
 def test_a_model_card_may_be_edited(arena):
-    write("run/model/README.md")(arena)
+    written("run/model/README.md")(arena)
     arena.try_row(Row("", "excise {run}", code=0))
 
 
@@ -225,16 +195,14 @@ def test_save_replaces_what_it_wrote(arena):
 
 
 def test_a_hard_link_to_a_source_is_that_source(arena):
-    os.link(arena.text, arena.here / "same.html")
+    os.linked(arena.text, arena.here / "same.html")
     with pytest.raises(InputError, match=OF_SOURCE):
         check_output(arena.here / "same.html", overwrite=True, sources=[arena.text])
 
 
 def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
-    other = arena.here / "other"
-    shutil.copytree(arena.model, other)
-    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
-    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 2e-6}), "utf-8")
+    shutil.copytree(arena.model, arena.here / "other")
+    config("other/config.json", rms_norm_eps=2e-6)(arena)
     words = (
         "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
         "--report-samples 3 --random-states 30 --dtype float32 --out run"
@@ -242,7 +210,7 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
     code, _, err = call(f"run other {words}".split())
     assert code == 2
     assert "holds a run of another model" in err
-    write("run/model/README.md")(arena)
+    written("run/model/README.md")(arena)
     before = snapshot(arena.run / "model")
     code, _, err = call(f"run other {words} --overwrite".split(), seconds=60)
     assert code == 2, err

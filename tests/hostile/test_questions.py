@@ -4,9 +4,8 @@ import json
 import os
 
 from arena import Row
+from damage import both, config, overflow, tensors
 from heal_rows import parametrised, rows
-from heal_rows import tensors as of_cut
-from model_files import both, config, overflow, tensors
 
 
 def asked(*records, task="arc_easy/test"):
@@ -90,7 +89,7 @@ WRITES = "gsm8k: the logits of .*model are NaN or infinite at token .* that it g
 TEXT = asked({"text": "one two " * 30}, task="wikitext2/test_raw")
 SUMS = both(asked(SUM, task="gsm8k/test"), asked(*[SUM] * 8, task="gsm8k/train"))
 LONG = config(max_position_embeddings=4096)
-THE_CUT, THE_MODEL = of_cut("run/model", overflow), tensors(overflow)
+THE_CUT, THE_MODEL = tensors(overflow, "run/model"), tensors(overflow)
 OVERFLOWS = [
     ("the original", "arc_easy", f"{BLOCK} {NOT_FINITE} 'Question: Wh'", asked(GOOD), THE_MODEL),
     ("the cut", "arc_easy", f"{BLOCK} .*run/{NOT_FINITE} 'Question: Wh'", asked(GOOD), THE_CUT),

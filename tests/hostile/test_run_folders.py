@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 from arena import Row, call
+from damage import config, edited
 
 import isingcut
-from isingcut.files.writing import read_json, write_json
 from isingcut.models.sources import model_identity
 
 OPTIONS = (
@@ -16,20 +16,10 @@ OPTIONS = (
 )
 
 
-def edit_run(arena, change):
-    """Change run.json as a stranger would, in form."""
-    run = read_json(arena.run / "run.json", "run")
-    change(run)
-    content = {k: v for k, v in run.items() if k not in ("format", "version")}
-    write_json(arena.run / "run.json", "run", content)
-
-
 def strangers_folder(arena):
     """A run folder whose model brings code, and which says that the code is trusted."""
-    config = json.loads((arena.model / "config.json").read_text(encoding="utf-8"))
     classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-    config.update(auto_map=classes, model_type="evil", architectures=["EvilModel"])
-    (arena.model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    config(auto_map=classes, model_type="evil", architectures=["EvilModel"])(arena)
     (arena.model / "evil.py").write_text(
         f"open({str(arena.home / 'pwned')!r}, 'w')\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
@@ -42,7 +32,7 @@ def strangers_folder(arena):
         run["config"]["trust_remote_code"] = True
         run["provenance"]["model"]["sha256"] = model_identity(arena.model)["sha256"]
 
-    edit_run(arena, change)
+    edited("run/run.json", change)(arena)
 
 
 COMMANDS = (
@@ -76,9 +66,7 @@ def model_moved(arena):
 
 def other_model(arena):
     shutil.copytree(arena.model, arena.here / "other")
-    path = arena.here / "other" / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "rms_norm_eps": 2e-6}), encoding="utf-8")
+    config("other/config.json", rms_norm_eps=2e-6)(arena)
 
 
 def replaced_model(arena):

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 import resource
 import socket
 
 import pytest
 from arena import Row
-from sample_texts import GONE, ITEMS, LINES, MEASURE, NUL, SMALL, UTF8, WORDS, packed, written
+from damage import both, linked, truncated, written
+from sample_texts import GONE, ITEMS, LINES, MEASURE, NUL, SMALL, UTF8, WORDS, packed
 from transformers import AutoTokenizer
 
 from isingcut.data import text_files
@@ -21,12 +21,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 def sparse(name, size, begin=b""):
     """A file of NUL bytes that takes no room."""
-
-    def prepare(arena):
-        (arena.here / name).write_bytes(begin)
-        os.truncate(arena.here / name, size)
-
-    return prepare
+    return both(written(name, begin), truncated(name, size))
 
 
 def broken(content, at):
@@ -116,10 +111,6 @@ HELD += [
 ]  # fmt: skip
 
 
-def link(name, to):
-    return lambda arena: (arena.here / name).symlink_to(to)
-
-
 def bound_socket(arena):
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as s:
         s.bind("a.txt")
@@ -140,10 +131,10 @@ LOOP = "a.txt cannot be (read|resolved): (Too many levels|Symlink loop)"
 PLACES = [
     ("a device", "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
     ("the null device", "/dev/null", "/dev/null is a device"),
-    ("a link to a device", "a.txt", "a.txt is a device", link("a.txt", "/dev/zero")),
+    ("a link to a device", "a.txt", "a.txt is a device", linked("a.txt", "/dev/zero")),
     ("a socket", "a.txt", "a.txt cannot be read: No such device", bound_socket),
-    ("a link to nothing", "a.txt", GONE, link("a.txt", "none")),
-    ("a link to itself", "a.txt", LOOP, link("a.txt", "a.txt")),
+    ("a link to nothing", "a.txt", GONE, linked("a.txt", "none")),
+    ("a link to itself", "a.txt", LOOP, linked("a.txt", "a.txt")),
     ("nothing", "none.txt", GONE),
     ("no table", "none.csv", GONE),
     ("nothing packed", "none.jsonl.gz", GONE),

@@ -1,9 +1,8 @@
 """Chat templates and tokenizers of others: one line, within bounds of time and memory."""
 
-import json
-
 import pytest
 from arena import Row
+from damage import both, edited, written
 from sample_texts import CHATS, MEASURE
 
 pytestmark = pytest.mark.usefixtures("smaller_bounds")
@@ -12,11 +11,7 @@ pytestmark = pytest.mark.usefixtures("smaller_bounds")
 
 
 def template(text):
-    def prepare(arena):
-        (arena.model / "chat_template.jinja").write_text(text, encoding="utf-8")
-        (arena.here / "a.jsonl").write_text(CHATS, encoding="utf-8")
-
-    return prepare
+    return both(written("model/chat_template.jinja", text), written("a.jsonl", CHATS))
 
 
 TEMPLATES = [
@@ -39,13 +34,7 @@ def test_chat_templates(arena, what, program, line):
 
 
 def tokenizer_file(change):
-    def prepare(arena):
-        file = arena.model / "tokenizer.json"
-        document = json.loads(file.read_text(encoding="utf-8"))
-        change(document)
-        file.write_text(json.dumps(document), encoding="utf-8")
-
-    return prepare
+    return edited("model/tokenizer.json", change)
 
 
 def panics(document):
@@ -73,29 +62,16 @@ def added(content, number=262):
     return change
 
 
-def special(arena, **tokens):
-    file = arena.model / "tokenizer_config.json"
-    document = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**document, **tokens}), encoding="utf-8")
-
-
 def added_as(role, content):
-    def prepare(arena):
-        tokenizer_file(added(content))(arena)
-        special(arena, **{role: content})
-
-    return prepare
+    named = edited("model/tokenizer_config.json", lambda document: {**document, role: content})
+    return both(tokenizer_file(added(content)), named)
 
 
 BEYOND = r"a token '{}' with number 262, but the model's embedding has only 262 rows"
 FAILS = r"the model's tokenizer fails on the text '.*' \({}"
 
 
-def padding_too_many(arena):
-    added_as("pad_token", "<filling>")(arena)
-    (arena.here / "a.jsonl").write_text(CHATS, encoding="utf-8")
-
-
+PADDING = both(added_as("pad_token", "<filling>"), written("a.jsonl", CHATS))
 TOO_MANY, BEGIN = tokenizer_file(added(" ")), added_as("bos_token", "<begin>")
 FINE = {"code": 0, "makes": ("new*", "home*")}
 TOKENIZERS = [
@@ -104,7 +80,7 @@ TOKENIZERS = [
     Row("a token too many", MEASURE + "{text}", BEYOND.format(" "), TOO_MANY),
     Row("the same, streamed", MEASURE + "{text} --stream on", BEYOND.format(" "), TOO_MANY),
     Row("a beginning too many", MEASURE + "self", BEYOND.format("<begin>"), BEGIN),
-    Row("a padding too many is harmless", MEASURE + "a.jsonl", "", padding_too_many, **FINE),
+    Row("a padding too many is harmless", MEASURE + "a.jsonl", "", PADDING, **FINE),
 ]
 
 

@@ -6,6 +6,7 @@ Real processes in forced orders: the first waits at a place in its work until th
 import contextlib
 import errno
 import os
+import pkgutil
 import shlex
 import signal
 import threading
@@ -37,7 +38,7 @@ def _works(words, where, here, said):
     patch = pytest.MonkeyPatch()
     leave_speed_out(patch.setattr)
     module, name = where.rsplit(".", 1)
-    owner, here_it_was = _owner(module), []
+    owner, here_it_was = pkgutil.resolve_name(module), []
 
     def waiting(*arguments, **options):
         if not here_it_was:
@@ -49,13 +50,6 @@ def _works(words, where, here, said):
     went = getattr(owner, name)
     patch.setattr(owner, name, waiting)
     type_in(*words)
-
-
-def _owner(path):
-    """The module or class of that name."""
-    import pkgutil
-
-    return pkgutil.resolve_name(path)
 
 
 @contextlib.contextmanager
@@ -96,29 +90,15 @@ def left_behind(arena):
 
 
 def busy(place):
-    return Row(
-        "busy", "", rf"another isingcut \(pid \d+, host .+\) works in .*/{place} since \d\d\d\d-"
-    ).line
+    return rf"another isingcut \(pid \d+, host .+\) works in .*/{place} since \d\d\d\d-"
 
 
 ORDERS = {
     "two runs of different sizes": (f"{RUN} 2", PUT, f"{RUN} 3", "new", 0),
     "the same energy twice": (f"energy {MEASURE} 2", PUT, f"energy {MEASURE} 2", "new", 0),
     "two excises": (f"{EXCISE} 0,1", VERIFY, f"{EXCISE} 1,2", "run", 0),
-    "a run beside an excise": (
-        f"{EXCISE} 0,1",
-        VERIFY,
-        f"{RUN.replace('{here}/new', '{run}')} 3",
-        "run",
-        2,
-    ),
-    "two heals of different rates": (
-        heal(learning_rate=1e-3),
-        STEP,
-        heal(learning_rate=1e-4),
-        "healed",
-        2,
-    ),
+    "a run beside an excise": (f"{EXCISE} 0,1", VERIFY, f"{RUN} 3 --out {{run}}", "run", 2),
+    "two heals of different rates": (heal(learning_rate=1e-3), STEP, heal(), "healed", 2),
     "the same heal twice": (heal(), STEP, heal(), "healed", 2),
 }
 

@@ -1,0 +1,183 @@
+"""Ways to make the files of an arena hostile: a model's, or any."""
+
+import json
+import os
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+ENERGY = "energy {model} --calibration {text} --samples 2 --length 16 --out {here}/new"
+CONFIG, WEIGHTS = "model/config.json", "model/model.safetensors"
+
+
+def written(place, content="mine"):
+    """Put text or bytes into a file."""
+
+    def prepare(arena):
+        path = arena.here / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return prepare
+
+
+def changed(place, change):
+    """Let a file have other bytes, which ``change`` makes of its own or changes in place."""
+
+    def prepare(arena):
+        path = arena.here / place
+        data = bytearray(path.read_bytes())
+        new = change(data)
+        path.write_bytes(data if new is None else new)
+
+    return prepare
+
+
+def edited(place, change):
+    """The same of the content of a JSON file."""
+
+    def edit(data):
+        content = json.loads(data)
+        new = change(content)
+        return json.dumps(content if new is None else new).encode()
+
+    return changed(place, edit)
+
+
+def config(place=CONFIG, **changes):
+    """Set fields of a config.json; None is JSON's null."""
+    return edited(place, lambda content: content.update(changes))
+
+
+def deep(place, depth=100_000):
+    """JSON nested deeper than any reader can go."""
+    return written(place, '{"a":' + "[" * depth + "]" * depth + "}")
+
+
+def pipe(place):
+    """A pipe that nobody writes to, where a file is read."""
+
+    def prepare(arena):
+        (arena.here / place).unlink(missing_ok=True)
+        os.mkfifo(arena.here / place)
+
+    return prepare
+
+
+def linked(place, to):
+    """A link in a file's place."""
+
+    def prepare(arena):
+        (arena.here / place).unlink(missing_ok=True)
+        (arena.here / place).symlink_to(arena.here / to)
+
+    return prepare
+
+
+def truncated(place, size):
+    """A file is so long, shorter or longer than it was."""
+
+    def prepare(arena):
+        (arena.here / place).touch()
+        os.truncate(arena.here / place, size)
+
+    return prepare
+
+
+def removed(*places):
+    """Delete files."""
+    return lambda arena: [(arena.here / place).unlink() for place in places]
+
+
+def tensors(edit, place="model"):
+    """Change the stored tensors of a checkpoint, a dictionary of NumPy arrays, in place."""
+
+    def prepare(arena):
+        path = arena.here / place / "model.safetensors"
+        held = load_file(path)
+        edit(held)
+        save_file(held, path, {"format": "pt"})
+
+    return prepare
+
+
+def number(name, value, place="model"):
+    """One number of one tensor becomes ``value``."""
+
+    def edit(held):
+        held[name] = held[name].copy()
+        held[name].flat[3] = value
+
+    return tensors(edit, place)
+
+
+def header(edit, place=WEIGHTS, length=lambda n: n):
+    """Change the header of a safetensors file, a dictionary, and the length that it says it has."""
+
+    def change(data):
+        end = 8 + int.from_bytes(data[:8], "little")
+        content = json.loads(data[8:end])
+        new = edit(content)
+        said = json.dumps(content if new is None else new).encode()
+        return (length(len(said)) % 2**64).to_bytes(8, "little") + said + data[end:]
+
+    return changed(place, change)
+
+
+def entry(**changes):
+    """Change the header's entry of one tensor."""
+    return header(lambda content: content["model.norm.weight"].update(changes))
+
+
+def sharded(edit=lambda index: None):
+    """The weights as one shard with an index, which ``edit`` may change."""
+
+    def prepare(arena):
+        names = list(load_file(arena.here / WEIGHTS))
+        shard = "model-00001-of-00001.safetensors"
+        (arena.here / WEIGHTS).rename(arena.model / shard)
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
+        index = edit(index) or index
+        (arena.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return prepare
+
+
+def both(*steps):
+    """Several of these, one after the other."""
+
+    def prepare(arena):
+        for step in steps:
+            step(arena)
+
+    return prepare
+
+
+def overflow(held):
+    """Finite weights with which the output of block 2 overflows float32."""
+    for name, factor in (("up_proj", 1e10), ("down_proj", 1e38)):
+        held[f"model.layers.2.mlp.{name}.weight"] *= factor
+
+
+def zero(held):
+    """Every weight is 0."""
+    for name in held:
+        held[name] = 0 * held[name]
+
+
+def without(held, *parts):
+    """Take the tensors away whose names hold one of ``parts``."""
+    for name in [n for n in held if any(p in n for p in parts)]:
+        del held[name]
+
+
+def more_blocks(held):
+    """A block more than the config says."""
+    for name in [n for n in held if ".layers.5." in n]:
+        held[name.replace(".5.", ".6.")] = held[name].copy()
+
+
+def ones(*shape):
+    """A float32 array."""
+    return np.ones(shape, np.float32)
