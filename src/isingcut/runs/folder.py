@@ -252,18 +252,8 @@ class RunFolder:
             raise StageFileError(f"this run has not finished {file}; run its stage first")
         return found
 
-    def made_with(self, file: Path, options: dict[str, Any]) -> bool:
-        """Whether a stage's file is there, finished, and made with these options.
-
-        Raises:
-            StageFileError: it is, but was changed since.
-        """
-        made = self._is_made(file, options)
-        if made:
-            self.check(file)
-        return made
-
-    def _is_made(self, file: Path, options: dict[str, Any]) -> bool:
+    def is_made(self, file: Path, options: dict[str, Any]) -> bool:
+        """Whether a stage's file is there, finished, and made with these options."""
         record = self.finished(file)
         return record is not None and record.fingerprint == self._fingerprint(options)
 
@@ -312,10 +302,10 @@ class RunFolder:
         if self.processes.rank:
             return self._follow(file, make, load)
         refuse_source(file, self.sources)
-        made = self._is_made(file, options)
+        made = self.is_made(file, options)
         with contextlib.nullcontext() if made else self.writing():
             # Another process may have made it meanwhile.
-            if made or self._is_made(file, options):
+            if made or self.is_made(file, options):
                 if is_locked(self.path):
                     # Of a kill right after the record.
                     forget()

@@ -497,16 +497,13 @@ class Run:
             >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
             []
         """
-        far = search_warnings(self.hamiltonian.meta, [self.config.removal])
-        return far + ranking_warnings(self.config.energy, self._ranked) + self._unpatched()
-
-    def _unpatched(self) -> list[str]:
-        """Why a checkpoint that is there could not be patched."""
+        found = search_warnings(self.hamiltonian.meta, [self.config.removal])
+        found += ranking_warnings(self.config.energy, self._ranked)
         model = self.path / "model"
-        if self._folder.finished(model) is None:
-            return []
-        record = self._folder.load(model, lambda p: read_document(p / "isingcut.json", CutRecord))
-        return patch_warnings(record)
+        if self._folder.finished(model) is not None:
+            self._folder.check(model)
+            found += patch_warnings(read_document(model / "isingcut.json", CutRecord))
+        return found
 
     def at(self, remove: int | str) -> Run:
         """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.

@@ -361,7 +361,7 @@ def evaluate(
     whole = {"model": excised.fingerprint, **upstream(folder)}
     without_speed = {**whole, "skip_speed": True}
     # What lacks speed may be made anew; what has it already holds all that was asked for.
-    skip = config.skip_speed and not folder.made_with(file, whole)
+    skip = config.skip_speed and not folder.is_made(file, whole)
 
     def make(path: Path) -> None:
         folder.check(checkpoint)
