@@ -60,7 +60,7 @@ from isingcut.models.cutting.gguf_patch import (
 )
 from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.processes import launched
-from isingcut.options.config import HealConfig, RunConfig, distil_config, heal_config, patch_config
+from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.measuring import upstream
@@ -329,25 +329,34 @@ def _patched(
 def check_healing_options(config: RunConfig) -> None:
     """Refuse healing options that cannot work, before any model is read.
 
+    The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
+
     Raises:
         InputError: as `heal_config`, or a text that cannot be healed with.
     """
-    if config.heal:
-        _check_text(config, distil_config(config))
-    elif config.patch != "none":
-        heal_config(config)
+    if not config.heal:
+        if config.patch != "none":
+            heal_config(config)
+        return
+    sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
+    if "self" in sources:
+        raise InputError(
+            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
+        )
+    if pipes := [source for source in sources if source in measured and only_once(source)]:
+        raise InputError(
+            f"healing needs more of the text than was measured on, but {pipes[0]} is a pipe, "
+            "which can be read once; write it into a file, or name another text in a file given "
+            "as --heal-options (text: FILE)"
+        )
 
 
 def check_healing(session: Session) -> None:
-    """Refuse before anything is written what healing would refuse at the end.
-
-    The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
-    """
+    """Refuse before anything is written what healing would refuse at the end."""
     config = session.config
     if not config.heal:
         return
-    healing = heal_config(config)
-    check_training(healing)
+    check_training(heal_config(config))
     if len(each_removal(config)) > 1:
         raise InputError(
             "a run over a range of removals cuts no checkpoint, so there is none to heal; "
@@ -362,21 +371,6 @@ def check_healing(session: Session) -> None:
         raise InputError(
             "a model that is streamed from disk cannot be healed in the run: training needs the "
             "weights in memory; heal the cut model with `isingcut heal` on a larger machine"
-        )
-
-
-def _check_text(config: RunConfig, healing: HealConfig) -> None:
-    sources = places_in(healing.text)
-    if "self" in sources:
-        raise InputError(
-            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
-        )
-    measured = places_in(config.calibration)
-    if pipes := [source for source in sources if source in measured and only_once(source)]:
-        raise InputError(
-            f"healing needs more of the text than was measured on, but {pipes[0]} is a pipe, "
-            "which can be read once; write it into a file, or name another text in a file given "
-            "as --heal-options (text: FILE)"
         )
 
 

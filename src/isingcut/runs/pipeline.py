@@ -210,45 +210,33 @@ def open_session(
         # Before a file of ours is open, which may get the number of a pipe that is gone.
         corpora.check(config.calibration)
     with locked(out, inside=True):
-        yield _lead(config, progress, processes, need_removal=need_removal)
-
-
-def _lead(
-    config: RunConfig,
-    progress: Progress,
-    processes: Processes,
-    *,
-    need_removal: bool,
-) -> tuple[Session, RunFolder]:
-    """The checks that read the run folder, the model and the text; then both are ready."""
-    out = Path(config.out)
-    before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
-    if before is not None:
-        before.model_places(config.model)
-    if need_removal:
-        for one in each_removal(config):
-            check_report(out if before is None else before.target(one.removal))
-    session = Session(config, progress, before.run.provenance.dtype if before else None)
-    refuse_source(out, [session.source])
-    check_whole(session)
-    check_by_config(session.source, config, needed=need_removal)
-    take_up(session, processes)
-    blocks = session.describe_blocks()
-    if need_removal or config.removal:
-        for one in each_removal(config):
-            removal_rows(blocks, one)
-    if need_removal:
-        check_healing(session)
-    calibration = build_calibration(session) if before is None else None
-    folder = RunFolder.create_or_open(out, config, session.identity, blocks)
-    if config.dtype == "auto" and folder.run.provenance.dtype is None:
-        folder.run.provenance.dtype = session.dtype
-        folder.save()
-    folder.processes = processes
-    session.serve(folder)
-    folder.share()
-    calibrate(session, folder, calibration)
-    return session, folder
+        before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
+        if before is not None:
+            before.model_places(config.model)
+        if need_removal:
+            for one in each_removal(config):
+                check_report(out if before is None else before.target(one.removal))
+        session = Session(config, progress, before.run.provenance.dtype if before else None)
+        refuse_source(out, [session.source])
+        check_whole(session)
+        check_by_config(session.source, config, needed=need_removal)
+        take_up(session, processes)
+        blocks = session.describe_blocks()
+        if need_removal or config.removal:
+            for one in each_removal(config):
+                removal_rows(blocks, one)
+        if need_removal:
+            check_healing(session)
+        calibration = build_calibration(session) if before is None else None
+        folder = RunFolder.create_or_open(out, config, session.identity, blocks)
+        if config.dtype == "auto" and folder.run.provenance.dtype is None:
+            folder.run.provenance.dtype = session.dtype
+            folder.save()
+        folder.processes = processes
+        session.serve(folder)
+        folder.share()
+        calibrate(session, folder, calibration)
+        yield session, folder
 
 
 def _follow(
