@@ -34,7 +34,7 @@ from isingcut.files.documents import (
     check_blocks,
 )
 from isingcut.files.inputs import user_path
-from isingcut.files.provenance import model_path, sources_of, versions
+from isingcut.files.provenance import model_path, versions
 from isingcut.files.writing import (
     changed_since,
     check_output,
@@ -425,9 +425,8 @@ def _difference(record: StageRecord, options: dict[str, Any]) -> str:
 def read_by(config: RunConfig) -> list[Path]:
     """What a run with these options reads from disk."""
     asked = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
-    return sources_of(
-        config.model, *places_in(config.calibration), config.heal_options, config.data, *asked
-    )
+    named = [config.model, *places_in(config.calibration), config.heal_options, config.data, *asked]
+    return [path for path in (user_path(n) for n in named if n) if os.path.lexists(path)]
 
 
 def slug(remove: str) -> str:
