@@ -22,25 +22,8 @@ from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import describe_source, places_in
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
-from isingcut.files.documents import (
-    CutProof,
-    CutRecord,
-    HealingFile,
-    PatchedCut,
-    PatchRecord,
-    TunedLayer,
-)
+from isingcut.files import documents, writing
 from isingcut.files.inputs import regular_file
-from isingcut.files.writing import (
-    atomic_folder,
-    clear_os_errors,
-    file_sha256,
-    fingerprint,
-    read_document,
-    refuse_source,
-    temporary_prefix,
-    write_document,
-)
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.checks import check_training
 from isingcut.healing.heal import heal_checkpoint, sample_length
@@ -100,7 +83,7 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
 def _own_place(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
     named = "-".join(map(str, sorted(removed)))
     if len(named) > _LONGEST_NAME:
-        named = fingerprint({"removed": sorted(removed)})[:16]
+        named = writing.fingerprint({"removed": sorted(removed)})[:16]
     return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
 
 
@@ -153,7 +136,7 @@ def write_checkpoint(
     target = folder.target(session.config.removal)
     parts = card_parts(folder.path, target, blocks, loads_with)
     sources = [session.source, *folder.sources]
-    with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
+    with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
         write_cut(session.source, blocks, temporary)
         if session.streaming:
@@ -161,21 +144,21 @@ def write_checkpoint(
         else:
             proof = verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
         parts = parts.model_copy(update={"proof": proof.inputs})
-        record = CutRecord(
+        record = documents.CutRecord(
             removed=blocks,
             of=len(session.stack),
             model=folder.run.provenance.model.content(),
             card=parts,
-            proof=CutProof(**proof.record),
+            proof=documents.CutProof(**proof.record),
         )
-        with clear_os_errors(out):
+        with writing.clear_os_errors(out):
             write_record(temporary, record)
 
 
-def write_record(checkpoint: Path, record: CutRecord) -> None:
+def write_record(checkpoint: Path, record: documents.CutRecord) -> None:
     """The record of a cut beside its weights, and the model card that it holds."""
     assert record.card is not None
-    write_document(checkpoint / RECORD, record)
+    writing.write_document(checkpoint / RECORD, record)
     (checkpoint / "README.md").write_text(model_card(record.card), encoding="utf-8")
 
 
@@ -189,7 +172,7 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header = read_gguf(source)
     header.check_blocks()
     # The file that the run was made from needs no comparison; another packing of it does.
-    if folder.run.provenance.model.gguf_sha256 != file_sha256(source):
+    if folder.run.provenance.model.gguf_sha256 != writing.file_sha256(source):
         check_same_model(header, session.source)
 
 
@@ -209,14 +192,14 @@ def excise_gguf(
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     place = place_of(folder, config, removed)
-    patch = read_document(place / "model" / RECORD, CutRecord).patch
-    cuts: list[PatchedCut | TunedLayer] = [] if patch is None else [*patch.cuts]
+    patch = writing.read_document(place / "model" / RECORD, documents.CutRecord).patch
+    cuts: list[documents.PatchedCut | documents.TunedLayer] = [] if patch is None else [*patch.cuts]
     if patch is not None and patch.tuning is not None:
         cuts += patch.tuning.layers
-    options: dict[str, Any] = {"removed": blocks, "source": file_sha256(source)}
+    options: dict[str, Any] = {"removed": blocks, "source": writing.file_sha256(source)}
     changed: dict[str, Changed] = {}
     if cuts:
-        options["patch"] = fingerprint([cut.content() for cut in cuts])
+        options["patch"] = writing.fingerprint([cut.content() for cut in cuts])
         layers = list(dict.fromkeys((cut.block, cut.layer) for cut in cuts))
         header = read_gguf(source)
         changed = changed_tensors(header, session.source, place / "model", blocks, layers)
@@ -224,7 +207,7 @@ def excise_gguf(
     def make(path: Path) -> None:
         cut_gguf(source, blocks, path, overwrite=True, changed=changed)
 
-    refuse_source(place / "model.gguf", [source])
+    writing.refuse_source(place / "model.gguf", [source])
     file = folder.stage("excise", place / "model.gguf", options, make, lambda path: path)
     return file, repacked(source, file, changed, blocks) if changed else []
 
@@ -267,25 +250,25 @@ def write_model(
     if session.config.patch == "none":
         write_checkpoint(session, folder, removed, out, overwrite=overwrite)
         return
-    with clear_os_errors(out):
+    with writing.clear_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(".part", temporary_prefix(out), out.parent)
+        aside = tempfile.TemporaryDirectory(".part", writing.temporary_prefix(out), out.parent)
     sources = [session.source, *folder.sources]
     with aside as place:
         cut = Path(place) / "cut"
         write_checkpoint(session, folder, removed, cut)
-        with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
+        with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
             temporary.rmdir()
             try:
                 found = _patched(session, folder, removed, cut, temporary)
             except CANNOT as e:
                 found = unpatched(removed, e)
                 cut.rename(temporary)
-            record = read_document(temporary / RECORD, CutRecord)
-            patch = PatchRecord.model_validate_json(json.dumps(found))
+            record = writing.read_document(temporary / RECORD, documents.CutRecord)
+            patch = documents.PatchRecord.model_validate_json(json.dumps(found))
             assert record.card is not None
             card = record.card.model_copy(update={"patch": patch})
-            with clear_os_errors(out):
+            with writing.clear_os_errors(out):
                 write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
 
 
@@ -392,7 +375,7 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     def make(path: Path) -> None:
         if (target / HEALING).exists():
             # Replaced at the end; what is no record of a healing is refused now.
-            read_document(target / HEALING, HealingFile)
+            writing.read_document(target / HEALING, documents.HealingFile)
         # That no split of the run holds.
         text = healing_text.build(
             healing.text,

@@ -48,33 +48,9 @@ from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
 from isingcut.report.write import check_report
-from isingcut.runs.cutting import (
-    check_healing,
-    check_healing_options,
-    heal,
-    make_model,
-    write_model,
-)
+from isingcut.runs import cutting, measuring, solving, stages
 from isingcut.runs.folder import MANIFEST, RunFolder
-from isingcut.runs.measuring import (
-    build_calibration,
-    calibrate,
-    concrete,
-    energy_part,
-    measure_energy,
-    names,
-)
 from isingcut.runs.session import Session, part, take_up
-from isingcut.runs.solving import (
-    describe_blocks,
-    each_removal,
-    kept_and_dropped,
-    load_candidates,
-    removal_rows,
-    report,
-    solve,
-)
-from isingcut.runs.stages import benchmarks, check_asked, check_whole, evaluate, rank
 
 
 @convert_memory_errors()
@@ -103,7 +79,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     wanted = checked(config, options, "isingcut.run")
     processes = Processes.join()
     with open_session(wanted, progress, processes, need_removal=True) as (session, folder):
-        several = each_removal(wanted)
+        several = solving.each_removal(wanted)
         target = folder.path if len(several) > 1 else folder.target(wanted.removal)
         if target == folder.path:
             folder.run.complete = False
@@ -116,33 +92,35 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
 
 def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile]:
     """The rankings of all removals that the options ask for, made by all processes."""
-    measure_energy(session, folder)
-    rankings = [solve_and_rank(session.at(one), folder) for one in each_removal(session.config)]
+    measuring.measure_energy(session, folder)
+    rankings = [
+        solve_and_rank(session.at(one), folder) for one in solving.each_removal(session.config)
+    ]
     part(session, folder)
     return rankings
 
 
 def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
     """The content of `candidates.json` for the removal of the session's options."""
-    solve(folder, session.config)
-    return rank(session, folder)
+    solving.solve(folder, session.config)
+    return stages.rank(session, folder)
 
 
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     """The final checkpoint in the run folder, patched and healed where the options say so."""
-    model = make_model(session, folder)
-    return heal(session, folder) or model
+    model = cutting.make_model(session, folder)
+    return cutting.heal(session, folder) or model
 
 
 def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
     """Cut, heal, evaluate and report; of a range no checkpoint is cut, the user picks one."""
     if len(several) == 1:
         cut_and_heal(session, folder)
-        evaluate(session, folder)
+        stages.evaluate(session, folder)
         if session.config.tasks:
-            benchmarks(session, folder)
+            stages.benchmarks(session, folder)
     for config in several:
-        report(folder, config.removal)
+        solving.report(folder, config.removal)
     if len(several) > 1 or folder.target(several[0].removal) == folder.path:
         folder.run.complete = True
         folder.save()
@@ -167,7 +145,7 @@ def energy(
     wanted = checked(config, options, "isingcut.energy")
     processes = Processes.join()
     with open_session(wanted, progress, processes, need_removal=False) as (session, folder):
-        measure_energy(session, folder)
+        measuring.measure_energy(session, folder)
     return folder.path
 
 
@@ -182,7 +160,7 @@ def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -
     config = (config or options_from(RunConfig, options, source)).validate()
     if not config.out:
         raise InputError("--out was not given; name a folder for the run")
-    return concrete(config)
+    return measuring.concrete(config)
 
 
 @contextlib.contextmanager
@@ -198,12 +176,12 @@ def open_session(
         yield _follow(config, progress, processes)
         return
     out = Path(config.out)
-    energy_part(config, config.energy)
-    for name in names(config.also):
-        energy_part(config, name)
+    measuring.energy_part(config, config.energy)
+    for name in measuring.names(config.also):
+        measuring.energy_part(config, name)
     solvers.check(config.solver)
-    check_healing_options(config)
-    check_asked(config)
+    cutting.check_healing_options(config)
+    stages.check_asked(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     if not (out / MANIFEST).is_file():
@@ -214,20 +192,20 @@ def open_session(
         if before is not None:
             before.model_places(config.model)
         if need_removal:
-            for one in each_removal(config):
+            for one in solving.each_removal(config):
                 check_report(out if before is None else before.target(one.removal))
         session = Session(config, progress, before.run.provenance.dtype if before else None)
         refuse_source(out, [session.source])
-        check_whole(session)
+        stages.check_whole(session)
         check_by_config(session.source, config, needed=need_removal)
         take_up(session, processes)
         blocks = session.describe_blocks()
         if need_removal or config.removal:
-            for one in each_removal(config):
-                removal_rows(blocks, one)
+            for one in solving.each_removal(config):
+                solving.removal_rows(blocks, one)
         if need_removal:
-            check_healing(session)
-        calibration = build_calibration(session) if before is None else None
+            cutting.check_healing(session)
+        calibration = measuring.build_calibration(session) if before is None else None
         folder = RunFolder.create_or_open(out, config, session.identity, blocks)
         if config.dtype == "auto" and folder.run.provenance.dtype is None:
             folder.run.provenance.dtype = session.dtype
@@ -235,7 +213,7 @@ def open_session(
         folder.processes = processes
         session.serve(folder)
         folder.share()
-        calibrate(session, folder, calibration)
+        measuring.calibrate(session, folder, calibration)
         yield session, folder
 
 
@@ -253,7 +231,7 @@ def _follow(
             f"{folder.path} is not seen from here; name an --out that all machines share"
         )
     folder.processes = processes
-    calibrate(session, folder, None)
+    measuring.calibrate(session, folder, None)
     return session, folder
 
 
@@ -274,13 +252,13 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
     if found.refusal:
         raise ArchitectureError(found.refusal)
     if needed or config.removal:
-        blocks = describe_blocks(found.stack, found.rows, found.parameters, 0)
-        several = each_removal(config)
+        blocks = solving.describe_blocks(found.stack, found.rows, found.parameters, 0)
+        several = solving.each_removal(config)
         # A range that is too long is refused by its end, not after solving for all before it.
         for one in several[-1:] + several[:-1]:
-            removal_rows(blocks, one, early=True)
+            solving.removal_rows(blocks, one, early=True)
     else:
-        kept_and_dropped(len(found.stack), config)
+        solving.kept_and_dropped(len(found.stack), config)
     if found.positions is not None and config.length > found.positions:
         raise InputError(
             f"--length {config.length} is more than the {found.positions} positions this model has"
@@ -409,7 +387,7 @@ class Run:
             >>> len(isingcut.open_run("my-run").spectrum)
             20
         """
-        return solve(self._folder, self.config)
+        return solving.solve(self._folder, self.config)
 
     @cached_property
     def ranking(self) -> dict[str, Any]:
@@ -428,7 +406,7 @@ class Run:
         file = self.path / "candidates.json"
         if self._folder.finished(file) is not None:
             # Reading what is there needs no model.
-            return self._folder.load(file, load_candidates)
+            return self._folder.load(file, solving.load_candidates)
         return solve_and_rank(self._session, self._folder)
 
     @property
@@ -462,7 +440,7 @@ class Run:
         """
         home = self._folder.path
         files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
-        chosen = [self._folder.load(f, load_candidates).chosen for f in files if f.exists()]
+        chosen = [self._folder.load(f, solving.load_candidates).chosen for f in files if f.exists()]
         states = [_state(row, row.position) for row in chosen]
         return sorted(states, key=lambda s: (len(s.removed), s.kl))
 
@@ -539,7 +517,7 @@ class Run:
                     shutil.copytree(product, temporary, dirs_exist_ok=True)
                 return target
             removed = list(self.chosen.removed) if removed is None else removed
-            write_model(self._session, self._folder, removed, target, overwrite=overwrite)
+            cutting.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
     def _product(self) -> Path:
@@ -563,7 +541,7 @@ class Run:
             (7, 10)
         """
         self._product()
-        return evaluate(self._session, self._folder).content()
+        return stages.evaluate(self._session, self._folder).content()
 
     def report(self) -> Path:
         """Write the report of what is there so far; the path of its Markdown.
@@ -572,7 +550,7 @@ class Run:
             >>> isingcut.open_run("my-run").report().name
             'report.md'
         """
-        return report(self._folder, self.config.removal)
+        return solving.report(self._folder, self.config.removal)
 
 
 def _numbers(blocks: Sequence[int]) -> list[int]:
