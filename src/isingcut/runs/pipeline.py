@@ -27,16 +27,9 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora, held
 from isingcut.errors import ArchitectureError, InputError, StageFileError
+from isingcut.files import writing
 from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState, RunFile
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import (
-    atomic_folder,
-    check_output,
-    locked,
-    read_document,
-    refuse_source,
-    temporary_folder,
-)
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.solvers import registry as solvers
 from isingcut.ising.spectrum import Spectrum
@@ -187,7 +180,7 @@ def open_session(
     if not (out / MANIFEST).is_file():
         # Before a file of ours is open, which may get the number of a pipe that is gone.
         corpora.check(config.calibration)
-    with locked(out, inside=True):
+    with writing.locked(out, inside=True):
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
         if before is not None:
             before.model_places(config.model)
@@ -195,7 +188,7 @@ def open_session(
             for one in solving.each_removal(config):
                 check_report(out if before is None else before.target(one.removal))
         session = Session(config, progress, before.run.provenance.dtype if before else None)
-        refuse_source(out, [session.source])
+        writing.refuse_source(out, [session.source])
         stages.check_whole(session)
         check_by_config(session.source, config, needed=need_removal)
         take_up(session, processes)
@@ -468,7 +461,7 @@ class Run:
         model = self.path / "model"
         if self._folder.finished(model) is not None:
             self._folder.check(model)
-            found += patch_warnings(read_document(model / "isingcut.json", CutRecord))
+            found += patch_warnings(writing.read_document(model / "isingcut.json", CutRecord))
         return found
 
     def at(self, remove: int | str) -> Run:
@@ -509,11 +502,13 @@ class Run:
         target = user_path(out)
         removed = None if blocks is None else _numbers(blocks)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
-        check_output(target, overwrite=overwrite, sources=sources)
-        with locked(target):
+        writing.check_output(target, overwrite=overwrite, sources=sources)
+        with writing.locked(target):
             if removed is None and (self.config.patch != "none" or self.config.heal):
                 product = self._product()
-                with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
+                with writing.atomic_folder(
+                    target, overwrite=overwrite, sources=sources
+                ) as temporary:
                     shutil.copytree(product, temporary, dirs_exist_ok=True)
                 return target
             removed = list(self.chosen.removed) if removed is None else removed
@@ -627,7 +622,7 @@ def prune(
         if not isinstance(options.get("calibration", ""), str):
             options["calibration"] = kept.enter_context(held.hold_texts(options["calibration"]))
         if out is None:
-            out = kept.enter_context(temporary_folder()) / "run"
+            out = kept.enter_context(writing.temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
         asked = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
         config = checked(None, asked, "isingcut.prune")

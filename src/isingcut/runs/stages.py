@@ -21,11 +21,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation import candidates
 from isingcut.evaluation.benchmark import benchmark, forget_scores, journal_of, text_scores
 from isingcut.evaluation.choosing import choose_by_questions, contenders, draw_half
-from isingcut.evaluation.quality import (
-    before_and_after,
-    perplexity,
-    quality,
-)
+from isingcut.evaluation.quality import before_and_after, perplexity, quality
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import Asked, Scores, score_states
 from isingcut.evaluation.speed import with_memory
