@@ -175,6 +175,9 @@ def text_scores(
     )
 
 
+RESAMPLES = 10_000
+
+
 def compare_scores(first: Floats, second: Floats, seed: int = 0) -> PairedScores:
     """Compare the scores (n,) of two models on the same n questions.
 
