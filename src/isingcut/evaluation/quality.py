@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     from isingcut.models.load import LoadedModel
 
+    AnyModel = PreTrainedModel | StreamedReplay
+
 # Float32 elements of logits looked at together: a few copies of this bound the extra memory.
 _CHUNK_ELEMENTS = 1 << 23
 # The stream that leaves the blocks, what entered them, and the one that is being made; of both.
@@ -118,8 +120,8 @@ def before_and_after(
 
 
 def quality(
-    original: PreTrainedModel | StreamedReplay,
-    cut: PreTrainedModel | StreamedReplay,
+    original: AnyModel,
+    cut: AnyModel,
     tokens: TokenSet,
     batch_tokens: int = BATCH_TOKENS,
     *,
@@ -146,8 +148,8 @@ def quality(
 
 
 def sample_sums(
-    original: PreTrainedModel | StreamedReplay,
-    cut: PreTrainedModel | StreamedReplay,
+    original: AnyModel,
+    cut: AnyModel,
     tokens: TokenSet,
     batch_tokens: int = BATCH_TOKENS,
     *,
@@ -171,9 +173,7 @@ def sample_sums(
 
 
 def _sums_by_sample(
-    original: PreTrainedModel | StreamedReplay,
-    cut: PreTrainedModel | StreamedReplay,
-    batches: Sequence[TokenSet],
+    original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]
 ) -> list[dict[int, tuple[float, float, float]]]:
     """Of each micro-batch, the sums of `compared` by the places of its samples."""
     both = [_logits(model, batches) for model in (original, cut)]
@@ -194,9 +194,7 @@ def _sums_by_sample(
     return found
 
 
-def _chunks(
-    models: Sequence[PreTrainedModel | StreamedReplay], batches: Sequence[TokenSet]
-) -> Iterator[slice]:
+def _chunks(models: Sequence[AnyModel], batches: Sequence[TokenSet]) -> Iterator[slice]:
     """Micro-batches that go through the models together: of those in memory, one at a time."""
     for model in models:
         if isinstance(model, StreamedReplay):
@@ -205,7 +203,7 @@ def _chunks(
 
 
 def _logits(
-    model: PreTrainedModel | StreamedReplay, batches: Sequence[TokenSet]
+    model: AnyModel, batches: Sequence[TokenSet]
 ) -> list[Callable[[], Callable[[int], Tensor]]]:
     """Of each micro-batch, what computes its logits when they are wanted: (T, V) of a row."""
     if not isinstance(model, StreamedReplay):
