@@ -290,7 +290,6 @@ def test_gradients_are_of_the_answers(tmp_path):
         logits = recording.logits(stream[0], 0)[:-1]
         counts = tokens.counted[s, 1 : ids.shape[1]]
         F.cross_entropy(logits[counts], ids[0, 1:][counts]).backward()
-        assert gates.grad is not None
         rows.append(gates.grad.double().numpy())
     a = np.array(rows)
     states = states_of(len(replay), [(0,), (1, 3), (0, 2, 4)]).astype(float)

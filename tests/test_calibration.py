@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from calibrating import COUNTS, SIZES, refused, sentences, write_jsonl
-from isingcut.data import calibration
 from isingcut.data.calibration import Calibration, build
 from isingcut.errors import InputError
 from isingcut.testing.tiny import tiny_tokenizer
@@ -124,7 +123,3 @@ def test_saved_and_loaded_are_the_same(saved):
     assert found.sha256 == built.sha256
     assert found.source == built.source
     assert dict(found.meta) == dict(built.meta)
-
-
-def test_splits_are_named_as_the_pipeline_expects():
-    assert set(calibration.SPLITS) == {"energy", "rank", "report"}

@@ -42,7 +42,6 @@ def test_the_scale_of_a_family_is_found(monkeypatch):
     with torch.no_grad():
         recording = replay.record(tokens().input_ids[:2, :8])
         write = find_write(recording, replay.blocks[0], 0, recording.entered, stack.kinds[0])
-    assert write is not None
     assert write.scale == pytest.approx(0.5, rel=1e-5)
     text = tokens(16)
     (patch,) = fitted(model, [3], text)
