@@ -11,7 +11,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation import benchmark as choosing
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, score
+from isingcut.evaluation.scores import ScoredModel, score
 from isingcut.files.documents.states import ByTasks
 from isingcut.files.writing import read_json
 from isingcut.models.load import load
@@ -191,7 +191,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert not (target / ".asked").exists()
 
     # The checkpoint answers as the original with its blocks skipped did.
-    cut = Asked.whole(load(target / "model", dtype="float32", device="cpu"))
+    cut = ScoredModel.whole(load(target / "model", dtype="float32", device="cpu"))
     task = prepare_task(str(questions), None)
     own = score(cut, task, wanted=set(asked["asked"]).__contains__)
     assert own.values.mean() == pytest.approx(chosen["accuracy"])

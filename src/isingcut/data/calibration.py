@@ -160,9 +160,9 @@ def build(
     holds the parts of a mixture by their shares of tokens, each at least once.
 
     Args:
-        source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, a name of
-            `held` or `packaged`, or ``"self"``; ``"answers:"`` and a source of conversations; or a
-            `mixture` of these.
+        source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, the name of a
+            list or of a packaged text, or ``"self"``; ``"answers:"`` and a source of conversations;
+            or a `mixture` of these.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         length: tokens per sample, at least 2.
         seed: order of the documents, and the sampling of ``"self"``.

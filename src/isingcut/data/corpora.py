@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut.data import text_files
-from isingcut.data.conversations import Render, answered, render_chat
+from isingcut.data.conversations import Render, mark_answers, render_chat
 from isingcut.data.mixture import find_held, is_held_name, name_part, parts_of, place_of, places_in
 from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
@@ -64,7 +64,7 @@ class Corpus:
 def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """The corpus behind one source (all but ``"self"``; a mixture's parts one by one).
 
-    Of ``answers:SOURCE`` the documents are `answers.Answered`.
+    Of ``answers:SOURCE`` the documents are `conversations.MarkedText`.
 
     Raises:
         CalibrationError: missing, unreadable or malformed, or no conversations to count answers of.
@@ -267,7 +267,7 @@ def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> st
             f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
         )
     try:
-        text = answered(messages, render) if answers else render(messages)
+        text = mark_answers(messages, render) if answers else render(messages)
     except ModelError as e:
         raise CalibrationError(f"{where}: {e}") from e
     return _characters(where, text)

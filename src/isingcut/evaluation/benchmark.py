@@ -37,7 +37,7 @@ from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
-from isingcut.evaluation.scores import Asked, Scores, score
+from isingcut.evaluation.scores import ScoredModel, Scores, score
 from isingcut.files.documents.scores import PairedScores, TaskRow, TextScores
 from isingcut.files.documents.states import AskedCandidate, ByTasks, MeasuredState
 from isingcut.files.writing import fingerprint
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 def benchmark(
-    models: Mapping[str, Asked],
+    models: Mapping[str, ScoredModel],
     tasks: Sequence[str],
     *,
     data: Path | None = None,

@@ -175,7 +175,7 @@ def sample_sums(
 def _sums_by_sample(
     original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]
 ) -> list[dict[int, tuple[float, float, float]]]:
-    """Of each micro-batch, the sums of `compared` by the places of its samples."""
+    """Of each micro-batch, the sums of `sum_losses` by the places of its samples."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
         if isinstance(model, StreamedReplay):
@@ -189,7 +189,7 @@ def _sums_by_sample(
             at = slice(int(counts.sum())) if batch.counted is None else batch.looked_at[row]
             first, second = before(row)[at], after(row)[at]
             labels = batch.input_ids[row, 1:][counts].to(first.device)
-            by_sample[position] = compared(first, second.to(first.device), labels)
+            by_sample[position] = sum_losses(first, second.to(first.device), labels)
         found.append(by_sample)
     return found
 
@@ -246,7 +246,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     )
 
 
-def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
+def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
     """NLL of both and KL, summed over the T tokens of (T, V) logits."""
     totals = torch.zeros(3, dtype=torch.float64)
     rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])

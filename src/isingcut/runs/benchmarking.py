@@ -18,7 +18,7 @@ from isingcut.evaluation.benchmark import (
     text_scores,
 )
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
-from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files.documents.scores import BenchmarksFile
 from isingcut.files.documents.states import ByTasks, CandidatesFile, MeasuredState
 from isingcut.files.inputs import user_path
@@ -115,7 +115,7 @@ def choose_by_tasks(
     last = last_blocks(len(session.stack), len(rows[0].removed))
     best = contenders(rows, last)
     drawn = draw_half(pool, config.seed)
-    model = Asked(session.loaded, session.replay)
+    model = ScoredModel(session.loaded, session.replay)
     # Fewer where one is ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
@@ -223,9 +223,9 @@ def score_both(
 
     check_whole(session, tasks, data, questions)
     batch_tokens = session.tuning.batch_tokens
-    original = Asked(session.loaded, session.replay)
+    original = ScoredModel(session.loaded, session.replay)
     loaded, streamed = session.open_cut(checkpoint)
-    cut = Asked.whole(loaded) if streamed is None else Asked(loaded, streamed)
+    cut = ScoredModel.whole(loaded) if streamed is None else ScoredModel(loaded, streamed)
     if streamed is None:
         cut.replay.attention = original.replay.attention
     models = {"original": original, "cut": cut}
