@@ -22,7 +22,7 @@ from isingcut.errors import CalibrationError, ModelError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
 from isingcut.healing.job import beginnings
-from isingcut.healing.training.batches import Rows, collate
+from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import states_of
@@ -321,8 +321,7 @@ def test_healing_learns_the_answers_in_their_context(family):
     tokens = some_answers()
     kl, _ = directly(teacher, student, tokens)
     install(student, student, teacher)
-    rows = Rows(tokens)
-    batch = collate([rows[i] for i in range(3)])
+    batch = batch_of(tokens, range(3))
     labels = batch.pop("labels")
     assert int((labels != -100).sum()) == tokens.tokens == 22
     with torch.no_grad():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.healing.training.batches import Steps, collate, divisions
+from isingcut.data.tokens import TokenSet
+from isingcut.healing.training.batches import Steps, batch_of, divisions
 from isingcut.healing.training.student import install, narrow, prepare_training, split_head
 from isingcut.models.architectures import find_stack
 from isingcut.models.compute import divergence as kl
@@ -93,7 +94,7 @@ def test_the_loss_counts_real_predictions_only(family, parts):
             mine, theirs = student(row[None]).logits[0, :-1], teacher(row[None]).logits[0, :-1]
             expected += float(reference(mine.double(), theirs.double()))
     install(student, student, teacher)
-    batch = collate([{"input_ids": row} for row in rows])
+    batch = batch_of(TokenSet.from_rows([row.tolist() for row in rows]), range(3))
     assert int((batch["labels"] != -100).sum()) == 11 + 4 + 1
     found = student(**{k: v for k, v in batch.items() if k != "labels"})["loss"]
     student.forward = forward

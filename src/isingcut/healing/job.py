@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +28,6 @@ from isingcut.options.healing import HealConfig
 _LENGTH = 256
 _ERRORS = 2.0
 """Standard errors of a paired difference that are more than noise here."""
-
-
-class Judge(Protocol):
-    """Text held out, and the decision on it."""
-
-    tokens: TokenSet
-
-    def verdict(self, checks: Sequence[HealingCheck]) -> HealingStop | None:
-        """Whether to end.
-
-        Args:
-            checks: from step 0 on, of each sample in nats.
-        """
-        ...
 
 
 def beginnings(tokens: TokenSet) -> TokenSet:
@@ -127,6 +112,10 @@ class Race:
             why = f"behind by {mean:.4f} ± {error:.4f} nats at step {now.step}"
             return HealingStop(why=why, kept=None)
         return None
+
+
+Judge = Domains | Race
+"""Text held out, and the decision on it: the ``verdict`` of checks from step 0 on, if any."""
 
 
 @dataclass(frozen=True, eq=False)
