@@ -23,12 +23,12 @@ from isingcut.models.architectures import find_stack, skipped, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.memory import Allowance
-from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
 from isingcut.options.healing import HealConfig
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from patching import fitted, streams, tokens, watched
+from tiny import replay_of
 
 
 def test_runs_are_maximal():
@@ -196,8 +196,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
         return fit_ridge(fit, held_out)
 
     monkeypatch.setattr(linear, "fit_ridge", first_fails)
-    stack = find_stack(model)
-    replay = Replay(model, stack_modules(model, stack))
+    stack, replay = find_stack(model), replay_of(model)
     found = fit_patches(replay, stack.kinds, tokens(), [2, 4], Work(96))
     assert [(c.removed, c.reason[:39]) for c in found.unpatched] == [
         ([2, 2], "no map of block 1's mlp.down_proj is be")
@@ -308,8 +307,7 @@ REMOVED = (2, 3)
 
 
 def tuned(model, text, removed=REMOVED):
-    stack = find_stack(model)
-    replay = Replay(model, stack_modules(model, stack))
+    stack, replay = find_stack(model), replay_of(model)
     patches = []
     rest, held_out = split_samples(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
