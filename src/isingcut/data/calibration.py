@@ -286,8 +286,14 @@ def open_parts(
                 refuse_changed(used.meta.get("texts", {}), part.source)
             if part.source != "self":
                 corpora.append(corpus := read(part.source, encode.tokenizer, seed))
-                # In all parts before one is read on, which must not repeat what was measured on.
-                _skip_documents(corpus, encode, used, part.source, seed, seen)
+                # Pass over the documents that a calibration read (another seed has them in another
+                # order): in all parts before one is read on, which must not repeat them.
+                same_order = used is not None and used.meta.get("seed") == seed
+                left = int(_facts(used, part.source).get("documents", 0)) if same_order else 0
+                while left and (document := next(corpus.documents, None)) is not None:
+                    is_new(document, seen)
+                    # Counted as `_tokenised` counts them: those that have tokens.
+                    left -= bool(encode(document, 1))
             elif generate is None:
                 raise CalibrationError("healing needs real text, not 'self'")
             else:
@@ -364,24 +370,6 @@ def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
         return {**used.meta, "tokens": tokens}
     parts: Sequence[Mapping[str, Any]] = used.meta.get("parts", ())
     return next((part for part in parts if part["source"] == source), {})
-
-
-def _skip_documents(
-    corpus: Corpus,
-    encode: Encoder,
-    used: Calibration | None,
-    source: str,
-    seed: int,
-    seen: set[int],
-) -> None:
-    """Pass over the documents that a calibration read; another seed has them in another order."""
-    if used is None or corpus.kind != "documents" or used.meta.get("seed") != seed:
-        return
-    left = int(_facts(used, source).get("documents", 0))
-    while left and (text := next(corpus.documents, None)) is not None:
-        is_new(text, seen)
-        # Counted as `_tokenised` counts them: those that have tokens.
-        left -= bool(encode(text, 1))
 
 
 def _tokenised(

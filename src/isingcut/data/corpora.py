@@ -69,17 +69,14 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     Raises:
         CalibrationError: missing, unreadable or malformed, or no conversations to count answers of.
     """
-    if (place := place_of(source)) != source:
-        corpus = _read(place, tokenizer, seed, answers=True)
-        if corpus.kind != "chat":
-            raise _no_answers(place)
-        return corpus
-    return _read(source, tokenizer, seed)
+    place = place_of(source)
+    corpus = _read(place, tokenizer, seed, answers=place != source)
+    if place != source and corpus.kind != "chat":
+        raise _no_answers(place)
+    return corpus
 
 
-def _read(
-    source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool = False
-) -> Corpus:
+def _read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool) -> Corpus:
     if source in PACKAGED:
         return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
     name, path = words_for(source), user_path(source)
