@@ -18,6 +18,7 @@ import torch
 
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora, healing_text
+from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
@@ -121,15 +122,7 @@ def heal(
             removed = removal_by_weights(student, teacher, trust_remote_code=trust)
         else:
             removed = tuple(sorted(known.removed))
-        text = healing_text.build(
-            config.text,
-            teacher.tokenizer,
-            samples=config.samples,
-            report_samples=config.report_samples,
-            length=sample_length(config, teacher.model),
-            seed=config.seed,
-            model=teacher.model,
-        )
+        text = read_healing_text(config, teacher)
         job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
         heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
@@ -147,6 +140,22 @@ def _processes(config: HealConfig) -> Processes:
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     PartialState(cpu=config.device == "cpu" or not gpu)
     return Processes.join()
+
+
+def read_healing_text(
+    config: HealConfig, teacher: LoadedModel, used: Calibration | None = None
+) -> HealingText:
+    """Text to heal with, of which no calibration that was ``used`` holds anything."""
+    return healing_text.build(
+        config.text,
+        teacher.tokenizer,
+        samples=config.samples,
+        report_samples=config.report_samples,
+        length=sample_length(config, teacher.model),
+        seed=config.seed,
+        used=used,
+        model=teacher.model,
+    )
 
 
 def sample_length(config: HealConfig, model: Any) -> int:

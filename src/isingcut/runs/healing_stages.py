@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.files.documents.scores import ComparedCandidate, HealedCandidates, HealingFile
 from isingcut.files.writing import read_document
 from isingcut.healing import RECORD
-from isingcut.healing.heal import heal_checkpoint, sample_length
+from isingcut.healing.heal import heal_checkpoint, read_healing_text
 from isingcut.healing.job import Job
 from isingcut.options.healing import HealConfig
 from isingcut.options.spellings import parse_healing
@@ -31,16 +30,7 @@ from isingcut.runs.session import Session
 def text_of(session: Session, folder: RunFolder, config: HealConfig) -> HealingText:
     """Text to heal with that no split of the run holds."""
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    return healing_text.build(
-        config.text,
-        session.loaded.tokenizer,
-        samples=config.samples,
-        report_samples=config.report_samples,
-        length=sample_length(config, session.loaded.model),
-        seed=config.seed,
-        used=own,
-        model=session.loaded.model,
-    )
+    return read_healing_text(config, session.loaded, own)
 
 
 def training_options(folder: RunFolder, config: HealConfig) -> dict[str, Any]:
