@@ -54,7 +54,7 @@ from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
-from isingcut.models.load import load
+from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.declaration import options_from
