@@ -38,7 +38,7 @@ from isingcut.evaluation.quality import (
     quality,
 )
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
-from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.evaluation.speed import with_memory
 from isingcut.files import documents
 from isingcut.files.inputs import user_path
@@ -131,7 +131,7 @@ def choose_by_tasks(
     last = last_blocks(len(session.stack), len(rows[0].removed))
     best = contenders(rows, last)
     drawn = draw_half(pool, config.seed)
-    model = Asked(session.loaded, session.replay)
+    model = ScoredModel(session.loaded, session.replay)
     # Fewer where one is ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
@@ -213,9 +213,9 @@ def score_both(
     tasks = list(dict.fromkeys(split_names(config.tasks)))
     given: dict[str, Any] = {"batch_tokens": session.tuning.batch_tokens}
     given["progress"] = session.progress
-    original = Asked(session.loaded, session.replay)
+    original = ScoredModel(session.loaded, session.replay)
     loaded, streamed = session.open_cut(checkpoint)
-    cut = Asked.whole(loaded) if streamed is None else Asked(loaded, streamed)
+    cut = ScoredModel.whole(loaded) if streamed is None else ScoredModel(loaded, streamed)
     if streamed is None:
         cut.replay.attention = original.replay.attention
     models = {"original": original, "cut": cut}
