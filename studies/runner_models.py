@@ -14,7 +14,7 @@ import torch
 from isingcut.console.progress import terminal
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files.provenance import versions
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import states_of
@@ -79,8 +79,8 @@ class ModelStudy(Study):
         return models.load(resolve(source), dtype=self.options.dtype)
 
     @cached_property
-    def asked(self) -> Asked:
-        return Asked.whole(self.original)
+    def asked(self) -> ScoredModel:
+        return ScoredModel.whole(self.original)
 
     @property
     def replay(self) -> Replay:

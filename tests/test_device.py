@@ -20,7 +20,7 @@ from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.answers import answer_scores
 from isingcut.healing.patch.linear import _Fitting, fit_patches
-from isingcut.healing.training.batches import Rows, collate
+from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.curvature import gate_curvature
@@ -146,8 +146,8 @@ def patched(place, reads):
 def distilled(place, family="llama"):
     """Two steps against the teacher."""
     teacher, student = place.model(family), place.model(family, seed=1).requires_grad_(True).train()
-    rows = Rows(random_tokens())
-    batch = collate([rows[i] for i in range(len(rows))])
+    tokens = random_tokens()
+    batch = batch_of(tokens, range(tokens.samples))
     batch = {name: value.to(place.device) for name, value in batch.items()}
     install(student, student, teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)

@@ -306,7 +306,10 @@ EARLY = [
     ("--budget params=99M", r"the largest possible is params=0\.\d+M$"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
     ("", "--remove was not given; say how many of the 6 blocks"),
-    ("--remove 2 --length 200", "--length 200 is more than this model's 128 positions; give --length 128"),
+    (
+        "--remove 2 --length 200",
+        "--length 200 is more than this model's 128 positions; give --length 128",
+    ),
 ]
 
 

@@ -29,7 +29,7 @@ from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
 
 Row = tuple[tuple[int, ...], int]
 """Token ids, two or more, and the number of them, at the end, that are the answer."""
-Answer = tuple[float, bool]
+Likelihood = tuple[float, bool]
 """Log-likelihood of an answer in nats, and whether each of its tokens is the likeliest."""
 
 # Positions that pass the head at a time: their logits are float32 over the whole vocabulary.
@@ -38,7 +38,7 @@ _HEAD_ROWS = 128
 _OTHERS = 2
 
 
-class Answers:
+class Likelihoods:
     """The answers of several states of one model, computed together and remembered.
 
     Args:
@@ -52,9 +52,9 @@ class Answers:
         self, replay: Replay, states: States, work: Work, description: str = "asking"
     ) -> None:
         self.replay, self.states, self.work, self.description = replay, states, work, description
-        self._known: dict[Row, list[Answer]] = {}
+        self._known: dict[Row, list[Likelihood]] = {}
 
-    def of(self, state: int, rows: Sequence[Row]) -> list[Answer]:
+    def of(self, state: int, rows: Sequence[Row]) -> list[Likelihood]:
         """One state's answers; rows that are new are asked of all states."""
         new = [row for row in dict.fromkeys(rows) if row not in self._known]
         if new:

@@ -701,9 +701,10 @@ _MOST_BLOCKS = 4096
 class ModelIdentity(Strict):
     """The identity of the model that a run is of."""
 
-    name: str
     sha256: str
+    weight_bytes: Count = 0
     gguf_sha256: str | None = None
+    name: str
 
 
 class SplitSize(Strict):

@@ -14,12 +14,6 @@ from isingcut.files.inputs import user_path
 __version__ = "0.1.0"
 
 
-def sources_of(*named: str) -> list[Path]:
-    """The files and folders among what options name, where they lie on this machine."""
-    paths = [user_path(name) for name in named if name]
-    return [path for path in paths if os.path.lexists(path)]
-
-
 def model_path(folder: Path, name: str) -> dict[str, Any]:
     """Where a local model is, for a run folder that is opened from elsewhere or moved with it."""
     model = user_path(name)

@@ -15,17 +15,8 @@ from annotated_types import Interval as Bounds
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
+from isingcut.options import spellings
 from isingcut.options.declaration import Options, Then, from_yaml, load_yaml, option, options_from
-from isingcut.options.spellings import (
-    LAST_BLOCK,
-    BlockList,
-    Budgets,
-    Device,
-    Effort,
-    Memory,
-    Removal,
-    Training,
-)
 
 
 def _at_home(text: str) -> str:
@@ -86,8 +77,8 @@ class RunConfig(Options):
     model: Place = option(
         "", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", "model", argument=True
     )
-    remove: Removal = option(
-        Removal(),
+    remove: spellings.Removal = option(
+        spellings.Removal(),
         "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
         "solve",
         metavar="M",
@@ -123,8 +114,8 @@ class RunConfig(Options):
         "energy",
         room="energies",
     )
-    effort: Effort = option(
-        Effort(),
+    effort: spellings.Effort = option(
+        spellings.Effort(),
         "What refined and auto may spend: passes over the text (150) or a time (20min); "
         "default: a greedy path's price.",
         "energy",
@@ -133,7 +124,7 @@ class RunConfig(Options):
         False, "empirical-fisher only: add the gradient term the paper leaves out.", "energy"
     )
     dtype: Dtype = option("auto", "auto, float32 or bfloat16.", "energy")
-    device: Device = option("auto", "auto, cpu, cuda or cuda:N.", "energy")
+    device: spellings.Device = option("auto", "auto, cpu, cuda or cuda:N.", "energy")
     attention: Literal["auto", "sdpa", "eager"] = option(
         "auto",
         "How measurements compute attention: sdpa, eager, or auto (as transformers chooses).",
@@ -150,8 +141,8 @@ class RunConfig(Options):
         "not fit the memory allowed).",
         "energy",
     )
-    memory_limit: Memory = option(
-        Memory(),
+    memory_limit: spellings.Memory = option(
+        spellings.Memory(),
         "Memory for the weights and hidden states, as 8GB or 50% (default: 80% of what is free).",
         "energy",
     )
@@ -163,19 +154,21 @@ class RunConfig(Options):
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
         20, "States kept in the spectrum.", "solve"
     )
-    budget: Budgets = option(
-        Budgets(),
+    budget: spellings.Budgets = option(
+        spellings.Budgets(),
         "Remove at least this much: params=25%, bytes=1GB, kv=30%, latency=20% (comma-separated).",
         "solve",
     )
-    diverse: Annotated[int, Bounds(ge=0, le=LAST_BLOCK)] = option(
+    diverse: Annotated[int, Bounds(ge=0, le=spellings.LAST_BLOCK)] = option(
         0, "Candidates at least this many swaps apart (0: any).", "solve"
     )
     solve_seconds: Annotated[float, Bounds(ge=0, le=3600 * 24 * 365)] = option(
         60.0, "Time allowed for the solver.", "solve"
     )
-    keep: BlockList = option(BlockList(), "Blocks that must stay, for example 0,1,29.", "solve")
-    drop: BlockList = option(BlockList(), "Blocks that must go.", "solve")
+    keep: spellings.BlockList = option(
+        spellings.BlockList(), "Blocks that must stay, for example 0,1,29.", "solve"
+    )
+    drop: spellings.BlockList = option(spellings.BlockList(), "Blocks that must go.", "solve")
 
     random_states: RandomStates = option(
         40,
@@ -207,8 +200,8 @@ class RunConfig(Options):
     patch_tokens: PatchTokens = option(
         32768, "Tokens that the patch is fitted on: those that built --energy, then further ones."
     )
-    heal: Training = option(
-        Training(),
+    heal: spellings.Training = option(
+        spellings.Training(),
         "Then distil the original into the cut model, for a time (10min), for so many tokens "
         "(5Mtokens), or over all of its text (all; --heal alone means that).",
         metavar="BUDGET",
@@ -327,8 +320,8 @@ class HealConfig(Options):
         "full (all weights), last:N (the last N blocks and the head), lora (of rank 16) or "
         "lora:RANK, or none (patch only).",
     )
-    effort: Training = option(
-        Training(),
+    effort: spellings.Training = option(
+        spellings.Training(),
         "How long to train: a time (30m, 2h) or tokens (10M tokens); default: once over the text.",
     )
     trainer: Place = option(
@@ -342,7 +335,7 @@ class HealConfig(Options):
 
     batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens computed at a time when measuring.")
     dtype: Dtype = option("auto", "auto, float32 or bfloat16.")
-    device: Device = option("auto", "auto, cpu, cuda or cuda:N.")
+    device: spellings.Device = option("auto", "auto, cpu, cuda or cuda:N.")
     trust_remote_code: bool = option(False, "Allow the models' own Python code to run.", typed=True)
     overwrite: bool = option(False, "Replace an existing output.")
 
