@@ -1,18 +1,47 @@
-"""Whatever file is given as a text: one line, within bounds, and nothing made."""
+"""Whatever is given as a text, a chat template or a tokenizer: one line, and nothing made."""
 
 import contextlib
+import gzip
 import json
+import os
+import pty
 import resource
 import socket
+import threading
 
 import pytest
 from arena import Row
-from damage import both, linked, truncated, written
-from sample_texts import GONE, ITEMS, LINES, MEASURE, NUL, SMALL, UTF8, WORDS, packed
+from damage import both, edited, linked, truncated, written
 from transformers import AutoTokenizer
 
 from isingcut.data import text_files
 from isingcut.data.calibration import build
+from shared import snapshot
+
+SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
+MEASURE = "energy {model} --out new " + SMALL + " --calibration "
+WORDS = "".join(f"Document {i}: {i * 7919 % 1000} things happened. " for i in range(60))
+LINES = "".join(json.dumps({"text": f"Document {i} {i * 7919 % 1000}"}) + "\n" for i in range(60))
+ITEMS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(60)]
+CHATS = "".join(
+    json.dumps(
+        {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "y"}]}
+    )
+    + "\n"
+    for t in ITEMS
+)
+
+
+def packed(content):
+    return gzip.compress(content, mtime=0)
+
+
+UTF8 = r"is not UTF-8 .byte 0x{:02x} does not fit.; save it as UTF-8"
+NUL = "holds NUL bytes: it is UTF-16 or no text"
+
+
+GONE = "there is no calibration file"
+
 
 pytestmark = pytest.mark.usefixtures("smaller_bounds")
 
@@ -155,25 +184,15 @@ GONE_MODEL = "energy 'Llama in memory (0123456789abcdef)' --out new " + SMALL
 HELD += [Row("a model that is gone", GONE_MODEL, "is not kept")]
 
 
-@pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)
-def test_texts(arena, row):
-    arena.try_row(row)
-
-
 HEAL = (
     "heal {run}/model --teacher {model} --out new --length 16 --samples 3 --report-samples 3 "
     "--dtype float32 --text "
 )
-HEALING = [
+HELD += [
     Row("heal a device", HEAL + "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
     Row("heal a table", HEAL + "a.csv", "must have a column 'text'", written("a.csv", b"a,b\n1,2")),
     Row("heal nothing", HEAL + "a.json", "a.json is empty", written("a.json", b"[]")),
 ]
-
-
-@pytest.mark.parametrize("row", HEALING, ids=lambda row: row.name)
-def test_texts_to_heal_with(arena, row):
-    arena.try_row(row)
 
 
 # Kinds of files give the same tokens -----------------------------------------------------
@@ -249,3 +268,186 @@ def test_a_disk_that_takes_no_more_leaves_no_half_of_the_tokens(arena):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in (arena.here / "new").iterdir()) == ["run.json"]
+
+
+@contextlib.contextmanager
+def standard_input(descriptor):
+    """What the process reads from there, as a shell gives it."""
+    kept = os.dup(0)
+    os.dup2(descriptor, 0)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def pipe_of(content, *, again=False):
+    """The reading end of a pipe that somebody writes ``content`` into, once or for ever."""
+    reading, writing = os.pipe()
+
+    def write():
+        with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb", buffering=0) as f:
+            f.write(content)
+            while again:
+                f.write(content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        writer.join()
+
+
+STREAMED = [
+    ("nothing", b"", {}, "standard input is too short: .*found 0"),
+    ("a word", b"word", {}, "standard input is too short: .*found 0"),
+    ("endless blanks", b" " * 65536, {"again": True}, None),
+    ("an endless record", b'{"text": [' * 4096, {"again": True}, "line 1 is longer than 524288"),
+    ("endless NULs", bytes(65536), {"again": True}, NUL),
+    ("bytes", b"\xff\xfe\xfd\xfc", {"again": True}, UTF8.format(0xFF)),
+    ("half a gzip", packed(WORDS.encode())[:60], {}, "standard input is no whole gzip file"),
+    ("a broken record", b"{oh no", {}, "standard input line 1 is not valid JSON"),
+    ("a text", WORDS.encode(), {}, None),
+    ("records", LINES.encode(), {}, None),
+    ("a marked text", b"\xef\xbb\xbf" + WORDS.encode(), {}, None),
+    ("a packed text", packed(WORDS.encode()), {}, None),
+    ("packed records", packed(LINES.encode()), {}, None),
+]
+
+
+@pytest.mark.parametrize(("what", "content", "how", "line"), STREAMED, ids=[s[0] for s in STREAMED])
+def test_standard_input(arena, what, content, how, line):
+    with pipe_of(content, **how) as end, standard_input(end):
+        makes = () if line else ("new*", "home*")
+        arena.try_row(Row(what, MEASURE + "-", line or "", code=2 if line else 0, makes=makes))
+
+
+def test_a_terminal_is_not_waited_for(arena):
+    mine, its = pty.openpty()
+    with standard_input(its):
+        arena.try_row(Row("a terminal", MEASURE + "-", "standard input is a terminal; pipe a text"))
+    os.close(mine)
+    os.close(its)
+
+
+def test_standard_input_may_be_a_file_but_no_device(arena):
+    with (arena.here / "text.txt").open("rb") as file, standard_input(file.fileno()):
+        arena.try_row(Row("a file", MEASURE + "-", code=0, makes=("new*", "home*")))
+    with open("/dev/null", "rb") as file, standard_input(file.fileno()):
+        command = MEASURE.replace("new", "other") + "-"
+        arena.try_row(Row("none", command, "standard input is a device"))
+
+
+@pytest.mark.parametrize("content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())])
+def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
+    """`<(...)`: a run that goes on has its tokens and does not need the pipe again."""
+    with pipe_of(content) as end:
+        command = MEASURE + f"/dev/fd/{end}"
+        arena.try_row(Row("the pipe", command, code=0, makes=("new*", "home*")))
+        before = snapshot(arena.here / "new")["calibration.safetensors"]
+        arena.try_row(Row("again", command, code=0, makes=("new*", "home*")))
+        assert snapshot(arena.here / "new")["calibration.safetensors"] == before
+    arena.try_row(Row("solved", "solve new --remove 2", code=0, makes=("new*", "home*")))
+    row = Row("the pipe is gone", command.replace("new", "other"), GONE + f" '/dev/fd/{end}'")
+    arena.try_row(row)
+
+
+def test_a_pipe_cannot_be_healed_with(arena):
+    with pipe_of(WORDS.encode()) as end, standard_input(end):
+        command = MEASURE.replace("energy", "run --remove 2 --heal") + "-"
+        arena.try_row(Row("healing", command, "- is a pipe, which can be read once; write it into"))
+
+
+def test_a_named_pipe_is_waited_for(arena):
+    os.mkfifo(arena.here / "a.jsonl")
+
+    def write():
+        (arena.here / "a.jsonl").write_text(LINES, encoding="utf-8")
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    arena.try_row(Row("a pipe", MEASURE + "a.jsonl", code=0, makes=("new*", "home*")))
+    writer.join()
+
+
+# Chat templates --------------------------------------------------------------------------
+
+
+def template(text):
+    return both(written("model/chat_template.jinja", text), written("a.jsonl", CHATS))
+
+
+TEMPLATES = [
+    ("calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+    ("is no template", "{% if %}", "refuses these messages .Expected an expression"),
+    ("refuses", "{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("reaches out", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses .*unsafe"),
+    ("lacks a field", "{{ messages[0].more.and_more }}", "refuses these messages .*more"),
+    ("divides by nothing", "{{ 1 // 0 }}", "refuses these messages .*division"),
+    ("writes half a character", "{{ '\\ud800' }}", "holds .*half of a character"),
+]
+
+
+HELD += [Row(n, MEASURE + "a.jsonl", line, template(text)) for n, text, line in TEMPLATES]
+
+# Tokenizers ------------------------------------------------------------------------------
+
+
+def tokenizer_file(change):
+    return edited("model/tokenizer.json", change)
+
+
+def panics(document):
+    document["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+
+
+def knows_no_letter(document):
+    document["model"] = {"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "<none>"}
+
+
+def added(content, number=262):
+    def change(document):
+        document["added_tokens"].append(
+            {
+                "id": number,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
+
+    return change
+
+
+def added_as(role, content):
+    named = edited("model/tokenizer_config.json", lambda document: {**document, role: content})
+    return both(tokenizer_file(added(content)), named)
+
+
+BEYOND = r"a token '{}' with number 262, but the model's embedding has only 262 rows"
+FAILS = r"the model's tokenizer fails on the text '.*' \({}"
+
+
+PADDING = both(added_as("pad_token", "<filling>"), written("a.jsonl", CHATS))
+TOO_MANY, BEGIN = tokenizer_file(added(" ")), added_as("bos_token", "<begin>")
+FINE = {"code": 0, "makes": ("new*", "home*")}
+HELD += [
+    Row("panics", MEASURE + "{text}", FAILS.format("chunk size"), tokenizer_file(panics)),
+    Row("knows no letter", MEASURE + "{text}", FAILS.format(".*"), tokenizer_file(knows_no_letter)),
+    Row("a token too many", MEASURE + "{text}", BEYOND.format(" "), TOO_MANY),
+    Row("the same, streamed", MEASURE + "{text} --stream on", BEYOND.format(" "), TOO_MANY),
+    Row("a beginning too many", MEASURE + "self", BEYOND.format("<begin>"), BEGIN),
+    Row("a padding too many is harmless", MEASURE + "a.jsonl", "", PADDING, **FINE),
+]
+
+
+@pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)
+def test_texts(arena, row):
+    arena.try_row(row)
