@@ -19,8 +19,7 @@ from isingcut.baselines.sleb import Sleb
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import InputError
 from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.architectures import find_stack, stack_modules
 from journals import count_rows, keep_rows

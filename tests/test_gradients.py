@@ -10,8 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_terms
 from isingcut.measure.gates import gated_block
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.sweep import gate_rows
+from isingcut.measure.gradients import gate_gradients, gate_rows
 from isingcut.measure.work import Work
 from isingcut.models.replay import Recording
 from journals import count_rows, keep_rows
@@ -57,7 +56,7 @@ def one_at_a_time(replay, tokens, family):
 def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
     replay, tokens = tiny_replay(family), random_tokens()
     expected = one_at_a_time(replay, tokens, family)
-    got = gate_gradients(replay, tokens, batch_tokens=30)
+    got = gate_gradients(replay, tokens, work=Work(30))
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -77,7 +76,7 @@ def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypa
         return torch.ones_like(stream)
 
     monkeypatch.setattr(Recording, "block", block)
-    (rows,) = gate_rows(replay, [random_tokens()], "sublayer", toward, room=1 << 40)
+    (rows,) = gate_rows(replay, [random_tokens()], "sublayer", toward)
     assert (len(streams), alive) == (len(replay), [1])
     assert rows.abs().min() > 0
 
@@ -148,8 +147,8 @@ def test_empirical_fisher_is_made_of_these_rows():
 def test_rows_come_back_from_the_journal(tmp_path):
     replay, tokens = tiny_replay("llama"), random_tokens()
     journal = tmp_path / "rows.journal"
-    first = gate_gradients(replay, tokens, batch_tokens=30, journal=journal)
+    first = gate_gradients(replay, tokens, work=Work(30, journal=journal))
     # Drop the last finished micro-batch and tear the one before: both are computed again.
     keep_rows(journal, count_rows(journal) - 2, torn=1)
-    again = gate_gradients(replay, tokens, batch_tokens=30, journal=journal)
+    again = gate_gradients(replay, tokens, work=Work(30, journal=journal))
     np.testing.assert_array_equal(first, again)

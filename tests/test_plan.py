@@ -14,6 +14,7 @@ from isingcut.energies.pairwise import removals
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.runs.plan import DOUBT, PASSES, Prices, TimedPass, advise, command, make_plan
@@ -70,13 +71,13 @@ def test_energies_take_the_passes_that_are_counted(llama):
             run()
         return own.total
 
-    one = operations(lambda: measure(replay, text, np.zeros((0, n), bool), batch_tokens=64))
+    one = operations(lambda: measure(replay, text, np.zeros((0, n), bool), work=Work(64)))
     for name, passes in PASSES.items():
         if name in ("hessian", "gauss-newton"):
             passes *= n
-            took = operations(lambda kind=name: gate_curvature(replay, text, kind, batch_tokens=64))
+            took = operations(lambda kind=name: gate_curvature(replay, text, kind, work=Work(64)))
         else:
-            took = operations(lambda: gate_gradients(replay, text, batch_tokens=64))
+            took = operations(lambda: gate_gradients(replay, text, work=Work(64)))
         assert passes / DOUBT < took / one < passes * DOUBT, name
 
 

@@ -14,14 +14,13 @@ from isingcut.energies.search import Search, Target, greedy_price, plan, proposa
 from isingcut.energies.search.begin import one_pass_states
 from isingcut.energies.search.estimates import Estimates
 from isingcut.energies.search.evaluator import Evaluator
-from isingcut.energies.search.slopes import gate_slopes
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
 from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import blocks_of, key_of, states_of
-from isingcut.measure.losses import measure
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.gradients import gate_slopes
+from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from journals import count_rows, keep_rows
 from tiny import tiny_replay

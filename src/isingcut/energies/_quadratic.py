@@ -67,15 +67,7 @@ def curvature_energy(
         loss: the loss in words, for the provenance.
         gate: ``"sublayer"`` or ``"block"``.
     """
-    found = gate_curvature(
-        replay,
-        tokens,
-        kind,
-        gate=gate,
-        batch_tokens=work.batch_tokens,
-        progress=work.progress,
-        journal=work.journal,
-    )
+    found = gate_curvature(replay, tokens, kind, work, gate=gate)
     meta = {
         "energy": kind,
         "loss": loss,

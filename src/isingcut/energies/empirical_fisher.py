@@ -50,14 +50,7 @@ class EmpiricalFisher:
             stand in for nats), ``"nats/token"`` with the linear term. With standard errors over
             samples for two samples or more.
         """
-        rows = gate_gradients(
-            replay,
-            tokens,
-            gate=self.gate,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            journal=work.journal,
-        )
+        rows = gate_gradients(replay, tokens, work, gate=self.gate)
         h, J = energy_terms(rows, linear=self.linear)
         meta = {
             "energy": "empirical-fisher",

@@ -16,10 +16,9 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
 from isingcut.ising.states import Bools, Floats, States
-from isingcut.measure.pace import chunks
-from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.losses import in_order, walk
+from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
-from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.compute.attention import chosen_attention
 from isingcut.models.replay import Replay, reuse_freed_memory

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.states import Floats, States, blocks_of
-from isingcut.measure.pace import chunks
-from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.work import Work
 from isingcut.models.not_finite import not_finite
 from isingcut.models.replay import Replay

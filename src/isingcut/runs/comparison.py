@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from isingcut.files.documents.states import BaselineFile, CandidatesFile
 from isingcut.files.writing import read_document, write_document
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.sharing import forget
-from isingcut.measure.work import Work
+from isingcut.measure.work import Work, forget
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import shown
 from isingcut.options.yaml_file import parse_yaml
@@ -105,9 +105,8 @@ def compare(
                 session.replay,
                 splits["rank"],
                 states_of(len(session.replay), [outcome.removed]),
-                batch_tokens=work.batch_tokens,
-                progress=work.progress,
-                description="measuring the choice",
+                replace(work, journal=None),
+                "measuring the choice",
             )
         content = BaselineFile(
             baseline=name,

@@ -19,8 +19,7 @@ from isingcut.energies import registry
 from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.measure.sharing import forget
-from isingcut.measure.work import Work
+from isingcut.measure.work import Work, forget
 from isingcut.models.text_alone import text_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder

@@ -25,7 +25,7 @@ from isingcut.energies.search import Target, greedy_price
 from isingcut.evaluation.candidates import few_samples
 from isingcut.healing.recipe import sizes
 from isingcut.measure.curvature import KINDS
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.losses import tree_nodes
 from isingcut.models.architectures import text_config
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.device import pick_device, pick_dtype

@@ -41,7 +41,7 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.sharing import forget
+from isingcut.measure.work import Work, forget
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
 from isingcut.runs.benchmarking import (
@@ -250,9 +250,8 @@ def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> Fu
         session.replay,
         tokens,
         state,
-        batch_tokens=session.tuning.batch_tokens,
-        progress=session.progress,
-        description="perplexity and KL of the exact cut",
+        Work(session.tuning.batch_tokens, session.progress),
+        "perplexity and KL of the exact cut",
     )
     parts = {
         name: FurtherPart(**_with_perplexity(measured.of_samples(rows).losses(0)))

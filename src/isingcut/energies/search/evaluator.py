@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from isingcut.data.calibration import TokenSet
-from isingcut.energies.search.slopes import PASSES, gate_slopes
 from isingcut.ising.states import Bools, Floats, States, key_of
+from isingcut.measure.gradients import GATE_SLOPES_PASSES, gate_slopes
 from isingcut.measure.ledger import Ledger
+from isingcut.measure.losses import tree_nodes
 from isingcut.measure.streams import one_pass
-from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -141,7 +141,7 @@ class Evaluator:
 
     def slopes(self, state: Bools, n: int) -> Floats:
         """(N,) slopes of the KL in every gate at ``state``, on the first ``n`` samples."""
-        price = PASSES * self.ledger.share(range(n))
+        price = GATE_SLOPES_PASSES * self.ledger.share(range(n))
 
         def make() -> Floats:
             few = self._tokens.select(range(n))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from isingcut.energies.search.proposals import flips
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.losses import tree_nodes
 
 FIRST_SHARE, FIRST_TOKENS = 0.125, 512
 """What a state is first measured on, the smaller of a share of the samples and as many as hold so
