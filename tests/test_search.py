@@ -10,10 +10,10 @@ from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.block_influence import BlockInfluence
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import Refined
-from isingcut.energies.search import Search, Target, greedy_price, plan, proposals
-from isingcut.energies.search.begin import one_pass_states
-from isingcut.energies.search.estimates import Estimates
-from isingcut.energies.search.evaluator import Evaluator
+from isingcut.energies.search import Search, Target, greedy_price, proposals
+from isingcut.energies.search import search as search_module
+from isingcut.energies.search.evaluator import Estimates, Evaluator
+from isingcut.energies.search.proposals import one_pass_states
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
 from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count, keep
@@ -104,7 +104,7 @@ def test_evaluator_resumes_from_its_journal(replay, tokens, tmp_path, monkeypatc
     ],
 )
 def test_rungs_begin_with_few_tokens_whatever_the_text_holds(samples, tokens, rungs):
-    assert plan.rungs(samples, tokens) == rungs
+    assert search_module.rungs(samples, tokens) == rungs
 
 
 def test_a_budget_target_is_searched_where_it_is_met(replay, tokens):
@@ -256,7 +256,7 @@ def test_estimates_carry_few_samples_over_to_all(replay, tokens):
 
 
 def test_search_finds_the_best_state_of_all(replay, tokens, monkeypatch):
-    monkeypatch.setattr(plan, "PATIENCE", 4)
+    monkeypatch.setattr(search_module, "PATIENCE", 4)
     found = Search(replay, tokens, WORK, counts(2, 3, 4), 25.0).run()
     for m in (2, 3, 4):
         states = all_states(N, m)
@@ -337,9 +337,9 @@ def test_one_pass_gives_what_the_methods_of_one_pass_choose(replay, tokens):
 
 
 def test_the_one_pass_is_cut_short_for_a_small_budget():
-    assert plan.one_pass_samples(100.0, 16) == 16
-    assert plan.one_pass_samples(10.0, 16) == 8
-    assert plan.one_pass_samples(0.5, 16) == 1
+    assert search_module.one_pass_samples(100.0, 16) == 16
+    assert search_module.one_pass_samples(10.0, 16) == 8
+    assert search_module.one_pass_samples(0.5, 16) == 1
 
 
 def test_greedy_price_counts_a_greedy_path():

@@ -117,7 +117,7 @@ def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
 
 
 def test_a_streamed_search_finds_what_one_in_memory_finds(llama, monkeypatch):
-    monkeypatch.setattr("isingcut.energies.search.plan.FIRST_SHARE", 0.4)
+    monkeypatch.setattr("isingcut.energies.search.search.FIRST_SHARE", 0.4)
     found = [
         Search(replay, samples(), Work(16), [Target.count(len(replay), 2)], 30.0).run()
         for replay in (in_memory(llama), streamed(llama))

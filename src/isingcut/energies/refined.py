@@ -17,7 +17,7 @@ import torch
 
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.search import Search, Target
-from isingcut.energies.search.begin import one_pass_states
+from isingcut.energies.search.proposals import one_pass_states
 from isingcut.errors import InputError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import blocks_of
