@@ -28,7 +28,6 @@ def made():
     [
         (Random(), 0, 0),
         (AngularWindow(), 1, 0),
-        (AngularWindow("all"), 1, 0),
         (BlockInfluence(), 1, 0),
         (NormRatio(), 1, 0),
         (BlockInfluence(iterative=True), None, 0),

@@ -121,24 +121,17 @@ def test_iterative_block_influence_scores_the_cut_model():
     assert found.passes == pytest.approx((6 + sum(after)) / 6)
 
 
-@pytest.mark.parametrize("positions", ["last", "all"])
-def test_the_angular_window_is_the_least_turned_one(positions):
+def test_the_angular_window_is_the_least_turned_one():
     replay, tokens = tiny_replay(), random_tokens()
     angles = []
     for stream in streams(replay, tokens):
-        looked = stream[:, -1:] if positions == "last" else stream
-        cosine = F.cosine_similarity(looked[:-3], looked[3:], dim=-1)
+        cosine = F.cosine_similarity(stream[:-3, -1:], stream[3:, -1:], dim=-1)
         angles.append(cosine.arccos() / math.pi)
     expected = torch.cat(angles, 1).mean(1).numpy()
-    found = AngularWindow(positions).choose(replay, tokens, 3, WORK, seed=0)
+    found = AngularWindow().choose(replay, tokens, 3, WORK, seed=0)
     np.testing.assert_allclose(found.info["distance"], expected, rtol=1e-4)
     start = int(expected.argmin())
     assert found.removed == (start, start + 1, start + 2)
-
-
-def test_a_window_of_unknown_positions_is_refused():
-    with pytest.raises(InputError, match="last, all"):
-        AngularWindow("first").choose(tiny_replay(), random_tokens(), 2, WORK, seed=0)
 
 
 @pytest.mark.parametrize(("loss", "ends"), [("nll", True), ("kl", False)])

@@ -10,7 +10,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import make, registry, solve
 from isingcut.ising.solvers.base import Solution, Solver
-from isingcut.ising.solvers.dimod import draw, repair
+from isingcut.ising.solvers.dimod import repair
 from isingcut.testing.solvers import check_solver
 
 
@@ -85,9 +85,9 @@ class Exits(AllOnes):
 def test_what_a_sampler_raises_is_one_error_but_an_interrupt_is_the_users():
     problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [con.count(3, 1)])
     with pytest.raises(InputError, match=r"the sampler Exits failed: SystemExit: 3"):
-        draw(problem, 1, Exits(SystemExit(3)), {}, 1.0, "Exits")
+        make("dimod", sampler=Exits(SystemExit(3))).solve(problem, 1)
     with pytest.raises(KeyboardInterrupt):
-        draw(problem, 1, Exits(KeyboardInterrupt()), {}, 1.0, "Exits")
+        make("dimod", sampler=Exits(KeyboardInterrupt())).solve(problem, 1)
 
 
 def test_a_named_class_gets_the_options_it_knows(tmp_path, monkeypatch):
