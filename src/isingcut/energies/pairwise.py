@@ -63,15 +63,7 @@ class Pairwise:
             "blocks_run": found.blocks_run,
             "blocks_unshared": found.blocks_unshared,
         }
-        return Hamiltonian(
-            h=own.sum(1) / total,
-            J=J,
-            c=0.0,
-            unit="nats/token",
-            meta=meta,
-            h_error=h_error,
-            J_error=J_error,
-        )
+        return Hamiltonian(own.sum(1) / total, J, meta=meta, h_error=h_error, J_error=J_error)
 
 
 def removals(n: int) -> States:

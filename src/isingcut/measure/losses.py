@@ -40,6 +40,11 @@ from isingcut.models.replay import Replay, reuse_freed_memory
 
 T = TypeVar("T")
 
+# Streams of a batch beside those of the states: the original's, what entered the blocks (the
+# recording has it), and the one that a block is just making.
+_OTHERS = 3
+_BY_SAMPLE = ("kl_sums", "nll_sums", "original_nll_sums", "counts")
+
 
 def in_order(states: States) -> npt.NDArray[np.int64]:
     """The order of the bits of states (S, N), in which neighbours share the longest prefixes."""
@@ -171,14 +176,6 @@ def cut(gap: Piece, parts: int) -> list[Piece]:
     parts = max(1, min(parts, count))
     ends = [gap.first + count * i // parts for i in range(parts + 1)]
     return [Piece(gap.batch, a, b) for a, b in pairwise(ends)]
-
-
-__all__ = ["Measurement", "measure", "measure_together", "standard_error"]
-
-# Streams of a batch beside those of the states: the original's, what entered the blocks (the
-# recording has it), and the one that a block is just making.
-_OTHERS = 3
-_BY_SAMPLE = ("kl_sums", "nll_sums", "original_nll_sums", "counts")
 
 
 @dataclass(frozen=True, eq=False)
