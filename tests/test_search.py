@@ -203,19 +203,6 @@ def test_surrogate_samples_have_the_posterior_moments():
     np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
 
 
-def test_surrogate_corrects_a_wrong_prior():
-    truth, wrong = random_energy(10, 4), random_energy(10, 5)
-    states = all_states(10, 4)
-    rng = np.random.default_rng(0)
-    seen = rng.permutation(len(states))[:150]
-    rest = np.setdiff1d(np.arange(len(states)), seen)
-    losses = truth.energies(states)
-    found = Surrogate(wrong, states[seen], losses[seen], np.full(150, 1e-3))
-    predicted = found.mean.energies(states[rest])
-    assert np.corrcoef(predicted, losses[rest])[0, 1] > 0.9
-    assert np.corrcoef(wrong.energies(states[rest]), losses[rest])[0, 1] < 0.5
-
-
 def test_surrogate_of_many_states_that_cost_nothing():
     # More of them than a quadratic form has terms for.
     states = all_states(14, 3)
