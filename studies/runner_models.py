@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -154,9 +155,7 @@ class ModelStudy(Study):
                 self.replay,
                 tokens,
                 states_of(len(self.replay), [tuple(s) for s in rest.values()]),
-                batch_tokens=work.batch_tokens,
-                progress=work.progress,
-                journal=journal,
+                replace(work, journal=journal),
             )
             rows = zip(found.kl_sums, found.nll_sums, strict=True)
             return [loss_row(kl, nll, tokens) for kl, nll in rows]

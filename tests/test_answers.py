@@ -267,7 +267,7 @@ def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     kl, nll = directly(replay.model, cut, tokens)
     states = states_of(len(replay), [tuple(removed)])
     for model in (replay, streamed(folder)):
-        found = measure(model, tokens, states, batch_tokens=30)
+        found = measure(model, tokens, states, work=Work(30))
         assert found.kl[0] == pytest.approx(kl, rel=1e-4)
         assert found.nll[0] == pytest.approx(nll, rel=1e-4)
         assert found.counts.tolist() == [7, 4, 11]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,10 +14,13 @@ from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
 from isingcut.healing.patch.linear import Moments
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.testing import patches
 from isingcut.testing.tiny import FAMILIES, tiny_model
 from patching import fitted, tokens
 from tiny import replay_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+
+import make_patches as patches
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from isingcut.energies.pairwise import removals
-from isingcut.energies.search.slopes import PASSES
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
-from isingcut.runs.plan import Prices, advise, command, make_plan
+from isingcut.runs.plan import PASSES, Prices, advise, command, make_plan
 from shared import call
 from tiny import random_tokens, replay_of, tiny_checkpoint
 
@@ -71,13 +71,13 @@ def test_energies_take_the_passes_that_are_counted(llama):
             run()
         return own.total
 
-    one = operations(lambda: measure(replay, text, np.zeros((0, n), bool), batch_tokens=64))
+    one = operations(lambda: measure(replay, text, np.zeros((0, n), bool), work=Work(64)))
     for name, passes in PASSES.items():
         if name in ("hessian", "gauss-newton"):
             passes *= n
-            took = operations(lambda kind=name: gate_curvature(replay, text, kind, batch_tokens=64))
+            took = operations(lambda kind=name: gate_curvature(replay, text, kind, work=Work(64)))
         else:
-            took = operations(lambda: gate_gradients(replay, text, batch_tokens=64))
+            took = operations(lambda: gate_gradients(replay, text, work=Work(64)))
         assert passes / 2 < took / one < passes * 2, name
 
 

@@ -20,10 +20,9 @@ from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Bools, Floats, States
-from isingcut.measure.pace import chunks
-from isingcut.measure.splitting import halve_to_fit, split_to_fit
+from isingcut.measure.losses import in_order, walk
+from isingcut.measure.splitting import chunks, halve_to_fit, split_to_fit
 from isingcut.measure.streams import check_finite
-from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
 

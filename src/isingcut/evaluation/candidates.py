@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -59,13 +60,7 @@ def rank(
 
     def losses(split: TokenSet, states: States, kind: str, journal: Path | None) -> Measurement:
         return measure(
-            replay,
-            split,
-            states,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            description=f"measuring {len(states)} {kind}",
-            journal=journal,
+            replay, split, states, replace(work, journal=journal), f"measuring {len(states)} {kind}"
         )
 
     measured = losses(tokens, spectrum.states, "candidates", work.journal)

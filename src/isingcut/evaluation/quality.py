@@ -26,8 +26,7 @@ from isingcut.files.documents import (
 from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
-from isingcut.measure.pace import chunks
-from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.models.architectures.blocks import find_stack, text_model
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit

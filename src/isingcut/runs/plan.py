@@ -25,7 +25,7 @@ from isingcut.energies.pairwise import removals
 from isingcut.energies.search import Target, greedy_price
 from isingcut.errors import InputError
 from isingcut.measure.curvature import KINDS
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.losses import tree_nodes
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes

@@ -48,8 +48,7 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.sharing import forget
-from isingcut.measure.work import Work
+from isingcut.measure.work import Work, forget
 from isingcut.models.architectures.blocks import text_model
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
@@ -477,9 +476,8 @@ def _exact_cut(
         session.replay,
         tokens,
         states_of(len(session.replay), [removed]),
-        batch_tokens=session.tuning.batch_tokens,
-        progress=session.progress,
-        description="perplexity and KL of the exact cut",
+        Work(session.tuning.batch_tokens, session.progress),
+        "perplexity and KL of the exact cut",
     )
     parts = {
         name: _with_perplexity(measured.of_samples(rows).losses(0))
@@ -571,9 +569,8 @@ def compare(
                 session.replay,
                 splits["rank"],
                 states_of(len(session.replay), [outcome.removed]),
-                batch_tokens=work.batch_tokens,
-                progress=work.progress,
-                description="measuring the choice",
+                dataclasses.replace(work, journal=None),
+                "measuring the choice",
             )
         content = documents.BaselineFile(
             baseline=name,

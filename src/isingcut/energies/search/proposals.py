@@ -1,18 +1,103 @@
-"""Where new states come from: exact minima of a surrogate, and moves around the best states."""
+"""What a search looks for, and where new states come from: exact minima of a surrogate, moves
+around the best states; in the beginning what one pass gives, a pair energy, and a beam over sizes.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
+from isingcut.energies.pairwise import removals
+from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.surrogate import Surrogate
-from isingcut.energies.search.targets import Target
+from isingcut.errors import InputError
+from isingcut.ising.constraints import LinearConstraint, count
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
 from isingcut.ising.states import Bools, Floats, States, key_of, states_of
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One removal.
+
+    Attributes:
+        label: what the user calls it, for example ``"8"`` or ``"params=25%"``.
+        rows: its constraints over N blocks.
+        low, high: fewest and most blocks of a feasible state.
+        size: blocks of a feasible state of average ones. Where a budget only asks for enough,
+            many more may go than a good state removes; this is about where the good ones are.
+    """
+
+    label: str
+    rows: tuple[LinearConstraint, ...]
+    low: int
+    high: int
+    size: int
+
+    def __repr__(self) -> str:
+        return f"Target({self.label}: {'; '.join(row.describe() for row in self.rows)})"
+
+    @classmethod
+    def of(cls, label: str, rows: Sequence[LinearConstraint], n: int) -> Target:
+        """A target from its rows.
+
+        Raises:
+            InfeasibleError: no state obeys them.
+        """
+        low, high = _blank(n, rows).cardinality
+        asked = [
+            math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
+            for row in rows
+            if row.sense == ">=" and row.coefficients.min() >= 0 and row.coefficients.any()
+        ]
+        return cls(label, tuple(rows), low, high, min(high, max([low, *asked])))
+
+    @classmethod
+    def count(cls, n: int, remove: int) -> Target:
+        """Exactly ``remove`` of ``n`` blocks.
+
+        Raises:
+            InputError: none or all of them.
+        """
+        if not 1 <= remove < n:
+            raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
+        return cls.of(str(remove), [count(n, remove)], n)
+
+    def problem(self, hamiltonian: Hamiltonian) -> Problem:
+        """Minimise ``hamiltonian`` over this target's states."""
+        return Problem(hamiltonian, self.rows)
+
+    def feasible(self, states: States) -> Bools:
+        """(S,) which of the states (S, N) obey every row."""
+        return _blank(states.shape[1], self.rows).feasible(states)
+
+    def extendable(self, states: States) -> Bools:
+        """(S,) which states exceed no row yet: those a greedy path may pass through."""
+        result = np.ones(len(states), dtype=bool)
+        for row in self.rows:
+            if row.sense != ">=" and (row.coefficients >= 0).all():
+                result &= states @ row.coefficients <= row.rhs + row.tolerance
+        return result
+
+    def near(self, states: States, distance: int) -> Bools:
+        """(S,) which states have a number of removed blocks close to this target's good ones."""
+        size = states.sum(1)
+        most = min(self.high, self.size + 2)
+        return np.asarray((size >= self.low - distance) & (size <= most + distance))
+
+
+def _blank(n: int, rows: Sequence[LinearConstraint]) -> Problem:
+    return Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), rows)
+
+
+BEAM, CHILDREN = 3, 8
+"""States kept, and states measured, per size on the way up."""
 
 EXACT_UP_TO = 40
 """Blocks up to which a proof costs less than tabu search; either finds the minimum."""
@@ -33,7 +118,7 @@ def every(target: Target, n: int) -> States | None:
     """All states of a target, or None where there are more than `FEW`."""
     if target.low != target.high or math.comb(n, target.low) > FEW:
         return None
-    states = states_of(n, itertools.combinations(range(n), target.low))
+    states = states_of(n, combinations(range(n), target.low))
     return states[target.feasible(states)]
 
 
@@ -124,3 +209,100 @@ def unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bo
         if not seen(state):
             out.setdefault(key_of(state), state)
     return list(out.values())
+
+
+def pair_energy(
+    evaluator: Evaluator, passes: float, most_samples: int, influence: Floats
+) -> Hamiltonian:
+    """The prior of all that follows: of all pairs or of those that a good state may contain.
+
+    Singles come first. Pairs follow by rising sum of their own terms, as many as ``passes`` pay
+    for; a pair that is left out has no coupling: both of its blocks are costly ones. If all
+    fit, they are measured on up to ``most_samples`` samples. Where not even the singles fit,
+    ``influence`` (N,) of the blocks stands for them.
+    """
+    n = evaluator.blocks
+    every, pairs = removals(n), list(combinations(range(n), 2))
+    singles = every[:n]
+    affordable = [r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes]
+    samples = max(affordable, default=1)
+    if evaluator.price(singles, samples) > passes:
+        return Hamiltonian(influence, np.zeros((n, n)), unit="arbitrary")
+    tokens = evaluator.ledger.counts[:samples].sum()
+
+    def losses(states: States) -> Floats:
+        known = [evaluator.known[key_of(s)] for s in states]
+        return np.array([k.sums[:samples].sum() / tokens for k in known])
+
+    evaluator.measure(singles, samples, f"{n} single removals")
+    h, J = losses(singles), np.zeros((n, n))
+    pairs.sort(key=lambda p: h[p[0]] + h[p[1]])
+    count = len(pairs)
+    while count and evaluator.price(states_of(n, pairs[:count]), samples) > passes:
+        count = int(count * 0.9)
+    if count:
+        states = states_of(n, pairs[:count])
+        evaluator.measure(states, samples, f"{count} pair removals")
+        for (i, j), loss in zip(pairs, losses(states), strict=False):
+            J[i, j] = J[j, i] = loss - h[i] - h[j]
+    return Hamiltonian(h, J, unit="nats/token")
+
+
+def one_pass_states(evaluator: Evaluator, target: Target, samples: int) -> dict[str, Bools]:
+    """What one pass of the original over some samples chooses, by the method's name.
+
+    The least angular window is missing where no run of blocks obeys the target.
+    """
+    influence, angles = evaluator.one_pass(samples)
+    fields = Hamiltonian(influence, np.zeros((evaluator.blocks, evaluator.blocks)))
+    found = {
+        "angular-window": angular_window(angles, target),
+        "block-influence": lowest(fields, target, 1, 0),
+    }
+    return {method: states[0] for method, states in found.items() if len(states)}
+
+
+def beam_over_sizes(
+    evaluator: Evaluator,
+    energy: Hamiltonian,
+    target: Target,
+    *,
+    samples: int,
+    afford: Callable[[States], bool],
+) -> None:
+    """Measure good states of every size up to a target's, on ``samples`` samples.
+
+    Each size keeps its few best states; of all states with one more block gone, the few that the
+    pair energy's marginals like best are measured. A state that obeys the
+    target is where a path ends: what a budget does not ask for stays.
+    """
+    beam = [np.zeros(evaluator.blocks, dtype=bool)]
+    for size in range(1, target.high + 1):
+        unfinished = [s for s in beam if not target.feasible(s[None])[0]]
+        children = grown(unfinished, target)
+        if not len(children):
+            return
+        predicted = _predicted(evaluator, energy, children, unfinished)
+        picked = children[np.argsort(predicted, kind="stable")[:CHILDREN]]
+        if not afford(picked):
+            return
+        evaluator.measure(picked, samples, f"first states of {size} blocks")
+        losses = [np.nansum(evaluator.known[key_of(s)].sums[:samples]) for s in picked]
+        beam = [picked[i] for i in np.argsort(losses, kind="stable")[:BEAM]]
+
+
+def _predicted(
+    evaluator: Evaluator, energy: Hamiltonian, children: States, beam: Sequence[Bools]
+) -> Floats:
+    """Measured loss of the best parent plus the pair energy's cost of one more block."""
+    tokens = np.cumsum(evaluator.ledger.counts)
+    best = np.full(len(children), np.inf)
+    energies = energy.energies(children)
+    for parent in beam:
+        measured = 0.0
+        if parent.any():
+            known = evaluator.known[key_of(parent)]
+            measured = float(np.nansum(known.sums) / tokens[known.n - 1])
+        own = (children & parent).sum(1) == parent.sum()
+        best = np.where(own, np.minimum(best, measured + energies - energy.energy(parent)), best)
+    return best

@@ -60,9 +60,48 @@ class Dimod:
             sampler = sampler_class(sampler)
         else:
             name = (sampler if isinstance(sampler, type) else type(sampler)).__name__
+        small = reduced.as_problem()
+        try:
+            # What it prints would be taken for a result.
+            with contextlib.redirect_stdout(sys.stderr):
+                info, states = self._draw(small, sampler, name)
+        except (KeyboardInterrupt, IsingcutError):
+            raise
+        except BaseException as error:
+            raise _failed(f"the sampler {name}", error) from error
+        feasible = small.feasible(states)
+        repaired = [repair(small, state) for state in states[~feasible]]
+        mended = [state for state in repaired if state is not None]
+        info.update(
+            samples=int(states.shape[0]),
+            repaired=len(mended),
+            dropped=len(repaired) - len(mended),
+        )
+        kept = np.concatenate([states[feasible], np.array(mended).reshape(-1, small.n) > 0])
+        # Many samples may be repaired to one state.
+        kept = np.unique(kept, axis=0)
+        order = np.argsort(small.hamiltonian.energies(kept), kind="stable")[: 4 * k]
+        return Solution(reduced.expand(kept[order]), None, False, info)
+
+    def _draw(self, small: Problem, sampler: Any, name: str) -> tuple[dict[str, Any], States]:
+        """What a sampler was not given and the distinct states it returned; all its own code runs
+        here.
+
+        Less than the penalty that no swap can outbid lets samplers move more freely; what comes out
+        infeasible is repaired.
+        """
+        made = sampler() if isinstance(sampler, type) else sampler
+        constrained = hasattr(made, "sample_cqm")
+        call = made.sample_cqm if constrained else made.sample
         wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
-        states, info = draw(reduced.as_problem(), k, sampler, wanted, self.penalty, name)
-        return Solution(reduced.expand(states), None, False, info)
+        known = {*(getattr(made, "parameters", None) or ()), *inspect.signature(call).parameters}
+        options = {key: value for key, value in wanted.items() if key in known}
+        info: dict[str, Any] = {"ignored": sorted(wanted.keys() - options.keys())}
+        if constrained:
+            return info, _states(call(small.to_cqm(), **options), small.n, name)
+        _, safe = small.to_bqm()
+        bqm, info["penalty"] = small.to_bqm(self.penalty * safe)
+        return info, _states(call(bqm, **options), small.n, name)
 
 
 def sampler_class(name: str) -> Any:
@@ -107,68 +146,6 @@ def is_sampler(found: Any) -> bool:
     if not isinstance(found, type):
         return False
     return issubclass(found, Sampler) or callable(getattr(found, "sample_cqm", None))
-
-
-def draw(
-    small: Problem, k: int, sampler: Any, wanted: dict[str, Any], penalty: float, name: str
-) -> tuple[States, dict[str, Any]]:
-    """Feasible states (S, V) of one call of a sampler, the lowest first, and facts about it.
-
-    A class with ``sample_cqm`` gets the rows, any other the penalty form.
-
-    Args:
-        small: the reduced problem.
-        k: at most 4 k states are returned.
-        sampler: the class, made without arguments, or an instance.
-        wanted: keyword arguments; those the sampler does not know are left out and listed in
-            ``info["ignored"]``.
-        penalty: weight of the penalty form as a share of the one no swap can outbid. Less
-            lets samplers move more freely; what comes out infeasible is repaired.
-        name: of the sampler, for messages.
-
-    Raises:
-        InputError: it raised (anything but KeyboardInterrupt), or what it returned is no set of
-            binary samples of the variables that it was given.
-    """
-    try:
-        # What it prints would be taken for a result.
-        with contextlib.redirect_stdout(sys.stderr):
-            info, states = _call(small, sampler, wanted, penalty, name)
-    except (KeyboardInterrupt, IsingcutError):
-        raise
-    except BaseException as error:
-        raise _failed(f"the sampler {name}", error) from error
-    feasible = small.feasible(states)
-    repaired = [repair(small, state) for state in states[~feasible]]
-    mended = [state for state in repaired if state is not None]
-    info.update(
-        samples=int(states.shape[0]),
-        repaired=len(mended),
-        dropped=len(repaired) - len(mended),
-    )
-    kept = np.concatenate([states[feasible], np.array(mended).reshape(-1, small.n) > 0])
-    # Many samples may be repaired to one state.
-    kept = np.unique(kept, axis=0)
-    order = np.argsort(small.hamiltonian.energies(kept), kind="stable")[: 4 * k]
-    return kept[order], info
-
-
-def _call(
-    small: Problem, sampler: Any, wanted: dict[str, Any], penalty: float, name: str
-) -> tuple[dict[str, Any], States]:
-    """What the sampler was not told and the distinct states it returned; all its own code runs
-    here."""
-    made = sampler() if isinstance(sampler, type) else sampler
-    constrained = hasattr(made, "sample_cqm")
-    call = made.sample_cqm if constrained else made.sample
-    known = set(getattr(made, "parameters", None) or ()) | set(inspect.signature(call).parameters)
-    options = {key: value for key, value in wanted.items() if key in known}
-    info: dict[str, Any] = {"ignored": sorted(wanted.keys() - options.keys())}
-    if constrained:
-        return info, _states(call(small.to_cqm(), **options), small.n, name)
-    _, safe = small.to_bqm()
-    bqm, info["penalty"] = small.to_bqm(penalty * safe)
-    return info, _states(call(bqm, **options), small.n, name)
 
 
 def _states(found: Any, n: int, name: str) -> States:
