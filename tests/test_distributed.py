@@ -15,9 +15,8 @@ from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, left
 from isingcut.measure.work import SharedJournal, forget
 from isingcut.models.processes import Processes
-from journals import count_rows
 from ranks import join, launch, say_into, start, type_in
-from tiny import tiny_checkpoint
+from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
     "samples": 6, "length": 16, "rank_samples": 4, "report_samples": 3, "dtype": "float32",

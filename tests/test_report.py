@@ -1,9 +1,6 @@
 """The report and the model card say what the files say, and when a file is not there."""
 
-import json
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -35,7 +32,6 @@ from run_files import (
     healing,
     model_card,
     patch,
-    record,
     run_content,
     write_report,
     write_run,
@@ -313,20 +309,6 @@ def test_an_error_of_our_own_is_not_blamed_on_the_files(folder, monkeypatch):
     with pytest.raises(KeyError, match="a name that rendering lacks"):
         write_report(folder)
     assert not (folder / "report.md").exists()
-
-
-def test_reporting_loads_no_torch(folder):
-    record(folder)
-    code = (
-        "import sys\nfrom pathlib import Path\n"
-        "from isingcut.report import card, write\n"
-        f"p = Path({str(folder)!r})\nwrite.write_report(p)\n"
-        "card.model_card(card.card_parts(p, p, [1]))\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-    assert json.loads((folder / "report.json").read_text())["blocks"] == N
 
 
 def front_matter(card):

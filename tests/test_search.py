@@ -22,8 +22,7 @@ from isingcut.ising.states import blocks_of, key_of, states_of
 from isingcut.measure.gradients import gate_slopes
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
-from journals import count_rows, keep_rows
-from tiny import tiny_replay
+from tiny import count_rows, keep_rows, tiny_replay
 
 WORK = Work(batch_tokens=64)
 N = 8

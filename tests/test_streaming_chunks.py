@@ -17,9 +17,8 @@ from isingcut.models.compute.head import OutputHead
 from isingcut.models.streaming.reader import Reader
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.testing.tiny import tiny_checkpoint
-from journals import count_rows, keep_rows
 from streams import in_memory, samples, some_states, streamed
-from tiny import random_tokens
+from tiny import count_rows, keep_rows, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_layout")
 

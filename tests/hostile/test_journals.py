@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from arena import Row
 
-from journals import count_rows
+from tiny import count_rows
 
 
 def put(key, shape, data):
