@@ -1,7 +1,5 @@
 """Small texts and chats, and what the tests of calibration ask of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A tiny teacher and its cut student, healed once, for the tests of healing."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 

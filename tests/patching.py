@@ -1,7 +1,5 @@
 """Fitted patches, and what enters and leaves a layer, for the tests of patches."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from unittest import mock
 

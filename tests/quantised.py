@@ -1,7 +1,5 @@
 """Tiny checkpoints quantised as hubs hold them: FP8 in tiles, int4, MXFP4, bitsandbytes."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Start the processes of a run as a launcher does, cheaply: forks of one process that has torch."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys
@@ -32,19 +30,26 @@ _context.set_forkserver_preload(
 )
 
 
-def start(function: Callable[..., None], *arguments: object):
-    """One process, running ``function``."""
-    process = _context.Process(target=function, args=arguments)
+def start(said: Path, function: Callable[..., None], *arguments: object):
+    """One process, running ``function``; what it says goes into a file."""
+    process = _context.Process(target=_say_into, args=(said, function, *arguments))
     process.start()
     return process
 
 
-def launch(size: int, function: Callable[..., None], *arguments: object):
+def launch(size: int, said: Path, function: Callable[..., None], *arguments: object):
     """The processes of one run, and the store of their launcher, to be kept while they run."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    return [start(_as_rank, r, size, store.port, function, arguments) for r in range(size)], store
+    given = (size, store.port, function, arguments)
+    return [start(said, _as_rank, r, *given) for r in range(size)], store
+
+
+def run(codes: list[int], said: Path, function: Callable[..., None], *arguments: object) -> None:
+    """Let the processes of one run end, with these codes."""
+    ranks, _store = launch(len(codes), said, function, *arguments)
+    assert join(ranks) == codes, said.read_text()
 
 
 def join(ranks) -> list[int]:
@@ -64,11 +69,11 @@ def _as_rank(
     function(*arguments)
 
 
-def say_into(path: Path) -> None:
-    """What this process says goes into a file."""
-    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+def _say_into(said: Path, function: Callable[..., None], *arguments: object) -> None:
+    file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    function(*arguments)
 
 
 def type_in(*arguments: object) -> None:

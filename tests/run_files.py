@@ -1,7 +1,5 @@
 """Run folders written file by file, for tests that only read them: no model, no torch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

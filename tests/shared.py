@@ -1,7 +1,5 @@
 """What many tests only read is made once a session, for all of its processes."""
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import hashlib

@@ -20,7 +20,7 @@ from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
 from isingcut.runs import pipeline as api
 from isingcut.testing.tiny import tiny_checkpoint
-from ranks import join, say_into, start
+from ranks import join, start
 from shared import leave_speed_out, write_words
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -62,9 +62,8 @@ def examples(name):
     return [t for t in found if t.examples]
 
 
-def _drop_in_a_fork(place, said):
+def _drop_in_a_fork(place):
     """Prune into temporary folders; a fork of this process drops the run and ends in order."""
-    say_into(said)
     model = AutoModelForCausalLM.from_pretrained(place / "my-model")
     tokenizer = load_tokenizer(place / "my-model")
     text = str(place / "my-text.txt")
@@ -84,9 +83,8 @@ def _drop_in_a_fork(place, said):
 
 
 def test_a_fork_that_drops_its_run_leaves_the_original_its_folders(place, tmp_path):
-    assert join([start(_drop_in_a_fork, place, tmp_path / "said")]) == [0], (
-        tmp_path / "said"
-    ).read_text()
+    said = tmp_path / "said"
+    assert join([start(said, _drop_in_a_fork, place)]) == [0], said.read_text()
 
 
 def test_every_public_name_has_an_example():

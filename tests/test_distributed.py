@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import isingcut
+import ranks
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, left
 from isingcut.measure.work import SharedJournal, forget
 from isingcut.models.processes import Processes
-from ranks import join, launch, say_into, start, type_in
+from ranks import join, start, type_in
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -71,7 +72,6 @@ def _typed(place, out, name="pairwise", also=True):
 
 def _all(place, out, notes):
     """In every process: two energies, and the ranking for one; who computed what."""
-    say_into(notes.with_suffix(".err"))
     computed = []
     put = Journal.put
 
@@ -96,8 +96,7 @@ def _all(place, out, notes):
 
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     out, notes = tmp_path / "run", tmp_path / "notes"
-    ranks, _store = launch(3, _all, place, out, notes)
-    assert join(ranks) == [0, 0, 0], notes.with_suffix(".err").read_text()
+    ranks.run([0, 0, 0], notes.with_suffix(".err"), _all, place, out, notes)
     for name in (
         *(f"pairwise/{name}" for name in FILES),
         "pairwise/hamiltonian.hessian.safetensors",
@@ -112,9 +111,8 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"
 
 
-def _launcher(said, module, *words):
+def _launcher(module, *words):
     """A launcher's own process, which has torch already: it starts an interpreter per rank."""
-    say_into(said)
     # As here, for the same sums.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     sys.argv = [module, *words]
@@ -132,14 +130,13 @@ def _launcher(said, module, *words):
 def test_both_launchers_start_all_processes(place, alone, tmp_path, launcher):
     out, said = tmp_path / "run", tmp_path / "said"
     command = [*launcher, "-m", "isingcut", *_typed(place, out)]
-    assert join([start(_launcher, said, *map(str, command))]) == [0], said.read_text()
+    assert join([start(said, _launcher, *map(str, command))]) == [0], said.read_text()
     assert said.read_text().count("2 processes share the measuring") == 1
     for name in FILES:
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
 
-def _streams(place, out, said):
-    say_into(said)
+def _streams(place, out):
     for name in ("pairwise", "fisher", "refined"):
         with pytest.raises(SystemExit) as end:
             type_in(*_typed(place, out / name, name, also=False), "--stream", "on")
@@ -149,19 +146,17 @@ def _streams(place, out, said):
 def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
     for name in ("pairwise", "fisher", "refined"):
         _energy(place, tmp_path / "alone" / name, name, also=False, stream="on")
-    ranks, _store = launch(2, _streams, place, tmp_path / "two", tmp_path / "said")
-    assert join(ranks) == [0, 0], (tmp_path / "said").read_text()
+    ranks.run([0, 0], tmp_path / "said", _streams, place, tmp_path / "two")
     for name in ("pairwise", "fisher", "refined"):
         one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
         assert one.read_bytes() == two.read_bytes(), name
 
 
-def _picks(place, out, said, found):
+def _picks(place, out, found):
     """Of two processes only rank 0's trial finds bfloat16 faster; which dtype each loads."""
     from isingcut.models import device
     from isingcut.models import load as models
 
-    say_into(said)
     rank, load = os.environ["RANK"], models.load
     device._bfloat16_is_faster = lambda: rank == "0"
     torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
@@ -176,19 +171,16 @@ def _picks(place, out, said, found):
 
 
 def test_all_processes_compute_in_the_dtype_that_rank_0_picks(place, tmp_path):
-    said, found = tmp_path / "said", tmp_path / "dtype"
-    ranks, _store = launch(2, _picks, place, tmp_path / "run", said, found)
-    assert join(ranks) == [0, 0], said.read_text()
+    ranks.run([0, 0], tmp_path / "said", _picks, place, tmp_path / "run", tmp_path / "dtype")
     picked = [(tmp_path / f"dtype.{r}").read_text() for r in (0, 1)]
     assert picked == ["torch.bfloat16", "torch.bfloat16"]
 
 
-def _fails(place, out, said, meeting):
+def _fails(place, out, meeting):
     """Rank 1 fails with an error of ours in the middle of a measurement."""
     import isingcut.measure.losses as module
     from isingcut.errors import ArchitectureError
 
-    say_into(said)
     measured = module._measure
 
     def broken(*arguments):
@@ -208,30 +200,26 @@ def _fails(place, out, said, meeting):
 def test_an_error_anywhere_ends_all_with_one_line(place, tmp_path):
     said, meeting = tmp_path / "said", tmp_path / "meeting"
     os.mkfifo(meeting)
-    ranks, _store = launch(2, _fails, place, tmp_path / "run", said, meeting)
-    assert join(ranks) == [2, 2]
+    ranks.run([2, 2], said, _fails, place, tmp_path / "run", meeting)
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
     assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
     assert "Traceback" not in said.read_text()
     assert not list((tmp_path / "run").glob(".*")), "no half-written files"
 
 
-def _refused(place, out, said):
-    say_into(said)
+def _refused(place, out):
     type_in("energy", place / "nothing", "--out", out)
 
 
 def test_an_error_of_rank_0_is_its_own_line(place, tmp_path):
-    ranks, _store = launch(2, _refused, place, tmp_path / "run", tmp_path / "said")
-    assert join(ranks) == [2, 2]
+    ranks.run([2, 2], tmp_path / "said", _refused, place, tmp_path / "run")
     (line,) = (tmp_path / "said").read_text().splitlines()
     assert line.startswith("isingcut: there is no model at")
     assert not (tmp_path / "run").exists()
 
 
-def _killed(place, out, said, which):
+def _killed(place, out, which):
     """One of two is killed while it hands in its first row."""
-    say_into(said)
     if os.environ["RANK"] == str(which):
         Journal.put = lambda journal, key, row: os.kill(os.getpid(), signal.SIGKILL)
     type_in(*_typed(place, out))
@@ -242,9 +230,8 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     which, place, alone, tmp_path
 ):
     said, out = tmp_path / "said", tmp_path / "run"
-    ranks, _store = launch(2, _killed, place, out, said, which)
-    codes = join(ranks)
-    assert (codes[which], codes[1 - which]) == (-signal.SIGKILL, 1)
+    codes = [-signal.SIGKILL, 1]
+    ranks.run(codes[:: -1 if which else 1], said, _killed, place, out, which)
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
     # Of rank 0, which alone speaks, the launcher says that it was killed.
     assert len(lines) == which
@@ -255,12 +242,11 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
 
-def _agent(said, function, arguments):
+def _agent(function, arguments):
     """torchrun's agent, over ranks that are forks of this process."""
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    say_into(said)
     words = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     config, _command, _words = config_from_args(parse_args([*words, "none"]))
     config.start_method = "fork"
@@ -269,7 +255,7 @@ def _agent(said, function, arguments):
 
 def _torchrun(said, function, *arguments):
     """Let two processes fail under torchrun's agent; their lines."""
-    assert join([start(_agent, said, function, arguments)]) == [1]
+    assert join([start(said, _agent, function, arguments)]) == [1]
     return [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
 
 
@@ -356,8 +342,8 @@ def _shares(units, path, found):
 
 
 def _shared(size, units, folder):
-    ranks, _store = launch(size, _shares, units, folder / "journal", folder / "found")
-    assert join(ranks) == [0] * size
+    places = (folder / "journal", folder / "found")
+    ranks.run([0] * size, folder / "said", _shares, units, *places)
     read = [json.loads((folder / f"found.{r}").read_text()) for r in range(size)]
     assert all(rows == {str(u): [u, u] for u in range(units)} for _, rows in read)
     return [own for own, _ in read]

@@ -1,7 +1,5 @@
 """What a healing takes of its device: one set of weights for teacher and student, or a refusal."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """A healing ends where a domain gets worse, and a candidate's where it is behind another."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from isingcut.healing.heal import heal
 from isingcut.healing.job import Domains, difference
 from isingcut.models.load import load
 from isingcut.report.words import healing_warnings, sentence
-from ranks import join, launch, say_into, type_in
+from ranks import run, type_in
 
 __all__ = ["healed", "models"]
 
@@ -111,27 +109,23 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(models, tmp
     assert found["after"]["kl"] == found["before"]["kl"]
 
 
-def _stopped(said, *arguments):
-    say_into(said)
+def _stopped(*arguments):
     home.Domains = Stops
     type_in(*arguments)
 
 
 def test_two_processes_stop_together(models, tmp_path):
     config = options(models, tmp_path / "out", {**EIGHT, "per_device_train_batch_size": 1})
-    flags = flags_of(config)
-    said = tmp_path / "said"
-    ranks, _store = launch(2, _stopped, said, "--debug", "heal", config.student, *flags)
-    assert join(ranks) == [0, 0], said.read_text()
+    words = ("--debug", "heal", config.student, *flags_of(config))
+    run([0, 0], tmp_path / "said", _stopped, *words)
     found = read_json(tmp_path / "out" / "healing.json", "healing")
     assert (found["processes"], found["stopped"]["kept"]) == (2, 2)
     kl = sum(found["checks"][1]["kl_sums"]) / found["report_tokens"]
     assert found["after"]["kl"] == pytest.approx(kl, rel=1e-3)
 
 
-def _types(said, *arguments):
+def _types(*arguments):
     """The command line, in one of the processes of a launcher."""
-    say_into(said)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     type_in(*arguments)
 
@@ -139,10 +133,8 @@ def _types(said, *arguments):
 def test_two_processes_train_as_one_does(models, healed, tmp_path):
     """Same global batch, half of it in each of two gloo processes."""
     config = options(models, tmp_path / "out", {"per_device_train_batch_size": 1})
-    flags = flags_of(config)
-    said = tmp_path / "said"
-    ranks, _store = launch(2, _types, said, "--debug", "heal", config.student, *flags)
-    assert join(ranks) == [0, 0], said.read_text()
+    words = ("--debug", "heal", config.student, *flags_of(config))
+    run([0, 0], tmp_path / "said", _types, *words)
     found = read_json(tmp_path / "out" / "healing.json", "healing")
     assert found["processes"] == 2
     for mine, theirs in zip(found["steps"], curve(healed), strict=True):
@@ -155,23 +147,16 @@ def test_two_processes_train_as_one_does(models, healed, tmp_path):
 
 def test_two_processes_patch_as_one_does(models, tmp_path):
     one = heal(options(models, tmp_path / "one", method="none", patch="linear"))
-    config, said = options(models, tmp_path / "two", method="none", patch="linear"), tmp_path / "s"
-    ranks, _store = launch(2, _heals, said, config)
-    assert join(ranks) == [0, 0], said.read_text()
+    config = options(models, tmp_path / "two", method="none", patch="linear")
+    run([0, 0], tmp_path / "said", heal, config)
     assert stored(one) == stored(tmp_path / "two")
 
 
-def _heals(said, config):
-    say_into(said)
-    heal(config)
-
-
-def _two_minds(config, dtypes, said):
+def _two_minds(config, dtypes):
     """Heal, where only rank 0's trial finds bfloat16 faster; which dtype the teacher has."""
     from isingcut.healing import heal as home
     from isingcut.models import device
 
-    say_into(said)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     rank = os.environ["RANK"]
     device._bfloat16_is_faster = lambda: rank == "0"
@@ -189,8 +174,6 @@ def _two_minds(config, dtypes, said):
 
 def test_processes_heal_in_the_dtype_that_the_main_one_picks(models, tmp_path):
     config = options(models, tmp_path / "out", {"max_steps": 1}, dtype="auto")
-    said = tmp_path / "said"
-    ranks, _store = launch(2, _two_minds, config, tmp_path / "dtype", said)
-    assert join(ranks) == [0, 0], said.read_text()
+    run([0, 0], tmp_path / "said", _two_minds, config, tmp_path / "dtype")
     picked = {(tmp_path / f"dtype.{rank}").read_text() for rank in (0, 1)}
     assert picked == {"torch.bfloat16"}

@@ -1,7 +1,5 @@
 """The loss of healing: its value, its gradient, and which predictions count."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

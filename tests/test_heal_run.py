@@ -1,7 +1,5 @@
 """Healing and benchmarks as stages of a run, from the command line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

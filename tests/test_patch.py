@@ -1,7 +1,5 @@
 """The closed-form patch: what it solves, where it is folded, what is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from types import SimpleNamespace

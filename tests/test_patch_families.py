@@ -1,7 +1,5 @@
 """Which layer of a family absorbs a patch, exactly or nearly, and which blocks take none."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

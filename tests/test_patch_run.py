@@ -1,7 +1,5 @@
 """The patch as a part of every run: proven, shown beside the cut, left out in one line."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

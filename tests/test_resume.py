@@ -19,7 +19,7 @@ from isingcut.files.writing import (
     locked,
 )
 from isingcut.testing.tiny import tiny_checkpoint
-from ranks import say_into, start
+from ranks import start
 from shared import leave_speed_out, write_words
 
 OPTIONS = {
@@ -35,16 +35,15 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     tiny_checkpoint("llama", folder / "model", num_hidden_layers=4)
     write_words(folder / "text.txt")
-    whole = start(_run, folder, folder / "run", 10_000, folder / "said")
+    whole = start(folder / "said", _run, folder, folder / "run", 10_000)
     whole.join(240)
     assert whole.exitcode == 0, (folder / "said").read_text()
     return folder
 
 
-def _run(place, out, moment, said):
+def _run(place, out, moment):
     """The whole job, in a process that is killed before its operation number ``moment``."""
-    say_into(said)
-    _die_at(moment, said.with_suffix(".moments"))
+    _die_at(moment)
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
         isingcut.run(
@@ -52,7 +51,7 @@ def _run(place, out, moment, said):
         )
 
 
-def _die_at(moment, notes):
+def _die_at(moment):
     """Kill this process in front of its n-th operation that makes something last on the disk."""
     count = 0
 
@@ -102,7 +101,7 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):
     while True:
         # Later ones last, so that the chain gets on; the last one is not killed at all.
         moment = int(rng.integers(1, 25)) if killed < 5 else 10_000
-        process = start(_run, place, out, moment, said)
+        process = start(said, _run, place, out, moment)
         process.join(240)
         if process.exitcode == 0:
             break
@@ -133,7 +132,7 @@ def _leave_temporaries(folder):
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
-    process = start(_leave_temporaries, tmp_path)
+    process = start(tmp_path.with_suffix(".said"), _leave_temporaries, tmp_path)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     (tmp_path / ".model.part").mkdir()

@@ -1,7 +1,5 @@
 """Tiny random models of every family, and tiny checkpoints with a tokenizer, all offline."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Iterator, Sequence

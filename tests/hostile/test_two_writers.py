@@ -18,7 +18,7 @@ from heal_rows import heal
 
 from isingcut.errors import BusyError
 from isingcut.files.writing import LOCK, lock_beside, locked
-from ranks import join, launch, say_into, start, type_in
+from ranks import join, launch, run, start, type_in
 from shared import leave_speed_out
 
 PUT = "isingcut.files.journal.Journal.put"
@@ -32,9 +32,8 @@ RUN = f"run --random-states 30 --patch none {MEASURE}"
 EXCISE = "excise {run} --patch none --blocks"
 
 
-def _works(words, where, here, said):
+def _works(words, where, here):
     """Type a command that waits where it first comes to ``where``, and says that it is there."""
-    say_into(said)
     patch = pytest.MonkeyPatch()
     leave_speed_out(patch.setattr)
     module, name = where.rsplit(".", 1)
@@ -58,12 +57,12 @@ def working(arena, tmp_path, command, where, size=1):
     meeting, said = tmp_path / "meeting", tmp_path / "said"
     meeting.mkdir()
     os.mkfifo(meeting / "go")
-    arguments = (typed(arena, command), where, meeting, said)
+    arguments = (said, _works, typed(arena, command), where, meeting)
     if size > 1:
         # The store lives as long as they do.
-        ranks, _store = launch(size, _works, *arguments)
+        ranks, _store = launch(size, *arguments)
     else:
-        ranks = [start(_works, *arguments)]
+        ranks = [start(*arguments)]
     try:
         late = time.monotonic() + 120
         while not (meeting / "met").exists():
@@ -134,18 +133,12 @@ def test_a_second_run_of_several_processes_is_refused_as_one(arena, tmp_path):
     for command, place in ((f"energy {MEASURE} 2", "new"), (heal(), "healed")):
         said = tmp_path / "said"
         with locked(arena.here / place, inside=place == "new"):
-            ranks, _store = launch(2, _types, said, typed(arena, command))
-            assert join(ranks) == [2, 2], said.read_text()
+            run([2, 2], said, type_in, *typed(arena, command))
         lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
         assert len(lines) == 1
         assert f"isingcut: another isingcut (pid {os.getpid()}," in lines[0]
         said.unlink()
     assert not left_behind(arena)
-
-
-def _types(said, words):
-    say_into(said)
-    type_in(*words)
 
 
 def test_an_output_is_locked_beside_it(arena):

@@ -1,7 +1,5 @@
 """What every architecture is checked for, on a tiny random model of it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

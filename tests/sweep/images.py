@@ -5,8 +5,6 @@ there are as many image tokens in the prompt as the model makes features of them
 says which form is right: with another one it fails.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

@@ -7,8 +7,6 @@ from other fields (``layer_types`` from the depth, ``head_dim`` from the width) 
 `HANDS` has the configurations for which these rules are not enough.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import re
