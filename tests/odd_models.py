@@ -61,6 +61,10 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
 # What the model's own repository holds as config.json, for models of `ODD`.
 HUB: dict[str, dict[str, Any]] = {
     "step3p7": {
@@ -71,8 +75,8 @@ HUB: dict[str, dict[str, Any]] = {
     "kimi_linear": {
         **{
             k: v
-            for k, v in {**BASE, **ODD["kimi_linear"]}.items()
-            if v is not None and "layer_types" not in k and "linear_" not in k
+            for k, v in _given({**BASE, **ODD["kimi_linear"]}).items()
+            if "layer_types" not in k and "linear_" not in k
         },
         "model_type": "kimi_linear",
         "first_k_dense_replace": 1,
@@ -86,13 +90,13 @@ HUB: dict[str, dict[str, Any]] = {
         },
     },
     "exaone_moe": {
-        **{k: v for k, v in {**BASE, **ODD["exaone_moe"]}.items() if v is not None},
+        **_given({**BASE, **ODD["exaone_moe"]}),
         "model_type": "exaone_moe",
         "layer_types": [SLIDING, SLIDING, FULL] * 2,
         "is_moe_layer": [False] + [True] * 5,
     },
     "olmo_hybrid": {
-        **{k: v for k, v in {**BASE, **ODD["olmo_hybrid"]}.items() if v is not None},
+        **_given({**BASE, **ODD["olmo_hybrid"]}),
         "model_type": "olmo_hybrid",
         "fla_hybrid_attention_indices": [2, 5],
     },
@@ -108,10 +112,6 @@ def odd_config(model_type: str, **changes: Any) -> Any:
             setattr(text, name, value)
         return config
     return AutoConfig.for_model(model_type, **_given({**BASE, **ODD[model_type], **changes}))
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if v is not None}
 
 
 def odd_model(model_type: str, **changes: Any) -> Any:

@@ -120,15 +120,8 @@ def streams(replay, tokens, removed=()):
 
 
 def test_all_baselines_are_found():
-    assert registry.names() == [
-        "angular-window",
-        "block-influence",
-        "cbo",
-        "evopress",
-        "norm-ratio",
-        "random",
-        "sleb",
-    ]
+    names = "angular-window block-influence cbo evopress norm-ratio random sleb"
+    assert " ".join(registry.names()) == names
 
 
 @pytest.mark.parametrize("name", registry.names())

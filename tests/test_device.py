@@ -43,11 +43,6 @@ def device():
         yield card.device
 
 
-@pytest.fixture
-def folder(llama):
-    return llama
-
-
 def states():
     return np.random.default_rng(1).random((4, 6)) < 0.4
 
@@ -62,8 +57,7 @@ class Place:
         return tiny_model(family, seed=seed).requires_grad_(False).to(self.device)
 
     def replay(self, family="llama"):
-        model = self.model(family)
-        return replay_of(model)
+        return replay_of(self.model(family))
 
     def streamed(self):
         opened = open_model(self.folder, dtype=torch.float32, device=self.device)
@@ -208,9 +202,9 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_keeps_to_its_device(step, folder, device):
-    expected = np.asarray(STEPS[step](Place(CPU, folder)))
-    found = np.asarray(STEPS[step](Place(device, folder)))
+def test_a_step_keeps_to_its_device(step, llama, device):
+    expected = np.asarray(STEPS[step](Place(CPU, llama)))
+    found = np.asarray(STEPS[step](Place(device, llama)))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
 
 

@@ -17,6 +17,7 @@ from isingcut.measure.losses import Piece, left
 from isingcut.measure.work import SharedJournal, forget
 from isingcut.models.processes import Processes
 from ranks import join, start, type_in
+from shared import write_words
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -31,9 +32,7 @@ def place(tmp_path_factory):
     """A folder with a tiny model and a text."""
     folder = tmp_path_factory.mktemp("distributed")
     tiny_checkpoint("llama", folder / "model")
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (2500, 6))
-    words = " ".join("".join(word) for word in letters)
-    (folder / "text.txt").write_text(words, encoding="utf-8")
+    write_words(folder / "text.txt", 2500)
     return folder
 
 

@@ -12,16 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 from isingcut.data.mixture import find_held, hold_texts
 from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
-from shared import leave_speed_out
+from shared import OPTIONS, leave_speed_out
 from tiny import tiny_checkpoint
 
 # Fifteen states of six blocks: too few to judge an energy, which no test here does.
 pytestmark = pytest.mark.filterwarnings("ignore::isingcut.runs.pipeline.PoorEnergyWarning")
 
-OPTIONS = {
-    "samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "dtype": "float32",
-    "patch_tokens": 1000,
-}  # fmt: skip
 TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 
 
@@ -206,5 +202,5 @@ def test_what_is_no_model_or_lacks_its_tokenizer(folder, loaded, tmp_path):
         with pytest.raises(InputError, match=words):
             isingcut.prune(given, 2, tokenizer=own, out=tmp_path / "r", **OPTIONS)
     with pytest.raises(InputError, match="prune: random_states must be 0 or at least 30"):
-        isingcut.prune(model, 2, tokenizer=tokenizer, random_states=1, **OPTIONS)
+        isingcut.prune(model, 2, tokenizer=tokenizer, **{**OPTIONS, "random_states": 1})
     assert not list((tmp_path / "temporary").iterdir())

@@ -1,7 +1,5 @@
 """Answers of many states at once: against the harness, models asked one by one, and a kill."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -19,6 +17,7 @@ from isingcut.models import replay as replays
 from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
+from test_tasks import gsm8k, lines
 
 WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
 REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
@@ -43,10 +42,6 @@ def some_rows():
 
 
 def test_likelihoods_are_the_harness_s(model):
-    from lm_eval.models.huggingface import HFLM
-
-    from isingcut.evaluation.harness import Harness
-
     loaded, rows = model.loaded, some_rows()
     # Longer than the model reads: both cut it on the left.
     rows.append((tuple(int(i) for i in np.random.default_rng(1).integers(0, 40, 700)), 3))
@@ -74,7 +69,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
     questions += [
         {"context": f"{k} is", "choices": ["a", "b", "c"], "answer": k % 3} for k in range(10)
     ]
-    path.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
+    lines(path, questions)
     task = prepare_task(str(path), None)
     ran = []
     block = replays.Recording.block
@@ -139,8 +134,7 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
             record |= {"choices": [*record["choices"], "old rain", "stone"], "answer": i}
     file = {"arc_easy": "test", "hellaswag": "val", "winogrande": "dev", "lambada": "test"}[name]
     path = tmp_path / name / f"{file}.jsonl"
-    path.parent.mkdir()
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    lines(path, records)
     found = score(model, prepare_task(name, tmp_path)).certainties
 
     def likely(context, answer):
@@ -255,18 +249,6 @@ def kill_after(goes, monkeypatch):
     return counts
 
 
-def gsm8k(folder, count):
-    (folder / "gsm8k").mkdir(parents=True)
-    for name, size in (("test", count), ("train", 8)):
-        records = [
-            {"context": f"What is {i} plus 1?", "solution": f"It is {i + 1}.", "answer": str(i + 1)}
-            for i in range(size)
-        ]
-        lines = "".join(json.dumps(r) + "\n" for r in records)
-        (folder / "gsm8k" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    return folder
-
-
 @pytest.mark.parametrize("state", range(len(STATES)))
 def test_texts_are_the_harness_s(model, state):
     plain = HFLM(pretrained=model.loaded.model, tokenizer=model.loaded.tokenizer, batch_size=2)
@@ -304,7 +286,9 @@ def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, monkey
 
 def test_how_far_the_writing_is_is_seen(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("isingcut.console.progress.QUIET_SECONDS", 0.0)
-    task = prepare_task("gsm8k", gsm8k(tmp_path, 2))
+    for name, size in (("test", 2), ("train", 8)):
+        lines(tmp_path / "gsm8k" / f"{name}.jsonl", [gsm8k(i)[1] for i in range(size)])
+    task = prepare_task("gsm8k", tmp_path)
     found = score_states(model, task, STATES[:2], Work(64, terminal))
     assert [s.metric for s in found] == ["exact_match,flexible-extract"] * 2
     said = capsys.readouterr().err.splitlines()

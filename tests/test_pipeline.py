@@ -67,16 +67,6 @@ def test_the_figures_are_those_of_the_files(finished):
     assert evaluation["kl"] > 0
 
 
-def test_the_three_splits_share_no_sample(finished):
-    from isingcut.data.calibration import Calibration
-
-    splits = Calibration.load(finished / "calibration.safetensors").splits
-    rows = [
-        tuple(r) for name in ("energy", "rank", "report") for r in splits[name].input_ids.tolist()
-    ]
-    assert len(set(rows)) == len(rows) == 256 + 3 + 3
-
-
 def test_a_second_call_changes_nothing(finished, llama, text):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
     job(llama, text, finished, remove=2, also="empirical-fisher")

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isingcut.errors import InputError, OutputExistsError
+from isingcut.errors import OutputExistsError
 from isingcut.files.writing import read_json, write_json
 from isingcut.report.figures import front
 from isingcut.report.render import code
 from isingcut.report.svg import span, tick_text
 from run_files import baseline, hamiltonian, write_comparison, write_report, write_run
+from shared import call
 
 VOID = {"meta", "link", "br", "col", "img"}
 
@@ -362,15 +363,14 @@ def test_a_comparison_that_exists_is_not_replaced(run, tmp_path):
 
 
 def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
-    from isingcut.runs.solving import report
-
     monkeypatch.chdir(tmp_path)
-    answer = report([run, run / "remove-2"])
-    assert answer.data["comparison"] == "compare.html"
-    with pytest.raises(InputError, match="no results for --remove 7"):
-        report([run, run], remove="7")
-    with pytest.raises(InputError, match="--out"):
-        report([run], out=tmp_path / "x.html")
-    one = report([run])
-    one.show()
-    assert one.data["html"] in capsys.readouterr().out
+    assert call("report", run, run / "remove-2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["comparison"] == "compare.html"
+    for words, line in (
+        ((run, run, "--remove", "7"), "no results for --remove 7"),
+        ((run, "--out", "x.html"), "--out"),
+    ):
+        assert call("report", *words) == 2
+        assert line in capsys.readouterr().err
+    assert call("report", run) == 0
+    assert "report.html" in capsys.readouterr().out
