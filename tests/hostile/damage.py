@@ -40,7 +40,8 @@ def edited(place, change):
     def edit(data):
         content = json.loads(data)
         new = change(content)
-        return json.dumps(content if new is None else new).encode()
+        # As isingcut writes it.
+        return (json.dumps(content if new is None else new, indent=1) + "\n").encode()
 
     return changed(place, edit)
 

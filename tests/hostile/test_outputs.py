@@ -195,7 +195,7 @@ def test_save_replaces_what_it_wrote(arena):
 
 
 def test_a_hard_link_to_a_source_is_that_source(arena):
-    os.linked(arena.text, arena.here / "same.html")
+    os.link(arena.text, arena.here / "same.html")
     with pytest.raises(InputError, match=OF_SOURCE):
         check_output(arena.here / "same.html", overwrite=True, sources=[arena.text])
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from arena import Row
+from damage import both, edited, written
 
 HEAD = """
 import sys
@@ -17,6 +18,9 @@ def states(bqm, value, vartype, energy=0.0):
         (np.full((2, len(names)), value), names), vartype, energy=[energy, 0.0]
     )
     return made
+
+def found(samples, energy=0):
+    return dimod.SampleSet.from_samples(samples, "BINARY", energy)
 
 class Rude(Exception):
     def __str__(self):
@@ -40,19 +44,10 @@ CALLS = {
     # what it returns
     "nothing": ("pass", RETURNED + "NoneType, expected a dimod.SampleSet"),
     "a list": ("return [{0: 1}]", RETURNED + "list, expected"),
-    "no samples": ("return dimod.SampleSet.from_samples([], 'BINARY', [])", RETURNED),
-    "no rows": (
-        "return dimod.SampleSet.from_samples((np.zeros((0, 99)), range(99)), 'BINARY', [])",
-        RETURNED + "no samples",
-    ),
-    "other variables": (
-        "return dimod.SampleSet.from_samples({'a': 1}, 'BINARY', 0)",
-        RETURNED + "samples without the variables 0, 1",
-    ),
-    "a variable too few": (
-        "return dimod.SampleSet.from_samples({0: 1, 1: 0}, 'BINARY', 0)",
-        RETURNED + "samples without the variables 2",
-    ),
+    "no samples": ("return found([], [])", RETURNED),
+    "no rows": ("return found((np.zeros((0, 99)), range(99)), [])", RETURNED + "no samples"),
+    "other variables": ("return found({'a': 1})", RETURNED + "samples without the variables 0, 1"),
+    "too few variables": ("return found({0: 1, 1: 0})", RETURNED + "samples without the variab"),
     "values of 2": ("return states(bqm, 2, 'INTEGER')", RETURNED + r".*not binary \(2\)"),
     "NaN values": ("return states(bqm, np.nan, 'REAL')", RETURNED + r".*not binary \(nan\)"),
     "NaN energies": (
@@ -106,7 +101,7 @@ BAD = SOLVE + "dimod:bad.Bad"
 
 
 def module(text):
-    return lambda arena: (arena.here / "bad.py").write_text(text, encoding="utf-8")
+    return written("bad.py", text)
 
 
 def method(body):
@@ -159,18 +154,14 @@ def test_a_sampler_that_works_gives_clean_json(place, name):
     assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {3}
 
 
-def asks(arena, **changes):
-    """A stranger's run folder that asks for other things."""
-    file = arena.run / "run.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["config"].update(changes)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sprung = arena.here / "sprung"
-    module(f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n")(arena)
+def asks(name):
+    """A stranger's run folder that asks for a solver whose module does something."""
+    spring = module("from pathlib import Path\nPath('sprung').touch()\n")
+    return both(spring, edited("run/run.json", lambda run: run["config"].update(solver=name)))
 
 
 REMEMBERED = [
-    Row(f"{name}: {command}", command, line, lambda a, n=name: asks(a, solver=n))
+    Row(f"{name}: {command}", command, line, asks(name))
     for name, line in {
         "dimod:bad.Bad": "asks for the solver dimod:bad.Bad, whose code would be imported; .*type",
         "dimod:dimod.ExactSolver": "asks for the solver dimod:dimod.ExactSolver, whose code",
@@ -191,13 +182,6 @@ def test_a_sampler_that_a_run_folder_remembers_is_used_when_typed_again(place):
     place.try_row(Row("typed", typed, code=0, makes=("run/*",)))
 
 
-def computed(arena, **changes):
-    file = arena.run / "run.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["provenance"]["computed"]["cpu"].update(changes)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"attention": "someone/kernel"}, {"threads": 0}, {"threads": 10**6}, {"threads": "all"},
@@ -207,9 +191,8 @@ def computed(arena, **changes):
 def test_a_run_folder_chooses_no_kernel_and_no_thousand_threads(arena, changes):
     (name,) = changes
     command = "rank {run} --random-states 31 --overwrite"
-    arena.try_row(
-        Row("computed", command, f"run.json.*computed.*{name}", lambda a: computed(a, **changes))
-    )
+    cpu = edited("run/run.json", lambda r: r["provenance"]["computed"]["cpu"].update(changes))
+    arena.try_row(Row("computed", command, f"run.json.*computed.*{name}", cpu))
 
 
 # Speed, which may be left out ---------------------------------------------------------

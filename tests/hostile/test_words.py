@@ -12,6 +12,7 @@ import shlex
 import pydantic
 import pytest
 from arena import Arena, Row
+from damage import written
 
 import isingcut
 from isingcut.errors import IsingcutError
@@ -217,33 +218,27 @@ HEAL_FILES = [
 ]
 
 
-def options_file(content):
-    """A `prepare` that writes the file of options."""
-    whole = content if isinstance(content, bytes) else content.encode()
-    return lambda arena: (arena.here / "o.yaml").write_bytes(whole)
-
-
 FILE_ROWS = [
     *(
-        Row(f"run: {name}", f"{RUN} --config o.yaml", line, options_file(text))
+        Row(f"run: {name}", f"{RUN} --config o.yaml", line, written("o.yaml", text))
         for name, text, line in FILES
     ),
     *(
-        Row(f"heal: {name}", f"{HEAL} --config o.yaml", line, options_file(text))
+        Row(f"heal: {name}", f"{HEAL} --config o.yaml", line, written("o.yaml", text))
         for name, text, line in HEAL_FILES
     ),
     *(
         Row(f"options: {name}", f"{RUN} --remove 2 --heal --heal-options o.yaml", line,
-            options_file(text))
+            written("o.yaml", text))
         for name, text, line in HEAL_FILES
     ),
-    Row("trainer: bomb", f"{HEAL} --trainer o.yaml", "aliases .* not read", options_file(BOMB)),
-    Row("trainer: a list", f"{HEAL} --trainer o.yaml", "found list", options_file("- optim")),
+    Row("trainer: bomb", f"{HEAL} --trainer o.yaml", "aliases .* not", written("o.yaml", BOMB)),
+    Row("trainer: a list", f"{HEAL} --trainer o.yaml", "found list", written("o.yaml", "- optim")),
     Row(
         "config in the home folder",
         f"{RUN} --config=~/o.yaml",
         "home/o.yaml: unknown option 'zorp'",
-        lambda a: (a.home / "o.yaml").write_text("zorp: 1", encoding="utf-8"),
+        written("home/o.yaml", "zorp: 1"),
     ),
 ]  # fmt: skip
 
