@@ -1,7 +1,5 @@
 """Small texts and chats, and what the tests of calibration ask of them."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +7,8 @@ import pytest
 from isingcut.data.calibration import TokenSet, build
 from isingcut.errors import CalibrationError
 
-SIZES: dict[str, Any] = {
-    "samples": 5,
-    "rank_samples": 3,
-    "report_samples": 2,
-    "length": 16,
-    "seed": 0,
-}
+SIZES: dict[str, Any] = {"samples": 5, "rank_samples": 3, "report_samples": 2}
+SIZES |= {"length": 16, "seed": 0}
 COUNTS = {"energy": 5, "rank": 3, "report": 2}
 
 
@@ -23,20 +16,12 @@ def sentences(count: int) -> list[str]:
     return [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(count)]
 
 
-def write_jsonl(path: Path, records: list[Any]) -> str:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return str(path)
-
-
 def chats(count: int) -> list[dict[str, Any]]:
+    answers = ((f"{i}?", "yes " * (i % 3)) for i in range(count))
+    roles = ("user", "assistant")
     return [
-        {
-            "messages": [
-                {"role": "user", "content": f"{i}?"},
-                {"role": "assistant", "content": "yes " * (i % 3)},
-            ]
-        }
-        for i in range(count)
+        {"messages": [{"role": r, "content": c} for r, c in zip(roles, pair, strict=True)]}
+        for pair in answers
     ]
 
 

@@ -13,6 +13,7 @@ from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_checkpoint
+from shared import write_jsonl
 
 REMOVED = (2, 3)
 WORDS = ["cold", "river", "ran", "below", "stone", "bridge", "while", "old", "farmers", "spoke"]
@@ -20,10 +21,9 @@ WORDS = ["cold", "river", "ran", "below", "stone", "bridge", "while", "old", "fa
 
 def write_text(path, documents=60, seed=0):
     rng = np.random.default_rng(seed)
-    lines = [
-        json.dumps({"text": " ".join(rng.choice(WORDS, 12)) + f" {i}."}) for i in range(documents)
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_jsonl(
+        path, [{"text": " ".join(rng.choice(WORDS, 12)) + f" {i}."} for i in range(documents)]
+    )
     return path
 
 

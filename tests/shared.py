@@ -102,6 +102,13 @@ def write_words(path: Path, words: int = 900) -> Path:
     return path
 
 
+def write_jsonl(path: Path, records: list[Any]) -> str:
+    """Each record on a line of its own; where it lies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
 def leave_speed_out(put: Callable[[str, Any], None]) -> None:
     """Let evaluations say rates and memory that nobody measured, by a `monkeypatch.setattr`."""
     from isingcut.evaluation import speed

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from calibrating import SIZES, decoded, refused, sentences, write_jsonl
+from calibrating import SIZES, decoded, refused, sentences
 from isingcut.baselines.angular_window import AngularWindow
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
@@ -32,9 +32,9 @@ from isingcut.measure.work import Work, identity
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import OPTIONS, leave_speed_out
+from shared import OPTIONS, leave_speed_out, write_jsonl
 from streams import in_memory, streamed
-from tiny import replay_of, without
+from tiny import plain_sums, replay_of, without
 
 
 def talk(*contents):
@@ -241,21 +241,9 @@ def some_answers():
 
 
 def directly(original, cut, tokens):
-    """KL and NLL of whole conversations, position by position, where the next token counts."""
-    kl, nll = [], []
-    assert tokens.counted is not None
-    for s in range(tokens.samples):
-        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
-        with torch.no_grad():
-            p, q = (
-                m(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
-                for m in (original, cut)
-            )
-        for t in range(ids.shape[1] - 1):
-            if tokens.counted[s, t + 1]:
-                kl.append(float((p[t].exp() * (p[t] - q[t])).sum()))
-                nll.append(-float(q[t, ids[0, t + 1]]))
-    return float(np.mean(kl)), float(np.mean(nll))
+    """KL and NLL of whole conversations, where the next token counts."""
+    sums = plain_sums(original, cut, tokens)
+    return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -5,10 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import T5Config, T5ForConditionalGeneration
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.models.architectures.blocks import find_stack, skipped, text_config

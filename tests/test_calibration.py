@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrating import COUNTS, SIZES, chats, refused, sentences, write_jsonl
+from calibrating import COUNTS, SIZES, chats, refused, sentences
 from isingcut.data import corpora
 from isingcut.data.calibration import Calibration, build
 from isingcut.errors import CalibrationError, InputError
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
+from shared import write_jsonl
 
 # plain text ---------------------------------------------------------------------------
 

@@ -6,12 +6,7 @@ from scipy import stats
 
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError
-from isingcut.evaluation.candidates import (
-    few_samples,
-    fidelity,
-    random_feasible,
-    rank,
-)
+from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem

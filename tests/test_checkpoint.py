@@ -9,12 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from isingcut.errors import (
-    ArchitectureError,
-    CheckpointError,
-    InputError,
-    VerificationError,
-)
+from isingcut.errors import ArchitectureError, CheckpointError, InputError, VerificationError
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.safetensors_files import (
     NewTensor,

@@ -18,7 +18,7 @@ from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
 from isingcut.runs.stages import check_asked
-from shared import OPTIONS
+from shared import OPTIONS, write_jsonl
 
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),
@@ -161,7 +161,7 @@ def questions(tmp_path_factory):
         for i in range(60)
     ]
     path = tmp_path_factory.mktemp("questions") / "mine.jsonl"
-    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    write_jsonl(path, records)
     return path
 
 

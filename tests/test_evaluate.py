@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tests.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from isingcut.data.calibration import TokenSet
 from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
@@ -15,6 +14,7 @@ from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.files.documents import EvaluationFile
 from isingcut.models import load as models
+from tiny import plain_sums, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +29,6 @@ def tokens():
         torch.randint(6, 262, (n,), generator=generator).tolist() for n in (12, 5, 20, 12, 3, 9)
     ]
     return TokenSet.from_rows(rows)
-
-
-def plain_sums(first, second, tokens):
-    """(3, S): NLL of both and KL, one unpadded sample at a time, in float64."""
-    columns = []
-    with torch.no_grad():
-        for ids, mask in zip(tokens.input_ids, tokens.mask, strict=True):
-            row = ids[mask][None]
-            p, q = (
-                torch.log_softmax(m(input_ids=row).logits[0, :-1].double(), -1)
-                for m in (first, second)
-            )
-            nll = [-float(d.gather(1, row[0, 1:, None]).sum()) for d in (p, q)]
-            columns.append([*nll, float((p.exp() * (p - q)).sum())])
-    return np.array(columns).T
 
 
 def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):

@@ -15,8 +15,8 @@ from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import leave_speed_out
-from test_tasks import arc, lines
+from shared import leave_speed_out, write_jsonl
+from test_tasks import arc
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,9 @@ def folder(tmp_path_factory):
     (place / "trainer.yaml").write_text(training, encoding="utf-8")
     options = f"length: 32\nreport-samples: 2\ntrainer: {place / 'trainer.yaml'}\n"
     (place / "heal.yaml").write_text(options, encoding="utf-8")
-    lines(place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)])
+    write_jsonl(place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)])
     articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
-    lines(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
+    write_jsonl(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
     return place
 
 

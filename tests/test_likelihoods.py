@@ -17,7 +17,8 @@ from isingcut.models import replay as replays
 from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
-from test_tasks import gsm8k, lines
+from shared import write_jsonl
+from test_tasks import gsm8k
 
 WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
 REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
@@ -69,7 +70,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
     questions += [
         {"context": f"{k} is", "choices": ["a", "b", "c"], "answer": k % 3} for k in range(10)
     ]
-    lines(path, questions)
+    write_jsonl(path, questions)
     task = prepare_task(str(path), None)
     ran = []
     block = replays.Recording.block
@@ -134,7 +135,7 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
             record |= {"choices": [*record["choices"], "old rain", "stone"], "answer": i}
     file = {"arc_easy": "test", "hellaswag": "val", "winogrande": "dev", "lambada": "test"}[name]
     path = tmp_path / name / f"{file}.jsonl"
-    lines(path, records)
+    write_jsonl(path, records)
     found = score(model, prepare_task(name, tmp_path)).certainties
 
     def likely(context, answer):
@@ -287,7 +288,7 @@ def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, monkey
 def test_how_far_the_writing_is_is_seen(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("isingcut.console.progress.QUIET_SECONDS", 0.0)
     for name, size in (("test", 2), ("train", 8)):
-        lines(tmp_path / "gsm8k" / f"{name}.jsonl", [gsm8k(i)[1] for i in range(size)])
+        write_jsonl(tmp_path / "gsm8k" / f"{name}.jsonl", [gsm8k(i)[1] for i in range(size)])
     task = prepare_task("gsm8k", tmp_path)
     found = score_states(model, task, STATES[:2], Work(64, terminal))
     assert [s.metric for s in found] == ["exact_match,flexible-extract"] * 2

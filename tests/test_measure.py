@@ -6,10 +6,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import ModelError
+from isingcut.files.journal import Journal
 from isingcut.ising.states import states_of
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure, standard_error
@@ -18,23 +18,13 @@ from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
 from isingcut.models.compute.head import OutputHead, comparison, entering
 from isingcut.models.replay import Replay
-from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
+from tiny import count_rows, keep_rows, plain_sums, random_tokens, tiny_replay, without
 
 
 def really_removed(replay, tokens, removed):
     """Mean KL and NLL per token of a deep copy of the model that lost the blocks."""
-    cut = without(replay.model, removed)
-    kl = nll = 0.0
-    count = 0
-    for s in range(tokens.samples):
-        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
-        with torch.no_grad():
-            p = replay.model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
-            q = cut(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
-        kl += float((p.exp() * (p - q)).sum())
-        nll += float(F.nll_loss(q, ids[0, 1:], reduction="sum"))
-        count += ids.shape[1] - 1
-    return kl / count, nll / count
+    sums = plain_sums(replay.model, without(replay.model, removed), tokens)
+    return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -118,15 +108,6 @@ def test_an_interrupted_measurement_goes_on_with_the_same_bits(tmp_path):
     assert len(ran) == whole - 1, "only lost micro-batches are computed again"
 
 
-def test_a_journal_of_other_states_is_not_used(tmp_path):
-    replay, tokens = tiny_replay("llama"), random_tokens()
-    journal = tmp_path / "j"
-    measure(replay, tokens, states_of(len(replay), [(1,)]), work=Work(journal=journal))
-    other = measure(replay, tokens, states_of(len(replay), [(2,)]), work=Work(journal=journal))
-    fresh = measure(replay, tokens, states_of(len(replay), [(2,)]))
-    np.testing.assert_array_equal(other.kl_sums, fresh.kl_sums)
-
-
 def test_a_loss_that_is_not_finite_names_state_block_and_text():
     replay = tiny_replay("llama")
     # Only block 0 keeps block 1 from overflowing.
@@ -156,16 +137,35 @@ def test_standard_error_of_equal_samples_is_that_of_the_mean():
     np.testing.assert_allclose(standard_error(sums, counts), expected)
 
 
-def test_a_journal_of_another_fine_tune_is_not_used(tmp_path):
-    replay, tokens = tiny_replay("llama"), random_tokens()
-    states = states_of(len(replay), [(1,)])
-    journal = tmp_path / "j"
-    before = measure(replay, tokens, states, work=Work(journal=journal))
-    with torch.no_grad():
-        replay.blocks[3].mlp.down_proj.weight.mul_(3)
-    after = measure(replay, tokens, states, work=Work(journal=journal))
-    np.testing.assert_array_equal(after.kl_sums, measure(replay, tokens, states).kl_sums)
-    assert (after.kl_sums != before.kl_sums).all()
+@pytest.mark.parametrize("changed", ["states", "weights", "attention"])
+@pytest.mark.parametrize("job", ["losses", "gradients"])
+def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, monkeypatch):
+    replay, tokens, states = tiny_replay("llama"), random_tokens(), [(1,)]
+    computed, put = [], Journal.put
+    monkeypatch.setattr(Journal, "put", lambda self, *row: (computed.append(row), put(self, *row)))
+
+    def work(journal=tmp_path / "journal"):
+        computed.clear()
+        if job == "losses":
+            found = measure(replay, tokens, states_of(len(replay), states), journal=journal)
+            return found.kl_sums
+        return gate_gradients(replay, tokens.select([0, states[0][0]]), journal=journal)
+
+    before = work()
+    assert computed
+    np.testing.assert_array_equal(work(), before)
+    assert not computed, "what the same measurement has measured is there"
+    if changed == "states":
+        states[0] = (2,)
+    elif changed == "weights":
+        with torch.no_grad():
+            replay.blocks[3].mlp.down_proj.weight.mul_(3)
+    else:
+        replay.attention = "eager"
+    after = work()
+    assert computed
+    np.testing.assert_array_equal(after, work(None))
+    assert np.allclose(after, before, rtol=1e-4, atol=1e-6) == (changed == "attention")
 
 
 ROWS, WORDS = 7, 5003

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences, write_jsonl
+from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.healing_text import to_fit
@@ -17,7 +17,8 @@ from isingcut.files.documents import EvaluationFile, HealingFile, PartScores
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, part_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from run_files import healing
+from run_files import healing, text_scores
+from shared import write_jsonl
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 
@@ -223,15 +224,7 @@ def test_a_state_that_ruins_one_part_is_warned_of():
 
 def test_a_healing_that_makes_one_part_worse_is_warned_of():
     def scores(kl):
-        return {
-            "perplexity": 20 * kl,
-            "perplexity_se": 0.5,
-            "nll": 3.0,
-            "nll_se": 0.1,
-            "kl": kl,
-            "kl_se": 0.01,
-            "original_perplexity": 15.0,
-        }
+        return text_scores(20 * kl, kl=kl, kl_se=0.01, original_perplexity=15.0)
 
     document = healing([], [4, 5], 6) | {
         "before": {**scores(0.9), "parts": {"wiki": scores(1.0), "code": scores(0.8)}},
@@ -253,13 +246,9 @@ def test_a_healing_that_makes_one_part_worse_is_warned_of():
 def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
     tokenizer = tiny_tokenizer()
     documents = numbered(tmp_path / "a.jsonl", "<", 400)
-    talk = write_jsonl(
-        tmp_path / "chat.jsonl",
-        [
-            {"messages": [{"role": "user", "content": f"({i}) the river " + "ran " * (i % 5)}]}
-            for i in range(300)
-        ],
-    )
+    said = (f"({i}) the river " + "ran " * (i % 5) for i in range(300))
+    messages = [{"messages": [{"role": "user", "content": text}]} for text in said]
+    talk = write_jsonl(tmp_path / "chat.jsonl", messages)
     (tmp_path / "c.txt").write_text("".join(sentences(300)), encoding="utf-8")
     source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
     used = build(source, tokenizer, **{**SIZES, "length": 32, "samples": 12, "report_samples": 3})

@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar, ro
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import ScoredModel, score
 from isingcut.models.load import load
+from shared import write_jsonl
 
 Record = dict[str, Any]
 
@@ -116,12 +116,6 @@ OURS = {
 }
 
 
-def lines(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def models(shared):
     return {
@@ -149,13 +143,13 @@ def test_our_task_is_the_harness_s_own(name, models, tmp_path):
     pairs = [make(i) for i in range(1 if name == "gsm8k" else 6)]
     examples = [make(i) for i in range(20, 26)]
     subject = name.removesuffix("_0shot")
-    test = lines(tmp_path / "theirs.jsonl", [theirs for theirs, _ in pairs])
-    lines(tmp_path / subject / f"{OURS.get(name, 'test')}.jsonl", [ours for _, ours in pairs])
+    test = write_jsonl(tmp_path / "theirs.jsonl", [theirs for theirs, _ in pairs])
+    write_jsonl(tmp_path / subject / f"{OURS.get(name, 'test')}.jsonl", [ours for _, ours in pairs])
     shown = {"mmlu": "dev", "gsm8k": "train"}.get(subject, "unused")
-    lines(tmp_path / subject / f"{shown}.jsonl", [ours for _, ours in examples])
-    files = {split: str(test)}
+    write_jsonl(tmp_path / subject / f"{shown}.jsonl", [ours for _, ours in examples])
+    files = {split: test}
     for other in ("train", "dev"):
-        files[other] = str(lines(tmp_path / f"{other}.jsonl", [theirs for theirs, _ in examples]))
+        files[other] = write_jsonl(tmp_path / f"{other}.jsonl", [theirs for theirs, _ in examples])
 
     config = load_yaml(Path(lm_eval.tasks.__file__).parent / file, resolve_func=True)
     unused = ["validation_split"] if split == "test" else []
@@ -247,7 +241,7 @@ def test_paired_bootstrap_of_graded_scores():
 
 def test_rows_resume_and_refuse_other_questions(models, tmp_path, monkeypatch):
     records = [arc(i)[1] for i in range(8)]
-    lines(tmp_path / "arc_easy" / "test.jsonl", records)
+    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
     options = {"data": tmp_path, "questions": 5, "kept": tmp_path / "kept"}
     (first,) = benchmark(models, ["arc_easy"], **options)
     assert (first.n, first.shots, first.metric) == (5, 0, "acc")
@@ -266,8 +260,8 @@ def test_rows_resume_and_refuse_other_questions(models, tmp_path, monkeypatch):
 
 def test_questions_come_from_the_fixed_subset(tmp_path):
     records = [arc(i)[1] for i in range(20)]
-    lines(tmp_path / "arc_easy" / "test.jsonl", records)
-    lines(tmp_path / "arc_easy" / "test_sub10.jsonl", records[5:15])
+    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
+    write_jsonl(tmp_path / "arc_easy" / "test_sub10.jsonl", records[5:15])
 
     def chosen(most):
         (configuration,) = prepare_task("arc_easy", tmp_path, most).configurations
@@ -284,21 +278,21 @@ def test_questions_come_from_the_fixed_subset(tmp_path):
 def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
     both = [{**mmlu(i)[1], "subject": s} for i, s in zip(range(4), itertools.cycle("ab"))]
     shown = [{**mmlu(10 + i)[1], "subject": s} for i in range(5) for s in "ab"]
-    lines(tmp_path / "mmlu" / "test.jsonl", both)
-    lines(tmp_path / "mmlu" / "dev.jsonl", shown)
+    write_jsonl(tmp_path / "mmlu" / "test.jsonl", both)
+    write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown)
     task = prepare_task("mmlu", tmp_path)
     assert [c["task"] for c in task.configurations] == ["mmlu_a", "mmlu_b"]
     for c, subject in zip(task.configurations, "ab", strict=True):
         data = c["custom_dataset"]()
         assert set(data["fewshot"]["subject"]) == set(data["test"]["subject"]) == {subject}
         assert c["description"].endswith(f"about {subject}.\n\n")
-    lines(tmp_path / "mmlu" / "dev.jsonl", shown[:7])
+    write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown[:7])
     with pytest.raises(InputError, match="4 examples about a; mmlu shows 5"):
         prepare_task("mmlu", tmp_path)
 
 
 def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):
-    lines(tmp_path / "arc_easy" / "test.jsonl", [arc(0)[1]])
+    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", [arc(0)[1]])
     sample = {"filter": "none", "acc": float("nan"), "doc_id": 0}
     monkeypatch.setattr(
         "lm_eval.evaluator.evaluate", lambda **_: {"samples": {"arc_easy": [sample]}}

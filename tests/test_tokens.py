@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrating import SIZES, chats, decoded, refused, sentences, write_jsonl
+from calibrating import SIZES, chats, decoded, refused, sentences
 from isingcut.data import healing_text, text_files
 from isingcut.data import tokens as encoder
 from isingcut.data.calibration import build
@@ -19,7 +19,7 @@ from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.writing import read_json
 from isingcut.report.words import overlap_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import call, write_words
+from shared import call, write_jsonl, write_words
 
 
 def of_lengths(lengths):

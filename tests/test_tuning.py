@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.files.journal import Journal
 from isingcut.measure import losses as measure_module
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
 from isingcut.models.compute import tuning
 from isingcut.models.compute.tuning import Tuning, tune
 from isingcut.models.device import few_threads
@@ -99,29 +96,6 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
     for plain, other in zip(found[None], found[attention], strict=True):
         np.testing.assert_allclose(plain, other, rtol=1e-4, atol=1e-6)
     assert replay.model.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("job", ["losses", "gradients"])
-def test_a_journal_made_with_another_attention_is_not_used(job, tmp_path, monkeypatch):
-    replay = tiny_replay()
-    tokens = TokenSet.from_rows([list(range(9, 23)), list(range(30, 41))])
-    computed, put = [], Journal.put
-    monkeypatch.setattr(Journal, "put", lambda self, *row: (computed.append(row), put(self, *row)))
-
-    def work():
-        computed.clear()
-        if job == "losses":
-            states = np.eye(len(replay), dtype=bool)
-            return measure(replay, tokens, states, work=Work(journal=tmp_path / "journal")).kl_sums
-        return gate_gradients(replay, tokens, work=Work(journal=tmp_path / "journal"))
-
-    expected = work()
-    assert computed
-    np.testing.assert_array_equal(work(), expected)
-    assert not computed, "what the same attention has measured is there"
-    replay.attention = "eager"
-    np.testing.assert_allclose(work(), expected, rtol=1e-4, atol=1e-6)
-    assert computed
 
 
 def test_an_attention_that_is_not_there_is_an_error_in_one_line():

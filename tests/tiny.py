@@ -89,3 +89,19 @@ def keep_rows(path: Path, rows: int, *, torn: int = 0) -> None:
     head, *lines = path.read_bytes().split(b"\n")
     cut = [line[:-3] for line in lines[rows : rows + torn]]
     path.write_bytes(b"\n".join([head, *lines[:rows], *cut]))
+
+
+def plain_sums(first: Any, second: Any, tokens: TokenSet) -> np.ndarray:
+    """(3, S): NLL of both models and KL of what counts, one unpadded sample at a time, float64."""
+    columns = []
+    for s in range(tokens.samples):
+        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
+        counts = tokens.predicted[s, : ids.shape[1] - 1]
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+                for m in (first, second)
+            )
+        nll = [-float(d.gather(1, ids[0, 1:, None])[counts].sum()) for d in (p, q)]
+        columns.append([*nll, float((p.exp() * (p - q))[counts].sum())])
+    return np.array(columns).T

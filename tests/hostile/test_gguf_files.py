@@ -10,19 +10,7 @@ import pytest
 from arena import Row
 from damage import linked, pipe, written
 
-from gguf_files import (
-    LIST,
-    WORD,
-    at,
-    changed,
-    file,
-    info,
-    lacking,
-    nan,
-    of_model,
-    pair,
-    raw,
-)
+from gguf_files import LIST, WORD, at, changed, file, info, lacking, nan, of_model, pair, raw
 from isingcut.files.writing import locked
 from isingcut.models import gguf_files
 from shared import snapshot
