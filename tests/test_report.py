@@ -176,24 +176,6 @@ def test_another_removal_has_its_own_report_and_commands(folder):
     assert not (folder / "report.md").exists()
 
 
-def test_blocks_named_by_hand_are_not_given_a_reason(folder):
-    change(folder / "model" / "isingcut.json", "removal", removed=[0, 2])
-    page = page_of(folder)
-    assert "Blocks 0 and 2 of 12 (numbered from 0) are removed. You named them" in page
-    assert "lowest measured KL" not in page
-    assert "`*` marks" not in page
-
-
-def test_figures_that_were_not_measured_are_not_invented(folder):
-    found = read_json(folder / "evaluation.json", "evaluation")
-    found["before"]["perplexity_se"] = found["after"]["perplexity_se"] = None
-    del found["before"]["peak_memory_bytes"]
-    change(folder / "evaluation.json", "evaluation", **{**found, "kl_se": None})
-    table = section(page_of(folder), "Before and after")
-    assert "| perplexity | 20.00 | 29.00 | +45.0 % |" in table
-    assert "| peak memory, MB | not measured | not measured |  |" in table
-
-
 @pytest.mark.parametrize(
     ("found", "said"),
     [

@@ -196,20 +196,25 @@ def test_a_range_of_removals_is_shown_as_a_curve(tmp_path):
     assert kinds["mark"] - kinds["healed"] == 3 + 2 + 2 + 1
 
 
-def test_a_streamed_run_shows_what_it_measured(tmp_path):
+def test_figures_that_were_not_measured_are_not_invented(tmp_path):
+    """As of a streamed run, and of one sample, which has no error."""
     run = write_run(tmp_path / "run", extras=False)
     found = read_json(run / "evaluation.json", "evaluation")
     for part in ("before", "after"):
+        found[part]["perplexity_se"] = None
         for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes"):
             del found[part][key]
-    write_json(run / "evaluation.json", "evaluation", {**found, "generation": None})
+    write_json(run / "evaluation.json", "evaluation", {**found, "generation": None, "kl_se": None})
     page = page_of(run)
     assert "decode, tokens/s not measured not measured" in page.text
     assert "decode speed" not in page.text.split("Before and after")[0]
     assert "No speed was measured" in page.text
+    markdown = (run / "report.md").read_text(encoding="utf-8")
+    assert "| perplexity | 20.00 | 29.00 | +45.0 % |" in markdown
+    assert "| peak memory, MB | not measured | not measured |  |" in markdown
 
 
-def test_blocks_named_by_hand_have_a_row_of_their_own(tmp_path):
+def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
     run = write_run(tmp_path / "run", extras=False)
     write_json(run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
     page = page_of(run)
@@ -219,6 +224,10 @@ def test_blocks_named_by_hand_have_a_row_of_their_own(tmp_path):
     assert [a.get("class") for a in rows].index("chosen") == 20
     # No ranking measured that state, so that it has no place among the measured removals.
     assert "Nothing measured yet" in page.text
+    markdown = (run / "report.md").read_text(encoding="utf-8")
+    assert "Blocks 0, 1 and 2 of 12 (numbered from 0) are removed. You named them" in markdown
+    assert "lowest measured KL" not in markdown
+    assert "`*` marks" not in markdown
 
 
 def test_a_healed_run_shows_the_healed_model(tmp_path):

@@ -92,18 +92,6 @@ def work(tmp_path_factory):
     return base
 
 
-def isingcut_in(python, folder, *arguments, command=()):
-    """The installed command, or another of that environment, in ``folder``."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    return subprocess.run(
-        [*(command or [python.parent / "isingcut"]), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**environment, "ISINGCUT_CACHE": str(folder / "cache")},
-    )
-
-
 def test_the_wheel_holds_the_package_and_its_data(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -135,10 +123,13 @@ def test_nothing_optional_is_there(clean):
         "import isingcut; print(there, isingcut.__file__, isingcut.__version__)\n"
         "assert 'torch' not in sys.modules"
     )
-    ended = subprocess.run([clean, "-I", "-c", code], capture_output=True, text=True, check=True)
+    options = {"capture_output": True, "text": True, "check": True}
+    ended = subprocess.run([clean, "-I", "-c", code], **options)
     assert ended.stdout.startswith("[] ")
     assert "site-packages" in ended.stdout
     assert ended.stdout.strip().endswith(isingcut.__version__)
+    command = [clean.parent / "isingcut", "--version"]
+    assert isingcut.__version__ in subprocess.run(command, **options).stdout
 
 
 ENERGY = (
@@ -147,6 +138,10 @@ ENERGY = (
 )  # fmt: skip
 INSPECT = ("inspect", "model", "--json")
 SOLVE = ("solve", "run", "--remove", "3", "--solver", "exact", "--json")
+MISSING = {
+    "solvers": ("solve", "run", "--remove", "1", "--solver", DWAVE),
+    "eval": ("evaluate", "run", "--tasks", "piqa"),
+}
 ONE_BY_ONE = """
 import contextlib, io, json, sys
 from isingcut.cli.main import main
@@ -167,32 +162,29 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module")
 def answers(clean, work):
     """What commands answer in the clean environment: one process, for torch is long to import."""
-    typed = json.dumps([ENERGY, INSPECT, SOLVE])
-    ended = isingcut_in(clean, work, typed, command=(str(clean), "-c", ONE_BY_ONE))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    typed = json.dumps([ENERGY, INSPECT, SOLVE, *MISSING.values()])
+    ended = subprocess.run(
+        [clean, "-c", ONE_BY_ONE, typed],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        env={**environment, "ISINGCUT_CACHE": str(work / "cache")},
+    )
     assert ended.returncode == 0, ended.stderr
-    return {tuple(words): subprocess.CompletedProcess(words, *rest)
-            for words, *rest in json.loads(ended.stdout)}  # fmt: skip
+    return {tuple(words): rest for words, *rest in json.loads(ended.stdout)}
 
 
 def test_energy_inspect_and_solve_need_no_extra(answers):
-    measured, found, solved = answers[ENERGY], answers[INSPECT], answers[SOLVE]
-    assert measured.returncode == 0, measured.stderr
-    assert json.loads(measured.stdout)["blocks"] == 6
-    assert found.returncode == 0, found.stderr
-    assert len(json.loads(found.stdout)["blocks"]) == 6
-    assert solved.returncode == 0, solved.stderr
-    assert json.loads(solved.stdout)["removals"][0]["proven"] is True
+    assert all(answers[words][0] == 0 for words in (ENERGY, INSPECT, SOLVE)), answers
+    measured, found, solved = (json.loads(answers[w][1]) for w in (ENERGY, INSPECT, SOLVE))
+    assert measured["blocks"] == len(found["blocks"]) == 6
+    assert solved["removals"][0]["proven"] is True
 
 
-@pytest.mark.parametrize(
-    ("extra", "line"),
-    [
-        ("solvers", ("solve", "run", "--remove", "1", "--solver", DWAVE)),
-        ("eval", ("evaluate", "run", "--tasks", "piqa")),
-    ],
-)
-def test_a_missing_extra_is_named(clean, work, answers, extra, line):
-    ended = isingcut_in(clean, work, *line)
-    assert ended.returncode == 2, ended.stderr
-    assert f"pip install 'isingcut[{extra}]'" in ended.stderr
-    assert "Traceback" not in ended.stderr
+@pytest.mark.parametrize("extra", MISSING)
+def test_a_missing_extra_is_named(answers, extra):
+    code, _, said = answers[MISSING[extra]]
+    assert code == 2, said
+    assert f"pip install 'isingcut[{extra}]'" in said
+    assert "Traceback" not in said
