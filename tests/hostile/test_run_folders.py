@@ -1,4 +1,4 @@
-"""A run folder runs no code, is found with its model wherever both went, and keeps its dtype."""
+"""A run folder runs no code and belongs to its model and text; a broken plug-in harms nothing."""
 
 import json
 import os
@@ -7,8 +7,13 @@ import shutil
 import pytest
 from arena import Row, call
 from damage import config, edited
+from heal_rows import heal
 
 import isingcut
+from isingcut.energies import registry
+from isingcut.errors import InputError
+from isingcut.files.journal import Journal
+from isingcut.files.writing import read_json
 from isingcut.models.sources import model_identity
 
 OPTIONS = (
@@ -121,3 +126,130 @@ def test_what_auto_once_chose_stays(arena, monkeypatch):
     code, _, err = call([*words, "--dtype", "float32"])
     assert code == 2
     assert "dtype" in err
+
+
+MEASURED = (
+    "--calibration text.txt --length 16 --samples 3 --rank-samples 3 --report-samples 3 "
+    "--dtype float32"
+)
+CHANGED = "text.txt was changed since it was measured on; put the old text back"
+
+
+def gone(arena):
+    arena.text.rename(arena.here / "away")
+
+
+def back_but_changed(arena):
+    """As long as the text was, in other words."""
+    arena.text.write_text((arena.here / "away").read_text(encoding="utf-8").swapcase())
+
+
+def test_a_text_that_was_changed_is_not_read_on(arena):
+    calibration = arena.run / "calibration.safetensors"
+    measured = calibration.read_bytes()
+    run = f"run model --remove 2 {MEASURED} --random-states 30 --patch-tokens 1000 --out run"
+    made = {"code": 0, "makes": ("run/*",)}
+    arena.try_row(Row("the text is gone", run, "", gone, **made))
+    arena.try_row(Row("it is another", run, CHANGED, back_but_changed))
+    # Nobody names the text here: as where it is gone, the patch is fitted on what was measured.
+    excise = "excise run --blocks 2,3 --overwrite --patch-tokens 1000"
+    arena.try_row(Row("a cut", excise, **made))
+    record = read_json(arena.run / "model" / "isingcut.json", "removal")
+    fitted = record["patch"]["text"]
+    assert fitted["samples"] == fitted["searched"]
+    assert CHANGED in fitted["short"]
+    assert calibration.read_bytes() == measured
+    energy = f"energy model --remove 2 {MEASURED} --out run --overwrite"
+    arena.try_row(Row("measured anew", energy, **made))
+    assert calibration.read_bytes() != measured
+
+
+def overwritten(path):
+    """The same size and header, another weight in the middle."""
+    with path.open("r+b") as f:
+        f.seek(os.path.getsize(path) // 2)
+        f.write(b"\0\0\0\0")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [f"energy {{model}} {MEASURED} --out {{here}}/new", "rank run --overwrite --random-states 31"],
+)
+def test_weights_that_are_overwritten_while_they_are_measured(arena, monkeypatch, command):
+    put = Journal.put
+
+    def late(journal, key, row):
+        overwritten(arena.model / "model.safetensors")
+        put(journal, key, row)
+
+    monkeypatch.setattr(Journal, "put", late)
+    line = "the weights in .*model were changed while they were read"
+    made = ("new*", "run/*", "model/model.safetensors")
+    arena.try_row(Row("overwritten", command, line, makes=made))
+    place = arena.here / "new" if command.startswith("energy") else arena.run
+    name = "hamiltonian.safetensors" if command.startswith("energy") else "candidates.json"
+    assert not (place / name).exists()
+    assert not list(place.glob("*.journal*"))
+    assert not (read_json(place / "run.json", "run")["stages"].get(name) or {}).get("done")
+
+
+@pytest.mark.parametrize("place", ["model", "run/model"])
+def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, place):
+    from isingcut.healing.training.train import Watch
+
+    end = Watch.on_step_end
+
+    def late(watch, *arguments, **rest):
+        overwritten(arena.here / place / "model.safetensors")
+        end(watch, *arguments, **rest)
+
+    monkeypatch.setattr(Watch, "on_step_end", late)
+    line = f"the weights in .*/{place} were changed while they were read"
+    arena.try_row(Row("overwritten", heal(), line, makes=(f"{place}/model.safetensors",)))
+
+
+ROOMS = ("energies", "solvers", "baselines")
+CONTENTS = {
+    "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
+    "ends": ("raise SystemExit('bye')", "SystemExit: bye"),
+    "imports": ("import zorp_zorp", "ModuleNotFoundError: No module named 'zorp_zorp'"),
+    "empty": ("", "AttributeError: .*no attribute 'Part'"),
+}
+BLAMED = r"'{name}' comes from the plug-in their-parts, which cannot be imported \({words}"
+
+
+@pytest.fixture
+def plugins(tmp_path, monkeypatch):
+    """An installed package with broken parts in every room."""
+    metadata = tmp_path / "their_parts-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: their-parts\nVersion: 1.0\n", encoding="utf-8")
+    for name, (content, _) in CONTENTS.items():
+        (tmp_path / f"theirs_{name}.py").write_text(content, encoding="utf-8")
+    parts = "\n".join(f"{name} = theirs_{name}:Part" for name in CONTENTS)
+    groups = "\n".join(f"[isingcut.{room}]\n{parts}" for room in ROOMS)
+    (metadata / "entry_points.txt").write_text(groups, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_broken_plugin_that_is_named_is_blamed(arena, name):
+    line = BLAMED.format(name=name, words=CONTENTS[name][1])
+    arena.try_row(Row("solve", f"solve {{run}} --solver {name}", line))
+    run = "run {model} --remove 2 --calibration {text} --out {here}/new"
+    arena.try_row(Row("run", f"{run} --energy {name}", line))
+    with pytest.raises(InputError, match=line):
+        registry.get(name)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_broken_plugin_that_nobody_named_harms_nothing(arena):
+    code, out, err = call(["ls", "--json"])
+    assert code == 0, err
+    found = json.loads(out)
+    assert all({*CONTENTS} <= {*found[room]} for room in ROOMS)
+    arena.try_row(Row("solve", "solve {run} --remove 3", code=0, makes=("run/*",)))
+    again = "run model --calibration text.txt --remove 2 --out run --dtype float32 --length 16"
+    sizes = "--samples 3 --rank-samples 3 --report-samples 3 --random-states 30 --patch-tokens 1000"
+    arena.try_row(Row("run", f"{again} {sizes}", code=0, makes=("run/*",)))
