@@ -33,8 +33,7 @@ from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from shared import OPTIONS, leave_speed_out, write_jsonl
-from streams import in_memory, streamed
-from tiny import plain_sums, replay_of, without
+from tiny import in_memory, plain_sums, replay_of, streamed, without
 
 
 def talk(*contents):

@@ -1,4 +1,4 @@
-"""Finding blocks, cutting configurations, legality: the table as data, and what it refuses."""
+"""Finding and replaying blocks, cutting configurations, legality, and models cut to one block."""
 
 import copy
 
@@ -8,12 +8,16 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from isingcut.errors import ArchitectureError, ModelError
+from isingcut.files.writing import read_json
 from isingcut.models.architectures.blocks import find_stack, skipped, text_config
 from isingcut.models.architectures.cuts import cut_config, rename_pattern, renumbering
+from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
+from isingcut.models.replay import Replay
 from isingcut.testing.tiny import FAMILIES
+from shared import call
 from sweep.conformance import check_family
-from tiny import edit_config, forbids, tiny_checkpoint, tiny_model
+from tiny import edit_config, forbids, tiny_checkpoint, tiny_model, tiny_replay
 
 FAST = ["llama", "qwen2_moe", "smollm3", "gemma3", "gpt2", "nemotron_h", "opt"]
 
@@ -221,3 +225,80 @@ def test_inspection_says_why_a_model_is_refused(tmp_path):
         config["model_type"] = "none-such"
     with pytest.raises(ModelError, match="does not recognize this architecture"):
         inspect_model(source)
+
+
+def token_ids(replay, batch=2, length=12):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(8, 200, (batch, length), generator=generator)
+
+
+def test_a_forward_set_by_others_comes_back():
+    replay = tiny_replay("llama")
+    block = replay.blocks[1]
+    original = block.forward
+    calls = []
+
+    def hooked(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    block.forward = hooked
+    ids = token_ids(replay)
+    with torch.no_grad():
+        replay.record(ids)
+        assert not calls
+        replay.model(input_ids=ids, use_cache=False)
+    assert calls == [1]
+
+
+def test_a_block_that_returns_no_stream_is_refused():
+    class Odd(nn.Module):
+        def forward(self, hidden_states):
+            return {"hidden": hidden_states}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Odd()])
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, use_cache):
+            return self.layers[0](torch.zeros(1, 4, 2))
+
+    model = Model()
+    with pytest.raises(ArchitectureError, match="Odd"):
+        Replay(model, list(model.layers))
+
+
+@pytest.mark.parametrize(
+    ("family", "stays"),
+    [("llama", 3), ("qwen2_moe", 1), ("gemma3", 5), ("mamba2", 0), ("nemotron_h", 2), ("gpt2", 0)],
+)
+def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
+    tiny_checkpoint(family, tmp_path / "source")
+    model = tiny_model(family)
+    kinds = find_stack(model).kinds
+    removed = [i for i in range(len(kinds)) if i != stays]
+    excise(tmp_path / "source", removed, tmp_path / "cut")
+    assert verify(model, removed, tmp_path / "cut", new_tokens=4).told
+    shown = inspect_model(tmp_path / "cut")
+    assert shown.stack.kinds == (kinds[stays],)
+    assert not shown.refusal
+
+
+def test_a_run_down_to_one_block_is_patched_and_evaluated(text, tmp_path, no_speed, capsys):
+    tiny_checkpoint("llama", tmp_path / "two", num_hidden_layers=2)
+    out = tmp_path / "run"
+    further = ["--calibration", text, "--samples", 4, "--length", 32, "--patch-tokens", 1000]
+    assert call("run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further) == 0
+    assert read_json(out / "model" / "isingcut.json", "removal")["patch"]["cuts"]
+    evaluation = read_json(out / "evaluation.json", "evaluation")
+    assert (evaluation["before"]["blocks"], evaluation["after"]["blocks"]) == (2, 1)
+    capsys.readouterr()
+    assert call("inspect", out / "model") == 0
+    assert "its one block stays: none can be removed" in capsys.readouterr().out
+    again = ["run", out / "model", "--out", tmp_path / "further", *further]
+    for removal in (["--remove", 1], ["--budget", "params=10%"], []):
+        assert call(*again, *removal) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == "isingcut: this model has one block, which stays: none can be removed"

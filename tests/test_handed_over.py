@@ -130,58 +130,50 @@ def test_bad_lists_of_texts(folder, tmp_path, texts, words):
     assert not (tmp_path / "r").exists()
 
 
-def quantised(model):
-    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-
-
-def offloaded(model):
-    model.lm_head.to("meta")
-
-
 def packed(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
 
 
-def unsavable(model):
-    model.save_pretrained = lambda folder: folder.absent
+def hook(module, args, out=None):
+    """It changes nothing."""
 
 
-def adapted(model):
-    model._hf_peft_config_loaded = True
+BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+HOOKED = "has a hook or another forward"
+SPOILT = {
+    "a hook": (
+        lambda m: m.model.layers[2].mlp.register_forward_hook(hook),
+        rf"model.layers.2.mlp .LlamaMLP. {HOOKED}",
+    ),
+    "a hook before": (
+        lambda m: m.model.layers[2].register_forward_pre_hook(hook),
+        rf"model.layers.2 .LlamaDecoderLayer. {HOOKED}",
+    ),
+    "another forward": (
+        lambda m: setattr(m.model.layers[3].mlp, "forward", lambda x: 0 * x),
+        rf"model.layers.3.mlp .LlamaMLP. {HOOKED}",
+    ),
+    "spread": (
+        lambda m: add_hook_to_module(m.model.layers[1], AlignDevicesHook("cpu")),
+        r"model.layers.1 .* load the model anew without device_map",
+    ),
+    "quantised": (
+        lambda m: setattr(m.config, "quantization_config", BITS),
+        "is quantised in memory.*give the folder or hub id",
+    ),
+    "offloaded": (lambda m: m.lm_head.to("meta"), "has weights that are not in memory"),
+    "adapted": (lambda m: setattr(m, "_hf_peft_config_loaded", True), "has adapters loaded"),
+    "packed": (packed, "is quantised in memory.*give the folder or hub id"),
+    "unsavable": (
+        lambda m: setattr(m, "save_pretrained", lambda folder: folder.absent),
+        "saving the loaded model .* failed .*no attribute 'absent'",
+    ),
+}
 
 
-def hooked(model):
-    model.model.layers[2].mlp.register_forward_hook(lambda module, args, out: 2 * out)
-
-
-def hooked_before(model):
-    model.model.layers[2].register_forward_pre_hook(lambda module, args: None)
-
-
-def replaced(model):
-    model.model.layers[3].mlp.forward = lambda x: 0 * x
-
-
-def spread(model):
-    add_hook_to_module(model.model.layers[1], AlignDevicesHook("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (hooked, r"model.layers.2.mlp .LlamaMLP. has a hook or another forward"),
-        (hooked_before, r"model.layers.2 .LlamaDecoderLayer. has a hook or another forward"),
-        (replaced, r"model.layers.3.mlp .LlamaMLP. has a hook or another forward"),
-        (spread, r"model.layers.1 .* load the model anew without device_map"),
-        (quantised, "is quantised in memory.*give the folder or hub id"),
-        (offloaded, "has weights that are not in memory"),
-        (adapted, "has adapters loaded"),
-        (packed, "is quantised in memory.*give the folder or hub id"),
-        (unsavable, "saving the loaded model .* failed .*no attribute 'absent'"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
 def test_models_that_cannot_be_saved_whole(loaded, tmp_path, spoil, words):
     model, tokenizer = loaded
     spoil(model)

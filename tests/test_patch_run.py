@@ -1,9 +1,8 @@
-"""The patch as a part of every run: proven, shown beside the cut, left out in one line."""
+"""Patches, healing and benchmarks as parts of a run: proven, shown, left out in one line."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,18 +11,23 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import isingcut
+from healings import write_text
 from isingcut.cli.main import app
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import FittingText, to_fit
-from isingcut.errors import OutputExistsError
+from isingcut.errors import InputError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import EvaluationFile
 from isingcut.files.writing import read_document, read_json
 from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.models.load import load
+from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings
-from isingcut.runs import cutting
-from shared import OPTIONS, write_words
+from isingcut.runs import cutting, pipeline
+from isingcut.runs.session import Session
+from isingcut.testing.tiny import tiny_checkpoint
+from shared import OPTIONS, leave_speed_out, write_jsonl, write_words
+from test_tasks import arc
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
@@ -46,13 +50,13 @@ def patch_of(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def run(shared: Any, llama: Path, text: Path) -> Path:
+def run(shared, llama, text):
     found: Path = shared.folder("patched", lambda place: job(llama, text, place))
     return found
 
 
 @pytest.fixture(scope="module")
-def exact(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exact(run, tmp_path_factory):
     """The exact cut of the same run."""
     out = tmp_path_factory.mktemp("exact") / "run"
     shutil.copytree(run, out)
@@ -66,9 +70,7 @@ def exact(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "model"
 
 
-def test_the_model_is_the_cut_with_other_weights_beside_it(
-    run: Path, exact: Path, llama: Path
-) -> None:
+def test_the_model_is_the_cut_with_other_weights_beside_it(run, exact, llama):
     found = patch_of(run / "model")
     (cut,), tuning = found["cuts"], found["tuning"]
     assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
@@ -89,9 +91,7 @@ def test_the_model_is_the_cut_with_other_weights_beside_it(
         torch.testing.assert_close(kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(
-    run: Path, exact: Path, llama: Path
-) -> None:
+def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(run, exact, llama):
     found = read_json(run / "evaluation.json", "evaluation")
     assert found["last"] == "patched"
     assert found["kl"] < found["cut"]["kl"]
@@ -125,7 +125,7 @@ def test_report_card_and_terminal_show_all_three(run):
     assert heads == ["original", "cut", "patched", "change"]
 
 
-def test_blocks_by_hand_are_patched_as_well(run: Path, tmp_path: Path) -> None:
+def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     done = CliRunner().invoke(app, ["excise", str(out), "--blocks", "1,4", "--json"])
@@ -158,8 +158,8 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):
 
 
 def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
-    run: Path, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, llama, text, tmp_path, monkeypatch
+):
     out = tmp_path / "run"
 
     def stopped(*_):
@@ -177,9 +177,7 @@ def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
         assert torch.equal(weights_of(out / "model")[name], tensor)
 
 
-def test_a_folder_from_before_the_patch_stays_unpatched(
-    run: Path, exact: Path, tmp_path: Path
-) -> None:
+def test_a_folder_from_before_the_patch_stays_unpatched(run, exact, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     manifest = json.loads((out / "run.json").read_text(encoding="utf-8"))
@@ -226,3 +224,143 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     fitted = patch_of(saved)["text"]
     assert fitted["samples"] == fitted["searched"] == 6
     assert "was handed over in Python and is not kept" in fitted["short"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    tiny_checkpoint("llama", place / "model")
+    write_text(place / "text.jsonl", 200)
+    training = "per_device_train_batch_size: 4\nmax_steps: 3\nlearning_rate: 0.0005\n"
+    (place / "trainer.yaml").write_text(training, encoding="utf-8")
+    options = f"length: 32\nreport-samples: 2\ntrainer: {place / 'trainer.yaml'}\n"
+    (place / "heal.yaml").write_text(options, encoding="utf-8")
+    write_jsonl(place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)])
+    articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
+    write_jsonl(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
+    return place
+
+
+def config(folder, name, **changes):
+    return RunConfig(
+        model=str(folder / "model"),
+        remove="2",
+        energy="fisher",
+        out=str(folder / name),
+        calibration=str(folder / "text.jsonl"),
+        samples=3,
+        length=32,
+        rank_samples=2,
+        report_samples=2,
+        states=4,
+        random_states=30,
+        keep="0",
+        dtype="float32",
+        device="cpu",
+        heal_options=str(folder / "heal.yaml"),
+    ).replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def healed_run(folder):
+    with pytest.MonkeyPatch.context() as patched:
+        leave_speed_out(patched.setattr)
+        yield pipeline.run(config(folder, "run", heal=True))
+
+
+def test_a_run_heals_what_the_ranking_chose(healed_run):
+    chosen = read_json(healed_run / "candidates.json", "candidates")["chosen"]
+    cut = json.loads((healed_run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    assert cut["removed"] == chosen["removed"]
+    assert cut["patch"]["cuts"]
+    found = read_json(healed_run / "healing.json", "healing")
+    assert found["removed"] == cut["removed"]
+    # It was patched before.
+    assert (found["start"], found["options"]["patch"]) == ("patched", "none")
+    assert len(found["steps"]) == 3
+    assert found["after"]["kl"] < found["before"]["kl"]
+    # The final model is the healed one.
+    healed = load(healed_run / "healed", dtype="float32", device="cpu")
+    count = sum(p.numel() for p in healed.model.parameters())
+    evaluation = read_json(healed_run / "evaluation.json", "evaluation")
+    assert evaluation["after"]["parameters"] == count
+    assert evaluation["last"] == "healed"
+    kls = [evaluation["cut"]["kl"], evaluation["patched"]["kl"], evaluation["kl"]]
+    assert kls == sorted(kls, reverse=True)
+    assert not (healed_run / "cut").exists()
+    card = (healed_run / "healed" / "README.md").read_text(encoding="utf-8")
+    assert card.index("## Patched") < card.index("After the patch, it was distilled")
+    report = (healed_run / "report.md").read_text(encoding="utf-8")
+    assert "| | original | cut | patched | healed | change |" in report
+    assert not [p.name for p in healed_run.iterdir() if p.name.startswith(".")]
+
+
+def test_the_same_command_does_nothing_again(folder, healed_run, monkeypatch):
+    def refused(*arguments, **rest):
+        raise AssertionError("healed again")
+
+    monkeypatch.setattr("isingcut.runs.cutting.heal_checkpoint", refused)
+    pipeline.run(config(folder, "run", heal=True))
+
+
+def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run):
+    command = ["evaluate", str(healed_run), "--tasks", "arc_easy,wikitext2"]
+    command += ["--data", str(folder / "data"), "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    (row,) = answer["benchmarks"]["rows"]
+    assert (row["task"], row["n"]) == ("arc_easy", 6)
+    assert answer["benchmarks"]["wikitext2"]["tokens"] > 0
+    stored = read_json(healed_run / "benchmarks.json", "benchmarks")
+    assert stored["rows"] == [row]
+    assert set(row) >= {"task", "metric", "original", "original_se", "cut", "cut_se", "n"}
+
+
+def test_a_checkpoint_against_its_original(folder, healed_run, tmp_path):
+    command = ["evaluate", str(healed_run / "healed"), "--original", str(folder / "model")]
+    command += ["--tasks", "arc_easy", "--data", str(folder / "data")]
+    command += ["--out", str(tmp_path / "scores.json"), "--device", "cpu"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "acc, n = 6, p = " in done.stdout
+    assert read_json(tmp_path / "scores.json", "benchmarks")["rows"][0]["n"] == 6
+
+
+def test_a_checkpoint_given_as_a_run_is_told_how_to_be_compared(healed_run):
+    done = CliRunner().invoke(app, ["evaluate", str(healed_run / "healed"), "--tasks", "arc_easy"])
+    assert isinstance(done.exception, InputError)
+    assert "add --original MODEL" in str(done.exception)
+
+
+def test_heal_from_the_command_line(folder, healed_run, tmp_path):
+    command = ["heal", str(healed_run / "model"), "--teacher", str(folder / "model")]
+    command += ["--text", str(folder / "text.jsonl"), "--length", "32", "--report-samples", "2"]
+    command += ["--samples", "4", "--effort", "100 tokens", "--device", "cpu"]
+    command += ["--dtype", "float32", "--out", str(tmp_path / "healed")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    heads = done.stdout.splitlines()[2].replace("┃", " ").split()
+    assert heads == ["original", "patched", "healed"]
+    assert (tmp_path / "healed" / "healing.json").exists()
+
+
+def test_what_a_run_refuses_before_it_measures(folder, tmp_path):
+    def refused(**changes):
+        with pytest.raises(InputError) as caught:
+            pipeline.run(config(folder, "never", **changes))
+        assert not (folder / "never").exists()
+        return str(caught.value)
+
+    (tmp_path / "bad.yaml").write_text("teacher: x\n", encoding="utf-8")
+    assert "set by the run itself" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
+    assert "--patch must be one of" in refused(patch="cubic")
+    assert "range of removals" in refused(heal=True, remove="1..2")
+
+
+def test_a_streamed_model_is_not_healed(folder):
+    from isingcut.runs.cutting import check_healing
+
+    session = Session(config(folder, "never", heal=True, stream="on"))
+    with pytest.raises(InputError, match="cannot be healed in the run"):
+        check_healing(session)

@@ -21,8 +21,17 @@ from isingcut.models.streaming.reader import Reader
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_checkpoint
-from streams import in_memory, samples, some_states, streamed, watch
-from tiny import count_rows, edit_tensors, keep_rows, random_tokens
+from tiny import (
+    count_rows,
+    edit_tensors,
+    in_memory,
+    keep_rows,
+    random_tokens,
+    samples,
+    some_states,
+    streamed,
+    watch,
+)
 
 pytestmark = pytest.mark.usefixtures("one_layout")
 

@@ -30,8 +30,7 @@ from isingcut.testing import cards
 from isingcut.testing.tiny import tiny_checkpoint
 from quantised import quantise
 from shared import OPTIONS
-from streams import CPU, samples, some_states, streamed, watch
-from tiny import edit_config, edit_tensors
+from tiny import CPU, edit_config, edit_tensors, samples, some_states, streamed, watch
 
 
 class Numbers:

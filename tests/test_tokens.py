@@ -36,11 +36,8 @@ def test_large_batches_are_padded_by_an_eighth_at_most():
     assert computed < 1.1 * sum(lengths)
 
 
-def test_few_short_samples_stay_one_batch():
+def test_few_short_samples_stay_one_batch_and_equal_lengths_fill_them():
     assert len(of_lengths([14, 9, 14, 3]).batches(1024)) == 1
-
-
-def test_equal_lengths_fill_the_batches():
     assert [b.samples for b in of_lengths([256] * 10).batches(1024)] == [4, 4, 2]
 
 
