@@ -457,10 +457,6 @@ def test_a_broken_constraint_is_said(capsys, folder):
     assert "cannot remove 5 of 6" in shown
 
 
-def test_ls_lists_the_baselines(capsys):
-    assert "baselines: angular-window, block-influence" in call(capsys, "ls")[1]
-
-
 def test_settings_are_read_with_the_type_of_their_default():
     part = baseline_part("evopress", ["survivors=[3, 1]", "step-tokens=[10,20]", "generations=2"])
     assert part.survivors == (3, 1)
