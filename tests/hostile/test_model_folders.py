@@ -85,7 +85,6 @@ FILES = [
     ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a link to nothing"),
     ("weights linked to themselves", linked(WEIGHTS, WEIGHTS), "model.safetensors cannot be read"),
     ("weights of another folder", linked(WEIGHTS, "/etc/passwd"), "leads out of the checkpoint"),
-    ("no weights", removed(WEIGHTS), "has no weights"),
     (
         "an adapter",
         both(written("model/adapter_config.json", "{}"), removed(CONFIG)),
@@ -121,6 +120,7 @@ FILES = [
 ]
 # What `inspect` does not read: numbers, and names of single tensors.
 LOADED = [
+    ("no weights", removed(WEIGHTS), "has no weights"),
     ("NaN", number(UP, np.nan), f"{UP} .* holds NaN or infinity"),
     ("infinity", number("model.norm.weight", -np.inf), "norm.weight .* holds NaN or infinity"),
     ("a missing tensor", tensors(lambda t: without(t, UP)), f"lacks 1 tensors .* {UP}"),
