@@ -23,6 +23,7 @@ from isingcut.files.documents import CandidatesFile, EvaluationFile
 from isingcut.files.writing import MARKER, read_document, read_json
 from isingcut.ising.spectrum import Spectrum
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs import demo
@@ -409,7 +410,7 @@ def test_progress_does_not_call_a_running_mean_the_lowest_so_far(llama):
         return nullcontext(SimpleNamespace(advance=lambda n, words="": said.append(words)))
 
     replay = in_memory(llama)
-    measure(replay, samples(), np.eye(len(replay), dtype=bool), progress=progress)
+    measure(replay, samples(), np.eye(len(replay), dtype=bool), Work(progress=progress))
     assert any("running mean of KL" in words for words in said)
 
 

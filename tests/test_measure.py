@@ -147,9 +147,9 @@ def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, mo
     def work(journal=tmp_path / "journal"):
         computed.clear()
         if job == "losses":
-            found = measure(replay, tokens, states_of(len(replay), states), journal=journal)
+            found = measure(replay, tokens, states_of(len(replay), states), Work(journal=journal))
             return found.kl_sums
-        return gate_gradients(replay, tokens.select([0, states[0][0]]), journal=journal)
+        return gate_gradients(replay, tokens.select([0, states[0][0]]), Work(journal=journal))
 
     before = work()
     assert computed
