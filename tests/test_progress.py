@@ -2,6 +2,8 @@
 
 import contextlib
 
+import pytest
+
 import isingcut
 from isingcut.console import progress
 from isingcut.data.calibration import Calibration
@@ -9,41 +11,42 @@ from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 
 
-def test_a_log_gets_tenths_with_the_time_left_and_the_best(capsys):
-    now = [0.0]
-    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
-    for k in range(20):
-        now[0] += 60
-        bar.advance(1, f"lowest KL so far {1 / (k + 1):.2f}" if k % 2 else "")
-    bar.advance(0, "lowest KL so far 0.04")
-    bar.finish()
-    lines = capsys.readouterr().err.splitlines()
+@pytest.fixture
+def log(capsys):
+    """The lines of a bar of twenty steps that are made so many at a time, with seconds between."""
+
+    def lines(steps, seconds, notes=lambda k: "", begun=0):
+        now = [0.0]
+        bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
+        if begun:
+            bar.advance(begun)
+        for k in range(steps):
+            now[0] += seconds
+            bar.advance(1, notes(k))
+        if begun + steps == 20:
+            bar.advance(0, notes(24))
+            bar.finish()
+        return capsys.readouterr().err.splitlines()
+
+    return lines
+
+
+def test_a_log_gets_tenths_with_the_time_left_and_the_best(log):
+    lines = log(
+        20, 60, lambda k: "" if k % 2 == 0 and k < 20 else f"lowest KL so far {1 / (k + 1):.2f}"
+    )
     assert len(lines) == 10
     assert lines[0] == "measuring: 10%, 18 min left, lowest KL so far 0.50"
     assert lines[-1] == "measuring: done, took 20 min, lowest KL so far 0.04"
 
 
-def test_a_log_of_a_short_task_has_only_its_end(capsys):
-    now = [0.0]
-    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
-    for _ in range(20):
-        now[0] += 0.2
-        bar.advance(1)
-    bar.finish()
-    assert capsys.readouterr().err == "measuring: done, took 4 s\n"
+def test_a_log_of_a_short_task_has_only_its_end(log):
+    assert log(20, 0.2) == ["measuring: done, took 4 s"]
 
 
-def test_the_time_left_of_work_that_goes_on_is_that_of_new_steps(capsys):
-    now = [0.0]
-    bar = progress.PlainBar("measuring", 20, clock=lambda: now[0])
-    bar.advance(10)
-    for _ in range(2):
-        now[0] += 60
-        bar.advance(1)
-    assert capsys.readouterr().err.splitlines() == [
-        "measuring: 50%, 9 min left",
-        "measuring: 60%, 8 min left",
-    ]
+def test_the_time_left_of_work_that_goes_on_is_that_of_new_steps(log):
+    wanted = ["measuring: 50%, 9 min left", "measuring: 60%, 8 min left"]
+    assert log(2, 60, begun=10) == wanted
 
 
 def test_unknown_totals_and_durations(capsys):
@@ -66,56 +69,40 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     assert shown.out == ""
 
 
-def test_measuring_reports_the_best_so_far(finished):
-    """The note beside the bar is the lowest mean KL of the samples seen."""
-    notes = []
+class Bar:
+    """Keeps how far it is and what it was told."""
 
-    class Bar:
-        def advance(self, steps=1, note=""):
-            notes.extend([note] if note else [])
+    def __init__(self):
+        self.done, self.notes = 0.0, list[str]()
 
-    @contextlib.contextmanager
-    def record(description, total):
-        yield Bar()
-
-    run = isingcut.open_run(finished, progress=record)
-    split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
-    found = measure(run._session.replay, split, run.spectrum.states, Work(16, record))
-    assert len(notes) == 3
-    assert notes[-1] == f"lowest KL so far {found.kl.min():.4f}"
+    def advance(self, steps=1, note=""):
+        self.done += steps
+        self.notes.append(note)
 
 
-def test_what_a_killed_measurement_had_is_counted_at_once(finished, tmp_path):
-    """The pace of new steps begins behind it."""
-    told = []
-
-    class Bar:
-        def advance(self, steps=1, note=""):
-            told.append((steps, note))
+def test_measuring_reports_the_best_so_far(finished, tmp_path):
+    """The note beside the bar is the lowest mean KL of the samples seen; what a killed measurement
+    had is counted at once, so that the pace of new steps begins behind it."""
+    bars = []
 
     @contextlib.contextmanager
     def record(description, total):
-        told.append(total)
-        yield Bar()
+        bars.append((Bar(), total))
+        yield bars[-1][0]
 
     run = isingcut.open_run(finished)
     split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
     work = Work(16, record, tmp_path / "journal")
     for _ in range(2):
-        told.clear()
         found = measure(run._session.replay, split, run.spectrum.states, work)
-    assert told == [told[0], (told[0], f"lowest KL so far {found.kl.min():.4f}")]
+    (first, total), (again, _) = bars
+    best = f"lowest running mean of KL {found.kl.min():.4f}"
+    assert len([note for note in first.notes if note]) == 3
+    assert first.notes[-1] == best
+    assert (again.done, again.notes) == (total, [best])
 
 
 def test_a_part_counts_its_share_of_a_bar():
-    class Bar:
-        def __init__(self):
-            self.done, self.notes = 0.0, list[str]()
-
-        def advance(self, steps=1, note=""):
-            self.done += steps
-            self.notes.append(note)
-
     bar = Bar()
     part = progress.Part(bar, 4)
     with part("first", 8) as inner:
