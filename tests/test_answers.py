@@ -361,7 +361,7 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     assert re.search(r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat", card)
     after = healing["after"]["parts"]["answers:chat.jsonl"]["kl"]
     assert re.search(
-        rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* % \|\n", healed
+        rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* \|\n", healed
     )
     assert str(tmp_path) not in card + healed
     with pytest.raises(OutputExistsError, match="made with other options"):
