@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.verify import verify
 from isingcut.models.load import auto_class
 from isingcut.testing.tiny import _DEEPSEEK, BASE, random_model, tiny_tokenizer
 from sweep.shrink import tiny_configuration
@@ -155,3 +157,9 @@ def composite_checkpoint(family: str, folder: Path, *, flat: bool = False) -> An
             text.pop(of_class, None)
         (folder / "config.json").write_text(json.dumps({**text, **config}), encoding="utf-8")
     return model
+
+
+def prove_cut(model: Any, removed: list[int], folder: Path, **options: Any) -> Any:
+    """Cut ``source`` to ``out``, both in ``folder``, and prove it of the model; the proof."""
+    excise(folder / "source", removed, folder / "out")
+    return verify(model, removed, folder / "out", **options)

@@ -6,7 +6,6 @@ import gc
 import inspect
 import os
 import types
-import typing
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from isingcut.files.documents import CutRecord
 from isingcut.files.writing import read_document, read_json
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
-from isingcut.runs import pipeline as api
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, start
 from shared import leave_speed_out, write_words
@@ -108,14 +106,6 @@ def test_examples_run(name, place, tmp_path, monkeypatch):
     for test in examples(name):
         runner.run(test, out=said.append)
     assert runner.failures == 0, "".join(said)
-
-
-def test_public_functions_are_typed():
-    for name in ("prune", "open_run"):
-        function = getattr(isingcut, name)
-        assert set(inspect.signature(function).parameters) <= set(
-            typing.get_type_hints(function, vars(api) | dict.fromkeys(_LAZY, object))
-        )
 
 
 def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_path):

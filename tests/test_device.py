@@ -249,9 +249,7 @@ def mixed(operation):
     ("refused", "operation"),
     [
         (True, lambda d, c, n: d + c),
-        (True, lambda d, c, n: c @ d),
         (True, lambda d, c, n: torch.cat([d, c])),
-        (True, lambda d, c, n: torch.stack([d.sum(), n])),
         (True, lambda d, c, n: n.add_(d.sum())),
         (True, lambda d, c, n: torch.where(c > 0, d, d)),
         (True, lambda d, c, n: c[d > 0]),
@@ -262,7 +260,6 @@ def mixed(operation):
         (False, lambda d, c, n: d.masked_fill(d > 0, n)),
         (False, lambda d, c, n: d[c > 0]),
         (False, lambda d, c, n: c.copy_(d)),
-        (False, lambda d, c, n: d.cpu() + c),
         (False, lambda d, c, n: d + torch.tensor([1.0, 2.0, 3.0], device=d.device)),
         (False, lambda d, c, n: c[: int(d.sum())]),
     ],

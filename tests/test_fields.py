@@ -16,7 +16,7 @@ from isingcut.models.cutting.verify import relative_difference, verify
 from isingcut.models.inspect import check_same_blocks, inspect_model
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import random_model
-from odd_models import HUB, odd_checkpoint, odd_config, odd_model
+from odd_models import HUB, odd_checkpoint, odd_config, odd_model, prove_cut
 from sweep.conformance import check_entry, entries
 from tiny import edit_config, forbids, replay_of
 
@@ -55,8 +55,7 @@ def test_the_form_that_hubs_hold_is_cut_exactly(family, removed, tmp_path):
         config.clear()
         config.update(hub)
     assert inspect_model(tmp_path / "source").refusal == ""
-    excise(tmp_path / "source", removed, tmp_path / "out")
-    proof = verify(model, removed, tmp_path / "out", new_tokens=4)
+    proof = prove_cut(model, removed, tmp_path, new_tokens=4)
     assert proof.difference <= 1e-6
 
 

@@ -30,7 +30,7 @@ from isingcut.models.replay import Replay
 from isingcut.models.safetensors_files import StoredTensor
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import random_model
-from odd_models import composite, composite_checkpoint
+from odd_models import composite, composite_checkpoint, prove_cut
 from sweep.conformance import check_family
 from sweep.images import invent_images
 from sweep.shrink import tiny_configuration
@@ -75,8 +75,7 @@ def test_a_decoder_saved_without_the_rest_is_cut(family, tmp_path):
     assert model.config.model_type == f"{family}_text_model"
     model.save_pretrained(tmp_path / "source")
     assert inspect_model(tmp_path / "source").refusal == ""
-    excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
+    assert prove_cut(model, [0, 3], tmp_path).difference == 0.0
     # No auto class of a plain transformers knows it.
     name = loading_class_of(tmp_path / "out")
     assert name == type(model).__name__
@@ -89,8 +88,7 @@ def test_a_decoder_saved_without_the_rest_is_cut(family, tmp_path):
 def test_a_stack_larger_than_the_blocks_is_left_alone(tmp_path):
     model = composite_checkpoint("emu3", tmp_path / "source")
     assert auto_class(load_config(tmp_path / "source")) is AutoModelForImageTextToText
-    excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
+    assert prove_cut(model, [0, 3], tmp_path).difference == 0.0
 
 
 def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
@@ -110,8 +108,7 @@ def test_blocks_that_text_does_not_run_are_named(tmp_path):
     model = composite_checkpoint("mllama", tmp_path / "source")
     with pytest.raises(ArchitectureError, match="does not run the blocks 3, "):
         replay_of(model)
-    excise(tmp_path / "source", [0], tmp_path / "out")
-    assert verify(model, [0], tmp_path / "out").difference == 0.0
+    assert prove_cut(model, [0], tmp_path).difference == 0.0
 
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])
@@ -169,8 +166,7 @@ def test_a_period_beside_the_list_it_stands_for_says_nothing(tmp_path):
     model = random_model(AutoModelForCausalLM, tiny_configuration("zamba"))
     model.save_pretrained(tmp_path / "source")
     assert "take turns with shared weights" in inspect_model(tmp_path / "source").rules()[0]
-    excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
+    assert prove_cut(model, [0, 3], tmp_path).difference == 0.0
 
 
 def test_what_does_not_run_on_text_is_not_proven_either(tmp_path):
@@ -197,8 +193,7 @@ INSIDE = {
 @pytest.mark.parametrize("family", INSIDE)
 def test_a_cut_is_proven_on_the_language_model_inside_and_on_the_whole(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source")
-    excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    proof = verify(model, [0, 3], tmp_path / "out", images=invent_images)
+    proof = prove_cut(model, [0, 3], tmp_path, images=invent_images)
     assert (proof.inputs, proof.told) == ("text and an image", True)
     assert proof.difference <= 1e-5
     (remark,) = proof.remarks
@@ -221,8 +216,7 @@ def test_what_a_cut_does_to_images_alone_is_noticed(tmp_path):
 def test_llama_4_is_proven_on_text_and_the_reason_is_said(tmp_path):
     # With transformers 5.24 the class fails on whatever it is given, behind its last block.
     model = composite_checkpoint("llama4", tmp_path / "source")
-    excise(tmp_path / "source", [0, 3], tmp_path / "out")
-    proof = verify(model, [0, 3], tmp_path / "out", images=invent_images)
+    proof = prove_cut(model, [0, 3], tmp_path, images=invent_images)
     assert (proof.inputs, proof.told, proof.difference) == ("text only", True, 0.0)
     inside, images = proof.remarks
     assert inside.endswith("text was given to the Llama4ForCausalLM inside it")

@@ -574,20 +574,10 @@ def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
         fitted(tiny_model("mixtral"), [2], tokens())
 
 
-def test_the_kit_shows_which_layer_absorbs(tmp_path, capsys):
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- patches -->\nold\n<!-- end of patches -->\nafter\n")
-    assert patches.main(["nemotron_h", "qwen3_moe", "gemma4", "--docs", str(page)]) == 0
-    shown = capsys.readouterr().out
-    assert "patches_absorbed: 6\npatches_none: 0\npatches_not_measured: 1\n" in shown
-    rows = {line.split(" | ")[0]: line for line in page.read_text().splitlines()}
-    assert (
-        "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in rows["| nemotron_h"]
-    )
-    assert (
-        "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)"
-        in rows["| qwen3_moe"]
-    )
-    assert "blocks hand something on to later blocks" in rows["| gemma4"]
-    assert "old" not in rows
-    assert patches.main(["nobody"]) == 2
+def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
+    found = {f: patches.absorbers(f, tmp_path / f) for f in ("nemotron_h", "qwen3_moe")}
+    *_, hybrid, experts = patches.table(found).splitlines()
+    assert "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in hybrid
+    assert "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)" in experts
+    with pytest.raises(ArchitectureError, match="blocks hand something on to later blocks"):
+        patches.absorbers("gemma4", tmp_path / "gemma4")

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
-from isingcut.errors import OutputExistsError
 from isingcut.files.writing import read_json
 from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.testing.tiny import tiny_checkpoint
@@ -111,17 +110,6 @@ def test_another_removal_reuses_the_energy(finished, tmp_path, capsys):
 # What the user gets wrong: one line, exit code 2, nothing written ------------------------
 
 
-def test_other_options_for_an_existing_run_are_refused(finished, llama, text):
-    with pytest.raises(OutputExistsError, match="length: 16 there, 24 now"):
-        isingcut.run(
-            model=str(llama),
-            remove=2,
-            out=str(finished),
-            calibration=str(text),
-            **{**OPTIONS, "length": 24},
-        )
-
-
 def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path, monkeypatch):
     from isingcut.errors import VerificationError
 
@@ -146,13 +134,6 @@ def test_a_budget_decides_how_many_blocks_go(finished, tmp_path):
     costs = np.array([b.parameters for b in blocks.blocks])
     assert (spectrum.states @ costs >= 0.3 * blocks.total_parameters).all()
     assert folder.target(config.removal) == out / "remove-params-30_"
-
-
-def test_a_missing_stage_is_named_with_the_command_to_type(capsys, finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    assert call("rank", out, "--remove", 4) == 2
-    assert f"isingcut solve {out} --remove 4" in capsys.readouterr().err
 
 
 def test_solving_far_from_where_an_energy_was_corrected_is_said(llama, text, tmp_path, capsys):
