@@ -19,15 +19,8 @@ from isingcut.files.writing import (
     atomic_folder,
     clear_os_errors,
     edges_sha256,
-    read_json,
     write_json,
 )
-
-
-def test_json_round_trip(tmp_path):
-    write_json(tmp_path / "a.json", "removal", {"removed": [1], "of": 3, "more": [1.5, 2]})
-    assert read_json(tmp_path / "a.json", "removal")["more"] == [1.5, 2]
-    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_not_a_number_is_never_written(tmp_path):
