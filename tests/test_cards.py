@@ -17,7 +17,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.sharing import open_cut, share
 from isingcut.models.device import BatchLimit, allowance, device_module, pick_device
 from isingcut.models.load import load
-from isingcut.runs import pipeline
+from isingcut.runs import pipeline, stages
 from isingcut.testing import gpu
 from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model
@@ -220,7 +220,7 @@ FEW = {"remove": 2, "energy": "fisher", "states": 3, "random_states": 0, "patch"
 
 def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
     model, out = shared.checkpoint(), tmp_path / "run"
-    evaluate, failed = pipeline.evaluate.__globals__["before_and_after"], []
+    evaluate, failed = stages.evaluate.__globals__["before_and_after"], []
 
     def exhausted(*args, **kwargs):
         failed.append(1)
@@ -229,7 +229,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
             return evaluate(*args, **kwargs)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", exhausted)
+    monkeypatch.setitem(stages.evaluate.__globals__, "before_and_after", exhausted)
     options = {**OPTIONS, **FEW, "model": str(model), "calibration": str(text), "skip_speed": True}
     isingcut.run(out=str(out), **options)
     assert failed == [1, 1]
@@ -238,11 +238,11 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
     assert [name for name, record in stages.items() if record.get("streamed")] == [
         "evaluation.json"
     ]
-    monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", evaluate)
+    monkeypatch.setitem(stages.evaluate.__globals__, "before_and_after", evaluate)
     isingcut.run(out=str(tmp_path / "whole"), **options)
     whole = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
     assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
-    monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", exhausted)
+    monkeypatch.setitem(stages.evaluate.__globals__, "before_and_after", exhausted)
     with pytest.raises(MemoryExhaustedError, match="2,147,483,648 bytes more were needed"):
         isingcut.run(out=str(tmp_path / "off"), stream="off", **options)
 
