@@ -234,8 +234,8 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
     isingcut.run(out=str(out), **options)
     assert failed == [1, 1]
     streamed = json.loads((out / "evaluation.json").read_text())
-    stages = json.loads((out / "run.json").read_text())["stages"]
-    assert [name for name, record in stages.items() if record.get("streamed")] == [
+    records = json.loads((out / "run.json").read_text())["stages"]
+    assert [name for name, record in records.items() if record.get("streamed")] == [
         "evaluation.json"
     ]
     monkeypatch.setitem(stages.evaluate.__globals__, "before_and_after", evaluate)
