@@ -241,5 +241,5 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
     whole = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
     assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
     monkeypatch.setitem(pipeline.evaluate.__globals__, "before_and_after", exhausted)
-    with pytest.raises(MemoryExhaustedError, match="2,147,483,648 bytes more were needed"):
+    with pytest.raises(MemoryExhaustedError, match="2,147,483,648 more bytes were needed"):
         isingcut.run(out=str(tmp_path / "off"), stream="off", **options)

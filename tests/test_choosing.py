@@ -268,8 +268,8 @@ def test_a_question_has_one_key_in_every_task(questions):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"choose": "tasks"}, "--tasks names no benchmark"),
-        ({"questions": 5}, "--tasks names no benchmark"),
+        ({"choose": "tasks"}, "need benchmarks; name some with --tasks"),
+        ({"questions": 5}, "need benchmarks; name some with --tasks"),
     ],
 )
 def test_options_that_do_not_go_together(options, said):

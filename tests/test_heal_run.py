@@ -148,7 +148,7 @@ def test_what_a_run_refuses_before_it_measures(folder, tmp_path):
         return str(caught.value)
 
     (tmp_path / "bad.yaml").write_text("teacher: x\n", encoding="utf-8")
-    assert "set by the run itself" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
+    assert "the run itself sets" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
     assert "--patch must be one of" in refused(patch="cubic")
     assert "range of removals" in refused(heal=True, remove="1..2")
 

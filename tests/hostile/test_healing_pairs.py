@@ -151,7 +151,7 @@ PAIRS = rows(
         (
             "one bit of the student's weights",
             heal(),
-            "run/model is not as isingcut wrote it: model.safetensors in it was changed; write it",
+            "run/model was changed after isingcut wrote it: model.safetensors in it was changed; write it",
             one_bit,
         ),
         (
@@ -200,7 +200,7 @@ PAIRS += rows(
             ("twice", "appears twice", raw_record(b'{"removed": [1], "removed": [2], "of": 6}')),
             (
                 "a pipe",
-                "is a pipe; expected a plain file",
+                "is a pipe; expected a regular file",
                 lambda a: replaced_by_fifo(a.run / "model" / "isingcut.json"),
             ),
             (

@@ -29,7 +29,7 @@ def changed_since(arena):
     (arena.here / "healed" / "notes.txt").write_text("mine", encoding="utf-8")
 
 
-READ = "which this command reads; nothing was written"
+READ = "an input of this command; nothing was written"
 NOT_OURS = "where healing keeps its unfinished work, is there and no healing"
 PLACES = rows(
     [
@@ -39,8 +39,8 @@ PLACES = rows(
         ("all of it", heal("--overwrite", out="{here}"), f"contains .*{READ}"),
         ("inside the student", heal(out="{run}/model/healed"), f"lies in .*run/model, {READ[:5]}"),
         ("inside the teacher", heal(out="{model}/healed"), f"lies in .*/model, {READ[:5]}"),
-        ("home", heal("--overwrite", out="{home}"), "stays as it is: it holds diary.txt"),
-        ("there", heal(out="{home}"), "already exists and nothing was written"),
+        ("home", heal("--overwrite", out="{home}"), "is not replaced: it has diary.txt"),
+        ("there", heal(out="{home}"), "already exists, nothing was written"),
         (
             "a link to the teacher",
             heal("--overwrite", out="{here}/link"),
@@ -164,17 +164,17 @@ WORDS = rows(
         ),
         ("no steps", heal(max_steps=0), "max_steps must be above 0"),
         ("batch", heal(per_device_train_batch_size=0), "batch_size must be above 0"),
-        ("steps and a time", heal("--effort 10min"), "--effort and max_steps in .* both say"),
+        ("steps and a time", heal("--effort 10min"), "--effort and max_steps in .* both set"),
         ("seed", heal("--seed -1"), "seed"),
         ("device", heal("--device tpu"), "--device: must be auto, cpu"),
         ("method", heal("--method qlora"), "--method must be one of"),
         ("last blocks", heal("--method last:99"), "--method last:99: the cut model has"),
-        ("nothing to do", heal("--method none --patch none"), "leaves nothing to do"),
+        ("nothing to do", heal("--method none --patch none"), "leave nothing to do"),
         ("many samples", heal("--samples 1000000"), "too short"),
         ("no file", WITH_FILE, "t.yaml"),
         ("a pipe", WITH_FILE, "t.yaml", lambda a: os.mkfifo(a.here / "t.yaml")),
         ("a device", heal("--trainer /dev/zero"), "/dev/zero"),
-        ("a list", WITH_FILE, "t.yaml must hold", trainer("- 1\n")),
+        ("a list", WITH_FILE, "t.yaml must have", trainer("- 1\n")),
         ("a typing error", WITH_FILE, "did you mean 'adam_beta2'", trainer("adam_beta3: 0.9\n")),
     ]
 )

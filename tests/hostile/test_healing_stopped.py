@@ -74,7 +74,7 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
 
 def test_used_up_memory_keeps_the_states(arena, monkeypatch):
     stops(monkeypatch, 2, MemoryError())
-    line = r"memory of this machine is used up; .*what was finished is kept in .*healing"
+    line = r"this machine is out of memory; .*what was finished is kept in .*healing"
     assert "trainer" in types(arena, SAVING, code=2, line=line)
 
 

@@ -49,10 +49,8 @@ EXHAUSTED = {
 @pytest.mark.parametrize(("use_up", "wanted", "where"), EXHAUSTED.values(), ids=EXHAUSTED)
 def test_a_command_ends_with_one_line(arena, monkeypatch, use_up, wanted, where):
     monkeypatch.setattr("isingcut.report.write.RunFiles", use_up)
-    more = "" if wanted is None else f": {wanted:,} bytes more were needed"
-    arena.try_row(
-        Row("report", "report {run}", f"memory of {where} is used up{more}.*; .*--stream")
-    )
+    more = "" if wanted is None else f": {wanted:,} more bytes were needed"
+    arena.try_row(Row("report", "report {run}", f"{where} is out of memory{more}.*; .*--stream"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])

@@ -80,7 +80,7 @@ FILES = [
     ("a device for weights", linked(WEIGHTS, "/dev/zero"), "model.safetensors is a device"),
     ("a pipe for a template", pipe("chat_template.jinja"), "chat_template.jinja is a pipe"),
     ("a dangling config", linked("config.json", "nowhere"), "missing or a broken link"),
-    ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a link to nothing"),
+    ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a broken link"),
     ("weights linked to themselves", linked(WEIGHTS, WEIGHTS), "model.safetensors cannot be read"),
     ("weights of another folder", linked(WEIGHTS, "/etc/passwd"), "leads out of the checkpoint"),
     ("no weights", removed(WEIGHTS), "has no weights"),
@@ -155,8 +155,8 @@ OF_PAIR = {"a huge width": "a width of 32, but the teacher .* one of 10000000"}
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
     ("a long hub name", f"inspect {'x' * 5000}", "names no model"),
-    ("a dangling model", "inspect {here}/dangling", "is a link to nothing"),
-    ("a device as a model", "inspect /dev/zero", "is a device; expected a plain file"),
+    ("a dangling model", "inspect {here}/dangling", "is a broken link"),
+    ("a device as a model", "inspect /dev/zero", "is a device; expected a regular file"),
     ("a model that is a text", "inspect {text}", "is not a model"),
     ("a folder without a model", "inspect {home}", "has no config.json"),
     ("a dangling teacher", "heal {model} --teacher {here}/dangling --out {here}/new", "to nothing"),
@@ -166,7 +166,7 @@ NAMES = [
 ENERGIES = ("pairwise", "refined", "empirical-fisher", "fisher", "hessian", "gauss-newton")
 OVERFLOW = (
     r"the output of block 2 \(LlamaDecoderLayer\) of .*model is NaN or infinite on the text that "
-    "begins '.*'; its weights are damaged or too large"
+    "begins '.*'; the weights are damaged or too large"
 )
 
 

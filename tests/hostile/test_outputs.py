@@ -13,9 +13,9 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.writing import check_output
 from shared import snapshot
 
-STAYS = r"stays as it is: .*--overwrite replaces only what isingcut wrote"
+STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
-OF_SOURCE = r"the output .* (is|contains|lies in) .*, which this command reads; nothing was written"
+OF_SOURCE = r"the output .* (is|contains|lies in) .*, an input of this command; nothing was written"
 
 
 def link(name, target):
@@ -120,7 +120,7 @@ STAGES = [
      write("run/baseline-random.json")),
     *((f"the user's own report.{form}", "report {run}", STAYS, write(f"run/report.{form}", text))
       for form, text in (("md", "mine"), ("html", "<p>mine"), ("json", '{"mine": 1}'))),
-    *((f"an edited report.{form}", "report {run}", "changed since isingcut wrote it",
+    *((f"an edited report.{form}", "report {run}", "changed after isingcut wrote it",
        edited(f"report.{form}")) for form in ("md", "html", "json")),
     ("a report that is a link", "report {run}", STAYS, linked_report),
     ("the user's own report, found before anything is measured", BEGUN, STAYS, begun),
@@ -169,7 +169,7 @@ CHANGED = [
     Row(
         f"a changed {name}: {command}",
         command,
-        "was changed or damaged since the run wrote it",
+        "was changed or damaged after the run wrote it",
         flip(name),
     )
     for name, commands in READERS.items()
@@ -246,7 +246,7 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
     before = snapshot(arena.run / "model")
     code, _, err = call(f"run other {words} --overwrite".split(), seconds=60)
     assert code == 2, err
-    assert "stays as it is" in err
+    assert "is not replaced" in err
     assert snapshot(arena.run / "model") == before
 
 

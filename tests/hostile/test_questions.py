@@ -70,15 +70,15 @@ BENCHMARKS += rows(
             ("no number", "line 2 is not valid JSON", asked(GOOD, '{"answer": NaN}')),
             ("nested", "line 2 is not valid JSON: .*nested", asked(GOOD, "[" * 100000)),
             ("nothing", "holds no questions", asked("")),
-            ("a pipe", "is a pipe; expected a plain file", special(os.mkfifo)),
-            ("a folder", "is a folder; expected a plain file", special(os.mkdir)),
+            ("a pipe", "is a pipe; expected a regular file", special(os.mkfifo)),
+            ("a folder", "is a folder; expected a regular file", special(os.mkdir)),
             ("huge", "has 268435457 bytes; expected at most", special(huge)),
             (
                 "not UTF-8",
                 "line 1 is not UTF-8",
                 special(lambda p: p.write_bytes(b'{"context": "\xff"}')),
             ),
-            ("a link to nothing", "is a link to nothing", special(lambda p: p.symlink_to("gone"))),
+            ("a link to nothing", "is a broken link", special(lambda p: p.symlink_to("gone"))),
             ("missing", "there is no file .*arc_easy/test.jsonl", asked(GOOD, task="piqa/val")),
             ("no folder", "--data .*data is no folder", lambda a: None),
         )
@@ -107,8 +107,8 @@ OWN = r"data/own.jsonl, line 3: expected 'choices', .* none empty, got \['one', 
 MMLU = asked({**GOOD, "subject": "x"}, task="mmlu/test")
 OTHERS = [
     ("unknown task", evaluate("zorp"), "unknown local", asked(GOOD)),
-    ("no task", evaluate(","), "names no benchmark", asked(GOOD)),
-    ("no tasks", evaluate(""), "names no benchmark", asked(GOOD)),
+    ("no task", evaluate(","), "need benchmarks", asked(GOOD)),
+    ("no tasks", evaluate(""), "need benchmarks", asked(GOOD)),
     ("no questions", evaluate(more="--questions 0"), "Invalid value|questions", asked(GOOD)),
     ("text without data", evaluate("wikitext2", data=""), "wikitext2 is read from", both()),
     ("an empty choice", evaluate("{here}/data/own.jsonl", data=""), OWN, EMPTY),
@@ -121,9 +121,9 @@ OTHERS = [
      asked(GOOD)),
 ]  # fmt: skip
 PLACES = [
-    ("{here}/data/arc_easy/test.jsonl", "", "lies in .*data, which this command reads"),
-    ("{home}/diary.txt", "--overwrite", "stays as it is"),
-    ("{model}/config.json", "--overwrite", "lies in .*model, which this command reads"),
+    ("{here}/data/arc_easy/test.jsonl", "", "lies in .*data, an input of this command"),
+    ("{home}/diary.txt", "--overwrite", "is not replaced"),
+    ("{model}/config.json", "--overwrite", "lies in .*model, an input of this command"),
 ]
 BENCHMARKS += rows(OTHERS)
 BENCHMARKS += rows(

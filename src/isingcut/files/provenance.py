@@ -1,4 +1,4 @@
-"""What a result was made with: versions and machine, and where its sources lie on this machine."""
+"""Provenance of a result: versions, machine, and the paths of its sources on this machine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __version__ = "0.1.0"
 
 
 def sources_of(*named: str) -> list[Path]:
-    """The files and folders among what options name, where they lie on this machine."""
+    """Return the files and folders of this machine among the values of options."""
     paths = [user_path(name) for name in named if name]
     return [path for path in paths if os.path.lexists(path)]
 
 
 def model_path(folder: Path, name: str) -> dict[str, Any]:
-    """Where a local model is, for a run folder that is opened from elsewhere or moved with it."""
+    """Record the path of a local model, for a run folder that is moved or opened from elsewhere."""
     model = user_path(name)
     if not model.exists():
         return {}
@@ -31,8 +31,8 @@ def model_path(folder: Path, name: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Versions, platform and command line, for the provenance of results."""
-    # Not at the top: `--help` needs none of it.
+    """Return versions, platform and command line, for the provenance of results."""
+    # Imported here because `--help` does not need it.
     from importlib.metadata import PackageNotFoundError, version
 
     packages = ("torch", "transformers", "numpy", "safetensors", "numba", "dimod")
