@@ -28,11 +28,11 @@ def test_feasible_and_violations():
 
 
 def test_row_length_must_fit():
-    with pytest.raises(InputError, match="is over 5 blocks"):
+    with pytest.raises(InputError, match="is for 5 blocks"):
         Problem(hamiltonian(4), [con.count(5, 2)])
 
 
-def test_clashing_constraints_are_named_and_no_others():
+def test_conflicting_constraints_are_named_and_no_others():
     rows = [
         con.count(6, 2),
         con.budget("params", np.ones(6), share=0.5),
@@ -48,7 +48,7 @@ def test_clashing_constraints_are_named_and_no_others():
     assert "attention" not in text
 
 
-def test_budgets_in_bytes_clash_too():
+def test_budgets_in_bytes_conflict_too():
     rows = [con.count(6, 2), con.budget("bytes", np.full(6, 3e9), amount=7e9)]
     with pytest.raises(InfeasibleError, match="budget bytes"):
         Problem(hamiltonian(6), rows).check()

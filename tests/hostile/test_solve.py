@@ -78,10 +78,10 @@ MODULES = {
     "an import of what is not there": ("import nowhere", "cannot import 'bad' .*'nowhere'"),
     "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
     "a null byte": ("x = '\0'", "importing 'bad' failed: "),
-    "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is no dimod sampler"),
+    "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is not a dimod sampler"),
     "a class of something else": (
         "class Bad:\n    def __init__(self): raise SystemExit",
-        r"bad\.Bad is no dimod sampler; expected a subclass of dimod\.Sampler",
+        r"bad\.Bad is not a dimod sampler; expected a subclass of dimod\.Sampler",
     ),
     "an abstract class": (HEAD + "class Bad(dimod.Sampler): pass", FAILED + "TypeError: .*abstr"),
     "a class that wants arguments": (
@@ -96,12 +96,12 @@ MODULES = {
     ),
 }
 NAMES = {
-    "dimod:os.system": r"os\.system is no dimod sampler",
-    "dimod:builtins.exec": r"builtins\.exec is no dimod sampler",
-    "dimod:subprocess.Popen": r"subprocess\.Popen is no dimod sampler",
-    "dimod:random.Random": r"random\.Random is no dimod sampler",
-    "dimod:dimod.BINARY": r"dimod\.BINARY is no dimod sampler",
-    "dimod:dimod.Nothing": "'dimod' has no 'Nothing'",
+    "dimod:os.system": r"os\.system is not a dimod sampler",
+    "dimod:builtins.exec": r"builtins\.exec is not a dimod sampler",
+    "dimod:subprocess.Popen": r"subprocess\.Popen is not a dimod sampler",
+    "dimod:random.Random": r"random\.Random is not a dimod sampler",
+    "dimod:dimod.BINARY": r"dimod\.BINARY is not a dimod sampler",
+    "dimod:dimod.Nothing": "'dimod' has no class .Nothing.",
     "dimod:nowhere.Class": "cannot import 'nowhere'",
     "dimod:": "write dimod:package.Class",
     "dimod:Class": "write dimod:package.Class",

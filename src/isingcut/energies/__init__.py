@@ -1,6 +1,6 @@
-"""Energies: text and a model -> `Hamiltonian`. One file per estimator."""
+"""Energies: measure a `Hamiltonian` from a model and text. One file per estimator."""
 
 from isingcut.registry import Registry
 
 registry = Registry("energies", "energy", choices=("auto",))
-"""All energies by name; `registry.names()` lists them without importing any."""
+"""All energies by name; `registry.names()` lists them without an import."""

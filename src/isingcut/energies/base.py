@@ -1,4 +1,4 @@
-"""What an energy is: a way to measure a Hamiltonian from a model and text."""
+"""The interface of energies: ways to measure a Hamiltonian from a model and text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from isingcut.models.replay import Replay
 class Energy(Protocol):
     """An estimator of the energy of block removals.
 
-    A part is a frozen dataclass: its fields are its options. It must be deterministic, return
-    a symmetric J with zero diagonal, and state its unit truthfully. The class
-    attribute ``streams`` may say False: the blocks must be in memory.
+    A part is a frozen dataclass whose fields are its options. It must be deterministic, and return
+    a symmetric J with zero diagonal and the right unit. Set the class attribute ``streams`` to
+    False if all blocks must be in memory.
     """
 
     default_samples: ClassVar[int]
 
     def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """The Hamiltonian of the replayed model on ``tokens``."""
+        """Measure the Hamiltonian of the replayed model on ``tokens``."""
         ...

@@ -1,9 +1,9 @@
-"""The product's core search: a budget of measurements in, the best states of every target out.
+"""The search for good states of every target, with a budget of measurements.
 
-`evaluator` losses on growing samples; `begin` a pair energy and a beam over sizes; `estimates` one
-scale for them; `surrogate` the posterior energy; `proposals` its minima and moves around the best;
-`slopes` of the gates at a state; `targets` what is looked for; `plan` how the budget is used;
-`search` the loop.
+`evaluator`: losses on growing numbers of samples; `begin`: a pair energy and a beam over sizes;
+`estimates`: one scale for all losses; `surrogate`: the posterior energy; `proposals`: its minima
+and moves around the best states; `slopes`: gate slopes at a state; `targets`: the removals; `plan`:
+the use of the budget; `search`: the loop.
 """
 
 from isingcut.energies.search.plan import greedy_price

@@ -1,4 +1,4 @@
-"""How a search begins: what one pass gives, a pair energy, and a beam over sizes."""
+"""The beginning of a search: one-pass methods, a pair energy, and a beam over sizes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from isingcut.ising.states import Bools, Floats, States, key_of, states_of
 def pair_energy(
     evaluator: Evaluator, passes: float, most_samples: int, influence: Floats
 ) -> Hamiltonian:
-    """The prior of all that follows: of all pairs or of those that a good state may contain.
+    """Measure the pair energy, the prior of the search, from as many pairs as the budget allows.
 
-    Singles come first. Pairs follow by rising sum of their own terms, as many as ``passes`` pay
-    for; a pair that is left out has no coupling: both of its blocks are costly ones. If all
-    fit, they are measured on up to ``most_samples`` samples. Where not even the singles fit,
-    ``influence`` (N,) of the blocks stands for them.
+    Singles come first. Pairs follow by rising sum of their own terms, as many as ``passes`` allow;
+    the coupling of an unmeasured pair, of two costly blocks, is 0. If all fit, they are measured
+    on up to ``most_samples`` samples. If not even the singles fit, ``influence`` (N,) replaces
+    them.
     """
     n = evaluator.blocks
     every, pairs = removals(n), list(combinations(range(n), 2))
@@ -53,9 +53,9 @@ def pair_energy(
 
 
 def one_pass_states(evaluator: Evaluator, target: Target, samples: int) -> dict[str, Bools]:
-    """What one pass of the original over some samples chooses, by the method's name.
+    """Return the choices of methods that need one pass of the original, by method name.
 
-    The least angular window is missing where no run of blocks obeys the target.
+    The angular window is missing if no run of blocks satisfies the target.
     """
     influence, angles = evaluator.one_pass(samples)
     fields = Hamiltonian(influence, np.zeros((evaluator.blocks, evaluator.blocks)))
@@ -76,9 +76,9 @@ def beam_over_sizes(
 ) -> None:
     """Measure good states of every size up to a target's, on ``samples`` samples.
 
-    Each size keeps its few best states; of all states with one more block gone, the few that the
-    pair energy's marginals like best are measured. A state that obeys the
-    target is where a path ends: what a budget does not ask for stays.
+    Each size keeps its few best states. Of all states with one more removed block, the few with the
+    lowest cost by the pair energy are measured. A path ends at a state that satisfies the target,
+    so that a budget removes no more than needed.
     """
     beam = [np.zeros(evaluator.blocks, dtype=bool)]
     for size in range(1, target.high + 1):
@@ -98,7 +98,7 @@ def beam_over_sizes(
 def _predicted(
     evaluator: Evaluator, energy: Hamiltonian, children: States, beam: Sequence[Bools]
 ) -> Floats:
-    """Measured loss of the best parent plus the pair energy's cost of one more block."""
+    """Predict losses: the best parent's measured loss plus the pair energy's cost of the block."""
     tokens = np.cumsum(evaluator.ledger.counts)
     best = np.full(len(children), np.inf)
     energies = energy.energies(children)

@@ -1,8 +1,8 @@
 """One scale for losses measured on different numbers of samples.
 
-A state measured on the first n samples only is carried over to all m by the mean change that
-states measured on both show there; how much that change varies from state to state is its
-error. So a state of two samples and one of all can stand in one ranking, each with its error.
+The loss of a state on the first n samples is extrapolated to all m samples by the mean change of
+the states measured on both. The spread of that change over states is the error of the estimate. So
+states measured on two samples and on all samples can be ranked together.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from isingcut.energies.search.evaluator import Evaluator, Known
 from isingcut.ising.states import Floats
 
 PRIOR_SPREAD = 0.06
-"""Relative change between rungs before enough states were measured on both."""
+"""Assumed relative change between rungs, until enough states were measured on both."""
 LEAST = 1e-12
-"""Nats per token. Below is rounding: a block that does nothing costs nothing."""
+"""Smallest loss in nats per token; below it there is only rounding."""
 
 
 class Estimates:
     """Estimated loss on all samples of every state near a target's size.
 
     Args:
-        evaluator: what was measured.
-        known: the states to estimate, each measured on one of the rungs at least.
-        rungs: numbers of samples, ascending; the last is all of them.
+        evaluator: the measurements.
+        known: the states to estimate, each measured on at least one rung.
+        rungs: numbers of samples, ascending; the last is all samples.
 
     Attributes:
         states: (S, N) bool.
         loss: (S,) estimated KL on all samples, nats per token.
-        sd: (S,) its standard deviation, beyond what all states share.
-        rung: (S,) index of the rung each was measured on.
+        sd: (S,) its standard deviation, without the part common to all states.
+        rung: (S,) index of the highest rung of each state.
     """
 
     def __init__(self, evaluator: Evaluator, known: Sequence[Known], rungs: Sequence[int]) -> None:
@@ -48,7 +48,7 @@ class Estimates:
             both = self.rung > level
             change = np.log(means[both, level + 1] / means[both, level])
             shift = float(change.mean()) if len(change) else 0.0
-            # Four imagined states of the prior spread, so that two like ones prove nothing.
+            # Four pseudo-states with the prior spread, because two similar states prove little.
             spread = ((change - shift) ** 2).sum() + 4 * PRIOR_SPREAD**2
             log_shift[level] = log_shift[level + 1] + shift
             variance[level] = variance[level + 1] + spread / (len(change) + 4)
@@ -57,6 +57,6 @@ class Estimates:
         self.sd: Floats = self.loss * np.sqrt(variance[self.rung])
 
     def best(self) -> int:
-        """Position of the state taken as the best: of those on the highest rung reached."""
+        """The index of the best state among those on the highest rung."""
         top = self.rung == self.rung.max()
         return int(np.flatnonzero(top)[np.argmin(self.loss[top])])

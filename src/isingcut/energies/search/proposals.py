@@ -1,4 +1,4 @@
-"""Where new states come from: exact minima of a surrogate, and moves around the best states."""
+"""Propose new states: exact minima of a surrogate, and moves around the best states."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from isingcut.ising.solvers import solve
 from isingcut.ising.states import Bools, Floats, States, key_of, states_of
 
 EXACT_UP_TO = 40
-"""Blocks up to which a proof costs less than tabu search; either finds the minimum."""
+"""Number of blocks up to which the exact solver is faster than tabu search."""
 
 FEW = 20_000
-"""States of a target that may be listed one by one."""
+"""Most states of a target to list one by one."""
 
 
 def lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> States:
-    """The ``k`` lowest states of a Hamiltonian among the target's: (<= k, N)."""
+    """Return the ``k`` lowest states of a Hamiltonian among the target's: (<= k, N)."""
     problem = target.problem(hamiltonian)
     if hamiltonian.n <= EXACT_UP_TO:
         return solve(problem, "exact", k, threads=1).states
@@ -30,7 +30,7 @@ def lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> State
 
 
 def every(target: Target, n: int) -> States | None:
-    """All states of a target, or None where there are more than `FEW`."""
+    """Return all states of a target, or None if there are more than `FEW`."""
     if target.low != target.high or math.comb(n, target.low) > FEW:
         return None
     states = states_of(n, itertools.combinations(range(n), target.low))
@@ -38,7 +38,7 @@ def every(target: Target, n: int) -> States | None:
 
 
 def windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
-    """The ``count`` runs of neighbouring blocks that a Hamiltonian likes best."""
+    """Return the ``count`` runs of consecutive blocks with the lowest energy."""
     n, size = hamiltonian.n, target.low
     states = states_of(n, (range(start, start + size) for start in range(n - size + 1)))
     states = states[target.feasible(states)]
@@ -46,7 +46,7 @@ def windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
 
 
 def angular_window(angles: Floats, target: Target) -> States:
-    """The target's run of neighbouring blocks that turns the stream least: (<= 1, N).
+    """Return the target's run of consecutive blocks that rotates the stream least: (<= 1, N).
 
     Args:
         angles: (N + 1, N + 1) between the streams at the boundaries of blocks.
@@ -64,7 +64,7 @@ def angular_window(angles: Floats, target: Target) -> States:
 def thompson(
     surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator, heat: float
 ) -> States:
-    """Ground states of ``count`` Hamiltonians drawn from the posterior."""
+    """Return ground states of ``count`` Hamiltonians drawn from the posterior."""
     seeds = rng.integers(2**31, size=count)
     return np.concatenate(
         [lowest(surrogate.sample(rng, heat), target, 1, int(seed)) for seed in seeds]
@@ -72,7 +72,7 @@ def thompson(
 
 
 def exchanges(state: Bools, target: Target) -> States:
-    """Every feasible state one exchange, one removal or one re-insertion away."""
+    """Return every feasible state one exchange, one removal or one re-insertion away."""
     single = np.eye(len(state), dtype=bool)
     gone, here = np.flatnonzero(state), np.flatnonzero(~state)
     pairs = (single[gone][:, None] | single[here][None]).reshape(-1, len(state))
@@ -81,15 +81,14 @@ def exchanges(state: Bools, target: Target) -> States:
 
 
 def flips(state: Bools) -> States:
-    """(N, N) all states that differ in one block."""
+    """Return all states (N, N) that differ in one block."""
     return np.asarray(state[None] ^ np.eye(len(state), dtype=bool))
 
 
 def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target) -> States:
-    """Exchanges around a state, the most promising first.
+    """Return exchanges around a state, the most promising first.
 
-    What goes is priced by the surrogate, which measured removals inform; what comes back by the
-    slope of its gate.
+    The surrogate prices the removed block, and the gate's slope the restored block.
 
     Args:
         slopes: (N,) slopes of the loss in the gates at ``state``.
@@ -101,13 +100,13 @@ def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target)
 
 
 def by_bound(surrogate: Surrogate, states: States) -> States:
-    """States by their posterior mean minus one standard deviation, the lowest first."""
+    """Sort states by their posterior mean minus one standard deviation, the lowest first."""
     bound = surrogate.mean.energies(states) - surrogate.deviation(states)
     return states[np.argsort(bound, kind="stable")]
 
 
 def grown(states: Iterable[Bools], target: Target) -> States:
-    """All states with one more block removed that exceed no row of the target."""
+    """Return all states with one more removed block that exceed no row of the target."""
     found = [flips(state)[~state] for state in states]
     if not found:
         return np.zeros((0, 0), dtype=bool)
@@ -116,7 +115,7 @@ def grown(states: Iterable[Bools], target: Target) -> States:
 
 
 def unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bools]:
-    """The first ``count`` distinct states that were not measured yet."""
+    """Return the first ``count`` distinct states that were not measured yet."""
     out: dict[str, Bools] = {}
     for state in states:
         if len(out) == count:

@@ -1,9 +1,9 @@
-"""Slopes of the loss in every gate at a cut model: one backward pass around a state.
+"""Slopes of the loss in every gate at a cut model, by one backward pass.
 
-The gate of a kept block stands at 1, that of a removed block at 0, and the KL to the original
-is differentiated in all of them. For a removed block the slope is the first-order gain of
-putting it back, which no measured removal tells; for a kept one it is a weak guide to removing
-it (docs/experiments.md), and is not used for that.
+The gate of a kept block is 1, that of a removed block 0, and the KL to the original is
+differentiated in all gates. For a removed block, the slope is the first-order gain of restoring it,
+which no measured removal shows. For a kept block it predicts the cost of a removal poorly
+(docs/experiments.md) and is not used.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from isingcut.models.compute.head import divergence_gradient
 from isingcut.models.replay import Recording, Replay
 
 PASSES = 4.0
-"""Price in forward passes: the original, the gated model, and a backward pass of twice that."""
+"""Cost in forward passes: the original, the gated model, and a backward pass of twice that."""
 
 
 def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: int) -> Floats:
-    """d KL(original || cut) / d alpha of each block's gate, in nats per token: (N,).
+    """Compute d KL(original || cut) / d alpha of each block's gate, in nats per token: (N,).
 
     Args:
-        state: (N,) bool; its blocks' gates stand at 0, all others at 1.
+        state: (N,) bool; the gates of its blocks are 0, all others 1.
     """
 
     def toward(recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a search looks for: the states that one set of constraints allows."""
+"""Targets of a search: the states that one set of constraints allows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Target:
     """One removal.
 
     Attributes:
-        label: what the user calls it, for example ``"8"`` or ``"params=25%"``.
+        label: the removal as typed, for example ``"8"`` or ``"params=25%"``.
         rows: its constraints over N blocks.
-        low, high: fewest and most blocks of a feasible state.
-        size: blocks of a feasible state of average ones. Where a budget only asks for enough,
-            many more may go than a good state removes; this is about where the good ones are.
+        low, high: fewest and most removed blocks of a feasible state.
+        size: removed blocks of a feasible state with blocks of average cost. A budget allows states
+            with many more removed blocks; the good ones are near this size.
     """
 
     label: str
@@ -38,40 +38,40 @@ class Target:
 
     @classmethod
     def of(cls, label: str, rows: Sequence[LinearConstraint], n: int) -> Target:
-        """A target from its rows.
+        """Make a target from its rows.
 
         Raises:
-            InfeasibleError: no state obeys them.
+            InfeasibleError: no state satisfies them.
         """
         low, high = _blank(n, rows).cardinality
-        asked = [
+        enough = [
             math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
             for row in rows
             if row.sense == ">=" and row.coefficients.min() >= 0 and row.coefficients.any()
         ]
-        return cls(label, tuple(rows), low, high, min(high, max([low, *asked])))
+        return cls(label, tuple(rows), low, high, min(high, max([low, *enough])))
 
     @classmethod
     def count(cls, n: int, remove: int) -> Target:
-        """Exactly ``remove`` of ``n`` blocks.
+        """Make the target to remove exactly ``remove`` of ``n`` blocks.
 
         Raises:
-            InputError: none or all of them.
+            InputError: ``remove`` is none or all of the blocks.
         """
         if not 1 <= remove < n:
             raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
         return cls.of(str(remove), [count(n, remove)], n)
 
     def problem(self, hamiltonian: Hamiltonian) -> Problem:
-        """Minimise ``hamiltonian`` over this target's states."""
+        """Return the problem to minimise ``hamiltonian`` over this target's states."""
         return Problem(hamiltonian, self.rows)
 
     def feasible(self, states: States) -> Bools:
-        """(S,) which of the states (S, N) obey every row."""
+        """Return (S,) which of the states (S, N) satisfy every row."""
         return _blank(states.shape[1], self.rows).feasible(states)
 
     def extendable(self, states: States) -> Bools:
-        """(S,) which states exceed no row yet: those a greedy path may pass through."""
+        """Return (S,) which states exceed no row yet, so that a greedy path may pass through."""
         result = np.ones(len(states), dtype=bool)
         for row in self.rows:
             if row.sense != ">=" and (row.coefficients >= 0).all():
@@ -79,7 +79,7 @@ class Target:
         return result
 
     def near(self, states: States, distance: int) -> Bools:
-        """(S,) which states have a number of removed blocks close to this target's good ones."""
+        """Return (S,) which states have about as many removed blocks as this target's good ones."""
         size = states.sum(1)
         most = min(self.high, self.size + 2)
         return np.asarray((size >= self.low - distance) & (size <= most + distance))

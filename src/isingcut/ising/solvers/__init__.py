@@ -163,8 +163,7 @@ def _diverse(problem: Problem, name: str, part: Any, k: int, swaps: int, began: 
             part = dataclasses.replace(part, seconds=left)
         rows = [distance(x, swaps, f"diverse {i}") for i, x in enumerate(chosen)]
         try:
-            rest = problem.with_constraints(rows)
-            spectrum = _run_one(rest, name, part, wanted, wanted, began)
+            spectrum = _run_one(problem.with_constraints(rows), name, part, wanted, wanted, began)
         except InfeasibleError:
             if not rounds:
                 raise
