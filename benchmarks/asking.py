@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from isingcut.evaluation.questions import Prepared, prepare_task, quiet
-from isingcut.evaluation.scores import Asked, score_states
+from isingcut.evaluation.scores import ScoredModel, score_states
 from isingcut.measure.work import Work
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
@@ -89,7 +89,7 @@ def main() -> None:
     o = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load(resolve("smollm2"), dtype="bfloat16", device="cpu")
-    model, totals = Asked.whole(loaded), dict[tuple[str, int], float]()
+    model, totals = ScoredModel.whole(loaded), dict[tuple[str, int], float]()
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / "-".join(map(str, removed)) for removed in FIVE]
         for removed, folder in zip(FIVE, folders, strict=True):

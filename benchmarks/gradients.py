@@ -25,6 +25,7 @@ from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
@@ -102,7 +103,7 @@ def _peak(side: str, arguments: argparse.Namespace, answer: multiprocessing.Queu
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water()
     if side == "batched":
-        gate_gradients(replay, tokens, batch_tokens=arguments.batch_tokens)
+        gate_gradients(replay, tokens, work=Work(arguments.batch_tokens))
     elif side == "forward":
         reuse_freed_memory()
         forward(replay, tokens, arguments.batch_tokens)
@@ -146,7 +147,7 @@ def main() -> None:
     sides: dict[str, Callable[[], None]] = {
         "forward": lambda: forward(replay, tokens, arguments.batch_tokens),
         "batched": lambda: rows.update(
-            batched=gate_gradients(replay, tokens, batch_tokens=arguments.batch_tokens)
+            batched=gate_gradients(replay, tokens, work=Work(arguments.batch_tokens))
         ),
         "batch 1": lambda: rows.update(one=batch_one(replay, tokens)),
     }

@@ -156,7 +156,7 @@ class Bench:
         job = Job(self.original, self.removed, self.cut, self.tokens, work, config, clock.progress)
         found = train(job)[0]["steps"]
         shutil.rmtree(work)
-        counts = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(found)]
+        counts = [b.tokens - a.tokens for a, b in itertools.pairwise(found)]
         predicted = counts[WARM_UP - 1 :]
         return [s / (n + o.batch) for s, n in zip(clock.steps(), predicted, strict=True)]
 

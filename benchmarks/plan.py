@@ -20,6 +20,7 @@ from isingcut.evaluation.speed import resident_peak
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
@@ -44,11 +45,11 @@ def actual(name: str, a: argparse.Namespace, answer: Any = None) -> tuple[float,
     ).splits["energy"]
     began = time.perf_counter()
     if name == "pairwise":
-        measure(replay, tokens, removals(len(replay)), batch_tokens=a.batch_tokens)
+        measure(replay, tokens, removals(len(replay)), work=Work(a.batch_tokens))
     elif name == "empirical-fisher":
-        gate_gradients(replay, tokens, batch_tokens=a.batch_tokens)
+        gate_gradients(replay, tokens, work=Work(a.batch_tokens))
     else:
-        gate_curvature(replay, tokens, name, batch_tokens=a.batch_tokens)
+        gate_curvature(replay, tokens, name, work=Work(a.batch_tokens))
     found = (time.perf_counter() - began) / samples, resident_peak()
     if answer is not None:
         answer.put(found)

@@ -36,8 +36,7 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.search import Search, Target
 from isingcut.evaluation.speed import resident_peak
 from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import find_stack, stack_modules
@@ -87,7 +86,7 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     seconds["empirical-fisher"] = time.perf_counter() - began
     states = random_states(len(replay), arguments.states, len(replay) // 4)
     began, stalled = time.perf_counter(), buffers.stalled
-    found = measure(replay, tokens, states, batch_tokens=batch)
+    found = measure(replay, tokens, states, work=Work(batch))
     seconds["states"] = time.perf_counter() - began
     assert np.isfinite(found.kl).all()
     busy = seconds["states"] - (buffers.stalled - stalled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import torch
 from isingcut.console.progress import terminal
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files.provenance import versions
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import states_of
@@ -79,8 +80,8 @@ class ModelStudy(Study):
         return models.load(resolve(source), dtype=self.options.dtype)
 
     @cached_property
-    def asked(self) -> Asked:
-        return Asked.whole(self.original)
+    def asked(self) -> ScoredModel:
+        return ScoredModel.whole(self.original)
 
     @property
     def replay(self) -> Replay:
@@ -154,9 +155,7 @@ class ModelStudy(Study):
                 self.replay,
                 tokens,
                 states_of(len(self.replay), [tuple(s) for s in rest.values()]),
-                batch_tokens=work.batch_tokens,
-                progress=work.progress,
-                journal=journal,
+                replace(work, journal=journal),
             )
             rows = zip(found.kl_sums, found.nll_sums, strict=True)
             return [loss_row(kl, nll, tokens) for kl, nll in rows]

@@ -10,8 +10,8 @@ import torch
 from isingcut.data.tokens import TokenSet
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.replay import Replay
+from isingcut.models.architectures.blocks import find_stack
+from tiny import replay_of
 
 
 def tokens(samples=12, length=24, seed=0):
@@ -22,8 +22,7 @@ def tokens(samples=12, length=24, seed=0):
 
 def fitted(model, removed, text, *, reads=True):
     """Patches of what a layer reads, or of what it writes, as where memory is short."""
-    stack = find_stack(model)
-    replay = Replay(model, stack_modules(model, stack))
+    stack, replay = find_stack(model), replay_of(model)
 
     def chosen(fitting, writes):
         for write in writes:

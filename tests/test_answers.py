@@ -13,7 +13,7 @@ from calibrating import SIZES, decoded, refused, sentences, write_jsonl
 from isingcut.baselines.angular_window import AngularWindow
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
-from isingcut.data.conversations import answered, render_chat, row_of
+from isingcut.data.conversations import mark_answers, render_chat, row_of
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, describe_source, parts_of, places_in
 from isingcut.data.tokens import Encoder, TokenSet, pieces
@@ -22,7 +22,7 @@ from isingcut.errors import CalibrationError, ModelError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
 from isingcut.healing.job import beginnings
-from isingcut.healing.training.batches import Rows, collate
+from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import states_of
@@ -94,7 +94,7 @@ ENDS_ITSELF = (
 def test_the_assistants_words_and_the_end_of_its_turns_count(template, messages, expected):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
-    found = answered(messages, partial(render_chat, tokenizer))
+    found = mark_answers(messages, partial(render_chat, tokenizer))
     assert found == tokenizer.apply_chat_template(messages, tokenize=False)
     tokens = TokenSet.from_rows([row_of(Encoder(tokenizer), found, 200)])
     assert decoded(tokenizer, tokens) == [found]
@@ -113,7 +113,7 @@ def test_a_token_over_the_edge_counts_where_an_answer_begins():
         names = {"user": "\nuser", "assistant": "bot"}
         return "".join(f"{names[m['role']]}: {m['content']}\n" for m in messages)
 
-    found = answered(talk("a", "b", "a"), render)
+    found = mark_answers(talk("a", "b", "a"), render)
     assert found == "\nuser: a\nbot: b\n\nuser: a\n"
     given = encode
     row = row_of(given, found, 100)
@@ -130,9 +130,11 @@ def test_what_cannot_be_told_is_refused(tmp_path):
     refused(source, tokenizer, r"chat\.jsonl line \d+: .* shows an answer otherwise .*'answers:'")
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     with pytest.raises(ModelError, match="not text alone"):
-        answered([*talk("hi"), call], lambda messages: "")
+        mark_answers([*talk("hi"), call], lambda messages: "")
     far = lambda text, most=None: [len(text)] * len(text)  # noqa: E731
-    whole = answered(talk("hi, hi, hi", "yes", "no"), lambda ms: "".join(m["content"] for m in ms))
+    whole = mark_answers(
+        talk("hi, hi, hi", "yes", "no"), lambda ms: "".join(m["content"] for m in ms)
+    )
     with pytest.raises(CalibrationError, match="takes a conversation apart otherwise"):
         row_of(far, whole, 100)
 
@@ -265,7 +267,7 @@ def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     kl, nll = directly(replay.model, cut, tokens)
     states = states_of(len(replay), [tuple(removed)])
     for model in (replay, streamed(folder)):
-        found = measure(model, tokens, states, batch_tokens=30)
+        found = measure(model, tokens, states, work=Work(30))
         assert found.kl[0] == pytest.approx(kl, rel=1e-4)
         assert found.nll[0] == pytest.approx(nll, rel=1e-4)
         assert found.counts.tolist() == [7, 4, 11]
@@ -290,7 +292,6 @@ def test_gradients_are_of_the_answers(tmp_path):
         logits = recording.logits(stream[0], 0)[:-1]
         counts = tokens.counted[s, 1 : ids.shape[1]]
         F.cross_entropy(logits[counts], ids[0, 1:][counts]).backward()
-        assert gates.grad is not None
         rows.append(gates.grad.double().numpy())
     a = np.array(rows)
     states = states_of(len(replay), [(0,), (1, 3), (0, 2, 4)]).astype(float)
@@ -320,8 +321,7 @@ def test_healing_learns_the_answers_in_their_context(family):
     tokens = some_answers()
     kl, _ = directly(teacher, student, tokens)
     install(student, student, teacher)
-    rows = Rows(tokens)
-    batch = collate([rows[i] for i in range(3)])
+    batch = batch_of(tokens, range(3))
     labels = batch.pop("labels")
     assert int((labels != -100).sum()) == tokens.tokens == 22
     with torch.no_grad():

@@ -8,19 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from calls import LENGTH, N, counted
 from isingcut.baselines import registry
 from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.base import open_ledger
 from isingcut.baselines.block_influence import BlockInfluence
-from isingcut.baselines.cbo import Cbo
+from isingcut.baselines.cbo import BACKWARD, Cbo
 from isingcut.baselines.evopress import Evopress
 from isingcut.baselines.norm_ratio import NormRatio
+from isingcut.baselines.random import Random
 from isingcut.baselines.sleb import Sleb
 from isingcut.energies.empirical_fisher import EmpiricalFisher
+from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError
 from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from journals import count_rows, keep_rows
@@ -122,24 +124,17 @@ def test_iterative_block_influence_scores_the_cut_model():
     assert found.passes == pytest.approx((6 + sum(after)) / 6)
 
 
-@pytest.mark.parametrize("positions", ["last", "all"])
-def test_the_angular_window_is_the_least_turned_one(positions):
+def test_the_angular_window_is_the_least_turned_one():
     replay, tokens = tiny_replay(), random_tokens()
     angles = []
     for stream in streams(replay, tokens):
-        looked = stream[:, -1:] if positions == "last" else stream
-        cosine = F.cosine_similarity(looked[:-3], looked[3:], dim=-1)
+        cosine = F.cosine_similarity(stream[:-3, -1:], stream[3:, -1:], dim=-1)
         angles.append(cosine.arccos() / math.pi)
     expected = torch.cat(angles, 1).mean(1).numpy()
-    found = AngularWindow(positions).choose(replay, tokens, 3, WORK, seed=0)
+    found = AngularWindow().choose(replay, tokens, 3, WORK, seed=0)
     np.testing.assert_allclose(found.info["distance"], expected, rtol=1e-4)
     start = int(expected.argmin())
     assert found.removed == (start, start + 1, start + 2)
-
-
-def test_a_window_of_unknown_positions_is_refused():
-    with pytest.raises(InputError, match="last, all"):
-        AngularWindow("first").choose(tiny_replay(), random_tokens(), 2, WORK, seed=0)
 
 
 @pytest.mark.parametrize(("loss", "ends"), [("nll", True), ("kl", False)])
@@ -276,3 +271,60 @@ def test_seeds_matter_to_random_only_where_they_should():
     replay, tokens = tiny_replay(), random_tokens()
     drawn = {registry.get("random")().choose(replay, tokens, 3, WORK, s).removed for s in range(8)}
     assert len(drawn) > 3
+
+
+# prices, against the blocks and heads that are really called ----------------------------------
+
+PAIRS = Work(batch_tokens=2 * LENGTH)
+EVOLUTION = {"generations": 3, "offspring": 4, "step_tokens": (LENGTH, 99), "initial": 4}
+
+
+@pytest.fixture
+def made():
+    return counted()
+
+
+@pytest.mark.parametrize(
+    ("part", "passes", "heads"),
+    [
+        (Random(), 0, 0),
+        (AngularWindow(), 1, 0),
+        (BlockInfluence(), 1, 0),
+        (NormRatio(), 1, 0),
+        (BlockInfluence(iterative=True), None, 0),
+        (Sleb(loss="kl", keep_ends=False), None, 1 + 6 + 5 + 4),
+        (Sleb(), None, 4 + 3 + 2),
+        (Evopress(**EVOLUTION), None, None),
+        (Evopress(**EVOLUTION, loss="nll"), None, None),
+    ],
+    ids=repr,
+)
+def test_the_claimed_price_is_what_is_called(made, part, passes, heads):
+    replay, tokens, calls = made
+    found = part.choose(replay, tokens, 3, PAIRS, seed=0)
+    assert found.passes == pytest.approx(calls.passes)
+    if passes is not None:
+        assert found.passes == passes
+    reference, others = calls.heads
+    # Only a KL needs the original's head.
+    needed = reference if getattr(part, "loss", "") == "kl" else 0
+    assert found.heads == pytest.approx(needed + others)
+    if heads is not None:
+        assert found.heads == heads
+
+
+@pytest.mark.parametrize("top", [1, 6])
+def test_a_gradient_is_the_originals_pass_and_a_backward_at_the_price_of_two(made, top):
+    replay, tokens, calls = made
+    found = Cbo(top).choose(replay, tokens, 3, PAIRS, seed=0)
+    reference, others = calls.heads
+    assert found.passes == pytest.approx(calls.passes + BACKWARD)
+    assert found.heads == pytest.approx(reference + others + BACKWARD)
+    assert found.info["gradient_passes"] == 1 + BACKWARD
+    assert (calls.passes > 1) == (top > 1)
+
+
+def test_the_pair_energy_is_priced_by_the_same_rule(made):
+    replay, tokens, calls = made
+    found = Pairwise().measure(replay, tokens, PAIRS)
+    assert found.meta["blocks_run"] / N == pytest.approx(calls.passes)

@@ -12,6 +12,7 @@ from isingcut.errors import MemoryExhaustedError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
+from isingcut.measure.work import Work
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.sharing import open_cut, share
 from isingcut.models.device import BatchLimit, allowance, device_module, pick_device
@@ -199,8 +200,8 @@ STATES = np.random.default_rng(1).random((5, 6)) < 0.4
 def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
     def numbers(replay):
         if job == "losses":
-            return measure(replay, random_tokens([12] * 8), STATES, batch_tokens=96).kl_sums
-        return gate_gradients(replay, random_tokens([12] * 8), batch_tokens=96)
+            return measure(replay, random_tokens([12] * 8), STATES, work=Work(96)).kl_sums
+        return gate_gradients(replay, random_tokens([12] * 8), work=Work(96))
 
     with fake_cards() as (card,):
         replay = replay_of(tiny_model("llama").to(card.device))

@@ -10,8 +10,8 @@ import isingcut
 from isingcut.errors import InputError
 from isingcut.evaluation import benchmark as choosing
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
-from isingcut.evaluation.questions import prepare_task, question_key
-from isingcut.evaluation.scores import Asked, score
+from isingcut.evaluation.questions import prepare_task
+from isingcut.evaluation.scores import ScoredModel, score
 from isingcut.files.documents import ByTasks
 from isingcut.files.writing import read_json
 from isingcut.models.load import load
@@ -191,7 +191,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert not (target / ".asked").exists()
 
     # The checkpoint answers as the original with its blocks skipped did.
-    cut = Asked.whole(load(target / "model", dtype="float32", device="cpu"))
+    cut = ScoredModel.whole(load(target / "model", dtype="float32", device="cpu"))
     task = prepare_task(str(questions), None)
     own = score(cut, task, wanted=set(asked["asked"]).__contains__)
     assert own.values.mean() == pytest.approx(chosen["accuracy"])
@@ -255,14 +255,6 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     isingcut.prune(**options)
     assert calls == ["mine.jsonl", "more.jsonl"] * 2
     assert computed.count("mine.jsonl") == before > 0
-
-
-def test_a_question_has_one_key_in_every_task(questions):
-    task = prepare_task(str(questions), None, 7)
-    keys = task.pool()
-    assert len(set(keys)) == 7
-    first = json.loads(questions.read_text(encoding="utf-8").splitlines()[0])
-    assert question_key(first) == keys[0]
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
     found["fidelity"]["kl"] |= {"spearman": 0.12, "spearman_low": -0.2}
     file.write_text(json.dumps(found))
     manifest = json.loads((run / "run.json").read_text())
-    manifest["stages"]["candidates.json"]["sha256"] = isingcut.runs.folder.file_sha256(file)
+    manifest["stages"]["candidates.json"]["sha256"] = isingcut.files.writing.file_sha256(file)
     (run / "run.json").write_text(json.dumps(manifest))
     assert call("rank", run) == 0
     captured = capsys.readouterr()

@@ -95,7 +95,7 @@ STATES = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 1, 
 def test_hessian_equals_autograd_of_the_plain_model(family, gate):
     replay, tokens = tiny_replay(family, torch.float64), random_tokens()
     g, H = independent(replay, tokens, family, gate, "nll")
-    found = gate_curvature(replay, tokens, "hessian", gate=gate, batch_tokens=30)
+    found = gate_curvature(replay, tokens, "hessian", gate=gate, work=Work(30))
     total = found.counts.sum()
     np.testing.assert_allclose(found.gradient_sums.sum(0) / total, g, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.curvature_sums.sum(0) / total, H, rtol=1e-5, atol=1e-6)
@@ -135,7 +135,7 @@ def test_fisher_is_gauss_newton_on_average_over_the_drawn_labels():
 def test_drawn_labels_depend_on_the_seed_and_the_sample_and_not_on_the_batches():
     replay, tokens = tiny_replay("llama"), random_tokens()
     whole = gate_gradients(replay, tokens, label_seed=3)
-    apart = gate_gradients(replay, tokens, label_seed=3, batch_tokens=1)
+    apart = gate_gradients(replay, tokens, label_seed=3, work=Work(1))
     np.testing.assert_allclose(whole, apart, rtol=1e-4, atol=1e-5)
     assert np.abs(whole - gate_gradients(replay, tokens, label_seed=4)).max() > 1e-2
     assert np.abs(whole - gate_gradients(replay, tokens)).max() > 1e-2
@@ -169,14 +169,14 @@ def test_curvatures_of_the_kl_are_nowhere_negative(name):
 
 def test_micro_batches_do_not_change_the_curvature_and_a_journal_brings_it_back(tmp_path):
     replay, tokens = tiny_replay("llama", torch.float64), random_tokens()
-    whole = gate_curvature(replay, tokens, "hessian", batch_tokens=1000)
+    whole = gate_curvature(replay, tokens, "hessian", work=Work(1000))
     journal = tmp_path / "j"
-    parts = gate_curvature(replay, tokens, "hessian", batch_tokens=15, journal=journal)
+    parts = gate_curvature(replay, tokens, "hessian", work=Work(15, journal=journal))
     np.testing.assert_allclose(whole.curvature_sums, parts.curvature_sums, rtol=1e-6, atol=1e-5)
     keep_rows(journal, count_rows(journal) - 2, torn=1)
-    again = gate_curvature(replay, tokens, "hessian", batch_tokens=15, journal=journal)
+    again = gate_curvature(replay, tokens, "hessian", work=Work(15, journal=journal))
     np.testing.assert_array_equal(again.curvature_sums, parts.curvature_sums)
-    other = gate_curvature(replay, tokens, "gauss-newton", batch_tokens=15, journal=journal)
+    other = gate_curvature(replay, tokens, "gauss-newton", work=Work(15, journal=journal))
     assert np.abs(other.curvature_sums - parts.curvature_sums).max() > 1e-2
 
 

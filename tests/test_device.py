@@ -20,11 +20,10 @@ from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.answers import answer_scores
 from isingcut.healing.patch.linear import _Fitting, fit_patches
-from isingcut.healing.training.batches import Rows, collate
+from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
-from isingcut.measure.boundaries import Boundaries
 from isingcut.measure.curvature import gate_curvature
-from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.gradients import Boundaries, gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.compute import tuning
@@ -73,13 +72,13 @@ class Place:
 
 def losses(place, family="llama", streamed=False):
     replay = place.streamed() if streamed else place.replay(family)
-    found = measure(replay, random_tokens(), states(), batch_tokens=32)
+    found = measure(replay, random_tokens(), states(), work=Work(32))
     return np.stack([found.kl_sums, found.nll_sums])
 
 
 def gate_rows(place, family="llama", streamed=False, seed=None):
     replay = place.streamed() if streamed else place.replay(family)
-    return gate_gradients(replay, random_tokens(), batch_tokens=32, label_seed=seed)
+    return gate_gradients(replay, random_tokens(), work=Work(32), label_seed=seed)
 
 
 def second(place, kind, family="llama"):
@@ -146,8 +145,8 @@ def patched(place, reads):
 def distilled(place, family="llama"):
     """Two steps against the teacher."""
     teacher, student = place.model(family), place.model(family, seed=1).requires_grad_(True).train()
-    rows = Rows(random_tokens())
-    batch = collate([rows[i] for i in range(len(rows))])
+    tokens = random_tokens()
+    batch = batch_of(tokens, range(tokens.samples))
     batch = {name: value.to(place.device) for name, value in batch.items()}
     install(student, student, teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)

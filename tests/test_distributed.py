@@ -12,8 +12,8 @@ import torch
 
 import isingcut
 from isingcut.files.journal import Journal
-from isingcut.measure.pieces import Piece, left
-from isingcut.measure.sharing import SharedJournal, forget
+from isingcut.measure.losses import Piece, left
+from isingcut.measure.work import SharedJournal, forget
 from isingcut.models.processes import Processes
 from journals import count_rows
 from ranks import join, launch, say_into, start, type_in

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_terms
+from isingcut.energies.empirical_fisher import EmpiricalFisher, energy_errors, energy_terms
 from isingcut.measure.gates import gated_block
-from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.sweep import gate_rows
+from isingcut.measure.gradients import gate_gradients, gate_rows
 from isingcut.measure.work import Work
 from isingcut.models.replay import Recording
 from journals import count_rows, keep_rows
@@ -57,7 +56,7 @@ def one_at_a_time(replay, tokens, family):
 def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
     replay, tokens = tiny_replay(family), random_tokens()
     expected = one_at_a_time(replay, tokens, family)
-    got = gate_gradients(replay, tokens, batch_tokens=30)
+    got = gate_gradients(replay, tokens, work=Work(30))
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -77,7 +76,7 @@ def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypa
         return torch.ones_like(stream)
 
     monkeypatch.setattr(Recording, "block", block)
-    (rows,) = gate_rows(replay, [random_tokens()], "sublayer", toward, room=1 << 40)
+    (rows,) = gate_rows(replay, [random_tokens()], "sublayer", toward)
     assert (len(streams), alive) == (len(replay), [1])
     assert rows.abs().min() > 0
 
@@ -148,8 +147,50 @@ def test_empirical_fisher_is_made_of_these_rows():
 def test_rows_come_back_from_the_journal(tmp_path):
     replay, tokens = tiny_replay("llama"), random_tokens()
     journal = tmp_path / "rows.journal"
-    first = gate_gradients(replay, tokens, batch_tokens=30, journal=journal)
+    first = gate_gradients(replay, tokens, work=Work(30, journal=journal))
     # Drop the last finished micro-batch and tear the one before: both are computed again.
     keep_rows(journal, count_rows(journal) - 2, torn=1)
-    again = gate_gradients(replay, tokens, batch_tokens=30, journal=journal)
+    again = gate_gradients(replay, tokens, work=Work(30, journal=journal))
     np.testing.assert_array_equal(first, again)
+
+
+linear_or_not = pytest.mark.parametrize("linear", [False, True])
+
+
+def gradients(m, seed=3):
+    """Rows (m, 5) with means, correlations and a heavy tail."""
+    rng = np.random.default_rng(seed)
+    return rng.standard_t(5, (m, 5)) @ rng.standard_normal((5, 5)) + 0.3
+
+
+@linear_or_not
+@pytest.mark.parametrize("m", [2, 3, 25])
+def test_errors_are_those_of_the_jackknife(linear, m):
+    rows = gradients(m)
+    left_out = [energy_terms(np.delete(rows, s, 0), linear=linear) for s in range(m)]
+    got = energy_errors(rows, linear=linear)
+    for error, values in zip(got, map(np.array, zip(*left_out, strict=True)), strict=True):
+        spread = ((values - values.mean(0)) ** 2).sum(0)
+        np.testing.assert_allclose(error, np.sqrt((m - 1) / m * spread), rtol=1e-9, atol=1e-12)
+
+
+def test_samples_that_agree_have_no_error():
+    rows = np.repeat(gradients(1), 7, axis=0)
+    for linear in (False, True):
+        h_error, J_error = energy_errors(rows, linear=linear)
+        np.testing.assert_allclose(h_error, 0, atol=1e-12)
+        np.testing.assert_allclose(J_error, 0, atol=1e-6)
+        assert not np.diag(J_error).any()
+
+
+@linear_or_not
+def test_the_energy_carries_its_errors(linear):
+    replay, tokens = tiny_replay(), random_tokens()
+    found = EmpiricalFisher(linear=linear).measure(replay, tokens, Work())
+    h_error, J_error = energy_errors(gate_gradients(replay, tokens), linear=linear)
+    np.testing.assert_allclose(found.h_error, h_error, rtol=1e-6)
+    np.testing.assert_allclose(found.J_error, J_error, rtol=1e-6)
+    assert (found.h_error > 0).all()
+    one = EmpiricalFisher(linear=linear).measure(replay, tokens.select([0]), Work())
+    assert one.h_error is None
+    assert one.J_error is None

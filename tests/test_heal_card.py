@@ -121,7 +121,7 @@ def test_what_others_shard_is_counted_by_rank_and_left_where_it_is(models, tmp_p
     four.decide = lambda make: make()
     job = job_on(card, models, tmp_path, four, {"fsdp": "full_shard"}, method="full")
     card.budget = card.live + 10**5
-    with train._student(job, 4) as (student, _, plan):
+    with train._student(job, 4) as (student, plan):
         assert {p.device.type for p in student.parameters()} == {"cpu"}
         trained = sum(p.numel() for p in student.parameters())
         terms = memory._terms(job, student, {"fsdp": "full_shard"})

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.healing.training.batches import Steps, collate, divisions
+from isingcut.data.tokens import TokenSet
+from isingcut.healing.training.batches import Steps, batch_of, divisions
 from isingcut.healing.training.student import install, narrow, prepare_training, split_head
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.compute import divergence as kl
@@ -38,30 +39,19 @@ def loops(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("loops")
-def test_divergence_and_its_gradient():
-    student, teacher = normal(7, 17), normal(7, 17, seed=1)
-    exact, ours = student.clone().requires_grad_(), student.float().requires_grad_()
-    expected = reference(exact, teacher)
-    found = kl.divergence(ours, teacher.float())
-    expected.backward()
-    (3 * found).backward()
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert ours.grad is not None
-    assert exact.grad is not None
-    torch.testing.assert_close(ours.grad.double(), 3 * exact.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_half_precision_gives_the_loss_of_its_own_logits():
-    student, teacher = normal(6, 4099).bfloat16(), normal(6, 4099, seed=1).bfloat16()
+@pytest.mark.parametrize(
+    ("dtype", "words", "rtol"),
+    # The gradient is stored in the logits' own dtype, then scaled: eight bits of bfloat16, twice.
+    [(torch.float32, 17, 1e-4), (torch.bfloat16, 4099, 2**-7)],
+)
+def test_divergence_and_its_gradient(dtype, words, rtol):
+    student, teacher = (normal(7, words, seed=seed).to(dtype) for seed in (0, 1))
     ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     found, expected = kl.divergence(ours, teacher), reference(exact, teacher.double())
-    found.backward()
-    expected.backward()
+    (3 * found).backward()
+    (3 * expected).backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
-    assert ours.grad is not None
-    assert exact.grad is not None
-    # The gradient is stored in bfloat16: eight bits.
-    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=rtol, atol=1e-6)
 
 
 def test_chunks_of_the_vocabulary_change_nothing():
@@ -104,7 +94,7 @@ def test_the_loss_counts_real_predictions_only(family, parts):
             mine, theirs = student(row[None]).logits[0, :-1], teacher(row[None]).logits[0, :-1]
             expected += float(reference(mine.double(), theirs.double()))
     install(student, student, teacher)
-    batch = collate([{"input_ids": row} for row in rows])
+    batch = batch_of(TokenSet.from_rows([row.tolist() for row in rows]), range(3))
     assert int((batch["labels"] != -100).sum()) == 11 + 4 + 1
     found = student(**{k: v for k, v in batch.items() if k != "labels"})["loss"]
     student.forward = forward

@@ -9,10 +9,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.console.progress import terminal
-from isingcut.evaluation.answers import MICRO_BATCHES, Answers, Generations, answer_scores
+from isingcut.evaluation.answers import MICRO_BATCHES, Generations, Likelihoods, answer_scores
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, certainties, score, score_states, tempered
+from isingcut.evaluation.scores import ScoredModel, certainties, score, score_states, temper_margins
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays
@@ -27,7 +27,7 @@ REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
 @pytest.fixture(scope="module")
 def model(shared):
     folder = shared.checkpoint(seed=3, max_position_embeddings=512)
-    return Asked.whole(load(folder, dtype="float32", device="cpu"))
+    return ScoredModel.whole(load(folder, dtype="float32", device="cpu"))
 
 
 def some_rows():
@@ -52,7 +52,7 @@ def test_likelihoods_are_the_harness_s(model):
     rows.append((tuple(int(i) for i in np.random.default_rng(1).integers(0, 40, 700)), 3))
     requests = [(("", str(i)), list(ids[:-k]), list(ids[-k:])) for i, (ids, k) in enumerate(rows)]
     plain = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4)
-    answers = Answers(model.replay, states_of(len(model.replay), [()]), Work(128))
+    answers = Likelihoods(model.replay, states_of(len(model.replay), [()]), Work(128))
     ours = Harness(loaded, lambda asked: answers.of(0, asked), lambda prompts, write: [])
     expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
     found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -94,7 +94,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
             cut = tmp_path / "-".join(map(str, blocks))
             if not cut.exists():
                 excise(model.loaded.folder, blocks, cut)
-            one = Asked.whole(load(cut, dtype="float32", device="cpu"))
+            one = ScoredModel.whole(load(cut, dtype="float32", device="cpu"))
         alone = score(one, task)
         assert scores.values.tolist() == alone.values.tolist()
         assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
@@ -178,10 +178,10 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
 def test_being_too_sure_costs_nothing():
     rng = np.random.default_rng(0)
     margins = [rng.normal(-0.5, 1.5, 3) for _ in range(200)]
-    plain, sharp = (np.mean(tempered([k * m for m in margins])) for k in (1, 8))
+    plain, sharp = (np.mean(temper_margins([k * m for m in margins])) for k in (1, 8))
     assert sharp == pytest.approx(plain, abs=2e-3)
     # Of answers that say nothing a high temperature makes a guess among four.
-    nothing = tempered([rng.normal(0.0, 3.0, 3) for _ in range(2000)])
+    nothing = temper_margins([rng.normal(0.0, 3.0, 3) for _ in range(2000)])
     assert np.mean(nothing) == pytest.approx(-np.log(4), abs=0.05)
 
 

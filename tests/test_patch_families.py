@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,10 +14,13 @@ from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
 from isingcut.healing.patch.linear import Moments
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.replay import Replay
-from isingcut.testing import patches
 from isingcut.testing.tiny import FAMILIES, tiny_model
 from patching import fitted, tokens
+from tiny import replay_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+
+import make_patches as patches
 
 
 @pytest.mark.parametrize(
@@ -36,12 +42,10 @@ def test_families_that_absorb(family, path):
 def test_the_scale_of_a_family_is_found(monkeypatch):
     monkeypatch.setitem(FAMILIES, "granite", {"head_dim": None, "residual_multiplier": 0.5})
     model = tiny_model("granite")
-    stack = find_stack(model)
-    replay = Replay(model, stack_modules(model, stack))
+    stack, replay = find_stack(model), replay_of(model)
     with torch.no_grad():
         recording = replay.record(tokens().input_ids[:2, :8])
         write = find_write(recording, replay.blocks[0], 0, recording.entered, stack.kinds[0])
-    assert write is not None
     assert write.scale == pytest.approx(0.5, rel=1e-5)
     text = tokens(16)
     (patch,) = fitted(model, [3], text)
@@ -57,8 +61,7 @@ def test_half_precision_does_not_hide_who_absorbs():
     for family in ("gemma2", "mixtral"):
         model = tiny_model(family).to(torch.bfloat16)
         model.get_input_embeddings().weight.data[:, 5] = 300.0
-        stack = find_stack(model)
-        replay = Replay(model, stack_modules(model, stack))
+        stack, replay = find_stack(model), replay_of(model)
         with torch.no_grad():
             recording = replay.record(tokens().input_ids[:2, :8])
             entered = recording.entered
@@ -137,8 +140,7 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
 
 def test_gains_are_those_of_the_norm_behind_the_layer():
     model = tiny_model("olmo2")
-    stack = find_stack(model)
-    replay = Replay(model, stack_modules(model, stack))
+    replay = replay_of(model)
     block = replay.blocks[1]
     with torch.no_grad():
         recording = replay.record(tokens(64).input_ids)

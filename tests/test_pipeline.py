@@ -13,9 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
-from isingcut.errors import (
-    OutputExistsError,
-)
+from isingcut.errors import OutputExistsError
 from isingcut.files.writing import read_json
 from isingcut.models.architectures.blocks import find_stack, skipped
 from isingcut.testing.tiny import tiny_checkpoint

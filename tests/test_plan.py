@@ -14,9 +14,10 @@ from isingcut.energies.pairwise import removals
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
-from isingcut.runs.plan import PASSES, Prices, TimedPass, advise, command, make_plan
+from isingcut.runs.plan import PASSES, Prices, advise, command, make_plan
 from shared import call
 from tiny import random_tokens, replay_of, tiny_checkpoint
 
@@ -41,12 +42,12 @@ class Operations(TorchDispatchMode):
         return found
 
 
-def prices(timed=None, **given):
+def prices(**given):
     """Of four blocks that take one second each, and a head of two."""
     found = object.__new__(Prices)
     vars(found).update(
         config=RunConfig(model="m", length=LENGTH, samples=5),
-        timed=TimedPass((1.0,) * 4, 2.0, 0.1) if timed is None else timed,
+        latency=(1.0,) * 4, once=2.0, reading=0.1,
         n=4, remove=2, weights=60, batch=64, logits=400, stream=8, graph=100, streamed=False,
         room=0, memory=SimpleNamespace(used=1000, total=10**9),
         store=SimpleNamespace(largest=10, dtype=torch.float32), left=0.5,
@@ -70,13 +71,13 @@ def test_energies_take_the_passes_that_are_counted(llama):
             run()
         return own.total
 
-    one = operations(lambda: measure(replay, text, np.zeros((0, n), bool), batch_tokens=64))
+    one = operations(lambda: measure(replay, text, np.zeros((0, n), bool), work=Work(64)))
     for name, passes in PASSES.items():
         if name in ("hessian", "gauss-newton"):
             passes *= n
-            took = operations(lambda kind=name: gate_curvature(replay, text, kind, batch_tokens=64))
+            took = operations(lambda kind=name: gate_curvature(replay, text, kind, work=Work(64)))
         else:
-            took = operations(lambda: gate_gradients(replay, text, batch_tokens=64))
+            took = operations(lambda: gate_gradients(replay, text, work=Work(64)))
         assert passes / 2 < took / one < passes * 2, name
 
 
@@ -134,9 +135,9 @@ def test_where_streams_do_not_fit_the_disk_sets_the_pace():
     states = removals(4)
     # One byte of room each.
     sweeps = 5 * LENGTH * (len(states) + 1) * 8
-    slow = prices(TimedPass((1.0,) * 4, 2.0, 1e6), streamed=True, room=1)
+    slow = prices(reading=1e6, streamed=True, room=1)
     assert slow.energy("pairwise")["seconds"] == (sweeps + 1) * 1e6 * slow.weights
-    quick = prices(TimedPass((1.0,) * 4, 2.0, 0.0), streamed=True, room=10**9)
+    quick = prices(reading=0.0, streamed=True, room=10**9)
     assert quick.energy("pairwise")["seconds"] == prices().energy("pairwise")["seconds"]
     assert quick.energy("pairwise")["memory"] == quick.memory.total
     # Gradients run every block once more.

@@ -117,3 +117,167 @@ def test_the_core_is_light():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def random_hamiltonian(n, seed=0, **rest):
+    rng = np.random.default_rng(seed)
+    J = np.triu(rng.normal(size=(n, n)), 1)
+    return Hamiltonian(rng.normal(size=n), J + J.T, float(rng.normal()), **rest)
+
+
+def test_energy_is_the_written_formula():
+    ham = random_hamiltonian(6)
+    for x in all_states(6):
+        ones = np.flatnonzero(x)
+        wanted = ham.c + sum(ham.h[i] for i in ones)
+        wanted += sum(ham.J[i, j] for i in ones for j in ones if i < j)
+        assert ham.energy(x) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_from_quadratic_is_the_form():
+    rng = np.random.default_rng(1)
+    Q = rng.normal(size=(5, 5))
+    x = all_states(5)
+    ham = Hamiltonian.from_quadratic(Q, c=0.5)
+    np.testing.assert_allclose(ham.energies(x), 0.5 + np.einsum("si,ij,sj->s", x, Q, x))
+
+
+def test_ising_round_trip_and_equal_energies():
+    ham = random_hamiltonian(7)
+    ising = ham.to_ising()
+    x = all_states(7)
+    s = 2 * x - 1
+    energies = ising.offset + s @ ising.h + 0.5 * np.einsum("si,ij,sj->s", s, ising.J, s)
+    np.testing.assert_allclose(energies, ham.energies(x), atol=1e-12)
+    back = Hamiltonian.from_ising(*ising)
+    for name in ("h", "J", "c"):
+        np.testing.assert_allclose(getattr(back, name), getattr(ham, name), atol=1e-12)
+
+
+def test_bqm_round_trip():
+    ham = random_hamiltonian(6)
+    bqm = ham.to_bqm()
+    x = all_states(6)
+    np.testing.assert_allclose(bqm.energies((x, range(6))), ham.energies(x), atol=1e-12)
+    back = Hamiltonian.from_bqm(bqm)
+    np.testing.assert_allclose(back.J, ham.J, atol=1e-12)
+    np.testing.assert_allclose(back.h, ham.h, atol=1e-12)
+    spin = Hamiltonian.from_bqm(bqm.change_vartype("SPIN", inplace=False))
+    np.testing.assert_allclose(spin.energies(x), ham.energies(x), atol=1e-12)
+
+
+def test_save_and_load(tmp_path):
+    ham = random_hamiltonian(
+        5, unit="nats/token", meta={"model": "tiny", "seed": 3}, h_error=np.ones(5)
+    )
+    path = ham.save(tmp_path / "hamiltonian.safetensors")
+    back = Hamiltonian.load(path)
+    np.testing.assert_array_equal(back.h, ham.h)
+    np.testing.assert_array_equal(back.J, ham.J)
+    np.testing.assert_array_equal(back.h_error, np.ones(5))
+    assert back.J_error is None
+    assert (back.c, back.unit, back.meta) == (ham.c, ham.unit, ham.meta)
+    assert [p.name for p in tmp_path.iterdir()] == ["hamiltonian.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("h", "J", "message"),
+    [
+        ([0.0, np.nan], np.zeros((2, 2)), "h must be finite"),
+        ([0.0, 1.0], [[0.0, np.inf], [np.inf, 0.0]], "J must be finite"),
+        ([0.0, 1.0], [[0.0, 1.0], [2.0, 0.0]], "J must be symmetric"),
+        ([0.0, 1.0], [[1.0, 1.0], [1.0, 0.0]], "zero diagonal"),
+        ([0.0, 1.0], np.zeros((3, 3)), r"J must have shape \(2, 2\)"),
+        ([[0.0, 1.0]], np.zeros((1, 1)), r"h must have shape \(1,\)"),
+        ([], np.zeros((0, 0)), "at least one entry"),
+        (["a", "b"], np.zeros((2, 2)), "array of real numbers"),
+    ],
+)
+def test_bad_coefficients_are_refused(h, J, message):
+    with pytest.raises(InputError, match=message):
+        Hamiltonian(h, J)
+
+
+@pytest.mark.parametrize("states", [[[0, 1]], [0, 1, 0], [[0, 2, 0]]])
+def test_bad_states_are_refused(states):
+    with pytest.raises(InputError, match="states must"):
+        random_hamiltonian(3).energies(states)
+
+
+def test_arrays_cannot_be_changed_behind_its_back():
+    ham = random_hamiltonian(3)
+    with pytest.raises(ValueError):
+        ham.J[0, 1] = 3.0
+
+
+KINDS = ["attention", "mlp", "attention", "moe", "mlp"]
+
+
+def obeyed(rows, state):
+    return all(row.satisfied(np.array([state]))[0] for row in rows)
+
+
+def test_count():
+    assert obeyed([con.count(4, 2)], [1, 0, 1, 0])
+    assert not obeyed([con.count(4, 2)], [1, 1, 1, 0])
+    with pytest.raises(InputError, match="cannot remove 5 of 4"):
+        con.count(4, 5)
+
+
+def test_kind_counts_keep_unnamed_kinds():
+    rows = con.kind_counts(KINDS, {"attention": 1, "mlp": 2})
+    assert obeyed(rows, [1, 1, 0, 0, 1])
+    assert not obeyed(rows, [1, 1, 0, 1, 1])
+    with pytest.raises(InputError, match=r"no block is of kind 'mamba'; this model has attention"):
+        con.kind_counts(KINDS, {"mamba": 1})
+    with pytest.raises(InputError, match="cannot remove 2 moe blocks of 1"):
+        con.kind_counts(KINDS, {"moe": 2})
+
+
+def test_keep_and_drop():
+    assert obeyed(con.keep(3, [0]) + con.drop(3, [2]), [0, 1, 1])
+    assert not obeyed(con.keep(3, [0]), [1, 1, 1])
+    assert not obeyed(con.drop(3, [2]), [1, 1, 0])
+    with pytest.raises(InputError, match="cannot keep block 3"):
+        con.keep(3, [3])
+
+
+def test_budget_by_share_and_amount():
+    costs = [10.0, 20.0, 30.0, 40.0]
+    share = con.budget("params", costs, share=0.3)
+    assert obeyed([share], [0, 0, 1, 0])
+    assert obeyed([share], [1, 1, 0, 0])
+    assert not obeyed([share], [0, 1, 0, 0])
+    whole = con.budget("params", costs, share=0.3, total=200.0)
+    assert not obeyed([whole], [0, 0, 1, 0])
+    assert obeyed([con.budget("params", costs, amount=40)], [0, 0, 0, 1])
+    with pytest.raises(InputError, match="either a share or an amount"):
+        con.budget("params", costs)
+    with pytest.raises(InputError, match="between 0% and 100%"):
+        con.budget("params", costs, share=1.5)
+
+
+def test_exact_byte_budgets_survive_rounding():
+    costs = np.full(7, 1e9 / 3)
+    assert obeyed([con.budget("bytes", costs, share=3 / 7)], [1, 1, 1, 0, 0, 0, 0])
+
+
+def test_legality_rows():
+    assert obeyed([con.keep_at_least(KINDS, "attention")], [1, 1, 0, 1, 1])
+    assert not obeyed([con.keep_at_least(KINDS, "attention")], [1, 0, 1, 0, 0])
+    rows = con.together(5, [(0, 1), (2, 3, 4)], "period")
+    assert obeyed(rows, [1, 1, 0, 0, 0])
+    assert not obeyed(rows, [0, 0, 1, 1, 0])
+
+
+def test_distance_counts_swaps():
+    rows = [con.distance([1, 1, 0, 0, 0], 2, "apart")]
+    assert obeyed(rows, [0, 0, 1, 1, 0])
+    assert not obeyed(rows, [1, 0, 1, 0, 0])
+
+
+def test_a_row_needs_finite_coefficients_and_a_known_sense():
+    with pytest.raises(InputError, match="finite"):
+        con.LinearConstraint("bad", np.array([np.nan]), "==", 0)
+    with pytest.raises(InputError, match="sense"):
+        con.LinearConstraint("bad", np.zeros(2), "<", 0)

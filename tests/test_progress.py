@@ -6,6 +6,7 @@ import isingcut
 from isingcut.console import progress
 from isingcut.data.calibration import Calibration
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 
 
 def test_a_log_gets_tenths_with_the_time_left_and_the_best(capsys):
@@ -79,9 +80,7 @@ def test_measuring_reports_the_best_so_far(finished):
 
     run = isingcut.open_run(finished, progress=record)
     split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
-    found = measure(
-        run._session.replay, split, run.spectrum.states, batch_tokens=16, progress=record
-    )
+    found = measure(run._session.replay, split, run.spectrum.states, Work(16, record))
     assert len(notes) == 3
     assert notes[-1] == f"lowest KL so far {found.kl.min():.4f}"
 
@@ -101,10 +100,10 @@ def test_what_a_killed_measurement_had_is_counted_at_once(finished, tmp_path):
 
     run = isingcut.open_run(finished)
     split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
-    measured = {"batch_tokens": 16, "progress": record, "journal": tmp_path / "journal"}
+    work = Work(16, record, tmp_path / "journal")
     for _ in range(2):
         told.clear()
-        found = measure(run._session.replay, split, run.spectrum.states, **measured)
+        found = measure(run._session.replay, split, run.spectrum.states, work)
     assert told == [told[0], (told[0], f"lowest KL so far {found.kl.min():.4f}")]
 
 

@@ -10,18 +10,17 @@ from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.block_influence import BlockInfluence
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import Refined
-from isingcut.energies.search import Search, Target, greedy_price, plan, proposals
-from isingcut.energies.search.begin import one_pass_states
-from isingcut.energies.search.estimates import Estimates
-from isingcut.energies.search.evaluator import Evaluator
-from isingcut.energies.search.slopes import gate_slopes
+from isingcut.energies.search import Search, Target, greedy_price, proposals
+from isingcut.energies.search import search as search_module
+from isingcut.energies.search.evaluator import Estimates, Evaluator
+from isingcut.energies.search.proposals import one_pass_states
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
 from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import blocks_of, key_of, states_of
-from isingcut.measure.losses import measure
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.gradients import gate_slopes
+from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from journals import count_rows, keep_rows
 from tiny import tiny_replay
@@ -105,7 +104,7 @@ def test_evaluator_resumes_from_its_journal(replay, tokens, tmp_path, monkeypatc
     ],
 )
 def test_rungs_begin_with_few_tokens_whatever_the_text_holds(samples, tokens, rungs):
-    assert plan.rungs(samples, tokens) == rungs
+    assert search_module.rungs(samples, tokens) == rungs
 
 
 def test_a_budget_target_is_searched_where_it_is_met(replay, tokens):
@@ -204,19 +203,6 @@ def test_surrogate_samples_have_the_posterior_moments():
     np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
 
 
-def test_surrogate_corrects_a_wrong_prior():
-    truth, wrong = random_energy(10, 4), random_energy(10, 5)
-    states = all_states(10, 4)
-    rng = np.random.default_rng(0)
-    seen = rng.permutation(len(states))[:150]
-    rest = np.setdiff1d(np.arange(len(states)), seen)
-    losses = truth.energies(states)
-    found = Surrogate(wrong, states[seen], losses[seen], np.full(150, 1e-3))
-    predicted = found.mean.energies(states[rest])
-    assert np.corrcoef(predicted, losses[rest])[0, 1] > 0.9
-    assert np.corrcoef(wrong.energies(states[rest]), losses[rest])[0, 1] < 0.5
-
-
 def test_surrogate_of_many_states_that_cost_nothing():
     # More of them than a quadratic form has terms for.
     states = all_states(14, 3)
@@ -257,7 +243,7 @@ def test_estimates_carry_few_samples_over_to_all(replay, tokens):
 
 
 def test_search_finds_the_best_state_of_all(replay, tokens, monkeypatch):
-    monkeypatch.setattr(plan, "PATIENCE", 4)
+    monkeypatch.setattr(search_module, "PATIENCE", 4)
     found = Search(replay, tokens, WORK, counts(2, 3, 4), 25.0).run()
     for m in (2, 3, 4):
         states = all_states(N, m)
@@ -338,9 +324,9 @@ def test_one_pass_gives_what_the_methods_of_one_pass_choose(replay, tokens):
 
 
 def test_the_one_pass_is_cut_short_for_a_small_budget():
-    assert plan.one_pass_samples(100.0, 16) == 16
-    assert plan.one_pass_samples(10.0, 16) == 8
-    assert plan.one_pass_samples(0.5, 16) == 1
+    assert search_module.one_pass_samples(100.0, 16) == 16
+    assert search_module.one_pass_samples(10.0, 16) == 8
+    assert search_module.one_pass_samples(0.5, 16) == 1
 
 
 def test_greedy_price_counts_a_greedy_path():

@@ -53,9 +53,7 @@ def problems(draw, most):
     if draw(st.booleans()):
         rows.append(con.count(n, draw(st.integers(0, n))))
     extra = draw(
-        st.sampled_from(
-            ["none", "kinds", "budget", "at most", "keep", "together", "apart", "groups"]
-        )
+        st.sampled_from(["none", "kinds", "budget", "at most", "keep", "together", "apart"])
     )
     if extra == "kinds":
         kinds = [str(v) for v in rng.integers(0, 2, size=n)]
@@ -71,9 +69,6 @@ def problems(draw, most):
         rows += con.together(n, [(0, n - 1)])
     elif extra == "apart":
         rows += apart(n)
-    elif extra == "groups":
-        group = rng.integers(0, 3, size=n)
-        rows += [con.LinearConstraint(f"one of {g}", group == g, "<=", 1.5) for g in range(3)]
     return Problem(hamiltonian(kind, n, seed), rows)
 
 
@@ -119,16 +114,6 @@ def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind
         assert_the_k_best(Problem(ham, [con.count(13, m)]), 4, threads=1)
         assert_the_k_best(Problem(ham, [con.count(13, m), cap]), 4, threads=1)
         assert_the_k_best(Problem(ham, [con.count(13, 3), cap, *apart(13)]), 4, threads=1)
-
-
-@pytest.mark.parametrize("kind", ["psd", "indefinite", "degenerate"])
-@pytest.mark.parametrize("m", [5, 9, 14])
-def test_tree_and_enumeration_agree(tree_only, kind, m):
-    problem = Problem(hamiltonian(kind, 18, 1), [con.count(18, m)])
-    got = solve(problem, "exact", k=25)
-    np.testing.assert_allclose(got.energies, brute_force(problem, 25), atol=1e-9)
-    assert got.proven
-    assert got.info["evaluations"] > 0
 
 
 def test_bounds_are_bounds():
@@ -197,6 +182,7 @@ def test_threads_agree(tree_only):
     one = solve(problem, "exact", k=30, threads=1)
     two = solve(problem, "exact", k=30, threads=2)
     np.testing.assert_array_equal(one.states, two.states)
+    assert one.info["evaluations"] > 0
 
 
 def test_open_nodes_without_multipliers_are_still_solved(tree_only):

@@ -45,13 +45,6 @@ def test_ties_are_ordered_by_bits_whatever_the_input_order():
     assert a.removed(0) == [4, 5]
 
 
-def test_levels_group_degenerate_states(problem):
-    x = states((0, 1), (2, 3), (4, 5))
-    spectrum = Spectrum(x, np.array([1.0, 1.0 + 1e-12, 2.0]), False, None, "", 0.0)
-    assert spectrum.groups() == [[0, 1], [2]]
-    assert spectrum.groups(5.0) == [[0, 1, 2]]
-
-
 def test_diverse_keeps_the_distance(problem):
     x = states((0, 1), (0, 2), (2, 3))
     spectrum = Spectrum(x, np.array([1.0, 2.0, 3.0]), False, None, "", 0.0)

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from isingcut.energies.search import Search, Target
-from isingcut.energies.search.slopes import gate_slopes
 from isingcut.errors import ArchitectureError
 from isingcut.measure.curvature import gate_curvature
-from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.gradients import gate_gradients, gate_slopes
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.compute import head
@@ -31,12 +30,12 @@ def test_equals_the_model_in_memory_with_two_parts_alive(family, tmp_path):
     folder = tiny_checkpoint(family, tmp_path)
     whole, parts, tokens = in_memory(folder), streamed(folder), samples()
     states = some_states(len(whole))
-    expected = measure(whole, tokens, states, batch_tokens=24)
+    expected = measure(whole, tokens, states, work=Work(24))
     seen = watch(parts)
-    found = measure(parts, tokens, states, batch_tokens=24)
+    found = measure(parts, tokens, states, work=Work(24))
     gate = "block" if family == "rwkv" else "sublayer"
-    rows = gate_gradients(whole, tokens, gate=gate, batch_tokens=24)
-    streamed_rows = gate_gradients(parts, tokens, gate=gate, batch_tokens=24)
+    rows = gate_gradients(whole, tokens, gate=gate, work=Work(24))
+    streamed_rows = gate_gradients(parts, tokens, gate=gate, work=Work(24))
     for name in ("kl_sums", "nll_sums", "original_nll_sums"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     np.testing.assert_array_equal(streamed_rows, rows)
@@ -45,9 +44,9 @@ def test_equals_the_model_in_memory_with_two_parts_alive(family, tmp_path):
 
 
 def test_the_head_s_layout_changes_gradients_by_rounding_alone(llama, monkeypatch):
-    expected = gate_gradients(streamed(llama), samples(), batch_tokens=24)
+    expected = gate_gradients(streamed(llama), samples(), work=Work(24))
     monkeypatch.setattr(head, "_TRANSPOSED_BYTES", 1 << 30)
-    found = gate_gradients(in_memory(llama), samples(), batch_tokens=24)
+    found = gate_gradients(in_memory(llama), samples(), work=Work(24))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -96,8 +95,8 @@ def test_a_forward_pass_reads_what_it_needs(tmp_path):
 
 
 JOBS = {
-    "losses": lambda replay, tokens, state: measure(replay, tokens, state[None], batch_tokens=24),
-    "gradients": lambda replay, tokens, state: gate_gradients(replay, tokens, batch_tokens=24),
+    "losses": lambda replay, tokens, state: measure(replay, tokens, state[None], work=Work(24)),
+    "gradients": lambda replay, tokens, state: gate_gradients(replay, tokens, work=Work(24)),
     "slopes": lambda replay, tokens, state: gate_slopes(replay, tokens, state, 24),
 }
 
@@ -117,7 +116,7 @@ def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
 
 
 def test_a_streamed_search_finds_what_one_in_memory_finds(llama, monkeypatch):
-    monkeypatch.setattr("isingcut.energies.search.plan.FIRST_SHARE", 0.4)
+    monkeypatch.setattr("isingcut.energies.search.search.FIRST_SHARE", 0.4)
     found = [
         Search(replay, samples(), Work(16), [Target.count(len(replay), 2)], 30.0).run()
         for replay in (in_memory(llama), streamed(llama))

@@ -8,8 +8,7 @@ import pytest
 from isingcut.energies.search import Search, Target
 from isingcut.errors import InputError
 from isingcut.measure import ledger
-from isingcut.measure.boundaries import Boundaries
-from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.gradients import Boundaries, gate_gradients
 from isingcut.measure.losses import measure, measure_together
 from isingcut.measure.streams import one_pass
 from isingcut.measure.work import Work
@@ -45,8 +44,8 @@ def test_chunks_of_states_and_samples_do_not_change_the_losses(llama, narrow, al
     states = some_states(len(whole), 9)
     states[4] = states[2]
     states[5] = False
-    expected = measure(whole, samples(), states, batch_tokens=24)
-    found = measure(narrow, samples(), states, batch_tokens=24)
+    expected = measure(whole, samples(), states, work=Work(24))
+    found = measure(narrow, samples(), states, work=Work(24))
     np.testing.assert_array_equal(found.kl_sums, expected.kl_sums)
     np.testing.assert_array_equal(found.nll_sums, expected.nll_sums)
 
@@ -54,16 +53,16 @@ def test_chunks_of_states_and_samples_do_not_change_the_losses(llama, narrow, al
 def test_too_little_memory_for_one_state_is_an_error(narrow):
     narrow.allowed = 3
     with pytest.raises(InputError, match="raise --memory-limit or lower --batch-tokens"):
-        measure(narrow, samples(), some_states(len(narrow)), batch_tokens=24)
+        measure(narrow, samples(), some_states(len(narrow)), work=Work(24))
 
 
 def test_hidden_states_that_do_not_fit_go_to_a_file(llama, narrow, monkeypatch, tmp_path):
-    expected = gate_gradients(in_memory(llama), samples(), batch_tokens=24)
+    expected = gate_gradients(in_memory(llama), samples(), work=Work(24))
     used = []
     close = Boundaries.close
     monkeypatch.setattr(Boundaries, "close", lambda self: (used.append(self.spilled), close(self)))
     narrow.allowed = 3
-    found = gate_gradients(narrow, samples(), batch_tokens=24, journal=tmp_path / "journal")
+    found = gate_gradients(narrow, samples(), work=Work(24, journal=tmp_path / "journal"))
     np.testing.assert_array_equal(found, expected)
     assert min(used) > 0
     assert [p.name for p in tmp_path.iterdir()] == ["journal"]
@@ -72,7 +71,7 @@ def test_hidden_states_that_do_not_fit_go_to_a_file(llama, narrow, monkeypatch, 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "nemotron_h"])
 def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
     folder = tiny_checkpoint(family, tmp_path)
-    expected = gate_gradients(in_memory(folder), samples(), batch_tokens=24)
+    expected = gate_gradients(in_memory(folder), samples(), work=Work(24))
     replay = streamed(folder)
     OutputHead(replay)  # looking at the head calls the blocks
     ran = []
@@ -83,7 +82,7 @@ def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
         room = lambda self, batch, k=allowed: k * self.stream_bytes(batch)  # noqa: E731
         monkeypatch.setattr(StreamedReplay, "room", room)
         ran.clear()
-        found = gate_gradients(replay, samples(), batch_tokens=24)
+        found = gate_gradients(replay, samples(), work=Work(24))
         np.testing.assert_array_equal(found, expected)
         counts.append(len(ran))
     none, some, every = counts
@@ -101,10 +100,10 @@ def test_each_block_is_read_once_per_chunk(llama, monkeypatch):
     fill = Reader.fill
     monkeypatch.setattr(Reader, "fill", lambda self, p, b: (read.append(p), fill(self, p, b))[1])
     n = len(replay)
-    measure(replay, samples(), some_states(n), batch_tokens=12)
+    measure(replay, samples(), some_states(n), work=Work(12))
     assert [p for p in read if p != "embed"] == [*range(n), "head"]
     read.clear()
-    gate_gradients(replay, samples(), batch_tokens=12)
+    gate_gradients(replay, samples(), work=Work(12))
     # The last block is still there when the backward sweep begins.
     assert [p for p in read if p != "embed"] == [*range(n), "head", *reversed(range(n - 1))]
 
@@ -124,7 +123,7 @@ def test_one_sweep_is_enough_for_all_that_fits(llama):
     count, found = sweeps(replay, measure_together, wanted, Work(12), "measuring")
     assert count == pytest.approx(1.0, abs=0.1)
     for result, (text, some) in zip(found, wanted, strict=True):
-        expected = measure(replay, text, some, batch_tokens=12)
+        expected = measure(replay, text, some, work=Work(12))
         np.testing.assert_array_equal(result.kl_sums, expected.kl_sums)
         np.testing.assert_array_equal(result.nll_sums, expected.nll_sums)
     count, found = sweeps(replay, one_pass, tokens, Work(12))
@@ -143,7 +142,7 @@ def test_the_original_s_logits_of_one_micro_batch_exist_at_a_time(llama, monkeyp
             most.append(len(alive))
 
     monkeypatch.setattr(head, "_Fused", Watched)
-    measure(streamed(llama), samples(), some_states(6), batch_tokens=12)
+    measure(streamed(llama), samples(), some_states(6), work=Work(12))
     assert most == [1, 1, 1]
 
 
@@ -180,8 +179,8 @@ def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(llama, job, 
 
     def work(replay, journal=None):
         if job == "gradients":
-            return gate_gradients(replay, tokens, batch_tokens=12, journal=journal)
-        found = measure(replay, tokens, states, batch_tokens=12, journal=journal)
+            return gate_gradients(replay, tokens, work=Work(12, journal=journal))
+        found = measure(replay, tokens, states, work=Work(12, journal=journal))
         return np.stack([found.kl_sums, found.nll_sums])
 
     journal = tmp_path / "journal"
@@ -200,12 +199,12 @@ def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(llama, job, 
 
 def test_other_chunks_go_on_from_what_a_journal_has(llama, narrow, tmp_path):
     states = some_states(6, 9)
-    expected = measure(in_memory(llama), samples(), states, batch_tokens=24)
+    expected = measure(in_memory(llama), samples(), states, work=Work(24))
     narrow.allowed = 5
     journal = tmp_path / "journal"
-    measure(narrow, samples(), states, batch_tokens=24, journal=journal)
+    measure(narrow, samples(), states, work=Work(24, journal=journal))
     keep_rows(journal, 3)
     narrow.allowed = 8
-    found = measure(narrow, samples(), states, batch_tokens=24, journal=journal)
+    found = measure(narrow, samples(), states, work=Work(24, journal=journal))
     np.testing.assert_array_equal(found.kl_sums, expected.kl_sums)
     np.testing.assert_array_equal(found.original_nll_sums, expected.original_nll_sums)

@@ -14,7 +14,7 @@ import pytest
 from isingcut.errors import InputError
 from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar, row
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import Asked, score
+from isingcut.evaluation.scores import ScoredModel, score
 from isingcut.models.load import load
 
 Record = dict[str, Any]
@@ -125,7 +125,7 @@ def lines(path, records):
 @pytest.fixture(scope="module")
 def models(shared):
     return {
-        name: Asked.whole(
+        name: ScoredModel.whole(
             load(
                 shared.checkpoint(seed=i, max_position_embeddings=2048),
                 dtype="float32",

@@ -14,6 +14,7 @@ from isingcut.files.journal import Journal
 from isingcut.measure import losses as measure_module
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.models.compute import tuning
 from isingcut.models.compute.tuning import Tuning, tune
 from isingcut.models.device import few_threads
@@ -111,8 +112,8 @@ def test_a_journal_made_with_another_attention_is_not_used(job, tmp_path, monkey
         computed.clear()
         if job == "losses":
             states = np.eye(len(replay), dtype=bool)
-            return measure(replay, tokens, states, journal=tmp_path / "journal").kl_sums
-        return gate_gradients(replay, tokens, journal=tmp_path / "journal")
+            return measure(replay, tokens, states, work=Work(journal=tmp_path / "journal")).kl_sums
+        return gate_gradients(replay, tokens, work=Work(journal=tmp_path / "journal"))
 
     expected = work()
     assert computed

@@ -12,6 +12,7 @@ import io
 import re
 import resource
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from isingcut.cli import main as cli
-from shared import snapshot
+from shared import leave_speed_out, snapshot
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,21 @@ class Arena:
         }
         assert not changed, f"changed or made: {sorted(changed)}\n{told}"
         return out
+
+
+def copy_world(world: Path, here: Path, patch: pytest.MonkeyPatch) -> Path:
+    """The working folder of one row, with HOME and the cache in it."""
+    shutil.copytree(world, here, symlinks=True)
+    manifest = here / "run" / "run.json"
+    # The run was made here, as far as it knows.
+    text = manifest.read_text(encoding="utf-8").replace(str(world), str(here))
+    manifest.write_text(text, encoding="utf-8")
+    patch.chdir(here)
+    patch.setenv("HOME", str(here / "home"))
+    patch.setenv("ISINGCUT_CACHE", str(here / "home" / "cache"))
+    patch.setenv("COLUMNS", "200")
+    leave_speed_out(patch.setattr)
+    return here
 
 
 def glob_to_regex(pattern: str) -> str:

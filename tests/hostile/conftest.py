@@ -1,10 +1,7 @@
 """One tiny model, text and finished run, made once; a copy of them for every row."""
 
-import shutil
-from pathlib import Path
-
 import pytest
-from arena import Arena
+from arena import Arena, copy_world
 
 import isingcut
 from isingcut.testing.tiny import tiny_checkpoint
@@ -42,18 +39,8 @@ def _make_world(base):
 
 @pytest.fixture
 def arena(world, tmp_path, monkeypatch):
-    """A place of its own for one row: the working folder, with HOME and the cache in it."""
-    here = Path(shutil.copytree(world, tmp_path / "here", symlinks=True))
-    manifest = here / "run" / "run.json"
-    # The run was made here, as far as it knows.
-    text = manifest.read_text(encoding="utf-8").replace(str(world), str(here))
-    manifest.write_text(text, encoding="utf-8")
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("HOME", str(here / "home"))
-    monkeypatch.setenv("ISINGCUT_CACHE", str(here / "home" / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-    leave_speed_out(monkeypatch.setattr)
-    return Arena(here)
+    """A place of its own for one row."""
+    return Arena(copy_world(world, tmp_path / "here", monkeypatch))
 
 
 @pytest.fixture

@@ -6,18 +6,17 @@ draws so many new examples for each test; what it finds is to become a row of a 
 
 import json
 import os
-import shutil
 import struct
 import tempfile
 from pathlib import Path
 
 import pytest
-from arena import call
+from arena import call, copy_world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from isingcut.files.writing import file_sha256
-from shared import leave_speed_out, snapshot
+from shared import snapshot
 
 MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))
 # What a command that ends well may write or replace.
@@ -96,11 +95,8 @@ def damage(draw, most):
 class Place:
     """A copy of the world for one example."""
 
-    def __init__(self, world, here):
-        self.here = Path(shutil.copytree(world, here / "here"))
-        run = self.here / "run" / "run.json"
-        text = run.read_text(encoding="utf-8").replace(str(world), str(self.here))
-        run.write_text(text, encoding="utf-8")
+    def __init__(self, here):
+        self.here = here
 
     def edit(self, name, edit):
         """Change a JSON file."""
@@ -149,13 +145,7 @@ def place(world):
 
     def make(run):
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            made = Place(world, Path(folder))
-            patch.chdir(made.here)
-            patch.setenv("HOME", str(made.here / "home"))
-            patch.setenv("ISINGCUT_CACHE", str(made.here / "home" / "cache"))
-            patch.setenv("COLUMNS", "200")
-            leave_speed_out(patch.setattr)
-            run(made)
+            run(Place(copy_world(world, Path(folder) / "here", patch)))
 
     return make
 

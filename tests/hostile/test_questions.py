@@ -103,7 +103,7 @@ BENCHMARKS += rows(
 ARTICLE = asked({"text": 7}, task="wikitext2/test_raw")
 ONE_WORD = asked({"text": "one"}, task="lambada/test")
 EMPTY = asked(GOOD, "", {**GOOD, "choices": ["one", ""]}, task="own")
-OWN = r"data/own.jsonl, line 3: expected 'choices', .* none empty, got \['one', ''\]"
+OWN = r"data/own.jsonl line 3: expected 'choices', .* none empty, got \['one', ''\]"
 MMLU = asked({**GOOD, "subject": "x"}, task="mmlu/test")
 OTHERS = [
     ("unknown task", evaluate("zorp"), "unknown local", asked(GOOD)),

@@ -31,7 +31,6 @@ CALLS = {
     # what it raises
     "a value error": ("raise ValueError('two\\nlines')", FAILED + "ValueError: two lines$"),
     "an exit": ("raise SystemExit(0)", FAILED + "SystemExit: 0"),
-    "sys.exit": ("sys.exit()", FAILED + "SystemExit"),
     "a generator's end": ("raise GeneratorExit", FAILED + "GeneratorExit"),
     "markup": ("raise RuntimeError('[/red] [bold')", FAILED + r"RuntimeError: \[/red\] \[bold"),
     "a lone surrogate": ("raise RuntimeError('\\ud800')", FAILED + "RuntimeError"),
@@ -41,8 +40,6 @@ CALLS = {
     # what it returns
     "nothing": ("pass", RETURNED + "NoneType, expected a dimod.SampleSet"),
     "a list": ("return [{0: 1}]", RETURNED + "list, expected"),
-    "a dict": ("return {0: 1}", RETURNED + "dict, expected"),
-    "text": ("return 'done'", RETURNED + "str, expected"),
     "no samples": ("return dimod.SampleSet.from_samples([], 'BINARY', [])", RETURNED),
     "no rows": (
         "return dimod.SampleSet.from_samples((np.zeros((0, 99)), range(99)), 'BINARY', [])",
@@ -57,14 +54,9 @@ CALLS = {
         RETURNED + "samples without the variables 2",
     ),
     "values of 2": ("return states(bqm, 2, 'INTEGER')", RETURNED + r".*not binary \(2\)"),
-    "halves": ("return states(bqm, 0.5, 'REAL')", RETURNED + r".*not binary \(0\.5\)"),
     "NaN values": ("return states(bqm, np.nan, 'REAL')", RETURNED + r".*not binary \(nan\)"),
     "NaN energies": (
         "return states(bqm, 1, 'BINARY', np.nan)",
-        RETURNED + "energies that are not finite",
-    ),
-    "infinite energies": (
-        "return states(bqm, 1, 'BINARY', np.inf)",
         RETURNED + "energies that are not finite",
     ),
     "a result that fails later": (
@@ -97,17 +89,13 @@ MODULES = {
 }
 NAMES = {
     "dimod:os.system": r"os\.system is not a dimod sampler",
-    "dimod:builtins.exec": r"builtins\.exec is not a dimod sampler",
     "dimod:subprocess.Popen": r"subprocess\.Popen is not a dimod sampler",
-    "dimod:random.Random": r"random\.Random is not a dimod sampler",
     "dimod:dimod.BINARY": r"dimod\.BINARY is not a dimod sampler",
     "dimod:dimod.Nothing": "'dimod' has no class .Nothing.",
     "dimod:nowhere.Class": "cannot import 'nowhere'",
     "dimod:": "write dimod:package.Class",
     "dimod:Class": "write dimod:package.Class",
-    "dimod:.Class": "write dimod:package.Class",
     "dimod:..os.Class": "write dimod:package.Class",
-    "dimod:os;system.Class": "write dimod:package.Class",
     "dimod:/tmp/x.py": "write dimod:package.Class",
     "dimod": "needs a class: write dimod:package.Class",
     "os.system": "unknown solver 'os.system'",

@@ -105,20 +105,12 @@ def busy(place):
 
 ORDERS = {
     "two runs of different sizes": (f"{RUN} 2", PUT, f"{RUN} 3", "new", 0),
-    "the same energy twice": (f"energy {MEASURE} 2", PUT, f"energy {MEASURE} 2", "new", 0),
     "two excises": (f"{EXCISE} 0,1", VERIFY, f"{EXCISE} 1,2", "run", 0),
     "a run beside an excise": (
         f"{EXCISE} 0,1",
         VERIFY,
         f"{RUN.replace('{here}/new', '{run}')} 3",
         "run",
-        2,
-    ),
-    "two heals of different rates": (
-        heal(learning_rate=1e-3),
-        STEP,
-        heal(learning_rate=1e-4),
-        "healed",
         2,
     ),
     "the same heal twice": (heal(), STEP, heal(), "healed", 2),

@@ -1,9 +1,13 @@
-"""The interface of baselines: published methods that choose blocks from a model and text."""
+"""The interface of baselines: published methods that choose blocks from a model and text.
+
+A part is a frozen dataclass whose fields are its options, and `choose(replay, tokens, remove, work,
+seed)` returns an `Outcome`, deterministic for a seed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
@@ -30,16 +34,6 @@ class Outcome:
     passes: float
     heads: float
     info: dict[str, Any] = field(default_factory=dict)
-
-
-class Baseline(Protocol):
-    """A published method. A part is a frozen dataclass: its fields are its options."""
-
-    def choose(
-        self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
-    ) -> Outcome:
-        """Choose ``remove`` blocks of the replayed model, deterministic for a seed."""
-        ...
 
 
 def open_ledger(replay: Replay, tokens: TokenSet, work: Work, loss: str) -> Ledger:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.states import states_of
+from isingcut.measure.losses import tree_nodes
 from isingcut.measure.streams import block_means, influence, lowest
-from isingcut.measure.tree import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 

@@ -23,8 +23,7 @@ from isingcut.errors import InputError
 from isingcut.ising.constraints import count
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
-from isingcut.measure.sharing import forget
-from isingcut.measure.work import Work
+from isingcut.measure.work import Work, forget
 from isingcut.models.replay import Replay
 
 __all__ = ["Cbo"]

@@ -159,9 +159,9 @@ def build(
     holds the parts of a mixture by their shares of tokens, each at least once.
 
     Args:
-        source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, a name of
-            `held` or `packaged`, or ``"self"``; ``"answers:"`` and a source of conversations; or a
-            `mixture` of these.
+        source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, the name of a
+            list or of a packaged text, or ``"self"``; ``"answers:"`` and a source of conversations;
+            or a `mixture` of these.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         length: tokens per sample, at least 2.
         seed: order of the documents, and the sampling of ``"self"``.
@@ -285,8 +285,14 @@ def open_parts(
                 refuse_changed(used.meta.get("texts", {}), part.source)
             if part.source != "self":
                 corpora.append(corpus := read(part.source, encode.tokenizer, seed))
-                # In all parts before one is read on, which must not repeat what was measured on.
-                _skip_documents(corpus, encode, used, part.source, seed, seen)
+                # Pass over the documents that a calibration read (another seed has them in another
+                # order): in all parts before one is read on, which must not repeat them.
+                same_order = used is not None and used.meta.get("seed") == seed
+                left = int(_facts(used, part.source).get("documents", 0)) if same_order else 0
+                while left and (document := next(corpus.documents, None)) is not None:
+                    is_new(document, seen)
+                    # Counted as `_tokenised` counts them: those that have tokens.
+                    left -= bool(encode(document, 1))
             elif generate is None:
                 raise CalibrationError("healing needs real text, not 'self'")
             else:
@@ -363,24 +369,6 @@ def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
         return {**used.meta, "tokens": tokens}
     parts: Sequence[Mapping[str, Any]] = used.meta.get("parts", ())
     return next((part for part in parts if part["source"] == source), {})
-
-
-def _skip_documents(
-    corpus: Corpus,
-    encode: Encoder,
-    used: Calibration | None,
-    source: str,
-    seed: int,
-    seen: set[int],
-) -> None:
-    """Pass over the documents that a calibration read; another seed has them in another order."""
-    if used is None or corpus.kind != "documents" or used.meta.get("seed") != seed:
-        return
-    left = int(_facts(used, source).get("documents", 0))
-    while left and (text := next(corpus.documents, None)) is not None:
-        is_new(text, seen)
-        # Counted as `_tokenised` counts them: those that have tokens.
-        left -= bool(encode(text, 1))
 
 
 def _tokenised(

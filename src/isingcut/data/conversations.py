@@ -46,7 +46,7 @@ _END_OF_REASONING = "</think>"
 _CHANGED = 8
 
 
-class Answered(str):
+class MarkedText(str):
     """A conversation as text.
 
     Attributes:
@@ -56,7 +56,7 @@ class Answered(str):
     spans: tuple[tuple[int, int], ...]
 
 
-def answered(messages: list[dict[str, Any]], render: Render) -> Answered:
+def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
     """A conversation through the chat template, and where the assistant's answers are in it.
 
     Args:
@@ -66,7 +66,7 @@ def answered(messages: list[dict[str, Any]], render: Render) -> Answered:
     Raises:
         ModelError: the template refuses the messages, or shows an answer otherwise than as it is.
     """
-    whole = Answered(render(messages))
+    whole = MarkedText(render(messages))
     whole.spans = ()
     marked, answers = list(messages), dict[int, str]()
     for i, message in enumerate(messages):
@@ -119,14 +119,14 @@ def _marked(i: int, message: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def row_of(encode: Encoder, text: str, most: int) -> Row:
-    """The first tokens of a conversation; of one that is `Answered`, its answers alone count.
+    """The first tokens of a conversation; of one that is `MarkedText`, its answers alone count.
 
     A token that is partly an answer's counts where the answer begins, and not where it ends.
 
     Raises:
         CalibrationError: as `Encoder`; or the tokens of a text depend on what follows far behind.
     """
-    if not isinstance(text, Answered):
+    if not isinstance(text, MarkedText):
         return encode(text, most)
     ids = encode(text)
     row = [~token for token in ids]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut.data import text_files
-from isingcut.data.conversations import Render, answered, render_chat
+from isingcut.data.conversations import Render, mark_answers, render_chat
 from isingcut.data.mixture import find_held, is_held_name, name_part, parts_of, place_of, places_in
 from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
@@ -64,22 +64,19 @@ class Corpus:
 def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """The corpus behind one source (all but ``"self"``; a mixture's parts one by one).
 
-    Of ``answers:SOURCE`` the documents are `answers.Answered`.
+    Of ``answers:SOURCE`` the documents are `conversations.MarkedText`.
 
     Raises:
         CalibrationError: missing, unreadable or malformed, or no conversations to count answers of.
     """
-    if (place := place_of(source)) != source:
-        corpus = _read(place, tokenizer, seed, answers=True)
-        if corpus.kind != "chat":
-            raise _no_answers(place)
-        return corpus
-    return _read(source, tokenizer, seed)
+    place = place_of(source)
+    corpus = _read(place, tokenizer, seed, answers=place != source)
+    if place != source and corpus.kind != "chat":
+        raise _no_answers(place)
+    return corpus
 
 
-def _read(
-    source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool = False
-) -> Corpus:
+def _read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool) -> Corpus:
     if source in PACKAGED:
         return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
     name, path = words_for(source), user_path(source)
@@ -267,7 +264,7 @@ def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> st
             f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
         )
     try:
-        text = answered(messages, render) if answers else render(messages)
+        text = mark_answers(messages, render) if answers else render(messages)
     except ModelError as e:
         raise CalibrationError(f"{where}: {e}") from e
     return _characters(where, text)

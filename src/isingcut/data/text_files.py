@@ -114,7 +114,9 @@ class TextFile:
             yield where, {"text": item} if isinstance(item, str) else item
 
     def _csv(self) -> Iterator[Record]:
-        with self._lines() as file, _large_fields():
+        # As large as a record; the module's own limit is 128 KiB.
+        csv.field_size_limit(RECORD)
+        with self._lines() as file:
             rows = csv.reader(file, strict=True)
             try:
                 header = next(rows, [])
@@ -291,13 +293,3 @@ def _kind(path: Path) -> tuple[str, bool]:
     """The ending of a name, and whether it says that the file is packed."""
     words = path.name.lower()
     return Path(words.removesuffix(".gz")).suffix, words.endswith(".gz")
-
-
-@contextmanager
-def _large_fields() -> Iterator[None]:
-    """Let a field be as large as a record; the module's own limit is 128 KiB."""
-    before = csv.field_size_limit(RECORD)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)

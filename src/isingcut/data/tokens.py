@@ -242,7 +242,11 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self._rows = None if model is None else _rows(model)
+        embedding: Any = None if model is None else model.get_input_embeddings()
+        self._rows: int | None = None
+        if embedding is not None:
+            # Its weights may be on disk still.
+            self._rows = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
 
     def __call__(self, text: str, most: int | None = None) -> list[int]:
         """The token ids of a text, without special ones around it.
@@ -291,12 +295,6 @@ class Encoder:
         pad = self.tokenizer.pad_token_id
         # Fine-tunes often add one that the model has no row for.
         return 0 if pad is None or (self._rows is not None and pad >= self._rows) else int(pad)
-
-
-def _rows(model: PreTrainedModel) -> int:
-    """Rows of the input embedding, whose weights may be on disk still."""
-    embedding: Any = model.get_input_embeddings()
-    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

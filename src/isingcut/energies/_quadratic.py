@@ -45,15 +45,7 @@ def quadratic(
         h_error = standard_error(own.T, counts)
         J_error = standard_error(np.moveaxis(curvature, 0, -1), counts)
         np.fill_diagonal(J_error, 0.0)
-    return Hamiltonian(
-        h=own.sum(0) / total,
-        J=J,
-        c=0.0,
-        unit="nats/token",
-        meta=meta,
-        h_error=h_error,
-        J_error=J_error,
-    )
+    return Hamiltonian(own.sum(0) / total, J, meta=meta, h_error=h_error, J_error=J_error)
 
 
 def curvature_energy(
@@ -67,15 +59,7 @@ def curvature_energy(
         loss: the loss in words, for the provenance.
         gate: ``"sublayer"`` or ``"block"``.
     """
-    found = gate_curvature(
-        replay,
-        tokens,
-        kind,
-        gate=gate,
-        batch_tokens=work.batch_tokens,
-        progress=work.progress,
-        journal=work.journal,
-    )
+    found = gate_curvature(replay, tokens, kind, work, gate=gate)
     meta = {
         "energy": kind,
         "loss": loss,

@@ -50,14 +50,7 @@ class EmpiricalFisher:
             stand in for nats), ``"nats/token"`` with the linear term. With standard errors over
             samples for two samples or more.
         """
-        rows = gate_gradients(
-            replay,
-            tokens,
-            gate=self.gate,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            journal=work.journal,
-        )
+        rows = gate_gradients(replay, tokens, work, gate=self.gate)
         h, J = energy_terms(rows, linear=self.linear)
         meta = {
             "energy": "empirical-fisher",
@@ -70,15 +63,8 @@ class EmpiricalFisher:
         h_error = J_error = None
         if tokens.samples > 1:
             h_error, J_error = energy_errors(rows, linear=self.linear)
-        return Hamiltonian(
-            h=h,
-            J=J,
-            c=0.0,
-            unit="nats/token" if self.linear else "arbitrary",
-            meta=meta,
-            h_error=h_error,
-            J_error=J_error,
-        )
+        unit = "nats/token" if self.linear else "arbitrary"
+        return Hamiltonian(h, J, unit=unit, meta=meta, h_error=h_error, J_error=J_error)
 
 
 def energy_terms(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:

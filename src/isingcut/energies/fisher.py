@@ -54,15 +54,7 @@ class Fisher:
 
         Complexity: about 2 to 2.5 forward passes.
         """
-        rows = gate_gradients(
-            replay,
-            tokens,
-            gate=self.gate,
-            label_seed=self.seed,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            journal=work.journal,
-        )
+        rows = gate_gradients(replay, tokens, work, gate=self.gate, label_seed=self.seed)
         counts = tokens.predicted.sum(1).numpy().astype(np.int64)
         sums = rows * counts[:, None]
         meta = {

@@ -43,15 +43,7 @@ class Pairwise:
         """
         n = len(replay)
         states = removals(n)
-        found = measure(
-            replay,
-            tokens,
-            states,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            description=f"measuring {len(states)} removals",
-            journal=work.journal,
-        )
+        found = measure(replay, tokens, states, work, f"measuring {len(states)} removals")
         own = found.kl_sums[:n]  # (N, m)
         i, j = np.triu_indices(n, 1)
         coupled = found.kl_sums[n:] - own[i] - own[j]  # (pairs, m)
@@ -71,15 +63,7 @@ class Pairwise:
             "blocks_run": found.blocks_run,
             "blocks_unshared": found.blocks_unshared,
         }
-        return Hamiltonian(
-            h=own.sum(1) / total,
-            J=J,
-            c=0.0,
-            unit="nats/token",
-            meta=meta,
-            h_error=h_error,
-            J_error=J_error,
-        )
+        return Hamiltonian(own.sum(1) / total, J, meta=meta, h_error=h_error, J_error=J_error)
 
 
 def removals(n: int) -> States:

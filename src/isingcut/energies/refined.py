@@ -8,18 +8,18 @@ every state measured near the wanted sizes. The best states of the search are st
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from isingcut.data.calibration import TokenSet
 from isingcut.energies.search import Search, Target
-from isingcut.energies.search.begin import one_pass_states
+from isingcut.energies.search.proposals import one_pass_states
 from isingcut.errors import InputError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import blocks_of
+from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 from isingcut.options.spellings import Effort
@@ -65,20 +65,14 @@ class Refined:
 
         passes = timed if effort.seconds else effort.passes
         search = Search(replay, tokens, work, self.targets, passes, self.seed).run()
-        energy = search.energy()
-        return Hamiltonian(
-            energy.h,
-            energy.J,
-            energy.c,
-            energy.unit,
-            {
-                "energy": "refined",
-                "loss": "KL(original || cut)",
-                "samples": tokens.samples,
-                "tokens": tokens.tokens,
-                "search": summary(search),
-            },
-        )
+        meta = {
+            "energy": "refined",
+            "loss": "KL(original || cut)",
+            "samples": tokens.samples,
+            "tokens": tokens.tokens,
+            "search": summary(search),
+        }
+        return replace(search.energy(), meta=meta)
 
 
 def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:
@@ -87,13 +81,7 @@ def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:
     taken = []
     for _ in range(2):
         began = time.perf_counter()
-        with torch.inference_mode():
-            recording = replay.record(batch.input_ids)
-            hidden = recording.entered
-            for i in range(len(replay)):
-                hidden = recording.block(i, hidden)
-            for s in range(batch.samples):
-                float(recording.logits(hidden[s], s).float().logsumexp(-1).sum())
+        measure(replay, batch, [], Work(work.batch_tokens))
         taken.append(time.perf_counter() - began)
     return min(taken) * int(tokens.mask.sum()) / int(batch.mask.sum())
 

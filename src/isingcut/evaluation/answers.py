@@ -20,16 +20,15 @@ from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Bools, Floats, States
-from isingcut.measure.pace import chunks
-from isingcut.measure.splitting import halve_to_fit, split_to_fit
+from isingcut.measure.losses import in_order, walk
+from isingcut.measure.splitting import chunks, halve_to_fit, split_to_fit
 from isingcut.measure.streams import check_finite
-from isingcut.measure.tree import in_order, walk
 from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
 
 Row = tuple[tuple[int, ...], int]
 """Token ids, two or more, and the number of them, at the end, that are the answer."""
-Answer = tuple[float, bool]
+Likelihood = tuple[float, bool]
 """Log-likelihood of an answer in nats, and whether each of its tokens is the likeliest."""
 
 # Positions that pass the head at a time: their logits are float32 over the whole vocabulary.
@@ -38,7 +37,7 @@ _HEAD_ROWS = 128
 _OTHERS = 2
 
 
-class Answers:
+class Likelihoods:
     """The answers of several states of one model, computed together and remembered.
 
     Args:
@@ -52,9 +51,9 @@ class Answers:
         self, replay: Replay, states: States, work: Work, description: str = "asking"
     ) -> None:
         self.replay, self.states, self.work, self.description = replay, states, work, description
-        self._known: dict[Row, list[Answer]] = {}
+        self._known: dict[Row, list[Likelihood]] = {}
 
-    def of(self, state: int, rows: Sequence[Row]) -> list[Answer]:
+    def of(self, state: int, rows: Sequence[Row]) -> list[Likelihood]:
         """One state's answers; rows that are new are asked of all states."""
         new = [row for row in dict.fromkeys(rows) if row not in self._known]
         if new:

@@ -37,7 +37,7 @@ from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
-from isingcut.evaluation.scores import Asked, Scores, score
+from isingcut.evaluation.scores import ScoredModel, Scores, score
 from isingcut.files.documents import (
     AskedCandidate,
     ByTasks,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 
 def benchmark(
-    models: Mapping[str, Asked],
+    models: Mapping[str, ScoredModel],
     tasks: Sequence[str],
     *,
     data: Path | None = None,
@@ -160,7 +160,13 @@ def text_scores(
     original, cut = models.values()
     longest = getattr(text_config(original.model), "max_position_embeddings", None)
     size = min(length, int(longest or length))
-    windows = _windows(articles(data), original, size, samples)
+    encode = Encoder(original.tokenizer, original.model)
+    ids, prefix = encode("\n".join(articles(data))), encode.start
+    body = size - len(prefix)
+    starts = range(0, len(ids) - body + 1, body)[:samples]
+    if not starts:
+        raise InputError(f"WikiText-2's text is shorter than one window of {size} tokens")
+    windows = TokenSet.from_rows([prefix + ids[i : i + body] for i in starts])
     try:
         found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
     except ModelError as e:
@@ -174,17 +180,6 @@ def text_scores(
         kl_se=found.kl_se,
         nll_change_se=found.nll_change_se,
     )
-
-
-def _windows(texts: Sequence[str], loaded: LoadedModel, length: int, most: int | None) -> TokenSet:
-    encode = Encoder(loaded.tokenizer, loaded.model)
-    ids, prefix = encode("\n".join(texts)), encode.start
-    body = length - len(prefix)
-    starts = range(0, len(ids) - body + 1, body)
-    rows = [prefix + ids[i : i + body] for i in starts][:most]
-    if not rows:
-        raise InputError(f"WikiText-2's text is shorter than one window of {length} tokens")
-    return TokenSet.from_rows(rows)
 
 
 RESAMPLES = 10_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -59,13 +60,7 @@ def rank(
 
     def losses(split: TokenSet, states: States, kind: str, journal: Path | None) -> Measurement:
         return measure(
-            replay,
-            split,
-            states,
-            batch_tokens=work.batch_tokens,
-            progress=work.progress,
-            description=f"measuring {len(states)} {kind}",
-            journal=journal,
+            replay, split, states, replace(work, journal=journal), f"measuring {len(states)} {kind}"
         )
 
     measured = losses(tokens, spectrum.states, "candidates", work.journal)
@@ -214,10 +209,6 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> Correlations
     return Correlations(n=n, **found)
 
 
-# Both are computed for all resamples at once. Their sums are of halves, quarters or whole numbers
-# and so exact in any order: the figures are those of one resample after the other, bit by bit.
-
-
 def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     """(P,) Spearman's rho of the resamples ``picks`` (P, S); NaN where all values are tied."""
     from scipy.stats import rankdata
@@ -233,23 +224,6 @@ def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
 
 def _kendall(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     """(P,) Kendall's tau-b of the resamples ``picks`` (P, S); NaN where all values are tied."""
-    from scipy.stats import rankdata
+    from scipy.stats import kendalltau
 
-    n = len(a)
-    ranks_a, ranks_b = rankdata(a), rankdata(b)
-    # How often each state is in each resample; a pair counts as often as both are.
-    often = np.array([np.bincount(p, minlength=n) for p in picks], dtype=np.float64)
-    score, untied_a, untied_b = np.zeros((3, len(picks)))
-    # A few rows of the matrices of pairs at a time: there may be many states.
-    for rows in np.array_split(np.arange(n), 1 + n * n // (1 << 22)):
-        sign_a = np.sign(ranks_a[rows, None] - ranks_a)
-        sign_b = np.sign(ranks_b[rows, None] - ranks_b)
-        for total, pairs in (
-            (score, sign_a * sign_b),
-            (untied_a, np.abs(sign_a)),
-            (untied_b, np.abs(sign_b)),
-        ):
-            total += ((often @ pairs.T) * often[:, rows]).sum(1) / 2
-    with np.errstate(invalid="ignore"):
-        found: Floats = np.clip(score / np.sqrt(untied_a) / np.sqrt(untied_b), -1.0, 1.0)
-    return found
+    return np.array([kendalltau(a[pick], b[pick]).statistic for pick in picks])

@@ -26,8 +26,7 @@ from isingcut.files.documents import (
 from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
-from isingcut.measure.pace import chunks
-from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.models.architectures.blocks import find_stack, text_model
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from isingcut.models.load import LoadedModel
+
+    AnyModel = PreTrainedModel | StreamedReplay
 
 # Float32 elements of logits looked at together: a few copies of this bound the extra memory.
 _CHUNK_ELEMENTS = 1 << 23
@@ -126,8 +127,8 @@ def before_and_after(
 
 
 def quality(
-    original: PreTrainedModel | StreamedReplay,
-    cut: PreTrainedModel | StreamedReplay,
+    original: AnyModel,
+    cut: AnyModel,
     tokens: TokenSet,
     batch_tokens: int = BATCH_TOKENS,
     *,
@@ -154,8 +155,8 @@ def quality(
 
 
 def sample_sums(
-    original: PreTrainedModel | StreamedReplay,
-    cut: PreTrainedModel | StreamedReplay,
+    original: AnyModel,
+    cut: AnyModel,
     tokens: TokenSet,
     batch_tokens: int = BATCH_TOKENS,
     *,
@@ -179,11 +180,9 @@ def sample_sums(
 
 
 def _sums_by_sample(
-    original: PreTrainedModel | StreamedReplay,
-    cut: PreTrainedModel | StreamedReplay,
-    batches: Sequence[TokenSet],
+    original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]
 ) -> list[dict[int, tuple[float, float, float]]]:
-    """Of each micro-batch, the sums of `compared` by the places of its samples."""
+    """Of each micro-batch, the sums of `sum_losses` by the places of its samples."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
         if isinstance(model, StreamedReplay):
@@ -197,14 +196,12 @@ def _sums_by_sample(
             at = slice(int(counts.sum())) if batch.counted is None else batch.looked_at[row]
             first, second = before(row)[at], after(row)[at]
             labels = batch.input_ids[row, 1:][counts].to(first.device)
-            by_sample[position] = compared(first, second.to(first.device), labels)
+            by_sample[position] = sum_losses(first, second.to(first.device), labels)
         found.append(by_sample)
     return found
 
 
-def _chunks(
-    models: Sequence[PreTrainedModel | StreamedReplay], batches: Sequence[TokenSet]
-) -> Iterator[slice]:
+def _chunks(models: Sequence[AnyModel], batches: Sequence[TokenSet]) -> Iterator[slice]:
     """Micro-batches that go through the models together: of those in memory, one at a time."""
     for model in models:
         if isinstance(model, StreamedReplay):
@@ -213,7 +210,7 @@ def _chunks(
 
 
 def _logits(
-    model: PreTrainedModel | StreamedReplay, batches: Sequence[TokenSet]
+    model: AnyModel, batches: Sequence[TokenSet]
 ) -> list[Callable[[], Callable[[int], Tensor]]]:
     """Of each micro-batch, what computes its logits when they are wanted: (T, V) of a row."""
     if not isinstance(model, StreamedReplay):
@@ -258,7 +255,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     )
 
 
-def compared(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
+def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
     """NLL of both and KL, summed over the T tokens of (T, V) logits."""
     totals = torch.zeros(3, dtype=torch.float64)
     rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])

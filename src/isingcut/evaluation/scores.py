@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.answers import Answer, Answers, Generations, Prompt, Row, Writer
+from isingcut.evaluation.answers import Generations, Likelihood, Likelihoods, Prompt, Row, Writer
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
@@ -55,7 +55,7 @@ class Scores:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class ScoredModel:
     """A model that can be asked.
 
     Attributes:
@@ -67,14 +67,14 @@ class Asked:
     replay: Replay
 
     @classmethod
-    def whole(cls, loaded: LoadedModel) -> Asked:
+    def whole(cls, loaded: LoadedModel) -> ScoredModel:
         """A model in memory."""
         blocks = stack_modules(loaded.model, find_stack(loaded.model))
         return cls(loaded, Replay(loaded.model, blocks))
 
 
 def score(
-    model: Asked,
+    model: ScoredModel,
     task: Prepared,
     work: Work | None = None,
     *,
@@ -85,7 +85,7 @@ def score(
 
 
 def score_states(
-    model: Asked,
+    model: ScoredModel,
     task: Prepared,
     removed: Sequence[Sequence[int]],
     work: Work | None = None,
@@ -108,12 +108,12 @@ def score_states(
     """
     work, (loaded, replay) = work or Work(), (model.loaded, model.replay)
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
-    answers = Answers(replay, states, work, task.name)
+    answers = Likelihoods(replay, states, work, task.name)
     texts, stack = Generations(replay, states, work, task.name), find_stack(loaded.model)
     shown = sys.stderr
 
     # Only the harness is quiet: where these compute a bar moves.
-    def answer(state: int, rows: Sequence[Row]) -> Sequence[Answer]:
+    def answer(state: int, rows: Sequence[Row]) -> Sequence[Likelihood]:
         with contextlib.redirect_stderr(shown):
             return answers.of(state, rows)
 
@@ -215,11 +215,11 @@ def certainties(
                 likely = np.array([answer[0] for answer in sample["filtered_resps"]])
                 margins[i] = _margins(choices, right, likely, by_length=by_length)
     if margins:
-        found[list(margins)] = tempered(list(margins.values()))
+        found[list(margins)] = temper_margins(list(margins.values()))
     return found
 
 
-def tempered(margins: Sequence[Floats]) -> Floats:
+def temper_margins(margins: Sequence[Floats]) -> Floats:
     """(n,) log-probabilities of right choices at the one temperature that makes them highest.
 
     Args:

@@ -703,9 +703,10 @@ _MOST_BLOCKS = 4096
 class ModelIdentity(Strict):
     """The identity of a run's model."""
 
-    name: str
     sha256: str
+    weight_bytes: Count = 0
     gguf_sha256: str | None = None
+    name: str
 
 
 class SplitSize(Strict):

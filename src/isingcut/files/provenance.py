@@ -14,12 +14,6 @@ from isingcut.files.inputs import user_path
 __version__ = "0.1.0"
 
 
-def sources_of(*named: str) -> list[Path]:
-    """Return the files and folders of this machine among the values of options."""
-    paths = [user_path(name) for name in named if name]
-    return [path for path in paths if os.path.lexists(path)]
-
-
 def model_path(folder: Path, name: str) -> dict[str, Any]:
     """Record the path of a local model, for a run folder that is moved or opened from elsewhere."""
     model = user_path(name)

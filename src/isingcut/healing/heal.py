@@ -19,6 +19,7 @@ import torch
 
 from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import corpora, healing_text
+from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
@@ -63,7 +64,7 @@ from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
-from isingcut.models.load import load
+from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.config import LENGTH, HealConfig
@@ -138,15 +139,7 @@ def heal(
             removed = removal_by_weights(student, teacher, trust_remote_code=trust)
         else:
             removed = tuple(sorted(known.removed))
-        text = healing_text.build(
-            config.text,
-            teacher.tokenizer,
-            samples=config.samples,
-            report_samples=config.report_samples,
-            length=sample_length(config, teacher.model),
-            seed=config.seed,
-            model=teacher.model,
-        )
+        text = read_healing_text(config, teacher)
         job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
         heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
@@ -164,6 +157,22 @@ def _processes(config: HealConfig) -> Processes:
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     PartialState(cpu=config.device == "cpu" or not gpu)
     return Processes.join()
+
+
+def read_healing_text(
+    config: HealConfig, teacher: LoadedModel, used: Calibration | None = None
+) -> HealingText:
+    """Text to heal with, of which no calibration that was ``used`` holds anything."""
+    return healing_text.build(
+        config.text,
+        teacher.tokenizer,
+        samples=config.samples,
+        report_samples=config.report_samples,
+        length=sample_length(config, teacher.model),
+        seed=config.seed,
+        used=used,
+        model=teacher.model,
+    )
 
 
 def sample_length(config: HealConfig, model: Any) -> int:

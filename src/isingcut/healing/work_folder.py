@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from isingcut.data.mixture import places_in
-from isingcut.errors import InputError, IsingcutError, ModelError, StageFileError
+from isingcut.errors import IsingcutError, ModelError, StageFileError
 from isingcut.files.documents import Document, HealingCurve, HealingWork
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import (
@@ -30,7 +30,6 @@ from isingcut.files.writing import (
     check_output,
     clear_leftovers,
     clear_os_errors,
-    disk_is_full,
     fingerprint,
     foreign_in,
     is_leftover,
@@ -149,20 +148,14 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
     write_document(work / _IDENTITY, HealingWork(work=identity))
     clear_leftovers(work)
     try:
-        with convert_memory_errors():
+        with clear_os_errors(work), convert_memory_errors():
             yield
     except BaseException as e:
-        stays = _is_worth_keeping(work) and not isinstance(e, ModelError)
-        if not stays:
+        if isinstance(e, ModelError) or not _is_worth_keeping(work):
             release(work)
-        said = f"; what was finished is kept in {work}, and the next call goes on from it"
-        if isinstance(e, IsingcutError) and stays:
-            e.args = (f"{e}{said}",)
-        elif isinstance(e, Exception) and disk_is_full(e):
-            raise InputError(
-                f"no space left on the disk while healing in {work}; free some space, then type "
-                f"the same command again{said if stays else ''}"
-            ) from e
+        elif isinstance(e, IsingcutError):
+            said = f"what was finished is kept in {work}, and the next call goes on from it"
+            e.args = (f"{e}; {said}",)
         raise
     release(work)
 

@@ -183,15 +183,7 @@ class Hamiltonian:
         """Return the energy as a dimod BQM over the variables 0 .. N-1, without constraints."""
         import dimod
 
-        bqm = dimod.BinaryQuadraticModel(self.n, "BINARY")
-        bqm.offset = self.c
-        for i in range(self.n):
-            bqm.set_linear(i, self.h[i])
-        rows, columns = np.nonzero(np.triu(self.J, 1))
-        bqm.add_quadratic_from(
-            (int(i), int(j), float(self.J[i, j])) for i, j in zip(rows, columns, strict=True)
-        )
-        return bqm
+        return dimod.BinaryQuadraticModel(self.h, np.triu(self.J), self.c, "BINARY")
 
     @classmethod
     def from_bqm(cls, bqm: dimod.BinaryQuadraticModel, **rest: Any) -> Hamiltonian:
@@ -200,15 +192,14 @@ class Hamiltonian:
 
         binary = bqm.change_vartype(dimod.BINARY, inplace=False)
         labels = list(binary.variables)
-        place = {label: i for i, label in enumerate(labels)}
-        h = np.array([binary.get_linear(v) for v in labels], dtype=np.float64)
+        vectors: Any = binary.to_numpy_vectors(labels)
+        h, (rows, columns, biases), offset = vectors
         coupling = np.zeros((len(labels), len(labels)))
-        for u, v, bias in binary.iter_quadratic():
-            coupling[place[u], place[v]] = coupling[place[v], place[u]] = bias
+        coupling[rows, columns] = coupling[columns, rows] = biases
         rest.setdefault("unit", "arbitrary")
         meta = {"variables": [v if isinstance(v, int) else str(v) for v in labels]}
         rest["meta"] = {**meta, **rest.get("meta", {})}
-        return cls(h, coupling, float(binary.offset), **rest)
+        return cls(h, coupling, float(offset), **rest)
 
     # files ----------------------------------------------------------------------------
 

@@ -159,12 +159,10 @@ class Problem:
         place = {label: i for i, label in enumerate(labels)}
         if any(cqm.vartype(v) is not dimod.BINARY for v in labels):
             raise InputError("all variables of the CQM must be binary")
-        bqm = dimod.BinaryQuadraticModel(dict.fromkeys(labels, 0.0), {}, 0.0, "BINARY")
-        bqm.offset = cqm.objective.offset
-        for v in cqm.objective.variables:
-            bqm.add_linear(v, cqm.objective.get_linear(v))
-        for u, v, bias in cqm.objective.iter_quadratic():
-            bqm.add_quadratic(u, v, bias)
+        form = cqm.objective
+        linear = dict.fromkeys(labels, 0.0) | dict(form.linear)
+        bqm = dimod.BinaryQuadraticModel(linear, {}, form.offset, "BINARY")
+        bqm.add_quadratic_from(form.quadratic)
         rows = []
         for label, comparison in cqm.constraints.items():
             if comparison.lhs.num_interactions:

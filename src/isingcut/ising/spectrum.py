@@ -126,16 +126,6 @@ class Spectrum:
         """Return the removed blocks of the state at ``rank``, ascending."""
         return blocks_of(self.states[rank])
 
-    def groups(self, tolerance: float = 1e-9) -> list[list[int]]:
-        """Group ranks into levels: all within ``tolerance`` (absolute) of a level's first."""
-        levels: list[list[int]] = []
-        for rank, energy in enumerate(self.energies):
-            if levels and energy - self.energies[levels[-1][0]] <= tolerance:
-                levels[-1].append(rank)
-            else:
-                levels.append([rank])
-        return levels
-
     def diverse(self, swaps: int) -> list[int]:
         """Pick ranks of states at least ``swaps`` swaps apart, the best first (greedy).
 

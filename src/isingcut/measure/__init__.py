@@ -1,8 +1,6 @@
 """What removals and gates do to the loss.
 
-`losses` measured KL and NLL of states; `tree` what states share; `gradients` `curvature`
-derivatives in `gates`; `sweep` `graphs` gradients with one block open at a time; `boundaries`
-`pace` hidden states between blocks, and how many of them; `streams` activations at block
-boundaries; `ledger` what a search paid; `work` how it is
-carried out; `sharing` by several processes, in `pieces`.
+`losses` measured KL and NLL of states; `ledger` what a search paid for them; `gradients`
+`curvature` derivatives in `gates`; `streams` activations at block boundaries; `work` how it is
+carried out, by one process or several; `splitting` how much of it at a time.
 """

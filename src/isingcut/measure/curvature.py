@@ -19,9 +19,8 @@ batch and the errors over samples come for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -29,19 +28,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from isingcut.console.progress import Progress, silent
+from isingcut.console.progress import Bar
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.ising.states import Floats
 from isingcut.measure.gates import gated_block
-from isingcut.measure.gradients import of_batches
-from isingcut.measure.sharing import SharedJournal
+from isingcut.measure.gradients import measure_batches
 from isingcut.measure.splitting import split_to_fit
-from isingcut.measure.streams import check_finite
-from isingcut.measure.work import identity
+from isingcut.measure.work import PLAIN, Work
 from isingcut.models.compute.head import OutputHead, loss_gradient
-from isingcut.models.replay import Recording, Replay, reuse_freed_memory
-from isingcut.options.config import BATCH_TOKENS
+from isingcut.models.replay import Recording, Replay
 
 _ADVICE = (
     "expected plain PyTorch operations: use the energy 'fisher', which takes first derivatives, "
@@ -70,11 +66,9 @@ def gate_curvature(
     replay: Replay,
     tokens: TokenSet,
     kind: str,
+    work: Work = PLAIN,
     *,
     gate: str = "sublayer",
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Progress = silent,
-    journal: Path | None = None,
 ) -> Curvature:
     """Exact curvature in the gates, by double backward in the model's own precision.
 
@@ -86,8 +80,6 @@ def gate_curvature(
         tokens: m samples.
         kind: ``"hessian"`` (of the NLL) or ``"gauss-newton"`` (of the KL to the original).
         gate: ``"sublayer"`` or ``"block"``.
-        batch_tokens: tokens computed at a time.
-        journal: file that keeps finished micro-batches.
 
     Raises:
         ArchitectureError: part of the model cannot be differentiated twice.
@@ -108,35 +100,23 @@ def gate_curvature(
         )
     if kind not in KINDS:
         raise InputError(f"unknown curvature {kind!r}; known: {', '.join(KINDS)}")
-    for name, parameter in replay.model.named_parameters():
-        assert not parameter.requires_grad, f"{name} requires a gradient"
-    reuse_freed_memory()
-    n, head = len(replay), OutputHead(replay)
-    batches = tokens.batches(batch_tokens)
-    measured = identity(replay, tokens, curvature=kind, gate=gate, batch_tokens=batch_tokens)
-    kept = SharedJournal(journal, measured, of_batches(batches, n + 1, n), replay.processes)
-    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-    rows = np.zeros((tokens.samples, n + 1, n))
+    n = len(replay)
 
     def compute(some: Sequence[TokenSet]) -> list[Floats]:
         return [_batch_curvature(replay, head, batch, kind, gate) for batch in some]
 
-    def join(first: Floats, second: Floats) -> Floats:
-        return np.concatenate([first, second])
-
-    with progress(f"{kind} of {tokens.samples} samples", len(batches)) as bar:
-        keys = [str(b) for b in range(len(batches))]
-        todo = [key for key in keys if kept.get(key) is None]
-        bar.advance(len(keys) - len(todo))
-        own, bar = kept.share(todo, bar)
-        for key in own:
-            row = split_to_fit(replay.limit, [batches[int(key)]], compute, join)[0]
-            check_finite(replay, batches[int(key)], row)
-            kept.put(key, row)
+    def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
+        for batch in mine:
+            yield from split_to_fit(
+                replay.limit, [batch], compute, lambda a, b: np.concatenate([a, b])
+            )
             bar.advance(1)
-        kept.gather()
-    for b, batch in enumerate(batches):
-        rows[batch.index.numpy()] = kept.get(str(b))
+
+    words, head = f"{kind} of {tokens.samples} samples", OutputHead(replay)
+    rows = measure_batches(
+        replay, tokens, work, words, (n + 1, n), found, curvature=kind, gate=gate
+    )
+    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     rows *= counts[:, None, None]
     return Curvature(rows[:, 0], rows[:, 1:], counts)
 

@@ -1,43 +1,333 @@
-"""Gradients of the loss in all gates, one row per sample, from one batched backward.
+"""Gradients of a loss in the gates of all blocks, one row per sample, one block open at a time.
 
-The loss of sample s is its mean token NLL. Every sample has its own gate on every block
-(alpha, B x N, float32), so that the gradient of the *sum* of the sample losses in alpha holds
-each sample's gradient in a row of its own. Only gates require a gradient: no parameter
-gradient is ever allocated, and each linear layer pays for its input gradient only.
+Every sample has its own gate on every block (alpha, B x N, float32), so that the gradient of the
+*sum* of the sample losses in alpha holds each sample's gradient in a row of its own. Only gates
+require a gradient: no parameter gradient is ever allocated, and each linear layer pays for its
+input gradient only.
+
+On the way there the stream before every block is kept; from the head the gradient of the loss
+comes back, and is pulled through each block, computed again unless its graph was kept. In memory
+all graphs are kept, and this is a plain backward pass; of a model that is read from disk none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from io import BufferedRandom
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from isingcut.console.progress import Progress, silent
-from isingcut.data.calibration import TokenSet
-from isingcut.measure.sharing import SharedJournal
-from isingcut.measure.splitting import split_to_fit
+from isingcut.console.progress import Bar
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import CheckpointError
+from isingcut.files.writing import clear_os_errors
+from isingcut.ising.states import Bools, Floats
+from isingcut.measure.gates import gated_block, row_dots
+from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
-from isingcut.measure.sweep import gate_chunks, gate_rows
-from isingcut.measure.work import identity
-from isingcut.models.compute.head import OutputHead, loss_gradient
-from isingcut.models.replay import Recording, Replay, chosen_attention, reuse_freed_memory
-from isingcut.options.config import BATCH_TOKENS
+from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
+from isingcut.models.compute.head import OutputHead, divergence_gradient, loss_gradient
+from isingcut.models.replay import (
+    BLOCK_STREAMS,
+    EMBED,
+    HEAD,
+    Recording,
+    Replay,
+    chosen_attention,
+    reuse_freed_memory,
+)
+
+
+class Boundaries:
+    """Tensors by key, put once and taken once; what does not fit goes to a file.
+
+    The file is written and read plainly: pages of a memory map count as the process's memory.
+    It has no name, so that a killed run leaves nothing behind.
+
+    Args:
+        room: bytes to keep in memory.
+        folder: where the file is made; None takes the system's folder for temporary files.
+    """
+
+    def __init__(self, room: int, folder: Path | None = None) -> None:
+        self._room, self._folder = room, folder
+        self._memory: dict[object, Tensor] = {}
+        self._where: dict[object, tuple[int, Tensor]] = {}
+        self._file: BufferedRandom | None = None
+        self._end = 0
+        self.spilled = 0
+
+    def put(self, key: object, value: Tensor) -> None:
+        """Keep a tensor.
+
+        Raises:
+            InputError: the disk of the scratch file is full.
+        """
+        size = value.numel() * value.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._memory[key] = value
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        plain = value.detach().contiguous().cpu()
+        with clear_os_errors(self._folder or Path(tempfile.gettempdir())):
+            self._file.seek(self._end)
+            self._file.write(_bytes_of(plain))
+        self._where[key] = (self._end, torch.empty_like(value, device="meta"))
+        self._end += size
+        self.spilled += size
+
+    def get(self, key: object, device: torch.device) -> Tensor:
+        """A tensor that was put; it stays."""
+        if key in self._memory:
+            return self._memory[key]
+        start, like = self._where[key]
+        value = torch.empty(like.shape, dtype=like.dtype)
+        assert self._file is not None
+        self._file.seek(start)
+        view = _bytes_of(value)
+        if self._file.readinto(view) != len(view):
+            raise CheckpointError("the scratch file of hidden states ended early")
+        return value.to(device)
+
+    def take(self, key: object, device: torch.device) -> Tensor:
+        """A tensor that was put; it is forgotten."""
+        value = self.get(key, device)
+        if self._memory.pop(key, None) is not None:
+            self._room += value.numel() * value.element_size()
+        else:
+            del self._where[key]
+        return value
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    plain: Any = value.view(-1).view(torch.uint8).numpy()
+    return memoryview(plain)
+
+
+Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Gradients in the gates (B,) and in the stream before a block, from that after it."""
+
+
+def _run_gated(
+    recording: Recording, block: int, before: Tensor, gate: str
+) -> tuple[Tensor, Backward]:
+    """Run a block that is open; the stream after it, and its backward pass while it still is."""
+    alpha = torch.ones(len(before), device=before.device, requires_grad=True)
+    # A stream out of another block's graph is not cut off from it: a leaf would hold its values
+    # until its gradient is there. Nothing that enters the first block requires a gradient.
+    if not before.requires_grad:
+        before = before.detach().requires_grad_(block > 0)
+    edges = [get_gradient_edge(x) for x in (alpha, before) if x.requires_grad]
+    after = gated_block(recording, block, before, alpha, gate, ones=True)
+    end = get_gradient_edge(after)
+
+    def backward(toward: Tensor) -> tuple[Tensor, Tensor]:
+        gradients = torch.autograd.grad(end, edges, toward)
+        return gradients[0], gradients[-1]
+
+    return after, backward
+
+
+Toward = Callable[[Recording, TokenSet, Tensor, Tensor], Tensor]
+"""Gradient (B, T, D) of the summed sample losses in the stream that leaves the blocks: from the
+recording, the micro-batch, that stream, and the original model's."""
+
+
+def gate_rows(
+    replay: Replay,
+    batches: Sequence[TokenSet],
+    gate: str,
+    toward: Toward,
+    *,
+    removed: Bools | None = None,
+    folder: Path | None = None,
+    advance: Callable[[float], object] = lambda share: None,
+) -> Iterator[Tensor]:
+    """Gradients of each sample's loss in all gates, of each micro-batch: (B, N) float32.
+
+    Micro-batches go one at a time where reading costs nothing: so one has the most memory for its
+    graphs, of which each that is kept saves a forward pass.
+
+    Args:
+        gate: ``"sublayer"`` or ``"block"``.
+        removed: (N,) bool, blocks whose gates stand at 0, and are block gates; the others' stand
+            at 1.
+        folder: where streams go that do not fit; None takes the system's for temporary files.
+        advance: told of each step, as a share of all that a micro-batch takes.
+
+    Complexity: each block is opened twice. Where weights stay, the graphs of the last blocks are
+    kept, as many as there is room for; the other blocks are computed once more.
+    """
+    n, in_place = len(replay), replay.store.in_place
+    # Before and after every block, what entered (the recording has it), the original model's
+    # before and after one block, and two gradients. Less where graphs are kept, which need none.
+    streams = n + 6
+    order = [EMBED, *range(n), HEAD, *reversed(range(n))]
+    for chunk, room in chunks(replay, batches, streams, together=not in_place):
+
+        def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
+            each = [replay.stream_bytes(batch) for batch in some]
+            # Weights that go again cannot stay in a graph; and a block is computed again while
+            # they come.
+            left = room - streams * sum(each) if in_place else 0
+            graphs = left // (BLOCK_STREAMS * max(each))
+            with closing(Boundaries(room, folder)) as boundaries:
+                ways = [
+                    _Way(replay, batch, (number, len(some)), gate, removed, boundaries, graphs)
+                    for number, batch in enumerate(some)
+                ]
+                for step, part in enumerate(replay.store.sweep(order)):
+                    for way in ways:
+                        if part == EMBED:
+                            way.enter()
+                        elif part == HEAD:
+                            way.turn(toward)
+                        else:
+                            (way.there if step <= n else way.back)(int(part))
+                            advance(1 / (2 * n))
+            return [way.rows for way in ways]
+
+        yield from split_to_fit(
+            replay.limit, batches[chunk], compute, lambda a, b: torch.cat([a, b])
+        )
+
+
+class _Way:
+    """One micro-batch, ``place`` as its number and how many there are, through the blocks and back.
+
+    ``graphs`` are kept of as many of the last steps on the way there.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        batch: TokenSet,
+        place: tuple[int, int],
+        gate: str,
+        removed: Bools | None,
+        boundaries: Boundaries,
+        graphs: int,
+    ) -> None:
+        self._replay, self._batch, (self._number, self._count) = replay, batch, place
+        self._gate, self._removed = gate, removed
+        self._boundaries, self._graphs = boundaries, graphs
+        self._kept: dict[int, Backward] = {}
+        self.rows = torch.zeros(batch.samples, len(replay), device=replay.device)
+
+    def enter(self) -> None:
+        """Through the embedding."""
+        with torch.no_grad():
+            self._recording = self._replay.record(self._batch.input_ids)
+        self._original = self._recording.entered
+        self._boundaries.put((0, self._number), self._recording.entered)
+
+    def there(self, block: int) -> None:
+        """Through a block, whose graph is kept if those of all that come after it can be too."""
+        place, device = (block, self._number), self._replay.device
+        if self._removed is not None:
+            with torch.no_grad():
+                self._original = self._recording.block(block, self._original)
+        if self._is_removed(block):
+            after = self._boundaries.get(place, device)
+        elif (len(self._replay) - block) * self._count - self._number <= self._graphs:
+            before = self._boundaries.take(place, device)
+            after, self._kept[block] = _run_gated(self._recording, block, before, self._gate)
+        else:
+            before = self._boundaries.get(place, device)
+            ones = torch.ones(len(before), device=device)
+            with torch.no_grad():
+                after = gated_block(self._recording, block, before, ones, self._gate, ones=True)
+        self._boundaries.put((block + 1, self._number), after)
+
+    def turn(self, toward: Toward) -> None:
+        """Through the head, to the gradient that goes back."""
+        place, device = (len(self._replay), self._number), self._replay.device
+        stream = self._boundaries.take(place, device).detach()
+        original = stream if self._removed is None else self._original
+        self._toward = toward(self._recording, self._batch, stream, original)
+
+    def back(self, block: int) -> None:
+        """The gradient through a block."""
+        backward = self._kept.pop(block, None)
+        if backward is None:
+            before = self._boundaries.take((block, self._number), self._replay.device)
+            if self._is_removed(block):
+                # A gate at 0 lets the gradient pass unchanged.
+                with torch.no_grad():
+                    change = self._recording.block(block, before) - before
+                    self.rows[:, block] = row_dots(self._toward, change)
+                return
+            _, backward = _run_gated(self._recording, block, before, self._gate)
+        self.rows[:, block], self._toward = backward(self._toward)
+
+    def _is_removed(self, block: int) -> bool:
+        return self._removed is not None and bool(self._removed[block])
+
+
+def measure_batches(
+    replay: Replay,
+    tokens: TokenSet,
+    work: Work,
+    words: str,
+    shape: tuple[int, ...],
+    found: Callable[[Sequence[TokenSet], Bar], Iterator[Floats]],
+    **how: Any,
+) -> Floats:
+    """Rows (m, *shape) of the samples, micro-batch by micro-batch, kept in the journal.
+
+    Args:
+        words: what is measured, for the progress shown.
+        found: makes of the micro-batches that this process measures the rows of each, in order.
+        how: what the numbers depend on.
+    """
+    for name, parameter in replay.model.named_parameters():
+        assert not parameter.requires_grad, f"{name} requires a gradient"
+    reuse_freed_memory()
+    batches = tokens.batches(work.batch_tokens)
+
+    def fits(key: str, row: Floats) -> bool:
+        return key.isdecimal() and row.shape == (batches[int(key)].samples, *shape)
+
+    measured = identity(replay, tokens, batch_tokens=work.batch_tokens, **how)
+    kept = SharedJournal(work.journal, measured, fits, replay.processes)
+    keys = [str(b) for b in range(len(batches))]
+    with work.progress(words, len(batches)) as bar:
+        todo = [key for key in keys if kept.get(key) is None]
+        bar.advance(len(keys) - len(todo))
+        own, bar = kept.share(todo, bar)
+        mine = [batches[int(key)] for key in own]
+        for key, batch, row in zip(own, mine, found(mine, bar), strict=True):
+            check_finite(replay, batch, row)
+            kept.put(key, row)
+        kept.gather()
+    rows = np.zeros((tokens.samples, *shape))
+    for key, batch in zip(keys, batches, strict=True):
+        rows[batch.index.numpy()] = kept.get(key)
+    return rows
 
 
 def gate_gradients(
     replay: Replay,
     tokens: TokenSet,
+    work: Work = PLAIN,
     *,
     gate: str = "sublayer",
     label_seed: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Progress = silent,
-    journal: Path | None = None,
-) -> npt.NDArray[np.float64]:
+) -> Floats:
     """Gradient of each sample's mean token NLL in every gate, at the original model.
 
     Args:
@@ -47,8 +337,6 @@ def gate_gradients(
         label_seed: None takes the text's own next tokens as labels; a seed draws every label
             from the model's distribution instead. A sample's draws depend on the seed and its
             row alone, not on the batches.
-        batch_tokens: tokens computed at a time.
-        journal: file that keeps the rows of finished micro-batches.
 
     Returns:
         (m, N) float64, computed in float32, nats per token.
@@ -58,58 +346,42 @@ def gate_gradients(
 
     Source: arXiv 2602.00161 (its gate gradients; the sign is that of d loss / d alpha).
     """
-    for name, parameter in replay.model.named_parameters():
-        assert not parameter.requires_grad, f"{name} requires a gradient"
-    reuse_freed_memory()
-    batches = tokens.batches(batch_tokens)
-    how = {"gate": gate, "label_seed": label_seed, "batch_tokens": batch_tokens}
-    measured = identity(replay, tokens, **how)
-    kept = SharedJournal(journal, measured, of_batches(batches, len(replay)), replay.processes)
-    with (
-        progress(f"gradients of {tokens.samples} samples", len(batches)) as bar,
-        chosen_attention(replay),
-    ):
+    folder = work.journal.parent if work.journal else None
+
+    def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
         head = OutputHead(replay)
 
         def toward(recording: Recording, batch: TokenSet, stream: Tensor, _: Tensor) -> Tensor:
             return loss_gradient(recording, stream, batch, label_seed, head)
 
-        keys = [str(b) for b in range(len(batches))]
-        todo = [key for key in keys if kept.get(key) is None]
-        bar.advance(len(keys) - len(todo))
-        own, bar = kept.share(todo, bar)
-        mine = [batches[int(key)] for key in own]
-        for chunk, room in gate_chunks(replay, mine):
+        for row in gate_rows(replay, mine, gate, toward, folder=folder, advance=bar.advance):
+            yield row.double().cpu().numpy()
 
-            def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
-                return gate_rows(
-                    replay,
-                    some,
-                    gate,
-                    toward,
-                    room=room,
-                    folder=journal.parent if journal else None,
-                    advance=bar.advance,
-                )
-
-            found = split_to_fit(replay.limit, mine[chunk], compute, lambda a, b: torch.cat([a, b]))
-            for key, row in zip(own[chunk], found, strict=True):
-                numbers = row.double().cpu().numpy()
-                check_finite(replay, batches[int(key)], numbers)
-                kept.put(key, numbers)
-        kept.gather()
-    rows = np.zeros((tokens.samples, len(replay)))
-    for b, batch in enumerate(batches):
-        rows[batch.index.numpy()] = kept.get(str(b))
-    return rows
+    words, shape = f"gradients of {tokens.samples} samples", (len(replay),)
+    with chosen_attention(replay):
+        return measure_batches(
+            replay, tokens, work, words, shape, found, gate=gate, label_seed=label_seed
+        )
 
 
-def of_batches(
-    batches: Sequence[TokenSet], *shape: int
-) -> Callable[[str, npt.NDArray[np.float64]], bool]:
-    """Whether a journal's row can be a micro-batch's, with ``shape`` for each of its samples."""
+GATE_SLOPES_PASSES = 4.0
+"""Price in forward passes: the original, the gated model, and a backward pass of twice that."""
 
-    def fits(key: str, row: npt.NDArray[np.float64]) -> bool:
-        return key.isdecimal() and row.shape == (batches[int(key)].samples, *shape)
 
-    return fits
+def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: int) -> Floats:
+    """d KL(original || cut) / d alpha of each block's gate at a state, in nats per token: (N,).
+
+    For a removed block the slope is the first-order gain of putting it back, which no measured
+    removal tells; for a kept one it is a weak guide to removing it (docs/experiments.md).
+
+    Args:
+        state: (N,) bool; its blocks' gates stand at 0, all others at 1.
+    """
+
+    def toward(recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor) -> Tensor:
+        return divergence_gradient(recording, original, cut, batch)
+
+    total = np.zeros(len(replay))
+    for rows in gate_rows(replay, tokens.batches(batch_tokens), "block", toward, removed=state):
+        total += rows.T.contiguous().sum(1).double().cpu().numpy()
+    return total / tokens.tokens

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InputError
 from isingcut.ising.states import Bools, Floats, States, key_of
-from isingcut.measure.losses import measure_together
-from isingcut.measure.sharing import SharedJournal
-from isingcut.measure.tree import tree_nodes
-from isingcut.measure.work import Work, identity
+from isingcut.measure.losses import measure_together, tree_nodes
+from isingcut.measure.work import SharedJournal, Work, identity
 from isingcut.models.replay import Replay
 
 LOSSES = ("kl", "nll")
@@ -45,7 +44,9 @@ class Ledger:
     def __init__(self, replay: Replay, tokens: TokenSet, work: Work, loss: str = "kl") -> None:
         if loss not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
-        self._replay, self._tokens, self._work, self._loss = replay, tokens, work, loss
+        self._replay, self._tokens, self._loss = replay, tokens, loss
+        # Its journal is the ledger's.
+        self._work = replace(work, journal=None)
         self.counts = tokens.predicted.sum(1).numpy().astype(np.int64)
         self._real = tokens.mask.sum(1).numpy().astype(np.int64)
         measured = identity(replay, tokens, loss=loss, batch_tokens=work.batch_tokens)

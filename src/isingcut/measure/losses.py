@@ -1,50 +1,180 @@
 """Measured loss of states: KL to the original model and NLL, in nats per token.
 
-Two states that agree on the first blocks share the hidden states up to where they part (`tree`).
-The original model is the empty state, so that every measurement brings its own reference. Work
-goes by pieces, a micro-batch and some of the states, and a finished piece is written to a journal.
-In memory the tree is walked branch by branch, which keeps few streams; where blocks are read from
-disk, block by block, for as many pieces at a time as fit the memory allowed, whatever states and
-texts they are of. The output head takes one piece after the other: only the original's logits of
-one micro-batch exist at a time.
+States that agree on their first blocks share the hidden states that entered where they part: they
+are sorted by their bits, and each node of the tree of their decisions is computed once. The
+original model is the empty state, so that every measurement brings its own reference. Work goes by
+pieces, a micro-batch and some of the states, and a finished piece is written to a journal. One
+process takes a micro-batch with all its states; where there are fewer micro-batches than processes,
+their states are parted as well, and only prefixes shared with states of another piece are run
+again. In memory the tree is walked branch by branch, which keeps few streams; where blocks are read
+from disk, block by block, for as many pieces at a time as fit the memory allowed, whatever states
+and texts they are of. The output head takes one piece after the other: only the original's logits
+of one micro-batch exist at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from isingcut.console.progress import Bar, Progress, silent
+from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats, States
-from isingcut.measure.pace import chunks
-from isingcut.measure.pieces import Piece, cut, left
-from isingcut.measure.sharing import SharedJournal
-from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
-from isingcut.measure.tree import in_order, own_blocks, walk
-from isingcut.measure.work import Work, identity
+from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
 from isingcut.models.compute.head import Comparison, OutputHead, comparison
 from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
-from isingcut.options.config import BATCH_TOKENS
 
-__all__ = ["Measurement", "measure", "measure_together", "standard_error"]
+T = TypeVar("T")
 
 # Streams of a batch beside those of the states: the original's, what entered the blocks (the
 # recording has it), and the one that a block is just making.
 _OTHERS = 3
 _BY_SAMPLE = ("kl_sums", "nll_sums", "original_nll_sums", "counts")
+
+
+def in_order(states: States) -> npt.NDArray[np.int64]:
+    """The order of the bits of states (S, N), in which neighbours share the longest prefixes."""
+    # lexsort's last key is the first to sort by.
+    return np.lexsort(states.T[::-1]) if len(states) else np.zeros(0, dtype=np.int64)
+
+
+def own_blocks(states: States) -> States:
+    """(S, N) of sorted states: the blocks that are run for each and not for the one before it.
+
+    The first one shares with the original, whose own N are not counted.
+    """
+    before = np.concatenate([np.zeros_like(states[:1]), states[:-1]])
+    parted = np.logical_or.accumulate(states != before, axis=1)
+    return parted & ~states
+
+
+def tree_nodes(states: States) -> int:
+    """Block evaluations per sample that measuring the states (S, N) takes beside the original.
+
+    It is the unit in which every search pays for its states.
+    """
+    return int(own_blocks(states[in_order(states)]).sum())
+
+
+def walk(
+    trees: Sequence[tuple[States, T]],
+    run: Callable[[int, int, T], T],
+    *,
+    by_block: bool,
+) -> Iterator[tuple[int, int, int, T]]:
+    """Run the blocks of every state of some trees, each node of a tree once.
+
+    Args:
+        trees: of each its states (S, N) bool, sorted, and the stream that enters the first block.
+        run: a tree's place, a block's number and the stream before it, to the stream after it.
+        by_block: run a block on all branches of all trees before the next one, so that it is
+            opened once: as many streams are kept as there are states. Else a branch is followed
+            to its end before the next one, and N + 1 streams are kept.
+
+    Yields:
+        (tree, first, last, stream): what leaves the blocks of a tree's states first to last - 1,
+        which are the same; in order.
+    """
+    roots = [(tree, 0, len(states), entered) for tree, (states, entered) in enumerate(trees)]
+    waiting = [(0, deque(roots))] if by_block else [(0, deque([root])) for root in reversed(roots)]
+    while waiting:
+        depth, branches = waiting.pop()
+        grown: deque[tuple[int, int, int, T]] = deque()
+        while branches:
+            tree, first, last, stream = branches.popleft()
+            states = trees[tree][0]
+            if depth == states.shape[1]:
+                yield tree, first, last, stream
+                continue
+            middle = first + int((~states[first:last, depth]).sum())
+            if first < middle:
+                grown.append((tree, first, middle, run(tree, depth, stream)))
+            if middle < last:
+                grown.append((tree, middle, last, stream))
+        if by_block and grown:
+            waiting.append((depth + 1, grown))
+        else:
+            waiting += [(depth + 1, deque([branch])) for branch in reversed(grown)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """States first, first + 1, ..., last - 1 of the walk, on one micro-batch."""
+
+    batch: int
+    first: int
+    last: int
+
+    @property
+    def key(self) -> str:
+        """Its name in a journal."""
+        return f"{self.batch}:{self.first}-{self.last}"
+
+    @classmethod
+    def read(cls, key: str) -> Piece:
+        """The piece of that name."""
+        batch, _, states = key.partition(":")
+        first, _, last = states.partition("-")
+        return cls(int(batch), int(first), int(last))
+
+
+def left(
+    done: Iterable[str], batches: int, states: int, processes: int, repeated: float
+) -> list[Piece]:
+    """What is still to be measured, in pieces that keep all processes busy.
+
+    Args:
+        done: names of finished pieces, however they were cut.
+        batches, states: all there is.
+        processes: how many take pieces.
+        repeated: what each further piece of a micro-batch costs in advance, as a share of the
+            whole micro-batch.
+    """
+    finished: dict[int, list[Piece]] = {}
+    for piece in map(Piece.read, done):
+        finished.setdefault(piece.batch, []).append(piece)
+    gaps: list[Piece] = []
+    for batch in range(batches):
+        end = 0
+        had = sorted(finished.get(batch, []), key=lambda p: p.first)
+        for piece in had:
+            if piece.first > end:
+                gaps.append(Piece(batch, end, piece.first))
+            end = max(end, piece.last)
+        if end < states or not had:
+            gaps.append(Piece(batch, end, states))
+    parts = _parts(len(gaps), processes, repeated)
+    return [part for gap in gaps for part in cut(gap, parts)]
+
+
+def _parts(gaps: int, processes: int, repeated: float) -> int:
+    """Into how many pieces each gap is cut so that all are done soonest."""
+
+    def rounds(parts: int) -> float:
+        return -(-gaps * parts // processes) * (1 / parts + repeated)
+
+    return min(range(1, 2 * processes + 1), key=rounds)
+
+
+def cut(gap: Piece, parts: int) -> list[Piece]:
+    """A piece in at most so many parts of like size."""
+    count = gap.last - gap.first
+    parts = max(1, min(parts, count))
+    ends = [gap.first + count * i // parts for i in range(parts + 1)]
+    return [Piece(gap.batch, a, b) for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +256,8 @@ def measure(
     replay: Replay,
     tokens: TokenSet,
     states: States | Sequence[Sequence[int]],
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Progress = silent,
+    work: Work = PLAIN,
     description: str = "measuring states",
-    journal: Path | None = None,
-    share_prefixes: bool = True,
 ) -> Measurement:
     """Measure the KL to the original and the NLL of each state.
 
@@ -139,9 +265,7 @@ def measure(
         replay: the model's blocks.
         tokens: m samples.
         states: (S, N) bool.
-        batch_tokens: tokens computed at a time; bounds memory, not the result.
-        journal: file that keeps finished micro-batches; it is left for the caller to remove.
-        share_prefixes: off only to measure what sharing saves.
+        work: its journal is left for the caller to remove.
 
     Complexity: one block evaluation per node of the prefix tree of the states and of the
     empty state, plus one output head per state.
@@ -150,24 +274,45 @@ def measure(
         InputError: not even one state of one micro-batch fits the memory allowed.
         ModelError: a loss is not finite.
     """
-    reuse_freed_memory()
-    task = _Task(replay, tokens, states, batch_tokens, journal, share_prefixes)
-    _measure_all(replay, [task], progress, description)
-    return task.result()
+    return measure_together(replay, [(tokens, states)], work, description)[0]
 
 
 def measure_together(
-    replay: Replay, wanted: Sequence[tuple[TokenSet, States]], work: Work, description: str
+    replay: Replay,
+    wanted: Sequence[tuple[TokenSet, States | Sequence[Sequence[int]]]],
+    work: Work,
+    description: str,
 ) -> list[Measurement]:
     """`measure` of several sets of states, each on a text of its own, in the same sweeps.
 
-    Args:
-        work: its journal is not used.
+    A journal is one set's: ``work`` has none where there are several.
     """
     reuse_freed_memory()
-    tasks = [_Task(replay, tokens, states, work.batch_tokens) for tokens, states in wanted]
-    _measure_all(replay, tasks, work.progress, description)
-    return [task.result() for task in tasks]
+    tasks = [_Task(replay, tokens, states, work) for tokens, states in wanted]
+    with (
+        work.progress(description, sum(task.all_blocks for task in tasks)) as bar,
+        torch.inference_mode(),
+        chosen_attention(replay),
+    ):
+        head = OutputHead(replay)
+        for task in tasks:
+            task.begin(bar)
+        todo = [
+            _Part(task, piece, task.batches[piece.batch]) for task in tasks for piece in task.todo
+        ]
+        streams = [part.piece.last - part.piece.first + _OTHERS for part in todo]
+
+        def compute(some: Sequence[_Part]) -> list[Floats]:
+            return list(_measure(replay, head, some))
+
+        for chunk, _ in chunks(replay, [part.batch for part in todo], streams):
+            found = split_to_fit(
+                replay.limit, todo[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
+            )
+            for part, rows in zip(todo[chunk], found, strict=True):
+                part.task.kept.put(part.piece.key, rows)
+                bar.advance(0, part.task.fill(part.piece.key))
+        return [task.result() for task in tasks]
 
 
 class _Task:
@@ -187,27 +332,25 @@ class _Task:
         replay: Replay,
         tokens: TokenSet,
         states: States | Sequence[Sequence[int]],
-        batch_tokens: int,
-        journal: Path | None = None,
-        share_prefixes: bool = True,
+        work: Work,
     ) -> None:
-        self._replay, self.share_prefixes = replay, share_prefixes
+        self._replay = replay
         self._wanted = wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
         self._order = in_order(wanted)
         self.ordered = wanted[self._order]
-        self._nodes = (own_blocks(self.ordered) if share_prefixes else ~self.ordered).sum(1)
+        self._nodes = own_blocks(self.ordered).sum(1)
         self._per_batch = len(replay) + int(self._nodes.sum())
-        self.batches = tokens.batches(batch_tokens)
+        self.batches = tokens.batches(work.batch_tokens)
         self.all_blocks = self._per_batch * len(self.batches)
         measured = identity(
             replay,
             tokens,
             states=np.packbits(wanted).tolist(),
             shape=list(wanted.shape),
-            batch_tokens=batch_tokens,
+            batch_tokens=work.batch_tokens,
         )
         fits = _of_pieces(self.batches, len(wanted))
-        self.kept = SharedJournal(journal, measured, fits, replay.processes)
+        self.kept = SharedJournal(work.journal, measured, fits, replay.processes)
         self._counts = tokens.predicted.sum(1).numpy().astype(np.int64)
         self._sums = np.zeros((2, len(wanted) + 1, tokens.samples))
         self._seen = np.zeros((len(wanted), tokens.samples), dtype=bool)
@@ -259,14 +402,11 @@ class _Task:
         mean = self._sums[0, :-1].sum(1) / np.maximum(1, self._seen @ self._counts)
         return f"lowest running mean of KL {mean[self._seen.any(1)].min():.4f}"
 
-    def finish(self) -> None:
-        """Take in what other processes measured."""
+    def result(self) -> Measurement:
+        """What was measured, by other processes, too."""
         self.kept.gather()
         for key in self.kept.keys():  # noqa: SIM118
             self.fill(key)
-
-    def result(self) -> Measurement:
-        """What was measured."""
         wanted, (kl, nll) = self._wanted, self._sums
         unshared = len(self._replay) + int((~wanted).sum())
         return Measurement(
@@ -284,37 +424,6 @@ def _of_pieces(batches: Sequence[TokenSet], states: int) -> Callable[[str, Float
         return inside and piece.batch >= 0 and row.shape == shape
 
     return fits
-
-
-def _measure_all(
-    replay: Replay, tasks: Sequence[_Task], progress: Progress, description: str
-) -> None:
-    """Measure what is left of some tasks, and keep it in their journals."""
-    with (
-        progress(description, sum(task.all_blocks for task in tasks)) as bar,
-        torch.inference_mode(),
-        chosen_attention(replay),
-    ):
-        head = OutputHead(replay)
-        for task in tasks:
-            task.begin(bar)
-        todo = [
-            _Part(task, piece, task.batches[piece.batch]) for task in tasks for piece in task.todo
-        ]
-        streams = [part.piece.last - part.piece.first + _OTHERS for part in todo]
-
-        def compute(some: Sequence[_Part]) -> list[Floats]:
-            return list(_measure(replay, head, some))
-
-        for chunk, _ in chunks(replay, [part.batch for part in todo], streams):
-            found = split_to_fit(
-                replay.limit, todo[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
-            )
-            for part, rows in zip(todo[chunk], found, strict=True):
-                part.task.kept.put(part.piece.key, rows)
-                bar.advance(0, part.task.fill(part.piece.key))
-        for task in tasks:
-            task.finish()
 
 
 @dataclass(frozen=True)
@@ -346,7 +455,6 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
     """
     batches = [part.batch for part in todo]
     recordings = [replay.record(batch.input_ids) for batch in batches]
-    shared = todo[0].task.share_prefixes
     trees, steps = [], []
     for part, recording in zip(todo, recordings, strict=True):
         # Of the sorted states the one that removes nothing comes first: the original.
@@ -355,7 +463,7 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
         tree = np.concatenate([np.zeros((1, len(replay)), dtype=bool), own])
         trees.append((tree, recording.entered))
         # What a parted micro-batch runs again is no progress.
-        runs = len(replay) + int((own_blocks(tree) if shared else ~own).sum())
+        runs = len(replay) + int(own_blocks(tree).sum())
         share = part.samples / task.batches[piece.batch].samples
         steps.append(share * task.blocks_run(piece) / runs)
 
@@ -363,7 +471,7 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
         todo[tree].task.bar.advance(steps[tree])
         return recordings[tree].block(block, stream)
 
-    leaves = walk(trees, run, by_block=replay.streamed, shared=shared)
+    leaves = walk(trees, run, by_block=replay.streamed)
     for tree, group in groupby(leaves, key=itemgetter(0)):
         rows = np.zeros((2, len(trees[tree][0]), batches[tree].samples))
         originals: list[Comparison] = []

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.states import Floats, States, blocks_of
-from isingcut.measure.pace import chunks
-from isingcut.measure.splitting import split_to_fit
+from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.work import Work
 from isingcut.models.load import not_finite
 from isingcut.models.replay import Replay
@@ -24,20 +23,17 @@ _STREAMS = 3
 
 
 def boundaries(
-    replay: Replay, batches: Sequence[TokenSet], removed: Sequence[int] = (), *, kept: int = 0
+    replay: Replay, batches: Sequence[TokenSet], removed: Sequence[int] = ()
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """(b, i, stream before, stream after), both (B, T, D), of every block that is not removed.
 
     One micro-batch b after the other; those of a chunk of a streamed model by turns.
 
-    Args:
-        kept: streams that the caller keeps of each micro-batch.
-
     Raises:
         ModelError: the stream after a block is not finite.
     """
     blocks = [i for i in range(len(replay)) if i not in removed]
-    for chunk, _ in chunks(replay, batches, _STREAMS + kept):
+    for chunk, _ in chunks(replay, batches, _STREAMS):
         recordings = [replay.record(batch.input_ids) for batch in batches[chunk]]
         streams = [recording.entered for recording in recordings]
         for part in replay.store.sweep(blocks):

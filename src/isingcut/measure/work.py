@@ -1,18 +1,29 @@
-"""How a measurement is carried out, whatever it measures, and what its journal is known by."""
+"""How a measurement is carried out, by one process or by several, and what its journal is known by.
+
+Each process takes every n-th unit of what is still to be measured and keeps its rows in a journal
+of its own. At the end every process has all rows, and takes sums in the order of the samples: the
+bits are those of one process, for any number of them. What any journal holds is not measured
+again, whoever wrote it.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from isingcut.console.progress import Progress, silent
+from safetensors.numpy import load, save
+
+from isingcut.console.progress import Bar, Progress, silent
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import ModelError
+from isingcut.files.journal import Journal, Row
 from isingcut.files.writing import fingerprint
+from isingcut.models.processes import ALONE, Processes
+from isingcut.models.replay import Replay
 from isingcut.options.config import BATCH_TOKENS
-
-if TYPE_CHECKING:
-    from isingcut.data.tokens import TokenSet
-    from isingcut.models.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,9 @@ class Work:
     journal: Path | None = None
 
 
+PLAIN = Work()
+
+
 def identity(replay: Replay, tokens: TokenSet, **depends: Any) -> str:
     """The fingerprint of what is measured, for its journal.
 
@@ -40,3 +54,95 @@ def identity(replay: Replay, tokens: TokenSet, **depends: Any) -> str:
     if tokens.counted is not None:
         told["counted"] = tokens.counted.tolist()
     return fingerprint({**replay.identity(), **told, **depends})
+
+
+class SharedJournal(Journal):
+    """A journal that holds the same rows in every process.
+
+    Args:
+        path: the file of rank 0; the others have theirs beside it. None keeps the rows in memory.
+        fingerprint: identifies model, tokens and states measured.
+        fits: whether a row can be one of this measurement's, by its key and its shape.
+        processes: that measure; all must come here.
+
+    Raises:
+        ModelError: another process measures something else.
+        RankError: another process has failed.
+        StageFileError: something else than a journal is at ``path``.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        fingerprint: str,
+        fits: Callable[[str, Row], bool] = lambda key, row: True,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._processes = processes
+        rank, size = processes.rank, processes.size
+        super().__init__(path and _of_rank(path, rank), fingerprint, fits)
+        self._new = dict(self._rows)
+        if path is not None and not rank:
+            # A run with more processes wrote them.
+            for number, left in _others(path):
+                if number >= size:
+                    self._new |= Journal(left, fingerprint, fits)._rows
+        self.gather()
+
+    def put(self, key: str, row: Row) -> None:
+        """Store ``row`` under ``key`` and sync it to disk."""
+        super().put(key, row)
+        self._new[key] = self._rows[key]
+
+    def share(self, units: Sequence[str], bar: Bar) -> tuple[list[str], Bar]:
+        """The units that this process measures, and a bar that counts them for all processes."""
+        own = list(units[self._processes.rank :: self._processes.size])
+        return own, _ForAll(bar, len(units) / max(1, len(own)))
+
+    def gather(self) -> None:
+        """Bring the rows that were put since the last time to all processes.
+
+        Raises:
+            ModelError, RankError: as the constructor.
+        """
+        if self._processes.size == 1:
+            self._rows |= self._new
+        else:
+            own = f"{self.fingerprint}\n".encode() + save(self._new)
+            for data in self._processes.gather(own):
+                fingerprint, _, rows = data.partition(b"\n")
+                if fingerprint.decode() != self.fingerprint:
+                    raise ModelError(
+                        "the processes measure different things; give every machine the same "
+                        "model, options, package versions and kind of device"
+                    )
+                self._rows |= load(rows)
+        self._new = {}
+
+
+class _ForAll:
+    """A bar on which a step of this process stands for the others' as well."""
+
+    def __init__(self, bar: Bar, processes: float) -> None:
+        self._bar, self._processes = bar, processes
+
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        self._bar.advance(steps * self._processes, note)
+
+
+def _of_rank(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.name}.{rank}") if rank else path
+
+
+def _others(path: Path) -> Iterator[tuple[int, Path]]:
+    """The journals beside that of rank 0, by rank."""
+    for found in sorted(path.parent.glob("*")):
+        of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", found.name)
+        if of:
+            yield int(of[1]), found
+
+
+def forget(path: Path) -> None:
+    """Delete the journals of all processes: their rows have become a results file."""
+    for _, other in [(0, path), *_others(path)]:
+        other.unlink(missing_ok=True)

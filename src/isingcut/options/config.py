@@ -14,17 +14,8 @@ from annotated_types import Interval as Bounds
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
+from isingcut.options import spellings
 from isingcut.options.declaration import Options, Then, from_yaml, load_yaml, option, options_from
-from isingcut.options.spellings import (
-    LAST_BLOCK,
-    BlockList,
-    Budgets,
-    Device,
-    Effort,
-    Memory,
-    Removal,
-    Training,
-)
 
 
 def _at_home(text: str) -> str:
@@ -85,8 +76,8 @@ class RunConfig(Options):
     model: Place = option(
         "", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", "model", argument=True
     )
-    remove: Removal = option(
-        Removal(),
+    remove: spellings.Removal = option(
+        spellings.Removal(),
         "How many blocks to remove: 6, 4..15 for a curve, or attention=2,mlp=1.",
         "solve",
         metavar="M",
@@ -122,8 +113,8 @@ class RunConfig(Options):
         "energy",
         room="energies",
     )
-    effort: Effort = option(
-        Effort(),
+    effort: spellings.Effort = option(
+        spellings.Effort(),
         "Search limit of refined and auto: passes over the text (150) or a time (20min); default: "
         "the cost of a greedy search.",
         "energy",
@@ -132,10 +123,10 @@ class RunConfig(Options):
         False, "empirical-fisher only: add the gradient term that the paper omits.", "energy"
     )
     dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.", "energy")
-    device: Device = option("auto", "Device: auto, cpu, cuda or cuda:N.", "energy")
+    device: spellings.Device = option("auto", "Device: auto, cpu, cuda or cuda:N.", "energy")
     attention: Literal["auto", "sdpa", "eager"] = option(
         "auto",
-        "Attention implementation: sdpa, eager, or auto (transformers' default).",
+        "How measurements compute attention: sdpa, eager, or auto (as transformers chooses).",
         "energy",
     )
     batch_tokens: Tokens | None = option(
@@ -149,8 +140,8 @@ class RunConfig(Options):
         "--memory-limit).",
         "energy",
     )
-    memory_limit: Memory = option(
-        Memory(),
+    memory_limit: spellings.Memory = option(
+        spellings.Memory(),
         "Memory for weights and hidden states: 8GB or 50% (default: 80% of the free memory).",
         "energy",
     )
@@ -162,19 +153,23 @@ class RunConfig(Options):
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
         20, "States kept in the spectrum.", "solve"
     )
-    budget: Budgets = option(
-        Budgets(),
+    budget: spellings.Budgets = option(
+        spellings.Budgets(),
         "Remove at least this much, comma-separated: params=25%, bytes=1GB, kv=30%, latency=20%.",
         "solve",
     )
-    diverse: Annotated[int, Bounds(ge=0, le=LAST_BLOCK)] = option(
+    diverse: Annotated[int, Bounds(ge=0, le=spellings.LAST_BLOCK)] = option(
         0, "Least number of swaps between two candidates (0: no limit).", "solve"
     )
     solve_seconds: Annotated[float, Bounds(ge=0, le=3600 * 24 * 365)] = option(
         60.0, "Time limit of the solver, in seconds.", "solve"
     )
-    keep: BlockList = option(BlockList(), "Blocks to keep, for example 0,1,29.", "solve")
-    drop: BlockList = option(BlockList(), "Blocks to remove in any case.", "solve")
+    keep: spellings.BlockList = option(
+        spellings.BlockList(), "Blocks to keep, for example 0,1,29.", "solve"
+    )
+    drop: spellings.BlockList = option(
+        spellings.BlockList(), "Blocks to remove in any case.", "solve"
+    )
 
     random_states: RandomStates = option(
         40,
@@ -206,8 +201,8 @@ class RunConfig(Options):
     patch_tokens: PatchTokens = option(
         32768, "Tokens to fit the patch on: the samples of --energy first, then further text."
     )
-    heal: Training = option(
-        Training(),
+    heal: spellings.Training = option(
+        spellings.Training(),
         "Then distil the original into the cut model: for a time (10min), a number of tokens "
         "(5Mtokens), or over the whole text (all; the same as --heal alone).",
         metavar="BUDGET",
@@ -326,8 +321,8 @@ class HealConfig(Options):
         "What to train: full (all weights), last:N (the last N blocks and the head), lora (rank "
         "16) or lora:RANK, none (patch only).",
     )
-    effort: Training = option(
-        Training(),
+    effort: spellings.Training = option(
+        spellings.Training(),
         "How long to train: a time (30m, 2h) or tokens (10M tokens); default: one epoch.",
     )
     trainer: Place = option(
@@ -341,7 +336,7 @@ class HealConfig(Options):
 
     batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens per micro-batch when measuring.")
     dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.")
-    device: Device = option("auto", "Device: auto, cpu, cuda or cuda:N.")
+    device: spellings.Device = option("auto", "Device: auto, cpu, cuda or cuda:N.")
     trust_remote_code: bool = option(False, "Allow the models' own Python code to run.", typed=True)
     overwrite: bool = option(False, "Replace an existing output.")
 

@@ -23,6 +23,8 @@ _BYTES |= {f"{k}ib": 1024.0**e for e, k in enumerate("kmgt", 1)}
 # `lazy` is the fake card of the tests.
 _DEVICES = "cpu|cuda|xpu|mps|hpu|mtia|xla|lazy"
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_TIMES = {"minutes": 60.0, "min": 60.0, "m": 60.0, "hours": 3600.0, "h": 3600.0}
+_AMOUNT = r"(\d{1,15}(?:\.\d{0,12})?)\s*"
 _LONGEST_EFFORT = 1e6
 _MOST_TOKENS = 1e12
 
@@ -190,17 +192,17 @@ class Effort(Spelling):
         words = text.strip().lower()
         if not words:
             return
-        match = re.fullmatch(r"(\d{1,12}(?:\.\d{0,12})?)\s*(|passes|minutes|min|hours|h)", words)
+        match = re.fullmatch(rf"{_AMOUNT}(|passes|minutes|min|hours|h)", words)
         amount = float(match[1]) if match else 0.0
         if match is None or not 0 < amount <= _LONGEST_EFFORT:
             raise InputError(
                 f"{_cut(text)}: expected passes over the calibration text (150) or a time (20min, "
                 f"2h), of at most {_LONGEST_EFFORT:,.0f}"
             )
-        if match[2] in ("", "passes"):
-            self.passes = amount
+        if match[2] in _TIMES:
+            self.seconds = amount * _TIMES[match[2]]
         else:
-            self.seconds = amount * (3600.0 if match[2] in ("hours", "h") else 60.0)
+            self.passes = amount
 
 
 class BlockList(Spelling):
@@ -239,22 +241,18 @@ class Training(Spelling):
         if words.lower() in ("", "all"):
             return
         # "m" is minutes, but "M" is not: 5M may mean tokens.
-        match = re.fullmatch(
-            r"(\d{1,15}(?:\.\d{0,12})?)\s*"
-            r"(?:([kmgKMG]?)\s*(?i:tokens|token|tok)|((?i:minutes|min|hours|h)|m))",
-            words,
-        )
+        units = r"(?:([kmgKMG]?)\s*(?i:tokens|token|tok)|((?i:minutes|min|hours|h)|m))"
+        match = re.fullmatch(_AMOUNT + units, words)
         amount = float(match[1]) if match else 0.0
         if match is not None and match[3]:
-            amount *= 60.0 if match[3].lower() in ("hours", "h") else 1.0
-            if 0 < amount <= _LONGEST_EFFORT:
-                self.seconds = 60 * amount
-                return
+            self.seconds = amount * _TIMES[match[3].lower()]
         elif match is not None:
-            amount *= _PLAIN.get(match[2].lower(), 1.0)
-            if 1 <= amount <= _MOST_TOKENS:
-                self.tokens = amount
-                return
+            self.tokens = amount * _PLAIN.get(match[2].lower(), 1.0)
+        if (
+            0 < (self.seconds or 0) <= 60 * _LONGEST_EFFORT
+            or 1 <= (self.tokens or 0) <= _MOST_TOKENS
+        ):
+            return
         raise InputError(
             f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, of "
             f"at most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"

@@ -21,26 +21,12 @@ from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import describe_source, places_in
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
+from isingcut.files import documents, writing
 from isingcut.files.documents import (
-    CutProof,
-    CutRecord,
     FittedText,
-    HealingFile,
-    PatchedCut,
     PatchRecord,
-    TunedLayer,
 )
 from isingcut.files.inputs import regular_file
-from isingcut.files.writing import (
-    atomic_folder,
-    clear_os_errors,
-    file_sha256,
-    fingerprint,
-    read_document,
-    refuse_source,
-    temporary_prefix,
-    write_document,
-)
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.job import Job
@@ -60,7 +46,7 @@ from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import loading_class_of
 from isingcut.models.processes import launched
-from isingcut.options.config import HealConfig, RunConfig, distil_config, heal_config, patch_config
+from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.measuring import upstream
@@ -100,7 +86,7 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
 def _own_place(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
     named = "-".join(map(str, sorted(removed)))
     if len(named) > _LONGEST_NAME:
-        named = fingerprint({"removed": sorted(removed)})[:16]
+        named = writing.fingerprint({"removed": sorted(removed)})[:16]
     return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
 
 
@@ -153,7 +139,7 @@ def write_checkpoint(
     target = folder.target(session.config.removal)
     parts = card_parts(folder.path, target, blocks, loads_with)
     sources = [session.source, *folder.sources]
-    with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
+    with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
         write_cut(session.source, blocks, temporary)
         if session.streaming:
@@ -161,21 +147,21 @@ def write_checkpoint(
         else:
             proof = verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
         parts = parts.model_copy(update={"proof": proof.inputs})
-        record = CutRecord(
+        record = documents.CutRecord(
             removed=blocks,
             of=len(session.stack),
             model=folder.run.provenance.model.content(),
             card=parts,
-            proof=CutProof(**proof.record),
+            proof=documents.CutProof(**proof.record),
         )
-        with clear_os_errors(out):
+        with writing.clear_os_errors(out):
             write_record(temporary, record)
 
 
-def write_record(checkpoint: Path, record: CutRecord) -> None:
+def write_record(checkpoint: Path, record: documents.CutRecord) -> None:
     """The record of a cut beside its weights, and the model card that it holds."""
     assert record.card is not None
-    write_document(checkpoint / RECORD, record)
+    writing.write_document(checkpoint / RECORD, record)
     (checkpoint / "README.md").write_text(model_card(record.card), encoding="utf-8")
 
 
@@ -189,7 +175,7 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header = read_gguf(source)
     header.check_blocks()
     # The file that the run was made from needs no comparison; another packing of it does.
-    if folder.run.provenance.model.gguf_sha256 != file_sha256(source):
+    if folder.run.provenance.model.gguf_sha256 != writing.file_sha256(source):
         check_same_model(header, session.source)
 
 
@@ -209,14 +195,14 @@ def excise_gguf(
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     place = place_of(folder, config, removed)
-    patch = read_document(place / "model" / RECORD, CutRecord).patch
-    cuts: list[PatchedCut | TunedLayer] = [] if patch is None else [*patch.cuts]
+    patch = writing.read_document(place / "model" / RECORD, documents.CutRecord).patch
+    cuts: list[documents.PatchedCut | documents.TunedLayer] = [] if patch is None else [*patch.cuts]
     if patch is not None and patch.tuning is not None:
         cuts += patch.tuning.layers
-    options: dict[str, Any] = {"removed": blocks, "source": file_sha256(source)}
+    options: dict[str, Any] = {"removed": blocks, "source": writing.file_sha256(source)}
     changed: dict[str, Changed] = {}
     if cuts:
-        options["patch"] = fingerprint([cut.content() for cut in cuts])
+        options["patch"] = writing.fingerprint([cut.content() for cut in cuts])
         layers = list(dict.fromkeys((cut.block, cut.layer) for cut in cuts))
         header = read_gguf(source)
         changed = changed_tensors(header, session.source, place / "model", blocks, layers)
@@ -224,7 +210,7 @@ def excise_gguf(
     def make(path: Path) -> None:
         cut_gguf(source, blocks, path, overwrite=True, changed=changed)
 
-    refuse_source(place / "model.gguf", [source])
+    writing.refuse_source(place / "model.gguf", [source])
     file = folder.stage("excise", place / "model.gguf", options, make, lambda path: path)
     return file, repacked(source, file, changed, blocks) if changed else []
 
@@ -267,24 +253,24 @@ def write_model(
     if session.config.patch == "none":
         write_checkpoint(session, folder, removed, out, overwrite=overwrite)
         return
-    with clear_os_errors(out):
+    with writing.clear_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(".part", temporary_prefix(out), out.parent)
+        aside = tempfile.TemporaryDirectory(".part", writing.temporary_prefix(out), out.parent)
     sources = [session.source, *folder.sources]
     with aside as place:
         cut = Path(place) / "cut"
         write_checkpoint(session, folder, removed, cut)
-        with atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
+        with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
             temporary.rmdir()
             try:
                 patch = _patched(session, folder, removed, cut, temporary)
             except CANNOT as e:
                 patch = unpatched(removed, e)
                 cut.rename(temporary)
-            record = read_document(temporary / RECORD, CutRecord)
+            record = writing.read_document(temporary / RECORD, documents.CutRecord)
             assert record.card is not None
             card = record.card.model_copy(update={"patch": patch})
-            with clear_os_errors(out):
+            with writing.clear_os_errors(out):
                 write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
 
 
@@ -324,25 +310,34 @@ def _patched(
 def check_healing_options(config: RunConfig) -> None:
     """Refuse healing options that cannot work, before any model is read.
 
+    The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
+
     Raises:
         InputError: as `heal_config`, or a text that cannot be healed with.
     """
-    if config.heal:
-        _check_text(config, distil_config(config))
-    elif config.patch != "none":
-        heal_config(config)
+    if not config.heal:
+        if config.patch != "none":
+            heal_config(config)
+        return
+    sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
+    if "self" in sources:
+        raise InputError(
+            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
+        )
+    if pipes := [source for source in sources if source in measured and only_once(source)]:
+        raise InputError(
+            f"healing needs more of the text than was measured on, but {pipes[0]} is a pipe, "
+            "which can be read once; write it into a file, or name another text in a file given "
+            "as --heal-options (text: FILE)"
+        )
 
 
 def check_healing(session: Session) -> None:
-    """Refuse before anything is written what healing would refuse at the end.
-
-    The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
-    """
+    """Refuse before anything is written what healing would refuse at the end."""
     config = session.config
     if not config.heal:
         return
-    healing = heal_config(config)
-    check_training(healing)
+    check_training(heal_config(config))
     if len(each_removal(config)) > 1:
         raise InputError(
             "a run over a range of removals cuts no checkpoint, so there is none to heal; "
@@ -357,21 +352,6 @@ def check_healing(session: Session) -> None:
         raise InputError(
             "a model that is streamed from disk cannot be healed in the run: training needs the "
             "weights in memory; heal the cut model with `isingcut heal` on a larger machine"
-        )
-
-
-def _check_text(config: RunConfig, healing: HealConfig) -> None:
-    sources = places_in(healing.text)
-    if "self" in sources:
-        raise InputError(
-            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
-        )
-    measured = places_in(config.calibration)
-    if pipes := [source for source in sources if source in measured and only_once(source)]:
-        raise InputError(
-            f"healing needs more of the text than was measured on, but {pipes[0]} is a pipe, "
-            "which can be read once; write it into a file, or name another text in a file given "
-            "as --heal-options (text: FILE)"
         )
 
 
@@ -393,7 +373,7 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     def make(path: Path) -> None:
         if (target / HEALING).exists():
             # Replaced at the end; what is no record of a healing is refused now.
-            read_document(target / HEALING, HealingFile)
+            writing.read_document(target / HEALING, documents.HealingFile)
         # That no split of the run holds.
         text = healing_text.build(
             healing.text,

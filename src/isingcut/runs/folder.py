@@ -24,32 +24,9 @@ from typing import Any, TypeVar
 
 from isingcut.data.mixture import places_in
 from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
-from isingcut.files.documents import (
-    BlockList,
-    Config,
-    ModelIdentity,
-    Provenance,
-    RunFile,
-    StageRecord,
-    check_blocks,
-)
+from isingcut.files import documents, writing
 from isingcut.files.inputs import user_path
-from isingcut.files.provenance import model_path, sources_of, versions
-from isingcut.files.writing import (
-    changed_since,
-    check_output,
-    check_recorded,
-    delete,
-    file_sha256,
-    fingerprint,
-    folder_hash,
-    is_leftover,
-    is_locked,
-    locked,
-    read_document,
-    refuse_source,
-    write_document,
-)
+from isingcut.files.provenance import model_path, versions
 from isingcut.memory import exhausted_error, is_memory_exhausted
 from isingcut.models.processes import ALONE
 from isingcut.options.config import RunConfig
@@ -81,7 +58,7 @@ class RunFolder:
         check_model: refuses a model whose weights were changed since a session opened it.
     """
 
-    def __init__(self, path: Path, run: RunFile, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, run: documents.RunFile, *, overwrite: bool = False) -> None:
         self.path, self.run, self.overwrite = path, run, overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
@@ -91,7 +68,11 @@ class RunFolder:
 
     @classmethod
     def create_or_open(
-        cls, path: Path, config: RunConfig, model: ModelIdentity, blocks: BlockList
+        cls,
+        path: Path,
+        config: RunConfig,
+        model: documents.ModelIdentity,
+        blocks: documents.BlockList,
     ) -> RunFolder:
         """The folder for a run of ``config``: new, or an earlier one of the same model.
 
@@ -114,13 +95,13 @@ class RunFolder:
                     record.fingerprint, record.done = "", False
                 folder.run.blocks = blocks
             if not folder.config.removal or config.overwrite:
-                folder.run.config = Config(**options)
+                folder.run.config = documents.Config(**options)
             made = folder.run.provenance.content()
         else:
             made = versions()
-            origin = Provenance(**made, model=model)
-            run = RunFile(
-                config=Config(**options),
+            origin = documents.Provenance(**made, model=model)
+            run = documents.RunFile(
+                config=documents.Config(**options),
                 stages={},
                 blocks=blocks,
                 provenance=origin,
@@ -128,7 +109,7 @@ class RunFolder:
             )
             folder = cls(path, run, overwrite=config.overwrite)
         made |= {"model": model, **model_path(path, config.model)}
-        folder.run.provenance = Provenance(**made)
+        folder.run.provenance = documents.Provenance(**made)
         folder.typed_solver = config.solver
         folder.save()
         return folder
@@ -141,10 +122,10 @@ class RunFolder:
             InputError: ``path`` is, contains or lies in the model, the text or a config file.
             OutputExistsError: something else is at ``path``.
         """
-        refuse_source(path, read_by(config))
+        writing.refuse_source(path, read_by(config))
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")
-        begun = path.is_dir() and all(map(is_leftover, path.iterdir()))
+        begun = path.is_dir() and all(map(writing.is_leftover, path.iterdir()))
         if path.exists() and not (path / MANIFEST).is_file() and not begun:
             raise OutputExistsError(
                 f"{path} already exists and is not an isingcut run; nothing was written, and "
@@ -163,7 +144,9 @@ class RunFolder:
                 f"{path} is not an isingcut run folder (no {MANIFEST} in it); "
                 "make one with: isingcut energy MODEL --out DIR"
             )
-        return cls(path, read_document(path / MANIFEST, RunFile), overwrite=overwrite)
+        return cls(
+            path, writing.read_document(path / MANIFEST, documents.RunFile), overwrite=overwrite
+        )
 
     @property
     def config(self) -> RunConfig:
@@ -206,7 +189,7 @@ class RunFolder:
     def save(self) -> None:
         """Write run.json."""
         if not self.processes.rank:
-            write_document(self.path / MANIFEST, self.run)
+            writing.write_document(self.path / MANIFEST, self.run)
 
     def target(self, remove: str) -> Path:
         """The folder for the files of one removal: the run's own, or one of its own name."""
@@ -220,7 +203,7 @@ class RunFolder:
         Raises:
             StageFileError: this run did not write it, or it was changed since.
         """
-        check_recorded(self.run.stages, self.path, file)
+        writing.check_recorded(self.run.stages, self.path, file)
 
     def load(self, file: Path, read: Callable[[Path], T]) -> T:
         """What the file or folder of a finished stage holds, once it passed `check`.
@@ -229,19 +212,19 @@ class RunFolder:
         """
         self.check(file)
         found = read(file)
-        check_blocks(file, found, len(self.run.blocks.blocks))
+        documents.check_blocks(file, found, len(self.run.blocks.blocks))
         return found
 
-    def recorded(self, file: Path) -> StageRecord | None:
+    def recorded(self, file: Path) -> documents.StageRecord | None:
         """The record of the stage that writes a file or folder; None where it never began."""
         return self.run.stages.get(str(file.relative_to(self.path)))
 
-    def finished(self, file: Path) -> StageRecord | None:
+    def finished(self, file: Path) -> documents.StageRecord | None:
         """The record of the stage that wrote a file or folder; None where that is not finished."""
         found = self.recorded(file)
         return found if found is not None and found.done and os.path.lexists(file) else None
 
-    def record(self, file: Path) -> StageRecord:
+    def record(self, file: Path) -> documents.StageRecord:
         """The record of the finished stage that wrote a file or folder.
 
         Raises:
@@ -252,23 +235,13 @@ class RunFolder:
             raise StageFileError(f"this run has not finished {file}; run its stage first")
         return found
 
-    def made_with(self, file: Path, options: dict[str, Any]) -> bool:
-        """Whether a stage's file is there, finished, and made with these options.
-
-        Raises:
-            StageFileError: it is, but was changed since.
-        """
-        made = self._is_made(file, options)
-        if made:
-            self.check(file)
-        return made
-
-    def _is_made(self, file: Path, options: dict[str, Any]) -> bool:
+    def is_made(self, file: Path, options: dict[str, Any]) -> bool:
+        """Whether a stage's file is there, finished, and made with these options."""
         record = self.finished(file)
         return record is not None and record.fingerprint == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
-        return fingerprint({**options, "model": self.run.provenance.model.sha256})
+        return writing.fingerprint({**options, "model": self.run.provenance.model.sha256})
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -277,9 +250,9 @@ class RunFolder:
         Raises:
             BusyError: another process writes there.
         """
-        with locked(self.path, inside=True) as first:
+        with writing.locked(self.path, inside=True) as first:
             if first:
-                self.run = read_document(self.path / MANIFEST, RunFile)
+                self.run = writing.read_document(self.path / MANIFEST, documents.RunFile)
             yield
 
     def stage(
@@ -311,12 +284,12 @@ class RunFolder:
         """
         if self.processes.rank:
             return self._follow(file, make, load)
-        refuse_source(file, self.sources)
-        made = self._is_made(file, options)
+        writing.refuse_source(file, self.sources)
+        made = self.is_made(file, options)
         with contextlib.nullcontext() if made else self.writing():
             # Another process may have made it meanwhile.
-            if made or self._is_made(file, options):
-                if is_locked(self.path):
+            if made or self.is_made(file, options):
+                if writing.is_locked(self.path):
                     # Of a kill right after the record.
                     forget()
                 self.processes.decide(lambda: False)
@@ -336,21 +309,21 @@ class RunFolder:
                         f"{file} was made with other options ({_difference(record, options)}); "
                         "choose another --out, or pass --overwrite to replace it"
                     )
-                changed = changed_since(file, record)
+                changed = writing.changed_since(file, record)
                 if changed is not None:
                     raise OutputExistsError(
                         f"{file} stays as it is: {changed} since the run wrote it, and --overwrite "
                         "replaces only what isingcut wrote; move it away"
                     )
                 if file.is_dir():
-                    check_output(file, overwrite=True)
+                    writing.check_output(file, overwrite=True)
             begun: dict[str, Any] = {
                 "stage": name,
                 "fingerprint": wanted,
                 "options": options,
                 "done": False,
             }
-            self.run.stages[key] = StageRecord.model_validate(begun)
+            self.run.stages[key] = documents.StageRecord.model_validate(begun)
             self.save()
             began = time.monotonic()
             self.processes.decide(lambda: together)
@@ -362,9 +335,11 @@ class RunFolder:
                 self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
                 raise
             begun |= {"done": True, "seconds": round(time.monotonic() - began, 3)}
-            begun |= {"sha256": folder_hash(file) if file.is_dir() else file_sha256(file)}
+            begun |= {
+                "sha256": writing.folder_hash(file) if file.is_dir() else writing.file_sha256(file)
+            }
             begun |= self.memory_record()
-            self.run.stages[key] = StageRecord.model_validate(begun)
+            self.run.stages[key] = documents.StageRecord.model_validate(begun)
             self.save()
             self.share()
             forget()
@@ -375,7 +350,7 @@ class RunFolder:
         try:
             self.check_model()
         except IsingcutError:
-            delete(file)
+            writing.delete(file)
             forget()
             raise
 
@@ -407,12 +382,16 @@ class RunFolder:
 
     def share(self) -> None:
         """Let all processes know what rank 0 has of run.json."""
-        self.run = RunFile.model_validate(self.processes.decide(lambda: self.run.content()))
+        self.run = documents.RunFile.model_validate(
+            self.processes.decide(lambda: self.run.content())
+        )
 
-    def _give_up(self, key: str, file: Path, before: StageRecord | None, *, refused: bool) -> None:
+    def _give_up(
+        self, key: str, file: Path, before: documents.StageRecord | None, *, refused: bool
+    ) -> None:
         """Let the record of a stage that failed be what it was, where its file still is."""
         if before is not None and before.done and os.path.lexists(file):
-            if changed_since(file, before) is not None:
+            if writing.changed_since(file, before) is not None:
                 return
             self.run.stages[key] = before
         elif before is None and refused:
@@ -422,7 +401,7 @@ class RunFolder:
         self.save()
 
 
-def _difference(record: StageRecord, options: dict[str, Any]) -> str:
+def _difference(record: documents.StageRecord, options: dict[str, Any]) -> str:
     before = record.options.content()
     changed = [
         f"{k}: {before.get(k)!r} there, {options.get(k)!r} now"
@@ -435,9 +414,8 @@ def _difference(record: StageRecord, options: dict[str, Any]) -> str:
 def read_by(config: RunConfig) -> list[Path]:
     """What a run with these options reads from disk."""
     asked = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
-    return sources_of(
-        config.model, *places_in(config.calibration), config.heal_options, config.data, *asked
-    )
+    named = [config.model, *places_in(config.calibration), config.heal_options, config.data, *asked]
+    return [path for path in (user_path(n) for n in named if n) if os.path.lexists(path)]
 
 
 def slug(remove: str) -> str:

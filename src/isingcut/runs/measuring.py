@@ -20,8 +20,7 @@ from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
 from isingcut.files.documents import CalibrationText, SplitSize, WeightsRead
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.measure.sharing import forget
-from isingcut.measure.work import Work
+from isingcut.measure.work import Work, forget
 from isingcut.models.architectures.blocks import text_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder

@@ -28,16 +28,9 @@ from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora
 from isingcut.data.mixture import hold_texts
 from isingcut.errors import ArchitectureError, InputError, StageFileError
+from isingcut.files import writing
 from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState, RunFile
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import (
-    atomic_folder,
-    check_output,
-    locked,
-    read_document,
-    refuse_source,
-    temporary_folder,
-)
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.solvers import registry as solvers
 from isingcut.ising.spectrum import Spectrum
@@ -49,33 +42,9 @@ from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
 from isingcut.report.write import check_report
-from isingcut.runs.cutting import (
-    check_healing,
-    check_healing_options,
-    heal,
-    make_model,
-    write_model,
-)
+from isingcut.runs import cutting, measuring, solving, stages
 from isingcut.runs.folder import MANIFEST, RunFolder
-from isingcut.runs.measuring import (
-    build_calibration,
-    calibrate,
-    concrete,
-    energy_part,
-    measure_energy,
-    names,
-)
 from isingcut.runs.session import Session, part, take_up
-from isingcut.runs.solving import (
-    describe_blocks,
-    each_removal,
-    kept_and_dropped,
-    load_candidates,
-    removal_rows,
-    report,
-    solve,
-)
-from isingcut.runs.stages import benchmarks, check_asked, check_whole, evaluate, rank
 
 
 @convert_memory_errors()
@@ -104,7 +73,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     wanted = checked(config, options, "isingcut.run")
     processes = Processes.join()
     with open_session(wanted, progress, processes, need_removal=True) as (session, folder):
-        several = each_removal(wanted)
+        several = solving.each_removal(wanted)
         target = folder.path if len(several) > 1 else folder.target(wanted.removal)
         if target == folder.path:
             folder.run.complete = False
@@ -117,33 +86,35 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
 
 def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile]:
     """The rankings of all removals that the options ask for, made by all processes."""
-    measure_energy(session, folder)
-    rankings = [solve_and_rank(session.at(one), folder) for one in each_removal(session.config)]
+    measuring.measure_energy(session, folder)
+    rankings = [
+        solve_and_rank(session.at(one), folder) for one in solving.each_removal(session.config)
+    ]
     part(session, folder)
     return rankings
 
 
 def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
     """The content of `candidates.json` for the removal of the session's options."""
-    solve(folder, session.config)
-    return rank(session, folder)
+    solving.solve(folder, session.config)
+    return stages.rank(session, folder)
 
 
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     """The final checkpoint in the run folder, patched and healed where the options say so."""
-    model = make_model(session, folder)
-    return heal(session, folder) or model
+    model = cutting.make_model(session, folder)
+    return cutting.heal(session, folder) or model
 
 
 def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
     """Cut, heal, evaluate and report; of a range no checkpoint is cut, the user picks one."""
     if len(several) == 1:
         cut_and_heal(session, folder)
-        evaluate(session, folder)
+        stages.evaluate(session, folder)
         if session.config.tasks:
-            benchmarks(session, folder)
+            stages.benchmarks(session, folder)
     for config in several:
-        report(folder, config.removal)
+        solving.report(folder, config.removal)
     if len(several) > 1 or folder.target(several[0].removal) == folder.path:
         folder.run.complete = True
         folder.save()
@@ -168,7 +139,7 @@ def energy(
     wanted = checked(config, options, "isingcut.energy")
     processes = Processes.join()
     with open_session(wanted, progress, processes, need_removal=False) as (session, folder):
-        measure_energy(session, folder)
+        measuring.measure_energy(session, folder)
     return folder.path
 
 
@@ -183,7 +154,7 @@ def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -
     config = (config or options_from(RunConfig, options, source)).validate()
     if not config.out:
         raise InputError("--out was not given; name a folder for the run")
-    return concrete(config)
+    return measuring.concrete(config)
 
 
 @contextlib.contextmanager
@@ -199,57 +170,45 @@ def open_session(
         yield _follow(config, progress, processes)
         return
     out = Path(config.out)
-    energy_part(config, config.energy)
-    for name in names(config.also):
-        energy_part(config, name)
+    measuring.energy_part(config, config.energy)
+    for name in measuring.names(config.also):
+        measuring.energy_part(config, name)
     solvers.check(config.solver)
-    check_healing_options(config)
-    check_asked(config)
+    cutting.check_healing_options(config)
+    stages.check_asked(config)
     # Before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     if not (out / MANIFEST).is_file():
         # Before a file of ours is open, which may get the number of a pipe that is gone.
         corpora.check(config.calibration)
-    with locked(out, inside=True):
-        yield _lead(config, progress, processes, need_removal=need_removal)
-
-
-def _lead(
-    config: RunConfig,
-    progress: Progress,
-    processes: Processes,
-    *,
-    need_removal: bool,
-) -> tuple[Session, RunFolder]:
-    """The checks that read the run folder, the model and the text; then both are ready."""
-    out = Path(config.out)
-    before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
-    if before is not None:
-        before.model_places(config.model)
-    if need_removal:
-        for one in each_removal(config):
-            check_report(out if before is None else before.target(one.removal))
-    session = Session(config, progress, before.run.provenance.dtype if before else None)
-    refuse_source(out, [session.source])
-    check_whole(session)
-    check_by_config(session.source, config, needed=need_removal)
-    take_up(session, processes)
-    blocks = session.describe_blocks()
-    if need_removal or config.removal:
-        for one in each_removal(config):
-            removal_rows(blocks, one)
-    if need_removal:
-        check_healing(session)
-    calibration = build_calibration(session) if before is None else None
-    folder = RunFolder.create_or_open(out, config, session.identity, blocks)
-    if config.dtype == "auto" and folder.run.provenance.dtype is None:
-        folder.run.provenance.dtype = session.dtype
-        folder.save()
-    folder.processes = processes
-    session.serve(folder)
-    folder.share()
-    calibrate(session, folder, calibration)
-    return session, folder
+    with writing.locked(out, inside=True):
+        before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
+        if before is not None:
+            before.model_places(config.model)
+        if need_removal:
+            for one in solving.each_removal(config):
+                check_report(out if before is None else before.target(one.removal))
+        session = Session(config, progress, before.run.provenance.dtype if before else None)
+        writing.refuse_source(out, [session.source])
+        stages.check_whole(session)
+        check_by_config(session.source, config, needed=need_removal)
+        take_up(session, processes)
+        blocks = session.describe_blocks()
+        if need_removal or config.removal:
+            for one in solving.each_removal(config):
+                solving.removal_rows(blocks, one)
+        if need_removal:
+            cutting.check_healing(session)
+        calibration = measuring.build_calibration(session) if before is None else None
+        folder = RunFolder.create_or_open(out, config, session.identity, blocks)
+        if config.dtype == "auto" and folder.run.provenance.dtype is None:
+            folder.run.provenance.dtype = session.dtype
+            folder.save()
+        folder.processes = processes
+        session.serve(folder)
+        folder.share()
+        measuring.calibrate(session, folder, calibration)
+        yield session, folder
 
 
 def _follow(
@@ -266,7 +225,7 @@ def _follow(
             f"{folder.path} is not seen from here; name an --out that all machines share"
         )
     folder.processes = processes
-    calibrate(session, folder, None)
+    measuring.calibrate(session, folder, None)
     return session, folder
 
 
@@ -287,13 +246,13 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
     if found.refusal:
         raise ArchitectureError(found.refusal)
     if needed or config.removal:
-        blocks = describe_blocks(found.stack, found.rows, found.parameters, 0)
-        several = each_removal(config)
+        blocks = solving.describe_blocks(found.stack, found.rows, found.parameters, 0)
+        several = solving.each_removal(config)
         # A range that is too long is refused by its end, not after solving for all before it.
         for one in several[-1:] + several[:-1]:
-            removal_rows(blocks, one, early=True)
+            solving.removal_rows(blocks, one, early=True)
     else:
-        kept_and_dropped(len(found.stack), config)
+        solving.kept_and_dropped(len(found.stack), config)
     if found.positions is not None and config.length > found.positions:
         raise InputError(
             f"--length {config.length} is more than this model's {found.positions} positions; give "
@@ -423,7 +382,7 @@ class Run:
             >>> len(isingcut.open_run("my-run").spectrum)
             20
         """
-        return solve(self._folder, self.config)
+        return solving.solve(self._folder, self.config)
 
     @cached_property
     def ranking(self) -> dict[str, Any]:
@@ -442,7 +401,7 @@ class Run:
         file = self.path / "candidates.json"
         if self._folder.finished(file) is not None:
             # Reading what is there needs no model.
-            return self._folder.load(file, load_candidates)
+            return self._folder.load(file, solving.load_candidates)
         return solve_and_rank(self._session, self._folder)
 
     @property
@@ -476,7 +435,7 @@ class Run:
         """
         home = self._folder.path
         files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
-        chosen = [self._folder.load(f, load_candidates).chosen for f in files if f.exists()]
+        chosen = [self._folder.load(f, solving.load_candidates).chosen for f in files if f.exists()]
         states = [_state(row, row.position) for row in chosen]
         return sorted(states, key=lambda s: (len(s.removed), s.kl))
 
@@ -499,16 +458,13 @@ class Run:
             >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
             []
         """
-        far = search_warnings(self.hamiltonian.meta, [self.config.removal])
-        return far + ranking_warnings(self.config.energy, self._ranked) + self._unpatched()
-
-    def _unpatched(self) -> list[str]:
-        """Why a checkpoint that is there could not be patched."""
+        found = search_warnings(self.hamiltonian.meta, [self.config.removal])
+        found += ranking_warnings(self.config.energy, self._ranked)
         model = self.path / "model"
-        if self._folder.finished(model) is None:
-            return []
-        record = self._folder.load(model, lambda p: read_document(p / "isingcut.json", CutRecord))
-        return patch_warnings(record)
+        if self._folder.finished(model) is not None:
+            self._folder.check(model)
+            found += patch_warnings(writing.read_document(model / "isingcut.json", CutRecord))
+        return found
 
     def at(self, remove: int | str) -> Run:
         """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.
@@ -548,15 +504,17 @@ class Run:
         target = user_path(out)
         removed = None if blocks is None else _numbers(blocks)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
-        check_output(target, overwrite=overwrite, sources=sources)
-        with locked(target):
+        writing.check_output(target, overwrite=overwrite, sources=sources)
+        with writing.locked(target):
             if removed is None and (self.config.patch != "none" or self.config.heal):
                 product = self._product()
-                with atomic_folder(target, overwrite=overwrite, sources=sources) as temporary:
+                with writing.atomic_folder(
+                    target, overwrite=overwrite, sources=sources
+                ) as temporary:
                     shutil.copytree(product, temporary, dirs_exist_ok=True)
                 return target
             removed = list(self.chosen.removed) if removed is None else removed
-            write_model(self._session, self._folder, removed, target, overwrite=overwrite)
+            cutting.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
         return target
 
     def _product(self) -> Path:
@@ -580,7 +538,7 @@ class Run:
             (7, 10)
         """
         self._product()
-        return evaluate(self._session, self._folder).content()
+        return stages.evaluate(self._session, self._folder).content()
 
     def report(self) -> Path:
         """Write the report of what is there so far; the path of its Markdown.
@@ -589,7 +547,7 @@ class Run:
             >>> isingcut.open_run("my-run").report().name
             'report.md'
         """
-        return report(self._folder, self.config.removal)
+        return solving.report(self._folder, self.config.removal)
 
 
 def _numbers(blocks: Sequence[int]) -> list[int]:
@@ -666,7 +624,7 @@ def prune(
         if not isinstance(options.get("calibration", ""), str):
             options["calibration"] = kept.enter_context(hold_texts(options["calibration"]))
         if out is None:
-            out = kept.enter_context(temporary_folder()) / "run"
+            out = kept.enter_context(writing.temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
         asked = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
         config = checked(None, asked, "isingcut.prune")

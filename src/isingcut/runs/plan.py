@@ -11,7 +11,7 @@ import dataclasses
 import math
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from isingcut.energies.pairwise import removals
 from isingcut.energies.search import Target, greedy_price
 from isingcut.errors import InputError
 from isingcut.measure.curvature import KINDS
-from isingcut.measure.tree import tree_nodes
+from isingcut.measure.losses import tree_nodes
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes
@@ -83,49 +83,14 @@ _LEAST = 0.125
 _TRAINED = 16
 
 
-@dataclass(frozen=True)
-class TimedPass:
-    """A forward pass of a model on this machine.
+class Prices:
+    """What the energies and stages of one model take: a timed pass, times how many there are.
 
     Attributes:
         latency: (N,) seconds of each block for a token.
         once: seconds for a token of what comes once, the output head and the loss.
         reading: seconds for a byte of weights, read from disk and converted.
     """
-
-    latency: Sequence[float]
-    once: float
-    reading: float
-
-    @property
-    def seconds(self) -> float:
-        """Of all of it, for a token."""
-        return sum(self.latency) + self.once
-
-
-def time_pass(replay: StreamedReplay, batch: TokenSet) -> TimedPass:
-    """Time one block of each kind, the output head and the disk.
-
-    Raises:
-        ArchitectureError: the blocks cannot be run one at a time.
-    """
-    store, tokens = replay.store, batch.positions
-    # Kept, so that no reading is timed below.
-    parts: list[int | str] = [EMBED, HEAD, 0]
-    reading = sum(map(store.keep, parts)) / sum(map(store.size, parts))
-    latency = replay.latency(tokens)
-    with torch.inference_mode():
-        recording, seconds = replay.record(batch.input_ids), []
-        original = comparison(OutputHead(replay), recording, recording.entered, batch)
-        for _ in range(3):
-            began = time.perf_counter()
-            original.compare(recording.entered)
-            seconds.append(time.perf_counter() - began)
-    return TimedPass([s / tokens for s in latency], min(seconds) / tokens, reading)
-
-
-class Prices:
-    """What the energies and stages of one model take: a timed pass, times how many there are."""
 
     def __init__(self, config: RunConfig, card: str = "") -> None:
         self.config = config
@@ -147,11 +112,11 @@ class Prices:
         size, flops = torch.bfloat16.itemsize, REACHED * card.flops
         self.batch = config.batch_tokens or CARD_BATCH
         head = int(text.vocab_size) * int(text.hidden_size)
-        latency = [
+        self.latency = [
             max(2 * b.active_parameters / flops, size * b.parameters / card.bandwidth / self.batch)
             for b in found.stack.blocks
         ]
-        self.timed = TimedPass(latency, 2 * head / flops, 1 / READING)
+        self.once, self.reading = 2 * head / flops, 1 / READING
         self.n, self.stream = len(found.stack), size * int(text.hidden_size)
         self.whole = self.weights = size * found.parameters
         allowed, largest = int(0.8 * card.memory), max(b.parameters for b in found.stack.blocks)
@@ -184,7 +149,7 @@ class Prices:
         # Drawn at random, so that routers of experts spread the words as they do a text's.
         ids = np.random.default_rng(0).integers(int(text.vocab_size), size=(1, self.batch))
         batch = TokenSet.from_rows(ids.tolist())
-        self.timed = time_pass(replay, batch)
+        self._time(replay, batch)
         self.n, self.stream = len(replay), replay.bytes_per_token
         self.weights = weight_bytes(session.source, self.store.dtype)
         blocks = sum(b.bytes for b in found.stack.blocks)
@@ -200,12 +165,37 @@ class Prices:
         # What a backward pass keeps of each token: half of what the work of a block may take.
         self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
 
+    def _time(self, replay: StreamedReplay, batch: TokenSet) -> None:
+        """Time one block of each kind, the output head and the disk.
+
+        Raises:
+            ArchitectureError: the blocks cannot be run one at a time.
+        """
+        # Kept, so that no reading is timed below.
+        parts: list[int | str] = [EMBED, HEAD, 0]
+        sizes = sum(map(self.store.size, parts))
+        self.reading = sum(map(self.store.keep, parts)) / sizes
+        self.latency = [s / batch.positions for s in replay.latency(batch.positions)]
+        with torch.inference_mode():
+            recording, seconds = replay.record(batch.input_ids), []
+            original = comparison(OutputHead(replay), recording, recording.entered, batch)
+            for _ in range(3):
+                began = time.perf_counter()
+                original.compare(recording.entered)
+                seconds.append(time.perf_counter() - began)
+        self.once = min(seconds) / batch.positions
+
+    @property
+    def forward(self) -> float:
+        """Seconds of a pass, for a token."""
+        return sum(self.latency) + self.once
+
     def _removed(self, found: Inspection) -> int:
         """How many blocks go: of a budget as many as it takes; a fifth where nothing is said."""
         if not self.config.removal:
             return max(1, self.n // 5)
         described = describe_blocks(
-            found.stack, found.rows, found.parameters, self.whole, self.timed.latency
+            found.stack, found.rows, found.parameters, self.whole, self.latency
         )
         last = each_removal(self.config)[-1]
         return Target.of(last.removal, removal_rows(described, last), self.n).size
@@ -228,15 +218,15 @@ class Prices:
         rows = n if name in KINDS else 1
         # Streamed, blocks run forward once more.
         passes = rows * (PASSES[name] + self.streamed)
-        seconds = samples * config.length * passes * self.timed.seconds
+        seconds = samples * config.length * passes * self.forward
         work = self.batch * (self.graph * (1 if rows == 1 else 5) + self.logits)
         # Every block is read on the way forward and on the way back.
         return self._measured(name, samples, seconds, work, 2 * (n + 1))
 
     def stages(self) -> list[dict[str, Any]]:
         """What comes before and after the energy."""
-        c, held, forward = self.config, self._held(), self.timed.seconds
-        reading, work = self.timed.reading * self.weights, self.batch * self.logits
+        c, held, forward = self.config, self._held(), self.forward
+        reading, work = self.reading * self.weights, self.batch * self.logits
         # Random states are measured on a quarter of the text.
         states = (c.states + c.random_states // 4, self.n)
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
@@ -262,7 +252,7 @@ class Prices:
         """What a budget of healing takes and buys, where it is not all of a text."""
         tokens, seconds = self.config.heal.tokens, self.config.heal.seconds
         # A pass of the original, then forward and back through what stays.
-        each = self.timed.seconds * (1 + 3 * self.left)
+        each = self.forward * (1 + 3 * self.left)
         if self.streamed:
             return _estimate("heal", 0, impossible="needs the whole model in memory")
         if tokens is None and seconds is None:
@@ -276,8 +266,8 @@ class Prices:
     def _states(self, name: str, states: Any, samples: int) -> dict[str, Any]:
         """The losses of states, which pay for every block of their tree once."""
         count, tokens = len(states), samples * self.config.length
-        blocks = (1 + tree_nodes(states) / self.n) * sum(self.timed.latency)
-        seconds = tokens * (blocks + (1 + count) * self.timed.once)
+        blocks = (1 + tree_nodes(states) / self.n) * sum(self.latency)
+        seconds = tokens * (blocks + (1 + count) * self.once)
         work = self.batch * (self.logits + (BLOCK_STREAMS + self.n + 1) * self.stream)
         return self._measured(name, samples, seconds, work, count + 1)
 
@@ -298,7 +288,7 @@ class Prices:
         if not self.streamed:
             return _estimate(name, samples, seconds, self._held() + work)
         # Reading hides behind computing where enough streams fit; else the disk sets the pace.
-        reading = self.timed.reading * self.weights
+        reading = self.reading * self.weights
         sweeps = math.ceil(samples * self.config.length * streams * self.stream / self.room)
         return _estimate(name, samples, max(seconds, sweeps * reading) + reading, self.memory.total)
 
@@ -341,8 +331,8 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
         "allowed": prices.memory.total,
         "checkpoint": int(prices.left * prices.whole),
         "streamed": prices.streamed,
-        "forward": 1 / prices.timed.seconds,
-        "reading": 1 / max(1e-15, prices.timed.reading),
+        "forward": 1 / prices.forward,
+        "reading": 1 / max(1e-15, prices.reading),
         "energies": energies,
         "stages": stages,
         "recommended": recommended,

@@ -113,14 +113,6 @@ class Session:
         self._stamp = weights_stamp(found)
         return found
 
-    def check_model(self) -> None:
-        """Refuse a model whose weights were changed since this session opened it.
-
-        Raises:
-            ModelError: they were.
-        """
-        check_unchanged(self.source, self._stamp)
-
     @cached_property
     def identity(self) -> ModelIdentity:
         """Name and hash of the model."""
@@ -154,7 +146,7 @@ class Session:
     def serve(self, folder: RunFolder) -> None:
         """Give memory back where a stage of a run folder runs out of it; look at the weights."""
         folder.make_room, folder.memory_record = self._stream_from_now, self._memory_record
-        folder.check_model = self.check_model
+        folder.check_model = lambda: check_unchanged(self.source, self._stamp)
 
     def _stream_from_now(self) -> bool:
         """Read the blocks from disk from here on; False where that changes nothing."""

@@ -38,22 +38,9 @@ from isingcut.evaluation.quality import (
     quality,
 )
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
-from isingcut.evaluation.scores import Asked, Scores, score_states
+from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.evaluation.speed import with_memory
-from isingcut.files.documents import (
-    BaselineFile,
-    BenchmarksFile,
-    ByTasks,
-    CandidatesFile,
-    ChosenState,
-    CutRecord,
-    EvaluationFile,
-    FurtherPart,
-    FurtherScores,
-    MeasuredState,
-    OnePass,
-    OnePassLoss,
-)
+from isingcut.files import documents
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import fingerprint, read_document, write_document
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -61,25 +48,16 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.sharing import forget
-from isingcut.measure.work import Work
+from isingcut.measure.work import Work, forget
 from isingcut.models.architectures.blocks import text_model
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
 from isingcut.report.words import chosen_by_tasks, listed
+from isingcut.runs import measuring, solving
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.measuring import names, other_path, samples_of, splits_of, upstream, work_of
+from isingcut.runs.measuring import names
 from isingcut.runs.session import Session
-from isingcut.runs.solving import (
-    chosen_blocks,
-    each_removal,
-    load_candidates,
-    needs,
-    problem_of,
-    removal_rows,
-    solve_options,
-)
 
 
 def check_asked(config: RunConfig) -> list[str]:
@@ -94,7 +72,7 @@ def check_asked(config: RunConfig) -> list[str]:
     """
     if not config.tasks:
         return []
-    if config.choose != "tasks" and len(each_removal(config)) > 1:
+    if config.choose != "tasks" and len(solving.each_removal(config)) > 1:
         raise InputError("--tasks scores a checkpoint, and a range cuts none; leave it out")
     names = check_tasks(split_names(config.tasks), data_of(config), config.questions)
     if config.choose == "tasks" and names == [WIKITEXT]:
@@ -128,8 +106,8 @@ def last_blocks(size: int, count: int) -> list[int]:
 
 
 def choose_by_tasks(
-    session: Session, rows: Sequence[MeasuredState], kept: Path
-) -> tuple[int, ByTasks]:
+    session: Session, rows: Sequence[documents.MeasuredState], kept: Path
+) -> tuple[int, documents.ByTasks]:
     """The best of a few candidates on half of the questions of the run's tasks.
 
     Each is the original with its blocks skipped: no checkpoint is written.
@@ -152,7 +130,7 @@ def choose_by_tasks(
     last = last_blocks(len(session.stack), len(rows[0].removed))
     best = contenders(rows, last)
     drawn = draw_half(pool, config.seed)
-    model = Asked(session.loaded, session.replay)
+    model = ScoredModel(session.loaded, session.replay)
     # Fewer where one is ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
@@ -175,7 +153,7 @@ def choose_by_tasks(
 
 def benchmarks(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> BenchmarksFile:
+) -> documents.BenchmarksFile:
     """Stage `benchmarks`: `benchmarks.json`, both models on the questions of the options' tasks.
 
     Args:
@@ -187,7 +165,7 @@ def benchmarks(
     if made is None or not checkpoint.exists():
         raise InputError(f"there is no {checkpoint}; excise (and heal) first")
     ranked = folder.target(config.removal) / "candidates.json"
-    chosen = folder.finished(ranked) and folder.load(ranked, load_candidates).by_tasks
+    chosen = folder.finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
     # Questions that chose a run's state may not judge it.
     but = chosen.asked if chosen else []
     tasks = list(dict.fromkeys(split_names(config.tasks)))
@@ -209,7 +187,7 @@ def benchmarks(
         checkpoint.with_name("benchmarks.json"),
         options,
         make,
-        lambda path: read_document(path, BenchmarksFile),
+        lambda path: read_document(path, documents.BenchmarksFile),
         forget=lambda: forget_scores(work, tasks),
     )
 
@@ -220,7 +198,7 @@ def score_both(
     *,
     but: Sequence[str] = (),
     kept: Path | None = None,
-) -> BenchmarksFile:
+) -> documents.BenchmarksFile:
     """What `benchmarks.json` says: the session's model and a checkpoint cut from it.
 
     Args:
@@ -234,9 +212,9 @@ def score_both(
     tasks = list(dict.fromkeys(split_names(config.tasks)))
     given: dict[str, Any] = {"batch_tokens": session.tuning.batch_tokens}
     given["progress"] = session.progress
-    original = Asked(session.loaded, session.replay)
+    original = ScoredModel(session.loaded, session.replay)
     loaded, streamed = session.open_cut(checkpoint)
-    cut = Asked.whole(loaded) if streamed is None else Asked(loaded, streamed)
+    cut = ScoredModel.whole(loaded) if streamed is None else ScoredModel(loaded, streamed)
     if streamed is None:
         cut.replay.attention = original.replay.attention
     models = {"original": original, "cut": cut}
@@ -253,18 +231,19 @@ def score_both(
     if WIKITEXT in tasks:
         both = {name: model.loaded for name, model in models.items()}
         found["wikitext2"] = text_scores(both, data_of(config), config.questions, **given)
-    return BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
+    return documents.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
 
 
-def rank(session: Session, folder: RunFolder) -> CandidatesFile:
+def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
     """Stage `rank`: `candidates.json`, the spectrum's states beside random ones, measured."""
     config = session.config
     target = folder.target(config.removal)
-    spectrum = folder.load(needs(folder, config, "spectrum.json", "solve"), Spectrum.load)
+    spectrum = folder.load(solving.needs(folder, config, "spectrum.json", "solve"), Spectrum.load)
     others = {
-        name: folder.load(other_path(folder, name), Hamiltonian.load) for name in names(config.also)
+        name: folder.load(measuring.other_path(folder, name), Hamiltonian.load)
+        for name in names(config.also)
     }
-    options = solve_options(folder, config) | {
+    options = solving.solve_options(folder, config) | {
         "random_states": config.random_states,
         "choose": config.choose,
         "also": sorted(others),
@@ -276,8 +255,8 @@ def rank(session: Session, folder: RunFolder) -> CandidatesFile:
     journal, scores = target / "candidates.journal", target / ".asked"
 
     def make(path: Path) -> None:
-        split = splits_of(folder)["rank"]
-        problem = problem_of(folder, config)
+        split = measuring.splits_of(folder)["rank"]
+        problem = solving.problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
         with session.computing(folder):
             found = candidates.rank(
@@ -290,7 +269,7 @@ def rank(session: Session, folder: RunFolder) -> CandidatesFile:
                 random_states=config.random_states,
                 seed=config.seed,
                 choose=config.choose,
-                work=work_of(session, journal),
+                work=measuring.work_of(session, journal),
             )
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found = found.model_copy(update={"one_pass": quick})
@@ -298,7 +277,7 @@ def rank(session: Session, folder: RunFolder) -> CandidatesFile:
             rows = found.candidates
             position, by_tasks = choose_by_tasks(session, rows, scores)
             why = chosen_by_tasks(by_tasks, rows[position].kl, min(row.kl for row in rows))
-            chosen = ChosenState(**rows[position].content(), position=position, why=why)
+            chosen = documents.ChosenState(**rows[position].content(), position=position, why=why)
             found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
         write_document(path, found)
 
@@ -309,7 +288,9 @@ def rank(session: Session, folder: RunFolder) -> CandidatesFile:
         forget(candidates.random_journal(journal))
         forget_scores(scores, split_names(config.tasks))
 
-    return folder.stage("rank", file, options, make, load_candidates, together=True, forget=drop)
+    return folder.stage(
+        "rank", file, options, make, solving.load_candidates, together=True, forget=drop
+    )
 
 
 def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
@@ -338,7 +319,9 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
     )
 
 
-def one_pass(ranking: CandidatesFile, search: Mapping[str, Any]) -> OnePass | None:
+def one_pass(
+    ranking: documents.CandidatesFile, search: Mapping[str, Any]
+) -> documents.OnePass | None:
     """What one pass chooses as the ranking measured it, with its price and the search's.
 
     Args:
@@ -348,8 +331,8 @@ def one_pass(ranking: CandidatesFile, search: Mapping[str, Any]) -> OnePass | No
     rows = {tuple(row.removed): row.content() for row in ranking.candidates}
     if not found:
         return None
-    return OnePass(
-        states=[OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found],
+    return documents.OnePass(
+        states=[documents.OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found],
         passes=search["one_pass_passes"],
         search_passes=search["passes"],
         searched_for=len(search["targets"]),
@@ -358,7 +341,7 @@ def one_pass(ranking: CandidatesFile, search: Mapping[str, Any]) -> OnePass | No
 
 def evaluate(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> EvaluationFile:
+) -> documents.EvaluationFile:
     """Stage `evaluate`: `evaluation.json`, the original and the cut model on unseen text.
 
     Args:
@@ -366,18 +349,18 @@ def evaluate(
     """
     config = session.config
     if removed is None:
-        needs(folder, config, "model", "excise")
+        solving.needs(folder, config, "model", "excise")
     checkpoint = product(folder, config, removed)
     excised = folder.record(checkpoint)
     file = checkpoint.with_name("evaluation.json")
-    whole = {"model": excised.fingerprint, **upstream(folder)}
+    whole = {"model": excised.fingerprint, **measuring.upstream(folder)}
     without_speed = {**whole, "skip_speed": True}
     # What lacks speed may be made anew; what has it already holds all that was asked for.
-    skip = config.skip_speed and not folder.made_with(file, whole)
+    skip = config.skip_speed and not folder.is_made(file, whole)
 
     def make(path: Path) -> None:
         folder.check(checkpoint)
-        tokens = splits_of(folder)["report"]
+        tokens = measuring.splits_of(folder)["report"]
         session.tuned(folder)
         elsewhere = _unlike(session, tokens)
         beside = _beside(session, checkpoint, tokens, elsewhere)
@@ -410,7 +393,7 @@ def evaluate(
         file,
         without_speed if skip else whole,
         make,
-        lambda path: read_document(path, EvaluationFile),
+        lambda path: read_document(path, documents.EvaluationFile),
         completes=None if skip else without_speed,
     )
 
@@ -438,7 +421,7 @@ def _beside(
 ) -> dict[str, Any]:
     """What an evaluation says besides: what the last model is, and the models on the way to it."""
     model = checkpoint.with_name("model")
-    record = read_document(model / "isingcut.json", CutRecord)
+    record = read_document(model / "isingcut.json", documents.CutRecord)
     patch, healed = record.patch, checkpoint != model
     changed = patch is not None and patch.changed
     last = "healed" if healed else "patched" if changed else "cut"
@@ -455,7 +438,7 @@ def _beside(
         patched = streamed or loaded.model
         progress = session.progress
 
-        def judged(text: TokenSet) -> FurtherScores:
+        def judged(text: TokenSet) -> documents.FurtherScores:
             scores = quality(original, patched, text, size, progress=progress)
             figures, *parts = (
                 {**dict(one.after), "kl": one.kl, "kl_se": one.kl_se}
@@ -468,32 +451,33 @@ def _beside(
 
 
 def _with_elsewhere(
-    judge: Callable[[TokenSet], FurtherScores],
+    judge: Callable[[TokenSet], documents.FurtherScores],
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
-) -> FurtherScores:
+) -> documents.FurtherScores:
     """What ``judge`` says of a model on the report split, and on each of the other texts."""
-    figures = set(FurtherPart.model_fields)
+    figures = set(documents.FurtherPart.model_fields)
     texts = {name: judge(text).model_dump(include=figures) for name, text in elsewhere.items()}
-    further = {name: FurtherPart(**scores) for name, scores in texts.items()}
+    further = {name: documents.FurtherPart(**scores) for name, scores in texts.items()}
     return judge(tokens).model_copy(update={"elsewhere": further})
 
 
-def _by_part(figures: Mapping[str, Any], parts: Mapping[str, Any]) -> FurtherScores:
-    mixed = {name: FurtherPart(**part) for name, part in parts.items()}
+def _by_part(figures: Mapping[str, Any], parts: Mapping[str, Any]) -> documents.FurtherScores:
+    mixed = {name: documents.FurtherPart(**part) for name, part in parts.items()}
     given: dict[str, Any] = {"parts": mixed} if mixed else {}
-    return FurtherScores(**figures, **given)
+    return documents.FurtherScores(**figures, **given)
 
 
-def _exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> FurtherScores:
+def _exact_cut(
+    session: Session, removed: Sequence[int], tokens: TokenSet
+) -> documents.FurtherScores:
     """The scores of the exact cut: of the original with its blocks skipped."""
     measured = measure(
         session.replay,
         tokens,
         states_of(len(session.replay), [removed]),
-        batch_tokens=session.tuning.batch_tokens,
-        progress=session.progress,
-        description="perplexity and KL of the exact cut",
+        Work(session.tuning.batch_tokens, session.progress),
+        "perplexity and KL of the exact cut",
     )
     parts = {
         name: _with_perplexity(measured.of_samples(rows).losses(0))
@@ -547,7 +531,7 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
 
 def compare(
     session: Session, folder: RunFolder, name: str, settings: Sequence[str] = ()
-) -> BaselineFile:
+) -> documents.BaselineFile:
     """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
 
     A method knows numbers of blocks only: where the removal is a budget or a number per kind, it
@@ -561,11 +545,11 @@ def compare(
     config = session.config
     part = baseline_part(name, settings)
     counts = config.remove.counts
-    count = counts[0] if counts else len(chosen_blocks(folder, config))
-    rows = removal_rows(folder.run.blocks, config)
-    samples = samples_of(config, config.energy)
+    count = counts[0] if counts else len(solving.chosen_blocks(folder, config))
+    rows = solving.removal_rows(folder.run.blocks, config)
+    samples = measuring.samples_of(config, config.energy)
     target = folder.target(config.removal)
-    options = upstream(folder) | {
+    options = measuring.upstream(folder) | {
         "baseline": name,
         "options": repr(part),
         "remove": count,
@@ -576,7 +560,7 @@ def compare(
     }
 
     def make(path: Path) -> None:
-        splits = splits_of(folder)
+        splits = measuring.splits_of(folder)
         searched = splits["energy"].select(range(samples))
         with session.computing(folder):
             work = Work(session.tuning.batch_tokens, session.progress, journal)
@@ -585,11 +569,10 @@ def compare(
                 session.replay,
                 splits["rank"],
                 states_of(len(session.replay), [outcome.removed]),
-                batch_tokens=work.batch_tokens,
-                progress=work.progress,
-                description="measuring the choice",
+                dataclasses.replace(work, journal=None),
+                "measuring the choice",
             )
-        content = BaselineFile(
+        content = documents.BaselineFile(
             baseline=name,
             options=dataclasses.asdict(part),
             settings=list(settings),
@@ -611,7 +594,7 @@ def compare(
         file,
         options,
         make,
-        lambda path: read_document(path, BaselineFile),
+        lambda path: read_document(path, documents.BaselineFile),
         together=True,
         forget=lambda: forget(journal),
     )

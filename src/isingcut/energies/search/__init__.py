@@ -1,13 +1,11 @@
 """The search for good states of every target, with a budget of measurements.
 
-`evaluator`: losses on growing numbers of samples; `begin`: a pair energy and a beam over sizes;
-`estimates`: one scale for all losses; `surrogate`: the posterior energy; `proposals`: its minima
-and moves around the best states; `slopes`: gate slopes at a state; `targets`: the removals; `plan`:
-the use of the budget; `search`: the loop.
+`evaluator`: losses on growing numbers of samples, and one scale for them; `surrogate`: the posterior
+energy; `proposals`: the targets, and states to measure for them; `search`: the loop and its
+budget.
 """
 
-from isingcut.energies.search.plan import greedy_price
-from isingcut.energies.search.search import Search
-from isingcut.energies.search.targets import Target
+from isingcut.energies.search.proposals import Target
+from isingcut.energies.search.search import Search, greedy_price
 
 __all__ = ["Search", "Target", "greedy_price"]

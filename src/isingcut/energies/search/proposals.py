@@ -1,18 +1,103 @@
-"""Propose new states: exact minima of a surrogate, and moves around the best states."""
+"""The targets of a search, and proposals of new states: exact minima of a surrogate, and moves
+around the best states; at the beginning one-pass methods, a pair energy, and a beam over sizes.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
+from isingcut.energies.pairwise import removals
+from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.surrogate import Surrogate
-from isingcut.energies.search.targets import Target
+from isingcut.errors import InputError
+from isingcut.ising.constraints import LinearConstraint, count
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import solve
 from isingcut.ising.states import Bools, Floats, States, key_of, states_of
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One removal.
+
+    Attributes:
+        label: the removal as typed, for example ``"8"`` or ``"params=25%"``.
+        rows: its constraints over N blocks.
+        low, high: fewest and most removed blocks of a feasible state.
+        size: removed blocks of a feasible state with blocks of average cost. A budget allows states
+            with many more removed blocks; the good ones are near this size.
+    """
+
+    label: str
+    rows: tuple[LinearConstraint, ...]
+    low: int
+    high: int
+    size: int
+
+    def __repr__(self) -> str:
+        return f"Target({self.label}: {'; '.join(row.describe() for row in self.rows)})"
+
+    @classmethod
+    def of(cls, label: str, rows: Sequence[LinearConstraint], n: int) -> Target:
+        """Make a target from its rows.
+
+        Raises:
+            InfeasibleError: no state satisfies them.
+        """
+        low, high = _blank(n, rows).cardinality
+        enough = [
+            math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
+            for row in rows
+            if row.sense == ">=" and row.coefficients.min() >= 0 and row.coefficients.any()
+        ]
+        return cls(label, tuple(rows), low, high, min(high, max([low, *enough])))
+
+    @classmethod
+    def count(cls, n: int, remove: int) -> Target:
+        """Make the target to remove exactly ``remove`` of ``n`` blocks.
+
+        Raises:
+            InputError: ``remove`` is none or all of the blocks.
+        """
+        if not 1 <= remove < n:
+            raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
+        return cls.of(str(remove), [count(n, remove)], n)
+
+    def problem(self, hamiltonian: Hamiltonian) -> Problem:
+        """Return the problem to minimise ``hamiltonian`` over this target's states."""
+        return Problem(hamiltonian, self.rows)
+
+    def feasible(self, states: States) -> Bools:
+        """Return (S,) which of the states (S, N) satisfy every row."""
+        return _blank(states.shape[1], self.rows).feasible(states)
+
+    def extendable(self, states: States) -> Bools:
+        """Return (S,) which states exceed no row yet, so that a greedy path may pass through."""
+        result = np.ones(len(states), dtype=bool)
+        for row in self.rows:
+            if row.sense != ">=" and (row.coefficients >= 0).all():
+                result &= states @ row.coefficients <= row.rhs + row.tolerance
+        return result
+
+    def near(self, states: States, distance: int) -> Bools:
+        """Return (S,) which states have about as many removed blocks as this target's good ones."""
+        size = states.sum(1)
+        most = min(self.high, self.size + 2)
+        return np.asarray((size >= self.low - distance) & (size <= most + distance))
+
+
+def _blank(n: int, rows: Sequence[LinearConstraint]) -> Problem:
+    return Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), rows)
+
+
+BEAM, CHILDREN = 3, 8
+"""States kept, and states measured, per size of the beam."""
 
 EXACT_UP_TO = 40
 """Number of blocks up to which the exact solver is faster than tabu search."""
@@ -33,7 +118,7 @@ def every(target: Target, n: int) -> States | None:
     """Return all states of a target, or None if there are more than `FEW`."""
     if target.low != target.high or math.comb(n, target.low) > FEW:
         return None
-    states = states_of(n, itertools.combinations(range(n), target.low))
+    states = states_of(n, combinations(range(n), target.low))
     return states[target.feasible(states)]
 
 
@@ -123,3 +208,100 @@ def unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bo
         if not seen(state):
             out.setdefault(key_of(state), state)
     return list(out.values())
+
+
+def pair_energy(
+    evaluator: Evaluator, passes: float, most_samples: int, influence: Floats
+) -> Hamiltonian:
+    """Measure the pair energy, the prior of the search, from as many pairs as the budget allows.
+
+    Singles come first. Pairs follow by rising sum of their own terms, as many as ``passes`` allow;
+    the coupling of an unmeasured pair, of two costly blocks, is 0. If all fit, they are measured
+    on up to ``most_samples`` samples. If not even the singles fit, ``influence`` (N,) replaces
+    them.
+    """
+    n = evaluator.blocks
+    every, pairs = removals(n), list(combinations(range(n), 2))
+    singles = every[:n]
+    affordable = [r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes]
+    samples = max(affordable, default=1)
+    if evaluator.price(singles, samples) > passes:
+        return Hamiltonian(influence, np.zeros((n, n)), unit="arbitrary")
+    tokens = evaluator.ledger.counts[:samples].sum()
+
+    def losses(states: States) -> Floats:
+        known = [evaluator.known[key_of(s)] for s in states]
+        return np.array([k.sums[:samples].sum() / tokens for k in known])
+
+    evaluator.measure(singles, samples, f"{n} single removals")
+    h, J = losses(singles), np.zeros((n, n))
+    pairs.sort(key=lambda p: h[p[0]] + h[p[1]])
+    count = len(pairs)
+    while count and evaluator.price(states_of(n, pairs[:count]), samples) > passes:
+        count = int(count * 0.9)
+    if count:
+        states = states_of(n, pairs[:count])
+        evaluator.measure(states, samples, f"{count} pair removals")
+        for (i, j), loss in zip(pairs, losses(states), strict=False):
+            J[i, j] = J[j, i] = loss - h[i] - h[j]
+    return Hamiltonian(h, J, unit="nats/token")
+
+
+def one_pass_states(evaluator: Evaluator, target: Target, samples: int) -> dict[str, Bools]:
+    """Return the choices of methods that need one pass of the original, by method name.
+
+    The angular window is missing if no run of blocks satisfies the target.
+    """
+    influence, angles = evaluator.one_pass(samples)
+    fields = Hamiltonian(influence, np.zeros((evaluator.blocks, evaluator.blocks)))
+    found = {
+        "angular-window": angular_window(angles, target),
+        "block-influence": lowest(fields, target, 1, 0),
+    }
+    return {method: states[0] for method, states in found.items() if len(states)}
+
+
+def beam_over_sizes(
+    evaluator: Evaluator,
+    energy: Hamiltonian,
+    target: Target,
+    *,
+    samples: int,
+    afford: Callable[[States], bool],
+) -> None:
+    """Measure good states of every size up to a target's, on ``samples`` samples.
+
+    Each size keeps its few best states. Of all states with one more removed block, the few with the
+    lowest cost by the pair energy are measured. A path ends at a state that satisfies the target,
+    so that a budget removes no more than needed.
+    """
+    beam = [np.zeros(evaluator.blocks, dtype=bool)]
+    for size in range(1, target.high + 1):
+        unfinished = [s for s in beam if not target.feasible(s[None])[0]]
+        children = grown(unfinished, target)
+        if not len(children):
+            return
+        predicted = _predicted(evaluator, energy, children, unfinished)
+        picked = children[np.argsort(predicted, kind="stable")[:CHILDREN]]
+        if not afford(picked):
+            return
+        evaluator.measure(picked, samples, f"first states of {size} blocks")
+        losses = [np.nansum(evaluator.known[key_of(s)].sums[:samples]) for s in picked]
+        beam = [picked[i] for i in np.argsort(losses, kind="stable")[:BEAM]]
+
+
+def _predicted(
+    evaluator: Evaluator, energy: Hamiltonian, children: States, beam: Sequence[Bools]
+) -> Floats:
+    """Predict losses: the best parent's measured loss plus the pair energy's cost of the block."""
+    tokens = np.cumsum(evaluator.ledger.counts)
+    best = np.full(len(children), np.inf)
+    energies = energy.energies(children)
+    for parent in beam:
+        measured = 0.0
+        if parent.any():
+            known = evaluator.known[key_of(parent)]
+            measured = float(np.nansum(known.sums) / tokens[known.n - 1])
+        own = (children & parent).sum(1) == parent.sum()
+        best = np.where(own, np.minimum(best, measured + energies - energy.energy(parent)), best)
+    return best

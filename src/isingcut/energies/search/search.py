@@ -6,7 +6,8 @@
         measured states -> posterior over Hamiltonians -> its minima and near moves
         -> measured on few samples -> the best of them on more -> on all
 
-All targets share the measured states.
+All targets share the measured states. The numbers were chosen on
+SmolLM2-135M (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -19,17 +20,76 @@ from typing import Any
 import numpy as np
 
 from isingcut.data.calibration import TokenSet
-from isingcut.energies.search import plan, proposals
-from isingcut.energies.search.begin import beam_over_sizes, one_pass_states, pair_energy
-from isingcut.energies.search.estimates import Estimates
-from isingcut.energies.search.evaluator import Evaluator
+from isingcut.energies.search import proposals
+from isingcut.energies.search.evaluator import Estimates, Evaluator
+from isingcut.energies.search.proposals import (
+    Target,
+    beam_over_sizes,
+    flips,
+    one_pass_states,
+    pair_energy,
+)
 from isingcut.energies.search.surrogate import Surrogate
-from isingcut.energies.search.targets import Target
 from isingcut.errors import InputError
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Bools, States, blocks_of, key_of
+from isingcut.measure.losses import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
+
+FIRST_SHARE, FIRST_TOKENS = 0.125, 512
+"""The first rung of a state: the smaller of a share of the samples and this number of tokens,
+because sorting takes little text."""
+GROWTH = 3.0
+"""Factor between the samples of two rungs; the last rung is all samples."""
+PRIOR_SHARE = 0.4
+"""Largest share of the budget for the pair energy."""
+ONE_PASS_SHARE = 0.05
+"""Largest share of the budget for one pass of the original, which otherwise reads less text."""
+DRAWS, MINIMA, MOVES, SLOPES = 6, 4, 6, 2
+"""States proposed per round: ground states of sampled Hamiltonians, lowest states of the mean,
+moves around the best states by the surrogate's bound, and around the best state by its gate
+slopes."""
+PROMOTED = 3
+"""States promoted to the next rung per round."""
+FINALISTS = 4
+"""States measured on all samples at the end, or on as many as the budget allows."""
+RESERVED = 1 / 3
+"""Largest share of the budget reserved for them."""
+PATIENCE = 8
+"""Rounds without a new best state after which the search of a target ends."""
+
+
+def rungs(samples: int, tokens: int) -> list[int]:
+    """Return the numbers of samples that a state is measured on, ascending.
+
+    Args:
+        samples: samples of the text.
+        tokens: tokens of the text.
+    """
+    share = min(FIRST_SHARE, FIRST_TOKENS / tokens)
+    steps = {samples}
+    # A last step to only a few more samples would be a waste.
+    while share * GROWTH**0.5 < 1:
+        steps.add(max(1, round(share * samples)))
+        share *= GROWTH
+    return sorted(steps)
+
+
+def one_pass_samples(budget: float, samples: int) -> int:
+    """Return the number of samples for the pass of the original: all, if the budget allows."""
+    return max(1, min(samples, int(ONE_PASS_SHARE * budget * samples)))
+
+
+def greedy_price(n: int, remove: int) -> float:
+    """Return the passes of a greedy path to ``remove`` of ``n`` blocks, with shared prefixes."""
+    state = np.zeros(n, dtype=bool)
+    total = 0
+    for step in range(remove):
+        total += tree_nodes(flips(state)[~state])
+        # The cost depends slightly on the removed blocks; assume evenly spread ones.
+        state[np.flatnonzero(~state)[(step * 7) % int((~state).sum())]] = True
+    return total / n
 
 
 @dataclass
@@ -91,16 +151,16 @@ class Search:
             timed = passes
             ledger = self.evaluator.ledger
             passes = float(ledger.once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[0])
-        self.budget = passes or plan.greedy_price(len(replay), max(t.size for t in targets))
+        self.budget = passes or greedy_price(len(replay), max(t.size for t in targets))
         self.evaluator.budget = self.budget
         self.goals = [Goal(target) for target in targets]
-        self.rungs = plan.rungs(tokens.samples, int(tokens.looked_at.sum()))
-        self.one_pass = plan.one_pass_samples(self.budget, tokens.samples)
+        self.rungs = rungs(tokens.samples, int(tokens.looked_at.sum()))
+        self.one_pass = one_pass_samples(self.budget, tokens.samples)
         self.trace: list[dict[str, Any]] = []
         self._rng = np.random.default_rng([seed, 0x5EA2C4])
         self._origins: dict[str, str] = {}
         influence, _ = self.evaluator.one_pass(self.one_pass)
-        most = plan.PRIOR_SHARE * self.budget
+        most = PRIOR_SHARE * self.budget
         self._prior = pair_energy(self.evaluator, most, self.rungs[0], influence)
 
     def run(self) -> Search:
@@ -194,7 +254,7 @@ class Search:
             self.evaluator.measure(states, self.rungs[0], label)
             self._promote(goal)
         self._note(goal)
-        return goal.stale < plan.PATIENCE and (bool(states) or goal.stale == 0)
+        return goal.stale < PATIENCE and (bool(states) or goal.stale == 0)
 
     def _propose(self, goal: Goal) -> list[Bools]:
         target = goal.target
@@ -211,7 +271,7 @@ class Search:
             self._origins.update({key_of(s): origin for s in fresh})
 
         if goal.rounds == 1:
-            wanted = plan.DRAWS + plan.MINIMA + plan.MOVES
+            wanted = DRAWS + MINIMA + MOVES
             for origin, state in one_pass_states(self.evaluator, target, self.one_pass).items():
                 take(state[None], 1, origin)
             take(proposals.windows(self._prior, target, 2), 2, "window")
@@ -222,19 +282,19 @@ class Search:
         if own is None or surrogate is None:
             return []
         around = own.states[np.argsort(own.loss, kind="stable")[:2]]
-        lowest = proposals.lowest(surrogate.mean, target, 4 * plan.MINIMA + len(own.states), seed)
-        take(lowest, plan.MINIMA, "minimum of the mean")
+        lowest = proposals.lowest(surrogate.mean, target, 4 * MINIMA + len(own.states), seed)
+        take(lowest, MINIMA, "minimum of the mean")
         # The longer without a new best state, the wider the draws.
         heat = 1.0 + 0.25 * goal.stale
-        drawn = proposals.thompson(surrogate, target, plan.DRAWS, self._rng, heat)
-        take(drawn, plan.DRAWS, "minimum of a draw")
+        drawn = proposals.thompson(surrogate, target, DRAWS, self._rng, heat)
+        take(drawn, DRAWS, "minimum of a draw")
         moves = np.concatenate([proposals.exchanges(s, target) for s in around])
         if len(moves):
-            take(proposals.by_bound(surrogate, moves), plan.MOVES, "exchange")
+            take(proposals.by_bound(surrogate, moves), MOVES, "exchange")
         if goal.best is not None:
             slopes = self.evaluator.slopes(goal.best, self.rungs[0])
             moves = proposals.by_slope(goal.best, surrogate, slopes, target)
-            take(moves, plan.SLOPES, "exchange by slope")
+            take(moves, SLOPES, "exchange by slope")
         return list(picked.values())
 
     def _promote(self, goal: Goal) -> None:
@@ -249,7 +309,7 @@ class Search:
             best = found.loss[found.best()]
             here = np.flatnonzero((found.rung == level) & (found.loss - found.sd < best))
             order = here[np.argsort(found.loss[here], kind="stable")]
-            states = found.states[order[: max(1, plan.PROMOTED - level)]]
+            states = found.states[order[: max(1, PROMOTED - level)]]
             if len(states) and self._afford(states, rung):
                 self.evaluator.measure(states, rung, f"remove {goal.target.label}: more samples")
 
@@ -265,7 +325,7 @@ class Search:
             self.evaluator.measure(states, self.rungs[0], "the pair energy's ground state")
             found = self.estimates(goal.target)
             assert found is not None
-        states = found.states[np.argsort(found.loss, kind="stable")[: plan.FINALISTS]]
+        states = found.states[np.argsort(found.loss, kind="stable")[:FINALISTS]]
         # A single finalist has nothing to be compared with.
         counts = range(len(states), min(2, len(states)) - 1, -1)
         for rung, count in product(reversed(self.rungs), counts):
@@ -282,7 +342,7 @@ class Search:
         """Return the cost that the finalists of all targets may still have."""
         n = self.evaluator.blocks
         each = sum((n - g.target.low) / n for g in self.goals)
-        return min(plan.FINALISTS * each * 0.8, plan.RESERVED * self.budget)
+        return min(FINALISTS * each * 0.8, RESERVED * self.budget)
 
     def _left(self) -> float:
         return self.budget - self._reserve() - self.evaluator.spent

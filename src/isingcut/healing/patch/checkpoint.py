@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +194,7 @@ def tune(
         FitError: too little memory, or the model cannot be differentiated.
     """
     train, held = (
-        _Text.of(part, min(work.batch_tokens, STEP_TOKENS), at_a_time)
-        for part in (tokens, held_out)
+        _Text(part, min(work.batch_tokens, STEP_TOKENS), at_a_time) for part in (tokens, held_out)
     )
     beside = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
     beside = sorted(set(beside) - set(removed))
@@ -316,7 +314,6 @@ class _Layer:
         return Patch(*key, weight, bias, record if self.fitted is None else self.fitted.record)
 
 
-@dataclass(eq=False)
 class _Text:
     """Batches, and what of them does not change while layers are tuned.
 
@@ -328,23 +325,15 @@ class _Text:
         left: the original's streams behind its last block.
     """
 
-    batches: list[TokenSet]
-    groups: list[list[int]]
-    calls: list[Recording] = field(default_factory=list)
-    entered: list[Tensor] = field(default_factory=list)
-    left: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, tokens: TokenSet, batch_tokens: int, at_a_time: int) -> _Text:
-        batches: list[TokenSet] = []
-        groups = []
+    def __init__(self, tokens: TokenSet, batch_tokens: int, at_a_time: int) -> None:
+        self.batches, self.groups = list[TokenSet](), list[range]()
+        self.calls, self.entered, self.left = list[Recording](), list[Tensor](), list[Tensor]()
         for together in tokens.batches(batch_tokens):
             few = [together]
             if together.input_ids.numel() > at_a_time:
                 few = together.batches(at_a_time)
-            groups.append(list(range(len(batches), len(batches) + len(few))))
-            batches += few
-        return cls(batches, groups)
+            self.groups.append(range(len(self.batches), len(self.batches) + len(few)))
+            self.batches += few
 
     @property
     def predictions(self) -> int:

@@ -304,7 +304,9 @@ def find_obstacle(
     owners = [
         name
         for name, other in replay.model.named_parameters(remove_duplicate=False)
-        if other is weight or _same_memory(other, weight)
+        # Parameters of a streamed model may be views of the same place in a buffer.
+        if other is weight
+        or (other.shape == weight.shape and 0 != other.data_ptr() == weight.data_ptr())
     ]
     if len(owners) > 1:
         return f"its {path} is shared with another part of the model ({owners[-1]})"
@@ -314,8 +316,3 @@ def find_obstacle(
         except ArchitectureError as refusal:
             return str(refusal)
     return ""
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two parameters of a streamed model are views of the same place in a buffer."""
-    return one.shape == other.shape and 0 != one.data_ptr() == other.data_ptr()

@@ -265,12 +265,8 @@ def _response(
     else:
         # A few tokens and channels with huge entries round coarsely; a norm would show everywhere.
         error = float(left.abs().median() / wide.abs().median())
-    return scale if error <= allowed_error(plain.dtype) else None
-
-
-def allowed_error(dtype: torch.dtype) -> float:
-    """Largest relative deviation from a straight answer that rounding explains."""
-    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+    # The largest deviation from a straight answer that rounding explains.
+    return scale if error <= _TOLERANCE.get(plain.dtype, _HALF_TOLERANCE) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,10 +59,6 @@ from isingcut.models.replay import Replay
 _HELD_OUT_EVERY = 4
 _CANDIDATES = 2
 """How many layers are fitted where none writes straight to the stream."""
-_NOTHING_BEFORE = (
-    "block 0 is removed, so that nothing stands before the first cut to absorb a patch; heal by "
-    "distillation instead, or keep block 0 (--keep 0)"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +178,10 @@ class _Fitting:
             self._done(len(self._batches) * (1 + (i <= p)))
         self._at = last + 1
         if p < 0:
-            return _NOTHING_BEFORE
+            return (
+                "block 0 is removed, so that nothing stands before the first cut to absorb a "
+                "patch; heal by distillation instead, or keep block 0 (--keep 0)"
+            )
         if write is None:
             return self._fit_approximately(p, last, entered)
         return self._fit_exactly(p, last, write, seen)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
@@ -169,41 +169,18 @@ def _slices(cuts: Sequence[np.ndarray], size: int) -> list[slice]:
     return [slice(0, end), *reversed(found)]
 
 
-class Rows(Dataset[dict[str, Tensor]]):
-    """Samples as the Trainer takes them, without padding."""
+def batch_of(tokens: TokenSet, rows: Sequence[int]) -> dict[str, Tensor]:
+    """Samples as the student takes them, padded on the right.
 
-    def __init__(self, tokens: TokenSet) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return self.tokens.samples
-
-    def longest(self) -> dict[str, Tensor]:
-        """The longest sample, as a batch."""
-        return collate([self[int(self.tokens.mask.sum(1).argmax())]])
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        length = int(self.tokens.mask[i].sum())
-        row = {"input_ids": self.tokens.input_ids[i, :length]}
-        if self.tokens.counted is not None:
-            row["counted"] = self.tokens.counted[i, :length]
-        return row
-
-
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch, padded on the right; ``labels`` are -100 but where a prediction counts."""
-    width = max(len(r["input_ids"]) for r in rows)
-
-    def padded(values: Tensor) -> Tensor:
-        rest = values.new_zeros(width - len(values))
-        return torch.cat([values, rest])
-
-    batch = {name: torch.stack([padded(r[name]) for r in rows]) for name in rows[0]}
-    mask = torch.stack([padded(torch.ones_like(r["input_ids"])) for r in rows])
-    labels = batch["input_ids"].masked_fill(batch.get("counted", mask) == 0, -100)
-    # The first token of a row is never predicted; the count of the others scales the loss.
+    ``labels`` are -100 but where a prediction counts; their count scales the loss.
+    """
+    chosen = tokens.select(rows)
+    counts = chosen.mask if chosen.counted is None else chosen.counted
+    labels = chosen.input_ids.masked_fill(~counts, -100)
+    # The first token of a row is never predicted.
     labels[:, 0] = -100
-    return {**batch, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": chosen.input_ids, "attention_mask": chosen.mask.long(), "labels": labels}
+    return batch if chosen.counted is None else {**batch, "counted": chosen.counted}
 
 
 # More tokens at a time save nothing that is worth their memory.
@@ -214,14 +191,11 @@ _COUNTED, _COUNTED_APART = 512, 32
 _GRADIENT, _MOMENTS = 4, 8
 
 
-def plan_memory(
-    job: Job, student: Any, row: dict[str, Tensor], batch: int, *, placed: bool = True
-) -> HealingMemory:
+def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> HealingMemory:
     """The plan for this machine's memory, where the `--trainer` file leaves it open.
 
     Args:
         student: the model that is trained, its loss installed, its attention chosen.
-        row: the batch of the longest sample.
         batch: sequences of an optimiser step, over all processes.
         placed: the student is on its device; else it is on the CPU, because it does not fit or
             for FSDP or DeepSpeed to shard.
@@ -233,7 +207,8 @@ def plan_memory(
     Complexity: the forward passes of 768 tokens.
     """
     settings, device = trainer_settings(job.config), job.teacher.device
-    longest = int(job.tokens.mask.sum(1).max())
+    lengths = job.tokens.mask.sum(1)
+    longest, row = int(lengths.max()), batch_of(job.tokens, [int(lengths.argmax())])
     wanted = min(_MOST.get(device.type, BATCH_TOKENS), longest * batch)
     each, again, fixed = _activations(job, student, row)
     terms = _terms(job, student, settings)

@@ -22,6 +22,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from isingcut.console.progress import Bar
-from isingcut.data.tokens import pieces
+from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError, ModelError
 from isingcut.files.documents import (
     HealingCheck,
@@ -57,7 +58,7 @@ from isingcut.healing.recipe import (
     trainer_settings,
     usual_recipe,
 )
-from isingcut.healing.training.batches import SMALL, Rows, Steps, collate, plan_memory, timed_steps
+from isingcut.healing.training.batches import SMALL, Steps, batch_of, plan_memory, timed_steps
 from isingcut.healing.training.student import (
     install,
     load_student,
@@ -100,7 +101,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         watch.trained = known.trained_parameters
     # A kill behind the last state leaves what follows from it to be done here.
     if watch.judge() is None and len(watch.curve) < recipe.steps:
-        with _student(job, recipe.batch) as (student, rows, plan):
+        with _student(job, recipe.batch) as (student, plan):
             watch.trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
             order = Steps(
                 job.tokens.mask.sum(1).tolist(),
@@ -111,7 +112,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
                 job.config.seed,
                 plan.most,
             ).divide()
-            _run(job, student, rows, plan, order, watch, last)
+            _run(job, student, plan, order, watch, last)
         # The student and its optimiser, before anything takes their place.
         del student
         BatchLimit(job.teacher.device).release()
@@ -135,18 +136,20 @@ def step_times(job: Job) -> list[tuple[int, float]]:
     size = job.processes.size
     batch = 64 * size
     watch = Watch(job, batch, timing=True)
-    with _student(job, batch) as (student, rows, plan):
+    with _student(job, batch) as (student, plan):
         longest = int(job.tokens.mask.sum(1).max())
-        order = timed_steps(len(rows), max(1, plan.most // longest), job.processes.rank, size)
-        _run(job, student, rows, plan, order, watch)
+        order = timed_steps(
+            job.tokens.samples, max(1, plan.most // longest), job.processes.rank, size
+        )
+        _run(job, student, plan, order, watch)
     counts = [0, *(step.tokens for step in watch.curve)]
     found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
     return job.processes.decide(lambda: found)
 
 
 @contextlib.contextmanager
-def _student(job: Job, batch: int) -> Iterator[tuple[Any, Rows, HealingMemory]]:
-    """The model to train, with its loss installed and its attention chosen, its samples and plan.
+def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
+    """The model to train, with its loss installed and its attention chosen, and its plan.
 
     On one device it is a second tree of modules over the teacher's weights: only what is trained,
     and what a patch or float32 made another, is new memory. What FSDP or DeepSpeed shard stays
@@ -167,10 +170,9 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, Rows, HealingMemory]]:
     # Narrowed layers take float32 under autocast alone.
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         install(student, plain, teacher)
-    rows = Rows(job.tokens)
 
     def make() -> HealingMemory:
-        return plan_memory(job, student, rows.longest(), batch, placed=placed)
+        return plan_memory(job, student, batch, placed=placed)
 
     def plan() -> dict[str, Any]:
         # As it was when it was begun; a student that finds no room now is refused, whatever was.
@@ -179,13 +181,12 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, Rows, HealingMemory]]:
         return (keep_result(file, HealingMemory, make) if kept else make()).content()
 
     with quiet_transformers():
-        yield student, rows, HealingMemory(**job.processes.decide(plan))
+        yield student, HealingMemory(**job.processes.decide(plan))
 
 
 def _run(
     job: Job,
     student: Any,
-    rows: Rows,
     plan: HealingMemory,
     order: Steps | list[list[int]],
     watch: Watch,
@@ -202,10 +203,11 @@ def _run(
         return scaled
 
     trainer = OurTrainer(
+        tokens=job.tokens,
         order=order,
         model=student,
         args=_arguments(job, plan, order, watch.batch, saved=not watch.timing),
-        train_dataset=rows,
+        train_dataset=range(job.tokens.samples),
         compute_loss_func=summed,
         callbacks=[watch],
     )
@@ -283,19 +285,20 @@ class OurTrainer(Trainer):
     """Saves states that a kill or a full disk leaves whole or recognisably unfinished.
 
     Args:
-        order: this process's micro-batches.
+        tokens: all samples.
+        order: this process's micro-batches of them.
     """
 
-    def __init__(self, order: Steps | list[list[int]], **rest: Any) -> None:
+    def __init__(self, tokens: TokenSet, order: Steps | list[list[int]], **rest: Any) -> None:
         super().__init__(**rest)
-        self.order = order
+        self.tokens, self.order = tokens, order
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Micro-batches as they are: what is dealt to this process already is not dealt again."""
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=self.order,
-            collate_fn=collate,
+            collate_fn=partial(batch_of, self.tokens),
             pin_memory=self.args.device.type == "cuda",
         )
 
@@ -385,12 +388,16 @@ class Watch(TrainerCallback):
         judge = self.job.judge
         if judge is None or self.timing:
             return
-        rows, device = Rows(judge.tokens), self.job.teacher.device
+        device = self.job.teacher.device
         model.eval()
         with torch.no_grad():
             sums = [
-                float(model(**{k: v.to(device) for k, v in collate([rows[i]]).items()})["loss"])
-                for i in range(len(rows))
+                float(
+                    model(**{k: v.to(device) for k, v in batch_of(judge.tokens, [i]).items()})[
+                        "loss"
+                    ]
+                )
+                for i in range(judge.tokens.samples)
             ]
         model.train()
         for value in sums:

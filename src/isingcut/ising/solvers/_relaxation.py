@@ -3,12 +3,12 @@
 In spins, with s_0 = 1, the energy of a subproblem is <C, Y> for Y = s s^T. The relaxation keeps
 diag(Y) = 1, Y positive semidefinite, Y a = 0 for each equality row a.s = 0 (all products of the
 row with a variable), g.Y_0 >= 0 for inequality rows, and triangle inequalities. The rows Y a = 0
-are eliminated: Y = V Y' V^T with V an orthonormal basis of the rows' complement. The Lagrangian
-dual in y (diagonal), z >= 0 (triangles) and mu >= 0 (inequality rows) is
+are eliminated: Y = P Y P with P the projection on the rows' complement. The Lagrangian dual in y
+(diagonal), z >= 0 (triangles) and mu >= 0 (inequality rows) is
 
     sum(y) - sum(z) + min { <Z, Y> : Y psd, trace Y = N },   Z = C - Diag(y) - B*(z) - G*(mu)
 
-whose last term is N min(0, smallest eigenvalue of V^T Z V): a true bound for any y and z, mu >= 0.
+whose last term is N min(0, smallest eigenvalue of P Z P): a true bound for any y and z, mu >= 0.
 It is maximised by the proximal method (J. Malick, J. Povh, F. Rendl, A. Wiegele, "Regularization
 methods for semidefinite programming", SIAM J. Optim. 20, 2009): the trace gives way to
 sigma / 2 ||Y - centre||^2, which makes the dual smooth; L-BFGS-B climbs it for a few steps; Y
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-from scipy.linalg import null_space
+from scipy.linalg import orth
 from scipy.optimize import Bounds, minimize
 
 from isingcut.ising.solvers.base import Reduced
@@ -34,7 +34,7 @@ SIGNS = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
 """Of a triangle's kind: the signs of Y_ij, Y_ik and Y_jk, whose sum stays at -1 or above."""
 
 # Tuned on the families of benchmarks/solvers.py.
-SIGMA = 0.01
+SIGMA = 0.005
 ROUNDS = 12
 ITERATIONS = 20
 CUTS_PER_ROUND = 400
@@ -70,13 +70,21 @@ def _slack_matrix(C, ineq, x, cuts, kinds):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _evaluate(C, V, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[no-untyped-def]
+def _project(Z, Q):  # type: ignore[no-untyped-def]
+    """P Z P for P = I - Q Q^T."""
+    M = Z @ Q
+    M -= 0.5 * Q @ (Q.T @ M)
+    return Z - M @ Q.T - Q @ M.T
+
+
+@njit(cache=True, nogil=True)
+def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[no-untyped-def]
     """Minus the augmented dual function; fills its gradient g and the primal matrix X."""
     size, count = C.shape[0], cuts.shape[0]
     Z = _slack_matrix(C, ineq, x, cuts, kinds) - sigma * centre
-    lam, U = np.linalg.eigh(V.T @ Z @ V)
+    lam, U = np.linalg.eigh(_project(Z, Q))
     negative = np.searchsorted(lam, 0.0)
-    W = V @ (U[:, :negative] * np.sqrt(-lam[:negative] / sigma))
+    W = U[:, :negative] * np.sqrt(-lam[:negative] / sigma)
     X[:, :] = W @ W.T
     g[:size] = np.diag(X) - 1.0
     for t in range(count):
@@ -217,7 +225,8 @@ class Relaxation:
         return dual if dual.free.size == part.free.size else dual.restrict(part.fixed)
 
     def spin_rows(self, part: Subproblem) -> tuple[Floats, Floats]:
-        """V (N, N - R), and inequality rows g.s >= 0 (2 A, N) with s = (1, spins)."""
+        """An orthonormal basis Q (N, R) of the equality rows, and rows g.s >= 0 (2 A, N), of
+        s = (1, spins)."""
         r = self.rows
         shift = r.A @ (part.fixed == 1)
         A = r.A[:, part.free]
@@ -234,7 +243,7 @@ class Relaxation:
         high = np.where(np.isfinite(r.high), r.high, shift + np.maximum(A, 0).sum(axis=1))
         ineq = np.vstack([spin(A, low - shift), -spin(A, high - shift)])
         # In one memory order: each other one is compiled anew, for ten seconds.
-        return np.ascontiguousarray(null_space(equal, rcond=1e-6)), np.ascontiguousarray(ineq)
+        return np.ascontiguousarray(orth(equal.T, rcond=1e-6)), np.ascontiguousarray(ineq)
 
     def bound(self, part: Subproblem, m: int, dual: Dual) -> tuple[float, Floats, Dual]:
         """Lower bound, lower bounds (2, V) for each value of each variable, multipliers.
@@ -243,7 +252,7 @@ class Relaxation:
         """
         size = part.free.size + 1
         C = spin_matrix(part.h, part.J, part.base)
-        V, ineq = self.spin_rows(part)
+        Q, ineq = self.spin_rows(part)
         x, cuts, kinds = dual.x, dual.cuts, dual.kinds
         centre, X = dual.centre.astype(np.float64), np.zeros((size, size))
 
@@ -253,7 +262,7 @@ class Relaxation:
             # So scaled the second derivatives are near 1.
             self.evaluations += 1
             g = np.zeros(scaled.size)
-            f = _evaluate(C, V, ineq, sigma * scaled, cuts, kinds, sigma, centre, X, g)
+            f = _evaluate(C, Q, ineq, sigma * scaled, cuts, kinds, sigma, centre, X, g)
             return f / sigma, g
 
         best, splits = -np.inf, np.full((2, size - 1), -np.inf)
@@ -268,7 +277,10 @@ class Relaxation:
             )
             x, centre = sigma * found.x, X.copy()
             z = x[size : size + len(cuts)]
-            lam, U = np.linalg.eigh(V.T @ _slack_matrix(C, ineq, x, cuts, kinds) @ V)
+            Z = _project(_slack_matrix(C, ineq, x, cuts, kinds), Q)
+            # The rows' own directions come last.
+            lam, U = np.linalg.eigh(Z + np.abs(Z).sum() * Q @ Q.T)
+            lam, U = lam[: size - Q.shape[1]], U[:, : size - Q.shape[1]]
             dual_sum = float(x[:size].sum() - z.sum())
             lower = dual_sum + size * min(0.0, float(lam[0]))
             gain, best = lower - best, max(lower, best)
@@ -276,7 +288,7 @@ class Relaxation:
             if left <= 0 or self.stop[0]:
                 break
             if turn + 1 == ROUNDS or (turn >= 2 and gain < GIVE_UP * left):
-                splits = _split_bounds(dual_sum, lam, V @ U)
+                splits = _split_bounds(dual_sum, lam, U)
                 break
             kept, (triangles, amount) = z > 0, _violated(X)
             cuts, kinds = cuts[kept], kinds[kept]
@@ -287,7 +299,7 @@ class Relaxation:
             x = np.concatenate([x[:size], z[kept], np.zeros(len(picked)), x[size + z.size :]])
             cuts, kinds = np.vstack([cuts, picked[:, :3]]), np.append(kinds, picked[:, 3])
             if not len(picked):
-                splits = _split_bounds(dual_sum, lam, V @ U)
+                splits = _split_bounds(dual_sum, lam, U)
                 break
         new_dual = Dual(part.free, x, cuts, kinds, centre.astype(np.float32))
         self._roots.setdefault(m, new_dual)

@@ -59,9 +59,46 @@ class Dimod:
             sampler = sampler_class(sampler)
         else:
             name = (sampler if isinstance(sampler, type) else type(sampler)).__name__
+        small = reduced.as_problem()
+        try:
+            # Its output would look like a result.
+            with contextlib.redirect_stdout(sys.stderr):
+                info, states = self._draw(small, sampler, name)
+        except (KeyboardInterrupt, IsingcutError):
+            raise
+        except BaseException as error:
+            raise _failed(f"the sampler {name}", error) from error
+        feasible = small.feasible(states)
+        repaired = [repair(small, state) for state in states[~feasible]]
+        mended = [state for state in repaired if state is not None]
+        info.update(
+            samples=int(states.shape[0]),
+            repaired=len(mended),
+            dropped=len(repaired) - len(mended),
+        )
+        kept = np.concatenate([states[feasible], np.array(mended).reshape(-1, small.n) > 0])
+        # Many samples may be repaired to the same state.
+        kept = np.unique(kept, axis=0)
+        order = np.argsort(small.hamiltonian.energies(kept), kind="stable")[: 4 * k]
+        return Solution(reduced.expand(kept[order]), None, False, info)
+
+    def _draw(self, small: Problem, sampler: Any, name: str) -> tuple[dict[str, Any], States]:
+        """Run the sampler's code; return the ignored arguments and the distinct states.
+
+        A penalty below the default lets samplers move more freely; infeasible samples are repaired.
+        """
+        made = sampler() if isinstance(sampler, type) else sampler
+        constrained = hasattr(made, "sample_cqm")
+        call = made.sample_cqm if constrained else made.sample
         wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
-        states, info = draw(reduced.as_problem(), k, sampler, wanted, self.penalty, name)
-        return Solution(reduced.expand(states), None, False, info)
+        known = {*(getattr(made, "parameters", None) or ()), *inspect.signature(call).parameters}
+        options = {key: value for key, value in wanted.items() if key in known}
+        info: dict[str, Any] = {"ignored": sorted(wanted.keys() - options.keys())}
+        if constrained:
+            return info, _states(call(small.to_cqm(), **options), small.n, name)
+        _, safe = small.to_bqm()
+        bqm, info["penalty"] = small.to_bqm(self.penalty * safe)
+        return info, _states(call(bqm, **options), small.n, name)
 
 
 def sampler_class(name: str) -> Any:
@@ -106,66 +143,6 @@ def is_sampler(found: Any) -> bool:
     if not isinstance(found, type):
         return False
     return issubclass(found, Sampler) or callable(getattr(found, "sample_cqm", None))
-
-
-def draw(
-    small: Problem, k: int, sampler: Any, wanted: dict[str, Any], penalty: float, name: str
-) -> tuple[States, dict[str, Any]]:
-    """Call a sampler; return feasible states (S, V), the lowest first, and statistics.
-
-    A class with ``sample_cqm`` gets the rows, any other the penalty form.
-
-    Args:
-        small: the reduced problem.
-        k: at most 4 k states are returned.
-        sampler: the class, created without arguments, or an instance.
-        wanted: keyword arguments; unknown ones are omitted and listed in ``info["ignored"]``.
-        penalty: share of the default penalty weight. A smaller one lets samplers move more
-            freely; infeasible samples are repaired.
-        name: the sampler's name, for messages.
-
-    Raises:
-        InputError: the sampler raised (anything but KeyboardInterrupt), or did not return binary
-            samples of the given variables.
-    """
-    try:
-        # Its output would look like a result.
-        with contextlib.redirect_stdout(sys.stderr):
-            info, states = _call(small, sampler, wanted, penalty, name)
-    except (KeyboardInterrupt, IsingcutError):
-        raise
-    except BaseException as error:
-        raise _failed(f"the sampler {name}", error) from error
-    feasible = small.feasible(states)
-    repaired = [repair(small, state) for state in states[~feasible]]
-    mended = [state for state in repaired if state is not None]
-    info.update(
-        samples=int(states.shape[0]),
-        repaired=len(mended),
-        dropped=len(repaired) - len(mended),
-    )
-    kept = np.concatenate([states[feasible], np.array(mended).reshape(-1, small.n) > 0])
-    # Many samples may be repaired to the same state.
-    kept = np.unique(kept, axis=0)
-    order = np.argsort(small.hamiltonian.energies(kept), kind="stable")[: 4 * k]
-    return kept[order], info
-
-
-def _call(
-    small: Problem, sampler: Any, wanted: dict[str, Any], penalty: float, name: str
-) -> tuple[dict[str, Any], States]:
-    """Run the sampler's code; return the ignored arguments and the distinct states."""
-    made = sampler() if isinstance(sampler, type) else sampler
-    constrained = hasattr(made, "sample_cqm")
-    call = made.sample_cqm if constrained else made.sample
-    known = set(getattr(made, "parameters", None) or ()) | set(inspect.signature(call).parameters)
-    options = {key: value for key, value in wanted.items() if key in known}
-    info: dict[str, Any] = {"ignored": sorted(wanted.keys() - options.keys())}
-    if constrained:
-        return info, _states(call(small.to_cqm(), **options), small.n, name)
-    _, safe = small.to_bqm()
-    bqm, info["penalty"] = small.to_bqm(penalty * safe)
-    return info, _states(call(bqm, **options), small.n, name)
 
 
 def _states(found: Any, n: int, name: str) -> States:

@@ -1,8 +1,8 @@
 """What can absorb a linear patch: every family's kinds of block, on tiny random models.
 
-    python -m isingcut.testing patches                  the families of `configurations`
-    python -m isingcut.testing patches llama gemma2     some of them
-    python -m isingcut.testing patches --docs PAGE      all, written into docs/architectures.md, too
+    python docs/make_patches.py                  the families of `isingcut.testing.configurations`
+    python docs/make_patches.py llama gemma2     some of them
+    python docs/make_patches.py --docs PAGE      all, written into docs/architectures.md, too
 
 A block of each kind is patched where the block behind it is removed, and must find its layer in the
 saved checkpoint. Random weights have little to win, so that the shares only show that the block
@@ -107,12 +107,12 @@ def _layers(kinds: Sequence[Absorbs], *, exact: bool) -> str:
     return "; ".join(f"`{layer}` ({', '.join(kinds)})" for layer, kinds in by_layer.items())
 
 
-def main(arguments: Sequence[str]) -> int:
+def main() -> int:
     """Print the table; 2 for a bad name."""
-    parser = argparse.ArgumentParser(prog="python -m isingcut.testing patches")
+    parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help="families (default: all)")
     parser.add_argument("--docs", type=Path, help="also write the table to this Markdown file")
-    options = parser.parse_args(list(arguments))
+    options = parser.parse_args()
     unknown = sorted(set(options.families) - set(FAMILIES))
     if unknown:
         print(f"no family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
@@ -142,3 +142,7 @@ def replace_part(path: Path, mark: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     assert closed, f"{path} has no part between {start} and {end}"
     path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
