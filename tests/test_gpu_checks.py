@@ -12,13 +12,13 @@ from isingcut.testing.cards import fake_cards
 def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert gpu.main(["--out", str(tmp_path / "found.json")]) == 2
-    assert capsys.readouterr().out.startswith("there is no GPU to check: ")
+    assert capsys.readouterr().out.startswith("no GPU found: ")
     assert not (tmp_path / "found.json").exists()
 
 
 def test_an_unknown_check_is_named(capsys):
     assert gpu.main(["--only", "agree,agre"]) == 2
-    assert "no check 'agre'" in capsys.readouterr().out
+    assert "unknown check 'agre'" in capsys.readouterr().out
 
 
 def refuse(place):

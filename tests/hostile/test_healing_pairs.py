@@ -151,7 +151,7 @@ PAIRS = rows(
         (
             "one bit of the student's weights",
             heal(),
-            "run/model was changed after isingcut wrote it: model.safetensors in it was changed; write it",
+            "changed after isingcut wrote it: model.safetensors in it was changed; write it",
             one_bit,
         ),
         (

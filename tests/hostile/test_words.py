@@ -241,7 +241,7 @@ FILE_ROWS = [
             options_file(text))
         for name, text, line in HEAL_FILES
     ),
-    Row("trainer: bomb", f"{HEAL} --trainer o.yaml", "aliases .* not supported", options_file(BOMB)),
+    Row("trainer: bomb", f"{HEAL} --trainer o.yaml", "aliases .* supported", options_file(BOMB)),
     Row("trainer: a list", f"{HEAL} --trainer o.yaml", "got list", options_file("- optim")),
     Row(
         "config in the home folder",

@@ -119,7 +119,7 @@ def solve(
     if diverse:
         spectrum = _diverse(problem, solver, part, k, diverse, began)
     else:
-        spectrum = _ask(problem, solver, part, k, k, began)
+        spectrum = _run_one(problem, solver, part, k, k, began)
     if not len(spectrum):
         raise InputError(
             f"solver {solver!r} found no state that satisfies the constraints; choose another "
