@@ -17,7 +17,7 @@ from isingcut.files.writing import read_json
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
-from isingcut.runs.stages import check_asked
+from isingcut.runs.stages import check_run_tasks
 from shared import OPTIONS
 
 pytestmark = [
@@ -271,8 +271,8 @@ def test_options_that_do_not_go_together(options, said):
 
 def test_what_cannot_be_asked(questions):
     config = RunConfig(model="m", remove="2..3", tasks=str(questions))
-    with pytest.raises(InputError, match="a range cuts none"):
-        check_asked(config)
+    with pytest.raises(InputError, match="a range of removals cuts none"):
+        check_run_tasks(config)
 
 
 def test_a_streamed_model_answers_alike(llama, text, questions, tmp_path):
@@ -298,7 +298,7 @@ def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
     for name in ("test", "train"):
         (data / "gsm8k" / f"{name}.jsonl").write_text(f"{record}\n" * 8, encoding="utf-8")
     for name in ("gsm8k", "wikitext2"):
-        with pytest.raises(InputError, match=f"{name} takes the whole model, which does not fit"):
+        with pytest.raises(InputError, match=f"{name} needs the whole model, which does not fit"):
             isingcut.run(
                 **OPTIONS,
                 model=str(llama),

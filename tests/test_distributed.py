@@ -134,7 +134,7 @@ def test_both_launchers_start_all_processes(place, alone, tmp_path, launcher):
     out, said = tmp_path / "run", tmp_path / "said"
     command = [*launcher, "-m", "isingcut", *_typed(place, out)]
     assert join([start(_launcher, said, *map(str, command))]) == [0], said.read_text()
-    assert said.read_text().count("2 processes share the measuring") == 1
+    assert said.read_text().count("2 processes share the measurements") == 1
     for name in FILES:
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 

@@ -201,7 +201,7 @@ def test_what_is_no_model_or_lacks_its_tokenizer(folder, loaded, tmp_path):
         (model, None, r"prune\(model, tokenizer=...\)"),
         (model, "gpt2", "expected a transformers tokenizer, got str"),
         (torch.nn.Linear(2, 2), tokenizer, "a loaded transformers model, got Linear"),
-        (str(folder / "model"), tokenizer, "tokenizer belongs to a loaded model"),
+        (str(folder / "model"), tokenizer, "tokenizer is only for a loaded model"),
     ):
         with pytest.raises(InputError, match=words):
             isingcut.prune(given, 2, tokenizer=own, out=tmp_path / "r", **OPTIONS)

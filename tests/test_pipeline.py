@@ -135,7 +135,7 @@ def test_solving_loads_no_torch(finished, tmp_path):
 
 
 def test_other_options_for_an_existing_run_are_refused(finished, llama, text):
-    with pytest.raises(OutputExistsError, match="length: 16 there, 24 now"):
+    with pytest.raises(OutputExistsError, match="length: was 16, now 24"):
         isingcut.run(
             model=str(llama),
             remove=2,

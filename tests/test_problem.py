@@ -87,7 +87,7 @@ def test_cqm_with_quadratic_constraint_is_refused():
     x, y = dimod.Binaries(["x", "y"])
     cqm.set_objective(x + y)
     cqm.add_constraint(x * y <= 0, label="both")
-    with pytest.raises(InputError, match="not linear"):
+    with pytest.raises(InputError, match="must be linear"):
         Problem.from_cqm(cqm)
 
 
@@ -253,7 +253,7 @@ def test_budget_by_share_and_amount():
     assert obeyed([con.budget("params", costs, amount=40)], [0, 0, 0, 1])
     with pytest.raises(InputError, match="either a share or an amount"):
         con.budget("params", costs)
-    with pytest.raises(InputError, match="between 0% and 100%"):
+    with pytest.raises(InputError, match="from 0% to 100%"):
         con.budget("params", costs, share=1.5)
 
 

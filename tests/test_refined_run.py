@@ -121,7 +121,7 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
 
 
 def test_effort_belongs_to_the_search(inputs, tmp_path):
-    with pytest.raises(InputError, match="--effort belongs to"):
+    with pytest.raises(InputError, match="--effort is an option of"):
         isingcut.run(**{**inputs, "energy": "pairwise"}, remove="3", out=str(tmp_path / "no"))
 
 

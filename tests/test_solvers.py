@@ -261,7 +261,7 @@ class Fake:
     [
         ("type", "must return a Solution"),
         ("shape", "must be bool"),
-        ("infeasible", "breaks"),
+        ("infeasible", "violates"),
         ("proof", "claims a proof"),
         ("bound", "lower bound"),
     ],

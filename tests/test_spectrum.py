@@ -32,7 +32,7 @@ def test_sorted_distinct_and_recomputed(problem):
 
 
 def test_infeasible_states_are_refused(problem):
-    with pytest.raises(InputError, match="breaks: count"):
+    with pytest.raises(InputError, match="violates: count"):
         Spectrum.from_states(problem, states((0, 1, 2)), solver="mine")
 
 

@@ -161,8 +161,8 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     assert "not measured" in report
     assert re.search(r"\| weights \| streamed: read \d+\.\d times for the energy, \d+ %", report)
     for wrong, message in (
-        ({"energy": "hessian"}, "'hessian' differentiates through all blocks"),
-        ({"calibration": "self"}, "reads the whole model once for every token"),
+        ({"energy": "hessian"}, "'hessian' needs all blocks"),
+        ({"calibration": "self"}, "would read a streamed model from disk for every token"),
     ):
         with pytest.raises(InputError, match=message):
             isingcut.energy(out=str(tmp_path / "no"), **{**options, **wrong})

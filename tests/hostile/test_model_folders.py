@@ -192,7 +192,7 @@ def _rows():
     yield Row(
         "one block",
         ENERGY + " --remove 1",
-        "this model has one block, which stays: none can be removed",
+        "this model has a single block, which must stay; use a deeper model",
         both(
             config(num_hidden_layers=1),
             tensors(lambda t: without(t, *(f".{i}." for i in range(1, 6)))),

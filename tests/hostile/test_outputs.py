@@ -78,10 +78,10 @@ RUNS += [
 ]
 
 EXCISE = "excise {run} --blocks 0,1 --overwrite"
-FOREIGN_FILE = "was not written by this run and stays as it is"
+FOREIGN_FILE = "was not written by this run and is not replaced"
 OVER = "report {run} {run} --out %s --overwrite"
 SCORES = "evaluate {run}/model --original {model} --tasks piqa --out %s --overwrite"
-EDITED = "config.json in it was changed since the run wrote it"
+EDITED = "config.json in it was changed after the run wrote it"
 BEGUN = "run {model} --remove 2 --calibration {text} --length 16 --out {here}/begun"
 
 
@@ -241,7 +241,7 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
     )
     code, _, err = call(f"run other {words}".split())
     assert code == 2
-    assert "holds a run of another model" in err
+    assert "is a run of another model" in err
     write("run/model/README.md")(arena)
     before = snapshot(arena.run / "model")
     code, _, err = call(f"run other {words} --overwrite".split(), seconds=60)

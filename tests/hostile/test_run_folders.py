@@ -90,7 +90,7 @@ def replaced_model(arena):
 WORKS = {"code": 0, "makes": ("run/*", "moved/run/*")}
 EXCISE = "excise {run} --blocks 0,1 --overwrite"
 RANK, MOVED = "rank {run} --random-states 31 --overwrite", "excise {here}/moved/run --blocks 0,1"
-WENT = "not there any more: looked at .*--model"
+WENT = "is no longer at .*--model"
 FOUND = [
     Row("from another folder", EXCISE, "", chdir_home, **WORKS),
     Row("rank from another folder", RANK, "", chdir_home, **WORKS),

@@ -172,8 +172,8 @@ def asks(arena, **changes):
 REMEMBERED = [
     Row(f"{name}: {command}", command, line, lambda a, n=name: asks(a, solver=n))
     for name, line in {
-        "dimod:bad.Bad": "asks for the solver dimod:bad.Bad, whose code would be imported; .*type",
-        "dimod:dimod.ExactSolver": "asks for the solver dimod:dimod.ExactSolver, whose code",
+        "dimod:bad.Bad": "have --solver dimod:bad.Bad, which imports third-party code; .*type",
+        "dimod:dimod.ExactSolver": "have --solver dimod:dimod.ExactSolver, which imports",
         "bad.Bad": "unknown solver 'bad.Bad'",
     }.items()
     for command in ("solve {run} --remove 3", "solve {run} --remove 2 --overwrite")

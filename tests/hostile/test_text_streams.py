@@ -103,7 +103,7 @@ def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
 def test_a_pipe_cannot_be_healed_with(arena):
     with pipe_of(WORDS.encode()) as end, standard_input(end):
         command = MEASURE.replace("energy", "run --remove 2 --heal") + "-"
-        arena.try_row(Row("healing", command, "- is a pipe, which can be read once; write it into"))
+        arena.try_row(Row("healing", command, "- is a pipe and can be read only once; save it to"))
 
 
 def test_a_named_pipe_is_waited_for(arena):
