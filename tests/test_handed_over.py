@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
-from isingcut.data.mixture import find_held, hold_texts
+from isingcut.data.mixture import find_object, register_texts
 from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
 from shared import leave_speed_out
 from tiny import tiny_checkpoint
@@ -107,14 +107,14 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
 
 
 def test_what_is_held_no_more_is_named():
-    with hold_texts(["a", "b"]) as name:
-        assert find_held(name) == ["a", "b"]
-        with hold_texts(("a", "b")) as again:
+    with register_texts(["a", "b"]) as name:
+        assert find_object(name) == ["a", "b"]
+        with register_texts(("a", "b")) as again:
             assert again == name
-        assert find_held(name) == ["a", "b"]
-    with pytest.raises(InputError, match=r"2 texts in memory .* was handed over in Python"):
-        find_held(name)
-    assert find_held("my-text.txt") is None
+        assert find_object(name) == ["a", "b"]
+    with pytest.raises(InputError, match=r"2 texts in memory .* was passed in Python"):
+        find_object(name)
+    assert find_object("my-text.txt") is None
 
 
 @pytest.mark.parametrize(

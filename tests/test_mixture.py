@@ -175,7 +175,7 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
         meta = json.loads(json.dumps(built.meta))
         meta["part_of_sample"]["energy"] = bad
         Calibration(built.splits, built.source, meta).save(path)
-        with pytest.raises(StageFileError, match="samples of energy are not each of a part"):
+        with pytest.raises(StageFileError, match="some samples of energy have no source"):
             Calibration.load(path)
 
 

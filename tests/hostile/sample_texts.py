@@ -27,8 +27,8 @@ def packed(content):
     return gzip.compress(content, mtime=0)
 
 
-UTF8 = r"is not UTF-8 .byte 0x{:02x} does not fit.; save it as UTF-8"
-NUL = "holds NUL bytes: it is UTF-16 or no text"
+UTF8 = r"is not UTF-8 .invalid byte 0x{:02x}.; save it as UTF-8"
+NUL = "contains NUL bytes: it is UTF-16 or not text"
 
 
-GONE = "there is no calibration file"
+GONE = "the calibration file .* does not exist"

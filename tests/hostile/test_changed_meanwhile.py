@@ -13,7 +13,7 @@ OPTIONS = (
     "--calibration text.txt --length 16 --samples 3 --rank-samples 3 --report-samples 3 "
     "--dtype float32"
 )
-CHANGED = "text.txt was changed since it was measured on; put the old text back"
+CHANGED = "text.txt was changed since it was measured on; restore the old text"
 
 
 def gone(arena):

@@ -186,7 +186,7 @@ def _rows():
     yield Row(
         "a text by a model whose block overflows",
         ENERGY.replace("{text}", "self"),
-        "the logits of .*model are NaN or infinite at token 1 of a text that it generates",
+        "the logits of .*model are NaN or infinite at token 1 of a generated text",
         tensors(overflow),
     )
     yield Row(

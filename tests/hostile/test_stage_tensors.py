@@ -128,12 +128,12 @@ SPLITS = {
     "tokens in a row": (zeros("int64", rank_input_ids=16), "input_ids: expected I64 of shape"),
     "no sample": (
         lambda a: (zeros("int64", rank_input_ids=(0, 16))(a), zeros(bool, rank_mask=(0, 16))(a)),
-        "do not match its own hash",
+        "do not match its hash",
     ),
     "tokens fractions": (zeros(rank_input_ids=(3, 16)), "input_ids: expected I64 .* got F64"),
-    "tokens negative": (poked("rank.input_ids", -5), "do not match its own hash"),
-    "holes in a mask": (poked("rank.mask", False), "do not match its own hash"),
-    "other tokens": (poked("rank.input_ids", 5), "do not match its own hash"),
+    "tokens negative": (poked("rank.input_ids", -5), "do not match its hash"),
+    "holes in a mask": (poked("rank.mask", False), "do not match its hash"),
+    "other tokens": (poked("rank.input_ids", 5), "do not match its hash"),
 }
 
 

@@ -53,7 +53,7 @@ STREAMED = [
     ("an endless record", b'{"text": [' * 4096, {"again": True}, "line 1 is longer than 524288"),
     ("endless NULs", bytes(65536), {"again": True}, NUL),
     ("bytes", b"\xff\xfe\xfd\xfc", {"again": True}, UTF8.format(0xFF)),
-    ("half a gzip", packed(WORDS.encode())[:60], {}, "standard input is no whole gzip file"),
+    ("half a gzip", packed(WORDS.encode())[:60], {}, "standard input is not a complete gzip file"),
     ("a broken record", b"{oh no", {}, "standard input line 1 is not valid JSON"),
     ("a text", WORDS.encode(), {}, None),
     ("records", LINES.encode(), {}, None),

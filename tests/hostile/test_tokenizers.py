@@ -26,7 +26,7 @@ TEMPLATES = [
     ("reaches out", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses .*unsafe"),
     ("lacks a field", "{{ messages[0].more.and_more }}", "refuses these messages .*more"),
     ("divides by nothing", "{{ 1 // 0 }}", "refuses these messages .*division"),
-    ("writes half a character", "{{ '\\ud800' }}", "holds .*half of a character"),
+    ("writes half a character", "{{ '\\ud800' }}", "contains .*half of a character"),
 ]
 
 
@@ -87,7 +87,7 @@ def added_as(role, content):
     return prepare
 
 
-BEYOND = r"a token '{}' with number 262, but the model's embedding has only 262 rows"
+BEYOND = r"the token '{}' with id 262, but the model's embedding has only 262 rows"
 FAILS = r"the model's tokenizer fails on the text '.*' \({}"
 
 

@@ -99,8 +99,11 @@ WORDS = [
     ("--remove 2 --heal --heal-options /dev/zero", "/dev/zero is a device"),
     ("--remove 2 --heal --heal-options {here}/pipe", "pipe is a pipe"),
     ("--remove 2 --patch linear --heal-options none.yaml", "none.yaml does not exist"),
-    ("--remove 2 --calibration none.txt", "there is no calibration file 'none.txt'"),
-    ("--remove 2 --calibration ~/none.txt", "there is no calibration file '.*home/none.txt'"),
+    ("--remove 2 --calibration none.txt", "the calibration file 'none.txt' does not exist"),
+    (
+        "--remove 2 --calibration ~/none.txt",
+        "the calibration file '.*home/none.txt' does not exist",
+    ),
     ("--remove 2 --calibration {here}/home", "home is a folder without data files"),
 ]
 HEALING = [
@@ -111,7 +114,7 @@ HEALING = [
     ("--trainer {here}/pipe", "pipe is a pipe"),
     ("--config /dev/zero", "/dev/zero is a device"),
     ("--text ''", "--text is empty"),
-    ("--text none.txt", "there is no calibration file 'none.txt'"),
+    ("--text none.txt", "the calibration file 'none.txt' does not exist"),
 ]  # fmt: skip
 OTHERS = [
     ("solve gone --remove two", "--remove: cannot read 'two'"),

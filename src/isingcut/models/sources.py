@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from isingcut.data.mixture import find_held, hold, is_held_name
+from isingcut.data.mixture import find_object, is_object_name, register_object
 from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
@@ -64,7 +64,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
         return _resolve_packaged(trust_remote_code, weights)
-    if (folder := find_held(name)) is not None:
+    if (folder := find_object(name)) is not None:
         return _checked_folder(folder)
     path = user_path(name)
     if is_there(path) and path.is_dir():
@@ -83,7 +83,7 @@ def hub_id(name: str) -> str | None:
     """The hub id behind a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
-    if is_held_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
+    if is_object_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
         return None
     return name
 
@@ -273,7 +273,7 @@ def save_loaded_model(
                 "save_pretrained yourself and give that folder"
             ) from e
         digest = model_identity(folder)["sha256"][:16]
-        with hold(f"{type(given).__name__} in memory ({digest})", folder) as name:
+        with register_object(f"{type(given).__name__} in memory ({digest})", folder) as name:
             yield name
 
 

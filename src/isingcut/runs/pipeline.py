@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora
-from isingcut.data.mixture import hold_texts
+from isingcut.data.mixture import register_texts
 from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.files import writing
 from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState, RunFile
@@ -621,7 +621,7 @@ def prune(
     # Temporary folders are deleted with the returned object.
     with contextlib.ExitStack() as kept:
         if not isinstance(options.get("calibration", ""), str):
-            options["calibration"] = kept.enter_context(hold_texts(options["calibration"]))
+            options["calibration"] = kept.enter_context(register_texts(options["calibration"]))
         if out is None:
             out = kept.enter_context(writing.temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
